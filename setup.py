@@ -1,0 +1,9 @@
+"""Maps the folders to packages; everything declarative is in pyproject.toml."""
+
+from setuptools import setup
+
+setup(
+    packages=["xclip_fast", "xclip_fast.data", "xclip_fast.kernels", "xclip_fast.nn"],
+    package_dir={"xclip_fast.kernels": "kernels"},
+    package_data={"xclip_fast": ["py.typed"], "xclip_fast.data": ["*.gz", "*.txt"]},
+)

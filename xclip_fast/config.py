@@ -1,0 +1,167 @@
+"""Model shapes as frozen dataclasses, and the variants of the paper by name.
+
+Sizes follow the paper (Ni et al., ECCV 2022): the width of a tower is D, its head size 64, the shared
+embedding E.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)  # what the released X-CLIP weights were trained with, not CLIP's own
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionConfig:
+    """The cross-frame communication transformer (paper, section 3.2)."""
+
+    image_size: int = 224
+    patch_size: int = 16
+    width: int = 768
+    layers: int = 12
+    heads: int = 12
+    drop_path: float = 0.0  # of the last block; grows linearly from 0 at the first
+
+    def __post_init__(self) -> None:
+        _check_heads("vision", self.width, self.heads)
+        if self.image_size % self.patch_size:
+            raise ValueError(
+                f"vision: image_size {self.image_size} is not a multiple of patch_size {self.patch_size}; "
+                "choose an image size that the patches tile"
+            )
+        if not 0.0 <= self.drop_path < 1.0:
+            raise ValueError(f"vision: drop_path {self.drop_path} must be at least 0 and below 1")
+
+    @property
+    def patches(self) -> int:
+        """N, the patches of a frame."""
+        return (self.image_size // self.patch_size) ** 2
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig:
+    """CLIP's causal text encoder (paper, section 3.3)."""
+
+    vocab_size: int = 49408
+    context_length: int = 77
+    width: int = 512
+    layers: int = 12
+    heads: int = 8
+
+    def __post_init__(self) -> None:
+        _check_heads("text", self.width, self.heads)
+
+
+@dataclasses.dataclass(frozen=True)
+class XCLIPConfig:
+    """A whole X-CLIP.
+
+    ``mit_heads`` and ``prompt_heads`` default to E / 64, as in the released code. ``mit_residual`` keeps the
+    outer residual of the multi-frame transformer that the released weights need; ``False`` gives equation 6
+    of the paper to the letter.
+    """
+
+    vision: VisionConfig = VisionConfig()
+    text: TextConfig = TextConfig()
+    embed_dim: int = 512
+    num_frames: int = 8
+    mit_layers: int = 1
+    mit_heads: int | None = None
+    mit_residual: bool = True
+    prompt_layers: int = 2
+    prompt_heads: int | None = None
+    prompt_alpha: float = 0.1
+    layer_norm_eps: float = 1e-5
+    logit_scale: float = math.log(1 / 0.07)  # the initial value, as a logarithm
+    image_mean: tuple[float, float, float] = IMAGENET_MEAN
+    image_std: tuple[float, float, float] = IMAGENET_STD
+
+    def __post_init__(self) -> None:
+        for name in ("mit_heads", "prompt_heads"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, max(1, self.embed_dim // 64))
+            _check_heads(name, self.embed_dim, getattr(self, name))
+        for name in ("image_mean", "image_std"):
+            object.__setattr__(self, name, tuple(float(value) for value in getattr(self, name)))
+        if self.num_frames < 1:
+            raise ValueError(f"num_frames {self.num_frames} must be at least 1")
+
+    def to_dict(self) -> dict[str, Any]:
+        """A plain dictionary that ``from_dict`` reads back (JSON-ready)."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> XCLIPConfig:
+        """The config that ``to_dict`` wrote. Unknown keys are a ``ValueError`` that names them."""
+        values = dict(values)
+        vision = _from_fields(VisionConfig, "vision", values.pop("vision", {}))
+        text = _from_fields(TextConfig, "text", values.pop("text", {}))
+        return _from_fields(cls, "model", {**values, "vision": vision, "text": text})
+
+
+def _from_fields(cls: Any, where: str, values: dict[str, Any]) -> Any:
+    known = {field.name for field in dataclasses.fields(cls)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise ValueError(f"{where} config has unknown keys {unknown}; known are {sorted(known)}")
+    return cls(**values)
+
+
+def _check_heads(where: str, width: int, heads: int) -> None:
+    if heads < 1 or width % heads:
+        raise ValueError(f"{where}: width {width} does not divide into {heads} heads; choose a divisor of {width}")
+
+
+def _variant(patch: int, frames: int, *, large: bool = False, image_size: int = 224) -> XCLIPConfig:
+    vision = VisionConfig(
+        image_size=image_size,
+        patch_size=patch,
+        width=1024 if large else 768,
+        layers=24 if large else 12,
+        heads=16 if large else 12,
+    )
+    text = TextConfig(width=768, heads=12) if large else TextConfig()
+    return XCLIPConfig(vision=vision, text=text, embed_dim=768 if large else 512, num_frames=frames)
+
+
+# The six X-CLIP rows of Table 1, and the 32-frame B/16 of the few- and zero-shot tables (3 to 5).
+VARIANTS: dict[str, XCLIPConfig] = {
+    "B/32-8f": _variant(32, 8),
+    "B/32-16f": _variant(32, 16),
+    "B/16-8f": _variant(16, 8),
+    "B/16-16f": _variant(16, 16),
+    "L/14-8f": _variant(14, 8, large=True),
+    "L/14@336-16f": _variant(14, 16, large=True, image_size=336),
+    "B/16-32f": _variant(16, 32),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class PaperRow:
+    """What Table 1 says of one variant on Kinetics-400 (accuracy in %, 4 x 3 views)."""
+
+    top1: float
+    top5: float
+    gflops: float  # multiply-adds of one view, in units of 10^9
+    views_per_second: float  # on one V100
+
+
+PAPER_TABLE1: dict[str, PaperRow] = {
+    "B/32-8f": PaperRow(80.4, 95.0, 39, 136),
+    "B/32-16f": PaperRow(81.1, 95.5, 75, 69),
+    "B/16-8f": PaperRow(83.8, 96.7, 145, 33),
+    "B/16-16f": PaperRow(84.7, 96.8, 287, 17),
+    "L/14-8f": PaperRow(87.1, 97.6, 658, 8),
+    "L/14@336-16f": PaperRow(87.7, 97.4, 3086, 2),
+}
+
+
+def variant(name: str) -> XCLIPConfig:
+    """The config of a variant by name; a ``ValueError`` that lists the names if there is none such."""
+    try:
+        return VARIANTS[name]
+    except KeyError:
+        raise ValueError(f"no variant is called {name!r}; the names are {', '.join(VARIANTS)}") from None
