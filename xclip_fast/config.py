@@ -14,6 +14,11 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)  # what the released X-CLIP weights were t
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
+def _check_heads(where: str, width: int, heads: int) -> None:
+    if heads < 1 or width % heads:
+        raise ValueError(f"{where}: width {width} does not divide into {heads} heads; choose a divisor of {width}")
+
+
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
     """The cross-frame communication transformer (paper, section 3.2)."""
@@ -108,11 +113,6 @@ def _from_fields(cls: Any, where: str, values: dict[str, Any]) -> Any:
     if unknown:
         raise ValueError(f"{where} config has unknown keys {unknown}; known are {sorted(known)}")
     return cls(**values)
-
-
-def _check_heads(where: str, width: int, heads: int) -> None:
-    if heads < 1 or width % heads:
-        raise ValueError(f"{where}: width {width} does not divide into {heads} heads; choose a divisor of {width}")
 
 
 def _variant(patch: int, frames: int, *, large: bool = False, image_size: int = 224) -> XCLIPConfig:

@@ -1,0 +1,1 @@
+"""The ops of X-CLIP and their backends."""

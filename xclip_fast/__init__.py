@@ -1,0 +1,1 @@
+"""X-CLIP video recognition, exact and fast."""

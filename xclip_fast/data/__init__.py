@@ -1,0 +1,1 @@
+"""Video in: sampling, decoding, generated clips."""
