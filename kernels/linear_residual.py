@@ -1,0 +1,70 @@
+"""A linear layer added to the residual stream, with drop path and the row statistics of what it writes."""
+
+import torch
+from torch import Tensor
+
+from ._dispatch import Op
+from ._linear import linear
+
+
+def scale_samples(x: Tensor, scale_B: Tensor | None) -> Tensor:
+    """x (B * anything, ...) with each of the B samples multiplied by its drop path scale (None: x itself)."""
+    if scale_B is None:
+        return x
+    return (x.reshape(scale_B.shape[0], -1) * scale_B[:, None].to(x.dtype)).reshape(x.shape)
+
+
+def linear_residual_reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor,
+    drop_scale: Tensor | None,
+    eps: float,
+    statistics: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    y = residual + scale_samples(linear(x, weight, bias), drop_scale)
+    if not statistics:
+        return y, y.new_empty(0, dtype=torch.float32), y.new_empty(0, dtype=torch.float32)
+    variance, mean = torch.var_mean(y.detach().to(torch.promote_types(y.dtype, torch.float32)), -1, correction=0)
+    return y, mean.float(), (variance + eps).rsqrt().float()
+
+
+_op = Op(linear_residual_reference)
+
+
+def linear_residual(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor,
+    drop_scale: Tensor | None = None,
+) -> Tensor:
+    """residual + s (x W^T + b), the end of IFA and of the FFN (equations 8 and 9).
+
+    Args:
+        x: (R, ..., I), floating. weight: (O, I). bias: (O,).
+        residual: (R, ..., O).
+        drop_scale: (B,) or None: each sample's drop path factor s, 0 or 1 / (1 - p); R is a multiple of B.
+
+    Returns:
+        (R, ..., O), in the promoted dtype of the residual and the product.
+    """
+    return _op(x, weight, bias, residual, drop_scale, 0.0, False)[0]
+
+
+def linear_residual_statistics(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor,
+    drop_scale: Tensor | None = None,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``linear_residual`` with the statistics that the next LayerNorm needs.
+
+    Returns:
+        the result (R, ..., O); its row means (R, ...) and 1 / sqrt(variance + eps) (R, ...), float32, taken as
+        constants by autograd: whoever normalises with them differentiates through the rows themselves.
+    """
+    return _op(x, weight, bias, residual, drop_scale, eps, True)

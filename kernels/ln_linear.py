@@ -1,0 +1,45 @@
+"""LayerNorm, linear layer and, if wanted, quick_gelu as one op.
+
+The algebra that lets LayerNorm ride on the GEMM is derived in docs/kernels.md.
+"""
+
+from torch import Tensor
+
+from ._dispatch import Op
+from ._linear import linear
+from .layer_norm import layer_norm_reference
+from .quick_gelu import quick_gelu_reference
+
+
+def ln_linear_reference(
+    x: Tensor, ln_weight: Tensor, ln_bias: Tensor, weight: Tensor, bias: Tensor | None, eps: float, activation: bool
+) -> Tensor:
+    u = linear(layer_norm_reference(x, ln_weight, ln_bias, eps), weight, bias)
+    return quick_gelu_reference(u) if activation else u
+
+
+_op = Op(ln_linear_reference)
+
+
+def ln_linear(
+    x: Tensor,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float = 1e-5,
+    *,
+    activation: bool = False,
+) -> Tensor:
+    """LN(x) W^T + b, then quick_gelu if ``activation`` (the LN and first linear layer of equations 8 and 9).
+
+    Args:
+        x: (..., D), floating.
+        ln_weight, ln_bias: (D,).
+        weight: (O, D). bias: (O,) or None.
+        eps: of the LayerNorm.
+
+    Returns:
+        (..., O) in x's dtype.
+    """
+    return _op(x, ln_weight, ln_bias, weight, bias, eps, activation)

@@ -1,0 +1,79 @@
+"""Frames to tokens: normalise, embed patches, add class token and positions, LN_pre (equation 4).
+
+F frames (B * T), N = h w patches of P x P pixels, L = N + 1.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ._dispatch import Op
+from ._linear import linear
+from .layer_norm import layer_norm_reference
+
+
+def patch_embed_reference(
+    frames: Tensor,
+    weight: Tensor,
+    class_embedding: Tensor,
+    position: Tensor,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    mean: Sequence[float],
+    std: Sequence[float],
+    eps: float,
+) -> Tensor:
+    width, _, patch, _ = weight.shape
+    if frames.dtype == torch.uint8:
+        count, height, length, _ = frames.shape
+        # W ((u / 255 - mean) / std) = W' (u - 128) + b': 8-bit levels about their middle are exact in bfloat16
+        precise = torch.promote_types(weight.dtype, torch.float32)
+        deviation = weight.new_tensor(std, dtype=precise)[:, None, None]
+        offset = (128 / 255 - weight.new_tensor(mean, dtype=precise)[:, None, None]) / deviation
+        bias = (weight.to(precise) * offset).sum((1, 2, 3)).to(weight.dtype)
+        folded = (weight.to(precise) / (255 * deviation)).to(weight.dtype)
+        kernel = folded.permute(0, 2, 3, 1).reshape(width, -1)  # channel last, as the pixels
+        levels = frames.to(weight.dtype) - 128
+        grid = levels.view(count, height // patch, patch, length // patch, patch, 3).transpose(2, 3)
+    else:
+        count, _, height, length = frames.shape
+        bias = None
+        kernel = weight.reshape(width, -1)
+        pixels = frames.to(weight.dtype)
+        grid = pixels.reshape(count, 3, height // patch, patch, length // patch, patch).permute(0, 2, 4, 1, 3, 5)
+    patches_FND = linear(grid.reshape(count, position.shape[0] - 1, kernel.shape[1]), kernel, bias)
+    # z0 = [x_class, E x_1, ..., E x_N] + e_spa
+    class_F1D = class_embedding.to(patches_FND.dtype).expand(count, 1, width)
+    tokens_FLD = torch.cat([class_F1D, patches_FND], dim=1) + position
+    return layer_norm_reference(tokens_FLD, ln_weight, ln_bias, eps)
+
+
+_op = Op(patch_embed_reference)
+
+
+def patch_embed(
+    frames: Tensor,
+    weight: Tensor,
+    class_embedding: Tensor,
+    position: Tensor,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    mean: Sequence[float],
+    std: Sequence[float],
+    eps: float = 1e-5,
+) -> Tensor:
+    """Frames to the tokens that enter the first block (equation 4 and CLIP's LN_pre).
+
+    Args:
+        frames: uint8 (F, H, W, 3), as decoded; or normalised float (F, 3, H, W). H and W are multiples of P.
+        weight: (D, 3, P, P), the embedding E of normalised pixels.
+        class_embedding: (D,).
+        position: (L, D), L = H W / P^2 + 1.
+        ln_weight, ln_bias: (D,).
+        mean, std: three numbers each, of pixels in [0, 1]; folded into the weight for uint8, unused for float.
+
+    Returns:
+        (F, L, D).
+    """
+    return _op(frames, weight, class_embedding, position, ln_weight, ln_bias, list(mean), list(std), eps)

@@ -1,0 +1,160 @@
+"""The cross-frame communication block (paper, section 3.2, equations 7 to 9).
+
+B videos, T frames, F = B T, L tokens of a frame (class token first), D width, H heads.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from .. import kernels
+from .layers import Mlp, drop_path_scale, feed_forward
+
+
+class DropScales(NamedTuple):
+    """Drop path factors (B,) of the three residual branches; None where nothing is dropped."""
+
+    fusion: Tensor | None = None
+    diffusion: Tensor | None = None
+    feed_forward: Tensor | None = None
+
+
+class AttentionWeights(NamedTuple):
+    """An attention's packed projection (3D, D), (3D,) and output projection (D, D), (D,)."""
+
+    in_weight: Tensor
+    in_bias: Tensor
+    out_weight: Tensor
+    out_bias: Tensor
+
+
+def cct_attention(
+    x_FLD: Tensor,
+    frames: int,
+    heads: int,
+    message_fc: nn.Linear,
+    message_ln: nn.LayerNorm,
+    fusion: AttentionWeights,
+    ln_1: nn.LayerNorm,
+    diffusion: AttentionWeights,
+    drop: DropScales,
+) -> Tensor:
+    """x + IFA(LN_1([x, m]))[:L] with m from CFA (equations 7 and 8), x (F, L, D) -> (F, L, D).
+
+    The message joins as a key and a value only, so nothing is concatenated and no row is thrown away.
+    """
+    width = x_FLD.shape[-1]
+    message_F2HC = kernels.message_kv(
+        x_FLD[:, 0],
+        frames,
+        message_fc.weight,
+        message_fc.bias,
+        message_ln.weight,
+        message_ln.bias,
+        *fusion,
+        ln_1.weight,
+        ln_1.bias,
+        diffusion.in_weight[width:],
+        diffusion.in_bias[width:],
+        heads,
+        ln_1.eps,
+        drop.fusion,
+    )
+    qkv = kernels.ln_linear(x_FLD, ln_1.weight, ln_1.bias, diffusion.in_weight, diffusion.in_bias, ln_1.eps)
+    mixed = kernels.diffusion_attention(qkv.unflatten(-1, (3, heads, width // heads)), message_F2HC)
+    return kernels.linear_residual(mixed.flatten(-2), diffusion.out_weight, diffusion.out_bias, x_FLD, drop.diffusion)
+
+
+class FastCCTBlock(nn.Module):
+    """One cross-frame communication block, a drop-in for the released ``CrossFramelAttentionBlock``.
+
+    Its state dict has the released names: ``message_fc``, ``message_ln``, ``message_attn``, ``attn``, ``ln_1``,
+    ``mlp.c_fc``, ``mlp.c_proj``, ``ln_2``.
+
+    Args:
+        d_model: D, the width.
+        nhead: H; D / H is 64 in every X-CLIP.
+        num_frames: T, the frames of a video; ``forward`` may be given another.
+        drop_path: probability that a sample (a video) skips a residual branch in training, drawn for each of
+            the three branches (CFA, IFA, FFN).
+        layer_norm_eps: added to the variances.
+        batch_first: as in ``torch.nn.MultiheadAttention``: tokens are (B * T, L, D) instead of (L, B * T, D).
+
+    Shape:
+        (L, B * T, D) -> (L, B * T, D), or with ``batch_first`` (B * T, L, D) -> (B * T, L, D); the T frames of
+        a video are neighbours.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        nhead: int,
+        num_frames: int,
+        *,
+        drop_path: float = 0.0,
+        layer_norm_eps: float = 1e-5,
+        batch_first: bool = False,
+    ) -> None:
+        super().__init__()
+        if not 0.0 <= drop_path < 1.0:
+            raise ValueError(f"drop_path {drop_path} must be at least 0 and below 1")
+        self.heads = nhead
+        self.num_frames = num_frames
+        self.drop_path = drop_path
+        self.batch_first = batch_first
+        self.message_fc = nn.Linear(d_model, d_model)
+        self.message_ln = nn.LayerNorm(d_model, layer_norm_eps)
+        self.message_attn = nn.MultiheadAttention(d_model, nhead)
+        self.attn = nn.MultiheadAttention(d_model, nhead)
+        self.ln_1 = nn.LayerNorm(d_model, layer_norm_eps)
+        self.mlp = Mlp(d_model)
+        self.ln_2 = nn.LayerNorm(d_model, layer_norm_eps)
+
+    def forward(self, x: Tensor, num_frames: int | None = None) -> Tensor:
+        """Tokens through the block.
+
+        Args:
+            x: (L, B * T, D), or (B * T, L, D) with ``batch_first``; floating.
+            num_frames: T of this call, if not the block's own.
+
+        Raises:
+            ValueError: if x is not of that shape, or B * T is not a multiple of T.
+        """
+        frames = self.num_frames if num_frames is None else num_frames
+        width = self.message_fc.in_features
+        layout = "(B * T, L, D)" if self.batch_first else "(L, B * T, D)"
+        if x.dim() != 3 or x.shape[-1] != width:
+            raise ValueError(f"tokens of shape {tuple(x.shape)} given; {layout} with D = {width} wanted")
+        x_FLD = x if self.batch_first else x.transpose(0, 1)
+        if x_FLD.shape[0] % frames:
+            raise ValueError(
+                f"{x_FLD.shape[0]} frames in all are not whole videos of {frames}: pass num_frames, or check "
+                f"batch_first={self.batch_first}, which takes {layout}"
+            )
+        drop = self.draw_drop_scales(x_FLD, frames)
+        x_FLD = cct_attention(
+            x_FLD,
+            frames,
+            self.heads,
+            self.message_fc,
+            self.message_ln,
+            _attention_weights(self.message_attn),
+            self.ln_1,
+            _attention_weights(self.attn),
+            drop,
+        )
+        x_FLD = feed_forward(x_FLD, self.ln_2, self.mlp.c_fc, self.mlp.c_proj, drop.feed_forward)
+        return x_FLD if self.batch_first else x_FLD.transpose(0, 1)
+
+    def draw_drop_scales(self, x_FLD: Tensor, frames: int) -> DropScales:
+        """Fresh drop path factors for each video and branch; none outside training."""
+        if not self.training or self.drop_path == 0.0:
+            return DropScales()
+        return DropScales(*(drop_path_scale(x_FLD.shape[0] // frames, self.drop_path, x_FLD) for _ in range(3)))
+
+
+def _attention_weights(attention: nn.MultiheadAttention) -> AttentionWeights:
+    out = attention.out_proj
+    return AttentionWeights(attention.in_proj_weight, attention.in_proj_bias, out.weight, out.bias)

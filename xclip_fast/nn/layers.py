@@ -1,0 +1,79 @@
+"""What the towers share: the parameters of a block under their released names, and the plain pre-norm block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from .. import kernels
+
+
+class Mlp(nn.Module):
+    """The two linear layers of an FFN; their computation is ``kernels.mlp``."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(width, 4 * width)
+        self.c_proj = nn.Linear(4 * width, width)
+
+
+class TransformerBlock(nn.Module):
+    """A pre-norm transformer block of CLIP: x + attention(LN(x)), then x + FFN(LN(x)).
+
+    State dict: ``attn.in_proj_*``, ``attn.out_proj.*``, ``ln_1.*``, ``mlp.c_fc.*``, ``mlp.c_proj.*``, ``ln_2.*``.
+    """
+
+    def __init__(self, width: int, heads: int, eps: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.attn = nn.MultiheadAttention(width, heads)
+        self.ln_1 = nn.LayerNorm(width, eps)
+        self.mlp = Mlp(width)
+        self.ln_2 = nn.LayerNorm(width, eps)
+
+    def forward(self, x: Tensor, attention: Callable[[Tensor], Tensor]) -> Tensor:
+        """x (..., D); ``attention`` maps the packed projection (..., 3, H, D / H) to (..., H, D / H)."""
+        norm = self.ln_1
+        qkv = kernels.ln_linear(x, norm.weight, norm.bias, self.attn.in_proj_weight, self.attn.in_proj_bias, norm.eps)
+        mixed = attention(qkv.unflatten(-1, (3, self.heads, -1))).flatten(-2)
+        out = self.attn.out_proj
+        x = kernels.linear_residual(mixed, out.weight, out.bias, x)
+        return feed_forward(x, self.ln_2, self.mlp.c_fc, self.mlp.c_proj)
+
+
+def feed_forward(
+    x: Tensor, norm: nn.LayerNorm, fc: nn.Linear, projection: nn.Linear, drop_scale: Tensor | None = None
+) -> Tensor:
+    """``kernels.mlp`` on the parameters of modules."""
+    return kernels.mlp(
+        x, norm.weight, norm.bias, fc.weight, fc.bias, projection.weight, projection.bias, norm.eps, drop_scale
+    )
+
+
+def init_block(block: nn.Module, width: int, layers: int) -> None:
+    """CLIP's initialisation of a block's attention and FFN (Radford et al., 2021): residual branches shrink with depth."""
+    residual_std = (2 * layers * width) ** -0.5
+    nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
+    nn.init.normal_(block.attn.out_proj.weight, std=residual_std)
+    nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
+    nn.init.normal_(block.mlp.c_proj.weight, std=residual_std)
+
+
+def init_linear(module: nn.Module) -> None:
+    """The initialisation of new, not inherited, parts: truncated normal of 0.02, biases 0."""
+    for child in module.modules():
+        if isinstance(child, nn.Linear):
+            nn.init.trunc_normal_(child.weight, std=0.02)
+            if child.bias is not None:
+                nn.init.zeros_(child.bias)
+        elif isinstance(child, nn.MultiheadAttention):
+            nn.init.trunc_normal_(child.in_proj_weight, std=0.02)
+            nn.init.zeros_(child.in_proj_bias)
+
+
+def drop_path_scale(batch: int, probability: float, like: Tensor) -> Tensor:
+    """One drop path factor per sample, (B,): 0 with ``probability``, else 1 / (1 - probability)."""
+    keep = 1.0 - probability
+    return torch.empty(batch, dtype=torch.float32, device=like.device).bernoulli_(keep).div_(keep)

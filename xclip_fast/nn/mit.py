@@ -1,0 +1,59 @@
+"""The multi-frame integration transformer (paper, equation 6)."""
+
+from __future__ import annotations
+
+import functools
+import logging
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .layers import TransformerBlock, init_linear
+
+logger = logging.getLogger("xclip_fast")
+
+
+class MultiFrameIntegration(nn.Module):
+    """Frame features to one video feature: AvgPool(MIT(h + e_temp) + h), or without the residual (equation 6).
+
+    Args:
+        width: E. frames: T of the temporal position encoding. layers, heads: of the transformer.
+        residual: add the frame features to the transformer's output before pooling, as the released weights need.
+        eps: of the LayerNorms.
+
+    Shape:
+        (B, T, E) -> (B, E). Another T than the encoding's is met by linear interpolation along time.
+    """
+
+    def __init__(self, width: int, frames: int, layers: int, heads: int, residual: bool, eps: float) -> None:
+        super().__init__()
+        self.residual = residual
+        self.positional_embedding = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, frames, width), std=0.02))
+        self.resblocks = nn.ModuleList(TransformerBlock(width, heads, eps) for _ in range(layers))
+        init_linear(self)
+
+    def forward(self, h_BTE: Tensor) -> Tensor:
+        x_BTE = h_BTE + self._position(h_BTE.shape[1])
+        for block in self.resblocks:
+            x_BTE = block(x_BTE, _attend_over_frames)
+        if self.residual:
+            x_BTE = x_BTE + h_BTE
+        return x_BTE.mean(1)
+
+    def _position(self, frames: int) -> Tensor:
+        position_1TE = self.positional_embedding
+        if frames == position_1TE.shape[1]:
+            return position_1TE
+        _log_interpolation(position_1TE.shape[1], frames)
+        return F.interpolate(position_1TE.transpose(1, 2), size=frames, mode="linear").transpose(1, 2)
+
+
+def _attend_over_frames(qkv_BT3HC: Tensor) -> Tensor:
+    query, key, value = qkv_BT3HC.permute(2, 0, 3, 1, 4).unbind(0)
+    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
+
+
+@functools.cache
+def _log_interpolation(trained: int, given: int) -> None:
+    logger.info("the temporal embedding of %d frames is interpolated to the %d given", trained, given)

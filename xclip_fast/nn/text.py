@@ -1,0 +1,129 @@
+"""CLIP's text encoder without the work behind the end-of-text token (paper, section 3.3).
+
+K labels, S tokens of all labels, W width, E embedding size.
+"""
+
+from __future__ import annotations
+
+import collections
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import kernels
+from ..config import TextConfig
+from .layers import TransformerBlock, init_block
+
+CACHED_LABEL_SETS = 16
+
+
+class Transformer(nn.Module):
+    """A list of blocks under the released name ``resblocks``."""
+
+    def __init__(self, blocks: list[nn.Module]) -> None:
+        super().__init__()
+        self.resblocks = nn.ModuleList(blocks)
+
+
+class TextEncoder(nn.Module):
+    """Tokens (K, any length) to text features (K, E), read at each label's end-of-text token.
+
+    The encoder is causal, so what follows that token never matters: labels are packed without it. While
+    torch.compile or torch.export traces, shapes must not depend on values and the tokens are taken as they are:
+    trim them first (``tokenize`` does).
+
+    Without gradients of its own parameters, features are kept for the last ``CACHED_LABEL_SETS`` sets of tokens
+    and forgotten when a parameter changes.
+    """
+
+    def __init__(self, config: TextConfig, embed_dim: int, eps: float) -> None:
+        super().__init__()
+        self.config = config
+        width = config.width
+        self.token_embedding = nn.Embedding(config.vocab_size, width)
+        self.positional_embedding = nn.Parameter(torch.empty(config.context_length, width))
+        self.transformer = Transformer([TransformerBlock(width, config.heads, eps) for _ in range(config.layers)])
+        self.ln_final = nn.LayerNorm(width, eps)
+        self.text_projection = nn.Parameter(torch.empty(width, embed_dim))
+        self._cache: collections.OrderedDict[tuple[object, ...], Tensor] = collections.OrderedDict()
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.positional_embedding, std=0.01)
+        nn.init.normal_(self.text_projection, std=width**-0.5)
+        for block in self.transformer.resblocks:
+            init_block(block, width, config.layers)
+
+    def forward(self, tokens_KL: Tensor) -> Tensor:
+        """Text features.
+
+        Args:
+            tokens_KL: integer (K, any length up to the context), each row ended by the end-of-text token, which is
+                the largest number of the vocabulary; what follows it is ignored.
+
+        Returns:
+            (K, E).
+
+        Raises:
+            ValueError: if tokens are not of that shape or not integers.
+        """
+        if tokens_KL.dim() != 2 or tokens_KL.is_floating_point():
+            raise ValueError(f"tokens of shape {tuple(tokens_KL.shape)} {tokens_KL.dtype} given; integer (K, L) wanted")
+        if tokens_KL.shape[1] > self.config.context_length:
+            raise ValueError(f"{tokens_KL.shape[1]} tokens a label given; at most {self.config.context_length} fit")
+        if torch.compiler.is_compiling():
+            return self._encode_padded(tokens_KL)
+        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters()):
+            return self._encode_packed(tokens_KL)
+        return self._cached(tokens_KL)
+
+    def _cached(self, tokens_KL: Tensor) -> Tensor:
+        parameters = list(self.parameters())
+        if any(parameter.is_inference() for parameter in parameters):
+            return self._encode_packed(tokens_KL)  # their changes leave no trace to check
+        device_type = parameters[0].device.type
+        key = (
+            tuple(tokens_KL.shape),
+            tokens_KL.cpu().numpy().tobytes(),
+            torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type),
+            tuple((parameter.data_ptr(), parameter._version) for parameter in parameters),
+        )
+        features_KE = self._cache.pop(key, None)
+        if features_KE is None:
+            with torch.inference_mode(False), torch.no_grad():  # usable in a later training step
+                features_KE = self._encode_packed(tokens_KL)
+        self._cache[key] = features_KE
+        if len(self._cache) > CACHED_LABEL_SETS:
+            self._cache.popitem(last=False)
+        return features_KE
+
+    def _encode_packed(self, tokens_KL: Tensor) -> Tensor:
+        device = self.positional_embedding.device
+        # on the tokens' own device, usually the CPU, where reading the lengths waits for nothing
+        lengths_K = tokens_KL.argmax(1) + 1
+        offsets = F.pad(lengths_K.cumsum(0), (1, 0))
+        label_S, place_S = (torch.arange(tokens_KL.shape[1], device=tokens_KL.device) < lengths_K[:, None]).nonzero(
+            as_tuple=True
+        )
+        longest = int(lengths_K.max()) if len(lengths_K) else 0
+        ids_S = tokens_KL[label_S, place_S].to(device)
+        offsets = offsets.to(device)
+        x_SW = self.token_embedding(ids_S) + self.positional_embedding[place_S.to(device)]
+        for block in self.transformer.resblocks:
+            x_SW = block(x_SW, lambda qkv: kernels.causal_attention_packed(qkv, offsets, longest))
+        return self._project(x_SW[offsets[1:] - 1])
+
+    def _encode_padded(self, tokens_KL: Tensor) -> Tensor:
+        x_KLW = self.token_embedding(tokens_KL) + self.positional_embedding[: tokens_KL.shape[1]]
+        for block in self.transformer.resblocks:
+            x_KLW = block(x_KLW, _causal_attention_padded)
+        end_K = tokens_KL.argmax(1)
+        return self._project(x_KLW[torch.arange(len(end_K), device=end_K.device), end_K])
+
+    def _project(self, end_KW: Tensor) -> Tensor:
+        norm = self.ln_final
+        return kernels.ln_linear(end_KW, norm.weight, norm.bias, self.text_projection.T, None, norm.eps)
+
+
+def _causal_attention_padded(qkv_KL3HC: Tensor) -> Tensor:
+    query, key, value = qkv_KL3HC.permute(2, 0, 3, 1, 4).unbind(0)
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2)
