@@ -48,7 +48,7 @@ class Backend:
         """Why this backend does not take ``args``, or None if it does."""
         tensors = [arg for arg in args if isinstance(arg, Tensor)]
         for tensor in tensors:
-            if tensor.is_floating_point() and tensor.dtype not in self.dtypes:
+            if (tensor.is_floating_point() or tensor.is_complex()) and tensor.dtype not in self.dtypes:
                 return f"dtype {tensor.dtype} is not among {', '.join(str(dtype) for dtype in self.dtypes)}"
         if self.device_types and tensors[0].device.type not in self.device_types:
             return f"device {tensors[0].device.type} is not {' or '.join(self.device_types)}"
@@ -121,9 +121,7 @@ class Op:
 
 
 def _register(op: Op) -> Callable[..., Any]:
-    """Define ``xclip_fast::<name>`` and ``xclip_fast::<name>_backward`` with fakes and autograd."""
-    schema = torch.library.infer_schema(op.reference, mutates_args=())
-    arguments = schema[1 : schema.rindex(") -> ")]
+    """Define ``xclip_fast::<name>`` with its fake and autograd."""
 
     def contiguous(result: Any) -> Any:
         if isinstance(result, tuple):
@@ -133,54 +131,33 @@ def _register(op: Op) -> Callable[..., Any]:
     def forward(*args: Any) -> Any:
         return contiguous(op.choose(args).forward(*args))
 
-    def backward(grads: list[Tensor], needs: list[bool], *args: Any) -> list[Tensor]:
-        inputs = [
-            arg.detach().requires_grad_(need) if isinstance(arg, Tensor) else arg
-            for arg, need in zip(args, needs, strict=True)
-        ]
-        with torch.enable_grad():
-            outputs = op.reference(*inputs)
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        pairs = [(out, grad) for out, grad in zip(outputs, grads, strict=True) if out.requires_grad]
-        wanted = [arg for arg, need in zip(inputs, needs, strict=True) if need]
-        result = torch.autograd.grad(*zip(*pairs, strict=True), wanted, allow_unused=True)
-        # a fresh tensor for each: an op may not return the same storage twice, nor an input
-        return [
-            torch.zeros_like(arg) if grad is None else grad.clone(memory_format=torch.contiguous_format)
-            for arg, grad in zip(wanted, result, strict=True)
-        ]
-
-    def fake_forward(*args: Any) -> Any:
+    def fake(*args: Any) -> Any:
         return contiguous(op.reference(*args))
-
-    def fake_backward(grads: list[Tensor], needs: list[bool], *args: Any) -> list[Tensor]:
-        return [
-            torch.empty_like(arg, memory_format=torch.contiguous_format)
-            for arg, need in zip(args, needs, strict=True)
-            if need
-        ]
-
-    name = f"xclip_fast::{op.name}"
-    library_op = torch.library.custom_op(name, forward, mutates_args=(), schema=schema)
-    backward_op = torch.library.custom_op(
-        f"{name}_backward",
-        backward,
-        mutates_args=(),
-        schema=f"(Tensor[] grads, bool[] needs, {arguments}) -> Tensor[]",
-    )
-    library_op.register_fake(fake_forward)
-    backward_op.register_fake(fake_backward)
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.save_for_backward(*(arg for arg in inputs if isinstance(arg, Tensor)))
         ctx.rest = [None if isinstance(arg, Tensor) else (arg,) for arg in inputs]
 
-    def differentiate(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         saved = iter(ctx.saved_tensors)
-        args = [next(saved) if other is None else other[0] for other in ctx.rest]
-        needs = list(ctx.needs_input_grad)
-        result = iter(backward_op([grad.contiguous() for grad in grads], needs, *args))
-        return tuple(next(result) if need else None for need in needs)
+        inputs = [
+            next(saved).detach().requires_grad_(need) if other is None else other[0]
+            for other, need in zip(ctx.rest, ctx.needs_input_grad, strict=True)
+        ]
+        with torch.enable_grad():
+            outputs = op.reference(*inputs)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        kept = [index for index, out in enumerate(outputs) if out.requires_grad]
+        wanted = [arg for arg, need in zip(inputs, ctx.needs_input_grad, strict=True) if need]
+        result = iter(
+            torch.autograd.grad(
+                [outputs[index] for index in kept], wanted, [grads[index] for index in kept], allow_unused=True
+            )
+        )
+        return tuple(next(result) if need else None for need in ctx.needs_input_grad)
 
-    library_op.register_autograd(differentiate, setup_context=setup_context)
-    return library_op
+    schema = torch.library.infer_schema(op.reference, mutates_args=())
+    registered = torch.library.custom_op(f"xclip_fast::{op.name}", forward, mutates_args=(), schema=schema)
+    registered.register_fake(fake)
+    registered.register_autograd(backward, setup_context=setup_context)
+    return registered

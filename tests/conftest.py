@@ -1,0 +1,45 @@
+"""Shared by all tests: seeds, the GPU rule, small configurations."""
+
+import os
+
+import pytest
+import torch
+
+import xclip_fast
+from xclip_fast import TextConfig, VisionConfig, XCLIPConfig
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip GPU tests where there is no GPU, or let them fail if the run demands one."""
+    if torch.cuda.is_available() or os.environ.get("XCLIP_FAST_REQUIRE_GPU") == "1":
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device; torch.cuda.is_available() is False here")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def tiny_config() -> XCLIPConfig:
+    """An X-CLIP of two layers a tower, 3 frames of 32 x 32 pixels in 16 patches."""
+    return XCLIPConfig(
+        vision=VisionConfig(image_size=32, patch_size=8, width=128, layers=2, heads=2),
+        text=TextConfig(width=64, layers=2, heads=1),
+        embed_dim=64,
+        num_frames=3,
+    )
+
+
+@pytest.fixture
+def tiny_model(tiny_config: XCLIPConfig) -> xclip_fast.XCLIP:
+    model = xclip_fast.XCLIP(tiny_config).eval()
+    with torch.no_grad():  # away from the neutral initial values that hide a wrong norm or bias
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1 and name != "logit_scale":
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model
