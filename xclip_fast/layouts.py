@@ -74,9 +74,8 @@ def _rules(source: int) -> list[tuple[re.Pattern[str], str]]:
     rules = []
     for row in _NAMES:
         pattern = re.escape(row[source]).replace(r"\#", r"(\d+)").replace(r"\*", "(.+)")
-        template = row[1 - source]
-        for group in (r"\1", r"\2"):
-            template = re.sub(r"[#*]", lambda _, group=group: group, template, count=1)
+        template = re.sub("[#*]", r"\\1", row[1 - source], count=1)
+        template = re.sub("[#*]", r"\\2", template)
         rules.append((re.compile(pattern + r"\Z"), template))
     return rules
 
@@ -227,12 +226,29 @@ def _listed(keys: list[tuple[str, str]], most: int = 40) -> str:
 
 
 _HF_TOWER = {"num_hidden_layers": 12, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "attention_dropout": 0.0}
-_HF_TEXT = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "vocab_size": 49408}
-_HF_TEXT |= _HF_TOWER | {"max_position_embeddings": 77}
-_HF_VISION = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "image_size": 224}
-_HF_VISION |= _HF_TOWER | {"patch_size": 32, "num_channels": 3, "num_frames": 8, "drop_path_rate": 0.0}
-_HF_VISION |= {"mit_hidden_size": 512, "mit_intermediate_size": 2048, "mit_num_hidden_layers": 1}
-_HF_VISION |= {"mit_num_attention_heads": 8}
+_HF_TEXT = {
+    **_HF_TOWER,
+    "hidden_size": 512,
+    "intermediate_size": 2048,
+    "num_attention_heads": 8,
+    "vocab_size": 49408,
+    "max_position_embeddings": 77,
+}
+_HF_VISION = {
+    **_HF_TOWER,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_attention_heads": 12,
+    "image_size": 224,
+    "patch_size": 32,
+    "num_channels": 3,
+    "num_frames": 8,
+    "drop_path_rate": 0.0,
+    "mit_hidden_size": 512,
+    "mit_intermediate_size": 2048,
+    "mit_num_hidden_layers": 1,
+    "mit_num_attention_heads": 8,
+}
 
 
 def _hf_part(values: Mapping[str, Any], part: str, defaults: dict[str, Any]) -> dict[str, Any]:
@@ -302,7 +318,8 @@ def config_from_huggingface(values: Mapping[str, Any], preprocessor: Mapping[str
         **heads,
     )
     if not clip:  # an image CLIP becomes an X-CLIP, which the released recipe trains with ImageNet's mean and deviation
-        given = {name: tuple(preprocessor[name]) for name in ("image_mean", "image_std") if preprocessor.get(name)}
+        given: dict[str, Any] = {name: preprocessor.get(name) for name in ("image_mean", "image_std")}
+        given = {name: tuple(values) for name, values in given.items() if values}
         config = dataclasses.replace(config, **given)
     return config
 
