@@ -117,7 +117,7 @@ class TextEncoder(nn.Module):
         for block in self.transformer.resblocks:
             x_KLW = block(x_KLW, _causal_attention_padded)
         end_K = tokens_KL.argmax(1)
-        return self._project(x_KLW[torch.arange(len(end_K), device=end_K.device), end_K])
+        return self._project(x_KLW[torch.arange(end_K.shape[0], device=end_K.device), end_K])
 
     def _project(self, end_KW: Tensor) -> Tensor:
         norm = self.ln_final
