@@ -107,7 +107,7 @@ def test_drop_path_keeps_the_expectation() -> None:
 
 @pytest.mark.parametrize(
     ("shape", "message"),
-    [((5, 6, 64), "D = 128 wanted"), ((6, 128), r"\(L, B \* T, D\)"), ((5, 7, 128), "7 frames in all.*videos of 3")],
+    [((5, 6, 64), r"D = 128 wanted"), ((6, 128), r"\(L, B \* T, D\)"), ((5, 7, 128), r"7 frames in all.*videos of 3")],
 )
 def test_wrong_tokens_are_refused(shape: tuple[int, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -115,7 +115,7 @@ def test_wrong_tokens_are_refused(shape: tuple[int, ...], message: str) -> None:
 
 
 def test_wrong_drop_path_is_refused() -> None:
-    with pytest.raises(ValueError, match="drop_path 1.0"):
+    with pytest.raises(ValueError, match=r"drop_path 1\.0"):
         FastCCTBlock(WIDTH, HEADS, 3, drop_path=1.0)
 
 

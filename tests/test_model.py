@@ -106,7 +106,7 @@ def test_whole_model_equals_the_paper_written_out(tiny_model: XCLIP) -> None:
         q, k, w = split(a.q_proj(layer.norm1(prompts))), split(a.k_proj(z_normed)), split(a.v_proj(z_normed))
         mixed = (q @ k.transpose(-1, -2) / math.sqrt(64)).softmax(-1) @ w
         prompts = prompts + a.proj(mixed.transpose(1, 2).flatten(-2))
-        prompts = prompts + gelu_mlp(layer.norm3(prompts), layer.mlp[0], layer.mlp[3])
+        prompts = prompts + gelu_mlp(layer.norm3(prompts), layer.mlp["0"], layer.mlp["3"])
     c_hat = c + generator.alpha * prompts
     logits = model.logit_scale.exp() * F.cosine_similarity(v[:, None], c_hat, dim=-1)
 
@@ -133,7 +133,10 @@ def plain_transformer(blocks: torch.nn.ModuleList, x: Tensor, mask: Tensor | Non
 def test_uint8_frames_equal_normalised_float(tiny_model: XCLIP) -> None:
     video = frames()
     torch.testing.assert_close(
-        tiny_model.encode_video(video), tiny_model.encode_video(normalised(video, tiny_model.config)), rtol=1e-5, atol=1e-5
+        tiny_model.encode_video(video),
+        tiny_model.encode_video(normalised(video, tiny_model.config)),
+        rtol=1e-5,
+        atol=1e-5,
     )
 
 

@@ -67,6 +67,7 @@ class VisionTower(nn.Module):
     def _init(self, vision: VisionConfig) -> None:
         for parameter in (self.class_embedding, self.positional_embedding, self.proj):
             nn.init.normal_(parameter, std=vision.width**-0.5)
+        block: Any
         for block in self.transformer.resblocks:
             init_block(block, vision.width, vision.layers)
             init_linear(block.message_fc)
@@ -240,7 +241,8 @@ class XCLIP(nn.Module):
             right = video.is_floating_point() and video.dim() == 5 and video.shape[2:] == (3, size, size)
         if not right or video.shape[1] == 0:
             raise ValueError(
-                f"video of shape {tuple(video.shape)} {video.dtype} given; {wanted} with H = W = {size} and T >= 1 wanted"
+                f"video of shape {tuple(video.shape)} {video.dtype} given; "
+                f"{wanted} with H = W = {size} and T >= 1 wanted"
             )
 
 

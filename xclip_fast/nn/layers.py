@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,17 +44,15 @@ class TransformerBlock(nn.Module):
         return feed_forward(x, self.ln_2, self.mlp.c_fc, self.mlp.c_proj)
 
 
-def feed_forward(
-    x: Tensor, norm: nn.LayerNorm, fc: nn.Linear, projection: nn.Linear, drop_scale: Tensor | None = None
-) -> Tensor:
-    """``kernels.mlp`` on the parameters of modules."""
+def feed_forward(x: Tensor, norm: nn.LayerNorm, fc: Any, projection: Any, drop_scale: Tensor | None = None) -> Tensor:
+    """``kernels.mlp`` on the parameters of a LayerNorm and of two linear layers."""
     return kernels.mlp(
         x, norm.weight, norm.bias, fc.weight, fc.bias, projection.weight, projection.bias, norm.eps, drop_scale
     )
 
 
-def init_block(block: nn.Module, width: int, layers: int) -> None:
-    """CLIP's initialisation of a block's attention and FFN (Radford et al., 2021): residual branches shrink with depth."""
+def init_block(block: Any, width: int, layers: int) -> None:
+    """CLIP's initialisation of a block's ``attn`` and ``mlp``: residual branches shrink with depth."""
     residual_std = (2 * layers * width) ** -0.5
     nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
     nn.init.normal_(block.attn.out_proj.weight, std=residual_std)

@@ -34,13 +34,13 @@ class PromptLayer(nn.Module):
         self.cross_attn = CrossAttention(width)
         self.norm1 = nn.LayerNorm(width, eps)
         self.norm3 = nn.LayerNorm(width, eps)
-        # 1 and 2 hold no parameters; they keep the released numbering of the two linear layers
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.Identity(), nn.Identity(), nn.Linear(4 * width, width))
+        # the released numbering of the two linear layers
+        self.mlp = nn.ModuleDict({"0": nn.Linear(width, 4 * width), "3": nn.Linear(4 * width, width)})
 
     def forward(self, text: Tensor, patches_BNE: Tensor) -> Tensor:
         """text (K, E), shared by the videos, or (B, K, E); patches (B, N, E), normalised. Returns (B, K, E)."""
         attention, norm = self.cross_attn, self.norm1
-        batch, _, width = patches_BNE.shape
+        batch = patches_BNE.shape[0]
         query = kernels.ln_linear(text, norm.weight, norm.bias, attention.q_proj.weight, None, norm.eps)
         mixed = F.scaled_dot_product_attention(
             self._split(query).expand(batch, -1, -1, -1),
@@ -50,7 +50,7 @@ class PromptLayer(nn.Module):
         mixed_BKE = mixed.transpose(1, 2).flatten(-2)
         text_BKE = text.expand(batch, -1, -1)
         text_BKE = kernels.linear_residual(mixed_BKE, attention.proj.weight, attention.proj.bias, text_BKE)
-        return feed_forward(text_BKE, self.norm3, self.mlp[0], self.mlp[3])
+        return feed_forward(text_BKE, self.norm3, self.mlp["0"], self.mlp["3"])
 
     def _split(self, x: Tensor) -> Tensor:
         """(..., rows, E) to heads first, (..., H, rows, E / H)."""

@@ -1,0 +1,25 @@
+.PHONY: install test lint typecheck bench ops-bench
+
+install:
+	pip install -e '.[dev]'
+
+test:
+	pytest
+
+lint:
+	ruff check .
+	ruff format --check .
+
+# The type checker does not know setup.py's folder mapping: check a copy laid out as installed.
+typecheck:
+	rm -rf build/typecheck
+	mkdir -p build/typecheck
+	cp -r xclip_fast build/typecheck/xclip_fast
+	cp -r kernels build/typecheck/xclip_fast/kernels
+	cd build/typecheck && mypy --config-file ../../pyproject.toml -p xclip_fast
+
+bench:
+	python benchmarks/throughput.py
+
+ops-bench:
+	pytest benchmarks/ops --benchmark-only --no-cov
