@@ -1,0 +1,608 @@
+"""The command line: ``xclip-fast classify | embed | search | flops | convert | info``.
+
+Answers go to standard output: tables on a terminal, tab-separated lines in a pipe, JSON if asked for. Everything else
+goes to standard error. Exit codes: 0, 1 where something failed, 2 for wrong arguments, 130 after Ctrl-C. What a command
+needs it imports itself, so that ``--help`` is quick.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import hashlib
+import io
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .model import XCLIP, VideoFeatures
+
+app = typer.Typer(
+    help="X-CLIP video recognition: classify, embed and search video files.",
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,  # errors stay one line, help stays plain in a pipe
+    pretty_exceptions_enable=False,
+)
+
+_SUFFIXES = {
+    ".3gp",
+    ".avi",
+    ".flv",
+    ".m4v",
+    ".mkv",
+    ".mov",
+    ".mp4",
+    ".mpeg",
+    ".mpg",
+    ".mts",
+    ".ogv",
+    ".ts",
+    ".webm",
+    ".wmv",
+}
+_HEADINGS = {"name", "label", "labels", "class", "classname"}  # of a CSV's column of labels
+_FORMAT = "xclip_fast_features"  # the metadata key that marks a file of ours; its value is the version
+_CHUNK = 1024  # labels or stored videos at once: bounds memory, whatever their number
+
+Videos = Annotated[
+    list[str], typer.Argument(metavar="VIDEO...", help="Video files, or folders of them.", show_default=False)
+]
+Checkpoint = Annotated[
+    Path | None,
+    typer.Option(
+        "--checkpoint", "-c", metavar="PATH", help="Weights: ours, Hugging Face's, VideoX's or an image CLIP's."
+    ),
+]
+Variant = Annotated[str | None, typer.Option(metavar="NAME", help="Shape, such as B/16-8f, if not the checkpoint's.")]
+RandomWeights = Annotated[bool, typer.Option("--random-weights", help="Go without a checkpoint; answers mean nothing.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+DType = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"],
+    typer.Option(help="Precision; auto is bfloat16 where the hardware has matrix instructions for it."),
+]
+Frames = Annotated[int | None, typer.Option(min=1, max=1024, help="Frames of a video; default: the checkpoint's.")]
+BatchSize = Annotated[int | None, typer.Option(min=1, help="Videos at once; default: 16 on a GPU, 1 on a CPU.")]
+Workers = Annotated[int | None, typer.Option(min=1, max=256, help="Decoding threads; default: one per core.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")]
+Top = Annotated[int, typer.Option(min=1, help="How many to print.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
+
+
+@app.command()
+def classify(
+    videos: Videos,
+    labels: Annotated[str, typer.Option(help="'a,b,c', a .txt with one a line, or a .csv (one column, or id,name).")],
+    checkpoint: Checkpoint = None,
+    variant: Variant = None,
+    random_weights: RandomWeights = False,
+    top: Top = 5,
+    as_json: AsJson = False,
+    device: Device = "auto",
+    dtype: DType = "auto",
+    frames: Frames = None,
+    batch_size: BatchSize = None,
+    workers: Workers = None,
+) -> None:
+    """Name what happens in videos.
+
+    Prints the most probable of the labels for each video; in a pipe, lines of video, rank, label and probability
+    between tabs. A video that cannot be read is reported, the others are still answered, and the exit code is 1.
+    """
+    names = _labels(labels)
+    paths, failed = _videos(videos)
+    place = _place(device, dtype)
+    model = _load(checkpoint, variant, random_weights).to(**place)
+    import torch
+
+    with torch.inference_mode(), _Bar(len(paths)) as bar:
+        text_KE = torch.cat([model.encode_text(names[i : i + _CHUNK]) for i in range(0, len(names), _CHUNK)])
+
+        def answer(found: VideoFeatures) -> tuple[Tensor]:
+            logits = [model.similarity(found, part_KE) for part_KE in text_KE.split(_CHUNK)]
+            return (torch.cat(logits, dim=1).softmax(-1),)
+
+        for path, result in _run(model, paths, frames, batch_size, workers, answer, bar):
+            if isinstance(result, ValueError):
+                failed |= _complain(result, bar)
+                continue
+            probability_K = result[0]
+            if not probability_K.isfinite().all():
+                failed |= _complain(f"{path}: the model's answer is not a number; try --dtype float32", bar)
+                continue
+            best = probability_K.topk(min(top, len(names)))
+            ranked = [(names[index], value) for value, index in zip(best.values.tolist(), best.indices, strict=True)]
+            with bar.aside():
+                if as_json:
+                    answers = [{"label": label, "probability": value} for label, value in ranked]
+                    print(json.dumps({"video": path, "labels": answers, "random_weights": random_weights}), flush=True)
+                else:
+                    rows = [(str(rank), label, f"{value:.4f}") for rank, (label, value) in enumerate(ranked, 1)]
+                    _print(path, ("rank", "label", "probability"), rows)
+    raise typer.Exit(int(failed))
+
+
+@app.command()
+def embed(
+    videos: Videos,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The features go here, as safetensors.")],
+    checkpoint: Checkpoint = None,
+    variant: Variant = None,
+    random_weights: RandomWeights = False,
+    patches: Annotated[
+        bool, typer.Option("--patches/--no-patches", help="Patch features too; search needs them for prompts.")
+    ] = True,
+    overwrite: Overwrite = False,
+    device: Device = "auto",
+    dtype: DType = "auto",
+    frames: Frames = None,
+    batch_size: BatchSize = None,
+    workers: Workers = None,
+) -> None:
+    """Store features of videos, for search.
+
+    The file holds `video` (n, E) and `patches` (n, N, E) in the precision they were computed in, and as metadata the
+    videos' names and what identifies the model. Without patches a search goes by plain cosine, 1 / N of the size.
+    """
+    import tempfile
+
+    from .config import VARIANTS
+
+    _check_out(out, overwrite)
+    paths, failed = _videos(videos)
+    place = _place(device, dtype)
+    with tempfile.TemporaryDirectory(prefix=".writing-", dir=out.parent) as folder:  # an unwritable place fails early
+        model = _load(checkpoint, variant, random_weights)
+        identity = _fingerprint(model)
+        model.to(**place)
+        import torch
+        from safetensors.torch import save_file
+
+        kept: list[str] = []
+        tensors: dict[str, Tensor] = {}
+        with torch.inference_mode(), _Bar(len(paths)) as bar:
+            for path, result in _run(model, paths, frames, batch_size, workers, lambda found: found, bar):
+                if isinstance(result, ValueError):
+                    failed |= _complain(result, bar)
+                    continue
+                for name, value in zip(("video", "patches") if patches else ("video",), result, strict=False):
+                    if name not in tensors:  # room for all at once: growing would copy
+                        tensors[name] = torch.empty(len(paths), *value.shape, dtype=value.dtype)
+                    tensors[name][len(kept)] = value
+                kept.append(path)
+        if not kept:
+            _complain(f"no video could be read, so {out} is not written")
+            raise typer.Exit(1)
+        config = model.config
+        metadata = {
+            _FORMAT: "1",
+            "names": json.dumps(kept),
+            "fingerprint": identity,
+            "checkpoint": "" if checkpoint is None else str(checkpoint.resolve()),
+            "variant": next((name for name, row in VARIANTS.items() if row == config), variant or ""),
+            "frames": str(frames or config.num_frames),
+        }
+        part = Path(folder, "features")
+        save_file({name: tensor[: len(kept)] for name, tensor in tensors.items()}, part, metadata=metadata)
+        _check_out(out, overwrite)  # again: much time has passed
+        os.replace(part, out)
+    size = f"{tensors['video'].shape[1]} numbers each, {'with' if patches else 'without'} patches"
+    print(f"{_plain(str(out))}: {len(kept)} of {len(paths)} videos, {size}")
+    raise typer.Exit(int(failed))
+
+
+@app.command()
+def search(
+    features: Annotated[Path, typer.Argument(metavar="FEATURES", help="A file that embed wrote.", show_default=False)],
+    query: Annotated[str, typer.Argument(help="What to look for.", show_default=False)],
+    checkpoint: Checkpoint = None,
+    variant: Variant = None,
+    random_weights: RandomWeights = False,
+    top: Top = 10,
+    as_json: AsJson = False,
+    device: Device = "auto",
+    dtype: DType = "auto",
+) -> None:
+    """Search stored videos by text.
+
+    Prints the videos most similar to the query, by cosine. Without --checkpoint the one that the features were made
+    with is read again.
+    """
+    if not query.strip():
+        raise typer.BadParameter("the query is empty", param_hint="QUERY")
+    from safetensors import safe_open
+
+    metadata = _metadata(features)
+    if metadata is None:
+        raise ValueError(f"{features}: not a file of features; `xclip-fast embed` writes them")
+    if checkpoint is None and not random_weights:
+        if not metadata["checkpoint"]:
+            raise ValueError(f"{features}: made with random weights; to search it nevertheless, add --random-weights")
+        checkpoint = Path(metadata["checkpoint"])
+    if variant is None:
+        variant = metadata["variant"] or None
+    place = _place(device, dtype)
+    model = _load(checkpoint, variant, random_weights)
+    identity = _fingerprint(model)
+    if identity != (made_with := metadata["fingerprint"]):
+        raise ValueError(
+            f"{features}: made with other weights ({metadata['checkpoint'] or 'random'}, {made_with[:12]}) "
+            f"than {checkpoint or 'random'} ({identity[:12]}); search with the former, or embed the videos again"
+        )
+    model.to(**place)
+    import torch
+
+    from .kernels import cosine_logits
+    from .model import VideoFeatures
+
+    names = json.loads(metadata["names"])
+    like = model.logit_scale
+    scores: list[Tensor] = []
+    with torch.inference_mode(), safe_open(features, "pt") as file:
+        text_1E = model.encode_text(query)
+        video = file.get_slice("video")
+        patches = file.get_slice("patches") if "patches" in set(file.keys()) else None
+        for start in range(0, len(names), _CHUNK):
+            video_BE = video[start : start + _CHUNK].to(like)
+            if patches is None:
+                logits_B1 = cosine_logits(video_BE, text_1E.expand(len(video_BE), 1, -1), like)
+            else:
+                found = VideoFeatures(video_BE, patches[start : start + _CHUNK].to(like))
+                logits_B1 = model.similarity(found, text_1E)
+            scores.append(logits_B1[:, 0] / like.to(logits_B1.dtype).exp())
+    if patches is None:
+        print(f"note: {features} holds no patches: plain cosine, without video-specific prompts", file=sys.stderr)
+    best = torch.cat(scores).topk(min(top, len(names)))
+    hits = list(zip(best.values.tolist(), (names[index] for index in best.indices.tolist()), strict=True))
+    if as_json:
+        for score, name in hits:
+            print(json.dumps({"video": name, "score": score, "random_weights": random_weights}))
+    else:
+        rows = [(str(rank), f"{score:.4f}", name) for rank, (score, name) in enumerate(hits, 1)]
+        _print(None, ("rank", "score", "video"), rows)
+
+
+@app.command()
+def flops(as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with the parts.")] = False) -> None:
+    """Count multiply-adds, beside the paper's.
+
+    In 10^9 for one video: Table 1's number, ours counted the paper's way, what really runs here with 1 and with 400
+    labels, and what 400 labels cost where each is padded to 77 tokens.
+    """
+    from .flops import table
+
+    rows = table()
+    if as_json:
+        print(json.dumps(rows, indent=2))
+        return
+    columns = [name for name in rows[0] if name not in ("variant", "parts")]
+    cells = [(str(row["variant"]), *(f"{row[name]:.1f}" for name in columns)) for row in rows]
+    _print(None, ("variant", *columns), cells, header_in_pipe=True)
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="A checkpoint of any layout, file or folder.", show_default=False)],
+    folder: Annotated[Path, typer.Argument(help="The folder to write.", show_default=False)],
+    layout: Annotated[Literal["xclip_fast", "huggingface"], typer.Option(help="Whose names and files.")] = "xclip_fast",
+    drop_config: Annotated[
+        bool, typer.Option("--drop-config", help="Leave out a pickled training configuration.")
+    ] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Rewrite a checkpoint as safetensors."""
+    from . import checkpoint
+
+    checkpoint.convert(source, folder, layout, drop_config=drop_config, overwrite=overwrite)
+    print(f"{_plain(str(folder))}: written in the layout {layout}")
+
+
+@app.command()
+def info(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
+    """Show versions, devices and backends."""
+    from .info import show
+
+    show(as_json)
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """The console's entry point: runs a command and leaves with its exit code; errors are a line, not a traceback."""
+    logging.basicConfig(format="warning: %(message)s", level=logging.WARNING)
+    for stream in (sys.stdout, sys.stderr):  # a label that the terminal cannot show is no reason to stop
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        try:
+            app(args=None if arguments is None else list(arguments))
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # who read our output has gone; nothing may complain at exit either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ValueError, OSError, ImportError, MemoryError) as error:
+        _complain(error)
+    except RuntimeError as error:
+        if not _expected(error):
+            raise
+        _complain(error)
+    sys.exit(1)
+
+
+def _expected(error: RuntimeError) -> bool:
+    """Is it the machine's or the user's doing: memory that is short, a device that fails, a backend that refuses?"""
+    from .kernels import BackendError
+
+    words = ("out of memory", "not enough memory", "can't allocate memory", "CUDA error")
+    return isinstance(error, BackendError) or any(word in str(error) for word in words)
+
+
+def _complain(error: object, bar: _Bar | None = None) -> bool:
+    """One line on standard error; True, for ``failed |= _complain(...)``."""
+    message = " ".join(line.strip() for line in str(error).splitlines()) or type(error).__name__
+    with bar.aside() if bar else contextlib.nullcontext():
+        print(f"error: {_plain(message)}", file=sys.stderr, flush=True)
+    return True
+
+
+def _plain(text: str) -> str:
+    """Text without control characters: a file's name may hold tabs, newlines, or what commands a terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _print(
+    title: str | None, header: Sequence[str], rows: Sequence[Sequence[str]], *, header_in_pipe: bool = False
+) -> None:
+    """A table on a terminal; otherwise a line for each row, its cells and first the title between tabs."""
+    if not sys.stdout.isatty():
+        for row in [header, *rows] if header_in_pipe else rows:
+            print("\t".join(_plain(cell) for cell in ([title] if title else []) + list(row)), flush=True)
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*header, box=None, padding=(0, 2), title=Text(_plain(title)) if title else None, title_justify="left")
+    for row in rows:
+        table.add_row(*(Text(_plain(cell), overflow="fold") for cell in row))
+    Console(highlight=False).print(table)
+
+
+class _Bar:
+    """A progress bar on standard error while the block lasts; nothing if that is no terminal."""
+
+    def __init__(self, total: int) -> None:
+        self._progress: Any = None
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import Progress
+
+            # redirected, what we print would land on standard error
+            console = Console(stderr=True)
+            self._progress = Progress(console=console, transient=True, redirect_stdout=False, redirect_stderr=False)
+            self._task = self._progress.add_task("videos", total=total)
+
+    def __enter__(self) -> _Bar:
+        if self._progress:
+            self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._progress:
+            self._progress.stop()
+
+    def advance(self) -> None:
+        if self._progress:
+            self._progress.advance(self._task)
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Without the bar on the screen: for printing."""
+        self.__exit__()
+        yield
+        self.__enter__()
+
+
+def _labels(given: str) -> list[str]:
+    """The labels of ``--labels``: without blanks around them, empty ones and repetitions."""
+
+    def bad(message: str) -> typer.BadParameter:
+        return typer.BadParameter(message, param_hint="--labels")
+
+    suffix = Path(given).suffix.lower()
+    if suffix in (".txt", ".csv"):
+        try:
+            text = Path(given).read_text(encoding="utf-8-sig")
+            found = text.split("\n") if suffix == ".txt" else _column(list(csv.reader(io.StringIO(text, newline=""))))
+        except OSError as error:
+            raise bad(f"{given}: cannot be read: {error.strerror}") from error
+        except (ValueError, csv.Error) as error:
+            raise bad(f"{given}: {'not UTF-8 text' if isinstance(error, UnicodeDecodeError) else error}") from error
+    elif suffix and "," not in given and os.path.isfile(given):
+        raise bad(f"{given}: a file of labels is a .txt or a .csv")
+    else:
+        found = given.split(",")
+    stripped = [label for name in found if (label := name.strip())]
+    labels = list(dict.fromkeys(stripped))
+    if not labels:
+        raise bad(f"{given!r} holds no label")
+    if len(labels) < len(stripped):
+        print(f"note: {len(stripped) - len(labels)} labels are repetitions, taken once", file=sys.stderr)
+    return labels
+
+
+def _column(rows: list[list[str]]) -> list[str]:
+    """The labels of a CSV: its only column, the one headed "name" or the like, or the one after a column of numbers."""
+    rows = [row for row in rows if any(cell.strip() for cell in row)]
+    if not rows:
+        return []
+    heads = [cell.strip().lower() for cell in rows[0]]
+    column = next((index for index, head in enumerate(heads) if head in _HEADINGS), None)
+    first = 0 if column is None else 1
+    if column is None and len(heads) == 2 and heads[0].isdecimal():
+        column = 1
+    elif column is None and len(heads) > 1:
+        raise ValueError("its first line wants a column called name (or label, or class), or it wants one column only")
+    for number, row in enumerate(rows, 1):
+        if len(row) != len(heads):
+            raise ValueError(
+                f"row {number} has {len(row)} columns and the first {len(heads)}; quote labels with commas"
+            )
+    return [row[column or 0] for row in rows[first:]]
+
+
+def _videos(given: Sequence[str]) -> tuple[list[str], bool]:
+    """The files that are meant, those of a folder and the folders in it sorted; and whether a folder has none."""
+    paths: list[str] = []
+    failed = False
+    for name in given:
+        if not name:
+            raise typer.BadParameter("an empty name", param_hint="VIDEO...")
+        if not os.path.isdir(name):
+            paths.append(name)
+            continue
+        inside: list[str] = []
+        for folder, folders, files in os.walk(name):
+            folders[:] = [each for each in folders if not each.startswith(".")]
+            wanted = (each for each in files if Path(each).suffix.lower() in _SUFFIXES and not each.startswith("."))
+            inside += [os.path.join(folder, each) for each in wanted]
+        paths += sorted(inside)
+        if not inside:
+            failed = _complain(f"{name}: no video file in this folder")
+    if not paths:
+        raise typer.Exit(1)
+    return paths, failed
+
+
+def _place(device: str, dtype: str) -> dict[str, Any]:
+    """``device`` and ``dtype`` as arguments of ``Module.to``."""
+    import torch
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, index = device.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not (kind == "cuda" and index.isdecimal())):
+        raise typer.BadParameter(f"{device!r} is none of auto, cpu, cuda, cuda:N", param_hint="--device")
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        from .info import collect_cuda
+
+        cuda = collect_cuda()
+        raise ValueError(f"--device {device}: {cuda['reason'] or 'there are only ' + str(len(cuda['devices']))}")
+    if dtype != "auto":
+        return {"device": device, "dtype": getattr(torch, dtype)}
+    if kind == "cpu":
+        return {"device": device, "dtype": torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32}
+    major, _ = torch.cuda.get_device_capability(device)
+    return {"device": device, "dtype": torch.bfloat16 if major >= 8 else torch.float16 if major == 7 else torch.float32}
+
+
+def _load(checkpoint: Path | None, variant: str | None, random_weights: bool) -> XCLIP:
+    """The model on the CPU, in the checkpoint's own precision."""
+    if (checkpoint is None) != random_weights:
+        why = "not with --random-weights" if checkpoint else "no weights given; for trials, --random-weights needs none"
+        raise typer.BadParameter(why, param_hint="--checkpoint")
+    import torch
+
+    from . import config
+    from .model import XCLIP
+
+    try:
+        shape = None if variant is None else config.variant(variant)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--variant") from error
+    torch.manual_seed(0)  # what the checkpoint does not hold is the same in every run
+    if checkpoint is not None:
+        return XCLIP.from_pretrained(checkpoint, config=shape)
+    print("warning: random weights: the answers mean nothing", file=sys.stderr)
+    return XCLIP(shape or config.VARIANTS["B/16-8f"]).eval()
+
+
+def _fingerprint(model: XCLIP) -> str:
+    """SHA-256 of the shape and the weights, the same for the same model in any layout."""
+    import torch
+
+    values = model.config.to_dict()
+    del values["logit_scale"], values["vision"]["drop_path"]  # they say how to start and to train
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _run(
+    model: XCLIP,
+    paths: list[str],
+    frames: int | None,
+    batch_size: int | None,
+    workers: int | None,
+    answer: Callable[[VideoFeatures], Sequence[Tensor]],
+    bar: _Bar,
+) -> Iterator[tuple[str, list[Tensor] | ValueError]]:
+    """Each path in order with its part of ``answer`` of a batch, on the CPU, or with what is wrong with the video.
+
+    Threads decode ahead while the model computes.
+    """
+    import torch
+
+    from .data.decode import decode_many
+
+    config, device = model.config, model.logit_scale.device
+    batch = batch_size or (1 if device.type == "cpu" else 16)
+    size, count = config.vision.image_size, frames or config.num_frames
+    waiting: list[tuple[str, Any]] = []
+    videos: list[Tensor] = []
+    decoded = decode_many(paths, count, size=size, workers=workers, errors="return")
+    for done, (path, found) in enumerate(zip(paths, decoded, strict=True), 1):
+        waiting.append((path, found))
+        if not isinstance(found, ValueError):
+            videos.append(found)
+        if len(videos) < batch and done < len(paths):
+            continue
+        answers = [part.cpu() for part in answer(model.encode_video(torch.stack(videos).to(device)))] if videos else []
+        row = 0
+        for waited, item in waiting:
+            bar.advance()
+            if isinstance(item, ValueError):
+                yield waited, item
+            else:
+                yield waited, [part[row] for part in answers]
+                row += 1
+        waiting, videos = [], []
+
+
+def _check_out(out: Path, overwrite: bool) -> None:
+    """Refuse what ``--out`` may not be: nothing but a file of features is ever replaced."""
+    if out.is_dir() or not out.parent.is_dir():
+        what = "is a folder" if out.is_dir() else "its folder does not exist"
+        raise typer.BadParameter(f"{out}: {what}; a file in an existing folder is wanted", param_hint="--out")
+    if out.exists() and not overwrite:
+        raise FileExistsError(f"{out}: is there already; choose another name or add --overwrite")
+    if out.exists() and _metadata(out) is None:
+        raise FileExistsError(
+            f"{out}: is something else than stored features, which is never replaced; choose another name"
+        )
+
+
+def _metadata(path: Path) -> dict[str, str] | None:
+    """What ``embed`` wrote about the features in a file; None if it is another file."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+    except SafetensorError:
+        return None
+    keys = {"names", "fingerprint", "checkpoint", "variant"}
+    return metadata if metadata.get(_FORMAT) == "1" and keys <= metadata.keys() else None
+
+
+if __name__ == "__main__":
+    main()

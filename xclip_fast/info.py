@@ -1,0 +1,294 @@
+"""What works here and why the rest does not: ``python -m xclip_fast.info [--json]``, ``xclip-fast info``.
+
+``collect`` gathers plain data, ``show`` prints it. Nothing here fails because something is missing: that is its theme.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import json
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .kernels import BackendError, _dispatch, _linear
+
+# Name as shown, module, distributions that bring it, how to get it (empty: it comes with xclip-fast).
+_PACKAGES = (
+    ("triton", "triton", ("triton", "pytorch-triton", "triton-windows"), "pip install 'xclip-fast[gpu]'"),
+    ("transformers", "transformers", ("transformers",), "pip install 'xclip-fast[hf]'"),
+    ("flash-attn", "flash_attn", ("flash-attn",), "pip install 'xclip-fast[flash-attn]'"),
+    ("xformers", "xformers", ("xformers",), "pip install 'xclip-fast[xformers]'"),
+    (
+        "DALI",
+        "nvidia.dali",
+        ("nvidia-dali-cuda130", "nvidia-dali-cuda120", "nvidia-dali-cuda110"),
+        "pip install 'xclip-fast[dali]'",
+    ),
+    ("av", "av", ("av",), ""),
+    ("tokenizers", "tokenizers", ("tokenizers",), ""),
+    ("safetensors", "safetensors", ("safetensors",), ""),
+    ("numpy", "numpy", ("numpy",), ""),
+)
+_UNTRIED = {"transformers"}  # pure Python and slow to import: its metadata is enough
+_INSTRUCTIONS = {  # torch's questions about the CPU
+    "AVX2": "_is_avx2_supported",
+    "AVX512": "_is_avx512_supported",
+    "AVX512-BF16": "_is_avx512_bf16_supported",
+    "AMX": "_is_amx_tile_supported",
+    "AMX-FP16": "_is_amx_fp16_supported",
+}
+
+
+def collect() -> dict[str, Any]:
+    """Everything ``show`` prints, as JSON-ready data.
+
+    Returns:
+        ``python``, ``platform``; ``versions``: name -> ``{version, note}``, version None for what is missing;
+        ``cpu``; ``cuda``: ``{devices, reason}``, the reason None if there are devices; ``forced_backend``;
+        ``ops``: op -> device -> ``{dtype, chosen, backends}``, where ``backends`` says of each why it refuses
+        typical arguments (B/16, 8 frames), None if it takes them.
+    """
+    cuda = collect_cuda()
+    places: list[tuple[str, torch.dtype]] = [("cpu", torch.float32)]
+    kinds = {device["name"]: f"cuda:{device['index']}" for device in reversed(cuda["devices"])}
+    places += [(place, torch.bfloat16) for place in sorted(kinds.values())]  # one GPU of each kind
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": _versions(),
+        "cpu": _cpu(),
+        "cuda": cuda,
+        "forced_backend": _dispatch._forced,
+        "ops": _ops(places),
+    }
+
+
+def show(as_json: bool = False) -> None:
+    """Print ``collect()`` on standard output, for people or as one JSON object."""
+    found = collect()
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    # in a pipe a row is a line, however long
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 10_000)
+
+    def table(title: str, rows: Sequence[Sequence[str]], *header: str) -> None:
+        grid = Table(*header, box=None, show_header=bool(header), pad_edge=False, padding=(0, 3, 0, 0))
+        for row in rows:
+            grid.add_row(*(Text(cell, overflow="fold") for cell in row))
+        console.print(Text(title, style="bold"))
+        console.print(grid)
+        console.print()
+
+    table("Versions", [(name, item["version"] or "-", item["note"]) for name, item in found["versions"].items()])
+    cpu, cuda = found["cpu"], found["cuda"]
+    devices = [
+        (
+            "cpu",
+            cpu["model"],
+            f"{cpu['threads']} threads, {', '.join(cpu['instructions']) or 'no vector instructions known'}; "
+            + ", ".join(
+                f"{dtype} {'native' if on else 'GEMMs in float32'}" for dtype, on in cpu["native_gemm"].items()
+            ),
+        )
+    ]
+    for gpu in cuda["devices"]:
+        size = f"sm_{gpu['capability'].replace('.', '')}, {gpu['memory_gib']} GiB, {gpu['multiprocessors']} SMs"
+        devices.append((f"cuda:{gpu['index']}", gpu["name"], size))
+    if cuda["reason"]:
+        devices.append(("cuda", "no CUDA device", cuda["reason"]))
+    table("Devices", devices)
+    places = list(next(iter(found["ops"].values())))
+    rows = []
+    refusals: dict[tuple[str, str, str], list[str]] = {}
+    for op, by_place in found["ops"].items():
+        names = list(dict.fromkeys(name for place in by_place.values() for name in place["backends"]))
+        rows.append((op, ", ".join(names), *(by_place[place]["chosen"] or "none" for place in places)))
+        for place, choice in by_place.items():
+            for name, reason in choice["backends"].items():
+                if reason:
+                    refusals.setdefault((place, name, reason), []).append(op)
+    heads = [f"{place} {next(iter(found['ops'].values()))[place]['dtype']}" for place in places]
+    table(f"Ops (XCLIP_FAST_BACKEND: {found['forced_backend']})", rows, "op", "backends", *heads)
+    if refusals:
+        lines = [(place, name, reason, ", ".join(ops)) for (place, name, reason), ops in refusals.items()]
+        table("Refused", lines, "device", "backend", "reason", "ops")
+
+
+def _versions() -> dict[str, dict[str, str | None]]:
+    from . import __version__
+
+    found: dict[str, dict[str, str | None]] = {
+        "xclip_fast": {"version": __version__, "note": str(Path(__file__).parent)},
+        "torch": {"version": torch.__version__, "note": ""},
+        "CUDA": {"version": torch.version.cuda, "note": "that torch is built for" if torch.version.cuda else ""},
+    }
+    if torch.version.cuda is None:
+        hip = getattr(torch.version, "hip", None)
+        found["CUDA"]["note"] = f"this torch is built for ROCm {hip}" if hip else "this torch is built without CUDA"
+    for name, module, distributions, install in _PACKAGES:
+        found[name] = _package(module, distributions, install, name not in _UNTRIED)
+    found["apex"] = _apex()
+    return found
+
+
+def _package(module: str, distributions: tuple[str, ...], install: str, try_it: bool) -> dict[str, str | None]:
+    version = next((found for name in distributions if (found := _distribution_version(name))), None)
+    if not _exists(module):
+        note = f"not installed; {install or 'pip install ' + distributions[0]}"
+        return {"version": None, "note": f"{distributions[0]} {version} has no module {module}" if version else note}
+    note = ""
+    if try_it:
+        try:
+            loaded = importlib.import_module(module)
+            version = version or getattr(loaded, "__version__", None)
+        except Exception as error:  # a binary wheel built for another torch can raise anything
+            note = f"installed, but its import fails: {type(error).__name__}: {_first_line(error)}"
+    return {"version": version or "unknown", "note": note}
+
+
+def _distribution_version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _exists(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):  # its parent is missing, or something stands in for it
+        return False
+
+
+def _apex() -> dict[str, str | None]:
+    """NVIDIA's apex, told from PyPI's package of that name by what is inside, without importing either."""
+    spec = importlib.util.find_spec("apex") if _exists("apex") else None
+    if spec is None:
+        return {
+            "version": None,
+            "note": "not installed; NVIDIA's is built from its sources (`pip install apex` is not it)",
+        }
+    version = _distribution_version("apex") or "unknown"
+    places = [Path(place) for place in spec.submodule_search_locations or ()]
+    if not any((place / "normalization").is_dir() for place in places):
+        return {"version": version, "note": "PyPI's apex, an unrelated package: not NVIDIA's, and not used"}
+    built = _exists("fused_layer_norm_cuda")
+    return {"version": version, "note": "NVIDIA's" + ("" if built else ", but built without its CUDA extensions")}
+
+
+def _cpu() -> dict[str, Any]:
+    questions = {name: getattr(torch.cpu, question, None) for name, question in _INSTRUCTIONS.items()}
+    return {
+        "model": _cpu_model(),
+        "threads": torch.get_num_threads(),
+        "capability": torch.backends.cpu.get_cpu_capability(),  # the code path that torch takes
+        "instructions": [name for name, ask in questions.items() if ask is not None and ask()],
+        "native_gemm": {_dtype_name(dtype): native for dtype, native in _linear._NATIVE_ON_CPU.items()},
+    }
+
+
+def _cpu_model() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass  # not Linux
+    return platform.processor() or platform.machine() or "unknown"
+
+
+def collect_cuda() -> dict[str, Any]:
+    """``devices``, and ``reason``: why there are none, or None."""
+    if torch.version.cuda is None:
+        return {"devices": [], "reason": "this torch is built without CUDA"}
+    try:
+        torch.cuda.init()
+        devices = [_device(index) for index in range(torch.cuda.device_count())]
+    except (RuntimeError, AssertionError) as error:  # no driver, an old driver, no visible device
+        return {"devices": [], "reason": _first_line(error)}
+    return {"devices": devices, "reason": None if devices else "the driver shows no device"}
+
+
+def _device(index: int) -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(index)
+    return {
+        "index": index,
+        "name": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "memory_gib": round(properties.total_memory / 2**30, 1),
+        "multiprocessors": properties.multi_processor_count,
+    }
+
+
+def _ops(places: list[tuple[str, torch.dtype]]) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {name: {} for name in _dispatch.OPS}
+    for device, dtype in places:
+        try:
+            arguments = typical_arguments(device, dtype)
+        except RuntimeError as error:  # a device that others have filled, or may use alone
+            for name, op in _dispatch.OPS.items():
+                backends = dict.fromkeys(op.names, f"{device} cannot be used: {_first_line(error)}")
+                found[name][device] = {"dtype": _dtype_name(dtype), "chosen": None, "backends": backends}
+            continue
+        for name, op in _dispatch.OPS.items():
+            args = arguments[name]
+            try:
+                chosen = op.choose(args).name
+            except BackendError:
+                chosen = None
+            reasons = {candidate.name: candidate.refusal(args) for candidate in op.backends}
+            found[name][device] = {"dtype": _dtype_name(dtype), "chosen": chosen, "backends": reasons}
+    return found
+
+
+def typical_arguments(device: str, dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
+    """Each op's arguments in one block of B/16 with one video of 8 frames, uninitialised, by the op's name."""
+    frames, tokens, width, heads, labels = 8, 197, 768, 12, 16
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, device=device, dtype=dtype)
+
+    x, norm, bias = empty(frames, tokens, width), (empty(width), empty(width)), empty(width)
+    up, down = (empty(4 * width, width), empty(4 * width)), (empty(width, 4 * width), bias)
+    square, packed = (empty(width, width), bias), (empty(3 * width, width), empty(3 * width))
+    key_value = (empty(2 * width, width), empty(2 * width))
+    offsets = torch.arange(labels + 1, device=device) * 5
+    patch = (empty(width, 3, 16, 16), bias, empty(tokens, width), *norm)
+    return {
+        "message_kv": (x[:, 0], frames, *square, *norm, *packed, *square, *norm, *key_value, heads, 1e-5, None),
+        "ln_linear": (x, *norm, *packed, 1e-5, False),
+        "linear_residual": (x, *square, x, None, 1e-5, False),
+        "mlp": (x, *norm, *up, *down, 1e-5, None),
+        "diffusion_attention": (empty(frames, tokens, 3, heads, 64), empty(frames, 2, heads, 64)),
+        "patch_embed": (empty(frames, 224, 224, 3, dtype=torch.uint8), *patch, [0.5] * 3, [0.25] * 3, 1e-5),
+        "layer_norm": (x, *norm, 1e-5),
+        "quick_gelu": (x,),
+        "cosine_logits": (empty(1, 512), empty(1, labels, 512), empty(dtype=torch.float32)),
+        "causal_attention_packed": (empty(labels * 5, 3, 8, 64), offsets, 5),
+    }
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+if __name__ == "__main__":
+    from .cli import main
+
+    main(["info", *sys.argv[1:]])
