@@ -3,16 +3,20 @@
 A backend declares what it supports as data; one loop asks them in order of preference and keeps the reason of
 every refusal. ``XCLIP_FAST_BACKEND`` (read once, at import) or ``with backend("triton"):`` overrides the choice.
 
-Eager calls run the chosen backend directly, because a registered Python op costs tens of microseconds. While
-torch.compile or torch.export traces, a backend of plain torch calls is traced through and a kernel is entered
-through its registered op, ``torch.ops.xclip_fast.<name>``.
+A backend is either plain torch calls, differentiated by autograd, or a kernel with a backward of its own. Eager
+calls run the chosen backend directly, because a registered Python op costs tens of microseconds. While torch.compile
+or torch.export traces, plain torch calls are traced through, and a kernel is entered through its registered op:
+``torch.ops.xclip_fast.<name>``, or ``<name>_saving`` and ``<name>_backward`` where gradients are wanted.
 """
 
 import contextlib
 import dataclasses
+import importlib
+import importlib.util
+import inspect
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -33,26 +37,64 @@ class BackendError(RuntimeError):
 class Backend:
     """One implementation of an op and what it supports.
 
-    ``forward`` takes the op's arguments. ``opaque`` marks a kernel that torch.compile cannot trace.
-    ``refuse`` gets the op's arguments and returns a reason for what the fields cannot say, or None.
+    Plain torch: ``forward(*args)`` returns what the reference returns. A kernel, which has ``backward``:
+    ``forward(save, *args)`` returns the outputs as a tuple and, if ``save``, the tensors that ``backward`` wants
+    beside the arguments; ``backward(grads, saved, needs, *args)`` returns a gradient for every argument that needs
+    one, in order. ``refuse`` gets the op's arguments and returns a reason for what the fields cannot say, or None.
     """
 
     name: str
     forward: Callable[..., Any]
+    backward: Callable[..., Sequence[Tensor]] | None = None
     device_types: tuple[str, ...] = ()  # empty: any
     dtypes: tuple[torch.dtype, ...] = FLOATS
-    opaque: bool = False
+    capability: int = 0  # the least major compute capability of a CUDA device
+    package: str = ""
     refuse: Callable[..., str | None] | None = None
 
     def refusal(self, args: tuple[Any, ...]) -> str | None:
         """Why this backend does not take ``args``, or None if it does."""
+        if self.package and self.package not in _INSTALLED:
+            return f"the package {self.package} is not installed (pip install {self.package})"
         tensors = [arg for arg in args if isinstance(arg, Tensor)]
         for tensor in tensors:
             if (tensor.is_floating_point() or tensor.is_complex()) and tensor.dtype not in self.dtypes:
                 return f"dtype {tensor.dtype} is not among {', '.join(str(dtype) for dtype in self.dtypes)}"
         if self.device_types and tensors[0].device.type not in self.device_types:
             return f"device {tensors[0].device.type} is not {' or '.join(self.device_types)}"
+        if self.capability and tensors[0].device.type == "cuda":
+            major = torch.cuda.get_device_properties(tensors[0].device).major
+            if major < self.capability:
+                return f"compute capability {major}.x is below {self.capability}.0"
         return self.refuse(*args) if self.refuse else None
+
+
+_INSTALLED = frozenset(name for name in ("triton", "flash_attn", "xformers") if importlib.util.find_spec(name))
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def triton_backend(op: str, refuse: Callable[..., str | None] | None = None) -> Backend:
+    """The backend of ``kernels/triton/<op>.py``, imported at its first call: half and single precision, CUDA from
+    compute capability 8.0, or, if asked for, any device in Triton's interpreter."""
+
+    def module() -> Any:
+        return importlib.import_module(f"{__package__}.triton.{op}")
+
+    def refuse_elsewhere(*args: Any) -> str | None:
+        device = next(arg.device.type for arg in args if isinstance(arg, Tensor))
+        if device != "cuda" and not (INTERPRETED and _forced == "triton"):
+            return f"device {device} is not cuda (TRITON_INTERPRET=1 and backend triton run it slowly anywhere)"
+        return refuse(*args) if refuse else None
+
+    return Backend(
+        "triton",
+        forward=lambda save, *args: module().forward(save, *args),
+        backward=lambda grads, saved, needs, *args: module().backward(grads, saved, needs, *args),
+        dtypes=(torch.float32, torch.bfloat16, torch.float16),
+        capability=8,
+        package="triton",
+        refuse=refuse_elsewhere,
+    )
 
 
 def _checked(name: str) -> str:
@@ -86,17 +128,32 @@ def backend(name: str) -> Iterator[None]:
 class Op:
     """An op: its reference, its other backends in order of preference, and its torch.library registration.
 
-    The reference is plain differentiable torch on any device and dtype. The registered op saves its inputs only
-    and differentiates the reference again in backward.
+    The reference is plain differentiable torch on any device and dtype.
+
+    Args:
+        reference: its name, without ``_reference``, is the op's.
+        backends: the others; the reference comes last.
+        saved: for kernels: the tensors (as empty ones) that ``forward(True, *args)`` saves.
+        autocast: the arguments that kernels take in the dtype of an enclosing ``torch.autocast``. Plain torch calls
+            obey autocast themselves.
     """
 
-    def __init__(self, reference: Callable[..., Any], *backends: Backend) -> None:
+    def __init__(
+        self,
+        reference: Callable[..., Any],
+        *backends: Backend,
+        saved: Callable[..., tuple[Tensor, ...]] | None = None,
+        autocast: tuple[str, ...] = (),
+    ) -> None:
         self.name = reference.__name__.removesuffix("_reference")
         self.reference = reference
+        self.saved = saved
         self.backends = (*backends, Backend("reference", reference))
         self.names = tuple(candidate.name for candidate in self.backends)
+        parameters = list(inspect.signature(reference).parameters)
+        self.autocast = tuple(parameters.index(name) for name in autocast)
         OPS[self.name] = self
-        self.registered = _register(self)
+        self.registered, self.registered_saving = _register(self)
 
     def choose(self, args: tuple[Any, ...]) -> Backend:
         """The backend for these arguments; ``BackendError`` with every reason if there is none."""
@@ -115,34 +172,94 @@ class Op:
 
     def __call__(self, *args: Any) -> Any:
         chosen = self.choose(args)
-        if chosen.opaque and torch.compiler.is_compiling():
-            return self.registered(*args)
-        return chosen.forward(*args)
+        if chosen.backward is None:
+            return chosen.forward(*args)
+        args = self._lowered(args)
+        trained = torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
+        if torch.compiler.is_compiling():
+            if not trained:
+                return self.registered(*args)
+            outputs = self.registered_saving(*args)
+        elif trained:
+            outputs = _Kernel.apply(chosen, *args)
+        else:
+            outputs = chosen.forward(False, *args)[0]
+        saved = len(self.saved(*args)) if trained and self.saved and torch.compiler.is_compiling() else 0
+        outputs = tuple(outputs[: len(outputs) - saved])
+        return outputs if len(outputs) > 1 else outputs[0]
+
+    def _lowered(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The arguments under the enclosing autocast."""
+        device_type = next(arg.device.type for arg in args if isinstance(arg, Tensor))
+        if not self.autocast or not torch.is_autocast_enabled(device_type):
+            return args
+        dtype = torch.get_autocast_dtype(device_type)
+        return tuple(
+            arg.to(dtype) if index in self.autocast and arg is not None else arg for index, arg in enumerate(args)
+        )
 
 
-def _register(op: Op) -> Callable[..., Any]:
-    """Define ``xclip_fast::<name>`` with its fake and autograd."""
+class _Kernel(torch.autograd.Function):
+    """A kernel in eager mode: saves its arguments and what its forward hands over."""
 
-    def contiguous(result: Any) -> Any:
-        if isinstance(result, tuple):
-            return tuple(contiguous(item) for item in result)
-        return result.contiguous()
+    @staticmethod
+    def forward(ctx: Any, chosen: Backend, *args: Any) -> tuple[Tensor, ...]:
+        outputs, saved = chosen.forward(True, *args)
+        ctx.chosen = chosen
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*outputs[1:])  # row statistics: the first output alone has a gradient
+        _save(ctx, args, saved)
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        needs = list(ctx.needs_input_grad[1:])
+        args, saved = _restore(ctx)
+        result = iter(ctx.chosen.backward(grads, saved, needs, *args))
+        return (None, *(next(result) if need else None for need in needs))
+
+
+def _save(ctx: Any, args: Sequence[Any], saved: Sequence[Tensor]) -> None:
+    ctx.save_for_backward(*saved, *(arg for arg in args if isinstance(arg, Tensor)))
+    ctx.rest = [None if isinstance(arg, Tensor) else (arg,) for arg in args]
+    ctx.saved_count = len(saved)
+
+
+def _restore(ctx: Any) -> tuple[list[Any], tuple[Tensor, ...]]:
+    saved = ctx.saved_tensors[: ctx.saved_count]
+    tensors = iter(ctx.saved_tensors[ctx.saved_count :])
+    return [next(tensors) if other is None else other[0] for other in ctx.rest], saved
+
+
+def _contiguous(result: Any) -> Any:
+    if isinstance(result, tuple):
+        return tuple(_contiguous(item) for item in result)
+    return result.contiguous()
+
+
+def _register(op: Op) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Define the op's torch.library ops with their fakes and autograd; return the plain and the saving one."""
+    name = f"xclip_fast::{op.name}"
+    schema = torch.library.infer_schema(op.reference, mutates_args=())
+    arguments = schema[1 : schema.rindex(") -> ")]
+
+    # <name>: differentiated through the reference, which runs again in backward
 
     def forward(*args: Any) -> Any:
-        return contiguous(op.choose(args).forward(*args))
+        chosen = op.choose(args)
+        if chosen.backward is None:
+            return _contiguous(chosen.forward(*args))
+        outputs = tuple(chosen.forward(False, *args)[0])
+        return outputs if len(outputs) > 1 else outputs[0]
 
     def fake(*args: Any) -> Any:
-        return contiguous(op.reference(*args))
-
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(*(arg for arg in inputs if isinstance(arg, Tensor)))
-        ctx.rest = [None if isinstance(arg, Tensor) else (arg,) for arg in inputs]
+        return _contiguous(op.reference(*args))
 
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        saved = iter(ctx.saved_tensors)
+        args, _ = _restore(ctx)
         inputs = [
-            next(saved).detach().requires_grad_(need) if other is None else other[0]
-            for other, need in zip(ctx.rest, ctx.needs_input_grad, strict=True)
+            arg.detach().requires_grad_(need) if isinstance(arg, Tensor) else arg
+            for arg, need in zip(args, ctx.needs_input_grad, strict=True)
         ]
         with torch.enable_grad():
             outputs = op.reference(*inputs)
@@ -156,8 +273,64 @@ def _register(op: Op) -> Callable[..., Any]:
         )
         return tuple(next(result) if need else None for need in ctx.needs_input_grad)
 
-    schema = torch.library.infer_schema(op.reference, mutates_args=())
-    registered = torch.library.custom_op(f"xclip_fast::{op.name}", forward, mutates_args=(), schema=schema)
+    registered = torch.library.custom_op(name, forward, mutates_args=(), schema=schema)
     registered.register_fake(fake)
-    registered.register_autograd(backward, setup_context=setup_context)
-    return registered
+    registered.register_autograd(backward, setup_context=lambda ctx, inputs, output: _save(ctx, inputs, ()))
+    if op.saved is None:
+        return registered, registered
+
+    # <name>_saving and <name>_backward: a kernel and its own backward
+
+    def fresh(tensors: Sequence[Tensor], args: Sequence[Any]) -> list[Tensor]:
+        """Contiguous, and no argument itself nor one tensor twice, as torch.library demands."""
+        taken = {arg.data_ptr() for arg in args if isinstance(arg, Tensor)}
+        result = []
+        for tensor in tensors:
+            tensor = tensor.contiguous()
+            result.append(tensor.clone() if tensor.data_ptr() in taken else tensor)
+            taken.add(result[-1].data_ptr())
+        return result
+
+    def forward_saving(*args: Any) -> list[Tensor]:
+        outputs, saved = op.choose(args).forward(True, *args)
+        return fresh([*outputs, *saved], args)
+
+    def fake_saving(*args: Any) -> list[Tensor]:
+        outputs = fake(*args)
+        return [*(outputs if isinstance(outputs, tuple) else (outputs,)), *op.saved(*args)]  # type: ignore[misc]
+
+    def kernel_backward(grads: list[Tensor], saved: list[Tensor], needs: list[bool], *args: Any) -> list[Tensor]:
+        chosen = op.choose(args)
+        assert chosen.backward is not None
+        return fresh(chosen.backward(grads, saved, needs, *args), [*args, *grads, *saved])
+
+    def fake_backward(grads: list[Tensor], saved: list[Tensor], needs: list[bool], *args: Any) -> list[Tensor]:
+        return [
+            torch.empty_like(arg, memory_format=torch.contiguous_format)
+            for arg, need in zip(args, needs, strict=True)
+            if need
+        ]
+
+    def setup_saving(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+        _save(ctx, inputs, output[len(output) - len(op.saved(*inputs)) :])  # type: ignore[misc]
+
+    def backward_saving(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
+        args, saved = _restore(ctx)
+        needs = list(ctx.needs_input_grad)
+        given = [grad for grad in grads[: len(grads) - len(saved)] if grad is not None]
+        result = iter(library_backward(given, list(saved), needs, *args))
+        return tuple(next(result) if need else None for need in needs)
+
+    library_saving = torch.library.custom_op(
+        f"{name}_saving", forward_saving, mutates_args=(), schema=f"({arguments}) -> Tensor[]"
+    )
+    library_backward = torch.library.custom_op(
+        f"{name}_backward",
+        kernel_backward,
+        mutates_args=(),
+        schema=f"(Tensor[] grads, Tensor[] saved, bool[] needs, {arguments}) -> Tensor[]",
+    )
+    library_saving.register_fake(fake_saving)
+    library_backward.register_fake(fake_backward)
+    library_saving.register_autograd(backward_saving, setup_context=setup_saving)
+    return registered, library_saving

@@ -1,0 +1,66 @@
+"""quick_gelu(u) = u sigmoid(1.702 u), elementwise."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._launch import launch
+
+BLOCK = 1024
+
+
+@triton.jit
+def quick_gelu_value(u):
+    """u sigmoid(1.702 u), float32 in and out."""
+    return u * tl.sigmoid(1.702 * u)
+
+
+@triton.jit
+def quick_gelu_slope(u):
+    """d quick_gelu / du = s + 1.702 u s (1 - s) with s = sigmoid(1.702 u), float32 in and out."""
+    s = tl.sigmoid(1.702 * u)
+    return s + 1.702 * u * s * (1.0 - s)
+
+
+@triton.jit
+def _forward_kernel(
+    x_ptr,  # (size,)
+    y_ptr,  # (size,)
+    size,
+    BLOCK: tl.constexpr,
+):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    u = tl.load(x_ptr + at, mask=at < size).to(tl.float32)
+    tl.store(y_ptr + at, quick_gelu_value(u).to(y_ptr.dtype.element_ty), mask=at < size)
+
+
+@triton.jit
+def _backward_kernel(
+    x_ptr,  # (size,)
+    dy_ptr,  # (size,)
+    dx_ptr,  # (size,)
+    size,
+    BLOCK: tl.constexpr,
+):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    u = tl.load(x_ptr + at, mask=at < size).to(tl.float32)
+    dy = tl.load(dy_ptr + at, mask=at < size).to(tl.float32)
+    tl.store(dx_ptr + at, (dy * quick_gelu_slope(u)).to(dx_ptr.dtype.element_ty), mask=at < size)
+
+
+def forward(save: bool, x: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    launch(_forward_kernel, (triton.cdiv(x.numel(), BLOCK),), x, y, x.numel(), BLOCK=BLOCK)
+    return (y,), ()
+
+
+def backward(grads: Sequence[Any], saved: Sequence[Tensor], needs: Sequence[bool], x: Tensor) -> list[Tensor]:
+    x, dy = x.contiguous(), grads[0].contiguous()
+    dx = torch.empty_like(x)
+    launch(_backward_kernel, (triton.cdiv(x.numel(), BLOCK),), x, dy, dx, x.numel(), BLOCK=BLOCK)
+    return [dx]
