@@ -1,23 +1,28 @@
 """Every op: its reference against independent torch, its other backends against the reference in float64,
-torch.library's own checks, gradients, strided and empty input."""
+torch.library's own checks, gradients, strided and empty input.
 
+Triton's kernels run here in Triton's interpreter where there is no GPU (float32 and float16: it cannot do bfloat16).
+"""
+
+import contextlib
 import itertools
 import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from xclip_fast.kernels._dispatch import OPS, Backend, BackendError, Op
+from xclip_fast.kernels._dispatch import INTERPRETED, OPS, Backend, BackendError, Op
 
 from xclip_fast import kernels
 
 WIDTH, HEADS, EPS = 128, 2, 1e-5
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def normal(*shape: int, scale: float = 1.0) -> Tensor:
@@ -160,9 +165,11 @@ EMPTY: dict[str, Callable[[], tuple[Any, ...]]] = {
 
 def cast(args: tuple[Any, ...], dtype: torch.dtype, grad: bool = False) -> tuple[Any, ...]:
     def one(arg: Any) -> Any:
-        if isinstance(arg, Tensor) and arg.is_floating_point():
-            return arg.detach().to(dtype).requires_grad_(grad)
-        return arg
+        if not isinstance(arg, Tensor):
+            return arg
+        arg = arg.detach().to(DEVICE)
+        # a drop path factor has no gradient
+        return arg.to(dtype).requires_grad_(grad and arg.shape != (2,)) if arg.is_floating_point() else arg
 
     return tuple(one(arg) for arg in args)
 
@@ -190,6 +197,29 @@ def error(got: list[Tensor], exact: list[Tensor]) -> list[float]:
     ]
 
 
+def usable(op: Op, args: tuple[Any, ...]) -> list[str]:
+    """The backends that take these arguments here."""
+    names = []
+    for candidate in op.backends:
+        low = torch.bfloat16 in {getattr(arg, "dtype", None) for arg in args}
+        garbage = candidate.name == "triton" and INTERPRETED and low
+        with kernels.backend(candidate.name):
+            if not garbage and candidate.refusal(args) is None:
+                names.append(candidate.name)
+    return names
+
+
+@contextlib.contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """torch.empty gives NaN inside."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        assert torch.empty(3).isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 @pytest.mark.parametrize("case", CASES, ids=" ".join)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_backends_match_the_float64_reference(case: tuple[str, str], dtype: torch.dtype) -> None:
@@ -198,10 +228,11 @@ def test_backends_match_the_float64_reference(case: tuple[str, str], dtype: torc
     exact = run(op.reference, cast(rounded, torch.float64))
     baseline = error(run(op.reference, rounded), exact)
     assert max(baseline) < {torch.float32: 1e-5, torch.bfloat16: 0.1, torch.float16: 2e-2}[dtype]
-    for candidate in op.backends:
-        if candidate.refusal(rounded) is None:
-            for got, limit in zip(error(run(candidate.forward, rounded), exact), baseline, strict=True):
-                assert got <= 2 * limit + 4 * torch.finfo(dtype).eps, (candidate.name, case)
+    for name in usable(op, rounded):
+        with kernels.backend(name), poisoned_memory():
+            result = run(op, rounded)
+        for index, (got, limit) in enumerate(zip(error(result, exact), baseline, strict=True)):
+            assert got <= 2 * limit + 4 * torch.finfo(dtype).eps, (name, case, index)
 
 
 @pytest.mark.parametrize("case", CASES, ids=" ".join)
@@ -219,6 +250,27 @@ FIRST_CASES = {name: case for name, case in reversed(CASES)}
 def test_opcheck(name: str) -> None:
     args = cast(CASES[name, FIRST_CASES[name]](), torch.float32, grad=True)
     torch.library.opcheck(OPS[name].registered, args)
+
+
+@pytest.mark.parametrize("name", sorted(FIRST_CASES))
+def test_opcheck_with_kernels(name: str) -> None:
+    op, args = OPS[name], cast(CASES[name, FIRST_CASES[name]](), torch.float32, grad=True)
+    if "triton" not in usable(op, args):
+        pytest.skip(f"no triton kernel of {name} here")
+    with kernels.backend("triton"):
+        torch.library.opcheck(op.registered_saving, args)
+
+
+@pytest.mark.parametrize("case", CASES, ids=" ".join)
+def test_kernels_are_traced_through_their_registered_ops(case: tuple[str, str]) -> None:
+    op, args = OPS[case[0]], cast(CASES[case](), torch.float32)
+    if "triton" not in usable(op, args):
+        pytest.skip(f"no triton kernel of {case[0]} takes these arguments here")
+    with kernels.backend("triton"):
+        traced = torch.compile(lambda *given: op(*given), fullgraph=True, backend="aot_eager", dynamic=False)
+        for got, wanted in zip(run(traced, args), run(op, args), strict=True):
+            if wanted.numel():
+                torch.testing.assert_close(got, wanted)
 
 
 def test_every_op_has_cases() -> None:

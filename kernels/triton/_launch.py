@@ -4,10 +4,11 @@ The tests replace ``launch`` by a recorder and ``arch`` by an architecture of th
 tensors of production shapes, and compile what was recorded ahead of time.
 """
 
+import contextlib
 import functools
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,22 @@ def tile(op: str, device: torch.device, **sizes: int) -> dict[str, Any]:
     Raises:
         LookupError: if the tables have no row; the shipped table has one for every size.
     """
+    if op in _forced_tiles:
+        return _forced_tiles[op]
     return _tile(op, arch(device), tuple(sorted(sizes.items())))
+
+
+_forced_tiles: dict[str, dict[str, Any]] = {}
+
+
+@contextlib.contextmanager
+def forced_tile(op: str, use: dict[str, Any]) -> Iterator[None]:
+    """Take this tile for ``op`` inside the block, whatever the tables say: for tuning and tests."""
+    _forced_tiles[op] = use
+    try:
+        yield
+    finally:
+        del _forced_tiles[op]
 
 
 @functools.cache

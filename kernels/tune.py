@@ -1,0 +1,156 @@
+"""Measure tiles on this GPU: ``python -m xclip_fast.kernels.tune [--op NAME ...] [--commit]``.
+
+For every tile table and every shape of the X-CLIP blocks, each of the op's candidates that compiles, fits and agrees
+with the table's tile is timed, and the fastest is written: to the user's own table
+(``~/.cache/xclip_fast/tiles.json``), which is asked before the shipped one, or with ``--commit`` into the shipped one,
+``kernels/triton/tiles.json``.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+WIDTHS = (768, 1024)
+ROWS = (8, 64, 400, 1576, 12608, 50432)  # M: messages, a short batch, one video of B/32 and B/16, batches of 8 and 32
+LENGTHS = (50, 197, 257, 577)
+
+
+def boundaries(values: tuple[int, ...], value: int) -> list[int]:
+    """The range of sizes that a measured value stands for: up to the middle, by ratio, of its neighbours."""
+    index = values.index(value)
+    low = 0 if index == 0 else int((values[index - 1] * value) ** 0.5) + 1
+    high = 2**31 - 1 if index == len(values) - 1 else int((value * values[index + 1]) ** 0.5)
+    return [low, high]
+
+
+def _normal(*shape: int) -> Tensor:
+    return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+
+
+def gemm_work() -> Iterator[tuple[dict[str, list[int]], Callable[[], Any]]]:
+    from .triton import gemm
+
+    for width in WIDTHS:
+        shapes = ((width, 3 * width), (width, width), (width, 4 * width), (4 * width, width))
+        for k, n in shapes:
+            for m in ROWS:
+                x, weight, bias = _normal(m, k), _normal(n, k) * k**-0.5, _normal(n)
+                where = {"m": boundaries(ROWS, m), "n": [n, n], "k": [k, k]}
+                yield where, lambda x=x, weight=weight, bias=bias: gemm.matmul(x, weight, bias=bias)
+
+
+def attention_work(backward: bool) -> Iterator[tuple[dict[str, list[int]], Callable[[], Any]]]:
+    from .triton import diffusion_attention
+
+    for length in LENGTHS:
+        qkv, message = _normal(256, length, 3, 12, 64), _normal(256, 2, 12, 64)
+        where = {"length": boundaries(LENGTHS, length)}
+        if not backward:
+            yield where, lambda qkv=qkv, message=message: diffusion_attention.forward(False, qkv, message)
+            continue
+        outputs, saved = diffusion_attention.forward(True, qkv, message)
+        grads = [torch.randn_like(outputs[0])]
+        needs = [True, True]
+        yield (
+            where,
+            lambda qkv=qkv, message=message, saved=saved, grads=grads: diffusion_attention.backward(
+                grads, saved, needs, qkv, message
+            ),
+        )
+
+
+# tile table -> (module that lists its candidates, work)
+WORK: dict[str, tuple[str, Callable[[], Iterator[tuple[dict[str, list[int]], Callable[[], Any]]]]]] = {
+    "gemm": ("gemm", gemm_work),
+    "diffusion_attention": ("diffusion_attention", lambda: attention_work(False)),
+    "diffusion_attention_backward": ("diffusion_attention", lambda: attention_work(True)),
+}
+
+
+def first_tensor(result: Any) -> Tensor:
+    while not isinstance(result, Tensor):
+        result = result[0]
+    return result
+
+
+def tune(op: str, say: Callable[[str], None]) -> list[dict[str, Any]]:
+    """The measured rows of one table, fastest tile of each shape."""
+    import triton
+    from triton.testing import do_bench
+
+    from .triton import _launch
+
+    module_name, work = WORK[op]
+    candidates: list[dict[str, Any]] = importlib.import_module(f"{__package__}.triton.{module_name}").CANDIDATES[op]
+    device = torch.device("cuda")
+    name = torch.cuda.get_device_name(device)
+    rows = []
+    for where, run in work():
+        wanted = first_tensor(run()).float()
+        shipped = do_bench(run, return_mode="median")
+        best: tuple[float, dict[str, Any]] | None = None
+        for use in candidates:
+            with _launch.forced_tile(op, use):
+                try:
+                    got = first_tensor(run()).float()
+                except (triton.runtime.errors.OutOfResources, triton.compiler.errors.CompilationError):
+                    continue  # does not fit this device
+                if (got - wanted).abs().max() > 0.02 * wanted.abs().max():
+                    raise RuntimeError(f"{op} with {use} at {where} computes something else: do not use this build")
+                milliseconds = do_bench(run, return_mode="median")
+            if best is None or milliseconds < best[0]:
+                best = milliseconds, use
+        if best is None:
+            raise RuntimeError(f"no candidate of {op} runs on {name} at {where}")
+        say(f"{op} {where}: {best[0]:.4f} ms, before {shipped:.4f} ms: {best[1]}")
+        rows.append(
+            {"arch": _launch.arch(device), "where": where, "use": best[1], "measured": f"{name}, {best[0]:.4f} ms"}
+        )
+    return rows
+
+
+def merge(path: Path, rows: dict[str, list[dict[str, Any]]]) -> None:
+    """Put measured rows before the others of their table, in place of what was measured for the same bounds."""
+    table: dict[str, list[dict[str, Any]]] = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    for op, measured in rows.items():
+        done = [(row["arch"], row["where"]) for row in measured]
+        kept = [row for row in table.get(op, []) if (row["arch"], row.get("where")) not in done]
+        table[op] = [*measured, *kept]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".json", delete=False, encoding="utf-8") as file:
+        lines = ",\n".join(
+            f"  {json.dumps(op)}: [\n" + ",\n".join(f"    {json.dumps(row)}" for row in rows) + "\n  ]"
+            for op, rows in table.items()
+        )
+        file.write("{\n" + lines + "\n}\n")
+    os.replace(file.name, path)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m xclip_fast.kernels.tune", description=__doc__)
+    parser.add_argument("--op", action="append", choices=sorted(WORK), help="one table only; may be repeated")
+    parser.add_argument("--commit", action="store_true", help="write the shipped table instead of the user's own")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print("error: tuning measures on a GPU, and torch.cuda.is_available() is False here", file=sys.stderr)
+        return 1
+    from .triton import _launch
+
+    path = _launch.TABLE if options.commit else _launch.user_table()
+    for op in options.op or sorted(WORK):
+        merge(path, {op: tune(op, print)})
+    print(f"written to {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,151 @@
+"""On a GPU: the whole model with its kernels, repeated runs, CUDA graphs, training, compute-sanitizer."""
+
+import dataclasses
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from xclip_fast import VARIANTS, XCLIP, FastCCTBlock, backend, tokenize
+
+pytestmark = pytest.mark.gpu
+LABELS = ["riding a bike", "swimming", "playing the accordion while walking", "yoga"]
+
+
+def shallow(name: str, **changes: object) -> XCLIP:
+    """A variant with two layers a tower, its other sizes real, and weights that matter."""
+    config = VARIANTS[name]
+    config = dataclasses.replace(
+        config,
+        vision=dataclasses.replace(config.vision, layers=2, **changes),
+        text=dataclasses.replace(config.text, layers=2),
+    )
+    model = XCLIP(config).cuda().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1 and name != "logit_scale":
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model
+
+
+def frames(model: XCLIP, batch: int) -> Tensor:
+    size = model.config.vision.image_size
+    return torch.randint(0, 256, (batch, model.config.num_frames, size, size, 3), dtype=torch.uint8, device="cuda")
+
+
+@pytest.mark.parametrize("name", ["B/32-8f", "B/16-8f", "L/14-8f", "L/14@336-16f"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_model_with_kernels_is_as_exact_as_torch(name: str, dtype: torch.dtype) -> None:
+    model, tokens = shallow(name), tokenize(LABELS).cuda()
+    video = frames(model, 2)
+    with torch.no_grad(), backend("reference"):
+        exact = model.double()(video, tokens)
+        baseline = (model.to(dtype)(video, tokens).double() - exact).abs().max()
+    with torch.no_grad():
+        got = (model(video, tokens).double() - exact).abs().max()
+    assert got <= 2 * baseline + 0.02, (got, baseline)
+
+
+@pytest.mark.parametrize("length", [50, 197, 257, 577])
+def test_block_gradients_at_real_sizes(length: int) -> None:
+    block = FastCCTBlock(768, 12, 8, batch_first=True).cuda().bfloat16()
+    x = torch.randn(32, length, 768, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    cotangent = torch.randn_like(x)
+
+    def gradients(dtype: torch.dtype) -> list[Tensor]:
+        twin = FastCCTBlock(768, 12, 8, batch_first=True).cuda().to(dtype)
+        twin.load_state_dict(block.state_dict())
+        inputs = [x.detach().to(dtype).requires_grad_(), *twin.parameters()]
+        return list(torch.autograd.grad(twin(inputs[0]), inputs, cotangent.to(dtype)))
+
+    with backend("reference"):
+        exact, baseline = gradients(torch.float32), gradients(torch.bfloat16)
+    for got, torchs, right in zip(gradients(torch.bfloat16), baseline, exact, strict=True):
+        limit = 2 * (torchs.float() - right).norm() + 2e-3 * right.norm()
+        assert (got.float() - right).norm() <= limit
+
+
+def test_repeated_runs_are_the_same_to_the_last_bit() -> None:
+    """A race between programs shows as a difference between runs."""
+    model, tokens = shallow("B/16-8f").bfloat16(), tokenize(LABELS).cuda()
+    video = frames(model, 8)
+
+    def step() -> list[Tensor]:
+        model.zero_grad()
+        loss = F.cross_entropy(model(video, tokens), torch.arange(8, device="cuda") % 4)
+        loss.backward()
+        return [loss.detach(), *(parameter.grad.clone() for parameter in model.visual.parameters())]
+
+    first = step()
+    for _ in range(10):
+        assert all(torch.equal(a, b) for a, b in zip(step(), first, strict=True))
+
+
+def test_video_tower_is_captured_in_a_cuda_graph() -> None:
+    model = shallow("B/16-8f").bfloat16()
+    video = frames(model, 1)
+    with torch.inference_mode():
+        for _ in range(3):
+            wanted = model.encode_video(video)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            got = model.encode_video(video)
+        video.copy_(frames(model, 1))
+        graph.replay()
+        wanted = model.encode_video(video)
+        torch.testing.assert_close(got.video, wanted.video, rtol=0, atol=0)
+        torch.testing.assert_close(got.patches, wanted.patches, rtol=0, atol=0)
+
+
+def test_compiled_model_gives_the_same_numbers() -> None:
+    model, tokens = shallow("B/16-8f").bfloat16(), tokenize(LABELS).cuda()
+    video = frames(model, 2)
+    with torch.inference_mode():
+        compiled = torch.compile(model, fullgraph=True)(video, tokens)
+        torch.testing.assert_close(compiled, model(video, tokens), rtol=0.02, atol=0.05)
+
+
+def losses(name: str, steps: int) -> list[float]:
+    """Losses of a short training of two layers on fixed random videos."""
+    torch.manual_seed(0)
+    model = shallow("B/32-8f", drop_path=0.0).train()
+    video, tokens = frames(model, 16), tokenize([f"label number {index}" for index in range(16)]).cuda()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    found = []
+    with backend(name):
+        for _ in range(steps):
+            with torch.autocast("cuda", torch.bfloat16):
+                loss = F.cross_entropy(model(video, tokens), torch.arange(16, device="cuda"))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            found.append(loss.detach())
+    return [float(value) for value in found]
+
+
+def test_training_follows_the_reference() -> None:
+    ours, reference = losses("auto", 200), losses("reference", 200)
+    assert reference[-1] < 0.5 * reference[0]
+    for start in range(0, 200, 20):  # means over 20 steps: single ones differ by rounding
+        a, b = sum(ours[start : start + 20]) / 20, sum(reference[start : start + 20]) / 20
+        assert abs(a - b) <= 0.05 * b + 0.02, (start, a, b)
+
+
+def test_compute_sanitizer_finds_nothing() -> None:
+    tool = shutil.which("compute-sanitizer")
+    if tool is None:
+        pytest.skip("compute-sanitizer is not on the PATH (it comes with the CUDA toolkit)")
+    code = (
+        "import torch; from xclip_fast import FastCCTBlock\n"
+        "block = FastCCTBlock(128, 2, 3, batch_first=True).cuda().bfloat16()\n"
+        "x = torch.randn(6, 50, 128, device='cuda', dtype=torch.bfloat16, requires_grad=True)\n"
+        "block(x).sum().backward(); torch.cuda.synchronize()\n"
+    )
+    command = [tool, "--tool", "memcheck", "--error-exitcode", "9", sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
+    assert done.returncode == 0, done.stdout[-3000:]
