@@ -164,6 +164,8 @@ class Op:
         for candidate in candidates:
             reason = candidate.refusal(args)
             if reason is None:
+                if reasons and not torch.compiler.is_compiling():
+                    _log_fallback(self.name, candidate.name, "; ".join(reasons), args)
                 return candidate
             reasons.append(f"{candidate.name}: {reason}")
         shapes = ", ".join(f"{tuple(arg.shape)} {arg.dtype}" for arg in args if isinstance(arg, Tensor))
@@ -197,6 +199,17 @@ class Op:
         return tuple(
             arg.to(dtype) if index in self.autocast and arg is not None else arg for index, arg in enumerate(args)
         )
+
+
+_logged: set[tuple[str, str]] = set()
+
+
+def _log_fallback(op: str, chosen: str, reasons: str, args: tuple[Any, ...]) -> None:
+    """Say once why an op on a GPU does not run its first choice; on a CPU nothing else is expected."""
+    on_gpu = any(isinstance(arg, Tensor) and arg.is_cuda for arg in args)
+    if on_gpu and (op, reasons) not in _logged:
+        _logged.add((op, reasons))
+        logger.warning("%s runs on the backend %s; %s", op, chosen, reasons)
 
 
 class _Kernel(torch.autograd.Function):
