@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._dispatch import Backend, Op
+from ._dispatch import Backend, Op, triton_backend
+
+LONGEST = 128  # tokens of a label that fit in one tile of the kernel
 
 
 def _unpack(qkv_S3HC: Tensor, offsets_K1: Tensor, longest: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -41,7 +43,19 @@ def _sdpa(qkv: Tensor, offsets: Tensor, longest: int) -> Tensor:
     return mixed.transpose(1, 2)[label_S, place_S]
 
 
-_op = Op(causal_attention_packed_reference, Backend("sdpa", _sdpa))
+def _refuse(qkv: Tensor, offsets: Tensor, longest: int) -> str | None:
+    if qkv.shape[-1] not in (16, 32, 64):
+        return f"head size {qkv.shape[-1]} is not 16, 32 or 64"
+    return None if longest <= LONGEST else f"the longest label has {longest} tokens, more than {LONGEST}"
+
+
+_op = Op(
+    causal_attention_packed_reference,
+    triton_backend("causal_attention_packed", refuse=_refuse),
+    Backend("sdpa", _sdpa),
+    saved=lambda qkv, offsets, longest: (),
+    autocast=("qkv",),
+)
 
 
 def causal_attention_packed(qkv: Tensor, offsets: Tensor, longest: int) -> Tensor:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ._dispatch import Op
+from ._dispatch import Op, triton_backend
 
 
 def cosine_logits_reference(video: Tensor, text: Tensor, scale: Tensor) -> Tensor:
@@ -15,7 +15,14 @@ def cosine_logits_reference(video: Tensor, text: Tensor, scale: Tensor) -> Tenso
     return dots * (scale.to(precise).exp() / norms)
 
 
-_op = Op(cosine_logits_reference)
+
+def _saved(video: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+    """Dot products (B, K), norms of the videos (B,) and of the labels (B, K)."""
+    shape = text.shape[:2]
+    return tuple(video.new_empty(size, dtype=torch.float32) for size in (shape, shape[:1], shape))
+
+
+_op = Op(cosine_logits_reference, triton_backend("cosine_logits"), saved=_saved)
 
 
 def cosine_logits(video: Tensor, text: Tensor, scale: Tensor) -> Tensor:

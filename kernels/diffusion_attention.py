@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._dispatch import Backend, Op
+from ._dispatch import Backend, Op, triton_backend
+
+ONE_TILE = 64  # a frame shorter than this fits in one tile of the kernel with its message: nothing is saved for backward
 
 
 def _queries_keys_values(qkv_FL3HC: Tensor, message_F2HC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -28,7 +30,26 @@ def _sdpa(qkv: Tensor, message: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(*_queries_keys_values(qkv, message)).transpose(1, 2)
 
 
-_op = Op(diffusion_attention_reference, Backend("sdpa", _sdpa))
+def _refuse(qkv: Tensor, message: Tensor) -> str | None:
+    channels = qkv.shape[-1]
+    return None if channels in (16, 32, 64) else f"head size {channels} is not 16, 32 or 64"
+
+
+def _saved(qkv: Tensor, message: Tensor) -> tuple[Tensor, ...]:
+    """The output and, per query, log2 of the sum of the exponentials."""
+    frames, length, _, heads, channels = qkv.shape
+    if length < ONE_TILE:
+        return ()
+    return qkv.new_empty(frames, length, heads, channels), qkv.new_empty(frames, heads, length, dtype=torch.float32)
+
+
+_op = Op(
+    diffusion_attention_reference,
+    triton_backend("diffusion_attention", refuse=_refuse),
+    Backend("sdpa", _sdpa),
+    saved=_saved,
+    autocast=("qkv", "message"),
+)
 
 
 def diffusion_attention(qkv: Tensor, message: Tensor) -> Tensor:

@@ -52,7 +52,7 @@ def linear(out: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 def cases(
     dtype: torch.dtype, width: int, heads: int, length: int, patch: int, batch: int
-) -> Iterator[tuple[str, tuple]]:
+) -> Iterator[tuple[str, tuple[Any, ...]]]:
     """(op, arguments) of one block and its surroundings: B videos of 8 frames of L tokens."""
     frames, size = 8 * batch, patch * int((length - 1) ** 0.5)
     x = meta(frames, length, width, dtype=dtype)
@@ -124,10 +124,10 @@ def launches(arch: int) -> dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]
                     for attribute, replacement in replacements.items():
                         if hasattr(loaded, attribute):
                             setattr(loaded, attribute, replacement)
-            needs = [isinstance(arg, Tensor) and arg.dtype.is_floating_point for arg in args]
+            no_gradient = {"linear_residual": 4, "mlp": 8, "message_kv": 16}.get(op)  # the drop path factors
             needs = [
-                need and not (op in ("linear_residual", "mlp") and arg is args[-3 if op == "linear_residual" else -1])
-                for need, arg in zip(needs, args, strict=True)
+                isinstance(arg, Tensor) and arg.dtype.is_floating_point and index != no_gradient
+                for index, arg in enumerate(args)
             ]
             module.forward(False, *args)
             outputs, saved = module.forward(True, *args)
