@@ -15,7 +15,6 @@ def cosine_logits_reference(video: Tensor, text: Tensor, scale: Tensor) -> Tenso
     return dots * (scale.to(precise).exp() / norms)
 
 
-
 def _saved(video: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
     """Dot products (B, K), norms of the videos (B,) and of the labels (B, K)."""
     shape = text.shape[:2]
