@@ -1,0 +1,150 @@
+"""Causal attention of packed labels: one program per label and head, the whole label in one tile.
+
+S tokens in all, K labels, H heads, C channels of a head. ``attend_tile`` and ``attend_tile_backward`` serve every
+attention whose keys fit in one tile.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._launch import launch, tile
+
+
+@triton.jit
+def attend_tile(q, k, v, seen, scale):
+    """softmax(q k^T scale) v over the keys that are ``seen`` (M, N): at least one a row. Float32 out, (M, C)."""
+    # scores in powers of two: scale holds log2(e)
+    s = tl.where(seen, tl.dot(q, tl.trans(k), input_precision="ieee") * scale, float("-inf"))
+    p = tl.exp2(s - tl.max(s, 1)[:, None])
+    return tl.dot(p.to(v.dtype), v, input_precision="ieee") / tl.sum(p, 1)[:, None]
+
+
+@triton.jit
+def attend_tile_backward(q, k, v, do, seen, scale):
+    """d/dq, d/dk (both without the factor of the scores), d/dv of ``attend_tile``: float32, (M, C), (N, C), (N, C)."""
+    s = tl.where(seen, tl.dot(q, tl.trans(k), input_precision="ieee") * scale, float("-inf"))
+    p = tl.exp2(s - tl.max(s, 1)[:, None])
+    p = p / tl.sum(p, 1)[:, None]
+    # dv = p^T do;  dp = do v^T;  ds = p (dp - rowsum(p dp));  dq = ds k;  dk = ds^T q
+    dv = tl.dot(tl.trans(p.to(do.dtype)), do, input_precision="ieee")
+    dp = tl.dot(do, tl.trans(v), input_precision="ieee")
+    ds = (p * (dp - tl.sum(p * dp, 1)[:, None])).to(q.dtype)
+    return tl.dot(ds, k, input_precision="ieee"), tl.dot(tl.trans(ds), q, input_precision="ieee"), dv
+
+
+@triton.jit
+def _forward_kernel(
+    qkv_ptr,  # (S, 3, H, C), C contiguous
+    offsets_ptr,  # (K + 1,)
+    out_ptr,  # (S, H, C)
+    stride_s,
+    stride_3,
+    stride_h,
+    scale,  # log2(e) / sqrt(C)
+    HEADS: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,  # at least the longest label
+):
+    label, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
+    start = tl.load(offsets_ptr + label).to(tl.int64)
+    length = (tl.load(offsets_ptr + label + 1) - start).to(tl.int32)
+    row, channel = tl.arange(0, BLOCK), tl.arange(0, C)
+    at = qkv_ptr + (start + row)[:, None] * stride_s + head * stride_h + channel[None, :]
+    inside = row[:, None] < length
+    q = tl.load(at, mask=inside, other=0.0)
+    k = tl.load(at + stride_3, mask=inside, other=0.0)
+    v = tl.load(at + 2 * stride_3, mask=inside, other=0.0)
+    # a token sees no later one, so no token of the label sees the rows behind its end
+    out = attend_tile(q, k, v, row[:, None] >= row[None, :], scale)
+    to = out_ptr + ((start + row)[:, None] * HEADS + head) * C + channel[None, :]
+    tl.store(to, out.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _backward_kernel(
+    qkv_ptr,  # (S, 3, H, C), C contiguous
+    offsets_ptr,  # (K + 1,)
+    dout_ptr,  # (S, H, C)
+    dqkv_ptr,  # (S, 3, H, C)
+    stride_s,
+    stride_3,
+    stride_h,
+    scale,  # log2(e) / sqrt(C)
+    factor,  # 1 / sqrt(C)
+    HEADS: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,  # at least the longest label
+):
+    label, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
+    start = tl.load(offsets_ptr + label).to(tl.int64)
+    length = (tl.load(offsets_ptr + label + 1) - start).to(tl.int32)
+    row, channel = tl.arange(0, BLOCK), tl.arange(0, C)
+    at = qkv_ptr + (start + row)[:, None] * stride_s + head * stride_h + channel[None, :]
+    inside = row[:, None] < length
+    q = tl.load(at, mask=inside, other=0.0)
+    k = tl.load(at + stride_3, mask=inside, other=0.0)
+    v = tl.load(at + 2 * stride_3, mask=inside, other=0.0)
+    # rows behind the end: q = do = 0, so that they give nothing to dk and dv
+    do = tl.load(dout_ptr + ((start + row)[:, None] * HEADS + head) * C + channel[None, :], mask=inside, other=0.0)
+    dq, dk, dv = attend_tile_backward(q, k, v, do, row[:, None] >= row[None, :], scale)
+    to = dqkv_ptr + ((start + row)[:, None] * 3 * HEADS + head) * C + channel[None, :]
+    tl.store(to, (dq * factor).to(dqkv_ptr.dtype.element_ty), mask=inside)
+    tl.store(to + HEADS * C, (dk * factor).to(dqkv_ptr.dtype.element_ty), mask=inside)
+    tl.store(to + 2 * HEADS * C, dv.to(dqkv_ptr.dtype.element_ty), mask=inside)
+
+
+def forward(save: bool, qkv: Tensor, offsets: Tensor, longest: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    if qkv.dim() != 4 or qkv.shape[1] != 3 or offsets.dim() != 1 or offsets.shape[0] < 1:
+        raise ValueError(f"qkv {tuple(qkv.shape)}, offsets {tuple(offsets.shape)} given; (S, 3, H, C), (K + 1,) wanted")
+    qkv, offsets = channels_contiguous(qkv), offsets.contiguous()
+    tokens, _, heads, channels = qkv.shape
+    out = qkv.new_empty(tokens, heads, channels)
+    launch(
+        _forward_kernel,
+        ((offsets.shape[0] - 1) * heads,),
+        qkv,
+        offsets,
+        out,
+        *qkv.stride()[:3],
+        channels**-0.5 * LOG2_E,
+        HEADS=heads,
+        C=channels,
+        **tile("causal_attention_packed", qkv.device, longest=longest, bytes=qkv.element_size()),
+    )
+    return (out,), ()
+
+
+def backward(
+    grads: Sequence[Any], saved: Sequence[Tensor], needs: Sequence[bool], qkv: Tensor, offsets: Tensor, longest: int
+) -> list[Tensor]:
+    qkv, offsets = channels_contiguous(qkv), offsets.contiguous()
+    heads, channels = qkv.shape[2:]
+    dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
+    launch(
+        _backward_kernel,
+        ((offsets.shape[0] - 1) * heads,),
+        qkv,
+        offsets,
+        grads[0].contiguous(),
+        dqkv,
+        *qkv.stride()[:3],
+        channels**-0.5 * LOG2_E,
+        channels**-0.5,
+        HEADS=heads,
+        C=channels,
+        **tile("causal_attention_packed_backward", qkv.device, longest=longest, bytes=qkv.element_size()),
+    )
+    return [dqkv]
+
+
+LOG2_E = 1.4426950408889634
+
+
+def channels_contiguous(x: Tensor) -> Tensor:
+    """x itself if the channels of a head are neighbours, as in every view of a packed projection; else a copy."""
+    return x if x.stride(-1) == 1 else x.contiguous()
