@@ -1,0 +1,322 @@
+"""One persistent GEMM, y = epilogue(a b^T), for every linear layer: LayerNorm, bias, quick_gelu, its slope, drop path,
+residual and row statistics ride in its epilogue. The algebra is derived in docs/kernels.md.
+
+M rows, N columns, K summed. Programs walk over the tiles of y; from sm_90 on tiles move through tensor descriptors.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._launch import arch, launch, processors, tile
+from .quick_gelu import quick_gelu_slope, quick_gelu_value
+
+
+@triton.jit
+def _place(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+    """Row and column of a tile: columns of GROUP_M tiles, so that neighbours in time share rows and columns in L2."""
+    in_group = tile % (GROUP_M * tiles_n)
+    first = tile // (GROUP_M * tiles_n) * GROUP_M
+    height = tl.minimum(tiles_m - first, GROUP_M)
+    return first + in_group % height, in_group // height
+
+
+@triton.jit
+def _halves(x):
+    """(R, C) -> its left and its right half."""
+    left_right = tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2))
+    return tl.split(tl.permute(left_right, (0, 2, 1)))
+
+
+@triton.jit
+def gemm_kernel(
+    a_ptr,  # (M, K), rows a_row apart
+    b_ptr,  # (N, K), or (K, N) if TRANSPOSED_B; rows b_row apart
+    y_ptr,  # (M, N), rows y_row apart
+    bias_ptr,  # (N,) or None
+    mean_ptr,  # (M,) float32 or None: the LayerNorm of a whose weight is already in b
+    rstd_ptr,  # (M,) float32, with mean
+    b_sum_ptr,  # (N,) float32: sums of b over K, with mean
+    u_ptr,  # (M, N) contiguous or None: the pre-activation, written in mode "gelu", read in mode "slope"
+    h_ptr,  # (M, N) contiguous or None: mode "slope" writes quick_gelu(u)
+    drop_ptr,  # (M / sample_rows,) or None
+    residual_ptr,  # (M, N), rows residual_row apart, or None
+    part_mean_ptr,  # (slots, M) float32 or None: mean and
+    part_m2_ptr,  # (slots, M) float32: sum of squared deviations of a row's BLOCK_N / SUBTILES columns
+    sums_ptr,  # (tiles_m, N) float32 or None: column sums of y, before rounding
+    M,
+    N,
+    K,
+    a_row,
+    b_row,
+    y_row,
+    residual_row,
+    sample_rows,
+    MODE: tl.constexpr,  # "linear"; "gelu": quick_gelu of the rest; "slope": times the slope of quick_gelu at u
+    TRANSPOSED_B: tl.constexpr,
+    LOAD_DESCRIPTORS: tl.constexpr,
+    STORE_DESCRIPTORS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EVEN_K: tl.constexpr,  # K is a multiple of BLOCK_K
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    SUBTILES: tl.constexpr,  # the epilogue works on this many column slices in turn: fewer registers, less memory
+    FLATTEN: tl.constexpr,  # fuse the loops over tiles and K: the next tile's loads start before this one's epilogue
+):
+    WIDTH: tl.constexpr = BLOCK_N // SUBTILES
+    if LOAD_DESCRIPTORS:
+        a_tiles = tl.make_tensor_descriptor(a_ptr, [M, K], [a_row, 1], [BLOCK_M, BLOCK_K])
+        if TRANSPOSED_B:
+            b_tiles = tl.make_tensor_descriptor(b_ptr, [K, N], [b_row, 1], [BLOCK_K, BLOCK_N])
+        else:
+            b_tiles = tl.make_tensor_descriptor(b_ptr, [N, K], [b_row, 1], [BLOCK_N, BLOCK_K])
+    if STORE_DESCRIPTORS:
+        y_tiles = tl.make_tensor_descriptor(y_ptr, [M, N], [y_row, 1], [BLOCK_M, WIDTH])
+        if MODE == "gelu" and u_ptr is not None:
+            u_tiles = tl.make_tensor_descriptor(u_ptr, [M, N], [N, 1], [BLOCK_M, WIDTH])
+        if h_ptr is not None:
+            h_tiles = tl.make_tensor_descriptor(h_ptr, [M, N], [N, 1], [BLOCK_M, WIDTH])
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    for at in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=FLATTEN):
+        tile_m, tile_n = _place(at, tiles_m, tiles_n, GROUP_M)
+        # acc = a b^T
+        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        for k in range(tl.cdiv(K, BLOCK_K)):
+            if LOAD_DESCRIPTORS:
+                a = a_tiles.load([tile_m * BLOCK_M, k * BLOCK_K])
+                if TRANSPOSED_B:
+                    b = b_tiles.load([k * BLOCK_K, tile_n * BLOCK_N])
+                else:
+                    b = b_tiles.load([tile_n * BLOCK_N, k * BLOCK_K]).T
+            else:
+                # rows past the end repeat the last one: their results are never stored
+                a_rows = tl.minimum(tile_m * BLOCK_M + tl.arange(0, BLOCK_M), M - 1).to(tl.int64)
+                ks = k * BLOCK_K + tl.arange(0, BLOCK_K)
+                a_at = a_ptr + a_rows[:, None] * a_row + ks[None, :]
+                b_columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+                if TRANSPOSED_B:
+                    b_at = b_ptr + ks[:, None].to(tl.int64) * b_row + b_columns[None, :]
+                    if EVEN_K:
+                        a = tl.load(a_at)
+                        b = tl.load(b_at, mask=b_columns[None, :] < N, other=0.0)
+                    else:
+                        a = tl.load(a_at, mask=ks[None, :] < K, other=0.0)
+                        b = tl.load(b_at, mask=(ks[:, None] < K) & (b_columns[None, :] < N), other=0.0)
+                else:
+                    b_at = b_ptr + tl.minimum(b_columns, N - 1)[None, :].to(tl.int64) * b_row + ks[:, None]
+                    if EVEN_K:
+                        a = tl.load(a_at)
+                        b = tl.load(b_at)
+                    else:
+                        a = tl.load(a_at, mask=ks[None, :] < K, other=0.0)
+                        b = tl.load(b_at, mask=ks[:, None] < K, other=0.0)
+            acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+        in_rows = rows < M
+        if mean_ptr is not None:
+            mean = tl.load(mean_ptr + rows, mask=in_rows, other=0.0)[:, None]
+            rstd = tl.load(rstd_ptr + rows, mask=in_rows, other=0.0)[:, None]
+        if drop_ptr is not None:
+            drop = tl.load(drop_ptr + rows // sample_rows, mask=in_rows, other=0.0).to(tl.float32)[:, None]
+        if SUBTILES == 1:
+            parts = (acc,)
+        elif SUBTILES == 2:
+            parts = _halves(acc)
+        else:
+            left, right = _halves(acc)
+            parts = _halves(left) + _halves(right)
+        for part in tl.static_range(SUBTILES):
+            value = parts[part]
+            first = tile_n * BLOCK_N + part * WIDTH
+            columns = first + tl.arange(0, WIDTH)
+            in_columns = columns < N
+            inside = in_rows[:, None] & in_columns[None, :]
+            at_MN = rows[:, None].to(tl.int64) * N + columns[None, :]
+            if mean_ptr is not None:
+                # LN(x) W = r (x W' - mu s)
+                b_sum = tl.load(b_sum_ptr + columns, mask=in_columns, other=0.0)[None, :]
+                value = rstd * (value - mean * b_sum)
+            if bias_ptr is not None:
+                value += tl.load(bias_ptr + columns, mask=in_columns, other=0.0).to(tl.float32)[None, :]
+            if MODE == "gelu":
+                if u_ptr is not None:
+                    if STORE_DESCRIPTORS:
+                        u_tiles.store([tile_m * BLOCK_M, first], value.to(u_ptr.dtype.element_ty))
+                    else:
+                        tl.store(u_ptr + at_MN, value.to(u_ptr.dtype.element_ty), mask=inside)
+                value = quick_gelu_value(value)
+            if MODE == "slope":
+                u = tl.load(u_ptr + at_MN, mask=inside, other=0.0).to(tl.float32)
+                value *= quick_gelu_slope(u)
+                if h_ptr is not None:
+                    h = quick_gelu_value(u).to(h_ptr.dtype.element_ty)
+                    if STORE_DESCRIPTORS:
+                        h_tiles.store([tile_m * BLOCK_M, first], h)
+                    else:
+                        tl.store(h_ptr + at_MN, h, mask=inside)
+            if drop_ptr is not None:
+                value *= drop
+            if residual_ptr is not None:
+                residual_at = residual_ptr + rows[:, None].to(tl.int64) * residual_row + columns[None, :]
+                value += tl.load(residual_at, mask=inside, other=0.0).to(tl.float32)
+            y = value.to(y_ptr.dtype.element_ty)
+            if STORE_DESCRIPTORS:
+                y_tiles.store([tile_m * BLOCK_M, first], y)
+            else:
+                tl.store(y_ptr + rows[:, None].to(tl.int64) * y_row + columns[None, :], y, mask=inside)
+            if sums_ptr is not None:
+                sums = tl.sum(tl.where(inside, value, 0.0), 0)
+                tl.store(sums_ptr + tile_m.to(tl.int64) * N + columns, sums, mask=in_columns)
+            if part_mean_ptr is not None:
+                # mean and M2 = sum (y - mean)^2 of this slice of each row, as stored
+                stored = tl.where(in_columns[None, :], y.to(tl.float32), 0.0)
+                part_mean = tl.sum(stored, 1) / tl.maximum(tl.minimum(N - first, WIDTH), 1)
+                off = tl.where(in_columns[None, :], stored - part_mean[:, None], 0.0)
+                slot = (tile_n * SUBTILES + part).to(tl.int64) * M + rows
+                kept = in_rows & (slot < tl.cdiv(N, WIDTH).to(tl.int64) * M)
+                tl.store(part_mean_ptr + slot, part_mean, mask=kept)
+                tl.store(part_m2_ptr + slot, tl.sum(off * off, 1), mask=kept)
+
+
+@triton.jit
+def _merge_statistics_kernel(
+    part_mean_ptr,  # (slots, M)
+    part_m2_ptr,  # (slots, M)
+    mean_ptr,  # (M,)
+    rstd_ptr,  # (M,)
+    M,
+    N,
+    width,  # columns of a slot; the last may have fewer
+    slots,
+    eps,
+    SLOTS: tl.constexpr,  # >= slots, a power of two
+    ROWS: tl.constexpr,
+):
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    slot = tl.arange(0, SLOTS)[:, None]
+    inside = (slot < slots) & (rows < M)[None, :]
+    count = tl.where(inside, tl.minimum(N - slot * width, width), 0).to(tl.float32)
+    at = slot.to(tl.int64) * M + rows[None, :]
+    part_mean = tl.load(part_mean_ptr + at, mask=inside, other=0.0)
+    part_m2 = tl.load(part_m2_ptr + at, mask=inside, other=0.0)
+    # mean = sum n_i mean_i / N, M2 = sum M2_i + n_i (mean_i - mean)^2
+    mean = tl.sum(count * part_mean, 0) / N
+    off = part_mean - mean[None, :]
+    variance = tl.sum(part_m2 + count * off * off, 0) / N
+    tl.store(mean_ptr + rows, mean, mask=rows < M)
+    tl.store(rstd_ptr + rows, 1.0 / tl.sqrt(variance + eps), mask=rows < M)
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """x (..., D) as rows (M, D) with D contiguous: a view where the strides allow it, else a copy."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+
+
+def _describable(x: Tensor) -> bool:
+    """Whether a tensor descriptor takes these rows: base and row stride in whole 16 bytes."""
+    size = x.element_size()
+    return x.data_ptr() % 16 == 0 and x.stride(0) * size % 16 == 0 and x.stride(0) > 0 and x.shape[1] * size >= 16
+
+
+def gemm(
+    a: Tensor,
+    b: Tensor,
+    *,
+    bias: Tensor | None = None,
+    norm: tuple[Tensor, Tensor, Tensor] | None = None,
+    activation: bool = False,
+    keep_u: bool = False,
+    slope_at: Tensor | None = None,
+    drop_scale: Tensor | None = None,
+    residual: Tensor | None = None,
+    statistics_eps: float | None = None,
+    sums: bool = False,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, ...]:
+    """y = residual + s act(LN(a) b^T + bias), each part optional.
+
+    Args:
+        a: (M, K), unit stride along K, any row stride.
+        b: (N, K) in a's dtype, unit stride along one dimension: a weight (O, I), or its transpose for gradients.
+        bias: (N,), any floating dtype.
+        norm: (mean (M,), rstd (M,), sums of b over K (N,)), float32: the LayerNorm whose weight is folded into b.
+        activation: apply quick_gelu. ``keep_u``: return what it was applied to as well.
+        slope_at: (M, N) contiguous, in place of an activation: multiply by d quick_gelu / du at it, and return
+            quick_gelu of it as well.
+        drop_scale: (B,), M a multiple of B: factor of each M / B rows.
+        residual: (M, N), unit stride along N.
+        statistics_eps: return the mean and 1 / sqrt(variance + eps) of y's rows as well, (M,) float32 each.
+        sums: return y's column sums as well, (N,) float32.
+        dtype: of y; by default the promoted dtype of a and residual.
+
+    Returns:
+        y (M, N), contiguous, then those of u or h, (mean, rstd), sums that were asked for.
+    """
+    (M, K), N = a.shape, b.shape[0]
+    transposed = b.stride(1) != 1 and K > 1
+    b = b.T if transposed else b
+    assert a.stride(1) == 1 or K == 1
+    assert b.stride(1) == 1 or b.shape[1] == 1
+    assert a.dtype == b.dtype
+    if dtype is None:
+        dtype = a.dtype if residual is None else torch.promote_types(a.dtype, residual.dtype)
+    y = torch.empty(M, N, dtype=dtype, device=a.device)
+    second = torch.empty(M, N, dtype=a.dtype, device=a.device) if keep_u or slope_at is not None else None
+    heavy = int(residual is not None or slope_at is not None)
+    config = tile("gemm", a.device, m=M, n=N, k=K, bytes=a.element_size(), heavy=heavy)
+    block_m, block_n = config["BLOCK_M"], config["BLOCK_N"]
+    width = block_n // config["SUBTILES"]
+    tiles_m, slots = triton.cdiv(M, block_m), triton.cdiv(N, width)
+    parts = torch.empty(2, slots, M, dtype=torch.float32, device=a.device) if statistics_eps is not None else None
+    part_sums = torch.empty(tiles_m, N, dtype=torch.float32, device=a.device) if sums else None
+    outputs = [y] if second is None else [y, second]
+    descriptors = arch(a.device) >= 90
+    mean, rstd, b_sum = norm if norm is not None else (None, None, None)
+    launch(
+        gemm_kernel,
+        (min(processors(a.device) * config.get("OCCUPANCY", 1), tiles_m * triton.cdiv(N, block_n)),),
+        a,
+        b,
+        y,
+        bias,
+        mean,
+        rstd,
+        b_sum,
+        second if slope_at is None else slope_at,
+        None if slope_at is None else second,
+        drop_scale,
+        residual,
+        None if parts is None else parts[0],
+        None if parts is None else parts[1],
+        part_sums,
+        M,
+        N,
+        K,
+        a.stride(0),
+        b.stride(0),
+        N,
+        0 if residual is None else residual.stride(0),
+        1 if drop_scale is None else M // max(drop_scale.shape[0], 1),
+        MODE="slope" if slope_at is not None else "gelu" if activation else "linear",
+        TRANSPOSED_B=transposed,
+        LOAD_DESCRIPTORS=descriptors and _describable(a) and _describable(b),
+        STORE_DESCRIPTORS=descriptors and all(_describable(out) for out in outputs),
+        PRECISION="ieee",
+        EVEN_K=K % config["BLOCK_K"] == 0,
+        **{name: value for name, value in config.items() if name != "OCCUPANCY"},
+    )
+    if parts is not None:
+        statistics = [torch.empty(M, dtype=torch.float32, device=a.device) for _ in range(2)]
+        rows, all_slots = 64, triton.next_power_of_2(slots)
+        grid = (triton.cdiv(M, rows),)
+        sizes = (M, N, width, slots, statistics_eps)
+        launch(_merge_statistics_kernel, grid, *parts, *statistics, *sizes, SLOTS=all_slots, ROWS=rows)
+        outputs += statistics
+    if part_sums is not None:
+        outputs.append(part_sums.sum(0))
+    return tuple(outputs)
