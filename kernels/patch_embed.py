@@ -4,11 +4,12 @@ F frames (B * T), N = h w patches of P x P pixels, L = N + 1.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._dispatch import Op
+from ._dispatch import Op, triton_backend
 from ._linear import linear
 from .layer_norm import layer_norm_reference
 
@@ -49,7 +50,19 @@ def patch_embed_reference(
     return layer_norm_reference(tokens_FLD, ln_weight, ln_bias, eps)
 
 
-_op = Op(patch_embed_reference)
+def _refuse(frames: Tensor, weight: Tensor, *_: Any) -> str | None:
+    width = weight.shape[0]
+    return None if 1 <= width <= 2048 else f"width {width} is not between 1 and 2048"
+
+
+def _saved(frames: Tensor, weight: Tensor, class_embedding: Tensor, position: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    """The tokens before LN_pre (F, L, D) and the mean and 1 / sigma of each (F, L)."""
+    shape = (frames.shape[0], *position.shape)
+    tokens = weight.new_empty(shape, dtype=torch.promote_types(weight.dtype, position.dtype))
+    return tokens, *(weight.new_empty(shape[:2], dtype=torch.float32) for _ in range(2))
+
+
+_op = Op(patch_embed_reference, triton_backend("patch_embed", refuse=_refuse), saved=_saved, autocast=("weight",))
 
 
 def patch_embed(

@@ -1,0 +1,309 @@
+"""patch_embed: frames to normalised, positioned tokens: a GEMM that gathers its rows from the pixels, then LN_pre.
+
+F frames, N patches of P x P pixels, L = N + 1 tokens, D width, K = 3 P^2 pixels of a patch. The tokens before LN_pre
+are kept for backward only if gradients are wanted; otherwise LN_pre runs in place.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._linear import linear
+from ._launch import launch, tile
+from .layer_norm import normalise_backward, rows_of
+
+
+@triton.jit
+def _fold_kernel(
+    weight_ptr,  # (D, 3, P, P)
+    folded_ptr,  # (D, padded), channel last as the pixels, zeros behind K
+    bias_ptr,  # (D,) float32
+    mean_0,
+    mean_1,
+    mean_2,
+    std_0,
+    std_1,
+    std_2,
+    width,
+    padded,
+    AREA: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """W ((u / 255 - mean) / std) = W / (255 std) (u - 128) + W (128 / 255 - mean) / std"""
+    d = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    bias = tl.zeros((ROWS, BLOCK), tl.float32)
+    for start in range(0, padded, BLOCK):
+        k = start + tl.arange(0, BLOCK)
+        channel, pixel = k % 3, k // 3
+        mean = tl.where(channel == 0, mean_0, tl.where(channel == 1, mean_1, mean_2))
+        std = tl.where(channel == 0, std_0, tl.where(channel == 1, std_1, std_2))
+        at = weight_ptr + d[:, None] * (3 * AREA) + (channel * AREA + pixel)[None, :]
+        weight = tl.load(at, mask=(d[:, None] < width) & (k[None, :] < 3 * AREA), other=0.0).to(tl.float32)
+        bias += weight * ((128 / 255 - mean) / std)[None, :]
+        folded = (weight / (255 * std)[None, :]).to(folded_ptr.dtype.element_ty)
+        tl.store(
+            folded_ptr + d[:, None] * padded + k[None, :], folded, mask=(d[:, None] < width) & (k[None, :] < padded)
+        )
+    tl.store(bias_ptr + d, tl.sum(bias, 1), mask=d < width)
+
+
+@triton.jit
+def _tokens_kernel(
+    frames_ptr,  # uint8 (F, H, W, 3) if LEVELS, else float (F, 3, H, W)
+    kernel_ptr,  # (D, K or more): W, or W / (255 std) with its columns in the order of the pixels
+    bias_ptr,  # (D,) float32, only if LEVELS
+    position_ptr,  # (L, D)
+    tokens_ptr,  # (F, L, D): rows 1.. of each frame are written
+    rows,  # F N
+    width,
+    patches,
+    across,  # patches of one row of the frame
+    frame_stride,
+    channel_stride,
+    y_stride,
+    x_stride,
+    kernel_stride,
+    LEVELS: tl.constexpr,
+    PATCH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """tokens[f, 1 + n] = W patch[f, n] + b + position[1 + n]"""
+    DEPTH: tl.constexpr = 3 * PATCH * PATCH
+    blocks = tl.cdiv(width, BLOCK_N)
+    m = (tl.program_id(0) // blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
+    d = (tl.program_id(0) % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    # rows and columns past the end repeat the last one: their results are never stored
+    inside = (m[:, None] < rows) & (d[None, :] < width)
+    m = tl.minimum(m, rows - 1)
+    frame, patch = (m // patches).to(tl.int64), m % patches
+    weight_row = tl.minimum(d, width - 1) * kernel_stride
+    corner = frame * frame_stride + (patch // across) * PATCH * y_stride + (patch % across) * PATCH * x_stride
+
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, DEPTH, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        if LEVELS:  # a row of a patch is 3 P neighbouring bytes
+            offset = k // (3 * PATCH) * y_stride + k % (3 * PATCH)
+        else:
+            pixel = k % (PATCH * PATCH)
+            offset = k // (PATCH * PATCH) * channel_stride + pixel // PATCH * y_stride + pixel % PATCH * x_stride
+        a_at = frames_ptr + corner[:, None] + offset[None, :]
+        b_at = kernel_ptr + weight_row[None, :] + k[:, None]
+        if DEPTH % BLOCK_K == 0:
+            a = tl.load(a_at)
+            b = tl.load(b_at)
+        else:
+            a = tl.load(a_at, mask=k[None, :] < DEPTH, other=0)
+            b = tl.load(b_at, mask=k[:, None] < DEPTH, other=0.0)
+        if LEVELS:  # -128..127: exact in every weight's dtype; behind K it meets zeros of b
+            a = a.to(tl.float32) - 128
+        total = tl.dot(a.to(b.dtype), b, total, input_precision="ieee")
+
+    if LEVELS:
+        total += tl.load(bias_ptr + d, mask=d < width, other=0.0)[None, :]
+    total += tl.load(position_ptr + (1 + patch)[:, None] * width + d[None, :], mask=inside, other=0.0).to(tl.float32)
+    at = (frame * (patches + 1) + 1 + patch)[:, None] * width + d[None, :]
+    tl.store(tokens_ptr + at, total.to(tokens_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _norm_kernel(
+    tokens_ptr,  # (F, L, D): rows 1.. of each frame are read; row 0 is written if SAVE
+    class_ptr,  # (D,)
+    position_ptr,  # (L, D)
+    weight_ptr,  # (D,)
+    bias_ptr,  # (D,)
+    out_ptr,  # (F, L, D), may be tokens_ptr
+    mean_ptr,  # (F, L) float32, only if SAVE
+    rstd_ptr,  # (F, L) float32, only if SAVE
+    length,
+    width,
+    eps,
+    SAVE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """LN_pre of one token, which is class + position[0] at the head of a frame."""
+    row = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, BLOCK)
+    inside = d < width
+    head = d < tl.where(row % length == 0, width, 0)  # all channels of a class token, none of another
+    x = tl.load(tokens_ptr + row * width + d, mask=inside ^ head, other=0.0)
+    token = tl.load(class_ptr + d, mask=head, other=0.0).to(tl.float32)
+    token += tl.load(position_ptr + d, mask=head, other=0.0).to(tl.float32)
+    token = token.to(x.dtype)
+    x = tl.where(head, token, x).to(tl.float32)
+    mean = tl.sum(x, 0) / width
+    centred = tl.where(inside, x - mean, 0.0)
+    rstd = 1 / tl.sqrt_rn(tl.sum(centred * centred, 0) / width + eps)
+    weight = tl.load(weight_ptr + d, mask=inside, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + d, mask=inside, other=0.0).to(tl.float32)
+    y = centred * rstd * weight + bias
+    tl.store(out_ptr + row * width + d, y.to(out_ptr.dtype.element_ty), mask=inside)
+    if SAVE:
+        tl.store(tokens_ptr + row * width + d, token, mask=head)
+        tl.store(mean_ptr + row, mean)
+        tl.store(rstd_ptr + row, rstd)
+
+
+def forward(
+    save: bool,
+    frames: Tensor,
+    weight: Tensor,
+    class_embedding: Tensor,
+    position: Tensor,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    mean: Sequence[float],
+    std: Sequence[float],
+    eps: float,
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    count, down, across = _grid(frames, weight, position)
+    (length, width), patch = position.shape, weight.shape[-1]
+    weight, position = weight.contiguous(), position.contiguous()
+    levels = frames.dtype == torch.uint8
+    if levels:
+        if frames.stride()[2:] != (3, 1):
+            frames = frames.contiguous()
+        frame_stride, y_stride, x_stride, channel_stride = frames.stride()
+        # rows of whole 16-byte vectors
+        kernel = weight.new_empty(width, triton.cdiv(weight[0].numel(), 16) * 16)
+        bias = weight.new_empty(width, dtype=torch.float32)
+        launch(
+            _fold_kernel,
+            (triton.cdiv(width, 8),),
+            weight,
+            kernel,
+            bias,
+            *(float(number) for number in (*mean, *std)),
+            width,
+            kernel.shape[1],
+            AREA=patch * patch,
+            ROWS=8,
+            BLOCK=256,
+        )
+    else:
+        frame_stride, channel_stride, y_stride, x_stride = frames.stride()
+        kernel, bias = weight.view(width, -1), None
+
+    rows = count * down * across
+    tokens = weight.new_empty(count, length, width, dtype=torch.promote_types(weight.dtype, position.dtype))
+    options = tile("patch_embed", frames.device, bytes=weight.element_size(), rows=rows)
+    launch(
+        _tokens_kernel,
+        (triton.cdiv(rows, options["BLOCK_M"]) * triton.cdiv(width, options["BLOCK_N"]),),
+        frames,
+        kernel,
+        bias,
+        position,
+        tokens,
+        rows,
+        width,
+        down * across,
+        across,
+        frame_stride,
+        channel_stride,
+        y_stride,
+        x_stride,
+        kernel.stride(0),
+        LEVELS=levels,
+        PATCH=patch,
+        **options,
+    )
+    out, saved = tokens, ()
+    if save:
+        statistics = tokens.new_empty(2, count, length, dtype=torch.float32)
+        out, saved = torch.empty_like(tokens), (tokens, statistics[0], statistics[1])
+    launch(
+        _norm_kernel,
+        (count * length,),
+        tokens,
+        class_embedding.contiguous(),
+        position,
+        ln_weight.contiguous(),
+        ln_bias.contiguous(),
+        out,
+        *(saved[1:] or (None, None)),
+        length,
+        width,
+        eps,
+        SAVE=save,
+        BLOCK=triton.next_power_of_2(width),
+        num_warps=4,
+    )
+    return (out,), saved
+
+
+def _grid(frames: Tensor, weight: Tensor, position: Tensor) -> tuple[int, int, int]:
+    """Frames, patches downwards, patches across; ``ValueError`` where the sizes do not fit."""
+    patch = weight.shape[-1]
+    count, height, length = frames.shape[:3] if frames.dtype == torch.uint8 else (len(frames), *frames.shape[2:])
+    if height % patch or length % patch or position.shape[0] != height // patch * (length // patch) + 1:
+        raise ValueError(
+            f"frames of {height} x {length} pixels and positions {tuple(position.shape)} do not fit: patches of "
+            f"{patch} want sides that are multiples of {patch}, and a position for each patch and the class token"
+        )
+    return count, height // patch, length // patch
+
+
+def backward(
+    grads: Sequence[Any],
+    saved: Sequence[Tensor],
+    needs: Sequence[bool],
+    frames: Tensor,
+    weight: Tensor,
+    class_embedding: Tensor,
+    position: Tensor,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    mean: Sequence[float],
+    std: Sequence[float],
+    eps: float,
+) -> list[Tensor]:
+    tokens, row_mean, row_rstd = saved
+    count, down, across = _grid(frames, weight, position)
+    width, _, patch, _ = weight.shape
+    levels = frames.dtype == torch.uint8
+    dtokens, dln_weight, dln_bias, _ = normalise_backward(
+        rows_of(grads[0]), tokens.view(-1, width), row_mean.view(-1), row_rstd.view(-1), ln_weight.contiguous()
+    )
+    dtokens = dtokens.view(tokens.shape)
+    dposition = dtokens.sum(0, dtype=torch.float32)
+    dframes = dweight = None
+    if needs[1]:
+        # patches (F, L, K) with zeros for the class token, so that dtokens is read as it lies: dW = dtokens^T patches
+        patches = weight.new_zeros(count, position.shape[0], 3 * patch * patch)
+        if levels:
+            grid = frames.view(count, down, patch, across, patch, 3).transpose(2, 3)
+            patches[:, 1:].view(grid.shape).copy_(grid).sub_(128)
+        else:
+            grid = frames.reshape(count, 3, down, patch, across, patch).permute(0, 2, 4, 1, 3, 5)
+            patches[:, 1:].view(grid.shape).copy_(grid)
+        dkernel = linear(dtokens.to(weight.dtype).view(-1, width).T, patches.view(-1, patches.shape[2]).T)
+        if levels:
+            # W' = W / (255 std), channel last, and b' = sum W (128 / 255 - mean) / std
+            deviation = torch.tensor(std, device=weight.device)
+            offset = (128 / 255 - torch.tensor(mean, device=weight.device)) / deviation
+            dkernel = dkernel.view(width, patch, patch, 3) / (255 * deviation)
+            dkernel += offset * dposition[1:].sum(0)[:, None, None, None]
+            dkernel = dkernel.permute(0, 3, 1, 2)
+        dweight = dkernel.reshape(weight.shape).to(weight.dtype, memory_format=torch.contiguous_format)
+    if needs[0]:
+        dpatches = linear(dtokens[:, 1:].to(weight.dtype), weight.view(width, -1).T)
+        grid = dpatches.view(count, down, across, 3, patch, patch).permute(0, 3, 1, 4, 2, 5)
+        dframes = grid.reshape(frames.shape).to(frames.dtype)
+    gradients = [
+        dframes,
+        dweight,
+        dposition[0].to(class_embedding.dtype),
+        dposition.to(position.dtype),
+        dln_weight.to(ln_weight.dtype),
+        dln_bias.to(ln_bias.dtype),
+    ]
+    return [grad for grad, need in zip(gradients, needs, strict=False) if need and grad is not None]
