@@ -14,6 +14,7 @@ import io
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -34,7 +35,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-_SUFFIXES = set(".3gp .avi .flv .m4v .mkv .mov .mp4 .mpeg .mpg .mts .ogv .ts .webm .wmv".split())
+# In a folder: what looks like a video and is not hidden.
+_VIDEO = re.compile(r"[^.].*\.(3gp|avi|flv|m4v|mkv|mov|mp4|mpe?g|mts|ogv|ts|webm|wmv)", re.IGNORECASE | re.DOTALL)
 _HEADINGS = {"name", "label", "labels", "class", "classname"}  # of a CSV's column of labels
 _FORMAT = "xclip_fast_features"  # the metadata key that marks a file of ours; its value is the version
 _CHUNK = 1024  # labels or stored videos at once: bounds memory, whatever their number
@@ -459,8 +461,7 @@ def _videos(given: Sequence[str]) -> tuple[list[str], bool]:
         inside: list[str] = []
         for folder, folders, files in os.walk(name):
             folders[:] = [each for each in folders if not each.startswith(".")]
-            wanted = (each for each in files if Path(each).suffix.lower() in _SUFFIXES and not each.startswith("."))
-            inside += [os.path.join(folder, each) for each in wanted]
+            inside += [os.path.join(folder, each) for each in files if _VIDEO.fullmatch(each)]
         paths += sorted(inside)
         if not inside:
             failed = _complain(f"{name}: no video file in this folder")
