@@ -141,6 +141,13 @@ def test_other_dtypes(dtype):
         assert_close(ours(tokens().to(dtype)), theirs(tokens().to(dtype)), 1e-9 if dtype == torch.float64 else 3e-2)
 
 
+def test_a_model_without_memory_yet():
+    with torch.device("meta"):
+        model = accelerate(ReleasedBlock(drop=1e-9))
+        model.drop_path.drop_prob = 0.0
+        assert model.train()(torch.empty(5, 2 * FRAMES, WIDTH)).shape == (5, 2 * FRAMES, WIDTH)
+
+
 def test_drop_path_of_released_blocks_drops_whole_videos():
     model = accelerate(released(blocks=1, drop=0.5)).train()
     x = tokens(batch=64)

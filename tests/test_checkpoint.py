@@ -551,6 +551,16 @@ def test_every_wrong_key_is_listed(tmp_path):
     assert "1 misshapen:\n  visual.proj is [128, 7], wanted [128, 64]" in said
 
 
+def test_a_lone_part_of_an_attention_is_listed(tmp_path):
+    theirs = {name: tensor.contiguous() for name, tensor in to_huggingface(random_state()).items()}
+    del theirs["mit.encoder.layers.0.self_attn.k_proj.bias"]
+    save_safetensors(theirs, tmp_path)
+    with pytest.raises(CheckpointError) as error:
+        checkpoint.read(tmp_path)
+    assert "1 missing:\n  mit.resblocks.*.attn.in_proj_bias (in 1 layers)" in str(error.value)
+    assert "2 unexpected:\n  mit.resblocks.*.attn.q_proj.bias" in str(error.value)
+
+
 def test_a_foreign_state_dict_is_not_listed_without_end():
     with pytest.raises(CheckpointError) as error:
         checkpoint.check_keys({}, {f"layer_{i}": torch.zeros(1) for i in range(1000)}, "foreign")
@@ -573,6 +583,7 @@ def test_files_that_are_none(tmp_path, content, message):
     with pytest.raises(CheckpointError, match=message) as error:
         checkpoint.read(tmp_path)
     assert str(tmp_path) in str(error.value)
+    assert "weights_only" not in str(error.value)  # torch's advice is to switch that off: not ours
 
 
 def test_truncated_files(tmp_path):

@@ -313,7 +313,8 @@ def _read_torch(path: Path, drop_config: bool) -> dict[str, Any]:
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
         if (name := re.search(r"GLOBAL (\S+)", str(error))) is None:
-            raise
+            detail = str(error).split("WeightsUnpickler error:")[-1].strip().split("\n")[0]
+            raise CheckpointError(f"{path}: damaged or incomplete, or more than tensors: {detail}") from error
         if name[1] == _YACS:
             advice = f"leave it out with `xclip-fast convert {path} NEW_FOLDER --drop-config`, and use the new folder"
         else:
