@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 import time
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -107,6 +108,7 @@ def test_frames_equal_a_full_decode(name, tmp_path, monkeypatch):
     assert len(expected) == 40
     info = probe(path)
     assert (info.frames, info.width, info.height, info.rotation) == (40, 96, 64, 0)
+    assert info.pix_fmt == {"gif": "bgra"}.get(codec, options.get("pix_fmt", "yuv420p"))
     if planned:
         no_fallback(monkeypatch)
     for number in range(0, 40, 1 if planned else 13):  # each frame alone, so that each is a seek target
@@ -191,7 +193,7 @@ def test_few_frames(tmp_path, clip):
 )
 def test_odd_sizes(tmp_path, suffix, codec, options):
     path = tmp_path / f"odd{suffix}"
-    write_clip(path, noisy(9, (72, 96))[:, :71, :97], 25, codec, **options)
+    write_clip(path, noisy(9, (72, 98))[:, :71, :97], 25, codec, **options)
     expected = sequential(path)
     assert expected.shape == (9, 71, 97, 3)
     assert np.array_equal(decode_frames(path, [7, 2]), expected[[7, 2]])
@@ -414,10 +416,66 @@ def test_audio_only(tmp_path):
     check_refused(decode, tmp_path / "song.mp4", "has no video stream (only: audio)")
 
 
+def test_a_cover_picture_is_no_video(tmp_path):
+    """An mp3 with cover art has a "video" stream of one still picture."""
+    png = av.CodecContext.create("png", "w")
+    png.width = png.height = 32
+    png.pix_fmt, png.time_base = "rgb24", Fraction(1)
+    picture = bytes(png.encode(av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), "rgb24"))[0])
+    with av.open(str(tmp_path / "plain.mp3"), "w") as container:
+        stream = container.add_stream("libmp3lame", rate=44100)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 44100), np.float32), "fltp", "mono")
+        frame.rate = 44100
+        container.mux([*stream.encode(frame), *stream.encode(None)])
+    tag = b"\0image/png\0\3\0" + picture  # ID3v2.3 attached picture, front cover
+    tag = b"APIC" + struct.pack(">IH", len(tag), 0) + tag
+    size = bytes(len(tag) >> shift & 127 for shift in (21, 14, 7, 0))
+    path = tmp_path / "song.mp3"
+    path.write_bytes(b"ID3\3\0\0" + size + tag + (tmp_path / "plain.mp3").read_bytes())
+    with av.open(str(path)) as container:
+        assert len(container.streams.video) == 1
+    check_refused(decode, path, "has no video stream")
+
+
+def test_unknown_codec(tmp_path, clip):
+    path = tmp_path / "strange.mp4"
+    path.write_bytes(clip.read_bytes().replace(b"avc1", b"zzz1").replace(b"avcC", b"zzzC"))
+    check_refused(decode, path, "has no decoder for its video codec")
+
+
+def test_a_plan_that_fails_costs_time_not_frames(clip, monkeypatch, caplog):
+    """Keyframe times the container cannot be brought to: the file is decoded from end to end, and says so."""
+    true_plan = module._plan
+
+    def wrong(container, stream):
+        plan = true_plan(container, stream)
+        return module._Plan(plan.pts, plan.start, [(pts + 1, dts + 1) for pts, dts in plan.keyframes])
+
+    monkeypatch.setattr(module, "_plan", wrong)
+    with caplog.at_level("INFO", logger=module.__name__):
+        assert np.array_equal(decode_frames(clip, [30, 5]), sequential(clip)[[30, 5]])
+    assert "decoding it from end to end" in caplog.text
+
+
+def test_a_file_that_cannot_be_read_to_its_end(clip, caplog):
+    with av.open(str(clip)) as container:
+        packets = [packet for packet in container.demux(video=0) if packet.size]
+
+    class Broken:
+        name = "file:broken.mkv"
+
+        def demux(self, stream):
+            yield from packets[:7]
+            raise av.InvalidDataError(1, "bad block")
+
+    assert list(module._packets(Broken(), None)) == packets[:7]
+    assert "broken.mkv: bad block; using the frames before that" in caplog.text
+
+
 def test_terminal_text_by_suffix(tmp_path):
     path = tmp_path / "log.ans"
     path.write_text("\x1b[31mred\n" * 50)
-    check_refused(decode, path, "has no video stream (only: text)")
+    check_refused(decode, path, "has no video stream (only: text")
 
 
 def test_nothing_decodable(tmp_path, whole):
