@@ -123,6 +123,8 @@ def measure(contenders: dict[str, Callable[[], Any]], device: str, seconds: floa
         except RuntimeError as error:  # out of memory, or a compiler that fails: the others go on
             results[name] = {"note": f"failed: {(str(error) or type(error).__name__).splitlines()[0]}"}
             continue
+        # a CUDA graph writes its next result to the same place
+        output = tuple(part.clone() for part in output) if isinstance(output, tuple) else output.clone()
         results[name] = {"output": output, "peak_memory": peak, "seconds": [], "warm_ups": 1, "first": first}
     live = {name: contenders[name] for name, result in results.items() if "first" in result}
     round_seconds = sum(results[name]["first"] for name in live)
