@@ -114,4 +114,3 @@ def test_dataset(tmp_path):
 
     write_dataset(tmp_path, 2, 6, overwrite=True, **settings)
     assert all(path.read_bytes() != before[path][0] for path, _ in found)
-
