@@ -1,7 +1,7 @@
 """The whole model against ``transformers.XCLIPModel``: same weights, in the shape of every published checkpoint.
 
 By default both towers have two layers (one where a forward takes a teraflop) and a short vocabulary;
-XCLIP_FAST_FULL_TESTS=1 takes every shape whole, which needs about 40 GB of memory and half an hour on two cores.
+XCLIP_FAST_FULL_TESTS=1 takes every shape whole: minutes each on two cores, and for L/14@336 some 30 GB of memory.
 """
 
 import dataclasses
