@@ -103,7 +103,7 @@ def _checked(name: str) -> str:
     return name
 
 
-_forced = _checked(os.environ.get("XCLIP_FAST_BACKEND", "auto"))
+_forced = os.environ.get("XCLIP_FAST_BACKEND", "auto")  # checked at the first call
 
 
 @contextlib.contextmanager
@@ -158,7 +158,7 @@ class Op:
     def choose(self, args: tuple[Any, ...]) -> Backend:
         """The backend for these arguments; ``BackendError`` with every reason if there is none."""
         candidates = self.backends
-        if _forced in self.names:
+        if _checked(_forced) in self.names:
             candidates = tuple(candidate for candidate in candidates if candidate.name == _forced)
         reasons = []
         for candidate in candidates:

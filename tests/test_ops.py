@@ -399,7 +399,10 @@ def test_environment_variable_is_checked() -> None:
         ("auto", "auto"),
         ("nonsense", "no backend is called 'nonsense'"),
     ):
-        code = "from xclip_fast.kernels import _dispatch; print(_dispatch._forced)"
+        code = (
+            "import torch; from xclip_fast import kernels; from xclip_fast.kernels import _dispatch;"
+            "kernels.quick_gelu(torch.ones(2)); print(_dispatch._forced)"
+        )
         done = subprocess.run(
             [sys.executable, "-c", code],
             env={**os.environ, "XCLIP_FAST_BACKEND": value},

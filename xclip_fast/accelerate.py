@@ -205,7 +205,7 @@ def _refuse_block(module: nn.Module, parts: _Parts) -> str | None:
         return "it has an attention mask"
     if not isinstance(parts.drop_path, nn.Identity | None) and not hasattr(parts.drop_path, "drop_prob"):
         return f"the drop probability of {type(parts.drop_path).__name__} is not known"
-    points = torch.linspace(-3, 3, 13)
+    points = torch.linspace(-3, 3, 13, device="cpu")
     for child in operator.attrgetter("mlp")(module).children():
         if not isinstance(child, nn.Linear) and not torch.allclose(
             child(points), kernels.quick_gelu(points), atol=1e-5

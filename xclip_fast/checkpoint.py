@@ -148,6 +148,7 @@ def write(
         for name, content in files.items():
             text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
             (temporary / name).write_text(text, encoding="utf-8")
+        (temporary / "model.safetensors").chmod((temporary / "config.json").stat().st_mode)  # it comes private
         for name in (*files, "model.safetensors"):  # weights last: without them the folder is no checkpoint yet
             os.replace(temporary / name, folder / name)
     finally:
@@ -221,6 +222,7 @@ def _interpret(
     preprocessor: Mapping[str, Any] = MappingProxyType({}),
 ) -> Checkpoint:
     ours, kind = to_ours(state, where)
+    names = {str(name).removeprefix("module.") for name in state}
     given = None
     if _FORMAT in values:
         if values[_FORMAT] != 1:
@@ -228,7 +230,7 @@ def _interpret(
         given = XCLIPConfig.from_dict({name: value for name, value in values.items() if name != _FORMAT})
     elif values.get("model_type") in ("xclip", "clip"):
         given = config_from_huggingface(values, preprocessor, where)
-    elif kind == "clip" and "token_embedding.weight" in state and "context_length" not in state:
+    elif kind == "clip" and "token_embedding.weight" in names and "context_length" not in names:
         # open_clip's, then: OpenAI's own files carry the length, and have quick GELU
         log.warning("%s: weights alone don't tell CLIP's activation; quick GELU (OpenAI's) is taken, not GELU", where)
     if given and config and (given.vision.heads, given.text.heads) != (config.vision.heads, config.text.heads):
@@ -311,7 +313,8 @@ def _read_torch(path: Path, drop_config: bool) -> dict[str, Any]:
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
         if (name := re.search(r"GLOBAL (\S+)", str(error))) is None:
-            raise
+            detail = str(error).split("WeightsUnpickler error:")[-1].strip().split("\n")[0]
+            raise CheckpointError(f"{path}: damaged or incomplete, or more than tensors: {detail}") from error
         if name[1] == _YACS:
             advice = f"leave it out with `xclip-fast convert {path} NEW_FOLDER --drop-config`, and use the new folder"
         else:

@@ -14,6 +14,7 @@ import io
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -34,22 +35,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-_SUFFIXES = {
-    ".3gp",
-    ".avi",
-    ".flv",
-    ".m4v",
-    ".mkv",
-    ".mov",
-    ".mp4",
-    ".mpeg",
-    ".mpg",
-    ".mts",
-    ".ogv",
-    ".ts",
-    ".webm",
-    ".wmv",
-}
+# In a folder: what looks like a video and is not hidden.
+_VIDEO = re.compile(r"[^.].*\.(3gp|avi|flv|m4v|mkv|mov|mp4|mpe?g|mts|ogv|ts|webm|wmv)", re.IGNORECASE | re.DOTALL)
 _HEADINGS = {"name", "label", "labels", "class", "classname"}  # of a CSV's column of labels
 _FORMAT = "xclip_fast_features"  # the metadata key that marks a file of ours; its value is the version
 _CHUNK = 1024  # labels or stored videos at once: bounds memory, whatever their number
@@ -115,11 +102,7 @@ def classify(
             if isinstance(result, ValueError):
                 failed |= _complain(result, bar)
                 continue
-            probability_K = result[0]
-            if not probability_K.isfinite().all():
-                failed |= _complain(f"{path}: the model's answer is not a number; try --dtype float32", bar)
-                continue
-            best = probability_K.topk(min(top, len(names)))
+            best = result[0].topk(min(top, len(names)))
             ranked = [(names[index], value) for value, index in zip(best.values.tolist(), best.indices, strict=True)]
             with bar.aside():
                 if as_json:
@@ -203,7 +186,7 @@ def embed(
 @app.command()
 def search(
     features: Annotated[Path, typer.Argument(metavar="FEATURES", help="A file that embed wrote.", show_default=False)],
-    query: Annotated[str, typer.Argument(help="What to look for.", show_default=False)],
+    query: Annotated[str, typer.Argument(metavar="QUERY", help="What to look for.", show_default=False)],
     checkpoint: Checkpoint = None,
     variant: Variant = None,
     random_weights: RandomWeights = False,
@@ -224,12 +207,11 @@ def search(
     metadata = _metadata(features)
     if metadata is None:
         raise ValueError(f"{features}: not a file of features; `xclip-fast embed` writes them")
-    if checkpoint is None and not random_weights:
-        if not metadata["checkpoint"]:
+    if checkpoint is None:  # the model that made them, then
+        variant = variant or metadata["variant"] or None
+        if not random_weights and not metadata["checkpoint"]:
             raise ValueError(f"{features}: made with random weights; to search it nevertheless, add --random-weights")
-        checkpoint = Path(metadata["checkpoint"])
-    if variant is None:
-        variant = metadata["variant"] or None
+        checkpoint = None if random_weights else Path(metadata["checkpoint"])
     place = _place(device, dtype)
     model = _load(checkpoint, variant, random_weights)
     identity = _fingerprint(model)
@@ -250,6 +232,10 @@ def search(
     with torch.inference_mode(), safe_open(features, "pt") as file:
         text_1E = model.encode_text(query)
         video = file.get_slice("video")
+        if video.get_shape()[0] != len(names):
+            raise ValueError(
+                f"{features}: damaged, {len(names)} names of {video.get_shape()[0]} videos; embed them again"
+            )
         patches = file.get_slice("patches") if "patches" in set(file.keys()) else None
         for start in range(0, len(names), _CHUNK):
             video_BE = video[start : start + _CHUNK].to(like)
@@ -291,8 +277,10 @@ def flops(as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with
 
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(help="A checkpoint of any layout, file or folder.", show_default=False)],
-    folder: Annotated[Path, typer.Argument(help="The folder to write.", show_default=False)],
+    source: Annotated[
+        Path, typer.Argument(metavar="SOURCE", help="A checkpoint of any layout, file or folder.", show_default=False)
+    ],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder to write.", show_default=False)],
     layout: Annotated[Literal["xclip_fast", "huggingface"], typer.Option(help="Whose names and files.")] = "xclip_fast",
     drop_config: Annotated[
         bool, typer.Option("--drop-config", help="Leave out a pickled training configuration.")
@@ -317,6 +305,8 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON ob
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """The console's entry point: runs a command and leaves with its exit code; errors are a line, not a traceback."""
     logging.basicConfig(format="warning: %(message)s", level=logging.WARNING)
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 -- closed by the caller
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):  # a label that the terminal cannot show is no reason to stop
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -471,8 +461,7 @@ def _videos(given: Sequence[str]) -> tuple[list[str], bool]:
         inside: list[str] = []
         for folder, folders, files in os.walk(name):
             folders[:] = [each for each in folders if not each.startswith(".")]
-            wanted = (each for each in files if Path(each).suffix.lower() in _SUFFIXES and not each.startswith("."))
-            inside += [os.path.join(folder, each) for each in wanted]
+            inside += [os.path.join(folder, each) for each in files if _VIDEO.fullmatch(each)]
         paths += sorted(inside)
         if not inside:
             failed = _complain(f"{name}: no video file in this folder")
@@ -546,7 +535,7 @@ def _run(
     answer: Callable[[VideoFeatures], Sequence[Tensor]],
     bar: _Bar,
 ) -> Iterator[tuple[str, list[Tensor] | ValueError]]:
-    """Each path in order with its part of ``answer`` of a batch, on the CPU, or with what is wrong with the video.
+    """Each path in order with its part of the batch's ``answer``, on the CPU, or with what is wrong with the video.
 
     Threads decode ahead while the model computes.
     """
@@ -572,9 +561,10 @@ def _run(
             bar.advance()
             if isinstance(item, ValueError):
                 yield waited, item
-            else:
-                yield waited, [part[row] for part in answers]
-                row += 1
+                continue
+            own, row = [part[row] for part in answers], row + 1
+            finite = all(part.isfinite().all() for part in own)
+            yield waited, own if finite else ValueError(f"{waited}: the answer is not a number; try --dtype float32")
         waiting, videos = [], []
 
 
@@ -595,13 +585,15 @@ def _metadata(path: Path) -> dict[str, str] | None:
     """What ``embed`` wrote about the features in a file; None if it is another file."""
     from safetensors import SafetensorError, safe_open
 
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
     try:
         with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
+            metadata, tensors = file.metadata() or {}, set(file.keys())
     except SafetensorError:
         return None
-    keys = {"names", "fingerprint", "checkpoint", "variant"}
-    return metadata if metadata.get(_FORMAT) == "1" and keys <= metadata.keys() else None
+    complete = {"names", "fingerprint", "checkpoint", "variant"} <= metadata.keys() and "video" in tensors
+    return metadata if metadata.get(_FORMAT) == "1" and complete else None
 
 
 if __name__ == "__main__":

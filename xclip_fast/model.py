@@ -6,6 +6,7 @@ D width of the vision tower, K labels, E embedding size.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -22,6 +23,8 @@ from .nn.mit import MultiFrameIntegration
 from .nn.prompt import VideoSpecificPrompt
 from .nn.text import TextEncoder, Transformer
 from .tokenizer import tokenize
+
+logger = logging.getLogger("xclip_fast")
 
 
 class VideoFeatures(NamedTuple):
@@ -195,6 +198,9 @@ class XCLIP(nn.Module):
             model.load_state_dict(found.state, assign=True)
         else:
             model = cls(found.config).expand_from(found.state)
+            logger.warning(
+                "%s is an image CLIP: cross-frame attention, multi-frame transformer and prompts start untrained", path
+            )
         return model.to(device=device, dtype=dtype).eval()
 
     def save_pretrained(

@@ -157,8 +157,7 @@ def probe(path: str | os.PathLike[str]) -> VideoInfo:
     with _open(path) as (container, stream):
         plan = _plan(container, stream)
     with _open(path) as (container, stream):
-        context = stream.codec_context
-        codec, pix_fmt = context.codec.canonical_name, context.pix_fmt or "unknown"
+        codec = stream.codec_context.codec.canonical_name
         frames = _all_frames(container, stream)
         first = next(frames, None)
         if first is None:
@@ -170,7 +169,9 @@ def probe(path: str | os.PathLike[str]) -> VideoInfo:
         # The span of n frames is n - 1 intervals; the last frame lasts as long as the others did on average.
         rate = (count - 1) / span if span else stream.average_rate or 25
         duration = float(count / rate)
-        return VideoInfo(count, width, height, codec, pix_fmt, -first.rotation % 360, duration, count / duration)
+        return VideoInfo(
+            count, width, height, codec, first.format.name, -first.rotation % 360, duration, count / duration
+        )
 
 
 @contextmanager
@@ -194,8 +195,8 @@ def _open(path: str | os.PathLike[str], threads: int = 1) -> Iterator[tuple[Inpu
     try:
         videos = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
         if not videos or container.format.name == "tty":  # FFmpeg "plays" any text as a terminal session
-            kinds = ", ".join(sorted({s.type for s in container.streams})) if videos == [] else "text"
-            raise VideoError(f"{path}: has no video stream (only: {kinds or 'nothing'})")
+            kinds: list[str] = sorted({s.type for s in container.streams if s.type != "video"})
+            raise VideoError(f"{path}: has no video stream (only: {', '.join(kinds) or 'text or a cover picture'})")
         best = container.streams.best("video")
         stream = best if isinstance(best, VideoStream) and best in videos else videos[0]
         if stream.codec_context is None:

@@ -1,0 +1,122 @@
+"""Every op at the shapes of B/16's blocks, by backend and dtype, forward and with gradients.
+
+    pytest benchmarks/ops --benchmark-only --no-cov --benchmark-json=ops.json
+
+One video of 8 frames and 100 labels on a CPU, 32 videos and 400 labels on a GPU. A backend that refuses is a skip with
+its reason, and one that disagrees with the reference is a failure: no timing of a wrong answer.
+"""
+
+import itertools
+import math
+
+import pytest
+import torch
+from xclip_fast.kernels._dispatch import OPS, backend
+
+from xclip_fast.config import IMAGENET_MEAN, IMAGENET_STD, VARIANTS
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+DTYPES = [torch.bfloat16, torch.float16, torch.float32] if GPU else [torch.float32, torch.bfloat16]
+CONFIG = VARIANTS["B/16-8f"]
+B, T, K = (32, 8, 400) if GPU else (1, 8, 100)
+D, H, N, E = CONFIG.vision.width, CONFIG.vision.heads, CONFIG.vision.patches, CONFIG.embed_dim
+F, L, C, P = B * T, N + 1, D // H, CONFIG.vision.patch_size
+EPS = CONFIG.layer_norm_eps
+NOT_DIFFERENTIABLE = {"patch_embed"}  # as far as uint8 frames go
+
+
+def rand(*shape):
+    return torch.randn(shape, device=DEVICE)
+
+
+def weight(rows, columns):
+    return rand(rows, columns) / math.sqrt(columns)
+
+
+def linear_residual():
+    return rand(F, L, D), weight(D, D), rand(D), rand(F, L, D), None, EPS, True
+
+
+def mlp():
+    return rand(F, L, D), rand(D), rand(D), weight(4 * D, D), rand(4 * D), weight(D, 4 * D), rand(D), EPS, None
+
+
+def message_kv():
+    norm, cfa = (rand(D), rand(D)), (weight(3 * D, D), rand(3 * D), weight(D, D), rand(D))
+    kv = weight(2 * D, D), rand(2 * D)
+    return rand(F, D), T, weight(D, D), rand(D), *norm, *cfa, rand(D), rand(D), *kv, H, EPS, None
+
+
+def patch_embed():
+    frames = torch.randint(256, (F, CONFIG.vision.image_size, CONFIG.vision.image_size, 3), device=DEVICE)
+    kernel = weight(D, 3 * P * P).view(D, 3, P, P)
+    embeddings = rand(D), rand(L, D), rand(D), rand(D)
+    return frames.to(torch.uint8), kernel, *embeddings, list(IMAGENET_MEAN), list(IMAGENET_STD), EPS
+
+
+def causal_attention_packed():
+    lengths = torch.tensor(list(itertools.islice(itertools.cycle([3, 4, 4, 5, 5, 6, 8]), K)), device=DEVICE)
+    offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+    heads = CONFIG.text.heads
+    return rand(int(offsets[-1]), 3, heads, CONFIG.text.width // heads), offsets, 8
+
+
+# the arguments of each op, in float32
+CASES = {
+    "causal_attention_packed": causal_attention_packed,
+    "cosine_logits": lambda: (rand(B, E), rand(B, K, E), torch.tensor(4.6, device=DEVICE)),
+    "diffusion_attention": lambda: (rand(F, L, 3, H, C), rand(F, 2, H, C)),
+    "layer_norm": lambda: (rand(F, N, D), rand(D), rand(D), EPS),
+    "linear_residual": linear_residual,
+    "ln_linear": lambda: (rand(F, L, D), rand(D), rand(D), weight(3 * D, D), rand(3 * D), EPS, False),
+    "message_kv": message_kv,
+    "mlp": mlp,
+    "patch_embed": patch_embed,
+    "quick_gelu": lambda: (rand(F, L, 4 * D),),
+}
+ROWS = [(op, name) for op in OPS for name in OPS[op].names]
+
+
+def cast(args, dtype):
+    return [arg.to(dtype) if isinstance(arg, torch.Tensor) and arg.is_floating_point() else arg for arg in args]
+
+
+def first(result):
+    return result[0] if isinstance(result, tuple) else result
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize("direction", ["forward", "forward and backward"])
+@pytest.mark.parametrize(("op", "name"), ROWS, ids=[f"{op}-{name}" for op, name in ROWS])
+def test_op(benchmark, op, name, direction, dtype):
+    differentiated = direction != "forward"
+    if differentiated and op in NOT_DIFFERENTIABLE:
+        pytest.skip("its input is uint8")
+    torch.manual_seed(0)
+    args = cast(CASES[op](), dtype)
+    implementation = next(candidate for candidate in OPS[op].backends if candidate.name == name)
+    if reason := implementation.refusal(tuple(args)):
+        pytest.skip(f"{name}: {reason}")
+    wide = first(OPS[op].reference(*cast(args, torch.float32)))
+    with backend(name):
+        error = (first(OPS[op](*args)).float() - wide).norm() / wide.norm()
+    assert error < 100 * torch.finfo(dtype).eps
+
+    leaves = [arg for arg in args if isinstance(arg, torch.Tensor) and arg.is_floating_point()]
+    if differentiated:
+        for leaf in leaves:
+            leaf.requires_grad_()
+    grad = torch.ones_like(first(OPS[op](*args)))
+
+    def call():
+        with backend(name), torch.set_grad_enabled(differentiated):
+            result = first(OPS[op](*args))
+            if differentiated:
+                torch.autograd.grad(result, leaves, grad, allow_unused=True)
+        if GPU:
+            torch.cuda.synchronize()
+
+    benchmark.group = f"{op} {direction} {str(dtype).removeprefix('torch.')}"  # backends side by side
+    benchmark.extra_info.update(device=torch.cuda.get_device_name() if GPU else "cpu", torch=torch.__version__)
+    benchmark.pedantic(call, warmup_rounds=10 if GPU else 1, rounds=30 if GPU else 3)

@@ -1,0 +1,491 @@
+"""Throughput of X-CLIP beside the paper's Table 1 and Hugging Face's model, measured in one run.
+
+    python benchmarks/throughput.py                        # defaults: minutes on a CPU, everything on a GPU
+    python benchmarks/throughput.py --variants B/16-8f --precisions bf16 --seconds 600 --json out.json --plot out.png
+
+Each row is one kind of work on one batch of videos against K labels. README.md beside this file says how each is
+measured and what the columns mean.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import importlib.util
+import itertools
+import math
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import measuring
+import torch
+import torch.nn.functional as F
+from labels import MOST, label_list
+from torch import Tensor
+
+import xclip_fast
+from xclip_fast import flops
+from xclip_fast.config import PAPER_TABLE1, VARIANTS
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2, "fp16": 1e-2}  # of outputs against the peer's: the same random weights
+WORKS = {  # in the order they run: the longest last, when the weights are warm
+    "tower": "video tower",
+    "cached": "labels cached",
+    "files": "from mp4 files",
+    "encoded": "labels encoded",
+}
+OURS, EAGER, COMPILED = "xclip-fast", "Hugging Face", "HF compiled"
+HF_INSTALLED = importlib.util.find_spec("transformers") is not None
+GPU_BATCHES = (1, 8, 32, 64, 128, 256, 512)  # until throughput grows by less than SATURATED
+SATURATED = 1.05
+NOT_RUN = "not run: a forward would take longer than --seconds leaves (the JSON holds the estimates)"
+CLIP_FRAMES, CLIP_SIZE = 96, (256, 340)  # of the generated mp4 files
+
+
+def fail(message: str) -> NoReturn:
+    print(f"throughput.py: error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = fail  # type: ignore[method-assign]  # one line, not the usage as well
+    parser.add_argument("--variants", default="auto", help=f"comma-separated, of {', '.join(VARIANTS)}")
+    parser.add_argument("--precisions", default="auto", help=f"comma-separated, of {', '.join(PRECISIONS)}")
+    parser.add_argument(
+        "--batch-sizes", default="auto", help="comma-separated; auto: 1 on a CPU, up to saturation on a GPU"
+    )
+    parser.add_argument("--labels", default="400", help="their number K, or a text file with one a line (default 400)")
+    parser.add_argument("--works", default=",".join(WORKS), help=f"comma-separated, of {', '.join(WORKS)}")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--threads", type=int, help="of the CPU")
+    parser.add_argument("--seconds", type=float, help="time to stay within (default: 130 on a CPU, unbounded on a GPU)")
+    parser.add_argument("--compile", action="store_true", help="also Hugging Face's model under torch.compile")
+    parser.add_argument("--backend", default="auto", help="of xclip-fast's ops (see xclip-fast info)")
+    parser.add_argument("--json", type=Path, help="write every raw timing here")
+    parser.add_argument("--plot", type=Path, help="draw throughput against FLOPs here (needs matplotlib)")
+    args = parser.parse_args(argv)
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif args.device == "cuda" and not torch.cuda.is_available():
+        fail("--device cuda: torch sees no CUDA device; run with --device cpu, or install a CUDA build of torch")
+    gpu = args.device == "cuda"
+    args.variants = chosen("--variants", args.variants, list(PAPER_TABLE1) if gpu else ["B/32-8f", "B/16-8f"], VARIANTS)
+    args.precisions = chosen("--precisions", args.precisions, ["bf16", "fp16"] if gpu else ["fp32", "bf16"], PRECISIONS)
+    args.works = chosen("--works", args.works, list(WORKS), WORKS)
+    args.batch_sizes, args.until_saturated = batch_sizes(args.batch_sizes, gpu)
+    args.labels = read_labels(args.labels)
+    if args.threads is not None and args.threads < 1:
+        fail(f"--threads {args.threads}: at least 1 wanted")
+    if args.seconds is None:
+        args.seconds = math.inf if gpu else 130.0
+    if not args.seconds > 0:
+        fail(f"--seconds {args.seconds}: a positive time wanted")
+    try:
+        with xclip_fast.backend(args.backend):
+            pass
+    except ValueError as error:
+        fail(f"--backend: {error}")
+    for option, path in (("--json", args.json), ("--plot", args.plot)):
+        if path and (path.is_dir() or not path.absolute().parent.is_dir()):
+            fail(f"{option} {path}: a file in an existing folder wanted")
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
+        fail("--plot needs matplotlib: pip install matplotlib, or pip install 'xclip-fast[plot]'")
+    return args
+
+
+def chosen(option: str, given: str, default: list[str], known: Any) -> list[str]:
+    names = default if given == "auto" else [name.strip() for name in given.split(",")]
+    for name in names:
+        if name not in known:
+            fail(f"{option}: {name!r} is not one of {', '.join(known)}")
+    return list(dict.fromkeys(names))
+
+
+def batch_sizes(given: str, gpu: bool) -> tuple[list[int], bool]:
+    """The sizes to run, and whether to stop once throughput stops growing."""
+    if given == "auto":
+        return (list(GPU_BATCHES), True) if gpu else ([1], False)
+    try:
+        sizes = [int(size) for size in given.split(",")]
+    except ValueError:
+        sizes = [0]
+    if min(sizes) < 1:
+        fail(f"--batch-sizes {given}: positive whole numbers wanted, separated by commas")
+    return sizes, False
+
+
+def read_labels(given: str) -> list[str]:
+    if given.isdecimal():
+        if not 1 <= int(given) <= MOST:
+            fail(f"--labels {given}: a number from 1 to {MOST} wanted, or a text file with one label a line")
+        return label_list(int(given))
+    try:
+        labels = [line.strip() for line in Path(given).read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeError) as error:
+        fail(
+            f"--labels {given}: neither a number nor a readable text file: {getattr(error, 'strerror', None) or error}"
+        )
+    return labels or fail(f"--labels {given}: the file holds no labels")
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One group of rows: the contenders of one work."""
+
+    variant: str
+    precision: str
+    batch: int
+    work: str
+
+    def work_products(self, lengths: list[int]) -> list[flops.Product]:
+        """The matrix products of ours."""
+        products = flops.products(VARIANTS[self.variant], labels=lengths, batch=self.batch, counting="actual")
+        left_out = {"encoded": (), "tower": ("text", "prompts", "similarity")}.get(self.work, ("text",))
+        return [product for product in products if product.part not in left_out]
+
+    def estimate(self, lengths: list[int], rates: dict[str, float]) -> tuple[float, float]:
+        """Rough seconds of one call of ours, and of Hugging Face's."""
+        ours = sum(product.multiply_adds for product in self.work_products(lengths))
+        theirs = flops.count(VARIANTS[self.variant], labels=len(lengths), batch=self.batch)
+        peer = {"encoded": theirs.total, "tower": theirs.video, "files": 0}.get(self.work, theirs.total - theirs.text)
+        # ours computes in float32 where a CPU has no instructions for the precision
+        return 2.2 * ours / max(rates[self.precision], rates.get("fp32", 0)), 2.2 * peer / rates[self.precision]
+
+
+def huggingface(model: xclip_fast.XCLIP) -> torch.nn.Module:
+    """Hugging Face's model with the same weights, in evaluation mode."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder, layout="huggingface")
+        return transformers.XCLIPModel.from_pretrained(folder).eval()
+
+
+def hf_video(hf: Any, video: Tensor) -> tuple[Tensor, Tensor]:
+    """The video half of ``XCLIPModel.forward``: ``get_video_features`` and the patch features that labels ask."""
+    batch, frames = video.shape[:2]
+    tokens = hf.vision_model(pixel_values=video.flatten(0, 1))
+    features = hf.mit(hf.visual_projection(tokens[1]).unflatten(0, (batch, frames)))[1]
+    patches = hf.prompts_visual_layernorm(tokens[0][:, 1:]) @ hf.prompts_visual_projection
+    return features, patches.unflatten(0, (batch, frames)).mean(1)
+
+
+def hf_cached(hf: Any, video: Tensor, text_KE: Tensor) -> Tensor:
+    """What ``XCLIPModel.forward`` does once the labels' features are known."""
+    features, patches = hf_video(hf, video)
+    text = text_KE.expand(len(features), -1, -1)
+    text = text + hf.prompts_generator(text, patches)
+    return hf.logit_scale.exp() * torch.einsum("be,bke->bk", F.normalize(features, dim=-1), F.normalize(text, dim=-1))
+
+
+def contenders_of(
+    cell: Cell, model: xclip_fast.XCLIP, hf: Any, labels: list[str], files: list[Path], compiled: bool
+) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """The same work for each contender, by name; without a peer if ``hf`` is None."""
+    work, batch = cell.work, cell.batch
+    config, device, dtype = model.config, model.logit_scale.device, model.logit_scale.dtype
+    frames, size = config.num_frames, config.vision.image_size
+    tokens = xclip_fast.tokenize(labels, config.text.context_length)
+    video = torch.randint(256, (batch, frames, size, size, 3), dtype=torch.uint8, device=device)
+    if work in ("cached", "files"):
+        model.encode_text(tokens)
+    if work == "files":
+        # every file counts as one video, as often as the batch needs
+        paths = list(itertools.islice(itertools.cycle(files), batch))
+        yield OURS, lambda: model(decoded(paths, frames, size).to(device), tokens)
+        return
+    if work == "encoded":
+        yield OURS, functools.partial(forgetful, model, video, tokens)
+    else:
+        yield OURS, (lambda: model(video, tokens)) if work == "cached" else (lambda: model.encode_video(video))
+    if hf is None:
+        return
+    mean, deviation = (torch.tensor(values, device=device) for values in (config.image_mean, config.image_std))
+    pixels = ((video / 255 - mean) / deviation).permute(0, 1, 4, 2, 3).to(dtype).contiguous()
+    padded = xclip_fast.tokenize(labels, config.text.context_length, pad=True).to(device)
+    if work == "tower":
+        peer: Callable[[], Any] = functools.partial(hf_video, hf, pixels)
+    elif work == "cached":
+        # the features from our encoder, whose equality the "encoded" row checks: theirs takes long
+        peer = functools.partial(hf_cached, hf, pixels, model.encode_text(tokens))
+    else:
+        peer = lambda: hf(input_ids=padded, pixel_values=pixels).logits_per_video  # noqa: E731
+    yield EAGER, peer
+    if compiled:
+        torch._dynamo.reset()
+        compiled_peer = torch.compile(peer, mode="max-autotune" if device.type == "cuda" else "default")
+        with contextlib.suppress(RuntimeError):  # compile now, not in a timed call; an error comes again, and is noted
+            compiled_peer()
+        yield COMPILED, compiled_peer
+
+
+def forgetful(model: xclip_fast.XCLIP, video: Tensor, tokens: Tensor) -> Tensor:
+    """A forward that encodes its labels, seen before or not."""
+    model.text._cache.clear()
+    return model(video, tokens)
+
+
+def decoded(paths: list[Path], frames: int, size: int) -> Tensor:
+    from xclip_fast.data.decode import decode_many
+
+    videos: Any = decode_many(paths, frames=frames, sampling="sparse", size=size)
+    return torch.stack(list(videos))
+
+
+def write_clips(folder: Path) -> list[Path]:
+    from xclip_fast.data.motion import CLASSES, render, write_clip
+
+    paths = [folder / f"{number}.mp4" for number in range(4)]
+    for path, label in zip(paths, CLASSES[::2], strict=False):
+        write_clip(path, render(label, 0, frames=CLIP_FRAMES, size=CLIP_SIZE))
+    return paths
+
+
+def largest_error(ours: Any, theirs: Any) -> float:
+    """The largest difference of two outputs, relative to the largest value."""
+    if isinstance(ours, tuple):
+        return max(largest_error(*pair) for pair in zip(ours, theirs, strict=True))
+    ours, theirs = ours.float(), theirs.float()
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
+
+def plan(costs: dict[Cell, tuple[float, float]], seconds: float) -> dict[Cell, tuple[float, float]]:
+    """The seconds of a warm-up and a run, ours and the peer's, in each cell that fits into ``seconds``, else 0.
+
+    Precision by precision: ours first, then the peer where it costs least.
+    """
+    planned = {cell: (0.0, 0.0) for cell in costs}
+    for precision in dict.fromkeys(cell.precision for cell in costs):
+        cells = [cell for cell in costs if cell.precision == precision]
+        for cell in cells:
+            if 2 * costs[cell][0] <= seconds:
+                planned[cell] = (2 * costs[cell][0], 0.0)
+                seconds -= planned[cell][0]
+        for cell in sorted(cells, key=lambda cell: costs[cell][1]):
+            # one call of a slow peer is worth having: measure() takes its first
+            if planned[cell][0] and 1.1 * costs[cell][1] <= seconds:
+                planned[cell] = (planned[cell][0], 1.1 * costs[cell][1])
+                seconds -= planned[cell][1]
+    return planned
+
+
+def rows_of(
+    cell: Cell, results: dict[str, dict[str, Any]], lengths: list[int], rate: float, device: str
+) -> list[dict[str, Any]]:
+    """JSON rows of one cell, ours with its ratios."""
+    rows = []
+    ours = results[OURS].get("seconds", [])
+    paper = PAPER_TABLE1.get(cell.variant)
+    for name, result in results.items():
+        row: dict[str, Any] = dataclasses.asdict(cell) | {"contender": name, "note": result.get("note", "")}
+        rows.append(row)
+        if not result.get("seconds"):
+            continue
+        row |= {"seconds": result["seconds"], "n": len(result["seconds"]), "warm_ups": result["warm_ups"]}
+        row |= {"median_s": statistics.median(result["seconds"]), "peak_memory_bytes": result["peak_memory"]}
+        row["views_per_second"] = cell.batch / row["median_s"]
+        row["ratio_to_paper"] = row["views_per_second"] / paper.views_per_second if paper else None
+        if name != OURS:
+            error = largest_error(results[OURS]["output"], result["output"]) if ours else math.nan
+            row["largest_error"] = error if math.isfinite(error) else None
+            if error <= TOLERANCE[cell.precision]:
+                pairs = [theirs / mine for mine, theirs in zip(ours, result["seconds"], strict=False)]
+                median = row["median_s"] / statistics.median(ours)
+                rows[0].setdefault("ratios", {})[name] = {"median": median, "low": min(pairs), "high": max(pairs)}
+            elif ours:
+                row["note"] = (
+                    f"outputs differ from ours by {error:.1g}, more than {TOLERANCE[cell.precision]}: no ratio"
+                )
+            continue
+        products = cell.work_products(lengths)
+        row["multiply_adds"] = sum(product.multiply_adds for product in products)
+        row["flop_per_s"] = 2 * row["multiply_adds"] / row["median_s"]
+        row["share_of_gemm"] = row["flop_per_s"] / rate
+        if cell.work != "files":
+            row["own_gemms_s"] = measuring.own_gemms(products, PRECISIONS[cell.precision], device)
+            row["share_of_own_gemms"] = row["own_gemms_s"] / row["median_s"]
+    return rows
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Everything that was asked for, as the content of the JSON."""
+    deadline = time.perf_counter() + args.seconds
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    lengths = (xclip_fast.tokenize(args.labels).argmax(1) + 1).tolist()
+    # on a CPU also float32, in which ours computes where the CPU has no instructions for the precision
+    rated = dict.fromkeys([*args.precisions, *(["fp32"] if args.device == "cpu" else [])])
+    rates = {precision: measuring.gemm_rate(PRECISIONS[precision], args.device) for precision in rated}
+    cells = [
+        Cell(variant, precision, batch, work)
+        for precision, batch, variant in itertools.product(args.precisions, args.batch_sizes, args.variants)
+        for work in WORKS
+        if work in args.works
+    ]
+    costs = {cell: cell.estimate(lengths, rates) for cell in cells}
+    planned = plan(costs, 0.75 * (deadline - time.perf_counter()))  # the rest is for building the models
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        files = write_clips(Path(folder)) if "files" in args.works else []
+        for variant in args.variants:
+            mine = [cell for cell in cells if cell.variant == variant]
+            model = xclip_fast.XCLIP(variant).eval()
+            hf = huggingface(model) if HF_INSTALLED and any(planned[cell][1] for cell in mine) else None
+            before: dict[tuple[str, str], float] = {}  # views/s of the last batch size
+            for cell in mine:
+                left, ahead = deadline - time.perf_counter(), sum(sum(seconds) for seconds in planned.values())
+                ours_s, peer_s = planned.pop(cell)
+                key = (cell.precision, cell.work)
+                if before.get(key) == 0:
+                    continue
+                if not ours_s or left < ours_s / 2:
+                    rows += [blank(cell, OURS, costs[cell][0])]
+                    continue
+                for module in filter(None, (model, hf)):
+                    module.to(args.device, PRECISIONS[cell.precision])
+                peer = hf if peer_s and left >= peer_s + ours_s / 2 else None
+                allotted = left * (ours_s + peer_s) / ahead if left < math.inf else left
+                with torch.inference_mode():
+                    contenders = dict(contenders_of(cell, model, peer, args.labels, files, args.compile))
+                    results = measuring.measure(contenders, args.device, allotted)
+                    group = rows_of(cell, results, lengths, rates[cell.precision], args.device)
+                if cell.work != "files" and not peer:
+                    group.append(blank(cell, EAGER, costs[cell][1]))
+                rows += group
+                speed = group[0].get("views_per_second", 0.0)
+                grows = speed > SATURATED * before.get(key, 0.0)
+                before[key] = speed if grows or not args.until_saturated else 0.0
+                print(
+                    f"{cell.variant} {cell.precision} x{cell.batch} {WORKS[cell.work]}: {speed:.3g} views/s",
+                    file=sys.stderr,
+                )
+    return {
+        "environment": measuring.environment(args.device),
+        "labels": {"count": len(lengths), "tokens": sum(lengths), "longest": max(lengths)},
+        "backend": args.backend,
+        "gemm_flop_per_s": rates,
+        "rows": rows,
+    }
+
+
+def blank(cell: Cell, contender: str, cost: float) -> dict[str, Any]:
+    """The row of a contender that did not run, and why."""
+    note = f"not run: {cost:.3g} s"
+    if contender == EAGER and not HF_INSTALLED:
+        note = "not installed: pip install 'xclip-fast[hf]'"
+    return dataclasses.asdict(cell) | {"contender": contender, "note": note}
+
+
+def print_table(report: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    environment, labels, rows = report["environment"], report["labels"], report["rows"]
+    peers = [name for name in (EAGER, COMPILED) if any(row["contender"] == name for row in rows)]
+    table = Table(title=f"{environment['device']}, {environment['threads']} threads, {labels['count']} labels")
+    for column in ("variant", "precision", "work", "model"):
+        table.add_column(column, no_wrap=True)
+    columns = (
+        "batch",
+        "views/s",
+        "x paper",
+        *(f"x {peer}" for peer in peers),
+        "GFLOP/s",
+        "of GEMM",
+        "of own",
+        "peak",
+        "n",
+    )
+    for column in columns:
+        table.add_column(column, justify="right")
+    notes: dict[str, None] = {}
+    for row in rows:
+        cells = [row["variant"], row["precision"], WORKS[row["work"]], row["contender"], str(row["batch"])]
+        if row["note"]:
+            table.add_row(*cells, row["note"].split(":")[0])
+            notes.setdefault(row["note"] if "not run" not in row["note"] else NOT_RUN, None)
+            continue
+        ratios = [row.get("ratios", {}).get(peer) for peer in peers]
+        cells += [f"{row['views_per_second']:.3g}", shown(row["ratio_to_paper"], "{:.3g}")]
+        cells += [
+            f"{ratio['median']:.2f} ({ratio['low']:.2f}-{ratio['high']:.2f})" if ratio else "" for ratio in ratios
+        ]
+        cells += [shown(row.get("flop_per_s"), "{:.0f}", 1e-9)]
+        cells += [shown(row.get(share), "{:.0%}") for share in ("share_of_gemm", "share_of_own_gemms")]
+        cells += [shown(row["peak_memory_bytes"], "{:.0f} MB", 1e-6), str(row["n"])]
+        table.add_row(*cells)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)
+    console.print(table)
+    rates = ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in report["gemm_flop_per_s"].items())
+    console.print(f"GEMM rate in this run, GFLOP/s: {rates}")
+    for note in notes:
+        console.print(note, markup=False, highlight=False)
+
+
+def shown(value: float | None, form: str, unit: float = 1.0) -> str:
+    return "" if value is None else form.format(value * unit)
+
+
+def plot(report: dict[str, Any], path: Path) -> None:
+    """Views/s against the FLOPs of Table 1's counting, both logarithmic: the paper's points, and this run's best."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    series: dict[str, dict[str, float]] = {
+        "paper, one V100": {n: row.views_per_second for n, row in PAPER_TABLE1.items()}
+    }
+    for row in report["rows"]:
+        if row["work"] in ("cached", "encoded") and "views_per_second" in row:
+            points = series.setdefault(f"{row['contender']}, {row['precision']}, {WORKS[row['work']]}", {})
+            points[row["variant"]] = max(points.get(row["variant"], 0.0), row["views_per_second"])
+    for name, points in series.items():
+        gflops = {variant: flops.count(VARIANTS[variant]).total / 1e9 for variant in points}
+        order = sorted(points, key=gflops.__getitem__)
+        style: dict[str, Any] = {"linestyle": ":", "color": "grey"} if name.startswith("paper") else {}
+        if not style and not name.startswith(OURS):
+            style["linestyle"] = "--"
+        axes.plot([gflops[n] for n in order], [points[n] for n in order], marker="o", label=name, **style)
+    for variant, speed in series["paper, one V100"].items():
+        place = (flops.count(VARIANTS[variant]).total / 1e9, speed)
+        axes.annotate(variant, place, textcoords="offset points", xytext=(4, 5), fontsize=8, color="grey")
+    labels = report["labels"]["count"]
+    axes.set(
+        xscale="log", yscale="log", xlabel="GFLOPs of a view, as in the paper's Table 1", ylabel="views per second"
+    )
+    axes.set_title(f"{report['environment']['device']}, {labels} labels", fontsize=10)
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize=7)
+    figure.savefig(path, dpi=150)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    with xclip_fast.backend(args.backend):
+        report = run(args)
+    print_table(report)
+    if args.json:
+        measuring.write_json(args.json, report)
+    if args.plot:
+        plot(report, args.plot)
+    wrong = [row for row in report["rows"] if row["note"].startswith(("outputs differ", "failed"))]
+    return 1 if any(row["contender"] == OURS or row["note"].startswith("outputs") for row in wrong) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,487 @@
+"""Swapping the blocks of somebody else's X-CLIP in place."""
+
+import copy
+import logging
+import pickle
+import warnings
+from collections import OrderedDict
+
+import pytest
+import torch
+from torch import nn
+
+from xclip_fast import XCLIP, FastCCTBlock, TextConfig, VisionConfig, XCLIPConfig, accelerate
+from xclip_fast.accelerate import _log_fallback
+
+FRAMES, WIDTH, HEADS = 3, 128, 2
+
+
+@pytest.fixture(autouse=True)
+def _log_again():
+    _log_fallback.cache_clear()
+
+
+@torch.no_grad()
+def randomise(model):
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        one = 1.0 if parameter.ndim == 1 and name.endswith("weight") else 0.0
+        parameter.copy_(one + noise * (0.2 if parameter.ndim < 2 else parameter[0].numel() ** -0.5))
+    return model
+
+
+def assert_close(got, wanted, relative=1e-4):
+    assert got.shape == wanted.shape
+    assert (got - wanted).abs().max() <= relative * wanted.abs().max()
+
+
+def both(model):
+    """The model and an accelerated copy with the same weights."""
+    return model, accelerate(copy.deepcopy(model))
+
+
+def is_swapped(module):
+    return hasattr(type(module), "_accelerated_from")
+
+
+# --- the released blocks, written out here after equations 7 to 9
+
+
+class QuickGELU(nn.Module):
+    def forward(self, x):
+        return x * torch.sigmoid(1.702 * x)
+
+
+class DropPath(nn.Module):
+    def __init__(self, drop_prob):
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def forward(self, x):
+        if not self.training:
+            return x
+        keep = 1 - self.drop_prob
+        return x * torch.empty(x.shape[0], *[1] * (x.ndim - 1)).bernoulli_(keep) / keep
+
+
+class ReleasedBlock(nn.Module):
+    def __init__(self, width=WIDTH, heads=HEADS, frames=FRAMES, activation=QuickGELU, drop=0.0, **attention):
+        super().__init__()
+        self.T = frames
+        self.message_fc = nn.Linear(width, width)
+        self.message_ln = nn.LayerNorm(width)
+        self.message_attn = nn.MultiheadAttention(width, heads, **attention)
+        self.attn = nn.MultiheadAttention(width, heads, **attention)
+        self.ln_1 = nn.LayerNorm(width)
+        self.ln_2 = nn.LayerNorm(width)
+        self.drop_path = DropPath(drop) if drop else nn.Identity()
+        layers = [
+            ("c_fc", nn.Linear(width, 4 * width)),
+            ("gelu", activation()),
+            ("c_proj", nn.Linear(4 * width, width)),
+        ]
+        self.mlp = nn.Sequential(OrderedDict(layers))
+
+    def forward(self, x):
+        tokens, frames, width = x.shape
+        message = self.message_fc(x[0]).view(-1, self.T, width).transpose(0, 1)  # (T, B, D)
+        normed = self.message_ln(message)
+        message = message + self.drop_path(self.message_attn(normed, normed, normed, need_weights=False)[0])
+        x = torch.cat([x, message.transpose(0, 1).reshape(1, frames, width)])
+        normed = self.ln_1(x)
+        x = (x + self.drop_path(self.attn(normed, normed, normed, need_weights=False)[0]))[:tokens]
+        return x + self.drop_path(self.mlp(self.ln_2(x)))
+
+
+def released(blocks=2, **kwargs):
+    return randomise(nn.Sequential(*(ReleasedBlock(**kwargs) for _ in range(blocks)))).eval()
+
+
+def tokens(batch=2, seed=1):
+    return torch.randn(5, batch * FRAMES, WIDTH, generator=torch.Generator().manual_seed(seed))
+
+
+def test_released_blocks_give_the_same_outputs_and_gradients():
+    theirs, ours = both(released())
+    assert all(is_swapped(block) and isinstance(block, ReleasedBlock) for block in ours)
+    x, y = tokens().requires_grad_(), tokens().requires_grad_()
+    weigh = tokens(seed=2)
+    (theirs(x) * weigh).sum().backward()
+    (ours(y) * weigh).sum().backward()
+    assert_close(ours(y), theirs(x))
+    assert_close(y.grad, x.grad, 1e-3)
+    for (name, wanted), (same, got) in zip(theirs.named_parameters(), ours.named_parameters(), strict=True):
+        assert name == same
+        assert_close(got.grad, wanted.grad, 1e-3)
+
+
+def test_parameters_keys_and_modes_stay(caplog):
+    model = released()
+    model[1].train()
+    keys, parameters = list(model.state_dict()), list(model.parameters())
+    modes = [module.training for module in model.modules()]
+    seed = torch.random.get_rng_state()
+    with caplog.at_level(logging.DEBUG, "xclip_fast"):
+        assert accelerate(model) is model
+    assert not caplog.records
+    assert list(model.state_dict()) == keys
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+    assert [module.training for module in model.modules()] == modes
+    assert torch.equal(torch.random.get_rng_state(), seed)
+    kinds = [type(module) for module in model.modules()]
+    accelerate(model)
+    assert [type(module) for module in model.modules()] == kinds
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_dtypes(dtype):
+    theirs, ours = both(released().to(dtype))
+    with torch.no_grad():
+        assert_close(ours(tokens().to(dtype)), theirs(tokens().to(dtype)), 1e-9 if dtype == torch.float64 else 3e-2)
+
+
+def test_a_model_without_memory_yet():
+    with torch.device("meta"):
+        model = accelerate(ReleasedBlock(drop=1e-9))
+        model.drop_path.drop_prob = 0.0
+        assert model.train()(torch.empty(5, 2 * FRAMES, WIDTH)).shape == (5, 2 * FRAMES, WIDTH)
+
+
+def test_drop_path_of_released_blocks_drops_whole_videos():
+    model = accelerate(released(blocks=1, drop=0.5)).train()
+    x = tokens(batch=64)
+    with torch.no_grad():
+        wanted = copy.deepcopy(model).eval()(x)
+        moved = (model(x) - x).unflatten(1, (64, FRAMES)).abs().amax((0, 2, 3))
+    assert 4 <= (moved == 0).sum() <= 32  # both residual branches dropped: a quarter of the videos
+    assert (wanted - x).abs().amax() > 0
+
+
+def test_copies_and_pickles():
+    ours = accelerate(released())
+    with torch.no_grad():
+        wanted = ours(tokens())
+        for again in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+            assert all(is_swapped(block) for block in again)
+            assert torch.equal(again(tokens()), wanted)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda block: setattr(block.mlp, "gelu", nn.GELU()), "GELU in its mlp is not quick GELU"),
+        (lambda block: setattr(block.message_ln, "eps", 1e-3), "message_ln has epsilon 0.001"),
+        (lambda block: setattr(block, "attn_mask", torch.zeros(6, 6)), "attention mask"),
+        (lambda block: setattr(block, "ln_2", nn.RMSNorm(WIDTH)), "not LayerNorms"),
+        (lambda block: setattr(block, "drop_path", nn.Dropout(0.1)), "drop probability of Dropout"),
+        (lambda block: setattr(block, "attn", nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)), "batch_first"),
+        (lambda block: setattr(block, "attn", nn.MultiheadAttention(WIDTH, HEADS, add_zero_attn=True)), "adds a key"),
+        (lambda block: setattr(block.mlp, "c_fc", nn.Linear(WIDTH, 4 * WIDTH, bias=False)), "plain Linear"),
+        (lambda block: setattr(block, "forward", block.forward), "replaced by another library"),
+        (lambda block: setattr(block, "message_attn", nn.MultiheadAttention(WIDTH, 4)), "computes something else"),
+        (lambda block: setattr(block, "T", 0), "it failed on a small input"),
+    ],
+)
+def test_blocks_that_differ_are_left_as_they_are(change, reason, caplog):
+    model = released()
+    change(model[0])
+    with caplog.at_level(logging.WARNING, "xclip_fast"):
+        accelerate(model)
+    assert [is_swapped(block) for block in model] == [False, True]
+    assert reason in caplog.text
+    with pytest.raises(ValueError, match=r"no block that could be swapped(.|\n)*CrossFramelAttentionBlock") as error:
+        accelerate(model[0])
+    assert reason in str(error.value)
+
+
+class OtherBlock(ReleasedBlock):
+    def forward(self, x):
+        return super().forward(x) + 0.01
+
+
+def test_a_block_that_looks_alike_and_computes_something_else_is_refused():
+    with pytest.raises(ValueError, match="computes something else"):
+        accelerate(randomise(OtherBlock()))
+
+
+def test_nothing_to_swap_is_an_error():
+    with pytest.raises(ValueError, match=r"Linear has no block(.|\n)*XCLIPVisionEncoderLayer: message_fc"):
+        accelerate(nn.Linear(2, 2))
+
+
+def test_our_own_model_is_left_alone():
+    config = XCLIPConfig(
+        vision=VisionConfig(32, 16, width=64, layers=1, heads=1), text=TextConfig(50, 8, 64, 1, 1), embed_dim=64
+    )
+    model = XCLIP(config)
+    assert accelerate(model) is model
+    assert type(model.visual.transformer.resblocks[0]) is FastCCTBlock
+
+
+def test_calls_that_ours_cannot_take_fall_back_and_say_so_once(caplog):
+    theirs, ours = both(released())
+    with torch.no_grad(), caplog.at_level(logging.WARNING, "xclip_fast"):
+        assert torch.equal(ours[0](x=tokens()), theirs[0](tokens()))
+        ours[0](x=tokens())
+    assert [record.getMessage() for record in caplog.records] == [
+        "ReleasedBlock computes as before, not accelerated: more than the tokens is given"
+    ]
+    with pytest.raises(ValueError, match="7 frames given, which are not whole videos of 3"):
+        ours(torch.randn(5, 7, WIDTH))
+
+
+def test_dropout_in_attention_falls_back_while_training_only(caplog):
+    ours = accelerate(released(dropout=0.3))
+    with caplog.at_level(logging.WARNING, "xclip_fast"):
+        ours(tokens())
+        assert not caplog.records
+        ours.train()(tokens())
+    assert "attention dropout while training" in caplog.text
+
+
+# --- Hugging Face
+
+
+def huggingface(attention="sdpa", **vision):
+    transformers = pytest.importorskip("transformers")
+    vision = {
+        "hidden_size": WIDTH,
+        "intermediate_size": 4 * WIDTH,
+        "num_hidden_layers": 2,
+        "num_attention_heads": HEADS,
+        "image_size": 32,
+        "patch_size": 16,
+        "num_frames": FRAMES,
+        "mit_hidden_size": 64,
+        "mit_intermediate_size": 256,
+        "mit_num_attention_heads": 1,
+    } | vision
+    text = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 1, "num_attention_heads": 1}
+    text["vocab_size"] = 100
+    config = transformers.XCLIPConfig(
+        text_config=text, vision_config=vision, projection_dim=64, prompt_num_attention_heads=1
+    )
+    config._attn_implementation = attention
+    model = randomise(transformers.XCLIPModel(config)).eval()
+    model.logit_scale.data.fill_(1.0)
+    return model
+
+
+def inputs(batch=2, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    text = torch.randint(1, 98, (batch, 6), generator=generator)
+    text[:, -1] = 99
+    return {"pixel_values": torch.randn(batch, FRAMES, 3, 32, 32, generator=generator), "input_ids": text}
+
+
+def layers(model):
+    return list(model.vision_model.encoder.layers)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_huggingface_model_gives_the_same(attention):
+    theirs = huggingface(attention)
+    weigh = torch.randn(2, 2, generator=torch.Generator().manual_seed(2))
+    wanted = theirs(**inputs(), output_hidden_states=True)
+    (wanted.logits_per_video * weigh).sum().backward()
+    parameters = list(theirs.parameters())
+    gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}
+    keys = list(theirs.state_dict())
+    theirs.zero_grad()
+    assert accelerate(theirs) is theirs
+    ours = theirs
+    assert all(is_swapped(layer) for layer in layers(ours))
+    assert list(ours.state_dict()) == keys
+    assert all(a is b for a, b in zip(ours.parameters(), parameters, strict=True))
+
+    found = ours(**inputs(), output_hidden_states=True)
+    (found.logits_per_video * weigh).sum().backward()
+    assert_close(found.logits_per_video, wanted.logits_per_video)
+    assert_close(found.video_embeds, wanted.video_embeds)
+    hidden, other = found.vision_model_output.hidden_states, wanted.vision_model_output.hidden_states
+    assert len(hidden) == len(other) == 3
+    for a, b in zip(hidden, other, strict=True):
+        assert_close(a, b)
+    compared = 0
+    for name, parameter in ours.vision_model.named_parameters(prefix="vision_model"):
+        # no attention depends on its keys' bias, and the first CFA, whose messages are all alike, not on its queries
+        if not name.endswith("k_proj.bias") and ".0.message_attn.q_" not in name and ".0.message_attn.k_" not in name:
+            assert_close(parameter.grad, gradients[name], 1e-3)
+            compared += 1
+    assert compared == 56
+
+
+def test_huggingface_vision_model_alone_and_saved(tmp_path):
+    model = huggingface().vision_model
+    pixels = inputs()["pixel_values"].flatten(0, 1)
+    with torch.no_grad():
+        wanted = model(pixels).last_hidden_state
+        accelerate(model)
+        assert_close(model(pixels).last_hidden_state, wanted)
+        model.save_pretrained(tmp_path)
+        assert_close(type(model).from_pretrained(tmp_path)(pixels).last_hidden_state, wanted)
+
+
+def test_packed_weights_follow_the_parameters():
+    model = accelerate(huggingface())
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    other = {name: tensor * 0.7 for name, tensor in state.items()}
+    with torch.no_grad():
+        first = model(**inputs()).logits_per_video
+        packed = layers(model)[0]._packed
+        held = {key: weights.in_weight for key, (_, _, weights) in packed.items()}
+        assert torch.equal(model(**inputs()).logits_per_video, first)
+        assert all(packed[key][2].in_weight is weight for key, weight in held.items())  # packed once
+        for change in (
+            lambda: model.load_state_dict(other),
+            lambda: model.load_state_dict({k: v.clone() for k, v in state.items()}, assign=True),
+            lambda: [p.mul_(0.7) for p in model.parameters()],
+            lambda: [setattr(p, "data", state[name]) for name, p in model.named_parameters()],
+        ):
+            change()
+            got = model(**inputs()).logits_per_video
+            fresh = huggingface()
+            fresh.load_state_dict(model.state_dict())
+            assert_close(got, fresh(**inputs()).logits_per_video)
+    assert not any("_packed" in name for name in model.state_dict())
+
+
+def test_inference_mode_and_optimizer_steps():
+    theirs, ours = both(huggingface())
+    with torch.inference_mode():
+        ours(**inputs())
+    steps = [torch.optim.SGD(model.parameters(), lr=0.1) for model in (theirs, ours)]
+    for _ in range(2):
+        for model, optimizer in zip((theirs, ours), steps, strict=True):
+            optimizer.zero_grad()
+            model(**inputs(), return_loss=True).loss.backward()
+            optimizer.step()
+    with torch.no_grad():
+        assert_close(ours(**inputs()).logits_per_video, theirs(**inputs()).logits_per_video, 1e-3)
+
+
+def test_gradient_checkpointing():
+    ours = accelerate(huggingface())
+    ours(**inputs(), return_loss=True).loss.backward()
+    plain = [parameter.grad.clone() for parameter in ours.parameters()]
+    ours.zero_grad()
+    ours.train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # the new name is not in all versions
+        ours.gradient_checkpointing_enable({"use_reentrant": False})
+    calls = []
+    layer = layers(ours)[0]
+    func = layer._gradient_checkpointing_func
+    layer._gradient_checkpointing_func = lambda *args, **kwargs: calls.append(1) or func(*args, **kwargs)
+    ours(**inputs(), return_loss=True).loss.backward()
+    assert calls == [1]
+    for parameter, wanted in zip(ours.parameters(), plain, strict=True):
+        assert torch.allclose(parameter.grad, wanted, rtol=1e-3, atol=1e-5)
+
+
+def test_drop_path_draws_as_before():
+    theirs, ours = both(huggingface(drop_path_rate=0.5).train())
+    results = []
+    for model in (theirs, ours):
+        torch.manual_seed(5)
+        results.append(model(**inputs(batch=8)).logits_per_video.detach())
+    assert_close(*results)
+    with torch.no_grad():
+        assert (results[0] - theirs.eval()(**inputs(batch=8)).logits_per_video).abs().max() > 1e-4
+
+
+def test_compiles_whole():
+    theirs, ours = both(huggingface().vision_model)
+    pixels = inputs()["pixel_values"].flatten(0, 1)
+    compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        assert_close(compiled(pixels).last_hidden_state, theirs(pixels).last_hidden_state)
+    compiled(pixels).last_hidden_state.sum().backward()
+    assert ours.encoder.layers[0].self_attn.q_proj.weight.grad.abs().max() > 0
+
+
+def test_attention_weights_fall_back(caplog):
+    theirs, ours = both(huggingface("eager"))
+    with torch.no_grad(), caplog.at_level(logging.WARNING, "xclip_fast"):
+        wanted = theirs(**inputs(), output_attentions=True).vision_model_output.attentions
+        found = ours(**inputs(), output_attentions=True).vision_model_output.attentions
+    assert len(found) == len(wanted) > 0
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    assert [record.getMessage() for record in caplog.records] == [
+        "XCLIPVisionEncoderLayer computes as before, not accelerated: attention weights are asked for"
+    ]
+
+
+def test_dropout_and_masks_fall_back(caplog):
+    ours = accelerate(huggingface(attention_dropout=0.5))
+    layer = layers(ours)[0]
+    hidden = torch.randn(FRAMES, 5, WIDTH)
+    with caplog.at_level(logging.WARNING, "xclip_fast"):
+        layer(hidden, None)
+        assert not caplog.records
+        layer(hidden, torch.zeros(1, 1, 6, 6))
+        assert "an attention mask, or more, is given" in caplog.text
+        layer.train()(hidden, None)
+    assert "attention dropout while training" in caplog.text
+
+
+class Adapter(nn.Module):
+    """As an adapter library wraps a linear layer."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+
+    @property
+    def weight(self):
+        return self.base.weight
+
+    @property
+    def bias(self):
+        return self.base.bias
+
+    def forward(self, x):
+        return self.base(x) + 1
+
+
+def test_an_adapter_put_in_afterwards_is_not_ignored(caplog):
+    theirs, ours = both(huggingface())
+    for model in (theirs, ours):
+        attention = layers(model)[0].self_attn
+        attention.v_proj = Adapter(attention.v_proj)
+    with torch.no_grad(), caplog.at_level(logging.WARNING, "xclip_fast"):
+        assert_close(ours(**inputs()).logits_per_video, theirs(**inputs()).logits_per_video)
+    assert "a Adapter stands where" in caplog.text
+    del layers(ours)[0].message_fc
+    with pytest.raises(AttributeError, match="message_fc"):
+        ours(**inputs())
+
+
+def test_gelu_models_are_refused():
+    with pytest.raises(ValueError, match="GELUActivation in its mlp is not quick GELU"):
+        accelerate(huggingface(hidden_act="gelu"))
+
+
+def tuple_layer(base):
+    """The calling convention of transformers before 5: two masks, a tuple back."""
+
+    class XCLIPVisionEncoderLayer(base):
+        def forward(self, hidden_states, attention_mask, causal_attention_mask, output_attentions=False):
+            return (super().forward(hidden_states, attention_mask),)
+
+    return XCLIPVisionEncoderLayer
+
+
+def test_older_layers_return_tuples():
+    model = huggingface()
+    layer = layers(model)[0]
+    hidden = torch.randn(2 * FRAMES, 5, WIDTH)
+    with torch.no_grad():
+        wanted = layer(hidden, None)
+        layer.__class__ = tuple_layer(type(layer))
+        found = accelerate(layer)(hidden, None, None, output_attentions=False)
+    assert is_swapped(layer)
+    assert isinstance(found, tuple)
+    assert len(found) == 1
+    assert_close(found[0], wanted)

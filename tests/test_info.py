@@ -1,0 +1,181 @@
+"""``xclip_fast.info`` tells the truth about what is here, and never fails over what is not."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from xclip_fast.kernels._dispatch import OPS, Backend
+
+from xclip_fast import backend, info
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder to put fake packages into; what they import is forgotten afterwards."""
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("apex", "flash_attn"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    return tmp_path
+
+
+def test_collect_is_json_and_covers_every_op():
+    found = info.collect()
+    assert json.loads(json.dumps(found)) == found
+    assert found["versions"]["torch"]["version"] == torch.__version__
+    assert found["versions"]["av"]["version"]
+    assert set(found["ops"]) == set(OPS)
+    for op, places in found["ops"].items():
+        choice = places["cpu"]
+        assert choice["chosen"] in choice["backends"]
+        assert choice["backends"][choice["chosen"]] is None
+        assert choice["backends"]["reference"] is None, op
+    assert found["ops"]["diffusion_attention"]["cpu"]["chosen"] == "sdpa"
+    assert bool(found["cuda"]["devices"]) == torch.cuda.is_available()
+    assert (found["cuda"]["reason"] is None) == torch.cuda.is_available()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_typical_arguments_are_what_the_ops_take(dtype):
+    """They run, and give a block's shapes."""
+    arguments = info.typical_arguments("cpu", dtype)
+    assert set(arguments) == set(OPS)
+    shapes = {
+        "message_kv": (8, 2, 12, 64),
+        "ln_linear": (8, 197, 2304),
+        "linear_residual": (8, 197, 768),
+        "mlp": (8, 197, 768),
+        "diffusion_attention": (8, 197, 12, 64),
+        "patch_embed": (8, 197, 768),
+        "layer_norm": (8, 197, 768),
+        "quick_gelu": (8, 197, 768),
+        "cosine_logits": (1, 16),
+        "causal_attention_packed": (80, 8, 64),
+    }
+    with torch.inference_mode():
+        for name, args in arguments.items():
+            result = OPS[name](*args)
+            result = result[0] if isinstance(result, tuple) else result
+            assert tuple(result.shape) == shapes[name], name
+
+
+def test_refusals_and_the_forced_backend_are_told(monkeypatch, capsys):
+    op, other = OPS["quick_gelu"], OPS["mlp"]
+    gpu_only = Backend("triton", op.reference, device_types=("cuda",))
+    monkeypatch.setattr(op, "backends", (gpu_only, op.backends[-1]))
+    monkeypatch.setattr(op, "names", ("triton", "reference"))
+    monkeypatch.setattr(other, "backends", other.backends[-1:])
+    monkeypatch.setattr(other, "names", ("reference",))
+    choice = info.collect()["ops"]["quick_gelu"]["cpu"]
+    assert choice["chosen"] == "reference"
+    assert choice["backends"] == {"triton": "device cpu is not cuda", "reference": None}
+    with backend("triton"):
+        found = info.collect()
+        assert found["forced_backend"] == "triton"
+        assert found["ops"]["quick_gelu"]["cpu"]["chosen"] is None  # forced, and refused
+        assert found["ops"]["mlp"]["cpu"]["chosen"] == "reference"  # has no such backend
+        info.show()
+    out = capsys.readouterr().out
+    assert "XCLIP_FAST_BACKEND: triton" in out
+    assert any(line.split() == ["quick_gelu", "triton,", "reference", "none"] for line in out.splitlines())
+    assert "device cpu is not cuda" in out
+
+
+def test_missing_packages_are_named_with_the_command_that_installs_them(monkeypatch, capsys):
+    monkeypatch.setattr(info, "_exists", lambda module: False)
+    monkeypatch.setattr(info, "_distribution_version", lambda name: None)
+    versions = info.collect()["versions"]
+    assert versions["flash-attn"] == {
+        "version": None,
+        "note": "not installed; pip install 'xclip-fast[flash-attn]'",
+    }
+    assert versions["av"]["note"] == "not installed; pip install av"
+    info.show()
+    assert "pip install 'xclip-fast[dali]'" in capsys.readouterr().out
+
+
+def test_a_package_that_does_not_import_is_told_so(site):
+    (site / "flash_attn.py").write_text("raise OSError('undefined symbol: abc\\nmore')")
+    found = info._versions()["flash-attn"]
+    assert found["version"] == "unknown"
+    assert found["note"] == "installed, but its import fails: OSError: undefined symbol: abc"
+
+
+@pytest.mark.parametrize(
+    ("files", "note"),
+    [
+        (["apex/__init__.py", "apex/normalization/__init__.py"], "NVIDIA's, but built without its CUDA extensions"),
+        (["apex/__init__.py", "apex/normalization/__init__.py", "fused_layer_norm_cuda.py"], "NVIDIA's"),
+        (["apex/__init__.py", "apex/models.py"], "PyPI's apex, an unrelated package: not NVIDIA's, and not used"),
+    ],
+)
+def test_the_two_apexes_are_told_apart(site, files, note):
+    for file in files:
+        (site / file).parent.mkdir(parents=True, exist_ok=True)
+        (site / file).write_text("raise SystemExit('imported')")  # looked at, never run
+    assert info._versions()["apex"]["note"] == note
+
+
+def test_no_apex():
+    if not info._exists("apex"):
+        assert "NVIDIA's is built from its sources" in info._versions()["apex"]["note"]
+
+
+def test_why_there_is_no_cuda_device(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert info.collect_cuda() == {"devices": [], "reason": "this torch is built without CUDA"}
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+
+    def no_driver() -> None:
+        raise RuntimeError("Found no NVIDIA driver on your system.\nPlease check")
+
+    monkeypatch.setattr(torch.cuda, "init", no_driver)
+    assert info.collect_cuda() == {"devices": [], "reason": "Found no NVIDIA driver on your system."}
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert info.collect_cuda() == {"devices": [], "reason": "the driver shows no device"}
+
+
+def test_a_gpu_that_others_have_filled(monkeypatch, capsys):
+    gpu = SimpleNamespace(name="Some GPU", major=9, minor=0, total_memory=80 * 2**30, multi_processor_count=132)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
+    real = info.typical_arguments
+
+    def arguments(device, dtype):
+        if device != "cpu":
+            raise RuntimeError("CUDA out of memory.\nTried")
+        return real(device, dtype)
+
+    monkeypatch.setattr(info, "typical_arguments", arguments)
+    found = info.collect()
+    assert [device["index"] for device in found["cuda"]["devices"]] == [0, 1]
+    assert list(found["ops"]["mlp"]) == ["cpu", "cuda:0"]  # one of each kind
+    choice = found["ops"]["mlp"]["cuda:0"]
+    assert (choice["dtype"], choice["chosen"]) == ("bfloat16", None)
+    assert choice["backends"]["reference"] == "cuda:0 cannot be used: CUDA out of memory."
+    info.show()
+    out = capsys.readouterr().out
+    assert "Some GPU" in out
+    assert "sm_90, 80.0 GiB, 132 SMs" in out
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_every_op_has_a_backend():
+    found = info.collect()
+    assert found["cuda"]["devices"][0]["name"] == torch.cuda.get_device_name(0)
+    assert all(places["cuda:0"]["chosen"] for places in found["ops"].values())
+
+
+def test_as_a_module_in_a_pipe():
+    """A line for each fact, however long, and no escape codes."""
+    process = subprocess.run([sys.executable, "-m", "xclip_fast.info"], capture_output=True, text=True, check=True)
+    assert process.stderr == ""
+    assert "\x1b" not in process.stdout
+    assert any(line.split()[:2] == ["torch", torch.__version__] for line in process.stdout.splitlines())
+    assert any(line.split()[0] == "mlp" for line in process.stdout.splitlines() if line)
