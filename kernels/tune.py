@@ -7,7 +7,8 @@ with the table's tile is timed, and the fastest is written: to the user's own ta
 """
 
 import argparse
-import importlib
+import functools
+import itertools
 import json
 import os
 import sys
@@ -22,6 +23,7 @@ from torch import Tensor
 WIDTHS = (768, 1024)
 ROWS = (8, 64, 400, 1576, 12608, 50432)  # M: messages, a short batch, one video of B/32 and B/16, batches of 8 and 32
 LENGTHS = (50, 197, 257, 577)
+Work = tuple[dict[str, list[int]], Callable[[], Any]]  # where a row of the table holds, and what to time
 
 
 def boundaries(values: tuple[int, ...], value: int) -> list[int]:
@@ -36,43 +38,57 @@ def _normal(*shape: int) -> Tensor:
     return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
 
 
-def gemm_work() -> Iterator[tuple[dict[str, list[int]], Callable[[], Any]]]:
-    from .triton import gemm
+def gemm_work() -> Iterator[Work]:
+    from .triton.gemm import gemm
 
     for width in WIDTHS:
-        shapes = ((width, 3 * width), (width, width), (width, 4 * width), (4 * width, width))
-        for k, n in shapes:
+        for k, n in ((width, 3 * width), (width, width), (width, 4 * width), (4 * width, width)):
             for m in ROWS:
                 x, weight, bias = _normal(m, k), _normal(n, k) * k**-0.5, _normal(n)
-                where = {"m": boundaries(ROWS, m), "n": [n, n], "k": [k, k]}
-                yield where, lambda x=x, weight=weight, bias=bias: gemm.matmul(x, weight, bias=bias)
+                where = {"m": boundaries(ROWS, m), "n": [n, n], "k": [k, k], "bytes": [2, 2]}
+                residual = _normal(m, n) if n == width else None  # the block's narrow outputs join the residual stream
+                where["heavy"] = [int(residual is not None)] * 2
+                yield where, functools.partial(gemm, x, weight, bias=bias, residual=residual)
 
 
-def attention_work(backward: bool) -> Iterator[tuple[dict[str, list[int]], Callable[[], Any]]]:
+def attention_work(backward: bool) -> Iterator[Work]:
     from .triton import diffusion_attention
 
     for length in LENGTHS:
         qkv, message = _normal(256, length, 3, 12, 64), _normal(256, 2, 12, 64)
-        where = {"length": boundaries(LENGTHS, length)}
+        where = {"length": boundaries(LENGTHS, length), "bytes": [2, 2]}
         if not backward:
-            yield where, lambda qkv=qkv, message=message: diffusion_attention.forward(False, qkv, message)
-            continue
-        outputs, saved = diffusion_attention.forward(True, qkv, message)
-        grads = [torch.randn_like(outputs[0])]
-        needs = [True, True]
-        yield (
-            where,
-            lambda qkv=qkv, message=message, saved=saved, grads=grads: diffusion_attention.backward(
-                grads, saved, needs, qkv, message
-            ),
-        )
+            yield where, functools.partial(diffusion_attention.forward, False, qkv, message)
+        elif length >= diffusion_attention.ONE_TILE:  # shorter ones have a kernel without tiles
+            outputs, saved = diffusion_attention.forward(True, qkv, message)
+            grads = [torch.randn_like(outputs[0])]
+            yield where, functools.partial(diffusion_attention.backward, grads, saved, [True, True], qkv, message)
 
 
-# tile table -> (module that lists its candidates, work)
-WORK: dict[str, tuple[str, Callable[[], Iterator[tuple[dict[str, list[int]], Callable[[], Any]]]]]] = {
-    "gemm": ("gemm", gemm_work),
-    "diffusion_attention": ("diffusion_attention", lambda: attention_work(False)),
-    "diffusion_attention_backward": ("diffusion_attention", lambda: attention_work(True)),
+def product(**choices: tuple[Any, ...]) -> list[dict[str, Any]]:
+    """Every combination of the choices."""
+    return [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
+
+
+ATTENTION = product(BLOCK_M=(64, 128), BLOCK_N=(32, 64, 128), num_warps=(4, 8), num_stages=(1, 2, 3))
+GEMM = [
+    {"GROUP_M": 8, **use}
+    for use in product(
+        BLOCK_M=(64, 128),
+        BLOCK_N=(64, 128, 256),
+        BLOCK_K=(64, 128),
+        SUBTILES=(1, 2, 4),
+        FLATTEN=(False, True),
+        num_warps=(4, 8),
+        num_stages=(3, 4),
+    )
+]
+# tile table -> (candidates, work)
+WORK: dict[str, tuple[list[dict[str, Any]], Callable[[], Iterator[Work]]]] = {
+    "gemm": (GEMM, gemm_work),
+    "diffusion_attention": (ATTENTION, lambda: attention_work(False)),
+    "diffusion_attention_dq": (ATTENTION, lambda: attention_work(True)),
+    "diffusion_attention_dk_dv": (ATTENTION, lambda: attention_work(True)),
 }
 
 
@@ -89,8 +105,7 @@ def tune(op: str, say: Callable[[str], None]) -> list[dict[str, Any]]:
 
     from .triton import _launch
 
-    module_name, work = WORK[op]
-    candidates: list[dict[str, Any]] = importlib.import_module(f"{__package__}.triton.{module_name}").CANDIDATES[op]
+    candidates, work = WORK[op]
     device = torch.device("cuda")
     name = torch.cuda.get_device_name(device)
     rows = []
@@ -102,8 +117,8 @@ def tune(op: str, say: Callable[[str], None]) -> list[dict[str, Any]]:
             with _launch.forced_tile(op, use):
                 try:
                     got = first_tensor(run()).float()
-                except (triton.runtime.errors.OutOfResources, triton.compiler.errors.CompilationError):
-                    continue  # does not fit this device
+                except (triton.runtime.errors.OutOfResources, triton.compiler.errors.CompilationError, RuntimeError):
+                    continue  # does not fit this device, or does not compile for it
                 if (got - wanted).abs().max() > 0.02 * wanted.abs().max():
                     raise RuntimeError(f"{op} with {use} at {where} computes something else: do not use this build")
                 milliseconds = do_bench(run, return_mode="median")
