@@ -76,8 +76,8 @@ GEMM = [
     for use in product(
         BLOCK_M=(64, 128),
         BLOCK_N=(64, 128, 256),
-        BLOCK_K=(64, 128),
-        SUBTILES=(1, 2, 4),
+        BLOCK_K=(64,),
+        SUBTILES=(1, 4),
         FLATTEN=(False, True),
         num_warps=(4, 8),
         num_stages=(3, 4),
