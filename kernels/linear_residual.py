@@ -1,9 +1,11 @@
 """A linear layer added to the residual stream, with drop path and the row statistics of what it writes."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ._dispatch import Op
+from ._dispatch import Op, triton_backend
 from ._linear import linear
 
 
@@ -30,7 +32,27 @@ def linear_residual_reference(
     return y, mean.float(), (variance + eps).rsqrt().float()
 
 
-_op = Op(linear_residual_reference)
+def refuse_drop_scale(drop_scale: Tensor | None) -> str | None:
+    """Why kernels do not take this drop path factor, or None."""
+    trained = drop_scale is not None and drop_scale.requires_grad and torch.is_grad_enabled()
+    return "drop_scale requires a gradient" if trained else None
+
+
+def _refuse(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, drop_scale: Tensor | None, *_: Any
+) -> str | None:
+    wanted = (*x.shape[:-1], weight.shape[0])
+    if residual.shape != wanted:
+        return f"residual {tuple(residual.shape)} has not the shape of the result, {wanted}"
+    return refuse_drop_scale(drop_scale)
+
+
+_op = Op(
+    linear_residual_reference,
+    triton_backend("linear_residual", _refuse),
+    saved=lambda *_: (),
+    autocast=("x", "weight"),
+)
 
 
 def linear_residual(

@@ -3,11 +3,13 @@
 The algebra that lets LayerNorm ride on the GEMM is derived in docs/kernels.md.
 """
 
+from typing import Any
+
 from torch import Tensor
 
-from ._dispatch import Op
+from ._dispatch import Op, triton_backend
 from ._linear import linear
-from .layer_norm import layer_norm_reference
+from .layer_norm import layer_norm_reference, refuse_rows, row_statistics_like
 from .quick_gelu import quick_gelu_reference
 
 
@@ -18,7 +20,19 @@ def ln_linear_reference(
     return quick_gelu_reference(u) if activation else u
 
 
-_op = Op(ln_linear_reference)
+def _saved(x: Tensor, ln_weight: Tensor, ln_bias: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    *_, activation = rest
+    if not activation:
+        return row_statistics_like(x)
+    return (*row_statistics_like(x), weight.new_empty(x.shape[:-1].numel(), weight.shape[0]))
+
+
+_op = Op(
+    ln_linear_reference,
+    triton_backend("ln_linear", refuse_rows),
+    saved=_saved,
+    autocast=("weight",),
+)
 
 
 def ln_linear(

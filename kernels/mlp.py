@@ -1,9 +1,12 @@
 """The whole feed-forward residual branch as one differentiable op (equation 9)."""
 
+from typing import Any
+
 from torch import Tensor
 
-from ._dispatch import Op
-from .linear_residual import linear_residual_reference
+from ._dispatch import Op, triton_backend
+from .layer_norm import refuse_rows, row_statistics_like
+from .linear_residual import linear_residual_reference, refuse_drop_scale
 from .ln_linear import ln_linear_reference
 
 
@@ -22,7 +25,16 @@ def mlp_reference(
     return linear_residual_reference(hidden, weight2, bias2, x, drop_scale, eps, False)[0]
 
 
-_op = Op(mlp_reference)
+def _saved(x: Tensor, ln_weight: Tensor, ln_bias: Tensor, weight1: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return (*row_statistics_like(x), weight1.new_empty(x.shape[:-1].numel(), weight1.shape[0]))
+
+
+_op = Op(
+    mlp_reference,
+    triton_backend("mlp", lambda x, *rest: refuse_rows(x) or refuse_drop_scale(rest[-1])),
+    saved=_saved,
+    autocast=("weight1", "weight2"),
+)
 
 
 def mlp(

@@ -230,8 +230,8 @@ def gemm(
     bias: Tensor | None = None,
     norm: tuple[Tensor, Tensor, Tensor] | None = None,
     activation: bool = False,
-    keep_u: bool = False,
     slope_at: Tensor | None = None,
+    keep: bool = False,
     drop_scale: Tensor | None = None,
     residual: Tensor | None = None,
     statistics_eps: float | None = None,
@@ -242,12 +242,12 @@ def gemm(
 
     Args:
         a: (M, K), unit stride along K, any row stride.
-        b: (N, K) in a's dtype, unit stride along one dimension: a weight (O, I), or its transpose for gradients.
+        b: (N, K) in a's dtype: a weight (O, I), or its transpose for gradients; copied unless a stride is 1.
         bias: (N,), any floating dtype.
         norm: (mean (M,), rstd (M,), sums of b over K (N,)), float32: the LayerNorm whose weight is folded into b.
-        activation: apply quick_gelu. ``keep_u``: return what it was applied to as well.
-        slope_at: (M, N) contiguous, in place of an activation: multiply by d quick_gelu / du at it, and return
-            quick_gelu of it as well.
+        activation: apply quick_gelu.
+        slope_at: u (M, N) contiguous, in place of an activation: multiply by d quick_gelu / du.
+        keep: return u, what quick_gelu was applied to, as well; with ``slope_at``, h = quick_gelu(u).
         drop_scale: (B,), M a multiple of B: factor of each M / B rows.
         residual: (M, N), unit stride along N.
         statistics_eps: return the mean and 1 / sqrt(variance + eps) of y's rows as well, (M,) float32 each.
@@ -255,18 +255,18 @@ def gemm(
         dtype: of y; by default the promoted dtype of a and residual.
 
     Returns:
-        y (M, N), contiguous, then those of u or h, (mean, rstd), sums that were asked for.
+        y (M, N), contiguous, then those of u or h, mean, rstd, sums that were asked for.
     """
     (M, K), N = a.shape, b.shape[0]
-    transposed = b.stride(1) != 1 and K > 1
+    b = b if 1 in b.stride() else b.contiguous()
+    transposed = b.stride(1) != 1
     b = b.T if transposed else b
     assert a.stride(1) == 1 or K == 1
-    assert b.stride(1) == 1 or b.shape[1] == 1
     assert a.dtype == b.dtype
     if dtype is None:
         dtype = a.dtype if residual is None else torch.promote_types(a.dtype, residual.dtype)
     y = torch.empty(M, N, dtype=dtype, device=a.device)
-    second = torch.empty(M, N, dtype=a.dtype, device=a.device) if keep_u or slope_at is not None else None
+    second = torch.empty(M, N, dtype=a.dtype, device=a.device) if keep else None
     heavy = int(residual is not None or slope_at is not None)
     config = tile("gemm", a.device, m=M, n=N, k=K, bytes=a.element_size(), heavy=heavy)
     block_m, block_n = config["BLOCK_M"], config["BLOCK_N"]
