@@ -295,13 +295,13 @@ def _register(op: Op) -> tuple[Callable[..., Any], Callable[..., Any]]:
     # <name>_saving and <name>_backward: a kernel and its own backward
 
     def fresh(tensors: Sequence[Tensor], args: Sequence[Any]) -> list[Tensor]:
-        """Contiguous, and no argument itself nor one tensor twice, as torch.library demands."""
-        taken = {arg.data_ptr() for arg in args if isinstance(arg, Tensor)}
+        """Contiguous, and no storage of an argument nor one storage twice, as torch.library demands."""
+        taken = {arg.untyped_storage().data_ptr() for arg in args if isinstance(arg, Tensor)}
         result = []
         for tensor in tensors:
             tensor = tensor.contiguous()
-            result.append(tensor.clone() if tensor.data_ptr() in taken else tensor)
-            taken.add(result[-1].data_ptr())
+            result.append(tensor.clone() if tensor.untyped_storage().data_ptr() in taken else tensor)
+            taken.add(result[-1].untyped_storage().data_ptr())
         return result
 
     def forward_saving(*args: Any) -> list[Tensor]:
