@@ -168,7 +168,10 @@ def huggingface(model: xclip_fast.XCLIP) -> torch.nn.Module:
     transformers.utils.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder, layout="huggingface")
-        return transformers.XCLIPModel.from_pretrained(folder).eval()
+        hf = transformers.XCLIPModel.from_pretrained(folder).eval()
+        for parameter in hf.parameters():
+            parameter.data = parameter.data.clone()  # into memory: a mapped file would be read in the first timed call
+    return hf
 
 
 def hf_video(hf: Any, video: Tensor) -> tuple[Tensor, Tensor]:
