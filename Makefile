@@ -1,4 +1,4 @@
-.PHONY: install test lint typecheck bench ops-bench
+.PHONY: install test lint typecheck bench ops-bench gpu-check
 
 install:
 	pip install -e '.[dev]'
@@ -20,6 +20,11 @@ typecheck:
 
 bench:
 	python benchmarks/throughput.py
+
+# On any CUDA machine with torch and pytest, without a network, after
+#   pip install --no-build-isolation --no-deps -e .
+gpu-check:
+	python benchmarks/gpu_check.py
 
 ops-bench:
 	pytest benchmarks/ops --benchmark-only --no-cov

@@ -290,7 +290,32 @@ def test_cache_is_bounded(tiny_model: XCLIP) -> None:
     assert len(tiny_model.text._cache) == text_module.CACHED_LABEL_SETS
 
 
-# ---- training, compile, export
+# ---- kernels, training, compile, export
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_whole_model_with_triton_kernels(tiny_model: XCLIP, dtype: torch.dtype) -> None:
+    """Forward and every gradient; in the interpreter on a CPU."""
+    pytest.importorskip("triton", reason="triton is not installed (pip install triton)")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, video = tiny_model.to(device, dtype), frames().to(device)
+
+    def step() -> tuple[Tensor, dict[str, Tensor]]:
+        model.zero_grad()
+        logits = model(video, LABELS)
+        F.cross_entropy(logits, torch.tensor([1, 3], device=device)).backward()
+        return logits.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    with xclip_fast.backend("reference"):
+        logits, grads = step()
+    with xclip_fast.backend("triton"):
+        got_logits, got_grads = step()
+    tolerance = 1e-4 if dtype == torch.float32 else 3e-2
+    torch.testing.assert_close(got_logits, logits, rtol=tolerance, atol=tolerance)
+    assert set(got_grads) == set(grads) == set(dict(model.named_parameters()))
+    for name, wanted in grads.items():
+        off = (got_grads[name] - wanted).double().norm() / wanted.double().norm().clamp(min=1e-4)
+        assert off < 3 * tolerance, (name, off)
 
 
 def test_every_parameter_gets_a_gradient(tiny_model: XCLIP) -> None:

@@ -302,6 +302,26 @@ def test_strided_input_gives_the_same(case: tuple[str, str]) -> None:
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="on a GPU the architecture itself decides")
+@pytest.mark.parametrize(
+    "case", [("ln_linear", "activation"), ("linear_residual", "drop path, statistics"), ("mlp", "plain")]
+)
+def test_tensor_descriptors_give_the_same_as_pointers(case: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The path of sm_90: the GEMM loads and stores its tiles through descriptors."""
+    gemm = pytest.importorskip("xclip_fast.kernels.triton.gemm", reason="triton is not installed (pip install triton)")
+    op, args = OPS[case[0]], cast(CASES[case](), torch.float32)
+    with kernels.backend("triton"):
+        pointers = run(op, args)
+        monkeypatch.setattr(gemm, "arch", lambda device: 90)
+        launched = []
+        launch = gemm.launch
+        monkeypatch.setattr(gemm, "launch", lambda *a, **options: launched.append(options) or launch(*a, **options))
+        descriptors = run(op, args)
+    assert any(options.get("LOAD_DESCRIPTORS") for options in launched)
+    for got, wanted in zip(descriptors, pointers, strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
 # ---- references against independent torch
 
 
