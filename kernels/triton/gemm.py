@@ -275,7 +275,8 @@ def gemm(
     parts = torch.empty(2, slots, M, dtype=torch.float32, device=a.device) if statistics_eps is not None else None
     part_sums = torch.empty(tiles_m, N, dtype=torch.float32, device=a.device) if sums else None
     outputs = [y] if second is None else [y, second]
-    descriptors = arch(a.device) >= 90
+    # float32 runs on the ordinary units, from registers, where tiles in descriptor layout only cost more of them
+    descriptors = arch(a.device) >= 90 and a.dtype != torch.float32
     mean, rstd, b_sum = norm if norm is not None else (None, None, None)
     launch(
         gemm_kernel,
