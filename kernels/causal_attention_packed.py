@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ._dispatch import Backend, Op, triton_backend
 
-LONGEST = 128  # tokens of a label that fit in one tile of the kernel
+LONGEST = {2: 128, 4: 32}  # bytes of a number -> tokens of a label that fit in one tile of the kernel
 
 
 def _unpack(qkv_S3HC: Tensor, offsets_K1: Tensor, longest: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -46,7 +46,8 @@ def _sdpa(qkv: Tensor, offsets: Tensor, longest: int) -> Tensor:
 def _refuse(qkv: Tensor, offsets: Tensor, longest: int) -> str | None:
     if qkv.shape[-1] not in (16, 32, 64):
         return f"head size {qkv.shape[-1]} is not 16, 32 or 64"
-    return None if longest <= LONGEST else f"the longest label has {longest} tokens, more than {LONGEST}"
+    limit = LONGEST[qkv.element_size()]
+    return None if longest <= limit else f"the longest label has {longest} tokens, more than {limit} in {qkv.dtype}"
 
 
 _op = Op(

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from ._dispatch import Backend, Op, triton_backend
 
-ONE_TILE = 64  # a frame shorter than this fits in one tile of the kernel with its message: nothing is saved for backward
+ONE_TILE = (
+    64  # a frame shorter than this fits in one tile of the kernel with its message: nothing is saved for backward
+)
 
 
 def _queries_keys_values(qkv_FL3HC: Tensor, message_F2HC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -30,6 +32,11 @@ def _sdpa(qkv: Tensor, message: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(*_queries_keys_values(qkv, message)).transpose(1, 2)
 
 
+def fits_one_tile(qkv: Tensor) -> bool:
+    """Whether the kernel holds a frame and its message in one tile: backward needs nothing saved then."""
+    return qkv.shape[1] < {2: 64, 4: 32}[qkv.element_size()]
+
+
 def _refuse(qkv: Tensor, message: Tensor) -> str | None:
     channels = qkv.shape[-1]
     return None if channels in (16, 32, 64) else f"head size {channels} is not 16, 32 or 64"
@@ -38,7 +45,7 @@ def _refuse(qkv: Tensor, message: Tensor) -> str | None:
 def _saved(qkv: Tensor, message: Tensor) -> tuple[Tensor, ...]:
     """The output and, per query, log2 of the sum of the exponentials."""
     frames, length, _, heads, channels = qkv.shape
-    if length < ONE_TILE:
+    if fits_one_tile(qkv):
         return ()
     return qkv.new_empty(frames, length, heads, channels), qkv.new_empty(frames, heads, length, dtype=torch.float32)
 

@@ -1,7 +1,6 @@
 """Causal attention of packed labels: one program per label and head, the whole label in one tile.
 
-S tokens in all, K labels, H heads, C channels of a head. ``attend_tile`` and ``attend_tile_backward`` serve every
-attention whose keys fit in one tile.
+S tokens in all, K labels, H heads, C channels of a head.
 """
 
 from collections.abc import Sequence
@@ -12,29 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._attention import LOG2_E, attend_tile, attend_tile_backward, channels_contiguous
 from ._launch import launch, tile
-
-
-@triton.jit
-def attend_tile(q, k, v, seen, scale):
-    """softmax(q k^T scale) v over the keys that are ``seen`` (M, N): at least one a row. Float32 out, (M, C)."""
-    # scores in powers of two: scale holds log2(e)
-    s = tl.where(seen, tl.dot(q, tl.trans(k), input_precision="ieee") * scale, float("-inf"))
-    p = tl.exp2(s - tl.max(s, 1)[:, None])
-    return tl.dot(p.to(v.dtype), v, input_precision="ieee") / tl.sum(p, 1)[:, None]
-
-
-@triton.jit
-def attend_tile_backward(q, k, v, do, seen, scale):
-    """d/dq, d/dk (both without the factor of the scores), d/dv of ``attend_tile``: float32, (M, C), (N, C), (N, C)."""
-    s = tl.where(seen, tl.dot(q, tl.trans(k), input_precision="ieee") * scale, float("-inf"))
-    p = tl.exp2(s - tl.max(s, 1)[:, None])
-    p = p / tl.sum(p, 1)[:, None]
-    # dv = p^T do;  dp = do v^T;  ds = p (dp - rowsum(p dp));  dq = ds k;  dk = ds^T q
-    dv = tl.dot(tl.trans(p.to(do.dtype)), do, input_precision="ieee")
-    dp = tl.dot(do, tl.trans(v), input_precision="ieee")
-    ds = (p * (dp - tl.sum(p * dp, 1)[:, None])).to(q.dtype)
-    return tl.dot(ds, k, input_precision="ieee"), tl.dot(tl.trans(ds), q, input_precision="ieee"), dv
 
 
 @triton.jit
@@ -58,7 +36,7 @@ def _forward_kernel(
     inside = row[:, None] < length
     q = tl.load(at, mask=inside, other=0.0)
     k = tl.load(at + stride_3, mask=inside, other=0.0)
-    v = tl.load(at + 2 * stride_3, mask=inside, other=0.0)
+    v = tl.load(at + stride_3 + stride_3, mask=inside, other=0.0)
     # a token sees no later one, so no token of the label sees the rows behind its end
     out = attend_tile(q, k, v, row[:, None] >= row[None, :], scale)
     to = out_ptr + ((start + row)[:, None] * HEADS + head) * C + channel[None, :]
@@ -88,7 +66,7 @@ def _backward_kernel(
     inside = row[:, None] < length
     q = tl.load(at, mask=inside, other=0.0)
     k = tl.load(at + stride_3, mask=inside, other=0.0)
-    v = tl.load(at + 2 * stride_3, mask=inside, other=0.0)
+    v = tl.load(at + stride_3 + stride_3, mask=inside, other=0.0)
     # rows behind the end: q = do = 0, so that they give nothing to dk and dv
     do = tl.load(dout_ptr + ((start + row)[:, None] * HEADS + head) * C + channel[None, :], mask=inside, other=0.0)
     dq, dk, dv = attend_tile_backward(q, k, v, do, row[:, None] >= row[None, :], scale)
@@ -140,11 +118,3 @@ def backward(
         **tile("causal_attention_packed_backward", qkv.device, longest=longest, bytes=qkv.element_size()),
     )
     return [dqkv]
-
-
-LOG2_E = 1.4426950408889634
-
-
-def channels_contiguous(x: Tensor) -> Tensor:
-    """x itself if the channels of a head are neighbours, as in every view of a packed projection; else a copy."""
-    return x if x.stride(-1) == 1 else x.contiguous()

@@ -1,0 +1,68 @@
+"""What both attentions and their backward passes share: softmax in one tile, a frame's last tile, tile arithmetic."""
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._launch import tile
+
+LOG2_E = 1.4426950408889634
+
+
+@triton.jit
+def attend_tile(q, k, v, seen, scale):
+    """softmax(q k^T scale) v over the keys that are ``seen`` (M, N): at least one a row. Float32 out, (M, C)."""
+    # scores in powers of two: scale holds log2(e)
+    s = tl.where(seen, tl.dot(q, tl.trans(k), input_precision="ieee") * scale, float("-inf"))
+    p = tl.exp2(s - tl.max(s, 1)[:, None])
+    return tl.dot(p.to(v.dtype), v, input_precision="ieee") / tl.sum(p, 1)[:, None]
+
+
+@triton.jit
+def attend_tile_backward(q, k, v, do, seen, scale):
+    """d/dq, d/dk (both without the factor of the scores), d/dv of ``attend_tile``: float32, (M, C), (N, C), (N, C)."""
+    s = tl.where(seen, tl.dot(q, tl.trans(k), input_precision="ieee") * scale, float("-inf"))
+    p = tl.exp2(s - tl.max(s, 1)[:, None])
+    p = p / tl.sum(p, 1)[:, None]
+    # dv = p^T do;  dp = do v^T;  ds = p (dp - rowsum(p dp));  dq = ds k;  dk = ds^T q
+    dv = tl.dot(tl.trans(p.to(do.dtype)), do, input_precision="ieee")
+    dp = tl.dot(do, tl.trans(v), input_precision="ieee")
+    ds = (p * (dp - tl.sum(p * dp, 1)[:, None])).to(q.dtype)
+    return tl.dot(ds, k, input_precision="ieee"), tl.dot(tl.trans(ds), q, input_precision="ieee"), dv
+
+
+@triton.jit
+def last_tile(
+    at_ptr,  # the frame's and head's keys or values in qkv, (L, C)
+    message_ptr,  # the frame's and head's key or value of the message, (C,)
+    row,
+    channel,
+    stride_l,
+    L: tl.constexpr,
+):
+    """Rows ``row`` of the L keys or values with the message as row L and zeros behind it."""
+    rest = tl.load(at_ptr + row.to(tl.int64)[:, None] * stride_l + channel[None, :], mask=row[:, None] < L, other=0.0)
+    message = tl.load(message_ptr + channel).to(rest.dtype)
+    return tl.where(row[:, None] == L, message[None, :], rest)
+
+
+def channels_contiguous(x: Tensor) -> Tensor:
+    """x itself if the channels of a head are neighbours, as in every view of a packed projection; else a copy."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def power_of_two(rows: int) -> int:
+    """The tile of at least ``rows``: 16 is the least that tensor cores take; no rows, no tile."""
+    return max(16, triton.next_power_of_2(rows)) if rows else 0
+
+
+def frame_tile(op: str, qkv: Tensor) -> tuple[dict[str, Any], int, int]:
+    """A kernel's tile with what follows from it for L tokens, and its numbers of query and of key blocks."""
+    length = qkv.shape[1]
+    use = tile(op, qkv.device, length=length, bytes=qkv.element_size())
+    full = length // use["BLOCK_N"]
+    last = power_of_two(length + 1 - full * use["BLOCK_N"])
+    rest = power_of_two(length % use["BLOCK_M"])
+    return {**use, "FULL": full, "LAST": last, "REST": rest}, triton.cdiv(length, use["BLOCK_M"]), full + 1
