@@ -1,9 +1,12 @@
 """The message path of a block as one op: class tokens in, each frame's message as key and value out."""
 
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._dispatch import Op
+from ._dispatch import Op, triton_backend
 from ._linear import linear
 from .layer_norm import layer_norm_reference
 from .linear_residual import linear_residual_reference
@@ -42,7 +45,30 @@ def message_kv_reference(
     return linear(normed_FD, kv_weight, kv_bias).view(-1, 2, heads, width // heads)
 
 
-_op = Op(message_kv_reference)
+def _refuse(class_tokens: Tensor, frames: int, fc_weight: Tensor, *rest: Any) -> str | None:
+    width, heads = fc_weight.shape[0], rest[11]
+    if not 1 <= frames <= 64:
+        return f"{frames} frames are not between 1 and 64"
+    if width > 2048 or width // heads > 128:
+        return f"width {width} is over 2048, or its {heads} heads have over 128 channels"
+    if {fc_weight.dtype} != {rest[index].dtype for index in (3, 5, 9)}:
+        return "the weights are of several dtypes"
+    return None
+
+
+def _saved(class_tokens: Tensor, frames: int, fc_weight: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    """m (F, D), qkv (F, 3D), m after CFA (F, D), mean and 1 / sigma of both LayerNorms (4, F)."""
+    (rows, width), empty = class_tokens.shape, fc_weight.new_empty
+    wide = (empty(rows, width), empty(rows, 3 * width), empty(rows, width))
+    return *wide, empty(4, rows, dtype=torch.float32)
+
+
+_op = Op(
+    message_kv_reference,
+    triton_backend("message_kv", refuse=_refuse),
+    saved=_saved,
+    autocast=("fc_weight", "qkv_weight", "out_weight", "kv_weight"),
+)
 
 
 def message_kv(
