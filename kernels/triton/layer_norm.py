@@ -157,7 +157,7 @@ def normalise_backward(
     dx = torch.empty(M, D, dtype=x.dtype, device=x.device)
     normed = None if normed_dtype is None else torch.empty(M, D, dtype=normed_dtype, device=x.device)
     config = tile("layer_norm_backward", x.device, d=D)
-    programs = min(triton.cdiv(M, config["ROWS"]), 2 * processors(x.device))
+    programs = min(triton.cdiv(M, config["ROWS"]), config["OCCUPANCY"] * processors(x.device))
     parts = torch.empty(2, programs, D, dtype=torch.float32, device=x.device)
     launch(
         _backward_kernel,
@@ -179,7 +179,7 @@ def normalise_backward(
         dy.stride(0),
         0 if extra is None else extra.stride(0),
         BLOCK_D=triton.next_power_of_2(D),
-        **config,
+        **{name: value for name, value in config.items() if name != "OCCUPANCY"},
     )
     dweight, dbias = parts.sum(1)
     return dx, dweight, dbias, normed
