@@ -27,7 +27,7 @@ def _attend_rows(
     stride_l,
     stride_3,
     scale,
-    loops,
+    looped,
     L: tl.constexpr,
     HEADS: tl.constexpr,
     C: tl.constexpr,
@@ -59,7 +59,7 @@ def _attend_rows(
     at = tl.arange(0, BLOCK_N).to(tl.int64)[:, None] * stride_l + channel[None, :]
     step = tl.full((), BLOCK_N, tl.int64) * stride_l
     if FULL > 0:
-        for _ in range(loops):
+        for _ in range(0, looped, BLOCK_N):
             k = tl.load(k_ptr + at)
             v = tl.load(v_ptr + at)
             k_ptr += step
@@ -89,7 +89,7 @@ def _forward_kernel(
     stride_3,
     stride_h,
     scale,  # log2(e) / sqrt(C)
-    loops,  # FULL: unknown to the compiler, which would unroll a short loop and take more registers
+    looped,  # FULL BLOCK_N, unknown to the compiler, which would unroll a short loop and take more registers
     L: tl.constexpr,
     HEADS: tl.constexpr,
     C: tl.constexpr,
@@ -111,12 +111,12 @@ def _forward_kernel(
     lse_ptr += (frame * HEADS + head) * L
     if full > 0 and block < full:
         _attend_rows(
-            q_ptr, message_ptr, out_ptr, lse_ptr, block * BLOCK_M, stride_l, stride_3, scale, loops,
+            q_ptr, message_ptr, out_ptr, lse_ptr, block * BLOCK_M, stride_l, stride_3, scale, looped,
             L, HEADS, C, BLOCK_M, False, BLOCK_N, FULL, LAST, SAVE,
         )  # fmt: skip
     if REST > 0 and block >= full:
         _attend_rows(
-            q_ptr, message_ptr, out_ptr, lse_ptr, block * BLOCK_M, stride_l, stride_3, scale, loops,
+            q_ptr, message_ptr, out_ptr, lse_ptr, block * BLOCK_M, stride_l, stride_3, scale, looped,
             L, HEADS, C, REST, True, BLOCK_N, FULL, LAST, SAVE,
         )  # fmt: skip
 
@@ -141,7 +141,7 @@ def forward(save: bool, qkv: Tensor, message: Tensor) -> tuple[tuple[Tensor, ...
         lse,
         *qkv.stride()[:4],
         channels**-0.5 * LOG2_E,
-        use["FULL"],
+        use["FULL"] * use["BLOCK_N"],
         L=length,
         HEADS=heads,
         C=channels,

@@ -30,7 +30,7 @@ def _dq_rows(
     stride_3,
     scale,
     factor,
-    loops,
+    looped,
     L: tl.constexpr,
     HEADS: tl.constexpr,
     C: tl.constexpr,
@@ -65,7 +65,7 @@ def _dq_rows(
     at = tl.arange(0, BLOCK_N).to(tl.int64)[:, None] * stride_l + channel[None, :]
     step = tl.full((), BLOCK_N, tl.int64) * stride_l
     if FULL > 0:
-        for _ in range(loops):
+        for _ in range(0, looped, BLOCK_N):
             k = tl.load(k_ptr + at)
             v = tl.load(v_ptr + at)
             at += step
@@ -92,7 +92,7 @@ def _dq_kernel(
     stride_h,
     scale,  # log2(e) / sqrt(C)
     factor,  # 1 / sqrt(C)
-    loops,  # FULL, unknown to the compiler
+    looped,  # FULL BLOCK_N, unknown to the compiler
     L: tl.constexpr,
     HEADS: tl.constexpr,
     C: tl.constexpr,
@@ -117,12 +117,12 @@ def _dq_kernel(
     if full > 0 and block < full:
         _dq_rows(
             q_ptr, message_ptr, out_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, block * BLOCK_M, stride_l, stride_3,
-            scale, factor, loops, L, HEADS, C, BLOCK_M, False, BLOCK_N, FULL, LAST,
+            scale, factor, looped, L, HEADS, C, BLOCK_M, False, BLOCK_N, FULL, LAST,
         )  # fmt: skip
     if REST > 0 and block >= full:
         _dq_rows(
             q_ptr, message_ptr, out_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, block * BLOCK_M, stride_l, stride_3,
-            scale, factor, loops, L, HEADS, C, REST, True, BLOCK_N, FULL, LAST,
+            scale, factor, looped, L, HEADS, C, REST, True, BLOCK_N, FULL, LAST,
         )  # fmt: skip
 
 
@@ -162,7 +162,7 @@ def _dk_dv_rows(
     stride_3,
     scale,
     factor,
-    loops,
+    looped,
     L: tl.constexpr,
     HEADS: tl.constexpr,
     C: tl.constexpr,
@@ -184,8 +184,8 @@ def _dk_dv_rows(
     dk = tl.zeros((KEYS, C), tl.float32)
     dv = tl.zeros((KEYS, C), tl.float32)
     if L >= BLOCK_M:
-        for block in range(loops):
-            row = block * BLOCK_M + tl.arange(0, BLOCK_M)
+        for start in range(0, looped, BLOCK_M):
+            row = start + tl.arange(0, BLOCK_M)
             dk, dv = _dk_dv_step(
                 dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, row, channel, stride_l, scale, L, HEADS, C, False
             )
@@ -221,7 +221,7 @@ def _dk_dv_kernel(
     stride_h,
     scale,  # log2(e) / sqrt(C)
     factor,  # 1 / sqrt(C)
-    loops,  # full query tiles, their number unknown to the compiler
+    looped,  # the queries of full tiles, their number unknown to the compiler
     L: tl.constexpr,
     HEADS: tl.constexpr,
     C: tl.constexpr,
@@ -245,12 +245,12 @@ def _dk_dv_kernel(
     if full > 0 and block < full:
         _dk_dv_rows(
             q_ptr, message_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dmessage_ptr, block * BLOCK_N, stride_l,
-            stride_3, scale, factor, loops, L, HEADS, C, BLOCK_M, REST, BLOCK_N, False,
+            stride_3, scale, factor, looped, L, HEADS, C, BLOCK_M, REST, BLOCK_N, False,
         )  # fmt: skip
     if block >= full:
         _dk_dv_rows(
             q_ptr, message_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dmessage_ptr, block * BLOCK_N, stride_l,
-            stride_3, scale, factor, loops, L, HEADS, C, BLOCK_M, REST, LAST, True,
+            stride_3, scale, factor, looped, L, HEADS, C, BLOCK_M, REST, LAST, True,
         )  # fmt: skip
 
 
@@ -315,9 +315,9 @@ def backward(
         out, lse = saved
         delta = torch.empty_like(lse)
         use, blocks, _ = frame_tile("diffusion_attention_dq", qkv)
-        grid, numbers_dq = (frames * heads * blocks,), (*numbers, use["FULL"])
+        grid, numbers_dq = (frames * heads * blocks,), (*numbers, use["FULL"] * use["BLOCK_N"])
         launch(_dq_kernel, grid, qkv, message, out, dout, lse, delta, dqkv, *numbers_dq, **shape, **use)
         use, _, blocks = frame_tile("diffusion_attention_dk_dv", qkv)
-        grid, numbers_dk = (frames * heads * blocks,), (*numbers, length // use["BLOCK_M"])
+        grid, numbers_dk = (frames * heads * blocks,), (*numbers, length // use["BLOCK_M"] * use["BLOCK_M"])
         launch(_dk_dv_kernel, grid, qkv, message, dout, lse, delta, dqkv, dmessage, *numbers_dk, **shape, **use)
     return [grad for grad, need in zip((dqkv, dmessage), needs, strict=True) if need]
