@@ -58,7 +58,8 @@ def _forward_kernel(
     # exp(scale) <v, c> / (|v| |c|): a zero vector gives NaN, as in the reference
     scale = tl.exp(tl.load(scale_ptr).to(tl.float32))
     at = b * labels + k
-    tl.store(logits_ptr + at, dot * (scale / (video_norm * text_norm)), mask=k < labels)
+    norms = tl.where(k < labels, video_norm * text_norm, 1.0)
+    tl.store(logits_ptr + at, dot * (scale / norms), mask=k < labels)
     if SAVE:
         tl.store(dots_ptr + at, dot, mask=k < labels)
         tl.store(text_norm_ptr + at, text_norm, mask=k < labels)

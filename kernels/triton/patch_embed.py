@@ -168,12 +168,13 @@ def forward(
     (length, width), patch = position.shape, weight.shape[-1]
     weight, position = weight.contiguous(), position.contiguous()
     levels = frames.dtype == torch.uint8
+    depth = 3 * patch * patch
+    padded = triton.cdiv(depth, 16) * 16  # the kernel's rows in whole 16-byte vectors
     if levels:
         if frames.stride()[2:] != (3, 1):
             frames = frames.contiguous()
         frame_stride, y_stride, x_stride, channel_stride = frames.stride()
-        # rows of whole 16-byte vectors
-        kernel = weight.new_empty(width, triton.cdiv(weight[0].numel(), 16) * 16)
+        kernel = weight.new_empty(width, padded)
         bias = weight.new_empty(width, dtype=torch.float32)
         launch(
             _fold_kernel,
@@ -183,14 +184,16 @@ def forward(
             bias,
             *(float(number) for number in (*mean, *std)),
             width,
-            kernel.shape[1],
+            padded,
             AREA=patch * patch,
             ROWS=8,
             BLOCK=256,
         )
     else:
         frame_stride, channel_stride, y_stride, x_stride = frames.stride()
-        kernel, bias = weight.view(width, -1), None
+        kernel, bias = weight.view(width, depth), None
+        if padded != depth:
+            kernel = torch.nn.functional.pad(kernel, (0, padded - depth))
 
     rows = count * down * across
     tokens = weight.new_empty(count, length, width, dtype=torch.promote_types(weight.dtype, position.dtype))
