@@ -267,16 +267,19 @@ def gemm(
         dtype = a.dtype if residual is None else torch.promote_types(a.dtype, residual.dtype)
     y = torch.empty(M, N, dtype=dtype, device=a.device)
     second = torch.empty(M, N, dtype=a.dtype, device=a.device) if keep else None
-    heavy = int(residual is not None or slope_at is not None)
-    config = tile("gemm", a.device, m=M, n=N, k=K, bytes=a.element_size(), heavy=heavy)
+    # float32 runs on the ordinary units, from registers, where tiles in descriptor layout only cost more of them
+    descriptors = arch(a.device) >= 90 and a.dtype != torch.float32
+    by_tile = descriptors and _describable(a) and _describable(b)
+    heavy = residual is not None or slope_at is not None
+    sizes = {"m": M, "n": N, "k": K, "bytes": a.element_size(), "heavy": int(heavy), "aligned": int(by_tile)}
+    config = tile("gemm", a.device, **sizes)
+    options = {name: value for name, value in config.items() if name != "OCCUPANCY"}
     block_m, block_n = config["BLOCK_M"], config["BLOCK_N"]
     width = block_n // config["SUBTILES"]
     tiles_m, slots = triton.cdiv(M, block_m), triton.cdiv(N, width)
     parts = torch.empty(2, slots, M, dtype=torch.float32, device=a.device) if statistics_eps is not None else None
     part_sums = torch.empty(tiles_m, N, dtype=torch.float32, device=a.device) if sums else None
     outputs = [y] if second is None else [y, second]
-    # float32 runs on the ordinary units, from registers, where tiles in descriptor layout only cost more of them
-    descriptors = arch(a.device) >= 90 and a.dtype != torch.float32
     mean, rstd, b_sum = norm if norm is not None else (None, None, None)
     launch(
         gemm_kernel,
@@ -305,18 +308,18 @@ def gemm(
         1 if drop_scale is None else M // max(drop_scale.shape[0], 1),
         MODE="slope" if slope_at is not None else "gelu" if activation else "linear",
         TRANSPOSED_B=transposed,
-        LOAD_DESCRIPTORS=descriptors and _describable(a) and _describable(b),
+        LOAD_DESCRIPTORS=by_tile,
         STORE_DESCRIPTORS=descriptors and all(_describable(out) for out in outputs),
         PRECISION="ieee",
         EVEN_K=K % config["BLOCK_K"] == 0,
-        **{name: value for name, value in config.items() if name != "OCCUPANCY"},
+        **options,
     )
     if parts is not None:
         statistics = [torch.empty(M, dtype=torch.float32, device=a.device) for _ in range(2)]
         rows, all_slots = 64, triton.next_power_of_2(slots)
         grid = (triton.cdiv(M, rows),)
-        sizes = (M, N, width, slots, statistics_eps)
-        launch(_merge_statistics_kernel, grid, *parts, *statistics, *sizes, SLOTS=all_slots, ROWS=rows)
+        shape = (M, N, width, slots, statistics_eps)
+        launch(_merge_statistics_kernel, grid, *parts, *statistics, *shape, SLOTS=all_slots, ROWS=rows)
         outputs += statistics
     if part_sums is not None:
         outputs.append(part_sums.sum(0))

@@ -202,6 +202,7 @@ def backward(
     bias: Tensor,
     eps: float,
 ) -> list[Tensor]:
-    dx, dweight, dbias, _ = normalise_backward(rows_of(grads[0]), rows_of(x), *saved, weight.contiguous())
+    mean, rstd = saved
+    dx, dweight, dbias, _ = normalise_backward(rows_of(grads[0]), rows_of(x), mean, rstd, weight.contiguous())
     result = (dx.view(x.shape), dweight.to(weight.dtype), dbias.to(bias.dtype))
     return [gradient for gradient, need in zip(result, needs, strict=False) if need]
