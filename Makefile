@@ -27,4 +27,4 @@ gpu-check:
 	python benchmarks/gpu_check.py
 
 ops-bench:
-	pytest benchmarks/ops --benchmark-only --no-cov
+	pytest benchmarks/ops -n 0 --benchmark-only --no-cov

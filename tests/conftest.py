@@ -8,6 +8,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU where a test asks for them
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # a process a core already
+    torch.set_num_threads(1)
+
 import xclip_fast
 from xclip_fast import TextConfig, VisionConfig, XCLIPConfig
 

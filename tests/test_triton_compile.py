@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,37 +15,28 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a bloc
 ARCHS = sorted(SHARED_LIMIT)
 
 
-@cache
 def compiled(arch: int) -> list[dict[str, Any]]:
-    """All architectures at once, a process each: compiling is what takes the time."""
+    """What ahead_of_time.py prints; a process of its own, because this one may have Triton's interpreter."""
     script = Path(__file__).with_name("ahead_of_time.py")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    process = subprocess.Popen(
-        [sys.executable, str(script), str(arch)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    out, errors = process.communicate()
-    assert process.returncode == 0, errors[-4000:]
-    return [json.loads(line) for line in out.splitlines()]
+    command = [sys.executable, str(script), str(arch)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_production_kernels_compile_fit_and_do_not_spill(arch: int) -> None:
     found = compiled(arch)
-    assert len({row["kernel"] for row in found}) > 10
+    assert len({row["kernel"] for row in found}) > 15
     for row in found:
         assert row["shared"] <= SHARED_LIMIT[arch], row
         assert row["stack"] == row["local"] == 0, row
-
-
-def test_tensor_cores_of_hopper_are_used() -> None:
-    found = compiled(90)
-    for kernel in ("gemm", "diffusion_attention"):
+    if arch != 90:
+        return
+    for kernel in ("gemm", "diffusion_attention"):  # Hopper's tensor cores, and its copy engine
         rows = [row for row in found if row["kernel"].startswith(kernel) and row["dot"] and row["half"]]
         assert rows, kernel
         for row in rows:
             assert row["wgmma"], row
-    assert any(row["tma"] for row in found if row["kernel"].startswith("gemm"))
+            assert row["tma"] or kernel != "gemm", row

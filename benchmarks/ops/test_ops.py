@@ -1,6 +1,6 @@
 """Every op at the shapes of B/16's blocks, by backend and dtype, forward and with gradients.
 
-    pytest benchmarks/ops --benchmark-only --no-cov --benchmark-json=ops.json
+    pytest benchmarks/ops -n 0 --benchmark-only --no-cov --benchmark-json=ops.json
 
 One video of 8 frames and 100 labels on a CPU, 32 videos and 400 labels on a GPU. A backend that refuses is a skip with
 its reason, and one that disagrees with the reference is a failure: no timing of a wrong answer.
