@@ -234,7 +234,7 @@ def contenders_of(
 
 def forgetful(model: xclip_fast.XCLIP, video: Tensor, tokens: Tensor) -> Tensor:
     """A forward that encodes its labels, seen before or not."""
-    model.text._cache.clear()
+    model.text.forget()
     return model(video, tokens)
 
 
