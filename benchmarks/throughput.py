@@ -234,7 +234,7 @@ def contenders_of(
 
 def forgetful(model: xclip_fast.XCLIP, video: Tensor, tokens: Tensor) -> Tensor:
     """A forward that encodes its labels, seen before or not."""
-    model.text._cache.clear()
+    model.text.forget()
     return model(video, tokens)
 
 
@@ -462,8 +462,9 @@ def plot(report: dict[str, Any], path: Path) -> None:
         order = sorted(points, key=gflops.__getitem__)
         style: dict[str, Any] = {"linestyle": ":", "color": "grey"} if name.startswith("paper") else {}
         if not style and not name.startswith(OURS):
-            style["linestyle"] = "--"
-        axes.plot([gflops[n] for n in order], [points[n] for n in order], marker="o", label=name, **style)
+            style |= {"linestyle": "--", "marker": "x"}
+        style.setdefault("marker", "o")
+        axes.plot([gflops[n] for n in order], [points[n] for n in order], label=name, **style)
     for variant, speed in series["paper, one V100"].items():
         place = (flops.count(VARIANTS[variant]).total / 1e9, speed)
         axes.annotate(variant, place, textcoords="offset points", xytext=(4, 5), fontsize=8, color="grey")
@@ -472,6 +473,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
         xscale="log", yscale="log", xlabel="GFLOPs of a view, as in the paper's Table 1", ylabel="views per second"
     )
     axes.set_title(f"{report['environment']['device']}, {labels} labels", fontsize=10)
+    axes.margins(x=0.22)  # room for the names
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=7)
     figure.savefig(path, dpi=150)
@@ -491,4 +493,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -194,10 +194,9 @@ class XCLIP(nn.Module):
         if found.complete:
             with torch.device("meta"):
                 model = cls(found.config)
-            checkpoint.check_keys(model.state_dict(), found.state)
             model.load_state_dict(found.state, assign=True)
         else:
-            model = cls(found.config).expand_from(found.state)
+            model = cls(found.config).expand_from(found)
             logger.warning(
                 "%s is an image CLIP: cross-frame attention, multi-frame transformer and prompts start untrained", path
             )

@@ -76,15 +76,20 @@ class TextEncoder(nn.Module):
             return self._encode_packed(tokens_KL)
         return self._cached(tokens_KL)
 
+    def forget(self) -> None:
+        """Drop the kept features."""
+        self._cache.clear()
+
     def _cached(self, tokens_KL: Tensor) -> Tensor:
         parameters = list(self.parameters())
         if any(parameter.is_inference() for parameter in parameters):
             return self._encode_packed(tokens_KL)  # their changes leave no trace to check
         device_type = parameters[0].device.type
+        autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
         key = (
             tuple(tokens_KL.shape),
             tokens_KL.cpu().numpy().tobytes(),
-            torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type),
+            autocast and torch.get_autocast_dtype(device_type),
             tuple((parameter.data_ptr(), parameter._version) for parameter in parameters),
         )
         features_KE = self._cache.pop(key, None)
