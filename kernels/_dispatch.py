@@ -160,7 +160,7 @@ class Op:
         candidates = self.backends
         if _checked(_forced) in self.names:
             candidates = tuple(candidate for candidate in candidates if candidate.name == _forced)
-        reasons = []
+        reasons: list[str] = []
         for candidate in candidates:
             reason = candidate.refusal(args)
             if reason is None:

@@ -47,11 +47,12 @@ def gemm_work() -> Iterator[Work]:
                 x, weight, bias = _normal(m, k), _normal(n, k) * k**-0.5, _normal(n)
                 where = {"m": boundaries(ROWS, m), "n": [n, n], "k": [k, k], "bytes": [2, 2]}
                 residual = _normal(m, n) if n == width else None  # the block's narrow outputs join the residual stream
-                where["heavy"] = [int(residual is not None)] * 2
+                where |= {"heavy": [int(residual is not None)] * 2, "aligned": [1, 1]}
                 yield where, functools.partial(gemm, x, weight, bias=bias, residual=residual)
 
 
 def attention_work(backward: bool) -> Iterator[Work]:
+    from .diffusion_attention import ONE_TILE
     from .triton import diffusion_attention
 
     for length in LENGTHS:
@@ -59,7 +60,7 @@ def attention_work(backward: bool) -> Iterator[Work]:
         where = {"length": boundaries(LENGTHS, length), "bytes": [2, 2]}
         if not backward:
             yield where, functools.partial(diffusion_attention.forward, False, qkv, message)
-        elif length >= diffusion_attention.ONE_TILE:  # shorter ones have a kernel without tiles
+        elif length >= ONE_TILE:  # shorter ones have a kernel without tiles
             outputs, saved = diffusion_attention.forward(True, qkv, message)
             grads = [torch.randn_like(outputs[0])]
             yield where, functools.partial(diffusion_attention.backward, grads, saved, [True, True], qkv, message)

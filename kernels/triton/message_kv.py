@@ -305,11 +305,20 @@ def backward(
 ) -> list[Tensor]:
     message, qkv, fused, (mean, rstd, mean_1, rstd_1) = saved
     rows, dtype = message.shape[0], message.dtype
-    tensors = (class_tokens, frames, fc_weight, fc_bias, message_ln_weight, message_ln_bias, qkv_weight, qkv_bias)
+    tensors: tuple[Any, ...] = (
+        class_tokens,
+        frames,
+        fc_weight,
+        fc_bias,
+        message_ln_weight,
+        message_ln_bias,
+        qkv_weight,
+        qkv_bias,
+    )
     tensors += (out_weight, out_bias, ln_1_weight, ln_1_bias, kv_weight, kv_bias, heads, eps, drop_scale)
     gradients: list[Tensor | None] = [None] * len(tensors)
 
-    def parameters(at: int, dy: Tensor, x: Tensor) -> None:
+    def parameters(at: int, dy: Tensor, x: Any) -> None:
         """The gradients of the weight and the bias, arguments ``at`` and ``at + 1``, of y = x W^T + b."""
         if needs[at]:
             gradients[at] = linear(dy.T, x.T)

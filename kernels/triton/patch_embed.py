@@ -219,7 +219,8 @@ def forward(
         PATCH=patch,
         **options,
     )
-    out, saved = tokens, ()
+    out = tokens
+    saved: tuple[Tensor, ...] = ()
     if save:
         statistics = tokens.new_empty(2, count, length, dtype=torch.float32)
         out, saved = torch.empty_like(tokens), (tokens, statistics[0], statistics[1])
