@@ -9,8 +9,6 @@ from torch import Tensor
 
 from ._dispatch import Backend, Op, triton_backend
 
-LONGEST = {2: 128, 4: 32}  # bytes of a number -> tokens of a label that fit in one tile of the kernel
-
 
 def _unpack(qkv_S3HC: Tensor, offsets_K1: Tensor, longest: int) -> tuple[Tensor, Tensor, Tensor]:
     """Padded to (K, longest, 3, H, C), and each token's label and place in it.
@@ -46,8 +44,14 @@ def _sdpa(qkv: Tensor, offsets: Tensor, longest: int) -> Tensor:
 def _refuse(qkv: Tensor, offsets: Tensor, longest: int) -> str | None:
     if qkv.shape[-1] not in (16, 32, 64):
         return f"head size {qkv.shape[-1]} is not 16, 32 or 64"
-    limit = LONGEST[qkv.element_size()]
-    return None if longest <= limit else f"the longest label has {longest} tokens, more than {limit} in {qkv.dtype}"
+    # what fits in one tile of the kernel without spilling registers
+    if qkv.dtype == torch.float32:
+        limit, where = 32, "in float32"
+    elif longest > 64 and qkv.device.type == "cuda" and torch.cuda.get_device_capability(qkv.device)[0] < 9:
+        limit, where = 64, "before compute capability 9.0"
+    else:
+        limit, where = 128, "in a tile"
+    return None if longest <= limit else f"the longest label has {longest} tokens, more than {limit} {where}"
 
 
 _op = Op(

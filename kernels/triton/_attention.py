@@ -22,15 +22,18 @@ def attend_tile(q, k, v, seen, scale):
 
 @triton.jit
 def attend_tile_backward(q, k, v, do, seen, scale):
-    """d/dq, d/dk (both without the factor of the scores), d/dv of ``attend_tile``: float32, (M, C), (N, C), (N, C)."""
+    """The probabilities p of ``attend_tile`` and the gradient ds of its scores, (M, N), in the dtype of q.
+
+    Left to the caller, who stores one before computing the next: dq = ds k / sqrt(C), dk = ds^T q / sqrt(C),
+    dv = p^T do.
+    """
     s = tl.where(seen, tl.dot(q, tl.trans(k), input_precision="ieee") * scale, float("-inf"))
     p = tl.exp2(s - tl.max(s, 1)[:, None])
     p = p / tl.sum(p, 1)[:, None]
-    # dv = p^T do;  dp = do v^T;  ds = p (dp - rowsum(p dp));  dq = ds k;  dk = ds^T q
-    dv = tl.dot(tl.trans(p.to(do.dtype)), do, input_precision="ieee")
+    # dp = do v^T;  ds = p (dp - rowsum(p dp))
     dp = tl.dot(do, tl.trans(v), input_precision="ieee")
-    ds = (p * (dp - tl.sum(p * dp, 1)[:, None])).to(q.dtype)
-    return tl.dot(ds, k, input_precision="ieee"), tl.dot(tl.trans(ds), q, input_precision="ieee"), dv
+    ds = p * (dp - tl.sum(p * dp, 1)[:, None])
+    return p.to(q.dtype), ds.to(q.dtype)
 
 
 @triton.jit

@@ -69,11 +69,14 @@ def _backward_kernel(
     v = tl.load(at + stride_3 + stride_3, mask=inside, other=0.0)
     # rows behind the end: q = do = 0, so that they give nothing to dk and dv
     do = tl.load(dout_ptr + ((start + row)[:, None] * HEADS + head) * C + channel[None, :], mask=inside, other=0.0)
-    dq, dk, dv = attend_tile_backward(q, k, v, do, row[:, None] >= row[None, :], scale)
+    p, ds = attend_tile_backward(q, k, v, do, row[:, None] >= row[None, :], scale)
     to = dqkv_ptr + ((start + row)[:, None] * 3 * HEADS + head) * C + channel[None, :]
-    tl.store(to, (dq * factor).to(dqkv_ptr.dtype.element_ty), mask=inside)
-    tl.store(to + HEADS * C, (dk * factor).to(dqkv_ptr.dtype.element_ty), mask=inside)
+    dv = tl.dot(tl.trans(p), do, input_precision="ieee")
     tl.store(to + 2 * HEADS * C, dv.to(dqkv_ptr.dtype.element_ty), mask=inside)
+    dq = tl.dot(ds, k, input_precision="ieee") * factor
+    tl.store(to, dq.to(dqkv_ptr.dtype.element_ty), mask=inside)
+    dk = tl.dot(tl.trans(ds), q, input_precision="ieee") * factor
+    tl.store(to + HEADS * C, dk.to(dqkv_ptr.dtype.element_ty), mask=inside)
 
 
 def forward(save: bool, qkv: Tensor, offsets: Tensor, longest: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:

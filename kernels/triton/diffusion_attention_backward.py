@@ -283,16 +283,19 @@ def _one_tile_backward_kernel(
     v = last_tile(q_ptr + stride_3 + stride_3, message_ptr + HEADS * C, row, channel, stride_l, L)
     at = ((frame * L + row[:, None]) * HEADS + head) * C + channel[None, :]
     do = tl.load(dout_ptr + at, mask=inside, other=0.0)
-    dq, dk, dv = attend_tile_backward(q, k, v, do, row[None, :] <= L, scale)
-    dq, dk, dv = (dq * factor).to(q.dtype), (dk * factor).to(q.dtype), dv.to(q.dtype)
-    at = ((frame * L + row[:, None]) * 3 * HEADS + head) * C + channel[None, :]
-    tl.store(dqkv_ptr + at, dq, mask=inside)
-    tl.store(dqkv_ptr + at + HEADS * C, dk, mask=inside)
-    tl.store(dqkv_ptr + at + 2 * HEADS * C, dv, mask=inside)
+    p, ds = attend_tile_backward(q, k, v, do, row[None, :] <= L, scale)
+    to = dqkv_ptr + ((frame * L + row[:, None]) * 3 * HEADS + head) * C + channel[None, :]
     # key number L is the message
-    at = tl.zeros_like(row)[:, None] + channel[None, :]
-    tl.store(dmessage_ptr + at, dk, mask=row[:, None] == L)
-    tl.store(dmessage_ptr + HEADS * C + at, dv, mask=row[:, None] == L)
+    to_message = dmessage_ptr + tl.zeros_like(row)[:, None] + channel[None, :]
+    message = row[:, None] == L
+    dv = tl.dot(tl.trans(p), do, input_precision="ieee").to(q.dtype)
+    tl.store(to + 2 * HEADS * C, dv, mask=inside)
+    tl.store(to_message + HEADS * C, dv, mask=message)
+    dq = tl.dot(ds, k, input_precision="ieee") * factor
+    tl.store(to, dq.to(q.dtype), mask=inside)
+    dk = (tl.dot(tl.trans(ds), q, input_precision="ieee") * factor).to(q.dtype)
+    tl.store(to + HEADS * C, dk, mask=inside)
+    tl.store(to_message, dk, mask=message)
 
 
 def backward(
