@@ -1,6 +1,6 @@
 """The ops of X-CLIP. Each file holds one op: reference, kernels, launcher, autograd, public function."""
 
-from ._dispatch import BackendError, backend
+from ._dispatch import BackendError, backend, forced_backend
 from .causal_attention_packed import causal_attention_packed
 from .cosine_logits import cosine_logits
 from .diffusion_attention import diffusion_attention
@@ -18,6 +18,7 @@ __all__ = [
     "causal_attention_packed",
     "cosine_logits",
     "diffusion_attention",
+    "forced_backend",
     "layer_norm",
     "linear_residual",
     "linear_residual_statistics",

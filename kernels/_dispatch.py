@@ -103,7 +103,12 @@ def _checked(name: str) -> str:
     return name
 
 
-_forced = os.environ.get("XCLIP_FAST_BACKEND", "auto")  # checked at the first call
+_forced = os.environ.get("XCLIP_FAST_BACKEND") or "auto"  # checked at the first call
+
+
+def forced_backend() -> str:
+    """The backend that is asked for, or ``"auto"``."""
+    return _forced
 
 
 @contextlib.contextmanager
@@ -160,6 +165,8 @@ class Op:
         candidates = self.backends
         if _checked(_forced) in self.names:
             candidates = tuple(candidate for candidate in candidates if candidate.name == _forced)
+        elif _forced != "auto" and not torch.compiler.is_compiling():
+            _log_once(f"{self.name} has no backend {_forced}; the choice is automatic")
         reasons: list[str] = []
         for candidate in candidates:
             reason = candidate.refusal(args)
@@ -201,15 +208,19 @@ class Op:
         )
 
 
-_logged: set[tuple[str, str]] = set()
+_logged: set[str] = set()
 
 
 def _log_fallback(op: str, chosen: str, reasons: str, args: tuple[Any, ...]) -> None:
     """Say once why an op on a GPU does not run its first choice; on a CPU nothing else is expected."""
-    on_gpu = any(isinstance(arg, Tensor) and arg.is_cuda for arg in args)
-    if on_gpu and (op, reasons) not in _logged:
-        _logged.add((op, reasons))
-        logger.warning("%s runs on the backend %s; %s", op, chosen, reasons)
+    if any(isinstance(arg, Tensor) and arg.is_cuda for arg in args):
+        _log_once(f"{op} runs on the backend {chosen}; {reasons}")
+
+
+def _log_once(message: str) -> None:
+    if message not in _logged:
+        _logged.add(message)
+        logger.warning(message)
 
 
 class _Kernel(torch.autograd.Function):

@@ -12,12 +12,17 @@ _NATIVE_ON_CPU = {
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + b as ``torch.nn.functional.linear``: x (..., I), weight (O, I), bias (O,) -> (..., O) in x's dtype.
+    """x W^T + b as ``torch.nn.functional.linear``: x (..., I), weight (O, I), bias (O,) -> (..., O), in x's
+    or autocast's dtype.
 
     Where the CPU has no instructions for a half-precision dtype, the product is computed in float32 and rounded
     once.
     """
-    if x.device.type == "cpu" and not _NATIVE_ON_CPU.get(x.dtype, True) and x.dtype == weight.dtype:
-        wide = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
-        return wide.to(x.dtype)
+    if x.device.type == "cpu":
+        autocast = torch.is_autocast_enabled("cpu")
+        dtype = torch.get_autocast_dtype("cpu") if autocast else x.dtype
+        if not _NATIVE_ON_CPU.get(dtype, True) and (autocast or x.dtype == weight.dtype):
+            with torch.autocast("cpu", enabled=False):
+                wide = F.linear(x.to(dtype).float(), weight.to(dtype).float(), None if bias is None else bias.float())
+            return wide.to(dtype)
     return F.linear(x, weight, bias)

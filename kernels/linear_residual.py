@@ -11,7 +11,7 @@ from ._linear import linear
 
 def scale_samples(x: Tensor, scale_B: Tensor | None) -> Tensor:
     """x (B * anything, ...) with each of the B samples multiplied by its drop path scale (None: x itself)."""
-    if scale_B is None:
+    if scale_B is None or x.numel() == 0:
         return x
     return (x.reshape(scale_B.shape[0], -1) * scale_B[:, None].to(x.dtype)).reshape(x.shape)
 

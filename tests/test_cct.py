@@ -114,6 +114,13 @@ def test_wrong_tokens_are_refused(shape: tuple[int, ...], message: str) -> None:
         make_block(3)(torch.randn(shape))
 
 
+def test_wrong_shape_of_a_block_is_refused() -> None:
+    with pytest.raises(ValueError, match="does not divide into 3 heads"):
+        FastCCTBlock(WIDTH, 3, 3)
+    with pytest.raises(ValueError, match="num_frames 0"):
+        FastCCTBlock(WIDTH, HEADS, 0)
+
+
 def test_wrong_drop_path_is_refused() -> None:
     with pytest.raises(ValueError, match=r"drop_path 1\.0"):
         FastCCTBlock(WIDTH, HEADS, 3, drop_path=1.0)

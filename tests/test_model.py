@@ -1,7 +1,9 @@
 """The whole model: interface, exact savings, text cache, frames other than the checkpoint's, compile and export."""
 
+import copy
 import logging
 import math
+import pickle
 
 import pytest
 import torch
@@ -165,7 +167,7 @@ def test_any_number_of_frames_works(tiny_model: XCLIP, count: int) -> None:
 
 def test_interpolated_temporal_embedding_is_logged_once(tiny_model: XCLIP, caplog: pytest.LogCaptureFixture) -> None:
     mit._log_interpolation.cache_clear()
-    with caplog.at_level(logging.INFO, "xclip_fast"):
+    with caplog.at_level(logging.WARNING, "xclip_fast"):
         for _ in range(3):
             tiny_model.encode_video(frames(1, 6))
         tiny_model.encode_video(frames(1, 3))
@@ -198,10 +200,42 @@ def test_wrong_video_is_refused(tiny_model: XCLIP, video: Tensor) -> None:
         tiny_model.encode_video(video)
 
 
+def test_wrong_kinds_of_arguments_are_refused(tiny_model: XCLIP) -> None:
+    with pytest.raises(TypeError, match=r"torch\.Tensor wanted"):
+        tiny_model.encode_video(frames().numpy())
+    with pytest.raises(TypeError, match="XCLIPConfig or a variant's name wanted"):
+        XCLIP({"embed_dim": 64})
+    tiny_model.visual.transformer.resblocks[1].mlp.c_fc = torch.nn.Identity()
+    with pytest.raises(TypeError, match="its forward would be ignored"):
+        tiny_model.encode_video(frames())
+
+
+def test_empty_batch_in_training_with_drop_path() -> None:
+    block = xclip_fast.FastCCTBlock(128, 2, 3, drop_path=0.5).train()
+    assert block(torch.randn(5, 0, 128)).shape == (5, 0, 128)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"num_frames": "8"}, "wrong kind"),
+        ({"vision": None}, "an object with keys is wanted"),
+        ({"embed_dim": None}, "wrong kind"),
+        ({"vision": {"patch_size": 0}}, "wrong kind"),
+        ({"image_mean": [1]}, "three numbers wanted"),
+        ({"image_std": [0, 0, 0]}, "must be above 0"),
+        ({"mit_layers": -1}, "must be at least 0"),
+    ],
+)
+def test_damaged_configs_are_refused(values: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        XCLIPConfig.from_dict(values)
+
+
 def test_wrong_tokens_are_refused(tiny_model: XCLIP) -> None:
-    with pytest.raises(ValueError, match=r"integer \(K, L\) wanted"):
+    with pytest.raises(ValueError, match=r"int32 or int64 \(K, L\)"):
         tiny_model.encode_text(torch.zeros(3, dtype=torch.long))
-    with pytest.raises(ValueError, match=r"integer \(K, L\) wanted"):
+    with pytest.raises(ValueError, match=r"int32 or int64 \(K, L\)"):
         tiny_model.encode_text(torch.zeros(3, 4))
     with pytest.raises(ValueError, match="at most 77 fit"):
         tiny_model.encode_text(torch.zeros(3, 78, dtype=torch.long))
@@ -229,12 +263,13 @@ def test_text_is_encoded_once_for_each_label_set(tiny_model: XCLIP, monkeypatch:
     calls = count_encodings(tiny_model, monkeypatch)
     with torch.no_grad():
         first = tiny_model.encode_text(LABELS)
-        assert tiny_model.encode_text(list(LABELS)) is first
+        assert torch.equal(tiny_model.encode_text(list(LABELS)), first)
         changed = tiny_model.encode_text([*LABELS[:3], "boxing"])
         assert calls == [4, 4]
         torch.testing.assert_close(changed[:3], first[:3])
         assert not torch.allclose(changed[3], first[3])
-        assert tiny_model.encode_text(LABELS) is first
+        assert torch.equal(tiny_model.encode_text(LABELS), first)
+        assert calls == [4, 4]
     assert not tiny_model.training
 
 
@@ -247,6 +282,70 @@ def test_changed_weights_are_a_new_entry(tiny_model: XCLIP) -> None:
         state = {name: torch.zeros_like(tensor) for name, tensor in tiny_model.text.state_dict().items()}
         tiny_model.text.load_state_dict(state)
         assert not tiny_model.encode_text(LABELS).any()
+
+
+def test_kept_features_survive_use_in_place(tiny_model: XCLIP) -> None:
+    with torch.no_grad():
+        first = tiny_model.encode_text(LABELS)
+        wanted = first.clone()
+        first /= first.norm(dim=-1, keepdim=True)
+        torch.testing.assert_close(tiny_model.encode_text(LABELS), wanted)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_optimizer_step_is_noticed(tiny_model: XCLIP, fused: bool) -> None:
+    optimizer = torch.optim.AdamW(tiny_model.text.parameters(), lr=0.01, fused=fused)
+    for _ in range(3):
+        with torch.no_grad():
+            before = tiny_model.encode_text(LABELS)
+        tiny_model.encode_text(LABELS).sum().backward()
+        optimizer.step()
+        with torch.no_grad():
+            after = tiny_model.encode_text(LABELS)
+            assert not torch.allclose(before, after)
+            tiny_model.text.forget()
+            torch.testing.assert_close(tiny_model.encode_text(LABELS), after)
+
+
+def test_replaced_weights_are_noticed(tiny_model: XCLIP) -> None:
+    text = tiny_model.text
+    with torch.no_grad():
+        for _ in range(20):
+            before = tiny_model.encode_text(LABELS)
+            text.text_projection.data = text.text_projection.data * 1.1
+            torch.testing.assert_close(tiny_model.encode_text(LABELS), 1.1 * before)
+            text.text_projection = torch.nn.Parameter(text.text_projection * 1.1)
+            torch.testing.assert_close(tiny_model.encode_text(LABELS), 1.21 * before)
+        state = {name: tensor * 2 for name, tensor in text.state_dict().items() if name == "text_projection"}
+        text.load_state_dict(state, strict=False, assign=True)
+        torch.testing.assert_close(tiny_model.encode_text(LABELS), 2 * 1.21 * before)
+
+
+def test_copies_do_not_carry_kept_features(tiny_model: XCLIP) -> None:
+    with torch.no_grad():
+        wanted = tiny_model.encode_text(LABELS)
+        twin = copy.deepcopy(tiny_model)
+        assert not twin.text._cache
+        torch.testing.assert_close(twin.encode_text(LABELS), wanted)
+        assert len(pickle.loads(pickle.dumps(tiny_model)).text._cache) == 0
+
+
+def test_a_replica_without_parameters_is_not_cached(tiny_model: XCLIP, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch.nn.DataParallel makes them: tensors in place of parameters."""
+    with torch.no_grad():
+        wanted = tiny_model.encode_text(LABELS)
+        monkeypatch.setattr(tiny_model.text, "parameters", lambda: iter(()))
+        calls = count_encodings(tiny_model, monkeypatch)
+        torch.testing.assert_close(tiny_model.encode_text(LABELS), wanted)
+    assert calls == [4]
+
+
+def test_many_labels_are_encoded_in_parts(tiny_model: XCLIP, monkeypatch: pytest.MonkeyPatch) -> None:
+    with torch.no_grad():
+        wanted = tiny_model.encode_text(LABELS)
+        tiny_model.text.forget()
+        monkeypatch.setattr(text_module, "LABELS_AT_ONCE", 3)
+        torch.testing.assert_close(tiny_model.encode_text(LABELS), wanted)
 
 
 def test_autocast_is_a_new_entry(tiny_model: XCLIP) -> None:
@@ -341,6 +440,14 @@ def test_compile_in_one_graph_gives_the_same_numbers(tiny_model: XCLIP) -> None:
     compiled = torch.compile(tiny_model, fullgraph=True)
     with torch.no_grad():
         torch.testing.assert_close(compiled(video, tokens), tiny_model(video, tokens), rtol=1e-4, atol=1e-4)
+
+
+def test_compile_takes_another_number_of_frames_but_no_strings(tiny_model: XCLIP) -> None:
+    compiled = torch.compile(tiny_model, fullgraph=True, backend="eager")
+    video, tokens = frames(2, 5), tokenize(LABELS)
+    torch.testing.assert_close(compiled(video, tokens), tiny_model(video, tokens))
+    with pytest.raises(Exception, match=r"pass xclip_fast\.tokenize\(labels\) instead"):
+        compiled(video, LABELS)
 
 
 def test_compiled_training_step_gives_the_same_gradients(tiny_model: XCLIP) -> None:

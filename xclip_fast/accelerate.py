@@ -10,7 +10,6 @@ import functools
 import inspect
 import logging
 import operator
-import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
@@ -117,9 +116,9 @@ def _compute(module: nn.Module, parts: _Parts, style: _Style, x: Tensor) -> Tens
         parts.heads,
         parts.message_fc,
         parts.message_ln,
-        _weights(module, parts.fusion),
+        _weights(parts.fusion),
         parts.ln_1,
-        _weights(module, parts.diffusion),
+        _weights(parts.diffusion),
         drop,
     )
     x_FLD = feed_forward(x_FLD, parts.ln_2, parts.fc, parts.projection, drop.feed_forward)
@@ -141,8 +140,7 @@ def _subclass(original: Any, style: _Style, returns_tuple: bool) -> type[nn.Modu
         return (y,) if returns_tuple else y
 
     def reduce(self: nn.Module, protocol: object) -> tuple[Any, ...]:
-        state = {name: value for name, value in self.__dict__.items() if name != "_packed"}
-        return _rebuild, (original, style.name, returns_tuple), state
+        return _rebuild, (original, style.name, returns_tuple), dict(self.__dict__)
 
     body = {"forward": forward, "__reduce_ex__": reduce, "_accelerated_from": original, "__doc__": original.__doc__}
     return type(original.__name__, (original,), body)
@@ -155,26 +153,17 @@ def _rebuild(original: Any, style_name: str, returns_tuple: bool) -> nn.Module:
     return swapped.__new__(swapped)
 
 
-def _weights(module: nn.Module, attention: Any) -> AttentionWeights:
-    """An attention's weights with q, k and v packed; where they come apart and want no gradient, packed once."""
+def _weights(attention: Any) -> AttentionWeights:
+    """An attention's weights with q, k and v packed. Where they come apart they are packed at every call: a kept copy
+    would go stale, since not every change of a weight (a fused optimizer's, say) leaves a trace."""
     out = attention.out_proj
     if isinstance(attention, nn.MultiheadAttention):
         assert attention.in_proj_weight is not None
         assert attention.in_proj_bias is not None
         return AttentionWeights(attention.in_proj_weight, attention.in_proj_bias, out.weight, out.bias)
     linears = (attention.q_proj, attention.k_proj, attention.v_proj)
-    parts = [linear.weight for linear in linears] + [linear.bias for linear in linears]
-    trained = torch.is_grad_enabled() and any(part.requires_grad for part in parts)
-    if trained or torch.compiler.is_compiling() or any(part.is_inference() for part in parts):
-        return AttentionWeights(torch.cat(parts[:3]), torch.cat(parts[3:]), out.weight, out.bias)
-    cache = module.__dict__.setdefault("_packed", {})
-    state = [(part.data_ptr(), part._version) for part in parts]
-    known, refs, weights = cache.get(attention, (None, (), None))
-    if known != state or any(ref() is not part for ref, part in zip(refs, parts, strict=True)):
-        with torch.inference_mode(False), torch.no_grad():
-            weights = AttentionWeights(torch.cat(parts[:3]), torch.cat(parts[3:]), out.weight, out.bias)
-        cache[attention] = state, tuple(weakref.ref(part) for part in parts), weights
-    return weights._replace(out_weight=out.weight, out_bias=out.bias)
+    weight, bias = (torch.cat([getattr(linear, name) for linear in linears]) for name in ("weight", "bias"))
+    return AttentionWeights(weight, bias, out.weight, out.bias)
 
 
 def _refuse_parts(parts: _Parts) -> str | None:
@@ -191,6 +180,9 @@ def _refuse_parts(parts: _Parts) -> str | None:
     for linear in linears:
         if type(linear) is not nn.Linear or linear.bias is None:
             return f"a {type(linear).__name__} stands where a plain Linear with a bias is wanted"
+    for part in (*linears, parts.message_ln, parts.ln_1, parts.ln_2, parts.fusion, parts.diffusion):
+        if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks:
+            return f"a hook on its {type(part).__name__} would not be called"
     return None
 
 
@@ -230,7 +222,6 @@ def _try_out(module: nn.Module, parts: _Parts, style: _Style) -> tuple[str | Non
     except (RuntimeError, TypeError, ValueError) as error:
         return f"it failed on a small input: {error}", False
     finally:
-        module.__dict__.pop("_packed", None)
         for child, training in modes.items():
             child.training = training
     returns_tuple = isinstance(theirs, tuple)

@@ -227,7 +227,10 @@ def _interpret(
     if _FORMAT in values:
         if values[_FORMAT] != 1:
             raise CheckpointError(f"{where}: of format {values[_FORMAT]}; this version of xclip-fast reads format 1")
-        given = XCLIPConfig.from_dict({name: value for name, value in values.items() if name != _FORMAT})
+        try:
+            given = XCLIPConfig.from_dict({name: value for name, value in values.items() if name != _FORMAT})
+        except ValueError as error:
+            raise CheckpointError(f"{where}: {error}") from error
     elif values.get("model_type") in ("xclip", "clip"):
         given = config_from_huggingface(values, preprocessor, where)
     elif kind == "clip" and "token_embedding.weight" in names and "context_length" not in names:

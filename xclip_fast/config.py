@@ -90,9 +90,14 @@ class XCLIPConfig:
                 object.__setattr__(self, name, max(1, self.embed_dim // 64))
             _check_heads(name, self.embed_dim, getattr(self, name))
         for name in ("image_mean", "image_std"):
+            if len(getattr(self, name)) != 3:
+                raise ValueError(f"{name} {getattr(self, name)!r}: three numbers wanted, one a channel")
             object.__setattr__(self, name, tuple(float(value) for value in getattr(self, name)))
-        if self.num_frames < 1:
-            raise ValueError(f"num_frames {self.num_frames} must be at least 1")
+        if min(self.image_std) <= 0:
+            raise ValueError(f"image_std {self.image_std} must be above 0")
+        for name, least in (("num_frames", 1), ("mit_layers", 0), ("prompt_layers", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} {getattr(self, name)} must be at least {least}")
 
     def to_dict(self) -> dict[str, Any]:
         """A plain dictionary that ``from_dict`` reads back (JSON-ready)."""
@@ -108,11 +113,16 @@ class XCLIPConfig:
 
 
 def _from_fields(cls: Any, where: str, values: dict[str, Any]) -> Any:
+    if not isinstance(values, dict):
+        raise ValueError(f"{where} config is {values!r}; an object with keys is wanted")
     known = {field.name for field in dataclasses.fields(cls)}
     unknown = sorted(set(values) - known)
     if unknown:
         raise ValueError(f"{where} config has unknown keys {unknown}; known are {sorted(known)}")
-    return cls(**values)
+    try:
+        return cls(**values)
+    except (TypeError, ZeroDivisionError) as error:
+        raise ValueError(f"{where} config holds a value of a wrong kind: {error}") from error
 
 
 def _variant(patch: int, frames: int, *, large: bool = False, image_size: int = 224) -> XCLIPConfig:

@@ -87,6 +87,8 @@ class XCLIP(nn.Module):
     def __init__(self, config: XCLIPConfig | str) -> None:
         super().__init__()
         config = variant(config) if isinstance(config, str) else config
+        if not isinstance(config, XCLIPConfig):
+            raise TypeError(f"config is a {type(config).__name__}; an XCLIPConfig or a variant's name wanted")
         width, embed, eps = config.vision.width, config.embed_dim, config.layer_norm_eps
         assert config.mit_heads is not None
         assert config.prompt_heads is not None
@@ -145,14 +147,18 @@ class XCLIP(nn.Module):
         """Labels to features (section 3.3).
 
         Args:
-            text: K strings, one string, or integer tokens (K, any length up to the context) from ``tokenize``.
+            text: K strings, one string, or integer tokens (K, any length up to the context) from ``tokenize``, which
+                is what ``torch.compile`` and ``torch.export`` take.
 
         Returns:
             (K, E). While the text encoder is frozen or no gradient is wanted, a label set seen before is not
-            encoded again.
+            encoded again. Weights edited through ``.data`` are not noticed: call ``model.text.forget()`` then.
         """
-        tokens = text if isinstance(text, Tensor) else tokenize(text, self.config.text.context_length)
-        return self.text(tokens)
+        if isinstance(text, Tensor):
+            return self.text(text)
+        if torch.compiler.is_compiling():
+            raise TypeError("strings cannot be compiled or exported: pass xclip_fast.tokenize(labels) instead")
+        return self.text(tokenize(text, self.config.text.context_length))
 
     def similarity(self, video_features: VideoFeatures, text_features: Tensor) -> Tensor:
         """Prompted cosine similarity (equations 10 and 3).
@@ -172,7 +178,7 @@ class XCLIP(nn.Module):
         cls,
         path: str | os.PathLike[str],
         *,
-        config: XCLIPConfig | None = None,
+        config: XCLIPConfig | str | None = None,
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = None,
     ) -> XCLIP:
@@ -190,7 +196,7 @@ class XCLIP(nn.Module):
             checkpoint.CheckpointError: if the file is unreadable or no such checkpoint, or if keys are missing,
                 unexpected or misshapen; all are listed.
         """
-        found = checkpoint.read(path, config)
+        found = checkpoint.read(path, variant(config) if isinstance(config, str) else config)
         if found.complete:
             with torch.device("meta"):
                 model = cls(found.config)
@@ -239,6 +245,8 @@ class XCLIP(nn.Module):
 
     def _check_video(self, video: Tensor) -> None:
         size = self.config.vision.image_size
+        if not isinstance(video, Tensor):
+            raise TypeError(f"video is a {type(video).__name__}; a torch.Tensor wanted (torch.from_numpy makes one)")
         if video.dtype == torch.uint8:
             wanted, right = "uint8 (B, T, H, W, 3)", video.dim() == 5 and video.shape[2:] == (size, size, 3)
         else:

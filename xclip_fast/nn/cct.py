@@ -10,7 +10,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from .. import kernels
-from .layers import Mlp, drop_path_scale, feed_forward
+from .layers import Mlp, check_linear, drop_path_scale, feed_forward
 
 
 class DropScales(NamedTuple):
@@ -46,6 +46,7 @@ def cct_attention(
     The message joins as a key and a value only, so nothing is concatenated and no row is thrown away.
     """
     width = x_FLD.shape[-1]
+    check_linear(message_fc)
     message_F2HC = kernels.message_kv(
         x_FLD[:, 0],
         frames,
@@ -100,6 +101,10 @@ class FastCCTBlock(nn.Module):
         super().__init__()
         if not 0.0 <= drop_path < 1.0:
             raise ValueError(f"drop_path {drop_path} must be at least 0 and below 1")
+        if nhead < 1 or d_model % nhead:
+            raise ValueError(f"d_model {d_model} does not divide into {nhead} heads; choose a divisor of {d_model}")
+        if num_frames < 1:
+            raise ValueError(f"num_frames {num_frames} must be at least 1")
         self.heads = nhead
         self.num_frames = num_frames
         self.drop_path = drop_path
@@ -119,8 +124,12 @@ class FastCCTBlock(nn.Module):
             x: (L, B * T, D), or (B * T, L, D) with ``batch_first``; floating.
             num_frames: T of this call, if not the block's own.
 
+        Returns:
+            of x's shape and dtype.
+
         Raises:
             ValueError: if x is not of that shape, or B * T is not a multiple of T.
+            TypeError: if a linear layer of the block was replaced by something else.
         """
         frames = self.num_frames if num_frames is None else num_frames
         width = self.message_fc.in_features
@@ -128,7 +137,7 @@ class FastCCTBlock(nn.Module):
         if x.dim() != 3 or x.shape[-1] != width:
             raise ValueError(f"tokens of shape {tuple(x.shape)} given; {layout} with D = {width} wanted")
         x_FLD = x if self.batch_first else x.transpose(0, 1)
-        if x_FLD.shape[0] % frames:
+        if frames < 1 or x_FLD.shape[0] % frames:
             raise ValueError(
                 f"{x_FLD.shape[0]} frames in all are not whole videos of {frames}: pass num_frames, or check "
                 f"batch_first={self.batch_first}, which takes {layout}"
@@ -157,4 +166,5 @@ class FastCCTBlock(nn.Module):
 
 def _attention_weights(attention: nn.MultiheadAttention) -> AttentionWeights:
     out = attention.out_proj
+    check_linear(out)
     return AttentionWeights(attention.in_proj_weight, attention.in_proj_bias, out.weight, out.bias)

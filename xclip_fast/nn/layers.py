@@ -46,9 +46,24 @@ class TransformerBlock(nn.Module):
 
 def feed_forward(x: Tensor, norm: nn.LayerNorm, fc: Any, projection: Any, drop_scale: Tensor | None = None) -> Tensor:
     """``kernels.mlp`` on the parameters of a LayerNorm and of two linear layers."""
+    check_linear(fc, projection)
     return kernels.mlp(
         x, norm.weight, norm.bias, fc.weight, fc.bias, projection.weight, projection.bias, norm.eps, drop_scale
     )
+
+
+def check_linear(*modules: object) -> None:
+    """Ours reads parameters instead of calling modules: refuse one whose forward would do more (an adapter, say).
+
+    Raises:
+        TypeError: if a module is no ``torch.nn.Linear``.
+    """
+    for module in modules:
+        if not isinstance(module, nn.Linear):
+            raise TypeError(
+                f"a {type(module).__name__} stands in place of a torch.nn.Linear, and its forward would be ignored: "
+                "merge the adapter into its layer, or put it around the block"
+            )
 
 
 def init_block(block: Any, width: int, layers: int) -> None:

@@ -45,7 +45,8 @@ class MultiFrameIntegration(nn.Module):
         position_1TE = self.positional_embedding
         if frames == position_1TE.shape[1]:
             return position_1TE
-        _log_interpolation(position_1TE.shape[1], frames)
+        if not torch.compiler.is_compiling():
+            _log_interpolation(position_1TE.shape[1], frames)
         return F.interpolate(position_1TE.transpose(1, 2), size=frames, mode="linear").transpose(1, 2)
 
 
@@ -56,4 +57,4 @@ def _attend_over_frames(qkv_BT3HC: Tensor) -> Tensor:
 
 @functools.cache
 def _log_interpolation(trained: int, given: int) -> None:
-    logger.info("the temporal embedding of %d frames is interpolated to the %d given", trained, given)
+    logger.warning("the temporal embedding of %d frames is interpolated to the %d given", trained, given)

@@ -6,6 +6,7 @@ K labels, S tokens of all labels, W width, E embedding size.
 from __future__ import annotations
 
 import collections
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from ..config import TextConfig
 from .layers import TransformerBlock, init_block
 
 CACHED_LABEL_SETS = 16
+LABELS_AT_ONCE = 1024  # bounds memory, whatever their number
 
 
 class Transformer(nn.Module):
@@ -34,7 +36,7 @@ class TextEncoder(nn.Module):
     trim them first (``tokenize`` does).
 
     Without gradients of its own parameters, features are kept for the last ``CACHED_LABEL_SETS`` sets of tokens
-    and forgotten when a parameter changes.
+    and forgotten when a parameter changes; ``forget`` says what is not noticed.
     """
 
     def __init__(self, config: TextConfig, embed_dim: int, eps: float) -> None:
@@ -47,6 +49,7 @@ class TextEncoder(nn.Module):
         self.ln_final = nn.LayerNorm(width, eps)
         self.text_projection = nn.Parameter(torch.empty(width, embed_dim))
         self._cache: collections.OrderedDict[tuple[object, ...], Tensor] = collections.OrderedDict()
+        self._encoded_with: list[tuple[Any, int, int]] = []  # storage, address and version of each parameter
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.positional_embedding, std=0.01)
         nn.init.normal_(self.text_projection, std=width**-0.5)
@@ -57,40 +60,63 @@ class TextEncoder(nn.Module):
         """Text features.
 
         Args:
-            tokens_KL: integer (K, any length up to the context), each row ended by the end-of-text token, which is
+            tokens_KL: int32 or int64 (K, any length up to the context), each row ended by the end-of-text token, which is
                 the largest number of the vocabulary; what follows it is ignored.
 
         Returns:
             (K, E).
 
         Raises:
-            ValueError: if tokens are not of that shape or not integers.
+            ValueError: if tokens are not of that shape or dtype, or too many.
         """
-        if tokens_KL.dim() != 2 or tokens_KL.is_floating_point():
-            raise ValueError(f"tokens of shape {tuple(tokens_KL.shape)} {tokens_KL.dtype} given; integer (K, L) wanted")
+        if tokens_KL.dim() != 2 or tokens_KL.dtype not in (torch.int32, torch.int64) or tokens_KL.shape[1] == 0:
+            raise ValueError(
+                f"tokens of shape {tuple(tokens_KL.shape)} {tokens_KL.dtype} given; int32 or int64 (K, L), L >= 1, wanted"
+            )
         if tokens_KL.shape[1] > self.config.context_length:
             raise ValueError(f"{tokens_KL.shape[1]} tokens a label given; at most {self.config.context_length} fit")
         if torch.compiler.is_compiling():
             return self._encode_padded(tokens_KL)
-        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters()):
+        parameters = list(self.parameters())
+        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters):
+            self.forget()  # a training step follows, and fused optimizers change weights without a trace
             return self._encode_packed(tokens_KL)
-        return self._cached(tokens_KL)
+        # no parameters: a replica of DataParallel. Inference tensors: their changes leave no trace
+        if not parameters or any(parameter.is_inference() for parameter in parameters):
+            return self._encode_packed(tokens_KL)
+        return self._cached(tokens_KL, parameters)
 
     def forget(self) -> None:
-        """Drop the kept features."""
+        """Drop the kept features. Wanted only after weights were edited through ``.data`` or ``.numpy()``: other
+        changes (optimizers, ``load_state_dict``, ``to``, ``train``, new parameters) are noticed."""
         self._cache.clear()
+        self._encoded_with = []
 
-    def _cached(self, tokens_KL: Tensor) -> Tensor:
-        parameters = list(self.parameters())
-        if any(parameter.is_inference() for parameter in parameters):
-            return self._encode_packed(tokens_KL)  # their changes leave no trace to check
+    def train(self, mode: bool = True) -> TextEncoder:
+        self.forget()
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> TextEncoder:
+        self.forget()
+        return super()._apply(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_cache": collections.OrderedDict(), "_encoded_with": []}
+
+    def _cached(self, tokens_KL: Tensor, parameters: list[nn.Parameter]) -> Tensor:
+        # the storages are kept, so that no other weight can come to stand at the address of an old one
+        state = [(parameter.untyped_storage(), parameter.data_ptr(), parameter._version) for parameter in parameters]
+        if [item[1:] for item in state] != [item[1:] for item in self._encoded_with]:
+            self.forget()
+            self._encoded_with = state
         device_type = parameters[0].device.type
         autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
         key = (
             tuple(tokens_KL.shape),
+            tokens_KL.dtype,
             tokens_KL.cpu().numpy().tobytes(),
             autocast and torch.get_autocast_dtype(device_type),
-            tuple((parameter.data_ptr(), parameter._version) for parameter in parameters),
+            kernels.forced_backend(),
         )
         features_KE = self._cache.pop(key, None)
         if features_KE is None:
@@ -99,9 +125,11 @@ class TextEncoder(nn.Module):
         self._cache[key] = features_KE
         if len(self._cache) > CACHED_LABEL_SETS:
             self._cache.popitem(last=False)
-        return features_KE
+        return features_KE.clone()  # the caller may normalise it in place
 
     def _encode_packed(self, tokens_KL: Tensor) -> Tensor:
+        if tokens_KL.shape[0] > LABELS_AT_ONCE:  # attention pads to the longest of them
+            return torch.cat([self._encode_packed(part_KL) for part_KL in tokens_KL.split(LABELS_AT_ONCE)])
         device = self.positional_embedding.device
         # on the tokens' own device, usually the CPU, where reading the lengths waits for nothing
         lengths_K = tokens_KL.argmax(1) + 1
@@ -118,6 +146,7 @@ class TextEncoder(nn.Module):
         return self._project(x_SW[offsets[1:] - 1])
 
     def _encode_padded(self, tokens_KL: Tensor) -> Tensor:
+        tokens_KL = tokens_KL.to(self.positional_embedding.device)
         x_KLW = self.token_embedding(tokens_KL) + self.positional_embedding[: tokens_KL.shape[1]]
         for block in self.transformer.resblocks:
             x_KLW = block(x_KLW, _causal_attention_padded)
