@@ -180,7 +180,7 @@ def _refuse_parts(parts: _Parts) -> str | None:
     for linear in linears:
         if type(linear) is not nn.Linear or linear.bias is None:
             return f"a {type(linear).__name__} stands where a plain Linear with a bias is wanted"
-    for part in (*linears, parts.message_ln, parts.ln_1, parts.ln_2, parts.fusion, parts.diffusion):
+    for part in (*linears, parts.message_ln, parts.ln_1, parts.ln_2):  # Hugging Face itself hooks the attentions
         if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks:
             return f"a hook on its {type(part).__name__} would not be called"
     return None

@@ -60,8 +60,8 @@ class TextEncoder(nn.Module):
         """Text features.
 
         Args:
-            tokens_KL: int32 or int64 (K, any length up to the context), each row ended by the end-of-text token, which is
-                the largest number of the vocabulary; what follows it is ignored.
+            tokens_KL: int32 or int64 (K, any length up to the context), each row ended by the end-of-text token, which
+                is the largest number of the vocabulary; what follows it is ignored.
 
         Returns:
             (K, E).
@@ -71,7 +71,8 @@ class TextEncoder(nn.Module):
         """
         if tokens_KL.dim() != 2 or tokens_KL.dtype not in (torch.int32, torch.int64) or tokens_KL.shape[1] == 0:
             raise ValueError(
-                f"tokens of shape {tuple(tokens_KL.shape)} {tokens_KL.dtype} given; int32 or int64 (K, L), L >= 1, wanted"
+                f"tokens of shape {tuple(tokens_KL.shape)} {tokens_KL.dtype} given; "
+                "int32 or int64 (K, L) with L >= 1 wanted"
             )
         if tokens_KL.shape[1] > self.config.context_length:
             raise ValueError(f"{tokens_KL.shape[1]} tokens a label given; at most {self.config.context_length} fit")
