@@ -69,6 +69,16 @@ class Backend:
         return self.refuse(*args) if self.refuse else None
 
 
+# ops made of matrix products
+_PRODUCTS = {"causal_attention_packed", "diffusion_attention", "linear_residual", "ln_linear", "message_kv", "mlp"}
+
+
+def _in_float32(args: tuple[Any, ...]) -> bool:
+    """Whether the products are computed in float32: nothing is in half precision, nor will be by autocast."""
+    tensors = [arg for arg in args if isinstance(arg, Tensor) and arg.is_floating_point()]
+    return not torch.is_autocast_enabled(tensors[0].device.type) and all(t.dtype == torch.float32 for t in tensors)
+
+
 _INSTALLED = frozenset(name for name in ("triton", "flash_attn", "xformers") if importlib.util.find_spec(name))
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -84,6 +94,8 @@ def triton_backend(op: str, refuse: Callable[..., str | None] | None = None) -> 
         device = next(arg.device.type for arg in args if isinstance(arg, Tensor))
         if device != "cuda" and not (INTERPRETED and _forced == "triton"):
             return f"device {device} is not cuda (TRITON_INTERPRET=1 and backend triton run it slowly anywhere)"
+        if op in _PRODUCTS and _forced != "triton" and _in_float32(args):
+            return "exact float32 products use no tensor cores: left to the library unless triton is asked for"
         return refuse(*args) if refuse else None
 
     return Backend(

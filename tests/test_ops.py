@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from xclip_fast.kernels._dispatch import INTERPRETED, OPS, Backend, BackendError, Op
+from xclip_fast.kernels._dispatch import INTERPRETED, OPS, Backend, BackendError, Op, _in_float32
 
 from xclip_fast import kernels
 
@@ -464,6 +464,14 @@ def test_environment_variable_is_checked() -> None:
             check=False,
         )
         assert wanted in done.stdout + done.stderr
+
+
+def test_float32_products_are_left_to_the_library_but_not_under_autocast() -> None:
+    args = cast(CASES["ln_linear", "plain"](), torch.float32)
+    assert _in_float32(args)
+    assert not _in_float32((args[0], *cast(args[1:], torch.float16)))  # a float32 residual stream
+    with torch.autocast(DEVICE, torch.bfloat16):
+        assert not _in_float32(args)
 
 
 def test_refusals_carry_every_reason() -> None:
