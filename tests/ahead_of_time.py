@@ -7,7 +7,6 @@ architecture, and prints one JSON object a kernel: name, configuration, register
 Not in the interpreter: TRITON_INTERPRET must be unset.
 """
 
-import functools
 import importlib
 import json
 import re
@@ -15,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -192,10 +190,8 @@ def compile_ahead(kernel: Any, args: tuple[Any, ...], options: dict[str, Any], a
 
 def main() -> None:
     arch = int(sys.argv[1])
-    found = launches(arch)
-    with ThreadPoolExecutor(1) as pool:
-        for result in pool.map(functools.partial(lambda item: compile_ahead(*item, arch)), found.values()):
-            print(json.dumps(result), flush=True)
+    for launched in launches(arch).values():
+        print(json.dumps(compile_ahead(*launched, arch)), flush=True)
 
 
 if __name__ == "__main__":

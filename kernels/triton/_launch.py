@@ -8,7 +8,7 @@ import contextlib
 import functools
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -99,11 +99,3 @@ def _rows(path: Path, op: str) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     return list(json.loads(path.read_text(encoding="utf-8")).get(op, []))
-
-
-def forget() -> None:
-    """Read the tables again at the next call."""
-    for cached in (_tile, _rows, arch, processors):
-        reset: Callable[[], None] | None = getattr(cached, "cache_clear", None)
-        if reset is not None:
-            reset()

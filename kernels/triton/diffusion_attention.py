@@ -149,22 +149,3 @@ def forward(save: bool, qkv: Tensor, message: Tensor) -> tuple[tuple[Tensor, ...
         **use,
     )
     return (out,), (out, lse) if save else ()
-
-
-CANDIDATES = {  # what python -m xclip_fast.kernels.tune measures
-    "diffusion_attention": [
-        {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
-        for m, n, warps in ((64, 64, 4), (128, 64, 4), (128, 64, 8), (64, 128, 4), (128, 128, 8))
-        for stages in (1, 2, 3, 4)
-    ],
-    "diffusion_attention_dq": [
-        {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
-        for m, n, warps in ((64, 64, 4), (128, 64, 8), (128, 32, 8), (64, 128, 8))
-        for stages in (1, 2, 3)
-    ],
-    "diffusion_attention_dk_dv": [
-        {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
-        for m, n, warps in ((64, 64, 4), (32, 64, 4), (64, 128, 8), (128, 64, 8))
-        for stages in (1, 2, 3)
-    ],
-}

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from .._linear import linear
 from ._launch import launch, tile
-from .layer_norm import normalise_backward, rows_of
+from .gemm import rows_of
+from .layer_norm import normalise_backward
 
 
 @triton.jit
