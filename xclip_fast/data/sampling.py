@@ -1,4 +1,4 @@
-"""Which frames of a video to look at. Plain arithmetic on frame numbers; nothing here opens a file."""
+"""Which videos of an epoch in which order, and which frames of a video. Plain arithmetic; nothing here opens a file."""
 
 from __future__ import annotations
 
@@ -29,6 +29,8 @@ def frame_indices(
     *,
     stride: int = 1,
     rng: np.random.Generator | None = None,
+    clip: int = 0,
+    clips: int = 1,
 ) -> np.ndarray:
     """Frame numbers, int64 (frames,), never decreasing, each in [0, total).
 
@@ -37,21 +39,64 @@ def frame_indices(
     anywhere. A window longer than the video takes the largest stride that fits. A video of fewer than `frames` frames
     repeats frames evenly, under either sampling.
 
-    Raises ValueError for an unknown `sampling`, or for `total`, `frames` or `stride` under 1.
+    Without `rng` there can be several views in time, `clip` is the number of one of `clips`. sparse: each segment is cut
+    into `clips` parts, and a view takes the middle of its part of each. dense: the windows are evenly spread.
+
+    Raises ValueError for an unknown `sampling`, for `total`, `frames`, `stride` or `clips` under 1, for a `clip` that is
+    not one of `clips`, and for several clips together with `rng`.
     """
     if sampling not in get_args(Sampling):
         raise ValueError(f"sampling is {sampling!r}; it must be one of {', '.join(get_args(Sampling))}")
-    for name, value in (("total", total), ("frames", frames), ("stride", stride)):
+    for name, value in (("total", total), ("frames", frames), ("stride", stride), ("clips", clips)):
         if value < 1:
             raise ValueError(f"{name} is {value}; it must be at least 1")
+    if not 0 <= clip < clips:
+        raise ValueError(f"clip is {clip}; with {clips} clips it must lie from 0 to {clips - 1}")
+    if rng is not None and clips > 1:
+        raise ValueError(f"{clips} clips with random frames: several views in time are not random; leave rng out")
     steps = np.arange(frames, dtype=np.int64)
     if sampling == "dense" and total >= frames:
         if frames > 1:
             stride = min(stride, (total - 1) // (frames - 1))
         spare = total - 1 - (frames - 1) * stride
-        start = spare // 2 if rng is None else int(rng.integers(spare + 1))
+        start = (2 * clip + 1) * spare // (2 * clips) if rng is None else int(rng.integers(spare + 1))
         return start + stride * steps
     if rng is None:
-        return (2 * steps + 1) * total // (2 * frames)
+        return (2 * (steps * clips + clip) + 1) * total // (2 * frames * clips)
     low, high = steps * total // frames, (steps + 1) * total // frames
     return rng.integers(low, np.maximum(high, low + 1))
+
+
+def epoch_order(samples: int, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
+    """The order of the samples 0 to `samples` - 1 in one epoch, int64 (samples,): a permutation, the same everywhere.
+
+    Sorted by raw numbers of Philox (key (seed, 1), which `sample_rng` never uses), not by NumPy's shuffle, so that it
+    stays the same under other versions of NumPy. Raises ValueError for a negative count, or a key outside [0, 2**64).
+    """
+    for name, value in (("seed", seed), ("epoch", epoch)):
+        if not 0 <= value < 2**64:
+            raise ValueError(f"{name} is {value}; it must lie in [0, 2**64)")
+    if samples < 0:
+        raise ValueError(f"samples is {samples}; it must not be negative")
+    if not shuffle:
+        return np.arange(samples, dtype=np.int64)
+    philox = np.random.Philox(key=np.array([seed, 1], np.uint64), counter=np.array([0, 0, 0, epoch], np.uint64))
+    return np.argsort(philox.random_raw(samples), kind="stable").astype(np.int64, copy=False)
+
+
+def epoch_batches(
+    order: np.ndarray, batch_size: int, rank: int = 0, world: int = 1, drop_last: bool = False
+) -> list[np.ndarray]:
+    """The batches of one rank: of each batch_size * world samples of `order`, every `world`-th, from `rank` on.
+
+    Whatever the world, batches of the same global size hold the same samples. All ranks get the same number of batches;
+    in the last one a rank may have fewer samples than `batch_size`, even none, but nothing is padded or repeated: every
+    sample comes once, on one rank. `drop_last` leaves out a last global batch that is not full.
+    """
+    if batch_size < 1 or not 0 <= rank < world:
+        raise ValueError(
+            f"batch_size {batch_size}, rank {rank} of world {world}; a size of at least 1 and 0 <= rank < world are wanted"
+        )
+    step = batch_size * world
+    end = len(order) - len(order) % step if drop_last else len(order)
+    return [order[start : min(start + step, end)][rank::world] for start in range(0, end, step)]

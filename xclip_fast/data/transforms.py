@@ -1,0 +1,255 @@
+"""Which frames and which part of the picture a model sees, and in what colours. One description, two executions.
+
+A `View` says everything: frame numbers, a box of whole pixels, a size, a mirror, a colour matrix. A transform draws views
+from a video's frame count and size alone, so they can be drawn before the file is opened; `apply` executes a view on
+decoded frames here, the GPU pipeline executes the same one there.
+
+Training follows the released X-CLIP recipe (short side 256, multi-scale crop, flip, colour jitter, grey), with two
+changes: what it computed in two resizes is one box and one resize, and the jitter is one linear map for all frames of a
+video (contrast turns about mid grey, hue in YIQ) where it was drawn anew for every frame.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+
+from .sampling import Sampling, frame_indices
+
+Box = tuple[int, int, int, int]
+"""(left, top, width, height) in whole pixels of the full-size frame, as displayed."""
+
+LUMA = (0.299, 0.587, 0.114)
+_YIQ = np.array([LUMA, (0.595716, -0.274453, -0.321263), (0.211456, -0.522591, 0.311135)])
+_GREY = np.tile(_YIQ[0], (3, 1))
+_MIDDLE = 127.5  # mid grey: what a change of contrast leaves alone
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """What one view takes from a video: uint8 (T, size, size, 3).
+
+    `frames`: frame numbers, int64 (T,). `crop`: the box that is resized to (size, size). `flip`: mirrored left to right
+    after that. `colour`: float32 (3, 4), the map `matrix @ rgb + offset` on levels from 0 to 255; None leaves them.
+    `drawn_from`: (frames, width, height) of the video that the view was drawn for; `decode_views` refuses another.
+    """
+
+    frames: np.ndarray
+    crop: Box
+    size: int
+    flip: bool = False
+    colour: np.ndarray | None = None
+    drawn_from: tuple[int, int, int] | None = None
+
+
+@dataclass(frozen=True)
+class TrainTransform:
+    """The training recipe of the paper. Each call of `views` draws one view.
+
+    `frames`, `sampling`, `stride`: as in `frame_indices`. `scales`: sizes of the crop as shares of the short side, drawn
+    for width and height apart, at most one step of the list from each other; the crop lies in a corner or the centre.
+    `flip`, `jitter_probability`, `grey`: probabilities. `brightness`, `contrast`, `saturation`: factors are drawn from
+    [1 - x, 1 + x] (not under 0); `hue`: turns of the colour circle, from [-x, x], at most 0.5.
+    """
+
+    random: ClassVar[bool] = True
+    frames: int = 8
+    size: int = 224
+    sampling: Sampling = "sparse"
+    stride: int = 1
+    scales: tuple[float, ...] = (1.0, 0.875, 0.75, 0.66)
+    flip: float = 0.5
+    jitter_probability: float = 0.8
+    brightness: float = 0.4
+    contrast: float = 0.4
+    saturation: float = 0.2
+    hue: float = 0.1
+    grey: float = 0.2
+
+    def __post_init__(self) -> None:
+        _check_sizes(self.frames, self.size, self.sampling, self.stride)
+        object.__setattr__(self, "scales", tuple(self.scales))
+        if not self.scales or not all(0 < scale <= 1 for scale in self.scales):
+            raise ValueError(f"scales is {self.scales}; each must lie in (0, 1], and there must be one at least")
+        for name in ("flip", "jitter_probability", "grey"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; a probability from 0 to 1 is wanted")
+        for name in ("brightness", "contrast", "saturation"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
+        if not 0 <= self.hue <= 0.5:
+            raise ValueError(f"hue is {self.hue}; it must lie from 0 to 0.5 turns")
+
+    def views(self, total: int, width: int, height: int, rng: np.random.Generator) -> list[View]:
+        """One random view of a video of `total` frames of this displayed size.
+
+        The first 13 numbers of `rng` are drawn whatever the settings and the video; frame numbers come after them. So
+        another probability or another range shifts nothing else.
+        """
+        _check_video(total, width, height)
+        u = rng.random(13)
+        short, steps = min(width, height), len(self.scales)
+        pairs = [(i, j) for i in range(steps) for j in range(steps) if abs(i - j) <= 1]
+        i, j = pairs[int(u[0] * len(pairs))]
+        across, down = _share(self.scales[i], short), _share(self.scales[j], short)
+        box = (*_place(int(u[1] * 5), width - across, height - down), across, down)
+        colour = self._colour(u[4:]) if u[3] < self.jitter_probability else np.eye(3, 4)
+        if u[12] < self.grey:
+            colour = _GREY @ colour
+        changed = not np.array_equal(colour, np.eye(3, 4))
+        frames = frame_indices(total, self.frames, self.sampling, stride=self.stride, rng=rng)
+        return [
+            View(
+                frames,
+                box,
+                self.size,
+                bool(u[2] < self.flip),
+                colour.astype(np.float32) if changed else None,
+                (total, width, height),
+            )
+        ]
+
+    def _colour(self, u: np.ndarray) -> np.ndarray:
+        """The four changes, in the order that four numbers give, as one float64 (3, 4)."""
+        bright, strong, vivid = (
+            max(0.0, 1 - part) + (1 + part - max(0.0, 1 - part)) * draw
+            for part, draw in zip((self.brightness, self.contrast, self.saturation), u[:3], strict=True)
+        )
+        return jitter(bright, strong, vivid, self.hue * (2 * u[3] - 1), np.argsort(u[4:8], kind="stable"))
+
+
+@dataclass(frozen=True)
+class TestTransform:
+    """The paper's test views: `clips` views in time, `crops` in space.
+
+    One crop: the centre square of `size` after a resize to a short side of 256 / 224 * size. Three: squares of the whole
+    short side at the start, centre and end of the long side.
+    """
+
+    __test__: ClassVar[bool] = False  # pytest would collect it for its name
+    random: ClassVar[bool] = False
+    frames: int = 8
+    size: int = 224
+    clips: int = 1
+    crops: Literal[1, 3] = 1
+    sampling: Sampling = "sparse"
+    stride: int = 1
+
+    def __post_init__(self) -> None:
+        _check_sizes(self.frames, self.size, self.sampling, self.stride)
+        if self.clips < 1:
+            raise ValueError(f"clips is {self.clips}; it must be at least 1")
+        if self.crops not in (1, 3):
+            raise ValueError(f"crops is {self.crops}; it must be 1 or 3")
+
+    def boxes(self, width: int, height: int) -> list[Box]:
+        """The crops of a frame of this displayed size."""
+        short = min(width, height)
+        if self.crops == 1:
+            side = _share(self.size / int(256 / 224 * self.size), short)
+            return [(*_place(4, width - side, height - side), side, side)]
+        return [((width - short) * n // 2, (height - short) * n // 2, short, short) for n in range(3)]
+
+    def views(self, total: int, width: int, height: int, rng: np.random.Generator | None = None) -> list[View]:
+        """clips x crops views of a video of `total` frames of this displayed size, clips outer. `rng` is not used."""
+        _check_video(total, width, height)
+        boxes, found = self.boxes(width, height), []
+        for clip in range(self.clips):
+            frames = frame_indices(total, self.frames, self.sampling, stride=self.stride, clip=clip, clips=self.clips)
+            found += [View(frames, box, self.size, drawn_from=(total, width, height)) for box in boxes]
+        return found
+
+
+def jitter(brightness: float, contrast: float, saturation: float, hue: float, order: np.ndarray) -> np.ndarray:
+    """The map of these factors and this turn of hue, float64 (3, 4), on levels from 0 to 255.
+
+    `order`: in which the four are done (a permutation of 0 to 3). Nothing is cut off between them, unlike in the usual
+    four separate steps.
+    """
+    angle = -2 * np.pi * hue  # the hue circle runs red, yellow, green; the angle in the (I, Q) plane runs the other way
+    turn = np.array([[1, 0, 0], [0, np.cos(angle), -np.sin(angle)], [0, np.sin(angle), np.cos(angle)]])
+    eye, none = np.eye(3), np.zeros(3)
+    steps = (
+        (brightness * eye, none),
+        (contrast * eye, np.full(3, (1 - contrast) * _MIDDLE)),
+        (saturation * eye + (1 - saturation) * _GREY, none),
+        (np.linalg.inv(_YIQ) @ turn @ _YIQ, none),
+    )
+    matrix, offset = eye, none
+    for number in order:
+        matrix, offset = steps[number][0] @ matrix, steps[number][0] @ offset + steps[number][1]
+    return np.column_stack([matrix, offset])
+
+
+def apply(view: View, frames_THWC: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+    """The view of these full-size frames: uint8 (T, H, W, 3) in, uint8 (T, size, size, 3) out.
+
+    The frames are those that `view.frames` names, in its order. Crop, then bilinear resize (half-pixel centres, no
+    antialiasing, edges of the box repeated), then flip, then colour.
+    """
+    if out is None:
+        out = np.empty((len(frames_THWC), view.size, view.size, 3), np.uint8)
+    for frame_HWC, out_SSC in zip(frames_THWC, out, strict=True):
+        apply_frame(view, frame_HWC, out_SSC)
+    return out
+
+
+def apply_frame(view: View, frame_HWC: np.ndarray, out_SSC: np.ndarray) -> None:
+    """`apply` for one frame. Frame by frame, so that no more than one full-size frame needs to be kept."""
+    left, top, width, height = view.crop
+    if left < 0 or top < 0 or width < 1 or height < 1:
+        raise ValueError(f"crop {view.crop} is not a box of at least one pixel")
+    box_HWC = frame_HWC[top : top + height, left : left + width]
+    if box_HWC.shape[:2] != (height, width):
+        raise ValueError(f"crop {view.crop} leaves the frame of {frame_HWC.shape[1]}x{frame_HWC.shape[0]} pixels")
+    if min(box_HWC.strides) < 0 or not box_HWC.flags.writeable:  # torch takes neither turned nor read-only memory
+        box_HWC = box_HWC.copy()
+    # On uint8 this is fixed-point arithmetic, at most one level from the exact value, several times faster than float.
+    x_1CHW = torch.from_numpy(box_HWC).permute(2, 0, 1)[None]
+    resized = torch.nn.functional.interpolate(x_1CHW, size=(view.size, view.size), mode="bilinear", antialias=False)
+    picture_SSC = resized[0].permute(1, 2, 0).numpy()
+    if view.flip:
+        picture_SSC = picture_SSC[:, ::-1]
+    if view.colour is None:
+        out_SSC[...] = picture_SSC
+    else:
+        recolour(picture_SSC, view.colour, out_SSC)
+
+
+def recolour(picture_HWC: np.ndarray, colour: np.ndarray, out_HWC: np.ndarray) -> None:
+    """colour[:, :3] @ rgb + colour[:, 3] of each pixel, in float32, rounded half to even and cut to 0..255 once."""
+    # NumPy, plane by plane: half the time of a matrix product, and no BLAS that may be set to a lower precision.
+    r, g, b = np.ascontiguousarray(picture_HWC.transpose(2, 0, 1)).astype(np.float32)
+    part = np.empty_like(r)
+    for channel, (red, green, blue, offset) in enumerate(colour.astype(np.float32)):
+        level = r * red
+        level += np.multiply(g, green, out=part)
+        level += np.multiply(b, blue, out=part)
+        level += offset
+        np.rint(level, out=level)
+        out_HWC[..., channel] = np.clip(level, 0, 255, out=level)
+
+
+def _share(scale: float, short: int) -> int:
+    return max(1, round(scale * short))
+
+
+def _place(position: int, spare_x: int, spare_y: int) -> tuple[int, int]:
+    """(left, top) in one of the four corners (0 to 3) or the centre (4), with this much room."""
+    if position == 4:
+        return spare_x // 2, spare_y // 2
+    return spare_x * (position % 2), spare_y * (position // 2)
+
+
+def _check_sizes(frames: int, size: int, sampling: Sampling, stride: int) -> None:
+    if size < 1:
+        raise ValueError(f"size is {size}; it must be at least 1 pixel")
+    frame_indices(1, frames, sampling, stride=stride)  # it has the checks
+
+
+def _check_video(total: int, width: int, height: int) -> None:
+    if min(total, width, height) < 1:
+        raise ValueError(f"a video of {total} frames of {width}x{height} pixels has nothing to take a view of")
