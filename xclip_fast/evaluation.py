@@ -1,0 +1,136 @@
+"""What an evaluation found out."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """What the model says of one video."""
+
+    sample: int  # row of the manifest
+    path: str
+    label: str | None  # the truth; None where the manifest has none
+    counted: bool  # the truth is one of the labels asked for
+    top: tuple[tuple[str, float], ...]  # the min(5, K) most probable labels, best first
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """The outcome. Accuracies are fractions of the ``counted`` videos, NaN if there is none."""
+
+    labels: tuple[str, ...]  # K
+    videos: int  # m: rows of the manifest; predictions + failed
+    predictions: tuple[Prediction, ...]  # n, in the manifest's order
+    failed: Mapping[int, str]  # row: what is wrong with it
+    failed_names: Mapping[int, str]
+    confusion: np.ndarray  # int64 (K, K): truth, prediction
+    top5_hits: int  # of the min(5, K) most probable
+    clips: int
+    crops: int
+    frames: int
+    seconds: float  # decoding and forward together, of the slowest process
+    model: Mapping[str, Any]  # variant, FLOPs per view and so on, JSON-ready
+    data: Mapping[str, Any]
+    environment: Mapping[str, Any]
+
+    @property
+    def views(self) -> int:
+        return self.clips * self.crops
+
+    @property
+    def counted(self) -> int:
+        return int(self.confusion.sum())
+
+    @property
+    def top1(self) -> float:
+        return int(self.confusion.trace()) / self.counted if self.counted else float("nan")
+
+    @property
+    def top5(self) -> float:
+        """With K labels, fewer than five, the top K: then it is 1, and says nothing."""
+        return self.top5_hits / self.counted if self.counted else float("nan")
+
+    @property
+    def per_class(self) -> np.ndarray:
+        """Top-1 accuracy of each label's videos, float64 (K,), NaN where there are none."""
+        count_K = self.confusion.sum(1)
+        return np.where(count_K > 0, self.confusion.diagonal() / np.maximum(count_K, 1), np.nan)
+
+    @property
+    def mean_class_accuracy(self) -> float:
+        """The mean of ``per_class`` over the labels that have videos."""
+        known = self.per_class[~np.isnan(self.per_class)]
+        return float(known.mean()) if len(known) else float("nan")
+
+    @property
+    def views_per_second(self) -> float:
+        return len(self.predictions) * self.views / self.seconds if self.seconds else float("nan")
+
+    def summary(self) -> dict[str, Any]:
+        """The figures, JSON-ready; NaN is None. Accuracies in fractions."""
+
+        def number(value: float) -> float | None:
+            return None if np.isnan(value) else float(value)
+
+        return {
+            "kind": "xclip_fast evaluation",
+            "top1": number(self.top1),
+            "top5": number(self.top5),
+            "top5_is_top": min(5, len(self.labels)),
+            "mean_class_accuracy": number(self.mean_class_accuracy),
+            "videos": self.videos,
+            "predicted": len(self.predictions),
+            "counted": self.counted,
+            "failed": [
+                {"sample": row, "path": self.failed_names[row], "reason": reason}
+                for row, reason in sorted(self.failed.items())
+            ],
+            "labels": len(self.labels),
+            "clips": self.clips,
+            "crops": self.crops,
+            "views": self.views,
+            "frames": self.frames,
+            "seconds": self.seconds,
+            "views_per_second": number(self.views_per_second),
+            "model": dict(self.model),
+            "data": dict(self.data),
+            "environment": dict(self.environment),
+        }
+
+
+def show(result: Evaluation) -> None:
+    """Print the figures: a table on a terminal, otherwise lines of name and value with a tab between."""
+    rows = [
+        ("top-1", percent(result.top1)),
+        (f"top-{min(5, len(result.labels))}", percent(result.top5)),
+        ("mean class accuracy", percent(result.mean_class_accuracy)),
+        ("videos", f"{len(result.predictions)} of {result.videos}, {result.counted} with a label that counts"),
+        ("labels", str(len(result.labels))),
+        ("views", f"{result.clips} x {result.crops} of {result.frames} frames"),
+        ("GFLOPs", f"{result.model['gflops_per_view']:.1f} a view, {result.views} views"),
+        ("views/s", f"{result.views_per_second:.3g} on {result.environment['device']}, decoding included"),
+    ]
+    if sys.stdout.isatty():
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table("", "", show_header=False, box=None, padding=(0, 2))
+        for row in rows:
+            table.add_row(*row)
+        Console(highlight=False).print(table)
+    else:
+        for row in rows:
+            print("\t".join(row))
+    for failed, reason in sorted(result.failed.items()):
+        print(f"error: {result.failed_names[failed]}: {reason}", file=sys.stderr)
+
+
+def percent(fraction: float) -> str:
+    return "-" if np.isnan(fraction) else f"{100 * fraction:.1f} %"

@@ -1,0 +1,51 @@
+"""Class names as data sets spell them, and which label of a list is meant."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+
+def plain_name(name: str) -> str:
+    """A class name without what lists of classes differ in: case, blanks, underscores, punctuation.
+
+    ``ApplyEyeMakeup``, ``apply_eye_makeup`` and ``Apply Eye Makeup`` are one. A name of punctuation alone stays.
+    """
+    return "".join(letter for letter in name.casefold() if letter.isalnum()) or name
+
+
+def candidates(
+    classes: Sequence[str], labels: Sequence[str] | Mapping[str, str] | None
+) -> tuple[tuple[str, ...], list[str], list[int]]:
+    """The labels' names, the texts that stand for them, and for each class the index of its label, -1 for none."""
+    if isinstance(labels, str):
+        raise ValueError(f"labels {labels!r} is one string; a list of strings wanted")
+    names = tuple(classes if labels is None else labels)
+    texts = list(labels.values()) if isinstance(labels, Mapping) else list(names)
+    repeated = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+    if not names or repeated:
+        what = f"{', '.join(map(repr, repeated[:3]))} more than once" if repeated else "none"
+        where = "the manifest's classes" if labels is None else "labels"
+        raise ValueError(f"{where}: {what}; at least one name wanted, and each once (labels=[...] gives others)")
+    if labels is None:
+        return names, texts, list(range(len(names)))
+    exact = {name: index for index, name in enumerate(names)}
+    loose: dict[str, list[int]] = {}
+    for index, name in enumerate(names):
+        loose.setdefault(plain_name(name), []).append(index)
+    truth_of_class = []
+    for name in classes:
+        found = [exact[name]] if name in exact else loose.get(plain_name(name), [])
+        if len(found) > 1:
+            raise ValueError(f"class {name!r} could be {' or '.join(repr(names[i]) for i in found)}; spell it the same")
+        truth_of_class.append(found[0] if found else -1)
+    taken = [index for index in truth_of_class if index >= 0]
+    if classes and not taken:
+        raise ValueError(
+            f"none of the {len(classes)} classes ({', '.join(classes[:3])}, ...) is among the {len(names)} labels "
+            f"({', '.join(names[:3])}, ...); name them the same, or give a mapping from class to text"
+        )
+    twice = next((index for index in taken if taken.count(index) > 1), None) if len(set(taken)) < len(taken) else None
+    if twice is not None:
+        which = [name for name, index in zip(classes, truth_of_class, strict=True) if index == twice]
+        raise ValueError(f"classes {', '.join(map(repr, which))} are all the label {names[twice]!r}; one class wanted")
+    return names, texts, truth_of_class
