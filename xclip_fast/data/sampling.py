@@ -39,11 +39,11 @@ def frame_indices(
     anywhere. A window longer than the video takes the largest stride that fits. A video of fewer than `frames` frames
     repeats frames evenly, under either sampling.
 
-    Without `rng` there can be several views in time, `clip` is the number of one of `clips`. sparse: each segment is cut
-    into `clips` parts, and a view takes the middle of its part of each. dense: the windows are evenly spread.
+    Without `rng` there can be several views in time; `clip` is the number of one of `clips`. sparse: each segment is
+    cut into `clips` parts, and a view takes the middle of its part of each. dense: the windows are evenly spread.
 
-    Raises ValueError for an unknown `sampling`, for `total`, `frames`, `stride` or `clips` under 1, for a `clip` that is
-    not one of `clips`, and for several clips together with `rng`.
+    Raises ValueError for an unknown `sampling`, for `total`, `frames`, `stride` or `clips` under 1, for a `clip` that
+    is not one of `clips`, and for several clips together with `rng`.
     """
     if sampling not in get_args(Sampling):
         raise ValueError(f"sampling is {sampling!r}; it must be one of {', '.join(get_args(Sampling))}")
@@ -95,7 +95,7 @@ def epoch_batches(
     """
     if batch_size < 1 or not 0 <= rank < world:
         raise ValueError(
-            f"batch_size {batch_size}, rank {rank} of world {world}; a size of at least 1 and 0 <= rank < world are wanted"
+            f"batch_size is {batch_size}, rank {rank} of world {world}; wanted: batch_size >= 1, 0 <= rank < world"
         )
     step = batch_size * world
     end = len(order) - len(order) % step if drop_last else len(order)

@@ -1,8 +1,8 @@
 """Which frames and which part of the picture a model sees, and in what colours. One description, two executions.
 
-A `View` says everything: frame numbers, a box of whole pixels, a size, a mirror, a colour matrix. A transform draws views
-from a video's frame count and size alone, so they can be drawn before the file is opened; `apply` executes a view on
-decoded frames here, the GPU pipeline executes the same one there.
+A `View` says everything: frame numbers, a box of whole pixels, a size, a mirror, a colour matrix. A transform draws
+views from a video's frame count and size alone, so they can be drawn before the file is opened; `apply` executes a view
+on decoded frames here, the GPU pipeline executes the same one there.
 
 Training follows the released X-CLIP recipe (short side 256, multi-scale crop, flip, colour jitter, grey), with two
 changes: what it computed in two resizes is one box and one resize, and the jitter is one linear map for all frames of a
@@ -49,8 +49,8 @@ class View:
 class TrainTransform:
     """The training recipe of the paper. Each call of `views` draws one view.
 
-    `frames`, `sampling`, `stride`: as in `frame_indices`. `scales`: sizes of the crop as shares of the short side, drawn
-    for width and height apart, at most one step of the list from each other; the crop lies in a corner or the centre.
+    `frames`, `sampling`, `stride`: as in `frame_indices`. `scales`: sizes of the crop as shares of the short side,
+    drawn for width and height apart, at most one step of the list from each other; it lies in a corner or the centre.
     `flip`, `jitter_probability`, `grey`: probabilities. `brightness`, `contrast`, `saturation`: factors are drawn from
     [1 - x, 1 + x] (not under 0); `hue`: turns of the colour circle, from [-x, x], at most 0.5.
     """
@@ -125,8 +125,8 @@ class TrainTransform:
 class TestTransform:
     """The paper's test views: `clips` views in time, `crops` in space.
 
-    One crop: the centre square of `size` after a resize to a short side of 256 / 224 * size. Three: squares of the whole
-    short side at the start, centre and end of the long side.
+    One crop: the centre square of `size` after a resize to a short side of 256 / 224 * size. Three: squares of the
+    whole short side at the start, centre and end of the long side.
     """
 
     __test__: ClassVar[bool] = False  # pytest would collect it for its name
