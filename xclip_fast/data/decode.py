@@ -26,7 +26,19 @@ import torch
 from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 
-from .plan import Plan, Source, VideoError, all_frames, as_source, by_plan, log, make_plan, open_video, still_fits
+from .plan import (
+    Plan,
+    Source,
+    VideoError,
+    all_frames,
+    as_source,
+    by_plan,
+    log,
+    make_plan,
+    open_video,
+    reason,
+    still_fits,
+)
 from .sampling import Sampling, frame_indices
 from .transforms import TestTransform, View, apply_frame
 
@@ -41,6 +53,8 @@ __all__ = [
     "decode_views",
     "probe",
 ]
+
+_open, _reason = open_video, reason  # for reencode.py, until it takes the public names
 
 Video = str | os.PathLike[str] | Source
 
@@ -219,7 +233,7 @@ def probe(path: Video) -> VideoInfo:
         first = next(frames, None)
         if first is None:
             raise VideoError(f"{source}: no frame can be decoded ({codec})")
-        height, width = _upright(first, np.empty((first.height, first.width, 1))).shape[:2]
+        height, width = upright(first, np.empty((first.height, first.width, 1))).shape[:2]
         times = plan.pts if plan else [first.pts, *(frame.pts for frame in frames)]
         count, known = len(times), [time for time in times if time is not None]
         span = (max(known) - min(known)) * (stream.time_base or 0) if known else 0
@@ -230,7 +244,7 @@ def probe(path: Video) -> VideoInfo:
         return VideoInfo(count, width, height, codec, first.format.name, rotation, duration, count / duration, plan)
 
 
-def _upright(frame: VideoFrame, array: np.ndarray) -> np.ndarray:
+def upright(frame: VideoFrame, array: np.ndarray) -> np.ndarray:
     """The picture (H, W, C) as it is to be shown: the nearest quarter turn and mirroring to its display matrix."""
     matrix: Any = frame.side_data.get("DISPLAYMATRIX")
     if matrix is None:
@@ -242,6 +256,9 @@ def _upright(frame: VideoFrame, array: np.ndarray) -> np.ndarray:
         array = array.transpose(1, 0, 2)
         flip_y, flip_x = b < 0, c < 0
     return array[:: -1 if flip_y else 1, :: -1 if flip_x else 1]
+
+
+_upright = upright
 
 
 def _pick(
@@ -265,7 +282,7 @@ def _pick(
 
     def take(number: int, frame: VideoFrame) -> None:
         picture = reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
-        use(_upright(frame, picture), places[number])
+        use(upright(frame, picture), places[number])
 
     if source.plan is not None:
         with open_video(source, threads) as (container, stream):

@@ -1,8 +1,8 @@
 """One video file: opening it, reading its packets, and the plan that gets single frames out of it.
 
 Reading the packets without decoding them tells, for each frame, the keyframe to start from. With that plan a frame
-costs one seek and the frames since its keyframe, less those that nothing refers to. A plan can be stored and used again: then
-the packets need not be read through, which takes the whole file.
+costs one seek and the frames since its keyframe, less those that nothing refers to. A plan can be stored and used again:
+then the packets need not be read through, which takes the whole file.
 """
 
 from __future__ import annotations
@@ -69,8 +69,9 @@ def as_source(path: str | os.PathLike[str] | Source) -> Source:
 
 
 @contextmanager
-def open_video(source: Source, threads: int = 1) -> Iterator[tuple[InputContainer, VideoStream]]:
+def open_video(path: str | os.PathLike[str] | Source, threads: int = 1) -> Iterator[tuple[InputContainer, VideoStream]]:
     """The container and its video stream. Every FFmpeg error inside leaves as a VideoError."""
+    source = as_source(path)
     # A text file may read as a playlist: "file:" and the white list keep FFmpeg from fetching what it names.
     url, protocols = f"file:{source.path}", "file"
     _check_file(source)
@@ -80,7 +81,7 @@ def open_video(source: Source, threads: int = 1) -> Iterator[tuple[InputContaine
     try:
         container = av.open(url, options={"protocol_whitelist": protocols, "fflags": "+discardcorrupt"})
     except (av.FFmpegError, OSError) as error:
-        raise VideoError(f"{source}: cannot be opened as a video ({_reason(error)})") from error
+        raise VideoError(f"{source}: cannot be opened as a video ({reason(error)})") from error
     try:
         videos = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
         if not videos or container.format.name == "tty":  # FFmpeg "plays" any text as a terminal session
@@ -95,7 +96,7 @@ def open_video(source: Source, threads: int = 1) -> Iterator[tuple[InputContaine
             stream.thread_type = "AUTO"
         yield container, stream
     except (av.FFmpegError, OSError) as error:
-        raise VideoError(f"{source}: cannot be read ({_reason(error)})") from error
+        raise VideoError(f"{source}: cannot be read ({reason(error)})") from error
     finally:
         container.close()
 
@@ -130,13 +131,14 @@ def _check_member(source: Source, length: int) -> None:
             file.seek(max(0, source.offset - 512))
             header = file.read(512)
     except OSError as error:
-        raise VideoError(f"{source}: cannot be opened as a video ({_reason(error)})") from error
+        raise VideoError(f"{source}: cannot be opened as a video ({reason(error)})") from error
     digits = header[124:136].strip(b"\0 ")  # octal; other forms, for huge members, are taken as they are
     if header[257:262] == b"ustar" and digits.isdigit() and int(digits, 8) != source.size:
         raise VideoError(f"{source}: the tar file has another member in this place; it has changed: index it again")
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
+    """FFmpeg's own words, without number and file name."""
     return getattr(error, "strerror", None) or str(error)
 
 
@@ -149,7 +151,7 @@ def packets_of(container: InputContainer, stream: VideoStream) -> Iterator[av.Pa
         except (StopIteration, av.EOFError):
             return
         except av.FFmpegError as error:
-            log.warning("%s: %s; using the frames before that", _name(container), _reason(error))
+            log.warning("%s: %s; using the frames before that", _name(container), reason(error))
             return
         if packet.size:  # PyAV ends with an empty packet
             yield packet
@@ -161,7 +163,7 @@ def all_frames(container: InputContainer, stream: VideoStream) -> Iterator[Video
         try:
             frames = stream.codec_context.decode(packet)
         except av.FFmpegError as error:
-            log.info("%s: %s; packet passed over", _name(container), _reason(error))
+            log.info("%s: %s; packet passed over", _name(container), reason(error))
             continue
         yield from frames
 
