@@ -1,8 +1,8 @@
 """One video file: opening it, reading its packets, and the plan that gets single frames out of it.
 
 Reading the packets without decoding them tells, for each frame, the keyframe to start from. With that plan a frame
-costs one seek and the frames since its keyframe, less those that nothing refers to. A plan can be stored and used again:
-then the packets need not be read through, which takes the whole file.
+costs one seek and the frames since its keyframe, less those that nothing refers to. A plan can be stored and used
+again; then the packets need not be read through, which takes the whole file.
 """
 
 from __future__ import annotations
