@@ -10,14 +10,16 @@ A manifest is a text file of JSON lines. The first line is a header, and each li
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
+import logging
 import os
+import re
 import threading
-import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -25,46 +27,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .sources import Entry, read_source
+from .listing import Entry
+from .probing import file_status, look_all
+from .sources import Labels, read_source
+from .video import Video, one_line, printable, video_name
 
-if TYPE_CHECKING:  # decode imports PyAV, which a manifest can do without
-    from .decode import Plan, Source
+if TYPE_CHECKING:  # plan imports PyAV, which a manifest can do without
+    from .plan import Source
+
+log = logging.getLogger(__name__)
 
 VERSION = 1
-
-
-@dataclass(frozen=True, slots=True)
-class Video:
-    """One row: a video file, or a member of a tar shard, and what is known of it.
-
-    `path` is relative to the manifest's root, with "/" between folders; for a member of a tar it is the shard's, and
-    `member` and `offset` (bytes) say where in the shard. `size` is in bytes (the member's, in a shard); `mtime_ns` is
-    the file's. `label` counts in the manifest's classes, None where unknown. `width` and `height` are as displayed,
-    after `rotation` (degrees clockwise); `duration` is in seconds; `fps` is the average. `packed` is the decoding
-    plan, compressed; `plan` gives it. With an `error` (one line) the rest may be missing.
-    """
-
-    path: str
-    label: int | None = None
-    member: str | None = None
-    offset: int | None = None
-    size: int = 0
-    mtime_ns: int = 0
-    frames: int = 0
-    width: int = 0
-    height: int = 0
-    codec: str = ""
-    pix_fmt: str = ""
-    rotation: int = 0
-    duration: float = 0.0
-    fps: float = 0.0
-    packed: str | None = None
-    error: str | None = None
-
-    @property
-    def plan(self) -> Plan | None:
-        """Which keyframe each frame needs, or None where the file has to be decoded from end to end."""
-        return None if self.packed is None else unpack_plan(self.packed)
 
 
 _DEFAULTS = {field.name: field.default for field in fields(Video)}
@@ -117,14 +90,12 @@ class Manifest:
 
     def source(self, row: int) -> Source:
         """What the decoder opens for this row. Raises ValueError for a row with an error."""
-        from .decode import Source
+        from .plan import Source
 
         video = self.videos[row]
         if video.error is not None:
             raise ValueError(f"{self.name(row)}: cannot be used: {video.error}")
         path = os.path.join(self.root, video.path)
-        if video.offset is None:
-            return Source(path, plan=video.plan)
         return Source(path, offset=video.offset, size=video.size, plan=video.plan)
 
     @cached_property
@@ -165,47 +136,6 @@ class Manifest:
         """The same manifest with this row marked as one that cannot be used."""
         bad = replace(self.videos[row], error=one_line(reason))
         return replace(self, videos=(*self.videos[:row], bad, *self.videos[row + 1 :]))
-
-
-def video_name(video: Video) -> str:
-    """A video's name for people: see `Manifest.name`."""
-    return printable(video.path if video.member is None else f"{video.path}:{video.member}")
-
-
-def printable(text: str) -> str:
-    """The text with what cannot be printed written as escapes: a name may hold line ends, or bytes that are no text."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def one_line(reason: str) -> str:
-    return printable(" ".join(reason.split())) or "unknown reason"
-
-
-def pack_plan(plan: Plan) -> str:
-    """A plan as a short string: differences, which mostly repeat, compressed. 300 frames take about 100 characters."""
-    numbers = [len(plan.pts), len(plan.keyframes)]
-    keys, decoded = [key for key, _ in plan.keyframes], [dts - key for key, dts in plan.keyframes]
-    columns = [np.diff(np.array(column, np.int64), prepend=0) for column in (plan.pts, plan.start, keys, decoded)]
-    data = np.concatenate([np.array(numbers, np.int64), *columns]).astype("<i8")
-    return base64.b64encode(zlib.compress(data.tobytes(), 9)).decode()
-
-
-def unpack_plan(packed: str) -> Plan:
-    """The plan that `pack_plan` packed. Raises ValueError for anything else."""
-    from .decode import Plan
-
-    try:
-        data = np.frombuffer(zlib.decompress(base64.b64decode(packed, validate=True)), "<i8")
-        frames, keys = (int(number) for number in data[:2])
-        pts, start, key, dts = np.split(data[2:], [frames, 2 * frames, 2 * frames + keys])
-        if len(dts) != keys or len(key) != keys or len(start) != frames:
-            raise ValueError("it does not have the length it states")
-    except (ValueError, zlib.error) as error:
-        raise ValueError(f"a decoding plan in the manifest is damaged ({error}); delete it and index again") from error
-    keyframes = zip(key.cumsum().tolist(), (key.cumsum() + dts.cumsum()).tolist(), strict=True)
-    return Plan(pts.cumsum().tolist(), start.cumsum().tolist(), list(keyframes))
 
 
 def _dump(header: dict[str, Any], classes: Iterable[str]) -> str:
@@ -259,33 +189,199 @@ def index(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str] | None = None,
     *,
+    labels: Labels | None = None,
+    split: str | None = None,
+    root: str | os.PathLike[str] | None = None,
+    format: str | None = None,
+    reuse: Sequence[str | os.PathLike[str] | Manifest] = (),
     workers: int | None = None,
+    timeout: float = 120.0,
+    follow_links: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Manifest:
-    """Look at every video of a source once, write its manifest to `out` (default: `manifest.jsonl` in the folder)."""
-    listing = read_source(source)
-    videos = []
-    with ThreadPoolExecutor(workers) as pool:
-        for video in pool.map(lambda entry: _look(listing.root, entry), listing.entries):
-            videos.append(video)
-            if progress:
-                progress(len(videos), len(listing.entries))
+    """Look at every video of a source once and write down what there is: a manifest, as a file and returned.
+
+    The source is a folder or a list, in one of these forms (told by content, or by `format`):
+
+    folder: a folder per class; "_" in its name stands for a space.    data/riding_a_bike/001.mp4
+    flat: a folder of videos without classes.                          data/001.mp4
+    lines: path and id of the label; `labels` has the names.           riding a bike/001.mp4 12
+    kinetics: the official csv; files are found by YouTube id.         label,youtube_id,time_start,time_end,split
+                                                                       abseiling,0347ZoDXyP0,95,105,train
+    ucf101: the lists, beside classInd.txt.                            trainlist01.txt, or the folder and split="train1"
+    hmdb51: the folder of the split files, and split="train1".         brush_hair_test_split1.txt
+    tar: uncompressed shards: one, a folder, or a pattern.             train-{0000..0099}.tar
+                                                                       of 000017.mp4, 000017.cls
+
+    out: the manifest's file. By default `manifest.jsonl` in the folder, `LIST.manifest.jsonl` beside a list.
+    labels: names of classes, where the source has ids or the order matters: a csv of id,name, a text file with a name
+        a line, or the names. Videos of a class that is not among them are refused.
+    split: which part of the source: a subfolder, "val" of Kinetics, "train1" to "test3" of UCF-101 and HMDB-51.
+    root: the folder that a list's paths are relative to; none may lead out of it. Default: where the list is.
+    reuse: other manifests, whose facts about the same files hold here, too.
+    workers: processes that read (default: one per core; 0: in this process). `timeout`: seconds that a file may take.
+    follow_links: symbolic links may lead out of the root, and are entered if they are folders.
+    progress: called with (videos done, videos in all).
+
+    Run again, it looks only at what is new or changed (size or time), also after it was killed: what it knew by then
+    is in `OUT.partial`. A video that cannot be used is a row with an error; so is one that is listed but not there.
+    Raises ValueError for a source that it does not understand, OSError for one it cannot read or `out` it cannot write.
+    """
+    if (workers is not None and workers < 0) or not timeout > 0:
+        raise ValueError(f"workers is {workers} and timeout {timeout}; they must be at least 0, and above 0 seconds")
+    out = _default_out(Path(source), split) if out is None else Path(out)
+    if out.exists():
+        try:
+            reuse = (*reuse, Manifest.read(out))
+        except ValueError as error:
+            raise ValueError(f"{error}. It would be overwritten: move it away, or choose another place") from None
+    listing = read_source(source, labels=labels, split=split, root=root, format=format, follow_links=follow_links)
+    for note in listing.notes:
+        log.warning("%s", note)
+
+    partial = out.with_name(f"{out.name}.partial")
+    home = str(listing.root)
+    wanted = {_key(home, entry): entry for entry in listing.entries}  # a list may name a video twice
+    facts = {key: Video(entry.path, None, entry.member, entry.offset, entry.size) for key, entry in wanted.items()}
+    facts.update({key: replace(facts[key], error=entry.error) for key, entry in wanted.items() if entry.error})
+    facts.update(_still_true(home, facts, _known(reuse, partial), follow_links))
+    todo = [key for key, row in facts.items() if row.error is None and not row.frames]
+    done = len(facts) - len(todo)
+    with open(partial, "a", encoding="ascii") as file:
+        file.write("\n" + _dump({"xclip_fast_manifest": VERSION, "root": home}, ()))  # the last line may be torn
+        rows = [facts[key] for key in todo]
+        found = look_all(home, rows, workers=workers, timeout=timeout, follow_links=follow_links)
+        with closing(found):
+            for number, video in found:
+                facts[todo[number]] = video
+                file.write(_line(video))
+                file.flush()
+                done += 1
+                if progress:
+                    progress(done, len(facts))
+    videos = (replace(facts[_key(home, entry)], label=entry.label) for entry in listing.entries)
     manifest = Manifest(listing.root, listing.classes, tuple(videos))
-    manifest.write(Path(source) / "manifest.jsonl" if out is None else out)
+    manifest.write(out)
+    partial.unlink()
     return manifest
 
 
-def _look(root: Path, entry: Entry) -> Video:
-    from .decode import VideoError, probe
+_Key = tuple[str, str | None, int | None]
 
-    path = os.path.join(root, entry.path)
-    row = Video(entry.path, entry.label, entry.member, entry.offset, entry.size)
+
+def _key(root: str, video: Video | Entry) -> _Key:
+    return os.path.join(root, video.path), video.member, video.offset
+
+
+def _default_out(source: Path, split: str | None) -> Path:
+    if source.is_dir():
+        if split is not None and not (source / split).is_dir():
+            return source / f"{split}.manifest.jsonl"
+        return source / (split or "") / "manifest.jsonl"
+    name = source.name
+    if not source.exists():  # a pattern of tar files
+        name = re.split(r"[-_.]*\{", name)[0] or "shards"
+    return source.with_name(f"{name}.{split}.manifest.jsonl" if split else f"{name}.manifest.jsonl")
+
+
+def _known(reuse: Sequence[str | os.PathLike[str] | Manifest], partial: Path) -> dict[_Key, Video]:
+    """Every fact at hand; later ones go before earlier ones."""
+    known: dict[_Key, Video] = {}
+    for each in reuse:
+        manifest = each if isinstance(each, Manifest) else Manifest.read(each)
+        known.update((_key(str(manifest.root), video), video) for video in manifest.videos)
+    root = ""
+    for line in partial.open("rb") if partial.exists() else ():
+        try:
+            row = json.loads(line)
+            if "xclip_fast_manifest" in row:
+                root = row["root"] if row["xclip_fast_manifest"] == VERSION else ""
+            elif root:
+                video = Video(**row)
+                known[_key(root, video)] = video
+        except (ValueError, TypeError):
+            log.info("%s: passed over a line that was not finished", partial)
+    return known
+
+
+def _still_true(
+    root: str, wanted: dict[_Key, Video], known: dict[_Key, Video], follow_links: bool
+) -> dict[_Key, Video]:
+    """Those known rows whose files have not changed since; also the bad ones, unless their reader died."""
+    rows = [(key, known[key]) for key, row in wanted.items() if row.error is None and key in known]
+
+    def unchanged(some: list[tuple[_Key, Video]]) -> list[tuple[_Key, Video]]:
+        return [(key, row) for key, row in some if _unchanged(root, wanted[key], row, follow_links)]
+
+    chunks = [rows[start : start + 256] for start in range(0, len(rows), 256)]
+    with ThreadPoolExecutor(16) as pool:  # they wait for the file system
+        found = [pair for some in pool.map(unchanged, chunks) for pair in some]
+    return {key: replace(row, path=wanted[key].path, label=None) for key, row in found}
+
+
+def _unchanged(root: str, wanted: Video, row: Video, follow_links: bool) -> bool:
+    if not row.mtime_ns or (row.error is None and not row.frames):
+        return False
     try:
-        status = os.stat(path)
-        info = probe(path)
-    except (VideoError, OSError) as error:
-        return replace(row, error=one_line(str(error)))
-    plan = getattr(info, "plan", None)
-    facts = {name: value for name, value in vars(info).items() if name in _DEFAULTS}
-    packed = None if plan is None else pack_plan(plan)
-    return replace(row, size=status.st_size, mtime_ns=status.st_mtime_ns, **facts, packed=packed)
+        status = file_status(root, wanted.path, follow_links)
+    except (OSError, ValueError):
+        return False
+    size = status.st_size if wanted.offset is None else wanted.size
+    return (status.st_mtime_ns, size) == (row.mtime_ns, row.size)
+
+
+def summary(manifest: Manifest) -> str:
+    """What is in a manifest, for people: some lines of text."""
+    good = [video for video in manifest.videos if video.error is None]
+    seconds = sum(video.duration for video in good)
+    total, bad = len(manifest.videos), len(manifest.videos) - len(good)
+    hours, rest = divmod(round(seconds), 3600)
+    lines = [
+        f"{total} videos, {len(manifest.classes)} classes, in {printable(str(manifest.root))}",
+        f"{len(good)} usable: {sum(video.frames for video in good)} frames, {hours} h {rest // 60} min {rest % 60} s",
+    ]
+    if good:
+        lines.append(f"codecs: {_counts(f'{video.codec} {video.pix_fmt}' for video in good)}")
+        lines.append(f"sizes: {_counts(f'{video.width}x{video.height}' for video in good)}")
+        reasons = [reason for video in good if (reason := cpu_only(video)) is not None]
+        if reasons:
+            lines.append(f"only the CPU can decode {len(reasons)} ({len(reasons) / len(good):.1%}): {_counts(reasons)}")
+    unlabelled = sum(video.label is None for video in manifest.videos)
+    if manifest.classes and unlabelled:
+        lines.append(f"without a label: {unlabelled}")
+    used = {video.label for video in good}
+    empty = [name for number, name in enumerate(manifest.classes) if number not in used]
+    if empty:
+        lines.append(f"classes without a usable video: {len(empty)} ({_some(empty)})")
+    if bad:
+        lines.append(f"{bad} cannot be used:")
+        by_reason: dict[str, list[str]] = {}
+        for video in manifest.videos:
+            if video.error is not None:
+                by_reason.setdefault(video.error, []).append(video_name(video))
+        for reason, names in sorted(by_reason.items(), key=lambda item: -len(item[1]))[:20]:
+            lines.append(f"  {len(names)} x {reason}: {_some(names)}")
+        if len(by_reason) > 20:
+            lines.append(f"  ... and {len(by_reason) - 20} other reasons")
+    return "\n".join(lines)
+
+
+def cpu_only(video: Video) -> str | None:
+    """Why a GPU's video decoder cannot give this video as the CPU does, or None where it can."""
+    if video.rotation:
+        return "rotated"
+    if video.codec not in ("h264", "hevc", "vp9", "av1", "mpeg4", "vp8"):
+        return f"codec {video.codec}"
+    if video.pix_fmt not in ("yuv420p", "yuvj420p", "nv12"):
+        return f"pixels {video.pix_fmt}"
+    return None
+
+
+def _counts(things: Iterable[str]) -> str:
+    counts = Counter(things).most_common()
+    more = f", {len(counts) - 5} others" if len(counts) > 5 else ""
+    return ", ".join(f"{count} {thing}" for thing, count in counts[:5]) + more
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(map(printable, names[:3])) + (", ..." if len(names) > 3 else "")

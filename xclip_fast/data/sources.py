@@ -1,54 +1,215 @@
-"""Lists of videos in the forms in which data sets come: which files there are, and the class of each."""
+"""Lists of videos in the forms in which data sets come: which files there are, and the class of each.
+
+    format      what it is                                  example
+    folder      a folder per class                          data/riding_a_bike/001.mp4   (class "riding a bike")
+    flat        a folder of videos without classes          data/001.mp4
+    lines       a path and a label id on each line          riding a bike/001.mp4 12
+    kinetics    the csv files of Kinetics                   abseiling,0347ZoDXyP0,000095,000105,train
+    ucf101      trainlist01.txt and its like                ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi 1
+    hmdb51      a folder of brush_hair_test_split1.txt ...  April_09_brush_hair_u_nm_np1_ba_goo_0.avi 1
+    tar         uncompressed tar shards (WebDataset)        train-{0000..0099}.tar       (see shards.py)
+
+Nothing here opens a video. A file that a list names is listed whether it is there or not.
+"""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
-VIDEO_NAME = re.compile(
-    r"[^.].*\.(3gp|avi|flv|m2ts|m4v|mkv|mov|mp4|mpe?g|mts|ogv|ts|webm|wmv)", re.IGNORECASE | re.DOTALL
-)
-"""What the name of a video file looks like; names that begin with a dot are passed over."""
+from .listing import VIDEO_NAME, Entry, Listing, Place, Request, class_numbers, csv_of, is_folder, lines_of, walk
+from .official import HMDB_LIST, hmdb51, kinetics, ucf101
+from .shards import read_shards
+
+Labels = str | os.PathLike[str] | Sequence[str]
+
+_SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "validate", "test", "testing"}
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """A video that a source names: where it should be (below the root, "/" between folders), and its label."""
+def read_source(
+    source: str | os.PathLike[str],
+    *,
+    labels: Labels | None = None,
+    split: str | None = None,
+    root: str | os.PathLike[str] | None = None,
+    format: str | None = None,
+    follow_links: bool = False,
+) -> Listing:
+    """The videos that a source names. Formats as at the top of this module; without `format` the content tells.
 
-    path: str
-    label: int | None = None
-    member: str | None = None
-    offset: int | None = None
-    size: int = 0
-    error: str | None = None
+    labels: names of the classes: a csv of id,name, a text file with a name per line, or the names themselves.
+    split: which part: the subfolder of that name, the rows of Kinetics with it, train1 ... test3 of UCF and HMDB.
+    root: the folder that the paths of a list are relative to (default: the folder of the list).
+    follow_links: enter folders that are symbolic links.
+
+    Raises ValueError, naming file and line, for what it does not understand, and OSError for what it cannot read.
+    """
+    path = Path(source)
+    if root is not None and not os.path.isdir(root):
+        raise ValueError(f"root is {str(root)!r}; it must be a folder that is there")
+    if format is not None and format not in READERS:
+        raise ValueError(f"format is {format!r}; it must be one of {', '.join(READERS)}")
+    if split is not None and path.is_dir() and (path / split).is_dir() and format in (None, "folder", "flat", "tar"):
+        path, split = path / split, None
+    request = Request(
+        path, None if labels is None else read_labels(labels), split, None if root is None else str(root), follow_links
+    )
+    kind = format or _kind(path)
+    if split is not None and kind not in ("kinetics", "ucf101", "hmdb51"):
+        raise ValueError(f"{path}: has no split {split!r}: there is no such folder in it (read as: {kind})")
+    listing = READERS[kind](request)
+    if not listing.entries:
+        raise ValueError(f"{path}: names no video{f' in split {split!r}' if split else ''} (read as: {kind})")
+    return listing
 
 
-@dataclass(frozen=True)
-class Listing:
-    """What a source names, in its order."""
-
-    root: Path
-    classes: tuple[str, ...]
-    entries: tuple[Entry, ...]
-
-
-def read_source(source: str | os.PathLike[str]) -> Listing:
-    """The videos that this folder holds, a class per folder in it."""
-    root = Path(os.path.realpath(source))
-    found = sorted(_walk(root))
-    folders = sorted({path.split("/", 1)[0] for path in found if "/" in path})
-    classes = tuple(folder.replace("_", " ") for folder in folders)
-    numbers = {folder: number for number, folder in enumerate(folders)}
-    return Listing(root, classes, tuple(Entry(path, numbers.get(path.split("/", 1)[0])) for path in found))
+def read_labels(labels: Labels) -> tuple[str, ...]:
+    """The names of the classes; the place of a name is its id. See `read_source`."""
+    if not isinstance(labels, (str, os.PathLike)):
+        names = list(labels)
+        where = "labels"
+    else:
+        path, where = Path(labels), str(labels)
+        names = _csv_names(path) if path.suffix.lower() == ".csv" else [name.strip() for _, name in lines_of(path)]
+    if not names:
+        raise ValueError(f"{where}: has no names of classes")
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise ValueError(f"{where}: the class {twice[0]!r} is there twice; names of classes must differ")
+    return tuple(names)
 
 
-def _walk(root: Path) -> Iterator[str]:
-    for folder, inside, files in os.walk(root):
-        inside[:] = [name for name in inside if not name.startswith(".")]
-        below = os.path.relpath(folder, root).replace(os.sep, "/")
-        for name in (*files, *inside):
-            if VIDEO_NAME.fullmatch(name):
-                yield name if below == "." else f"{below}/{name}"
+def _csv_names(path: Path) -> list[str]:
+    rows = csv_of(path)
+    head = [cell.strip().lower() for cell in rows[0][1]] if rows else []
+    if "name" in head:
+        rows, name_at, id_at = rows[1:], head.index("name"), head.index("id") if "id" in head else None
+    elif len(head) == 2 and head[0].isdecimal():
+        name_at, id_at = 1, 0
+    else:
+        raise ValueError(f"{path}, line 1: wanted the header id,name; got {','.join(head)!r}")
+    names: dict[int, str] = {}
+    for place, (number, row) in enumerate(rows):
+        try:
+            key, name = place if id_at is None else int(row[id_at]), row[name_at].strip()
+        except (IndexError, ValueError):
+            raise ValueError(f"{path}, line {number}: wanted a whole number and a name; got {row}") from None
+        if key in names:
+            raise ValueError(f"{path}, line {number}: the id {key} is there twice")
+        names[key] = name
+    if sorted(names) != list(range(len(names))):
+        missing = next(key for key in range(len(names)) if key not in names)
+        raise ValueError(f"{path}: ids must count from 0 without gaps; {missing} is missing of {len(names)}")
+    return [names[key] for key in sorted(names)]
+
+
+def _kind(path: Path) -> str:
+    """The format, by content."""
+    if path.is_dir():
+        names = [entry for entry in os.scandir(path) if not entry.name.startswith(".")]
+        if any(HMDB_LIST.fullmatch(entry.name) for entry in names):
+            return "hmdb51"
+        if any(entry.name == "classInd.txt" for entry in names):
+            return "ucf101"
+        if any(re.search(r"\.(tar|tgz)(\.|$)", entry.name) for entry in names) and not any(map(is_folder, names)):
+            return "tar"
+        return "folder" if any(map(is_folder, names)) else "flat"
+    if not path.exists() and re.search(r"\{.*\}", path.name):
+        return "tar"
+    with open(path, "rb") as file:
+        start = file.read(65536)
+    if start[257:262] == b"ustar" or re.search(r"\.(tar|tgz)(\.|$)", path.name):
+        return "tar"
+    if start.startswith(b'{"xclip_fast_manifest"'):
+        raise ValueError(f"{path}: is a manifest already; give the folder or list that it was made from")
+    if b"\0" in start or VIDEO_NAME.fullmatch(path.name):
+        raise ValueError(f"{path}: is not a list of videos; give a folder, a text file, a csv file or a tar")
+    first = start.split(b"\n", 1)[0].decode("utf-8", "replace").lower()
+    if "youtube_id" in first:
+        return "kinetics"
+    if (path.parent / "classInd.txt").exists() and re.match(r"(train|test)list", path.name):
+        return "ucf101"
+    if path.suffix.lower() == ".csv":
+        raise ValueError(
+            f"{path}: of csv files, only those of Kinetics are known, whose header has youtube_id; this one has "
+            f"{first.strip()[:80]!r}. Other lists have a line per video: its path, a space, and its label's id"
+        )
+    return "lines"
+
+
+def _folder(request: Request) -> Listing:
+    """A folder per class; folders inside them belong to the same class."""
+    _needs_folder(request)
+    found, notes = walk(request.folder, request.follow_links)
+    tops = sorted(
+        entry.name for entry in os.scandir(request.folder) if not entry.name.startswith(".") and is_folder(entry)
+    )
+    loose = [entry.path for entry in found if "/" not in entry.path and entry.path not in tops]
+    if loose:
+        raise ValueError(
+            f"{request.path}: has folders, of a class each, and also {len(loose)} videos outside of them "
+            f"({loose[0]!a}); move these, or read all without classes: format='flat'"
+        )
+    if len(tops) > 0 and {top.lower() for top in tops} <= _SPLIT_NAMES:
+        raise ValueError(
+            f"{request.path}: its folders are splits ({', '.join(tops)}), not classes; say which one: split={tops[0]!r}"
+        )
+    number_of, classes = class_numbers(request, tops, [top.replace("_", " ") for top in tops])
+    for top in tops:
+        if not any(entry.path.startswith(f"{top}/") or entry.path == top for entry in found):
+            notes = [*notes, f"{request.path}: the folder of class {top!r} holds no video"]
+    numbers = [number_of[entry.path.split("/", 1)[0]] for entry in found]
+    entries = (Entry(entry.path, label, error=entry.error) for entry, label in zip(found, numbers, strict=True))
+    return request.listing(classes, entries, notes)
+
+
+def _needs_folder(request: Request) -> None:
+    if not request.path.is_dir():
+        raise ValueError(f"{request.path}: is not a folder")
+    if request.root is not None:
+        raise ValueError(f"{request.path}: root is for lists; the root of a folder is the folder itself")
+
+
+def _flat(request: Request) -> Listing:
+    """A folder of videos without classes."""
+    _needs_folder(request)
+    found, notes = walk(request.folder, request.follow_links)
+    return request.listing(request.classes or (), found, notes)
+
+
+def _lines(request: Request) -> Listing:
+    """A path and the id of its label on each line. The path may hold spaces. Lines of paths alone are unlabelled."""
+    entries: list[Entry] = []
+    place = Place(request)
+    numbered = lines_of(request.path)
+    bare = [VIDEO_NAME.fullmatch(line.strip()) is not None for _, line in numbered]
+    for (number, line), alone in zip(numbered, bare, strict=True):
+        match = re.fullmatch(r"(.*\S)[ \t]+([+-]?\d+)[ \t]*", line, re.DOTALL)
+        where = f"{request.path}, line {number}"
+        if alone != bare[0] or (match is None and not alone):
+            raise ValueError(f"{where}: wanted a path, a space and the id of a label; got {line[:200]!r}")
+        label = None if alone else _known_id(int(match[2]), request.classes, where)  # type: ignore[index]
+        entries.append(place.entry(line.strip() if alone else match[1], label))  # type: ignore[index]
+    return request.listing(request.classes or (), entries)
+
+
+def _known_id(label: int, classes: Sequence[str] | None, where: str) -> int:
+    if classes is None:
+        raise ValueError(f"{where}: has the id of a label, {label}; give the names, too: labels= a csv of id,name")
+    if not 0 <= label < len(classes):
+        raise ValueError(f"{where}: label {label} is not one of the {len(classes)} classes (0 to {len(classes) - 1})")
+    return label
+
+
+READERS = {
+    "folder": _folder,
+    "flat": _flat,
+    "lines": _lines,
+    "kinetics": kinetics,
+    "ucf101": ucf101,
+    "hmdb51": hmdb51,
+    "tar": read_shards,
+}

@@ -1,0 +1,169 @@
+"""What every reader of lists shares: what it was asked for, what it answers, and how files are found and named."""
+
+from __future__ import annotations
+
+import csv
+import os
+import posixpath
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+VIDEO_NAME = re.compile(
+    r"[^.].*\.(3gp|avi|flv|m2ts|m4v|mkv|mov|mp4|mpe?g|mts|ogv|ts|webm|wmv)", re.IGNORECASE | re.DOTALL
+)
+"""What the name of a video file looks like; names that begin with a dot are passed over."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A video that a source names: where it should be (below the root, "/" between folders), and its label.
+
+    For a member of a tar, `path` is the shard's and `offset` and `size` (bytes) are where its data lies. With an
+    `error` it is known already that it cannot be used.
+    """
+
+    path: str
+    label: int | None = None
+    member: str | None = None
+    offset: int | None = None
+    size: int = 0
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What a source names, in its order. `root` has no symbolic links; `notes` are for people (what was left out)."""
+
+    root: Path
+    classes: tuple[str, ...]
+    entries: tuple[Entry, ...]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked for. `path` is the folder or list; `classes` come from the labels given; `root` as given."""
+
+    path: Path
+    classes: tuple[str, ...] | None = None
+    split: str | None = None
+    root: str | None = None
+    follow_links: bool = False
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the list, or the folder that was given."""
+        return self.path if self.path.is_dir() else self.path.parent
+
+    def listing(self, classes: Sequence[str], entries: Iterable[Entry], notes: Sequence[str] = ()) -> Listing:
+        """A listing below the root that was given, or else below the folder."""
+        root = os.path.realpath(self.folder if self.root is None else self.root)
+        return Listing(Path(root), tuple(classes), tuple(entries), tuple(notes))
+
+
+def lines_of(path: Path) -> list[tuple[int, str]]:
+    """The lines of a text file that are not blank, with their numbers. Bytes that are not UTF-8 stay as they are."""
+    text = path.read_bytes().decode("utf-8", "surrogateescape").removeprefix("\ufeff")
+    if "\0" in text:
+        raise ValueError(f"{path}: is not a text file")
+    # not splitlines(), which also splits where a name may go on
+    lines = ((number, line.removesuffix("\r")) for number, line in enumerate(text.split("\n"), 1))
+    return [(number, line) for number, line in lines if line.strip()]
+
+
+def csv_of(path: Path) -> list[tuple[int, list[str]]]:
+    """The rows of a csv file, each with the number of its last line."""
+    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        reader = csv.reader(file)
+        try:
+            return [(reader.line_num, row) for row in reader if row]
+        except csv.Error as error:
+            raise ValueError(f"{path}, line {reader.line_num}: is not csv ({error})") from error
+
+
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    return entry.is_dir() and not VIDEO_NAME.fullmatch(entry.name)
+
+
+def walk(root: Path, follow_links: bool) -> tuple[list[Entry], list[str]]:
+    """Every video below a folder, sorted by path; and notes on what was passed over."""
+    found: list[Entry] = []
+    others: Counter[str] = Counter()
+    first = os.stat(root)
+    folders: list[tuple[str, tuple[tuple[int, int], ...]]]
+    folders = [("", ((first.st_dev, first.st_ino),))]  # and what stands above it, to notice links that lead back
+    while folders:
+        below, above = folders.pop()
+        try:
+            inside = list(os.scandir(root / below))
+        except OSError as error:
+            if not below:
+                raise
+            found.append(Entry(below.rstrip("/"), error=f"is a folder that cannot be listed ({error.strerror})"))
+            continue
+        for entry in inside:
+            path = below + entry.name
+            if entry.name.startswith("."):
+                continue
+            try:
+                folder = is_folder(entry)
+            except OSError:  # a link to itself
+                folder = False
+            if folder and entry.is_symlink() and not follow_links:
+                found.append(Entry(path, error="is a link to a folder, which is entered only with follow_links=True"))
+            elif folder:
+                status = entry.stat()
+                if (status.st_dev, status.st_ino) in above:
+                    found.append(Entry(path, error="is a link to a folder that it lies in"))
+                else:
+                    folders.append((f"{path}/", (*above, (status.st_dev, status.st_ino))))
+            elif VIDEO_NAME.fullmatch(entry.name):
+                found.append(Entry(path))
+            else:
+                others[os.path.splitext(entry.name)[1].lower() or "no suffix"] += 1
+    others.pop(".jsonl", None)
+    others.pop(".partial", None)
+    kinds = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(5))
+    notes = [f"{root}: left out {others.total()} files whose names are not those of videos ({kinds})"] if others else []
+    return sorted(found, key=lambda entry: entry.path), notes
+
+
+def class_numbers(
+    request: Request, raw: Sequence[str], names: Sequence[str], where: str = ""
+) -> tuple[dict[str, int], tuple[str, ...]]:
+    """The number of each class by its raw name; either form may stand in the labels that were given."""
+    if request.classes is None:
+        if len(set(names)) < len(names):
+            names = raw  # a_b and "a b" are two classes
+        return {name: number for number, name in enumerate(raw)}, tuple(names)
+    known = {name: number for number, name in enumerate(request.classes)}
+    numbers: dict[str, int] = {}
+    for old, new in zip(raw, names, strict=True):
+        number = known.get(old, known.get(new))
+        if number is None:
+            raise ValueError(f"{where or request.path}: the class {old!r} is not in the labels ({len(known)} names)")
+        numbers[old] = number
+    return numbers, request.classes
+
+
+class Place:
+    """Paths as a list has them, to paths below the root."""
+
+    def __init__(self, request: Request) -> None:
+        root = request.folder if request.root is None else request.root
+        self.roots = dict.fromkeys((os.path.abspath(root), os.path.realpath(root)))
+
+    def entry(self, path: str, label: int | None) -> Entry:
+        below = posixpath.normpath(path.replace(os.sep, "/"))
+        if posixpath.isabs(below):
+            for root in self.roots:
+                if below.startswith(f"{root.rstrip('/')}/"):
+                    return Entry(below[len(root.rstrip("/")) + 1 :], label)
+        elif below.split("/", 1)[0] != "..":
+            return Entry(below, label)
+        return Entry(
+            path, label, error=f"lies outside of the root folder ({next(iter(self.roots))}); give another root"
+        )

@@ -1,0 +1,139 @@
+"""The official annotation and split files of Kinetics, UCF-101 and HMDB-51."""
+
+from __future__ import annotations
+
+import os
+import posixpath
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+from .listing import Entry, Listing, Place, Request, class_numbers, csv_of, lines_of, walk
+
+HMDB_LIST = re.compile(r"(.+)_test_split(\d+)\.txt", re.DOTALL)
+_SAME_SPLIT = {"val": "validate", "valid": "validate", "validation": "validate", "training": "train", "testing": "test"}
+
+
+def kinetics(request: Request) -> Listing:
+    """label,youtube_id,time_start,time_end,split. The files are found by name, wherever they lie below the root."""
+    (number, head), *rows = csv_of(request.path) or [(1, [])]
+    column = {name.strip().lower(): place for place, name in enumerate(head)}
+    missing = [name for name in ("youtube_id", "time_start", "time_end") if name not in column]
+    if missing:
+        raise ValueError(f"{request.path}, line {number}: the header of a Kinetics csv lacks {', '.join(missing)}")
+    if request.split is not None and "split" not in column:
+        raise ValueError(f"{request.path}: has no column split; leave split out")
+    find = _KineticsFiles(request)
+    wanted = _SAME_SPLIT.get(request.split or "", request.split)
+    raw = sorted({row[column["label"]] for _, row in rows if len(row) == len(head)}) if "label" in column else []
+    number_of, classes = class_numbers(request, raw, [name.replace("_", " ") for name in raw])
+    entries: list[Entry] = []
+    for number, row in rows:
+        try:
+            cells = {name: row[place].strip() for name, place in column.items()}
+            start, end = (int(float(cells[name])) for name in ("time_start", "time_end"))
+        except (IndexError, ValueError):
+            raise ValueError(f"{request.path}, line {number}: wanted {','.join(head)}; got {','.join(row)!r}") from None
+        split = cells.get("split", "")
+        if wanted is None or _SAME_SPLIT.get(split, split) == wanted:
+            label = number_of.get(row[column["label"]]) if "label" in column else None
+            entries.append(find(cells["youtube_id"], start, end, {split, cells.get("label", "")}, label))
+    return request.listing(classes, entries, find.notes)
+
+
+class _KineticsFiles:
+    """The files below the root by YouTube id, of names like {id}_{start:06d}_{end:06d}.mp4 or {id}.mp4."""
+
+    def __init__(self, request: Request) -> None:
+        root = Path(request.folder if request.root is None else request.root)
+        found, self.notes = walk(root, request.follow_links)
+        self.by_name: dict[str, list[str]] = defaultdict(list)
+        for entry in found:
+            if entry.error is None:
+                self.by_name[posixpath.splitext(posixpath.basename(entry.path))[0]].append(entry.path)
+        links = [entry.path for entry in found if entry.error is not None]
+        self.why = f"no file of that name below {root}" + (f" ({len(links)} folders not entered)" if links else "")
+
+    def __call__(self, youtube_id: str, start: int, end: int, hints: set[str], label: int | None) -> Entry:
+        name = f"{youtube_id}_{start:06d}_{end:06d}"
+        for stem in (name, f"{youtube_id}_{start}_{end}", youtube_id):
+            paths = self.by_name.get(stem, [])
+            if paths:  # a copy may lie in the folder of another split
+                words = {word.replace("_", " ") for word in hints if word}
+                best = max(
+                    paths, key=lambda path: len(words & {part.replace("_", " ") for part in path.split("/")[:-1]})
+                )
+                return Entry(best, label)
+        return Entry(f"{name}.mp4", label, error=self.why)
+
+
+def ucf101(request: Request) -> Listing:
+    """classInd.txt, trainlist0N.txt (path and id, counted from 1), testlist0N.txt (path)."""
+    path = request.path
+    if path.is_dir():
+        match = re.fullmatch(r"(train|test)0?([1-9])", request.split or "")
+        if match is None:
+            raise ValueError(f"{path}: say which split of UCF-101: split='train1' ... 'test3'; got {request.split!r}")
+        path = path / f"{match[1]}list0{match[2]}.txt"
+    elif request.split is not None:
+        raise ValueError(f"{path}: is the list of one split; leave split out, or give the folder of the lists")
+    index = path.parent / "classInd.txt"
+    raw: list[str] = []
+    for number, line in lines_of(index):
+        key, _, name = line.strip().partition(" ")
+        if key != str(number) or not name:
+            raise ValueError(f"{index}, line {number}: wanted {number} and the name of a class; got {line!r}")
+        raw.append(name.strip())
+    number_of, classes = class_numbers(request, raw, [_words(name) for name in raw], str(index))
+    root = request.root or _first_with(path.parent, raw, "UCF-101")
+    place = Place(Request(path, root=root))
+    entries: list[Entry] = []
+    for number, line in lines_of(path):
+        match = re.fullmatch(r"\s*((?:\S+/)?([^/\s]+)/\S.*?)(?:\s+(\d+))?\s*", line)
+        if match is None or match[2] not in number_of or (match[3] and match[3] != str(raw.index(match[2]) + 1)):
+            raise ValueError(f"{path}, line {number}: wanted Class/file.avi and the id in classInd.txt; got {line!r}")
+        entries.append(place.entry(match[1], number_of[match[2]]))
+    return Request(path, root=root).listing(classes, entries)
+
+
+def _words(name: str) -> str:
+    """ApplyEyeMakeup to Apply Eye Makeup."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).replace("_", " ")
+
+
+def _first_with(folder: Path, classes: Sequence[str], *names: str) -> str:
+    """Where the class folders are: beside the lists or, as the archives unpack, in a folder of these names."""
+    places = [folder, folder.parent, *(base / name for name in names for base in (folder.parent, folder))]
+    return str(next((place for place in places if any((place / each).is_dir() for each in classes)), folder))
+
+
+def hmdb51(request: Request) -> Listing:
+    """A folder of <class>_test_split<N>.txt; in each, lines of a name and 1 (training), 2 (test) or 0 (neither)."""
+    match = re.fullmatch(r"(train|test)([1-9])", request.split or "")
+    if match is None or not request.path.is_dir():
+        raise ValueError(
+            f"{request.path}: HMDB-51 is read from the folder of its split files, with split='train1' ... 'test3'; "
+            f"got split={request.split!r}"
+        )
+    wanted = "1" if match[1] == "train" else "2"
+    found = ((HMDB_LIST.fullmatch(name), name) for name in os.listdir(request.path))
+    lists = sorted((each[1], name) for each, name in found if each and each[2] == match[2])
+    raw = [each for each, _ in lists]
+    number_of, classes = class_numbers(request, raw, [_words(name) for name in raw])
+    root = request.root or _first_with(request.path, raw, "hmdb51_org", "hmdb51", "HMDB51", "videos")
+    place = Place(Request(request.path, root=root))
+    entries: list[Entry] = []
+    for each, name in lists:
+        inside = (Path(root) / each).is_dir() or not (Path(root) / _first_name(request.path / name)).exists()
+        for number, line in lines_of(request.path / name):
+            file, _, use = line.strip().rpartition(" ")
+            if use not in ("0", "1", "2") or not file.strip():
+                raise ValueError(f"{request.path / name}, line {number}: wanted name.avi and 0, 1 or 2; got {line!r}")
+            if use == wanted:
+                entries.append(place.entry(f"{each}/{file.strip()}" if inside else file.strip(), number_of[each]))
+    return Request(request.path, root=root).listing(classes, entries)
+
+
+def _first_name(path: Path) -> str:
+    return next((line.strip().rpartition(" ")[0] for _, line in lines_of(path)), "")

@@ -1,0 +1,88 @@
+"""What is known of one video: a row of a manifest."""
+
+from __future__ import annotations
+
+import base64
+import zlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:  # plan imports PyAV, which a manifest can do without
+    from .plan import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Video:
+    """One row: a video file, or a member of a tar shard, and what is known of it.
+
+    `path` is relative to the manifest's root, with "/" between folders; for a member of a tar it is the shard's, and
+    `member` and `offset` (bytes) say where in the shard. `size` is in bytes (the member's, in a shard); `mtime_ns` is
+    the file's. `label` counts in the manifest's classes, None where unknown. `width` and `height` are as displayed,
+    after `rotation` (degrees clockwise); `duration` is in seconds; `fps` is the average. `packed` is the decoding
+    plan, compressed; `plan` gives it. With an `error` (one line) the rest may be missing.
+    """
+
+    path: str
+    label: int | None = None
+    member: str | None = None
+    offset: int | None = None
+    size: int = 0
+    mtime_ns: int = 0
+    frames: int = 0
+    width: int = 0
+    height: int = 0
+    codec: str = ""
+    pix_fmt: str = ""
+    rotation: int = 0
+    duration: float = 0.0
+    fps: float = 0.0
+    packed: str | None = None
+    error: str | None = None
+
+    @property
+    def plan(self) -> Plan | None:
+        """Which keyframe each frame needs, or None where the file has to be decoded from end to end."""
+        return None if self.packed is None else unpack_plan(self.packed)
+
+
+def video_name(video: Video) -> str:
+    """A video's name for people: see `Manifest.name`."""
+    return printable(video.path if video.member is None else f"{video.path}:{video.member}")
+
+
+def printable(text: str) -> str:
+    """The text with what cannot be printed written as escapes: a name may hold line ends, or bytes that are no text."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def one_line(reason: str) -> str:
+    return printable(" ".join(reason.split())) or "unknown reason"
+
+
+def pack_plan(plan: Plan) -> str:
+    """A plan as a short string: differences, which mostly repeat, compressed. 300 frames take about 100 characters."""
+    numbers = [len(plan.pts), len(plan.keyframes)]
+    keys, decoded = [key for key, _ in plan.keyframes], [dts - key for key, dts in plan.keyframes]
+    columns = [np.diff(np.array(column, np.int64), prepend=0) for column in (plan.pts, plan.start, keys, decoded)]
+    data = np.concatenate([np.array(numbers, np.int64), *columns]).astype("<i8")
+    return base64.b64encode(zlib.compress(data.tobytes(), 9)).decode()
+
+
+def unpack_plan(packed: str) -> Plan:
+    """The plan that `pack_plan` packed. Raises ValueError for anything else."""
+    from .plan import Plan
+
+    try:
+        data = np.frombuffer(zlib.decompress(base64.b64decode(packed, validate=True)), "<i8")
+        frames, keys = (int(number) for number in data[:2])
+        pts, start, key, dts = np.split(data[2:], [frames, 2 * frames, 2 * frames + keys])
+        if len(dts) != keys or len(key) != keys or len(start) != frames:
+            raise ValueError("it does not have the length it states")
+    except (ValueError, zlib.error) as error:
+        raise ValueError(f"a decoding plan in the manifest is damaged ({error}); delete it and index again") from error
+    keyframes = zip(key.cumsum().tolist(), (key.cumsum() + dts.cumsum()).tolist(), strict=True)
+    return Plan(pts.cumsum().tolist(), start.cumsum().tolist(), list(keyframes))
