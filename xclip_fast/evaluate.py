@@ -135,6 +135,8 @@ def evaluate(
         if world == 1:
             raise
         problem = error  # the others wait for this process: they must hear of it
+    finally:
+        batches.close()
     seconds = time.perf_counter() - start
     if world > 1:
         answers, failed, seconds = _gather(world, answers, failed, seconds, problem)

@@ -1,0 +1,321 @@
+"""Accuracy against FLOPs and throughput, as the paper's Figure 1, beside the paper's own points.
+
+    python benchmarks/accuracy_flops.py                                        # the paper's points alone
+    python benchmarks/accuracy_flops.py runs/ throughput.json --plot out.png --markdown out.md
+
+Takes, in any order, what `xclip-fast evaluate --out` wrote (summary.json, its folder, or a folder of such folders) and
+what `benchmarks/throughput.py --json` wrote. Each row says where its figures come from, and accuracies on anything but
+400 classes are marked, as they cannot be held against the paper's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from xclip_fast.config import PAPER_TABLE1, VARIANTS
+
+PAPER_VIEWS = (4, 3)
+PAPER_CLASSES = 400
+PAPER, MEASURED, MIXED = "paper", "measured here", "accuracy: paper, views/s: here"
+OURS = "xclip-fast"  # of throughput.py
+PRECISION = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+V100 = "one V100 (paper)"
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """A model and how it is tested. Accuracies in %; GFLOPs are 10^9 multiply-adds, as in the paper's Table 1."""
+
+    origin: str  # PAPER, MEASURED or MIXED
+    model: str
+    frames: int
+    clips: int
+    crops: int
+    top1: float
+    top5: float | None
+    data: str
+    gflops_per_view: float
+    views_per_second: float | None = None
+    speed: str = ""  # what was timed, on what
+    comparable: bool = True
+    decoded: bool = False  # the speed includes decoding
+
+    @property
+    def gflops(self) -> float:
+        """Of all views of a video."""
+        return self.gflops_per_view * self.clips * self.crops
+
+
+def fail(message: str) -> NoReturn:
+    print(f"accuracy_flops.py: error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def paper_points() -> list[Point]:
+    """Table 1's X-CLIP rows: Kinetics-400, 4 x 3 views."""
+    return [
+        Point(
+            PAPER,
+            name,
+            VARIANTS[name].num_frames,
+            *PAPER_VIEWS,
+            row.top1,
+            row.top5,
+            "Kinetics-400",
+            row.gflops,
+            row.views_per_second,
+            V100,
+        )
+        for name, row in PAPER_TABLE1.items()
+    ]
+
+
+def read(paths: Iterable[Path]) -> tuple[list[tuple[Path, dict[str, Any]]], list[dict[str, Any]]]:
+    """The evaluations with their paths, and the rows of the throughput runs with their device."""
+    evaluations, speeds = [], []
+    for path in paths:
+        files = sorted(path.rglob("summary.json")) if path.is_dir() else [path]
+        if not files:
+            fail(f"{path}: no summary.json in this folder; `xclip-fast evaluate ... --out FOLDER` writes one")
+        for file in files:
+            try:
+                content = json.loads(file.read_text(encoding="utf-8"))
+            except (OSError, ValueError) as error:
+                fail(f"{file}: cannot be read: {error}")
+            if isinstance(content, dict) and content.get("kind") == "xclip_fast evaluation":
+                evaluations.append((file, content))
+            elif isinstance(content, dict) and {"rows", "environment"} <= content.keys():
+                speeds += [row | {"device": content["environment"]["device"]} for row in content["rows"]]
+            else:
+                fail(f"{file}: neither an evaluation's summary nor a throughput run")
+    return evaluations, speeds
+
+
+def fastest(speeds: Sequence[dict[str, Any]], variant: str | None, dtype: str | None = None) -> dict[str, Any] | None:
+    """The run of ours with most views/s, labels cached; in this precision if one is given."""
+    rows = [
+        row
+        for row in speeds
+        if row.get("contender") == OURS
+        and row.get("work") == "cached"
+        and row.get("views_per_second")
+        and row.get("variant") == variant
+        and (dtype is None or row.get("precision") == PRECISION.get(dtype))
+    ]
+    return max(rows, key=lambda row: row["views_per_second"], default=None)
+
+
+def measured_points(
+    evaluations: Iterable[tuple[Path, dict[str, Any]]], speeds: Sequence[dict[str, Any]]
+) -> list[Point]:
+    points = []
+    for path, found in evaluations:
+        if found["top1"] is None:
+            print(f"{path}: left out: no video with a label", file=sys.stderr)
+            continue
+        model, environment = found["model"], found["environment"]
+        run = fastest(speeds, model["variant"], model["dtype"])
+        device = environment["device"]
+        timed = f"{device}, {PRECISION.get(model['dtype'], model['dtype'])}"
+        name = model["variant"] or Path(model.get("checkpoint") or path.parent).name
+        missing = found["videos"] - found["predicted"]
+        lost = f", {missing} failed" if missing else ""
+        points.append(
+            Point(
+                MEASURED,
+                name,
+                found["frames"],
+                found["clips"],
+                found["crops"],
+                100 * found["top1"],
+                None if found["top5"] is None or found["top5_is_top"] < 5 else 100 * found["top5"],
+                f"{found['labels']} classes, {found['counted']} videos{lost}",
+                model["gflops_per_view"],
+                run["views_per_second"] if run else found["views_per_second"],
+                f"{run['device']}, {run['precision']}" if run else f"{timed}, decoding included",
+                comparable=found["labels"] == PAPER_CLASSES,
+                decoded=run is None,
+            )
+        )
+    return points
+
+
+def mixed_points(speeds: Sequence[dict[str, Any]], measured: Sequence[Point] = ()) -> list[Point]:
+    """The paper's accuracy at the speed measured here, of variants whose accuracy was not measured."""
+    done = {(point.model, point.clips, point.crops) for point in measured if point.comparable}
+    points = []
+    for point in paper_points():
+        run = fastest(speeds, point.model)
+        if run and (point.model, *PAPER_VIEWS) not in done:
+            speed = f"{run['device']}, {run['precision']}"
+            points.append(
+                dataclasses.replace(point, origin=MIXED, views_per_second=run["views_per_second"], speed=speed)
+            )
+    return points
+
+
+COLUMNS = ("origin", "model", "frames", "views", "top-1 %", "top-5 %", "data", "GFLOPs/view", "GFLOPs", "views/s", "on")
+
+
+def cells(point: Point) -> list[str]:
+    return [
+        point.origin,
+        point.model,
+        str(point.frames),
+        f"{point.clips} x {point.crops}",
+        f"{point.top1:.1f}" + ("" if point.comparable else " *"),
+        "-" if point.top5 is None else f"{point.top5:.1f}",
+        point.data,
+        amount(point.gflops_per_view),
+        amount(point.gflops),
+        "-" if point.views_per_second is None else f"{point.views_per_second:.3g}",
+        point.speed,
+    ]
+
+
+def amount(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def notes(points: Sequence[Point]) -> list[str]:
+    found = ["GFLOPs are 10^9 multiply-adds, counted as in the paper's Table 1; the second column is of all views."]
+    if not any(point.origin == MEASURED for point in points):
+        found.append("No accuracy was measured here: every accuracy is the paper's (Table 1, Kinetics-400).")
+    if any(not point.comparable for point in points):
+        found.append(f"*: not on {PAPER_CLASSES} classes, so it cannot be held against the paper's accuracies.")
+    if any(point.origin == MIXED for point in points):
+        found.append(f'"{MIXED}": no accuracy was measured for these; the speed is of the same variant here.')
+    return found
+
+
+def markdown(points: Sequence[Point]) -> str:
+    right = {"frames", "top-1 %", "top-5 %", "GFLOPs/view", "GFLOPs", "views/s"}
+    lines = [COLUMNS, ["---:" if name in right else "---" for name in COLUMNS], *map(cells, points)]
+    table = ["| " + " | ".join(map(escaped, line)) + " |" for line in lines]
+    return "\n".join([*table, "", *map(escaped, notes(points))]) + "\n"
+
+
+def escaped(text: str) -> str:
+    return text.replace("|", "\\|").replace("*", "\\*")
+
+
+def print_table(points: Sequence[Point]) -> None:
+    if not sys.stdout.isatty():
+        print(markdown(points), end="")
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*COLUMNS)
+    for point in points:
+        table.add_row(*cells(point), style="dim" if point.origin == PAPER else None)
+    console = Console(highlight=False)
+    console.print(table)
+    for note in notes(points):
+        console.print(note, markup=False)
+
+
+def plot(points: Sequence[Point], path: Path) -> None:
+    """Top-1 against the GFLOPs of all views, and against views/s; both logarithmic."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({"font.size": 9}):
+        figure = Figure(figsize=(11, 4.8), layout="constrained")
+        FigureCanvasAgg(figure)
+        left, right = figure.subplots(1, 2, sharey=True)
+        series: dict[tuple[str, str, bool], list[Point]] = {}
+        for point in points:
+            series.setdefault((point.origin, point.data, point.decoded), []).append(point)
+        colours = iter(["#1f5fa8", "#c2571a", "#2d8a4e", "#8a3d9c", "#a8891f", "#4c4c4c"] * (1 + len(series) // 6))
+        for (origin, data, decoded), members in series.items():
+            colour = "grey" if origin == PAPER else next(colours)
+            label = {
+                PAPER: "paper: Table 1, Kinetics-400, one V100",
+                MEASURED: f"measured here: {data}" + ("" if members[0].comparable else " (not comparable)"),
+                MIXED: "paper's accuracy at the views/s measured here",
+            }[origin]
+            if decoded:
+                label += "; views/s with decoding"
+            marker = {PAPER: "o", MEASURED: "D", MIXED: "^"}[origin]
+            fill = "none" if decoded or origin == MIXED else colour
+            style: dict[str, Any] = {"marker": marker, "color": colour, "markerfacecolor": fill}
+            for axes, cost in ((left, "gflops"), (right, "views_per_second")):
+                if axes is left and origin == MIXED:
+                    continue  # there it would be the paper's point
+                placed = sorted((p for p in members if getattr(p, cost)), key=lambda p: getattr(p, cost))
+                x = [getattr(point, cost) for point in placed]
+                y = [point.top1 for point in placed]
+                axes.plot(x, y, linestyle="none", label=label, markersize=6, **style)
+                for point in placed:
+                    name = point.model if origin != MEASURED else f"{point.model} {point.clips}x{point.crops}"
+                    # names kept apart: the paper's below the curve, which falls on the right
+                    below = (6 if axes is left else -6, -9)
+                    across, up = {PAPER: below, MEASURED: (6, 4), MIXED: (-6, 4)}[origin]
+                    axes.annotate(
+                        name.replace("$", r"\$"),  # a dollar sign would begin a formula
+                        (getattr(point, cost), point.top1),
+                        textcoords="offset points",
+                        xytext=(across, up),
+                        ha="left" if across > 0 else "right",
+                        fontsize=7.5,
+                        color=colour,
+                    )
+        left.set(xscale="log", xlabel="GFLOPs of all views of a video (multiply-adds)", ylabel="top-1 accuracy, %")
+        right.set(xscale="log", xlabel="views per second")
+        for axes in (left, right):
+            axes.margins(x=0.22, y=0.1)
+            axes.grid(alpha=0.3)
+        handles, labels = [], []
+        for axes in (left, right):
+            for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+                if label not in labels:
+                    handles.append(handle)
+                    labels.append(label)
+        figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+        measured = any(point.origin == MEASURED for point in points)
+        figure.suptitle("X-CLIP: accuracy against cost" + ("" if measured else " (the paper's accuracies only)"))
+        figure.savefig(path, dpi=150)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = fail  # type: ignore[method-assign]
+    parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="evaluations and throughput runs")
+    parser.add_argument("--markdown", type=Path, help="write the table here")
+    parser.add_argument("--plot", type=Path, help="draw here (needs matplotlib)")
+    args = parser.parse_args(argv)
+    for option, path in (("--markdown", args.markdown), ("--plot", args.plot)):
+        if path and (path.is_dir() or not path.absolute().parent.is_dir()):
+            fail(f"{option} {path}: a file in an existing folder wanted")
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
+        fail("--plot needs matplotlib: pip install matplotlib, or pip install 'xclip-fast[plot]'")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    evaluations, speeds = read(args.files)
+    measured = measured_points(evaluations, speeds)
+    points = [*paper_points(), *measured, *mixed_points(speeds, measured)]
+    print_table(points)
+    if args.markdown:
+        part = args.markdown.with_name(f".{args.markdown.name}.{os.getpid()}")
+        part.write_text(markdown(points), encoding="utf-8")
+        part.replace(args.markdown)
+    if args.plot:
+        plot(points, args.plot)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
