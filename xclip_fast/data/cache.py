@@ -35,9 +35,9 @@ _STALE = 3600.0  # seconds after which an unfinished file was left by a process 
 class FrameCache:
     """A folder of decoded videos that holds at most `limit` bytes.
 
-    The default limit is what the folder holds already and half of what is free on its disk. Once it is full, videos that
-    are not in it are decoded as without it; none is thrown out (with a random order, no choice would be better than
-    those that came first). `notes` collects what a person should know, each once.
+    The default limit is what the folder holds already and half of what is free on its disk. Once it is full, videos
+    that are not in it are decoded as without it; none is thrown out (every epoch wants all of them, so no choice would
+    be better than those that came first). `notes` collects what a person should know, each once.
     """
 
     def __init__(self, folder: str | os.PathLike[str], limit: int | None = None) -> None:
@@ -91,7 +91,7 @@ class FrameCache:
 
     def _room(self, size: int, source: Source) -> bool:
         if size > _LARGEST:
-            self._note("large", f"{source.path}: {size / 2**30:.1f} GiB decoded, and it stays out of the cache for that")
+            self._note("large", f"{source}: {size / 2**30:.1f} GiB once decoded, too large for the cache")
             return False
         with self._lock:
             if time.monotonic() - self._looked > _LOOK_EVERY:
@@ -127,7 +127,9 @@ class FrameCache:
             return True
         except OSError as error:
             self._broken = True
-            self._note("broken", f"{self.folder}: cannot write to the cache ({error.strerror or error}); going on without")
+            self._note(
+                "broken", f"{self.folder}: cannot write to the cache ({error.strerror or error}); it grows no more"
+            )
             return False
         finally:
             part.unlink(missing_ok=True)
@@ -158,7 +160,8 @@ def _key(source: Source) -> str:
 
     status = os.stat(source.path)
     facts = (1, os.path.abspath(source.path), source.offset, source.size, status.st_size, status.st_mtime_ns)
-    return hashlib.blake2b(repr((*facts, av.__version__)).encode("utf-8", "surrogateescape"), digest_size=20).hexdigest()
+    text = repr((*facts, av.__version__))
+    return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=20).hexdigest()
 
 
 def _mapped(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
