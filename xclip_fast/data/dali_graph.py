@@ -1,0 +1,194 @@
+"""What NVIDIA DALI 2 does with a video: which ones it decodes right, and the pipeline that decodes and cuts views.
+
+DALI (2.4) converts every video to RGB by the BT.601 matrix. A linear map of the result gives what BT.709 would have
+given, and is part of each sample's colour matrix here; only colours that the wrong matrix had cut off at 0 or 255 stay
+wrong (saturated ones).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import stat
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from .transforms import View
+from .video import Video
+
+INSTALL = "pip install nvidia-dali-cuda130"
+
+# DALI's GPU decoder counts pictures as they are decoded, so codecs with hidden ones (VP9, AV1) may come out shifted.
+_CODECS = {True: {"h264": 64, "hevc": 144}, False: {"vp9": 1, "mjpeg": 1}}  # on a GPU or not: shortest side in pixels
+_LONGEST_SIDE = 4096  # of H.264 in every NVDEC
+_BT601, _BT709 = (2, 4, 5, 6), 1  # FFmpeg's AVColorSpace; 2: not stated, which all readers take for BT.601
+
+
+def missing() -> str | None:
+    """Why DALI cannot be used here, or None. Imports nothing."""
+    try:
+        found = importlib.util.find_spec("nvidia.dali") is not None
+    except ModuleNotFoundError:
+        found = False
+    return None if found else f"NVIDIA DALI is not installed; install it with `{INSTALL}`"
+
+
+def require() -> None:
+    why = missing()
+    if why is not None:
+        raise ImportError(why)
+
+
+def supported(video: Video, *, gpu: bool = True, exact_colour: bool = False, largest_file: int = 1 << 28) -> str | None:
+    """Why this video must be decoded on the CPU, or None if DALI gives its frames by their right numbers and colours.
+
+    `gpu=False` asks about DALI's CPU operators (VP9 and MJPEG), which the tests run. `largest_file`: in bytes.
+    """
+    codecs, plan = _CODECS[gpu], video.plan
+    colorspace = getattr(video, "colorspace", 2)
+    if video.error is not None:
+        return f"has an error: {video.error}"
+    if video.codec not in codecs:
+        return f"codec: {video.codec or 'unknown'}, and only {' and '.join(codecs)} are known to come out right"
+    if video.pix_fmt not in ("yuv420p", "yuvj420p"):
+        return f"pixel format: {video.pix_fmt}, and only 8 bits of 4:2:0 are decoded"
+    if video.rotation:
+        return f"rotation: {video.rotation} degrees"
+    if getattr(video, "interlaced", False):
+        return "interlaced"
+    if video.width % 2 or video.height % 2:
+        return f"odd side: {video.width}x{video.height}"
+    if min(video.width, video.height) < codecs[video.codec] or max(video.width, video.height) > _LONGEST_SIDE:
+        return f"size: {video.width}x{video.height} has a side outside {codecs[video.codec]} to {_LONGEST_SIDE} pixels"
+    if video.size > largest_file:
+        return f"large file: {video.size} bytes, and it would be read whole"
+    if colorspace not in (*_BT601, _BT709):
+        return f"colour matrix: number {colorspace} of FFmpeg, and only BT.601 and BT.709 are known"
+    if exact_colour and colorspace == _BT709:
+        return "colour matrix: BT.709, and exact colours are asked for"
+    if plan is None:
+        return "its packets do not tell its frames"
+    # DALI numbers the packets by their pts, leaving out negative ones, and takes hidden ones for frames.
+    if plan.pts[0] < 0 or not {key for key, _ in plan.keyframes} <= set(plan.pts):
+        return "an edit list hides frames"
+    # It seeks to a keyframe by pts. The demuxer goes by dts, and would land on a later keyframe if that came early.
+    if any(dts <= pts for (pts, _), (_, dts) in zip(plan.keyframes, plan.keyframes[1:], strict=False)):
+        return "keyframes too close to each other to seek to"
+    # Frames shown before their HEVC keyframe are dropped by NVDEC after a seek, and their times go to the frames after
+    # them. They show in the delay of that keyframe's pts. (H.264 is sought at IDR frames only: none come before one.)
+    if video.codec == "hevc" and len({pts - dts for pts, dts in plan.keyframes}) > 1:
+        return "HEVC with open groups of pictures"
+    return None
+
+
+def container(head: bytes) -> str | None:
+    """Why a file with these first bytes must be decoded on the CPU: MP4 and Matroska seek by exact time, others not."""
+    if head[4:8] in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip") or head[:4] == b"\x1aE\xdf\xa3":
+        return None
+    return "neither MP4 nor Matroska"
+
+
+def _matrix(red: float, blue: float) -> np.ndarray:
+    """Y'CbCr to R'G'B' for these luma weights of red and blue: float64 (3, 3)."""
+    green = 1 - red - blue
+    r, b = 2 * (1 - red), 2 * (1 - blue)
+    return np.array([[1, 0, r], [1, -b * blue / green, -r * red / green], [1, b, 0]])
+
+
+# RGB that was made with the BT.601 matrix to what BT.709 would have given; for full and limited range alike.
+CORRECTION = _matrix(0.2126, 0.0722) @ np.linalg.inv(_matrix(0.299, 0.114))
+
+
+def colour_of(view: View, colorspace: int) -> np.ndarray:
+    """float32 (3, 4): the view's colour matrix on what DALI decodes."""
+    colour = np.eye(3, 4) if view.colour is None else view.colour.astype(np.float64)
+    if colorspace == _BT709:
+        colour = np.column_stack([colour[:, :3] @ CORRECTION, colour[:, 3]])
+    return colour.astype(np.float32)
+
+
+def make_pipeline(*, views: int, size: int, batch_size: int, threads: int, device_id: int | None) -> Any:
+    """The DALI pipeline, not built yet. `device_id=None`: the same graph of CPU operators.
+
+    Fed by `run(**inputs)` with a list of arrays per input, one array per sample (U: different frames of the sample):
+    encoded uint8 (bytes,), frames int32 (U,) ascending, order int32 (V, T) into those, start and shape int32 (V, 2) as
+    (x, y), flip int32 (V,), colour float32 (V, 3, 4). Gives uint8 (T, S, S, 3) per sample, (V, T, S, S, 3) for V > 1.
+
+    The union of all views' frames is decoded once, and each view is a branch: three crops of four clips would otherwise
+    decode and seek three times over.
+    """
+    require()
+    from nvidia.dali import fn, pipeline_def, types
+
+    @pipeline_def(
+        batch_size=batch_size,
+        num_threads=threads,
+        device_id=device_id,
+        prefetch_queue_depth=1,  # several pipelines run side by side instead
+        exec_dynamic=True,  # outputs are owned by whoever holds them, and a failed run does not end the pipeline
+    )
+    def graph() -> Any:
+        encoded = fn.external_source(name="encoded", ndim=1, dtype=types.UINT8)
+        frames = fn.external_source(name="frames", ndim=1, dtype=types.INT32)
+        order = fn.external_source(name="order", ndim=2, dtype=types.INT32)
+        start = fn.external_source(name="start", ndim=2, dtype=types.INT32)
+        shape = fn.external_source(name="shape", ndim=2, dtype=types.INT32)
+        flip = fn.external_source(name="flip", ndim=1, dtype=types.INT32)
+        colour = fn.external_source(name="colour", ndim=3, dtype=types.FLOAT)
+        video = fn.decoders.video(
+            encoded,
+            device="cpu" if device_id is None else "mixed",
+            frames=frames,
+            pad_mode="none",  # a frame that is not there is an error, not a copy of another
+            build_index=True,
+            affine=False,  # pinned threads of several processes would share the first cores
+        )
+        done = []
+        for view in range(views):
+            x = fn.slice(video, start[view], shape[view], axis_names="WH")
+            x = fn.sequence_rearrange(x, new_order=order[view])
+            x = fn.resize(x, size=[size, size], interp_type=types.INTERP_LINEAR, antialias=False)
+            x = fn.flip(x, horizontal=flip[view])
+            done.append(fn.coord_transform(x, MT=colour[view], dtype=types.UINT8))
+        return done[0] if views == 1 else fn.stack(*done, axis=0)
+
+    return graph()
+
+
+def inputs_of(encoded: np.ndarray, views: Sequence[View], colorspace: int) -> dict[str, np.ndarray]:
+    """One sample's inputs to `make_pipeline`."""
+    frames, order = np.unique(np.stack([view.frames for view in views]), return_inverse=True)
+    boxes = np.array([view.crop for view in views], np.int32)
+    return {
+        "encoded": encoded,
+        "frames": frames.astype(np.int32),
+        "order": order.reshape(len(views), -1).astype(np.int32),
+        "start": boxes[:, :2].copy(),
+        "shape": boxes[:, 2:].copy(),
+        "flip": np.array([view.flip for view in views], np.int32),
+        "colour": np.stack([colour_of(view, colorspace) for view in views]),
+    }
+
+
+def read_encoded(path: str, offset: int | None, size: int) -> np.ndarray:
+    """The bytes of a file, or of a member of a tar: uint8 (size,).
+
+    Read rather than mapped: a file that shrinks under a map kills the process. Raises OSError, also for a file of
+    another size than `size`.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
+        raise OSError(f"{path}: is not a regular file")
+    with open(path, "rb", buffering=0) as file:
+        if offset is None and os.fstat(file.fileno()).st_size != size:
+            raise OSError(f"{path}: no longer has the {size} bytes that it had when indexed")
+        file.seek(offset or 0)
+        encoded, done = np.empty(size, np.uint8), 0
+        room = memoryview(encoded)  # type: ignore[arg-type]
+        while done < size:
+            count = file.readinto(room[done:])
+            if not count:
+                raise OSError(f"{path}: ends after {done} of {size} bytes")
+            done += count
+    return encoded

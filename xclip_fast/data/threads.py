@@ -1,0 +1,93 @@
+"""Threads that can be left behind."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
+from typing import Any
+
+
+@dataclass(eq=False)
+class Job:
+    """Work for a thread of `Threads`, called with that thread's state."""
+
+    work: Callable[[Any], Any]
+    future: Future[Any] = field(default_factory=Future)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def finish(self, value: Any = None, error: BaseException | None = None) -> bool:
+        """Settle the future, unless it is: a thread that was given up may come back. Says whether it was not."""
+        with self.lock:
+            if self.future.done():
+                return False
+            if error is None:
+                self.future.set_result(value)
+            else:
+                self.future.set_exception(error)
+            return True
+
+
+class Threads:
+    """Daemon threads that take jobs in order, each with a state of its own.
+
+    Unlike in a thread pool, a thread that hangs is left behind and another one started: nothing waits for it, not even
+    the interpreter at its end. `limit`: seconds that a job may take.
+    """
+
+    def __init__(self, count: int, name: str, state: Callable[[], Any], limit: float) -> None:
+        self.name, self.state, self.limit = name, state, limit
+        self.jobs: SimpleQueue[Job | None] = SimpleQueue()
+        self.threads: list[threading.Thread] = []
+        self.running: dict[threading.Thread, tuple[Job, float]] = {}  # and when it was begun
+        for _ in range(count):
+            self._add()
+
+    def _add(self) -> None:
+        self.threads.append(threading.Thread(target=self._serve, name=self.name, daemon=True))
+        self.threads[-1].start()
+
+    def _serve(self) -> None:
+        me, state = threading.current_thread(), self.state()
+        while (job := self.jobs.get()) is not None:
+            self.running[me] = job, time.monotonic()
+            try:
+                in_time = job.finish(job.work(state))
+            except BaseException as error:  # it belongs to whoever waits for the result
+                in_time = job.finish(error=error)
+            del self.running[me], job  # an idle thread keeps no batch alive
+            if not in_time:  # another thread has taken this one's place
+                return
+
+    def submit(self, job: Job) -> Job:
+        self.jobs.put(job)
+        return job
+
+    def result(self, job: Job) -> Any:
+        """What the work returned or raised; TimeoutError if it hangs. Hung jobs that come before it count too."""
+        while not job.future.done():
+            now = time.monotonic()
+            for thread, (other, begun) in list(self.running.items()):
+                if now - begun > self.limit and thread in self.threads:
+                    late = TimeoutError(f"decoding did not end within {self.limit:g} seconds")
+                    if other.finish(error=late):
+                        self.threads.remove(thread)
+                        self._add()
+            wait([job.future], timeout=min(0.5, self.limit / 4))
+        return job.future.result()
+
+    def close(self, patience: float = 5) -> None:
+        """Drop what is not begun, and wait this many seconds at most for the threads to end."""
+        try:
+            while True:
+                self.jobs.get_nowait()
+        except Empty:
+            pass
+        for _ in self.threads:
+            self.jobs.put(None)
+        end = time.monotonic() + patience
+        for thread in self.threads:
+            thread.join(max(0.0, end - time.monotonic()))
