@@ -273,7 +273,7 @@ def plot(points: Sequence[Point], path: Path) -> None:
         left.set(xscale="log", xlabel="GFLOPs of all views of a video (multiply-adds)", ylabel="top-1 accuracy, %")
         right.set(xscale="log", xlabel="views per second")
         for axes in (left, right):
-            axes.margins(x=0.22, y=0.1)
+            axes.margins(x=0.26, y=0.1)
             axes.grid(alpha=0.3)
         handles, labels = [], []
         for axes in (left, right):

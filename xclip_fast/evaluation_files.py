@@ -145,8 +145,7 @@ def _confusion_png(evaluation: Evaluation, path: Path, notes: list[str]) -> None
         colours = matplotlib.colormaps["Blues"].with_extremes(bad="0.93")
         picture = axes.imshow(share_KK, cmap=colours, vmin=0, vmax=100, interpolation="nearest")
         if named:
-            # a dollar sign would begin a formula
-            names = [_short(label).replace("$", r"\$") for label in labels]
+            names = [_short(label) for label in labels]
             axes.set_xticks(range(K), names, rotation=90)
             axes.set_yticks(range(K), names)
             axes.tick_params(length=0)
@@ -163,7 +162,9 @@ def _confusion_png(evaluation: Evaluation, path: Path, notes: list[str]) -> None
 
 
 def _short(label: str) -> str:
-    return label if len(label) <= 32 else label[:31] + "…"
+    """The label as matplotlib can draw it: no unprintable character, no formula (between dollar signs), not long."""
+    label = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in label)
+    return (label if len(label) <= 32 else label[:31] + "…").replace("$", r"\$")
 
 
 def _predictions(evaluation: Evaluation, folder: Path, notes: list[str]) -> None:
