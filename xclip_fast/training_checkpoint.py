@@ -1,0 +1,207 @@
+"""Checkpoints of a training run: everything a resumed run needs to go on as if it had not stopped.
+
+A checkpoint is a folder ``step-00001234`` of tensors (weights, optimizer, moving average), written by
+``torch.distributed.checkpoint`` from a thread while training goes on, and one JSON file of numbers. It is written as
+``.step-00001234.part`` and renamed when it is complete, so a folder of that name is always a whole one. The number of
+processes and the strategy may change between saving and reading.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import pickle
+import re
+import shutil
+from collections.abc import Mapping
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+_COMPLETE = re.compile(r"step-(\d{8,})")
+_PART = re.compile(r"\.step-\d{8,}\.part")
+_NUMBERS = "progress.json"
+# What the index of a checkpoint is pickled from. Anything else in it would be code that came with the file.
+_SAFE = re.compile(
+    r"torch\.distributed\.checkpoint\.(metadata|filesystem)\.\w+|torch\.(Size|device|[a-z]+\d+\w*|serialization\."
+    r"_get_layout|storage\.\w+)|torch\._utils\.\w+|collections\.OrderedDict|(builtins|__builtin__)\.(set|frozenset|slice)"
+    r"|pathlib(\._local)?\.(PosixPath|WindowsPath|PurePosixPath|PureWindowsPath|Path)"
+)
+
+
+class SaveError(RuntimeError):
+    """A checkpoint could not be written; the message says why, and which one is the last good."""
+
+
+def complete(folder: Path) -> list[Path]:
+    """The whole checkpoints in a folder, oldest first."""
+    found = [path for path in folder.glob("step-*") if _COMPLETE.fullmatch(path.name) and (path / _NUMBERS).exists()]
+    return sorted(found, key=lambda path: int(path.name[5:]))
+
+
+def latest(folder: Path) -> Path | None:
+    return (complete(folder) or [None])[-1]
+
+
+def numbers(checkpoint: Path) -> dict[str, Any]:
+    """What was counted when it was written: step, epoch, best and so on."""
+    return json.loads((checkpoint / _NUMBERS).read_text(encoding="utf-8"))
+
+
+def state(
+    model: nn.Module, optimizer: torch.optim.Optimizer, average: Mapping[str, Tensor] | None
+) -> dict[str, Tensor]:
+    """Every tensor of the run under its name; tensors alone, so that nothing in the files is pickled code."""
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        tensors[f"model.{name}"] = parameter.detach()
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer.{name}.{key}"] = value
+    fixed = getattr(model, "fixed_KE", None)  # the frozen labels' features: a resumed run uses the same
+    if fixed is not None:
+        tensors["labels"] = fixed
+    return tensors | {f"average.{name}": value for name, value in (average or {}).items()}
+
+
+def load(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
+    """Read a checkpoint into the tensors of ``state``, in place.
+
+    Raises:
+        ValueError: if it is damaged, or has not these tensors.
+    """
+    import torch.distributed.checkpoint as dcp
+
+    class Reader(dcp.FileSystemReader):
+        """Reads the index without letting it run anything."""
+
+        def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
+            with (checkpoint / ".metadata").open("rb") as file:
+                metadata: Any = _IndexReader(file).load()
+            metadata.storage_meta = metadata.storage_meta or dcp.metadata.StorageMeta()
+            metadata.storage_meta.load_id = self.load_id
+            return metadata
+
+    try:
+        dcp.load(tensors, storage_reader=Reader(checkpoint), no_dist=not dist.is_initialized())
+    except (dcp.api.CheckpointException, RuntimeError, KeyError, ValueError, OSError, pickle.UnpicklingError) as error:
+        reason = str(error).strip().splitlines()
+        raise ValueError(
+            f"{checkpoint}: cannot be read into this model ({reason[-1] if reason else type(error).__name__}); delete "
+            "that folder to go on from the one before it, or start over with --fresh"
+        ) from error
+
+
+class _IndexReader(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if not _SAFE.fullmatch(f"{module}.{name}"):
+            raise pickle.UnpicklingError(f"its index holds {module}.{name}, which belongs into no checkpoint")
+        return super().find_class(module, name)
+
+
+class Checkpoints:
+    """Writes checkpoints below ``folder``, one at a time, and deletes old ones. Every process calls every method."""
+
+    def __init__(self, folder: Path, keep_last: int) -> None:
+        self.folder, self.keep_last = folder, keep_last
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        # a group of its own: the thread must not mix its messages with those of the training
+        self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self.pending: tuple[Future[Any], Path, dict[str, Any]] | None = None
+        if self.rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            for left_over in folder.iterdir():
+                if _PART.fullmatch(left_over.name):
+                    shutil.rmtree(left_over)
+
+    def save(self, tensors: dict[str, Tensor], counted: Mapping[str, Any]) -> None:
+        """Copy the tensors and write them in the background; waits for the save before, if that is not done.
+
+        ``counted`` has the ``step``, and whatever else ``numbers`` should give back (JSON).
+        """
+        import torch.distributed.checkpoint as dcp
+
+        self.finish()
+        part = self.folder / f".step-{counted['step']:08d}.part"
+        try:
+            writer = dcp.FileSystemWriter(part)
+            alone = self.group is None
+            future: Any = dcp.async_save(tensors, storage_writer=writer, process_group=self.group, no_dist=alone)
+        except OSError as error:
+            raise self._failed(part, error) from error
+        self.pending = (future, part, dict(counted))
+
+    def poll(self) -> None:
+        """Complete the save under way if it has been written; does not wait."""
+        if self.pending and self.pending[0].done():
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for the save under way, and complete it.
+
+        Raises:
+            SaveError: if it failed; what was complete before stays.
+        """
+        if self.pending is None:
+            return
+        (future, part, counted), self.pending = self.pending, None
+        try:
+            future.result()
+            if self.rank == 0:
+                self._complete(part, counted)
+        except Exception as error:  # the thread may fail in as many ways as torch has; all mean the same here
+            raise self._failed(part, error) from error
+
+    def _complete(self, part: Path, counted: dict[str, Any]) -> None:
+        with (part / _NUMBERS).open("w", encoding="utf-8") as file:
+            json.dump(counted, file)
+            file.flush()
+            os.fsync(file.fileno())
+        target = self.folder / part.name.removeprefix(".").removesuffix(".part")
+        if target.exists():  # of the same step: from before a resume
+            shutil.rmtree(target)
+        part.replace(target)
+        _sync(self.folder)
+        for old in complete(self.folder)[: -self.keep_last]:
+            # renamed first: a half deleted folder must not look whole
+            shutil.rmtree(old.replace(old.with_name(f".{old.name}.part")))
+
+    def _failed(self, part: Path, error: BaseException) -> SaveError:
+        full = _is_full(error)
+        if self.rank == 0:
+            shutil.rmtree(part, ignore_errors=True)  # the space is needed
+        last = latest(self.folder)
+        why = (
+            "no space left on the disk" if full else str(error).strip().splitlines()[-1] if str(error) else repr(error)
+        )
+        return SaveError(
+            f"checkpoint {part.name.removeprefix('.').removesuffix('.part')} could not be written: {why}. "
+            f"The last good one is {last or 'none'}" + ("; make room and start again, it goes on from there" * full)
+        )
+
+
+def _is_full(error: BaseException | None) -> bool:
+    """Whether an error, or what it came from, is a full disk; torch reports it in the text of another."""
+    while error is not None:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(error):
+            return True
+        failures = getattr(error, "failures", None)
+        if isinstance(failures, dict) and any(_is_full(failure[0]) for failure in failures.values()):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _sync(folder: Path) -> None:
+    """Make a rename last through a loss of power, where the system knows how."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
