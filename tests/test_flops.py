@@ -111,7 +111,7 @@ def test_parts_add_up():
 def test_text_attention_is_square_and_the_rest_linear():
     one, two = (count(TINY, labels=[length], counting="actual").text for length in (10, 20))
     attention = 2 * 3 * 10 * 10 * 64  # q k^T and weights by v, of three layers
-    projection = 64 * 64
+    projection = 64 * 64 * (1 + 1 + 8)  # of the end alone: to E, and the last block past its attention
     assert two - projection - 4 * attention == 2 * (one - projection - attention)
 
 

@@ -1,4 +1,4 @@
-"""Read and write weights: our own files, Hugging Face, VideoX, OpenAI CLIP and open_clip.
+"""Read and write weights: our own files, Hugging Face, VideoX, OpenAI CLIP and open_clip, timm's ViTs.
 
 What a file is, its content says, not its name. Nothing here runs code that comes with a checkpoint: pickles go through
 torch's ``weights_only`` reader, TorchScript archives through a reader that knows tensors only.
@@ -26,6 +26,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from . import timm_vit
 from .config import XCLIPConfig
 from .layouts import (
     CheckpointError,
@@ -44,6 +45,8 @@ __all__ = ["Checkpoint", "CheckpointError", "check_keys", "clip_state", "convert
 log = logging.getLogger("xclip_fast")
 
 Layout = Literal["xclip_fast", "huggingface"]
+Part = Literal["both", "visual", "text"]
+Start = str | os.PathLike[str] | Mapping[str, Tensor] | nn.Module | Any  # of an expansion; Any: a Checkpoint
 _FORMAT = "xclip_fast_format"  # the key that marks a config.json as ours; its value is the version
 _WEIGHTS = (  # the weight files of a folder; the first that is there is read
     "model.safetensors",
@@ -53,6 +56,7 @@ _WEIGHTS = (  # the weight files of a folder; the first that is there is read
     "open_clip_model.safetensors",
     "open_clip_pytorch_model.bin",
 )
+_TEXT = ("text.", "logit_scale")  # what belongs to the text tower, in our names
 _YACS = "yacs.config.CfgNode"  # VideoX's training script pickles its configuration into the checkpoint
 
 
@@ -62,12 +66,12 @@ class Checkpoint:
 
     config: XCLIPConfig
     state: State
-    kind: str  # "xclip_fast", "huggingface", "videox" or "clip"
+    kind: str  # "xclip_fast", "huggingface", "videox", "clip" or "timm"
 
     @property
     def complete(self) -> bool:
-        """False for an image CLIP: ``expand`` puts it into a freshly initialised X-CLIP."""
-        return self.kind != "clip"
+        """False for an image CLIP or ViT: ``expand`` puts it into a freshly initialised X-CLIP."""
+        return self.kind not in ("clip", "timm")
 
 
 def read(path: str | os.PathLike[str], config: XCLIPConfig | None = None, *, drop_config: bool = False) -> Checkpoint:
@@ -75,7 +79,8 @@ def read(path: str | os.PathLike[str], config: XCLIPConfig | None = None, *, dro
 
     Args:
         path: a folder (ours, Hugging Face X-CLIP or CLIP, sharded or not) or a file (safetensors, VideoX ``.pth``,
-            OpenAI CLIP or open_clip, TorchScript archive included). Names don't matter, except inside a folder.
+            OpenAI CLIP or open_clip, TorchScript archive included, a ViT of timm's). Names don't matter, except inside
+            a folder.
         config: taken instead of the one that is found or inferred from shapes. An image CLIP's has, by default, 8
             frames and the mean and deviation that the released X-CLIP recipe uses (ImageNet's, not CLIP's own).
         drop_config: leave out a pickled yacs configuration, which is otherwise an error.
@@ -84,7 +89,11 @@ def read(path: str | os.PathLike[str], config: XCLIPConfig | None = None, *, dro
         CheckpointError: if nothing is there, it cannot be read without running foreign code, it is no X-CLIP or
             CLIP, or keys are missing, unexpected or misshapen (all are listed).
     """
-    path = Path(path)
+    return _interpret(*_load(Path(path), drop_config), config=config)
+
+
+def _load(path: Path, drop_config: bool = False) -> tuple[dict[str, Any], Path, dict[str, Any], dict[str, Any]]:
+    """State dict, where it is from, configuration and preprocessor configuration (empty if there is none)."""
     if not path.exists():
         raise CheckpointError(
             f"{path}: no such file or folder. Weights are read from disk; fetch them first, for example with "
@@ -102,7 +111,7 @@ def read(path: str | os.PathLike[str], config: XCLIPConfig | None = None, *, dro
     if weights.name in _WEIGHTS:  # the configuration beside such a file belongs to it
         values = _read_json(folder / "config.json")
         preprocessor = _read_json(folder / "preprocessor_config.json")
-    return _interpret(load(weights, drop_config), path, config, values, preprocessor)
+    return load(weights, drop_config), path, values, preprocessor
 
 
 def write(
@@ -170,44 +179,48 @@ def convert(
     write(found.state, found.config, folder, layout, overwrite=overwrite)
 
 
-def clip_state(
-    clip: str | os.PathLike[str] | Mapping[str, Tensor] | nn.Module | Checkpoint, config: XCLIPConfig | None = None
-) -> Checkpoint:
-    """An image CLIP in our names.
+def clip_state(clip: Start, config: XCLIPConfig | None = None, part: Part = "both") -> Checkpoint:
+    """An image CLIP, or a ViT of timm's, in our names.
 
     Args:
-        clip: a path, a state dict, or a module of OpenAI's, open_clip's or Hugging Face's CLIP.
+        clip: a path, a state dict, or a module of OpenAI's, open_clip's or Hugging Face's CLIP or timm's ViT.
         config: of the X-CLIP it is for; by default the CLIP's own. Position embeddings of another grid are
-            interpolated to it, everything else has to fit.
+            interpolated to it, and a text tower that it has not is left out; everything else has to fit.
+        part: the tower that is wanted, "visual", "text" (the temperature with it) or "both".
 
     Raises:
-        CheckpointError: if it is no image CLIP, or does not fit.
+        CheckpointError: if it is no image CLIP or ViT, or does not fit.
     """
+    if part not in ("both", "visual", "text"):
+        raise ValueError(f"part {part!r}; choose 'both', 'visual' or 'text'")
     if isinstance(clip, Checkpoint):
-        found = clip if config is None else _interpret(clip.state, "CLIP", config)
+        if config is None and part == "both":
+            found = clip
+        else:
+            found = _interpret(clip.state, "CLIP", config=config or clip.config, kind=clip.kind, part=part)
     elif isinstance(clip, nn.Module):
         described: Any = getattr(clip, "config", None)
         values = described.to_dict() if hasattr(described, "to_dict") else {}
-        found = _interpret(clip.state_dict(), type(clip).__name__, config, values)
+        found = _interpret(clip.state_dict(), type(clip).__name__, values, config=config, part=part)
     elif isinstance(clip, Mapping):
-        found = _interpret(clip, "state dict", config)
+        found = _interpret(clip, "state dict", config=config, part=part)
     else:
-        found = read(clip, config)
+        found = _interpret(*_load(Path(clip)), config=config, part=part)
     if found.complete:
         raise CheckpointError("an image CLIP is wanted to start from, and this is a whole X-CLIP: use from_pretrained")
     return found
 
 
-def expand(model: Any, clip: str | os.PathLike[str] | Mapping[str, Tensor] | nn.Module | Checkpoint) -> None:
+def expand(model: Any, clip: Start, part: Part = "both") -> None:
     """Put an image CLIP into an X-CLIP, in place (paper, section 3.2, "Initialization").
 
     IFA (``attn``), its norms, the FFN, the embeddings, the projections and the text tower inherit; CFA (``message_*``),
     MIT and the prompts keep the initialisation they have.
 
     Args:
-        model: an ``XCLIP``. clip: as for ``clip_state``.
+        model: an ``XCLIP``. clip, part: as for ``clip_state``.
     """
-    found = clip_state(clip, model.config)
+    found = clip_state(clip, model.config, part)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, tensor in found.state.items():
@@ -217,16 +230,23 @@ def expand(model: Any, clip: str | os.PathLike[str] | Mapping[str, Tensor] | nn.
 def _interpret(
     state: Mapping[Any, Any],
     where: object,
-    config: XCLIPConfig | None,
     values: Mapping[str, Any] = MappingProxyType({}),
     preprocessor: Mapping[str, Any] = MappingProxyType({}),
+    *,
+    config: XCLIPConfig | None = None,
+    kind: str | None = None,
+    part: Part = "both",
 ) -> Checkpoint:
-    ours, kind = to_ours(state, where)
+    if kind is None:
+        ours, kind = to_ours(state, where)
+    else:  # of our names already
+        ours = dict(state)
     names = {str(name).removeprefix("module.") for name in state}
     given = None
     if _FORMAT in values:
         if values[_FORMAT] != 1:
             raise CheckpointError(f"{where}: of format {values[_FORMAT]}; this version of xclip-fast reads format 1")
+        kind = "xclip_fast"  # an ablated one may look like an image CLIP
         try:
             given = XCLIPConfig.from_dict({name: value for name, value in values.items() if name != _FORMAT})
         except ValueError as error:
@@ -236,17 +256,35 @@ def _interpret(
     elif kind == "clip" and "token_embedding.weight" in names and "context_length" not in names:
         # open_clip's, then: OpenAI's own files carry the length, and have quick GELU
         log.warning("%s: weights alone don't tell CLIP's activation; quick GELU (OpenAI's) is taken, not GELU", where)
-    if given and config and (given.vision.heads, given.text.heads) != (config.vision.heads, config.text.heads):
+    if given and config:
+        _check_heads(given, config, where, part)
+    config = config or given or infer_config(ours, where, timm=kind == "timm")
+    name = "visual.positional_embedding"
+    wanted = shapes(config, only_clip=kind in ("clip", "timm"))
+    if kind in ("clip", "timm"):
+        if name in ours:
+            ours[name] = _fit_positions(ours[name], config.vision.patches + 1)
+        left_out: tuple[str, ...] = {"both": (), "visual": _TEXT, "text": ("visual.",)}[part]
+        left_out += _TEXT if config.num_classes is not None else ()
+        ours = {name: tensor for name, tensor in ours.items() if not name.startswith(left_out)}
+        left_out += (*_TEXT, "visual.proj") if kind == "timm" else ()
+        wanted = {name: shape for name, shape in wanted.items() if not name.startswith(left_out)}
+        refused = timm_vit.refusal(config) if kind == "timm" else None
+        if not ours or refused:
+            raise CheckpointError(f"{where}: {refused or f'nothing of it is left to start the {part} tower from'}")
+    check_keys(wanted, ours, where)
+    return Checkpoint(config, ours, kind)
+
+
+def _check_heads(given: XCLIPConfig, config: XCLIPConfig, where: object, part: Part) -> None:
+    """Other heads than the checkpoint's fit its shapes, and compute something else."""
+    visual = part != "text" and given.vision.heads != config.vision.heads
+    text = part != "visual" and config.num_classes is None and given.text.heads != config.text.heads
+    if visual or text:
         raise CheckpointError(
             f"{where}: has {given.vision.heads} heads in the vision and {given.text.heads} in the text tower; "
             f"{config.vision.heads} and {config.text.heads} are wanted"
         )
-    config = config or given or infer_config(ours, where)
-    name = "visual.positional_embedding"
-    if kind == "clip" and name in ours:
-        ours[name] = _fit_positions(ours[name], config.vision.patches + 1)
-    check_keys(shapes(config, only_clip=kind == "clip"), ours, where)
-    return Checkpoint(config, ours, kind)
 
 
 def _fit_positions(position_LD: Tensor, tokens: int) -> Tensor:

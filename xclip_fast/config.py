@@ -14,14 +14,33 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)  # what the released X-CLIP weights were t
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
+PROMPTS = ("video", "vectors", "none")
+ACTIVATIONS = ("quick_gelu", "gelu")
+
+
 def _check_heads(where: str, width: int, heads: int) -> None:
     if heads < 1 or width % heads:
         raise ValueError(f"{where}: width {width} does not divide into {heads} heads; choose a divisor of {width}")
 
 
+def _check_switch(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} is {value!r}; True or False wanted")
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}; choose one of {', '.join(choices)}")
+
+
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
-    """The cross-frame communication transformer (paper, section 3.2)."""
+    """The cross-frame communication transformer (paper, section 3.2).
+
+    The last four describe other encoders than X-CLIP's. ``cross_frame=False``: plain blocks without messages, as an
+    image CLIP has (the baseline of Table 6). ``activation="gelu"``, ``pre_norm=False`` (no LayerNorm before the first
+    block) and ``layer_norm_eps=1e-6``: the ViTs pretrained on images alone (Table 10).
+    """
 
     image_size: int = 224
     patch_size: int = 16
@@ -29,6 +48,10 @@ class VisionConfig:
     layers: int = 12
     heads: int = 12
     drop_path: float = 0.0  # of the last block; grows linearly from 0 at the first
+    cross_frame: bool = True
+    activation: str = "quick_gelu"
+    pre_norm: bool = True
+    layer_norm_eps: float | None = None  # of the blocks and around them; None: the model's
 
     def __post_init__(self) -> None:
         _check_heads("vision", self.width, self.heads)
@@ -39,6 +62,9 @@ class VisionConfig:
             )
         if not 0.0 <= self.drop_path < 1.0:
             raise ValueError(f"vision: drop_path {self.drop_path} must be at least 0 and below 1")
+        _check_choice("vision: activation", self.activation, ACTIVATIONS)
+        for name in ("cross_frame", "pre_norm"):
+            _check_switch(f"vision: {name}", getattr(self, name))
 
     @property
     def patches(self) -> int:
@@ -58,6 +84,8 @@ class TextConfig:
 
     def __post_init__(self) -> None:
         _check_heads("text", self.width, self.heads)
+        if self.layers < 1:
+            raise ValueError(f"text: layers {self.layers} must be at least 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +95,12 @@ class XCLIPConfig:
     ``mit_heads`` and ``prompt_heads`` default to E / 64, as in the released code. ``mit_residual`` keeps the
     outer residual of the multi-frame transformer that the released weights need; ``False`` gives equation 6
     of the paper to the letter.
+
+    The ablations of section 4.5 are switches: ``vision.cross_frame=False``, ``mit_layers=0`` (the video is the mean of
+    its frames) and ``prompt="none"`` together are CLIP-Mean, and one after the other switched on give Table 6.
+    ``prompt="vectors"`` (Table 9) learns ``prompt_vectors`` context vectors that stand before the words of every label.
+    ``num_classes`` (Table 8) puts a linear head in the place of text: there is nothing to prompt then, and ``prompt``
+    is "none". For Table 10 see ``VisionConfig``.
     """
 
     vision: VisionConfig = VisionConfig()
@@ -83,6 +117,9 @@ class XCLIPConfig:
     logit_scale: float = math.log(1 / 0.07)  # the initial value, as a logarithm
     image_mean: tuple[float, float, float] = IMAGENET_MEAN
     image_std: tuple[float, float, float] = IMAGENET_STD
+    prompt: str = "video"  # "video" (section 3.3), "vectors" or "none"
+    prompt_vectors: int = 16
+    num_classes: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("mit_heads", "prompt_heads"):
@@ -98,6 +135,29 @@ class XCLIPConfig:
         for name, least in (("num_frames", 1), ("mit_layers", 0), ("prompt_layers", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} {getattr(self, name)} must be at least {least}")
+        _check_choice("prompt", self.prompt, PROMPTS)
+        _check_switch("mit_residual", self.mit_residual)
+        if self.num_classes is not None:
+            if self.num_classes < 1:
+                raise ValueError(f"num_classes {self.num_classes} must be at least 1, or None for labels as text")
+            if self.prompt == "vectors":
+                raise ValueError(f"prompt 'vectors' with num_classes {self.num_classes}: a linear head has no text")
+            object.__setattr__(self, "prompt", "none")
+        if self.prompt == "vectors" and not 1 <= self.prompt_vectors <= self.text.context_length - 3:
+            raise ValueError(
+                f"prompt_vectors {self.prompt_vectors} must be at least 1, and leave room for start, one token and end "
+                f"in the context of {self.text.context_length}"
+            )
+
+    @property
+    def vision_eps(self) -> float:
+        """Added to the variances of the vision tower's LayerNorms."""
+        return self.layer_norm_eps if self.vision.layer_norm_eps is None else self.vision.layer_norm_eps
+
+    @property
+    def label_tokens(self) -> int:
+        """Tokens a label may have, start and end included: the text context without the learnt vectors."""
+        return self.text.context_length - (self.prompt_vectors if self.prompt == "vectors" else 0)
 
     def to_dict(self) -> dict[str, Any]:
         """A plain dictionary that ``from_dict`` reads back (JSON-ready)."""

@@ -50,7 +50,7 @@ class Flops:
     patch_projection: int = 0  # patch tokens to E, for the prompts
     text: int = 0
     prompts: int = 0
-    similarity: int = 0
+    similarity: int = 0  # or the linear head
 
     @property
     def video(self) -> int:
@@ -85,13 +85,14 @@ def count(
         config: the shape of the model.
         frames: T of each video; by default the config's.
         labels: K, the number of labels, each filling the text context (77 tokens), or the K token counts (start and
-            end included, as ``tokenize`` gives them).
+            end included, as ``tokenize`` gives them). A model with ``num_classes`` has none: they do not count.
         batch: B.
         counting: ``"paper"``: the released computation, with the message as a full token of the sequence, labels padded
             to the context, and patches projected frame by frame (one video and one label give Table 1).
             ``"actual"``: what a forward of ``XCLIP`` runs without cached text: the message as key and value only, one
             projection of the mean patches, the first prompt layer's query once for the batch, and labels packed
-            (their attention pads to the longest label, as every backend here does).
+            (their attention pads to the longest label, as every backend here does), past the last attention of
+            which only the end-of-text rows go. Learnt vectors count as tokens.
 
     Raises:
         ValueError: if a size is below 1, a label has more tokens than the context, or ``counting`` is another word.
@@ -114,7 +115,7 @@ def products(
     if counting not in ("paper", "actual"):
         raise ValueError(f'counting {counting!r} given; "paper" or "actual" wanted')
     frames = config.num_frames if frames is None else frames
-    context = config.text.context_length
+    context = config.label_tokens
     lengths = [context] * labels if isinstance(labels, int) else [int(length) for length in labels]
     if min(frames, batch, len(lengths), *lengths) < 1 or max(lengths, default=0) > context:
         raise ValueError(
@@ -124,40 +125,49 @@ def products(
     paper = counting == "paper"
     if paper:
         lengths = [context] * len(lengths)
-    return [
-        *_video(config, batch, frames, paper),
-        *_text(config.text, config.embed_dim, lengths),
-        *_prompts(config, batch, len(lengths), paper),
-        Product("similarity", 1, config.embed_dim, len(lengths), batch, weight=False),
-    ]
+    found = list(_video(config, batch, frames, paper))
+    if config.num_classes is not None:
+        return [*found, Product("similarity", batch, config.embed_dim, config.num_classes)]
+    vectors = config.text.context_length - context
+    found += _text(config.text, config.embed_dim, [length + vectors for length in lengths], paper)
+    if config.prompt == "video":
+        found += _prompts(config, batch, len(lengths), paper)
+    return [*found, Product("similarity", 1, config.embed_dim, len(lengths), batch, weight=False)]
 
 
 def _video(config: XCLIPConfig, batch: int, frames: int, paper: bool) -> Iterator[Product]:
     vision, E = config.vision, config.embed_dim
     D, N, F, layers = vision.width, vision.patches, batch * frames, vision.layers
     L = N + 1
-    queries = L + 1 if paper else L  # the paper's way, the message asks too
+    messages = int(vision.cross_frame)
+    queries = L + messages if paper else L  # the paper's way, the message asks too
     yield Product("patch_embed", F * N, 3 * vision.patch_size**2, D)
-    yield Product("message_kv", F, D, D, layers)  # message token
-    yield Product("message_kv", F, D, 3 * D, layers)
-    yield from _attention("message_kv", frames, frames, D, vision.heads, batch * layers)
-    yield Product("message_kv", F, D, D, layers)
-    if not paper:
-        yield Product("message_kv", F, D, 2 * D, layers)
+    if messages:
+        yield Product("message_kv", F, D, D, layers)  # message token
+        yield Product("message_kv", F, D, 3 * D, layers)
+        yield from _attention("message_kv", frames, frames, D, vision.heads, batch * layers)
+        yield Product("message_kv", F, D, D, layers)
+        if not paper:
+            yield Product("message_kv", F, D, 2 * D, layers)
     yield Product("ln_linear", F * queries, D, 3 * D, layers)
-    yield from _attention("diffusion_attention", queries, L + 1, D, vision.heads, F * layers)
+    yield from _attention("diffusion_attention", queries, L + messages, D, vision.heads, F * layers)
     yield Product("linear_residual", F * queries, D, D, layers)
     yield from _feed_forward("mlp", F * L, D, layers)
     yield Product("frame_projection", F, D, E)
     yield from _block("mit", F, E, config.mit_layers)
     assert config.mit_heads is not None
     yield from _attention("mit", frames, frames, E, config.mit_heads, batch * config.mit_layers)
-    yield Product("patch_projection", (F if paper else batch) * N, D, E)
+    if config.prompt == "video":
+        yield Product("patch_projection", (F if paper else batch) * N, D, E)
 
 
-def _text(text: TextConfig, E: int, lengths: list[int]) -> Iterator[Product]:
-    K, longest = len(lengths), max(lengths)
-    yield from _block("text", sum(lengths), text.width, text.layers)
+def _text(text: TextConfig, E: int, lengths: list[int], paper: bool) -> Iterator[Product]:
+    K, S, longest, last = len(lengths), sum(lengths), max(lengths), text.layers - 1
+    yield from _block("text", S, text.width, last)
+    yield Product("text", S, text.width, 3 * text.width)
+    rows = S if paper else K  # of the last block, past its attention, ours takes the ends alone
+    yield Product("text", rows, text.width, text.width)
+    yield from _feed_forward("text", rows, text.width, 1)
     yield from _attention("text", longest, longest, text.width, text.heads, K * text.layers)
     yield Product("text", K, text.width, E)
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from xclip_fast import timm_vit
 from xclip_fast.config import TextConfig, VisionConfig, XCLIPConfig
 
 log = logging.getLogger("xclip_fast")
@@ -67,7 +68,7 @@ _ROOT_TEXT = re.compile(r"(token_embedding|positional_embedding|transformer|ln_f
 _NOT_WEIGHTS = re.compile(r"(.*\.)?(position_ids|attn_mask|input_resolution|context_length|vocab_size)\Z")
 _SPLIT = re.compile(r"(.*\b(?:message_)?attn)\.([qkv])_proj\.(weight|bias)\Z")
 _PACKED = re.compile(r"(.*\b(?:message_)?attn)\.in_proj_(weight|bias)\Z")
-_NEW_IN_XCLIP = re.compile(r".*\.message_|mit\.|prompts_")  # what an image CLIP has not
+_NEW_IN_XCLIP = re.compile(r".*\.message_|mit\.|prompts_|head\.")  # what an image CLIP has not
 
 
 def _rules(source: int) -> list[tuple[re.Pattern[str], str]]:
@@ -84,7 +85,7 @@ _FROM_OURS, _FROM_HF = _rules(0), _rules(1)
 
 
 def to_ours(state: Mapping[Any, Any], where: object) -> tuple[State, str]:
-    """A state dict in any layout to our names, and its kind ("xclip_fast", "huggingface", "videox" or "clip").
+    """A state dict in any layout to our names, and its kind ("xclip_fast", "huggingface", "videox", "clip" or "timm").
 
     Raises:
         CheckpointError: if it is neither an X-CLIP nor an image CLIP with a vision transformer.
@@ -98,16 +99,24 @@ def to_ours(state: Mapping[Any, Any], where: object) -> tuple[State, str]:
     if any(name.startswith("vision_model.") for name in found):
         kind, found = "huggingface", from_huggingface(found)
     elif "visual.conv1.weight" in found:
-        kind = "xclip_fast" if "text.token_embedding.weight" in found else "videox"
+        kind = "xclip_fast" if {"text.token_embedding.weight", "head.weight"} & found.keys() else "videox"
         found = {f"text.{name}" if _ROOT_TEXT.match(name) else name: value for name, value in found.items()}
+    elif timm_vit.is_timm(found):
+        kind, found = "timm", timm_vit.to_ours(found)
     else:
         raise CheckpointError(
-            f"{where}: neither an X-CLIP nor a CLIP with a vision transformer: no key is visual.conv1.weight, and none "
-            f"starts with vision_model.; it has {len(found)} keys, such as {list(found)[:5]}"
+            f"{where}: neither an X-CLIP nor a CLIP with a vision transformer, nor a ViT of timm's: no key is "
+            "visual.conv1.weight or patch_embed.proj.weight, and none starts with vision_model.; it has "
+            f"{len(found)} keys, such as {list(found)[:5]}"
         )
-    if not any(name.startswith("mit.") for name in found):
+    if kind != "timm" and not any(is_new(name) for name in found):
         kind = "clip"
     return {name: value.detach().contiguous() for name, value in found.items()}, kind
+
+
+def is_new(name: str) -> bool:
+    """Whether a parameter is new in an X-CLIP (message, MIT, prompts, linear head), in no image CLIP: our names."""
+    return _NEW_IN_XCLIP.match(name) is not None
 
 
 def _rename(name: str, rules: list[tuple[re.Pattern[str], str]]) -> str:
@@ -163,33 +172,44 @@ def _layer_shapes(prefix: str, layers: int, width: int, *, messages: bool = Fals
 
 def shapes(config: XCLIPConfig, *, only_clip: bool = False) -> dict[str, tuple[int, ...]]:
     """Names and shapes of an ``XCLIP`` state dict; with ``only_clip`` those that an image CLIP has too."""
-    D, W, E, P = config.vision.width, config.text.width, config.embed_dim, config.vision.patch_size
+    vision, text, D, W, E = config.vision, config.text, config.vision.width, config.text.width, config.embed_dim
     expected: dict[str, tuple[int, ...]] = {
         "visual.class_embedding": (D,),
-        "visual.positional_embedding": (config.vision.patches + 1, D),
-        "visual.conv1.weight": (D, 3, P, P),
+        "visual.positional_embedding": (vision.patches + 1, D),
+        "visual.conv1.weight": (D, 3, vision.patch_size, vision.patch_size),
         "visual.proj": (D, E),
-        "text.token_embedding.weight": (config.text.vocab_size, W),
-        "text.positional_embedding": (config.text.context_length, W),
-        "text.text_projection": (W, E),
-        "mit.positional_embedding": (1, config.num_frames, E),
-        "prompts_visual_proj": (D, E),
-        "prompts_generator.alpha": (E,),
-        "logit_scale": (),
     }
-    expected |= _layer_shapes("visual.transformer.resblocks", config.vision.layers, D, messages=True)
-    expected |= _layer_shapes("text.transformer.resblocks", config.text.layers, W)
-    expected |= _layer_shapes("mit.resblocks", config.mit_layers, E)
-    norms = {"visual.ln_pre": D, "visual.ln_post": D, "text.ln_final": W, "prompts_visual_ln": D}
-    norms["prompts_generator.norm"] = E
-    for i in range(config.prompt_layers):
-        layer = f"prompts_generator.decoder.{i}"
-        norms |= {f"{layer}.norm1": E, f"{layer}.norm3": E}
-        expected |= {f"{layer}.cross_attn.{name}.weight": (E, E) for name in ("q_proj", "k_proj", "v_proj", "proj")}
-        expected |= {f"{layer}.cross_attn.proj.bias": (E,), f"{layer}.mlp.0.weight": (4 * E, E)}
-        expected |= {f"{layer}.mlp.0.bias": (4 * E,), f"{layer}.mlp.3.weight": (E, 4 * E), f"{layer}.mlp.3.bias": (E,)}
+    expected |= _layer_shapes("visual.transformer.resblocks", vision.layers, D, messages=vision.cross_frame)
+    norms = {"visual.ln_pre": D} if vision.pre_norm else {}
+    norms["visual.ln_post"] = D
+    if config.num_classes is None:
+        expected |= {
+            "text.token_embedding.weight": (text.vocab_size, W),
+            "text.positional_embedding": (text.context_length, W),
+            "text.text_projection": (W, E),
+            "logit_scale": (),
+        }
+        expected |= _layer_shapes("text.transformer.resblocks", text.layers, W)
+        norms["text.ln_final"] = W
+    else:
+        expected |= {"head.weight": (config.num_classes, E), "head.bias": (config.num_classes,)}
+    if config.mit_layers:
+        expected["mit.positional_embedding"] = (1, config.num_frames, E)
+        expected |= _layer_shapes("mit.resblocks", config.mit_layers, E)
+    if config.prompt == "vectors":
+        expected["prompts_vectors"] = (config.prompt_vectors, W)
+    elif config.prompt == "video":
+        expected |= {"prompts_visual_proj": (D, E), "prompts_generator.alpha": (E,)}
+        norms |= {"prompts_visual_ln": D, "prompts_generator.norm": E}
+        for i in range(config.prompt_layers):
+            layer = f"prompts_generator.decoder.{i}"
+            norms |= {f"{layer}.norm1": E, f"{layer}.norm3": E}
+            expected |= {f"{layer}.cross_attn.{name}.weight": (E, E) for name in ("q_proj", "k_proj", "v_proj", "proj")}
+            expected |= {f"{layer}.cross_attn.proj.bias": (E,), f"{layer}.mlp.0.weight": (4 * E, E)}
+            expected |= {f"{layer}.mlp.0.bias": (4 * E,), f"{layer}.mlp.3.weight": (E, 4 * E)}
+            expected[f"{layer}.mlp.3.bias"] = (E,)
     expected |= {f"{name}.{kind}": (width,) for name, width in norms.items() for kind in ("weight", "bias")}
-    return {name: shape for name, shape in expected.items() if not (only_clip and _NEW_IN_XCLIP.match(name))}
+    return {name: shape for name, shape in expected.items() if not (only_clip and is_new(name))}
 
 
 def check_keys(
@@ -326,8 +346,18 @@ def config_from_huggingface(values: Mapping[str, Any], preprocessor: Mapping[str
 
 def config_to_huggingface(config: XCLIPConfig, dtype: torch.dtype) -> tuple[dict[str, Any], dict[str, Any]]:
     """``config.json`` and ``preprocessor_config.json`` as ``transformers`` reads them."""
-    if not config.mit_residual:
-        raise CheckpointError("Hugging Face's X-CLIP cannot do mit_residual=False; write layout='xclip_fast'")
+    plain = XCLIPConfig()
+    ablated = [
+        f"{where}{name}={getattr(given, name)!r}"
+        for where, given, like, names in (
+            ("", config, plain, ("mit_residual", "prompt", "num_classes")),
+            ("vision.", config.vision, plain.vision, ("cross_frame", "activation", "pre_norm", "layer_norm_eps")),
+        )
+        for name in names
+        if getattr(given, name) != getattr(like, name)
+    ] + (["mit_layers=0"] if config.mit_layers == 0 else [])
+    if ablated:
+        raise CheckpointError(f"Hugging Face's X-CLIP cannot do {', '.join(ablated)}; write layout='xclip_fast'")
     E = config.embed_dim
     towers = []
     for tower in (config.vision, config.text):
@@ -353,15 +383,21 @@ def config_to_huggingface(config: XCLIPConfig, dtype: torch.dtype) -> tuple[dict
     return model, preprocessor
 
 
-def infer_config(state: Mapping[str, Tensor], where: object) -> XCLIPConfig:
-    """The config of a state dict in our names, from its shapes alone: head size 64, epsilon 1e-5, quick GELU."""
-    needed = ["visual.conv1.weight", "visual.positional_embedding", "text.token_embedding.weight"]
-    needed += ["text.positional_embedding", "text.text_projection"]
+def infer_config(state: Mapping[str, Tensor], where: object, *, timm: bool = False) -> XCLIPConfig:
+    """The config of a state dict in our names, from its shapes alone: head size 64, epsilon 1e-5, quick GELU.
+
+    An image CLIP gets what an X-CLIP has by default; a ViT of timm's beside that GELU and its own epsilon.
+    """
+    textual = not timm and ("text.token_embedding.weight" in state or "head.weight" not in state)
+    needed = ["visual.conv1.weight", "visual.positional_embedding"]
+    if not timm and not textual:
+        needed += ["visual.proj", "head.weight"]
+    elif textual:
+        needed += ["text.token_embedding.weight", "text.positional_embedding", "text.text_projection"]
     if missing := [name for name in needed if name not in state or state[name].ndim < 2]:
         raise CheckpointError(f"{where}: no configuration comes with it, and to infer one these are missing: {missing}")
     D, _, _, P = state["visual.conv1.weight"].shape
-    V, W = state["text.token_embedding.weight"].shape
-    E = state["text.text_projection"].shape[1]
+    W = state["text.token_embedding.weight"].shape[1] if textual else 512
     tokens = state["visual.positional_embedding"].shape[0]
     if D > 1024 or D % 64 or W % 64 or math.isqrt(tokens - 1) ** 2 != tokens - 1:
         raise CheckpointError(
@@ -373,11 +409,26 @@ def infer_config(state: Mapping[str, Tensor], where: object) -> XCLIPConfig:
         return len({name[len(prefix) :].split(".")[0] for name in state if name.startswith(prefix)})
 
     given: dict[str, Any] = {}
-    if "mit.positional_embedding" in state:
-        given = {"num_frames": state["mit.positional_embedding"].shape[1], "mit_layers": count("mit.resblocks.")}
+    other: dict[str, Any] = {"activation": "gelu", "layer_norm_eps": timm_vit.EPS} if timm else {}
+    if any(is_new(name) for name in state):  # an X-CLIP, or an ablated one; else what an image CLIP will be
+        other["cross_frame"] = any(".message_" in name for name in state)
+        given["mit_layers"] = count("mit.resblocks.")
         given["prompt_layers"] = count("prompts_generator.decoder.")
-    layers, text_layers = count("visual.transformer.resblocks."), count("text.transformer.resblocks.")
-    context = state["text.positional_embedding"].shape[0]
-    vision = VisionConfig(P * math.isqrt(tokens - 1), P, width=D, layers=layers, heads=D // 64)
-    text = TextConfig(V, context, width=W, layers=text_layers, heads=W // 64)
-    return XCLIPConfig(vision=vision, text=text, embed_dim=E, **given)
+        if "mit.positional_embedding" in state:
+            given["num_frames"] = state["mit.positional_embedding"].shape[1]
+        if "prompts_vectors" in state:
+            given |= {"prompt": "vectors", "prompt_vectors": state["prompts_vectors"].shape[0]}
+        elif not any(name.startswith("prompts_") for name in state):
+            given["prompt"] = "none"
+    layers = count("visual.transformer.resblocks.")
+    if timm:
+        other["pre_norm"] = "visual.ln_pre.weight" in state
+    given["vision"] = VisionConfig(P * math.isqrt(tokens - 1), P, width=D, layers=layers, heads=D // 64, **other)
+    if textual:
+        context, text_layers = state["text.positional_embedding"].shape[0], count("text.transformer.resblocks.")
+        V = state["text.token_embedding.weight"].shape[0]
+        given["text"] = TextConfig(V, context, width=W, layers=text_layers, heads=W // 64)
+        given["embed_dim"] = state["text.text_projection"].shape[1]
+    elif not timm:
+        given |= {"num_classes": state["head.weight"].shape[0], "embed_dim": state["visual.proj"].shape[1]}
+    return XCLIPConfig(**given)

@@ -12,16 +12,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import checkpoint, kernels
 from .config import VisionConfig, XCLIPConfig, variant
 from .kernels._linear import linear
 from .nn.cct import FastCCTBlock
-from .nn.layers import init_block, init_linear
+from .nn.layers import TransformerBlock, attend, init_block, init_linear, run_block
 from .nn.mit import MultiFrameIntegration
 from .nn.prompt import VideoSpecificPrompt
 from .nn.text import TextEncoder, Transformer
+from .templates import TEMPLATES, fill
 from .tokenizer import tokenize
 
 logger = logging.getLogger("xclip_fast")
@@ -31,7 +33,7 @@ class VideoFeatures(NamedTuple):
     """What the video tower knows of B videos."""
 
     video: Tensor  # (B, E)
-    patches: Tensor  # (B, N, E), averaged over the frames
+    patches: Tensor  # (B, N, E), averaged over the frames; (B, 0, E) where no prompt asks for them
 
 
 class VisionTower(nn.Module):
@@ -41,31 +43,48 @@ class VisionTower(nn.Module):
         super().__init__()
         vision = config.vision
         self.config = config
+        self.recompute = False  # see XCLIP.checkpoint_activations
         self.conv1 = nn.Conv2d(3, vision.width, vision.patch_size, vision.patch_size, bias=False)
         self.class_embedding = nn.Parameter(torch.empty(vision.width))
         self.positional_embedding = nn.Parameter(torch.empty(vision.patches + 1, vision.width))
-        self.ln_pre = nn.LayerNorm(vision.width, config.layer_norm_eps)
-        self.transformer = Transformer([_cct_block(config, index) for index in range(vision.layers)])
-        self.ln_post = nn.LayerNorm(vision.width, config.layer_norm_eps)
+        if vision.pre_norm:
+            self.ln_pre = nn.LayerNorm(vision.width, config.vision_eps)
+        self.transformer = Transformer([_block(config, index) for index in range(vision.layers)])
+        self.ln_post = nn.LayerNorm(vision.width, config.vision_eps)
         self.proj = nn.Parameter(torch.empty(vision.width, config.embed_dim))
         self._init(vision)
 
     def forward(self, frames: Tensor, num_frames: int) -> Tensor:
         """uint8 (F, H, W, 3) or normalised (F, 3, H, W), F = B * num_frames, to tokens (F, L, D)."""
-        x_FLD = kernels.patch_embed(
-            frames,
-            self.conv1.weight,
-            self.class_embedding,
-            self.positional_embedding,
-            self.ln_pre.weight,
-            self.ln_pre.bias,
-            self.config.image_mean,
-            self.config.image_std,
-            self.ln_pre.eps,
-        )
+        if not self.config.vision.pre_norm:
+            x_FLD = self._embed(frames)
+        else:
+            x_FLD = kernels.patch_embed(
+                frames,
+                self.conv1.weight,
+                self.class_embedding,
+                self.positional_embedding,
+                self.ln_pre.weight,
+                self.ln_pre.bias,
+                self.config.image_mean,
+                self.config.image_std,
+                self.ln_pre.eps,
+            )
+        given = (num_frames,) if self.config.vision.cross_frame else (attend, None, x_FLD.shape[0] // num_frames)
         for block in self.transformer.resblocks:
-            x_FLD = block(x_FLD, num_frames)
+            x_FLD = run_block(block, self.recompute, x_FLD, *given)
         return x_FLD
+
+    def _embed(self, frames: Tensor) -> Tensor:
+        """Equation 4 without CLIP's LayerNorm behind it: the ViTs of Table 10."""
+        weight = self.conv1.weight
+        if frames.dtype == torch.uint8:
+            precise = torch.promote_types(weight.dtype, torch.float32)
+            mean, std = (weight.new_tensor(v, dtype=precise) for v in (self.config.image_mean, self.config.image_std))
+            frames = ((frames.to(precise) / 255 - mean) / std).permute(0, 3, 1, 2)
+        patches_FND = self.conv1(frames.to(weight.dtype)).flatten(2).transpose(1, 2)
+        class_F1D = self.class_embedding.to(patches_FND.dtype).expand(frames.shape[0], 1, -1)
+        return torch.cat([class_F1D, patches_FND], 1) + self.positional_embedding
 
     def _init(self, vision: VisionConfig) -> None:
         for parameter in (self.class_embedding, self.positional_embedding, self.proj):
@@ -73,16 +92,25 @@ class VisionTower(nn.Module):
         block: Any
         for block in self.transformer.resblocks:
             init_block(block, vision.width, vision.layers)
-            init_linear(block.message_fc)
-            init_linear(block.message_attn)
+            if vision.cross_frame:
+                init_linear(block.message_fc)
+                init_linear(block.message_attn)
 
 
 class XCLIP(nn.Module):
     """X-CLIP with random weights; ``XCLIP.from_pretrained`` reads anybody's.
 
+    Parts that an ablated config (see ``XCLIPConfig``) does without are None.
+
     Args:
         config: the shape; ``VARIANTS["B/16-8f"]`` and its kin, or a variant's name.
     """
+
+    text: TextEncoder | None
+    mit: MultiFrameIntegration | None
+    prompts_generator: VideoSpecificPrompt | None
+    prompts_vectors: nn.Parameter | None
+    head: nn.Linear | None
 
     def __init__(self, config: XCLIPConfig | str) -> None:
         super().__init__()
@@ -94,27 +122,43 @@ class XCLIP(nn.Module):
         assert config.prompt_heads is not None
         self.config = config
         self.visual = VisionTower(config)
-        self.text = TextEncoder(config.text, embed, eps)
-        self.mit = MultiFrameIntegration(
-            embed, config.num_frames, config.mit_layers, config.mit_heads, config.mit_residual, eps
-        )
-        self.prompts_visual_ln = nn.LayerNorm(width, eps)
-        self.prompts_visual_proj = nn.Parameter(nn.init.normal_(torch.empty(width, embed), std=width**-0.5))
-        self.prompts_generator = VideoSpecificPrompt(
-            embed, config.prompt_layers, config.prompt_heads, config.prompt_alpha, eps
-        )
-        self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale))
+        self.text = TextEncoder(config.text, embed, eps) if config.num_classes is None else None
+        self.mit = None
+        if config.mit_layers:
+            self.mit = MultiFrameIntegration(
+                embed, config.num_frames, config.mit_layers, config.mit_heads, config.mit_residual, eps
+            )
+        self.prompts_generator = None
+        if config.prompt == "video":
+            self.prompts_visual_ln = nn.LayerNorm(width, eps)
+            self.prompts_visual_proj = nn.Parameter(nn.init.normal_(torch.empty(width, embed), std=width**-0.5))
+            self.prompts_generator = VideoSpecificPrompt(
+                embed, config.prompt_layers, config.prompt_heads, config.prompt_alpha, eps
+            )
+        self.prompts_vectors = None
+        if config.prompt == "vectors":
+            vectors = torch.empty(config.prompt_vectors, config.text.width)
+            self.prompts_vectors = nn.Parameter(nn.init.normal_(vectors, std=0.02))
+        self.head = None
+        if config.num_classes is not None:
+            self.head = nn.Linear(embed, config.num_classes)
+            init_linear(self.head)
+        else:
+            self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale))
 
-    def forward(self, video: Tensor, text: Tensor | str | Sequence[str]) -> Tensor:
+    def forward(self, video: Tensor, text: Tensor | str | Sequence[str] | None = None) -> Tensor:
         """Logits of every label for every video.
 
         Args:
-            video: as for ``encode_video``. text: as for ``encode_text``.
+            video: as for ``encode_video``.
+            text: as for ``encode_text``; nothing where a linear head stands in its place (``num_classes``).
 
         Returns:
-            (B, K), float32 (or float64): exp(logit_scale) cos(v, c_hat), equation 3.
+            (B, K), float32 (or float64): exp(logit_scale) cos(v, c_hat), equation 3; or the head's (B, num_classes).
         """
-        return self.similarity(self.encode_video(video), self.encode_text(text))
+        if self.head is None and text is None:
+            raise TypeError("no text given; labels or their tokens wanted (a model with num_classes takes none)")
+        return self.similarity(self.encode_video(video), None if text is None else self.encode_text(text))
 
     def encode_video(self, video: Tensor) -> VideoFeatures:
         """Videos to features (equations 4 to 9).
@@ -134,14 +178,20 @@ class XCLIP(nn.Module):
         x_FLD = self.visual(video.flatten(0, 1), frames)
         norm = self.visual.ln_post
         h_FE = kernels.ln_linear(x_FLD[:, 0], norm.weight, norm.bias, self.visual.proj.T, None, norm.eps)
+        h_BTE = h_FE.unflatten(0, (batch, frames))
+        return VideoFeatures(
+            video=h_BTE.mean(1) if self.mit is None else self.mit(h_BTE),
+            patches=self._patch_features(x_FLD, batch, frames),
+        )
+
+    def _patch_features(self, x_FLD: Tensor, batch: int, frames: int) -> Tensor:
+        if self.prompts_generator is None:
+            return x_FLD.new_empty(batch, 0, self.config.embed_dim)
         norm = self.prompts_visual_ln
         z_FND = kernels.layer_norm(x_FLD[:, 1:], norm.weight, norm.bias, norm.eps)
         # the projection is linear: one of the mean instead of the mean of T
         z_BND = z_FND.unflatten(0, (batch, frames)).mean(1)
-        return VideoFeatures(
-            video=self.mit(h_FE.unflatten(0, (batch, frames))),
-            patches=linear(z_BND, self.prompts_visual_proj.T),
-        )
+        return linear(z_BND, self.prompts_visual_proj.T)
 
     def encode_text(self, text: Tensor | str | Sequence[str]) -> Tensor:
         """Labels to features (section 3.3).
@@ -154,24 +204,69 @@ class XCLIP(nn.Module):
             (K, E). While the text encoder is frozen or no gradient is wanted, a label set seen before is not
             encoded again. Weights edited through ``.data`` are not noticed: call ``model.text.forget()`` then.
         """
+        if self.text is None:
+            raise ValueError(
+                f"this model has a linear head for {self.config.num_classes} classes and no text encoder: call "
+                "model(video), or take a config with num_classes=None"
+            )
+        vectors = () if self.prompts_vectors is None else (self.prompts_vectors,)
         if isinstance(text, Tensor):
-            return self.text(text)
+            return self.text(text, *vectors)
         if torch.compiler.is_compiling():
             raise TypeError("strings cannot be compiled or exported: pass xclip_fast.tokenize(labels) instead")
-        return self.text(tokenize(text, self.config.text.context_length))
+        return self.text(tokenize(text, self.config.label_tokens), *vectors)
 
-    def similarity(self, video_features: VideoFeatures, text_features: Tensor) -> Tensor:
-        """Prompted cosine similarity (equations 10 and 3).
+    def encode_text_ensemble(self, labels: str | Sequence[str], templates: Sequence[str] = TEMPLATES) -> Tensor:
+        """Labels to the mean of their normalised features over sentences (the ensemble of Table 9).
+
+        Args:
+            labels: K strings, or one. templates: sentences with ``{}`` in the label's place.
+
+        Returns:
+            (K, E), for ``similarity`` of a model with ``prompt="none"``, where its length does not matter. Kept
+            between calls as by ``encode_text``.
+        """
+        labels = [labels] if isinstance(labels, str) else list(labels)
+        features = self.encode_text(fill(labels, templates))
+        return F.normalize(features, dim=-1).unflatten(0, (len(labels), -1)).mean(1)
+
+    def similarity(self, video_features: VideoFeatures, text_features: Tensor | None = None) -> Tensor:
+        """Prompted cosine similarity (equations 10 and 3), or the logits of the linear head of Table 8.
 
         Args:
             video_features: of B videos, from ``encode_video``.
-            text_features: (K, E), from ``encode_text``.
+            text_features: (K, E), from ``encode_text``; None for a model with ``num_classes``.
 
         Returns:
             (B, K), float32 (or float64).
+
+        Raises:
+            TypeError, ValueError: if these are no such features.
         """
+        self._check_features(video_features, text_features)
+        video_BE = video_features.video
+        if self.head is not None:
+            logits = linear(video_BE, self.head.weight, self.head.bias)
+            return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        assert text_features is not None
+        if self.prompts_generator is None:
+            return _plain_logits(video_BE, text_features, self.logit_scale)
         c_hat_BKE = text_features + self.prompts_generator(text_features, video_features.patches)
-        return kernels.cosine_logits(video_features.video, c_hat_BKE, self.logit_scale)
+        return kernels.cosine_logits(video_BE, c_hat_BKE, self.logit_scale)
+
+    def checkpoint_activations(self, enabled: bool = True) -> XCLIP:
+        """Keep only the input of each block of both towers for backward, and compute the rest of it again there.
+
+        About a third more work in a training step for a fraction of its memory; numbers and random draws (drop path)
+        stay the same. Nothing changes where no gradient is wanted.
+
+        Returns:
+            the model itself.
+        """
+        self.visual.recompute = enabled
+        if self.text is not None:
+            self.text.recompute = enabled
+        return self
 
     @classmethod
     def from_pretrained(
@@ -186,10 +281,11 @@ class XCLIP(nn.Module):
 
         Args:
             path: what it is, is seen from its content: our own folder or file (safetensors and JSON), a Hugging
-                Face X-CLIP folder, a VideoX ``.pth``, or an image CLIP (OpenAI, open_clip, Hugging Face), from
-                which ``expand_from`` starts an X-CLIP.
+                Face X-CLIP folder, a VideoX ``.pth``, or an image CLIP (OpenAI, open_clip, Hugging Face) or ViT
+                (timm), from which ``expand_from`` starts an X-CLIP.
             config: the shape, where the checkpoint does not say it or another is wanted (an image CLIP says
-                neither frames nor prompt layers; the default has 8 frames).
+                neither frames nor prompt layers; the default has 8 frames). An ablated one (``XCLIPConfig``) starts
+                from an image CLIP too; a whole X-CLIP has to be of just that config.
             device, dtype: of the parameters; by default the CPU and the checkpoint's own dtype.
 
         Raises:
@@ -203,9 +299,9 @@ class XCLIP(nn.Module):
             model.load_state_dict(found.state, assign=True)
         else:
             model = cls(found.config).expand_from(found)
-            logger.warning(
-                "%s is an image CLIP: cross-frame attention, multi-frame transformer and prompts start untrained", path
-            )
+            if new := sorted({name.split(".")[0] for name in model.state_dict() if name not in found.state}):
+                kind = "image CLIP" if found.kind == "clip" else "image ViT"
+                logger.warning("%s is an %s; what it has not starts untrained: %s", path, kind, ", ".join(new))
         return model.to(device=device, dtype=dtype).eval()
 
     def save_pretrained(
@@ -227,12 +323,19 @@ class XCLIP(nn.Module):
         """
         checkpoint.write(self.state_dict(), self.config, folder, layout=layout, overwrite=overwrite)
 
-    def expand_from(self, clip: str | os.PathLike[str] | Mapping[str, Tensor] | nn.Module | Any) -> XCLIP:
+    def expand_from(
+        self,
+        clip: str | os.PathLike[str] | Mapping[str, Tensor] | nn.Module | Any,
+        part: Literal["both", "visual", "text"] = "both",
+    ) -> XCLIP:
         """Start from an image CLIP as section 3.2 says: IFA, FFN and text inherit; CFA, MIT and prompts stay new.
 
         Args:
-            clip: a path, a state dict, or a module of OpenAI's, open_clip's or Hugging Face's CLIP. Position
-                embeddings of another grid are interpolated.
+            clip: a path, a state dict, or a module of OpenAI's, open_clip's or Hugging Face's CLIP; or of one of timm's
+                ViTs (``vit_base_patch16_224`` and its kin), which gives the vision tower but no projection (Table 10).
+                Position embeddings of another grid are interpolated. What the config has no place for, the text tower
+                of a model with ``num_classes``, is left out.
+            part: the tower to start; the other stays as it is.
 
         Returns:
             the model itself.
@@ -240,8 +343,32 @@ class XCLIP(nn.Module):
         Raises:
             checkpoint.CheckpointError: if widths, layers or vocabulary differ.
         """
-        checkpoint.expand(self, clip)
+        checkpoint.expand(self, clip, part)
         return self
+
+    def _check_features(self, video_features: VideoFeatures, text_features: Tensor | None) -> None:
+        E = self.config.embed_dim
+        if not isinstance(video_features, VideoFeatures):
+            raise TypeError(f"video_features is a {type(video_features).__name__}; what encode_video returns is wanted")
+        video_BE, patches_BNE = video_features
+        if video_BE.dim() != 2 or video_BE.shape[1] != E:
+            raise ValueError(f"video features of shape {tuple(video_BE.shape)} given; (B, {E}) wanted, of this model")
+        if self.head is not None:
+            if text_features is not None:
+                raise ValueError("text features given, but this model has a linear head (num_classes): leave them out")
+            return
+        if not isinstance(text_features, Tensor):
+            raise TypeError(f"text_features is a {type(text_features).__name__}; what encode_text returns is wanted")
+        if text_features.dim() != 2 or text_features.shape[1] != E or not text_features.is_floating_point():
+            raise ValueError(
+                f"text features of shape {tuple(text_features.shape)} {text_features.dtype} given; floating (K, {E}) "
+                "wanted, of this model"
+            )
+        wanted = (video_BE.shape[0], self.config.vision.patches, E)
+        if self.prompts_generator is not None and patches_BNE.shape != wanted:
+            raise ValueError(
+                f"patch features of shape {tuple(patches_BNE.shape)} given; {wanted} wanted, of this model"
+            )
 
     def _check_video(self, video: Tensor) -> None:
         size = self.config.vision.image_size
@@ -259,13 +386,27 @@ class XCLIP(nn.Module):
             )
 
 
-def _cct_block(config: XCLIPConfig, index: int) -> FastCCTBlock:
+def _block(config: XCLIPConfig, index: int) -> nn.Module:
     vision = config.vision
+    drop_path = vision.drop_path * index / max(1, vision.layers - 1)
+    if not vision.cross_frame:
+        return TransformerBlock(
+            vision.width, vision.heads, config.vision_eps, drop_path=drop_path, activation=vision.activation
+        )
     return FastCCTBlock(
         vision.width,
         vision.heads,
         config.num_frames,
-        drop_path=vision.drop_path * index / max(1, vision.layers - 1),
-        layer_norm_eps=config.layer_norm_eps,
+        drop_path=drop_path,
+        layer_norm_eps=config.vision_eps,
         batch_first=True,
+        activation=vision.activation,
     )
+
+
+def _plain_logits(video_BE: Tensor, text_KE: Tensor, scale: Tensor) -> Tensor:
+    """exp(scale) cos(v, c) (equation 3) of labels that are the same for every video: (B, K), at least float32."""
+    precise = torch.promote_types(video_BE.dtype, torch.float32)
+    with torch.autocast(video_BE.device.type, enabled=False):
+        video_BE, text_KE = (F.normalize(features.to(precise), dim=-1) for features in (video_BE, text_KE))
+        return scale.to(precise).exp() * (video_BE @ text_KE.T)

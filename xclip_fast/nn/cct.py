@@ -82,6 +82,7 @@ class FastCCTBlock(nn.Module):
             the three branches (CFA, IFA, FFN).
         layer_norm_eps: added to the variances.
         batch_first: as in ``torch.nn.MultiheadAttention``: tokens are (B * T, L, D) instead of (L, B * T, D).
+        activation: of the FFN; "gelu" in blocks that start from a ViT pretrained on images alone (Table 10).
 
     Shape:
         (L, B * T, D) -> (L, B * T, D), or with ``batch_first`` (B * T, L, D) -> (B * T, L, D); the T frames of
@@ -97,6 +98,7 @@ class FastCCTBlock(nn.Module):
         drop_path: float = 0.0,
         layer_norm_eps: float = 1e-5,
         batch_first: bool = False,
+        activation: str = "quick_gelu",
     ) -> None:
         super().__init__()
         if not 0.0 <= drop_path < 1.0:
@@ -109,6 +111,7 @@ class FastCCTBlock(nn.Module):
         self.num_frames = num_frames
         self.drop_path = drop_path
         self.batch_first = batch_first
+        self.activation = activation
         self.message_fc = nn.Linear(d_model, d_model)
         self.message_ln = nn.LayerNorm(d_model, layer_norm_eps)
         self.message_attn = nn.MultiheadAttention(d_model, nhead)
@@ -154,7 +157,7 @@ class FastCCTBlock(nn.Module):
             _attention_weights(self.attn),
             drop,
         )
-        x_FLD = feed_forward(x_FLD, self.ln_2, self.mlp.c_fc, self.mlp.c_proj, drop.feed_forward)
+        x_FLD = feed_forward(x_FLD, self.ln_2, self.mlp.c_fc, self.mlp.c_proj, drop.feed_forward, self.activation)
         return x_FLD if self.batch_first else x_FLD.transpose(0, 1)
 
     def draw_drop_scales(self, x_FLD: Tensor, frames: int) -> DropScales:

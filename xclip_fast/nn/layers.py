@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .. import kernels
 
@@ -24,32 +27,87 @@ class TransformerBlock(nn.Module):
     """A pre-norm transformer block of CLIP: x + attention(LN(x)), then x + FFN(LN(x)).
 
     State dict: ``attn.in_proj_*``, ``attn.out_proj.*``, ``ln_1.*``, ``mlp.c_fc.*``, ``mlp.c_proj.*``, ``ln_2.*``.
+
+    Args:
+        width: D. heads: H. eps: of the LayerNorms.
+        drop_path: probability that a sample skips a residual branch in training.
+        activation: of the FFN, "quick_gelu" or "gelu".
     """
 
-    def __init__(self, width: int, heads: int, eps: float) -> None:
+    def __init__(
+        self, width: int, heads: int, eps: float, *, drop_path: float = 0.0, activation: str = "quick_gelu"
+    ) -> None:
         super().__init__()
         self.heads = heads
+        self.drop_path = drop_path
+        self.activation = activation
         self.attn = nn.MultiheadAttention(width, heads)
         self.ln_1 = nn.LayerNorm(width, eps)
         self.mlp = Mlp(width)
         self.ln_2 = nn.LayerNorm(width, eps)
 
-    def forward(self, x: Tensor, attention: Callable[[Tensor], Tensor]) -> Tensor:
-        """x (..., D); ``attention`` maps the packed projection (..., 3, H, D / H) to (..., H, D / H)."""
+    def forward(
+        self, x: Tensor, attention: Callable[[Tensor], Tensor], rows: Any = None, samples: int | None = None
+    ) -> Tensor:
+        """A block, or what is read of its output.
+
+        Args:
+            x: (..., D).
+            attention: maps the packed projection (..., 3, H, D / H) to (..., H, D / H).
+            rows: an index into x; only these rows are taken past the attention and returned. None: all.
+            samples: the number of samples in x's first dimension, for drop path; None: each of its rows is one.
+        """
         norm = self.ln_1
         qkv = kernels.ln_linear(x, norm.weight, norm.bias, self.attn.in_proj_weight, self.attn.in_proj_bias, norm.eps)
         mixed = attention(qkv.unflatten(-1, (3, self.heads, -1))).flatten(-2)
+        if rows is not None:
+            x, mixed = x[rows], mixed[rows]
+        drop: tuple[Tensor | None, Tensor | None] = (None, None)
+        if self.training and self.drop_path > 0.0:
+            count = x.shape[0] if samples is None else samples
+            drop = (drop_path_scale(count, self.drop_path, x), drop_path_scale(count, self.drop_path, x))
         out = self.attn.out_proj
-        x = kernels.linear_residual(mixed, out.weight, out.bias, x)
-        return feed_forward(x, self.ln_2, self.mlp.c_fc, self.mlp.c_proj)
+        x = kernels.linear_residual(mixed, out.weight, out.bias, x, drop[0])
+        return feed_forward(x, self.ln_2, self.mlp.c_fc, self.mlp.c_proj, drop[1], self.activation)
 
 
-def feed_forward(x: Tensor, norm: nn.LayerNorm, fc: Any, projection: Any, drop_scale: Tensor | None = None) -> Tensor:
-    """``kernels.mlp`` on the parameters of a LayerNorm and of two linear layers."""
+def attend(qkv: Tensor) -> Tensor:
+    """Every row of a sequence over all of them: (B, S, 3, H, C) to (B, S, H, C)."""
+    query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
+
+
+def feed_forward(
+    x: Tensor,
+    norm: nn.LayerNorm,
+    fc: Any,
+    projection: Any,
+    drop_scale: Tensor | None = None,
+    activation: str = "quick_gelu",
+) -> Tensor:
+    """``kernels.mlp`` on the parameters of a LayerNorm and of two linear layers; with "gelu", its parts."""
     check_linear(fc, projection)
+    if activation == "gelu":
+        u = kernels.ln_linear(x, norm.weight, norm.bias, fc.weight, fc.bias, norm.eps)
+        return kernels.linear_residual(F.gelu(u), projection.weight, projection.bias, x, drop_scale)
     return kernels.mlp(
         x, norm.weight, norm.bias, fc.weight, fc.bias, projection.weight, projection.bias, norm.eps, drop_scale
     )
+
+
+def run_block(block: nn.Module, recompute: bool, x: Tensor, *args: Any) -> Tensor:
+    """``block(x, *args)``; with ``recompute`` only x is kept for backward, which runs the block again.
+
+    Random numbers (drop path) and the backend are those of the first run.
+    """
+    if not recompute or not torch.is_grad_enabled():
+        return block(x, *args)
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": True}
+    if not torch.compiler.is_compiling():  # traced, a block is one graph and its backend settled
+        forced = kernels.forced_backend()
+        options["context_fn"] = lambda: (contextlib.nullcontext(), kernels.backend(forced))
+    result: Tensor = checkpoint(lambda tokens: block(tokens, *args), x, **options)
+    return result
 
 
 def check_linear(*modules: object) -> None:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import TransformerBlock, init_linear
+from .layers import TransformerBlock, attend, init_linear
 
 logger = logging.getLogger("xclip_fast")
 
@@ -36,7 +36,7 @@ class MultiFrameIntegration(nn.Module):
     def forward(self, h_BTE: Tensor) -> Tensor:
         x_BTE = h_BTE + self._position(h_BTE.shape[1])
         for block in self.resblocks:
-            x_BTE = block(x_BTE, _attend_over_frames)
+            x_BTE = block(x_BTE, attend)
         if self.residual:
             x_BTE = x_BTE + h_BTE
         return x_BTE.mean(1)
@@ -48,11 +48,6 @@ class MultiFrameIntegration(nn.Module):
         if not torch.compiler.is_compiling():
             _log_interpolation(position_1TE.shape[1], frames)
         return F.interpolate(position_1TE.transpose(1, 2), size=frames, mode="linear").transpose(1, 2)
-
-
-def _attend_over_frames(qkv_BT3HC: Tensor) -> Tensor:
-    query, key, value = qkv_BT3HC.permute(2, 0, 3, 1, 4).unbind(0)
-    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
 
 
 @functools.cache

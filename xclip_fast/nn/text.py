@@ -6,6 +6,7 @@ K labels, S tokens of all labels, W width, E embedding size.
 from __future__ import annotations
 
 import collections
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from .. import kernels
 from ..config import TextConfig
-from .layers import TransformerBlock, init_block
+from .layers import TransformerBlock, init_block, run_block
 
 CACHED_LABEL_SETS = 16
 LABELS_AT_ONCE = 1024  # bounds memory, whatever their number
@@ -42,6 +43,7 @@ class TextEncoder(nn.Module):
     def __init__(self, config: TextConfig, embed_dim: int, eps: float) -> None:
         super().__init__()
         self.config = config
+        self.recompute = False  # see XCLIP.checkpoint_activations
         width = config.width
         self.token_embedding = nn.Embedding(config.vocab_size, width)
         self.positional_embedding = nn.Parameter(torch.empty(config.context_length, width))
@@ -56,12 +58,13 @@ class TextEncoder(nn.Module):
         for block in self.transformer.resblocks:
             init_block(block, width, config.layers)
 
-    def forward(self, tokens_KL: Tensor) -> Tensor:
+    def forward(self, tokens_KL: Tensor, vectors_PW: Tensor | None = None) -> Tensor:
         """Text features.
 
         Args:
             tokens_KL: int32 or int64 (K, any length up to the context), each row ended by the end-of-text token, which
                 is the largest number of the vocabulary; what follows it is ignored.
+            vectors_PW: P learnt vectors that follow the start-of-text token of every label (Table 9, "Vectors").
 
         Returns:
             (K, E).
@@ -76,16 +79,19 @@ class TextEncoder(nn.Module):
             )
         if tokens_KL.shape[1] > self.config.context_length:
             raise ValueError(f"{tokens_KL.shape[1]} tokens a label given; at most {self.config.context_length} fit")
+        vectors = () if vectors_PW is None else (vectors_PW,)
+        if vectors_PW is not None:
+            tokens_KL = _with_places(tokens_KL, vectors_PW.shape[0])
         if torch.compiler.is_compiling():
-            return self._encode_padded(tokens_KL)
-        parameters = list(self.parameters())
+            return self._encode_padded(tokens_KL, *vectors)
+        parameters = [*self.parameters(), *vectors]
         if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters):
             self.forget()  # a training step follows, and fused optimizers change weights without a trace
-            return self._encode_packed(tokens_KL)
+            return self._encode_packed(tokens_KL, *vectors)
         # no parameters: a replica of DataParallel. Inference tensors: their changes leave no trace
-        if not parameters or any(parameter.is_inference() for parameter in parameters):
-            return self._encode_packed(tokens_KL)
-        return self._cached(tokens_KL, parameters)
+        if len(parameters) == len(vectors) or any(parameter.is_inference() for parameter in parameters):
+            return self._encode_packed(tokens_KL, *vectors)
+        return self._cached(tokens_KL, parameters, *vectors)
 
     def forget(self) -> None:
         """Drop the kept features. Wanted only after weights were edited through ``.data`` or ``.numpy()``: other
@@ -104,7 +110,7 @@ class TextEncoder(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_cache": collections.OrderedDict(), "_encoded_with": []}
 
-    def _cached(self, tokens_KL: Tensor, parameters: list[nn.Parameter]) -> Tensor:
+    def _cached(self, tokens_KL: Tensor, parameters: list[Tensor], *vectors: Tensor) -> Tensor:
         # the storages are kept, so that no other weight can come to stand at the address of an old one
         state = [(parameter.untyped_storage(), parameter.data_ptr(), parameter._version) for parameter in parameters]
         if [item[1:] for item in state] != [item[1:] for item in self._encoded_with]:
@@ -116,21 +122,23 @@ class TextEncoder(nn.Module):
             tuple(tokens_KL.shape),
             tokens_KL.dtype,
             tokens_KL.cpu().numpy().tobytes(),
+            bool(vectors),
             autocast and torch.get_autocast_dtype(device_type),
             kernels.forced_backend(),
         )
         features_KE = self._cache.pop(key, None)
         if features_KE is None:
             with torch.inference_mode(False), torch.no_grad():  # usable in a later training step
-                features_KE = self._encode_packed(tokens_KL)
+                features_KE = self._encode_packed(tokens_KL, *vectors)
         self._cache[key] = features_KE
         if len(self._cache) > CACHED_LABEL_SETS:
             self._cache.popitem(last=False)
         return features_KE.clone()  # the caller may normalise it in place
 
-    def _encode_packed(self, tokens_KL: Tensor) -> Tensor:
+    def _encode_packed(self, tokens_KL: Tensor, vectors_PW: Tensor | None = None) -> Tensor:
         if tokens_KL.shape[0] > LABELS_AT_ONCE:  # attention pads to the longest of them
-            return torch.cat([self._encode_packed(part_KL) for part_KL in tokens_KL.split(LABELS_AT_ONCE)])
+            parts = tokens_KL.split(LABELS_AT_ONCE)
+            return torch.cat([self._encode_packed(part_KL, vectors_PW) for part_KL in parts])
         device = self.positional_embedding.device
         # on the tokens' own device, usually the CPU, where reading the lengths waits for nothing
         lengths_K = tokens_KL.argmax(1) + 1
@@ -139,24 +147,55 @@ class TextEncoder(nn.Module):
             as_tuple=True
         )
         longest = int(lengths_K.max()) if len(lengths_K) else 0
-        ids_S = tokens_KL[label_S, place_S].to(device)
+        self._check_room(longest, vectors_PW)
+        ids_S, place_S = tokens_KL[label_S, place_S].to(device), place_S.to(device)
         offsets = offsets.to(device)
-        x_SW = self.token_embedding(ids_S) + self.positional_embedding[place_S.to(device)]
-        for block in self.transformer.resblocks:
-            x_SW = block(x_SW, lambda qkv: kernels.causal_attention_packed(qkv, offsets, longest))
-        return self._project(x_SW[offsets[1:] - 1])
+        x_SW = self.token_embedding(ids_S)
+        if vectors_PW is not None:
+            vector_S = place_S - 1  # a vector's number, if it is one
+            inside_S1 = ((vector_S >= 0) & (vector_S < vectors_PW.shape[0]))[:, None]
+            x_SW = torch.where(inside_S1, vectors_PW[vector_S.clamp(0, vectors_PW.shape[0] - 1)], x_SW)
+        x_SW = x_SW + self.positional_embedding[place_S]
+        return self._project(
+            self._through(x_SW, lambda qkv: kernels.causal_attention_packed(qkv, offsets, longest), offsets[1:] - 1)
+        )
 
-    def _encode_padded(self, tokens_KL: Tensor) -> Tensor:
+    def _encode_padded(self, tokens_KL: Tensor, vectors_PW: Tensor | None = None) -> Tensor:
         tokens_KL = tokens_KL.to(self.positional_embedding.device)
-        x_KLW = self.token_embedding(tokens_KL) + self.positional_embedding[: tokens_KL.shape[1]]
-        for block in self.transformer.resblocks:
-            x_KLW = block(x_KLW, _causal_attention_padded)
+        self._check_room(tokens_KL.shape[1], vectors_PW)
+        x_KLW = self.token_embedding(tokens_KL)
+        if vectors_PW is not None:
+            inside_KPW = vectors_PW.expand(tokens_KL.shape[0], -1, -1)
+            x_KLW = torch.cat([x_KLW[:, :1], inside_KPW, x_KLW[:, 1 + vectors_PW.shape[0] :]], 1)
+        x_KLW = x_KLW + self.positional_embedding[: tokens_KL.shape[1]]
         end_K = tokens_KL.argmax(1)
-        return self._project(x_KLW[torch.arange(end_K.shape[0], device=end_K.device), end_K])
+        ends = torch.arange(end_K.shape[0], device=end_K.device), end_K
+        return self._project(self._through(x_KLW, _causal_attention_padded, ends))
+
+    def _through(self, x: Tensor, attention: Callable[[Tensor], Tensor], ends: Any) -> Tensor:
+        """All blocks, to the end-of-text rows (K, W): of the last one, nothing else is read, nor computed."""
+        last = len(self.transformer.resblocks) - 1
+        for index, block in enumerate(self.transformer.resblocks):
+            x = run_block(block, self.recompute, x, attention, ends if index == last else None)
+        return x
+
+    def _check_room(self, longest: int, vectors_PW: Tensor | None) -> None:
+        if longest > self.config.context_length:  # by vectors alone: forward has checked the tokens
+            count = 0 if vectors_PW is None else vectors_PW.shape[0]
+            raise ValueError(
+                f"{longest - count} tokens a label given; at most {self.config.context_length - count} fit beside "
+                f"{count} learnt vectors: shorten the labels, or cut padding behind their ends"
+            )
 
     def _project(self, end_KW: Tensor) -> Tensor:
         norm = self.ln_final
         return kernels.ln_linear(end_KW, norm.weight, norm.bias, self.text_projection.T, None, norm.eps)
+
+
+def _with_places(tokens_KL: Tensor, count: int) -> Tensor:
+    """``count`` zeros behind the first token, where vectors take their places; the ends stay the largest numbers."""
+    places = tokens_KL.new_zeros(tokens_KL.shape[0], count)
+    return torch.cat([tokens_KL[:, :1], places, tokens_KL[:, 1:]], 1)
 
 
 def _causal_attention_padded(qkv_KL3HC: Tensor) -> Tensor:
