@@ -6,6 +6,7 @@ import random
 import struct
 import subprocess
 import sys
+import tarfile
 import time
 from fractions import Fraction
 from pathlib import Path
@@ -120,6 +121,13 @@ def test_frames_equal_a_full_decode(name, tmp_path, monkeypatch):
         assert np.array_equal(decode_frames(path, numbers), expected[numbers])
     assert np.array_equal(decode_frames(path, range(40)), expected)
     assert np.array_equal(decode_frames(path, range(0, 40, 3), threads=3), expected[::3])
+
+    if planned:  # with a stored plan, nothing reads all packets
+        monkeypatch.setattr(module, "make_plan", lambda *_: pytest.fail("planned anew"))
+        source = Source(str(path), size=path.stat().st_size, plan=info.plan)
+        for number in range(0, 40, 3):
+            assert np.array_equal(decode_frames(source, [number])[0], expected[number]), number
+        assert np.array_equal(decode_frames(source, range(39, -1, -1)), expected[::-1])
 
 
 @pytest.mark.parametrize("name", ["bikes", "carphone_pristine", "carphone_distorted", "bigbuckbunny"])
@@ -604,3 +612,145 @@ def test_planned_decoding_skips_most_of_the_work(tmp_path, monkeypatch):
     no_fallback(monkeypatch)
     decode(path, 8, size=32)
     assert len(sent) <= 8 * 12
+
+
+def views_of(frames, rng=None):
+    """A training view and four test views of 40 frames of 96 x 64."""
+    train = TrainTransform(frames, 48).views(40, 96, 64, rng or sample_rng(0, 0, 0))
+    return train + TestTransform(frames, 48, clips=2, crops=3).views(40, 96, 64)
+
+
+def test_views_decode_each_frame_once(clip, monkeypatch):
+    full = sequential(clip)
+    views = views_of(6)
+    expected = np.stack([apply(view, full[view.frames]) for view in views])
+    converted = []
+    original = module.upright
+    monkeypatch.setattr(module, "upright", lambda frame, array: converted.append(0) or original(frame, array))
+    assert np.array_equal(decode_views(clip, views), expected)
+    assert len(converted) == len({int(number) for view in views for number in view.frames})
+    out = np.empty((9, *expected.shape), np.uint8)[3]
+    source = Source(str(clip), plan=probe(clip).plan)
+    no_fallback(monkeypatch)
+    assert decode_views(source, views, out=out) is out
+    assert np.array_equal(out, expected)
+
+
+def test_views_of_turned_videos(clip, tmp_path):
+    for name in ("clockwise", "mirrored", "transversed"):
+        matrix, _, turn = TURNS[name]
+        turned(clip, tmp_path / "turned.mp4", matrix)
+        full = turn(sequential(clip))
+        (view,) = TrainTransform(4, 32, jitter_probability=1).views(40, *full.shape[2:0:-1], sample_rng(0, 0, 4))
+        assert np.array_equal(decode_views(tmp_path / "turned.mp4", [view])[0], apply(view, full[view.frames]))
+
+
+def test_views_that_do_not_fit_the_file(clip, tmp_path):
+    good = views_of(4)
+    with pytest.raises(ValueError, match="wants one view at least"):
+        decode_views(clip, [])
+    with pytest.raises(ValueError, match="all of one frame count"):
+        decode_views(clip, good + views_of(3))
+    with pytest.raises(ValueError, match=r"out is float32 \(7, 4, 48, 48, 3\); wanted is uint8"):
+        decode_views(clip, good, out=np.empty((7, 4, 48, 48, 3), np.float32))
+    for other, message in (
+        (TestTransform(4, 48).views(41, 96, 64), "has 40 frames, not 41 as indexed; index it again"),
+        (TestTransform(4, 48).views(40, 64, 96), "a frame has 96x64 pixels, not 64x96 as indexed"),
+        ([View(np.array([3, 40]), (0, 0, 9, 9), 8)], "has 40 frames, not 41 at least"),
+        ([View(np.array([-1]), (0, 0, 9, 9), 8)], "has 40 frames"),
+        ([View(np.array([3]), (90, 0, 9, 9), 8)], r"a frame has 96x64 pixels; the crop \(90, 0, 9, 9\) leaves it"),
+    ):
+        with pytest.raises(VideoError, match=f"clip.mp4: {message}"):
+            decode_views(clip, other)
+    check_refused(lambda path: decode_views(path, good), tmp_path / "absent.mp4", "no such file")
+
+
+STALE = {
+    ".mp4": ("libx264", {}),
+    ".mkv": ("libx264", {"bf": 2}),
+    ".webm": ("libvpx-vp9", {"deadline": "realtime", "cpu-used": 8}),
+}
+
+
+@pytest.mark.parametrize("suffix", STALE)
+def test_a_stored_plan_of_another_file(suffix, tmp_path):
+    """The file was replaced since it was indexed: its own frames come, or an error, never others."""
+    codec, options = STALE[suffix]
+    frames, steady = noisy(40, (64, 96)), np.arange(40) / 25
+    variants = {
+        "base": (frames, steady, 12),
+        "shorter": (frames[:30], steady[:30], 12),
+        "another interval": (frames, steady, 7),
+        "one missing": (np.delete(frames, 5, 0), np.delete(steady, 5), 12),
+        "twice the rate": (noisy(50, (64, 96), 3), np.arange(50) / 50, 24),
+    }
+    files = {}
+    for name, (clip, times, interval) in variants.items():
+        path = tmp_path / f"{name}{suffix}"
+        write_clip(path, clip, 25, codec, times=times, g=interval, **options)
+        files[name] = path, probe(path).plan, sequential(path)
+    for name, (old, plan, _) in files.items():
+        for other, (path, _, expected) in files.items():
+            source = Source(str(path), size=old.stat().st_size, plan=plan)
+            for number in (3, 9, 26):
+                assert np.array_equal(decode_frames(source, [number])[0], expected[number]), (name, other, number)
+            # Views were drawn from the old count; one that is now another is refused.
+            views = TestTransform(4, 32).views(len(plan.pts), 96, 64)
+            if len(plan.pts) == len(expected):
+                assert np.array_equal(decode_views(source, views)[0], apply(views[0], expected[views[0].frames]))
+            else:
+                with pytest.raises(VideoError, match=f"has {len(expected)} frames, not {len(plan.pts)} as indexed"):
+                    decode_views(source, views)
+    for source in (
+        Source(str(files["base"][0]), plan=Plan([], [], [])),
+        Source(str(old), plan=Plan([7], [0], [(7, 7)])),
+    ):
+        assert decode_frames(source, [3]).shape == (1, 64, 96, 3)
+
+
+def test_random_frames_stay_the_same_when_a_plan_fails(clip, monkeypatch):
+    expected = decode(clip, 6, size=32, rng=sample_rng(5, 0, 0))
+    monkeypatch.setattr(module, "by_plan", lambda *_: False)
+    assert torch.equal(decode(clip, 6, size=32, rng=sample_rng(5, 0, 0)), expected)
+
+
+@pytest.mark.parametrize("name", ["shard.tar", "a,b:c,,:d #%03d é.tar", b"not utf-8 \xff\n.tar"])
+def test_members_of_a_tar_file(name, clip, tmp_path, monkeypatch):
+    other = tmp_path / "other.webm"
+    write_clip(other, noisy(15, (48, 48)), 25, "libvpx-vp9", deadline="realtime")
+    shard = tmp_path / os.fsdecode(name)
+    with tarfile.open(shard, "w") as archive:
+        for number, path in enumerate((other, clip, other)):
+            archive.add(path, f"{number}{path.suffix}")
+        archive.addfile(tarfile.TarInfo("empty.mp4"))
+    with tarfile.open(shard) as archive:
+        members = [Source(str(shard), member.offset_data, member.size) for member in archive]
+    check_refused(probe, members[3], "is empty (zero bytes)")
+    for member, path in zip(members[:3], (other, clip, other), strict=True):
+        info, expected = probe(member), sequential(path)
+        assert info == probe(path)
+        planned = Source(member.path, member.offset, member.size, info.plan)
+        for source in (member, planned):
+            assert np.array_equal(decode_frames(source, [11, 2]), expected[[11, 2]])
+            assert torch.equal(decode(source, 3, size=32), decode(path, 3, size=32))
+        views = TrainTransform(4, 32).views(info.frames, info.width, info.height, sample_rng(0, 0, 0))
+        assert np.array_equal(decode_views(planned, views), decode_views(path, views))
+
+    size = shard.stat().st_size
+    check_refused(probe, Source(str(shard), members[1].offset, size), "the tar file ends before this member does")
+    check_refused(probe, Source(str(shard), members[1].offset, members[0].size), "has another member in this place")
+    check_refused(probe, Source(str(shard), members[1].offset + 99, 500), "cannot be opened as a video")
+    check_refused(probe, Source(str(tmp_path / "absent.tar"), 0, 5), "no such file")
+    with pytest.raises(ValueError, match="needs an offset and a size"):
+        probe(Source(str(shard), 512))
+    monkeypatch.chdir(tmp_path)
+    assert probe(Source(os.fsdecode(name), members[1].offset, members[1].size)).frames == 40
+
+
+def test_names_are_shown_on_one_line(tmp_path):
+    source = Source(str(tmp_path / os.fsdecode(b"odd \xff\n\x1b[31mname.mp4")))
+    with pytest.raises(VideoError) as caught:
+        probe(source)
+    assert str(caught.value) == f"{tmp_path}/odd \\udcff\\n\\x1b[31mname.mp4: no such file"
+    with pytest.raises(VideoError, match="no file can have this name"):
+        probe("a\0b.mp4")

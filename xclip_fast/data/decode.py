@@ -36,7 +36,6 @@ from .plan import (
     log,
     make_plan,
     open_video,
-    reason,
     still_fits,
 )
 from .sampling import Sampling, frame_indices
@@ -54,8 +53,6 @@ __all__ = [
     "probe",
 ]
 
-_open, _reason = open_video, reason  # for reencode.py, until it takes the public names
-
 Video = str | os.PathLike[str] | Source
 
 
@@ -63,7 +60,8 @@ Video = str | os.PathLike[str] | Source
 class VideoInfo:
     """What `probe` finds. `width` and `height` are as displayed, after `rotation` (degrees clockwise: 0, 90, 180, 270);
     `frames` counts the frames there are, whatever the header says; `duration` is in seconds; `fps` is the average.
-    `plan` is for `Source`; None where the packets do not tell the frames."""
+    `plan` is for `Source`; None where the packets do not tell the frames. `colorspace` is the first frame's matrix in
+    FFmpeg's numbers (1: BT.709, 2: not stated, 5 and 6: BT.601, 9: BT.2020); `interlaced`: it holds two fields."""
 
     frames: int
     width: int
@@ -74,6 +72,8 @@ class VideoInfo:
     duration: float
     fps: float
     plan: Plan | None = field(default=None, repr=False)
+    colorspace: int = 2
+    interlaced: bool = False
 
 
 def decode(
@@ -161,7 +161,7 @@ def decode_views(path: Video, views: Sequence[View], *, out: np.ndarray | None =
     def choose(total: int) -> np.ndarray:
         if counts - {total} or not 0 <= numbers.min() <= numbers.max() < total:
             known = " and ".join(map(str, sorted(counts))) or f"{numbers.max() + 1} at least"
-            raise VideoError(f"{source}: has {total} frames, not {known} as when it was indexed; index it again")
+            raise VideoError(f"{source}: has {total} frames, not {known} as indexed; index it again")
         return numbers
 
     def draw(picture_HWC: np.ndarray, places: list[int]) -> None:
@@ -171,7 +171,12 @@ def decode_views(path: Video, views: Sequence[View], *, out: np.ndarray | None =
             view = views[number]
             if view.drawn_from is not None and view.drawn_from[1:] != (width, height):
                 wanted = "x".join(map(str, view.drawn_from[1:]))
-                raise VideoError(f"{source}: a frame has {width}x{height} pixels, not {wanted} as when it was indexed")
+                raise VideoError(
+                    f"{source}: a frame has {width}x{height} pixels, not {wanted} as indexed; index it again"
+                )
+            left, top, across, down = view.crop
+            if left + across > width or top + down > height:
+                raise VideoError(f"{source}: a frame has {width}x{height} pixels; the crop {view.crop} leaves it")
             apply_frame(view, picture_HWC, out[number, step])
 
     _pick(source, choose, draw, threads)
@@ -240,8 +245,19 @@ def probe(path: Video) -> VideoInfo:
         # The span of n frames is n - 1 intervals; the last frame lasts as long as the others did on average.
         rate = (count - 1) / span if span else stream.average_rate or 25
         duration = float(count / rate)
-        rotation = -first.rotation % 360
-        return VideoInfo(count, width, height, codec, first.format.name, rotation, duration, count / duration, plan)
+        return VideoInfo(
+            count,
+            width,
+            height,
+            codec,
+            first.format.name,
+            rotation=-first.rotation % 360,
+            duration=duration,
+            fps=count / duration,
+            plan=plan,
+            colorspace=int(first.colorspace),
+            interlaced=bool(first.interlaced_frame),
+        )
 
 
 def upright(frame: VideoFrame, array: np.ndarray) -> np.ndarray:
@@ -256,9 +272,6 @@ def upright(frame: VideoFrame, array: np.ndarray) -> np.ndarray:
         array = array.transpose(1, 0, 2)
         flip_y, flip_x = b < 0, c < 0
     return array[:: -1 if flip_y else 1, :: -1 if flip_x else 1]
-
-
-_upright = upright
 
 
 def _pick(
@@ -284,16 +297,22 @@ def _pick(
         picture = reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
         use(upright(frame, picture), places[number])
 
+    failed = None
     if source.plan is not None:
         with open_video(source, threads) as (container, stream):
-            fits = still_fits(source.plan, source, container, stream)
-            if fits and by_plan(container, stream, source.plan, pick(len(source.plan.pts)), take):
-                return
+            if still_fits(source.plan, source, container, stream):
+                try:
+                    numbers = pick(len(source.plan.pts))
+                except (IndexError, VideoError):
+                    numbers = []  # if the file itself has too few or too many frames, it is said below
+                if numbers and by_plan(container, stream, source.plan, numbers, take):
+                    return
+                failed = source.plan if numbers else None
         log.info("%s: is not as its stored plan says; planning it anew", source)
     with open_video(source, threads) as (container, stream):
         plan = make_plan(container, stream)
         if plan is not None:
-            if by_plan(container, stream, plan, pick(len(plan.pts)), take):
+            if plan != failed and by_plan(container, stream, plan, pick(len(plan.pts)), take):
                 return
             log.info("%s: seeking did not give the frames its packets promise; decoding it from end to end", source)
     with open_video(source, threads) as (container, stream):

@@ -49,8 +49,9 @@ class Plan:
 class Source:
     """Where a video is: a file, or with `offset` and `size` (bytes) a member of an uncompressed tar file.
 
-    `plan`: one made before (`probe`), to save reading all packets. A file that does not behave as it says is planned
-    anew. `size` without `offset` is the size the file had then; if it has another now, the plan is not tried.
+    `plan`: one made before (`probe`), to save reading all packets. `size` without `offset` is the size the file had
+    then; if it has another now, or does not behave as planned, it is planned anew. Give it: an mp4 is known by its
+    index, but of other containers a changed file of equal timing would pass, with the frames of those times.
     """
 
     path: str
@@ -222,10 +223,13 @@ def still_fits(plan: Plan, source: Source, container: InputContainer, stream: Vi
         return False
     if source.offset is None and source.size is not None and os.stat(source.path).st_size != source.size:
         return False
-    if "mov" in container.format.name.split(","):
-        entries = stream.index_entries  # mp4 lists all its samples in front; a fragmented file only some, or none
-        shown = sum(not entry.is_discard for entry in entries)
-        return shown == len(plan.pts) or not len(entries)
+    if "mov" in container.format.name.split(",") and len(stream.index_entries):
+        # mp4 lists all samples in front (a fragmented one only some, and is planned anew each time).
+        entries = [(entry.timestamp, entry.is_keyframe, entry.is_discard) for entry in stream.index_entries]
+        shown = sum(not hidden for _, _, hidden in entries)
+        return shown == len(plan.pts) and [time for time, key, _ in entries if key] == [
+            dts for _, dts in plan.keyframes
+        ]
     return True
 
 
