@@ -14,6 +14,7 @@ import os
 import pickle
 import re
 import shutil
+import warnings
 from collections.abc import Mapping
 from concurrent.futures import Future
 from pathlib import Path
@@ -32,6 +33,10 @@ _SAFE = re.compile(
     r"_get_layout|storage\.\w+)|torch\._utils\.\w+|collections\.OrderedDict|(builtins|__builtin__)\.(set|frozenset|slice)"
     r"|pathlib(\._local)?\.(PosixPath|WindowsPath|PurePosixPath|PureWindowsPath|Path)"
 )
+
+
+# One process without a group is no mistake here.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
 class SaveError(RuntimeError):
