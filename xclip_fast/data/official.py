@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from .listing import Entry, Listing, Place, Request, class_numbers, csv_of, lines_of, walk
+from .listing import VIDEO_NAME, Entry, Listing, Place, Request, class_numbers, csv_of, lines_of, walk
 
 HMDB_LIST = re.compile(r"(.+)_test_split(\d+)\.txt", re.DOTALL)
 _SAME_SPLIT = {"val": "validate", "valid": "validate", "validation": "validate", "training": "train", "testing": "test"}
@@ -123,17 +123,14 @@ def hmdb51(request: Request) -> Listing:
     number_of, classes = class_numbers(request, raw, [_words(name) for name in raw])
     root = request.root or _first_with(request.path, raw, "hmdb51_org", "hmdb51", "HMDB51", "videos")
     place = Place(Request(request.path, root=root))
+    below = {entry.name: entry.is_dir() for entry in os.scandir(root)}
+    flat = not any(below.get(each) for each in raw) and any(map(VIDEO_NAME.fullmatch, below))
     entries: list[Entry] = []
     for each, name in lists:
-        inside = (Path(root) / each).is_dir() or not (Path(root) / _first_name(request.path / name)).exists()
         for number, line in lines_of(request.path / name):
             file, _, use = line.strip().rpartition(" ")
             if use not in ("0", "1", "2") or not file.strip():
                 raise ValueError(f"{request.path / name}, line {number}: wanted name.avi and 0, 1 or 2; got {line!r}")
             if use == wanted:
-                entries.append(place.entry(f"{each}/{file.strip()}" if inside else file.strip(), number_of[each]))
+                entries.append(place.entry(file.strip() if flat else f"{each}/{file.strip()}", number_of[each]))
     return Request(request.path, root=root).listing(classes, entries)
-
-
-def _first_name(path: Path) -> str:
-    return next((line.strip().rpartition(" ")[0] for _, line in lines_of(path)), "")

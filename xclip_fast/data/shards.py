@@ -104,10 +104,24 @@ def _read(folder: Path, name: str) -> list[_Sample]:
             while (member := tar.next()) is not None:
                 tar.members = []  # type: ignore[attr-defined]  # or it keeps every header
                 _take(tar, member, name, length, samples)
+            reason = _after(path, tar.offset, length)
     except (OSError, tarfile.TarError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        samples["/"] = _Sample([Entry(name, error=f"the tar file cannot be read to its end ({reason})")])
+        reason = f"cannot be read to its end ({getattr(error, 'strerror', None) or error})"
+    if reason:
+        samples["/"] = _Sample([Entry(name, error=f"the tar file {reason}")])
     return [sample for sample in samples.values() if sample.videos]
+
+
+def _after(path: Path, offset: int, length: int) -> str | None:
+    """What is wrong with the place where reading stopped, which `tarfile` does without a word at a damaged header."""
+    with open(path, "rb") as file:
+        file.seek(offset)
+        rest = file.read(1 << 20)
+    if offset >= length or (len(rest) < 512 and not any(rest)):
+        return "ends without an end mark: it may have been cut off"
+    if any(rest[:512]):
+        return f"is damaged or cut off at byte {offset}; what follows is not read"
+    return "goes on after its end mark, which is not read: were files put together with cat?" if any(rest) else None
 
 
 def _take(tar: tarfile.TarFile, member: tarfile.TarInfo, shard: str, length: int, samples: dict[str, _Sample]) -> None:
