@@ -24,6 +24,7 @@ Box = tuple[int, int, int, int]
 
 LUMA = (0.299, 0.587, 0.114)
 _YIQ = np.array([LUMA, (0.595716, -0.274453, -0.321263), (0.211456, -0.522591, 0.311135)])
+_RGB = np.linalg.inv(_YIQ)
 _GREY = np.tile(_YIQ[0], (3, 1))
 _MIDDLE = 127.5  # mid grey: what a change of contrast leaves alone
 
@@ -176,7 +177,7 @@ def jitter(brightness: float, contrast: float, saturation: float, hue: float, or
         (brightness * eye, none),
         (contrast * eye, np.full(3, (1 - contrast) * _MIDDLE)),
         (saturation * eye + (1 - saturation) * _GREY, none),
-        (np.linalg.inv(_YIQ) @ turn @ _YIQ, none),
+        (_RGB @ turn @ _YIQ if hue else eye, none),
     )
     matrix, offset = eye, none
     for number in order:

@@ -1,0 +1,315 @@
+"""Views: where they may lie, how often, in what colours; and their execution against float64 references."""
+
+import colorsys
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from xclip_fast.data.sampling import frame_indices, sample_rng
+from xclip_fast.data.transforms import TestTransform, TrainTransform, View, apply, apply_frame, jitter, recolour
+
+SIZES = [(340, 256), (256, 340), (224, 224), (1920, 1080), (97, 71), (5, 3), (2, 2), (1, 1), (1, 900), (2048, 1)]
+
+
+def reference_resize(box_HWC, size):
+    """Bilinear with half-pixel centres, clamped at the edges, in float64."""
+    picture = box_HWC.astype(np.float64)
+    for axis in (0, 1):
+        length = picture.shape[axis]
+        place = np.clip((np.arange(size) + 0.5) * length / size - 0.5, 0, length - 1)
+        low = np.minimum(place.astype(int), length - 1)
+        high = np.minimum(low + 1, length - 1)
+        part = np.expand_dims(place - low, (1, 2) if axis == 0 else (0, 2))
+        picture = np.take(picture, low, axis) * (1 - part) + np.take(picture, high, axis) * part
+    return picture
+
+
+def reference_jitter(rgb, brightness, contrast, saturation, hue, order):
+    """The four changes one by one on levels, float64 (..., 3). Hue turns the (I, Q) plane, as complex numbers."""
+    for step in order:
+        grey = (0.299 * rgb[..., 0] + 0.587 * rgb[..., 1] + 0.114 * rgb[..., 2])[..., None]
+        if step == 0:
+            rgb = rgb * brightness
+        elif step == 1:
+            rgb = 127.5 + (rgb - 127.5) * contrast
+        elif step == 2:
+            rgb = grey + (rgb - grey) * saturation
+        else:
+            i = 0.595716 * rgb[..., 0] - 0.274453 * rgb[..., 1] - 0.321263 * rgb[..., 2]
+            q = 0.211456 * rgb[..., 0] - 0.522591 * rgb[..., 1] + 0.311135 * rgb[..., 2]
+            turned = (i + 1j * q) * np.exp(-2j * np.pi * hue)
+            i, q = turned.real, turned.imag
+            y = grey[..., 0]
+            rgb = np.stack(
+                [y + 0.9563 * i + 0.6210 * q, y - 0.2721 * i - 0.6474 * q, y - 1.1070 * i + 1.7046 * q], axis=-1
+            )
+    return rgb
+
+
+def drawn(transform, count, total=50, size=(340, 256), seed=0):
+    return [transform.views(total, *size, sample_rng(seed, 0, sample))[0] for sample in range(count)]
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_training_boxes(size):
+    width, height = size
+    short = min(size)
+    allowed = [max(1, round(scale * short)) for scale in (1, 0.875, 0.75, 0.66)]
+    places = Counter()
+    shapes = set()
+    for view in drawn(TrainTransform(), 400, size=size):
+        left, top, across, down = view.crop
+        assert all(isinstance(value, int) for value in view.crop)
+        assert 0 <= left <= left + across <= width
+        assert 0 <= top <= top + down <= height
+        assert min(across, down) >= 1
+        spare = width - across, height - down
+        corners = {(x, y) for x in (0, spare[0]) for y in (0, spare[1])}
+        assert (left, top) in corners | {(spare[0] // 2, spare[1] // 2)}
+        shapes.add((across, down))
+        if short > 200:
+            places[(left / spare[0] if spare[0] else None, top / spare[1] if spare[1] else None)] += 1
+            assert abs(allowed.index(across) - allowed.index(down)) <= 1
+    assert shapes == {
+        (allowed[i], allowed[j]) for i in range(4) for j in range(4) if abs(i - j) <= 1
+    }  # all ten, where the picture tells them apart
+    if size == (340, 256):
+        assert {(x, y) for x in (0.0, 1.0) for y in (0.0, 1.0)} < places.keys()
+        assert any(0.4 < (x or 0) < 0.6 for x, _ in places)
+
+
+def test_the_five_positions_and_ten_shapes_are_equally_likely():
+    views = drawn(TrainTransform(), 3000, size=(1000, 900))
+    shapes = Counter(view.crop[2:] for view in views)
+    assert len(shapes) == 10
+    assert all(220 < count < 380 for count in shapes.values())
+    where = Counter(
+        "centre" if 0 < left < 1000 - width else (left > 0, top > 0)
+        for left, top, width, height in (view.crop for view in views)
+        if height < 900
+    )
+    total = sum(where.values())
+    assert len(where) == 5
+    assert all(0.16 < count / total < 0.24 for count in where.values())
+
+
+def test_training_probabilities():
+    plain = TrainTransform(jitter_probability=0, grey=0)
+    assert 0.46 < np.mean([view.flip for view in drawn(plain, 2000)]) < 0.54
+    assert all(view.colour is None for view in drawn(plain, 50))
+    views = drawn(TrainTransform(), 2000)
+    grey = np.mean([view.colour is not None and np.ptp(view.colour, axis=0).max() == 0 for view in views])
+    none = np.mean([view.colour is None for view in views])
+    assert 0.17 < grey < 0.23  # every row the same: all three channels are
+    assert 0.13 < none < 0.19  # 0.2 x 0.8
+    for view in views[:50]:
+        assert view.colour is None or (view.colour.dtype == np.float32 and view.colour.shape == (3, 4))
+    assert all(view.colour is not None for view in drawn(TrainTransform(jitter_probability=1), 50))
+    assert not any(view.flip for view in drawn(TrainTransform(flip=0), 50))
+    assert all(view.flip for view in drawn(TrainTransform(flip=1), 50))
+
+
+def test_one_setting_shifts_no_other():
+    base = TrainTransform(jitter_probability=1, grey=0)
+    views = drawn(base, 40)
+    for change in (
+        {"flip": 0.9},
+        {"jitter_probability": 0.0},
+        {"grey": 1.0},
+        {"hue": 0.5},
+        {"brightness": 0.0},
+        {"scales": (1.0, 0.5)},
+        {"size": 96},
+    ):
+        for one, other in zip(views, drawn(replace(base, **change), 40), strict=True):
+            assert np.array_equal(one.frames, other.frames)
+            assert one.crop == other.crop or "scales" in change
+            assert one.flip == other.flip or "flip" in change
+            if not change.keys() & {"jitter_probability", "grey", "hue", "brightness"}:
+                assert np.array_equal(one.colour, other.colour)
+    # The picture part is the same for every sampling and frame count.
+    for one, other in zip(views, drawn(replace(base, sampling="dense", frames=3), 40), strict=True):
+        assert (one.crop, one.flip) == (other.crop, other.flip)
+        assert np.array_equal(one.colour, other.colour)
+
+
+def test_views_depend_on_the_generator_alone():
+    transform = TrainTransform(4)
+    (one,) = transform.views(300, 340, 256, sample_rng(1, 2, 3))
+    (two,) = transform.views(300, 340, 256, sample_rng(1, 2, 3))
+    assert one.crop == two.crop
+    assert np.array_equal(one.frames, two.frames)
+    assert one.drawn_from == (300, 340, 256)
+    rng = sample_rng(1, 2, 3)
+    rng.random(13)
+    assert np.array_equal(one.frames, frame_indices(300, 4, rng=rng))
+    assert transform.random
+    assert not TestTransform().random
+    # These exact draws must not change: runs are resumed by them.
+    assert one.frames.tolist() == [26, 149, 152, 281]
+    assert one.crop == (0, 0, 224, 224)
+    assert one.flip
+    assert one.colour[0].tolist() == pytest.approx([1.05652666, 0.05856303, 0.15425615, -30.5015602])
+
+
+def test_jitter_is_the_four_changes_in_any_order():
+    rng = np.random.default_rng(0)
+    rgb = rng.uniform(0, 255, (50, 3))
+    for _ in range(60):
+        factors = (*rng.uniform(0, 2, 3), rng.uniform(-0.5, 0.5))
+        order = rng.permutation(4)
+        matrix = jitter(*factors, order)
+        expected = reference_jitter(rgb, *factors, order)
+        assert np.abs(rgb @ matrix[:, :3].T + matrix[:, 3] - expected).max() < 0.3  # the inverse has four digits
+    same = jitter(1, 1, 1, 0, np.arange(4))
+    assert np.allclose(same, np.eye(3, 4), atol=1e-12)
+    grey = np.full(3, 90.0)
+    for order in (np.arange(4), np.array([3, 2, 1, 0])):  # neither hue nor saturation touches grey
+        assert np.allclose(jitter(1, 1, 0.3, 0.2, order)[:, :3] @ grey, grey)
+
+
+def test_hue_turns_the_way_of_the_colour_circle():
+    """As in HSV: red goes towards yellow for a positive turn, towards magenta for a negative one."""
+    for turn in (0.05, -0.05, 0.1):
+        rgb = jitter(1, 1, 1, turn, np.arange(4))[:, :3] @ [0.6, 0.3, 0.3]
+        hue = colorsys.rgb_to_hsv(*rgb)[0]
+        assert (hue + 0.5) % 1 - 0.5 == pytest.approx(turn, abs=abs(turn) * 0.6)
+
+
+def test_jitter_ranges():
+    """One change at a time: the factor read back from the matrix fills its range and no more."""
+    off = {"brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0, "grey": 0.0, "jitter_probability": 1.0}
+    for name, part, low, high in (
+        ("brightness", 0.4, 0.6, 1.4),
+        ("brightness", 1.7, 0.0, 2.7),
+        ("contrast", 0.4, 0.6, 1.4),
+        ("saturation", 0.2, 0.8, 1.2),
+    ):
+        found = []
+        for view in drawn(TrainTransform(**{**off, name: part}), 300):
+            matrix = view.colour.astype(np.float64)
+            factor = matrix[0, 0] - matrix[1, 0]  # each is factor x identity, plus the same in every row
+            assert np.allclose(matrix[:, 3], (1 - factor) * 127.5 if name == "contrast" else 0, atol=1e-3)
+            found.append(factor)
+        assert low - 1e-6 <= min(found) < low + 0.03 * (high - low)
+        assert high - 0.03 * (high - low) < max(found) <= high + 1e-6
+    assert all(view.colour is None for view in drawn(TrainTransform(**off), 20))  # every factor is 1: nothing to do
+
+
+def test_grey_is_luma_in_all_channels():
+    picture = np.random.default_rng(0).integers(0, 256, (6, 7, 3), np.uint8)
+    (view,) = drawn(TrainTransform(jitter_probability=0, grey=1), 1)
+    out = np.empty_like(picture)
+    recolour(picture, view.colour, out)
+    assert np.array_equal(out, np.repeat(np.rint(picture @ [0.299, 0.587, 0.114])[..., None], 3, -1))
+    views = drawn(TrainTransform(jitter_probability=1, grey=1), 20)
+    assert all(np.ptp(view.colour, axis=0).max() == 0 for view in views)  # grey comes after the jitter
+
+
+def test_colours_round_once_half_to_even_and_are_cut():
+    picture = np.array([[[0, 1, 2], [3, 4, 255], [200, 101, 7]]], np.uint8)
+    out = np.empty_like(picture)
+    recolour(picture, np.array([[0.5, 0, 0, 0], [0, 2, 0, -3], [0, 0, 1.5, 0]], np.float32), out)
+    assert out.tolist() == [[[0, 0, 3], [2, 5, 255], [100, 199, 10]]]  # 1.5 -> 2, 10.5 -> 10, -1 -> 0, 382 -> 255
+    rng = np.random.default_rng(0)
+    picture = rng.integers(0, 256, (40, 50, 3), np.uint8)
+    out = np.empty_like(picture)
+    for view in drawn(TrainTransform(jitter_probability=1), 30):
+        recolour(picture, view.colour, out)
+        exact = picture @ view.colour[:, :3].T.astype(np.float64) + view.colour[:, 3]
+        assert np.abs(np.clip(exact, 0, 255) - out).max() <= 0.5001
+
+
+@pytest.mark.parametrize(
+    ("box", "size"),
+    [((20, 10, 200, 220), 224), ((0, 0, 340, 256), 112), ((7, 3, 224, 224), 224), ((339, 255, 1, 1), 8),
+     ((0, 0, 2, 3), 32), ((100, 50, 60, 40), 224), ((0, 0, 340, 1), 5), ((5, 6, 50, 60), 1)],
+)  # fmt: skip
+def test_apply_against_float64(box, size):
+    frames = np.random.default_rng(1).integers(0, 256, (2, 256, 340, 3), np.uint8)
+    left, top, width, height = box
+    colour = jitter(1.2, 0.8, 1.1, 0.05, np.array([2, 0, 3, 1])).astype(np.float32)
+    plain = apply(View(np.arange(2), box, size), frames)
+    assert plain.shape == (2, size, size, 3)
+    assert plain.dtype == np.uint8
+    for frame, picture in zip(frames, plain, strict=True):
+        exact = reference_resize(frame[top : top + height, left : left + width], size)
+        assert np.abs(picture - exact).max() <= 1.001
+    assert np.array_equal(apply(View(np.arange(2), box, size, flip=True), frames), plain[:, :, ::-1])
+    coloured = apply(View(np.arange(2), box, size, flip=True, colour=colour), frames)
+    exact = np.clip(plain[:, :, ::-1] @ colour[:, :3].T.astype(np.float64) + colour[:, 3], 0, 255)
+    assert np.abs(coloured - exact).max() <= 0.5001
+
+
+def test_apply_writes_where_it_is_told_and_takes_any_memory():
+    frames = np.random.default_rng(2).integers(0, 256, (3, 40, 60, 3), np.uint8)
+    view = View(np.arange(3), (5, 4, 30, 20), 16, flip=True)
+    expected = apply(view, frames)
+    out = np.zeros((3, 16, 16, 3), np.uint8)
+    assert apply(view, frames, out) is out
+    assert np.array_equal(out, expected)
+    fixed = frames.copy()
+    fixed.flags.writeable = False  # as of a memory map
+    assert np.array_equal(apply(view, fixed), expected)
+    turned = np.ascontiguousarray(frames[:, ::-1, ::-1])[:, ::-1, ::-1]  # as of a turned video
+    assert np.array_equal(apply(view, turned), expected)
+    assert np.array_equal(
+        apply(view, np.ascontiguousarray(frames.transpose(0, 2, 1, 3)).transpose(0, 2, 1, 3)), expected
+    )
+    for crop in ((50, 0, 20, 20), (0, 30, 20, 20), (-1, 0, 5, 5), (0, 0, 0, 5)):
+        with pytest.raises(ValueError, match="crop"):
+            apply_frame(View(np.arange(1), crop, 8), frames[0], out[0])
+
+
+def test_test_views():
+    (view,) = TestTransform(8, 224).views(300, 340, 256)
+    assert view.crop == (58, 16, 224, 224)  # at a short side of 256 the picture is not resized at all
+    assert view.frames.tolist() == frame_indices(300, 8).tolist()
+    assert (view.flip, view.colour, view.size, view.drawn_from) == (False, None, 224, (300, 340, 256))
+    frame = np.random.default_rng(0).integers(0, 256, (1, 256, 340, 3), np.uint8)
+    assert np.array_equal(apply(view, frame)[0], frame[0, 16:240, 58:282])
+    assert TestTransform(8, 336).boxes(384, 500) == [(24, 82, 336, 336)]
+
+    views = TestTransform(8, 224, clips=4, crops=3).views(300, 340, 256)
+    assert [view.crop for view in views] == [(0, 0, 256, 256), (42, 0, 256, 256), (84, 0, 256, 256)] * 4
+    for number, view in enumerate(views):
+        assert view.frames.tolist() == frame_indices(300, 8, clip=number // 3, clips=4).tolist()
+    upright = TestTransform(crops=3).boxes(101, 200)
+    assert upright == [(0, 0, 101, 101), (0, 49, 101, 101), (0, 99, 101, 101)]
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("crops", [1, 3])
+def test_test_boxes_lie_inside(size, crops):
+    for side in (1, 2, 16, 224, 336):
+        boxes = TestTransform(2, side, crops=crops).boxes(*size)
+        assert len(boxes) == crops
+        for left, top, width, height in boxes:
+            assert width == height >= 1
+            assert 0 <= left <= left + width <= size[0]
+            assert 0 <= top <= top + height <= size[1]
+
+
+def test_bad_settings():
+    for setting, message in (
+        ({"size": 0}, "size is 0"),
+        ({"frames": 0}, "frames is 0"),
+        ({"sampling": "all"}, "sampling is 'all'"),
+        ({"flip": 1.5}, "flip is 1.5; a probability"),
+        ({"grey": -1}, "grey is -1"),
+        ({"hue": 0.6}, "hue is 0.6; it must lie from 0 to 0.5"),
+        ({"contrast": -0.1}, "contrast is -0.1"),
+        ({"brightness": float("nan")}, "brightness is nan"),
+        ({"scales": ()}, "scales is"),
+        ({"scales": (1.0, 1.2)}, "scales is"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            TrainTransform(**setting)
+    for setting, message in (({"crops": 2}, "crops is 2; it must be 1 or 3"), ({"clips": 0}, "clips is 0")):
+        with pytest.raises(ValueError, match=message):
+            TestTransform(**setting)
+    for transform in (TrainTransform(), TestTransform()):
+        with pytest.raises(ValueError, match="0 frames of 5x5 pixels"):
+            transform.views(0, 5, 5, sample_rng(0, 0, 0))
