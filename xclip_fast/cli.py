@@ -1,4 +1,4 @@
-"""The command line: ``xclip-fast classify | embed | search | flops | convert | info``.
+"""The command line: ``xclip-fast classify | embed | search | index | transcode | train | evaluate | ...``.
 
 Answers go to standard output: tables on a terminal, tab-separated lines in a pipe, JSON if asked for. Everything else
 goes to standard error. Exit codes: 0, 1 where something failed, 2 for wrong arguments, 130 after Ctrl-C. What a command
@@ -7,9 +7,7 @@ needs it imports itself, so that ``--help`` is quick.
 
 from __future__ import annotations
 
-import contextlib
 import csv
-import hashlib
 import io
 import json
 import logging
@@ -22,13 +20,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
+from . import features as features_file
+from .console import Bar, complain, plain, print_rows
+
 if TYPE_CHECKING:
     from torch import Tensor
 
     from .model import XCLIP, VideoFeatures
 
 app = typer.Typer(
-    help="X-CLIP video recognition: classify, embed and search video files.",
+    help="X-CLIP video recognition: classify, embed and search video files; train and evaluate.",
     add_completion=False,
     no_args_is_help=True,
     rich_markup_mode=None,  # errors stay one line, help stays plain in a pipe
@@ -38,7 +39,6 @@ app = typer.Typer(
 # In a folder: what looks like a video and is not hidden.
 _VIDEO = re.compile(r"[^.].*\.(3gp|avi|flv|m4v|mkv|mov|mp4|mpe?g|mts|ogv|ts|webm|wmv)", re.IGNORECASE | re.DOTALL)
 _HEADINGS = {"name", "label", "labels", "class", "classname"}  # of a CSV's column of labels
-_FORMAT = "xclip_fast_features"  # the metadata key that marks a file of ours; its value is the version
 _CHUNK = 1024  # labels or stored videos at once: bounds memory, whatever their number
 
 Videos = Annotated[
@@ -91,7 +91,7 @@ def classify(
     model = _load(checkpoint, variant, random_weights).to(**place)
     import torch
 
-    with torch.inference_mode(), _Bar(len(paths)) as bar:
+    with torch.inference_mode(), Bar(len(paths)) as bar:
         text_KE = torch.cat([model.encode_text(names[i : i + _CHUNK]) for i in range(0, len(names), _CHUNK)])
 
         def answer(found: VideoFeatures) -> tuple[Tensor]:
@@ -100,7 +100,7 @@ def classify(
 
         for path, result in _run(model, paths, frames, batch_size, workers, answer, bar):
             if isinstance(result, ValueError):
-                failed |= _complain(result, bar)
+                failed |= complain(result, bar)
                 continue
             best = result[0].topk(min(top, len(names)))
             ranked = [(names[index], value) for value, index in zip(best.values.tolist(), best.indices, strict=True)]
@@ -110,7 +110,7 @@ def classify(
                     print(json.dumps({"video": path, "labels": answers, "random_weights": random_weights}), flush=True)
                 else:
                     rows = [(str(rank), label, f"{value:.4f}") for rank, (label, value) in enumerate(ranked, 1)]
-                    _print(path, ("rank", "label", "probability"), rows)
+                    print_rows(path, ("rank", "label", "probability"), rows)
     raise typer.Exit(int(failed))
 
 
@@ -140,22 +140,22 @@ def embed(
 
     from .config import VARIANTS
 
-    _check_out(out, overwrite)
+    features_file.check_out(out, overwrite)
     paths, failed = _videos(videos)
     place = _place(device, dtype)
     with tempfile.TemporaryDirectory(prefix=".writing-", dir=out.parent) as folder:  # an unwritable place fails early
         model = _load(checkpoint, variant, random_weights)
-        identity = _fingerprint(model)
+        identity = features_file.fingerprint(model)
         model.to(**place)
         import torch
         from safetensors.torch import save_file
 
         kept: list[str] = []
         tensors: dict[str, Tensor] = {}
-        with torch.inference_mode(), _Bar(len(paths)) as bar:
+        with torch.inference_mode(), Bar(len(paths)) as bar:
             for path, result in _run(model, paths, frames, batch_size, workers, lambda found: found, bar):
                 if isinstance(result, ValueError):
-                    failed |= _complain(result, bar)
+                    failed |= complain(result, bar)
                     continue
                 for name, value in zip(("video", "patches") if patches else ("video",), result, strict=False):
                     if name not in tensors:  # room for all at once: growing would copy
@@ -163,11 +163,11 @@ def embed(
                     tensors[name][len(kept)] = value
                 kept.append(path)
         if not kept:
-            _complain(f"no video could be read, so {out} is not written")
+            complain(f"no video could be read, so {out} is not written")
             raise typer.Exit(1)
         config = model.config
         metadata = {
-            _FORMAT: "1",
+            features_file.FORMAT: "1",
             "names": json.dumps(kept),
             "fingerprint": identity,
             "checkpoint": "" if checkpoint is None else str(checkpoint.resolve()),
@@ -176,10 +176,10 @@ def embed(
         }
         part = Path(folder, "features")
         save_file({name: tensor[: len(kept)] for name, tensor in tensors.items()}, part, metadata=metadata)
-        _check_out(out, overwrite)  # again: much time has passed
+        features_file.check_out(out, overwrite)  # again: much time has passed
         os.replace(part, out)
     size = f"{tensors['video'].shape[1]} numbers each, {'with' if patches else 'without'} patches"
-    print(f"{_plain(str(out))}: {len(kept)} of {len(paths)} videos, {size}")
+    print(f"{plain(str(out))}: {len(kept)} of {len(paths)} videos, {size}")
     raise typer.Exit(int(failed))
 
 
@@ -204,7 +204,7 @@ def search(
         raise typer.BadParameter("the query is empty", param_hint="QUERY")
     from safetensors import safe_open
 
-    metadata = _metadata(features)
+    metadata = features_file.read_metadata(features)
     if metadata is None:
         raise ValueError(f"{features}: not a file of features; `xclip-fast embed` writes them")
     if checkpoint is None:  # the model that made them, then
@@ -214,7 +214,7 @@ def search(
         checkpoint = None if random_weights else Path(metadata["checkpoint"])
     place = _place(device, dtype)
     model = _load(checkpoint, variant, random_weights)
-    identity = _fingerprint(model)
+    identity = features_file.fingerprint(model)
     if identity != (made_with := metadata["fingerprint"]):
         raise ValueError(
             f"{features}: made with other weights ({metadata['checkpoint'] or 'random'}, {made_with[:12]}) "
@@ -254,7 +254,158 @@ def search(
             print(json.dumps({"video": name, "score": score, "random_weights": random_weights}))
     else:
         rows = [(str(rank), f"{score:.4f}", name) for rank, (score, name) in enumerate(hits, 1)]
-        _print(None, ("rank", "score", "video"), rows)
+        print_rows(None, ("rank", "score", "video"), rows)
+
+
+@app.command()
+def index(
+    source: Annotated[
+        Path, typer.Argument(metavar="DIR|LIST", help="A folder of videos, a list, or tar shards.", show_default=False)
+    ],
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Default: beside the data.")] = None,
+    labels: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Class names: a csv of id,name or one name a line.")
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Which part: val, train1, test3, or a subfolder.")] = None,
+    root: Annotated[Path | None, typer.Option(metavar="DIR", help="What a list's paths are relative to.")] = None,
+    form: Annotated[
+        str | None,
+        typer.Option("--format", help="folder, flat, lines, kinetics, ucf101, hmdb51 or tar; default: by content."),
+    ] = None,
+    reuse: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="Another manifest of the same files. May be repeated.")
+    ] = None,
+    follow_links: Annotated[
+        bool, typer.Option("--follow-links", help="Symbolic links may lead out of the data folder.")
+    ] = False,
+    workers: Workers = None,
+) -> None:
+    """Look at every video of a data set once and write a manifest.
+
+    A second run looks only at what is new or changed, and a killed one goes on. Videos that cannot be used are listed
+    with the reason.
+    """
+    from .data import manifest
+
+    with Bar() as bar:
+        found = manifest.index(
+            source,
+            out,
+            labels=labels,
+            split=split,
+            root=root,
+            format=form,
+            reuse=reuse or (),
+            follow_links=follow_links,
+            workers=workers,
+            progress=bar.update,
+        )
+    print(manifest.summary(found))
+
+
+@app.command()
+def transcode(
+    source: Annotated[Path, typer.Argument(metavar="DIR|VIDEO", help="What to copy.", show_default=False)],
+    out: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where the copies go.", show_default=False)],
+    short_side: Annotated[int, typer.Option(min=16, help="Pixels; smaller videos keep their size.")] = 256,
+    keyframe_every: Annotated[int, typer.Option(min=1, help="Frames from one keyframe to the next.")] = 12,
+    crf: Annotated[float, typer.Option(min=0, max=51, help="x264's quality; lower is better and larger.")] = 20,
+    preset: Annotated[str, typer.Option(help="x264's effort.")] = "veryfast",
+    workers: Workers = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace copies made with other settings.")] = False,
+) -> None:
+    """Copy videos into a form that decodes fast.
+
+    H.264, short side at most 256, a keyframe every 12 frames, upright; frame for frame the same. Training reads a few
+    frames of each video again and again, which then costs a fraction. Sources are never touched; a killed run goes on.
+    """
+    from .data.transcode import transcode as run
+
+    with Bar() as bar:
+        summary = run(
+            source,
+            out,
+            short_side=short_side,
+            keyframe_every=keyframe_every,
+            crf=crf,
+            preset=preset,
+            workers=workers,
+            overwrite=overwrite,
+            progress=bar.update,
+        )
+    for name, reason in summary.damaged.items():
+        print(f"note: {plain(name)}: damaged: {plain(reason)}", file=sys.stderr)
+    for name, reason in summary.failed.items():
+        complain(reason if name in reason else f"{name}: {reason}")
+    print(f"{plain(str(out))}: {summary}")
+    raise typer.Exit(int(bool(summary.failed)))
+
+
+@app.command()
+def train(
+    config: Annotated[
+        str, typer.Argument(metavar="CONFIG", help="A YAML file, or the name of a shipped one.", show_default=False)
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE...", help="Such as optim.lr=1e-5.", show_default=False)
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start over in a new folder instead of going on.")] = False,
+) -> None:
+    """Train or fine-tune.
+
+    On several GPUs: torchrun --nproc-per-node 8 -m xclip_fast.train CONFIG KEY=VALUE...
+    """
+    from .train import main as run
+
+    run(config, overrides or (), fresh=fresh)
+
+
+@app.command()
+def evaluate(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Weights.", show_default=False)],
+    manifest: Annotated[Path, typer.Argument(metavar="MANIFEST", help="What `index` wrote.", show_default=False)],
+    clips: Annotated[int, typer.Option(min=1, help="Views in time; the paper's test has 4.")] = 1,
+    crops: Annotated[int, typer.Option(help="Views in space, 1 or 3; the paper's test has 3.")] = 1,
+    labels: Annotated[
+        str | None, typer.Option(help="Labels to choose from, if not the manifest's classes (as for classify).")
+    ] = None,
+    templates: Annotated[bool, typer.Option("--templates", help="Average each label over 16 sentences.")] = False,
+    out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="For predictions, confusion and summary.")] = None,
+    overwrite: Overwrite = False,
+    variant: Variant = None,
+    frames: Frames = None,
+    sampling: Annotated[Literal["sparse", "dense"], typer.Option(help="How frames are taken.")] = "sparse",
+    stride: Annotated[int, typer.Option(min=1, help="Frames between frames of a dense view.")] = 1,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Views at once.")] = None,
+    device: Device = "auto",
+    dtype: DType = "auto",
+    workers: Annotated[int | None, typer.Option(min=0, help="Decoding processes; 0: none.")] = None,
+) -> None:
+    """Measure accuracy on the videos of a manifest.
+
+    Softmax is averaged over the views. Every video is accounted for: those that could not be read are named.
+    """
+    from . import evaluate as evaluation
+    from .templates import TEMPLATES
+
+    evaluation.main(
+        checkpoint,
+        manifest,
+        out=out,
+        overwrite=overwrite,
+        clips=clips,
+        crops=crops,
+        frames=frames,
+        sampling=sampling,
+        stride=stride,
+        labels=None if labels is None else _labels(labels),
+        templates=TEMPLATES if templates else None,
+        variant=variant,
+        batch_size=batch_size,
+        device=device,
+        dtype=dtype,
+        workers=workers,
+    )
 
 
 @app.command()
@@ -272,7 +423,7 @@ def flops(as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with
         return
     columns = [name for name in rows[0] if name not in ("variant", "parts")]
     cells = [(str(row["variant"]), *(f"{row[name]:.1f}" for name in columns)) for row in rows]
-    _print(None, ("variant", *columns), cells, header_in_pipe=True)
+    print_rows(None, ("variant", *columns), cells, header_in_pipe=True)
 
 
 @app.command()
@@ -291,7 +442,7 @@ def convert(
     from . import checkpoint
 
     checkpoint.convert(source, folder, layout, drop_config=drop_config, overwrite=overwrite)
-    print(f"{_plain(str(folder))}: written in the layout {layout}")
+    print(f"{plain(str(folder))}: written in the layout {layout}")
 
 
 @app.command()
@@ -318,11 +469,11 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except BrokenPipeError:  # who read our output has gone; nothing may complain at exit either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError, ImportError, MemoryError) as error:
-        _complain(error)
+        complain(error)
     except RuntimeError as error:
         if not _expected(error):
             raise
-        _complain(error)
+        complain(error)
     sys.exit(1)
 
 
@@ -332,72 +483,6 @@ def _expected(error: RuntimeError) -> bool:
 
     words = ("out of memory", "not enough memory", "can't allocate memory", "CUDA error")
     return isinstance(error, BackendError) or any(word in str(error) for word in words)
-
-
-def _complain(error: object, bar: _Bar | None = None) -> bool:
-    """One line on standard error; True, for ``failed |= _complain(...)``."""
-    message = " ".join(line.strip() for line in str(error).splitlines()) or type(error).__name__
-    with bar.aside() if bar else contextlib.nullcontext():
-        print(f"error: {_plain(message)}", file=sys.stderr, flush=True)
-    return True
-
-
-def _plain(text: str) -> str:
-    """Text without control characters: a file's name may hold tabs, newlines, or what commands a terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def _print(
-    title: str | None, header: Sequence[str], rows: Sequence[Sequence[str]], *, header_in_pipe: bool = False
-) -> None:
-    """A table on a terminal; otherwise a line for each row, its cells and first the title between tabs."""
-    if not sys.stdout.isatty():
-        for row in [header, *rows] if header_in_pipe else rows:
-            print("\t".join(_plain(cell) for cell in ([title] if title else []) + list(row)), flush=True)
-        return
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(*header, box=None, padding=(0, 2), title=Text(_plain(title)) if title else None, title_justify="left")
-    for row in rows:
-        table.add_row(*(Text(_plain(cell), overflow="fold") for cell in row))
-    Console(highlight=False).print(table)
-
-
-class _Bar:
-    """A progress bar on standard error while the block lasts; nothing if that is no terminal."""
-
-    def __init__(self, total: int) -> None:
-        self._progress: Any = None
-        if sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import Progress
-
-            # redirected, what we print would land on standard error
-            console = Console(stderr=True)
-            self._progress = Progress(console=console, transient=True, redirect_stdout=False, redirect_stderr=False)
-            self._task = self._progress.add_task("videos", total=total)
-
-    def __enter__(self) -> _Bar:
-        if self._progress:
-            self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._progress:
-            self._progress.stop()
-
-    def advance(self) -> None:
-        if self._progress:
-            self._progress.advance(self._task)
-
-    @contextlib.contextmanager
-    def aside(self) -> Iterator[None]:
-        """Without the bar on the screen: for printing."""
-        self.__exit__()
-        yield
-        self.__enter__()
 
 
 def _labels(given: str) -> list[str]:
@@ -464,7 +549,7 @@ def _videos(given: Sequence[str]) -> tuple[list[str], bool]:
             inside += [os.path.join(folder, each) for each in files if _VIDEO.fullmatch(each)]
         paths += sorted(inside)
         if not inside:
-            failed = _complain(f"{name}: no video file in this folder")
+            failed = complain(f"{name}: no video file in this folder")
     if not paths:
         raise typer.Exit(1)
     return paths, failed
@@ -513,19 +598,6 @@ def _load(checkpoint: Path | None, variant: str | None, random_weights: bool) ->
     return XCLIP(shape or config.VARIANTS["B/16-8f"]).eval()
 
 
-def _fingerprint(model: XCLIP) -> str:
-    """SHA-256 of the shape and the weights, the same for the same model in any layout."""
-    import torch
-
-    values = model.config.to_dict()
-    del values["logit_scale"], values["vision"]["drop_path"]  # they say how to start and to train
-    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
 def _run(
     model: XCLIP,
     paths: list[str],
@@ -533,7 +605,7 @@ def _run(
     batch_size: int | None,
     workers: int | None,
     answer: Callable[[VideoFeatures], Sequence[Tensor]],
-    bar: _Bar,
+    bar: Bar,
 ) -> Iterator[tuple[str, list[Tensor] | ValueError]]:
     """Each path in order with its part of the batch's ``answer``, on the CPU, or with what is wrong with the video.
 
@@ -566,34 +638,6 @@ def _run(
             finite = all(part.isfinite().all() for part in own)
             yield waited, own if finite else ValueError(f"{waited}: the answer is not a number; try --dtype float32")
         waiting, videos = [], []
-
-
-def _check_out(out: Path, overwrite: bool) -> None:
-    """Refuse what ``--out`` may not be: nothing but a file of features is ever replaced."""
-    if out.is_dir() or not out.parent.is_dir():
-        what = "is a folder" if out.is_dir() else "its folder does not exist"
-        raise typer.BadParameter(f"{out}: {what}; a file in an existing folder is wanted", param_hint="--out")
-    if out.exists() and not overwrite:
-        raise FileExistsError(f"{out}: is there already; choose another name or add --overwrite")
-    if out.exists() and _metadata(out) is None:
-        raise FileExistsError(
-            f"{out}: is something else than stored features, which is never replaced; choose another name"
-        )
-
-
-def _metadata(path: Path) -> dict[str, str] | None:
-    """What ``embed`` wrote about the features in a file; None if it is another file."""
-    from safetensors import SafetensorError, safe_open
-
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        with safe_open(path, "pt") as file:
-            metadata, tensors = file.metadata() or {}, set(file.keys())
-    except SafetensorError:
-        return None
-    complete = {"names", "fingerprint", "checkpoint", "variant"} <= metadata.keys() and "video" in tensors
-    return metadata if metadata.get(_FORMAT) == "1" and complete else None
 
 
 if __name__ == "__main__":
