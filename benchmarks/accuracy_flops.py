@@ -176,7 +176,7 @@ def cells(point: Point) -> list[str]:
         point.data,
         amount(point.gflops_per_view),
         amount(point.gflops),
-        "-" if point.views_per_second is None else f"{point.views_per_second:.3g}",
+        "-" if point.views_per_second is None else amount(point.views_per_second),
         point.speed,
     ]
 

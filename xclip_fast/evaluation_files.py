@@ -137,15 +137,16 @@ def _confusion_png(evaluation: Evaluation, path: Path, notes: list[str]) -> None
     share_KK = np.where(total_K1 > 0, 100 * count_KK / np.maximum(total_K1, 1), np.nan)
     K = len(labels)
     named = K <= NAMES_UP_TO
-    side = max(4.5, 2.5 + 0.19 * K) if named else 9.0
+    names = [_short(label) for label in labels]
+    side = max(3.5, 0.19 * K) if named else 8.0  # of the matrix, in inches; names take their room beside it
+    room = 0.5 + (0.07 * max(map(len, names)) if named else 0.3)
     with matplotlib.rc_context({"font.size": 8}):
-        figure = Figure(figsize=(side + 1.0, side), layout="constrained")
+        figure = Figure(figsize=(side + room + 1.0, side + room), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
         colours = matplotlib.colormaps["Blues"].with_extremes(bad="0.93")
         picture = axes.imshow(share_KK, cmap=colours, vmin=0, vmax=100, interpolation="nearest")
         if named:
-            names = [_short(label) for label in labels]
             axes.set_xticks(range(K), names, rotation=90)
             axes.set_yticks(range(K), names)
             axes.tick_params(length=0)
@@ -158,7 +159,7 @@ def _confusion_png(evaluation: Evaluation, path: Path, notes: list[str]) -> None
         top1 = "-" if np.isnan(evaluation.top1) else f"{100 * evaluation.top1:.1f} %"
         axes.set_title(f"top-1 {top1} of {evaluation.counted} videos, {K} labels, {views}")
         figure.colorbar(picture, ax=axes, label="% of the truth's videos (grey: none)", fraction=0.046, pad=0.03)
-        figure.savefig(path, dpi=150)
+        figure.savefig(path, dpi=120, bbox_inches="tight")
 
 
 def _short(label: str) -> str:
