@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .listing import Entry
-from .probing import file_status, look_all
+from .probing import file_status, look_all, real_folder
 from .sources import Labels, read_source
 from .video import Video, one_line, printable, video_name
 
@@ -83,8 +83,8 @@ class Manifest:
             part.unlink(missing_ok=True)
 
     def _stored_root(self, path: Path) -> str:
-        root, home = PurePosixPath(os.path.realpath(self.root)), Path(os.path.realpath(path)).parent
-        if root == home or home in Path(root).parents or Path(root) in home.parents:
+        root, home = Path(os.path.realpath(self.root)), Path(os.path.realpath(path)).parent
+        if root == home or home in root.parents or root in home.parents:
             return Path(os.path.relpath(root, home)).as_posix()
         return str(root)
 
@@ -203,15 +203,15 @@ def index(
 
     The source is a folder or a list, in one of these forms (told by content, or by `format`):
 
-    folder: a folder per class; "_" in its name stands for a space.    data/riding_a_bike/001.mp4
-    flat: a folder of videos without classes.                          data/001.mp4
-    lines: path and id of the label; `labels` has the names.           riding a bike/001.mp4 12
-    kinetics: the official csv; files are found by YouTube id.         label,youtube_id,time_start,time_end,split
-                                                                       abseiling,0347ZoDXyP0,95,105,train
-    ucf101: the lists, beside classInd.txt.                            trainlist01.txt, or the folder and split="train1"
-    hmdb51: the folder of the split files, and split="train1".         brush_hair_test_split1.txt
-    tar: uncompressed shards: one, a folder, or a pattern.             train-{0000..0099}.tar
-                                                                       of 000017.mp4, 000017.cls
+    folder: a folder per class; "_" in its name stands for a space. data/riding_a_bike/001.mp4
+    flat: a folder of videos without classes. data/001.mp4
+    lines: path, space, id of the label, whose names `labels` gives. riding a bike/001.mp4 12
+    kinetics: the official csv; the files are found by YouTube id. abseiling,0347ZoDXyP0,95,105,train
+    ucf101: trainlist01.txt, testlist01.txt, ... beside classInd.txt; or their folder and split="train1".
+    hmdb51: the folder of brush_hair_test_split1.txt, ... and split="train1".
+    tar: uncompressed shards, as WebDataset makes them: one, a folder of them, or train-{0000..0099}.tar.
+
+    `xclip_fast.data.sources` has examples.
 
     out: the manifest's file. By default `manifest.jsonl` in the folder, `LIST.manifest.jsonl` beside a list.
     labels: names of classes, where the source has ids or the order matters: a csv of id,name, a text file with a name
@@ -241,6 +241,7 @@ def index(
 
     partial = out.with_name(f"{out.name}.partial")
     home = str(listing.root)
+    real_folder.cache_clear()
     wanted = {_key(home, entry): entry for entry in listing.entries}  # a list may name a video twice
     facts = {key: Video(entry.path, None, entry.member, entry.offset, entry.size) for key, entry in wanted.items()}
     facts.update({key: replace(facts[key], error=entry.error) for key, entry in wanted.items() if entry.error})
@@ -249,6 +250,8 @@ def index(
     done = len(facts) - len(todo)
     with open(partial, "a", encoding="ascii") as file:
         file.write("\n" + _dump({"xclip_fast_manifest": VERSION, "root": home}, ()))  # the last line may be torn
+        if progress:
+            progress(done, len(facts))
         rows = [facts[key] for key in todo]
         found = look_all(home, rows, workers=workers, timeout=timeout, follow_links=follow_links)
         with closing(found):
@@ -262,7 +265,7 @@ def index(
     videos = (replace(facts[_key(home, entry)], label=entry.label) for entry in listing.entries)
     manifest = Manifest(listing.root, listing.classes, tuple(videos))
     manifest.write(out)
-    partial.unlink()
+    partial.unlink(missing_ok=True)
     return manifest
 
 

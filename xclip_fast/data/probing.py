@@ -59,7 +59,7 @@ def file_status(root: str, path: str, follow_links: bool) -> os.stat_result:
         status = os.stat(whole)
         real = os.path.realpath(whole)
     else:
-        real = _real_folder(os.path.dirname(whole))
+        real = real_folder(os.path.dirname(whole))
     if not follow_links and os.path.commonpath((root, real)) != root:
         raise VideoError(
             f"is reached by a link that leads out of the root folder, to {real}; follow_links=True allows it"
@@ -68,7 +68,7 @@ def file_status(root: str, path: str, follow_links: bool) -> os.stat_result:
 
 
 @lru_cache(4096)
-def _real_folder(folder: str) -> str:
+def real_folder(folder: str) -> str:
     return os.path.realpath(folder)
 
 
@@ -90,7 +90,6 @@ def look_all(
     """
     import xclip_fast.data.decode  # noqa: F401  before forking, so that it is imported once
 
-    _real_folder.cache_clear()
     if workers == 0:
         yield from ((number, look(root, row, follow_links)) for number, row in enumerate(rows))
         return
@@ -166,7 +165,7 @@ def _serve(connection: Connection, root: str, follow_links: bool, timeout: float
     logging.disable(logging.WARNING)  # what matters stands in the row
     try:
         while os.getppid() == parent:
-            if connection.poll(5):
+            if connection.poll(1):
                 if hasattr(signal, "alarm"):  # if the parent is killed while this one hangs
                     signal.alarm(int(timeout) + 60)
                 connection.send(look(root, connection.recv(), follow_links))

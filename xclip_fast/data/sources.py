@@ -1,13 +1,41 @@
 """Lists of videos in the forms in which data sets come: which files there are, and the class of each.
 
-    format      what it is                                  example
-    folder      a folder per class                          data/riding_a_bike/001.mp4   (class "riding a bike")
-    flat        a folder of videos without classes          data/001.mp4
-    lines       a path and a label id on each line          riding a bike/001.mp4 12
-    kinetics    the csv files of Kinetics                   abseiling,0347ZoDXyP0,000095,000105,train
-    ucf101      trainlist01.txt and its like                ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi 1
-    hmdb51      a folder of brush_hair_test_split1.txt ...  April_09_brush_hair_u_nm_np1_ba_goo_0.avi 1
-    tar         uncompressed tar shards (WebDataset)        train-{0000..0099}.tar       (see shards.py)
+folder: a folder per class; "_" in its name stands for a space; folders inside belong to the same class.
+
+    data/riding_a_bike/001.mp4
+    data/archery/indoors/007.webm
+
+flat: a folder of videos without classes.
+
+    data/001.mp4
+    data/002.mp4
+
+lines: a path and the id of its label on each line, with names of the classes from a csv of id,name. The path is all
+before the last field, so it may hold spaces. A list of paths alone is unlabelled.
+
+    riding a bike/001.mp4 12
+    archery/indoors/007.webm 3
+
+kinetics: the official csv files. Files are found by their names, {youtube_id}_{start:06d}_{end:06d} or {youtube_id},
+in whatever folders they lie; those that are not there are listed as errors.
+
+    label,youtube_id,time_start,time_end,split
+    abseiling,0347ZoDXyP0,95,105,train
+
+ucf101: trainlist01.txt, testlist01.txt and so on, beside classInd.txt. ApplyEyeMakeup becomes "Apply Eye Makeup".
+
+    ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi 1
+    YoYo/v_YoYo_g08_c01.avi 101
+
+hmdb51: the folder of brush_hair_test_split1.txt and the others; 1 is training, 2 test, 0 neither.
+
+    April_09_brush_hair_u_nm_np1_ba_goo_0.avi 1
+    Blonde_being_brushed_brush_hair_f_nm_np2_ri_med_0.avi 2
+
+tar: uncompressed tar files, one, a folder of them, or a pattern like train-{0000..0099}.tar (see shards.py).
+
+    000017.mp4
+    000017.cls
 
 Nothing here opens a video. A file that a list names is listed whether it is there or not.
 """
