@@ -113,13 +113,22 @@ def test_routing_by_colour():
     assert "interlaced" in dali.supported(replace(good, interlaced=True))
 
 
-def test_hevc_with_open_groups_goes_to_the_cpu(tmp_path):
-    clip = render("growing", 1, frames=48, size=(144, 144))
-    for name, number in (("open", 1), ("closed", 0)):
-        options = {"x265-params": f"open-gop={number}:keyint=12:min-keyint=12:bframes=3:scenecut=0:log-level=none"}
-        write_clip(tmp_path / f"{name}.mp4", clip, codec="libx265", **options)
-    assert "open groups" in dali.supported(row(tmp_path, "open.mp4"))
-    assert dali.supported(row(tmp_path, "closed.mp4")) is None
+@pytest.mark.parametrize(
+    ("codec", "options", "why"),
+    [
+        ("libx264", {}, None),
+        ("libx264", {"g": 12, "bf": 0}, None),
+        ("libx264", {"x264-params": "open-gop=1:keyint=12:bframes=3:b-adapt=0"}, None),  # sought at the IDR frame only
+        ("libx264", {"g": 2, "bf": 3, "x264-params": "b-adapt=0"}, "keyframes too close"),
+        ("libx265", {"x265-params": "open-gop=0:keyint=12:bframes=3:log-level=none"}, None),
+        ("libx265", {"x265-params": "open-gop=1:keyint=12:bframes=3:b-adapt=0:log-level=none"}, "open groups"),
+        ("mpeg4", {}, "codec"),
+    ],
+)
+def test_routing_of_real_files(tmp_path, codec, options, why):
+    write_clip(tmp_path / "a.mp4", render("growing", 1, frames=40, size=(144, 144)), codec=codec, **options)
+    found = dali.supported(row(tmp_path, "a.mp4"))
+    assert found == why if why is None else why in (found or ""), found
 
 
 def test_container_by_its_first_bytes(folder):
@@ -409,19 +418,26 @@ def whole(frames, side=128):
 
 
 @needs_dali
-@pytest.mark.parametrize("case", ["vp9", "vp9 vfr", "mjpeg", "vp9 mkv"])
-def test_frame_numbers(tmp_path, case):
+@pytest.mark.parametrize(
+    ("name", "codec", "times"),
+    [
+        ("constant.webm", "libvpx-vp9", None),
+        ("variable.webm", "libvpx-vp9", np.random.default_rng(1).uniform(0.01, 0.2, 40).cumsum()),
+        ("late.mp4", "libvpx-vp9", 1 + np.arange(40) / 25),  # an edit list delays it
+        ("cut.mov", "mjpeg", np.arange(-9, 31) / 25),  # an edit list hides nine frames
+    ],
+)
+def test_frame_numbers(tmp_path, name, codec, times):
     """Unsorted numbers with repeats give the frames of those numbers."""
-    frames, rng = 40, np.random.default_rng(0)
-    clip = render("moving right", 5, frames=frames, size=(128, 128))
-    name = tmp_path / ("a.webm" if case in ("vp9", "vp9 vfr") else "a.mkv")
-    times = np.cumsum(rng.uniform(0.01, 0.2, frames)).tolist() if "vfr" in case else None
-    codec, options = ("mjpeg", {"pix_fmt": "yuvj420p"}) if case == "mjpeg" else ("libvpx-vp9", {"g": 7})
-    write_clip(name, clip, codec=codec, times=times, **options)
-    assert dali.supported(row(tmp_path, name.name), gpu=False) is None
-    numbers = rng.integers(0, frames, 12)
-    (got,) = run_dali([np.fromfile(name, np.uint8)], [[whole(numbers)]])
-    all_frames = decode_frames(name, range(frames)).astype(np.float32)
+    clip = render("moving right", 5, frames=40, size=(128, 128))
+    options = {"pix_fmt": "yuvj420p"} if codec == "mjpeg" else {"g": 7, "cpu-used": 8}
+    write_clip(tmp_path / name, clip, codec=codec, times=None if times is None else times.tolist(), **options)
+    video = row(tmp_path, name)
+    assert video.frames == (31 if name == "cut.mov" else 40)
+    assert dali.supported(video, gpu=False) is None
+    numbers = np.random.default_rng(0).integers(0, video.frames, 12)
+    (got,) = run_dali([np.fromfile(tmp_path / name, np.uint8)], [[whole(numbers)]])
+    all_frames = decode_frames(tmp_path / name, range(video.frames)).astype(np.float32)
     nearest = [int(np.abs(all_frames - frame).mean((1, 2, 3)).argmin()) for frame in got]
     assert nearest == numbers.tolist()
 
@@ -461,7 +477,7 @@ def test_views_agree_with_the_torch_ones(folder, manifest, transform):
                 strong = view.colour is not None and np.abs(view.colour[:, :3]).sum(axis=1).max() > 2
                 difference = np.abs(wanted.astype(int) - part)
                 worst[strong] = max(worst[strong], int(difference.max()))
-                assert (difference > 2).mean() < 1e-4
+                assert (difference > 2).mean() < 1e-3
     print("largest difference in levels, by whether the colours are amplified more than twice:", worst)
     assert worst[False] <= (2 if transform.random else 1)
     assert worst[True] <= 3
@@ -543,8 +559,8 @@ def test_bt709_is_corrected(tmp_path):
         difference = run_dali([encoded], [[view]], tag)[0] - wanted
         errors[tag] = np.abs(difference - difference.mean()).mean()  # less what the CPU path is too dark by
     print("mean error in levels, corrected and not:", errors[1], errors[2])
-    assert errors[1] < 0.7
-    assert errors[2] > 2 * errors[1]
+    assert errors[1] < 0.9
+    assert errors[2] > 1.5 * errors[1]
 
 
 @needs_dali
