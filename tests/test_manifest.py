@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,7 +18,7 @@ import pytest
 
 from xclip_fast.data import probing
 from xclip_fast.data.decode import decode_frames, probe
-from xclip_fast.data.manifest import Manifest, Video, cpu_only, index, summary
+from xclip_fast.data.manifest import Manifest, Video, index, summary
 from xclip_fast.data.motion import render, write_clip
 from xclip_fast.data.plan import Plan
 from xclip_fast.data.video import pack_plan, unpack_plan
@@ -79,7 +80,19 @@ def test_index_and_read_back(data, clip):
     assert manifest.labels.tolist() == [0, *[1] * 7]
     video = rows(manifest)["run/0.mp4"]
     info = probe(clip)
-    for name in ("frames", "width", "height", "codec", "pix_fmt", "rotation", "duration", "fps", "plan"):
+    for name in (
+        "frames",
+        "width",
+        "height",
+        "codec",
+        "pix_fmt",
+        "rotation",
+        "duration",
+        "fps",
+        "colorspace",
+        "interlaced",
+        "plan",
+    ):
         assert getattr(video, name) == getattr(info, name), name
     assert video.plan is not None
     assert (video.size, video.mtime_ns) == ((s := (data / "run/0.mp4").stat()).st_size, s.st_mtime_ns)
@@ -434,16 +447,12 @@ def test_summary(data):
     text = summary(index(data, workers=0, labels=["run", "long_jump", "fly\n"]))
     assert "8 videos, 3 classes" in text
     assert "3 usable: 30 frames, 0 h 0 min 1 s" in text
-    assert "3 h264 yuv420p" in text
+    assert "codecs: 3 x h264 yuv420p\n" in text
     assert "classes without a usable video: 1 (fly\\n)" in text
     assert "5 cannot be used" in text
     assert "1 x is empty (zero bytes): run/zero.mp4" in text
-    assert "CPU" not in text
-
-
-def test_cpu_only():
-    good = Video("a", codec="h264", pix_fmt="yuv420p")
-    assert cpu_only(good) is None
-    assert cpu_only(replace(good, rotation=90)) == "rotated"
-    assert cpu_only(replace(good, pix_fmt="yuv420p10le")) == "pixels yuv420p10le"
-    assert cpu_only(replace(good, codec="mjpeg")) == "codec mjpeg"
+    assert "CPU even where there is a GPU: 100.0% (size 100.0%)" in text  # too small for the hardware
+    many = Manifest(data, (), (Video("a", frames=1, codec="mjpeg"), Video("b", frames=1, codec="h264")) * 6000)
+    assert re.search(
+        r"GPU: about 100.0% \((codec|pixel format) 5\d\.\d%, (codec|pixel format) 4\d\.\d%\)", summary(many)
+    )

@@ -19,6 +19,8 @@ from typing import Any
 
 from .video import Video, one_line, pack_plan
 
+_FACTS = ("frames", "width", "height", "codec", "pix_fmt", "rotation", "duration", "fps", "colorspace", "interlaced")
+
 
 def look(root: str, row: Video, follow_links: bool) -> Video:
     """The row with what there is to know about its file, or with an error. `root` has no symbolic links."""
@@ -38,8 +40,7 @@ def look(root: str, row: Video, follow_links: bool) -> Video:
         return replace(row, error=one_line(getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"))
     if (after.st_mtime_ns, after.st_size) != (before.st_mtime_ns, before.st_size):
         return replace(row, error="changed while it was read; index again", mtime_ns=0)
-    names = ("frames", "width", "height", "codec", "pix_fmt", "rotation", "duration", "fps")
-    facts: dict[str, Any] = {name: getattr(info, name) for name in names}
+    facts: dict[str, Any] = {name: getattr(info, name) for name in _FACTS}
     return replace(row, **facts, packed=None if info.plan is None else pack_plan(info.plan))
 
 

@@ -20,8 +20,9 @@ class Video:
     `path` is relative to the manifest's root, with "/" between folders; for a member of a tar it is the shard's, and
     `member` and `offset` (bytes) say where in the shard. `size` is in bytes (the member's, in a shard); `mtime_ns` is
     the file's. `label` counts in the manifest's classes, None where unknown. `width` and `height` are as displayed,
-    after `rotation` (degrees clockwise); `duration` is in seconds; `fps` is the average. `packed` is the decoding
-    plan, compressed; `plan` gives it. With an `error` (one line) the rest may be missing.
+    after `rotation` (degrees clockwise); `duration` is in seconds; `fps` is the average; `colorspace` is FFmpeg's
+    number (1: BT.709, 2: not stated); `interlaced`: a frame holds two fields. `packed` is the decoding plan,
+    compressed; `plan` gives it. With an `error` (one line) the rest may be missing.
     """
 
     path: str
@@ -38,6 +39,8 @@ class Video:
     rotation: int = 0
     duration: float = 0.0
     fps: float = 0.0
+    colorspace: int = 2
+    interlaced: bool = False
     packed: str | None = None
     error: str | None = None
 
