@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from .decode import Source
-    from .manifest import Video
+    from .plan import Source
     from .transforms import View
+    from .video import Video
 
 _CHUNK = 2**26  # bytes of frames decoded at a time
 _LARGEST = 2**30  # bytes of one decoded video; a longer one would take minutes before its first frame is seen
@@ -127,9 +127,7 @@ class FrameCache:
             return True
         except OSError as error:
             self._broken = True
-            self._note(
-                "broken", f"{self.folder}: cannot write to the cache ({error.strerror or error}); it grows no more"
-            )
+            self._note("broken", f"{self.folder}: cannot be written to ({error.strerror or error}); going on without")
             return False
         finally:
             part.unlink(missing_ok=True)

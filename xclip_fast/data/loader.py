@@ -329,7 +329,7 @@ class Loader:
         if len(self._reasons) > self._max_bad * self._distinct:
             raise DataError(
                 f"{len(self._reasons)} of {self._distinct} videos cannot be used, more than the {self._max_bad:.1%} "
-                f"that max_bad allows: {self.report.listed()}. Is the data folder complete, and is it where the manifest "
+                f"that max_bad allows: {self.report.listed()}. Is the data folder complete, and where the manifest "
                 f"says ({self.manifest.root})? If so, index it again, and raise max_bad to go on without these videos"
             )
 

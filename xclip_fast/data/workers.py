@@ -14,11 +14,13 @@ import contextlib
 import importlib
 import logging
 import multiprocessing
+import multiprocessing.connection
 import os
 import queue
 import shutil
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Generator, Iterator
@@ -30,8 +32,9 @@ import torch
 from torch.utils.data import DataLoader, get_worker_info
 
 from .cache import FrameCache
-from .manifest import Manifest, one_line
+from .manifest import Manifest
 from .sampling import sample_rng
+from .video import one_line
 
 log = logging.getLogger(__name__)
 
@@ -240,6 +243,7 @@ class Workers:
             self.table.turn = 0
             if done < len(numbers) and not sys.is_finalizing():
                 self._drain(5.0)
+            self._feed.tasks = _no_tasks  # `make` may refer to whoever deletes us
 
     def _next(self, turn: int) -> Result:
         """The next result. Raises one of _TROUBLE if a worker died, or hangs."""
@@ -263,7 +267,8 @@ class Workers:
             now = int(self.table.counts[1:].sum())
             if now != begun or any(self.table.busy(worker) for worker in range(self.workers)):
                 quiet, begun = time.monotonic(), now
-            if time.monotonic() - quiet > max(self.timeout, _START):
+            starting = bool((self.table.counts[1:] == 0).any())
+            if time.monotonic() - quiet > (max(self.timeout, _START) if starting else self.timeout):
                 raise RuntimeError(f"the workers have done nothing for {time.monotonic() - quiet:.0f} s")
 
     @property
@@ -278,7 +283,7 @@ class Workers:
             collate_fn=_same,  # type: ignore[arg-type]  # what __getitems__ gave is a batch
             pin_memory=self.pin,
             timeout=_POLL,
-            worker_init_fn=_quiet,
+            worker_init_fn=_settle,
             multiprocessing_context=context(),
             generator=torch.Generator(),  # or each epoch would draw from the program's own random numbers
             prefetch_factor=self.prefetch,
@@ -372,6 +377,7 @@ class Workers:
             process.kill()
             process.join(5.0)
         self.table.cells.fill_(-1)
+        self.table.counts[1:].zero_()
 
     def close(self) -> None:
         """End the workers; one that is busy with a video for another second is killed. They start again when needed."""
@@ -385,10 +391,15 @@ class Workers:
         self._shut_down()
 
 
+def _no_tasks() -> Iterator[Task]:
+    return iter(())
+
+
 class _Feed:
     """The batch sampler that DataLoader draws tasks from."""
 
-    tasks: Callable[[], Iterator[Task]]
+    def __init__(self) -> None:
+        self.tasks = _no_tasks
 
     def __iter__(self) -> Iterator[Task]:
         return self.tasks()
@@ -414,12 +425,22 @@ def _same(result: Result) -> Result:
     return result
 
 
-def _quiet(worker: int) -> None:
+def _settle(worker: int) -> None:
+    """What a new process does first."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; the parent ends these
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        # DataLoader's own watch is on the fork server, which lives as long as its children do.
+        threading.Thread(target=_end_with, args=(parent.sentinel,), name="watch the parent", daemon=True).start()
+
+
+def _end_with(sentinel: int) -> None:
+    multiprocessing.connection.wait([sentinel])
+    os._exit(1)
 
 
 def _decode_alone(decoder: Decoder, task: Task, pipe: Any) -> None:
-    _quiet(0)
+    _settle(0)
     torch.set_num_threads(1)
     importlib.import_module("xclip_fast.data.decode")
     pipe.send(True)
