@@ -566,17 +566,20 @@ def test_decode_many_reads_only_a_little_ahead(clip):
     results.close()
 
 
-def test_full_size_frames_are_not_kept(footage):
-    """132 frames of 1280 x 720 are 365 MB; sampling 4 of them must stay far under that."""
+def test_full_size_frames_are_not_kept_and_torch_starts_no_threads(footage):
+    """132 frames of 1280 x 720 are 365 MB; sampling 4 of them must stay far under that. Cores belong to the decoders."""
     code = (
-        "import resource, sys; from xclip_fast.data.decode import decode, probe\n"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "import os, resource, sys, torch; from xclip_fast.data.decode import decode, probe\n"
+        "torch.set_num_threads(4)\n"
+        "count = lambda: len(os.listdir('/proc/self/task')) if os.path.isdir('/proc/self/task') else 0\n"
+        "before, threads = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, count()\n"
         "decode(sys.argv[1], 4)\n"
-        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)\n"
+        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024, count() - threads)\n"
     )
     command = [sys.executable, "-c", code, str(footage["bigbuckbunny"])]
-    grown = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    grown, started = map(int, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
     assert grown < 120
+    assert started == 0
 
 
 def test_ffmpeg_prints_nothing(tmp_path, whole):

@@ -206,12 +206,16 @@ def apply_frame(view: View, frame_HWC: np.ndarray, out_SSC: np.ndarray) -> None:
     box_HWC = frame_HWC[top : top + height, left : left + width]
     if box_HWC.shape[:2] != (height, width):
         raise ValueError(f"crop {view.crop} leaves the frame of {frame_HWC.shape[1]}x{frame_HWC.shape[0]} pixels")
-    if min(box_HWC.strides) < 0 or not box_HWC.flags.writeable:  # torch takes neither turned nor read-only memory
-        box_HWC = box_HWC.copy()
-    # On uint8 this is fixed-point arithmetic, at most one level from the exact value, several times faster than float.
-    x_1CHW = torch.from_numpy(box_HWC).permute(2, 0, 1)[None]
-    resized = torch.nn.functional.interpolate(x_1CHW, size=(view.size, view.size), mode="bilinear", antialias=False)
-    picture_SSC = resized[0].permute(1, 2, 0).numpy()
+    if (height, width) == (view.size, view.size):
+        picture_SSC = box_HWC
+    else:
+        # torch would copy a box that is not contiguous on all cores, the last thing decoding threads need; turned and
+        # read-only memory it does not take at all. Now `interpolate` works in fixed point on the calling thread, at
+        # most one level from the exact value, and several times faster than in float.
+        box_HWC = np.ascontiguousarray(box_HWC) if box_HWC.flags.writeable else box_HWC.copy()
+        x_1CHW = torch.from_numpy(box_HWC)[None].permute(0, 3, 1, 2)
+        x_1CSS = torch.nn.functional.interpolate(x_1CHW, size=(view.size, view.size), mode="bilinear", antialias=False)
+        picture_SSC = x_1CSS[0].permute(1, 2, 0).numpy()
     if view.flip:
         picture_SSC = picture_SSC[:, ::-1]
     if view.colour is None:
