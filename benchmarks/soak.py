@@ -1,0 +1,228 @@
+"""Many thousand videos through the loader, two of a hundred of them bad: all good ones once, all bad ones named.
+
+    python benchmarks/soak.py                                      # 20,000 videos, minutes
+    python benchmarks/soak.py --samples 2000 --json out.json
+
+The files are generated: small clips of five codecs, each under many names (hard links), and six kinds of bad file. The
+manifest knows nothing of the damage, as if it came after indexing. Checked: every good video is delivered exactly once an
+epoch and every bad one is in the report, the memory of all processes at the end is what it was after a tenth, and no
+batch takes longer than --patience seconds. The exit status says whether all of that holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import av
+import measuring
+import numpy as np
+
+from xclip_fast.data.decode import probe
+from xclip_fast.data.loader import loader
+from xclip_fast.data.manifest import Manifest
+from xclip_fast.data.motion import CLASSES, render, write_clip
+from xclip_fast.data.transforms import TrainTransform
+from xclip_fast.data.video import Video, pack_plan
+
+CODECS = (("libx264", ".mp4"), ("libx265", ".mkv"), ("libvpx-vp9", ".webm"), ("mjpeg", ".avi"), ("mpeg4", ".mp4"))
+CLIP_FRAMES, CLIP_SIZE = 12, (72, 96)
+BAD = ("corrupt", "truncated", "audio only", "missing", "empty", "text")
+EVERY = 50  # one video in so many is bad
+LOOKS = 20  # at the memory, evenly over the run
+SLACK = (
+    1.05,
+    16 * 2**20,
+)  # memory at the end over that after a tenth, as a factor and in bytes, that still counts as flat
+
+
+def make_pool(folder: Path, clips: int) -> list[tuple[Path, Video]]:
+    """Good clips of every codec, with what an index would say of each."""
+    pool = []
+    for number in range(clips):
+        codec, suffix = CODECS[number % len(CODECS)]
+        label = number % len(CLASSES)
+        path = folder / f"{number}{suffix}"
+        frames = render(CLASSES[label], 0, number, frames=CLIP_FRAMES, size=CLIP_SIZE)
+        quiet = {"x265-params": "log-level=error"} if codec == "libx265" else {}
+        write_clip(path, frames, codec=codec, pix_fmt="yuvj420p" if codec == "mjpeg" else "yuv420p", **quiet)
+        info = probe(path)
+        facts = {
+            name: getattr(info, name) for name in ("frames", "width", "height", "codec", "pix_fmt", "duration", "fps")
+        }
+        pool.append((path, Video(path.name, label, packed=info.plan and pack_plan(info.plan), **facts)))
+    return pool
+
+
+def spoil(kind: str, good: Path, bad: Path) -> None:
+    """Write a bad file, or none, in place of a copy of a good one."""
+    data = good.read_bytes()
+    if kind == "corrupt":  # noise of the same length
+        bad.write_bytes(np.random.default_rng(len(data)).bytes(len(data)))
+    elif kind == "truncated":  # the index of an MP4 file is at its end
+        bad.write_bytes(data[: len(data) // 2])
+    elif kind == "audio only":
+        with av.open(bad, "w", format="mp4") as container:
+            stream = container.add_stream("aac", rate=8000)
+            frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+            frame.sample_rate = 8000
+            container.mux([*stream.encode(frame), *stream.encode(None)])
+    elif kind == "empty":
+        bad.write_bytes(b"")
+    elif kind == "text":
+        bad.write_text("This is no video.\n" * 20, encoding="utf-8")
+
+
+def make_data(folder: Path, samples: int, clips: int) -> tuple[Manifest, dict[int, str]]:
+    """A manifest of this many files, and the kind of each bad row."""
+    (folder / "pool").mkdir()
+    (folder / "data").mkdir()
+    pool = make_pool(folder / "pool", clips)
+    videos, bad = [], {}
+    for row in range(samples):
+        good, video = pool[row % len(pool)]
+        name = f"{row:06d}{good.suffix}"
+        if row % EVERY == EVERY - 1:
+            bad[row] = BAD[row // EVERY % len(BAD)]
+            good, video = pool[0]  # an MP4
+            name = f"{row:06d}.mp4"
+            spoil(bad[row], good, folder / "data" / name)
+        else:
+            os.link(good, folder / "data" / name)
+        status = good.stat()
+        videos.append(replace(video, path=name, size=status.st_size, mtime_ns=status.st_mtime_ns))
+    return Manifest(folder / "data", CLASSES, tuple(videos)), bad
+
+
+def memory(pid: int | str) -> int:
+    """Bytes of a process in memory, what it shares with others divided among them (Linux)."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
+
+
+def soak(
+    folder: Path,
+    samples: int = 20_000,
+    *,
+    clips: int = 60,
+    batch: int = 32,
+    workers: int = 2,
+    threads: int = 2,
+    frames: int = 4,
+    size: int = 64,
+    epochs: int = 1,
+    patience: float = 60.0,
+) -> dict[str, Any]:
+    """Run it in this empty folder. What is in the result under "passed" must all be true."""
+    manifest, bad = make_data(folder, samples, clips)
+    batches = loader(
+        manifest,
+        TrainTransform(frames=frames, size=size),
+        batch,
+        device="cpu",
+        shuffle=True,
+        workers=workers,
+        threads=threads,
+    )
+    looks, times, waits = [], [], []
+    once, in_order = True, True
+    for _ in range(epochs):
+        counts: Counter[int] = Counter()
+        start = before = time.perf_counter()
+        for number, got in enumerate(batches, 1):
+            waits.append(time.perf_counter() - before)
+            rows = got.samples.tolist()
+            counts.update(rows)
+            in_order &= got.labels.tolist() == [manifest.videos[row].label for row in rows]
+            in_order &= tuple(got.frames.shape) == (len(rows), frames, size, size, 3)
+            if number * LOOKS // len(batches) > (number - 1) * LOOKS // len(batches):
+                pids = [process.pid for process in batches._workers._processes]
+                looks.append({"epoch": batches.epoch, "batch": number, "parent": memory("self"),
+                              "workers": sum(memory(pid) for pid in pids)})  # fmt: skip
+            before = time.perf_counter()
+        times.append(time.perf_counter() - start)
+        once &= counts == Counter(row for row in range(samples) if row not in bad)
+    report, restarts = batches.report, batches._workers.restarts
+    batches.close()
+    first, last = looks[max(1, LOOKS // 10) - 1], looks[-1]
+    reasons: dict[str, set[str]] = {}
+    for row, kind in bad.items():
+        if row in report.bad:
+            reasons.setdefault(kind, set()).add(report.bad[row])
+    return {
+        "samples": samples,
+        "bad": dict(Counter(bad.values())),
+        "reasons": {kind: sorted(texts)[:3] for kind, texts in reasons.items()},
+        "settings": {
+            "clips": clips,
+            "batch": batch,
+            "workers": workers,
+            "threads": threads,
+            "frames": frames,
+            "size": size,
+            "epochs": epochs,
+        },  # fmt: skip
+        "summary": f"{report.delivered} of {report.total} videos; {len(report.bad)} could not be read",
+        "seconds": times,
+        "videos_per_second": samples * epochs / sum(times),
+        "first_batch_seconds": waits[0],
+        "longest_wait_seconds": max(waits[1:]),
+        "restarts": restarts,
+        "memory": looks,
+        "passed": {
+            "every good video exactly once": once,
+            "labels and shapes": in_order,
+            "every bad video named": set(report.bad) == set(bad),
+            "memory flat": all(last[who] <= SLACK[0] * first[who] + SLACK[1] for who in ("parent", "workers")),
+            "nothing hangs": max(waits) < patience,
+            "no worker died": restarts == 0,
+        },
+    }
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--samples", type=int, default=20_000)
+    parser.add_argument("--clips", type=int, default=60, help="different clips")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=2, help="of each worker")
+    parser.add_argument("--frames", type=int, default=4)
+    parser.add_argument("--size", type=int, default=64, help="side in pixels")
+    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--patience", type=float, default=60.0, help="seconds that a batch may take")
+    parser.add_argument(
+        "--folder", type=Path, help="where the files go for a while (hard links); default: the system's"
+    )
+    parser.add_argument("--json", type=Path, help="write the result here")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    options = {name: value for name, value in vars(args).items() if name not in ("folder", "json")}
+    with tempfile.TemporaryDirectory(prefix="soak-", dir=args.folder) as folder:
+        result = {"environment": measuring.environment("cpu"), **soak(Path(folder), **options)}
+    print(f"{result['summary']}, in {sum(result['seconds']):.0f} s ({result['videos_per_second']:.0f} videos/s)")
+    print(
+        f"longest wait for a batch {result['longest_wait_seconds']:.2f} s (first {result['first_batch_seconds']:.2f} s)"
+    )
+    for look in result["memory"]:
+        print(f"epoch {look['epoch']} batch {look['batch']:6d}: parent {look['parent'] / 2**20:6.0f} MiB, "
+              f"workers {look['workers'] / 2**20:6.0f} MiB")  # fmt: skip
+    for check, passed in result["passed"].items():
+        print(f"{'passed' if passed else 'FAILED'}: {check}")
+    if args.json:
+        measuring.write_json(args.json, result)
+    return 0 if all(result["passed"].values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
