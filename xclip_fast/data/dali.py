@@ -207,7 +207,7 @@ class _Epoch:
                 encoded = read_encoded(source.path, source.offset, video.size)
                 why = container(encoded[:8].tobytes())
                 if why is None:
-                    return _Sample(inputs_of(encoded, self.views(row), getattr(video, "colorspace", 2)))
+                    return _Sample(inputs_of(encoded, self.views(row), video.colorspace))
             except OSError as error:  # the CPU decoder says what is wrong, if anything is
                 why = f"cannot be read as it was indexed: {error}"
             self.route(row, why)

@@ -1,8 +1,9 @@
 """What NVIDIA DALI 2 does with a video: which ones it decodes right, and the pipeline that decodes and cuts views.
 
-DALI (2.4) converts every video to RGB by the BT.601 matrix. A linear map of the result gives what BT.709 would have
-given, and is part of each sample's colour matrix here; only colours that the wrong matrix had cut off at 0 or 255 stay
-wrong (saturated ones).
+DALI (2.4) converts every video to RGB by the BT.601 matrix. For one that is tagged BT.709 a linear map of the result
+gives what its own matrix would have given, and is part of the sample's colour matrix here. What the wrong matrix had
+cut off at 0 or 255 stays wrong: strongly saturated colours. Over all RGB colours the largest channel's error is 1 level
+in the middle and 8 at the 90th percentile (11 and 22 if nothing is done), 37 at worst.
 """
 
 from __future__ import annotations
@@ -47,7 +48,6 @@ def supported(video: Video, *, gpu: bool = True, exact_colour: bool = False, lar
     `gpu=False` asks about DALI's CPU operators (VP9 and MJPEG), which the tests run. `largest_file`: in bytes.
     """
     codecs, plan = _CODECS[gpu], video.plan
-    colorspace = getattr(video, "colorspace", 2)
     if video.error is not None:
         return f"has an error: {video.error}"
     if video.codec not in codecs:
@@ -56,7 +56,7 @@ def supported(video: Video, *, gpu: bool = True, exact_colour: bool = False, lar
         return f"pixel format: {video.pix_fmt}, and only 8 bits of 4:2:0 are decoded"
     if video.rotation:
         return f"rotation: {video.rotation} degrees"
-    if getattr(video, "interlaced", False):
+    if video.interlaced:
         return "interlaced"
     if video.width % 2 or video.height % 2:
         return f"odd side: {video.width}x{video.height}"
@@ -64,9 +64,9 @@ def supported(video: Video, *, gpu: bool = True, exact_colour: bool = False, lar
         return f"size: {video.width}x{video.height} has a side outside {codecs[video.codec]} to {_LONGEST_SIDE} pixels"
     if video.size > largest_file:
         return f"large file: {video.size} bytes, and it would be read whole"
-    if colorspace not in (*_BT601, _BT709):
-        return f"colour matrix: number {colorspace} of FFmpeg, and only BT.601 and BT.709 are known"
-    if exact_colour and colorspace == _BT709:
+    if video.colorspace not in (*_BT601, _BT709):
+        return f"colour matrix: number {video.colorspace} of FFmpeg, and only BT.601 and BT.709 are known"
+    if exact_colour and video.colorspace == _BT709:
         return "colour matrix: BT.709, and exact colours are asked for"
     if plan is None:
         return "its packets do not tell its frames"
