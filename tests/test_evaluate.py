@@ -18,6 +18,7 @@ from xclip_fast.data.manifest import Manifest, index
 from xclip_fast.data.motion import render, write_clip
 from xclip_fast.data.transforms import TestTransform
 from xclip_fast.evaluate import NOT_A_NUMBER, Prediction, evaluate, main, write
+from xclip_fast.label_names import trained_texts
 
 CLASSES = ("growing", "moving left", "moving right", "red then blue", "turning clockwise", "blue then red")
 UNKNOWN = "growing/unknown.mp4"
@@ -258,6 +259,37 @@ def checkpoint(tmp_path_factory):
     path = tmp_path_factory.mktemp("checkpoint") / "model"
     XCLIP(config).save_pretrained(path)
     return path
+
+
+def test_texts_that_a_checkpoint_was_trained_with(tmp_path, caplog):
+    classes = ["ApplyEyeMakeup", "brush_hair"]
+    assert trained_texts(tmp_path, classes, False) == {"ApplyEyeMakeup": "Apply Eye Makeup", "brush_hair": "brush hair"}
+    assert trained_texts(tmp_path, classes, True) is None
+    (tmp_path / "labels.txt").write_text("Brush Hair\nsomething else\n")
+    assert trained_texts(tmp_path, classes, False) == {"ApplyEyeMakeup": "Apply Eye Makeup", "brush_hair": "Brush Hair"}
+    assert trained_texts(tmp_path, classes, True) == ["Brush Hair", "something else"]
+    assert not caplog.text
+    (tmp_path / "labels.txt").write_text("putting on makeup\ncombing\n")
+    texts = trained_texts(tmp_path, classes, False)
+    assert texts == {"ApplyEyeMakeup": "putting on makeup", "brush_hair": "combing"}
+    assert "stand for the classes in their order" in caplog.text
+
+
+def test_a_head_knows_the_order_of_its_outputs(tiny_config, manifest, folder, tmp_path):
+    model = XCLIP(dataclasses.replace(tiny_config, num_classes=6))
+    model.save_pretrained(tmp_path / "model")
+    reference = evaluate(model.eval(), manifest, workers=0)
+    order = list(reversed(manifest.classes))
+    with torch.no_grad():
+        model.head.weight.copy_(model.head.weight.flip(0))
+        if model.head.bias is not None:
+            model.head.bias.copy_(model.head.bias.flip(0))
+    model.save_pretrained(tmp_path / "turned")
+    (tmp_path / "turned" / "labels.txt").write_text("\n".join(order) + "\n")
+    result = main(tmp_path / "turned", folder / "manifest.jsonl", dtype="float32", device="cpu", workers=0)
+    assert result.labels == tuple(order)
+    assert result.top1 == reference.top1
+    assert (result.confusion[::-1, ::-1] == reference.confusion).all()
 
 
 def figures(folder):

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import os
 import sys
 import time
@@ -25,7 +24,7 @@ from . import flops
 from .config import VARIANTS, XCLIPConfig
 from .evaluation import Evaluation, Prediction, show
 from .evaluation_files import check_folder, environment, write
-from .label_names import candidates
+from .label_names import candidates, trained_texts
 
 if TYPE_CHECKING:
     from .data.manifest import Manifest
@@ -156,7 +155,7 @@ def evaluate(
 
 
 def _check_head(config: XCLIPConfig, names: Sequence[str], templates: Sequence[str] | None) -> None:
-    outputs = getattr(config, "num_classes", None)
+    outputs = config.num_classes
     if outputs is None:
         return
     if outputs != len(names):
@@ -187,11 +186,9 @@ def _evaluating(model: XCLIP, device: torch.device, dtype: torch.dtype | None) -
 
 def _scorer(model: XCLIP, texts: list[str], templates: Sequence[str] | None) -> Callable[[Tensor], Tensor]:
     """From frames uint8 (n, T, S, S, 3) to logits (n, K). The text is encoded here, once."""
-    if getattr(model.config, "num_classes", None) is not None:
+    if model.config.num_classes is not None:
         return model
-    any_model: Any = model
-    encode = functools.partial(any_model.encode_text_ensemble, templates=templates) if templates else model.encode_text
-    text_KE: Tensor = encode(texts)
+    text_KE = model.encode_text_ensemble(texts, templates) if templates else model.encode_text(texts)
     parts = text_KE.split(LABELS_AT_ONCE)
 
     def score(frames: Tensor) -> Tensor:
@@ -343,7 +340,7 @@ def main(
     frames: int | None = None,
     sampling: str = "sparse",
     stride: int = 1,
-    labels: Sequence[str] | None = None,
+    labels: Sequence[str] | Mapping[str, str] | None = None,
     templates: Sequence[str] | None = None,
     variant: str | None = None,
     batch_size: int | None = None,
@@ -353,7 +350,9 @@ def main(
 ) -> Evaluation | None:
     """Read a checkpoint and a manifest, ``evaluate``, print the figures, write the files into ``out``.
 
-    Under torchrun each process takes its part of the videos; the first prints and writes, the others return None.
+    The arguments are those of ``evaluate``; without ``labels`` the classes' texts are those of the training, where the
+    checkpoint says them (``label_names.trained_texts``). Under torchrun each process takes its part of the videos; the
+    first prints and writes, the others return None.
 
     Raises:
         FileExistsError: before anything is computed, if ``out`` holds an evaluation and ``overwrite`` is not set.
@@ -365,6 +364,8 @@ def main(
     videos = Manifest.read(manifest)
     with processes(device) as (place, rank):
         model = load(checkpoint, variant, place, dtype)
+        if labels is None and videos.classes:
+            labels = trained_texts(checkpoint, videos.classes, model.config.num_classes is not None)
         with progress_bar(rank == 0) as progress:
             result = evaluate(
                 model,

@@ -11,7 +11,6 @@ import dataclasses
 import json
 import logging
 import os
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .label_names import readable, trained_texts
 from .sample_lists import draw_classes, few_shot, new_classes, read_classes, read_draws, write_draws, write_samples
 
 if TYPE_CHECKING:
@@ -111,27 +111,31 @@ def paper(protocol: str, shots: int | None = None) -> dict[str, dict[str, Report
     }
 
 
-def readable(name: str) -> str:
-    """A class name as words: underscores are blanks, and ``ApplyEyeMakeup`` is "Apply Eye Makeup"."""
-    words = " ".join(name.replace("_", " ").split())
-    return words if " " in words else re.sub(r"(?<=[a-z])(?=[A-Z])", " ", words)
-
-
 def mean_std(values: Sequence[float]) -> tuple[float, float]:
     """Mean, and the deviation of the sample (divided by n - 1); NaN for a single value, of which there is none."""
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")
 
 
-def over_splits(model: XCLIP, manifests: Sequence[Manifest], **settings: Any) -> list[Evaluation]:
-    """``evaluate`` on each test split, its classes as words. ``settings`` go to ``evaluate``."""
+def over_splits(
+    model: XCLIP,
+    manifests: Sequence[Manifest],
+    *,
+    trained: str | os.PathLike[str] | None = None,
+    **settings: Any,
+) -> list[Evaluation]:
+    """``evaluate`` on each test split, its classes as words.
+
+    ``trained``: a checkpoint trained on these very classes, whose texts or outputs are taken as it names them.
+    ``settings`` go to ``evaluate``.
+    """
     from .evaluate import evaluate
 
     results = []
     for manifest in manifests:
-        texts = {name: readable(name) for name in manifest.classes}
-        if getattr(model.config, "num_classes", None) is not None:
-            texts = {name: name for name in manifest.classes}
-        results.append(evaluate(model, manifest, labels=texts, **settings))
+        labels: list[str] | dict[str, str] | None = {name: readable(name) for name in manifest.classes}
+        if trained is not None:
+            labels = trained_texts(trained, manifest.classes, model.config.num_classes is not None)
+        results.append(evaluate(model, manifest, labels=labels, **settings))
     return results
 
 
@@ -258,7 +262,7 @@ def main(
             if chosen:
                 results = over_draws(model, videos[0], chosen, **settings)
             else:
-                results = over_splits(model, videos, **settings)
+                results = over_splits(model, videos, trained=checkpoint if what.table == 5 else None, **settings)
     if rank:
         return None
     sources = list(manifests) if len(manifests) == len(results) else [manifests[0]] * len(results)
