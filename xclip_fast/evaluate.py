@@ -24,6 +24,7 @@ from . import flops
 from .config import VARIANTS, XCLIPConfig
 from .evaluation import Evaluation, Prediction, show
 from .evaluation_files import check_folder, environment, write
+from .evaluation_setup import load, named, processes, progress_bar
 from .label_names import candidates, trained_texts
 
 if TYPE_CHECKING:
@@ -149,7 +150,7 @@ def evaluate(
         crops=crops,
         frames=frames,
         seconds=seconds,
-        model=_about_model(model, frames, names, dtype, sampling, templates),
+        model=_about_model(model, frames, names, dtype, sampling, stride, templates),
         environment=environment(place) | {"processes": world, "batch_size": batch_size},
     )
 
@@ -206,7 +207,7 @@ def _predictions(
     ``least``: forwards of a batch. With several processes a batch may be shorter here than there, or empty, but the
     number of forwards must be the same: a sharded model gathers its weights in each.
     """
-    waiting: tuple[Tensor, ...] | None = None
+    waiting: Iterator[tuple[int, list[int], list[float] | None]] | None = None
     for batch in batches:
         frames = batch.frames.unsqueeze(1) if batch.frames.dim() == 5 else batch.frames
         count, views = frames.shape[:2]
@@ -222,17 +223,29 @@ def _predictions(
         probabilities_BK = logits_BVK.softmax(-1).mean(1)
         # stable: among equals the first label wins, on every device
         values, order = probabilities_BK.sort(dim=-1, descending=True, stable=True)
-        current = (batch.samples, order[:, :5], values[:, :5], finite_B)
-        if waiting:  # read back one batch late, so that the device never waits for us
-            yield from _rows(*waiting)
+        current = _read_back(batch.samples, order[:, :5], values[:, :5], finite_B)
+        if waiting:  # one batch late, so that the device never waits for us
+            yield from waiting
         waiting = current
     if waiting:
-        yield from _rows(*waiting)
+        yield from waiting
+
+
+def _read_back(*results: Tensor) -> Iterator[tuple[int, list[int], list[float] | None]]:
+    """Start the copies to the CPU now; iterating waits for them, and not for what the device was given since."""
+    copies = [result.to("cpu", non_blocking=True) for result in results]
+    done = None
+    if results[0].is_cuda:
+        done = torch.cuda.Event()
+        done.record()
+    return _rows(done, *copies)
 
 
 def _rows(
-    samples: Tensor, order: Tensor, values: Tensor, finite: Tensor
+    done: torch.cuda.Event | None, samples: Tensor, order: Tensor, values: Tensor, finite: Tensor
 ) -> Iterator[tuple[int, list[int], list[float] | None]]:
+    if done is not None:
+        done.synchronize()
     rows = zip(samples.tolist(), order.tolist(), values.tolist(), finite.tolist(), strict=True)
     for row, best, probabilities, fine in rows:
         yield row, best, probabilities if fine else None
@@ -303,7 +316,13 @@ def _evaluation(
 
 
 def _about_model(
-    model: XCLIP, frames: int, labels: Sequence[str], dtype: torch.dtype | None, sampling: str, templates: Any
+    model: XCLIP,
+    frames: int,
+    labels: Sequence[str],
+    dtype: torch.dtype | None,
+    sampling: str,
+    stride: int,
+    templates: Any,
 ) -> dict[str, Any]:
     config = model.config
     shape = dataclasses.replace(config, num_frames=frames)
@@ -318,7 +337,7 @@ def _about_model(
         "variant": next((name for name, row in VARIANTS.items() if row == plain), None),
         "frames": frames,
         "image_size": config.vision.image_size,
-        "sampling": sampling,
+        "sampling": sampling if sampling == "sparse" else f"{sampling}, stride {stride}",
         "templates": len(templates or ()),
         "dtype": str(dtype or next(model.parameters()).dtype).removeprefix("torch."),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -389,70 +408,3 @@ def main(
         write(result, out, overwrite=overwrite)
         print(f"written: {out}", file=sys.stderr)
     return result
-
-
-def named(result: Evaluation, checkpoint: str | os.PathLike[str], manifest: str | os.PathLike[str]) -> Evaluation:
-    """The result with the names of what it is of."""
-    return dataclasses.replace(
-        result,
-        model={"checkpoint": os.fspath(checkpoint), **result.model},
-        data={"manifest": os.fspath(manifest), **result.data},
-    )
-
-
-def load(checkpoint: str | os.PathLike[str], variant: str | None, device: torch.device, dtype: str) -> XCLIP:
-    """The checkpoint's model on the device; ``dtype`` auto is bfloat16 where the hardware computes in it."""
-    from .config import variant as config_of
-    from .model import XCLIP
-
-    if dtype == "auto":
-        if device.type == "cuda":
-            wanted = torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-        else:
-            wanted = torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32
-    else:
-        known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-        if dtype not in known:
-            raise ValueError(f"dtype {dtype!r}: auto, float32, bfloat16 or float16 wanted")
-        wanted = known[dtype]
-    torch.manual_seed(0)  # what the checkpoint does not hold is the same in every run and process
-    shape = None if variant is None else config_of(variant)
-    return XCLIP.from_pretrained(checkpoint, config=shape, device=device, dtype=wanted)
-
-
-@contextlib.contextmanager
-def processes(device: str) -> Iterator[tuple[torch.device, int]]:
-    """The device of this process and its rank; under torchrun the processes are joined while the block lasts."""
-    import torch.distributed as dist
-
-    world, local = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    place = torch.device(f"cuda:{local}" if device == "cuda" else device)
-    if place.type == "cuda":
-        if not torch.cuda.is_available():
-            raise ValueError(f"device {device}: torch sees no CUDA device; use cpu, or install a CUDA build of torch")
-        torch.cuda.set_device(place)
-    ours = world > 1 and not dist.is_initialized()
-    if ours:
-        dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
-    try:
-        yield place, dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-    finally:
-        if ours:
-            dist.destroy_process_group()
-
-
-@contextlib.contextmanager
-def progress_bar(wanted: bool) -> Iterator[Callable[[int, int], None] | None]:
-    """A bar on standard error while the block lasts; None if that is no terminal."""
-    if not wanted or not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("videos"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("videos", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -232,8 +232,9 @@ def main(
     Returns:
         what ``protocol.json`` holds; None in all processes but the first.
     """
-    from . import evaluate as evaluation
     from .data.manifest import Manifest
+    from .evaluation_files import write
+    from .evaluation_setup import load, named, processes, progress_bar
 
     if protocol not in PROTOCOLS:
         raise ValueError(f"protocol {protocol!r}: one of {', '.join(PROTOCOLS)} wanted")
@@ -255,9 +256,9 @@ def main(
         chosen = read_draws(draws)
         if not draws and kinetics400 is not None:
             chosen = kinetics600_draws(videos[0].classes, read_classes(kinetics400), seed)
-    with evaluation.processes(device) as (place, rank):
-        model = evaluation.load(checkpoint, variant, place, dtype)
-        with evaluation.progress_bar(rank == 0) as progress:
+    with processes(device) as (place, rank):
+        model = load(checkpoint, variant, place, dtype)
+        with progress_bar(rank == 0) as progress:
             settings = {"progress": progress, **settings}
             if chosen:
                 results = over_draws(model, videos[0], chosen, **settings)
@@ -266,14 +267,14 @@ def main(
     if rank:
         return None
     sources = list(manifests) if len(manifests) == len(results) else [manifests[0]] * len(results)
-    results = [evaluation.named(*each) for each in zip(results, [checkpoint] * len(results), sources, strict=True)]
+    results = [named(*each) for each in zip(results, [checkpoint] * len(results), sources, strict=True)]
     report = _report(protocol, results, shots, None if draws or not chosen else seed)
     show(report)
     if out is not None:
         folder = Path(out)
         folder.mkdir(parents=True, exist_ok=True)
         for number, result in enumerate(results, 1):
-            evaluation.write(result, folder / f"part{number}", overwrite=overwrite)
+            write(result, folder / f"part{number}", overwrite=overwrite)
         if chosen:
             write_draws(chosen, folder / "draws.json", about={"protocol": protocol, "seed": report["seed"]})
         part = folder / f".protocol.{os.getpid()}.part"
