@@ -4,8 +4,8 @@
     python benchmarks/soak.py --samples 2000 --json out.json
 
 The files are generated: small clips of five codecs, each under many names (hard links), and six kinds of bad file. The
-manifest knows nothing of the damage, as if it came after indexing. Checked: every good video is delivered exactly once an
-epoch and every bad one is in the report, the memory of all processes at the end is what it was after a tenth, and no
+manifest knows nothing of the damage, as if it came after indexing. Checked: every good video is delivered exactly once
+an epoch and every bad one is in the report, the memory of all processes at the end is what it was after a tenth, and no
 batch takes longer than --patience seconds. The exit status says whether all of that holds.
 """
 
@@ -37,10 +37,8 @@ CLIP_FRAMES, CLIP_SIZE = 12, (72, 96)
 BAD = ("corrupt", "truncated", "audio only", "missing", "empty", "text")
 EVERY = 50  # one video in so many is bad
 LOOKS = 20  # at the memory, evenly over the run
-SLACK = (
-    1.05,
-    16 * 2**20,
-)  # memory at the end over that after a tenth, as a factor and in bytes, that still counts as flat
+SLACK = 1.05, 16 * 2**20  # factor and bytes by which memory may be more at the end than after a tenth: "flat"
+FACTS = ("frames", "width", "height", "codec", "pix_fmt", "duration", "fps")
 
 
 def make_pool(folder: Path, clips: int) -> list[tuple[Path, Video]]:
@@ -51,13 +49,11 @@ def make_pool(folder: Path, clips: int) -> list[tuple[Path, Video]]:
         label = number % len(CLASSES)
         path = folder / f"{number}{suffix}"
         frames = render(CLASSES[label], 0, number, frames=CLIP_FRAMES, size=CLIP_SIZE)
-        quiet = {"x265-params": "log-level=error"} if codec == "libx265" else {}
+        quiet: dict[str, Any] = {"x265-params": "log-level=error"} if codec == "libx265" else {}
         write_clip(path, frames, codec=codec, pix_fmt="yuvj420p" if codec == "mjpeg" else "yuv420p", **quiet)
         info = probe(path)
-        facts = {
-            name: getattr(info, name) for name in ("frames", "width", "height", "codec", "pix_fmt", "duration", "fps")
-        }
-        pool.append((path, Video(path.name, label, packed=info.plan and pack_plan(info.plan), **facts)))
+        facts = {name: getattr(info, name) for name in FACTS}
+        pool.append((path, Video(path.name, label, packed=pack_plan(info.plan) if info.plan else None, **facts)))
     return pool
 
 
@@ -122,15 +118,9 @@ def soak(
 ) -> dict[str, Any]:
     """Run it in this empty folder. What is in the result under "passed" must all be true."""
     manifest, bad = make_data(folder, samples, clips)
-    batches = loader(
-        manifest,
-        TrainTransform(frames=frames, size=size),
-        batch,
-        device="cpu",
-        shuffle=True,
-        workers=workers,
-        threads=threads,
-    )
+    transform = TrainTransform(frames=frames, size=size)
+    batches = loader(manifest, transform, batch, device="cpu", shuffle=True, workers=workers, threads=threads)
+    settings = {"clips": clips, "batch": batch, "workers": workers, "threads": threads, "frames": frames, "size": size}
     looks, times, waits = [], [], []
     once, in_order = True, True
     for _ in range(epochs):
@@ -160,15 +150,7 @@ def soak(
         "samples": samples,
         "bad": dict(Counter(bad.values())),
         "reasons": {kind: sorted(texts)[:3] for kind, texts in reasons.items()},
-        "settings": {
-            "clips": clips,
-            "batch": batch,
-            "workers": workers,
-            "threads": threads,
-            "frames": frames,
-            "size": size,
-            "epochs": epochs,
-        },  # fmt: skip
+        "settings": {**settings, "epochs": epochs},
         "summary": f"{report.delivered} of {report.total} videos; {len(report.bad)} could not be read",
         "seconds": times,
         "videos_per_second": samples * epochs / sum(times),
@@ -211,9 +193,8 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="soak-", dir=args.folder) as folder:
         result = {"environment": measuring.environment("cpu"), **soak(Path(folder), **options)}
     print(f"{result['summary']}, in {sum(result['seconds']):.0f} s ({result['videos_per_second']:.0f} videos/s)")
-    print(
-        f"longest wait for a batch {result['longest_wait_seconds']:.2f} s (first {result['first_batch_seconds']:.2f} s)"
-    )
+    waits = result["first_batch_seconds"], result["longest_wait_seconds"]
+    print(f"first batch after {waits[0]:.2f} s, longest wait for another {waits[1]:.2f} s")
     for look in result["memory"]:
         print(f"epoch {look['epoch']} batch {look['batch']:6d}: parent {look['parent'] / 2**20:6.0f} MiB, "
               f"workers {look['workers'] / 2**20:6.0f} MiB")  # fmt: skip
