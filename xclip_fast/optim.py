@@ -13,16 +13,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from . import layouts
 from .train_config import ConfigError, OptimConfig
 
 Towers = Literal["visual", "text", "both", "none"]
-_NEW = re.compile(r"(.*\.)?message_|mit\.|prompts_|head\.")  # what an image CLIP has not
 _VISUAL = re.compile(r"visual\.")
 
 
 def is_new(name: str, also: Iterable[str] = ()) -> bool:
     """Whether a parameter of ``XCLIP`` is one that an image CLIP does not have, or starts with one of ``also``."""
-    return _NEW.match(name) is not None or name.startswith(tuple(also))
+    return layouts.is_new(name) or name.startswith(tuple(also))
 
 
 def freeze(model: nn.Module, towers: Towers, also_new: Iterable[str] = ()) -> None:

@@ -26,13 +26,13 @@ import torch
 from torch import nn
 
 from . import mixing, optim, train_config, training_checkpoint, training_log
+from .label_names import LABELS
 from .model import XCLIP
 from .templates import TEMPLATES
 from .train_config import ConfigError, TrainConfig
 from .training_checkpoint import Checkpoints, SaveError
 from .training_meter import Diverged, Measured, Meter
 from .training_setup import (
-    LABELS,
     SHAPE,
     Data,
     Objective,
@@ -335,9 +335,11 @@ def _command_line(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as optim.lr=1e-5")
     parser.add_argument("--fresh", action="store_true", help="start over in a new folder")
     given = parser.parse_args(arguments)
+    from .data.loader import DataError
+
     try:
         main(given.config, given.overrides, fresh=given.fresh)
-    except (ConfigError, Diverged, SaveError, ImportError, ValueError) as error:
+    except (ConfigError, Diverged, SaveError, DataError, ImportError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
     except KeyboardInterrupt:

@@ -15,7 +15,7 @@ import pickle
 import re
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -93,12 +93,13 @@ def load(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
             return metadata
 
     try:
-        dcp.load(tensors, storage_reader=Reader(checkpoint), no_dist=not dist.is_initialized())
+        reader = Reader(checkpoint)
+        reader.read_metadata()  # dcp.load would say less of what is wrong with it
+        dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
     except (dcp.api.CheckpointException, RuntimeError, KeyError, ValueError, OSError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().splitlines()
         raise ValueError(
-            f"{checkpoint}: cannot be read into this model ({reason[-1] if reason else type(error).__name__}); delete "
-            "that folder to go on from the one before it, or start over with --fresh"
+            f"{checkpoint}: cannot be read into this model ({_reason(error)}); delete that folder to go on from the "
+            "one before it, or start over with --fresh"
         ) from error
 
 
@@ -152,6 +153,8 @@ class Checkpoints:
         Raises:
             SaveError: if it failed; what was complete before stays.
         """
+        import torch.distributed.checkpoint as dcp
+
         if self.pending is None:
             return
         (future, part, counted), self.pending = self.pending, None
@@ -159,7 +162,7 @@ class Checkpoints:
             future.result()
             if self.rank == 0:
                 self._complete(part, counted)
-        except Exception as error:  # the thread may fail in as many ways as torch has; all mean the same here
+        except (Exception, dcp.api.CheckpointException) as error:  # the thread has many ways to fail; all mean this
             raise self._failed(part, error) from error
 
     def _complete(self, part: Path, counted: dict[str, Any]) -> None:
@@ -190,16 +193,30 @@ class Checkpoints:
         )
 
 
-def _is_full(error: BaseException | None) -> bool:
-    """Whether an error, or what it came from, is a full disk; torch reports it in the text of another."""
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, what it came from, and what torch collected in it from the processes."""
     while error is not None:
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(error):
-            return True
+        yield error
         failures = getattr(error, "failures", None)
-        if isinstance(failures, dict) and any(_is_full(failure[0]) for failure in failures.values()):
-            return True
+        for failure in failures.values() if isinstance(failures, dict) else ():
+            yield from _causes(failure[0])
         error = error.__cause__ or error.__context__
-    return False
+
+
+def _is_full(error: BaseException) -> bool:
+    """Whether it comes from a full disk."""
+    return any(
+        getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(cause)
+        for cause in _causes(error)
+    )
+
+
+def _reason(error: BaseException) -> str:
+    """One line: of what the processes said, the first."""
+    found = [cause for cause in _causes(error) if not hasattr(cause, "failures")] or [error]
+    lines = str(found[0]).strip().splitlines() or [type(found[0]).__name__]
+    hint = " (is the disk full?)" if "inline_container" in lines[0] or "StreamWriter" in lines[0] else ""
+    return f"{lines[0]}{hint}"
 
 
 def _sync(folder: Path) -> None:

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from . import checkpoint, train_config, training_checkpoint
 from .config import XCLIPConfig
+from .label_names import readable
 from .model import XCLIP
-from .protocols import readable
 from .sample_lists import few_shot
 from .templates import TEMPLATES
 from .tokenizer import tokenize
@@ -33,7 +33,7 @@ from .train_config import ConfigError, TrainConfig
 if TYPE_CHECKING:
     from .data.manifest import Manifest
 
-CONFIG, SHAPE, LABELS = "config.yaml", "model.json", "labels.txt"  # in the output folder
+CONFIG, SHAPE = "config.yaml", "model.json"  # in the output folder
 
 
 @dataclasses.dataclass(frozen=True)
