@@ -16,7 +16,7 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 from av.video.stream import VideoStream
 
-from .decode import _upright
+from .decode import upright
 from .plan import Source, VideoError, open_video, reason
 
 PRESETS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow", "placebo")
@@ -262,10 +262,10 @@ def _converter(
         if not shown:
             return scaled
         # Turned with full chroma: subsampled chroma sits beside the left pixel, and would end up above, below or right.
-        planes_HWC = _upright(frame, scaled.to_ndarray().transpose(1, 2, 0))
-        upright = VideoFrame.from_ndarray(np.ascontiguousarray(planes_HWC.transpose(2, 0, 1)), "yuv444p")
-        upright.colorspace, upright.color_range = _BT601, ColorRange.MPEG
-        return after.reformat(upright, format="yuv420p", interpolation=_SCALING, threads=1)
+        planes_HWC = upright(frame, scaled.to_ndarray().transpose(1, 2, 0))
+        shown_upright = VideoFrame.from_ndarray(np.ascontiguousarray(planes_HWC.transpose(2, 0, 1)), "yuv444p")
+        shown_upright.colorspace, shown_upright.color_range = _BT601, ColorRange.MPEG
+        return after.reformat(shown_upright, format="yuv420p", interpolation=_SCALING, threads=1)
 
     return convert, (even_width, even_height)
 
@@ -277,4 +277,4 @@ def _upright_size(frame: VideoFrame) -> tuple[int, int]:
 
 def _turned(frame: VideoFrame) -> bool:
     """Whether display swaps width and height."""
-    return _upright(frame, np.empty((1, 2, 1))).shape[0] == 2
+    return upright(frame, np.empty((1, 2, 1))).shape[0] == 2
