@@ -88,6 +88,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     import torch
 
     from . import __version__
+    from .info import _cpu_model
 
     versions: dict[str, str | None] = {}
     for package in ("torch", "numpy", "av"):
@@ -95,7 +96,7 @@ def environment(device: torch.device) -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_model()
     return {"device": name, "xclip_fast": __version__, "python": platform.python_version(), **versions}
 
 
