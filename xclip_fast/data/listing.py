@@ -126,8 +126,8 @@ def walk(root: Path, follow_links: bool) -> tuple[list[Entry], list[str]]:
                 others[os.path.splitext(entry.name)[1].lower() or "no suffix"] += 1
     others.pop(".jsonl", None)
     others.pop(".partial", None)
-    kinds = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(5))
-    notes = [f"{root}: left out {others.total()} files whose names are not those of videos ({kinds})"] if others else []
+    kinds = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(9))
+    notes = [f"{root}: left out what is not named like a video: {kinds}"] if others else []
     return sorted(found, key=lambda entry: entry.path), notes
 
 
