@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import logging
 import os
@@ -216,16 +217,20 @@ class Loader:
         make = self._workers.decoder
         kind = type(make.transform)
         known = dataclasses.is_dataclass(kind)
-        # Rows that the index found bad have no place in the order, so the order depends on which they are.
-        usable = hashlib.blake2b(self._usable.tobytes(), digest_size=8)
         return {
-            "fingerprint": f"{self.manifest.fingerprint} {usable.hexdigest()}",
+            "fingerprint": self._fingerprint,
             "transform": repr(make.transform) if known else f"{kind.__module__}.{kind.__qualname__}",
             "seed": make.seed,
             "global_batch": self.batch_size * self._world,
             "shuffle": self._shuffle,
             "drop_last": self._drop_last,
         }
+
+    @functools.cached_property
+    def _fingerprint(self) -> str:
+        # Rows that the index found bad have no place in the order, so the order depends on which they are.
+        usable = hashlib.blake2b(self._usable.tobytes(), digest_size=8)
+        return f"{self.manifest.fingerprint} {usable.hexdigest()}"
 
     def _batches(self, epoch: int) -> list[np.ndarray]:
         order = epoch_order(len(self._usable), self._workers.decoder.seed, epoch, self._shuffle)

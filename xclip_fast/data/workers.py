@@ -250,7 +250,14 @@ class Workers:
         if self._loader is None:
             self._loader, self._opened = self._start(), 0
         if self._opened != turn:
-            self._batches, self._opened = iter(self._loader), turn
+            try:
+                self._batches = iter(self._loader)  # workers of an earlier turn have _POLL seconds to answer
+            except RuntimeError as error:
+                log.info("the workers are started anew for the next epoch: %s", error)
+                self._kill()
+                self._loader = self._start()
+                self._batches = iter(self._loader)
+            self._opened = turn
         quiet, begun = time.monotonic(), -1
         while True:
             try:
@@ -306,8 +313,8 @@ class Workers:
         self.restarts += 1
         reason = f"{one_line(str(error))}{f' ({_exit(codes[0])})' if codes else ''}"
         log.warning("%s; the workers are started anew; %d videos are suspected", reason, len(suspects))
-        # Nothing but the system or a person sends SIGKILL here: lack of memory, rather than a bad video.
-        killed = -signal.SIGKILL in codes
+        # Nothing but the system or a person sends SIGKILL (9) here: lack of memory, rather than a bad video.
+        killed = -9 in codes
         given_up = 0
         for row in suspects:
             verdict = f"the worker that decodes it died or hung, twice ({reason})" if row in self._suspected else ""
