@@ -126,6 +126,7 @@ def test_links(tmp_path):
     (data / "b").symlink_to(tmp_path / "outside")
     (data / "a/loop").symlink_to(data)
     (data / "a/self.mp4").symlink_to(data / "a/self.mp4")
+    (data / "self").symlink_to("self")
     listing = read_source(data)
     assert [entry.path for entry in listing.entries] == ["a/loop", "a/real.mp4", "a/self.mp4", "b"]
     assert set(errors(listing)) == {"a/loop", "b"}

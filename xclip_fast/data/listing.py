@@ -85,7 +85,11 @@ def csv_of(path: Path) -> list[tuple[int, list[str]]]:
 
 
 def is_folder(entry: os.DirEntry[str]) -> bool:
-    return entry.is_dir() and not VIDEO_NAME.fullmatch(entry.name)
+    """Whether to look for videos inside: not in what is named like a video itself."""
+    try:
+        return entry.is_dir() and not VIDEO_NAME.fullmatch(entry.name)
+    except OSError:  # a link to itself
+        return False
 
 
 def walk(root: Path, follow_links: bool) -> tuple[list[Entry], list[str]]:
@@ -108,10 +112,7 @@ def walk(root: Path, follow_links: bool) -> tuple[list[Entry], list[str]]:
             path = below + entry.name
             if entry.name.startswith("."):
                 continue
-            try:
-                folder = is_folder(entry)
-            except OSError:  # a link to itself
-                folder = False
+            folder = is_folder(entry)
             if folder and entry.is_symlink() and not follow_links:
                 found.append(Entry(path, error="is a link to a folder, which is entered only with follow_links=True"))
             elif folder:

@@ -186,9 +186,8 @@ def _folder(request: Request) -> Listing:
             f"{request.path}: its folders are splits ({', '.join(tops)}), not classes; say which one: split={tops[0]!r}"
         )
     number_of, classes = class_numbers(request, tops, [top.replace("_", " ") for top in tops])
-    for top in tops:
-        if not any(entry.path.startswith(f"{top}/") or entry.path == top for entry in found):
-            notes = [*notes, f"{request.path}: the folder of class {top!r} holds no video"]
+    used = {entry.path.split("/", 1)[0] for entry in found}
+    notes += [f"{request.path}: the folder of class {top!r} holds no video" for top in tops if top not in used]
     numbers = [number_of[entry.path.split("/", 1)[0]] for entry in found]
     entries = (Entry(entry.path, label, error=entry.error) for entry, label in zip(found, numbers, strict=True))
     return request.listing(classes, entries, notes)
