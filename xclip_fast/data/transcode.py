@@ -21,9 +21,9 @@ from typing import Any
 
 import av
 
+from .listing import VIDEO_NAME
 from .plan import Source, VideoError
 from .reencode import CannotWrite, Settings, add_note, check, reencode
-from .sources import VIDEO_NAME
 
 try:
     import fcntl
@@ -272,7 +272,7 @@ def _copy(name: str, target: Path, parts: Path, settings: Settings, stop: thread
     with _part(parts) as (draft, _), _part(parts) as (whole, descriptor):
         try:
             found, times = reencode(name, draft, settings, stop.is_set)
-            damage = f"{Source(name)}: {'; '.join(found)}" if found else None
+            damage = "; ".join(found) or None
             made = {"settings": asdict(settings), "size": source.st_size, "mtime_ns": source.st_mtime_ns}
             # What is damaged is known only now, and its note stands before the packets.
             add_note(draft, whole, f"{_MAKER}: {json.dumps(made | {'damage': damage})}")
