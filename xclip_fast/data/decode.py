@@ -319,7 +319,14 @@ def _pick(
         total = sum(1 for _ in all_frames(container, stream))
         if not total:
             raise VideoError(f"{source}: no frame can be decoded ({stream.codec_context.codec.canonical_name})")
-    last = pick(total)[-1]
+    try:
+        last = pick(total)[-1]
+    except VideoError as error:
+        if plan is not None and total < len(plan.pts):
+            raise VideoError(
+                f"{source}: is damaged: only {total} of its {len(plan.pts)} frames can be decoded"
+            ) from error
+        raise
     with open_video(source, threads) as (container, stream):
         for number, frame in enumerate(all_frames(container, stream)):
             if number in places:

@@ -50,8 +50,8 @@ class Source:
     """Where a video is: a file, or with `offset` and `size` (bytes) a member of an uncompressed tar file.
 
     `plan`: one made before (`probe`), to save reading all packets. `size` without `offset` is the size the file had
-    then; if it has another now, or does not behave as planned, it is planned anew. Give it: an mp4 is known by its
-    index, but of other containers a changed file of equal timing would pass, with the frames of those times.
+    then; if it has another now, or does not behave as planned, it is planned anew. Give it: without, an mp4 is known by
+    its index, but of other containers a changed file of equal timing would pass, with the frames of those times.
     """
 
     path: str
@@ -221,8 +221,8 @@ def still_fits(plan: Plan, source: Source, container: InputContainer, stream: Vi
     """Whether the file can still be the one that the plan was made of, as far as that is seen without reading it."""
     if not can_plan(container, stream) or not plan.pts:
         return False
-    if source.offset is None and source.size is not None and os.stat(source.path).st_size != source.size:
-        return False
+    if source.size is not None:  # of a tar member, `open_video` has compared it with the archive's own entry
+        return source.offset is not None or os.stat(source.path).st_size == source.size
     if "mov" in container.format.name.split(",") and len(stream.index_entries):
         # mp4 lists all samples in front (a fragmented one only some, and is planned anew each time).
         entries = [(entry.timestamp, entry.is_keyframe, entry.is_discard) for entry in stream.index_entries]
