@@ -2,11 +2,13 @@
 
 import hashlib
 import importlib
+import inspect
 import json
 import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -18,6 +20,7 @@ import pytest
 import torch
 
 from xclip_fast.data import cache as cache_module
+from xclip_fast.data import dali
 from xclip_fast.data.cache import FrameCache
 from xclip_fast.data.decode import VideoError, decode_views, probe
 from xclip_fast.data.loader import Batch, DataError, Loader, Report, loader
@@ -195,6 +198,54 @@ def test_missing_files_are_named_and_counted(manifest: Manifest, caplog: pytest.
         list(half)
     merged = Report.merged(half.report for half in halves)
     assert (merged.delivered, merged.total, set(merged.bad)) == (N - 2, N + 1, {4, 9, N})
+
+
+def test_members_of_a_tar_file(manifest: Manifest, folder: Path, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "shard.tar", "w") as shard:
+        for row in range(4):
+            shard.add(folder / f"{row:02d}.mp4", f"{row:02d}.mp4")
+    with tarfile.open(tmp_path / "shard.tar") as shard:
+        places = {info.name: info.offset_data for info in shard}
+    videos = [
+        replace(video, path="shard.tar", member=video.path, offset=places[video.path]) for video in manifest.videos[:4]
+    ]
+    data = Manifest(tmp_path, manifest.classes, tuple(videos))
+    expected = _told(loader(manifest.select(range(4)), TRAIN, 4, workers=0))
+    for _ in range(2):
+        assert _told(loader(data, TRAIN, 4, workers=0, cache=tmp_path / "cache")) == expected
+    assert len(list((tmp_path / "cache").iterdir())) == 4
+    data = data.with_error(3, "bad")
+    assert loader(data, TRAIN, 4, workers=0, max_bad=0.25).report.bad == {3: "bad"}  # a member is a video of its own
+
+
+def test_what_dali_is_asked_for(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = loader(manifest, TRAIN, 4, seed=9, shuffle=True, workers=0)
+    expected = [batch.samples.tolist() for batch in batches]
+    asked: list[dict[str, Any]] = []
+    real = dali.dali_batches
+
+    def pretend(data: Manifest, transform: Any, rows: list[np.ndarray], **options: Any) -> Iterator[Batch]:
+        inspect.signature(real).bind(data, transform, rows, **options)
+        asked.append(options)
+        for number, part in enumerate(rows):
+            if number == 1:
+                options["on_bad"](int(part[0]), "broken")
+                part = part[1:]
+            yield Batch(
+                torch.zeros(len(part), 2, 16, 16, 3, dtype=torch.uint8), torch.zeros(len(part)), torch.tensor(part)
+            )
+
+    monkeypatch.setattr(dali, "dali_batches", pretend)
+    batches.epoch, batches.decoder = 0, "dali"
+    got = [batch.samples.tolist() for batch in batches]
+    broken = expected[1][0]
+    assert got == [expected[0], expected[1][1:], *expected[2:]]
+    assert batches.report.bad == {broken: "broken"}
+    assert batches.report.delivered == N - 1
+    assert (asked[0]["seed"], asked[0]["epoch"], batches.epoch) == (9, 0, 1)
+    batches.epoch = 0
+    next(iter(batches))
+    assert asked[1]["routes"] is asked[0]["routes"]
 
 
 def test_too_many_bad_videos_stop_with_a_list(manifest: Manifest) -> None:

@@ -289,6 +289,7 @@ class Loader:
             seed=make.seed,
             epoch=epoch,
             device=self.device,
+            workers=max(1, self._workers.workers) * make.threads,
             time_limit=self._workers.timeout,
             routes=self._routes,
             on_bad=self._bad,
