@@ -61,7 +61,7 @@ def file_status(root: str, path: str, follow_links: bool) -> os.stat_result:
         real = os.path.realpath(whole)
     else:
         real = real_folder(os.path.dirname(whole))
-    if not follow_links and os.path.commonpath((root, real)) != root:
+    if not follow_links and real != root and not real.startswith(os.path.join(root, "")):
         raise VideoError(
             f"is reached by a link that leads out of the root folder, to {real}; follow_links=True allows it"
         )
