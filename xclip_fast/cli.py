@@ -388,7 +388,7 @@ def evaluate(
     from . import evaluate as evaluation
     from .templates import TEMPLATES
 
-    evaluation.main(
+    result = evaluation.main(
         checkpoint,
         manifest,
         out=out,
@@ -406,6 +406,81 @@ def evaluate(
         dtype=dtype,
         workers=workers,
     )
+    raise typer.Exit(int(result is not None and bool(result.failed)))
+
+
+@app.command()
+def protocol(
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="PROTOCOL",
+            help="zero-shot-hmdb51, zero-shot-ucf101, zero-shot-kinetics600, few-shot-hmdb51 or few-shot-ucf101.",
+            show_default=False,
+        ),
+    ],
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Weights.", show_default=False)],
+    manifests: Annotated[
+        list[Path],
+        typer.Argument(metavar="MANIFEST...", help="The test splits: zero-shot three, otherwise one."),
+    ],
+    shots: Annotated[int | None, typer.Option(min=1, help="How many the checkpoint was trained on.")] = None,
+    draws: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="A released class list of a draw. May be repeated.")
+    ] = None,
+    kinetics400: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Kinetics-400's class names, to draw new ones of Kinetics-600.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the draws.")] = 0,
+    out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="For everything that was found.")] = None,
+    overwrite: Overwrite = False,
+    variant: Variant = None,
+    frames: Frames = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Views at once.")] = None,
+    device: Device = "auto",
+    dtype: DType = "auto",
+    workers: Annotated[int | None, typer.Option(min=0, help="Decoding processes; 0: none.")] = None,
+) -> None:
+    """Run a zero-shot or few-shot protocol of the paper.
+
+    Prints mean and deviation beside the paper's figures (Tables 3 to 5).
+    """
+    from . import protocols
+
+    protocols.main(
+        name,
+        checkpoint,
+        manifests,
+        out=out,
+        overwrite=overwrite,
+        shots=shots,
+        draws=draws or (),
+        kinetics400=kinetics400,
+        seed=seed,
+        variant=variant,
+        frames=frames,
+        batch_size=batch_size,
+        device=device,
+        dtype=dtype,
+        workers=workers,
+    )
+
+
+@app.command("few-shot")
+def few_shot(
+    manifest: Annotated[Path, typer.Argument(metavar="MANIFEST", help="The training videos.", show_default=False)],
+    shots: Annotated[int, typer.Option(min=1, help="Videos a class; the paper has 2, 4, 8 and 16.")],
+    out: Annotated[
+        Path, typer.Option(metavar="FILE", help=".jsonl: a manifest to train on; .json, .csv: a list to keep.")
+    ],
+    seed: Annotated[int, typer.Option(min=0, help="Of the draw.")] = 0,
+    overwrite: Overwrite = False,
+) -> None:
+    """Draw K videos of each class."""
+    from . import protocols
+
+    drawn = protocols.sample(manifest, shots, out, seed=seed, overwrite=overwrite)
+    print(f"{plain(str(out))}: {drawn} videos, {shots} a class")
 
 
 @app.command()
@@ -571,10 +646,9 @@ def _place(device: str, dtype: str) -> dict[str, Any]:
         raise ValueError(f"--device {device}: {cuda['reason'] or 'there are only ' + str(len(cuda['devices']))}")
     if dtype != "auto":
         return {"device": device, "dtype": getattr(torch, dtype)}
-    if kind == "cpu":
-        return {"device": device, "dtype": torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32}
-    major, _ = torch.cuda.get_device_capability(device)
-    return {"device": device, "dtype": torch.bfloat16 if major >= 8 else torch.float16 if major == 7 else torch.float32}
+    from .evaluation_setup import automatic_dtype
+
+    return {"device": device, "dtype": automatic_dtype(torch.device(device))}
 
 
 def _load(checkpoint: Path | None, variant: str | None, random_weights: bool) -> XCLIP:

@@ -45,9 +45,9 @@ def print_rows(
 class Bar:
     """A progress bar on standard error while the block lasts; nothing if that is no terminal."""
 
-    def __init__(self, total: int | None = None, what: str = "videos") -> None:
+    def __init__(self, total: int | None = None, *, hidden: bool = False) -> None:
         self._progress: Any = None
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and not hidden:
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -59,7 +59,7 @@ class Bar:
                 redirect_stdout=False,
                 redirect_stderr=False,
             )
-            self._task = self._progress.add_task(what, total=total)
+            self._task = self._progress.add_task("videos", total=total)
 
     def __enter__(self) -> Bar:
         if self._progress:

@@ -22,9 +22,10 @@ from torch import Tensor
 
 from . import flops
 from .config import VARIANTS, XCLIPConfig
+from .console import Bar
 from .evaluation import Evaluation, Prediction, show
 from .evaluation_files import check_folder, environment, write
-from .evaluation_setup import load, named, processes, progress_bar
+from .evaluation_setup import load, named, processes
 from .label_names import candidates, trained_texts
 
 if TYPE_CHECKING:
@@ -385,7 +386,7 @@ def main(
         model = load(checkpoint, variant, place, dtype)
         if labels is None and videos.classes:
             labels = trained_texts(checkpoint, videos.classes, model.config.num_classes is not None)
-        with progress_bar(rank == 0) as progress:
+        with Bar(hidden=rank > 0) as bar:
             result = evaluate(
                 model,
                 videos,
@@ -398,7 +399,7 @@ def main(
                 templates=templates,
                 batch_size=batch_size,
                 workers=workers,
-                progress=progress,
+                progress=bar.update,
             )
     if rank:
         return None

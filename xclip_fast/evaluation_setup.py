@@ -1,12 +1,11 @@
-"""What an evaluation from the command line needs around it: processes, the model, a progress bar."""
+"""What an evaluation from the command line needs around it: processes, precision, the model."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import os
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,23 +26,25 @@ def named(result: Evaluation, checkpoint: str | os.PathLike[str], manifest: str 
 
 
 def load(checkpoint: str | os.PathLike[str], variant: str | None, device: torch.device, dtype: str) -> XCLIP:
-    """The checkpoint's model on the device; ``dtype`` auto is bfloat16 where the hardware computes in it."""
+    """The checkpoint's model on the device; ``dtype`` is a name, or auto for ``automatic_dtype``."""
     from .config import variant as config_of
     from .model import XCLIP
 
-    if dtype == "auto":
-        if device.type == "cuda":
-            wanted = torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-        else:
-            wanted = torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32
-    else:
-        known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-        if dtype not in known:
-            raise ValueError(f"dtype {dtype!r}: auto, float32, bfloat16 or float16 wanted")
-        wanted = known[dtype]
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype not in ("auto", *known):
+        raise ValueError(f"dtype {dtype!r}: auto, float32, bfloat16 or float16 wanted")
+    wanted = automatic_dtype(device) if dtype == "auto" else known[dtype]
     torch.manual_seed(0)  # what the checkpoint does not hold is the same in every run and process
     shape = None if variant is None else config_of(variant)
     return XCLIP.from_pretrained(checkpoint, config=shape, device=device, dtype=wanted)
+
+
+def automatic_dtype(device: torch.device) -> torch.dtype:
+    """The half precision that the device has matrix instructions for, bfloat16 first; otherwise float32."""
+    if device.type == "cpu":
+        return torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32
+    major, _ = torch.cuda.get_device_capability(device)
+    return torch.bfloat16 if major >= 8 else torch.float16 if major == 7 else torch.float32
 
 
 @contextlib.contextmanager
@@ -67,18 +68,3 @@ def processes(device: str) -> Iterator[tuple[torch.device, int]]:
     finally:
         if ours:
             dist.destroy_process_group()
-
-
-@contextlib.contextmanager
-def progress_bar(wanted: bool) -> Iterator[Callable[[int, int], None] | None]:
-    """A bar on standard error while the block lasts; None if that is no terminal."""
-    if not wanted or not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("videos"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("videos", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -232,9 +232,10 @@ def main(
     Returns:
         what ``protocol.json`` holds; None in all processes but the first.
     """
+    from .console import Bar
     from .data.manifest import Manifest
     from .evaluation_files import write
-    from .evaluation_setup import load, named, processes, progress_bar
+    from .evaluation_setup import load, named, processes
 
     if protocol not in PROTOCOLS:
         raise ValueError(f"protocol {protocol!r}: one of {', '.join(PROTOCOLS)} wanted")
@@ -258,8 +259,8 @@ def main(
             chosen = kinetics600_draws(videos[0].classes, read_classes(kinetics400), seed)
     with processes(device) as (place, rank):
         model = load(checkpoint, variant, place, dtype)
-        with progress_bar(rank == 0) as progress:
-            settings = {"progress": progress, **settings}
+        with Bar(hidden=rank > 0) as bar:
+            settings = {"progress": bar.update, **settings}
             if chosen:
                 results = over_draws(model, videos[0], chosen, **settings)
             else:
