@@ -180,6 +180,8 @@ def test_drop_path_of_a_plain_block_drops_whole_videos(monkeypatch: pytest.Monke
         ({"vision": {"cross_frame": "false"}}, "True or False wanted"),
         ({"vision": {"pre_norm": 0}}, "True or False wanted"),
         ({"text": {"layers": 0}}, "at least 1"),
+        ({"vision": {"layer_norm_eps": "1e-6"}}, r"write 1\.0e-6"),
+        ({"layer_norm_eps": None}, "a number of at least 0 wanted"),
     ],
 )
 def test_wrong_switches_are_refused(values: dict[str, object], message: str) -> None:

@@ -33,6 +33,11 @@ def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} is {value!r}; choose one of {', '.join(choices)}")
 
 
+def _check_eps(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+        raise ValueError(f"{name} is {value!r}; a number of at least 0 wanted (YAML takes 1e-6 for text: write 1.0e-6)")
+
+
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
     """The cross-frame communication transformer (paper, section 3.2).
@@ -65,6 +70,8 @@ class VisionConfig:
         _check_choice("vision: activation", self.activation, ACTIVATIONS)
         for name in ("cross_frame", "pre_norm"):
             _check_switch(f"vision: {name}", getattr(self, name))
+        if self.layer_norm_eps is not None:
+            _check_eps("vision: layer_norm_eps", self.layer_norm_eps)
 
     @property
     def patches(self) -> int:
@@ -137,6 +144,7 @@ class XCLIPConfig:
                 raise ValueError(f"{name} {getattr(self, name)} must be at least {least}")
         _check_choice("prompt", self.prompt, PROMPTS)
         _check_switch("mit_residual", self.mit_residual)
+        _check_eps("layer_norm_eps", self.layer_norm_eps)
         if self.num_classes is not None:
             if self.num_classes < 1:
                 raise ValueError(f"num_classes {self.num_classes} must be at least 1, or None for labels as text")
