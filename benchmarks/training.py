@@ -1,0 +1,395 @@
+"""Training steps of X-CLIP: speed by part, share of the GEMM limit, memory, beside Hugging Face's model in one run.
+
+    python benchmarks/training.py                          # defaults: minutes on a CPU, everything on a GPU
+    python benchmarks/training.py --variants B/16-8f --batch-size 32 --text frozen,trained --compile --json out.json
+    python benchmarks/training.py --table7                 # also the memory case of the paper's Table 7
+
+A step is forward, backward and fused AdamW on one resident batch against K labels: weights in float32, under autocast
+if the precision says so. README.md beside this file says how each number is come by.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import importlib.util
+import itertools
+import math
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import measuring
+import torch
+import torch.nn.functional as F
+from throughput import COMPILED, EAGER, OURS, PRECISIONS, chosen, fail, hf_cached, huggingface, read_labels, shown
+from torch import Tensor, nn
+
+import xclip_fast
+from xclip_fast import flops, optim
+from xclip_fast.config import VARIANTS
+
+TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}  # of the first loss against the peer's: the same weights and videos
+TEXT = {"frozen": "visual", "trained": "both"}  # the towers that are trained
+PAPER_TABLE7 = {"both": 22, "visual": 6, "text": 20, "none": 4}  # GB, 2 videos of 8 frames, one V100
+PART_RUNS = 5
+HF_INSTALLED = importlib.util.find_spec("transformers") is not None
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = fail  # type: ignore[method-assign]
+    parser.add_argument("--variants", default="auto", help=f"comma-separated, of {', '.join(VARIANTS)}")
+    parser.add_argument("--precisions", default="auto", help="comma-separated, of fp32, bf16")
+    parser.add_argument("--batch-size", type=int, help="videos a step (default: 1 on a CPU, 32 on a GPU)")
+    parser.add_argument("--labels", default="400", help="their number K, or a text file with one a line (default 400)")
+    parser.add_argument("--text", default="auto", help="comma-separated, of frozen, trained: the text tower")
+    parser.add_argument("--recompute", default="auto", help="comma-separated, of no, yes: activation checkpointing")
+    parser.add_argument("--no-peers", action="store_true", help="ours alone")
+    parser.add_argument("--compile", action="store_true", help="also Hugging Face's model under torch.compile")
+    parser.add_argument("--table7", action="store_true", help="the memory case of Table 7 (default on a GPU)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--threads", type=int, help="of the CPU")
+    parser.add_argument("--seconds", type=float, help="for the timed steps (default: 100 on a CPU, unbounded on a GPU)")
+    parser.add_argument("--backend", default="auto", help="of xclip-fast's ops (see xclip-fast info)")
+    parser.add_argument("--json", type=Path, help="write every raw timing here")
+    args = parser.parse_args(argv)
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif args.device == "cuda" and not torch.cuda.is_available():
+        fail("--device cuda: torch sees no CUDA device; run with --device cpu, or install a CUDA build of torch")
+    gpu = args.device == "cuda"
+    args.variants = chosen("--variants", args.variants, ["B/16-8f", "L/14-8f"] if gpu else ["B/32-8f"], VARIANTS)
+    args.precisions = chosen("--precisions", args.precisions, ["bf16"] if gpu else ["fp32"], TOLERANCE)
+    args.text = chosen("--text", args.text, list(TEXT) if gpu else ["frozen"], TEXT)
+    args.recompute = chosen("--recompute", args.recompute, ["no", "yes"] if gpu else ["no"], ("no", "yes"))
+    args.batch_size = args.batch_size or (32 if gpu else 1)
+    if args.batch_size < 1:
+        fail(f"--batch-size {args.batch_size}: at least 1 wanted")
+    args.labels = read_labels(args.labels)
+    args.seconds = args.seconds or (math.inf if gpu else 100.0)
+    args.table7 |= gpu
+    if args.json and (args.json.is_dir() or not args.json.absolute().parent.is_dir()):
+        fail(f"--json {args.json}: a file in an existing folder wanted")
+    return args
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One group of rows: the contenders of one kind of step."""
+
+    variant: str
+    precision: str
+    batch: int
+    towers: str  # which are trained, as in Table 7
+    recompute: bool
+
+    def multiply_adds(self, lengths: list[int]) -> int:
+        """Of one step of ours: each product forward, and once more for each gradient that is wanted of it.
+        Recomputation is not counted: it is no work that the step asks for."""
+        total = 0
+        for product in flops.products(VARIANTS[self.variant], labels=lengths, batch=self.batch, counting="actual"):
+            if product.part == "text" and self.towers not in ("text", "both"):
+                continue  # encoded once, before the first step
+            passes = 2 if product.part == "patch_embed" else 3  # pixels have no gradient
+            total += passes * product.multiply_adds
+        return total
+
+
+@dataclasses.dataclass
+class Contender:
+    """A model with its optimizer, ready to step."""
+
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+    loss: Callable[[], Tensor]
+
+    def step(self) -> Tensor:
+        loss = self.loss()
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    def state_bytes(self) -> int:
+        """Weights and optimizer state; gradients and activations are in the step's own peak."""
+        states = [value for state in self.optimizer.state.values() for value in state.values()]
+        tensors = [*self.module.parameters(), *self.module.buffers(), *filter(torch.is_tensor, states)]
+        return sum(tensor.nbytes for tensor in tensors)
+
+    def parts(self, device: str) -> dict[str, float]:
+        """Median seconds of forward, backward and optimizer, each waited for."""
+        found: dict[str, list[float]] = {"forward": [], "backward": [], "optimizer": []}
+        loss: Tensor | None = None
+
+        def forward() -> None:
+            nonlocal loss
+            loss = self.loss()
+
+        def update() -> None:
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+
+        for _ in range(PART_RUNS if device == "cuda" else 2):
+            found["forward"].append(measuring.timed(forward, device)())
+            assert loss is not None
+            found["backward"].append(measuring.timed(loss.backward, device)())
+            found["optimizer"].append(measuring.timed(update, device)())
+        return {name: statistics.median(seconds) for name, seconds in found.items()}
+
+
+def adamw(module: nn.Module) -> torch.optim.Optimizer:
+    """The same for all: fused, its state in place before the first step."""
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    made = torch.optim.AdamW(parameters, lr=1e-6, betas=(0.9, 0.98), weight_decay=1e-3, fused=True)
+    for parameter in parameters:
+        made.state[parameter] = {
+            "step": torch.zeros((), device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+    return made
+
+
+def contenders_of(
+    cell: Cell, labels: list[str], device: str, peers: bool, compiled: bool
+) -> Iterator[tuple[str, Contender]]:
+    """Ours and the peers, with the same weights, videos and labels."""
+    torch.manual_seed(0)
+    config, dtype = VARIANTS[cell.variant], PRECISIONS[cell.precision]
+    model = xclip_fast.XCLIP(config).train()
+    hf: Any = huggingface(model).train() if peers else None
+    model.to(device).checkpoint_activations(cell.recompute)
+    optim.freeze(model, cell.towers)  # type: ignore[arg-type]
+    tokens = xclip_fast.tokenize(labels, config.text.context_length)
+    shape = (cell.batch, config.num_frames, config.vision.image_size, config.vision.image_size, 3)
+    video = torch.randint(256, shape, dtype=torch.uint8, device=device)
+    truth = torch.arange(cell.batch, device=device) % len(labels)
+    autocast = functools.partial(torch.autocast, device, dtype, enabled=dtype != torch.float32)
+    text_trained = cell.towers in ("text", "both")
+    text_KE = None if text_trained else model.encode_text(tokens)
+
+    def ours() -> Tensor:
+        with autocast():
+            logits = model.similarity(model.encode_video(video), model.encode_text(tokens) if text_trained else text_KE)
+        return F.cross_entropy(logits.float(), truth)
+
+    yield OURS, Contender(model, adamw(model), ours)
+    if hf is None:
+        return
+    hf.to(device)
+    _freeze_huggingface(hf, cell.towers)
+    if cell.recompute:
+        hf.gradient_checkpointing_enable()
+    mean, deviation = (torch.tensor(values, device=device) for values in (config.image_mean, config.image_std))
+    pixels = ((video / 255 - mean) / deviation).permute(0, 1, 4, 2, 3).contiguous()
+    padded = xclip_fast.tokenize(labels, config.text.context_length, pad=True).to(device)
+
+    def theirs() -> Tensor:
+        with autocast():
+            # a careful user of theirs would keep a frozen tower's features too
+            logits = hf_cached(hf, pixels, text_KE) if text_KE is not None else hf(padded, pixels).logits_per_video
+        return F.cross_entropy(logits.float(), truth)
+
+    contender = Contender(hf, adamw(hf), theirs)
+    yield EAGER, contender
+    if compiled:
+        torch._dynamo.reset()
+        mode = "max-autotune-no-cudagraphs" if device == "cuda" else "default"
+        yield COMPILED, dataclasses.replace(contender, loss=torch.compile(theirs, mode=mode))
+
+
+def _freeze_huggingface(hf: nn.Module, towers: str) -> None:
+    """As ``optim.freeze`` does with ours."""
+    for name, parameter in hf.named_parameters():
+        new = "message_" in name or name.startswith(("mit.", "prompts_"))
+        tower = "visual" if name.startswith(("vision_model.", "visual_projection")) else "text"
+        parameter.requires_grad_(new or towers in (tower, "both"))
+
+
+def rows_of(
+    cell: Cell, contenders: dict[str, Contender], results: dict[str, Any], lengths: list[int], rate: float, device: str
+) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    ours = results[OURS]
+    for name, contender in contenders.items():
+        result = results[name]
+        row = dataclasses.asdict(cell) | {"contender": name, "note": result.get("note", "")}
+        rows.append(row)
+        if not result.get("seconds"):
+            continue
+        row |= {"seconds": result["seconds"], "n": len(result["seconds"]), "warm_ups": result["warm_ups"]}
+        row |= {"median_s": statistics.median(result["seconds"]), "loss": float(result["output"])}
+        row["clips_per_second"] = cell.batch / row["median_s"]
+        row |= {"state_bytes": contender.state_bytes(), "peak_bytes": result["peak_memory"]}
+        row["parts_s"] = contender.parts(device)
+        if name == OURS:
+            row["multiply_adds"] = cell.multiply_adds(lengths)
+            row["flop_per_s"] = 2 * row["multiply_adds"] / row["median_s"]
+            row["share_of_gemm"] = row["flop_per_s"] / rate
+        elif ours.get("seconds"):
+            row["loss_error"] = abs(row["loss"] / float(ours["output"]) - 1)
+            if row["loss_error"] > TOLERANCE[cell.precision]:
+                row["note"] = f"the first loss differs from ours by {row['loss_error']:.1g}: no ratio"
+                continue
+            pairs = [theirs / mine for mine, theirs in zip(ours["seconds"], result["seconds"], strict=False)]
+            median = row["median_s"] / statistics.median(ours["seconds"])
+            rows[0].setdefault("ratios", {})[name] = {"median": median, "low": min(pairs), "high": max(pairs)}
+    return rows
+
+
+def table7(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Memory of one step on 2 videos of 8 frames with all labels, for each choice of towers, optimizer included."""
+    rows = []
+    variant = "B/16-8f" if "B/16-8f" in VARIANTS else args.variants[0]
+    for towers, paper in PAPER_TABLE7.items():
+        cell = Cell(variant, "bf16" if args.device == "cuda" else "fp32", 2, towers, recompute=False)
+        # one after the other: both at once would hide how little one needs
+        for name in (OURS, EAGER) if HF_INSTALLED and not args.no_peers and args.device == "cuda" else (OURS,):
+            row: dict[str, Any] = dataclasses.asdict(cell) | {"contender": name, "paper_gb": paper, "note": ""}
+            rows.append(row)
+            made = contenders_of(cell, args.labels, args.device, name != OURS, False)
+            contender = next(found for title, found in made if title == name)
+            with contextlib.closing(made):
+                try:
+                    _, peak = measuring.peak_memory(contender.step, args.device)
+                except torch.OutOfMemoryError as error:
+                    row["note"] = f"failed: {str(error).splitlines()[0]}"
+                    continue
+            row |= {"state_bytes": contender.state_bytes(), "peak_bytes": peak}
+            row["total_bytes"] = None if peak is None else row["state_bytes"] + peak
+            del contender, made
+    return rows
+
+
+def loading(args: argparse.Namespace, variant: str) -> dict[str, Any]:
+    """Seconds for a batch from generated mp4 files through the training transform, the model idle."""
+    from xclip_fast.data.loader import loader
+    from xclip_fast.data.manifest import index
+    from xclip_fast.data.motion import CLASSES, render, write_clip
+    from xclip_fast.data.transforms import TrainTransform
+
+    config = VARIANTS[variant]
+    with tempfile.TemporaryDirectory() as folder:
+        for number, label in enumerate(CLASSES[::3]):
+            home = Path(folder) / label.replace(" ", "_")
+            home.mkdir()
+            write_clip(home / f"{number}.mp4", render(label, 0, frames=96, size=(256, 340)))
+        manifest = index(folder)
+        batches = 12 if args.device == "cuda" else 6
+        manifest = manifest.select(row % len(manifest) for row in range(batches * args.batch_size))
+        transform = TrainTransform(frames=config.num_frames, size=config.vision.image_size)
+        source = loader(manifest, transform, args.batch_size, device=args.device)
+        for _ in source:  # workers start, files come into memory
+            pass
+        begin = time.perf_counter()
+        for batch in source:
+            batch.frames.sum().item()
+        seconds = (time.perf_counter() - begin) / batches
+        source.close()
+    return {"variant": variant, "batch": args.batch_size, "seconds": seconds, "decoder": source.decoder}
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    lengths = (xclip_fast.tokenize(args.labels).argmax(1) + 1).tolist()
+    rates = {name: measuring.gemm_rate(PRECISIONS[name], args.device) for name in args.precisions}
+    cells = [
+        Cell(variant, precision, args.batch_size, TEXT[text], recompute == "yes")
+        for variant, precision, text, recompute in itertools.product(
+            args.variants, args.precisions, args.text, args.recompute
+        )
+    ]
+    rows: list[dict[str, Any]] = []
+    for cell in cells:
+        made = contenders_of(cell, args.labels, args.device, HF_INSTALLED and not args.no_peers, args.compile)
+        contenders = dict(made)
+        results = measuring.measure(
+            {name: contender.step for name, contender in contenders.items()}, args.device, args.seconds / len(cells)
+        )
+        rows += rows_of(cell, contenders, results, lengths, rates[cell.precision], args.device)
+        print(f"{cell}: {rows[-len(contenders)].get('clips_per_second', 0):.3g} clips/s", file=sys.stderr)
+        del made, contenders, results
+        if args.device == "cuda":
+            torch.cuda.empty_cache()
+    return {
+        "environment": measuring.environment(args.device),
+        "labels": {"count": len(lengths), "tokens": sum(lengths), "longest": max(lengths)},
+        "backend": args.backend,
+        "gemm_flop_per_s": rates,
+        "rows": rows,
+        "loading": [loading(args, variant) for variant in args.variants],
+        "table7": table7(args) if args.table7 else [],
+    }
+
+
+def print_table(report: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    environment = report["environment"]
+    peers = [name for name in (EAGER, COMPILED) if any(row["contender"] == name for row in report["rows"])]
+    table = Table(title=f"{environment['device']}, training step, {report['labels']['count']} labels")
+    for column in ("variant", "precision", "trained", "recompute", "model"):
+        table.add_column(column, no_wrap=True)
+    columns = ("batch", "clips/s", *(f"x {peer}" for peer in peers))
+    for column in (*columns, "forward", "backward", "optimizer", "of GEMM", "state", "peak", "n"):
+        table.add_column(column, justify="right")
+    for row in report["rows"]:
+        recompute = "yes" if row["recompute"] else "no"
+        cells = [row["variant"], row["precision"], row["towers"], recompute, row["contender"], str(row["batch"])]
+        if "median_s" not in row:
+            table.add_row(*cells, row["note"].split(":")[0])
+            continue
+        ratios = [row.get("ratios", {}).get(peer) for peer in peers]
+        cells.append(f"{row['clips_per_second']:.3g}")
+        cells += [f"{each['median']:.2f} ({each['low']:.2f}-{each['high']:.2f})" if each else "" for each in ratios]
+        cells += [f"{1e3 * seconds:.3g} ms" for seconds in row["parts_s"].values()]
+        cells += [shown(row.get("share_of_gemm"), "{:.0%}")]
+        cells += [shown(row[name], "{:.2f} GB", 1e-9) for name in ("state_bytes", "peak_bytes")]
+        table.add_row(*cells, str(row["n"]))
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=180)
+    console.print(table)
+    for row in report["rows"]:
+        if row["note"]:
+            console.print(f"{row['variant']} {row['contender']}: {row['note']}", markup=False, highlight=False)
+    for row in report["loading"]:
+        console.print(
+            f"data: {1e3 * row['seconds']:.3g} ms for a batch of {row['batch']} from mp4 files ({row['variant']}, "
+            f"{row['decoder']}), beside the step above"
+        )
+    for row in report["table7"]:
+        total = shown(row.get("total_bytes"), "{:.2f} GB", 1e-9) or row["note"] or "unknown"
+        console.print(
+            f"Table 7, trained: {row['towers']}: {total} with {row['contender']}; the paper says {row['paper_gb']} GB",
+            markup=False,
+        )
+    rates = ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in report["gemm_flop_per_s"].items())
+    console.print(f"GEMM rate in this run, GFLOP/s: {rates}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    with xclip_fast.backend(args.backend):
+        report = run(args)
+    print_table(report)
+    if args.json:
+        measuring.write_json(args.json, report)
+    bad = [row for row in report["rows"] if row["note"]]
+    return 1 if any(row["contender"] == OURS or "differs" in row["note"] for row in bad) else 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
