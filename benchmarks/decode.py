@@ -4,7 +4,7 @@
     python benchmarks/decode.py --keyframes 12 --frames 8 --json out.json
 
 Files are generated: moving textures under grain, H.264 with B frames, a keyframe every 12, 60 or 250 frames; "copy" is
-what `xclip-fast transcode` makes of the last. README.md beside this file says what each contender does.
+what `xclip-fast transcode` makes of the last. All contenders use one thread, and must give the same frames first.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib.util
-import math
 import os
 import shutil
 import statistics
@@ -28,12 +27,11 @@ import measuring
 import numpy as np
 import torch
 from av.video.reformatter import VideoReformatter
+from scenes import COPY, write_clips
 
 from xclip_fast.data.decode import Source, decode_frames, probe
 from xclip_fast.data.manifest import Manifest, index
-from xclip_fast.data.motion import write_clip
 from xclip_fast.data.sampling import frame_indices
-from xclip_fast.data.transcode import transcode
 from xclip_fast.data.transforms import TestTransform
 
 FULL, STORED, PLANNED, SEEKING = "full decode", "ours, stored plan", "ours, first sight", "seek for each frame"
@@ -41,7 +39,6 @@ OPENCV, OPENCV_SEEKING = "OpenCV, full", "OpenCV, seeking"
 EXACT, APPROXIMATE = "TorchCodec, exact", "TorchCodec, approximate"
 LOADER, LOADER_DALI = "loader, PyAV", "loader, DALI"
 OURS = (STORED, PLANNED, LOADER, LOADER_DALI)
-COPY = "copy"
 WORKS = ("file", "loader")
 CLIP_FRAMES, CLIP_SIZE = 300, (256, 340)  # (height, width): ten seconds of Kinetics
 LOADED_FILES, LOADED_BATCH = 64, 8
@@ -62,11 +59,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.error = fail  # type: ignore[method-assign]  # one line, not the usage as well
     parser.add_argument("--keyframes", default=f"12,60,250,{COPY}", help="frames from one to the next; or copy")
     parser.add_argument("--frames", default="8,16,32", help="frames wanted of each clip, comma-separated")
-    parser.add_argument("--works", default=",".join(WORKS), help="file: one file, one thread; loader: all cores")
+    parser.add_argument(
+        "--works",
+        default=",".join(WORKS),
+        help="file: one file, one thread; loader: all cores (the first and last kind of file, fewest frames)",
+    )
     parser.add_argument("--footage", type=Path, help="take the pictures from this video instead of generating them")
-    parser.add_argument("--clips", type=int, default=2, help="different clips of each kind")
+    parser.add_argument("--clips", type=int, default=1, help="different clips of each kind")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="of the loader")
-    parser.add_argument("--seconds", type=float, default=150.0, help="time to stay within, roughly")
+    parser.add_argument("--seconds", type=float, default=120.0, help="time to stay within, roughly")
     parser.add_argument("--json", type=Path, help="write every raw timing here")
     args = parser.parse_args(argv)
     if args.device == "auto":
@@ -98,86 +99,6 @@ def number(option: str, given: str) -> int:
     if not given.isdecimal() or not int(given):
         fail(f"{option}: {given!r} is not a positive whole number")
     return int(given)
-
-
-def render(seed: int, frames: int, size: tuple[int, int]) -> list[np.ndarray]:
-    """A scene that costs bits as footage does: a textured ground under a slow camera, textured discs that move across
-    it, and grain that is new in each frame. uint8 frames (height, width, 3)."""
-    rng = np.random.default_rng(seed)
-    height, width = size
-    ground, *skins = (texture(rng, 2 * height, 2 * width) for _ in range(3))
-    y_HW, x_HW = np.mgrid[0:height, 0:width]
-    turns, phases = rng.uniform(0.5, 1, 2), rng.uniform(0, 2 * np.pi, (2, 2))
-    clip = []
-    for now in range(frames):
-        camera = [(1 + math.sin(now * turn / 150)) / 2 for turn in turns]
-        picture = window(ground, camera[0] * (height - 1), camera[1] * (width - 1), size)
-        for (a, b), skin in zip(phases, skins, strict=True):
-            y = (1 + math.sin(now / 60 + a)) / 2 * (height - 1)
-            x = (1 + math.cos(now / 60 + b)) / 2 * (width - 1)
-            inside = (x_HW - x) ** 2 + (y_HW - y) ** 2 < (height / 7) ** 2
-            picture[inside] = window(skin, height - 1 - y, width - 1 - x, size)[inside]
-        grain = rng.normal(0, 1.5, (height, width, 1))
-        clip.append(np.clip(picture + grain, 0, 255).astype(np.uint8))
-    return clip
-
-
-def window(picture: np.ndarray, top: float, left: float, size: tuple[int, int]) -> np.ndarray:
-    """A part of this size, from a corner between pixels (bilinear)."""
-    rows = slice(int(top), int(top) + size[0] + 1)
-    columns = slice(int(left), int(left) + size[1] + 1)
-    part = picture[rows, columns]
-    part = part[:-1] + np.float32(top % 1) * (part[1:] - part[:-1])
-    return part[:, :-1] + np.float32(left % 1) * (part[:, 1:] - part[:, :-1])
-
-
-def texture(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """Noise whose spectrum falls as that of natural pictures does, a little steeper: float32 (height, width, 3)."""
-    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
-    spectrum = np.fft.rfft2(rng.normal(size=(3, height, width))) / np.maximum(frequency, 1 / width) ** 1.25
-    noise = np.fft.irfft2(spectrum, (height, width)).transpose(1, 2, 0)
-    grey = noise[..., :1] + 0.4 * noise[..., 1:2] * np.array([1, -1, 0.5])  # colour varies less than brightness
-    return np.clip(120 + 45 * grey / grey.std(), 0, 255).astype(np.float32)
-
-
-def footage(path: Path, frames: int, size: tuple[int, int]) -> list[np.ndarray]:
-    """The middle of this video's frames, to and fro if it is short."""
-    height, width = size
-    clip = []
-    with av.open(str(path)) as container:
-        for frame in container.decode(video=0):
-            scale = max(height / frame.height, width / frame.width)
-            scaled = frame.to_ndarray(
-                width=round(scale * frame.width), height=round(scale * frame.height), format="rgb24"
-            )
-            top, left = (scaled.shape[0] - height) // 2, (scaled.shape[1] - width) // 2
-            clip.append(np.ascontiguousarray(scaled[top : top + height, left : left + width]))
-            if len(clip) == frames:
-                break
-    turned = clip + clip[::-1]
-    return (turned * (frames // len(turned) + 1))[:frames]
-
-
-def write_clips(
-    folder: Path, keyframes: Sequence[int | str], clips: int, real: Path | None = None
-) -> dict[int | str, list[Path]]:
-    """The files of each kind."""
-    files: dict[int | str, list[Path]] = {kind: [] for kind in keyframes}
-    intervals = [kind for kind in keyframes if isinstance(kind, int)]
-    for seed in range(clips):
-        frames = footage(real, CLIP_FRAMES, CLIP_SIZE) if real else render(seed, CLIP_FRAMES, CLIP_SIZE)
-        for every in intervals or [250]:
-            path = folder / f"every-{every}" / f"{seed}.mp4"
-            path.parent.mkdir(exist_ok=True)
-            write_clip(path, frames, g=every, preset="medium")
-            if every in files:
-                files[every].append(path)
-    if COPY in files:
-        summary = transcode(folder / f"every-{(intervals or [250])[-1]}", folder / COPY)
-        if summary.failed:
-            raise RuntimeError(f"transcode failed: {summary.failed}")
-        files[COPY] = sorted((folder / COPY).glob("*.mp4"))
-    return files
 
 
 # Each contender takes a file and sorted frame numbers and gives uint8 (n, H, W, 3), RGB. One thread each.
@@ -247,10 +168,9 @@ def contenders_of(plans: dict[Path, Source]) -> Iterator[tuple[str, Callable[...
     yield PLANNED, decode_frames
     yield STORED, lambda path, numbers: decode_frames(plans[path], numbers)
     yield SEEKING, seek_for_each
-    for module, package, entries in (
-        ("cv2", "opencv-python-headless", ((OPENCV, opencv, False), (OPENCV_SEEKING, opencv, True))),
-        ("torchcodec", "torchcodec", ((EXACT, torchcodec, "exact"), (APPROXIMATE, torchcodec, "approximate"))),
-    ):
+    cv2 = {OPENCV: functools.partial(opencv, seek=False), OPENCV_SEEKING: functools.partial(opencv, seek=True)}
+    codec = {name: functools.partial(torchcodec, mode=name.split()[-1]) for name in (EXACT, APPROXIMATE)}
+    for module, package, entries in (("cv2", "opencv-python-headless", cv2), ("torchcodec", "torchcodec", codec)):
         note = ""
         if importlib.util.find_spec(module) is None:
             note = f"not installed: pip install {package}"
@@ -259,24 +179,24 @@ def contenders_of(plans: dict[Path, Source]) -> Iterator[tuple[str, Callable[...
                 importlib.import_module(module)
             except (ImportError, OSError, RuntimeError) as error:
                 note = f"does not load here: {(str(error) or type(error).__name__).splitlines()[0]}"
-        for name, call, option in entries:
-            yield name, note or functools.partial(call, **{"seek" if call is opencv else "mode": option})
+        for name, call in entries.items():
+            yield name, note or call
 
 
-def take_turns(calls: dict[str, Callable[[], Any]], seconds: float) -> dict[str, list[float]]:
-    """Seconds of each call, in turn (A B A B ...), within about `seconds`. One that takes long is called once."""
-    times: dict[str, list[float]] = {}
+def take_turns(calls: dict[str, Callable[[], Any]], first: dict[str, float], seconds: float) -> dict[str, list[float]]:
+    """Seconds of each call, in turn (A B A B ...), within about `seconds`.
+
+    `first`: what each took before, as a warm-up; where that was long, it counts, and there is no other.
+    """
+    times: dict[str, list[float]] = {name: [first[name]] if first[name] > seconds / 8 else [] for name in calls}
+    quick = [name for name in calls if not times[name]]
     begin = time.perf_counter()
-    for name, call in calls.items():
-        times[name] = [measuring.timed(call, "cpu")()]
-    slow = {name for name, first in times.items() if first[0] > seconds / 6}
     for _ in range(MOST_ROUNDS):
+        for name in quick:
+            times[name].append(measuring.timed(calls[name], "cpu")())
         spent = time.perf_counter() - begin
-        if spent + sum(times[name][-1] for name in calls if name not in slow) > seconds:
+        if spent + sum(times[name][-1] for name in quick) > seconds:
             break
-        for name in calls:
-            if name not in slow:
-                times[name].append(measuring.timed(calls[name], "cpu")())
     return times
 
 
@@ -295,22 +215,28 @@ def file_rows(kind: int | str, frames: int, paths: list[Path], plans: dict[Path,
     """One thread, one file after another."""
     numbers = frame_indices(CLIP_FRAMES, frames, "sparse").tolist()
     truth = [full_decode(path, numbers) for path in paths]
-    rows, calls = [], {}
+    begin = time.perf_counter()
+    rows: list[dict[str, Any]] = []
+    calls: dict[str, Callable[[], Any]] = {}
+    first: dict[str, float] = {}
     for name, call in contenders_of(plans):
         row: dict[str, Any] = {"work": "file", "keyframe_every": kind, "frames": frames, "contender": name, "note": ""}
         rows.append(row)
         if isinstance(call, str):
             row["note"] = call
             continue
+        every = functools.partial(lambda call: [call(path, numbers) for path in paths], call)
+        start = time.perf_counter()
         try:
-            found = [call(path, numbers) for path in paths]  # also the warm-up
+            found = every()
         except (av.FFmpegError, ImportError, OSError, RuntimeError, ValueError) as error:
             row["note"] = f"failed: {(str(error) or type(error).__name__).splitlines()[0]}"
             continue
+        first[name] = time.perf_counter() - start
         row["note"] = compare(row, found, truth, exact=name in (FULL, PLANNED, STORED, SEEKING))
         if not row["note"]:
-            calls[name] = functools.partial(lambda call: [call(path, numbers) for path in paths], call)
-    times = take_turns(calls, seconds)
+            calls[name] = every
+    times = take_turns(calls, first, seconds - (time.perf_counter() - begin))
     for row in rows:
         mine = times.get(row["contender"])
         if mine:
@@ -410,11 +336,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(1 if args.device == "cpu" else torch.get_num_threads())
     with tempfile.TemporaryDirectory() as folder:
         print(f"writing {args.clips} clips of each kind ...", file=sys.stderr)
-        files = write_clips(Path(folder), args.keyframes, args.clips, args.footage)
+        files = write_clips(Path(folder), args.keyframes, args.clips, CLIP_FRAMES, CLIP_SIZE, args.footage)
         clips = [clip_facts(kind, path) for kind, paths in files.items() for path in paths]
-        # The loader once per kind, with the fewest frames: there decoding weighs most.
+        # The loader with the fewest frames: there decoding weighs most.
         cells = [(work, kind, frames) for work in args.works for kind in args.keyframes for frames in args.frames]
-        cells = [cell for cell in cells if cell[0] == "file" or cell[2] == min(args.frames)]
+        ends = args.keyframes[0], args.keyframes[-1]
+        cells = [cell for cell in cells if cell[0] == "file" or (cell[1] in ends and cell[2] == min(args.frames))]
         for done, (work, kind, frames) in enumerate(cells):
             seconds = max(0.5, deadline - time.perf_counter()) / (len(cells) - done)
             if work == "file":

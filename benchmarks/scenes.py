@@ -1,0 +1,100 @@
+"""The video files that decode.py times: generated scenes, or pictures of one's own, with keyframes as asked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import av
+import numpy as np
+
+from xclip_fast.data.motion import write_clip
+from xclip_fast.data.transcode import transcode
+
+COPY = "copy"  # in place of the number of frames between keyframes: what transcode makes of the last kind before it
+
+
+def render(seed: int, frames: int, size: tuple[int, int]) -> list[np.ndarray]:
+    """A scene that costs bits as footage does: a textured ground under a slow camera, textured discs that move across
+    it, and grain that is new in each frame. uint8 frames (height, width, 3)."""
+    rng = np.random.default_rng(seed)
+    height, width = size
+    ground, *skins = (texture(rng, 2 * height, 2 * width) for _ in range(3))
+    y_HW, x_HW = np.mgrid[0:height, 0:width]
+    turns, phases = rng.uniform(0.5, 1, 2), rng.uniform(0, 2 * np.pi, (2, 2))
+    clip = []
+    for now in range(frames):
+        camera = [(1 + math.sin(now * turn / 150)) / 2 for turn in turns]
+        picture = window(ground, camera[0] * (height - 1), camera[1] * (width - 1), size)
+        for (a, b), skin in zip(phases, skins, strict=True):
+            y = (1 + math.sin(now / 60 + a)) / 2 * (height - 1)
+            x = (1 + math.cos(now / 60 + b)) / 2 * (width - 1)
+            inside = (x_HW - x) ** 2 + (y_HW - y) ** 2 < (height / 7) ** 2
+            picture[inside] = window(skin, height - 1 - y, width - 1 - x, size)[inside]
+        grain = rng.normal(0, 1.5, (height, width, 1))
+        clip.append(np.clip(picture + grain, 0, 255).astype(np.uint8))
+    return clip
+
+
+def window(picture: np.ndarray, top: float, left: float, size: tuple[int, int]) -> np.ndarray:
+    """A part of this size, from a corner between pixels (bilinear)."""
+    rows = slice(int(top), int(top) + size[0] + 1)
+    columns = slice(int(left), int(left) + size[1] + 1)
+    part = picture[rows, columns]
+    part = part[:-1] + np.float32(top % 1) * (part[1:] - part[:-1])
+    return part[:, :-1] + np.float32(left % 1) * (part[:, 1:] - part[:, :-1])
+
+
+def texture(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """Noise whose spectrum falls as that of natural pictures does, a little steeper: float32 (height, width, 3)."""
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
+    spectrum = np.fft.rfft2(rng.normal(size=(3, height, width))) / np.maximum(frequency, 1 / width) ** 1.25
+    noise = np.fft.irfft2(spectrum, (height, width)).transpose(1, 2, 0)
+    grey = noise[..., :1] + 0.4 * noise[..., 1:2] * np.array([1, -1, 0.5])  # colour varies less than brightness
+    return np.clip(120 + 45 * grey / grey.std(), 0, 255).astype(np.float32)
+
+
+def footage(path: Path, frames: int, size: tuple[int, int]) -> list[np.ndarray]:
+    """The middle of this video's frames, to and fro if it is short."""
+    height, width = size
+    clip = []
+    with av.open(str(path)) as container:
+        for frame in container.decode(video=0):
+            scale = max(height / frame.height, width / frame.width)
+            scaled = frame.to_ndarray(
+                width=round(scale * frame.width), height=round(scale * frame.height), format="rgb24"
+            )
+            top, left = (scaled.shape[0] - height) // 2, (scaled.shape[1] - width) // 2
+            clip.append(np.ascontiguousarray(scaled[top : top + height, left : left + width]))
+            if len(clip) == frames:
+                break
+    turned = clip + clip[::-1]
+    return (turned * (frames // len(turned) + 1))[:frames]
+
+
+def write_clips(
+    folder: Path,
+    keyframes: Sequence[int | str],
+    clips: int,
+    frames: int,
+    size: tuple[int, int],
+    real: Path | None = None,
+) -> dict[int | str, list[Path]]:
+    """The files of each kind, of this (height, width): generated scenes, or one clip of the pictures in `real`."""
+    files: dict[int | str, list[Path]] = {kind: [] for kind in keyframes}
+    intervals = [kind for kind in keyframes if isinstance(kind, int)]
+    for seed in range(clips):
+        clip = footage(real, frames, size) if real else render(seed, frames, size)
+        for every in intervals or [250]:
+            path = folder / f"every-{every}" / f"{seed}.mp4"
+            path.parent.mkdir(exist_ok=True)
+            write_clip(path, clip, g=every, preset="medium")
+            if every in files:
+                files[every].append(path)
+    if COPY in files:
+        summary = transcode(folder / f"every-{(intervals or [250])[-1]}", folder / COPY)
+        if summary.failed:
+            raise RuntimeError(f"transcode failed: {summary.failed}")
+        files[COPY] = sorted((folder / COPY).glob("*.mp4"))
+    return files
