@@ -262,8 +262,9 @@ def _save(ctx: Any, args: Sequence[Any], saved: Sequence[Tensor]) -> None:
 
 
 def _restore(ctx: Any) -> tuple[list[Any], tuple[Tensor, ...]]:
-    saved = ctx.saved_tensors[: ctx.saved_count]
-    tensors = iter(ctx.saved_tensors[ctx.saved_count :])
+    kept = ctx.saved_tensors  # read once: recomputed activations cannot be unpacked twice
+    saved = kept[: ctx.saved_count]
+    tensors = iter(kept[ctx.saved_count :])
     return [next(tensors) if other is None else other[0] for other in ctx.rest], saved
 
 

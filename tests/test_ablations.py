@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from xclip_fast import XCLIP, TextConfig, VisionConfig, XCLIPConfig, tokenize
+from xclip_fast import XCLIP, TextConfig, VisionConfig, XCLIPConfig, backend, kernels, tokenize
 from xclip_fast.checkpoint import CheckpointError, shapes
 from xclip_fast.flops import count
 from xclip_fast.layouts import is_new
@@ -549,3 +549,14 @@ def test_flops_of_every_switch_equal_torch(config: XCLIPConfig) -> None:
 def test_paper_names_stand_in_the_docstrings() -> None:
     for thing, words in ((XCLIPConfig, r"Tables? 6.*Table 9.*Table 8"), (VisionConfig, "Table 10")):
         assert re.search(words, thing.__doc__, re.DOTALL)
+
+
+def test_kernels_can_be_recomputed() -> None:
+    """torch.utils.checkpoint lets what was saved be read only once."""
+    pytest.importorskip("triton", reason="triton is not installed (pip install triton)")
+    x = torch.randn(4, 64, requires_grad=True)
+    weight, bias = torch.randn(64, requires_grad=True), torch.randn(64)
+    with backend("triton"):
+        y = torch.utils.checkpoint.checkpoint(kernels.layer_norm, x, weight, bias, use_reentrant=False)
+        y.square().sum().backward()
+    assert x.grad.isfinite().all()

@@ -19,7 +19,7 @@ from . import checkpoint, kernels
 from .config import VisionConfig, XCLIPConfig, variant
 from .kernels._linear import linear
 from .nn.cct import FastCCTBlock
-from .nn.layers import TransformerBlock, attend, init_block, init_linear, run_block
+from .nn.layers import TransformerBlock, WithoutInit, attend, init_block, init_linear, run_block
 from .nn.mit import MultiFrameIntegration
 from .nn.prompt import VideoSpecificPrompt
 from .nn.text import TextEncoder, Transformer
@@ -294,7 +294,7 @@ class XCLIP(nn.Module):
         """
         found = checkpoint.read(path, variant(config) if isinstance(config, str) else config)
         if found.complete:
-            with torch.device("meta"):
+            with torch.device("meta"), WithoutInit():
                 model = cls(found.config)
             model.load_state_dict(found.state, assign=True)
         else:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from .. import kernels
@@ -149,3 +150,15 @@ def drop_path_scale(batch: int, probability: float, like: Tensor) -> Tensor:
     """One drop path factor per sample, (B,): 0 with ``probability``, else 1 / (1 - probability)."""
     keep = 1.0 - probability
     return torch.empty(batch, dtype=torch.float32, device=like.device).bernoulli_(keep).div_(keep)
+
+
+class WithoutInit(TorchFunctionMode):
+    """While it is active, ``torch.nn.init`` leaves tensors as they are: for parameters that a checkpoint will replace.
+
+    On the meta device initialisation computes nothing, but it imports torch's compiler, which takes seconds.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
