@@ -183,24 +183,35 @@ def contenders_of(plans: dict[Path, Source]) -> Iterator[tuple[str, Callable[...
             yield name, note or call
 
 
-def take_turns(calls: dict[str, Callable[[], Any]], first: dict[str, float], seconds: float) -> dict[str, list[float]]:
-    """Seconds of each call, in turn (A B A B ...), within about `seconds`.
+Times = tuple[float, float]  # seconds by the clock, and of the processor: the second hardly sees what else runs
 
-    `first`: what each took before, as a warm-up; where that was long, it counts, and there is no other.
+
+def timed(call: Callable[[], Any]) -> tuple[Any, Times]:
+    wall, cpu = time.perf_counter(), time.process_time()
+    result = call()
+    return result, (time.perf_counter() - wall, time.process_time() - cpu)
+
+
+def take_turns(calls: dict[str, Callable[[], Any]], first: dict[str, Times], seconds: float) -> dict[str, list[Times]]:
+    """The times of each call, in turn (A B A B ...), within about `seconds`.
+
+    `first`: what each took before, as a warm-up; for a peer that was long, it counts, and there is no other.
     """
-    times: dict[str, list[float]] = {name: [first[name]] if first[name] > seconds / 8 else [] for name in calls}
+    times: dict[str, list[Times]] = {
+        name: [first[name]] if name not in (FULL, *OURS) and first[name][0] > seconds / 8 else [] for name in calls
+    }
     quick = [name for name in calls if not times[name]]
     begin = time.perf_counter()
     for _ in range(MOST_ROUNDS):
         for name in quick:
-            times[name].append(measuring.timed(calls[name], "cpu")())
+            times[name].append(timed(calls[name])[1])
         spent = time.perf_counter() - begin
-        if spent + sum(times[name][-1] for name in quick) > seconds:
+        if spent + sum(times[name][-1][0] for name in quick) > seconds:
             break
     return times
 
 
-def ratio(theirs: list[float], mine: list[float]) -> dict[str, float]:
+def ratio(theirs: Sequence[float], mine: Sequence[float]) -> dict[str, float]:
     """How many times faster: of medians, and the range over the turns that both had."""
     pairs = [a / b for a, b in zip(theirs, mine, strict=False)]
     return {
@@ -218,7 +229,7 @@ def file_rows(kind: int | str, frames: int, paths: list[Path], plans: dict[Path,
     begin = time.perf_counter()
     rows: list[dict[str, Any]] = []
     calls: dict[str, Callable[[], Any]] = {}
-    first: dict[str, float] = {}
+    first: dict[str, Times] = {}
     for name, call in contenders_of(plans):
         row: dict[str, Any] = {"work": "file", "keyframe_every": kind, "frames": frames, "contender": name, "note": ""}
         rows.append(row)
@@ -226,24 +237,23 @@ def file_rows(kind: int | str, frames: int, paths: list[Path], plans: dict[Path,
             row["note"] = call
             continue
         every = functools.partial(lambda call: [call(path, numbers) for path in paths], call)
-        start = time.perf_counter()
         try:
-            found = every()
+            found, first[name] = timed(every)
         except (av.FFmpegError, ImportError, OSError, RuntimeError, ValueError) as error:
             row["note"] = f"failed: {(str(error) or type(error).__name__).splitlines()[0]}"
             continue
-        first[name] = time.perf_counter() - start
         row["note"] = compare(row, found, truth, exact=name in (FULL, PLANNED, STORED, SEEKING))
         if not row["note"]:
             calls[name] = every
     times = take_turns(calls, first, seconds - (time.perf_counter() - begin))
     for row in rows:
-        mine = times.get(row["contender"])
-        if mine:
-            row |= {"seconds": mine, "n": len(mine), "median_s": statistics.median(mine)}
-            row["clips_per_second"] = len(paths) / row["median_s"]
-            row["frames_per_second"] = frames * row["clips_per_second"]
-            row["ratio_to_full"] = ratio(times[FULL], mine)
+        if row["contender"] not in times:
+            continue
+        (mine, cpu), (full, full_cpu) = (zip(*times[name], strict=True) for name in (row["contender"], FULL))
+        row |= {"seconds": mine, "cpu_seconds": cpu, "n": len(mine), "median_s": statistics.median(mine)}
+        row["clips_per_second"] = len(paths) / row["median_s"]
+        row["frames_per_second"] = frames * row["clips_per_second"]
+        row["ratio_to_full"], row["cpu_ratio_to_full"] = ratio(full, mine), ratio(full_cpu, cpu)
     return rows
 
 
@@ -379,7 +389,7 @@ def print_table(report: dict[str, Any]) -> None:
     table.add_column("keyframe every")
     table.add_column("frames", justify="right")
     table.add_column("contender", no_wrap=True)
-    for column in ("clips/s", "frames/s", "x full decode", "n"):
+    for column in ("clips/s", "frames/s", "x full decode", "x by CPU time", "n"):
         table.add_column(column, justify="right", no_wrap=True)
     notes: dict[str, None] = {}
     before = None
@@ -393,13 +403,13 @@ def print_table(report: dict[str, Any]) -> None:
             table.add_row(*start, row["note"].split(":")[0])
             notes.setdefault(f"{row['contender']}: {row['note']}", None)
             continue
-        times = row.get("ratio_to_full")
-        text = f"{times['median']:.2f} ({times['low']:.2f}-{times['high']:.2f})" if times else ""
+        ratios = [row[key] for key in ("ratio_to_full", "cpu_ratio_to_full") if key in row]
+        texts = [f"{each['median']:.2f} ({each['low']:.2f}-{each['high']:.2f})" for each in ratios] or ["", ""]
         speeds = (f"{row[key]:.3g}" for key in ("clips_per_second", "frames_per_second"))
-        table.add_row(*start, *speeds, text, str(row["n"]))
+        table.add_row(*start, *speeds, *texts, str(row["n"]))
         if row["note"]:
             notes.setdefault(f"{row['contender']}: {row['note']}", None)
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = Console(width=None if sys.stdout.isatty() else 130)
     console.print(table)
     for note in notes:
         print(note)

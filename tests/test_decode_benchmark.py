@@ -43,7 +43,9 @@ def test_every_contender_gives_the_same_frames(bench, tmp_path, capsys):
         if "seconds" in row:
             assert row["n"] == len(row["seconds"]) == 2
             assert row["frames_per_second"] == pytest.approx(frames * row["clips_per_second"])
-            assert row["ratio_to_full"]["low"] <= row["ratio_to_full"]["high"]
+            assert len(row["cpu_seconds"]) == 2
+            for key in ("ratio_to_full", "cpu_ratio_to_full"):
+                assert row[key]["low"] <= row[key]["high"]
         else:
             assert row["note"].startswith(("not installed: pip install", "does not load here"))
     full = rows[12, 2, bench.FULL]
@@ -86,11 +88,12 @@ def test_wrong_frames_are_not_timed(bench, tmp_path, monkeypatch):
 
 def test_slow_contenders_are_not_called_again(bench):
     calls = []
-    contenders = {name: lambda name=name: calls.append(name) for name in ("slow", "a", "b")}
-    times = bench.take_turns(contenders, {"slow": 3.0, "a": 0.1, "b": 0.1}, 10.0)
-    assert calls == ["a", "b", "a", "b"]
-    assert times["slow"] == [3.0]
-    assert len(times["a"]) == len(times["b"]) == 2
+    contenders = {name: lambda name=name: calls.append(name) for name in (bench.FULL, "slow", "quick")}
+    first = {bench.FULL: (3.0, 2.0), "slow": (3.0, 2.0), "quick": (0.1, 0.1)}
+    times = bench.take_turns(contenders, first, 10.0)
+    assert calls == [bench.FULL, "quick"] * 2
+    assert times["slow"] == [(3.0, 2.0)]
+    assert len(times[bench.FULL]) == len(times["quick"]) == 2
     found = bench.ratio([4.0, 6.0], [1.0, 2.0, 2.0])
     assert found == {"median": 2.5, "low": 3.0, "high": 4.0, "pairs": 2}
 
