@@ -178,7 +178,10 @@ def contenders_of(plans: dict[Path, Source]) -> Iterator[tuple[str, Callable[...
             try:
                 importlib.import_module(module)
             except (ImportError, OSError, RuntimeError) as error:
-                note = f"does not load here: {(str(error) or type(error).__name__).splitlines()[0]}"
+                cause: BaseException = error
+                while cause.__cause__ or cause.__context__:  # the last says what is missing
+                    cause = cause.__cause__ or cause.__context__ or cause
+                note = f"does not load here: {(str(cause) or type(cause).__name__).splitlines()[0]}"
         for name, call in entries.items():
             yield name, note or call
 
