@@ -98,9 +98,9 @@ def make_data(folder: Path, samples: int, clips: int) -> tuple[Manifest, dict[in
 
 
 def memory(pid: int | str) -> int:
-    """Bytes of a process in memory, what it shares with others divided among them (Linux)."""
-    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
+    """Bytes of a process in memory that come from no file (Linux): its own, and shared memory that it has open."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(("RssAnon:", "RssShmem:")))
 
 
 def soak(

@@ -285,11 +285,11 @@ def test_a_video_that_crashes_its_worker(manifest: Manifest, hooks: Any, caplog:
 
 
 def test_a_video_that_hangs_its_worker(manifest: Manifest, hooks: Any) -> None:
-    batches = loader(manifest, TRAIN, 4, workers=2, threads=2, timeout=1.0, decode=hooks.hang)
+    batches = loader(manifest, TRAIN, 4, workers=2, threads=2, timeout=2.0, decode=hooks.hang)
     start = time.monotonic()
     assert sorted(_rows(list(batches))) == [row for row in range(N) if row != 7]
-    assert time.monotonic() - start < 30
-    assert batches.report.bad == {7: "decoding it takes longer than 1 s (tried twice)"}
+    assert time.monotonic() - start < 60
+    assert batches.report.bad == {7: "decoding it takes longer than 2 s (tried twice)"}
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
