@@ -342,6 +342,30 @@ def transcode(
 
 
 @app.command()
+def motion(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Gets train and test in it.", show_default=False)],
+    clips: Annotated[int, typer.Option(min=1, help="Training clips of each of the ten classes.")] = 200,
+    test_clips: Annotated[int, typer.Option(min=1, help="Test clips of each class.")] = 40,
+    size: Annotated[int, typer.Option(min=16, help="Pixels of a side.")] = 64,
+    seed: Annotated[int, typer.Option(min=0, help="Other clips with another.")] = 0,
+) -> None:
+    """Generate clips whose classes differ in the order of their frames.
+
+    Small mp4 files with manifests, to try training on: `xclip-fast train motion` takes them from data/motion.
+    """
+    from .data import manifest
+    from .data.motion import CLASSES, write_dataset
+
+    for number, (split, count) in enumerate({"train": clips, "test": test_clips}.items()):
+        with Bar() as bar:
+            write_dataset(
+                folder / split, count, 2 * seed + number, size=(size, size), preset="ultrafast", progress=bar.update
+            )
+        manifest.index(folder / split, labels=CLASSES)
+        print(f"{plain(str(folder / split))}: {count * len(CLASSES)} clips of {len(CLASSES)} classes")
+
+
+@app.command()
 def train(
     config: Annotated[
         str, typer.Argument(metavar="CONFIG", help="A YAML file, or the name of a shipped one.", show_default=False)
@@ -689,7 +713,7 @@ def _run(
 
     from .data.decode import decode_many
 
-    config, device = model.config, model.logit_scale.device
+    config, device = model.config, next(model.parameters()).device
     batch = batch_size or (1 if device.type == "cpu" else 16)
     size, count = config.vision.image_size, frames or config.num_frames
     waiting: list[tuple[str, Any]] = []

@@ -122,6 +122,7 @@ class XCLIPConfig:
     prompt_alpha: float = 0.1
     layer_norm_eps: float = 1e-5
     logit_scale: float = math.log(1 / 0.07)  # the initial value, as a logarithm
+    temporal_std: float = 0.02  # initial spread of the temporal embedding; from scratch, order shows with more
     image_mean: tuple[float, float, float] = IMAGENET_MEAN
     image_std: tuple[float, float, float] = IMAGENET_STD
     prompt: str = "video"  # "video" (section 3.3), "vectors" or "none"
@@ -137,6 +138,8 @@ class XCLIPConfig:
             if len(getattr(self, name)) != 3:
                 raise ValueError(f"{name} {getattr(self, name)!r}: three numbers wanted, one a channel")
             object.__setattr__(self, name, tuple(float(value) for value in getattr(self, name)))
+        if not self.temporal_std > 0:
+            raise ValueError(f"temporal_std {self.temporal_std} must be above 0")
         if min(self.image_std) <= 0:
             raise ValueError(f"image_std {self.image_std} must be above 0")
         for name, least in (("num_frames", 1), ("mit_layers", 0), ("prompt_layers", 0)):

@@ -331,6 +331,7 @@ def _about_model(
     plain = dataclasses.replace(
         shape,
         logit_scale=XCLIPConfig.logit_scale,
+        temporal_std=XCLIPConfig.temporal_std,
         vision=dataclasses.replace(shape.vision, drop_path=0.0),
     )
     actual = flops.count(config, frames=frames, labels=[3] * len(labels), counting="actual")

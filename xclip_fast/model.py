@@ -126,7 +126,13 @@ class XCLIP(nn.Module):
         self.mit = None
         if config.mit_layers:
             self.mit = MultiFrameIntegration(
-                embed, config.num_frames, config.mit_layers, config.mit_heads, config.mit_residual, eps
+                embed,
+                config.num_frames,
+                config.mit_layers,
+                config.mit_heads,
+                config.mit_residual,
+                eps,
+                config.temporal_std,
             )
         self.prompts_generator = None
         if config.prompt == "video":

@@ -20,16 +20,18 @@ class MultiFrameIntegration(nn.Module):
     Args:
         width: E. frames: T of the temporal position encoding. layers, heads: of the transformer.
         residual: add the frame features to the transformer's output before pooling, as the released weights need.
-        eps: of the LayerNorms.
+        eps: of the LayerNorms. temporal_std: of the temporal position encoding, initially.
 
     Shape:
         (B, T, E) -> (B, E). Another T than the encoding's is met by linear interpolation along time.
     """
 
-    def __init__(self, width: int, frames: int, layers: int, heads: int, residual: bool, eps: float) -> None:
+    def __init__(
+        self, width: int, frames: int, layers: int, heads: int, residual: bool, eps: float, temporal_std: float = 0.02
+    ) -> None:
         super().__init__()
         self.residual = residual
-        self.positional_embedding = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, frames, width), std=0.02))
+        self.positional_embedding = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, frames, width), std=temporal_std))
         self.resblocks = nn.ModuleList(TransformerBlock(width, heads, eps) for _ in range(layers))
         init_linear(self)
 
