@@ -331,6 +331,14 @@ def test_ucf101(ucf, tmp_path):
         read_source(ucf, split="train3")
 
 
+def test_transcoded_copies_stand_in_for_listed_files(ucf):
+    listing = read_source(ucf, split="test1")
+    touch(listing.root / "YoYo/v_y_g01_c01.mp4")
+    assert found(read_source(ucf, split="test1")) == [("YoYo/v_y_g01_c01.mp4", 1)]
+    touch(listing.root / "YoYo/v_y_g01_c01.avi")
+    assert found(read_source(ucf, split="test1")) == [("YoYo/v_y_g01_c01.avi", 1)]
+
+
 @pytest.mark.parametrize("line", ["YoYo/x.avi 1", "YoYo/x.avi 3", "No/x.avi 1", "x.avi 1", "../YoYo/x.avi 2"])
 def test_ucf101_lines_that_contradict_the_classes(line, ucf):
     (ucf / "trainlist01.txt").write_text(line)

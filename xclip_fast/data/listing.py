@@ -151,7 +151,7 @@ def class_numbers(
 
 
 class Place:
-    """Paths as a list has them, to paths below the root."""
+    """Paths as a list has them, to paths below the root. For a file that is not there, a copy in mp4 stands in."""
 
     def __init__(self, request: Request) -> None:
         root = request.folder if request.root is None else request.root
@@ -162,9 +162,15 @@ class Place:
         if posixpath.isabs(below):
             for root in self.roots:
                 if below.startswith(f"{root.rstrip('/')}/"):
-                    return Entry(below[len(root.rstrip("/")) + 1 :], label)
+                    return Entry(self._there(below[len(root.rstrip("/")) + 1 :]), label)
         elif below.split("/", 1)[0] != "..":
-            return Entry(below, label)
+            return Entry(self._there(below), label)
         return Entry(
             path, label, error=f"lies outside of the root folder ({next(iter(self.roots))}); give another root"
         )
+
+    def _there(self, path: str) -> str:
+        """The path, or if only `transcode` has made something of that name, the copy's."""
+        root = next(iter(self.roots))
+        copy = posixpath.splitext(path)[0] + ".mp4"
+        return copy if not os.path.lexists(f"{root}/{path}") and os.path.isfile(f"{root}/{copy}") else path
