@@ -11,6 +11,7 @@ A task carries all that a worker needs to know of its videos (some hundred bytes
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import logging
 import multiprocessing
@@ -435,6 +436,11 @@ def _same(result: Result) -> Result:
 def _settle(worker: int) -> None:
     """What a new process does first."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; the parent ends these
+    # A PyAV frame whose side data was looked at refers to itself, so only the collector frees it, and the collector
+    # counts objects, not megabytes. Without all that was imported, it is so quick that it may run every few videos.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100, 3, 3)
     parent = multiprocessing.parent_process()
     if parent is not None:
         # DataLoader's own watch is on the fork server, which lives as long as its children do.
