@@ -146,16 +146,19 @@ def reason(error: Exception) -> str:
 def packets_of(container: InputContainer, stream: VideoStream) -> Iterator[av.Packet]:
     """The stream's packets up to the end of the file, or to where it cannot be read further."""
     packets = container.demux(stream)
-    while True:
-        try:
-            packet = next(packets)
-        except (StopIteration, av.EOFError):
-            return
-        except av.FFmpegError as error:
-            log.warning("%s: %s; using the frames before that", _name(container), reason(error))
-            return
-        if packet.size:  # PyAV ends with an empty packet
-            yield packet
+    try:
+        while True:
+            try:
+                packet = next(packets)
+            except (StopIteration, av.EOFError):
+                return
+            except av.FFmpegError as error:
+                log.warning("%s: %s; using the frames before that", _name(container), reason(error))
+                return
+            if packet.size:  # PyAV ends with an empty packet
+                yield packet
+    finally:
+        packets.close()  # type: ignore[attr-defined]  # left to the garbage collector, PyAV leaks 150 bytes
 
 
 def all_frames(container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
