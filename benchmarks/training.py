@@ -186,7 +186,7 @@ def contenders_of(
     hf.to(device)
     _freeze_huggingface(hf, cell.towers)
     if cell.recompute:
-        hf.gradient_checkpointing_enable()
+        getattr(hf, "activation_checkpointing_enable", hf.gradient_checkpointing_enable)()
     mean, deviation = (torch.tensor(values, device=device) for values in (config.image_mean, config.image_std))
     pixels = ((video / 255 - mean) / deviation).permute(0, 1, 4, 2, 3).contiguous()
     padded = xclip_fast.tokenize(labels, config.text.context_length, pad=True).to(device)

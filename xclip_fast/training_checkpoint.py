@@ -50,7 +50,8 @@ def complete(folder: Path) -> list[Path]:
 
 
 def latest(folder: Path) -> Path | None:
-    return (complete(folder) or [None])[-1]
+    found = complete(folder)
+    return found[-1] if found else None
 
 
 def numbers(checkpoint: Path) -> dict[str, Any]:

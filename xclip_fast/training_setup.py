@@ -63,10 +63,14 @@ def processes(device: str) -> Iterator[Place]:
     if kind == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
+    # After an elastic restart the store still has what the processes of before wrote into it: read none of that.
+    store, rank, world = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     # gloo beside nccl for checkpoints; others may wait while the first process writes the best weights
-    dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=datetime.timedelta(minutes=30))
+    backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=datetime.timedelta(minutes=30))
     try:
-        yield Place(torch.device(device), dist.get_rank(), dist.get_world_size())
+        yield Place(torch.device(device), rank, world)
     finally:
         dist.destroy_process_group()
 
