@@ -11,6 +11,8 @@ by one video each, because they look at what is there only every few seconds.
 from __future__ import annotations
 
 import hashlib
+import io
+import math
 import os
 import shutil
 import threading
@@ -83,7 +85,7 @@ class FrameCache:
         stored = _mapped(path, shape)
         if stored is not None:
             return stored
-        if path.name in self._cannot or self._broken or not self._room(int(np.prod(shape)), source):
+        if path.name in self._cannot or self._broken or not self._room(math.prod(shape), source):
             return None
         if self._write(path, source, shape):
             return _mapped(path, shape)
@@ -108,11 +110,10 @@ class FrameCache:
         from .decode import VideoError, decode_frames
 
         part = path.with_name(f".{path.stem}.{os.getpid()}.{threading.get_ident()}.part")
-        step = max(1, _CHUNK // max(1, int(np.prod(shape[1:]))))
+        step = max(1, _CHUNK // max(1, math.prod(shape[1:])))
         try:
             with open(part, "xb") as file:
-                header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-                np.lib.format.write_array_header_1_0(file, header)
+                file.write(_header(shape))
                 for start in range(0, shape[0], step):
                     try:
                         frames = decode_frames(source, range(start, min(start + step, shape[0])))
@@ -162,11 +163,20 @@ def _key(source: Source) -> str:
     return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=20).hexdigest()
 
 
+def _header(shape: tuple[int, ...]) -> bytes:
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    return file.getvalue()
+
+
 def _mapped(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
     """The array in this file, or None if it isn't there, isn't whole or isn't this one."""
+    # Not np.load: it parses the header as Python, which several threads at once cannot do under Python 3.11.
+    header = _header(shape)
     try:
-        stored = np.load(path, mmap_mode="r", allow_pickle=False)
-        whole = isinstance(stored, np.memmap) and stored.offset + stored.nbytes == os.stat(path).st_size
-    except (OSError, ValueError, EOFError):
+        with open(path, "rb") as file:
+            if file.read(len(header)) != header or os.fstat(file.fileno()).st_size != len(header) + math.prod(shape):
+                return None
+            return np.memmap(file, np.uint8, "r", len(header), shape)
+    except (OSError, ValueError):
         return None
-    return stored if whole and stored.shape == shape and stored.dtype == np.uint8 else None
