@@ -444,7 +444,7 @@ def test_cache_that_is_full_or_cannot_be_written(
         raise OSError(28, "No space left on device")
 
     caplog.clear()
-    monkeypatch.setattr(np.lib.format, "write_array_header_1_0", fails)
+    monkeypatch.setattr(os, "replace", fails)
     assert _told(loader(manifest, TRAIN, 4, workers=0, cache=tmp_path / "full")) == expected
     assert not list((tmp_path / "full").iterdir())
     assert ["No space left on device" in record.getMessage() for record in caplog.records] == [True]
