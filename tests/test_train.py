@@ -118,8 +118,7 @@ def test_killed_while_a_checkpoint_is_written(videos: Path, unbroken: Path, tmp_
     config.write_text(json.dumps(settings(videos, tmp_path / "out", **TEXT, checkpoint__every_steps=1)))
     script = """
         import json, os, signal, sys
-        from xclip_fast.evaluate import evaluate
-from xclip_fast.train import train
+        from xclip_fast.train import train
         from xclip_fast.train_config import from_dict
         sync, calls = os.fsync, []
         def fsync(handle):

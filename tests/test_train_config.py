@@ -114,7 +114,7 @@ def test_files_that_are_not_there_or_not_yaml(tmp_path) -> None:
     assert train_config.load(tmp_path / "c.yaml") == TrainConfig()
     with pytest.raises(ConfigError, match="key=value wanted"):
         train_config.load(tmp_path / "c.yaml", ["optim.lr"])
-    with pytest.raises(ConfigError, match="seed is 0, which has no keys|has no keys"):
+    with pytest.raises(ConfigError, match="seed is 0, which has no keys"):
         train_config.load(tmp_path / "c.yaml", ["seed=0", "seed.x=1"])
 
 
