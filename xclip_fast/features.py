@@ -20,7 +20,9 @@ def fingerprint(model: XCLIP) -> str:
     import torch
 
     values = model.config.to_dict()
-    del values["logit_scale"], values["temporal_std"], values["vision"]["drop_path"]  # they say how to start and to train
+    for name in ("logit_scale", "temporal_std"):  # they say how to start and to train
+        del values[name]
+    del values["vision"]["drop_path"]
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())

@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -238,7 +238,7 @@ def probe(path: Video) -> VideoInfo:
         first = next(frames, None)
         if first is None:
             raise VideoError(f"{source}: no frame can be decoded ({codec})")
-        height, width = upright(first, np.empty((first.height, first.width, 1))).shape[:2]
+        height, width = Upright()(first, np.empty((first.height, first.width, 1))).shape[:2]
         times = plan.pts if plan else [first.pts, *(frame.pts for frame in frames)]
         count, known = len(times), [time for time in times if time is not None]
         span = (max(known) - min(known)) * (stream.time_base or 0) if known else 0
@@ -260,18 +260,35 @@ def probe(path: Video) -> VideoInfo:
         )
 
 
-def upright(frame: VideoFrame, array: np.ndarray) -> np.ndarray:
-    """The picture (H, W, C) as it is to be shown: the nearest quarter turn and mirroring to its display matrix."""
-    matrix: Any = frame.side_data.get("DISPLAYMATRIX")
-    if matrix is None:
-        return array
-    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].astype(np.int64)  # x' = a x + c y, y' = b x + d y
-    if abs(a) + abs(d) >= abs(b) + abs(c):
-        flip_y, flip_x = d < 0, a < 0
-    else:
-        array = array.transpose(1, 0, 2)
-        flip_y, flip_x = b < 0, c < 0
-    return array[:: -1 if flip_y else 1, :: -1 if flip_x else 1]
+class Upright:
+    """Pictures of one video (H, W, C) as they are to be shown: the nearest quarter turn and mirroring to its matrix.
+
+    In PyAV a frame and its side data hold each other: one that was asked for them stays in memory until the garbage
+    collector comes. So they are read from the first frame, and where the rotation changes.
+    """
+
+    def __init__(self) -> None:
+        self._rotation: int | None = None
+        self._matrix: np.ndarray | None = None
+
+    def matrix(self, frame: VideoFrame) -> np.ndarray | None:
+        """The display matrix (a, b, u, c, d) in fixed point: x' = a x + c y, y' = b x + d y. None without one."""
+        if frame.rotation != self._rotation:
+            self._rotation, data = frame.rotation, frame.side_data.get("DISPLAYMATRIX")
+            self._matrix = None if data is None else np.frombuffer(cast(Any, data), np.int32)[:5].astype(np.int64)
+        return self._matrix
+
+    def __call__(self, frame: VideoFrame, array: np.ndarray) -> np.ndarray:
+        matrix = self.matrix(frame)
+        if matrix is None:
+            return array
+        a, b, _, c, d = matrix
+        if abs(a) + abs(d) >= abs(b) + abs(c):
+            flip_y, flip_x = d < 0, a < 0
+        else:
+            array = array.transpose(1, 0, 2)
+            flip_y, flip_x = b < 0, c < 0
+        return array[:: -1 if flip_y else 1, :: -1 if flip_x else 1]
 
 
 def _pick(
@@ -284,7 +301,7 @@ def _pick(
 
     After a plan that failed on the way, frames are handed out again from the first.
     """
-    reformatter = VideoReformatter()
+    reformatter, upright = VideoReformatter(), Upright()
     places: dict[int, list[int]] = {}
 
     def pick(total: int) -> list[int]:

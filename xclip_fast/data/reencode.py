@@ -16,7 +16,7 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 from av.video.stream import VideoStream
 
-from .decode import upright
+from .decode import Upright
 from .plan import Source, VideoError, open_video, reason
 
 PRESETS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow", "placebo")
@@ -100,7 +100,7 @@ def reencode(
             context.color_primaries, context.color_trc = first.color_primaries, first.color_trc  # not converted
             if stream.sample_aspect_ratio:
                 shape = stream.sample_aspect_ratio
-                context.sample_aspect_ratio = 1 / shape if _turned(first) else shape
+                context.sample_aspect_ratio = 1 / shape if _turned(first, Upright()) else shape
             frame: VideoFrame | None = first
             while frame is not None:
                 picture = convert(frame)
@@ -232,7 +232,8 @@ def _converter(
     source: str, first: VideoFrame, short_side: int
 ) -> tuple[Callable[[VideoFrame], VideoFrame], tuple[int, int]]:
     """A function from frame to upright, small BT.601 picture in yuv420p, and the (width, height) of these."""
-    width, height = _upright_size(first)
+    upright = Upright()
+    width, height = _upright_size(first, upright)
     scale = Fraction(min(short_side, width, height), min(width, height))
     # even, and never larger than the source
     even_width, even_height = (min(2 * round(side * scale / 2), side - side % 2) for side in (width, height))
@@ -241,14 +242,14 @@ def _converter(
     reformatter, after = VideoReformatter(), VideoReformatter()
 
     def convert(frame: VideoFrame) -> VideoFrame:
-        now = _upright_size(frame)
+        now = _upright_size(frame, upright)
         if abs(now[0] * height / (now[1] * width) - 1) > _SAME_SHAPE:
             raise VideoError(
                 f"{source}: the picture changes from {width}x{height} to {now[0]}x{now[1]} on the way; a copy would be "
                 "distorted"
             )
-        shown = frame.side_data.get("DISPLAYMATRIX") is not None
-        turned = _turned(frame)
+        shown = upright.matrix(frame) is not None
+        turned = _turned(frame, upright)
         scaled = reformatter.reformat(
             frame,
             even_height if turned else even_width,
@@ -270,11 +271,11 @@ def _converter(
     return convert, (even_width, even_height)
 
 
-def _upright_size(frame: VideoFrame) -> tuple[int, int]:
+def _upright_size(frame: VideoFrame, upright: Upright) -> tuple[int, int]:
     """(width, height) as displayed."""
-    return (frame.height, frame.width) if _turned(frame) else (frame.width, frame.height)
+    return (frame.height, frame.width) if _turned(frame, upright) else (frame.width, frame.height)
 
 
-def _turned(frame: VideoFrame) -> bool:
+def _turned(frame: VideoFrame, upright: Upright) -> bool:
     """Whether display swaps width and height."""
     return upright(frame, np.empty((1, 2, 1))).shape[0] == 2
