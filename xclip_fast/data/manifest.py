@@ -23,7 +23,7 @@ from contextlib import closing
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 import numpy as np
 
@@ -41,6 +41,9 @@ VERSION = 1
 
 
 _DEFAULTS = {field.name: field.default for field in fields(Video)}
+_HINTS = {name: get_args(hint) or (hint,) for name, hint in get_type_hints(Video).items()}
+_KINDS = {name: (*kinds, int) if float in kinds else kinds for name, kinds in _HINTS.items()}  # 25 for 25.0
+_COUNTS = {"offset", "size", "frames", "width", "height"}
 
 
 @dataclass(frozen=True)
@@ -166,11 +169,26 @@ def _header(path: Path, line: bytes) -> dict[str, Any]:
 def _rows(path: Path, lines: Iterable[tuple[int, bytes]], classes: int) -> Iterator[Video]:
     for number, line in lines:
         try:
-            video = Video(**json.loads(line))
+            video = _video(json.loads(line))
             _check(video, classes)
-        except (ValueError, TypeError, AttributeError) as error:
+        except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}") from error
         yield video
+
+
+def _video(row: Any) -> Video:
+    if not isinstance(row, dict) or "path" not in row:
+        raise ValueError("wanted a JSON object with the path of a video and what is known of it")
+    for name, value in row.items():
+        kinds = _KINDS.get(name)
+        if kinds is None:
+            raise ValueError(f"{name!r} is nothing that a manifest knows of a video; it may be of a newer version")
+        if type(value) not in kinds:
+            wanted = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
+            raise ValueError(f"{name} is {value!r}; wanted is {wanted}")
+        if name in _COUNTS and value is not None and value < 0:
+            raise ValueError(f"{name} is {value}; it must not be negative")
+    return Video(**row)
 
 
 def _check(video: Video, classes: int) -> None:
