@@ -1,20 +1,22 @@
 """Everything a GPU should be asked, in one command: `make gpu-check`, within ten minutes, without a network.
 
-Runs the GPU tests, then each op of one block against its peers, then throughput.py, and writes their JSON under
-benchmarks/results/. A failed test ends it: there is no timing of a wrong answer. Needs torch, triton and pytest, and
-compares with what else is installed.
+Runs the GPU tests, then each op of one block against its peers, throughput.py, training.py, a short training run on
+video files, and with DALI decode.py; writes their JSON under benchmarks/results/. A failed test ends it: there is no
+timing of a wrong answer. Needs torch, triton and pytest, and compares with what else is installed.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import re
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,8 @@ import torch
 import torch.nn.functional as F
 from ops.test_ops import CASES, cast, first
 from xclip_fast.kernels._dispatch import OPS, backend
+
+from xclip_fast.data.dali_graph import missing
 
 HERE = Path(__file__).parent
 TESTS = ("tests/test_ops.py", "tests/test_cct.py", "tests/test_gpu.py")
@@ -142,18 +146,45 @@ def launch_overhead() -> float:
     return statistics.median(times) * 1e6
 
 
+def data_wait(
+    folder: Path, clips: int = 60, size: tuple[int, int] = (256, 340), overrides: Sequence[str] = ()
+) -> dict[str, Any]:
+    """How a trainer fares with video files: B/16 8f on H.264 of 340x256 with a keyframe every 12, 50 steps of 32.
+
+    The share of the time that it waited for data, and clips/s, after the first ten steps. `clips` files are made and
+    each stands in the manifest often, so that an epoch is long; they are in the page cache, so no disk is measured.
+    """
+    from xclip_fast import train
+    from xclip_fast.data.manifest import index
+    from xclip_fast.data.motion import CLASSES, write_dataset
+
+    videos = folder / "videos"
+    write_dataset(videos, -(-clips // len(CLASSES)), size=size, frames=64, preset="veryfast", g=12, bf=0)
+    found = index(videos, workers=0)
+    found.select([row % len(found) for row in range(2000)]).write(videos / "often.jsonl")
+    data = [f"data.train={videos / 'often.jsonl'}", "data.val=null", "data.val_fraction=0", "model.init=null"]
+    run = ["optim.batch_size=32", "stop_after=50", f"output={folder / 'run'}", "log.progress=false"]
+    train.main("k400-b16-8f", [*data, *run, *overrides])
+    lines = [json.loads(line) for line in (folder / "run" / "log.jsonl").read_text().splitlines()]
+    rows = [line for line in lines if line["kind"] == "train"][1:]
+    mean = {key: statistics.fmean(row[key] for row in rows) for key in ("data_wait", "clips_per_second")}
+    return mean | {"dali": missing() is None, "rows": rows}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=int, default=240, help="for throughput.py (default 240)")
+    parser.add_argument("--seconds", type=int, default=150, help="for throughput.py (default 150)")
     parser.add_argument("--skip-tests", action="store_true", help="only measure; the tests were just run")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         print("error: no CUDA device: torch.cuda.is_available() is False", file=sys.stderr)
         return 1
     environment = {**os.environ, "XCLIP_FAST_REQUIRE_GPU": "1"}
+    dali = missing() is None
+    tests = [*TESTS, "tests/test_dali.py"] if dali else TESTS
     if (
         not args.skip_tests
-        and subprocess.run([*PYTEST, *TESTS], cwd=HERE.parent, env=environment, check=False).returncode
+        and subprocess.run([*PYTEST, *tests], cwd=HERE.parent, env=environment, check=False).returncode
     ):
         print("error: the GPU tests fail; nothing is measured", file=sys.stderr)
         return 1
@@ -163,10 +194,30 @@ def main() -> int:
     rows = [row for op in OPS for row in measure_op(op, torch.bfloat16)]
     report = {"environment": measuring.environment("cuda"), "launch_us": launch_overhead(), "rows": rows}
     measuring.write_json(results / f"ops-{name}.json", report)
-    throughput = [sys.executable, str(HERE / "throughput.py"), "--variants", "B/32-8f,B/16-8f,L/14-8f"]
-    throughput += ["--precisions", "bf16", "--compile", "--seconds", str(args.seconds)]
-    throughput += ["--json", str(results / f"throughput-{name}.json")]
-    return subprocess.run(throughput, cwd=HERE.parent, env=environment, check=False).returncode
+    seconds = str(args.seconds)
+    scripts = {
+        "throughput": ["--variants=B/32-8f,B/16-8f,L/14-8f", "--precisions=bf16", "--compile", "--seconds", seconds],
+        "training": ["--variants=B/16-8f", "--precisions=bf16", "--recompute=no,yes", "--seconds=60"],
+    }
+    if dali:
+        scripts["decode"] = ["--works=loader", "--seconds=60"]
+    failed = 0
+    for script, options in scripts.items():
+        command = [
+            sys.executable,
+            str(HERE / f"{script}.py"),
+            *options,
+            "--json",
+            str(results / f"{script}-{name}.json"),
+        ]
+        failed |= subprocess.run(command, cwd=HERE.parent, env=environment, check=False).returncode
+    with tempfile.TemporaryDirectory() as folder:
+        found = data_wait(Path(folder))
+    print(
+        f"training on files: {found['clips_per_second']:.0f} clips/s, {found['data_wait']:.1%} of it waiting for data"
+    )
+    measuring.write_json(results / f"data-wait-{name}.json", {"environment": measuring.environment("cuda"), **found})
+    return failed
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from xclip_fast.kernels._dispatch import OPS
@@ -258,3 +259,23 @@ def test_every_op_has_a_benchmark():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert set(module.CASES) == set(OPS)
+
+
+def test_a_trainer_on_files_is_timed(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    gpu_check = importlib.import_module("gpu_check")
+    vision = "model.vision={image_size: 32, patch_size: 16, width: 64, layers: 1, heads: 1}"
+    shape = [vision, "model.text={width: 64, layers: 1, heads: 1}", "model.embed_dim=64", "model.num_frames=2"]
+    run = ["device=cpu", "precision=fp32", "stop_after=4", "log.every=2", "optim.batch_size=4", "data.workers=0"]
+    found = gpu_check.data_wait(tmp_path, 10, (32, 32), [*shape, *run])
+    assert [row["step"] for row in found["rows"]] == [4]
+    assert 0 < found["data_wait"] < 1
+    assert found["clips_per_second"] > 0
+
+
+def test_order_of_frames_is_counted_apart(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    motion = importlib.import_module("motion")
+    confusion = np.zeros((10, 10), int)
+    confusion[0, 0], confusion[0, 1], confusion[3, 3], confusion[2, 9] = 3, 1, 2, 4
+    assert motion.by_order(confusion) == (0.6, 5 / 6)
