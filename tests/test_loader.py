@@ -24,7 +24,7 @@ from xclip_fast.data import dali
 from xclip_fast.data.cache import FrameCache
 from xclip_fast.data.decode import VideoError, decode_views, probe
 from xclip_fast.data.loader import Batch, DataError, Loader, Report, loader
-from xclip_fast.data.manifest import Manifest
+from xclip_fast.data.manifest import Manifest, index
 from xclip_fast.data.motion import render, write_clip
 from xclip_fast.data.transforms import TestTransform, TrainTransform
 from xclip_fast.data.video import Video, pack_plan
@@ -491,3 +491,35 @@ def test_soak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert result["passed"] == dict.fromkeys(result["passed"], True), result
     assert result["summary"] == "588 of 600 videos; 12 could not be read"
     assert set(result["reasons"]) == set(soak.BAD)
+
+
+def test_cache_of_turned_videos_and_a_folder_that_cannot_be_written(
+    manifest: Manifest, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clip = tmp_path / "turned.mp4"
+    matrix = np.array([0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30], np.int32)
+    data = bytearray((folder / manifest.videos[0].path).read_bytes())
+    at = data.index(b"tkhd") + 4 + 40  # version and flags, times, track, duration, reserved, layer ... volume
+    data[at : at + 36] = matrix.astype(">i4").tobytes()
+    clip.write_bytes(data)
+    turned = index(tmp_path, tmp_path / "turned.jsonl", workers=0)
+    assert turned.videos[0].rotation in (90, 270)
+    plain, stored = (_told(loader(turned, TRAIN, 1, workers=0, cache=cache)) for cache in (None, tmp_path / "cache"))
+    assert plain == stored
+    assert len(list((tmp_path / "cache").glob("*.npy"))) == 1
+
+    def read_only(*_: object, **__: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(Path, "unlink", read_only)
+    monkeypatch.setattr(os, "replace", read_only)
+    batches = loader(turned, TRAIN, 1, workers=0, cache=tmp_path / "other")
+    assert _told(batches) == plain
+    assert not batches.report.bad
+
+
+def test_what_was_found_bad_can_be_kept(manifest: Manifest, tmp_path: Path) -> None:
+    batches = loader(_missing(manifest, 4), TRAIN, 4, workers=0)
+    list(batches)
+    batches.quarantined().write(tmp_path / "known.jsonl")
+    assert list(Manifest.read(tmp_path / "known.jsonl").bad) == [4]

@@ -278,7 +278,8 @@ def index(
     follow_links: Annotated[
         bool, typer.Option("--follow-links", help="Symbolic links may lead out of the data folder.")
     ] = False,
-    workers: Workers = None,
+    timeout: Annotated[float, typer.Option(metavar="SECONDS", help="A file that takes longer is given up.")] = 120,
+    workers: Annotated[int | None, typer.Option(min=0, help="Processes that read; default: one per core.")] = None,
 ) -> None:
     """Look at every video of a data set once and write a manifest.
 
@@ -287,6 +288,7 @@ def index(
     """
     from .data import manifest
 
+    out = out or manifest.default_out(source, split)
     with Bar() as bar:
         found = manifest.index(
             source,
@@ -298,9 +300,12 @@ def index(
             reuse=reuse or (),
             follow_links=follow_links,
             workers=workers,
+            timeout=timeout,
             progress=bar.update,
         )
     print(manifest.summary(found))
+    print(f"written: {plain(str(out))}")
+    raise typer.Exit(int(not len(found.usable)))
 
 
 @app.command()
@@ -311,7 +316,7 @@ def transcode(
     keyframe_every: Annotated[int, typer.Option(min=1, help="Frames from one keyframe to the next.")] = 12,
     crf: Annotated[float, typer.Option(min=0, max=51, help="x264's quality; lower is better and larger.")] = 20,
     preset: Annotated[str, typer.Option(help="x264's effort.")] = "veryfast",
-    workers: Workers = None,
+    workers: Annotated[int | None, typer.Option(min=1, max=256, help="Threads; default: one per core.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace copies made with other settings.")] = False,
 ) -> None:
     """Copy videos into a form that decodes fast.

@@ -165,6 +165,7 @@ def _train(config: TrainConfig, place: Place, fresh: bool) -> Path:
                 meter.read_all()
                 if loader.report.bad:
                     records.say(f"epoch {epoch + 1}: {loader.report.summary()}")
+                    loader.quarantined().write(folder / f"quarantined{rank or ''}.jsonl")
                 if data.val is not None and ((epoch + 1) % config.validation.every_epochs == 0 or step == steps):
                     whole = whole_model(objective, average, device)
                     found = validate(whole, data, config)

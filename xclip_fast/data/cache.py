@@ -10,6 +10,7 @@ by one video each, because they look at what is there only every few seconds.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import math
@@ -123,7 +124,7 @@ class FrameCache:
                     if frames.shape[1:] != shape[1:]:
                         self._cannot.add(path.name)
                         return False
-                    file.write(frames.data)
+                    file.write(np.ascontiguousarray(frames).data)  # turned pictures keep their order in memory
             os.replace(part, path)
             return True
         except OSError as error:
@@ -131,7 +132,8 @@ class FrameCache:
             self._note("broken", f"{self.folder}: cannot be written to ({error.strerror or error}); going on without")
             return False
         finally:
-            part.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # the disk's fault, not the video's
+                part.unlink(missing_ok=True)
 
     def _look(self) -> int:
         """The bytes in the folder. Leftovers of processes that were killed are removed."""

@@ -203,6 +203,10 @@ class Loader:
         self._enter({int(row): reason for row, reason in state.get("bad", {}).items()})
         self._new_report(self._batches(self._epoch)[: self._start])
 
+    def quarantined(self) -> Manifest:
+        """The manifest with the videos found bad marked as such: written to a file, for the next run."""
+        return self.manifest.with_errors(self.report.bad)
+
     def close(self) -> None:
         """End the iteration and the workers. Both start again when needed."""
         self._end()

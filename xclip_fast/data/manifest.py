@@ -17,7 +17,7 @@ import os
 import re
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, fields, replace
@@ -137,8 +137,14 @@ class Manifest:
 
     def with_error(self, row: int, reason: str) -> Manifest:
         """The same manifest with this row marked as one that cannot be used."""
-        bad = replace(self.videos[row], error=one_line(reason))
-        return replace(self, videos=(*self.videos[:row], bad, *self.videos[row + 1 :]))
+        return self.with_errors({row: reason})
+
+    def with_errors(self, bad: Mapping[int, str]) -> Manifest:
+        """The same manifest with these rows marked as ones that cannot be used, and why."""
+        videos = list(self.videos)
+        for row, reason in bad.items():
+            videos[row] = replace(videos[row], error=one_line(reason))
+        return replace(self, videos=tuple(videos))
 
 
 def _dump(header: dict[str, Any], classes: Iterable[str]) -> str:
@@ -247,7 +253,7 @@ def index(
     """
     if (workers is not None and workers < 0) or not timeout > 0:
         raise ValueError(f"workers is {workers} and timeout {timeout}; they must be at least 0, and above 0 seconds")
-    out = _default_out(Path(source), split) if out is None else Path(out)
+    out = default_out(Path(source), split) if out is None else Path(out)
     if out.exists():
         try:
             reuse = (*reuse, Manifest.read(out))
@@ -294,7 +300,8 @@ def _key(root: str, video: Video | Entry) -> _Key:
     return os.path.join(root, video.path), video.member, video.offset
 
 
-def _default_out(source: Path, split: str | None) -> Path:
+def default_out(source: Path, split: str | None) -> Path:
+    """Where ``index`` writes, unless told otherwise."""
     if source.is_dir():
         if split is not None and not (source / split).is_dir():
             return source / f"{split}.manifest.jsonl"

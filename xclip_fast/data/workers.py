@@ -175,6 +175,8 @@ class Decoder:
         from .decode import VideoError, decode_views
 
         row, video = int(task.rows[place]), task.manifest.videos[place]
+        if min(video.frames, video.width, video.height) < 1:
+            return "nothing is known of it: index the data again"
         rng = sample_rng(self.seed, task.epoch, row) if getattr(self.transform, "random", True) else None
         source = None
         try:
@@ -284,6 +286,8 @@ class Workers:
         return getattr(self._batches, "_workers", [])
 
     def _start(self) -> DataLoader[Any]:
+        if getattr(multiprocessing.current_process(), "_inheriting", False):
+            raise SystemExit(1)  # a worker that runs a script without its guard: the parent says so, once
         return DataLoader(
             self.decoder,  # type: ignore[arg-type]  # it has __getitems__, which is all that is used
             batch_sampler=self._feed,  # type: ignore[arg-type]
@@ -352,9 +356,9 @@ class Workers:
         shared = f" ({shutil.disk_usage('/dev/shm').free >> 20} MiB free)" if os.path.isdir("/dev/shm") else ""
         return (
             f"the workers that decode videos died {_FRUITLESS + 1} times in a row, and no video is to blame "
-            f"({one_line(str(error))}). If they lack memory: fewer workers, a smaller batch, prefetch=1, or more "
-            f"room in /dev/shm{shared}. If a script started them: its code must stand under "
-            "`if __name__ == '__main__':`. workers=0 decodes in this process and shows what fails"
+            f"({one_line(str(error))}). If a script started them: its code must stand under "
+            "`if __name__ == '__main__':`. If they lack memory: fewer workers, a smaller batch, prefetch=1, or more "
+            f"room in /dev/shm{shared}. workers=0 decodes in this process and shows what fails"
         )
 
     def _drain(self, seconds: float) -> None:
