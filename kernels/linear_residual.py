@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._cuda import cuda_backend
+from ._cuda_ops import cuda_backend
 from ._dispatch import Op, triton_backend
 from ._linear import linear
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ._cuda import cuda_backend
+from ._cuda_ops import cuda_backend
 from ._dispatch import Op, triton_backend
 from ._linear import linear
 from .layer_norm import layer_norm_reference, refuse_rows, row_statistics_like

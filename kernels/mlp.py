@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ._cuda import cuda_backend
+from ._cuda_ops import cuda_backend
 from ._dispatch import Op, triton_backend
 from .layer_norm import refuse_rows, row_statistics_like
 from .linear_residual import linear_residual_reference, refuse_drop_scale

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from xclip_fast.kernels import _cuda
+from xclip_fast.kernels import _cuda, _cuda_ops
 from xclip_fast.kernels._dispatch import OPS
 
 from xclip_fast import kernels
@@ -350,7 +350,7 @@ def error(got: list[Tensor], exact: list[Tensor]) -> list[float]:
 def test_plumbing_computes_the_op(
     case: str, dtype: torch.dtype, folds: int, memory: Memory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_cuda, "FOLD_FROM", folds)
+    monkeypatch.setattr(_cuda_ops, "FOLD_FROM", folds)
     name, args = cases()[case]
     args = tuple(arg.to(dtype) if isinstance(arg, Tensor) else arg for arg in args)
     exact = run(OPS[name].reference, args, lambda _: torch.float64)
@@ -432,7 +432,7 @@ def test_slope_is_the_derivative_of_quick_gelu() -> None:
     u = (torch.linspace(-30, 30, 601, dtype=torch.float64)).requires_grad_()
     wanted = torch.autograd.grad(OPS["quick_gelu"].reference(u).sum(), u)[0]
     torch.testing.assert_close(slope(u.detach()), wanted, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(_cuda._slope(u.detach()).double(), wanted, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(_cuda_ops._slope(u.detach()).double(), wanted, rtol=1e-5, atol=1e-6)
 
 
 # ---- on a GPU, at the shapes of the model
