@@ -51,9 +51,10 @@ def fingerprint(nvcc: str, cutlass: Path) -> str:
     """Of everything that the library is made from: an install that would build the same one again does not."""
     files = [
         ROOT / "CMakeLists.txt",
-        *sorted((ROOT / "csrc").rglob("*.*")),
-        cutlass / "include" / "cutlass" / "version.h",
+        *sorted((ROOT / "csrc").glob("*.cu")),
+        *sorted((ROOT / "csrc" / "include").iterdir()),
     ]
+    files.append(cutlass / "include" / "cutlass" / "version.h")
     version = subprocess.run([nvcc, "--version"], capture_output=True, check=True).stdout
     return hashlib.sha256(b"\0".join([version, ARCHS.encode(), *(file.read_bytes() for file in files)])).hexdigest()
 

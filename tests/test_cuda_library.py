@@ -86,7 +86,9 @@ def test_exported_symbols_are_the_interface(library: Path) -> None:
     if shutil.which("nm") is None:
         pytest.skip("nm (binutils) is not installed")
     listed = subprocess.run(["nm", "-D", "--defined-only", library], capture_output=True, text=True, check=True).stdout
-    assert {line.split()[-1] for line in listed.splitlines()} == set(_cuda.SIGNATURES)
+    # weak ones are inline functions of the C++ library
+    strong = {line.split()[-1] for line in listed.splitlines() if line.split()[-2] != "W"}
+    assert strong == set(_cuda.SIGNATURES)
 
 
 def test_library_loads_and_checks_its_arguments_without_a_gpu(library: Path) -> None:
