@@ -117,8 +117,8 @@ int xclip_fast_norm_linear(int dtype, int tile, const void* x, int64_t x_row, co
                            void* u, void* y, int64_t m, int64_t n, int64_t k, int device, void* stream) {
   Operands given{x, x_row, w, w_row, nullptr, n, y, m, n, k, device, 0, stream};
   NormArguments const extra{mean, rstd, w_sums, bias, u};
-  bool const normed = mean != nullptr;
-  if (m > 0 && n > 0 && (normed != (rstd != nullptr) || normed != (w_sums != nullptr) || (u != nullptr && !activation))) {
+  bool const normed = mean != nullptr, half_normed = normed != (rstd != nullptr) || normed != (w_sums != nullptr);
+  if (m > 0 && n > 0 && (half_normed || (u != nullptr && !activation))) {
     return XCLIP_FAST_BAD_POINTER;
   }
   if (!whole_16_bytes(u)) {

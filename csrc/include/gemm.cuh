@@ -28,10 +28,11 @@ inline constexpr auto kRound = cutlass::FloatRoundStyle::round_to_nearest;
 template <template <class> class Node, class Output, class... Children>
 using Apply = fusion::Sm90EVT<fusion::Sm90Compute<Node, Output, float, kRound>, Children...>;
 
-// A float of each row of y, and one of each column; null pointers stand for a constant. CUTLASS calls the first a column
-// vector and the second a row vector.
+// A float of each row of y, and one of each column; null pointers stand for a constant. CUTLASS calls the first a
+// column vector and the second a row vector.
 template <class Tile>
-using OfRow = fusion::Sm90ColBroadcast<0, typename Tile::Shape, float, float, cute::Stride<cute::_1, cute::_0, cute::_0>>;
+using OfRow =
+    fusion::Sm90ColBroadcast<0, typename Tile::Shape, float, float, cute::Stride<cute::_1, cute::_0, cute::_0>>;
 template <class Tile>
 using OfColumn =
     fusion::Sm90RowBroadcast<0, typename Tile::Shape, float, float, cute::Stride<cute::_0, cute::_1, cute::_0>>;

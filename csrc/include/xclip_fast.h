@@ -2,7 +2,8 @@
  *
  * Matrices are row-major; a row stride is the distance of two rows in elements, at least the row's length. Pointers are
  * device memory of `device`. Nothing is allocated, nothing waits: a call only puts kernels on `stream`, so it works on
- * any stream and while a CUDA graph is captured. Every call may come from any thread.
+ * any stream and, once a kernel has been loaded by its first call, while a CUDA graph is captured. Every call may come
+ * from any thread.
  *
  * What each product computes is derived in docs/kernels.md; M rows, N columns, K summed.
  */

@@ -1,5 +1,5 @@
-// Checks every call of the C interface on a GPU against a reference in double on the host. Without a usable GPU it checks
-// the error codes only and exits with 77, which CTest takes as skipped.
+// Checks every call of the C interface on a GPU against a reference in double on the host. Without a usable GPU it
+// checks the error codes only and exits with 77, which CTest takes as skipped.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -76,7 +76,8 @@ struct Matrix {
     need(cudaMalloc(&device, image.size() * sizeof(image[0])), "cudaMalloc");
     need(cudaMemcpy(device, image.data(), image.size() * sizeof(image[0]), cudaMemcpyHostToDevice), "cudaMemcpy");
   }
-  explicit Matrix(int64_t columns, double scale = 1.0, double center = 0.0) : Matrix(1, columns, columns, scale, center) {}
+  explicit Matrix(int64_t columns, double scale = 1.0, double center = 0.0)
+      : Matrix(1, columns, columns, scale, center) {}
   Matrix(Matrix const&) = delete;
   ~Matrix() { cudaFree(device); }
 
@@ -160,7 +161,8 @@ void check_products(int64_t m, int64_t n, int64_t k) {
     return result;
   };
   auto const plain = map([&](int64_t, int64_t j, double acc) { return acc + bias[j]; });
-  auto const normed = map([&](int64_t i, int64_t j, double acc) { return rstd[i] * (acc - mean[i] * sums[j]) + bias[j]; });
+  auto const normed =
+      map([&](int64_t i, int64_t j, double acc) { return rstd[i] * (acc - mean[i] * sums[j]) + bias[j]; });
   std::vector<double> activated(normed.size());
   std::transform(normed.begin(), normed.end(), activated.begin(), quick_gelu);
   auto const added =
@@ -216,7 +218,8 @@ template <class E>
 void check_rows(int code, int64_t m, int64_t d, int64_t row) {
   Matrix<E> const x(m, d, row, 1.0, 30.0);  // a mean that raw sums of squares would not survive
   Result<Fp32> mean(m), rstd(m);
-  std::string const where = " of type " + std::to_string(code) + " (" + std::to_string(m) + ", " + std::to_string(d) + ")";
+  std::string const size = std::to_string(m) + ", " + std::to_string(d);
+  std::string const where = " of type " + std::to_string(code) + " (" + size + ")";
   int const done = xclip_fast_row_statistics(code, x.device, row, 1e-5f, mean.device, rstd.device, m, d, 0, nullptr);
   expect(done == XCLIP_FAST_OK, "row statistics" + where + ": " + xclip_fast_error(done));
   std::vector<double> means(m), rstds(m);
@@ -258,6 +261,35 @@ void check_fold(int parameter_code, int64_t n, int64_t k) {
   close(shift.read("shift"), shifts, 1e-5, 1e-4, "shift");
 }
 
+// On a stream of its own and replayed from a graph, a call gives the same bits.
+void check_capture() {
+  int64_t const m = 300, n = 384, k = 768;
+  Matrix<Bf16> const x(m, k, k, 1.0), w(n, k, k, 0.04), source(m, n, n, 1.0);
+  Matrix<Fp32> const bias(n);
+  Result<Bf16> y(m * n);
+  cudaStream_t stream;
+  need(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreate");
+  auto const call = [&] {
+    return xclip_fast_linear_residual(XCLIP_FAST_BF16, XCLIP_FAST_TILE_AUTO, x.device, k, w.device, k, bias.device,
+                                      nullptr, source.device, n, y.device, m, n, k, 0, stream);
+  };
+  expect(call() == XCLIP_FAST_OK, "a call on a stream");
+  auto const direct = y.read("on a stream");
+  cudaGraph_t graph;
+  cudaGraphExec_t replay;
+  need(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "cudaStreamBeginCapture");
+  expect(call() == XCLIP_FAST_OK, "a call while a graph is captured");
+  need(cudaStreamEndCapture(stream, &graph), "cudaStreamEndCapture");
+  need(cudaGraphInstantiate(&replay, graph, 0), "cudaGraphInstantiate");
+  y.poison();
+  need(cudaDeviceSynchronize(), "poison");
+  need(cudaGraphLaunch(replay, stream), "cudaGraphLaunch");
+  close(y.read("replayed"), direct, 0, 0, "replayed from a graph");
+  cudaGraphExecDestroy(replay);
+  cudaGraphDestroy(graph);
+  cudaStreamDestroy(stream);
+}
+
 // What needs no GPU: arguments are refused before anything is launched.
 void check_refusals() {
   auto* const aligned = reinterpret_cast<void*>(1 << 20);
@@ -293,7 +325,8 @@ int main() {
     std::printf("skipped: %s\n", xclip_fast_error(code));
     return 77;
   }
-  int64_t const sizes[][3] = {{1, 128, 64}, {65, 136, 72}, {127, 8, 8}, {300, 384, 768}, {1000, 520, 2304}, {1576, 768, 768}};
+  int64_t const sizes[][3] = {{1, 128, 64},    {65, 136, 72},     {127, 8, 8},
+                              {300, 384, 768}, {1000, 520, 2304}, {1576, 768, 768}};
   for (auto const& [m, n, k] : sizes) {
     check_products<Bf16>(m, n, k);
     check_products<Fp16>(m, n, k);
@@ -307,6 +340,7 @@ int main() {
   check_fold<Bf16, Fp32>(XCLIP_FAST_FP32, 96, 50);
   check_fold<Fp16, Fp16>(XCLIP_FAST_FP16, 7, 1024);
   check_fold<Fp16, Fp32>(XCLIP_FAST_FP32, 7, 33);
-  std::printf(failures == 0 ? "all as it should be\n" : "%d failed\n", failures);
+  check_capture();
+  std::printf("%d failed\n", failures);
   return failures == 0 ? 0 : 1;
 }
