@@ -100,6 +100,8 @@ class BuildLibrary(build_ext):
             print(f"xclip-fast: no CUDA library: {error}", file=sys.stderr)
 
 
+if WISH not in ("", "0", "1"):
+    raise SystemExit(f"XCLIP_FAST_CUDA={WISH}: it is 0, 1 or not set")
 NVCC = find_nvcc() if WISH != "0" and sys.platform == "linux" else None
 if WISH == "1" and NVCC is None:
     raise SystemExit("XCLIP_FAST_CUDA=1, but nvcc is not on the PATH, in CUDA_HOME or in /usr/local/cuda/bin")

@@ -20,7 +20,7 @@ from torch import Tensor
 from xclip_fast.kernels import _cuda, _cuda_ops
 from xclip_fast.kernels._dispatch import OPS
 
-from xclip_fast import kernels
+from xclip_fast import info, kernels
 
 ROOT = Path(__file__).parents[1]
 HEADER = ROOT / "csrc" / "include" / "xclip_fast.h"
@@ -179,12 +179,16 @@ def test_reasons_of_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
         assert "has not the shape" in (reason("linear_residual", (*args[:3], y[:1], None, EPS, False)) or "")
 
 
-def test_a_library_that_is_missing_broken_or_other_is_a_reason(tmp_path: Path) -> None:
+def test_a_library_that_is_missing_or_broken_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "libxclip_fast.so"
     assert "no CUDA library" in (_cuda.load(file)[1] or "")
     file.with_suffix(".failed").write_text("nvcc found no C++ compiler\n")
     _cuda.load.cache_clear()
     assert "nvcc found no C++ compiler" in (_cuda.load(file)[1] or "")
+    monkeypatch.setattr(_cuda, "path", lambda: file)
+    told = info._versions()["CUDA library"]
+    assert told["version"] is None
+    assert "nvcc found no C++ compiler" in (told["note"] or "")
     file.write_bytes(b"not a library")
     _cuda.load.cache_clear()
     assert "does not load" in (_cuda.load(file)[1] or "")
