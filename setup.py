@@ -1,6 +1,110 @@
-"""Maps the folders to packages; everything declarative is in pyproject.toml."""
+"""Maps the folders to packages and builds the CUDA library of csrc/ where nvcc is; the rest is in pyproject.toml.
 
-from setuptools import setup
+XCLIP_FAST_CUDA=0 skips the library, =1 makes its absence an error; otherwise a failure to build it is told (by pip with
+-v, by ``xclip-fast info`` always) and the install goes on without. No GPU is asked for.
+XCLIP_FAST_CUDA_ARCHS: architectures of the kernels that need no WGMMA (90a). CUTLASS_DIR: a folder with
+include/cutlass/cutlass.h, else the package nvidia-cutlass, which pip brings as a requirement of the build.
+"""
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+BUILD = ROOT / "build" / "cuda"
+WISH = os.environ.get("XCLIP_FAST_CUDA", "")
+ARCHS = os.environ.get("XCLIP_FAST_CUDA_ARCHS", "90a")
+
+
+def find_nvcc() -> str | None:
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    return shutil.which("nvcc") or next(
+        (found for home in homes if home and (found := shutil.which(f"{home}/bin/nvcc"))), None
+    )
+
+
+def find_cutlass() -> Path | None:
+    if os.environ.get("CUTLASS_DIR"):
+        return Path(os.environ["CUTLASS_DIR"])
+    package = importlib.util.find_spec("cutlass_library")
+    return Path(next(iter(package.submodule_search_locations or ()))) / "source" if package else None
+
+
+def told(*command: str | Path) -> None:
+    """Run a command; if it fails, raise RuntimeError with the end of what it said."""
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    print(done.stdout, flush=True)
+    if done.returncode:
+        lines = [line for line in done.stdout.splitlines() if line.strip()]
+        errors = [line for line in lines if "error" in line.lower()]
+        raise RuntimeError(f"{Path(command[0]).name} failed: " + "\n".join((errors or lines)[-5:])[-1000:])
+
+
+def fingerprint(nvcc: str, cutlass: Path) -> str:
+    """Of everything that the library is made from: an install that would build the same one again does not."""
+    files = [
+        ROOT / "CMakeLists.txt",
+        *sorted((ROOT / "csrc").glob("*.cu")),
+        *sorted((ROOT / "csrc" / "include").iterdir()),
+    ]
+    files.append(cutlass / "include" / "cutlass" / "version.h")
+    version = subprocess.run([nvcc, "--version"], capture_output=True, check=True).stdout
+    return hashlib.sha256(b"\0".join([version, ARCHS.encode(), *(file.read_bytes() for file in files)])).hexdigest()
+
+
+def build_library(nvcc: str) -> Path:
+    cmake, cutlass = shutil.which("cmake"), find_cutlass()
+    if cmake is None:
+        raise RuntimeError("cmake is not on the PATH (pip install cmake)")
+    if cutlass is None or not (cutlass / "include" / "cutlass" / "cutlass.h").exists():
+        raise RuntimeError("CUTLASS's headers are not here (pip install --no-deps nvidia-cutlass, or set CUTLASS_DIR)")
+    library, stamp = BUILD / "libxclip_fast.so", BUILD / "made_from"
+    made_from = fingerprint(nvcc, cutlass)
+    if library.exists() and stamp.exists() and stamp.read_text() == made_from:
+        return library
+    BUILD.mkdir(parents=True, exist_ok=True)
+    (BUILD / "CMakeCache.txt").unlink(missing_ok=True)  # it may know another nvcc or CUTLASS
+    options = [f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DCUTLASS_DIR={cutlass}", f"-DXCLIP_FAST_CUDA_ARCHS={ARCHS}"]
+    told(cmake, "-S", ROOT, "-B", BUILD, *options, "-DXCLIP_FAST_CHECKS=OFF")
+    told(cmake, "--build", BUILD, "--target", "xclip_fast", "--parallel", str(min(os.cpu_count() or 1, 4)))
+    stamp.write_text(made_from)
+    return library
+
+
+class BuildLibrary(build_ext):
+    """CMake in place of a compiler; the library's name has no Python in it, for it serves every one."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return os.path.join(*fullname.split(".")) + ".so"
+
+    def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # setuptools copies the library into the sources of an editable install, but not this note
+        note = (ROOT / "kernels" if self.editable_mode else target.parent) / "libxclip_fast.failed"
+        for old in (note, note.with_suffix(".so")):
+            old.unlink(missing_ok=True)
+        try:
+            shutil.copyfile(build_library(NVCC or "nvcc"), target)
+        except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
+            if WISH == "1":
+                raise
+            note.write_text(f"its build failed at install: {error}\n", encoding="utf-8")
+            print(f"xclip-fast: no CUDA library: {error}", file=sys.stderr)
+
+
+if WISH not in ("", "0", "1"):
+    raise SystemExit(f"XCLIP_FAST_CUDA={WISH}: it is 0, 1 or not set")
+NVCC = find_nvcc() if WISH != "0" and sys.platform == "linux" else None
+if WISH == "1" and NVCC is None:
+    raise SystemExit("XCLIP_FAST_CUDA=1, but nvcc is not on the PATH, in CUDA_HOME or in /usr/local/cuda/bin")
 
 setup(
     packages=["xclip_fast", "xclip_fast.data", "xclip_fast.kernels", "xclip_fast.kernels.triton", "xclip_fast.nn"],
@@ -10,4 +114,7 @@ setup(
         "xclip_fast.data": ["*.gz", "*.txt"],
         "xclip_fast.kernels.triton": ["*.json"],
     },
+    ext_modules=[Extension("xclip_fast.kernels.libxclip_fast", [], optional=True)] if NVCC else [],
+    cmdclass={"build_ext": BuildLibrary},
+    setup_requires=["nvidia-cutlass>=4.2,<5"] if NVCC and find_cutlass() is None else [],
 )

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._cuda_ops import cuda_backend
 from ._dispatch import Op, triton_backend
 from ._linear import linear
 
@@ -50,6 +51,7 @@ def _refuse(
 _op = Op(
     linear_residual_reference,
     triton_backend("linear_residual", _refuse),
+    cuda_backend("linear_residual", _refuse),
     saved=lambda *_: (),
     autocast=("x", "weight"),
 )

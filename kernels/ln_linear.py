@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ._cuda_ops import cuda_backend
 from ._dispatch import Op, triton_backend
 from ._linear import linear
 from .layer_norm import layer_norm_reference, refuse_rows, row_statistics_like
@@ -30,6 +31,7 @@ def _saved(x: Tensor, ln_weight: Tensor, ln_bias: Tensor, weight: Tensor, *rest:
 _op = Op(
     ln_linear_reference,
     triton_backend("ln_linear", refuse_rows),
+    cuda_backend("ln_linear"),
     saved=_saved,
     autocast=("weight",),
 )

@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ._cuda_ops import cuda_backend
 from ._dispatch import Op, triton_backend
 from .layer_norm import refuse_rows, row_statistics_like
 from .linear_residual import linear_residual_reference, refuse_drop_scale
@@ -32,6 +33,7 @@ def _saved(x: Tensor, ln_weight: Tensor, ln_bias: Tensor, weight1: Tensor, *_: A
 _op = Op(
     mlp_reference,
     triton_backend("mlp", lambda x, *rest: refuse_rows(x) or refuse_drop_scale(rest[-1])),
+    cuda_backend("mlp", lambda x, *rest: refuse_drop_scale(rest[-1])),
     saved=_saved,
     autocast=("weight1", "weight2"),
 )

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from .kernels import BackendError, _dispatch, _linear
+from .kernels import BackendError, _cuda, _dispatch, _linear
 
 # Name as shown, module, distributions that bring it, how to get it (empty: it comes with xclip-fast).
 _PACKAGES = (
@@ -137,6 +137,9 @@ def _versions() -> dict[str, dict[str, str | None]]:
     if torch.version.cuda is None:
         hip = getattr(torch.version, "hip", None)
         found["CUDA"]["note"] = f"this torch is built for ROCm {hip}" if hip else "this torch is built without CUDA"
+    library, reason = _cuda.load(_cuda.path())
+    version = None if library is None else f"interface {_cuda.ABI}"
+    found["CUDA library"] = {"version": version, "note": reason or str(_cuda.path())}
     for name, module, distributions, install in _PACKAGES:
         found[name] = _package(module, distributions, install, name not in _UNTRIED)
     found["apex"] = _apex()

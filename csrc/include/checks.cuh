@@ -1,0 +1,50 @@
+// What every entry point checks before it launches.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <climits>
+#include <cstdint>
+
+#include "xclip_fast.h"
+
+namespace xclip_fast {
+
+// The last CUDA error as an error code of the library. It is cleared: it has been told.
+inline int failure() {
+  cudaError_t const error = cudaGetLastError();
+  return error == cudaSuccess ? XCLIP_FAST_FAILED : XCLIP_FAST_CUDA_ERROR + static_cast<int>(error);
+}
+
+// Makes a device current for as long as it lives.
+class OnDevice {
+ public:
+  explicit OnDevice(int device) {
+    cudaError_t error = cudaGetDevice(&before_);
+    if (error == cudaSuccess && before_ != device) {
+      error = cudaSetDevice(device);
+      restore_ = error == cudaSuccess;
+    }
+    code_ = error == cudaSuccess ? XCLIP_FAST_OK : failure();
+  }
+  ~OnDevice() {
+    if (restore_) {
+      cudaSetDevice(before_);
+    }
+  }
+  OnDevice(OnDevice const&) = delete;
+  OnDevice& operator=(OnDevice const&) = delete;
+
+  int code() const { return code_; }
+
+ private:
+  int before_ = 0;
+  bool restore_ = false;
+  int code_ = XCLIP_FAST_OK;
+};
+
+inline bool whole_16_bytes(void const* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+
+inline bool is_size(int64_t size) { return size >= 0 && size <= INT_MAX; }
+
+}  // namespace xclip_fast

@@ -1,0 +1,78 @@
+// What happens to the accumulator, elementwise in float32, as compute nodes of CUTLASS's epilogue visitor trees.
+#pragma once
+
+#include <cmath>
+
+#include "cutlass/array.h"
+#include "cutlass/cutlass.h"
+
+namespace xclip_fast {
+
+// quick_gelu(u) = u sigmoid(1.702 u). Where exp overflows the quotient is -0, its limit.
+CUTLASS_HOST_DEVICE float quick_gelu(float u) {
+#if defined(__CUDA_ARCH__)
+  return __fdividef(u, 1.0f + __expf(-1.702f * u));
+#else
+  return u / (1.0f + std::exp(-1.702f * u));
+#endif
+}
+
+// d quick_gelu / du = s (1 + 1.702 u (1 - s)) with s = sigmoid(1.702 u).
+CUTLASS_HOST_DEVICE float quick_gelu_slope(float u) {
+#if defined(__CUDA_ARCH__)
+  float const s = __fdividef(1.0f, 1.0f + __expf(-1.702f * u));
+#else
+  float const s = 1.0f / (1.0f + std::exp(-1.702f * u));
+#endif
+  return s * (1.0f + 1.702f * u * (1.0f - s));
+}
+
+// A node is a template over one type: the visitor names it with float and applies it to fragments of N floats.
+template <class Scalar, class T>
+struct Elementwise {};
+
+template <class Scalar, int N>
+struct Elementwise<Scalar, cutlass::Array<float, N>> {
+  template <class... Fragments>
+  CUTLASS_HOST_DEVICE cutlass::Array<float, N> operator()(Fragments const&... inputs) const {
+    cutlass::Array<float, N> result;
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < N; ++i) {
+      result[i] = Scalar::value(inputs[i]...);
+    }
+    return result;
+  }
+};
+
+// LN(x) W + b = r (x W' - mu s) + b'
+struct NormLinearValue {
+  CUTLASS_HOST_DEVICE static float value(float acc, float mean, float rstd, float sum, float bias) {
+    return rstd * (acc - mean * sum) + bias;
+  }
+};
+template <class T>
+struct NormLinear : Elementwise<NormLinearValue, T> {};
+
+struct QuickGeluValue {
+  CUTLASS_HOST_DEVICE static float value(float u) { return quick_gelu(u); }
+};
+template <class T>
+struct QuickGelu : Elementwise<QuickGeluValue, T> {};
+
+// residual + s (x W + b)
+struct AddResidualValue {
+  CUTLASS_HOST_DEVICE static float value(float acc, float bias, float scale, float residual) {
+    return residual + scale * (acc + bias);
+  }
+};
+template <class T>
+struct AddResidual : Elementwise<AddResidualValue, T> {};
+
+// (x W) quick_gelu'(u)
+struct TimesSlopeValue {
+  CUTLASS_HOST_DEVICE static float value(float acc, float u) { return acc * quick_gelu_slope(u); }
+};
+template <class T>
+struct TimesSlope : Elementwise<TimesSlopeValue, T> {};
+
+}  // namespace xclip_fast

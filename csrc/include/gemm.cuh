@@ -1,0 +1,172 @@
+// y = epilogue(x W^T) as a CUTLASS 3.x kernel: TMA loads and stores, warp-specialised, persistent, WGMMA, sm_90a.
+//
+// x (M, K) is row-major, W (N, K) is row-major too: for CUTLASS a column-major (K, N). y (M, N) is row-major.
+#pragma once
+
+#include "cutlass/cutlass.h"
+#include "cutlass/epilogue/collective/collective_builder.hpp"
+#include "cutlass/epilogue/fusion/sm90_visitor_compute_tma_warpspecialized.hpp"
+#include "cutlass/epilogue/fusion/sm90_visitor_load_tma_warpspecialized.hpp"
+#include "cutlass/epilogue/fusion/sm90_visitor_store_tma_warpspecialized.hpp"
+#include "cutlass/gemm/collective/collective_builder.hpp"
+#include "cutlass/gemm/device/gemm_universal_adapter.h"
+#include "cutlass/gemm/kernel/gemm_universal.hpp"
+#include "cutlass/gemm/kernel/tile_scheduler.hpp"
+
+#include "epilogues.cuh"
+#include "products.cuh"
+#include "tiles.cuh"
+#include "xclip_fast.h"
+
+namespace xclip_fast {
+
+namespace fusion = cutlass::epilogue::fusion;
+namespace epilogue = cutlass::epilogue::collective;
+
+inline constexpr auto kRound = cutlass::FloatRoundStyle::round_to_nearest;
+
+template <template <class> class Node, class Output, class... Children>
+using Apply = fusion::Sm90EVT<fusion::Sm90Compute<Node, Output, float, kRound>, Children...>;
+
+// A float of each row of y, and one of each column; null pointers stand for a constant. CUTLASS calls the first a
+// column vector and the second a row vector.
+template <class Tile>
+using OfRow =
+    fusion::Sm90ColBroadcast<0, typename Tile::Shape, float, float, cute::Stride<cute::_1, cute::_0, cute::_0>>;
+template <class Tile>
+using OfColumn =
+    fusion::Sm90RowBroadcast<0, typename Tile::Shape, float, float, cute::Stride<cute::_0, cute::_1, cute::_0>>;
+
+using RowMajorStride = cute::Stride<int64_t, cute::_1, int64_t>;
+
+inline RowMajorStride row_major(int64_t row) { return {row, cute::_1{}, int64_t(0)}; }
+
+// u = r (x W^T - mu s) + b
+template <class Tile, class Output>
+using NormNode =
+    Apply<NormLinear, Output, fusion::Sm90AccFetch, OfRow<Tile>, OfRow<Tile>, OfColumn<Tile>, OfColumn<Tile>>;
+
+template <class Node>
+typename Node::Arguments norm_arguments(NormArguments const& given) {
+  return {{}, {given.mean, 0.0f, {}}, {given.rstd, 1.0f, {}}, {given.sums, 0.0f, {}}, {given.bias, 0.0f, {}}, {}};
+}
+
+// y = u
+template <class Tile, class Element>
+struct Norm {
+  using Source = void;
+  using Tree = NormNode<Tile, Element>;
+  using Arguments = NormArguments;
+  static typename Tree::Arguments arguments(Arguments const& given, int64_t) {
+    return norm_arguments<Tree>(given);
+  }
+};
+
+// y = quick_gelu(u); u is stored as well, unless its pointer is null
+template <class Tile, class Element>
+struct NormGelu {
+  using Source = void;
+  using Descriptor = epilogue::detail::EpilogueDescriptor<typename Tile::Shape, epilogue::EpilogueTileAuto, Source,
+                                                          Element, typename Tile::EpilogueSchedule>;
+  using Store = epilogue::detail::AuxStoreDescriptor<Descriptor, cutlass::layout::RowMajor, Element>;
+  using Keep =
+      fusion::Sm90AuxStore<Store::Stages, typename Descriptor::EpilogueTile, Element, kRound, typename Store::Stride,
+                           typename Store::SmemLayoutAtom, typename Store::CopyOpR2S>;
+  using Inner = NormNode<Tile, float>;
+  using Kept = fusion::Sm90EVT<Keep, Inner>;
+  using Tree = Apply<QuickGelu, Element, Kept>;
+  using Arguments = NormArguments;
+  static typename Tree::Arguments arguments(Arguments const& given, int64_t n) {
+    typename Kept::Arguments kept = {norm_arguments<Inner>(given), {static_cast<Element*>(given.u), row_major(n)}};
+    return {kept, {}};
+  }
+};
+
+// y = residual + s (x W^T + b)
+template <class Tile, class Element>
+struct Residual {
+  using Source = Element;
+  using Tree = Apply<AddResidual, Element, fusion::Sm90AccFetch, OfColumn<Tile>, OfRow<Tile>,
+                     fusion::Sm90SrcFetch<Element>>;
+  using Arguments = ResidualArguments;
+  static typename Tree::Arguments arguments(Arguments const& given, int64_t) {
+    return {{}, {given.bias, 0.0f, {}}, {given.scale, 1.0f, {}}, {}, {}};
+  }
+};
+
+// y = (x W^T) quick_gelu'(u)
+template <class Tile, class Element>
+struct Slope {
+  using Source = Element;
+  using Tree = Apply<TimesSlope, Element, fusion::Sm90AccFetch, fusion::Sm90SrcFetch<Element>>;
+  using Arguments = SlopeArguments;
+  static typename Tree::Arguments arguments(Arguments const&, int64_t) { return {{}, {}, {}}; }
+};
+
+template <class Tile, class Element, template <class, class> class Epilogue>
+struct Product {
+  using Fusion = Epilogue<Tile, Element>;
+  static constexpr int kAlignment = 16 / sizeof(Element);
+
+  using CollectiveEpilogue = typename epilogue::CollectiveBuilder<
+      cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, typename Tile::Shape, typename Tile::Cluster,
+      epilogue::EpilogueTileAuto, float, float, typename Fusion::Source, cutlass::layout::RowMajor, kAlignment, Element,
+      cutlass::layout::RowMajor, kAlignment, typename Tile::EpilogueSchedule, typename Fusion::Tree>::CollectiveOp;
+
+  using CollectiveMainloop = typename cutlass::gemm::collective::CollectiveBuilder<
+      cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Element, cutlass::layout::RowMajor, kAlignment, Element,
+      cutlass::layout::ColumnMajor, kAlignment, float, typename Tile::Shape, typename Tile::Cluster,
+      cutlass::gemm::collective::StageCountAutoCarveout<static_cast<int>(
+          sizeof(typename CollectiveEpilogue::SharedStorage))>,
+      typename Tile::Schedule>::CollectiveOp;
+
+  using Kernel = cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>, CollectiveMainloop,
+                                                      CollectiveEpilogue, cutlass::gemm::PersistentScheduler>;
+  using Gemm = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
+
+  static int run(Operands const& given, typename Fusion::Arguments const& extra) {
+    cutlass::KernelHardwareInfo hardware;
+    hardware.device_id = given.device;
+    hardware.sm_count = given.processors;
+    typename Gemm::Arguments arguments{
+        cutlass::gemm::GemmUniversalMode::kGemm,
+        {int(given.m), int(given.n), int(given.k), 1},
+        {static_cast<Element const*>(given.x), row_major(given.x_row), static_cast<Element const*>(given.w),
+         row_major(given.w_row)},
+        {Fusion::arguments(extra, given.n), static_cast<Element const*>(given.source), row_major(given.source_row),
+         static_cast<Element*>(given.y), row_major(given.n)},
+        hardware};
+    // the persistent scheduler and these trees need no workspace; should CUTLASS change that, refuse
+    if (Gemm::can_implement(arguments) != cutlass::Status::kSuccess || Gemm::get_workspace_size(arguments) != 0) {
+      return XCLIP_FAST_REFUSED;
+    }
+    auto const stream = static_cast<cudaStream_t>(given.stream);
+    Gemm gemm;
+    cutlass::Status status = gemm.initialize(arguments, nullptr, stream);
+    if (status == cutlass::Status::kSuccess) {
+      status = gemm.run(stream);
+    }
+    if (status == cutlass::Status::kSuccess) {
+      return XCLIP_FAST_OK;
+    }
+    return failure();
+  }
+};
+
+// Runs a product on the tile that is asked for; or on the first of its tiles, the largest comes first, that gives every
+// processor work and suits K; or, if none does, on the last.
+template <class Element, template <class, class> class Epilogue, class Tile, class... Smaller, class Arguments>
+int run_on_tile(int tile, Operands const& given, Arguments const& extra) {
+  constexpr int64_t kRows = cute::size<0>(typename Tile::Shape{}), kColumns = cute::size<1>(typename Tile::Shape{});
+  int64_t const blocks = ((given.m + kRows - 1) / kRows) * ((given.n + kColumns - 1) / kColumns);
+  bool const suits = given.k >= Tile::kLeastK && blocks >= given.processors;
+  if (tile == Tile::kName || (tile == XCLIP_FAST_TILE_AUTO && (suits || sizeof...(Smaller) == 0))) {
+    return Product<Tile, Element, Epilogue>::run(given, extra);
+  }
+  if constexpr (sizeof...(Smaller) > 0) {
+    return run_on_tile<Element, Epilogue, Smaller...>(tile, given, extra);
+  }
+  return XCLIP_FAST_BAD_TILE;
+}
+
+}  // namespace xclip_fast

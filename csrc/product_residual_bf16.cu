@@ -1,0 +1,16 @@
+// Products whose epilogue reads a matrix, the residual or the pre-activation, in bfloat16.
+#include "gemm.cuh"
+
+namespace xclip_fast {
+
+template <>
+int residual<XCLIP_FAST_BF16>(int tile, Operands const& operands, ResidualArguments const& extra) {
+  return run_on_tile<cutlass::bfloat16_t, Residual, Wide, Square, Small>(tile, operands, extra);
+}
+
+template <>
+int slope<XCLIP_FAST_BF16>(int tile, Operands const& operands, SlopeArguments const& extra) {
+  return run_on_tile<cutlass::bfloat16_t, Slope, Square>(tile, operands, extra);
+}
+
+}  // namespace xclip_fast

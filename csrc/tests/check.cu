@@ -1,0 +1,346 @@
+// Checks every call of the C interface on a GPU against a reference in double on the host. Without a usable GPU it
+// checks the error codes only and exits with 77, which CTest takes as skipped.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "xclip_fast.h"
+
+namespace {
+
+int failures = 0;
+
+void expect(bool holds, std::string const& what) {
+  if (!holds) {
+    ++failures;
+    std::printf("FAILED: %s\n", what.c_str());
+  }
+}
+
+void need(cudaError_t error, char const* what) {
+  if (error != cudaSuccess) {
+    std::printf("%s: %s\n", what, cudaGetErrorString(error));
+    std::exit(1);
+  }
+}
+
+// One element type: its code, its conversions, half a unit in the last place relative to the value.
+struct Bf16 {
+  using Type = __nv_bfloat16;
+  static constexpr int kCode = XCLIP_FAST_BF16;
+  static constexpr double kHalfUlp = 1.0 / 256;
+  static Type make(double value) { return __float2bfloat16_rn(static_cast<float>(value)); }
+  static double value(Type x) { return __bfloat162float(x); }
+};
+struct Fp16 {
+  using Type = __half;
+  static constexpr int kCode = XCLIP_FAST_FP16;
+  static constexpr double kHalfUlp = 1.0 / 2048;
+  static Type make(double value) { return __float2half_rn(static_cast<float>(value)); }
+  static double value(Type x) { return __half2float(x); }
+};
+struct Fp32 {
+  using Type = float;
+  static Type make(double value) { return static_cast<float>(value); }
+  static double value(Type x) { return x; }
+};
+
+// A matrix on the host in double, its values exact in E, and on the device with rows `row` elements apart.
+template <class E>
+struct Matrix {
+  int64_t rows, columns, row;
+  std::vector<double> host;
+  typename E::Type* device = nullptr;
+
+  Matrix(int64_t rows, int64_t columns, int64_t row, double scale, double center = 0.0)
+      : rows(rows), columns(columns), row(row), host(rows * columns) {
+    static std::mt19937 generator(1);
+    std::normal_distribution<double> normal(center, scale);
+    std::vector<typename E::Type> image(rows * row, E::make(1e4));  // what lies between the rows must not matter
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t j = 0; j < columns; ++j) {
+        image[i * row + j] = E::make(normal(generator));
+        host[i * columns + j] = E::value(image[i * row + j]);
+      }
+    }
+    need(cudaMalloc(&device, image.size() * sizeof(image[0])), "cudaMalloc");
+    need(cudaMemcpy(device, image.data(), image.size() * sizeof(image[0]), cudaMemcpyHostToDevice), "cudaMemcpy");
+  }
+  explicit Matrix(int64_t columns, double scale = 1.0, double center = 0.0)
+      : Matrix(1, columns, columns, scale, center) {}
+  Matrix(Matrix const&) = delete;
+  ~Matrix() { cudaFree(device); }
+
+  double operator()(int64_t i, int64_t j) const { return host[i * columns + j]; }
+  double operator[](int64_t j) const { return host[j]; }
+};
+
+// Memory for a result, of NaNs, with a guard of NaNs behind it.
+template <class E>
+struct Result {
+  int64_t size;
+  typename E::Type* device = nullptr;
+  static constexpr int64_t kGuard = 4096;
+
+  explicit Result(int64_t size) : size(size) {
+    need(cudaMalloc(&device, (size + kGuard) * sizeof(*device)), "cudaMalloc");
+    poison();
+  }
+  Result(Result const&) = delete;
+  ~Result() { cudaFree(device); }
+  void poison() { need(cudaMemset(device, 0xff, (size + kGuard) * sizeof(*device)), "cudaMemset"); }
+
+  // The values; the guard must be untouched.
+  std::vector<double> read(std::string const& what) const {
+    need(cudaDeviceSynchronize(), what.c_str());
+    std::vector<typename E::Type> image(size + kGuard);
+    need(cudaMemcpy(image.data(), device, image.size() * sizeof(image[0]), cudaMemcpyDeviceToHost), "cudaMemcpy");
+    std::vector<double> values(size);
+    for (int64_t i = 0; i < size; ++i) {
+      values[i] = E::value(image[i]);
+    }
+    bool guarded = true;
+    for (int64_t i = size; i < size + kGuard; ++i) {
+      guarded = guarded && std::isnan(E::value(image[i]));
+    }
+    expect(guarded, what + ": wrote past the end");
+    return values;
+  }
+};
+
+// |got - wanted| <= relative |wanted| + absolute, everywhere.
+void close(std::vector<double> const& got, std::vector<double> const& wanted, double relative, double absolute,
+           std::string const& what) {
+  for (size_t i = 0; i < wanted.size(); ++i) {
+    if (!(std::abs(got[i] - wanted[i]) <= relative * std::abs(wanted[i]) + absolute)) {
+      expect(false, what + ": at " + std::to_string(i) + " got " + std::to_string(got[i]) + ", wanted " +
+                        std::to_string(wanted[i]));
+      return;
+    }
+  }
+}
+
+double sigmoid(double u) { return 1.0 / (1.0 + std::exp(-u)); }
+double quick_gelu(double u) { return u * sigmoid(1.702 * u); }
+double slope(double u) {
+  double const s = sigmoid(1.702 * u);
+  return s * (1 + 1.702 * u * (1 - s));
+}
+
+template <class E>
+void check_products(int64_t m, int64_t n, int64_t k) {
+  Matrix<E> const x(m, k, k + 8, 1.0), w(n, k, k + 16, 1.0 / std::sqrt(double(k))), source(m, n, n + 8, 2.0);
+  Matrix<Fp32> const mean(m, 0.5), rstd(m, 0.1, 1.0), sums(n), bias(n), scale(m, 0.5, 1.0);
+  std::vector<double> product(m * n);
+  for (int64_t i = 0; i < m; ++i) {
+    for (int64_t j = 0; j < n; ++j) {
+      double sum = 0;
+      for (int64_t t = 0; t < k; ++t) {
+        sum += x(i, t) * w(j, t);
+      }
+      product[i * n + j] = sum;
+    }
+  }
+  auto const map = [&](auto value) {
+    std::vector<double> result(m * n);
+    for (int64_t i = 0; i < m; ++i) {
+      for (int64_t j = 0; j < n; ++j) {
+        result[i * n + j] = value(i, j, product[i * n + j]);
+      }
+    }
+    return result;
+  };
+  auto const plain = map([&](int64_t, int64_t j, double acc) { return acc + bias[j]; });
+  auto const normed =
+      map([&](int64_t i, int64_t j, double acc) { return rstd[i] * (acc - mean[i] * sums[j]) + bias[j]; });
+  std::vector<double> activated(normed.size());
+  std::transform(normed.begin(), normed.end(), activated.begin(), quick_gelu);
+  auto const added =
+      map([&](int64_t i, int64_t j, double acc) { return source(i, j) + scale[i] * (acc + bias[j]); });
+  auto const bare = map([&](int64_t i, int64_t j, double acc) { return source(i, j) + acc; });
+  auto const sloped = map([&](int64_t i, int64_t j, double acc) { return acc * slope(source(i, j)); });
+
+  Result<E> y(m * n), u(m * n);
+  for (int tile : {XCLIP_FAST_TILE_AUTO, XCLIP_FAST_TILE_SMALL, XCLIP_FAST_TILE_SQUARE, XCLIP_FAST_TILE_WIDE}) {
+    std::string const where = " of type " + std::to_string(E::kCode) + " (" + std::to_string(m) + ", " +
+                              std::to_string(n) + ", " + std::to_string(k) + ") tile " + std::to_string(tile);
+    auto const judge = [&](std::string const& name, int code, Result<E> const& out, std::vector<double> const& wanted) {
+      if (code == XCLIP_FAST_BAD_TILE && tile != XCLIP_FAST_TILE_AUTO) {
+        return;
+      }
+      expect(code == XCLIP_FAST_OK, name + where + ": " + xclip_fast_error(code));
+      if (code == XCLIP_FAST_OK) {
+        close(out.read(name + where), wanted, 1.01 * E::kHalfUlp, 1e-4, name + where);
+      }
+    };
+    auto const norm = [&](bool folded, int activation, void* kept) {
+      y.poison();
+      u.poison();
+      return xclip_fast_norm_linear(E::kCode, tile, x.device, x.row, w.device, w.row, folded ? mean.device : nullptr,
+                                    folded ? rstd.device : nullptr, folded ? sums.device : nullptr, bias.device,
+                                    activation, kept, y.device, m, n, k, 0, nullptr);
+    };
+    judge("bias", norm(false, 0, nullptr), y, plain);
+    judge("norm", norm(true, 0, nullptr), y, normed);
+    judge("norm and gelu", norm(true, 1, nullptr), y, activated);
+    int const kept = norm(true, 1, u.device);
+    judge("norm and gelu with u", kept, y, activated);
+    judge("the kept u", kept, u, normed);
+    y.poison();
+    judge("residual",
+          xclip_fast_linear_residual(E::kCode, tile, x.device, x.row, w.device, w.row, bias.device, scale.device,
+                                     source.device, source.row, y.device, m, n, k, 0, nullptr),
+          y, added);
+    y.poison();
+    judge("residual without bias and scale",
+          xclip_fast_linear_residual(E::kCode, tile, x.device, x.row, w.device, w.row, nullptr, nullptr, source.device,
+                                     source.row, y.device, m, n, k, 0, nullptr),
+          y, bare);
+    y.poison();
+    judge("slope",
+          xclip_fast_linear_slope(E::kCode, tile, x.device, x.row, w.device, w.row, source.device, source.row, y.device,
+                                  m, n, k, 0, nullptr),
+          y, sloped);
+  }
+}
+
+template <class E>
+void check_rows(int code, int64_t m, int64_t d, int64_t row) {
+  Matrix<E> const x(m, d, row, 1.0, 30.0);  // a mean that raw sums of squares would not survive
+  Result<Fp32> mean(m), rstd(m);
+  std::string const size = std::to_string(m) + ", " + std::to_string(d);
+  std::string const where = " of type " + std::to_string(code) + " (" + size + ")";
+  int const done = xclip_fast_row_statistics(code, x.device, row, 1e-5f, mean.device, rstd.device, m, d, 0, nullptr);
+  expect(done == XCLIP_FAST_OK, "row statistics" + where + ": " + xclip_fast_error(done));
+  std::vector<double> means(m), rstds(m);
+  for (int64_t i = 0; i < m; ++i) {
+    double sum = 0, squares = 0;
+    for (int64_t j = 0; j < d; ++j) {
+      sum += x(i, j);
+    }
+    means[i] = sum / d;
+    for (int64_t j = 0; j < d; ++j) {
+      squares += (x(i, j) - means[i]) * (x(i, j) - means[i]);
+    }
+    rstds[i] = 1 / std::sqrt(squares / d + 1e-5);
+  }
+  close(mean.read("mean"), means, 1e-6, 1e-6, "mean" + where);
+  close(rstd.read("rstd"), rstds, 1e-5, 0, "rstd" + where);
+}
+
+template <class E, class P>
+void check_fold(int parameter_code, int64_t n, int64_t k) {
+  Matrix<E> const w(n, k, k + 3, 0.1);
+  Matrix<P> const gamma(k, 0.2, 1.0), beta(k), bias(n);
+  Result<E> folded(n * k);
+  Result<Fp32> sums(n), shift(n);
+  int const done = xclip_fast_fold(E::kCode, parameter_code, w.device, w.row, 1, gamma.device, beta.device, bias.device,
+                                   folded.device, sums.device, shift.device, n, k, 0, nullptr);
+  expect(done == XCLIP_FAST_OK, std::string("fold: ") + xclip_fast_error(done));
+  std::vector<double> products(n * k), totals(n), shifts(n);
+  for (int64_t i = 0; i < n; ++i) {
+    shifts[i] = bias[i];
+    for (int64_t j = 0; j < k; ++j) {
+      products[i * k + j] = E::value(E::make(static_cast<float>(w(i, j)) * static_cast<float>(gamma[j])));
+      totals[i] += products[i * k + j];
+      shifts[i] += w(i, j) * beta[j];
+    }
+  }
+  close(folded.read("folded"), products, 0, 0, "folded");
+  close(sums.read("sums"), totals, 1e-5, 1e-4, "sums");
+  close(shift.read("shift"), shifts, 1e-5, 1e-4, "shift");
+}
+
+// On a stream of its own and replayed from a graph, a call gives the same bits.
+void check_capture() {
+  int64_t const m = 300, n = 384, k = 768;
+  Matrix<Bf16> const x(m, k, k, 1.0), w(n, k, k, 0.04), source(m, n, n, 1.0);
+  Matrix<Fp32> const bias(n);
+  Result<Bf16> y(m * n);
+  cudaStream_t stream;
+  need(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreate");
+  auto const call = [&] {
+    return xclip_fast_linear_residual(XCLIP_FAST_BF16, XCLIP_FAST_TILE_AUTO, x.device, k, w.device, k, bias.device,
+                                      nullptr, source.device, n, y.device, m, n, k, 0, stream);
+  };
+  expect(call() == XCLIP_FAST_OK, "a call on a stream");
+  auto const direct = y.read("on a stream");
+  cudaGraph_t graph;
+  cudaGraphExec_t replay;
+  need(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "cudaStreamBeginCapture");
+  expect(call() == XCLIP_FAST_OK, "a call while a graph is captured");
+  need(cudaStreamEndCapture(stream, &graph), "cudaStreamEndCapture");
+  need(cudaGraphInstantiate(&replay, graph, 0), "cudaGraphInstantiate");
+  y.poison();
+  need(cudaDeviceSynchronize(), "poison");
+  need(cudaGraphLaunch(replay, stream), "cudaGraphLaunch");
+  close(y.read("replayed"), direct, 0, 0, "replayed from a graph");
+  cudaGraphExecDestroy(replay);
+  cudaGraphDestroy(graph);
+  cudaStreamDestroy(stream);
+}
+
+// What needs no GPU: arguments are refused before anything is launched.
+void check_refusals() {
+  auto* const aligned = reinterpret_cast<void*>(1 << 20);
+  auto* const odd = reinterpret_cast<void*>((1 << 20) + 2);
+  auto const call = [&](int dtype, void* x, void* y, int64_t m, int64_t n, int64_t k, int64_t x_row) {
+    return xclip_fast_linear_slope(dtype, -1, x, x_row, aligned, k, aligned, n, y, m, n, k, 1 << 20, nullptr);
+  };
+  expect(call(XCLIP_FAST_BF16, aligned, aligned, 64, 64, 64, 64) == XCLIP_FAST_BAD_DEVICE, "no such device");
+  expect(call(XCLIP_FAST_FP32, aligned, aligned, 64, 64, 64, 64) == XCLIP_FAST_BAD_DTYPE, "no float32");
+  expect(call(XCLIP_FAST_BF16, odd, aligned, 64, 64, 64, 64) == XCLIP_FAST_BAD_ALIGNMENT, "odd x");
+  expect(call(XCLIP_FAST_BF16, aligned, odd, 64, 64, 64, 64) == XCLIP_FAST_BAD_ALIGNMENT, "odd y");
+  expect(call(XCLIP_FAST_BF16, aligned, aligned, 64, 68, 64, 64) == XCLIP_FAST_BAD_ALIGNMENT, "N of 68");
+  expect(call(XCLIP_FAST_BF16, aligned, aligned, 64, 64, 64, 56) == XCLIP_FAST_BAD_SIZE, "rows overlap");
+  expect(call(XCLIP_FAST_BF16, aligned, aligned, -1, 64, 64, 64) == XCLIP_FAST_BAD_SIZE, "negative M");
+  expect(call(XCLIP_FAST_BF16, aligned, aligned, 64, 64, 0, 64) == XCLIP_FAST_BAD_SIZE, "no K");
+  expect(call(XCLIP_FAST_BF16, nullptr, aligned, 64, 64, 64, 64) == XCLIP_FAST_BAD_POINTER, "no x");
+  expect(std::strlen(xclip_fast_error(XCLIP_FAST_BAD_POINTER)) > 0, "an error has words");
+}
+
+}  // namespace
+
+int main() {
+  check_refusals();
+  if (failures > 0) {
+    return 1;
+  }
+  int devices = 0;
+  if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
+    std::printf("skipped: no CUDA device\n");
+    return 77;
+  }
+  if (int const code = xclip_fast_check_device(0)) {
+    std::printf("skipped: %s\n", xclip_fast_error(code));
+    return 77;
+  }
+  int64_t const sizes[][3] = {{1, 128, 64},    {65, 136, 72},     {127, 8, 8},
+                              {300, 384, 768}, {1000, 520, 2304}, {1576, 768, 768}};
+  for (auto const& [m, n, k] : sizes) {
+    check_products<Bf16>(m, n, k);
+    check_products<Fp16>(m, n, k);
+  }
+  for (int64_t d : {8, 50, 768, 1664}) {
+    check_rows<Bf16>(XCLIP_FAST_BF16, 77, d, d + 8);
+    check_rows<Fp16>(XCLIP_FAST_FP16, 77, d, d + 3);
+    check_rows<Fp32>(XCLIP_FAST_FP32, 77, d, d);
+  }
+  check_fold<Bf16, Bf16>(XCLIP_FAST_BF16, 96, 768);
+  check_fold<Bf16, Fp32>(XCLIP_FAST_FP32, 96, 50);
+  check_fold<Fp16, Fp16>(XCLIP_FAST_FP16, 7, 1024);
+  check_fold<Fp16, Fp32>(XCLIP_FAST_FP32, 7, 33);
+  check_capture();
+  std::printf("%d failed\n", failures);
+  return failures == 0 ? 0 : 1;
+}

@@ -1,0 +1,217 @@
+"""The CUDA library of csrc/, loaded with ctypes, and its calls on tensors: products on Hopper's tensor cores with the
+block's epilogues. ``_cuda_ops.py`` makes ops of them.
+
+M rows, N columns, K summed; docs/kernels.md derives the epilogues. Memory comes from torch, work goes on torch's
+current stream, nothing waits.
+"""
+
+import ctypes
+import functools
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ABI = 1  # XCLIP_FAST_ABI of csrc/include/xclip_fast.h
+TILES = {"auto": -1, "small": 0, "square": 1, "wide": 2}
+DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+BESIDE = Path(__file__).with_name("libxclip_fast.so")
+
+_INT, _SIZE, _POINTER, _FLOAT = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
+_OPERANDS = [_INT, _INT, _POINTER, _SIZE, _POINTER, _SIZE]  # dtype, tile, x, its row stride, w, its row stride
+_PLACE = [_INT, _POINTER]  # device, stream
+SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
+    "xclip_fast_abi": (_INT, []),
+    "xclip_fast_error": (ctypes.c_char_p, [_INT]),
+    "xclip_fast_check_device": (_INT, [_INT]),
+    "xclip_fast_norm_linear": (
+        _INT,
+        [*_OPERANDS, _POINTER, _POINTER, _POINTER, _POINTER, _INT, _POINTER, _POINTER, _SIZE, _SIZE, _SIZE, *_PLACE],
+    ),
+    "xclip_fast_linear_residual": (
+        _INT,
+        [*_OPERANDS, _POINTER, _POINTER, _POINTER, _SIZE, _POINTER, _SIZE, _SIZE, _SIZE, *_PLACE],
+    ),
+    "xclip_fast_linear_slope": (
+        _INT,
+        [*_OPERANDS, _POINTER, _SIZE, _POINTER, _SIZE, _SIZE, _SIZE, *_PLACE],
+    ),
+    "xclip_fast_row_statistics": (
+        _INT,
+        [_INT, _POINTER, _SIZE, _FLOAT, _POINTER, _POINTER, _SIZE, _SIZE, *_PLACE],
+    ),
+    "xclip_fast_fold": (
+        _INT,
+        [_INT, _INT, _POINTER, _SIZE, _SIZE, *[_POINTER] * 6, _SIZE, _SIZE, *_PLACE],
+    ),
+}
+
+
+# ---- the library
+
+
+def path() -> Path:
+    """Where the library is, or would be: ``XCLIP_FAST_CUDA_LIBRARY``, or beside this file."""
+    return Path(os.environ.get("XCLIP_FAST_CUDA_LIBRARY") or BESIDE)
+
+
+@functools.cache
+def load(file: Path) -> tuple[Any, str | None]:
+    """The library with its signatures and None, or None and the reason why there is none."""
+    if not file.exists():
+        note = file.with_suffix(".failed")
+        why = f": {note.read_text(encoding='utf-8').strip()}" if note.exists() else ""
+        return None, f"no CUDA library {file.name} beside this package{why} (built by pip install where nvcc is)"
+    try:
+        library = ctypes.CDLL(str(file))
+        for name, (result, arguments) in SIGNATURES.items():
+            function = getattr(library, name)
+            function.restype, function.argtypes = result, arguments
+    except (OSError, AttributeError) as error:  # another machine's, or a part of it is missing
+        return None, f"the CUDA library {file} does not load: {error}"
+    if library.xclip_fast_abi() != ABI:
+        return None, f"the CUDA library {file} has interface {library.xclip_fast_abi()}, wanted {ABI}: install again"
+    return library, None
+
+
+@torch.compiler.assume_constant_result
+def refuse_device(kind: str, index: int | None) -> str | None:
+    """Why the library does not run on this device, or None."""
+    if kind != "cuda":
+        return f"device {kind} is not cuda"
+    index = torch.cuda.current_device() if index is None else index
+    properties = torch.cuda.get_device_properties(index)
+    if (properties.major, properties.minor) != (9, 0):
+        return f"compute capability {properties.major}.{properties.minor} is not 9.0"
+    library, reason = load(path())
+    if library is None:
+        return reason
+    code = library.xclip_fast_check_device(index)
+    return f"the CUDA library says: {_words(library, code)}" if code else None
+
+
+def _words(library: Any, code: int) -> str:
+    words = library.xclip_fast_error(code)
+    return f"{words.decode()} (code {code})"
+
+
+def _place(x: Tensor) -> tuple[int, int]:
+    """Device and stream for a call."""
+    return x.get_device(), torch.cuda.current_stream(x.device).cuda_stream
+
+
+def _call(name: str, *args: Any) -> None:
+    library, reason = load(path())
+    if library is None:
+        raise RuntimeError(reason)
+    given = [arg.data_ptr() if isinstance(arg, Tensor) else arg for arg in args]
+    code = getattr(library, name)(*given)
+    if code:
+        shapes = ", ".join(f"{tuple(arg.shape)} {arg.dtype}" for arg in args if isinstance(arg, Tensor))
+        raise RuntimeError(f"{name} failed with {shapes}: {_words(library, code)}")
+
+
+# ---- its calls on tensors
+
+
+def matrix(x: Tensor) -> Tensor:
+    """x (..., K) as rows (M, K) that TMA reads: a view where base and row stride are in whole 16 bytes, else a copy."""
+    rows = x.reshape(-1, x.shape[-1])
+    step = 16 // x.element_size()
+    fits = rows.stride(1) == 1 and rows.stride(0) >= rows.shape[1] and rows.stride(0) % step == 0
+    if fits and rows.data_ptr() % 16 == 0:
+        return rows
+    return rows.clone(memory_format=torch.contiguous_format)
+
+
+def _floats(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.float().contiguous()
+
+
+def norm_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    norm: tuple[Tensor, Tensor, Tensor] | None = None,
+    *,
+    activation: bool = False,
+    keep: bool = False,
+    tile: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """y = act(r (x W^T - mu s) + b), and what the activation was applied to if ``keep``.
+
+    Args:
+        x: (M, K), weight: (N, K), one half-precision dtype. bias: (N,).
+        norm: mu (M,), r (M,), s (N,), float32; None: no LayerNorm.
+
+    Returns:
+        (M, N) in x's dtype, twice if ``keep``.
+    """
+    (M, K), N = x.shape, weight.shape[0]
+    y = torch.empty(M, N, dtype=x.dtype, device=x.device)
+    u = torch.empty_like(y) if keep else None
+    if M:
+        x, weight, bias = matrix(x), matrix(weight), _floats(bias)
+        operands = (DTYPES[x.dtype], TILES[tile], x, x.stride(0), weight, weight.stride(0))
+        rest = (*(norm or (None, None, None)), bias, int(activation), u, y)
+        _call("xclip_fast_norm_linear", *operands, *rest, M, N, K, *_place(x))
+    return y, u
+
+
+def linear_residual(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    scale: Tensor | None = None,
+    *,
+    tile: str = "auto",
+) -> Tensor:
+    """residual + scale (x W^T + b): x (M, K), weight (N, K), residual (M, N) of one half-precision dtype, bias (N,),
+    scale (M,) -> (M, N)."""
+    (M, K), N = x.shape, weight.shape[0]
+    y = torch.empty(M, N, dtype=x.dtype, device=x.device)
+    if M:
+        x, weight, residual, bias, scale = matrix(x), matrix(weight), matrix(residual), _floats(bias), _floats(scale)
+        operands = (DTYPES[x.dtype], TILES[tile], x, x.stride(0), weight, weight.stride(0))
+        rest = (bias, scale, residual, residual.stride(0), y)
+        _call("xclip_fast_linear_residual", *operands, *rest, M, N, K, *_place(x))
+    return y
+
+
+def linear_slope(x: Tensor, weight: Tensor, u: Tensor, *, tile: str = "auto") -> Tensor:
+    """(x W^T) quick_gelu'(u): x (M, K), weight (N, K), u (M, N) of one half-precision dtype -> (M, N)."""
+    (M, K), N = x.shape, weight.shape[0]
+    y = torch.empty(M, N, dtype=x.dtype, device=x.device)
+    if M:
+        x, weight, u = matrix(x), matrix(weight), matrix(u)
+        operands = (DTYPES[x.dtype], TILES[tile], x, x.stride(0), weight, weight.stride(0))
+        _call("xclip_fast_linear_slope", *operands, u, u.stride(0), y, M, N, K, *_place(x))
+    return y
+
+
+def row_statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Mean and 1 / sqrt(variance + eps) of the rows of x (M, D), float32 (M,) each."""
+    M, D = x.shape
+    mean, rstd = (torch.empty(M, dtype=torch.float32, device=x.device) for _ in range(2))
+    if M:
+        x = matrix(x)
+        call = (DTYPES[x.dtype], x, x.stride(0), eps, mean, rstd, M, D)
+        _call("xclip_fast_row_statistics", *call, *_place(x))
+    return mean, rstd
+
+
+def fold(weight: Tensor, gamma: Tensor, beta: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """W' = W diag(gamma) (N, K) in W's dtype, the sums of its rows and W beta + bias, float32 (N,) each."""
+    N, K = weight.shape
+    folded = torch.empty(N, K, dtype=weight.dtype, device=weight.device)
+    sums, shift = (torch.empty(N, dtype=torch.float32, device=weight.device) for _ in range(2))
+    kinds = {parameter.dtype for parameter in (gamma, beta, bias) if parameter is not None}
+    kind = kinds.pop() if len(kinds) == 1 else torch.float32
+    gamma, beta = (parameter.to(kind).contiguous() for parameter in (gamma, beta))
+    bias = None if bias is None else bias.to(kind).contiguous()
+    call = (DTYPES[weight.dtype], DTYPES[kind], weight, weight.stride(0), weight.stride(1), gamma, beta, bias)
+    _call("xclip_fast_fold", *call, folded, sums, shift, N, K, *_place(weight))
+    return folded, sums, shift
