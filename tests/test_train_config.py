@@ -94,6 +94,13 @@ def test_overrides_are_yaml() -> None:
         ({"data": {"val": "a", "val_fraction": 0.1}}, "exclude each other"),
         ({"validation": {"crops": 2}}, "1 or 3 wanted"),
         ({"optim": {"clip_grad": 0}}, "above 0"),
+        ({"optim": {"lr": float("nan")}}, "optim.lr is nan .*a number wanted"),
+        ({"optim": {"lr": "inf"}}, "optim.lr is 'inf' .*a number wanted"),
+        ({"optim": {"eps": 0}}, "optim.eps is 0.0; a number above 0 wanted$"),
+        ({"optim": {"betas": [0.9, 1]}}, "optim.betas"),
+        ({"seed": 2**63}, "below 2\\^63"),
+        ({"validation": {"batch_size": 0}}, "validation.batch_size is 0"),
+        ({"data": {"cache_bytes": -1}}, "data.cache_bytes is -1"),
     ],
 )
 def test_refusals(values: dict, message: str) -> None:

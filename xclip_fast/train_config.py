@@ -6,9 +6,11 @@ differs. Unknown keys and values of a wrong type are refused, and the nearest kn
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -333,13 +335,14 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
             return tuple(_convert(item, kind, name) for item, kind in zip(value, kinds, strict=True))
         raise ConfigError(f"{name} is {value!r}; a list of {'' if many else f'{len(inner)} '}numbers wanted")
     if hint is float and not isinstance(value, bool):
+        number: float | None = None
         if isinstance(value, (int, float)):
-            return float(value)
-        if isinstance(value, str):  # YAML 1.1 reads 8e-6, which has no point, as a string
-            try:
-                return float(value)
-            except ValueError:
-                pass
+            number = float(value)
+        elif isinstance(value, str):  # YAML 1.1 reads 8e-6, which has no point, as a string
+            with contextlib.suppress(ValueError):
+                number = float(value)
+        if number is not None and math.isfinite(number):
+            return number
     elif hint is int and isinstance(value, bool):
         pass
     elif isinstance(hint, type) and isinstance(value, hint):
@@ -366,11 +369,13 @@ def _check(config: TrainConfig) -> None:
         ("checkpoint.every_steps", config.checkpoint.every_steps, 1),
         ("validation.every_epochs", config.validation.every_epochs, 1),
         ("validation.clips", config.validation.clips, 1),
+        ("validation.batch_size", config.validation.batch_size, 1),
         ("log.every", config.log.every, 1),
         ("data.shots", data.shots, 1),
         ("data.frames", data.frames, 1),
         ("data.size", data.size, 1),
         ("data.workers", data.workers, 0),
+        ("data.cache_bytes", data.cache_bytes, 0),
         ("stop_after", config.stop_after, 1),
         ("seed", config.seed, 0),
     ]
@@ -392,12 +397,18 @@ def _check(config: TrainConfig) -> None:
     for name, value in shares:
         if value is not None and not 0 <= value <= 1:
             raise ConfigError(f"{name} is {value}; a number from 0 to 1 wanted")
+    if config.seed >= 2**63:
+        raise ConfigError(f"seed is {config.seed}; a number below 2^63 wanted")
+    if not all(0 <= beta < 1 for beta in optim.betas):
+        raise ConfigError(f"optim.betas is {optim.betas}; numbers from 0 to below 1 wanted")
     for name, value in (
+        ("optim.eps", optim.eps),
         ("optim.clip_grad", optim.clip_grad),
         ("checkpoint.every_minutes", config.checkpoint.every_minutes),
     ):
         if value is not None and value <= 0:
-            raise ConfigError(f"{name} is {value}; a number above 0 wanted, or null for none")
+            none = "" if name == "optim.eps" else ", or null for none"
+            raise ConfigError(f"{name} is {value}; a number above 0 wanted{none}")
     if config.validation.crops not in (1, 3):
         raise ConfigError(f"validation.crops is {config.validation.crops}; 1 or 3 wanted")
     if data.val is not None and data.val_fraction:
