@@ -273,6 +273,11 @@ def test_texts_that_a_checkpoint_was_trained_with(tmp_path, caplog):
     texts = trained_texts(tmp_path, classes, False)
     assert texts == {"ApplyEyeMakeup": "putting on makeup", "brush_hair": "combing"}
     assert "stand for the classes in their order" in caplog.text
+    caplog.clear()
+    (tmp_path / "labels.txt").write_text("putting on makeup\nBrush Hair\n")  # one line of two says more than the name
+    texts = trained_texts(tmp_path, classes, False)
+    assert texts == {"ApplyEyeMakeup": "putting on makeup", "brush_hair": "Brush Hair"}
+    assert "does not name 1 of 2 classes" in caplog.text
 
 
 def test_a_head_knows_the_order_of_its_outputs(tiny_config, manifest, folder, tmp_path):

@@ -24,7 +24,8 @@ def trained_texts(
 ) -> list[str] | dict[str, str] | None:
     """The ``labels`` of ``evaluate`` that a checkpoint was trained with, as its ``labels.txt`` says.
 
-    Without that file, or for a class that it does not name: ``readable``. For a linear head the names of its outputs in
+    A class that it does not name has the text in its place, if there are as many lines as classes and those named are
+    in their places; otherwise, and without that file: ``readable``. For a linear head the names of its outputs in
     order, or None without the file: then the classes' order must be that of the training.
     """
     texts: list[str] = []
@@ -35,8 +36,17 @@ def trained_texts(
         return texts or None
     known = {plain_name(text): text for text in texts}
     found = {name: known.get(plain_name(name)) for name in classes}
-    if texts and len(texts) == len(classes) and not any(found.values()):
-        logger.warning("%s names no class of the data: its lines stand for the classes in their order", path / LABELS)
+    unnamed = [name for name, text in found.items() if text is None]
+    in_order = len(texts) == len(classes) and all(
+        text in (None, line) for text, line in zip(found.values(), texts, strict=True)
+    )
+    if unnamed and in_order:
+        logger.warning(
+            "%s does not name %d of %d classes: its lines stand for the classes in their order",
+            path / LABELS,
+            len(unnamed),
+            len(classes),
+        )
         return dict(zip(classes, texts, strict=True))
     return {name: text or readable(name) for name, text in found.items()}
 
