@@ -332,6 +332,9 @@ def test_what_a_run_leaves(videos: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert (folder / "curves.png").read_bytes()[:4] == b"\x89PNG"
     text = (folder / "report.md").read_text()
     assert "| 2 | 6 |" in text
+    table = [line for line in text.splitlines() if line.startswith(("| epoch", "| 1 | 3", "| 2 | 6"))]
+    assert {line.count("|") for line in table} == {8}
+    assert sum("best" in line for line in table) == 1
     assert "curves.png" in text
     best = XCLIP.from_pretrained(folder / "best")
     assert (folder / "best" / "labels.txt").read_text().splitlines() == list(
@@ -381,6 +384,15 @@ def test_refused_before_the_first_step(videos: Path, tmp_path: Path) -> None:
         model__num_classes=None,
     )
     refused("text_templates is true", text_templates=True)
+    (tmp_path / "labels.txt").write_text("\n".join(["One Thing", *"abcdefgh", "one  thing"]))
+    refused(
+        "'One Thing' and 'one  thing' of two classes are the same text",
+        data__labels=str(tmp_path / "labels.txt"),
+        model__num_classes=None,
+    )
+    refused("device is 'tpu'; auto, cpu", device="tpu")
+    with pytest.raises(ConfigError, match=r"output: .*labels.txt/out: .*give a folder that can be written"):
+        run(videos, tmp_path / "labels.txt" / "out")
 
 
 def test_held_out_and_few_shot_videos(videos: Path, tmp_path: Path) -> None:
@@ -444,3 +456,26 @@ def test_clipping_and_average() -> None:
     torch.testing.assert_close(average["weight"], first + 1 - 2 / 11)
     optim.update_average(average, model, decay=0.99, step=10_000)
     torch.testing.assert_close(average["weight"], first + 1 - 2 / 11 * 0.99)
+
+
+@pytest.mark.parametrize("error", [Diverged("step 4: the loss is nan"), SaveError("no space left on the disk")])
+def test_the_command_says_what_stopped_it(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from xclip_fast import cli
+    from xclip_fast import train as module
+
+    def stopped(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(module, "main", stopped)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["train", "motion"])
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == f"error: {error}\n"
+
+
+def test_a_checkpoint_s_damaged_numbers_are_named(tmp_path: Path) -> None:
+    (tmp_path / "progress.json").write_text("{")
+    with pytest.raises(ValueError, match=r"progress.json: is damaged .*delete that folder"):
+        training_checkpoint.numbers(tmp_path)

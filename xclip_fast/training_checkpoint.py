@@ -39,7 +39,7 @@ _SAFE = re.compile(
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
-class SaveError(RuntimeError):
+class SaveError(OSError):
     """A checkpoint could not be written; the message says why, and which one is the last good."""
 
 
@@ -56,7 +56,12 @@ def latest(folder: Path) -> Path | None:
 
 def numbers(checkpoint: Path) -> dict[str, Any]:
     """What was counted when it was written: step, epoch, best and so on."""
-    return json.loads((checkpoint / _NUMBERS).read_text(encoding="utf-8"))
+    try:
+        return json.loads((checkpoint / _NUMBERS).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{checkpoint / _NUMBERS}: is damaged ({error}); delete that folder to go on from the one before it"
+        ) from error
 
 
 def state(

@@ -136,12 +136,12 @@ def report(folder: Path, config: TrainConfig, about: Mapping[str, Any]) -> Path:
         lines += [
             "## Validation",
             "",
-            "| epoch | step | top-1 | top-5 | videos | not read |",
-            "|---|---|---|---|---|---|",
+            "| epoch | step | top-1 | top-5 | videos | not read | |",
+            "|---|---|---|---|---|---|---|",
         ]
         lines += [
             f"| {record['epoch']} | {record['step']} | {_percent(record['top1'])} | {_percent(record['top5'])} "
-            f"| {record['predicted']} | {record['failed']} |{' best |' if record is best else ''}"
+            f"| {record['predicted']} | {record['failed']} | {'best ' * (record is best)}|"
             for record in validations
         ]
         lines.append("")

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 LAG = 4  # steps until a step's measurements are read
 
 
-class Diverged(RuntimeError):
+class Diverged(ValueError):
     """The loss or the gradient is no longer a number; the message names the step and the videos."""
 
 

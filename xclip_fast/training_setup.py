@@ -51,6 +51,8 @@ def processes(device: str) -> Iterator[Place]:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     kind = device.partition(":")[0]
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise ConfigError(f"device is {device!r}; auto, cpu, cuda or cuda:N wanted")
     if kind == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device is {device}, and torch sees no CUDA device; use cpu, or a CUDA build of torch")
     if dist.is_initialized():  # by whoever calls
@@ -190,6 +192,8 @@ def output_folder(config: TrainConfig, fresh: bool, place: Place) -> tuple[Path,
             found = [_output_folder(config, fresh)]
         except ConfigError as error:
             found = [error]
+        except OSError as error:
+            found = [ConfigError(f"output: {config.output}: {error}; give a folder that can be written")]
     if place.world > 1:
         dist.broadcast_object_list(found)
     if isinstance(found[0], ConfigError):
@@ -277,9 +281,16 @@ def _check_fit(config: TrainConfig, shape: XCLIPConfig, data: Data) -> None:
         raise ConfigError("text_templates is true, and the model has a linear head or learnt vectors; set it to false")
     if shape.num_classes is None:
         try:
-            tokenize(list(data.texts), shape.label_tokens)
+            tokens_KL = tokenize(list(data.texts), shape.label_tokens)
         except ValueError as error:
             raise ConfigError(f"the labels: {error}") from error
+        first: dict[tuple[int, ...], str] = {}
+        for text, row in zip(data.texts, tokens_KL.tolist(), strict=True):
+            if (other := first.setdefault(tuple(row), text)) is not text:
+                raise ConfigError(
+                    f"the labels: {other!r:.80} and {text!r:.80} of two classes are the same text to the model (it "
+                    f"reads {shape.label_tokens} tokens); give data.labels a file of texts that differ"
+                )
 
 
 class Objective(nn.Module):
