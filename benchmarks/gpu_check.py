@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -24,11 +25,13 @@ import measuring
 import torch
 import torch.nn.functional as F
 from ops.test_ops import CASES, cast, first
+from xclip_fast.kernels import _cuda
 from xclip_fast.kernels._dispatch import OPS, backend
 
 from xclip_fast.data.dali_graph import missing
 
 HERE = Path(__file__).parent
+NO_GPU = 77  # what the program of checks says where it finds none
 TESTS = ("tests/test_ops.py", "tests/test_cct.py", "tests/test_gpu.py")
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=--import-mode=importlib"]
 
@@ -85,7 +88,9 @@ def measure_op(op: str, dtype: torch.dtype) -> list[dict[str, Any]]:
     exact = first(OPS[op].reference(*cast(args, torch.float32))).float()
     contenders: list[tuple[str, Callable[..., Any]]] = []
     for candidate in OPS[op].backends:
-        if candidate.name != "reference" and candidate.refusal(tuple(args)) is None:
+        with backend(candidate.name):  # some are taken only where they are asked for
+            refused = candidate.refusal(tuple(args))
+        if candidate.name != "reference" and refused is None:
 
             def ours(*given: Any, name: str = candidate.name) -> Any:
                 with backend(name):
@@ -171,6 +176,21 @@ def data_wait(
     return mean | {"dali": missing() is None, "rows": rows}
 
 
+def library_is_right() -> bool:
+    """Whether the CUDA library, if there is one, passes its own program of checks (csrc/tests/check.cu)."""
+    library = _cuda.path()
+    if not library.exists() or shutil.which("nvcc") is None:
+        print("CUDA library: not checked; it is not built, or nvcc is not on the PATH")
+        return True
+    with tempfile.TemporaryDirectory() as folder:
+        sources = HERE.parent / "csrc"
+        options = ["-std=c++17", "-arch=sm_90a", "-I", str(sources / "include"), "-Xlinker", f"-rpath={library.parent}"]
+        program = Path(folder) / "check"
+        command = ["nvcc", *options, str(sources / "tests" / "check.cu"), str(library), "-o", str(program)]
+        subprocess.run(command, check=True)
+        return subprocess.run([str(program)], check=False).returncode in (0, NO_GPU)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=int, default=150, help="for throughput.py (default 150)")
@@ -187,6 +207,9 @@ def main() -> int:
         and subprocess.run([*PYTEST, *tests], cwd=HERE.parent, env=environment, check=False).returncode
     ):
         print("error: the GPU tests fail; nothing is measured", file=sys.stderr)
+        return 1
+    if not args.skip_tests and not library_is_right():
+        print("error: the CUDA library's check program fails; nothing is measured", file=sys.stderr)
         return 1
     name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
     results = HERE / "results"

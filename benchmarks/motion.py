@@ -52,7 +52,7 @@ def test(checkpoint: Path, manifest: Path) -> dict[str, float]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("runs/motion-ablation"), help="folder for clips and runs")
-    parser.add_argument("--clips", type=int, default=200, help="training clips a class (default 200)")
+    parser.add_argument("--clips", type=int, default=400, help="training clips a class (default 400)")
     parser.add_argument("--test-clips", type=int, default=40, help="test clips a class (default 40)")
     parser.add_argument("--models", default=",".join(MODELS), help="which rows, between commas (default: all)")
     parser.add_argument("--json", type=Path, help="write the figures here")
