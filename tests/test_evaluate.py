@@ -474,3 +474,10 @@ def test_manifest_without_labels(tiny_model, manifest):
     assert result.counted == 0
     assert result.summary()["top1"] is None
     assert len(result.predictions) + len(result.failed) == 4
+
+
+def test_unknown_devices_are_refused():
+    from xclip_fast.evaluation_setup import processes
+
+    with pytest.raises(ValueError, match="device 'tpu': auto, cpu, cuda or cuda:N wanted"), processes("tpu"):
+        pass

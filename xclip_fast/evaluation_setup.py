@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -55,6 +56,8 @@ def processes(device: str) -> Iterator[tuple[torch.device, int]]:
     world, local = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise ValueError(f"device {device!r}: auto, cpu, cuda or cuda:N wanted")
     place = torch.device(f"cuda:{local}" if device == "cuda" else device)
     if place.type == "cuda":
         if not torch.cuda.is_available():
