@@ -22,6 +22,7 @@ from typing import Any
 
 import measuring
 
+from xclip_fast import train_config
 from xclip_fast.data.manifest import Manifest
 
 # Each row has what the row before it has.
@@ -44,7 +45,9 @@ def test(checkpoint: Path, manifest: Path) -> dict[str, float]:
     from xclip_fast.evaluate import evaluate
     from xclip_fast.model import XCLIP
 
-    result = evaluate(XCLIP.from_pretrained(checkpoint), Manifest.read(manifest), workers=0)
+    data = train_config.load("motion").data
+    given = {"sampling": data.sampling, "stride": data.stride, "workers": 0}
+    result = evaluate(XCLIP.from_pretrained(checkpoint), Manifest.read(manifest), **given)
     pair, order = by_order(result.confusion)
     return {"top1": result.top1, "pair": pair, "order": order}
 

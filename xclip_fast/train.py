@@ -336,11 +336,9 @@ def _command_line(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as optim.lr=1e-5")
     parser.add_argument("--fresh", action="store_true", help="start over in a new folder")
     given = parser.parse_args(arguments)
-    from .data.loader import DataError
-
     try:
         main(given.config, given.overrides, fresh=given.fresh)
-    except (ConfigError, Diverged, SaveError, DataError, ImportError, ValueError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
     except KeyboardInterrupt:

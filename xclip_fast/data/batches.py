@@ -23,7 +23,7 @@ class Batch(NamedTuple):
     samples: torch.Tensor
 
 
-class DataError(Exception):
+class DataError(ValueError):
     """Too much of the data cannot be used."""
 
 
