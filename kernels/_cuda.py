@@ -76,7 +76,6 @@ def load(file: Path) -> tuple[Any, str | None]:
     return library, None
 
 
-@torch.compiler.assume_constant_result
 def refuse_device(kind: str, index: int | None) -> str | None:
     """Why the library does not run on this device, or None."""
     if kind != "cuda":
@@ -90,6 +89,10 @@ def refuse_device(kind: str, index: int | None) -> str | None:
         return reason
     code = library.xclip_fast_check_device(index)
     return f"the CUDA library says: {_words(library, code)}" if code else None
+
+
+# what torch.compiler.assume_constant_result does, which would import the compiler (and Triton) with this package
+refuse_device._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _words(library: Any, code: int) -> str:

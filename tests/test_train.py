@@ -164,7 +164,8 @@ def _several(rank: int, videos: str, output: str) -> None:
     torch.distributed.destroy_process_group()
 
 
-def test_two_processes_compute_what_one_does(videos: Path, tmp_path: Path) -> None:
+def test_two_processes_compute_what_one_does(videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent))  # the processes import this file as tests.test_train
     torch.multiprocessing.spawn(_several, (str(videos), str(tmp_path)), nprocs=2)
     plain = {"model__vision__drop_path": 0.0, "mixing__probability": 0.0}
     one = run(videos, tmp_path / "one", **plain, optim__ema=0.9, data__val=str(videos / "val.jsonl"))

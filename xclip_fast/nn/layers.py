@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils.checkpoint import checkpoint
 
 from .. import kernels
 
@@ -103,6 +102,8 @@ def run_block(block: nn.Module, recompute: bool, x: Tensor, *args: Any) -> Tenso
     """
     if not recompute or not torch.is_grad_enabled():
         return block(x, *args)
+    from torch.utils.checkpoint import checkpoint  # it imports triton
+
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": True}
     if not torch.compiler.is_compiling():  # traced, a block is one graph and its backend settled
         forced = kernels.forced_backend()
