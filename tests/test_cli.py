@@ -445,7 +445,11 @@ def test_an_interrupt_leaves_nothing_behind(home, tmp_path):
     while not os.listdir(tmp_path) and time.time() < until:  # it has begun
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    try:
+        _, err = process.communicate(timeout=5)
+    except subprocess.TimeoutExpired:  # Python drops an interrupt that comes within a callback; a person tries again
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in err
     assert os.listdir(tmp_path) == []
