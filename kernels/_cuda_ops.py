@@ -1,7 +1,8 @@
 """The backend ``cuda`` of ``ln_linear``, ``linear_residual`` and ``mlp``: products of the CUDA library, the rest torch.
 
-Nothing of it has been measured or run on a GPU yet, so it is never chosen by itself: only ``XCLIP_FAST_BACKEND=cuda``
-and ``with backend("cuda")`` take it. A library that is missing, or of another interface, is a reason of refusal.
+Nothing of it has been measured or run on a GPU yet, so it is taken only where ``XCLIP_FAST_BACKEND=cuda`` or
+``with backend("cuda")`` ask for it, or a measurement names it (_choices.py). A library that is missing, or of another
+interface, is a reason of refusal.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,13 +13,16 @@ from torch import Tensor
 
 from . import _cuda
 from ._cuda import fold, linear_residual, linear_slope, norm_linear, row_statistics
-from ._dispatch import Backend, forced_backend
+from ._dispatch import Backend
 from .quick_gelu import quick_gelu_reference
 
 HALF = (torch.bfloat16, torch.float16)
 # Rows from which LayerNorm is folded into the product: with fewer, folding the weight costs more. Not measured.
 FOLD_FROM = 4096
-UNMEASURED = "not measured on a GPU yet, so taken only if asked for (XCLIP_FAST_BACKEND=cuda or backend('cuda'))"
+UNMEASURED = (
+    "not measured here, so taken only if asked for (XCLIP_FAST_BACKEND=cuda or backend('cuda')); "
+    "python -m xclip_fast.kernels.tune --backends measures"
+)
 
 
 def _normalised(rows: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> tuple[Tensor, ...]:
@@ -251,8 +255,6 @@ def _mlp_backward(
 
 def _refuse(x: Tensor, *weights: Tensor) -> str | None:
     """Why products of x with these weights are not taken, or None."""
-    if forced_backend() != "cuda":
-        return UNMEASURED
     reason = _cuda.refuse_device(x.device.type, x.device.index)
     if reason is not None:
         return reason
@@ -281,4 +283,4 @@ def cuda_backend(op: str, refuse: Callable[..., str | None] | None = None) -> Ba
         reason = _refuse(args[0], *(args[index] for index in weights))
         return reason or (refuse(*args) if refuse else None)
 
-    return Backend("cuda", forward, backward, refuse=refusal)
+    return Backend("cuda", forward, backward, unasked=UNMEASURED, refuse=refusal)

@@ -68,6 +68,7 @@ _op = Op(
     triton_backend("message_kv", refuse=_refuse),
     saved=_saved,
     autocast=("fc_weight", "qkv_weight", "out_weight", "kv_weight"),
+    sizes=lambda class_tokens, frames, *_: {"m": len(class_tokens), "k": class_tokens.shape[1], "frames": frames},
 )
 
 

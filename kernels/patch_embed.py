@@ -68,7 +68,18 @@ def _saved(frames: Tensor, weight: Tensor, class_embedding: Tensor, position: Te
     return tokens, *(weight.new_empty(shape[:2], dtype=torch.float32) for _ in range(2))
 
 
-_op = Op(patch_embed_reference, triton_backend("patch_embed", refuse=_refuse), saved=_saved, autocast=("weight",))
+_op = Op(
+    patch_embed_reference,
+    triton_backend("patch_embed", refuse=_refuse),
+    saved=_saved,
+    autocast=("weight",),
+    sizes=lambda frames, weight, class_embedding, position, *_: {
+        "m": len(frames),
+        "length": len(position),
+        "n": len(weight),
+        "levels": int(frames.dtype == torch.uint8),
+    },
+)
 
 
 def patch_embed(
