@@ -1,42 +1,16 @@
-// Row statistics of a LayerNorm and its folding into the next weight: a warp a row, ordinary instructions.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime_api.h>
+// Row statistics of a LayerNorm, its folding into the next weight, its result in 8 bits, and what is left of the
+// reductions that products did in their epilogues: a warp a row, ordinary instructions.
+#include <cuda_fp8.h>
 
 #include "checks.cuh"
+#include "products.cuh"
+#include "warp.cuh"
 #include "xclip_fast.h"
 
 namespace xclip_fast {
 namespace {
 
-constexpr int kWarp = 32;
 constexpr int kWarps = 4;  // of a block
-
-__device__ float to_float(float value) { return value; }
-__device__ float to_float(__half value) { return __half2float(value); }
-__device__ float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
-
-template <class T>
-__device__ T rounded(float value);
-template <>
-__device__ __half rounded<__half>(float value) { return __float2half_rn(value); }
-template <>
-__device__ __nv_bfloat16 rounded<__nv_bfloat16>(float value) { return __float2bfloat16_rn(value); }
-
-// The sum over a warp, in all its lanes.
-__device__ float warp_sum(float value) {
-#pragma unroll
-  for (int distance = kWarp / 2; distance > 0; distance /= 2) {
-    value += __shfl_xor_sync(0xffffffffu, value, distance);
-  }
-  return value;
-}
-
-// V elements that are loaded at once.
-template <class T, int V>
-struct alignas(sizeof(T) * V) Vector {
-  T values[V];
-};
 
 template <class T, int V>
 __global__ void __launch_bounds__(kWarp* kWarps) row_statistics_kernel(T const* x,  // (M, D), rows x_row apart
@@ -45,34 +19,111 @@ __global__ void __launch_bounds__(kWarp* kWarps) row_statistics_kernel(T const* 
                                                                        float* rstd,  // (M,)
                                                                        int64_t m, int d) {
   int64_t const row = int64_t(blockIdx.x) * kWarps + threadIdx.x / kWarp;
+  if (row >= m) {
+    return;  // a whole warp
+  }
+  Moments const found = row_moments<T, V>(x + row * x_row, d);
+  if (threadIdx.x % kWarp == 0) {
+    mean[row] = found.mean;
+    rstd[row] = 1.0f / sqrtf(found.m2 / d + eps);
+  }
+}
+
+constexpr float kMostE4m3 = 448.0f;
+
+template <class T, int V>
+__global__ void __launch_bounds__(kWarp* kWarps) layer_norm_fp8_kernel(T const* x,  // (M, D), rows x_row apart
+                                                                       int64_t x_row,
+                                                                       float const* gamma,  // (D,)
+                                                                       float const* beta,   // (D,)
+                                                                       float eps,
+                                                                       __nv_fp8_e4m3* y,  // (M, D)
+                                                                       float* scale,      // (M,)
+                                                                       int64_t m, int d) {
+  int64_t const row = int64_t(blockIdx.x) * kWarps + threadIdx.x / kWarp;
   int const lane = threadIdx.x % kWarp;
   if (row >= m) {
     return;  // a whole warp
   }
-  auto const* vectors = reinterpret_cast<Vector<T, V> const*>(x + row * x_row);
-  float sum = 0.0f;
+  T const* const x_D = x + row * x_row;
+  Moments const found = row_moments<T, V>(x_D, d);
+  float const rstd = 1.0f / sqrtf(found.m2 / d + eps);
+  auto const normed = [&](Vector<T, V> const& vector, int at, int i) {
+    return (to_float(vector.values[i]) - found.mean) * rstd * gamma[at * V + i] + beta[at * V + i];
+  };
+  auto const* vectors = reinterpret_cast<Vector<T, V> const*>(x_D);
+  float largest = 0.0f;
   for (int at = lane; at < d / V; at += kWarp) {
     Vector<T, V> const vector = vectors[at];
 #pragma unroll
     for (int i = 0; i < V; ++i) {
-      sum += to_float(vector.values[i]);
+      largest = nan_max(largest, fabsf(normed(vector, at, i)));
     }
   }
-  float const center = warp_sum(sum) / d;
-  // the row comes from the cache now: M2 = sum (x - mean)^2
-  float m2 = 0.0f;
+  largest = warp_max(largest);
+  float const step = largest == 0.0f ? 1.0f : largest / kMostE4m3;
+  auto* const out = reinterpret_cast<Vector<__nv_fp8_e4m3, V>*>(y + row * d);
   for (int at = lane; at < d / V; at += kWarp) {
     Vector<T, V> const vector = vectors[at];
+    Vector<__nv_fp8_e4m3, V> rounded;
 #pragma unroll
     for (int i = 0; i < V; ++i) {
-      float const off = to_float(vector.values[i]) - center;
-      m2 += off * off;
+      rounded.values[i] = __nv_fp8_e4m3(normed(vector, at, i) / step);  // saturates
     }
+    out[at] = rounded;
   }
-  m2 = warp_sum(m2);
   if (lane == 0) {
-    mean[row] = center;
-    rstd[row] = 1.0f / sqrtf(m2 / d + eps);
+    scale[row] = step;
+  }
+}
+
+// Chan's rule over the tiles of a row: (count, mean, M2) of two parts to those of both.
+__global__ void __launch_bounds__(kWarp* kWarps) merge_statistics_kernel(float const* sums,     // (tiles, padded)
+                                                                         float const* squares,  // (tiles, padded)
+                                                                         float eps,
+                                                                         float* mean,  // (M,)
+                                                                         float* rstd,  // (M,)
+                                                                         int64_t m, int64_t padded, int n,
+                                                                         int tile_columns) {
+  int64_t const row = int64_t(blockIdx.x) * (kWarp * kWarps) + threadIdx.x;
+  if (row >= m) {
+    return;
+  }
+  float total_mean = 0.0f, total_m2 = 0.0f;
+  for (int start = 0; start < n; start += tile_columns) {
+    int64_t const at = start / tile_columns * padded + row;
+    float const count = min(tile_columns, n - start), before = start, both = before + count;
+    float const part_mean = sums[at] / count;
+    float const part_m2 = fmaxf(squares[at] - sums[at] * part_mean, 0.0f);
+    float const apart = part_mean - total_mean;
+    total_m2 += part_m2 + apart * apart * (before * count / both);
+    total_mean += apart * (count / both);
+  }
+  mean[row] = total_mean;
+  rstd[row] = 1.0f / sqrtf(total_m2 / n + eps);
+}
+
+constexpr int kManyWarps = 32;
+
+// The sum over the parts of each column, in a fixed order: a block takes kWarp columns, a warp every 32nd part.
+__global__ void __launch_bounds__(kWarp* kManyWarps) merge_column_sums_kernel(float const* partials,  // (parts, padded)
+                                                                              float* column_sums,     // (N,)
+                                                                              int64_t parts, int64_t padded,
+                                                                              int64_t n) {
+  __shared__ float of_warps[kManyWarps][kWarp + 1];
+  int const lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  int64_t const column = int64_t(blockIdx.x) * kWarp + lane;
+  float sum = 0.0f;
+  for (int64_t part = warp; part < parts; part += kManyWarps) {
+    sum += partials[part * padded + column];
+  }
+  of_warps[warp][lane] = sum;
+  __syncthreads();
+  // a warp a column now
+  int64_t const own = int64_t(blockIdx.x) * kWarp + warp;
+  sum = warp_sum(of_warps[lane][warp]);
+  if (lane == 0 && own < n) {
+    column_sums[own] = sum;
   }
 }
 
@@ -124,6 +175,20 @@ int row_statistics(void const* x, int64_t x_row, float eps, float* mean, float* 
   return launched();
 }
 
+template <class T>
+int layer_norm_fp8(void const* x, int64_t x_row, float const* gamma, float const* beta, float eps, void* y,
+                   float* scale, int64_t m, int64_t d, cudaStream_t stream) {
+  constexpr int V = 16 / sizeof(T);
+  auto const* rows = static_cast<T const*>(x);
+  auto* const out = static_cast<__nv_fp8_e4m3*>(y);
+  auto const run = [&](auto kernel) {
+    kernel<<<blocks(m), kWarp * kWarps, 0, stream>>>(rows, x_row, gamma, beta, eps, out, scale, m, int(d));
+    return launched();
+  };
+  bool const whole = whole_16_bytes(x) && whole_16_bytes(y) && x_row % V == 0 && d % V == 0;
+  return whole ? run(layer_norm_fp8_kernel<T, V>) : run(layer_norm_fp8_kernel<T, 1>);
+}
+
 template <class T, class P>
 int fold(void const* w, int64_t w_row, int64_t w_column, void const* gamma, void const* beta, void const* bias,
          void* folded, float* sums, float* shift, int64_t n, int64_t k, cudaStream_t stream) {
@@ -133,15 +198,11 @@ int fold(void const* w, int64_t w_row, int64_t w_column, void const* gamma, void
   return launched();
 }
 
-}  // namespace
-}  // namespace xclip_fast
+int64_t tiles(int64_t size, int tile) { return (size + tile - 1) / tile; }
 
-using namespace xclip_fast;
-
-extern "C" {
-
-int xclip_fast_row_statistics(int dtype, const void* x, int64_t x_row, float eps, float* mean, float* rstd, int64_t m,
-                              int64_t d, int device, void* stream) {
+// Checks what row kernels share, calls `run` on the device with the element type of `dtype`.
+template <class Run>
+int on_rows(int dtype, int64_t m, int64_t d, int64_t x_row, bool pointers, int device, Run&& run) {
   if (dtype < XCLIP_FAST_BF16 || dtype > XCLIP_FAST_FP32) {
     return XCLIP_FAST_BAD_DTYPE;
   }
@@ -151,22 +212,58 @@ int xclip_fast_row_statistics(int dtype, const void* x, int64_t x_row, float eps
   if (m == 0) {
     return XCLIP_FAST_OK;
   }
-  if (x == nullptr || mean == nullptr || rstd == nullptr) {
+  if (!pointers) {
     return XCLIP_FAST_BAD_POINTER;
   }
   OnDevice const current(device);
   if (int const code = current.code()) {
     return code;
   }
-  auto const on = static_cast<cudaStream_t>(stream);
-  switch (dtype) {
-    case XCLIP_FAST_BF16:
-      return row_statistics<__nv_bfloat16>(x, x_row, eps, mean, rstd, m, d, on);
-    case XCLIP_FAST_FP16:
-      return row_statistics<__half>(x, x_row, eps, mean, rstd, m, d, on);
-    default:
-      return row_statistics<float>(x, x_row, eps, mean, rstd, m, d, on);
-  }
+  return dtype == XCLIP_FAST_BF16   ? run(__nv_bfloat16{})
+         : dtype == XCLIP_FAST_FP16 ? run(__half{})
+                                    : run(float{});
+}
+
+}  // namespace
+
+int merge_statistics(Operands const& given, StatisticsArguments const& extra, int tile_rows, int tile_columns) {
+  int64_t const padded = tiles(given.m, tile_rows) * tile_rows, threads = kWarp * kWarps;
+  merge_statistics_kernel<<<int((given.m + threads - 1) / threads), threads, 0,
+                            static_cast<cudaStream_t>(given.stream)>>>(
+      extra.sums, extra.squares, extra.eps, extra.mean, extra.rstd, given.m, padded, int(given.n),
+      tile_columns);
+  return launched();
+}
+
+int merge_column_sums(Operands const& given, SlopeArguments const& extra, int tile_rows, int rows_of_tile,
+                      int tile_columns) {
+  int64_t const padded = tiles(given.n, tile_columns) * tile_columns, parts = tiles(given.m, tile_rows) * rows_of_tile;
+  merge_column_sums_kernel<<<int(padded / kWarp), kWarp * kManyWarps, 0, static_cast<cudaStream_t>(given.stream)>>>(
+      extra.partials, extra.column_sums, parts, padded, given.n);
+  return launched();
+}
+
+}  // namespace xclip_fast
+
+using namespace xclip_fast;
+
+extern "C" {
+
+int xclip_fast_row_statistics(int dtype, const void* x, int64_t x_row, float eps, float* mean, float* rstd, int64_t m,
+                              int64_t d, int device, void* stream) {
+  bool const pointers = x != nullptr && mean != nullptr && rstd != nullptr;
+  return on_rows(dtype, m, d, x_row, pointers, device, [&](auto element) {
+    return row_statistics<decltype(element)>(x, x_row, eps, mean, rstd, m, d, static_cast<cudaStream_t>(stream));
+  });
+}
+
+int xclip_fast_layer_norm_fp8(int dtype, const void* x, int64_t x_row, const float* gamma, const float* beta, float eps,
+                              void* y, float* scale, int64_t m, int64_t d, int device, void* stream) {
+  bool const pointers = x != nullptr && gamma != nullptr && beta != nullptr && y != nullptr && scale != nullptr;
+  return on_rows(dtype, m, d, x_row, pointers, device, [&](auto element) {
+    return layer_norm_fp8<decltype(element)>(x, x_row, gamma, beta, eps, y, scale, m, d,
+                                             static_cast<cudaStream_t>(stream));
+  });
 }
 
 int xclip_fast_fold(int dtype, int parameter_dtype, const void* w, int64_t w_row, int64_t w_column, const void* gamma,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import _cuda
-from ._cuda import fold, linear_residual, linear_slope, norm_linear, row_statistics
+from ._cuda import fold, linear_residual, linear_residual_statistics, linear_slope, norm_linear, row_statistics
 from ._dispatch import Backend, forced_backend
 from .quick_gelu import quick_gelu_reference
 
@@ -148,12 +148,17 @@ def _linear_residual(
     statistics: bool,
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     rows = x.reshape(-1, x.shape[-1]).to(weight.dtype)
-    y = _add(rows, weight, bias, residual.reshape(-1, weight.shape[0]), drop_scale)
-    if statistics:
-        mean, rstd = (row.view(residual.shape[:-1]) for row in row_statistics(y, eps))
+    wide = residual.reshape(-1, weight.shape[0])
+    if not statistics:
+        nothing = (torch.empty(0, dtype=torch.float32, device=x.device) for _ in range(2))
+        return (_add(rows, weight, bias, wide, drop_scale).view(residual.shape), *nothing), ()
+    if wide.dtype == rows.dtype:
+        scale = _sample_scale(drop_scale, rows.shape[0])
+        y, mean, rstd = linear_residual_statistics(rows, weight, bias, wide, scale, eps)
     else:
-        mean, rstd = (torch.empty(0, dtype=torch.float32, device=x.device) for _ in range(2))
-    return (y.view(residual.shape), mean, rstd), ()
+        y = _add(rows, weight, bias, wide, drop_scale)
+        mean, rstd = row_statistics(y, eps)
+    return (y.view(residual.shape), *(row.view(residual.shape[:-1]) for row in (mean, rstd))), ()
 
 
 def _dproduct(dy: Tensor, weight: Tensor, drop_scale: Tensor | None) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
@@ -233,12 +238,12 @@ def _mlp_backward(
     u = saved[2]
     dproduct, dbias2 = _dproduct(grads[0], weight2, drop_scale)
     # du = (s dy W2) quick_gelu'(u)
-    du = linear_slope(dproduct, weight2.T, u)
+    du, dbias1 = linear_slope(dproduct, weight2.T, u, column_sums=needs[4])
     result = _linear_backward(du, x.reshape(-1, x.shape[-1]), ln_weight, ln_bias, weight1, eps, needs)
     if needs[0]:
         result[0] = result[0].view(x.shape) + grads[0].to(x.dtype)
-    if needs[4]:
-        result.append(du.sum(0, dtype=torch.float32).to(bias1.dtype))
+    if dbias1 is not None:
+        result.append(dbias1.to(bias1.dtype))
     if needs[5]:
         result.append(torch.mm(dproduct.T, quick_gelu_reference(u)))
     if needs[6]:

@@ -25,6 +25,8 @@ from xclip_fast import info, kernels
 ROOT = Path(__file__).parents[1]
 HEADER = ROOT / "csrc" / "include" / "xclip_fast.h"
 EPS = 1e-5
+E4M3 = torch.float8_e4m3fn
+PARTIALS = 40  # floats of a partial result where the library is played; the real one asks for more
 TYPES = {"int": ctypes.c_int, "int64_t": ctypes.c_int64, "float": ctypes.c_float}
 
 
@@ -126,13 +128,13 @@ def test_kernels_use_tensor_cores_and_tma_and_do_not_spill(library: Path) -> Non
     usage = subprocess.run([tool, "--dump-resource-usage", library], capture_output=True, text=True, check=True).stdout
     found = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
     products = [name for name, *_ in found if "GemmUniversal" in name]
-    assert len(products) == 12  # product_*.cu
+    assert len(products) == 19  # product_*.cu
     for name, _, stack, local in found:
         assert stack == local == "0", name
     code = subprocess.run([tool, "--dump-sass", library], capture_output=True, text=True, check=True).stdout
     bodies = {part.split("\n", 1)[0].strip(): part for part in code.split("Function : ")[1:]}
     for name in products:
-        for instruction in ("HGMMA", "UTMALDG", "UTMASTG"):
+        for instruction in ("QGMMA" if "float_e4m3_t" in name else "HGMMA", "UTMALDG", "UTMASTG"):
             assert instruction in bodies[name], (instruction, name)
         assert not re.search(r"\b(LDL|STL)\b", bodies[name]), name
 
@@ -227,8 +229,7 @@ class Memory:
         def call(*args: Any) -> int:
             assert len(args) == len(names)
             self.calls.append(name.removeprefix("xclip_fast_"))
-            getattr(Memory, self.calls[-1])(self, **dict(zip(names, args, strict=True)))
-            return 0
+            return getattr(Memory, self.calls[-1])(self, **dict(zip(names, args, strict=True))) or 0
 
         return call
 
@@ -243,9 +244,10 @@ class Memory:
     def row(self, pointer: int | None, count: int, dtype: torch.dtype = torch.float32) -> Tensor | None:
         return None if pointer is None else self.at(pointer, 1, count, count, dtype)[0]
 
-    def product(self, g: dict[str, Any]) -> Tensor:
-        kind = self.kinds[g["dtype"]]
-        assert g["x"] % 16 == g["w"] % 16 == g["y"] % 16 == g["x_row"] % 8 == g["w_row"] % 8 == 0
+    def product(self, g: dict[str, Any], kind: torch.dtype | None = None) -> Tensor:
+        kind = kind or self.kinds[g["dtype"]]
+        unit = 16 // torch.empty(0, dtype=kind).element_size()
+        assert g["x"] % 16 == g["w"] % 16 == g["y"] % 16 == g["x_row"] % unit == g["w_row"] % unit == 0
         x, w = self.at(g["x"], g["m"], g["k"], g["x_row"], kind), self.at(g["w"], g["n"], g["k"], g["w_row"], kind)
         return x.float() @ w.float().T
 
@@ -265,20 +267,65 @@ class Memory:
         self.out(g, quick_gelu(u) if g["activation"] else u)
 
     def linear_residual(self, **g: Any) -> None:
+        self.out(g, self.added(g))
+
+    def added(self, g: dict[str, Any]) -> Tensor:
         value = self.product(g)
         if g["bias"] is not None:
             value = value + self.row(g["bias"], g["n"])
         if g["scale"] is not None:
             value = value * self.row(g["scale"], g["m"])[:, None]  # type: ignore[index]
         residual = self.at(g["residual"], g["m"], g["n"], g["residual_row"], self.kinds[g["dtype"]])
-        self.out(g, residual.float() + value)
+        return residual.float() + value
+
+    def linear_residual_statistics(self, **g: Any) -> None:
+        value = self.added(g)
+        self.out(g, value)
+        self.at(g["partials"], 1, 2 * PARTIALS, 2 * PARTIALS, torch.float32).fill_(torch.nan)
+        self.statistics(g, value)
 
     def linear_slope(self, **g: Any) -> None:
         u = self.at(g["u"], g["m"], g["n"], g["u_row"], self.kinds[g["dtype"]])
-        self.out(g, self.product(g) * slope(u.float()))
+        value = self.product(g) * slope(u.float())
+        self.out(g, value)
+        assert (g["partials"] is None) == (g["column_sums"] is None)
+        if g["column_sums"] is not None:
+            self.at(g["partials"], 1, PARTIALS, PARTIALS, torch.float32).fill_(torch.nan)
+            self.at(g["column_sums"], 1, g["n"], g["n"], torch.float32).copy_(value.sum(0))
+
+    def partials(self, **g: Any) -> int:
+        return PARTIALS
+
+    def fp8_linear(self, **g: Any) -> None:
+        u = self.product(g, E4M3) * self.row(g["x_scale"], g["m"])[:, None]  # type: ignore[index]
+        u = u * self.row(g["w_scale"], g["n"])
+        if g["bias"] is not None:
+            u = u + self.row(g["bias"], g["n"])
+        kind = E4M3 if g["activation"] else torch.bfloat16
+        if g["activation"]:
+            u = (quick_gelu(u) / g["y_scale"]).clamp(-448, 448)
+        self.at(g["y"], g["m"], g["n"], g["n"], kind).copy_(u)
+
+    def fp8_linear_residual(self, **g: Any) -> None:
+        value = self.product(g, E4M3) * self.row(g["w_scale"], g["n"])
+        if g["bias"] is not None:
+            value = value + self.row(g["bias"], g["n"])
+        residual = self.at(g["residual"], g["m"], g["n"], g["residual_row"], torch.bfloat16)
+        self.at(g["y"], g["m"], g["n"], g["n"], torch.bfloat16).copy_(residual.float() + value)
+
+    def layer_norm_fp8(self, **g: Any) -> None:
+        x = self.at(g["x"], g["m"], g["d"], g["x_row"], self.kinds[g["dtype"]]).float()
+        gamma, beta = self.row(g["gamma"], g["d"]), self.row(g["beta"], g["d"])
+        normed = torch.nn.functional.layer_norm(x, x.shape[1:], gamma, beta, g["eps"])
+        scale = normed.abs().amax(1) / 448
+        scale = torch.where(scale == 0, 1.0, scale)
+        self.at(g["scale"], 1, g["m"], g["m"], torch.float32).copy_(scale)
+        self.at(g["y"], g["m"], g["d"], g["d"], E4M3).copy_((normed / scale[:, None]).clamp(-448, 448))
 
     def row_statistics(self, **g: Any) -> None:
-        x = self.at(g["x"], g["m"], g["d"], g["x_row"], self.kinds[g["dtype"]]).float()
+        self.statistics(g, self.at(g["x"], g["m"], g["d"], g["x_row"], self.kinds[g["dtype"]]).float())
+
+    def statistics(self, g: dict[str, Any], x: Tensor) -> None:
         variance, mean = torch.var_mean(x, -1, correction=0)
         self.at(g["mean"], 1, g["m"], g["m"], torch.float32).copy_(mean)
         self.at(g["rstd"], 1, g["m"], g["m"], torch.float32).copy_((variance + g["eps"]).rsqrt())
@@ -366,7 +413,7 @@ def test_plumbing_computes_the_op(
     for index, (found, limit) in enumerate(zip(error(got, exact), baseline, strict=True)):
         assert found <= 2 * limit + 4 * torch.finfo(dtype).eps, index
     assert ("fold" in memory.calls) == (folds == 0 and name != "linear_residual")
-    assert any(call in memory.calls for call in ("norm_linear", "linear_residual"))
+    assert any(call.startswith(("norm_linear", "linear_residual")) for call in memory.calls)
 
 
 @pytest.mark.parametrize("case", ["ln_linear, gelu", "residual, drop path", "mlp, drop path"])
@@ -477,6 +524,20 @@ def test_products_on_a_gpu(rows: int, width: int, tile: str, dtype: torch.dtype)
         + bias.double()
     )
     scale = torch.rand(rows, device="cuda")
+    added = x.double() + scale.double()[:, None] * (wide.double() @ weight.double())
+
+    def column_sums() -> None:
+        du = (x.double() @ weight.double().T) * slope(wide.double())
+        got = _cuda.linear_slope(x, weight, wide, column_sums=True, tile=tile)[1]
+        torch.testing.assert_close(got.double(), du.sum(0), rtol=1e-4, atol=1e-3 * rows**0.5)  # type: ignore[union-attr]
+
+    def statistics() -> None:
+        y, mean, rstd = _cuda.linear_residual_statistics(wide, weight.T, None, x, scale, EPS, tile=tile)
+        close(y, added)
+        variance, center = torch.var_mean(added, -1, correction=0)
+        torch.testing.assert_close(mean.double(), center, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(rstd.double(), (variance + EPS).rsqrt(), rtol=1e-4, atol=0)
+
     calls: list[Callable[[], None]] = [
         lambda: close(_cuda.norm_linear(x, weight, bias, (mean, rstd, sums), tile=tile)[0], exact),
         lambda: close(
@@ -487,11 +548,13 @@ def test_products_on_a_gpu(rows: int, width: int, tile: str, dtype: torch.dtype)
         ),  # type: ignore[arg-type]
         lambda: close(
             _cuda.linear_residual(wide, weight.T, None, x, scale, tile=tile),
-            x.double() + scale.double()[:, None] * (wide.double() @ weight.double()),
+            added,
         ),
         lambda: close(
-            _cuda.linear_slope(x, weight, wide, tile=tile), (x.double() @ weight.double().T) * slope(wide.double())
+            _cuda.linear_slope(x, weight, wide, tile=tile)[0], (x.double() @ weight.double().T) * slope(wide.double())
         ),
+        column_sums,
+        statistics,
     ]
     ran = 0
     for call in calls:

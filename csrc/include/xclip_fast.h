@@ -23,7 +23,7 @@ extern "C" {
 #endif
 
 /* Changes with every change of a signature or a constant below; kernels/_cuda.py asks for exactly this one. */
-#define XCLIP_FAST_ABI 1
+#define XCLIP_FAST_ABI 2
 
 /* Element types. */
 #define XCLIP_FAST_BF16 0
@@ -39,7 +39,7 @@ extern "C" {
 /* Error codes; 0 is success. From XCLIP_FAST_CUDA_ERROR on: a cudaError_t above it. */
 #define XCLIP_FAST_OK 0
 #define XCLIP_FAST_BAD_SIZE 1      /* a negative or too large size, or a row stride below the row's length */
-#define XCLIP_FAST_BAD_ALIGNMENT 2 /* products: a matrix's base or row, or K or N, is not in whole 16 bytes */
+#define XCLIP_FAST_BAD_ALIGNMENT 2 /* a matrix's base or row, or a size, is not in the whole units that TMA wants */
 #define XCLIP_FAST_BAD_DTYPE 3     /* not one of the element types that the call takes */
 #define XCLIP_FAST_BAD_DEVICE 4    /* products: the device is not of compute capability 9.0 */
 #define XCLIP_FAST_BAD_TILE 5      /* the tile was not built for this product */
@@ -76,12 +76,52 @@ XCLIP_FAST_API int xclip_fast_linear_residual(int dtype, int tile, const void* x
                                               const void* residual, int64_t residual_row, void* y, int64_t m,
                                               int64_t n, int64_t k, int device, void* stream);
 
+/* The same product with the row statistics that the next LayerNorm wants, reduced in its epilogue.
+ *
+ * mean (M) and rstd (M) = 1 / sqrt(variance + eps) of y's rows before they are rounded, float32, merged from the mean
+ * and M2 of each tile. partials: room for twice xclip_fast_partials(M, N) floats. */
+XCLIP_FAST_API int xclip_fast_linear_residual_statistics(int dtype, int tile, const void* x, int64_t x_row,
+                                                         const void* w, int64_t w_row, const float* bias,
+                                                         const float* scale, const void* residual,
+                                                         int64_t residual_row, float eps, float* partials, float* mean,
+                                                         float* rstd, void* y, int64_t m, int64_t n, int64_t k,
+                                                         int device, void* stream);
+
 /* y = (x W^T) quick_gelu'(u): backward through the activation.
  *
- * x (M, K), w (N, K), u (M, N), y (M, N) contiguous, in dtype (BF16, FP16). */
+ * x (M, K), w (N, K), u (M, N), y (M, N) contiguous, in dtype (BF16, FP16). column_sums (N) float32 or null: the sums of
+ * y's columns before they are rounded, which are a bias's gradient; with it, partials: room for
+ * xclip_fast_partials(M, N) floats. */
 XCLIP_FAST_API int xclip_fast_linear_slope(int dtype, int tile, const void* x, int64_t x_row, const void* w,
-                                           int64_t w_row, const void* u, int64_t u_row, void* y, int64_t m, int64_t n,
-                                           int64_t k, int device, void* stream);
+                                           int64_t w_row, const void* u, int64_t u_row, float* partials,
+                                           float* column_sums, void* y, int64_t m, int64_t n, int64_t k, int device,
+                                           void* stream);
+
+/* Floats of the largest partial result of a reduction in the epilogue of an (M, N) product, on whatever tile. */
+XCLIP_FAST_API int64_t xclip_fast_partials(int64_t m, int64_t n);
+
+/* y = act(x_scale w_scale (x W^T) + bias) of e4m3 matrices.
+ *
+ * x (M, K), w (N, K) e4m3; x_scale (M), w_scale (N) float32; bias (N) float32 or null. activation 0: y (M, N) contiguous
+ * BF16. activation 1: y (M, N) contiguous e4m3 = quick_gelu(.) / y_scale, saturated at 448. */
+XCLIP_FAST_API int xclip_fast_fp8_linear(int tile, const void* x, int64_t x_row, const void* w, int64_t w_row,
+                                         const float* x_scale, const float* w_scale, const float* bias, int activation,
+                                         float y_scale, void* y, int64_t m, int64_t n, int64_t k, int device,
+                                         void* stream);
+
+/* y = residual + w_scale (x W^T) + bias: x (M, K), w (N, K) e4m3, w_scale (N) float32 with the scale of x in it, bias
+ * (N) float32 or null, residual (M, N) and y (M, N) contiguous BF16. y may not overlap the others. */
+XCLIP_FAST_API int xclip_fast_fp8_linear_residual(int tile, const void* x, int64_t x_row, const void* w, int64_t w_row,
+                                                  const float* w_scale, const float* bias, const void* residual,
+                                                  int64_t residual_row, void* y, int64_t m, int64_t n, int64_t k,
+                                                  int device, void* stream);
+
+/* LN(x) in e4m3, each row over a scale of its own, its largest magnitude / 448 (1 for a row of zeros).
+ *
+ * x (M, D) in dtype (any), gamma and beta (D) float32; y (M, D) contiguous e4m3, scale (M) float32. */
+XCLIP_FAST_API int xclip_fast_layer_norm_fp8(int dtype, const void* x, int64_t x_row, const float* gamma,
+                                             const float* beta, float eps, void* y, float* scale, int64_t m, int64_t d,
+                                             int device, void* stream);
 
 /* mean and rstd = 1 / sqrt(variance + eps) of x's rows, float32, the variance centred: x (M, D) in dtype (any). */
 XCLIP_FAST_API int xclip_fast_row_statistics(int dtype, const void* x, int64_t x_row, float eps, float* mean,
