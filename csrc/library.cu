@@ -103,13 +103,13 @@ const char* xclip_fast_error(int code) {
     case XCLIP_FAST_BAD_DTYPE:
       return "this call does not take this element type";
     case XCLIP_FAST_BAD_DEVICE:
-      return "the device is not of compute capability 9.0";
+      return "the device is not of compute capability 9.0 (the message path: 8.0 or later)";
     case XCLIP_FAST_BAD_TILE:
       return "this product was not built with this tile";
     case XCLIP_FAST_BAD_POINTER:
       return "a pointer that may not be null is null";
     case XCLIP_FAST_REFUSED:
-      return "CUTLASS refused the arguments";
+      return "CUTLASS refused the arguments, or the weights of the message path do not fit into shared memory";
     case XCLIP_FAST_FAILED:
       return "CUTLASS failed to launch, and CUDA gave no reason";
     default:

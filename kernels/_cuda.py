@@ -8,6 +8,7 @@ current stream, nothing waits.
 import ctypes
 import functools
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,12 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
         [*_OPERANDS, _POINTER, _SIZE, *[_POINTER] * 3, _SIZE, _SIZE, _SIZE, *_PLACE],
     ),
     "xclip_fast_partials": (_SIZE, [_SIZE, _SIZE]),
+    "xclip_fast_check_message": (_INT, [_INT]),
+    "xclip_fast_message_floats": (_SIZE, [_SIZE, _SIZE]),
+    "xclip_fast_message_kv": (
+        _INT,
+        [_INT, _INT, _INT, _POINTER, _SIZE, *[_POINTER] * 3, _FLOAT, _SIZE, _SIZE, _SIZE, _POINTER, _POINTER, *_PLACE],
+    ),
     "xclip_fast_fp8_linear": (
         _INT,
         [*_OPERANDS[1:], *[_POINTER] * 3, _INT, _FLOAT, _POINTER, _SIZE, _SIZE, _SIZE, *_PLACE],
@@ -93,18 +100,14 @@ def load(file: Path) -> tuple[Any, str | None]:
     return library, None
 
 
-def refuse_device(kind: str, index: int | None) -> str | None:
-    """Why the library does not run on this device, or None."""
+def refuse_device(kind: str, index: int | None, check: str = "xclip_fast_check_device") -> str | None:
+    """Why the library's products, or what ``check`` asks for, do not run on this device, or None."""
     if kind != "cuda":
         return f"device {kind} is not cuda"
-    index = torch.cuda.current_device() if index is None else index
-    properties = torch.cuda.get_device_properties(index)
-    if (properties.major, properties.minor) != (9, 0):
-        return f"compute capability {properties.major}.{properties.minor} is not 9.0"
     library, reason = load(path())
     if library is None:
         return reason
-    code = library.xclip_fast_check_device(index)
+    code = getattr(library, check)(torch.cuda.current_device() if index is None else index)
     return f"the CUDA library says: {_words(library, code)}" if code else None
 
 
@@ -278,6 +281,52 @@ def fold(weight: Tensor, gamma: Tensor, beta: Tensor, bias: Tensor | None) -> tu
     return folded, sums, shift
 
 
+def message_kv(
+    x: Tensor,
+    frames: int,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    norms: Sequence[Tensor],
+    eps: float,
+    *,
+    blocks: int = 0,
+) -> Tensor:
+    """The message path as one cooperative kernel, for few rows.
+
+    Args:
+        x: (F, D) class tokens of whole videos of ``frames``.
+        weights: the message token's (D, D), CFA's QKV (3D, D) and output (D, D), IFA's key and value (2D, D), of x's
+            half-precision dtype. biases: of their rows.
+        norms: weight and bias (D,) of the LayerNorms before CFA and before IFA.
+        blocks: of the grid; 0: the library chooses.
+
+    Returns:
+        (F, 2D) in x's dtype.
+    """
+    F, D = x.shape
+    key_value = torch.empty(F, 2 * D, dtype=x.dtype, device=x.device)
+    if F:
+        library, reason = load(path())
+        if library is None:
+            raise RuntimeError(reason)
+        x, weights = matrix(x), [weight.contiguous() for weight in weights]
+        biases, norms = _alike(x.dtype, *biases), _alike(x.dtype, *norms)
+        if biases[0].dtype != norms[0].dtype:
+            biases, norms = ([vector.float() for vector in vectors] for vectors in (biases, norms))
+        workspace = torch.empty(library.xclip_fast_message_floats(F, D), dtype=torch.float32, device=x.device)
+        pointers = ((ctypes.c_void_p * 4)(*(t.data_ptr() for t in given)) for given in (weights, biases, norms))
+        call = (DTYPES[x.dtype], DTYPES[biases[0].dtype], blocks, x, x.stride(0), *pointers, eps, F, frames, D)
+        _call("xclip_fast_message_kv", *call, workspace, key_value, *_place(x))
+    return key_value
+
+
+def _alike(dtype: torch.dtype, *vectors: Tensor) -> list[Tensor]:
+    """Contiguous, and of one dtype: this one if all have it, else float32."""
+    if any(vector.dtype != dtype for vector in vectors):
+        dtype = torch.float32
+    return [vector.to(dtype).contiguous() for vector in vectors]
+
+
 # ---- 8 bits, e4m3
 
 
@@ -314,7 +363,7 @@ def _fp8_linear(
 def fp8_linear(
     x: Tensor, x_scale: Tensor, weight: Tensor, w_scale: Tensor, bias: Tensor | None, *, tile: str = "auto"
 ) -> Tensor:
-    """x_scale w_scale (x W^T) + b: x (M, K), weight (N, K) e4m3, their scales (M,) and (N,), bias (N,) -> (M, N) bf16."""
+    """x_scale w_scale (x W^T) + b: x (M, K), weight (N, K) e4m3, scales (M,) and (N,), bias (N,) -> (M, N) bfloat16."""
     y = torch.empty(x.shape[0], weight.shape[0], dtype=torch.bfloat16, device=x.device)
     return _fp8_linear(x, x_scale, weight, w_scale, bias, y, 1.0, tile)
 

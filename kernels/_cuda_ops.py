@@ -1,4 +1,5 @@
-"""The backend ``cuda`` of ``ln_linear``, ``linear_residual`` and ``mlp``: products of the CUDA library, the rest torch.
+"""The backend ``cuda``: products of the CUDA library and torch for ``ln_linear``, ``linear_residual`` and ``mlp``, one
+kernel for ``message_kv`` where there are few rows.
 
 Nothing of it has been measured or run on a GPU yet, so it is never chosen by itself: only ``XCLIP_FAST_BACKEND=cuda``
 and ``with backend("cuda")`` take it. A library that is missing, or of another interface, is a reason of refusal.
@@ -18,6 +19,8 @@ from .quick_gelu import quick_gelu_reference
 HALF = (torch.bfloat16, torch.float16)
 # Rows from which LayerNorm is folded into the product: with fewer, folding the weight costs more. Not measured.
 FOLD_FROM = 4096
+# Rows up to which message_kv is one kernel, whose time is that of its weights. Not measured.
+MESSAGE_ROWS = 64
 UNMEASURED = "not measured on a GPU yet, so taken only if asked for (XCLIP_FAST_BACKEND=cuda or backend('cuda'))"
 
 
@@ -287,3 +290,38 @@ def cuda_backend(op: str, refuse: Callable[..., str | None] | None = None) -> Ba
         return reason or (refuse(*args) if refuse else None)
 
     return Backend("cuda", forward, backward, refuse=refusal)
+
+
+def _message_kv(save: bool, *args: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    x, frames, fc_weight, fc_bias, *rest, heads, eps, _ = args
+    norm_m_weight, norm_m_bias, qkv_weight, qkv_bias, out_weight, out_bias, *norm_1, kv_weight, kv_bias = rest
+    weights, biases = (fc_weight, qkv_weight, out_weight, kv_weight), (fc_bias, qkv_bias, out_bias, kv_bias)
+    norms = (norm_m_weight, norm_m_bias, *norm_1)
+    key_value = _cuda.message_kv(x.to(fc_weight.dtype), frames, weights, biases, norms, eps)
+    return (key_value.unflatten(1, (2, heads, fc_weight.shape[0] // heads)),), ()
+
+
+def message_kv_cuda_backend(refuse: Callable[..., str | None]) -> Backend:
+    """The backend of ``message_kv``; ``refuse`` gives the reasons of any backend with kernels."""
+
+    def refusal(*args: Any) -> str | None:
+        x, _, weight, *_, heads, _, drop_scale = args
+        if forced_backend() != "cuda":
+            return UNMEASURED
+        reason = _cuda.refuse_device(x.device.type, x.device.index, "xclip_fast_check_message")
+        if reason is not None:
+            return reason
+        autocast = torch.is_autocast_enabled(x.device.type)
+        dtype = torch.get_autocast_dtype(x.device.type) if autocast else weight.dtype
+        if dtype not in HALF:
+            return f"a weight of dtype {dtype} is not bfloat16 or float16"
+        width = weight.shape[0]
+        if x.shape[0] > MESSAGE_ROWS:
+            return f"{x.shape[0]} rows are over {MESSAGE_ROWS}"
+        if width % 64 or width // heads != 64 or width > 1024:
+            return f"width {width} in {heads} heads: heads of 64 channels and at most 1024 in all wanted"
+        if drop_scale is not None:
+            return "drop path is for training"
+        return refuse(*args)
+
+    return Backend("cuda", _message_kv, refuse=refusal, partial=True)

@@ -40,7 +40,8 @@ class Backend:
     Plain torch: ``forward(*args)`` returns what the reference returns. A kernel, which has ``backward``:
     ``forward(save, *args)`` returns the outputs as a tuple and, if ``save``, the tensors that ``backward`` wants
     beside the arguments; ``backward(grads, saved, needs, *args)`` returns a gradient for every argument that needs
-    one, in order. ``refuse`` gets the op's arguments and returns a reason for what the fields cannot say, or None.
+    one, in order. A ``partial`` kernel has no backward. ``refuse`` gets the op's arguments and returns a reason for what
+    the fields cannot say, or None.
     """
 
     name: str
@@ -51,9 +52,13 @@ class Backend:
     capability: int = 0  # the least major compute capability of a CUDA device
     package: str = ""
     refuse: Callable[..., str | None] | None = None
+    # takes some shapes only and computes no gradients: asked for, it is the first choice, not the only one
+    partial: bool = False
 
-    def refusal(self, args: tuple[Any, ...]) -> str | None:
-        """Why this backend does not take ``args``, or None if it does."""
+    def refusal(self, args: tuple[Any, ...], trained: bool = False) -> str | None:
+        """Why this backend does not take ``args``, or None if it does; ``trained``: gradients are wanted."""
+        if self.partial and trained:
+            return "it computes no gradients"
         if self.package and self.package not in _INSTALLED:
             return f"the package {self.package} is not installed (pip install {self.package})"
         tensors = [arg for arg in args if isinstance(arg, Tensor)]
@@ -172,16 +177,19 @@ class Op:
         OPS[self.name] = self
         self.registered, self.registered_saving = _register(self)
 
-    def choose(self, args: tuple[Any, ...]) -> Backend:
-        """The backend for these arguments; ``BackendError`` with every reason if there is none."""
+    def choose(self, args: tuple[Any, ...], trained: bool = False) -> Backend:
+        """The backend for these arguments, with gradients or without; ``BackendError`` with every reason if there is
+        none."""
         candidates = self.backends
         if _checked(_forced) in self.names:
             candidates = tuple(candidate for candidate in candidates if candidate.name == _forced)
+            if candidates[0].partial:
+                candidates += tuple(candidate for candidate in self.backends if candidate.name != _forced)
         elif _forced != "auto" and not torch.compiler.is_compiling():
             _log_once(f"{self.name} has no backend {_forced}; the choice is automatic")
         reasons: list[str] = []
         for candidate in candidates:
-            reason = candidate.refusal(args)
+            reason = candidate.refusal(args, trained)
             if reason is None:
                 if reasons and not torch.compiler.is_compiling():
                     _log_fallback(self.name, candidate.name, "; ".join(reasons), args)
@@ -192,11 +200,11 @@ class Op:
         raise BackendError(f"no backend of {self.name} takes ({shapes}){forced}: {'; '.join(reasons)}")
 
     def __call__(self, *args: Any) -> Any:
-        chosen = self.choose(args)
-        if chosen.backward is None:
+        trained = torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
+        chosen = self.choose(args, trained)
+        if chosen.backward is None and not chosen.partial:
             return chosen.forward(*args)
         args = self._lowered(args)
-        trained = torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
         if torch.compiler.is_compiling():
             if not trained:
                 return self.registered(*args)
@@ -284,7 +292,7 @@ def _register(op: Op) -> tuple[Callable[..., Any], Callable[..., Any]]:
 
     def forward(*args: Any) -> Any:
         chosen = op.choose(args)
-        if chosen.backward is None:
+        if chosen.backward is None and not chosen.partial:
             return _contiguous(chosen.forward(*args))
         outputs = tuple(chosen.forward(False, *args)[0])
         return outputs if len(outputs) > 1 else outputs[0]
@@ -329,7 +337,7 @@ def _register(op: Op) -> tuple[Callable[..., Any], Callable[..., Any]]:
         return result
 
     def forward_saving(*args: Any) -> list[Tensor]:
-        outputs, saved = op.choose(args).forward(True, *args)
+        outputs, saved = op.choose(args, trained=True).forward(True, *args)
         return fresh([*outputs, *saved], args)
 
     def fake_saving(*args: Any) -> list[Tensor]:
@@ -337,7 +345,7 @@ def _register(op: Op) -> tuple[Callable[..., Any], Callable[..., Any]]:
         return [*(outputs if isinstance(outputs, tuple) else (outputs,)), *op.saved(*args)]  # type: ignore[misc]
 
     def kernel_backward(grads: list[Tensor], saved: list[Tensor], needs: list[bool], *args: Any) -> list[Tensor]:
-        chosen = op.choose(args)
+        chosen = op.choose(args, trained=True)
         assert chosen.backward is not None
         return fresh(chosen.backward(grads, saved, needs, *args), [*args, *grads, *saved])
 

@@ -160,7 +160,12 @@ def test_the_backend_is_never_chosen_by_itself(monkeypatch: pytest.MonkeyPatch) 
         assert OPS["ln_linear"].choose(args).name != "cuda"
     with kernels.backend("cuda"):
         assert reason("ln_linear", args) is None
-    assert {name for name, op in OPS.items() if "cuda" in op.names} == {"linear_residual", "ln_linear", "mlp"}
+    assert {name for name, op in OPS.items() if "cuda" in op.names} == {
+        "linear_residual",
+        "ln_linear",
+        "message_kv",
+        "mlp",
+    }
 
 
 def test_reasons_of_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -322,6 +327,24 @@ class Memory:
         self.at(g["scale"], 1, g["m"], g["m"], torch.float32).copy_(scale)
         self.at(g["y"], g["m"], g["d"], g["d"], E4M3).copy_((normed / scale[:, None]).clamp(-448, 448))
 
+    def message_floats(self, **g: Any) -> int:
+        return 5 * int(g["rows"]) * int(g["width"])
+
+    def message_kv(self, **g: Any) -> None:
+        kind, other, rows, width = self.kinds[g["dtype"]], self.kinds[g["parameter_dtype"]], g["rows"], g["width"]
+        assert g["x"] % 16 == g["x_row"] % 8 == 0
+        self.at(g["workspace"], 1, 5 * rows * width, 5 * rows * width, torch.float32).fill_(torch.nan)
+        x = self.at(g["x"], rows, width, g["x_row"], kind)
+        sizes = (1, 3, 1, 2)
+        weights = [self.at(p, n * width, width, width, kind) for p, n in zip(g["weights"], sizes, strict=True)]
+        biases = [self.row(p, n * width, other) for p, n in zip(g["biases"], sizes, strict=True)]
+        norms = [self.row(p, width, other) for p in g["norms"]]
+        fc, qkv, out, kv = zip(weights, biases, strict=True)
+        wide = (x, g["frames"], *fc, *norms[:2], *qkv, *out, *norms[2:], *kv)
+        wide = tuple(item.float() if isinstance(item, Tensor) else item for item in wide)
+        value = OPS["message_kv"].reference(*wide, width // 64, g["eps"], None)
+        self.at(g["key_value"], rows, 2 * width, 2 * width, kind).copy_(value.flatten(1))
+
     def row_statistics(self, **g: Any) -> None:
         self.statistics(g, self.at(g["x"], g["m"], g["d"], g["x_row"], self.kinds[g["dtype"]]).float())
 
@@ -430,6 +453,62 @@ def test_plumbing_under_autocast(case: str, memory: Memory) -> None:
         assert (a - b).double().norm() <= 2e-2 * b.double().norm().clamp(min=1)
 
 
+def message_arguments(frames: int = 3, rows: int = 6, width: int = 128) -> tuple[Any, ...]:
+    norm = (1 + normal(width, scale=0.1), normal(width, scale=0.1))
+    cfa, kv = (*linear(3 * width, width), *linear(width, width)), linear(3 * width, width)
+    ifa = tuple(part[width:] for part in kv)  # as the block gives them: a part of the packed projection
+    x = normal(rows, 5, width)[:, 0]
+    return x, frames, *linear(width, width), *norm, *cfa, *norm, *ifa, width // 64, EPS, None
+
+
+def cast(args: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
+    return tuple(arg.to(dtype) if isinstance(arg, Tensor) else arg for arg in args)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_message_path_is_one_call(dtype: torch.dtype, memory: Memory) -> None:
+    args = cast(message_arguments(), dtype)
+    exact = OPS["message_kv"].reference(*cast(args, torch.float64))
+    baseline = float((OPS["message_kv"].reference(*args).double() - exact).abs().max())
+    with kernels.backend("cuda"), torch.no_grad():
+        got = OPS["message_kv"](*args)
+        torch._dynamo.reset()
+        traced = torch.compile(lambda *given: OPS["message_kv"](*given), fullgraph=True, backend="aot_eager")(*args)
+    assert memory.calls == ["message_floats", "message_kv"] * 2
+    assert got.dtype == dtype
+    assert float((got.double() - exact).abs().max()) <= 2 * baseline
+    assert torch.equal(got, traced)
+
+
+def test_message_path_takes_wide_parameters_and_autocast(memory: Memory) -> None:
+    args = cast(message_arguments(), torch.float32)
+    exact = OPS["message_kv"].reference(*args)
+    with kernels.backend("cuda"), torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        got = OPS["message_kv"](*args)
+    assert memory.calls == ["message_floats", "message_kv"]
+    assert got.dtype == torch.bfloat16
+    assert (got - exact).norm() <= 0.02 * exact.norm()
+
+
+def test_message_path_leaves_the_rest_to_others(memory: Memory) -> None:
+    """Asked for, it takes what it can; gradients, many rows and other heads go on to the next backend."""
+    args = cast(message_arguments(), torch.bfloat16)
+    few, op = args[0], OPS["message_kv"]
+    with kernels.backend("cuda"):
+        assert op.choose(args).name == "cuda"
+        assert op.choose(args, trained=True).name == "reference"
+        assert op.choose((few.repeat(20, 1), *args[1:])).name == "reference"
+        assert op.choose((*args[:-3], 4, EPS, None)).name == "reference"
+        assert op.choose((*args[:-1], torch.ones(2))).name == "reference"
+        weight = args[2].clone().requires_grad_()
+        got = op(*args[:2], weight, *args[3:])
+        assert not memory.calls
+        torch.testing.assert_close(got, op.reference(*args[:2], weight, *args[3:]))
+        got.sum().backward()
+        assert weight.grad is not None
+        assert op(few[:0], *args[1:]).shape == (0, 2, 2, 64)
+
+
 def test_empty_batch_calls_nothing(memory: Memory) -> None:
     for name, args in cases().values():
         if "residual" in name:
@@ -486,6 +565,20 @@ def test_slope_is_the_derivative_of_quick_gelu() -> None:
     wanted = torch.autograd.grad(OPS["quick_gelu"].reference(u).sum(), u)[0]
     torch.testing.assert_close(slope(u.detach()), wanted, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(_cuda_ops._slope(u.detach()).double(), wanted, rtol=1e-5, atol=1e-6)
+
+
+# ---- the kernels that need no tensor cores of Hopper, on the host
+
+
+def test_kernels_run_on_the_host(tmp_path: Path) -> None:
+    """The message path, the row kernels and the merges, thread by thread in plain C++: csrc/tests/emulated.cpp."""
+    if shutil.which("nvcc") is None:
+        pytest.skip("nvcc, which knows where CUDA's headers are, is not on the PATH")
+    program, source = tmp_path / "emulated", ROOT / "csrc" / "tests" / "emulated.cpp"
+    subprocess.run(["nvcc", "-std=c++17", "-O2", "-I", HEADER.parent, source, "-o", program], check=True)
+    done = subprocess.run([program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert done.stdout == "0 failed\n"
 
 
 # ---- on a GPU, at the shapes of the model
@@ -565,3 +658,23 @@ def test_products_on_a_gpu(rows: int, width: int, tile: str, dtype: torch.dtype)
             if "not built with this tile" not in str(failed):
                 raise
     assert ran == len(calls) if tile in ("auto", "square") else True
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("frames", "rows", "width"), [(8, 8, 768), (16, 48, 768), (1, 1, 384), (64, 64, 1024)])
+def test_message_path_on_a_gpu(frames: int, rows: int, width: int, dtype: torch.dtype) -> None:
+    refused = _cuda.refuse_device("cuda", None, "xclip_fast_check_message")
+    if refused:
+        pytest.skip(refused)
+    torch.manual_seed(0)
+    args = tuple(arg.cuda() if isinstance(arg, Tensor) else arg for arg in message_arguments(frames, rows, width))
+    exact = OPS["message_kv"].reference(*args)
+    args = cast(args, dtype)
+    baseline = (OPS["message_kv"].reference(*args).double() - exact).abs().max()
+    with kernels.backend("cuda"), torch.no_grad():
+        assert OPS["message_kv"].choose(args).name == "cuda"
+        got = OPS["message_kv"](*args)
+        assert (got.double() - exact).abs().max() <= 2 * baseline
+        for _ in range(20):  # a missing barrier would show
+            assert torch.equal(OPS["message_kv"](*args), got)
