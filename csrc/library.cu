@@ -160,9 +160,8 @@ int64_t xclip_fast_partials(int64_t m, int64_t n) {
 
 int xclip_fast_linear_residual_statistics(int dtype, int tile, const void* x, int64_t x_row, const void* w,
                                           int64_t w_row, const float* bias, const float* scale, const void* residual,
-                                          int64_t residual_row, float eps, float* partials,
-                                          float* mean, float* rstd, void* y, int64_t m, int64_t n, int64_t k,
-                                          int device, void* stream) {
+                                          int64_t residual_row, float eps, float* partials, float* mean, float* rstd,
+                                          void* y, int64_t m, int64_t n, int64_t k, int device, void* stream) {
   Operands given{x, x_row, w, w_row, residual, residual_row, y, m, n, k, device, 0, stream};
   if (int const code = check_matrix(residual, m, n, residual_row)) {
     return code;
@@ -205,9 +204,8 @@ int xclip_fast_fp8_linear(int tile, const void* x, int64_t x_row, const void* w,
     return XCLIP_FAST_BAD_SIZE;
   }
   ScaledArguments const extra{x_scale, w_scale, bias, activation ? 1.0f / y_scale : 1.0f};
-  return launch(given, 16, activation ? 16 : 8, [&] {
-    return activation ? fp8_linear_gelu(tile, given, extra) : fp8_linear(tile, given, extra);
-  });
+  return launch(given, 16, activation ? 16 : 8,
+                [&] { return activation ? fp8_linear_gelu(tile, given, extra) : fp8_linear(tile, given, extra); });
 }
 
 int xclip_fast_fp8_linear_residual(int tile, const void* x, int64_t x_row, const void* w, int64_t w_row,

@@ -17,8 +17,8 @@ int attribute(int device, cudaDeviceAttr which) {
   return cudaDeviceGetAttribute(&value, which, device) == cudaSuccess ? value : -1;
 }
 
-// The number of blocks for a width: half the processors, which leaves the others to what runs beside, if the weights fit
-// into their shared memory, else all. 0 if they do not fit there either.
+// The number of blocks for a width: half the processors, which leaves the others to what runs beside, if the weights
+// fit into their shared memory, else all. 0 if they do not fit there either.
 int choose_blocks(int width, int processors, int room) {
   for (int blocks : {processors / 2, processors}) {
     if (blocks > 0 && MessageLayout{width, blocks}.bytes() <= size_t(room)) {
@@ -63,7 +63,8 @@ int xclip_fast_check_message(int device) {
   if (int const code = current.code()) {
     return code;
   }
-  if (attribute(device, cudaDevAttrComputeCapabilityMajor) < 8 || attribute(device, cudaDevAttrCooperativeLaunch) != 1) {
+  if (attribute(device, cudaDevAttrComputeCapabilityMajor) < 8 ||
+      attribute(device, cudaDevAttrCooperativeLaunch) != 1) {
     return XCLIP_FAST_BAD_DEVICE;
   }
   cudaFuncAttributes found;

@@ -68,9 +68,7 @@ int on_rows(int dtype, int64_t m, int64_t d, int64_t x_row, bool pointers, int d
   if (int const code = current.code()) {
     return code;
   }
-  return dtype == XCLIP_FAST_BF16   ? run(__nv_bfloat16{})
-         : dtype == XCLIP_FAST_FP16 ? run(__half{})
-                                    : run(float{});
+  return dtype == XCLIP_FAST_BF16 ? run(__nv_bfloat16{}) : dtype == XCLIP_FAST_FP16 ? run(__half{}) : run(float{});
 }
 
 }  // namespace
@@ -79,8 +77,7 @@ int merge_statistics(Operands const& given, StatisticsArguments const& extra, in
   int64_t const padded = tiles(given.m, tile_rows) * tile_rows, threads = kWarp * kWarps;
   merge_statistics_kernel<<<int((given.m + threads - 1) / threads), threads, 0,
                             static_cast<cudaStream_t>(given.stream)>>>(
-      extra.sums, extra.squares, extra.eps, extra.mean, extra.rstd, given.m, padded, int(given.n),
-      tile_columns);
+      extra.sums, extra.squares, extra.eps, extra.mean, extra.rstd, given.m, padded, int(given.n), tile_columns);
   return launched();
 }
 

@@ -40,8 +40,8 @@ class Backend:
     Plain torch: ``forward(*args)`` returns what the reference returns. A kernel, which has ``backward``:
     ``forward(save, *args)`` returns the outputs as a tuple and, if ``save``, the tensors that ``backward`` wants
     beside the arguments; ``backward(grads, saved, needs, *args)`` returns a gradient for every argument that needs
-    one, in order. A ``partial`` kernel has no backward. ``refuse`` gets the op's arguments and returns a reason for what
-    the fields cannot say, or None.
+    one, in order. A ``partial`` kernel has no backward. ``refuse`` gets the op's arguments and returns a reason for
+    what the fields cannot say, or None.
     """
 
     name: str

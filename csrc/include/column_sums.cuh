@@ -1,8 +1,9 @@
 // Sums of a tile's columns as a node of CUTLASS's epilogue visitor trees.
 //
-// CUTLASS has Sm90RowReduction for it; with WGMMA's tiles of 128 x 128 it keeps its sums in local memory (nvcc 13.0, CUTLASS
-// 4.2: a stack of 432 bytes). Here a warp finishes the columns of one part of the tile before the next part begins, so
-// the sums stay in eight registers, and writes them as a row of its own: no shared memory, no barrier, no atomics.
+// CUTLASS has Sm90RowReduction for it; with WGMMA's tiles of 128 x 128 it keeps its sums in local memory (nvcc 13.0,
+// CUTLASS 4.2: a stack of 432 bytes). Here a warp finishes the columns of one part of the tile before the next part
+// begins, so the sums stay in eight registers, and writes them as a row of its own: no shared memory, no barrier, no
+// atomics.
 #pragma once
 
 #include "cute/tensor.hpp"
@@ -116,7 +117,7 @@ struct SumColumns {
     Tensor tile = make_tensor(make_gmem_ptr(params.partials + row * padded + int64_t(n) * kColumns),
                               make_layout(take<0, 2>(Shape{}), make_stride(_0{}, _1{})));
     Tensor out = cutlass::epilogue::fusion::sm90_partition_for_epilogue<ReferenceSrc>(tile, args.epi_tile,
-                                                                                     args.tiled_copy, args.thread_idx);
+                                                                                      args.tiled_copy, args.thread_idx);
     Tensor sums = make_tensor_like<float>(out);
     fill(sums, 0.0f);
     // a block of a cluster may have a tile past the last row

@@ -69,9 +69,7 @@ struct Norm : Finished {
   using Output = Element;
   using Tree = NormNode<Tile, Element>;
   using Arguments = NormArguments;
-  static typename Tree::Arguments arguments(Arguments const& given, int64_t) {
-    return norm_arguments<Tree>(given);
-  }
+  static typename Tree::Arguments arguments(Arguments const& given, int64_t) { return norm_arguments<Tree>(given); }
 };
 
 // y = quick_gelu(u); u is stored as well, unless its pointer is null
@@ -82,9 +80,8 @@ struct NormGelu : Finished {
   using Descriptor = epilogue::detail::EpilogueDescriptor<typename Tile::Shape, epilogue::EpilogueTileAuto, Source,
                                                           Element, typename Tile::EpilogueSchedule>;
   using Store = epilogue::detail::AuxStoreDescriptor<Descriptor, cutlass::layout::RowMajor, Element>;
-  using Keep =
-      fusion::Sm90AuxStore<Store::Stages, typename Descriptor::EpilogueTile, Element, kRound, typename Store::Stride,
-                           typename Store::SmemLayoutAtom, typename Store::CopyOpR2S>;
+  using Keep = fusion::Sm90AuxStore<Store::Stages, typename Descriptor::EpilogueTile, Element, kRound,
+                                    typename Store::Stride, typename Store::SmemLayoutAtom, typename Store::CopyOpR2S>;
   using Inner = NormNode<Tile, float>;
   using Kept = fusion::Sm90EVT<Keep, Inner>;
   using Tree = Apply<QuickGelu, Element, Kept>;
@@ -114,10 +111,9 @@ struct Residual : Finished {
 // Sums along a row of the tile, in float32; `Add` takes what was summed so far and the next value. CUTLASS writes those
 // of each tile to memory and leaves it to us to merge them: no atomics, the same bits in every run.
 template <class Tile, template <class> class Add>
-using SumRow =
-    fusion::Sm90ColReduction<Add, cutlass::plus, cutlass::plus, 0, typename Tile::Shape, float, float, kRound,
-                             cute::Stride<cute::_1, cute::_0, cute::_0>, 4, /*EnableNullptr=*/false,
-                             /*FinalReduction=*/false>;
+using SumRow = fusion::Sm90ColReduction<Add, cutlass::plus, cutlass::plus, 0, typename Tile::Shape, float, float,
+                                        kRound, cute::Stride<cute::_1, cute::_0, cute::_0>, 4, /*EnableNullptr=*/false,
+                                        /*FinalReduction=*/false>;
 
 // y as above, and the sums of y and y^2 along each row of each tile
 template <class Tile, class Element>
@@ -145,7 +141,8 @@ struct Slope {
   using Source = Element;
   using Output = Element;
   using Wide = Apply<TimesSlope, float, fusion::Sm90AccFetch, fusion::Sm90SrcFetch<Element>>;
-  using Tree = Apply<cutlass::epilogue::thread::Identity, Element, fusion::Sm90EVT<SumColumns<typename Tile::Shape>, Wide>>;
+  using Tree =
+      Apply<cutlass::epilogue::thread::Identity, Element, fusion::Sm90EVT<SumColumns<typename Tile::Shape>, Wide>>;
   using Arguments = SlopeArguments;
   static typename Tree::Arguments arguments(Arguments const& given, int64_t) {
     return {{{{}, {}, {}}, {given.partials}}, {}};
@@ -178,8 +175,9 @@ struct Fp8Gelu : Finished {
                      fusion::Sm90ScalarBroadcast<float>>;
   using Arguments = ScaledArguments;
   static typename Tree::Arguments arguments(Arguments const& given, int64_t) {
-    return {{},  {given.x_scale, 1.0f, {}}, {given.w_scale, 1.0f, {}}, {given.bias, 0.0f, {}}, {{given.y_inverse}, {}, {}},
-            {}};
+    return {
+        {}, {given.x_scale, 1.0f, {}}, {given.w_scale, 1.0f, {}}, {given.bias, 0.0f, {}}, {{given.y_inverse}, {}, {}},
+        {}};
   }
 };
 
@@ -188,8 +186,8 @@ template <class Tile, class>
 struct Fp8Residual : Finished {
   using Source = cutlass::bfloat16_t;
   using Output = cutlass::bfloat16_t;
-  using Tree = Apply<ScaledResidual, Output, fusion::Sm90AccFetch, OfColumn<Tile>, OfColumn<Tile>,
-                     fusion::Sm90SrcFetch<Source>>;
+  using Tree =
+      Apply<ScaledResidual, Output, fusion::Sm90AccFetch, OfColumn<Tile>, OfColumn<Tile>, fusion::Sm90SrcFetch<Source>>;
   using Arguments = ScaledArguments;
   static typename Tree::Arguments arguments(Arguments const& given, int64_t) {
     return {{}, {given.w_scale, 1.0f, {}}, {given.bias, 0.0f, {}}, {}, {}};
@@ -202,11 +200,12 @@ struct Product {
   using Output = typename Fusion::Output;
   static constexpr int kAlignment = 16 / sizeof(Element), kOutputAlignment = 16 / sizeof(Output);
 
-  using CollectiveEpilogue = typename epilogue::CollectiveBuilder<
-      cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, typename Tile::Shape, typename Tile::Cluster,
-      epilogue::EpilogueTileAuto, float, float, typename Fusion::Source, cutlass::layout::RowMajor, kOutputAlignment,
-      Output, cutlass::layout::RowMajor, kOutputAlignment, typename Tile::EpilogueSchedule,
-      typename Fusion::Tree>::CollectiveOp;
+  using CollectiveEpilogue =
+      typename epilogue::CollectiveBuilder<cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, typename Tile::Shape,
+                                           typename Tile::Cluster, epilogue::EpilogueTileAuto, float, float,
+                                           typename Fusion::Source, cutlass::layout::RowMajor, kOutputAlignment, Output,
+                                           cutlass::layout::RowMajor, kOutputAlignment, typename Tile::EpilogueSchedule,
+                                           typename Fusion::Tree>::CollectiveOp;
 
   using CollectiveMainloop = typename cutlass::gemm::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Element, cutlass::layout::RowMajor, kAlignment, Element,
@@ -223,14 +222,13 @@ struct Product {
     cutlass::KernelHardwareInfo hardware;
     hardware.device_id = given.device;
     hardware.sm_count = given.processors;
-    typename Gemm::Arguments arguments{
-        cutlass::gemm::GemmUniversalMode::kGemm,
-        {int(given.m), int(given.n), int(given.k), 1},
-        {static_cast<Element const*>(given.x), row_major(given.x_row), static_cast<Element const*>(given.w),
-         row_major(given.w_row)},
-        {Fusion::arguments(extra, given.n), static_cast<Output const*>(given.source), row_major(given.source_row),
-         static_cast<Output*>(given.y), row_major(given.n)},
-        hardware};
+    typename Gemm::Arguments arguments{cutlass::gemm::GemmUniversalMode::kGemm,
+                                       {int(given.m), int(given.n), int(given.k), 1},
+                                       {static_cast<Element const*>(given.x), row_major(given.x_row),
+                                        static_cast<Element const*>(given.w), row_major(given.w_row)},
+                                       {Fusion::arguments(extra, given.n), static_cast<Output const*>(given.source),
+                                        row_major(given.source_row), static_cast<Output*>(given.y), row_major(given.n)},
+                                       hardware};
     // the persistent scheduler and these trees need no workspace; should CUTLASS change that, refuse
     if (Gemm::can_implement(arguments) != cutlass::Status::kSuccess || Gemm::get_workspace_size(arguments) != 0) {
       return XCLIP_FAST_REFUSED;

@@ -24,22 +24,24 @@ __device__ inline void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// c += a b^T of a warp, a (16, 16), b (8, 16), c (16, 8). Lane 4 g + t has of a, two elements each, rows g, g + 8, g, g + 8
-// at columns 2 t, 2 t, 2 t + 8, 2 t + 8; of b row g at columns 2 t and 2 t + 8; of c rows g, g, g + 8, g + 8 at columns
-// 2 t and 2 t + 1.
+// c += a b^T of a warp, a (16, 16), b (8, 16), c (16, 8). Lane 4 g + t has of a, two elements each, rows g, g + 8, g, g
+// + 8 at columns 2 t, 2 t, 2 t + 8, 2 t + 8; of b row g at columns 2 t and 2 t + 8; of c rows g, g, g + 8, g + 8 at
+// columns 2 t and 2 t + 1.
 template <class T>
 __device__ void multiply(float (&c)[4], uint32_t const (&a)[4], uint32_t const (&b)[2]);
 template <>
 __device__ inline void multiply<__nv_bfloat16>(float (&c)[4], uint32_t const (&a)[4], uint32_t const (&b)[2]) {
   asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+      "%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 template <>
 __device__ inline void multiply<__half>(float (&c)[4], uint32_t const (&a)[4], uint32_t const (&b)[2]) {
   asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+      "%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }

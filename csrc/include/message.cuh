@@ -4,8 +4,8 @@
 //   m = x Wm + bm;  m = m + CFA(LN_m(m));  [k_m, v_m] = LN_1(m) [Wk, Wv] + b
 //
 // With few rows the time is that of streaming 7 D^2 weights once. None of them depends on x, and all of them fit into
-// the shared memory of the whole GPU: so each block starts by copying its share of all four matrices, and the five steps
-// that follow, a barrier of the grid between each two, find theirs already there.
+// the shared memory of the whole GPU: so each block starts by copying its share of all four matrices, and the five
+// steps that follow, a barrier of the grid between each two, find theirs already there.
 //
 // F rows, the frames of all videos; T frames of a video; D width; heads of 64 channels.
 #pragma once
@@ -18,12 +18,12 @@
 namespace xclip_fast {
 
 inline constexpr int kMessageWarps = 8, kMessageThreads = kWarp * kMessageWarps;
-inline constexpr int kHead = 64;         // channels
-inline constexpr int kMostFrames = 64;   // of a video: two scores a lane
-inline constexpr int kUnit = 8;          // columns of a product that a block takes at once, mma's n
-inline constexpr int kTileRows = 16;     // mma's m
-inline constexpr int kUnitsAtOnce = 4;   // units in registers
-inline constexpr int kStep = 32;         // of K: a lane loads 16 bytes, 8 elements, for two multiplications
+inline constexpr int kHead = 64;        // channels
+inline constexpr int kMostFrames = 64;  // of a video: two scores a lane
+inline constexpr int kUnit = 8;         // columns of a product that a block takes at once, mma's n
+inline constexpr int kTileRows = 16;    // mma's m
+inline constexpr int kUnitsAtOnce = 4;  // units in registers
+inline constexpr int kStep = 32;        // of K: a lane loads 16 bytes, 8 elements, for two multiplications
 
 template <class T, class P>
 struct MessageArguments {
@@ -49,9 +49,7 @@ struct MessageLayout {
   __host__ __device__ int columns(int product) const { return (product == 1 ? 3 : product == 3 ? 2 : 1) * width; }
   __host__ __device__ int row() const { return width + 32; }  // elements
   // Units of a product that the block with the most of them has.
-  __host__ __device__ int most_units(int product) const {
-    return (columns(product) / kUnit + blocks - 1) / blocks;
-  }
+  __host__ __device__ int most_units(int product) const { return (columns(product) / kUnit + blocks - 1) / blocks; }
   __host__ __device__ int first_row(int product) const {
     int before = 0;
     for (int other = 0; other < product; ++other) {
@@ -133,8 +131,10 @@ struct MessagePath {
             if (i < now) {
               int const row = (unit + i) * kUnit + g;
               auto const w = *reinterpret_cast<Eight<T> const*>(weights + row * layout.row() + k);
-              multiply<T>(sums[i], {low.pairs[0], high.pairs[0], low.pairs[1], high.pairs[1]}, {w.pairs[0], w.pairs[1]});
-              multiply<T>(sums[i], {low.pairs[2], high.pairs[2], low.pairs[3], high.pairs[3]}, {w.pairs[2], w.pairs[3]});
+              multiply<T>(sums[i], {low.pairs[0], high.pairs[0], low.pairs[1], high.pairs[1]},
+                          {w.pairs[0], w.pairs[1]});
+              multiply<T>(sums[i], {low.pairs[2], high.pairs[2], low.pairs[3], high.pairs[3]},
+                          {w.pairs[2], w.pairs[3]});
             }
           }
         }
@@ -259,9 +259,9 @@ struct MessagePath {
                      [&](int row, int column, float value) { given.m[row * width + column] += value; });
     wait_for_grid();
     // [k_m, v_m] = LN_1(m) [Wk, Wv] + b
-    multiply_rows<3>([&](int first) { load_normed(given.norm_1, first); }, [&](int row, int column, float value) {
-      given.key_value[row * 2 * width + column] = rounded<T>(value);
-    });
+    multiply_rows<3>(
+        [&](int first) { load_normed(given.norm_1, first); },
+        [&](int row, int column, float value) { given.key_value[row * 2 * width + column] = rounded<T>(value); });
   }
 };
 

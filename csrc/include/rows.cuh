@@ -76,13 +76,13 @@ __global__ void __launch_bounds__(kWarp* kWarps) layer_norm_fp8_kernel(T const* 
 }
 
 // Chan's rule over the tiles of a row: (count, mean, M2) of two parts to those of both.
-static __global__ void __launch_bounds__(kWarp* kWarps) merge_statistics_kernel(float const* sums,     // (tiles, padded)
-                                                                         float const* squares,  // (tiles, padded)
-                                                                         float eps,
-                                                                         float* mean,  // (M,)
-                                                                         float* rstd,  // (M,)
-                                                                         int64_t m, int64_t padded, int n,
-                                                                         int tile_columns) {
+static __global__ void __launch_bounds__(kWarp* kWarps)
+    merge_statistics_kernel(float const* sums,     // (tiles, padded)
+                            float const* squares,  // (tiles, padded)
+                            float eps,
+                            float* mean,  // (M,)
+                            float* rstd,  // (M,)
+                            int64_t m, int64_t padded, int n, int tile_columns) {
   int64_t const row = int64_t(blockIdx.x) * (kWarp * kWarps) + threadIdx.x;
   if (row >= m) {
     return;
@@ -104,10 +104,10 @@ static __global__ void __launch_bounds__(kWarp* kWarps) merge_statistics_kernel(
 inline constexpr int kManyWarps = 32;
 
 // The sum over the parts of each column, in a fixed order: a block takes kWarp columns, a warp every 32nd part.
-static __global__ void __launch_bounds__(kWarp* kManyWarps) merge_column_sums_kernel(float const* partials,  // (parts, padded)
-                                                                              float* column_sums,     // (N,)
-                                                                              int64_t parts, int64_t padded,
-                                                                              int64_t n) {
+static __global__ void __launch_bounds__(kWarp* kManyWarps)
+    merge_column_sums_kernel(float const* partials,  // (parts, padded)
+                             float* column_sums,     // (N,)
+                             int64_t parts, int64_t padded, int64_t n) {
   __shared__ float of_warps[kManyWarps][kWarp + 1];
   int const lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   int64_t const column = int64_t(blockIdx.x) * kWarp + lane;

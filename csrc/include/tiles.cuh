@@ -1,7 +1,8 @@
 // The tiles of the products: rows, columns and depth of a block's share of y, the cluster, the schedule.
 //
 // Pingpong: two groups of warps, each with a tile of its own, one in its epilogue while the other multiplies.
-// Cooperative: two groups share one larger tile. Those of 8-bit operands have the same names, and twice the depth. None has been measured; docs/kernels.md says why these.
+// Cooperative: two groups share one larger tile. Those of 8-bit operands have the same names, and twice the depth. None
+// has been measured; docs/kernels.md says why these.
 #pragma once
 
 #include "cute/tensor.hpp"

@@ -18,9 +18,13 @@ __device__ inline float to_float(__nv_bfloat16 value) { return __bfloat162float(
 template <class T>
 __device__ T rounded(float value);
 template <>
-__device__ inline __half rounded<__half>(float value) { return __float2half_rn(value); }
+__device__ inline __half rounded<__half>(float value) {
+  return __float2half_rn(value);
+}
 template <>
-__device__ inline __nv_bfloat16 rounded<__nv_bfloat16>(float value) { return __float2bfloat16_rn(value); }
+__device__ inline __nv_bfloat16 rounded<__nv_bfloat16>(float value) {
+  return __float2bfloat16_rn(value);
+}
 
 // The larger one; a NaN if one is a NaN, where fmaxf would hide it.
 __device__ inline float nan_max(float a, float b) { return a != a ? a : b > a || b != b ? b : a; }

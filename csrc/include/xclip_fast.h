@@ -89,8 +89,8 @@ XCLIP_FAST_API int xclip_fast_linear_residual_statistics(int dtype, int tile, co
 
 /* y = (x W^T) quick_gelu'(u): backward through the activation.
  *
- * x (M, K), w (N, K), u (M, N), y (M, N) contiguous, in dtype (BF16, FP16). column_sums (N) float32 or null: the sums of
- * y's columns before they are rounded, which are a bias's gradient; with it, partials: room for
+ * x (M, K), w (N, K), u (M, N), y (M, N) contiguous, in dtype (BF16, FP16). column_sums (N) float32 or null: the sums
+ * of y's columns before they are rounded, which are a bias's gradient; with it, partials: room for
  * xclip_fast_partials(M, N) floats. */
 XCLIP_FAST_API int xclip_fast_linear_slope(int dtype, int tile, const void* x, int64_t x_row, const void* w,
                                            int64_t w_row, const void* u, int64_t u_row, float* partials,
@@ -102,8 +102,8 @@ XCLIP_FAST_API int64_t xclip_fast_partials(int64_t m, int64_t n);
 
 /* y = act(x_scale w_scale (x W^T) + bias) of e4m3 matrices.
  *
- * x (M, K), w (N, K) e4m3; x_scale (M), w_scale (N) float32; bias (N) float32 or null. activation 0: y (M, N) contiguous
- * BF16. activation 1: y (M, N) contiguous e4m3 = quick_gelu(.) / y_scale, saturated at 448. */
+ * x (M, K), w (N, K) e4m3; x_scale (M), w_scale (N) float32; bias (N) float32 or null. y (M, N) contiguous; activation
+ * 0: BF16; 1: e4m3, quick_gelu(.) / y_scale, saturated at 448. */
 XCLIP_FAST_API int xclip_fast_fp8_linear(int tile, const void* x, int64_t x_row, const void* w, int64_t w_row,
                                          const float* x_scale, const float* w_scale, const float* bias, int activation,
                                          float y_scale, void* y, int64_t m, int64_t n, int64_t k, int device,
@@ -153,7 +153,7 @@ XCLIP_FAST_API int xclip_fast_message_kv(int dtype, int parameter_dtype, int blo
                                          const void* const* norms, float eps, int64_t rows, int64_t frames,
                                          int64_t width, float* workspace, void* key_value, int device, void* stream);
 
-/* 0 if the message path runs on this device, else why not: it wants what was compiled for it, and cooperative launches. */
+/* 0 if the message path runs on this device, else why not: it was not compiled for it, say. */
 XCLIP_FAST_API int xclip_fast_check_message(int device);
 
 /* Floats of its workspace. */

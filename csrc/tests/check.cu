@@ -16,6 +16,7 @@
 #include <string>
 #include <vector>
 
+#include "reference.hpp"
 #include "xclip_fast.h"
 
 namespace {
@@ -196,8 +197,7 @@ void check_products(int64_t m, int64_t n, int64_t k) {
       map([&](int64_t i, int64_t j, double acc) { return rstd[i] * (acc - mean[i] * sums[j]) + bias[j]; });
   std::vector<double> activated(normed.size());
   std::transform(normed.begin(), normed.end(), activated.begin(), quick_gelu);
-  auto const added =
-      map([&](int64_t i, int64_t j, double acc) { return source(i, j) + scale[i] * (acc + bias[j]); });
+  auto const added = map([&](int64_t i, int64_t j, double acc) { return source(i, j) + scale[i] * (acc + bias[j]); });
   auto const bare = map([&](int64_t i, int64_t j, double acc) { return source(i, j) + acc; });
   auto const sloped = map([&](int64_t i, int64_t j, double acc) { return acc * slope(source(i, j)); });
 
@@ -308,9 +308,10 @@ void check_fp8(int64_t m, int64_t n, int64_t k) {
               "linear")) {
       close(y.read("linear" + where), plain, 1.01 * Bf16::kHalfUlp, scaled + 1e-4, "linear" + where);
     }
-    if (n % 16 == 0 && built(xclip_fast_fp8_linear(tile, x.device, x.row, w.device, w.row, x_scale.device,
-                                                   w_scale.device, bias.device, 1, 0.01f, h.device, m, n, k, 0, nullptr),
-                             "gelu")) {
+    if (n % 16 == 0 &&
+        built(xclip_fast_fp8_linear(tile, x.device, x.row, w.device, w.row, x_scale.device, w_scale.device, bias.device,
+                                    1, 0.01f, h.device, m, n, k, 0, nullptr),
+              "gelu")) {
       close(h.read("gelu" + where), activated, 1.01 * E4m3::kHalfUlp, 100 * scaled + 0.002, "gelu" + where);
     }
     y.poison();
@@ -328,7 +329,8 @@ void check_layer_norm_fp8(int code, int64_t m, int64_t d, int64_t row) {
   Matrix<Fp32> const gamma(d, 0.3, 1.0), beta(d);
   Result<E4m3> y(m * d);
   Result<Fp32> scale(m);
-  std::string const where = " of type " + std::to_string(code) + " (" + std::to_string(m) + ", " + std::to_string(d) + ")";
+  std::string const where =
+      " of type " + std::to_string(code) + " (" + std::to_string(m) + ", " + std::to_string(d) + ")";
   int const done = xclip_fast_layer_norm_fp8(code, x.device, row, gamma.device, beta.device, 1e-5f, y.device,
                                              scale.device, m, d, 0, nullptr);
   expect(done == XCLIP_FAST_OK, "layer norm" + where + ": " + xclip_fast_error(done));
@@ -380,6 +382,39 @@ void check_fold(int parameter_code, int64_t n, int64_t k) {
   close(folded.read("folded"), products, 0, 0, "folded");
   close(sums.read("sums"), totals, 1e-5, 1e-4, "sums");
   close(shift.read("shift"), shifts, 1e-5, 1e-4, "shift");
+}
+
+template <class E, class P>
+void check_message(int parameter_code, int64_t rows, int64_t frames, int64_t width, int blocks) {
+  double const scale = 1 / std::sqrt(double(width));
+  Matrix<E> const x(rows, width, width + 8, 1.0), fc(width, width, width, scale),
+      qkv(3 * width, width, width, 2 * scale), out(width, width, width, scale), kv(2 * width, width, width, scale);
+  Matrix<P> const b0(width, 0.3), b1(3 * width, 0.3), b2(width, 0.3), b3(2 * width, 0.3), n0(width, 0.3, 1.0),
+      n1(width, 0.3), n2(width, 0.3, 1.0), n3(width, 0.3);
+  void const* const weights[] = {fc.device, qkv.device, out.device, kv.device};
+  void const* const biases[] = {b0.device, b1.device, b2.device, b3.device};
+  void const* const norms[] = {n0.device, n1.device, n2.device, n3.device};
+  Result<Fp32> workspace(xclip_fast_message_floats(rows, width));
+  Result<E> key_value(rows * 2 * width);
+  std::string const what = "message path of " + std::to_string(rows) + " rows, width " + std::to_string(width) + ", " +
+                           std::to_string(blocks) + " blocks";
+  auto const call = [&] {
+    return xclip_fast_message_kv(E::kCode, parameter_code, blocks, x.device, x.row, weights, biases, norms, 1e-5f, rows,
+                                 frames, width, workspace.device, key_value.device, 0, nullptr);
+  };
+  int const done = call();
+  expect(done == XCLIP_FAST_OK, what + ": " + xclip_fast_error(done));
+  auto const wanted = message_path(x.host, {fc.host, qkv.host, out.host, kv.host}, {b0.host, b1.host, b2.host, b3.host},
+                                   {n0.host, n1.host, n2.host, n3.host}, frames, 1e-5);
+  auto const first = key_value.read(what);
+  close(first, wanted, 1.01 * E::kHalfUlp, 8 * E::kHalfUlp, what);
+  workspace.read(what);
+  for (int i = 0; i < 50; ++i) {  // a missing barrier shows as a difference between runs
+    workspace.poison();
+    key_value.poison();
+    call();
+    close(key_value.read(what), first, 0, 0, what + ", again");
+  }
 }
 
 // On a stream of its own and replayed from a graph, a call gives the same bits.
@@ -453,9 +488,14 @@ int main() {
     check_products<Bf16>(m, n, k);
     check_products<Fp16>(m, n, k);
   }
-  for (auto const& [m, n, k] : {std::array<int64_t, 3>{1, 128, 64}, {65, 136, 80}, {300, 384, 768}, {1000, 528, 3072}}) {
+  for (auto const& [m, n, k] :
+       {std::array<int64_t, 3>{1, 128, 64}, {65, 136, 80}, {300, 384, 768}, {1000, 528, 3072}}) {
     check_fp8(m, n, k);
   }
+  check_message<Bf16, Bf16>(XCLIP_FAST_BF16, 8, 8, 768, 0);
+  check_message<Bf16, Fp32>(XCLIP_FAST_FP32, 48, 16, 768, 0);
+  check_message<Fp16, Fp16>(XCLIP_FAST_FP16, 64, 64, 1024, 0);
+  check_message<Fp16, Fp32>(XCLIP_FAST_FP32, 15, 5, 384, 50);
   for (int64_t d : {8, 50, 768, 1664}) {
     check_layer_norm_fp8<Bf16>(XCLIP_FAST_BF16, 77, d, d + 8);
     check_layer_norm_fp8<Fp16>(XCLIP_FAST_FP16, 77, d, d + 3);

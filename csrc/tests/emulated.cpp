@@ -1,10 +1,11 @@
-// Runs the kernels that need no WGMMA on the host (emulator.hpp), against references in double. No GPU; plain C++, which
-// nvcc hands to the host's compiler with the place of CUDA's headers:
+// Runs the kernels that need no WGMMA on the host (emulator.hpp), against references in double. No GPU; plain C++,
+// which nvcc hands to the host's compiler with the place of CUDA's headers:
 //
 //   nvcc -std=c++17 -O2 -I csrc/include csrc/tests/emulated.cpp -o emulated && ./emulated
 #include "emulator.hpp"
 
 #include "message.cuh"
+#include "reference.hpp"
 #include "rows.cuh"
 
 #include <string>
@@ -80,73 +81,6 @@ void close(std::vector<double> const& got, std::vector<double> const& wanted, do
   }
 }
 
-using Doubles = std::vector<double>;
-
-// x (M, K) W (N, K)^T + b
-Doubles linear(Doubles const& x, Doubles const& w, Doubles const& bias, size_t width) {
-  size_t const rows = x.size() / width, columns = bias.size();
-  Doubles y(rows * columns);
-  for (size_t i = 0; i < rows; ++i) {
-    for (size_t j = 0; j < columns; ++j) {
-      y[i * columns + j] = bias[j];
-      for (size_t k = 0; k < width; ++k) {
-        y[i * columns + j] += x[i * width + k] * w[j * width + k];
-      }
-    }
-  }
-  return y;
-}
-
-void moments(double const* row, size_t width, double& mean, double& variance) {
-  mean = variance = 0;
-  for (size_t k = 0; k < width; ++k) {
-    mean += row[k] / width;
-  }
-  for (size_t k = 0; k < width; ++k) {
-    variance += (row[k] - mean) * (row[k] - mean) / width;
-  }
-}
-
-Doubles layer_norm(Doubles const& x, Doubles const& gamma, Doubles const& beta, double eps) {
-  size_t const width = gamma.size();
-  Doubles y(x.size());
-  for (size_t start = 0; start < x.size(); start += width) {
-    double mean, variance;
-    moments(&x[start], width, mean, variance);
-    for (size_t k = 0; k < width; ++k) {
-      y[start + k] = (x[start + k] - mean) / std::sqrt(variance + eps) * gamma[k] + beta[k];
-    }
-  }
-  return y;
-}
-
-Doubles attention(Doubles const& qkv, size_t rows, size_t frames, size_t width) {
-  Doubles mixed(rows * width, 0.0);
-  for (size_t row = 0; row < rows; ++row) {
-    for (size_t head = 0; head < width / 64; ++head) {
-      Doubles scores(frames);
-      double largest = -INFINITY, sum = 0;
-      for (size_t frame = 0; frame < frames; ++frame) {
-        size_t const other = row / frames * frames + frame;
-        for (size_t c = head * 64; c < (head + 1) * 64; ++c) {
-          scores[frame] += qkv[row * 3 * width + c] * qkv[other * 3 * width + width + c] / 8;
-        }
-        largest = std::max(largest, scores[frame]);
-      }
-      for (double& score : scores) {
-        sum += score = std::exp(score - largest);
-      }
-      for (size_t frame = 0; frame < frames; ++frame) {
-        size_t const other = row / frames * frames + frame;
-        for (size_t c = head * 64; c < (head + 1) * 64; ++c) {
-          mixed[row * width + c] += scores[frame] / sum * qkv[other * 3 * width + 2 * width + c];
-        }
-      }
-    }
-  }
-  return mixed;
-}
-
 template <class T, class P>
 void check_message(int videos, int frames, int width, int blocks) {
   constexpr double eps = 1e-5;
@@ -207,15 +141,9 @@ void check_message(int videos, int frames, int width, int blocks) {
   for (int row = 0; row < rows; ++row) {
     rows_of_x.insert(rows_of_x.end(), x.wide.begin() + row * x_row, x.wide.begin() + row * x_row + width);
   }
-  Doubles message = linear(rows_of_x, weights[0].wide, biases[0].wide, width);
-  Doubles const normed = layer_norm(message, norms[0].wide, norms[1].wide, eps);
-  Doubles const projected = linear(normed, weights[1].wide, biases[1].wide, width);
-  Doubles const added = linear(attention(projected, rows, frames, width), weights[2].wide, biases[2].wide, width);
-  for (size_t i = 0; i < message.size(); ++i) {
-    message[i] += added[i];
-  }
-  Doubles const wanted =
-      linear(layer_norm(message, norms[2].wide, norms[3].wide, eps), weights[3].wide, biases[3].wide, width);
+  Doubles const wanted = message_path(rows_of_x, {weights[0].wide, weights[1].wide, weights[2].wide, weights[3].wide},
+                                      {biases[0].wide, biases[1].wide, biases[2].wide, biases[3].wide},
+                                      {norms[0].wide, norms[1].wide, norms[2].wide, norms[3].wide}, frames, eps);
   // three roundings to T on the way, each of values near 1, that average over a row
   double const ulp = std::is_same_v<T, __half> ? 1.0 / 2048 : 1.0 / 256;
   close(key_value.read(what), wanted, 1.01 * ulp, 8 * ulp, what);
@@ -351,9 +279,9 @@ void check_merge_column_sums(size_t parts, size_t n) {
 int main() {
   check_message<__nv_bfloat16, __nv_bfloat16>(1, 8, 128, 3);
   check_message<__nv_bfloat16, float>(1, 1, 64, 1);
-  check_message<__half, __half>(3, 7, 192, 2);   // two tiles of rows, the second not full; more units than registers
-  check_message<__half, float>(1, 64, 64, 5);    // frames past a warp; blocks without work in some steps
-  check_message<__half, __half>(9, 5, 320, 7);   // steps of K that the warps do not share evenly
+  check_message<__half, __half>(3, 7, 192, 2);  // two tiles of rows, the second not full; more units than registers
+  check_message<__half, float>(1, 64, 64, 5);   // frames past a warp; blocks without work in some steps
+  check_message<__half, __half>(9, 5, 320, 7);  // steps of K that the warps do not share evenly
   for (int d : {8, 50, 96, 776}) {
     check_rows<__nv_bfloat16>(9, d, d + 8);
     check_rows<__half>(9, d, d + 3);

@@ -1,6 +1,7 @@
 // Runs kernels on the host, so that those without WGMMA can be tested where there is no GPU: a fiber a thread, switched
-// at barriers, shuffles and warp-wide multiplications, in an order that a seed decides. A kernel that waits for what will
-// never come ends the program instead of hanging. Include it before the kernels' headers; not nvcc, any C++ compiler.
+// at barriers, shuffles and warp-wide multiplications, in an order that a seed decides. A kernel that waits for what
+// will never come ends the program instead of hanging. Include it before the kernels' headers; not nvcc, any C++
+// compiler.
 #pragma once
 
 #define XCLIP_FAST_EMULATED

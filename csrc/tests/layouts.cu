@@ -25,7 +25,8 @@ void check_column_sums() {
   using Epilogue = typename Sloped::CollectiveEpilogue;
   using EpilogueTile = typename Epilogue::EpilogueTile;
   constexpr int kRows = size<0>(typename Tile::Shape{}), kColumns = size<1>(typename Tile::Shape{});
-  auto const atom = make_tiled_copy_C_atom(typename Epilogue::CopyAtomC{}, typename Sloped::CollectiveMainloop::TiledMma{});
+  auto const atom =
+      make_tiled_copy_C_atom(typename Epilogue::CopyAtomC{}, typename Sloped::CollectiveMainloop::TiledMma{});
   auto const tiled_copy = make_tiled_copy_S(Copy_Atom<typename Epilogue::CopyOpR2S, Element>{}, atom);
   constexpr int kThreads = decltype(size(tiled_copy))::value;
   expect(kThreads == 32 * kWarpsOfTile, "a group of four warps shares a tile");
@@ -42,7 +43,8 @@ void check_column_sums() {
     for (int lane = 0; lane < 32; ++lane) {
       int const thread = 32 * warp + lane;
       Tensor mine = fusion::sm90_partition_for_epilogue<true>(coordinates, EpilogueTile{}, tiled_copy, thread);
-      Tensor tile = make_tensor(nothing.data(), make_layout(take<0, 2>(typename Tile::Shape{}), make_stride(_0{}, _1{})));
+      Tensor tile =
+          make_tensor(nothing.data(), make_layout(take<0, 2>(typename Tile::Shape{}), make_stride(_0{}, _1{})));
       Tensor out = fusion::sm90_partition_for_epilogue<true>(tile, EpilogueTile{}, tiled_copy, thread);
       Tensor registers = make_tensor_like<float>(out);
       for (int part = 0; part < kParts; ++part) {
