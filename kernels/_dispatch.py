@@ -43,8 +43,9 @@ class Backend:
     Plain torch: ``forward(*args)`` returns what the reference returns. A kernel, which has ``backward``:
     ``forward(save, *args)`` returns the outputs as a tuple and, if ``save``, the tensors that ``backward`` wants
     beside the arguments; ``backward(grads, saved, needs, *args)`` returns a gradient for every argument that needs
-    one, in order. ``refuse`` gets the op's arguments and returns a reason for what the fields cannot say, or None.
-    ``unasked`` is why it is taken only where it is asked for or was measured to be fast, if that is so.
+    one, in order. A ``partial`` kernel has no backward. ``refuse`` gets the op's arguments and returns a reason for
+    what the fields cannot say, or None. ``unasked`` is why it is taken only where it is asked for or was measured to be
+    fast, if that is so.
     """
 
     name: str
@@ -56,9 +57,13 @@ class Backend:
     package: str = ""
     unasked: str = ""
     refuse: Callable[..., str | None] | None = None
+    # takes some shapes only and computes no gradients: asked for, it is the first choice, not the only one
+    partial: bool = False
 
-    def refusal(self, args: tuple[Any, ...]) -> str | None:
-        """Why this backend does not take ``args``, or None if it does."""
+    def refusal(self, args: tuple[Any, ...], trained: bool = False) -> str | None:
+        """Why this backend does not take ``args``, or None if it does; ``trained``: gradients are wanted."""
+        if self.partial and trained:
+            return "it computes no gradients"
         if self.package and self.package not in _INSTALLED:
             return f"the package {self.package} is not installed (pip install {self.package})"
         tensors = [arg for arg in args if isinstance(arg, Tensor)]
@@ -180,28 +185,30 @@ class Op:
         OPS[self.name] = self
         self.registered, self.registered_saving = _register(self)
 
-    def choose(self, args: tuple[Any, ...], training: bool | None = None, kernels: bool = False) -> Backend:
+    def choose(self, args: tuple[Any, ...], trained: bool = False, kernels: bool = False) -> Backend:
         """The backend for these arguments; ``BackendError`` with every reason if there is none.
 
         Args:
-            training: whether gradients will be wanted; None: to be seen from the arguments.
-            kernels: only those with a backward of their own.
+            trained: gradients are wanted.
+            kernels: only those with a backward of their own will do.
         """
         measured: tuple[str, ...] = ()
         candidates = self.backends
-        if kernels:
-            candidates = tuple(candidate for candidate in candidates if candidate.backward is not None)
         if _checked(_forced) in self.names:
             candidates = tuple(candidate for candidate in candidates if candidate.name == _forced)
+            if candidates[0].partial:
+                candidates += tuple(candidate for candidate in self.backends if candidate.name != _forced)
         else:
             if _forced != "auto" and not torch.compiler.is_compiling():
                 _log_once(f"{self.name} has no backend {_forced}; the choice is automatic")
-            measured = self.measured(args, training)
+            measured = self.measured(args, trained)
             if measured:
                 candidates = tuple(sorted(candidates, key=lambda each: (*measured, each.name).index(each.name)))
+        if kernels:
+            candidates = tuple(candidate for candidate in candidates if candidate.backward is not None)
         reasons: list[str] = []
         for candidate in candidates:
-            reason = self.refusal(candidate, args, measured)
+            reason = self.refusal(candidate, args, measured, trained)
             if reason is None:
                 if reasons and not torch.compiler.is_compiling():
                     _log_fallback(self.name, candidate.name, "; ".join(reasons), args)
@@ -211,13 +218,15 @@ class Op:
         forced = f" (backend {_forced!r} was asked for)" if _forced in self.names else ""
         raise BackendError(f"no backend of {self.name} takes ({shapes}){forced}: {'; '.join(reasons)}")
 
-    def refusal(self, candidate: Backend, args: tuple[Any, ...], measured: tuple[str, ...] = ()) -> str | None:
+    def refusal(
+        self, candidate: Backend, args: tuple[Any, ...], measured: tuple[str, ...] = (), trained: bool = False
+    ) -> str | None:
         """Why ``candidate`` is not taken for these arguments, or None; ``measured``: what was measured for them."""
         if candidate.unasked and candidate.name not in (_forced, *measured):
             return candidate.unasked
-        return candidate.refusal(args)
+        return candidate.refusal(args, trained)
 
-    def measured(self, args: tuple[Any, ...], training: bool | None = None) -> tuple[str, ...]:
+    def measured(self, args: tuple[Any, ...], trained: bool = False) -> tuple[str, ...]:
         """The backends that were measured for such arguments on this GPU, the fastest first; none if nothing was.
 
         While torch.compile or torch.export traces, none: kernels that a graph enters by their registered ops choose
@@ -232,17 +241,15 @@ class Op:
         mixed = args[0].is_floating_point() and args[0].dtype != dtype
         if mixed or torch.is_autocast_enabled(args[0].device.type):
             return ()  # everything is measured in one dtype
-        if training is None:
-            training = _wants_gradients(args)
-        where = {"dtype": str(dtype).removeprefix("torch."), "training": training, **self.sizes(*args)}
+        where = {"dtype": str(dtype).removeprefix("torch."), "training": trained, **self.sizes(*args)}
         return _choices.order(self.name, architecture, where)
 
     def __call__(self, *args: Any) -> Any:
-        chosen = self.choose(args)
-        if chosen.backward is None:
+        trained = torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
+        chosen = self.choose(args, trained)
+        if chosen.backward is None and not chosen.partial:
             return chosen.forward(*args)
         args = self._lowered(args)
-        trained = _wants_gradients(args)
         if torch.compiler.is_compiling():
             if not trained:
                 return self.registered(*args)
@@ -264,10 +271,6 @@ class Op:
         return tuple(
             arg.to(dtype) if index in self.autocast and arg is not None else arg for index, arg in enumerate(args)
         )
-
-
-def _wants_gradients(args: tuple[Any, ...]) -> bool:
-    return torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
 
 
 _logged: set[str] = set()
@@ -333,8 +336,8 @@ def _register(op: Op) -> tuple[Callable[..., Any], Callable[..., Any]]:
     # <name>: differentiated through the reference, which runs again in backward
 
     def forward(*args: Any) -> Any:
-        chosen = op.choose(args, training=False)
-        if chosen.backward is None:
+        chosen = op.choose(args)
+        if chosen.backward is None and not chosen.partial:
             return _contiguous(chosen.forward(*args))
         outputs = tuple(chosen.forward(False, *args)[0])
         return outputs if len(outputs) > 1 else outputs[0]
@@ -379,7 +382,7 @@ def _register(op: Op) -> tuple[Callable[..., Any], Callable[..., Any]]:
         return result
 
     def forward_saving(*args: Any) -> list[Tensor]:
-        outputs, saved = op.choose(args, training=True, kernels=True).forward(True, *args)
+        outputs, saved = op.choose(args, trained=True, kernels=True).forward(True, *args)
         return fresh([*outputs, *saved], args)
 
     def fake_saving(*args: Any) -> list[Tensor]:
@@ -387,7 +390,7 @@ def _register(op: Op) -> tuple[Callable[..., Any], Callable[..., Any]]:
         return [*(outputs if isinstance(outputs, tuple) else (outputs,)), *op.saved(*args)]  # type: ignore[misc]
 
     def kernel_backward(grads: list[Tensor], saved: list[Tensor], needs: list[bool], *args: Any) -> list[Tensor]:
-        chosen = op.choose(args, training=True, kernels=True)
+        chosen = op.choose(args, trained=True, kernels=True)
         assert chosen.backward is not None
         return fresh(chosen.backward(grads, saved, needs, *args), [*args, *grads, *saved])
 

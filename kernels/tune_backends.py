@@ -121,7 +121,7 @@ def _residual(x: Tensor, weight: Tensor, bias: Tensor, tile: str) -> list[Tensor
 
 
 def _slope(x: Tensor, weight: Tensor, bias: Tensor, tile: str) -> list[Tensor]:
-    return [_cuda.linear_slope(x, weight, _beside(x, weight), tile=tile)]
+    return [_cuda.linear_slope(x, weight, _beside(x, weight), tile=tile)[0]]
 
 
 def _beside(x: Tensor, weight: Tensor) -> Tensor:
@@ -165,12 +165,12 @@ def measure(name: str, say: Callable[[str], None]) -> tuple[list[dict[str, Any]]
     """The rows of one op, or of one product's tiles, and how many contenders were left out as wrong."""
     rows, wrong = [], 0
     architecture = _choices.architecture(torch.empty(0, device=DEVICE))
-    for where, contenders, exact, baseline in _contests(name):
+    for where, contenders, exact, baseline in _contests(name, say):
         found: dict[str, float] = {}
         for contender, call in contenders.items():
             try:
                 got = call()
-            except RuntimeError as error:  # a backend that refuses, a tile that was not built
+            except RuntimeError as error:  # a tile that was not built, memory that is not there
                 say(f"{name} {where}: {contender} does not run: {(str(error) or 'RuntimeError').splitlines()[0]}")
                 continue
             if not agrees(got, exact, baseline):
@@ -187,28 +187,52 @@ def measure(name: str, say: Callable[[str], None]) -> tuple[list[dict[str, Any]]
 Contest = tuple[dict[str, list[Any]], dict[str, Results], list[Tensor], list[Tensor]]
 
 
-def _contests(name: str) -> Iterator[Contest]:
+def _contests(name: str, say: Callable[[str], None]) -> Iterator[Contest]:
     """Where a row holds; the contenders; the result in float64; the same in the dtype, by torch."""
     for dtype in DTYPES:
-        kind = str(dtype).removeprefix("torch.")
-        if name in WORK:
-            for (where, args), training in itertools.product(WORK[name](), (False, True)):
-                given = _cast(args, dtype, training)
-                output = _run(OPS[name], given, None, "reference")[0]
-                cotangent = torch.randn_like(output) if training else None
-                run = functools.partial(_run, OPS[name], given, cotangent)
-                wide = None if cotangent is None else cotangent.double()
-                exact = _run(OPS[name], _cast(given, torch.float64, training), wide, "reference")
-                contenders: dict[str, Results] = {each: functools.partial(run, each) for each in OPS[name].names}
-                yield {"dtype": [kind] * 2, "training": [training] * 2, **where}, contenders, exact, run("reference")
+        if name in TILE_WORK:
+            yield from _tile_contests(name, dtype)
             continue
-        for (more, shape, call, exactly), width, m in itertools.product(TILE_WORK[name], WIDTHS, ROWS):
-            n, k = shape(width)
-            operands = _cast((_normal(m, k), *_linear(n, k)), dtype)
-            names = [tile for tile in _cuda.TILES if tile != "auto"]
-            tiles: dict[str, Results] = {tile: functools.partial(call, *operands, tile) for tile in names}
-            where = {"dtype": [kind] * 2, "m": boundaries(ROWS, m), **_is(n=n, k=k, **more)}
-            yield where, tiles, exactly(*_cast(operands, torch.float64)), exactly(*operands)
+        for where, args in WORK[name]():
+            for training in (False, True):
+                yield _op_contest(name, dtype, training, where, args, say)
+
+
+def _op_contest(
+    name: str,
+    dtype: torch.dtype,
+    training: bool,
+    where: dict[str, list[Any]],
+    args: tuple[Any, ...],
+    say: Callable[[str], None],
+) -> Contest:
+    op, where = OPS[name], {"dtype": [_name(dtype)] * 2, "training": [training] * 2, **where}
+    given = _cast(args, dtype, training)
+    cotangent = torch.randn_like(_run(op, given, None)[0]) if training else None
+    exact = _run(op, _cast(given, torch.float64, training), None if cotangent is None else cotangent.double())
+    contenders: dict[str, Results] = {}
+    for candidate in op.backends:
+        with backend(candidate.name):
+            refused = candidate.refusal(given, training)
+        if refused:
+            say(f"{name} {where}: {candidate.name} refuses: {refused}")
+        else:
+            contenders[candidate.name] = functools.partial(_run, op, given, cotangent, candidate.name)
+    return where, contenders, exact, _run(op, given, cotangent)
+
+
+def _tile_contests(name: str, dtype: torch.dtype) -> Iterator[Contest]:
+    for (more, shape, call, exactly), width, m in itertools.product(TILE_WORK[name], WIDTHS, ROWS):
+        n, k = shape(width)
+        operands = _cast((_normal(m, k), *_linear(n, k)), dtype)
+        names = [tile for tile in _cuda.TILES if tile != "auto"]
+        tiles: dict[str, Results] = {tile: functools.partial(call, *operands, tile) for tile in names}
+        where: dict[str, list[Any]] = {"dtype": [_name(dtype)] * 2, "m": boundaries(ROWS, m), **_is(n=n, k=k, **more)}
+        yield where, tiles, exactly(*_cast(operands, torch.float64)), exactly(*operands)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _cast(args: tuple[Any, ...], dtype: torch.dtype, training: bool = False) -> tuple[Any, ...]:
@@ -218,7 +242,7 @@ def _cast(args: tuple[Any, ...], dtype: torch.dtype, training: bool = False) -> 
     )
 
 
-def _run(op: Op, args: tuple[Any, ...], cotangent: Tensor | None, name: str) -> list[Tensor]:
+def _run(op: Op, args: tuple[Any, ...], cotangent: Tensor | None, name: str = "reference") -> list[Tensor]:
     """The first output of a backend, and for a cotangent the gradient of every argument that has one."""
     with backend(name), torch.set_grad_enabled(cotangent is not None):
         result = op(*args)
