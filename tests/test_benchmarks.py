@@ -83,6 +83,48 @@ def test_every_work_beside_its_peer(throughput, tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("quick")
+def test_graphs_stand_beside_the_eager_calls_and_have_ratios_of_their_own(throughput, tmp_path, monkeypatch):
+    """On a GPU, for small batches; here the CPU plays one, and the eager tower the graph."""
+    pytest.importorskip("transformers")
+    made, cleared, wrong = [], [], []
+
+    class Graphed:
+        def __init__(self, model, batch, frames):
+            made.append((batch, frames))
+            self.model = model
+
+        def __call__(self, video):
+            features = self.model.encode_video(video)
+            return features._replace(video=features.video * 1.5) if wrong else features
+
+    monkeypatch.setattr(throughput, "has_graphs", lambda device: True)
+    monkeypatch.setattr(throughput, "GRAPHED_UP_TO", 2)
+    monkeypatch.setattr(throughput.xclip_fast.XCLIP, "graphed", lambda *sizes: Graphed(*sizes))
+    monkeypatch.setattr(throughput.xclip_fast.XCLIP, "clear_graphs", lambda model: cleared.append(model))
+    options = ("--precisions", "fp32", "--works", "tower,cached,encoded", "--batch-sizes", "2,3")
+    code, report = tiny_run(throughput, tmp_path, *options)
+    assert code == 0
+    assert made == [(2, 3)] * 2
+    assert len(cleared) == 6
+    rows = {(row["batch"], row["work"], row["contender"]): row for row in report["rows"]}
+    assert len(rows) == 6 * 2 + 2
+    for work in ("tower", "cached"):
+        ours, graphed, peer = (rows[2, work, name] for name in ("xclip-fast", "xclip-fast graph", "Hugging Face"))
+        assert graphed["largest_error"] == 0
+        assert set(ours["ratios"]) == set(graphed["ratios"]) == {"Hugging Face"}
+        assert graphed["ratios"]["Hugging Face"]["median"] == pytest.approx(peer["median_s"] / graphed["median_s"])
+        assert graphed["own_gemms_s"] == ours["own_gemms_s"]
+        assert graphed["share_of_gemm"] > 0
+    wrong.append(True)
+    code, report = tiny_run(throughput, tmp_path, "--precisions", "fp32", "--works", "tower", "--batch-sizes", "1")
+    assert code == 1
+    ours, graphed, peer = report["rows"]
+    assert "outputs differ from ours" in graphed["note"]
+    assert "ratios" not in graphed
+    assert set(ours["ratios"]) == {"Hugging Face"}
+
+
+@pytest.mark.usefixtures("quick")
 def test_missing_peer_is_a_row_that_says_so(throughput, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(throughput, "HF_INSTALLED", False)
     code, report = tiny_run(throughput, tmp_path, "--precisions", "fp32", "--works", "tower")

@@ -21,8 +21,8 @@ logger = logging.getLogger("xclip_fast")
 
 WARM_UPS = 3  # torch.cuda.make_graphed_callables' own number; the first one loads kernels and lets cuDNN plan
 
-# Replays on one device take turns, in whatever thread and on whatever stream: graphs share the buffers of their bucket,
-# and cuBLAS's workspace of the stream they were captured on.
+# Captures and, on one device, replays take turns, in whatever thread and on whatever stream: a bucket's calls share its
+# buffers.
 _turn = threading.Lock()
 _ended: dict[torch.device, torch.cuda.Event] = {}
 
@@ -119,9 +119,14 @@ class GraphedVideoTower:
             with torch.cuda.stream(stream):
                 for _ in range(WARM_UPS):
                     self.model.encode_video(video)
+                # cuBLAS keeps a workspace for each stream. One from before would not be this graph's: whoever drops it
+                # takes it from under the replays (pytorch/pytorch#193402; torch.compile's graphs drop all). So the
+                # capture makes its own, in the graph's memory, and nobody else is left with that.
+                torch._C._cuda_clearCublasWorkspaces()
                 # thread_local: other threads, such as a loader's that pins memory, go on meanwhile
                 with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                     features = self.model.encode_video(video)
+                torch._C._cuda_clearCublasWorkspaces()
         self._captured[key] = _Captured(graph, video, features)
         return self._captured[key]
 
