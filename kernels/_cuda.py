@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import _choices
+
 ABI = 2  # XCLIP_FAST_ABI of csrc/include/xclip_fast.h
 TILES = {"auto": -1, "small": 0, "square": 1, "wide": 2}
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
@@ -153,6 +155,16 @@ def _floats(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.float().contiguous()
 
 
+def _measured(tile: str, call: str, x: Tensor, weight: Tensor, **sizes: int) -> str:
+    """For the tile "auto" the one that was measured to be the fastest for such sizes, if any was."""
+    name = f"cuda {call}"
+    architecture = _choices.architecture(x) if tile == "auto" and _choices.known(name) else None
+    if architecture is None:
+        return tile
+    where = {"dtype": str(x.dtype).removeprefix("torch."), "m": len(x), "n": len(weight), "k": x.shape[1], **sizes}
+    return next(iter(_choices.order(name, architecture, where)), tile)
+
+
 def norm_linear(
     x: Tensor,
     weight: Tensor,
@@ -176,6 +188,7 @@ def norm_linear(
     y = torch.empty(M, N, dtype=x.dtype, device=x.device)
     u = torch.empty_like(y) if keep else None
     if M:
+        tile = _measured(tile, "norm_linear", x, weight, activation=int(activation))
         x, weight, bias = matrix(x), matrix(weight), _floats(bias)
         operands = (DTYPES[x.dtype], TILES[tile], x, x.stride(0), weight, weight.stride(0))
         rest = (*(norm or (None, None, None)), bias, int(activation), u, y)
@@ -197,6 +210,7 @@ def linear_residual(
     (M, K), N = x.shape, weight.shape[0]
     y = torch.empty(M, N, dtype=x.dtype, device=x.device)
     if M:
+        tile = _measured(tile, "linear_residual", x, weight)
         x, weight, residual, bias, scale = matrix(x), matrix(weight), matrix(residual), _floats(bias), _floats(scale)
         operands = (DTYPES[x.dtype], TILES[tile], x, x.stride(0), weight, weight.stride(0))
         rest = (bias, scale, residual, residual.stride(0), y)
@@ -241,6 +255,7 @@ def linear_slope(
     y = torch.empty(M, N, dtype=x.dtype, device=x.device)
     sums = torch.zeros(N, dtype=torch.float32, device=x.device) if column_sums else None
     if M:
+        tile = _measured(tile, "linear_slope", x, weight)
         x, weight, u = matrix(x), matrix(weight), matrix(u)
         operands = (DTYPES[x.dtype], TILES[tile], x, x.stride(0), weight, weight.stride(0))
         partials = _partials(M, N, x.device) if column_sums else None

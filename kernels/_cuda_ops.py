@@ -1,8 +1,9 @@
 """The backend ``cuda``: products of the CUDA library and torch for ``ln_linear``, ``linear_residual`` and ``mlp``, one
 kernel for ``message_kv`` where there are few rows.
 
-Nothing of it has been measured or run on a GPU yet, so it is never chosen by itself: only ``XCLIP_FAST_BACKEND=cuda``
-and ``with backend("cuda")`` take it. A library that is missing, or of another interface, is a reason of refusal.
+Nothing of it has been measured or run on a GPU yet, so it is taken only where ``XCLIP_FAST_BACKEND=cuda`` or
+``with backend("cuda")`` ask for it, or a measurement names it (_choices.py). A library that is missing, or of another
+interface, is a reason of refusal.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from . import _cuda
 from ._cuda import fold, linear_residual, linear_residual_statistics, linear_slope, norm_linear, row_statistics
-from ._dispatch import Backend, forced_backend
+from ._dispatch import Backend
 from .quick_gelu import quick_gelu_reference
 
 HALF = (torch.bfloat16, torch.float16)
@@ -21,7 +22,10 @@ HALF = (torch.bfloat16, torch.float16)
 FOLD_FROM = 4096
 # Rows up to which message_kv is one kernel, whose time is that of its weights. Not measured.
 MESSAGE_ROWS = 64
-UNMEASURED = "not measured on a GPU yet, so taken only if asked for (XCLIP_FAST_BACKEND=cuda or backend('cuda'))"
+UNMEASURED = (
+    "not measured here, so taken only if asked for (XCLIP_FAST_BACKEND=cuda or backend('cuda')); "
+    "python -m xclip_fast.kernels.tune --backends measures"
+)
 
 
 def _normalised(rows: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> tuple[Tensor, ...]:
@@ -259,8 +263,6 @@ def _mlp_backward(
 
 def _refuse(x: Tensor, *weights: Tensor) -> str | None:
     """Why products of x with these weights are not taken, or None."""
-    if forced_backend() != "cuda":
-        return UNMEASURED
     reason = _cuda.refuse_device(x.device.type, x.device.index)
     if reason is not None:
         return reason
@@ -289,7 +291,7 @@ def cuda_backend(op: str, refuse: Callable[..., str | None] | None = None) -> Ba
         reason = _refuse(args[0], *(args[index] for index in weights))
         return reason or (refuse(*args) if refuse else None)
 
-    return Backend("cuda", forward, backward, refuse=refusal)
+    return Backend("cuda", forward, backward, unasked=UNMEASURED, refuse=refusal)
 
 
 def _message_kv(save: bool, *args: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
@@ -306,8 +308,6 @@ def message_kv_cuda_backend(refuse: Callable[..., str | None]) -> Backend:
 
     def refusal(*args: Any) -> str | None:
         x, _, weight, *_, heads, _, drop_scale = args
-        if forced_backend() != "cuda":
-            return UNMEASURED
         reason = _cuda.refuse_device(x.device.type, x.device.index, "xclip_fast_check_message")
         if reason is not None:
             return reason
@@ -324,4 +324,4 @@ def message_kv_cuda_backend(refuse: Callable[..., str | None]) -> Backend:
             return "drop path is for training"
         return refuse(*args)
 
-    return Backend("cuda", _message_kv, refuse=refusal, partial=True)
+    return Backend("cuda", _message_kv, unasked=UNMEASURED, refuse=refusal, partial=True)

@@ -70,6 +70,7 @@ _op = Op(
     message_kv_cuda_backend(_refuse),
     saved=_saved,
     autocast=("fc_weight", "qkv_weight", "out_weight", "kv_weight"),
+    sizes=lambda class_tokens, frames, *_: {"m": len(class_tokens), "k": class_tokens.shape[1], "frames": frames},
 )
 
 

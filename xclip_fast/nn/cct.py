@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .. import kernels
 from .layers import Mlp, check_linear, drop_path_scale, feed_forward
+from .overlap import side_by_side
 
 
 class DropScales(NamedTuple):
@@ -43,27 +44,34 @@ def cct_attention(
 ) -> Tensor:
     """x + IFA(LN_1([x, m]))[:L] with m from CFA (equations 7 and 8), x (F, L, D) -> (F, L, D).
 
-    The message joins as a key and a value only, so nothing is concatenated and no row is thrown away.
+    The message joins as a key and a value only, so nothing is concatenated and no row is thrown away. Its path and the
+    projection of the frames' tokens depend on x alone.
     """
     width = x_FLD.shape[-1]
     check_linear(message_fc)
-    message_F2HC = kernels.message_kv(
-        x_FLD[:, 0],
-        frames,
-        message_fc.weight,
-        message_fc.bias,
-        message_ln.weight,
-        message_ln.bias,
-        *fusion,
-        ln_1.weight,
-        ln_1.bias,
-        diffusion.in_weight[width:],
-        diffusion.in_bias[width:],
-        heads,
-        ln_1.eps,
-        drop.fusion,
-    )
-    qkv = kernels.ln_linear(x_FLD, ln_1.weight, ln_1.bias, diffusion.in_weight, diffusion.in_bias, ln_1.eps)
+
+    def message() -> Tensor:
+        return kernels.message_kv(
+            x_FLD[:, 0],
+            frames,
+            message_fc.weight,
+            message_fc.bias,
+            message_ln.weight,
+            message_ln.bias,
+            *fusion,
+            ln_1.weight,
+            ln_1.bias,
+            diffusion.in_weight[width:],
+            diffusion.in_bias[width:],
+            heads,
+            ln_1.eps,
+            drop.fusion,
+        )
+
+    def projection() -> Tensor:
+        return kernels.ln_linear(x_FLD, ln_1.weight, ln_1.bias, diffusion.in_weight, diffusion.in_bias, ln_1.eps)
+
+    message_F2HC, qkv = side_by_side(x_FLD, message, projection)
     mixed = kernels.diffusion_attention(qkv.unflatten(-1, (3, heads, width // heads)), message_F2HC)
     return kernels.linear_residual(mixed.flatten(-2), diffusion.out_weight, diffusion.out_bias, x_FLD, drop.diffusion)
 
