@@ -1,8 +1,9 @@
 """Everything a GPU should be asked, in one command: `make gpu-check`, within ten minutes, without a network.
 
 Runs the GPU tests, then each op of one block against its peers, throughput.py, training.py, with the CUDA library
-cuda_library.py, a short training run on video files, and with DALI decode.py; writes their JSON under benchmarks/results/. A failed test ends it: there is no
-timing of a wrong answer. Needs torch, triton and pytest, and compares with what else is installed.
+cuda_library.py, a short training run on video files, and with DALI decode.py; writes their JSON under
+benchmarks/results/. A failed test ends it: there is no timing of a wrong answer. Needs torch, triton and pytest, and
+compares with what else is installed.
 """
 
 from __future__ import annotations
