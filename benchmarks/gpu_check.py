@@ -1,8 +1,9 @@
 """Everything a GPU should be asked, in one command: `make gpu-check`, within ten minutes, without a network.
 
-Runs the GPU tests, then each op of one block against its peers, throughput.py, training.py, a short training run on
-video files, and with DALI decode.py; writes their JSON under benchmarks/results/. A failed test ends it: there is no
-timing of a wrong answer. Needs torch, triton and pytest, and compares with what else is installed.
+Runs the GPU tests, then each op of one block against its peers, throughput.py, training.py, with the CUDA library
+cuda_library.py, a short training run on video files, and with DALI decode.py; writes their JSON under
+benchmarks/results/. A failed test ends it: there is no timing of a wrong answer. Needs torch, triton and pytest, and
+compares with what else is installed.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from xclip_fast.nn import overlap
 
 HERE = Path(__file__).parent
 NO_GPU = 77  # what the program of checks says where it finds none
-TESTS = ("tests/test_ops.py", "tests/test_cct.py", "tests/test_gpu.py")
+TESTS = ("tests/test_ops.py", "tests/test_cct.py", "tests/test_gpu.py", "tests/test_cuda_library.py")
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=--import-mode=importlib"]
 
 
@@ -244,6 +245,8 @@ def main() -> int:
         "throughput": ["--variants=B/32-8f,B/16-8f,L/14-8f", "--precisions=bf16", "--compile", "--seconds", seconds],
         "training": ["--variants=B/16-8f", "--precisions=bf16", "--recompute=no,yes", "--seconds=60"],
     }
+    if _cuda.refuse_device("cuda", None) is None:
+        scripts["cuda_library"] = ["--widths=768", "--most-rows=20000", "--no-compile"]
     if dali:
         scripts["decode"] = ["--works=loader", "--seconds=60"]
     failed = 0

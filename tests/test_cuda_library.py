@@ -5,6 +5,7 @@ The library is what the install built, or ``XCLIP_FAST_CUDA_LIBRARY`` names; ``X
 """
 
 import ctypes
+import importlib
 import os
 import re
 import shutil
@@ -546,6 +547,50 @@ def test_errors_of_the_library_carry_its_words(memory: Memory, monkeypatch: pyte
     monkeypatch.setattr(_cuda, "load", lambda _: (Refusing(), None))
     with pytest.raises(RuntimeError, match=r"row_statistics failed .*\(3, 8\).*element type \(code 3\)"):
         _cuda.row_statistics(torch.ones(3, 8), EPS)
+
+
+@pytest.fixture
+def bench(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """benchmarks/cuda_library.py on small shapes, the library played, nothing timed."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    module = importlib.import_module("cuda_library")
+    monkeypatch.setattr(module, "DEVICE", "cpu")
+    monkeypatch.setattr(module, "DTYPE", torch.float16)  # Triton's interpreter has no bfloat16
+    monkeypatch.setattr(module, "ROWS", {128: (24,)})
+    monkeypatch.setattr(module, "milliseconds", lambda call: call() is None or 1.0)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    return module
+
+
+def test_benchmark_calls_everything_and_agrees(bench: Any, memory: Memory) -> None:
+    with torch.no_grad():
+        rows = [row for case in bench.cases((128,), 100, True) for row in bench.measure(case)]
+    assert not [row for row in rows if row.get("wrong")]
+    noted = {(row["contender"], row["note"].split(":")[0]) for row in rows if "note" in row}
+    assert {contender for contender, _ in noted} <= {"the op, triton", "torch._scaled_mm"}
+    assert {row["case"] for row in rows if "ours, auto" in row["contender"]} == {
+        *("message_kv", "qkv", "fc1", "fc1 with u", "out", "fc2", "out with statistics", "fc2 with statistics"),
+        *("slope", "slope with sums", "qkv in fp8", "fc1 in fp8", "fc2 in fp8"),
+    }
+    computing = {name.removeprefix("xclip_fast_") for name in _cuda.SIGNATURES}
+    computing -= {"abi", "error", "check_device", "check_message", "layer_norm_fp8"}
+    assert set(memory.calls) == computing
+
+
+def test_benchmark_names_what_is_wrong(bench: Any, memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_cuda, "linear_slope", lambda dy, w, u, **_: (u, u.sum(0)))
+    with torch.no_grad():
+        rows = bench.measure(bench.slope_case(24, 128, sums=True))
+    assert {row["contender"] for row in rows if row.get("wrong")} == {f"ours, {tile}" for tile in bench.TILES}
+    assert "WRONG" in bench.line(rows[-1])
+
+
+def test_benchmark_without_a_gpu_says_so(bench: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.main(["--widths", "128"]) == 1
+    assert "no CUDA device" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        bench.main(["--widths", "100"])
+    assert "some of 128" in capsys.readouterr().err
 
 
 # ---- the algebra, exactly
