@@ -27,6 +27,7 @@ logger = logging.getLogger("xclip_fast")
 BACKENDS = ("reference", "triton", "cuda", "library", "sdpa", "flash_attn", "xformers", "apex")
 OPS: dict[str, "Op"] = {}
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+FLOAT8 = torch.float8_e4m3fn
 
 
 class BackendError(RuntimeError):
@@ -153,6 +154,8 @@ class Op:
         saved: for kernels: the tensors (as empty ones) that ``forward(True, *args)`` saves.
         autocast: the arguments that kernels take in the dtype of an enclosing ``torch.autocast``. Plain torch calls
             obey autocast themselves.
+        dtypes: floating dtypes that the reference takes.
+        differentiable: False for an op for inference, which refuses arguments whose gradient is wanted.
     """
 
     def __init__(
@@ -161,11 +164,14 @@ class Op:
         *backends: Backend,
         saved: Callable[..., tuple[Tensor, ...]] | None = None,
         autocast: tuple[str, ...] = (),
+        dtypes: tuple[torch.dtype, ...] = FLOATS,
+        differentiable: bool = True,
     ) -> None:
         self.name = reference.__name__.removesuffix("_reference")
         self.reference = reference
         self.saved = saved
-        self.backends = (*backends, Backend("reference", reference))
+        self.differentiable = differentiable
+        self.backends = (*backends, Backend("reference", reference, dtypes=dtypes))
         self.names = tuple(candidate.name for candidate in self.backends)
         parameters = list(inspect.signature(reference).parameters)
         self.autocast = tuple(parameters.index(name) for name in autocast)
@@ -192,11 +198,16 @@ class Op:
         raise BackendError(f"no backend of {self.name} takes ({shapes}){forced}: {'; '.join(reasons)}")
 
     def __call__(self, *args: Any) -> Any:
+        if not self.differentiable and _wants_gradient(args):
+            raise RuntimeError(
+                f"{self.name} is for inference only, and a gradient is wanted: call it under torch.inference_mode() or "
+                "torch.no_grad()"
+            )
         chosen = self.choose(args)
         if chosen.backward is None:
             return chosen.forward(*args)
         args = self._lowered(args)
-        trained = torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
+        trained = _wants_gradient(args)
         if torch.compiler.is_compiling():
             if not trained:
                 return self.registered(*args)
@@ -218,6 +229,10 @@ class Op:
         return tuple(
             arg.to(dtype) if index in self.autocast and arg is not None else arg for index, arg in enumerate(args)
         )
+
+
+def _wants_gradient(args: tuple[Any, ...]) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
 
 
 _logged: set[str] = set()
@@ -312,7 +327,8 @@ def _register(op: Op) -> tuple[Callable[..., Any], Callable[..., Any]]:
 
     registered = torch.library.custom_op(name, forward, mutates_args=(), schema=schema)
     registered.register_fake(fake)
-    registered.register_autograd(backward, setup_context=lambda ctx, inputs, output: _save(ctx, inputs, ()))
+    if op.differentiable:
+        registered.register_autograd(backward, setup_context=lambda ctx, inputs, output: _save(ctx, inputs, ()))
     if op.saved is None:
         return registered, registered
 

@@ -158,7 +158,13 @@ def test_the_backend_is_never_chosen_by_itself(monkeypatch: pytest.MonkeyPatch) 
         assert OPS["ln_linear"].choose(args).name != "cuda"
     with kernels.backend("cuda"):
         assert reason("ln_linear", args) is None
-    assert {name for name, op in OPS.items() if "cuda" in op.names} == {"linear_residual", "ln_linear", "mlp"}
+    assert {name for name, op in OPS.items() if "cuda" in op.names} == {
+        "linear_residual",
+        "ln_linear",
+        "ln_linear_fp8",
+        "mlp",
+        "mlp_fp8",
+    }
 
 
 def test_reasons_of_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
