@@ -32,7 +32,7 @@ from xclip_fast.data.dali_graph import missing
 
 HERE = Path(__file__).parent
 NO_GPU = 77  # what the program of checks says where it finds none
-TESTS = ("tests/test_ops.py", "tests/test_cct.py", "tests/test_gpu.py")
+TESTS = ("tests/test_ops.py", "tests/test_cct.py", "tests/test_fp8_ops.py", "tests/test_fp8.py", "tests/test_gpu.py")
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=--import-mode=importlib"]
 
 
@@ -219,7 +219,14 @@ def main() -> int:
     measuring.write_json(results / f"ops-{name}.json", report)
     seconds = str(args.seconds)
     scripts = {
-        "throughput": ["--variants=B/32-8f,B/16-8f,L/14-8f", "--precisions=bf16", "--compile", "--seconds", seconds],
+        "throughput": [
+            "--variants=B/32-8f,B/16-8f,L/14-8f",
+            "--precisions=bf16",
+            "--compile",
+            "--fp8",
+            "--seconds",
+            seconds,
+        ],
         "training": ["--variants=B/16-8f", "--precisions=bf16", "--recompute=no,yes", "--seconds=60"],
     }
     if dali:
