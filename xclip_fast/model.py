@@ -279,7 +279,8 @@ class XCLIP(nn.Module):
 
         In every block, the QKV projection of the frame tokens and both layers of the FFN; all else stays as it is.
         Weights are scaled by output channel, LayerNorm's output by row as it comes, and quick_gelu's by one scale a
-        layer, which leaves room for twice the largest value of the calibration videos (docs/kernels.md).
+        layer, which leaves room for twice the largest value of the calibration videos (docs/kernels.md). A model in
+        bfloat16 is wanted: in other dtypes, and on other devices, float8 is emulated, which is slow.
 
         The model's own weights stay beside their float8 copies, which take half of a bfloat16 weight's memory more:
         ``state_dict`` and ``save_pretrained`` know and write only the former. So quantising is not saved; it
