@@ -36,7 +36,7 @@ from xclip_fast.nn import overlap
 
 HERE = Path(__file__).parent
 NO_GPU = 77  # what the program of checks says where it finds none
-TESTS = ("tests/test_ops.py", "tests/test_cct.py", "tests/test_gpu.py", "tests/test_cuda_library.py")
+TESTS = tuple(f"tests/test_{name}.py" for name in ("ops", "cct", "fp8_ops", "fp8", "gpu", "cuda_library"))
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=--import-mode=importlib"]
 
 
@@ -111,7 +111,7 @@ def measure_op(op: str, dtype: torch.dtype) -> list[dict[str, Any]]:
             with torch.no_grad():
                 row["error"] = float((call(*args).float() - exact).norm() / exact.norm())
                 row["forward_ms"] = milliseconds(lambda call=call: call(*args))
-            if "keys given" not in name:
+            if "keys given" not in name and OPS[op].differentiable:
                 for leaf in leaves:
                     leaf.requires_grad_()
                 grad = torch.ones_like(call(*args))
@@ -242,7 +242,14 @@ def main() -> int:
     measuring.write_json(results / f"ops-{name}.json", report)
     seconds = str(args.seconds)
     scripts = {
-        "throughput": ["--variants=B/32-8f,B/16-8f,L/14-8f", "--precisions=bf16", "--compile", "--seconds", seconds],
+        "throughput": [
+            "--variants=B/32-8f,B/16-8f,L/14-8f",
+            "--precisions=bf16",
+            "--compile",
+            "--fp8",
+            "--seconds",
+            seconds,
+        ],
         "training": ["--variants=B/16-8f", "--precisions=bf16", "--recompute=no,yes", "--seconds=60"],
     }
     if _cuda.refuse_device("cuda", None) is None:

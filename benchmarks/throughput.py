@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import dataclasses
 import functools
 import importlib.util
@@ -42,11 +43,13 @@ WORKS = {  # in the order they run: the longest last, when the weights are warm
     "files": "from mp4 files",
     "encoded": "labels encoded",
 }
-OURS, GRAPHED, EAGER, COMPILED = "xclip-fast", "xclip-fast graph", "Hugging Face", "HF compiled"
+OURS, GRAPHED, FP8 = "xclip-fast", "xclip-fast graph", "xclip-fast fp8"
+EAGER, COMPILED = "Hugging Face", "HF compiled"
 GRAPHED_UP_TO = 8  # videos: beyond, launches hide behind the GPU's work, and a graph only keeps memory
 HF_INSTALLED = importlib.util.find_spec("transformers") is not None
 GPU_BATCHES = (1, 8, 32, 64, 128, 256, 512)  # until throughput grows by less than SATURATED
 SATURATED = 1.05
+FP8_COSINE = 0.99  # of its outputs with those in bfloat16; less is an error, not float8 (fp8.py measures accuracy)
 NOT_RUN = "not run: a forward would take longer than --seconds leaves (the JSON holds the estimates)"
 CLIP_FRAMES, CLIP_SIZE = 96, (256, 340)  # of the generated mp4 files
 
@@ -70,6 +73,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="of the CPU")
     parser.add_argument("--seconds", type=float, help="time to stay within (default: 130 on a CPU, unbounded on a GPU)")
     parser.add_argument("--compile", action="store_true", help="also Hugging Face's model under torch.compile")
+    parser.add_argument("--fp8", action="store_true", help="also ours quantised to float8, beside bf16 (see README.md)")
     parser.add_argument("--backend", default="auto", help="of xclip-fast's ops (see xclip-fast info)")
     parser.add_argument("--json", type=Path, help="write every raw timing here")
     parser.add_argument("--plot", type=Path, help="draw throughput against FLOPs here (needs matplotlib)")
@@ -81,6 +85,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     gpu = args.device == "cuda"
     args.variants = chosen("--variants", args.variants, list(PAPER_TABLE1) if gpu else ["B/32-8f", "B/16-8f"], VARIANTS)
     args.precisions = chosen("--precisions", args.precisions, ["bf16", "fp16"] if gpu else ["fp32", "bf16"], PRECISIONS)
+    if args.fp8 and "bf16" not in args.precisions:
+        fail("--fp8 is measured beside bf16: add it to --precisions")
     args.works = chosen("--works", args.works, list(WORKS), WORKS)
     args.batch_sizes, args.until_saturated = batch_sizes(args.batch_sizes, gpu)
     args.labels = read_labels(args.labels)
@@ -193,29 +199,40 @@ def hf_cached(hf: Any, video: Tensor, text_KE: Tensor) -> Tensor:
 
 
 def contenders_of(
-    cell: Cell, model: xclip_fast.XCLIP, hf: Any, labels: list[str], files: list[Path], compiled: bool
+    cell: Cell,
+    model: xclip_fast.XCLIP,
+    fp8: xclip_fast.XCLIP | None,
+    hf: Any,
+    labels: list[str],
+    files: list[Path],
+    compiled: bool,
 ) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """The same work for each contender, by name; without a peer if ``hf`` is None."""
+    """The same work for each contender, by name; without those that are None."""
     work, batch = cell.work, cell.batch
     config, device, dtype = model.config, model.logit_scale.device, model.logit_scale.dtype
     frames, size = config.num_frames, config.vision.image_size
     tokens = xclip_fast.tokenize(labels, config.text.context_length)
     video = torch.randint(256, (batch, frames, size, size, 3), dtype=torch.uint8, device=device)
+    ours = {OURS: model} if fp8 is None or work == "files" else {OURS: model, FP8: fp8}
     if work in ("cached", "files"):
-        model.encode_text(tokens)
+        for one in ours.values():
+            one.encode_text(tokens)
     if work == "files":
         # every file counts as one video, as often as the batch needs
         paths = list(itertools.islice(itertools.cycle(files), batch))
         yield OURS, lambda: model(decoded(paths, frames, size).to(device), tokens)
         return
-    if work == "encoded":
-        yield OURS, functools.partial(forgetful, model, video, tokens)
-    else:
-        yield OURS, (lambda: model(video, tokens)) if work == "cached" else (lambda: model.encode_video(video))
-        if has_graphs(device) and batch <= GRAPHED_UP_TO:
-            tower = model.graphed(batch, frames)
-            cached = lambda: model.similarity(tower(video), model.encode_text(tokens))  # noqa: E731
-            yield GRAPHED, cached if work == "cached" else lambda: tower(video)
+    for name, one in ours.items():
+        calls: dict[str, Callable[[], Any]] = {
+            "tower": functools.partial(one.encode_video, video),
+            "cached": functools.partial(one, video, tokens),
+            "encoded": functools.partial(forgetful, one, video, tokens),
+        }
+        yield name, calls[work]
+    if work != "encoded" and has_graphs(device) and batch <= GRAPHED_UP_TO:
+        tower = model.graphed(batch, frames)
+        cached = lambda: model.similarity(tower(video), model.encode_text(tokens))  # noqa: E731
+        yield GRAPHED, cached if work == "cached" else lambda: tower(video)
     if hf is None:
         return
     mean, deviation = (torch.tensor(values, device=device) for values in (config.image_mean, config.image_std))
@@ -271,6 +288,27 @@ def largest_error(ours: Any, theirs: Any) -> float:
     return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
 
+def quantized(model: xclip_fast.XCLIP) -> xclip_fast.XCLIP:
+    """A copy in float8, calibrated on random frames, which is what is timed."""
+    config, device = model.config, model.logit_scale.device
+    size = config.vision.image_size
+    video = torch.randint(256, (4, config.num_frames, size, size, 3), dtype=torch.uint8, device=device)
+    return copy.deepcopy(model).quantize("fp8", calibration=video)
+
+
+def least_cosine(ours: Any, theirs: Any) -> float:
+    """The least over the videos of a batch, and over the outputs if there are several."""
+    if isinstance(ours, tuple):
+        return min(least_cosine(*pair) for pair in zip(ours, theirs, strict=True))
+    return F.cosine_similarity(ours.float().flatten(1), theirs.float().flatten(1)).min().item()
+
+
+def ratio_of(theirs: list[float], mine: list[float]) -> dict[str, float]:
+    """How many times faster mine is: of the medians, and the extremes of calls made in the same turn."""
+    pairs = [a / b for a, b in zip(theirs, mine, strict=False)]
+    return {"median": statistics.median(theirs) / statistics.median(mine), "low": min(pairs), "high": max(pairs)}
+
+
 def plan(costs: dict[Cell, tuple[float, float]], seconds: float) -> dict[Cell, tuple[float, float]]:
     """The seconds of a warm-up and a run, ours and the peer's, in each cell that fits into ``seconds``, else 0.
 
@@ -307,13 +345,21 @@ def rows_of(
         row |= {"median_s": statistics.median(result["seconds"]), "peak_memory_bytes": result["peak_memory"]}
         row["views_per_second"] = cell.batch / row["median_s"]
         row["ratio_to_paper"] = row["views_per_second"] / paper.views_per_second if paper else None
+        if name == FP8:
+            cosine = least_cosine(results[OURS]["output"], result["output"]) if ours else math.nan
+            row["cosine"] = cosine if math.isfinite(cosine) else None
+            if cosine >= FP8_COSINE:
+                row["ratios"] = {OURS: ratio_of(ours, result["seconds"])}
+            elif ours:
+                row["note"] = f"outputs differ from bf16's: a cosine of {cosine:.5f}, below {FP8_COSINE}: no ratio"
+            continue
         if name != OURS:
             error = largest_error(results[OURS]["output"], result["output"]) if ours else math.nan
             row["largest_error"] = error if math.isfinite(error) else None
             if error <= TOLERANCE[cell.precision]:
                 for mine in rows if name != GRAPHED else []:
                     if "multiply_adds" in mine:
-                        mine.setdefault("ratios", {})[name] = ratio(mine["seconds"], result["seconds"])
+                        mine.setdefault("ratios", {})[name] = ratio_of(result["seconds"], mine["seconds"])
             elif ours:
                 row["note"] = (
                     f"outputs differ from ours by {error:.1g}, more than {TOLERANCE[cell.precision]}: no ratio"
@@ -329,12 +375,6 @@ def rows_of(
             row["own_gemms_s"] = known or measuring.own_gemms(products, PRECISIONS[cell.precision], device)
             row["share_of_own_gemms"] = row["own_gemms_s"] / row["median_s"]
     return rows
-
-
-def ratio(ours: list[float], theirs: list[float]) -> dict[str, float]:
-    """How many times faster ours is: of the medians, and the extremes of calls made in the same turn."""
-    pairs = [their / our for our, their in zip(ours, theirs, strict=False)]
-    return {"median": statistics.median(theirs) / statistics.median(ours), "low": min(pairs), "high": max(pairs)}
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -354,6 +394,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if work in args.works
     ]
     costs = {cell: cell.estimate(lengths, rates) for cell in cells}
+    if args.fp8:  # a second one of ours
+        costs |= {cell: (2 * costs[cell][0], costs[cell][1]) for cell in cells if cell.precision == "bf16"}
     planned = plan(costs, 0.75 * (deadline - time.perf_counter()))  # the rest is for building the models
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -374,10 +416,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                     continue
                 for module in filter(None, (model, hf)):
                     module.to(args.device, PRECISIONS[cell.precision])
+                fp8 = quantized(model) if args.fp8 and cell.precision == "bf16" and cell.work != "files" else None
                 peer = hf if peer_s and left >= peer_s + ours_s / 2 else None
                 allotted = left * (ours_s + peer_s) / ahead if left < math.inf else left
                 with torch.inference_mode():
-                    contenders = dict(contenders_of(cell, model, peer, args.labels, files, args.compile))
+                    contenders = dict(contenders_of(cell, model, fp8, peer, args.labels, files, args.compile))
                     results = measuring.measure(contenders, args.device, allotted)
                     group = rows_of(cell, results, lengths, rates[cell.precision], args.device)
                 model.clear_graphs()
@@ -414,6 +457,8 @@ def print_table(report: dict[str, Any]) -> None:
 
     environment, labels, rows = report["environment"], report["labels"], report["rows"]
     peers = [name for name in (EAGER, COMPILED) if any(row["contender"] == name for row in rows)]
+    fp8 = any(row["contender"] == FP8 for row in rows)
+    peers += [OURS] if fp8 else []
     table = Table(title=f"{environment['device']}, {environment['threads']} threads, {labels['count']} labels")
     for column in ("variant", "precision", "work", "model"):
         table.add_column(column, no_wrap=True)
@@ -425,6 +470,7 @@ def print_table(report: dict[str, Any]) -> None:
         "GFLOP/s",
         "of GEMM",
         "of own",
+        *(["cosine"] if fp8 else []),
         "peak",
         "n",
     )
@@ -444,6 +490,7 @@ def print_table(report: dict[str, Any]) -> None:
         ]
         cells += [shown(row.get("flop_per_s"), "{:.0f}", 1e-9)]
         cells += [shown(row.get(share), "{:.0%}") for share in ("share_of_gemm", "share_of_own_gemms")]
+        cells += [shown(row.get("cosine"), "{:.5f}")] if fp8 else []
         cells += [shown(row["peak_memory_bytes"], "{:.0f} MB", 1e-6), str(row["n"])]
         table.add_row(*cells)
     console = Console()

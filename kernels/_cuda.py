@@ -369,7 +369,8 @@ def _fp8_linear(
 ) -> Tensor:
     (M, K), N = x.shape, weight.shape[0]
     if M:
-        x, weight, x_scale, w_scale, bias = matrix(x), matrix(weight), *map(_floats, (x_scale, w_scale, bias))
+        x, weight, bias = matrix(x), matrix(weight), _floats(bias)
+        x_scale, w_scale = x_scale.float().contiguous(), w_scale.float().contiguous()
         rest = (x_scale, w_scale, bias, int(y.dtype == x.dtype), h_scale, y, M, N, K)
         _call("xclip_fast_fp8_linear", TILES[tile], x, x.stride(0), weight, weight.stride(0), *rest, *_place(x))
     return y
@@ -406,13 +407,8 @@ def fp8_linear_residual(
     (M, K), N = x.shape, weight.shape[0]
     y = torch.empty(M, N, dtype=torch.bfloat16, device=x.device)
     if M:
-        x, weight, residual, w_scale, bias = (
-            matrix(x),
-            matrix(weight),
-            matrix(residual),
-            _floats(w_scale),
-            _floats(bias),
-        )
+        x, weight, residual, bias = matrix(x), matrix(weight), matrix(residual), _floats(bias)
+        w_scale = w_scale.float().contiguous()
         rest = (w_scale, bias, residual, residual.stride(0), y, M, N, K)
         _call(
             "xclip_fast_fp8_linear_residual", TILES[tile], x, x.stride(0), weight, weight.stride(0), *rest, *_place(x)

@@ -30,6 +30,7 @@ logger = logging.getLogger("xclip_fast")
 BACKENDS = ("reference", "triton", "cuda", "library", "sdpa", "flash_attn", "xformers", "apex")
 OPS: dict[str, "Op"] = {}
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+FLOAT8 = torch.float8_e4m3fn
 
 
 class BackendError(RuntimeError):
@@ -164,6 +165,8 @@ class Op:
         autocast: the arguments that kernels take in the dtype of an enclosing ``torch.autocast``. Plain torch calls
             obey autocast themselves.
         sizes: of the arguments, by name: what the speed of the backends depends on. None: not in the measured table.
+        dtypes: floating dtypes that the reference takes.
+        differentiable: False for an op for inference, which refuses arguments whose gradient is wanted.
     """
 
     def __init__(
@@ -173,12 +176,15 @@ class Op:
         saved: Callable[..., tuple[Tensor, ...]] | None = None,
         autocast: tuple[str, ...] = (),
         sizes: Callable[..., dict[str, int]] | None = None,
+        dtypes: tuple[torch.dtype, ...] = FLOATS,
+        differentiable: bool = True,
     ) -> None:
         self.name = reference.__name__.removesuffix("_reference")
         self.reference = reference
         self.saved = saved
         self.sizes = sizes
-        self.backends = (*backends, Backend("reference", reference))
+        self.differentiable = differentiable
+        self.backends = (*backends, Backend("reference", reference, dtypes=dtypes))
         self.names = tuple(candidate.name for candidate in self.backends)
         parameters = list(inspect.signature(reference).parameters)
         self.autocast = tuple(parameters.index(name) for name in autocast)
@@ -245,7 +251,12 @@ class Op:
         return _choices.order(self.name, architecture, where)
 
     def __call__(self, *args: Any) -> Any:
-        trained = torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
+        trained = _wants_gradient(args)
+        if trained and not self.differentiable:
+            raise RuntimeError(
+                f"{self.name} is for inference only, and a gradient is wanted: call it under torch.inference_mode() or "
+                "torch.no_grad()"
+            )
         chosen = self.choose(args, trained)
         if chosen.backward is None and not chosen.partial:
             return chosen.forward(*args)
@@ -271,6 +282,10 @@ class Op:
         return tuple(
             arg.to(dtype) if index in self.autocast and arg is not None else arg for index, arg in enumerate(args)
         )
+
+
+def _wants_gradient(args: tuple[Any, ...]) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
 
 
 _logged: set[str] = set()
@@ -365,7 +380,8 @@ def _register(op: Op) -> tuple[Callable[..., Any], Callable[..., Any]]:
 
     registered = torch.library.custom_op(name, forward, mutates_args=(), schema=schema)
     registered.register_fake(fake)
-    registered.register_autograd(backward, setup_context=lambda ctx, inputs, output: _save(ctx, inputs, ()))
+    if op.differentiable:
+        registered.register_autograd(backward, setup_context=lambda ctx, inputs, output: _save(ctx, inputs, ()))
     if op.saved is None:
         return registered, registered
 

@@ -165,8 +165,10 @@ def test_the_backend_is_never_chosen_by_itself(monkeypatch: pytest.MonkeyPatch) 
     assert {name for name, op in OPS.items() if "cuda" in op.names} == {
         "linear_residual",
         "ln_linear",
+        "ln_linear_fp8",
         "message_kv",
         "mlp",
+        "mlp_fp8",
     }
 
 

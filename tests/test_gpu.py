@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from xclip_fast.kernels import _cuda
+from xclip_fast.kernels import BackendError, _cuda
 
 from xclip_fast import VARIANTS, XCLIP, FastCCTBlock, VideoFeatures, backend, tokenize
 from xclip_fast.nn import overlap
@@ -207,6 +207,39 @@ def test_compiled_model_gives_the_same_numbers() -> None:
     with torch.inference_mode():
         compiled = torch.compile(model, fullgraph=True)(video, tokens)
         torch.testing.assert_close(compiled, model(video, tokens), rtol=0.02, atol=0.05)
+
+
+@pytest.mark.parametrize("backend_name", ["auto", "cuda", "library", "reference"])
+@pytest.mark.parametrize("name", ["B/32-8f", "B/16-8f", "L/14-8f"])
+def test_quantised_model_stays_close(name: str, backend_name: str) -> None:
+    model, tokens = shallow(name).bfloat16(), tokenize(LABELS).cuda()
+    video = frames(model, 4)
+    with torch.inference_mode():
+        exact = model(video, tokens)
+        model.quantize("fp8", calibration=frames(model, 4).cpu())
+        try:
+            with backend(backend_name):
+                got = model(video, tokens)
+                compiled = torch.compile(model, fullgraph=True)(video, tokens)
+        except BackendError as refused:
+            pytest.skip(str(refused))
+    assert F.cosine_similarity(got, exact).min() >= 0.999
+    assert F.cosine_similarity(compiled, exact).min() >= 0.999
+
+
+def test_quantised_tower_is_captured_in_a_cuda_graph() -> None:
+    model = shallow("B/16-8f").bfloat16()
+    video = frames(model, 1)
+    with torch.inference_mode():
+        model.quantize("fp8", calibration=video)
+        for _ in range(3):
+            model.encode_video(video)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            got = model.encode_video(video)
+        video.copy_(frames(model, 1))
+        graph.replay()
+        torch.testing.assert_close(got.video, model.encode_video(video).video, rtol=0, atol=0)
 
 
 def losses(name: str, steps: int) -> list[float]:

@@ -46,8 +46,10 @@ def test_typical_arguments_are_what_the_ops_take(dtype):
     shapes = {
         "message_kv": (8, 2, 12, 64),
         "ln_linear": (8, 197, 2304),
+        "ln_linear_fp8": (8, 197, 2304),
         "linear_residual": (8, 197, 768),
         "mlp": (8, 197, 768),
+        "mlp_fp8": (8, 197, 768),
         "diffusion_attention": (8, 197, 12, 64),
         "patch_embed": (8, 197, 768),
         "layer_norm": (8, 197, 768),

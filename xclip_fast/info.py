@@ -267,14 +267,20 @@ def typical_arguments(device: str, dtype: torch.dtype) -> dict[str, tuple[Any, .
     x, norm, bias = empty(frames, tokens, width), (empty(width), empty(width)), empty(width)
     up, down = (empty(4 * width, width), empty(4 * width)), (empty(width, 4 * width), bias)
     square, packed = (empty(width, width), bias), (empty(3 * width, width), empty(3 * width))
+    packed8, up8, down8 = (
+        (empty(*weight.shape, dtype=torch.float8_e4m3fn), empty(len(weight), dtype=torch.float32), shift)
+        for weight, shift in (packed, up, down)
+    )
     key_value = (empty(2 * width, width), empty(2 * width))
     offsets = torch.arange(labels + 1, device=device) * 5
     patch = (empty(width, 3, 16, 16), bias, empty(tokens, width), *norm)
     return {
         "message_kv": (x[:, 0], frames, *square, *norm, *packed, *square, *norm, *key_value, heads, 1e-5, None),
         "ln_linear": (x, *norm, *packed, 1e-5, False),
+        "ln_linear_fp8": (x, *norm, *packed8, 1e-5),
         "linear_residual": (x, *square, x, None, 1e-5, False),
         "mlp": (x, *norm, *up, *down, 1e-5, None),
+        "mlp_fp8": (x, *norm, *up8, *down8, 1.0, 1e-5),
         "diffusion_attention": (empty(frames, tokens, 3, heads, 64), empty(frames, 2, heads, 64)),
         "patch_embed": (empty(frames, 224, 224, 3, dtype=torch.uint8), *patch, [0.5] * 3, [0.25] * 3, 1e-5),
         "layer_norm": (x, *norm, 1e-5),

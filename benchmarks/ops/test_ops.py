@@ -11,7 +11,8 @@ import math
 
 import pytest
 import torch
-from xclip_fast.kernels._dispatch import OPS, backend
+from xclip_fast.kernels import quantize_weight
+from xclip_fast.kernels._dispatch import FLOAT8, OPS, backend
 
 from xclip_fast.config import IMAGENET_MEAN, IMAGENET_STD, VARIANTS
 
@@ -24,6 +25,7 @@ D, H, N, E = CONFIG.vision.width, CONFIG.vision.heads, CONFIG.vision.patches, CO
 F, L, C, P = B * T, N + 1, D // H, CONFIG.vision.patch_size
 EPS = CONFIG.layer_norm_eps
 NOT_DIFFERENTIABLE = {"patch_embed"}  # as far as uint8 frames go
+NOT_DIFFERENTIABLE |= {name for name, op in OPS.items() if not op.differentiable}
 
 
 def rand(*shape):
@@ -40,6 +42,17 @@ def linear_residual():
 
 def mlp():
     return rand(F, L, D), rand(D), rand(D), weight(4 * D, D), rand(4 * D), weight(D, 4 * D), rand(D), EPS, None
+
+
+def weight8(rows, columns):
+    return quantize_weight(weight(rows, columns))
+
+
+def mlp_fp8():
+    scale = 8.0 / 448  # for quick_gelu up to 8
+    narrow8, narrow_scale = weight8(D, 4 * D)
+    wide8 = (*weight8(4 * D, D), rand(4 * D))
+    return rand(F, L, D), rand(D), rand(D), *wide8, narrow8, narrow_scale * scale, rand(D), scale, EPS
 
 
 def message_kv():
@@ -70,8 +83,10 @@ CASES = {
     "layer_norm": lambda: (rand(F, N, D), rand(D), rand(D), EPS),
     "linear_residual": linear_residual,
     "ln_linear": lambda: (rand(F, L, D), rand(D), rand(D), weight(3 * D, D), rand(3 * D), EPS, False),
+    "ln_linear_fp8": lambda: (rand(F, L, D), rand(D), rand(D), *weight8(3 * D, D), rand(3 * D), EPS),
     "message_kv": message_kv,
     "mlp": mlp,
+    "mlp_fp8": mlp_fp8,
     "patch_embed": patch_embed,
     "quick_gelu": lambda: (rand(F, L, 4 * D),),
 }
@@ -79,7 +94,13 @@ ROWS = [(op, name) for op in OPS for name in OPS[op].names]
 
 
 def cast(args, dtype):
-    return [arg.to(dtype) if isinstance(arg, torch.Tensor) and arg.is_floating_point() else arg for arg in args]
+    """The floating arguments in `dtype`, except float8."""
+
+    def one(arg):
+        floating = isinstance(arg, torch.Tensor) and arg.is_floating_point() and arg.dtype != FLOAT8
+        return arg.to(dtype) if floating else arg
+
+    return [one(arg) for arg in args]
 
 
 def first(result):
@@ -92,7 +113,7 @@ def first(result):
 def test_op(benchmark, op, name, direction, dtype):
     differentiated = direction != "forward"
     if differentiated and op in NOT_DIFFERENTIABLE:
-        pytest.skip("its input is uint8")
+        pytest.skip("its input is uint8, or it is for inference only")
     torch.manual_seed(0)
     args = cast(CASES[op](), dtype)
     implementation = next(candidate for candidate in OPS[op].backends if candidate.name == name)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from .. import kernels
+from .fp8 import Fp8Weights
 from .layers import Mlp, check_linear, drop_path_scale, feed_forward
 from .overlap import side_by_side
 
@@ -41,11 +42,12 @@ def cct_attention(
     ln_1: nn.LayerNorm,
     diffusion: AttentionWeights,
     drop: DropScales,
+    fp8: Fp8Weights | None = None,
 ) -> Tensor:
     """x + IFA(LN_1([x, m]))[:L] with m from CFA (equations 7 and 8), x (F, L, D) -> (F, L, D).
 
     The message joins as a key and a value only, so nothing is concatenated and no row is thrown away. Its path and the
-    projection of the frames' tokens depend on x alone.
+    projection of the frames' tokens depend on x alone. With ``fp8`` that projection takes its weight from there.
     """
     width = x_FLD.shape[-1]
     check_linear(message_fc)
@@ -69,7 +71,10 @@ def cct_attention(
         )
 
     def projection() -> Tensor:
-        return kernels.ln_linear(x_FLD, ln_1.weight, ln_1.bias, diffusion.in_weight, diffusion.in_bias, ln_1.eps)
+        norm, bias = (ln_1.weight, ln_1.bias), diffusion.in_bias
+        if fp8 is None:
+            return kernels.ln_linear(x_FLD, *norm, diffusion.in_weight, bias, ln_1.eps)
+        return kernels.ln_linear_fp8(x_FLD, *norm, fp8.qkv, fp8.qkv_scale, bias, ln_1.eps)
 
     message_F2HC, qkv = side_by_side(x_FLD, message, projection)
     mixed = kernels.diffusion_attention(qkv.unflatten(-1, (3, heads, width // heads)), message_F2HC)
@@ -96,6 +101,8 @@ class FastCCTBlock(nn.Module):
         (L, B * T, D) -> (L, B * T, D), or with ``batch_first`` (B * T, L, D) -> (B * T, L, D); the T frames of
         a video are neighbours.
     """
+
+    fp8: Fp8Weights | None  # what XCLIP.quantize puts there; it may be used in evaluation mode only
 
     def __init__(
         self,
@@ -127,6 +134,7 @@ class FastCCTBlock(nn.Module):
         self.ln_1 = nn.LayerNorm(d_model, layer_norm_eps)
         self.mlp = Mlp(d_model)
         self.ln_2 = nn.LayerNorm(d_model, layer_norm_eps)
+        self.register_module("fp8", None)
 
     def forward(self, x: Tensor, num_frames: int | None = None) -> Tensor:
         """Tokens through the block.
@@ -141,6 +149,7 @@ class FastCCTBlock(nn.Module):
         Raises:
             ValueError: if x is not of that shape, or B * T is not a multiple of T.
             TypeError: if a linear layer of the block was replaced by something else.
+            RuntimeError: if it is quantised, and in training mode or asked for gradients.
         """
         frames = self.num_frames if num_frames is None else num_frames
         width = self.message_fc.in_features
@@ -153,8 +162,32 @@ class FastCCTBlock(nn.Module):
                 f"{x_FLD.shape[0]} frames in all are not whole videos of {frames}: pass num_frames, or check "
                 f"batch_first={self.batch_first}, which takes {layout}"
             )
+        if self.fp8 is not None and self.training:
+            raise RuntimeError("a quantised block is for inference only: call eval(), or dequantize() to train it")
         drop = self.draw_drop_scales(x_FLD, frames)
-        x_FLD = cct_attention(
+        x_FLD = self.attend(x_FLD, frames, drop)
+        fc, projection, norm = self.mlp.c_fc, self.mlp.c_proj, self.ln_2
+        if self.fp8 is None:
+            x_FLD = feed_forward(x_FLD, norm, fc, projection, drop.feed_forward, self.activation)
+        else:
+            x_FLD = kernels.mlp_fp8(
+                x_FLD,
+                norm.weight,
+                norm.bias,
+                self.fp8.fc,
+                self.fp8.fc_scale,
+                fc.bias,
+                self.fp8.projection,
+                self.fp8.projection_scale,
+                projection.bias,
+                self.fp8.hidden_scale,
+                norm.eps,
+            )
+        return x_FLD if self.batch_first else x_FLD.transpose(0, 1)
+
+    def attend(self, x_FLD: Tensor, frames: int, drop: DropScales) -> Tensor:
+        """The block up to its FFN: (F, L, D) -> (F, L, D)."""
+        return cct_attention(
             x_FLD,
             frames,
             self.heads,
@@ -164,9 +197,8 @@ class FastCCTBlock(nn.Module):
             self.ln_1,
             _attention_weights(self.attn),
             drop,
+            self.fp8,
         )
-        x_FLD = feed_forward(x_FLD, self.ln_2, self.mlp.c_fc, self.mlp.c_proj, drop.feed_forward, self.activation)
-        return x_FLD if self.batch_first else x_FLD.transpose(0, 1)
 
     def draw_drop_scales(self, x_FLD: Tensor, frames: int) -> DropScales:
         """Fresh drop path factors for each video and branch; none outside training."""
