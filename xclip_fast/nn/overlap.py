@@ -41,4 +41,6 @@ def _is_captured(x: Tensor) -> bool:
 
 @functools.cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
+    # Of a higher priority, because the joined work waits for the slower of the two, and small kernels must find room
+    # beside large ones; and because torch hands out streams of one priority in turn, so that it could be the main one.
+    return torch.cuda.Stream(device, priority=-1)
