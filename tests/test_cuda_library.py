@@ -513,6 +513,23 @@ def test_message_path_leaves_the_rest_to_others(memory: Memory) -> None:
         assert op(few[:0], *args[1:]).shape == (0, 2, 2, 64)
 
 
+def test_fp8_ops_are_calls_of_the_library(memory: Memory) -> None:
+    width, scale = 64, 5 / 448
+    x = normal(4, 7, 2 * width)[..., :width].bfloat16()  # rows two apart
+    norm = (1 + normal(width, scale=0.1), normal(width, scale=0.1))
+    qkv, fc, projection = (kernels.quantize_weight(linear(n, k)[0]) for n, k in ((192, 64), (256, 64), (64, 256)))
+    bias = normal(256, scale=0.1)
+    mlp = (x, *norm, *fc, bias, projection[0], projection[1] * scale, bias[:64], scale, EPS)
+    calls = {"ln_linear_fp8": (x, *norm, *qkv, bias[:192], EPS), "mlp_fp8": mlp}
+    for name, args in calls.items():
+        with kernels.backend("cuda"), torch.no_grad():
+            got = OPS[name](*args)
+        wanted = OPS[name].reference(*args)
+        assert got.dtype == wanted.dtype == torch.bfloat16
+        assert (got.float() - wanted.float()).norm() <= 4e-3 * wanted.float().norm()
+    assert memory.calls == ["layer_norm_fp8", "fp8_linear", "layer_norm_fp8", "fp8_linear", "fp8_linear_residual"]
+
+
 def test_empty_batch_calls_nothing(memory: Memory) -> None:
     for name, args in cases().values():
         if "residual" in name:
