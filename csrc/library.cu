@@ -111,7 +111,7 @@ const char* xclip_fast_error(int code) {
     case XCLIP_FAST_REFUSED:
       return "CUTLASS refused the arguments, or the weights of the message path do not fit into shared memory";
     case XCLIP_FAST_FAILED:
-      return "CUTLASS failed to launch, and CUDA gave no reason";
+      return "CUTLASS failed to launch, and kept CUDA's reason to itself";
     default:
       return code > XCLIP_FAST_CUDA_ERROR ? cudaGetErrorString(static_cast<cudaError_t>(code - XCLIP_FAST_CUDA_ERROR))
                                           : "no such error code";
@@ -151,11 +151,14 @@ int xclip_fast_linear_residual(int dtype, int tile, const void* x, int64_t x_row
   return launch_half(dtype, given, [&](auto type) { return residual_add<type()>(tile, given, extra); });
 }
 
-int64_t xclip_fast_partials(int64_t m, int64_t n) {
-  // a number for each row and column of tiles, or each column and 16 rows; of tiles of 64 or 128 x 128 or 256
-  int64_t const by_rows = (m + 127) / 128 * 128 * ((n + 127) / 128);
-  int64_t const by_columns = (m + 127) / 128 * 8 * ((n + 255) / 256 * 256);
-  return by_rows > by_columns ? by_rows : by_columns;
+int64_t xclip_fast_statistics_floats(int64_t m, int64_t n) {
+  // two for each row, rounded up to the tile's 128, and column of tiles, which are 128 wide or wider
+  return 2 * ((m + 127) / 128 * 128) * ((n + 127) / 128);
+}
+
+int64_t xclip_fast_column_floats(int64_t m, int64_t n) {
+  // one for each column, rounded up to the tile's 128, and warp of each row of tiles, which are 128 high
+  return 4 * ((m + 127) / 128) * ((n + 127) / 128 * 128);
 }
 
 int xclip_fast_linear_residual_statistics(int dtype, int tile, const void* x, int64_t x_row, const void* w,
@@ -172,7 +175,8 @@ int xclip_fast_linear_residual_statistics(int dtype, int tile, const void* x, in
   if (!whole_16_bytes(partials)) {
     return XCLIP_FAST_BAD_ALIGNMENT;
   }
-  StatisticsArguments const extra{bias, scale, partials, partials + xclip_fast_partials(m, n), mean, rstd, eps};
+  StatisticsArguments const extra{bias, scale, partials, partials + xclip_fast_statistics_floats(m, n) / 2,
+                                  mean, rstd,  eps};
   return launch_half(dtype, given, [&](auto type) { return residual_statistics<type()>(tile, given, extra); });
 }
 

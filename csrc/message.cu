@@ -1,4 +1,7 @@
 // Checks and launches the message path.
+#include <mutex>
+#include <optional>
+
 #include "checks.cuh"
 #include "message.cuh"
 #include "xclip_fast.h"
@@ -12,16 +15,49 @@ __global__ void __launch_bounds__(kMessageThreads, 1) message_kernel(MessageArgu
   MessagePath<T, P>(given, shared).run();
 }
 
-int attribute(int device, cudaDeviceAttr which) {
-  int value = 0;
-  return cudaDeviceGetAttribute(&value, which, device) == cudaSuccess ? value : -1;
+// What the launch asks of a device, and whether the kernel runs there: 0 or an error code.
+struct Facts {
+  int code, processors, room;
+};
+
+Facts ask(int device) {
+  int major = 0, cooperative = 0;
+  Facts found{XCLIP_FAST_OK, 0, 0};
+  cudaFuncAttributes compiled;
+  auto* const kernel = message_kernel<__nv_bfloat16, __nv_bfloat16>;
+  if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&cooperative, cudaDevAttrCooperativeLaunch, device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&found.processors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&found.room, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess) {
+    found.code = failure();
+  } else if (major < 8 || cooperative != 1) {
+    found.code = XCLIP_FAST_BAD_DEVICE;
+  } else if (cudaFuncGetAttributes(&compiled, kernel) != cudaSuccess) {
+    found.code = failure();  // it was not compiled for this device
+  }
+  return found;
 }
 
-// The number of blocks for a width: half the processors, which leaves the others to what runs beside, if the weights
-// fit into their shared memory, else all. 0 if they do not fit there either.
-int choose_blocks(int width, int processors, int room) {
-  for (int blocks : {processors / 2, processors}) {
-    if (blocks > 0 && MessageLayout{width, blocks}.bytes() <= size_t(room)) {
+// The same, asked once; `device` is current.
+Facts facts(int device) {
+  constexpr int kMostDevices = 64;
+  static std::mutex mutex;
+  static std::optional<Facts> known[kMostDevices];
+  if (device < 0 || device >= kMostDevices) {
+    return {XCLIP_FAST_BAD_DEVICE, 0, 0};
+  }
+  std::lock_guard const lock(mutex);
+  if (!known[device]) {
+    known[device] = ask(device);
+  }
+  return *known[device];
+}
+
+// The number of blocks for a width: the least of at least half the processors with which the weights fit, so that the
+// others are left to what runs beside; 0 if they fit into no number.
+int choose_blocks(int width, Facts const& found) {
+  for (int blocks = (found.processors + 1) / 2; blocks <= found.processors; ++blocks) {
+    if (MessageLayout{width, blocks}.bytes() <= size_t(found.room)) {
       return blocks;
     }
   }
@@ -30,12 +66,9 @@ int choose_blocks(int width, int processors, int room) {
 
 template <class T, class P>
 int launch_message(MessageArguments<T, P> const& given, int blocks, int room, cudaStream_t stream) {
-  size_t const bytes = MessageLayout{given.width, blocks}.bytes();
-  if (bytes > size_t(room)) {
-    return XCLIP_FAST_REFUSED;
-  }
   auto* const kernel = message_kernel<T, P>;
-  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)) != cudaSuccess) {
+  // always the most there is: what one thread sets here, another may set at the same time
+  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, room) != cudaSuccess) {
     return failure();
   }
   cudaLaunchAttribute together;
@@ -44,7 +77,7 @@ int launch_message(MessageArguments<T, P> const& given, int blocks, int room, cu
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(blocks);
   config.blockDim = dim3(kMessageThreads);
-  config.dynamicSmemBytes = bytes;
+  config.dynamicSmemBytes = MessageLayout{given.width, blocks}.bytes();
   config.stream = stream;
   config.attrs = &together;
   config.numAttrs = 1;
@@ -58,18 +91,16 @@ using namespace xclip_fast;
 
 extern "C" {
 
-int xclip_fast_check_message(int device) {
+int xclip_fast_check_message(int64_t width, int device) {
+  if (width < kHead || width % kHead || width > 4096) {
+    return XCLIP_FAST_BAD_SIZE;
+  }
   OnDevice const current(device);
   if (int const code = current.code()) {
     return code;
   }
-  if (attribute(device, cudaDevAttrComputeCapabilityMajor) < 8 ||
-      attribute(device, cudaDevAttrCooperativeLaunch) != 1) {
-    return XCLIP_FAST_BAD_DEVICE;
-  }
-  cudaFuncAttributes found;
-  auto* const kernel = message_kernel<__nv_bfloat16, __nv_bfloat16>;
-  return cudaFuncGetAttributes(&found, kernel) == cudaSuccess ? XCLIP_FAST_OK : failure();
+  Facts const found = facts(device);
+  return found.code ? found.code : choose_blocks(int(width), found) ? XCLIP_FAST_OK : XCLIP_FAST_REFUSED;
 }
 
 int64_t xclip_fast_message_floats(int64_t rows, int64_t width) {
@@ -107,17 +138,16 @@ int xclip_fast_message_kv(int dtype, int parameter_dtype, int blocks, const void
   if (!whole) {
     return XCLIP_FAST_BAD_ALIGNMENT;
   }
-  if (int const code = xclip_fast_check_message(device)) {
+  OnDevice const current(device);
+  if (int const code = current.code()) {
     return code;
   }
-  OnDevice const current(device);
-  int const processors = attribute(device, cudaDevAttrMultiProcessorCount);
-  int const room = attribute(device, cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  if (current.code() || processors < 1 || room < 1) {
-    return current.code() ? current.code() : failure();
+  Facts const found = facts(device);
+  if (found.code) {
+    return found.code;
   }
-  blocks = blocks ? blocks : choose_blocks(int(width), processors, room);
-  if (blocks == 0 || blocks > processors) {
+  blocks = blocks ? blocks : choose_blocks(int(width), found);
+  if (blocks == 0 || blocks > found.processors || MessageLayout{int(width), blocks}.bytes() > size_t(found.room)) {
     return XCLIP_FAST_REFUSED;
   }
   auto const run = [&](auto element, auto parameter) {
@@ -139,7 +169,7 @@ int xclip_fast_message_kv(int dtype, int parameter_dtype, int blocks, const void
     given.qkv = workspace + rows * width;
     given.mixed = reinterpret_cast<T*>(workspace + rows * width * 4);
     given.key_value = static_cast<T*>(key_value);
-    return launch_message(given, blocks, room, static_cast<cudaStream_t>(stream));
+    return launch_message(given, blocks, found.room, static_cast<cudaStream_t>(stream));
   };
   bool const wide = parameter_dtype == XCLIP_FAST_FP32;
   if (dtype == XCLIP_FAST_BF16) {

@@ -45,8 +45,9 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
         _INT,
         [*_OPERANDS, _POINTER, _SIZE, *[_POINTER] * 3, _SIZE, _SIZE, _SIZE, *_PLACE],
     ),
-    "xclip_fast_partials": (_SIZE, [_SIZE, _SIZE]),
-    "xclip_fast_check_message": (_INT, [_INT]),
+    "xclip_fast_statistics_floats": (_SIZE, [_SIZE, _SIZE]),
+    "xclip_fast_column_floats": (_SIZE, [_SIZE, _SIZE]),
+    "xclip_fast_check_message": (_INT, [_SIZE, _INT]),
     "xclip_fast_message_floats": (_SIZE, [_SIZE, _SIZE]),
     "xclip_fast_message_kv": (
         _INT,
@@ -102,14 +103,18 @@ def load(file: Path) -> tuple[Any, str | None]:
     return library, None
 
 
-def refuse_device(kind: str, index: int | None, check: str = "xclip_fast_check_device") -> str | None:
-    """Why the library's products, or what ``check`` asks for, do not run on this device, or None."""
+def refuse_device(kind: str, index: int | None, message_width: int | None = None) -> str | None:
+    """Why the library's products, or its message path of a width, do not run on this device, or None."""
     if kind != "cuda":
         return f"device {kind} is not cuda"
     library, reason = load(path())
     if library is None:
         return reason
-    code = getattr(library, check)(torch.cuda.current_device() if index is None else index)
+    index = torch.cuda.current_device() if index is None else index
+    if message_width is None:
+        code = library.xclip_fast_check_device(index)
+    else:
+        code = library.xclip_fast_check_message(message_width, index)
     return f"the CUDA library says: {_words(library, code)}" if code else None
 
 
@@ -235,7 +240,7 @@ def linear_residual_statistics(
     if M:
         x, weight, residual, bias, scale = matrix(x), matrix(weight), matrix(residual), _floats(bias), _floats(scale)
         operands = (DTYPES[x.dtype], TILES[tile], x, x.stride(0), weight, weight.stride(0))
-        rest = (bias, scale, residual, residual.stride(0), eps, _partials(M, N, x.device, 2), mean, rstd, y)
+        rest = (bias, scale, residual, residual.stride(0), eps, _floats_of("statistics", M, N, x.device), mean, rstd, y)
         _call("xclip_fast_linear_residual_statistics", *operands, *rest, M, N, K, *_place(x))
     return y, mean, rstd
 
@@ -253,22 +258,25 @@ def linear_slope(
     """
     (M, K), N = x.shape, weight.shape[0]
     y = torch.empty(M, N, dtype=x.dtype, device=x.device)
-    sums = torch.zeros(N, dtype=torch.float32, device=x.device) if column_sums else None
+    sums = torch.empty(N, dtype=torch.float32, device=x.device) if column_sums else None
     if M:
         tile = _measured(tile, "linear_slope", x, weight)
         x, weight, u = matrix(x), matrix(weight), matrix(u)
         operands = (DTYPES[x.dtype], TILES[tile], x, x.stride(0), weight, weight.stride(0))
-        partials = _partials(M, N, x.device) if column_sums else None
+        partials = _floats_of("column", M, N, x.device) if column_sums else None
         _call("xclip_fast_linear_slope", *operands, u, u.stride(0), partials, sums, y, M, N, K, *_place(x))
+    elif sums is not None:
+        sums.zero_()
     return y, sums
 
 
-def _partials(M: int, N: int, device: torch.device, count: int = 1) -> Tensor:
-    """Room for the partial results of a reduction in the epilogue of an (M, N) product."""
+def _floats_of(what: str, M: int, N: int, device: torch.device) -> Tensor:
+    """Room for what the library keeps beside a result of M and N: ``xclip_fast_<what>_floats``."""
     library, reason = load(path())
     if library is None:
         raise RuntimeError(reason)
-    return torch.empty(count * library.xclip_fast_partials(M, N), dtype=torch.float32, device=device)
+    count = getattr(library, f"xclip_fast_{what}_floats")(M, N)
+    return torch.empty(count, dtype=torch.float32, device=device)
 
 
 def row_statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -321,14 +329,11 @@ def message_kv(
     F, D = x.shape
     key_value = torch.empty(F, 2 * D, dtype=x.dtype, device=x.device)
     if F:
-        library, reason = load(path())
-        if library is None:
-            raise RuntimeError(reason)
         x, weights = matrix(x), [weight.contiguous() for weight in weights]
         biases, norms = _alike(x.dtype, *biases), _alike(x.dtype, *norms)
         if biases[0].dtype != norms[0].dtype:
             biases, norms = ([vector.float() for vector in vectors] for vectors in (biases, norms))
-        workspace = torch.empty(library.xclip_fast_message_floats(F, D), dtype=torch.float32, device=x.device)
+        workspace = _floats_of("message", F, D, x.device)
         pointers = ((ctypes.c_void_p * 4)(*(t.data_ptr() for t in given)) for given in (weights, biases, norms))
         call = (DTYPES[x.dtype], DTYPES[biases[0].dtype], blocks, x, x.stride(0), *pointers, eps, F, frames, D)
         _call("xclip_fast_message_kv", *call, workspace, key_value, *_place(x))

@@ -18,6 +18,7 @@ from ._dispatch import Backend
 from .quick_gelu import quick_gelu_reference
 
 HALF = (torch.bfloat16, torch.float16)
+TAKEN = (*HALF, torch.float32)
 # Rows from which LayerNorm is folded into the product: with fewer, folding the weight costs more. Not measured.
 FOLD_FROM = 4096
 # Rows up to which message_kv is one kernel, whose time is that of its weights. Not measured.
@@ -48,14 +49,15 @@ def _project(
     """act(LN(rows) W^T + bias), and, if ``save``, the rows' mean and rstd and the pre-activation if there is one."""
     keep = activation and save
     fold_it = rows.dtype == weight.dtype and rows.shape[0] >= FOLD_FROM
-    statistics = row_statistics(rows, eps) if fold_it or save else ()
     if fold_it:
+        statistics = row_statistics(rows, eps)
         folded, sums, shift = fold(weight, gamma, beta, bias)
         norm = (*statistics, sums)
         y, u = norm_linear(rows, folded, shift, norm, activation=activation, keep=keep)
     else:
-        normed = _normalised(rows, gamma, beta, eps)[3].to(weight.dtype)
-        y, u = norm_linear(normed, weight, bias, activation=activation, keep=keep)
+        *_, normed, mean, rstd = _normalised(rows, gamma, beta, eps)
+        statistics = mean.float().view(-1), rstd.float().view(-1)
+        y, u = norm_linear(normed.to(weight.dtype), weight, bias, activation=activation, keep=keep)
     if not save:
         return y, ()
     return y, statistics if u is None else (*statistics, u)
@@ -291,7 +293,7 @@ def cuda_backend(op: str, refuse: Callable[..., str | None] | None = None) -> Ba
         reason = _refuse(args[0], *(args[index] for index in weights))
         return reason or (refuse(*args) if refuse else None)
 
-    return Backend("cuda", forward, backward, unasked=UNMEASURED, refuse=refusal)
+    return Backend("cuda", forward, backward, dtypes=TAKEN, unasked=UNMEASURED, refuse=refusal)
 
 
 def _message_kv(save: bool, *args: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
@@ -308,20 +310,19 @@ def message_kv_cuda_backend(refuse: Callable[..., str | None]) -> Backend:
 
     def refusal(*args: Any) -> str | None:
         x, _, weight, *_, heads, _, drop_scale = args
-        reason = _cuda.refuse_device(x.device.type, x.device.index, "xclip_fast_check_message")
-        if reason is not None:
-            return reason
         autocast = torch.is_autocast_enabled(x.device.type)
         dtype = torch.get_autocast_dtype(x.device.type) if autocast else weight.dtype
         if dtype not in HALF:
             return f"a weight of dtype {dtype} is not bfloat16 or float16"
+        if x.dtype != dtype and not autocast:
+            return f"x of dtype {x.dtype} beside a weight of dtype {dtype}"
         width = weight.shape[0]
         if x.shape[0] > MESSAGE_ROWS:
             return f"{x.shape[0]} rows are over {MESSAGE_ROWS}"
-        if width % 64 or width // heads != 64 or width > 1024:
-            return f"width {width} in {heads} heads: heads of 64 channels and at most 1024 in all wanted"
+        if width % 64 or width // heads != 64:
+            return f"width {width} in {heads} heads: heads of 64 channels wanted"
         if drop_scale is not None:
             return "drop path is for training"
-        return refuse(*args)
+        return _cuda.refuse_device(x.device.type, x.device.index, width) or refuse(*args)
 
-    return Backend("cuda", _message_kv, unasked=UNMEASURED, refuse=refusal, partial=True)
+    return Backend("cuda", _message_kv, dtypes=TAKEN, unasked=UNMEASURED, refuse=refusal, partial=True)

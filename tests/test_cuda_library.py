@@ -290,7 +290,7 @@ class Memory:
     def linear_residual_statistics(self, **g: Any) -> None:
         value = self.added(g)
         self.out(g, value)
-        self.at(g["partials"], 1, 2 * PARTIALS, 2 * PARTIALS, torch.float32).fill_(torch.nan)
+        self.at(g["partials"], 1, PARTIALS, PARTIALS, torch.float32).fill_(torch.nan)
         self.statistics(g, value)
 
     def linear_slope(self, **g: Any) -> None:
@@ -302,7 +302,10 @@ class Memory:
             self.at(g["partials"], 1, PARTIALS, PARTIALS, torch.float32).fill_(torch.nan)
             self.at(g["column_sums"], 1, g["n"], g["n"], torch.float32).copy_(value.sum(0))
 
-    def partials(self, **g: Any) -> int:
+    def statistics_floats(self, **g: Any) -> int:
+        return PARTIALS
+
+    def column_floats(self, **g: Any) -> int:
         return PARTIALS
 
     def fp8_linear(self, **g: Any) -> None:
@@ -729,7 +732,7 @@ def test_products_on_a_gpu(rows: int, width: int, tile: str, dtype: torch.dtype)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("frames", "rows", "width"), [(8, 8, 768), (16, 48, 768), (1, 1, 384), (64, 64, 1024)])
 def test_message_path_on_a_gpu(frames: int, rows: int, width: int, dtype: torch.dtype) -> None:
-    refused = _cuda.refuse_device("cuda", None, "xclip_fast_check_message")
+    refused = _cuda.refuse_device("cuda", None, width)
     if refused:
         pytest.skip(refused)
     torch.manual_seed(0)

@@ -3,7 +3,6 @@
 
 #include <cuda_runtime_api.h>
 
-#include <climits>
 #include <cstdint>
 
 #include "xclip_fast.h"
@@ -45,6 +44,7 @@ class OnDevice {
 
 inline bool whole_16_bytes(void const* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
-inline bool is_size(int64_t size) { return size >= 0 && size <= INT_MAX; }
+// Far enough from the end of an int that loops may step past it.
+inline bool is_size(int64_t size) { return size >= 0 && size <= (1 << 30); }
 
 }  // namespace xclip_fast

@@ -78,6 +78,9 @@ struct SumColumns {
     template <class Accumulator, class Input, int Size>
     CUTLASS_DEVICE auto visit(cutlass::Array<Accumulator, Size> const&, int epi_v, int epi_m, int epi_n,
                               cutlass::Array<Input, Size> const& input) {
+      if (!wanted) {
+        return input;
+      }
       cute::Tensor part = sums(cute::_, cute::_, cute::_, epi_m, epi_n);
       CUTLASS_PRAGMA_UNROLL
       for (int i = 0; i < Size; ++i) {
@@ -110,6 +113,8 @@ struct SumColumns {
       cutlass::epilogue::fusion::detail::ConsumerStoreArgs<Args...> const& args) {
     using namespace cute;
     constexpr int kRows = size<0>(Shape{}), kColumns = size<1>(Shape{});
+    static_assert(decltype(size(args.tiled_copy))::value == kWarpsOfTile * cutlass::NumThreadsPerWarp,
+                  "a tile is shared by other threads than assumed");
     auto const [m, n, k, l] = args.tile_coord_mnkl;
     auto const [M, N, K, L] = args.problem_shape_mnkl;
     int64_t const padded = int64_t(ceil_div(int(N), kColumns)) * kColumns;

@@ -42,29 +42,31 @@ struct MessageArguments {
 };
 
 // What a block keeps in shared memory: its units of the four weights, one tile of rows, the warps' partial products.
-// Rows are 64 bytes longer than D elements, which spreads the 16-byte loads of a warp over all banks.
+// The units of all products are numbered through, and block b has b, b + blocks, ...: its slots, which are those of one
+// product after those of the other. Rows are 64 bytes longer than D elements, which spreads the 16-byte loads of a warp
+// over all banks.
 struct MessageLayout {
   int width, blocks;
 
-  __host__ __device__ int columns(int product) const { return (product == 1 ? 3 : product == 3 ? 2 : 1) * width; }
   __host__ __device__ int row() const { return width + 32; }  // elements
-  // Units of a product that the block with the most of them has.
-  __host__ __device__ int most_units(int product) const { return (columns(product) / kUnit + blocks - 1) / blocks; }
-  __host__ __device__ int first_row(int product) const {
-    int before = 0;
-    for (int other = 0; other < product; ++other) {
-      before += most_units(other);
-    }
-    return before * kUnit;
+  // Units before those of a product; of the product past the last, all.
+  __host__ __device__ int units_before(int product) const {
+    constexpr int kSquares[] = {0, 1, 4, 5, 7};  // matrices (D, D) before it
+    return kSquares[product] * (width / kUnit);
   }
-  __host__ __device__ int partials() const { return (first_row(4) + kTileRows) * row(); }  // in elements from the start
+  __host__ __device__ int first_slot(int product, int block) const {
+    int const before = units_before(product) - block;
+    return before > 0 ? (before + blocks - 1) / blocks : 0;
+  }
+  // Of its product, the first column of a block's slot.
+  __host__ __device__ int column(int product, int block, int slot) const {
+    return (block + slot * blocks - units_before(product)) * kUnit;
+  }
+  __host__ __device__ int slots() const { return (units_before(4) + blocks - 1) / blocks; }  // of the block with most
+  __host__ __device__ int tile() const { return slots() * kUnit * row(); }                   // elements from the start
+  __host__ __device__ int partials() const { return tile() + kTileRows * row(); }
   __host__ __device__ size_t bytes() const {
     return size_t(partials()) * 2 + sizeof(float) * kMessageWarps * kUnitsAtOnce * kTileRows * kUnit;
-  }
-  // Units of a product that are this block's: block, block + blocks, ...
-  __host__ __device__ int units(int product, int block) const {
-    int const all = columns(product) / kUnit;
-    return all > block ? (all - block + blocks - 1) / blocks : 0;
   }
 };
 
@@ -88,17 +90,17 @@ struct MessagePath {
         warp(threadIdx.x / kWarp),
         lane(threadIdx.x % kWarp) {}
 
-  __device__ T* tile() const { return shared + layout.first_row(4) * layout.row(); }
+  __device__ T* tile() const { return shared + layout.tile(); }
 
   __device__ void copy_weights(int product) const {
     int const vectors = given.width / 8;  // of a row
-    T* const to = shared + layout.first_row(product) * layout.row();
-    int const count = layout.units(product, block) * kUnit * vectors;
+    int const first = layout.first_slot(product, block);
+    int const count = (layout.first_slot(product + 1, block) - first) * kUnit * vectors;
     for (int at = threadIdx.x; at < count; at += kMessageThreads) {
-      int const row = at / vectors, column = at % vectors * 8;
-      int const unit = block + row / kUnit * layout.blocks;
-      T const* const from = given.weights[product] + (int64_t(unit) * kUnit + row % kUnit) * given.width + column;
-      copy_async(to + row * layout.row() + column, from);
+      int const row = at / vectors, slot = first + row / kUnit, k = at % vectors * 8;
+      int64_t const column = layout.column(product, block, slot) + row % kUnit;
+      copy_async(shared + (slot * kUnit + row % kUnit) * layout.row() + k,
+                 given.weights[product] + column * given.width + k);
     }
     end_copies();
   }
@@ -107,20 +109,19 @@ struct MessagePath {
   // `store(row, column, value)` takes each element of the result.
   template <int kProduct, class Load, class Store>
   __device__ void multiply_rows(Load&& load, Store&& store) const {
-    int const units = layout.units(kProduct, block);
+    int const first_slot = layout.first_slot(kProduct, block), slots = layout.first_slot(kProduct + 1, block);
     wait_for_copies<3 - kProduct>();
-    if (units == 0) {
+    if (first_slot == slots) {
       return;  // the whole block
     }
-    T const* const weights = shared + layout.first_row(kProduct) * layout.row();
     auto* const partials = reinterpret_cast<float*>(shared + layout.partials());
     constexpr int kPartial = kUnitsAtOnce * kTileRows * kUnit;  // of a warp
     int const g = lane / 4, t = lane % 4;
     for (int first = 0; first < given.rows; first += kTileRows) {
       load(first);
       __syncthreads();
-      for (int unit = 0; unit < units; unit += kUnitsAtOnce) {
-        int const now = min(kUnitsAtOnce, units - unit);
+      for (int slot = first_slot; slot < slots; slot += kUnitsAtOnce) {
+        int const now = min(kUnitsAtOnce, slots - slot);
         float sums[kUnitsAtOnce][4] = {};
         // the warps share K; the order of K within a step is the same for both operands, so it does not matter
         for (int k = warp * kStep + t * 8; k < given.width; k += kMessageWarps * kStep) {
@@ -129,8 +130,8 @@ struct MessagePath {
 #pragma unroll
           for (int i = 0; i < kUnitsAtOnce; ++i) {
             if (i < now) {
-              int const row = (unit + i) * kUnit + g;
-              auto const w = *reinterpret_cast<Eight<T> const*>(weights + row * layout.row() + k);
+              int const row = (slot + i) * kUnit + g;
+              auto const w = *reinterpret_cast<Eight<T> const*>(shared + row * layout.row() + k);
               multiply<T>(sums[i], {low.pairs[0], high.pairs[0], low.pairs[1], high.pairs[1]},
                           {w.pairs[0], w.pairs[1]});
               multiply<T>(sums[i], {low.pairs[2], high.pairs[2], low.pairs[3], high.pairs[3]},
@@ -155,7 +156,7 @@ struct MessagePath {
             for (int other = 0; other < kMessageWarps; ++other) {
               sum += partials[other * kPartial + at];
             }
-            int const column = (block + (unit + at / (kTileRows * kUnit)) * layout.blocks) * kUnit + at % kUnit;
+            int const column = layout.column(kProduct, block, slot + at / (kTileRows * kUnit)) + at % kUnit;
             store(row, column, sum + to_float(given.biases[kProduct][column]));
           }
         }

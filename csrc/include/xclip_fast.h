@@ -30,7 +30,7 @@ extern "C" {
 #define XCLIP_FAST_FP16 1
 #define XCLIP_FAST_FP32 2
 
-/* Tiles of a product: let the library's table choose, or one of those of csrc/tiles.cuh. */
+/* Tiles of a product: let the library's table choose, or one of those of csrc/include/tiles.cuh. */
 #define XCLIP_FAST_TILE_AUTO (-1)
 #define XCLIP_FAST_TILE_SMALL 0
 #define XCLIP_FAST_TILE_SQUARE 1
@@ -45,7 +45,7 @@ extern "C" {
 #define XCLIP_FAST_BAD_TILE 5      /* the tile was not built for this product */
 #define XCLIP_FAST_BAD_POINTER 6   /* a pointer that may not be null is null */
 #define XCLIP_FAST_REFUSED 7       /* CUTLASS refused the arguments, or the message path does not fit */
-#define XCLIP_FAST_FAILED 8        /* CUTLASS failed to launch, and CUDA gave no reason */
+#define XCLIP_FAST_FAILED 8        /* CUTLASS failed to launch, and kept CUDA's reason to itself */
 #define XCLIP_FAST_CUDA_ERROR 1000
 
 /* XCLIP_FAST_ABI of the library. */
@@ -79,7 +79,7 @@ XCLIP_FAST_API int xclip_fast_linear_residual(int dtype, int tile, const void* x
 /* The same product with the row statistics that the next LayerNorm wants, reduced in its epilogue.
  *
  * mean (M) and rstd (M) = 1 / sqrt(variance + eps) of y's rows before they are rounded, float32, merged from the mean
- * and M2 of each tile. partials: room for twice xclip_fast_partials(M, N) floats. */
+ * and M2 of each tile. partials: room for xclip_fast_statistics_floats(M, N) floats. */
 XCLIP_FAST_API int xclip_fast_linear_residual_statistics(int dtype, int tile, const void* x, int64_t x_row,
                                                          const void* w, int64_t w_row, const float* bias,
                                                          const float* scale, const void* residual,
@@ -91,14 +91,15 @@ XCLIP_FAST_API int xclip_fast_linear_residual_statistics(int dtype, int tile, co
  *
  * x (M, K), w (N, K), u (M, N), y (M, N) contiguous, in dtype (BF16, FP16). column_sums (N) float32 or null: the sums
  * of y's columns before they are rounded, which are a bias's gradient; with it, partials: room for
- * xclip_fast_partials(M, N) floats. */
+ * xclip_fast_column_floats(M, N) floats. */
 XCLIP_FAST_API int xclip_fast_linear_slope(int dtype, int tile, const void* x, int64_t x_row, const void* w,
                                            int64_t w_row, const void* u, int64_t u_row, float* partials,
                                            float* column_sums, void* y, int64_t m, int64_t n, int64_t k, int device,
                                            void* stream);
 
-/* Floats of the largest partial result of a reduction in the epilogue of an (M, N) product, on whatever tile. */
-XCLIP_FAST_API int64_t xclip_fast_partials(int64_t m, int64_t n);
+/* Floats of the partial results of those reductions, on whatever tile. */
+XCLIP_FAST_API int64_t xclip_fast_statistics_floats(int64_t m, int64_t n);
+XCLIP_FAST_API int64_t xclip_fast_column_floats(int64_t m, int64_t n);
 
 /* y = act(x_scale w_scale (x W^T) + bias) of e4m3 matrices.
  *
@@ -153,8 +154,9 @@ XCLIP_FAST_API int xclip_fast_message_kv(int dtype, int parameter_dtype, int blo
                                          const void* const* norms, float eps, int64_t rows, int64_t frames,
                                          int64_t width, float* workspace, void* key_value, int device, void* stream);
 
-/* 0 if the message path runs on this device, else why not: it was not compiled for it, say. */
-XCLIP_FAST_API int xclip_fast_check_message(int device);
+/* 0 if the message path of this width runs on this device, else why not: it was not compiled for it, or the weights do
+ * not fit. */
+XCLIP_FAST_API int xclip_fast_check_message(int64_t width, int device);
 
 /* Floats of its workspace. */
 XCLIP_FAST_API int64_t xclip_fast_message_floats(int64_t rows, int64_t width);
