@@ -112,6 +112,7 @@ setup(
     package_data={
         "xclip_fast": ["py.typed", "configs/*.yaml"],
         "xclip_fast.data": ["*.gz", "*.txt"],
+        "xclip_fast.kernels": ["*.json"],
         "xclip_fast.kernels.triton": ["*.json"],
     },
     ext_modules=[Extension("xclip_fast.kernels.libxclip_fast", [], optional=True)] if NVCC else [],

@@ -2,6 +2,7 @@
 #include <cuda_runtime_api.h>
 
 #include <atomic>
+#include <type_traits>
 
 #include "products.cuh"
 #include "xclip_fast.h"
@@ -31,39 +32,33 @@ int processors(int device) {
   return answer - 1;
 }
 
-// A matrix that TMA reads or writes: rows of `columns` half-precision elements.
-int check_matrix(void const* matrix, int64_t rows, int64_t columns, int64_t row) {
+// A matrix that TMA reads or writes: rows of `columns` elements, `unit` of which are 16 bytes.
+int check_matrix(void const* matrix, int64_t rows, int64_t columns, int64_t row, int unit = 8) {
   if (rows > 0 && columns > 0 && matrix == nullptr) {
     return XCLIP_FAST_BAD_POINTER;
   }
   if (row < columns || row > (int64_t(1) << 38)) {
     return XCLIP_FAST_BAD_SIZE;
   }
-  return whole_16_bytes(matrix) && columns % 8 == 0 && row % 8 == 0 ? XCLIP_FAST_OK : XCLIP_FAST_BAD_ALIGNMENT;
+  return whole_16_bytes(matrix) && columns % unit == 0 && row % unit == 0 ? XCLIP_FAST_OK : XCLIP_FAST_BAD_ALIGNMENT;
 }
 
-// Checks what all products share and notes the device's processors.
-int check(int dtype, Operands& given) {
-  if (dtype != XCLIP_FAST_BF16 && dtype != XCLIP_FAST_FP16) {
-    return XCLIP_FAST_BAD_DTYPE;
-  }
+// Checks what all products share, `unit` and `y_unit` elements of x and w and of y being 16 bytes, and calls `call` on
+// the device, whose processors it notes.
+template <class Call>
+int launch(Operands& given, int unit, int y_unit, Call&& call) {
   if (!is_size(given.m) || !is_size(given.n) || !is_size(given.k) || given.k == 0) {
     return XCLIP_FAST_BAD_SIZE;
   }
-  int code = check_matrix(given.x, given.m, given.k, given.x_row);
-  code = code ? code : check_matrix(given.w, given.n, given.k, given.w_row);
-  code = code ? code : check_matrix(given.y, given.m, given.n, given.n);
+  int code = check_matrix(given.x, given.m, given.k, given.x_row, unit);
+  code = code ? code : check_matrix(given.w, given.n, given.k, given.w_row, unit);
+  code = code ? code : check_matrix(given.y, given.m, given.n, given.n, y_unit);
   if (code) {
     return code;
   }
   given.processors = processors(given.device);
-  return given.processors > 0 ? XCLIP_FAST_OK : given.processors < 0 ? -given.processors : XCLIP_FAST_BAD_DEVICE;
-}
-
-template <class Call>
-int launch(int dtype, Operands& given, Call&& call) {
-  if (int const code = check(dtype, given)) {
-    return code;
+  if (given.processors <= 0) {
+    return given.processors < 0 ? -given.processors : XCLIP_FAST_BAD_DEVICE;
   }
   if (given.m == 0 || given.n == 0) {
     return XCLIP_FAST_OK;
@@ -71,6 +66,21 @@ int launch(int dtype, Operands& given, Call&& call) {
   OnDevice const current(given.device);
   return current.code() ? current.code() : call();
 }
+
+// The same of half-precision operands; `call` gets the element type as a constant.
+template <class Call>
+int launch_half(int dtype, Operands& given, Call&& call) {
+  switch (dtype) {
+    case XCLIP_FAST_BF16:
+      return launch(given, 8, 8, [&] { return call(std::integral_constant<int, XCLIP_FAST_BF16>{}); });
+    case XCLIP_FAST_FP16:
+      return launch(given, 8, 8, [&] { return call(std::integral_constant<int, XCLIP_FAST_FP16>{}); });
+    default:
+      return XCLIP_FAST_BAD_DTYPE;
+  }
+}
+
+bool any(Operands const& given) { return given.m > 0 && given.n > 0; }
 
 }  // namespace
 }  // namespace xclip_fast
@@ -86,19 +96,20 @@ const char* xclip_fast_error(int code) {
     case XCLIP_FAST_OK:
       return "success";
     case XCLIP_FAST_BAD_SIZE:
-      return "a size is negative, zero where it may not be, or too large, or a row stride is below the row's length";
+      return "a size or scale is negative, zero where it may not be, or too large, or a row stride is below the row's "
+             "length";
     case XCLIP_FAST_BAD_ALIGNMENT:
       return "the base or the rows of a matrix, or K or N, are not in whole 16 bytes";
     case XCLIP_FAST_BAD_DTYPE:
       return "this call does not take this element type";
     case XCLIP_FAST_BAD_DEVICE:
-      return "the device is not of compute capability 9.0";
+      return "the device is not of compute capability 9.0 (the message path: 8.0 or later)";
     case XCLIP_FAST_BAD_TILE:
       return "this product was not built with this tile";
     case XCLIP_FAST_BAD_POINTER:
       return "a pointer that may not be null is null";
     case XCLIP_FAST_REFUSED:
-      return "CUTLASS refused the arguments";
+      return "CUTLASS refused the arguments, or the weights of the message path do not fit into shared memory";
     case XCLIP_FAST_FAILED:
       return "CUTLASS failed to launch, and CUDA gave no reason";
     default:
@@ -118,17 +129,14 @@ int xclip_fast_norm_linear(int dtype, int tile, const void* x, int64_t x_row, co
   Operands given{x, x_row, w, w_row, nullptr, n, y, m, n, k, device, 0, stream};
   NormArguments const extra{mean, rstd, w_sums, bias, u};
   bool const normed = mean != nullptr, half_normed = normed != (rstd != nullptr) || normed != (w_sums != nullptr);
-  if (m > 0 && n > 0 && (half_normed || (u != nullptr && !activation))) {
+  if (any(given) && (half_normed || (u != nullptr && !activation))) {
     return XCLIP_FAST_BAD_POINTER;
   }
   if (!whole_16_bytes(u)) {
     return XCLIP_FAST_BAD_ALIGNMENT;
   }
-  return launch(dtype, given, [&] {
-    if (dtype == XCLIP_FAST_BF16) {
-      return activation ? norm_gelu<XCLIP_FAST_BF16>(tile, given, extra) : norm<XCLIP_FAST_BF16>(tile, given, extra);
-    }
-    return activation ? norm_gelu<XCLIP_FAST_FP16>(tile, given, extra) : norm<XCLIP_FAST_FP16>(tile, given, extra);
+  return launch_half(dtype, given, [&](auto type) {
+    return activation ? norm_gelu<type()>(tile, given, extra) : norm<type()>(tile, given, extra);
   });
 }
 
@@ -140,22 +148,78 @@ int xclip_fast_linear_residual(int dtype, int tile, const void* x, int64_t x_row
     return code;
   }
   ResidualArguments const extra{bias, scale};
-  return launch(dtype, given, [&] {
-    return dtype == XCLIP_FAST_BF16 ? xclip_fast::residual<XCLIP_FAST_BF16>(tile, given, extra)
-                                    : xclip_fast::residual<XCLIP_FAST_FP16>(tile, given, extra);
-  });
+  return launch_half(dtype, given, [&](auto type) { return residual_add<type()>(tile, given, extra); });
+}
+
+int64_t xclip_fast_partials(int64_t m, int64_t n) {
+  // a number for each row and column of tiles, or each column and 16 rows; of tiles of 64 or 128 x 128 or 256
+  int64_t const by_rows = (m + 127) / 128 * 128 * ((n + 127) / 128);
+  int64_t const by_columns = (m + 127) / 128 * 8 * ((n + 255) / 256 * 256);
+  return by_rows > by_columns ? by_rows : by_columns;
+}
+
+int xclip_fast_linear_residual_statistics(int dtype, int tile, const void* x, int64_t x_row, const void* w,
+                                          int64_t w_row, const float* bias, const float* scale, const void* residual,
+                                          int64_t residual_row, float eps, float* partials, float* mean, float* rstd,
+                                          void* y, int64_t m, int64_t n, int64_t k, int device, void* stream) {
+  Operands given{x, x_row, w, w_row, residual, residual_row, y, m, n, k, device, 0, stream};
+  if (int const code = check_matrix(residual, m, n, residual_row)) {
+    return code;
+  }
+  if (any(given) && (partials == nullptr || mean == nullptr || rstd == nullptr)) {
+    return XCLIP_FAST_BAD_POINTER;
+  }
+  if (!whole_16_bytes(partials)) {
+    return XCLIP_FAST_BAD_ALIGNMENT;
+  }
+  StatisticsArguments const extra{bias, scale, partials, partials + xclip_fast_partials(m, n), mean, rstd, eps};
+  return launch_half(dtype, given, [&](auto type) { return residual_statistics<type()>(tile, given, extra); });
 }
 
 int xclip_fast_linear_slope(int dtype, int tile, const void* x, int64_t x_row, const void* w, int64_t w_row,
-                            const void* u, int64_t u_row, void* y, int64_t m, int64_t n, int64_t k, int device,
-                            void* stream) {
+                            const void* u, int64_t u_row, float* partials, float* column_sums, void* y, int64_t m,
+                            int64_t n, int64_t k, int device, void* stream) {
   Operands given{x, x_row, w, w_row, u, u_row, y, m, n, k, device, 0, stream};
   if (int const code = check_matrix(u, m, n, u_row)) {
     return code;
   }
-  return launch(dtype, given, [&] {
-    return dtype == XCLIP_FAST_BF16 ? slope<XCLIP_FAST_BF16>(tile, given, {}) : slope<XCLIP_FAST_FP16>(tile, given, {});
-  });
+  if (any(given) && (partials == nullptr) != (column_sums == nullptr)) {
+    return XCLIP_FAST_BAD_POINTER;
+  }
+  if (!whole_16_bytes(partials)) {
+    return XCLIP_FAST_BAD_ALIGNMENT;
+  }
+  SlopeArguments const extra{partials, column_sums};
+  return launch_half(dtype, given, [&](auto type) { return slope<type()>(tile, given, extra); });
+}
+
+int xclip_fast_fp8_linear(int tile, const void* x, int64_t x_row, const void* w, int64_t w_row, const float* x_scale,
+                          const float* w_scale, const float* bias, int activation, float y_scale, void* y, int64_t m,
+                          int64_t n, int64_t k, int device, void* stream) {
+  Operands given{x, x_row, w, w_row, nullptr, n, y, m, n, k, device, 0, stream};
+  if (any(given) && (x_scale == nullptr || w_scale == nullptr)) {
+    return XCLIP_FAST_BAD_POINTER;
+  }
+  if (activation && !(y_scale > 0.0f)) {
+    return XCLIP_FAST_BAD_SIZE;
+  }
+  ScaledArguments const extra{x_scale, w_scale, bias, activation ? 1.0f / y_scale : 1.0f};
+  return launch(given, 16, activation ? 16 : 8,
+                [&] { return activation ? fp8_linear_gelu(tile, given, extra) : fp8_linear(tile, given, extra); });
+}
+
+int xclip_fast_fp8_linear_residual(int tile, const void* x, int64_t x_row, const void* w, int64_t w_row,
+                                   const float* w_scale, const float* bias, const void* residual, int64_t residual_row,
+                                   void* y, int64_t m, int64_t n, int64_t k, int device, void* stream) {
+  Operands given{x, x_row, w, w_row, residual, residual_row, y, m, n, k, device, 0, stream};
+  if (int const code = check_matrix(residual, m, n, residual_row)) {
+    return code;
+  }
+  if (any(given) && w_scale == nullptr) {
+    return XCLIP_FAST_BAD_POINTER;
+  }
+  ScaledArguments const extra{nullptr, w_scale, bias, 1.0f};
+  return launch(given, 16, 8, [&] { return fp8_linear_residual(tile, given, extra); });
 }
 
 }  // extern "C"

@@ -4,8 +4,13 @@
 namespace xclip_fast {
 
 template <>
-int residual<XCLIP_FAST_FP16>(int tile, Operands const& operands, ResidualArguments const& extra) {
+int residual_add<XCLIP_FAST_FP16>(int tile, Operands const& operands, ResidualArguments const& extra) {
   return run_on_tile<cutlass::half_t, Residual, Square>(tile, operands, extra);
+}
+
+template <>
+int residual_statistics<XCLIP_FAST_FP16>(int tile, Operands const& operands, StatisticsArguments const& extra) {
+  return run_on_tile<cutlass::half_t, ResidualStatistics, Square>(tile, operands, extra);
 }
 
 template <>

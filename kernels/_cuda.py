@@ -8,13 +8,16 @@ current stream, nothing waits.
 import ctypes
 import functools
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-ABI = 1  # XCLIP_FAST_ABI of csrc/include/xclip_fast.h
+from . import _choices
+
+ABI = 2  # XCLIP_FAST_ABI of csrc/include/xclip_fast.h
 TILES = {"auto": -1, "small": 0, "square": 1, "wide": 2}
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 BESIDE = Path(__file__).with_name("libxclip_fast.so")
@@ -34,9 +37,32 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
         _INT,
         [*_OPERANDS, _POINTER, _POINTER, _POINTER, _SIZE, _POINTER, _SIZE, _SIZE, _SIZE, *_PLACE],
     ),
+    "xclip_fast_linear_residual_statistics": (
+        _INT,
+        [*_OPERANDS, *[_POINTER] * 3, _SIZE, _FLOAT, *[_POINTER] * 4, _SIZE, _SIZE, _SIZE, *_PLACE],
+    ),
     "xclip_fast_linear_slope": (
         _INT,
-        [*_OPERANDS, _POINTER, _SIZE, _POINTER, _SIZE, _SIZE, _SIZE, *_PLACE],
+        [*_OPERANDS, _POINTER, _SIZE, *[_POINTER] * 3, _SIZE, _SIZE, _SIZE, *_PLACE],
+    ),
+    "xclip_fast_partials": (_SIZE, [_SIZE, _SIZE]),
+    "xclip_fast_check_message": (_INT, [_INT]),
+    "xclip_fast_message_floats": (_SIZE, [_SIZE, _SIZE]),
+    "xclip_fast_message_kv": (
+        _INT,
+        [_INT, _INT, _INT, _POINTER, _SIZE, *[_POINTER] * 3, _FLOAT, _SIZE, _SIZE, _SIZE, _POINTER, _POINTER, *_PLACE],
+    ),
+    "xclip_fast_fp8_linear": (
+        _INT,
+        [*_OPERANDS[1:], *[_POINTER] * 3, _INT, _FLOAT, _POINTER, _SIZE, _SIZE, _SIZE, *_PLACE],
+    ),
+    "xclip_fast_fp8_linear_residual": (
+        _INT,
+        [*_OPERANDS[1:], *[_POINTER] * 3, _SIZE, _POINTER, _SIZE, _SIZE, _SIZE, *_PLACE],
+    ),
+    "xclip_fast_layer_norm_fp8": (
+        _INT,
+        [_INT, _POINTER, _SIZE, _POINTER, _POINTER, _FLOAT, _POINTER, _POINTER, _SIZE, _SIZE, *_PLACE],
     ),
     "xclip_fast_row_statistics": (
         _INT,
@@ -76,18 +102,14 @@ def load(file: Path) -> tuple[Any, str | None]:
     return library, None
 
 
-def refuse_device(kind: str, index: int | None) -> str | None:
-    """Why the library does not run on this device, or None."""
+def refuse_device(kind: str, index: int | None, check: str = "xclip_fast_check_device") -> str | None:
+    """Why the library's products, or what ``check`` asks for, do not run on this device, or None."""
     if kind != "cuda":
         return f"device {kind} is not cuda"
-    index = torch.cuda.current_device() if index is None else index
-    properties = torch.cuda.get_device_properties(index)
-    if (properties.major, properties.minor) != (9, 0):
-        return f"compute capability {properties.major}.{properties.minor} is not 9.0"
     library, reason = load(path())
     if library is None:
         return reason
-    code = library.xclip_fast_check_device(index)
+    code = getattr(library, check)(torch.cuda.current_device() if index is None else index)
     return f"the CUDA library says: {_words(library, code)}" if code else None
 
 
@@ -133,6 +155,16 @@ def _floats(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.float().contiguous()
 
 
+def _measured(tile: str, call: str, x: Tensor, weight: Tensor, **sizes: int) -> str:
+    """For the tile "auto" the one that was measured to be the fastest for such sizes, if any was."""
+    name = f"cuda {call}"
+    architecture = _choices.architecture(x) if tile == "auto" and _choices.known(name) else None
+    if architecture is None:
+        return tile
+    where = {"dtype": str(x.dtype).removeprefix("torch."), "m": len(x), "n": len(weight), "k": x.shape[1], **sizes}
+    return next(iter(_choices.order(name, architecture, where)), tile)
+
+
 def norm_linear(
     x: Tensor,
     weight: Tensor,
@@ -156,6 +188,7 @@ def norm_linear(
     y = torch.empty(M, N, dtype=x.dtype, device=x.device)
     u = torch.empty_like(y) if keep else None
     if M:
+        tile = _measured(tile, "norm_linear", x, weight, activation=int(activation))
         x, weight, bias = matrix(x), matrix(weight), _floats(bias)
         operands = (DTYPES[x.dtype], TILES[tile], x, x.stride(0), weight, weight.stride(0))
         rest = (*(norm or (None, None, None)), bias, int(activation), u, y)
@@ -177,6 +210,7 @@ def linear_residual(
     (M, K), N = x.shape, weight.shape[0]
     y = torch.empty(M, N, dtype=x.dtype, device=x.device)
     if M:
+        tile = _measured(tile, "linear_residual", x, weight)
         x, weight, residual, bias, scale = matrix(x), matrix(weight), matrix(residual), _floats(bias), _floats(scale)
         operands = (DTYPES[x.dtype], TILES[tile], x, x.stride(0), weight, weight.stride(0))
         rest = (bias, scale, residual, residual.stride(0), y)
@@ -184,15 +218,57 @@ def linear_residual(
     return y
 
 
-def linear_slope(x: Tensor, weight: Tensor, u: Tensor, *, tile: str = "auto") -> Tensor:
-    """(x W^T) quick_gelu'(u): x (M, K), weight (N, K), u (M, N) of one half-precision dtype -> (M, N)."""
+def linear_residual_statistics(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    scale: Tensor | None,
+    eps: float,
+    *,
+    tile: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``linear_residual``, with the mean and 1 / sqrt(variance + eps) of its rows, float32 (M,) each."""
     (M, K), N = x.shape, weight.shape[0]
     y = torch.empty(M, N, dtype=x.dtype, device=x.device)
+    mean, rstd = (torch.empty(M, dtype=torch.float32, device=x.device) for _ in range(2))
     if M:
+        x, weight, residual, bias, scale = matrix(x), matrix(weight), matrix(residual), _floats(bias), _floats(scale)
+        operands = (DTYPES[x.dtype], TILES[tile], x, x.stride(0), weight, weight.stride(0))
+        rest = (bias, scale, residual, residual.stride(0), eps, _partials(M, N, x.device, 2), mean, rstd, y)
+        _call("xclip_fast_linear_residual_statistics", *operands, *rest, M, N, K, *_place(x))
+    return y, mean, rstd
+
+
+def linear_slope(
+    x: Tensor, weight: Tensor, u: Tensor, *, column_sums: bool = False, tile: str = "auto"
+) -> tuple[Tensor, Tensor | None]:
+    """(x W^T) quick_gelu'(u), and, if wanted, the sums of its columns, float32 (N,).
+
+    Args:
+        x: (M, K), weight: (N, K), u: (M, N), of one half-precision dtype.
+
+    Returns:
+        (M, N), and (N,) or None.
+    """
+    (M, K), N = x.shape, weight.shape[0]
+    y = torch.empty(M, N, dtype=x.dtype, device=x.device)
+    sums = torch.zeros(N, dtype=torch.float32, device=x.device) if column_sums else None
+    if M:
+        tile = _measured(tile, "linear_slope", x, weight)
         x, weight, u = matrix(x), matrix(weight), matrix(u)
         operands = (DTYPES[x.dtype], TILES[tile], x, x.stride(0), weight, weight.stride(0))
-        _call("xclip_fast_linear_slope", *operands, u, u.stride(0), y, M, N, K, *_place(x))
-    return y
+        partials = _partials(M, N, x.device) if column_sums else None
+        _call("xclip_fast_linear_slope", *operands, u, u.stride(0), partials, sums, y, M, N, K, *_place(x))
+    return y, sums
+
+
+def _partials(M: int, N: int, device: torch.device, count: int = 1) -> Tensor:
+    """Room for the partial results of a reduction in the epilogue of an (M, N) product."""
+    library, reason = load(path())
+    if library is None:
+        raise RuntimeError(reason)
+    return torch.empty(count * library.xclip_fast_partials(M, N), dtype=torch.float32, device=device)
 
 
 def row_statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -218,3 +294,123 @@ def fold(weight: Tensor, gamma: Tensor, beta: Tensor, bias: Tensor | None) -> tu
     call = (DTYPES[weight.dtype], DTYPES[kind], weight, weight.stride(0), weight.stride(1), gamma, beta, bias)
     _call("xclip_fast_fold", *call, folded, sums, shift, N, K, *_place(weight))
     return folded, sums, shift
+
+
+def message_kv(
+    x: Tensor,
+    frames: int,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    norms: Sequence[Tensor],
+    eps: float,
+    *,
+    blocks: int = 0,
+) -> Tensor:
+    """The message path as one cooperative kernel, for few rows.
+
+    Args:
+        x: (F, D) class tokens of whole videos of ``frames``.
+        weights: the message token's (D, D), CFA's QKV (3D, D) and output (D, D), IFA's key and value (2D, D), of x's
+            half-precision dtype. biases: of their rows.
+        norms: weight and bias (D,) of the LayerNorms before CFA and before IFA.
+        blocks: of the grid; 0: the library chooses.
+
+    Returns:
+        (F, 2D) in x's dtype.
+    """
+    F, D = x.shape
+    key_value = torch.empty(F, 2 * D, dtype=x.dtype, device=x.device)
+    if F:
+        library, reason = load(path())
+        if library is None:
+            raise RuntimeError(reason)
+        x, weights = matrix(x), [weight.contiguous() for weight in weights]
+        biases, norms = _alike(x.dtype, *biases), _alike(x.dtype, *norms)
+        if biases[0].dtype != norms[0].dtype:
+            biases, norms = ([vector.float() for vector in vectors] for vectors in (biases, norms))
+        workspace = torch.empty(library.xclip_fast_message_floats(F, D), dtype=torch.float32, device=x.device)
+        pointers = ((ctypes.c_void_p * 4)(*(t.data_ptr() for t in given)) for given in (weights, biases, norms))
+        call = (DTYPES[x.dtype], DTYPES[biases[0].dtype], blocks, x, x.stride(0), *pointers, eps, F, frames, D)
+        _call("xclip_fast_message_kv", *call, workspace, key_value, *_place(x))
+    return key_value
+
+
+def _alike(dtype: torch.dtype, *vectors: Tensor) -> list[Tensor]:
+    """Contiguous, and of one dtype: this one if all have it, else float32."""
+    if any(vector.dtype != dtype for vector in vectors):
+        dtype = torch.float32
+    return [vector.to(dtype).contiguous() for vector in vectors]
+
+
+# ---- 8 bits, e4m3
+
+
+def layer_norm_fp8(x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """LN(x) in e4m3, each row over its largest magnitude / 448: x (M, D) -> (M, D) and scales, float32 (M,)."""
+    M, D = x.shape
+    y = torch.empty(M, D, dtype=torch.float8_e4m3fn, device=x.device)
+    scale = torch.empty(M, dtype=torch.float32, device=x.device)
+    if M:
+        x, gamma, beta = matrix(x), gamma.float().contiguous(), beta.float().contiguous()
+        call = (DTYPES[x.dtype], x, x.stride(0), gamma, beta, eps, y, scale, M, D)
+        _call("xclip_fast_layer_norm_fp8", *call, *_place(x))
+    return y, scale
+
+
+def _fp8_linear(
+    x: Tensor,
+    x_scale: Tensor,
+    weight: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    h_scale: float,
+    tile: str,
+) -> Tensor:
+    (M, K), N = x.shape, weight.shape[0]
+    if M:
+        x, weight, bias = matrix(x), matrix(weight), _floats(bias)
+        x_scale, w_scale = x_scale.float().contiguous(), w_scale.float().contiguous()
+        rest = (x_scale, w_scale, bias, int(y.dtype == x.dtype), h_scale, y, M, N, K)
+        _call("xclip_fast_fp8_linear", TILES[tile], x, x.stride(0), weight, weight.stride(0), *rest, *_place(x))
+    return y
+
+
+def fp8_linear(
+    x: Tensor, x_scale: Tensor, weight: Tensor, w_scale: Tensor, bias: Tensor | None, *, tile: str = "auto"
+) -> Tensor:
+    """x_scale w_scale (x W^T) + b: x (M, K), weight (N, K) e4m3, scales (M,) and (N,), bias (N,) -> (M, N) bfloat16."""
+    y = torch.empty(x.shape[0], weight.shape[0], dtype=torch.bfloat16, device=x.device)
+    return _fp8_linear(x, x_scale, weight, w_scale, bias, y, 1.0, tile)
+
+
+def fp8_linear_gelu(
+    x: Tensor,
+    x_scale: Tensor,
+    weight: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    h_scale: float,
+    *,
+    tile: str = "auto",
+) -> Tensor:
+    """quick_gelu of what ``fp8_linear`` computes, over ``h_scale``, in e4m3, saturated at 448: (M, N)."""
+    y = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
+    return _fp8_linear(x, x_scale, weight, w_scale, bias, y, h_scale, tile)
+
+
+def fp8_linear_residual(
+    x: Tensor, weight: Tensor, w_scale: Tensor, bias: Tensor | None, residual: Tensor, *, tile: str = "auto"
+) -> Tensor:
+    """residual + w_scale (x W^T) + b: x (M, K), weight (N, K) e4m3, w_scale (N,) with the scale of x in it, bias (N,),
+    residual (M, N) bf16 -> bf16 (M, N)."""
+    (M, K), N = x.shape, weight.shape[0]
+    y = torch.empty(M, N, dtype=torch.bfloat16, device=x.device)
+    if M:
+        x, weight, residual, bias = matrix(x), matrix(weight), matrix(residual), _floats(bias)
+        w_scale = w_scale.float().contiguous()
+        rest = (w_scale, bias, residual, residual.stride(0), y, M, N, K)
+        _call(
+            "xclip_fast_fp8_linear_residual", TILES[tile], x, x.stride(0), weight, weight.stride(0), *rest, *_place(x)
+        )
+    return y

@@ -1,7 +1,9 @@
-"""The backend ``cuda`` of ``ln_linear``, ``linear_residual`` and ``mlp``: products of the CUDA library, the rest torch.
+"""The backend ``cuda``: products of the CUDA library and torch for ``ln_linear``, ``linear_residual`` and ``mlp``, one
+kernel for ``message_kv`` where there are few rows.
 
-Nothing of it has been measured or run on a GPU yet, so it is never chosen by itself: only ``XCLIP_FAST_BACKEND=cuda``
-and ``with backend("cuda")`` take it. A library that is missing, or of another interface, is a reason of refusal.
+Nothing of it has been measured or run on a GPU yet, so it is taken only where ``XCLIP_FAST_BACKEND=cuda`` or
+``with backend("cuda")`` ask for it, or a measurement names it (_choices.py). A library that is missing, or of another
+interface, is a reason of refusal.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,14 +13,19 @@ import torch
 from torch import Tensor
 
 from . import _cuda
-from ._cuda import fold, linear_residual, linear_slope, norm_linear, row_statistics
-from ._dispatch import Backend, forced_backend
+from ._cuda import fold, linear_residual, linear_residual_statistics, linear_slope, norm_linear, row_statistics
+from ._dispatch import Backend
 from .quick_gelu import quick_gelu_reference
 
 HALF = (torch.bfloat16, torch.float16)
 # Rows from which LayerNorm is folded into the product: with fewer, folding the weight costs more. Not measured.
 FOLD_FROM = 4096
-UNMEASURED = "not measured on a GPU yet, so taken only if asked for (XCLIP_FAST_BACKEND=cuda or backend('cuda'))"
+# Rows up to which message_kv is one kernel, whose time is that of its weights. Not measured.
+MESSAGE_ROWS = 64
+UNMEASURED = (
+    "not measured here, so taken only if asked for (XCLIP_FAST_BACKEND=cuda or backend('cuda')); "
+    "python -m xclip_fast.kernels.tune --backends measures"
+)
 
 
 def _normalised(rows: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> tuple[Tensor, ...]:
@@ -148,12 +155,17 @@ def _linear_residual(
     statistics: bool,
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     rows = x.reshape(-1, x.shape[-1]).to(weight.dtype)
-    y = _add(rows, weight, bias, residual.reshape(-1, weight.shape[0]), drop_scale)
-    if statistics:
-        mean, rstd = (row.view(residual.shape[:-1]) for row in row_statistics(y, eps))
+    wide = residual.reshape(-1, weight.shape[0])
+    if not statistics:
+        nothing = (torch.empty(0, dtype=torch.float32, device=x.device) for _ in range(2))
+        return (_add(rows, weight, bias, wide, drop_scale).view(residual.shape), *nothing), ()
+    if wide.dtype == rows.dtype:
+        scale = _sample_scale(drop_scale, rows.shape[0])
+        y, mean, rstd = linear_residual_statistics(rows, weight, bias, wide, scale, eps)
     else:
-        mean, rstd = (torch.empty(0, dtype=torch.float32, device=x.device) for _ in range(2))
-    return (y.view(residual.shape), mean, rstd), ()
+        y = _add(rows, weight, bias, wide, drop_scale)
+        mean, rstd = row_statistics(y, eps)
+    return (y.view(residual.shape), *(row.view(residual.shape[:-1]) for row in (mean, rstd))), ()
 
 
 def _dproduct(dy: Tensor, weight: Tensor, drop_scale: Tensor | None) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
@@ -233,12 +245,12 @@ def _mlp_backward(
     u = saved[2]
     dproduct, dbias2 = _dproduct(grads[0], weight2, drop_scale)
     # du = (s dy W2) quick_gelu'(u)
-    du = linear_slope(dproduct, weight2.T, u)
+    du, dbias1 = linear_slope(dproduct, weight2.T, u, column_sums=needs[4])
     result = _linear_backward(du, x.reshape(-1, x.shape[-1]), ln_weight, ln_bias, weight1, eps, needs)
     if needs[0]:
         result[0] = result[0].view(x.shape) + grads[0].to(x.dtype)
-    if needs[4]:
-        result.append(du.sum(0, dtype=torch.float32).to(bias1.dtype))
+    if dbias1 is not None:
+        result.append(dbias1.to(bias1.dtype))
     if needs[5]:
         result.append(torch.mm(dproduct.T, quick_gelu_reference(u)))
     if needs[6]:
@@ -251,8 +263,6 @@ def _mlp_backward(
 
 def _refuse(x: Tensor, *weights: Tensor) -> str | None:
     """Why products of x with these weights are not taken, or None."""
-    if forced_backend() != "cuda":
-        return UNMEASURED
     reason = _cuda.refuse_device(x.device.type, x.device.index)
     if reason is not None:
         return reason
@@ -281,4 +291,37 @@ def cuda_backend(op: str, refuse: Callable[..., str | None] | None = None) -> Ba
         reason = _refuse(args[0], *(args[index] for index in weights))
         return reason or (refuse(*args) if refuse else None)
 
-    return Backend("cuda", forward, backward, refuse=refusal)
+    return Backend("cuda", forward, backward, unasked=UNMEASURED, refuse=refusal)
+
+
+def _message_kv(save: bool, *args: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    x, frames, fc_weight, fc_bias, *rest, heads, eps, _ = args
+    norm_m_weight, norm_m_bias, qkv_weight, qkv_bias, out_weight, out_bias, *norm_1, kv_weight, kv_bias = rest
+    weights, biases = (fc_weight, qkv_weight, out_weight, kv_weight), (fc_bias, qkv_bias, out_bias, kv_bias)
+    norms = (norm_m_weight, norm_m_bias, *norm_1)
+    key_value = _cuda.message_kv(x.to(fc_weight.dtype), frames, weights, biases, norms, eps)
+    return (key_value.unflatten(1, (2, heads, fc_weight.shape[0] // heads)),), ()
+
+
+def message_kv_cuda_backend(refuse: Callable[..., str | None]) -> Backend:
+    """The backend of ``message_kv``; ``refuse`` gives the reasons of any backend with kernels."""
+
+    def refusal(*args: Any) -> str | None:
+        x, _, weight, *_, heads, _, drop_scale = args
+        reason = _cuda.refuse_device(x.device.type, x.device.index, "xclip_fast_check_message")
+        if reason is not None:
+            return reason
+        autocast = torch.is_autocast_enabled(x.device.type)
+        dtype = torch.get_autocast_dtype(x.device.type) if autocast else weight.dtype
+        if dtype not in HALF:
+            return f"a weight of dtype {dtype} is not bfloat16 or float16"
+        width = weight.shape[0]
+        if x.shape[0] > MESSAGE_ROWS:
+            return f"{x.shape[0]} rows are over {MESSAGE_ROWS}"
+        if width % 64 or width // heads != 64 or width > 1024:
+            return f"width {width} in {heads} heads: heads of 64 channels and at most 1024 in all wanted"
+        if drop_scale is not None:
+            return "drop path is for training"
+        return refuse(*args)
+
+    return Backend("cuda", _message_kv, unasked=UNMEASURED, refuse=refusal, partial=True)

@@ -1,7 +1,8 @@
 """Picks a backend for each op, and registers each op with torch.library.
 
 A backend declares what it supports as data; one loop asks them in order of preference and keeps the reason of
-every refusal. ``XCLIP_FAST_BACKEND`` (read once, at import) or ``with backend("triton"):`` overrides the choice.
+every refusal. On a GPU the order is that of the measured table (_choices.py) where it has a row, else the op's own.
+``XCLIP_FAST_BACKEND`` (read once, at import) or ``with backend("triton"):`` overrides the choice.
 
 A backend is either plain torch calls, differentiated by autograd, or a kernel with a backward of its own. Eager
 calls run the chosen backend directly, because a registered Python op costs tens of microseconds. While torch.compile
@@ -22,6 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import _choices
+
 logger = logging.getLogger("xclip_fast")
 
 BACKENDS = ("reference", "triton", "cuda", "library", "sdpa", "flash_attn", "xformers", "apex")
@@ -41,7 +44,9 @@ class Backend:
     Plain torch: ``forward(*args)`` returns what the reference returns. A kernel, which has ``backward``:
     ``forward(save, *args)`` returns the outputs as a tuple and, if ``save``, the tensors that ``backward`` wants
     beside the arguments; ``backward(grads, saved, needs, *args)`` returns a gradient for every argument that needs
-    one, in order. ``refuse`` gets the op's arguments and returns a reason for what the fields cannot say, or None.
+    one, in order. A ``partial`` kernel has no backward. ``refuse`` gets the op's arguments and returns a reason for
+    what the fields cannot say, or None. ``unasked`` is why it is taken only where it is asked for or was measured to be
+    fast, if that is so.
     """
 
     name: str
@@ -51,10 +56,15 @@ class Backend:
     dtypes: tuple[torch.dtype, ...] = FLOATS
     capability: int = 0  # the least major compute capability of a CUDA device
     package: str = ""
+    unasked: str = ""
     refuse: Callable[..., str | None] | None = None
+    # takes some shapes only and computes no gradients: asked for, it is the first choice, not the only one
+    partial: bool = False
 
-    def refusal(self, args: tuple[Any, ...]) -> str | None:
-        """Why this backend does not take ``args``, or None if it does."""
+    def refusal(self, args: tuple[Any, ...], trained: bool = False) -> str | None:
+        """Why this backend does not take ``args``, or None if it does; ``trained``: gradients are wanted."""
+        if self.partial and trained:
+            return "it computes no gradients"
         if self.package and self.package not in _INSTALLED:
             return f"the package {self.package} is not installed (pip install {self.package})"
         tensors = [arg for arg in args if isinstance(arg, Tensor)]
@@ -154,6 +164,7 @@ class Op:
         saved: for kernels: the tensors (as empty ones) that ``forward(True, *args)`` saves.
         autocast: the arguments that kernels take in the dtype of an enclosing ``torch.autocast``. Plain torch calls
             obey autocast themselves.
+        sizes: of the arguments, by name: what the speed of the backends depends on. None: not in the measured table.
         dtypes: floating dtypes that the reference takes.
         differentiable: False for an op for inference, which refuses arguments whose gradient is wanted.
     """
@@ -164,12 +175,14 @@ class Op:
         *backends: Backend,
         saved: Callable[..., tuple[Tensor, ...]] | None = None,
         autocast: tuple[str, ...] = (),
+        sizes: Callable[..., dict[str, int]] | None = None,
         dtypes: tuple[torch.dtype, ...] = FLOATS,
         differentiable: bool = True,
     ) -> None:
         self.name = reference.__name__.removesuffix("_reference")
         self.reference = reference
         self.saved = saved
+        self.sizes = sizes
         self.differentiable = differentiable
         self.backends = (*backends, Backend("reference", reference, dtypes=dtypes))
         self.names = tuple(candidate.name for candidate in self.backends)
@@ -178,16 +191,30 @@ class Op:
         OPS[self.name] = self
         self.registered, self.registered_saving = _register(self)
 
-    def choose(self, args: tuple[Any, ...]) -> Backend:
-        """The backend for these arguments; ``BackendError`` with every reason if there is none."""
+    def choose(self, args: tuple[Any, ...], trained: bool = False, kernels: bool = False) -> Backend:
+        """The backend for these arguments; ``BackendError`` with every reason if there is none.
+
+        Args:
+            trained: gradients are wanted.
+            kernels: only those with a backward of their own will do.
+        """
+        measured: tuple[str, ...] = ()
         candidates = self.backends
         if _checked(_forced) in self.names:
             candidates = tuple(candidate for candidate in candidates if candidate.name == _forced)
-        elif _forced != "auto" and not torch.compiler.is_compiling():
-            _log_once(f"{self.name} has no backend {_forced}; the choice is automatic")
+            if candidates[0].partial:
+                candidates += tuple(candidate for candidate in self.backends if candidate.name != _forced)
+        else:
+            if _forced != "auto" and not torch.compiler.is_compiling():
+                _log_once(f"{self.name} has no backend {_forced}; the choice is automatic")
+            measured = self.measured(args, trained)
+            if measured:
+                candidates = tuple(sorted(candidates, key=lambda each: (*measured, each.name).index(each.name)))
+        if kernels:
+            candidates = tuple(candidate for candidate in candidates if candidate.backward is not None)
         reasons: list[str] = []
         for candidate in candidates:
-            reason = candidate.refusal(args)
+            reason = self.refusal(candidate, args, measured, trained)
             if reason is None:
                 if reasons and not torch.compiler.is_compiling():
                     _log_fallback(self.name, candidate.name, "; ".join(reasons), args)
@@ -197,17 +224,43 @@ class Op:
         forced = f" (backend {_forced!r} was asked for)" if _forced in self.names else ""
         raise BackendError(f"no backend of {self.name} takes ({shapes}){forced}: {'; '.join(reasons)}")
 
+    def refusal(
+        self, candidate: Backend, args: tuple[Any, ...], measured: tuple[str, ...] = (), trained: bool = False
+    ) -> str | None:
+        """Why ``candidate`` is not taken for these arguments, or None; ``measured``: what was measured for them."""
+        if candidate.unasked and candidate.name not in (_forced, *measured):
+            return candidate.unasked
+        return candidate.refusal(args, trained)
+
+    def measured(self, args: tuple[Any, ...], trained: bool = False) -> tuple[str, ...]:
+        """The backends that were measured for such arguments on this GPU, the fastest first; none if nothing was.
+
+        While torch.compile or torch.export traces, none: kernels that a graph enters by their registered ops choose
+        when they run.
+        """
+        if self.sizes is None or torch.compiler.is_compiling() or not _choices.known(self.name):
+            return ()
+        architecture = _choices.architecture(args[0])
+        if architecture is None:
+            return ()
+        dtype = args[self.autocast[0] if self.autocast else 0].dtype
+        mixed = args[0].is_floating_point() and args[0].dtype != dtype
+        if mixed or torch.is_autocast_enabled(args[0].device.type):
+            return ()  # everything is measured in one dtype
+        where = {"dtype": str(dtype).removeprefix("torch."), "training": trained, **self.sizes(*args)}
+        return _choices.order(self.name, architecture, where)
+
     def __call__(self, *args: Any) -> Any:
-        if not self.differentiable and _wants_gradient(args):
+        trained = _wants_gradient(args)
+        if trained and not self.differentiable:
             raise RuntimeError(
                 f"{self.name} is for inference only, and a gradient is wanted: call it under torch.inference_mode() or "
                 "torch.no_grad()"
             )
-        chosen = self.choose(args)
-        if chosen.backward is None:
+        chosen = self.choose(args, trained)
+        if chosen.backward is None and not chosen.partial:
             return chosen.forward(*args)
         args = self._lowered(args)
-        trained = _wants_gradient(args)
         if torch.compiler.is_compiling():
             if not trained:
                 return self.registered(*args)
@@ -299,7 +352,7 @@ def _register(op: Op) -> tuple[Callable[..., Any], Callable[..., Any]]:
 
     def forward(*args: Any) -> Any:
         chosen = op.choose(args)
-        if chosen.backward is None:
+        if chosen.backward is None and not chosen.partial:
             return _contiguous(chosen.forward(*args))
         outputs = tuple(chosen.forward(False, *args)[0])
         return outputs if len(outputs) > 1 else outputs[0]
@@ -345,7 +398,7 @@ def _register(op: Op) -> tuple[Callable[..., Any], Callable[..., Any]]:
         return result
 
     def forward_saving(*args: Any) -> list[Tensor]:
-        outputs, saved = op.choose(args).forward(True, *args)
+        outputs, saved = op.choose(args, trained=True, kernels=True).forward(True, *args)
         return fresh([*outputs, *saved], args)
 
     def fake_saving(*args: Any) -> list[Tensor]:
@@ -353,7 +406,7 @@ def _register(op: Op) -> tuple[Callable[..., Any], Callable[..., Any]]:
         return [*(outputs if isinstance(outputs, tuple) else (outputs,)), *op.saved(*args)]  # type: ignore[misc]
 
     def kernel_backward(grads: list[Tensor], saved: list[Tensor], needs: list[bool], *args: Any) -> list[Tensor]:
-        chosen = op.choose(args)
+        chosen = op.choose(args, trained=True, kernels=True)
         assert chosen.backward is not None
         return fresh(chosen.backward(grads, saved, needs, *args), [*args, *grads, *saved])
 

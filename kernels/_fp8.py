@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _cuda
-from ._cuda_ops import UNMEASURED
 from ._dispatch import FLOAT8, FLOATS, forced_backend
 
 LARGEST = 448.0  # of e4m3
@@ -104,13 +103,4 @@ def refuse_library(x: Tensor, *weights: Tensor) -> str | None:
 
 def refuse_cuda(x: Tensor, *weights: Tensor) -> str | None:
     """Why the CUDA library's products are not taken for x and these weights, or None."""
-    if forced_backend() != "cuda":
-        return UNMEASURED
-    if not hasattr(_cuda, "fp8_linear"):
-        return "this CUDA library has no float8 products"
     return _cuda.refuse_device(x.device.type, x.device.index) or _refuse_operands(x, weights)
-
-
-def no_backward(*_: object) -> list[Tensor]:
-    """The backward of a kernel of an inference op; the dispatcher refuses before it comes to this."""
-    raise NotImplementedError("the ops on float8 are for inference only")

@@ -56,6 +56,7 @@ _op = Op(
     Backend("sdpa", _sdpa),
     saved=_saved,
     autocast=("qkv", "message"),
+    sizes=lambda qkv, message: {"m": len(qkv), "length": qkv.shape[1], "heads": qkv.shape[3], "channels": qkv.shape[4]},
 )
 
 

@@ -34,6 +34,12 @@ _op = Op(
     cuda_backend("ln_linear"),
     saved=_saved,
     autocast=("weight",),
+    sizes=lambda x, gamma, beta, weight, bias, eps, activation: {
+        "m": x.shape[:-1].numel(),
+        "n": weight.shape[0],
+        "k": weight.shape[1],
+        "activation": int(activation),
+    },
 )
 
 

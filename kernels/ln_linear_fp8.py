@@ -1,14 +1,11 @@
 """LayerNorm and linear layer on float8: LN(x) is quantised row by row, the weight was channel by channel."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from . import _cuda, _fp8
+from ._cuda_ops import UNMEASURED
 from ._dispatch import Backend, Op
-
-_calls: Any = _cuda
 
 
 def ln_linear_fp8_reference(
@@ -49,8 +46,8 @@ def _forward(
     bias: Tensor | None,
     eps: float,
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    x8, x_scale = _calls.layer_norm_fp8(x.reshape(-1, x.shape[-1]), ln_weight, ln_bias, eps)
-    y = _calls.fp8_linear(x8, x_scale, weight8, weight_scale.float(), bias)
+    x8, x_scale = _cuda.layer_norm_fp8(x.reshape(-1, x.shape[-1]), ln_weight, ln_bias, eps)
+    y = _cuda.fp8_linear(x8, x_scale, weight8, weight_scale.float(), bias)
     return (y.view(*x.shape[:-1], weight8.shape[0]),), ()
 
 
@@ -59,9 +56,10 @@ _op = Op(
     Backend(
         "cuda",
         _forward,
-        _fp8.no_backward,
         dtypes=_fp8.OPERANDS,
+        unasked=UNMEASURED,
         refuse=lambda x, _gamma, _beta, weight8, *_: _fp8.refuse_cuda(x, weight8),
+        partial=True,
     ),
     Backend(
         "library",

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._cuda_ops import message_kv_cuda_backend
 from ._dispatch import Op, triton_backend
 from ._linear import linear
 from .layer_norm import layer_norm_reference
@@ -66,8 +67,10 @@ def _saved(class_tokens: Tensor, frames: int, fc_weight: Tensor, *_: Any) -> tup
 _op = Op(
     message_kv_reference,
     triton_backend("message_kv", refuse=_refuse),
+    message_kv_cuda_backend(_refuse),
     saved=_saved,
     autocast=("fc_weight", "qkv_weight", "out_weight", "kv_weight"),
+    sizes=lambda class_tokens, frames, *_: {"m": len(class_tokens), "k": class_tokens.shape[1], "frames": frames},
 )
 
 

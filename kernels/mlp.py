@@ -36,6 +36,7 @@ _op = Op(
     cuda_backend("mlp", lambda x, *rest: refuse_drop_scale(rest[-1])),
     saved=_saved,
     autocast=("weight1", "weight2"),
+    sizes=lambda x, *_: {"m": x.shape[:-1].numel(), "k": x.shape[-1]},
 )
 
 

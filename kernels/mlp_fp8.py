@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from . import _cuda, _fp8
+from ._cuda_ops import UNMEASURED
 from ._dispatch import Backend, Op
 from .quick_gelu import quick_gelu, quick_gelu_reference
-
-_calls: Any = _cuda
 
 
 def mlp_fp8_reference(
@@ -69,9 +68,9 @@ def _forward(
     eps: float,
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     rows = x.reshape(-1, x.shape[-1])
-    x8, x_scale = _calls.layer_norm_fp8(rows, ln_weight, ln_bias, eps)
-    hidden8 = _calls.fp8_linear_gelu(x8, x_scale, weight1_8, weight1_scale.float(), bias1, hidden_scale)
-    y = _calls.fp8_linear_residual(hidden8, weight2_8, weight2_scale.float(), bias2, rows)
+    x8, x_scale = _cuda.layer_norm_fp8(rows, ln_weight, ln_bias, eps)
+    hidden8 = _cuda.fp8_linear_gelu(x8, x_scale, weight1_8, weight1_scale.float(), bias1, hidden_scale)
+    y = _cuda.fp8_linear_residual(hidden8, weight2_8, weight2_scale.float(), bias2, rows)
     return (y.view(x.shape),), ()
 
 
@@ -84,9 +83,10 @@ _op = Op(
     Backend(
         "cuda",
         _forward,
-        _fp8.no_backward,
         dtypes=_fp8.OPERANDS,
+        unasked=UNMEASURED,
         refuse=lambda *args: _fp8.refuse_cuda(*_weights(*args)),
+        partial=True,
     ),
     Backend(
         "library",

@@ -14,6 +14,12 @@ from ._linear import linear
 from .layer_norm import layer_norm_reference
 
 
+def constants(values: Sequence[float], like: Tensor, dtype: torch.dtype) -> Tensor:
+    """A small vector on ``like``'s device, made there: a copy from the CPU would wait for the GPU, and is refused while
+    a CUDA graph is captured."""
+    return torch.stack([like.new_full((), value, dtype=dtype) for value in values])
+
+
 def patch_embed_reference(
     frames: Tensor,
     weight: Tensor,
@@ -30,8 +36,8 @@ def patch_embed_reference(
         count, height, length, _ = frames.shape
         # W ((u / 255 - mean) / std) = W' (u - 128) + b': 8-bit levels about their middle are exact in bfloat16
         precise = torch.promote_types(weight.dtype, torch.float32)
-        deviation = weight.new_tensor(std, dtype=precise)[:, None, None]
-        offset = (128 / 255 - weight.new_tensor(mean, dtype=precise)[:, None, None]) / deviation
+        deviation = constants(std, weight, precise)[:, None, None]
+        offset = (128 / 255 - constants(mean, weight, precise)[:, None, None]) / deviation
         bias = (weight.to(precise) * offset).sum((1, 2, 3)).to(weight.dtype)
         folded = (weight.to(precise) / (255 * deviation)).to(weight.dtype)
         kernel = folded.permute(0, 2, 3, 1).reshape(width, -1)  # channel last, as the pixels
@@ -62,7 +68,18 @@ def _saved(frames: Tensor, weight: Tensor, class_embedding: Tensor, position: Te
     return tokens, *(weight.new_empty(shape[:2], dtype=torch.float32) for _ in range(2))
 
 
-_op = Op(patch_embed_reference, triton_backend("patch_embed", refuse=_refuse), saved=_saved, autocast=("weight",))
+_op = Op(
+    patch_embed_reference,
+    triton_backend("patch_embed", refuse=_refuse),
+    saved=_saved,
+    autocast=("weight",),
+    sizes=lambda frames, weight, class_embedding, position, *_: {
+        "m": len(frames),
+        "length": len(position),
+        "n": len(weight),
+        "levels": int(frames.dtype == torch.uint8),
+    },
+)
 
 
 def patch_embed(

@@ -1,9 +1,11 @@
-"""Measure tiles on this GPU: ``python -m xclip_fast.kernels.tune [--op NAME ...] [--commit]``.
+"""Measure on this GPU: ``python -m xclip_fast.kernels.tune [--backends] [--op NAME ...] [--commit]``.
 
-For every tile table and every shape of the X-CLIP blocks, each of the op's candidates that compiles, fits and agrees
-with the table's tile is timed, and the fastest is written: to the user's own table
-(``~/.cache/xclip_fast/tiles.json``), which is asked before the shipped one, or with ``--commit`` into the shipped one,
-``kernels/triton/tiles.json``.
+Tiles of the Triton kernels: for every tile table and every shape of the X-CLIP blocks, each of the op's candidates that
+compiles, fits and agrees with the table's tile is timed, and the fastest is written. With ``--backends``, to be run
+after that, the backends of every op and the tiles of the CUDA library's products (tune_backends.py).
+
+It goes into the user's own table (``tiles.json`` or ``choices.json`` in ``~/.cache/xclip_fast``), which is asked before
+the shipped one, or with ``--commit`` into the shipped one (in ``kernels/triton`` or ``kernels``).
 """
 
 import argparse
@@ -152,20 +154,42 @@ def merge(path: Path, rows: dict[str, list[dict[str, Any]]]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    from . import _choices, tune_backends
+    from ._tables import user_table
+
     parser = argparse.ArgumentParser(prog="python -m xclip_fast.kernels.tune", description=__doc__)
-    parser.add_argument("--op", action="append", choices=sorted(WORK), help="one table only; may be repeated")
+    parser.add_argument("--backends", action="store_true", help="the backends of the ops instead of Triton's tiles")
+    known = sorted({*WORK, *tune_backends.WORK, *tune_backends.TILE_WORK})
+    parser.add_argument("--op", action="append", choices=known, help="one table only; may be repeated")
     parser.add_argument("--commit", action="store_true", help="write the shipped table instead of the user's own")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("error: tuning measures on a GPU, and torch.cuda.is_available() is False here", file=sys.stderr)
         return 1
-    from .triton import _launch
+    work: Any = {**tune_backends.TILE_WORK, **tune_backends.WORK} if options.backends else WORK
+    if options.backends:
+        table = _choices.TABLE
+    else:
+        from .triton import _launch
 
-    path = _launch.TABLE if options.commit else _launch.user_table()
-    for op in options.op or sorted(WORK):
-        merge(path, {op: tune(op, print)})
+        table = _launch.TABLE
+    path = table if options.commit else user_table(table.name)
+    wrong = 0
+    for op in options.op or list(work):
+        if op not in work:
+            other = "without" if options.backends else "with"
+            parser.error(f"--op {op} is measured {other} --backends; here: {', '.join(work)}")
+        if options.backends:
+            rows, refused = tune_backends.measure(op, print)
+            wrong += refused
+        else:
+            rows = tune(op, print)
+        merge(path, {op: rows})
+        _choices.forget()  # the backend cuda is measured with the tiles that were found for it
     print(f"written to {path}")
-    return 0
+    if wrong:
+        print(f"error: {wrong} backends or tiles compute something else and were left out", file=sys.stderr)
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

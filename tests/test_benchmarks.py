@@ -5,6 +5,7 @@ import importlib.util
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -80,6 +81,48 @@ def test_every_work_beside_its_peer(throughput, tmp_path, capsys):
     table = capsys.readouterr().out
     assert "labels encoded" in table
     assert "x Hugging Face" in table
+
+
+@pytest.mark.usefixtures("quick")
+def test_graphs_stand_beside_the_eager_calls_and_have_ratios_of_their_own(throughput, tmp_path, monkeypatch):
+    """On a GPU, for small batches; here the CPU plays one, and the eager tower the graph."""
+    pytest.importorskip("transformers")
+    made, cleared, wrong = [], [], []
+
+    class Graphed:
+        def __init__(self, model, batch, frames):
+            made.append((batch, frames))
+            self.model = model
+
+        def __call__(self, video):
+            features = self.model.encode_video(video)
+            return features._replace(video=features.video * 1.5) if wrong else features
+
+    monkeypatch.setattr(throughput, "has_graphs", lambda device: True)
+    monkeypatch.setattr(throughput, "GRAPHED_UP_TO", 2)
+    monkeypatch.setattr(throughput.xclip_fast.XCLIP, "graphed", lambda *sizes: Graphed(*sizes))
+    monkeypatch.setattr(throughput.xclip_fast.XCLIP, "clear_graphs", lambda model: cleared.append(model))
+    options = ("--precisions", "fp32", "--works", "tower,cached,encoded", "--batch-sizes", "2,3")
+    code, report = tiny_run(throughput, tmp_path, *options)
+    assert code == 0
+    assert made == [(2, 3)] * 2
+    assert len(cleared) == 6
+    rows = {(row["batch"], row["work"], row["contender"]): row for row in report["rows"]}
+    assert len(rows) == 6 * 2 + 2
+    for work in ("tower", "cached"):
+        ours, graphed, peer = (rows[2, work, name] for name in ("xclip-fast", "xclip-fast graph", "Hugging Face"))
+        assert graphed["largest_error"] == 0
+        assert set(ours["ratios"]) == set(graphed["ratios"]) == {"Hugging Face"}
+        assert graphed["ratios"]["Hugging Face"]["median"] == pytest.approx(peer["median_s"] / graphed["median_s"])
+        assert graphed["own_gemms_s"] == ours["own_gemms_s"]
+        assert graphed["share_of_gemm"] > 0
+    wrong.append(True)
+    code, report = tiny_run(throughput, tmp_path, "--precisions", "fp32", "--works", "tower", "--batch-sizes", "1")
+    assert code == 1
+    ours, graphed, peer = report["rows"]
+    assert "outputs differ from ours" in graphed["note"]
+    assert "ratios" not in graphed
+    assert set(ours["ratios"]) == {"Hugging Face"}
 
 
 @pytest.mark.usefixtures("quick")
@@ -338,3 +381,32 @@ def test_order_of_frames_is_counted_apart(monkeypatch):
     confusion = np.zeros((10, 10), int)
     confusion[0, 0], confusion[0, 1], confusion[3, 3], confusion[2, 9] = 3, 1, 2, 4
     assert motion.by_order(confusion) == (0.6, 5 / 6)
+
+
+def test_the_tower_is_timed_eager_from_a_graph_and_from_one_without_overlap(monkeypatch, tiny_model):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    gpu_check = importlib.import_module("gpu_check")
+    seen, made = [], []
+
+    class Graphed:
+        """Captures at its first call, as the real one."""
+
+        def __call__(self, video):
+            if not made:
+                made.append(gpu_check.overlap._is_captured(SimpleNamespace(is_cuda=True)))
+            return made[0]
+
+        def clear(self):
+            made.clear()
+
+    monkeypatch.setattr(gpu_check, "XCLIP", lambda name: tiny_model)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(type(tiny_model), "cuda", lambda self: self)
+    monkeypatch.setattr(type(tiny_model), "bfloat16", lambda self: self)
+    monkeypatch.setattr(type(tiny_model), "graphed", lambda self: Graphed())
+    monkeypatch.setattr(type(tiny_model), "encode_video", lambda self, video: video.shape)
+    monkeypatch.setattr(torch, "randint", lambda *args, device, **rest: torch.zeros(args[1], **rest))
+    monkeypatch.setattr(gpu_check, "milliseconds", lambda call: seen.append(call()) or float(len(seen)))
+    found = gpu_check.tower_milliseconds()
+    assert found == {"eager": 1.0, "graph": 2.0, "graph, one after the other": 3.0}
+    assert seen == [(1, 8, 224, 224, 3), True, False]

@@ -5,6 +5,7 @@ The library is what the install built, or ``XCLIP_FAST_CUDA_LIBRARY`` names; ``X
 """
 
 import ctypes
+import importlib
 import os
 import re
 import shutil
@@ -25,6 +26,8 @@ from xclip_fast import info, kernels
 ROOT = Path(__file__).parents[1]
 HEADER = ROOT / "csrc" / "include" / "xclip_fast.h"
 EPS = 1e-5
+E4M3 = torch.float8_e4m3fn
+PARTIALS = 40  # floats of a partial result where the library is played; the real one asks for more
 TYPES = {"int": ctypes.c_int, "int64_t": ctypes.c_int64, "float": ctypes.c_float}
 
 
@@ -126,13 +129,13 @@ def test_kernels_use_tensor_cores_and_tma_and_do_not_spill(library: Path) -> Non
     usage = subprocess.run([tool, "--dump-resource-usage", library], capture_output=True, text=True, check=True).stdout
     found = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
     products = [name for name, *_ in found if "GemmUniversal" in name]
-    assert len(products) == 12  # product_*.cu
+    assert len(products) == 19  # product_*.cu
     for name, _, stack, local in found:
         assert stack == local == "0", name
     code = subprocess.run([tool, "--dump-sass", library], capture_output=True, text=True, check=True).stdout
     bodies = {part.split("\n", 1)[0].strip(): part for part in code.split("Function : ")[1:]}
     for name in products:
-        for instruction in ("HGMMA", "UTMALDG", "UTMASTG"):
+        for instruction in ("QGMMA" if "float_e4m3_t" in name else "HGMMA", "UTMALDG", "UTMASTG"):
             assert instruction in bodies[name], (instruction, name)
         assert not re.search(r"\b(LDL|STL)\b", bodies[name]), name
 
@@ -147,7 +150,8 @@ def arguments(dtype: torch.dtype = torch.bfloat16, width: int = 128, out: int = 
 
 
 def reason(op: str, args: tuple[Any, ...]) -> str | None:
-    return next(candidate for candidate in OPS[op].backends if candidate.name == "cuda").refusal(args)
+    candidate = next(candidate for candidate in OPS[op].backends if candidate.name == "cuda")
+    return OPS[op].refusal(candidate, args)
 
 
 def test_the_backend_is_never_chosen_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,6 +166,7 @@ def test_the_backend_is_never_chosen_by_itself(monkeypatch: pytest.MonkeyPatch) 
         "linear_residual",
         "ln_linear",
         "ln_linear_fp8",
+        "message_kv",
         "mlp",
         "mlp_fp8",
     }
@@ -233,8 +238,7 @@ class Memory:
         def call(*args: Any) -> int:
             assert len(args) == len(names)
             self.calls.append(name.removeprefix("xclip_fast_"))
-            getattr(Memory, self.calls[-1])(self, **dict(zip(names, args, strict=True)))
-            return 0
+            return getattr(Memory, self.calls[-1])(self, **dict(zip(names, args, strict=True))) or 0
 
         return call
 
@@ -249,9 +253,10 @@ class Memory:
     def row(self, pointer: int | None, count: int, dtype: torch.dtype = torch.float32) -> Tensor | None:
         return None if pointer is None else self.at(pointer, 1, count, count, dtype)[0]
 
-    def product(self, g: dict[str, Any]) -> Tensor:
-        kind = self.kinds[g["dtype"]]
-        assert g["x"] % 16 == g["w"] % 16 == g["y"] % 16 == g["x_row"] % 8 == g["w_row"] % 8 == 0
+    def product(self, g: dict[str, Any], kind: torch.dtype | None = None) -> Tensor:
+        kind = kind or self.kinds[g["dtype"]]
+        unit = 16 // torch.empty(0, dtype=kind).element_size()
+        assert g["x"] % 16 == g["w"] % 16 == g["y"] % 16 == g["x_row"] % unit == g["w_row"] % unit == 0
         x, w = self.at(g["x"], g["m"], g["k"], g["x_row"], kind), self.at(g["w"], g["n"], g["k"], g["w_row"], kind)
         return x.float() @ w.float().T
 
@@ -271,20 +276,83 @@ class Memory:
         self.out(g, quick_gelu(u) if g["activation"] else u)
 
     def linear_residual(self, **g: Any) -> None:
+        self.out(g, self.added(g))
+
+    def added(self, g: dict[str, Any]) -> Tensor:
         value = self.product(g)
         if g["bias"] is not None:
             value = value + self.row(g["bias"], g["n"])
         if g["scale"] is not None:
             value = value * self.row(g["scale"], g["m"])[:, None]  # type: ignore[index]
         residual = self.at(g["residual"], g["m"], g["n"], g["residual_row"], self.kinds[g["dtype"]])
-        self.out(g, residual.float() + value)
+        return residual.float() + value
+
+    def linear_residual_statistics(self, **g: Any) -> None:
+        value = self.added(g)
+        self.out(g, value)
+        self.at(g["partials"], 1, 2 * PARTIALS, 2 * PARTIALS, torch.float32).fill_(torch.nan)
+        self.statistics(g, value)
 
     def linear_slope(self, **g: Any) -> None:
         u = self.at(g["u"], g["m"], g["n"], g["u_row"], self.kinds[g["dtype"]])
-        self.out(g, self.product(g) * slope(u.float()))
+        value = self.product(g) * slope(u.float())
+        self.out(g, value)
+        assert (g["partials"] is None) == (g["column_sums"] is None)
+        if g["column_sums"] is not None:
+            self.at(g["partials"], 1, PARTIALS, PARTIALS, torch.float32).fill_(torch.nan)
+            self.at(g["column_sums"], 1, g["n"], g["n"], torch.float32).copy_(value.sum(0))
+
+    def partials(self, **g: Any) -> int:
+        return PARTIALS
+
+    def fp8_linear(self, **g: Any) -> None:
+        u = self.product(g, E4M3) * self.row(g["x_scale"], g["m"])[:, None]  # type: ignore[index]
+        u = u * self.row(g["w_scale"], g["n"])
+        if g["bias"] is not None:
+            u = u + self.row(g["bias"], g["n"])
+        kind = E4M3 if g["activation"] else torch.bfloat16
+        if g["activation"]:
+            u = (quick_gelu(u) / g["y_scale"]).clamp(-448, 448)
+        self.at(g["y"], g["m"], g["n"], g["n"], kind).copy_(u)
+
+    def fp8_linear_residual(self, **g: Any) -> None:
+        value = self.product(g, E4M3) * self.row(g["w_scale"], g["n"])
+        if g["bias"] is not None:
+            value = value + self.row(g["bias"], g["n"])
+        residual = self.at(g["residual"], g["m"], g["n"], g["residual_row"], torch.bfloat16)
+        self.at(g["y"], g["m"], g["n"], g["n"], torch.bfloat16).copy_(residual.float() + value)
+
+    def layer_norm_fp8(self, **g: Any) -> None:
+        x = self.at(g["x"], g["m"], g["d"], g["x_row"], self.kinds[g["dtype"]]).float()
+        gamma, beta = self.row(g["gamma"], g["d"]), self.row(g["beta"], g["d"])
+        normed = torch.nn.functional.layer_norm(x, x.shape[1:], gamma, beta, g["eps"])
+        scale = normed.abs().amax(1) / 448
+        scale = torch.where(scale == 0, 1.0, scale)
+        self.at(g["scale"], 1, g["m"], g["m"], torch.float32).copy_(scale)
+        self.at(g["y"], g["m"], g["d"], g["d"], E4M3).copy_((normed / scale[:, None]).clamp(-448, 448))
+
+    def message_floats(self, **g: Any) -> int:
+        return 5 * int(g["rows"]) * int(g["width"])
+
+    def message_kv(self, **g: Any) -> None:
+        kind, other, rows, width = self.kinds[g["dtype"]], self.kinds[g["parameter_dtype"]], g["rows"], g["width"]
+        assert g["x"] % 16 == g["x_row"] % 8 == 0
+        self.at(g["workspace"], 1, 5 * rows * width, 5 * rows * width, torch.float32).fill_(torch.nan)
+        x = self.at(g["x"], rows, width, g["x_row"], kind)
+        sizes = (1, 3, 1, 2)
+        weights = [self.at(p, n * width, width, width, kind) for p, n in zip(g["weights"], sizes, strict=True)]
+        biases = [self.row(p, n * width, other) for p, n in zip(g["biases"], sizes, strict=True)]
+        norms = [self.row(p, width, other) for p in g["norms"]]
+        fc, qkv, out, kv = zip(weights, biases, strict=True)
+        wide = (x, g["frames"], *fc, *norms[:2], *qkv, *out, *norms[2:], *kv)
+        wide = tuple(item.float() if isinstance(item, Tensor) else item for item in wide)
+        value = OPS["message_kv"].reference(*wide, width // 64, g["eps"], None)
+        self.at(g["key_value"], rows, 2 * width, 2 * width, kind).copy_(value.flatten(1))
 
     def row_statistics(self, **g: Any) -> None:
-        x = self.at(g["x"], g["m"], g["d"], g["x_row"], self.kinds[g["dtype"]]).float()
+        self.statistics(g, self.at(g["x"], g["m"], g["d"], g["x_row"], self.kinds[g["dtype"]]).float())
+
+    def statistics(self, g: dict[str, Any], x: Tensor) -> None:
         variance, mean = torch.var_mean(x, -1, correction=0)
         self.at(g["mean"], 1, g["m"], g["m"], torch.float32).copy_(mean)
         self.at(g["rstd"], 1, g["m"], g["m"], torch.float32).copy_((variance + g["eps"]).rsqrt())
@@ -372,7 +440,7 @@ def test_plumbing_computes_the_op(
     for index, (found, limit) in enumerate(zip(error(got, exact), baseline, strict=True)):
         assert found <= 2 * limit + 4 * torch.finfo(dtype).eps, index
     assert ("fold" in memory.calls) == (folds == 0 and name != "linear_residual")
-    assert any(call in memory.calls for call in ("norm_linear", "linear_residual"))
+    assert any(call.startswith(("norm_linear", "linear_residual")) for call in memory.calls)
 
 
 @pytest.mark.parametrize("case", ["ln_linear, gelu", "residual, drop path", "mlp, drop path"])
@@ -387,6 +455,79 @@ def test_plumbing_under_autocast(case: str, memory: Memory) -> None:
     assert [tensor.dtype for tensor in got] == [tensor.dtype for tensor in wanted]
     for a, b in zip(got, wanted, strict=True):
         assert (a - b).double().norm() <= 2e-2 * b.double().norm().clamp(min=1)
+
+
+def message_arguments(frames: int = 3, rows: int = 6, width: int = 128) -> tuple[Any, ...]:
+    norm = (1 + normal(width, scale=0.1), normal(width, scale=0.1))
+    cfa, kv = (*linear(3 * width, width), *linear(width, width)), linear(3 * width, width)
+    ifa = tuple(part[width:] for part in kv)  # as the block gives them: a part of the packed projection
+    x = normal(rows, 5, width)[:, 0]
+    return x, frames, *linear(width, width), *norm, *cfa, *norm, *ifa, width // 64, EPS, None
+
+
+def cast(args: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
+    return tuple(arg.to(dtype) if isinstance(arg, Tensor) else arg for arg in args)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_message_path_is_one_call(dtype: torch.dtype, memory: Memory) -> None:
+    args = cast(message_arguments(), dtype)
+    exact = OPS["message_kv"].reference(*cast(args, torch.float64))
+    baseline = float((OPS["message_kv"].reference(*args).double() - exact).abs().max())
+    with kernels.backend("cuda"), torch.no_grad():
+        got = OPS["message_kv"](*args)
+        torch._dynamo.reset()
+        traced = torch.compile(lambda *given: OPS["message_kv"](*given), fullgraph=True, backend="aot_eager")(*args)
+    assert memory.calls == ["message_floats", "message_kv"] * 2
+    assert got.dtype == dtype
+    assert float((got.double() - exact).abs().max()) <= 2 * baseline
+    assert torch.equal(got, traced)
+
+
+def test_message_path_takes_wide_parameters_and_autocast(memory: Memory) -> None:
+    args = cast(message_arguments(), torch.float32)
+    exact = OPS["message_kv"].reference(*args)
+    with kernels.backend("cuda"), torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        got = OPS["message_kv"](*args)
+    assert memory.calls == ["message_floats", "message_kv"]
+    assert got.dtype == torch.bfloat16
+    assert (got - exact).norm() <= 0.02 * exact.norm()
+
+
+def test_message_path_leaves_the_rest_to_others(memory: Memory) -> None:
+    """Asked for, it takes what it can; gradients, many rows and other heads go on to the next backend."""
+    args = cast(message_arguments(), torch.bfloat16)
+    few, op = args[0], OPS["message_kv"]
+    with kernels.backend("cuda"):
+        assert op.choose(args).name == "cuda"
+        assert op.choose(args, trained=True).name == "reference"
+        assert op.choose((few.repeat(20, 1), *args[1:])).name == "reference"
+        assert op.choose((*args[:-3], 4, EPS, None)).name == "reference"
+        assert op.choose((*args[:-1], torch.ones(2))).name == "reference"
+        weight = args[2].clone().requires_grad_()
+        got = op(*args[:2], weight, *args[3:])
+        assert not memory.calls
+        torch.testing.assert_close(got, op.reference(*args[:2], weight, *args[3:]))
+        got.sum().backward()
+        assert weight.grad is not None
+        assert op(few[:0], *args[1:]).shape == (0, 2, 2, 64)
+
+
+def test_fp8_ops_are_calls_of_the_library(memory: Memory) -> None:
+    width, scale = 64, 5 / 448
+    x = normal(4, 7, 2 * width)[..., :width].bfloat16()  # rows two apart
+    norm = (1 + normal(width, scale=0.1), normal(width, scale=0.1))
+    qkv, fc, projection = (kernels.quantize_weight(linear(n, k)[0]) for n, k in ((192, 64), (256, 64), (64, 256)))
+    bias = normal(256, scale=0.1)
+    mlp = (x, *norm, *fc, bias, projection[0], projection[1] * scale, bias[:64], scale, EPS)
+    calls = {"ln_linear_fp8": (x, *norm, *qkv, bias[:192], EPS), "mlp_fp8": mlp}
+    for name, args in calls.items():
+        with kernels.backend("cuda"), torch.no_grad():
+            got = OPS[name](*args)
+        wanted = OPS[name].reference(*args)
+        assert got.dtype == wanted.dtype == torch.bfloat16
+        assert (got.float() - wanted.float()).norm() <= 4e-3 * wanted.float().norm()
+    assert memory.calls == ["layer_norm_fp8", "fp8_linear", "layer_norm_fp8", "fp8_linear", "fp8_linear_residual"]
 
 
 def test_empty_batch_calls_nothing(memory: Memory) -> None:
@@ -427,6 +568,50 @@ def test_errors_of_the_library_carry_its_words(memory: Memory, monkeypatch: pyte
         _cuda.row_statistics(torch.ones(3, 8), EPS)
 
 
+@pytest.fixture
+def bench(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """benchmarks/cuda_library.py on small shapes, the library played, nothing timed."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    module = importlib.import_module("cuda_library")
+    monkeypatch.setattr(module, "DEVICE", "cpu")
+    monkeypatch.setattr(module, "DTYPE", torch.float16)  # Triton's interpreter has no bfloat16
+    monkeypatch.setattr(module, "ROWS", {128: (24,)})
+    monkeypatch.setattr(module, "milliseconds", lambda call: call() is None or 1.0)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    return module
+
+
+def test_benchmark_calls_everything_and_agrees(bench: Any, memory: Memory) -> None:
+    with torch.no_grad():
+        rows = [row for case in bench.cases((128,), 100, True) for row in bench.measure(case)]
+    assert not [row for row in rows if row.get("wrong")]
+    noted = {(row["contender"], row["note"].split(":")[0]) for row in rows if "note" in row}
+    assert {contender for contender, _ in noted} <= {"the op, triton", "torch._scaled_mm"}
+    assert {row["case"] for row in rows if "ours, auto" in row["contender"]} == {
+        *("message_kv", "qkv", "fc1", "fc1 with u", "out", "fc2", "out with statistics", "fc2 with statistics"),
+        *("slope", "slope with sums", "qkv in fp8", "fc1 in fp8", "fc2 in fp8"),
+    }
+    computing = {name.removeprefix("xclip_fast_") for name in _cuda.SIGNATURES}
+    computing -= {"abi", "error", "check_device", "check_message", "layer_norm_fp8"}
+    assert set(memory.calls) == computing
+
+
+def test_benchmark_names_what_is_wrong(bench: Any, memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_cuda, "linear_slope", lambda dy, w, u, **_: (u, u.sum(0)))
+    with torch.no_grad():
+        rows = bench.measure(bench.slope_case(24, 128, sums=True))
+    assert {row["contender"] for row in rows if row.get("wrong")} == {f"ours, {tile}" for tile in bench.TILES}
+    assert "WRONG" in bench.line(rows[-1])
+
+
+def test_benchmark_without_a_gpu_says_so(bench: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.main(["--widths", "128"]) == 1
+    assert "no CUDA device" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        bench.main(["--widths", "100"])
+    assert "some of 128" in capsys.readouterr().err
+
+
 # ---- the algebra, exactly
 
 
@@ -445,6 +630,20 @@ def test_slope_is_the_derivative_of_quick_gelu() -> None:
     wanted = torch.autograd.grad(OPS["quick_gelu"].reference(u).sum(), u)[0]
     torch.testing.assert_close(slope(u.detach()), wanted, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(_cuda_ops._slope(u.detach()).double(), wanted, rtol=1e-5, atol=1e-6)
+
+
+# ---- the kernels that need no tensor cores of Hopper, on the host
+
+
+def test_kernels_run_on_the_host(tmp_path: Path) -> None:
+    """The message path, the row kernels and the merges, thread by thread in plain C++: csrc/tests/emulated.cpp."""
+    if shutil.which("nvcc") is None:
+        pytest.skip("nvcc, which knows where CUDA's headers are, is not on the PATH")
+    program, source = tmp_path / "emulated", ROOT / "csrc" / "tests" / "emulated.cpp"
+    subprocess.run(["nvcc", "-std=c++17", "-O2", "-I", HEADER.parent, source, "-o", program], check=True)
+    done = subprocess.run([program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert done.stdout == "0 failed\n"
 
 
 # ---- on a GPU, at the shapes of the model
@@ -483,6 +682,20 @@ def test_products_on_a_gpu(rows: int, width: int, tile: str, dtype: torch.dtype)
         + bias.double()
     )
     scale = torch.rand(rows, device="cuda")
+    added = x.double() + scale.double()[:, None] * (wide.double() @ weight.double())
+
+    def column_sums() -> None:
+        du = (x.double() @ weight.double().T) * slope(wide.double())
+        got = _cuda.linear_slope(x, weight, wide, column_sums=True, tile=tile)[1]
+        torch.testing.assert_close(got.double(), du.sum(0), rtol=1e-4, atol=1e-3 * rows**0.5)  # type: ignore[union-attr]
+
+    def statistics() -> None:
+        y, mean, rstd = _cuda.linear_residual_statistics(wide, weight.T, None, x, scale, EPS, tile=tile)
+        close(y, added)
+        variance, center = torch.var_mean(added, -1, correction=0)
+        torch.testing.assert_close(mean.double(), center, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(rstd.double(), (variance + EPS).rsqrt(), rtol=1e-4, atol=0)
+
     calls: list[Callable[[], None]] = [
         lambda: close(_cuda.norm_linear(x, weight, bias, (mean, rstd, sums), tile=tile)[0], exact),
         lambda: close(
@@ -493,11 +706,13 @@ def test_products_on_a_gpu(rows: int, width: int, tile: str, dtype: torch.dtype)
         ),  # type: ignore[arg-type]
         lambda: close(
             _cuda.linear_residual(wide, weight.T, None, x, scale, tile=tile),
-            x.double() + scale.double()[:, None] * (wide.double() @ weight.double()),
+            added,
         ),
         lambda: close(
-            _cuda.linear_slope(x, weight, wide, tile=tile), (x.double() @ weight.double().T) * slope(wide.double())
+            _cuda.linear_slope(x, weight, wide, tile=tile)[0], (x.double() @ weight.double().T) * slope(wide.double())
         ),
+        column_sums,
+        statistics,
     ]
     ran = 0
     for call in calls:
@@ -508,3 +723,23 @@ def test_products_on_a_gpu(rows: int, width: int, tile: str, dtype: torch.dtype)
             if "not built with this tile" not in str(failed):
                 raise
     assert ran == len(calls) if tile in ("auto", "square") else True
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("frames", "rows", "width"), [(8, 8, 768), (16, 48, 768), (1, 1, 384), (64, 64, 1024)])
+def test_message_path_on_a_gpu(frames: int, rows: int, width: int, dtype: torch.dtype) -> None:
+    refused = _cuda.refuse_device("cuda", None, "xclip_fast_check_message")
+    if refused:
+        pytest.skip(refused)
+    torch.manual_seed(0)
+    args = tuple(arg.cuda() if isinstance(arg, Tensor) else arg for arg in message_arguments(frames, rows, width))
+    exact = OPS["message_kv"].reference(*args)
+    args = cast(args, dtype)
+    baseline = (OPS["message_kv"].reference(*args).double() - exact).abs().max()
+    with kernels.backend("cuda"), torch.no_grad():
+        assert OPS["message_kv"].choose(args).name == "cuda"
+        got = OPS["message_kv"](*args)
+        assert (got.double() - exact).abs().max() <= 2 * baseline
+        for _ in range(20):  # a missing barrier would show
+            assert torch.equal(OPS["message_kv"](*args), got)

@@ -173,9 +173,9 @@ def test_reasons_of_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
     linear, mlp = low(linear_arguments()), low(mlp_arguments())
     assert OPS["mlp_fp8"].choose(mlp).name == "reference"
     assert "taken only if asked for" in reason("mlp_fp8", "library", mlp)
-    assert "not measured" in reason("mlp_fp8", "cuda", mlp)
+    cuda = next(candidate for candidate in OPS["mlp_fp8"].backends if candidate.name == "cuda")
+    assert "not measured" in (OPS["mlp_fp8"].refusal(cuda, mlp) or "")
     monkeypatch.setattr(_cuda, "refuse_device", lambda *_: None)
-    monkeypatch.setattr(_cuda, "fp8_linear", None, raising=False)
     for name in ("library", "cuda"):
         with kernels.backend(name):
             assert not reason("ln_linear_fp8", name, linear)
@@ -183,9 +183,6 @@ def test_reasons_of_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
             assert "float32 is not bfloat16" in reason("mlp_fp8", name, mlp_arguments())
             narrow = low(linear_arguments(out=40))
             assert "(40, 64): both sizes must be multiples of 16" in reason("ln_linear_fp8", name, narrow)
-    monkeypatch.delattr(_cuda, "fp8_linear")
-    with kernels.backend("cuda"):
-        assert "no float8 products" in reason("mlp_fp8", "cuda", mlp)
 
 
 # ---- the backends
@@ -323,7 +320,7 @@ def test_backends_on_a_gpu(rows: int, width: int, name: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize(("rows", "width"), [(1, 768), (131, 768), (1576, 768), (16448, 1024)])
 def test_cuda_calls_on_a_gpu(rows: int, width: int) -> None:
-    refused = _cuda.refuse_device("cuda", None) or (None if hasattr(_cuda, "fp8_linear") else "no float8 products")
+    refused = _cuda.refuse_device("cuda", None)
     if refused:
         pytest.skip(refused)
     calls: Any = _cuda

@@ -4,15 +4,17 @@ import dataclasses
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from xclip_fast.kernels import BackendError
+from xclip_fast.kernels import BackendError, _cuda
 
-from xclip_fast import VARIANTS, XCLIP, FastCCTBlock, backend, tokenize
+from xclip_fast import VARIANTS, XCLIP, FastCCTBlock, VideoFeatures, backend, tokenize
+from xclip_fast.nn import overlap
 
 pytestmark = pytest.mark.gpu
 LABELS = ["riding a bike", "swimming", "playing the accordion while walking", "yoga"]
@@ -87,20 +89,116 @@ def test_repeated_runs_are_the_same_to_the_last_bit() -> None:
         assert all(torch.equal(a, b) for a, b in zip(step(), first, strict=True))
 
 
-def test_video_tower_is_captured_in_a_cuda_graph() -> None:
+def same(got: VideoFeatures, wanted: VideoFeatures) -> None:
+    """To the last bit: a graph replays the kernels that the eager call launches."""
+    torch.testing.assert_close(got.video, wanted.video, rtol=0, atol=0)
+    torch.testing.assert_close(got.patches, wanted.patches, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["auto", "reference", "cuda"])
+@pytest.mark.parametrize("autocast", [False, True], ids=["bfloat16", "autocast"])
+def test_graphed_tower_is_the_eager_one(name: str, autocast: bool) -> None:
+    """Its message path runs on a side stream beside the projection: the bits are those of one after the other."""
+    refused = _cuda.refuse_device("cuda", None) if name == "cuda" else None
+    if refused:
+        pytest.skip(refused)
+    model = shallow("B/16-8f")
+    model = model if autocast else model.bfloat16()
+    graphed = model.graphed(batch=2)
+    with torch.inference_mode(), backend(name), torch.autocast("cuda", torch.bfloat16, autocast):
+        for _ in range(20):  # a race shows now and then
+            video = frames(model, 2)
+            same(graphed(video), model.encode_video(video))
+
+
+def test_capture_forks_the_message_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    forks = []
+    real = overlap._side_stream
+    monkeypatch.setattr(overlap, "_side_stream", lambda device: forks.append(device) or real(device))
     model = shallow("B/16-8f").bfloat16()
-    video = frames(model, 1)
     with torch.inference_mode():
-        for _ in range(3):
-            wanted = model.encode_video(video)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            got = model.encode_video(video)
-        video.copy_(frames(model, 1))
-        graph.replay()
-        wanted = model.encode_video(video)
-        torch.testing.assert_close(got.video, wanted.video, rtol=0, atol=0)
-        torch.testing.assert_close(got.patches, wanted.patches, rtol=0, atol=0)
+        model.encode_video(frames(model, 1))
+        assert not forks
+        model.graphed()(frames(model, 1))
+    assert len(forks) == 2  # once a layer, in the capture alone
+
+
+def test_graphed_buckets_alternate_and_results_stay() -> None:
+    model = shallow("B/32-8f").bfloat16()
+    buckets = [model.graphed(1), model.graphed(3), model.graphed(1, frames=5)]
+    with torch.inference_mode():
+        kept = []
+        for _ in range(5):
+            for graphed in buckets:
+                size = model.config.vision.image_size
+                shape = (graphed.batch, graphed.frames, size, size, 3)
+                video = torch.randint(256, shape, dtype=torch.uint8, device="cuda")
+                kept.append((graphed(video), model.encode_video(video)))
+        pixels = torch.randn(1, 8, 3, 224, 224, device="cuda", dtype=torch.bfloat16)
+        kept.append((buckets[0](pixels), model.encode_video(pixels)))
+        for got, wanted in kept:
+            same(got, wanted)
+        few = model.graphed(3)(frames(model, 2))
+        assert few.video.shape[0] == few.patches.shape[0] == 2
+
+
+def test_graphed_tower_follows_its_weights() -> None:
+    model, other = shallow("B/32-8f").bfloat16(), shallow("B/32-8f").bfloat16()
+    graphed, video = model.graphed(), frames(model, 1)
+    changes = [
+        lambda: model.load_state_dict(other.state_dict()),
+        lambda: model.visual.proj.mul_(1.5),
+        lambda: model.load_state_dict({k: v.clone() for k, v in shallow("B/32-8f").state_dict().items()}, assign=True),
+        lambda: model.to(torch.float16),
+        lambda: model.cpu().cuda(),
+        model.clear_graphs,
+    ]
+    with torch.no_grad():
+        before = graphed(video)
+        for index, change in enumerate(changes):
+            change()
+            torch.cuda.empty_cache()  # memory that a replay must not read any more is gone
+            got = graphed(video)
+            same(got, model.encode_video(video))
+            assert index > 2 or not torch.equal(got.video.float(), before.video.float())
+            before = got
+
+
+def test_graphed_tower_from_two_streams() -> None:
+    model = shallow("B/32-8f").bfloat16()
+    graphed, streams = model.graphed(), [torch.cuda.Stream() for _ in range(2)]
+    with torch.inference_mode():
+        videos = [frames(model, 1) for _ in range(20)]
+        wanted = [model.encode_video(video) for video in videos]
+        graphed(videos[0])
+        torch.cuda.synchronize()
+        got = []
+        for index, video in enumerate(videos):
+            with torch.cuda.stream(streams[index % 2]):
+                got.append(graphed(video))
+        torch.cuda.synchronize()
+        for a, b in zip(got, wanted, strict=True):
+            same(a, b)
+
+
+def test_capture_while_another_thread_pins_memory() -> None:
+    model, stop = shallow("B/32-8f").bfloat16(), threading.Event()
+
+    def pin() -> None:
+        size = 1
+        while not stop.is_set():
+            torch.empty(size := size % 4000 + 1, 1000).pin_memory()
+
+    thread = threading.Thread(target=pin)
+    thread.start()
+    try:
+        with torch.inference_mode():
+            for batch in range(1, 6):
+                video = frames(model, batch)
+                same(model.graphed(batch)(video), model.encode_video(video))
+    finally:
+        stop.set()
+        thread.join()
 
 
 def test_compiled_model_gives_the_same_numbers() -> None:

@@ -251,7 +251,8 @@ def _ops(places: list[tuple[str, torch.dtype]]) -> dict[str, dict[str, Any]]:
                 chosen = op.choose(args).name
             except BackendError:
                 chosen = None
-            reasons = {candidate.name: candidate.refusal(args) for candidate in op.backends}
+            measured = op.measured(args)
+            reasons = {candidate.name: op.refusal(candidate, args, measured) for candidate in op.backends}
             found[name][device] = {"dtype": _dtype_name(dtype), "chosen": chosen, "backends": reasons}
     return found
 

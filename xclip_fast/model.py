@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from . import checkpoint, kernels, quantization
 from .config import VisionConfig, XCLIPConfig, variant
 from .kernels._linear import linear
+from .kernels.patch_embed import constants
 from .nn.cct import FastCCTBlock
 from .nn.layers import TransformerBlock, WithoutInit, attend, init_block, init_linear, run_block
 from .nn.mit import MultiFrameIntegration
@@ -25,6 +26,9 @@ from .nn.prompt import VideoSpecificPrompt
 from .nn.text import TextEncoder, Transformer
 from .templates import TEMPLATES, fill
 from .tokenizer import tokenize
+
+if TYPE_CHECKING:
+    from .graphs import GraphedVideoTower
 
 logger = logging.getLogger("xclip_fast")
 
@@ -80,7 +84,7 @@ class VisionTower(nn.Module):
         weight = self.conv1.weight
         if frames.dtype == torch.uint8:
             precise = torch.promote_types(weight.dtype, torch.float32)
-            mean, std = (weight.new_tensor(v, dtype=precise) for v in (self.config.image_mean, self.config.image_std))
+            mean, std = (constants(v, weight, precise) for v in (self.config.image_mean, self.config.image_std))
             frames = ((frames.to(precise) / 255 - mean) / std).permute(0, 3, 1, 2)
         patches_FND = self.conv1(frames.to(weight.dtype)).flatten(2).transpose(1, 2)
         class_F1D = self.class_embedding.to(patches_FND.dtype).expand(frames.shape[0], 1, -1)
@@ -151,6 +155,7 @@ class XCLIP(nn.Module):
             init_linear(self.head)
         else:
             self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale))
+        self._graphed: dict[tuple[int, int], GraphedVideoTower] = {}
 
     def forward(self, video: Tensor, text: Tensor | str | Sequence[str] | None = None) -> Tensor:
         """Logits of every label for every video.
@@ -259,6 +264,38 @@ class XCLIP(nn.Module):
             return _plain_logits(video_BE, text_features, self.logit_scale)
         c_hat_BKE = text_features + self.prompts_generator(text_features, video_features.patches)
         return kernels.cosine_logits(video_BE, c_hat_BKE, self.logit_scale)
+
+    def graphed(self, batch: int = 1, frames: int | None = None) -> GraphedVideoTower:
+        """``encode_video`` for small batches on a GPU: replayed from CUDA graphs, without launching kernel by kernel.
+
+            encode_video = model.graphed(batch=1)
+            with torch.inference_mode():
+                logits = model.similarity(encode_video(video), model.encode_text(labels))
+
+        Args:
+            batch: the most videos of a call. frames: T of each; the config's if not given.
+
+        Returns:
+            a callable with ``encode_video``'s contract, for inference only; the same one for the same sizes. It and
+            ``clear_graphs`` say what it notices and what it keeps.
+
+        Raises:
+            ValueError: if the sizes are no positive numbers, or the model is not on a CUDA device.
+        """
+        from .graphs import GraphedVideoTower
+
+        sizes = batch, self.config.num_frames if frames is None else frames
+        if sizes not in self._graphed:
+            self._graphed[sizes] = GraphedVideoTower(self, *sizes)
+        return self._graphed[sizes]
+
+    def clear_graphs(self) -> None:
+        """Drop all CUDA graphs of this model and their memory. What ``graphed`` returned captures anew when called."""
+        for graphed in self._graphed.values():
+            graphed.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_graphed": {}}  # a copy of the model captures its own
 
     def checkpoint_activations(self, enabled: bool = True) -> XCLIP:
         """Keep only the input of each block of both towers for backward, and compute the rest of it again there.

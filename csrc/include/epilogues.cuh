@@ -68,6 +68,31 @@ struct AddResidualValue {
 template <class T>
 struct AddResidual : Elementwise<AddResidualValue, T> {};
 
+// s t (x W) + b of scaled 8-bit operands
+struct ScaledValue {
+  CUTLASS_HOST_DEVICE static float value(float acc, float row, float column, float bias) {
+    return row * (column * acc) + bias;
+  }
+};
+template <class T>
+struct Scaled : Elementwise<ScaledValue, T> {};
+
+struct ScaledGeluValue {
+  CUTLASS_HOST_DEVICE static float value(float acc, float row, float column, float bias, float inverse) {
+    return quick_gelu(row * (column * acc) + bias) * inverse;
+  }
+};
+template <class T>
+struct ScaledGelu : Elementwise<ScaledGeluValue, T> {};
+
+struct ScaledResidualValue {
+  CUTLASS_HOST_DEVICE static float value(float acc, float column, float bias, float residual) {
+    return residual + (column * acc + bias);
+  }
+};
+template <class T>
+struct ScaledResidual : Elementwise<ScaledResidualValue, T> {};
+
 // (x W) quick_gelu'(u)
 struct TimesSlopeValue {
   CUTLASS_HOST_DEVICE static float value(float acc, float u) { return acc * quick_gelu_slope(u); }

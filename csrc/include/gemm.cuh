@@ -11,8 +11,11 @@
 #include "cutlass/gemm/collective/collective_builder.hpp"
 #include "cutlass/gemm/device/gemm_universal_adapter.h"
 #include "cutlass/gemm/kernel/gemm_universal.hpp"
+#include "cutlass/epilogue/thread/activation.h"
+#include "cutlass/functional.h"
 #include "cutlass/gemm/kernel/tile_scheduler.hpp"
 
+#include "column_sums.cuh"
 #include "epilogues.cuh"
 #include "products.cuh"
 #include "tiles.cuh"
@@ -51,27 +54,34 @@ typename Node::Arguments norm_arguments(NormArguments const& given) {
   return {{}, {given.mean, 0.0f, {}}, {given.rstd, 1.0f, {}}, {given.sums, 0.0f, {}}, {given.bias, 0.0f, {}}, {}};
 }
 
+// Most products are finished with their epilogue.
+struct Finished {
+  template <class Arguments>
+  static int finish(Operands const&, Arguments const&) {
+    return XCLIP_FAST_OK;
+  }
+};
+
 // y = u
 template <class Tile, class Element>
-struct Norm {
+struct Norm : Finished {
   using Source = void;
+  using Output = Element;
   using Tree = NormNode<Tile, Element>;
   using Arguments = NormArguments;
-  static typename Tree::Arguments arguments(Arguments const& given, int64_t) {
-    return norm_arguments<Tree>(given);
-  }
+  static typename Tree::Arguments arguments(Arguments const& given, int64_t) { return norm_arguments<Tree>(given); }
 };
 
 // y = quick_gelu(u); u is stored as well, unless its pointer is null
 template <class Tile, class Element>
-struct NormGelu {
+struct NormGelu : Finished {
   using Source = void;
+  using Output = Element;
   using Descriptor = epilogue::detail::EpilogueDescriptor<typename Tile::Shape, epilogue::EpilogueTileAuto, Source,
                                                           Element, typename Tile::EpilogueSchedule>;
   using Store = epilogue::detail::AuxStoreDescriptor<Descriptor, cutlass::layout::RowMajor, Element>;
-  using Keep =
-      fusion::Sm90AuxStore<Store::Stages, typename Descriptor::EpilogueTile, Element, kRound, typename Store::Stride,
-                           typename Store::SmemLayoutAtom, typename Store::CopyOpR2S>;
+  using Keep = fusion::Sm90AuxStore<Store::Stages, typename Descriptor::EpilogueTile, Element, kRound,
+                                    typename Store::Stride, typename Store::SmemLayoutAtom, typename Store::CopyOpR2S>;
   using Inner = NormNode<Tile, float>;
   using Kept = fusion::Sm90EVT<Keep, Inner>;
   using Tree = Apply<QuickGelu, Element, Kept>;
@@ -83,35 +93,119 @@ struct NormGelu {
 };
 
 // y = residual + s (x W^T + b)
+template <class Tile, class Output, class Element>
+using ResidualNode =
+    Apply<AddResidual, Output, fusion::Sm90AccFetch, OfColumn<Tile>, OfRow<Tile>, fusion::Sm90SrcFetch<Element>>;
+
 template <class Tile, class Element>
-struct Residual {
+struct Residual : Finished {
   using Source = Element;
-  using Tree = Apply<AddResidual, Element, fusion::Sm90AccFetch, OfColumn<Tile>, OfRow<Tile>,
-                     fusion::Sm90SrcFetch<Element>>;
+  using Output = Element;
+  using Tree = ResidualNode<Tile, Element, Element>;
   using Arguments = ResidualArguments;
   static typename Tree::Arguments arguments(Arguments const& given, int64_t) {
     return {{}, {given.bias, 0.0f, {}}, {given.scale, 1.0f, {}}, {}, {}};
   }
 };
 
-// y = (x W^T) quick_gelu'(u)
+// Sums along a row of the tile, in float32; `Add` takes what was summed so far and the next value. CUTLASS writes those
+// of each tile to memory and leaves it to us to merge them: no atomics, the same bits in every run.
+template <class Tile, template <class> class Add>
+using SumRow = fusion::Sm90ColReduction<Add, cutlass::plus, cutlass::plus, 0, typename Tile::Shape, float, float,
+                                        kRound, cute::Stride<cute::_1, cute::_0, cute::_0>, 4, /*EnableNullptr=*/false,
+                                        /*FinalReduction=*/false>;
+
+// y as above, and the sums of y and y^2 along each row of each tile
+template <class Tile, class Element>
+struct ResidualStatistics {
+  using Source = Element;
+  using Output = Element;
+  using Sums = fusion::Sm90EVT<SumRow<Tile, cutlass::plus>, ResidualNode<Tile, float, Element>>;
+  using Squares = fusion::Sm90EVT<SumRow<Tile, cutlass::square_and_plus>, Sums>;
+  using Tree = Apply<cutlass::epilogue::thread::Identity, Element, Squares>;
+  using Arguments = StatisticsArguments;
+  static typename Tree::Arguments arguments(Arguments const& given, int64_t) {
+    typename Sums::Arguments sums = {{{}, {given.bias, 0.0f, {}}, {given.scale, 1.0f, {}}, {}, {}},
+                                     {given.sums, 0.0f, {}}};
+    return {{sums, {given.squares, 0.0f, {}}}, {}};
+  }
+  static int finish(Operands const& operands, Arguments const& given) {
+    return merge_statistics(operands, given, cute::size<0>(typename Tile::Shape{}),
+                            cute::size<1>(typename Tile::Shape{}));
+  }
+};
+
+// y = (x W^T) quick_gelu'(u), and, if there is a pointer for them, the sums of its columns
 template <class Tile, class Element>
 struct Slope {
   using Source = Element;
-  using Tree = Apply<TimesSlope, Element, fusion::Sm90AccFetch, fusion::Sm90SrcFetch<Element>>;
+  using Output = Element;
+  using Wide = Apply<TimesSlope, float, fusion::Sm90AccFetch, fusion::Sm90SrcFetch<Element>>;
+  using Tree =
+      Apply<cutlass::epilogue::thread::Identity, Element, fusion::Sm90EVT<SumColumns<typename Tile::Shape>, Wide>>;
   using Arguments = SlopeArguments;
-  static typename Tree::Arguments arguments(Arguments const&, int64_t) { return {{}, {}, {}}; }
+  static typename Tree::Arguments arguments(Arguments const& given, int64_t) {
+    return {{{{}, {}, {}}, {given.partials}}, {}};
+  }
+  static int finish(Operands const& operands, Arguments const& given) {
+    return given.column_sums == nullptr ? XCLIP_FAST_OK
+                                        : merge_column_sums(operands, given, cute::size<0>(typename Tile::Shape{}),
+                                                            kWarpsOfTile, cute::size<1>(typename Tile::Shape{}));
+  }
+};
+
+// 8-bit operands: y = s t (x W^T) + b in bfloat16
+template <class Tile, class>
+struct Fp8 : Finished {
+  using Source = void;
+  using Output = cutlass::bfloat16_t;
+  using Tree = Apply<Scaled, Output, fusion::Sm90AccFetch, OfRow<Tile>, OfColumn<Tile>, OfColumn<Tile>>;
+  using Arguments = ScaledArguments;
+  static typename Tree::Arguments arguments(Arguments const& given, int64_t) {
+    return {{}, {given.x_scale, 1.0f, {}}, {given.w_scale, 1.0f, {}}, {given.bias, 0.0f, {}}, {}};
+  }
+};
+
+// quick_gelu of that in 8 bits, over one scale
+template <class Tile, class Element>
+struct Fp8Gelu : Finished {
+  using Source = void;
+  using Output = Element;
+  using Tree = Apply<ScaledGelu, Output, fusion::Sm90AccFetch, OfRow<Tile>, OfColumn<Tile>, OfColumn<Tile>,
+                     fusion::Sm90ScalarBroadcast<float>>;
+  using Arguments = ScaledArguments;
+  static typename Tree::Arguments arguments(Arguments const& given, int64_t) {
+    return {
+        {}, {given.x_scale, 1.0f, {}}, {given.w_scale, 1.0f, {}}, {given.bias, 0.0f, {}}, {{given.y_inverse}, {}, {}},
+        {}};
+  }
+};
+
+// y = residual + t (x W^T) + b in bfloat16
+template <class Tile, class>
+struct Fp8Residual : Finished {
+  using Source = cutlass::bfloat16_t;
+  using Output = cutlass::bfloat16_t;
+  using Tree =
+      Apply<ScaledResidual, Output, fusion::Sm90AccFetch, OfColumn<Tile>, OfColumn<Tile>, fusion::Sm90SrcFetch<Source>>;
+  using Arguments = ScaledArguments;
+  static typename Tree::Arguments arguments(Arguments const& given, int64_t) {
+    return {{}, {given.w_scale, 1.0f, {}}, {given.bias, 0.0f, {}}, {}, {}};
+  }
 };
 
 template <class Tile, class Element, template <class, class> class Epilogue>
 struct Product {
   using Fusion = Epilogue<Tile, Element>;
-  static constexpr int kAlignment = 16 / sizeof(Element);
+  using Output = typename Fusion::Output;
+  static constexpr int kAlignment = 16 / sizeof(Element), kOutputAlignment = 16 / sizeof(Output);
 
-  using CollectiveEpilogue = typename epilogue::CollectiveBuilder<
-      cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, typename Tile::Shape, typename Tile::Cluster,
-      epilogue::EpilogueTileAuto, float, float, typename Fusion::Source, cutlass::layout::RowMajor, kAlignment, Element,
-      cutlass::layout::RowMajor, kAlignment, typename Tile::EpilogueSchedule, typename Fusion::Tree>::CollectiveOp;
+  using CollectiveEpilogue =
+      typename epilogue::CollectiveBuilder<cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, typename Tile::Shape,
+                                           typename Tile::Cluster, epilogue::EpilogueTileAuto, float, float,
+                                           typename Fusion::Source, cutlass::layout::RowMajor, kOutputAlignment, Output,
+                                           cutlass::layout::RowMajor, kOutputAlignment, typename Tile::EpilogueSchedule,
+                                           typename Fusion::Tree>::CollectiveOp;
 
   using CollectiveMainloop = typename cutlass::gemm::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Element, cutlass::layout::RowMajor, kAlignment, Element,
@@ -128,14 +222,13 @@ struct Product {
     cutlass::KernelHardwareInfo hardware;
     hardware.device_id = given.device;
     hardware.sm_count = given.processors;
-    typename Gemm::Arguments arguments{
-        cutlass::gemm::GemmUniversalMode::kGemm,
-        {int(given.m), int(given.n), int(given.k), 1},
-        {static_cast<Element const*>(given.x), row_major(given.x_row), static_cast<Element const*>(given.w),
-         row_major(given.w_row)},
-        {Fusion::arguments(extra, given.n), static_cast<Element const*>(given.source), row_major(given.source_row),
-         static_cast<Element*>(given.y), row_major(given.n)},
-        hardware};
+    typename Gemm::Arguments arguments{cutlass::gemm::GemmUniversalMode::kGemm,
+                                       {int(given.m), int(given.n), int(given.k), 1},
+                                       {static_cast<Element const*>(given.x), row_major(given.x_row),
+                                        static_cast<Element const*>(given.w), row_major(given.w_row)},
+                                       {Fusion::arguments(extra, given.n), static_cast<Output const*>(given.source),
+                                        row_major(given.source_row), static_cast<Output*>(given.y), row_major(given.n)},
+                                       hardware};
     // the persistent scheduler and these trees need no workspace; should CUTLASS change that, refuse
     if (Gemm::can_implement(arguments) != cutlass::Status::kSuccess || Gemm::get_workspace_size(arguments) != 0) {
       return XCLIP_FAST_REFUSED;
@@ -146,10 +239,7 @@ struct Product {
     if (status == cutlass::Status::kSuccess) {
       status = gemm.run(stream);
     }
-    if (status == cutlass::Status::kSuccess) {
-      return XCLIP_FAST_OK;
-    }
-    return failure();
+    return status == cutlass::Status::kSuccess ? Fusion::finish(given, extra) : failure();
   }
 };
 

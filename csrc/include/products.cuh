@@ -34,15 +34,47 @@ struct ResidualArguments {
   float const* scale;
 };
 
-struct SlopeArguments {};
+// Row statistics of the result. The partial sums are m-major, a column of tiles after the other.
+struct StatisticsArguments {
+  float const* bias;
+  float const* scale;
+  float* sums;
+  float* squares;
+  float* mean;
+  float* rstd;
+  float eps;
+};
+
+struct SlopeArguments {
+  float* partials;  // n-major, several rows for each row of tiles
+  float* column_sums;
+};
+
+struct ScaledArguments {
+  float const* x_scale;
+  float const* w_scale;
+  float const* bias;
+  float y_inverse;
+};
 
 template <int dtype>
 int norm(int tile, Operands const& operands, NormArguments const& extra);
 template <int dtype>
 int norm_gelu(int tile, Operands const& operands, NormArguments const& extra);
 template <int dtype>
-int residual(int tile, Operands const& operands, ResidualArguments const& extra);
+int residual_add(int tile, Operands const& operands, ResidualArguments const& extra);
+template <int dtype>
+int residual_statistics(int tile, Operands const& operands, StatisticsArguments const& extra);
 template <int dtype>
 int slope(int tile, Operands const& operands, SlopeArguments const& extra);
+
+int fp8_linear(int tile, Operands const& operands, ScaledArguments const& extra);
+int fp8_linear_gelu(int tile, Operands const& operands, ScaledArguments const& extra);
+int fp8_linear_residual(int tile, Operands const& operands, ScaledArguments const& extra);
+
+// What follows a product whose epilogue reduced: the partial results of its tiles become the result (rows.cu).
+int merge_statistics(Operands const& operands, StatisticsArguments const& extra, int tile_rows, int tile_columns);
+int merge_column_sums(Operands const& operands, SlopeArguments const& extra, int tile_rows, int rows_of_tile,
+                      int tile_columns);
 
 }  // namespace xclip_fast

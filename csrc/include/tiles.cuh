@@ -1,7 +1,8 @@
 // The tiles of the products: rows, columns and depth of a block's share of y, the cluster, the schedule.
 //
 // Pingpong: two groups of warps, each with a tile of its own, one in its epilogue while the other multiplies.
-// Cooperative: two groups share one larger tile. None has been measured; docs/kernels.md says why these.
+// Cooperative: two groups share one larger tile. Those of 8-bit operands have the same names, and twice the depth. None
+// has been measured; docs/kernels.md says why these.
 #pragma once
 
 #include "cute/tensor.hpp"
@@ -29,6 +30,11 @@ struct Square {
   using EpilogueSchedule = cutlass::epilogue::TmaWarpSpecialized;
 };
 
+struct SquareFp8 : Square {
+  using Shape = cute::Shape<cute::_128, cute::_128, cute::_128>;
+  using Schedule = cutlass::gemm::KernelTmaWarpSpecializedPingpongFP8FastAccum;
+};
+
 struct Wide {
   static constexpr int kName = XCLIP_FAST_TILE_WIDE;
   static constexpr int64_t kLeastK = 2048;  // cooperative groups do not hide the epilogue: it must be a small part
@@ -36,6 +42,11 @@ struct Wide {
   using Cluster = cute::Shape<cute::_2, cute::_1, cute::_1>;
   using Schedule = cutlass::gemm::KernelTmaWarpSpecializedCooperative;
   using EpilogueSchedule = cutlass::epilogue::TmaWarpSpecializedCooperative;
+};
+
+struct WideFp8 : Wide {
+  using Shape = cute::Shape<cute::_128, cute::_256, cute::_128>;
+  using Schedule = cutlass::gemm::KernelTmaWarpSpecializedCooperativeFP8FastAccum;
 };
 
 }  // namespace xclip_fast

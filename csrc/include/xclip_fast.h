@@ -23,7 +23,7 @@ extern "C" {
 #endif
 
 /* Changes with every change of a signature or a constant below; kernels/_cuda.py asks for exactly this one. */
-#define XCLIP_FAST_ABI 1
+#define XCLIP_FAST_ABI 2
 
 /* Element types. */
 #define XCLIP_FAST_BF16 0
@@ -39,12 +39,12 @@ extern "C" {
 /* Error codes; 0 is success. From XCLIP_FAST_CUDA_ERROR on: a cudaError_t above it. */
 #define XCLIP_FAST_OK 0
 #define XCLIP_FAST_BAD_SIZE 1      /* a negative or too large size, or a row stride below the row's length */
-#define XCLIP_FAST_BAD_ALIGNMENT 2 /* products: a matrix's base or row, or K or N, is not in whole 16 bytes */
+#define XCLIP_FAST_BAD_ALIGNMENT 2 /* a matrix's base or row, or a size, is not in the whole units that TMA wants */
 #define XCLIP_FAST_BAD_DTYPE 3     /* not one of the element types that the call takes */
-#define XCLIP_FAST_BAD_DEVICE 4    /* products: the device is not of compute capability 9.0 */
+#define XCLIP_FAST_BAD_DEVICE 4    /* the device is not of compute capability 9.0; for the message path, 8.0 or later */
 #define XCLIP_FAST_BAD_TILE 5      /* the tile was not built for this product */
 #define XCLIP_FAST_BAD_POINTER 6   /* a pointer that may not be null is null */
-#define XCLIP_FAST_REFUSED 7       /* CUTLASS refused the arguments */
+#define XCLIP_FAST_REFUSED 7       /* CUTLASS refused the arguments, or the message path does not fit */
 #define XCLIP_FAST_FAILED 8        /* CUTLASS failed to launch, and CUDA gave no reason */
 #define XCLIP_FAST_CUDA_ERROR 1000
 
@@ -76,12 +76,52 @@ XCLIP_FAST_API int xclip_fast_linear_residual(int dtype, int tile, const void* x
                                               const void* residual, int64_t residual_row, void* y, int64_t m,
                                               int64_t n, int64_t k, int device, void* stream);
 
+/* The same product with the row statistics that the next LayerNorm wants, reduced in its epilogue.
+ *
+ * mean (M) and rstd (M) = 1 / sqrt(variance + eps) of y's rows before they are rounded, float32, merged from the mean
+ * and M2 of each tile. partials: room for twice xclip_fast_partials(M, N) floats. */
+XCLIP_FAST_API int xclip_fast_linear_residual_statistics(int dtype, int tile, const void* x, int64_t x_row,
+                                                         const void* w, int64_t w_row, const float* bias,
+                                                         const float* scale, const void* residual,
+                                                         int64_t residual_row, float eps, float* partials, float* mean,
+                                                         float* rstd, void* y, int64_t m, int64_t n, int64_t k,
+                                                         int device, void* stream);
+
 /* y = (x W^T) quick_gelu'(u): backward through the activation.
  *
- * x (M, K), w (N, K), u (M, N), y (M, N) contiguous, in dtype (BF16, FP16). */
+ * x (M, K), w (N, K), u (M, N), y (M, N) contiguous, in dtype (BF16, FP16). column_sums (N) float32 or null: the sums
+ * of y's columns before they are rounded, which are a bias's gradient; with it, partials: room for
+ * xclip_fast_partials(M, N) floats. */
 XCLIP_FAST_API int xclip_fast_linear_slope(int dtype, int tile, const void* x, int64_t x_row, const void* w,
-                                           int64_t w_row, const void* u, int64_t u_row, void* y, int64_t m, int64_t n,
-                                           int64_t k, int device, void* stream);
+                                           int64_t w_row, const void* u, int64_t u_row, float* partials,
+                                           float* column_sums, void* y, int64_t m, int64_t n, int64_t k, int device,
+                                           void* stream);
+
+/* Floats of the largest partial result of a reduction in the epilogue of an (M, N) product, on whatever tile. */
+XCLIP_FAST_API int64_t xclip_fast_partials(int64_t m, int64_t n);
+
+/* y = act(x_scale w_scale (x W^T) + bias) of e4m3 matrices.
+ *
+ * x (M, K), w (N, K) e4m3; x_scale (M), w_scale (N) float32; bias (N) float32 or null. y (M, N) contiguous; activation
+ * 0: BF16; 1: e4m3, quick_gelu(.) / y_scale, saturated at 448. */
+XCLIP_FAST_API int xclip_fast_fp8_linear(int tile, const void* x, int64_t x_row, const void* w, int64_t w_row,
+                                         const float* x_scale, const float* w_scale, const float* bias, int activation,
+                                         float y_scale, void* y, int64_t m, int64_t n, int64_t k, int device,
+                                         void* stream);
+
+/* y = residual + w_scale (x W^T) + bias: x (M, K), w (N, K) e4m3, w_scale (N) float32 with the scale of x in it, bias
+ * (N) float32 or null, residual (M, N) and y (M, N) contiguous BF16. y may not overlap the others. */
+XCLIP_FAST_API int xclip_fast_fp8_linear_residual(int tile, const void* x, int64_t x_row, const void* w, int64_t w_row,
+                                                  const float* w_scale, const float* bias, const void* residual,
+                                                  int64_t residual_row, void* y, int64_t m, int64_t n, int64_t k,
+                                                  int device, void* stream);
+
+/* LN(x) in e4m3, each row over a scale of its own, its largest magnitude / 448 (1 for a row of zeros).
+ *
+ * x (M, D) in dtype (any), gamma and beta (D) float32; y (M, D) contiguous e4m3, scale (M) float32. */
+XCLIP_FAST_API int xclip_fast_layer_norm_fp8(int dtype, const void* x, int64_t x_row, const float* gamma,
+                                             const float* beta, float eps, void* y, float* scale, int64_t m, int64_t d,
+                                             int device, void* stream);
 
 /* mean and rstd = 1 / sqrt(variance + eps) of x's rows, float32, the variance centred: x (M, D) in dtype (any). */
 XCLIP_FAST_API int xclip_fast_row_statistics(int dtype, const void* x, int64_t x_row, float eps, float* mean,
@@ -95,6 +135,29 @@ XCLIP_FAST_API int xclip_fast_row_statistics(int dtype, const void* x, int64_t x
 XCLIP_FAST_API int xclip_fast_fold(int dtype, int parameter_dtype, const void* w, int64_t w_row, int64_t w_column,
                                    const void* gamma, const void* beta, const void* bias, void* folded, float* sums,
                                    float* shift, int64_t n, int64_t k, int device, void* stream);
+
+/* The message path of a block, equation 7 and the message's share of equation 8, as one cooperative kernel:
+ * m = x W0^T + b0; m = m + attention(LN_m(m)) over the frames of a video; key_value = LN_1(m) W3^T + b3.
+ *
+ * For compute capability 8.0 and later, and few rows: F rows, whole videos of T <= 64 frames; D a multiple of 64, its
+ * heads have 64 channels. x (F, D); weights: four pointers, to the message token's (D, D), CFA's QKV (3D, D) and output
+ * (D, D), IFA's key and value (2D, D), all contiguous; x and weights in dtype (BF16, FP16). biases: four pointers, of
+ * the weights' rows; norms: four pointers, to LN_m's weight and bias and LN_1's, (D) each; biases and norms in
+ * parameter_dtype (dtype or FP32). The pointers are read before the call returns. workspace: xclip_fast_message_floats
+ * floats. key_value (F, 2D) contiguous in dtype.
+ *
+ * blocks: of the grid, at most the device's processors; 0: the library chooses. REFUSED if the weights do not fit into
+ * the shared memory of so many. */
+XCLIP_FAST_API int xclip_fast_message_kv(int dtype, int parameter_dtype, int blocks, const void* x, int64_t x_row,
+                                         const void* const* weights, const void* const* biases,
+                                         const void* const* norms, float eps, int64_t rows, int64_t frames,
+                                         int64_t width, float* workspace, void* key_value, int device, void* stream);
+
+/* 0 if the message path runs on this device, else why not: it was not compiled for it, say. */
+XCLIP_FAST_API int xclip_fast_check_message(int device);
+
+/* Floats of its workspace. */
+XCLIP_FAST_API int64_t xclip_fast_message_floats(int64_t rows, int64_t width);
 
 #ifdef __cplusplus
 }

@@ -2,9 +2,11 @@
 // checks the error codes only and exits with 77, which CTest takes as skipped.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_fp8.h>
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -14,6 +16,7 @@
 #include <string>
 #include <vector>
 
+#include "reference.hpp"
 #include "xclip_fast.h"
 
 namespace {
@@ -48,6 +51,12 @@ struct Fp16 {
   static constexpr double kHalfUlp = 1.0 / 2048;
   static Type make(double value) { return __float2half_rn(static_cast<float>(value)); }
   static double value(Type x) { return __half2float(x); }
+};
+struct E4m3 {
+  using Type = __nv_fp8_e4m3;
+  static constexpr double kHalfUlp = 1.0 / 16;
+  static Type make(double value) { return __nv_fp8_e4m3(static_cast<float>(value)); }
+  static double value(Type x) { return static_cast<float>(x); }
 };
 struct Fp32 {
   using Type = float;
@@ -130,6 +139,38 @@ void close(std::vector<double> const& got, std::vector<double> const& wanted, do
   }
 }
 
+// The product of the host's copies, rows of x by rows of w.
+template <class E>
+std::vector<double> multiply(Matrix<E> const& x, Matrix<E> const& w) {
+  std::vector<double> product(x.rows * w.rows);
+  for (int64_t i = 0; i < x.rows; ++i) {
+    for (int64_t j = 0; j < w.rows; ++j) {
+      double sum = 0;
+      for (int64_t t = 0; t < x.columns; ++t) {
+        sum += x(i, t) * w(j, t);
+      }
+      product[i * w.rows + j] = sum;
+    }
+  }
+  return product;
+}
+
+// Mean and 1 / sqrt(variance + 1e-5) of each row.
+void statistics(std::vector<double> const& values, int64_t columns, std::vector<double>& means,
+                std::vector<double>& rstds) {
+  for (size_t start = 0; start < values.size(); start += columns) {
+    double sum = 0, squares = 0;
+    for (int64_t j = 0; j < columns; ++j) {
+      sum += values[start + j];
+    }
+    for (int64_t j = 0; j < columns; ++j) {
+      squares += (values[start + j] - sum / columns) * (values[start + j] - sum / columns);
+    }
+    means.push_back(sum / columns);
+    rstds.push_back(1 / std::sqrt(squares / columns + 1e-5));
+  }
+}
+
 double sigmoid(double u) { return 1.0 / (1.0 + std::exp(-u)); }
 double quick_gelu(double u) { return u * sigmoid(1.702 * u); }
 double slope(double u) {
@@ -141,16 +182,7 @@ template <class E>
 void check_products(int64_t m, int64_t n, int64_t k) {
   Matrix<E> const x(m, k, k + 8, 1.0), w(n, k, k + 16, 1.0 / std::sqrt(double(k))), source(m, n, n + 8, 2.0);
   Matrix<Fp32> const mean(m, 0.5), rstd(m, 0.1, 1.0), sums(n), bias(n), scale(m, 0.5, 1.0);
-  std::vector<double> product(m * n);
-  for (int64_t i = 0; i < m; ++i) {
-    for (int64_t j = 0; j < n; ++j) {
-      double sum = 0;
-      for (int64_t t = 0; t < k; ++t) {
-        sum += x(i, t) * w(j, t);
-      }
-      product[i * n + j] = sum;
-    }
-  }
+  std::vector<double> const product = multiply(x, w);
   auto const map = [&](auto value) {
     std::vector<double> result(m * n);
     for (int64_t i = 0; i < m; ++i) {
@@ -165,12 +197,21 @@ void check_products(int64_t m, int64_t n, int64_t k) {
       map([&](int64_t i, int64_t j, double acc) { return rstd[i] * (acc - mean[i] * sums[j]) + bias[j]; });
   std::vector<double> activated(normed.size());
   std::transform(normed.begin(), normed.end(), activated.begin(), quick_gelu);
-  auto const added =
-      map([&](int64_t i, int64_t j, double acc) { return source(i, j) + scale[i] * (acc + bias[j]); });
+  auto const added = map([&](int64_t i, int64_t j, double acc) { return source(i, j) + scale[i] * (acc + bias[j]); });
   auto const bare = map([&](int64_t i, int64_t j, double acc) { return source(i, j) + acc; });
   auto const sloped = map([&](int64_t i, int64_t j, double acc) { return acc * slope(source(i, j)); });
 
+  std::vector<double> means, rstds, column_sums(n);
+  statistics(added, n, means, rstds);
+  double largest_sum = 0;
+  for (int64_t i = 0; i < m * n; ++i) {
+    column_sums[i % n] += sloped[i];
+    largest_sum += std::abs(sloped[i]) / n;
+  }
+
+  int64_t const partial = xclip_fast_partials(m, n);
   Result<E> y(m * n), u(m * n);
+  Result<Fp32> partials(2 * partial), first(m), second(m), sums_of_y(n);
   for (int tile : {XCLIP_FAST_TILE_AUTO, XCLIP_FAST_TILE_SMALL, XCLIP_FAST_TILE_SQUARE, XCLIP_FAST_TILE_WIDE}) {
     std::string const where = " of type " + std::to_string(E::kCode) + " (" + std::to_string(m) + ", " +
                               std::to_string(n) + ", " + std::to_string(k) + ") tile " + std::to_string(tile);
@@ -206,12 +247,104 @@ void check_products(int64_t m, int64_t n, int64_t k) {
           xclip_fast_linear_residual(E::kCode, tile, x.device, x.row, w.device, w.row, nullptr, nullptr, source.device,
                                      source.row, y.device, m, n, k, 0, nullptr),
           y, bare);
+    for (auto* out : {&partials, &first, &second, &sums_of_y}) {
+      out->poison();
+    }
+    y.poison();
+    int const reduced = xclip_fast_linear_residual_statistics(
+        E::kCode, tile, x.device, x.row, w.device, w.row, bias.device, scale.device, source.device, source.row, 1e-5f,
+        partials.device, first.device, second.device, y.device, m, n, k, 0, nullptr);
+    judge("residual with statistics", reduced, y, added);
+    if (reduced == XCLIP_FAST_OK) {
+      close(first.read("means" + where), means, 1e-5, 1e-5, "means" + where);
+      close(second.read("rstds" + where), rstds, 1e-4, 0, "rstds" + where);
+      partials.read("partials" + where);  // its guard
+    }
     y.poison();
     judge("slope",
-          xclip_fast_linear_slope(E::kCode, tile, x.device, x.row, w.device, w.row, source.device, source.row, y.device,
-                                  m, n, k, 0, nullptr),
+          xclip_fast_linear_slope(E::kCode, tile, x.device, x.row, w.device, w.row, source.device, source.row, nullptr,
+                                  nullptr, y.device, m, n, k, 0, nullptr),
           y, sloped);
+    y.poison();
+    partials.poison();
+    int const summed =
+        xclip_fast_linear_slope(E::kCode, tile, x.device, x.row, w.device, w.row, source.device, source.row,
+                                partials.device, sums_of_y.device, y.device, m, n, k, 0, nullptr);
+    judge("slope with column sums", summed, y, sloped);
+    if (summed == XCLIP_FAST_OK) {
+      close(sums_of_y.read("column sums" + where), column_sums, 1e-5, 1e-5 * largest_sum, "column sums" + where);
+    }
   }
+}
+
+// Tensor cores add 8-bit products with fewer bits than float32 has, about 13.
+void check_fp8(int64_t m, int64_t n, int64_t k) {
+  Matrix<E4m3> const x(m, k, k + 16, 50.0), w(n, k, k + 32, 50.0);
+  Matrix<Bf16> const source(m, n, n + 8, 2.0);
+  Matrix<Fp32> const x_scale(m, 0.001, 0.01), w_scale(n, 0.0001, 0.002), bias(n);
+  std::vector<double> const product = multiply(x, w);
+  double const wide = 50.0 * 50.0 * std::sqrt(double(k)) / 4096;  // what 12 bits of a sum are
+  std::vector<double> plain(m * n), activated(m * n), added(m * n), slack(m * n);
+  for (int64_t i = 0; i < m * n; ++i) {
+    plain[i] = x_scale[i / n] * w_scale[i % n] * product[i] + bias[i % n];
+    activated[i] = std::min(quick_gelu(plain[i]) / 0.01, 448.0);
+    added[i] = source(i / n, i % n) + w_scale[i % n] * product[i] + bias[i % n];
+  }
+  double const scaled = 0.013 * 0.0024 * wide, unscaled = 0.0024 * wide;
+  Result<Bf16> y(m * n);
+  Result<E4m3> h(m * n);
+  for (int tile : {XCLIP_FAST_TILE_AUTO, XCLIP_FAST_TILE_SQUARE, XCLIP_FAST_TILE_WIDE}) {
+    std::string const where = " of e4m3 (" + std::to_string(m) + ", " + std::to_string(n) + ", " + std::to_string(k) +
+                              ") tile " + std::to_string(tile);
+    auto const built = [&](int code, char const* name) {
+      expect(code == XCLIP_FAST_OK || (code == XCLIP_FAST_BAD_TILE && tile != XCLIP_FAST_TILE_AUTO),
+             name + where + ": " + xclip_fast_error(code));
+      return code == XCLIP_FAST_OK;
+    };
+    y.poison();
+    h.poison();
+    if (built(xclip_fast_fp8_linear(tile, x.device, x.row, w.device, w.row, x_scale.device, w_scale.device, bias.device,
+                                    0, 1.0f, y.device, m, n, k, 0, nullptr),
+              "linear")) {
+      close(y.read("linear" + where), plain, 1.01 * Bf16::kHalfUlp, scaled + 1e-4, "linear" + where);
+    }
+    if (n % 16 == 0 &&
+        built(xclip_fast_fp8_linear(tile, x.device, x.row, w.device, w.row, x_scale.device, w_scale.device, bias.device,
+                                    1, 0.01f, h.device, m, n, k, 0, nullptr),
+              "gelu")) {
+      close(h.read("gelu" + where), activated, 1.01 * E4m3::kHalfUlp, 100 * scaled + 0.002, "gelu" + where);
+    }
+    y.poison();
+    if (built(xclip_fast_fp8_linear_residual(tile, x.device, x.row, w.device, w.row, w_scale.device, bias.device,
+                                             source.device, source.row, y.device, m, n, k, 0, nullptr),
+              "residual")) {
+      close(y.read("residual" + where), added, 1.01 * Bf16::kHalfUlp, unscaled + 1e-4, "residual" + where);
+    }
+  }
+}
+
+template <class E>
+void check_layer_norm_fp8(int code, int64_t m, int64_t d, int64_t row) {
+  Matrix<E> const x(m, d, row, 1.0, 3.0);
+  Matrix<Fp32> const gamma(d, 0.3, 1.0), beta(d);
+  Result<E4m3> y(m * d);
+  Result<Fp32> scale(m);
+  std::string const where =
+      " of type " + std::to_string(code) + " (" + std::to_string(m) + ", " + std::to_string(d) + ")";
+  int const done = xclip_fast_layer_norm_fp8(code, x.device, row, gamma.device, beta.device, 1e-5f, y.device,
+                                             scale.device, m, d, 0, nullptr);
+  expect(done == XCLIP_FAST_OK, "layer norm" + where + ": " + xclip_fast_error(done));
+  std::vector<double> means, rstds, scales(m), normed(m * d);
+  statistics(x.host, d, means, rstds);
+  for (int64_t i = 0; i < m * d; ++i) {
+    normed[i] = (x.host[i] - means[i / d]) * rstds[i / d] * gamma[i % d] + beta[i % d];
+    scales[i / d] = std::max(scales[i / d], std::abs(normed[i]) / 448);
+  }
+  for (int64_t i = 0; i < m * d; ++i) {
+    normed[i] /= scales[i / d];
+  }
+  close(scale.read("scale" + where), scales, 1e-4, 0, "scale" + where);
+  close(y.read("layer norm" + where), normed, 1.01 * E4m3::kHalfUlp, 0.002, "layer norm" + where);
 }
 
 template <class E>
@@ -222,18 +355,8 @@ void check_rows(int code, int64_t m, int64_t d, int64_t row) {
   std::string const where = " of type " + std::to_string(code) + " (" + size + ")";
   int const done = xclip_fast_row_statistics(code, x.device, row, 1e-5f, mean.device, rstd.device, m, d, 0, nullptr);
   expect(done == XCLIP_FAST_OK, "row statistics" + where + ": " + xclip_fast_error(done));
-  std::vector<double> means(m), rstds(m);
-  for (int64_t i = 0; i < m; ++i) {
-    double sum = 0, squares = 0;
-    for (int64_t j = 0; j < d; ++j) {
-      sum += x(i, j);
-    }
-    means[i] = sum / d;
-    for (int64_t j = 0; j < d; ++j) {
-      squares += (x(i, j) - means[i]) * (x(i, j) - means[i]);
-    }
-    rstds[i] = 1 / std::sqrt(squares / d + 1e-5);
-  }
+  std::vector<double> means, rstds;
+  statistics(x.host, d, means, rstds);
   close(mean.read("mean"), means, 1e-6, 1e-6, "mean" + where);
   close(rstd.read("rstd"), rstds, 1e-5, 0, "rstd" + where);
 }
@@ -259,6 +382,39 @@ void check_fold(int parameter_code, int64_t n, int64_t k) {
   close(folded.read("folded"), products, 0, 0, "folded");
   close(sums.read("sums"), totals, 1e-5, 1e-4, "sums");
   close(shift.read("shift"), shifts, 1e-5, 1e-4, "shift");
+}
+
+template <class E, class P>
+void check_message(int parameter_code, int64_t rows, int64_t frames, int64_t width, int blocks) {
+  double const scale = 1 / std::sqrt(double(width));
+  Matrix<E> const x(rows, width, width + 8, 1.0), fc(width, width, width, scale),
+      qkv(3 * width, width, width, 2 * scale), out(width, width, width, scale), kv(2 * width, width, width, scale);
+  Matrix<P> const b0(width, 0.3), b1(3 * width, 0.3), b2(width, 0.3), b3(2 * width, 0.3), n0(width, 0.3, 1.0),
+      n1(width, 0.3), n2(width, 0.3, 1.0), n3(width, 0.3);
+  void const* const weights[] = {fc.device, qkv.device, out.device, kv.device};
+  void const* const biases[] = {b0.device, b1.device, b2.device, b3.device};
+  void const* const norms[] = {n0.device, n1.device, n2.device, n3.device};
+  Result<Fp32> workspace(xclip_fast_message_floats(rows, width));
+  Result<E> key_value(rows * 2 * width);
+  std::string const what = "message path of " + std::to_string(rows) + " rows, width " + std::to_string(width) + ", " +
+                           std::to_string(blocks) + " blocks";
+  auto const call = [&] {
+    return xclip_fast_message_kv(E::kCode, parameter_code, blocks, x.device, x.row, weights, biases, norms, 1e-5f, rows,
+                                 frames, width, workspace.device, key_value.device, 0, nullptr);
+  };
+  int const done = call();
+  expect(done == XCLIP_FAST_OK, what + ": " + xclip_fast_error(done));
+  auto const wanted = message_path(x.host, {fc.host, qkv.host, out.host, kv.host}, {b0.host, b1.host, b2.host, b3.host},
+                                   {n0.host, n1.host, n2.host, n3.host}, frames, 1e-5);
+  auto const first = key_value.read(what);
+  close(first, wanted, 1.01 * E::kHalfUlp, 8 * E::kHalfUlp, what);
+  workspace.read(what);
+  for (int i = 0; i < 50; ++i) {  // a missing barrier shows as a difference between runs
+    workspace.poison();
+    key_value.poison();
+    call();
+    close(key_value.read(what), first, 0, 0, what + ", again");
+  }
 }
 
 // On a stream of its own and replayed from a graph, a call gives the same bits.
@@ -295,7 +451,8 @@ void check_refusals() {
   auto* const aligned = reinterpret_cast<void*>(1 << 20);
   auto* const odd = reinterpret_cast<void*>((1 << 20) + 2);
   auto const call = [&](int dtype, void* x, void* y, int64_t m, int64_t n, int64_t k, int64_t x_row) {
-    return xclip_fast_linear_slope(dtype, -1, x, x_row, aligned, k, aligned, n, y, m, n, k, 1 << 20, nullptr);
+    return xclip_fast_linear_slope(dtype, -1, x, x_row, aligned, k, aligned, n, nullptr, nullptr, y, m, n, k, 1 << 20,
+                                   nullptr);
   };
   expect(call(XCLIP_FAST_BF16, aligned, aligned, 64, 64, 64, 64) == XCLIP_FAST_BAD_DEVICE, "no such device");
   expect(call(XCLIP_FAST_FP32, aligned, aligned, 64, 64, 64, 64) == XCLIP_FAST_BAD_DTYPE, "no float32");
@@ -331,7 +488,18 @@ int main() {
     check_products<Bf16>(m, n, k);
     check_products<Fp16>(m, n, k);
   }
+  for (auto const& [m, n, k] :
+       {std::array<int64_t, 3>{1, 128, 64}, {65, 136, 80}, {300, 384, 768}, {1000, 528, 3072}}) {
+    check_fp8(m, n, k);
+  }
+  check_message<Bf16, Bf16>(XCLIP_FAST_BF16, 8, 8, 768, 0);
+  check_message<Bf16, Fp32>(XCLIP_FAST_FP32, 48, 16, 768, 0);
+  check_message<Fp16, Fp16>(XCLIP_FAST_FP16, 64, 64, 1024, 0);
+  check_message<Fp16, Fp32>(XCLIP_FAST_FP32, 15, 5, 384, 50);
   for (int64_t d : {8, 50, 768, 1664}) {
+    check_layer_norm_fp8<Bf16>(XCLIP_FAST_BF16, 77, d, d + 8);
+    check_layer_norm_fp8<Fp16>(XCLIP_FAST_FP16, 77, d, d + 3);
+    check_layer_norm_fp8<Fp32>(XCLIP_FAST_FP32, 77, d, d);
     check_rows<Bf16>(XCLIP_FAST_BF16, 77, d, d + 8);
     check_rows<Fp16>(XCLIP_FAST_FP16, 77, d, d + 3);
     check_rows<Fp32>(XCLIP_FAST_FP32, 77, d, d);

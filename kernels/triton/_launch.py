@@ -6,8 +6,6 @@ tensors of production shapes, and compile what was recorded ahead of time.
 
 import contextlib
 import functools
-import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from typing import Any
 import torch
 import triton
 
+from .. import _tables
 from .._dispatch import INTERPRETED
 
 TABLE = Path(__file__).with_name("tiles.json")
@@ -50,12 +49,6 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def user_table() -> Path:
-    """Where ``python -m xclip_fast.kernels.tune`` keeps what it measured on this machine."""
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(cache).expanduser() / "xclip_fast" / "tiles.json"
-
-
 def tile(op: str, device: torch.device, **sizes: int) -> dict[str, Any]:
     """The tile of ``op`` for these sizes on this device: the first row of the user's table, then of the shipped one,
     whose architecture is the device's (or the newest below it) and whose bounds hold.
@@ -83,19 +76,9 @@ def forced_tile(op: str, use: dict[str, Any]) -> Iterator[None]:
 
 @functools.cache
 def _tile(op: str, architecture: int, sizes: tuple[tuple[str, int], ...]) -> dict[str, Any]:
-    for rows in (_rows(user_table(), op), _rows(TABLE, op)):
-        known = [row["arch"] for row in rows if row["arch"] <= architecture]
+    for rows in (_tables.rows(_tables.user_table(TABLE.name), op), _tables.rows(TABLE, op)):
+        newest = max((row["arch"] for row in rows if row["arch"] <= architecture), default=None)
         for row in rows:
-            bounds: dict[str, tuple[int, int]] = row.get("where", {})
-            if row["arch"] == max(known, default=None) and all(
-                bounds.get(name, (size, size))[0] <= size <= bounds.get(name, (size, size))[1] for name, size in sizes
-            ):
+            if row["arch"] == newest and _tables.holds(row, dict(sizes)):
                 return dict(row["use"])
     raise LookupError(f"no tile for {op} on architecture {architecture} with {dict(sizes)} in {TABLE}")
-
-
-@functools.cache
-def _rows(path: Path, op: str) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    return list(json.loads(path.read_text(encoding="utf-8")).get(op, []))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .. import kernels
 from .fp8 import Fp8Weights
 from .layers import Mlp, check_linear, drop_path_scale, feed_forward
+from .overlap import side_by_side
 
 
 class DropScales(NamedTuple):
@@ -45,31 +46,37 @@ def cct_attention(
 ) -> Tensor:
     """x + IFA(LN_1([x, m]))[:L] with m from CFA (equations 7 and 8), x (F, L, D) -> (F, L, D).
 
-    The message joins as a key and a value only, so nothing is concatenated and no row is thrown away. With ``fp8``
-    the projection of the frames' tokens takes its weight from there.
+    The message joins as a key and a value only, so nothing is concatenated and no row is thrown away. Its path and the
+    projection of the frames' tokens depend on x alone. With ``fp8`` that projection takes its weight from there.
     """
     width = x_FLD.shape[-1]
     check_linear(message_fc)
-    message_F2HC = kernels.message_kv(
-        x_FLD[:, 0],
-        frames,
-        message_fc.weight,
-        message_fc.bias,
-        message_ln.weight,
-        message_ln.bias,
-        *fusion,
-        ln_1.weight,
-        ln_1.bias,
-        diffusion.in_weight[width:],
-        diffusion.in_bias[width:],
-        heads,
-        ln_1.eps,
-        drop.fusion,
-    )
-    if fp8 is None:
-        qkv = kernels.ln_linear(x_FLD, ln_1.weight, ln_1.bias, diffusion.in_weight, diffusion.in_bias, ln_1.eps)
-    else:
-        qkv = kernels.ln_linear_fp8(x_FLD, ln_1.weight, ln_1.bias, fp8.qkv, fp8.qkv_scale, diffusion.in_bias, ln_1.eps)
+
+    def message() -> Tensor:
+        return kernels.message_kv(
+            x_FLD[:, 0],
+            frames,
+            message_fc.weight,
+            message_fc.bias,
+            message_ln.weight,
+            message_ln.bias,
+            *fusion,
+            ln_1.weight,
+            ln_1.bias,
+            diffusion.in_weight[width:],
+            diffusion.in_bias[width:],
+            heads,
+            ln_1.eps,
+            drop.fusion,
+        )
+
+    def projection() -> Tensor:
+        norm, bias = (ln_1.weight, ln_1.bias), diffusion.in_bias
+        if fp8 is None:
+            return kernels.ln_linear(x_FLD, *norm, diffusion.in_weight, bias, ln_1.eps)
+        return kernels.ln_linear_fp8(x_FLD, *norm, fp8.qkv, fp8.qkv_scale, bias, ln_1.eps)
+
+    message_F2HC, qkv = side_by_side(x_FLD, message, projection)
     mixed = kernels.diffusion_attention(qkv.unflatten(-1, (3, heads, width // heads)), message_F2HC)
     return kernels.linear_residual(mixed.flatten(-2), diffusion.out_weight, diffusion.out_bias, x_FLD, drop.diffusion)
 

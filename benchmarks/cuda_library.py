@@ -1,0 +1,293 @@
+"""Every call of the CUDA library at the shapes of the model's blocks, against its peers on one GPU.
+
+    python benchmarks/cuda_library.py --json benchmarks/results/cuda-library.json
+
+The bar is the bare cuBLAS product of the same shape in bfloat16 (``torch.mm``), on top of which an epilogue should cost
+nothing: `of bare` is a contender's time over it. Beside it: cuBLAS with torch's passes, the same under torch.compile
+(which takes most of this program's time: --no-compile), the op with Triton's kernels, and for 8 bits
+``torch._scaled_mm``. All results of a contender are checked against float32 first; a wrong one is named and not timed,
+and the exit code is 1. Medians, with cold caches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import measuring
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from xclip_fast.kernels import _cuda
+from xclip_fast.kernels._dispatch import OPS, backend
+from xclip_fast.kernels.quick_gelu import quick_gelu_reference as quick_gelu
+
+# tokens of one frame, of one video of 8 frames, of 8 and 32 videos: B/32, B/16 and L/14
+ROWS = {768: (50, 400, 1576, 12608, 50432, 100864), 1024: (257, 2056, 16448, 65792)}
+TILES = ("auto", "small", "square", "wide")
+E4M3 = torch.float8_e4m3fn
+EPS = 1e-5
+DEVICE, DTYPE = "cuda", torch.bfloat16
+Call = Callable[[], Any]  # returns a tensor or a tuple of them
+
+
+@dataclasses.dataclass
+class Case:
+    """One computation: ``exact`` in float32, ``bare`` the product alone, and who does all of it."""
+
+    name: str
+    shape: tuple[int, int, int]  # M, N, K
+    bare: Call
+    exact: Call
+    contenders: dict[str, Call]
+
+
+def normal(*shape: int, scale: float = 1.0) -> Tensor:
+    return (torch.randn(shape, device=DEVICE) * scale).to(DTYPE)
+
+
+def half_case(name: str, plain: Callable[..., Any], ours: Callable[[str], Any], *args: Tensor, op: Any = None) -> Case:
+    """``plain`` in torch on x, W and the other arguments; ``ours`` on a tile; and ``op``, a call of an op."""
+    x, w, *_ = args
+    wide = [arg.float() for arg in args]
+    contenders: dict[str, Call] = {"torch": lambda: plain(*args), "torch.compile": compiled(plain, args)}
+    contenders |= {f"ours, {tile}": lambda tile=tile: ours(tile) for tile in TILES}  # type: ignore[misc]
+    if op is not None:
+        contenders |= {f"the op, {name}": lambda name=name: asked(name, op) for name in ("cuda", "triton")}  # type: ignore[misc]
+    return Case(name, (len(x), *w.shape), lambda: torch.mm(x, w.T), lambda: plain(*wide), contenders)
+
+
+def compiled(call: Callable[..., Any], args: tuple[Any, ...]) -> Call:
+    once = torch.compile(call, mode="max-autotune-no-cudagraphs", dynamic=False)
+    return lambda: once(*args)
+
+
+def asked(name: str, call: Call) -> Any:
+    with backend(name):
+        return call()
+
+
+def norm_case(M: int, N: int, D: int, activation: bool, keep: bool = False) -> Case:
+    """LayerNorm, product and, in the FFN's first layer, quick_gelu; ``keep``: and what it was applied to."""
+    x, w, bias, gamma, beta = normal(M, D), normal(N, D, scale=D**-0.5), normal(N), 1 + normal(D, scale=0.1), normal(D)
+    statistics = _cuda.row_statistics(x, EPS)
+    folded, sums, shift = _cuda.fold(w, gamma, beta, bias)
+
+    def plain(x: Tensor, w: Tensor, b: Tensor, gamma: Tensor, beta: Tensor) -> Any:
+        u = F.linear(F.layer_norm(x, (D,), gamma, beta, EPS), w, b)
+        y = quick_gelu(u) if activation else u
+        return (y, u) if keep else y
+
+    def ours(tile: str) -> Any:
+        result = _cuda.norm_linear(x, folded, shift, (*statistics, sums), activation=activation, keep=keep, tile=tile)
+        return result if keep else result[0]
+
+    name = "fc1 with u" if keep else "fc1" if activation else "qkv"
+    op = None if keep else lambda: OPS["ln_linear"](x, gamma, beta, w, bias, EPS, activation)
+    return half_case(name, plain, ours, x, w, bias, gamma, beta, op=op)
+
+
+def residual_case(M: int, D: int, K: int, statistics: bool) -> Case:
+    """The product that joins the residual stream; ``statistics``: with the mean and 1 / sigma of its rows."""
+    h, w, bias, residual = normal(M, K), normal(D, K, scale=K**-0.5), normal(D), normal(M, D)
+
+    def plain(h: Tensor, w: Tensor, b: Tensor, residual: Tensor) -> Any:
+        y = residual + F.linear(h, w, b)
+        if not statistics:
+            return y
+        variance, mean = torch.var_mean(y.float(), -1, correction=0)
+        return y, mean, (variance + EPS).rsqrt()
+
+    def ours(tile: str) -> Any:
+        if statistics:
+            return _cuda.linear_residual_statistics(h, w, bias, residual, None, EPS, tile=tile)
+        return _cuda.linear_residual(h, w, bias, residual, tile=tile)
+
+    def op() -> Any:
+        result = OPS["linear_residual"](h, w, bias, residual, None, EPS, statistics)
+        return result if statistics else result[0]
+
+    name = ("out" if K == D else "fc2") + (" with statistics" if statistics else "")
+    return half_case(name, plain, ours, h, w, bias, residual, op=op)
+
+
+def slope_case(M: int, D: int, sums: bool) -> Case:
+    """Backward through the FFN's activation; ``sums``: with the gradient of its bias."""
+    dy, w, u = normal(M, D), normal(4 * D, D, scale=D**-0.5), normal(M, 4 * D)
+
+    def plain(dy: Tensor, w: Tensor, u: Tensor) -> Any:
+        s = torch.sigmoid(1.702 * u)
+        du = F.linear(dy, w) * (s * (1 + 1.702 * u * (1 - s)))
+        return (du, du.sum(0, dtype=torch.float32)) if sums else du
+
+    def ours(tile: str) -> Any:
+        result = _cuda.linear_slope(dy, w, u, column_sums=sums, tile=tile)
+        return result if sums else result[0]
+
+    return half_case("slope with sums" if sums else "slope", plain, ours, dy, w, u)
+
+
+def fp8_case(name: str, M: int, N: int, K: int) -> Case:
+    """A product of 8 bits with the epilogue of "qkv", "fc1" or "fc2"; its bar is the one in bfloat16."""
+    (x, x_scale, x_wide), (w, w_scale, w_wide) = (eight(rows, K) for rows in (M, N))
+    bias, residual = torch.randn(N, device=DEVICE), normal(M, N).bfloat16()
+
+    def exact() -> Tensor:
+        product = (x.float() @ w.float().T) * w_scale
+        if name == "fc2":  # the one scale of x is in w_scale
+            return residual.float() + product + bias
+        u = product * x_scale[:, None] + bias
+        return quick_gelu(u) if name == "fc1" else u
+
+    def ours(tile: str) -> Tensor:
+        if name == "fc1":
+            return _cuda.fp8_linear_gelu(x, x_scale, w, w_scale, bias, 1.0, tile=tile)
+        if name == "fc2":
+            return _cuda.fp8_linear_residual(x, w, w_scale, bias, residual, tile=tile)
+        return _cuda.fp8_linear(x, x_scale, w, w_scale, bias, tile=tile)
+
+    def scaled_mm() -> Tensor:
+        scales, kind = (x_scale[:, None], w_scale[None]), torch.bfloat16
+        return torch._scaled_mm(x, w.T, *scales, bias=bias.to(kind), out_dtype=kind, use_fast_accum=True)
+
+    contenders: dict[str, Call] = {f"ours, {tile}": lambda tile=tile: ours(tile) for tile in TILES}  # type: ignore[misc]
+    if name == "qkv":
+        contenders["torch._scaled_mm"] = scaled_mm
+    return Case(f"{name} in fp8", (M, N, K), lambda: torch.mm(x_wide, w_wide.T), exact, contenders)
+
+
+def eight(rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A random matrix in e4m3, the scales of its rows, and itself in bfloat16."""
+    wide = torch.randn(rows, columns, device=DEVICE)
+    scale = wide.abs().amax(1) / 448
+    return (wide / scale[:, None]).to(E4M3), scale, wide.bfloat16()
+
+
+def message_case(frames: int, D: int) -> Case:
+    """The message path of one video; its bar is one cuBLAS product with weights of that size."""
+    sizes = (1, 3, 1, 2)
+    weights = [normal(n * D, D, scale=D**-0.5) for n in sizes]
+    biases = [normal(n * D) for n in sizes]
+    norms = [1 + normal(D, scale=0.1), normal(D), 1 + normal(D, scale=0.1), normal(D)]
+    x, everything = normal(frames, D), torch.cat(weights)
+    fc, qkv, out, kv = zip(weights, biases, strict=True)
+    args = (x, frames, *fc, *norms[:2], *qkv, *out, *norms[2:], *kv, D // 64, EPS, None)
+    op = OPS["message_kv"]
+
+    def exact() -> Tensor:
+        return op.reference(*(arg.float() if isinstance(arg, Tensor) else arg for arg in args)).flatten(1)
+
+    contenders: dict[str, Call] = {"torch": lambda: op.reference(*args).flatten(1)}
+    contenders["torch.compile"] = compiled(lambda *given: op.reference(*given).flatten(1), args)
+    contenders["the op, triton"] = lambda: asked("triton", lambda: op(*args)).flatten(1)
+    for blocks in (0, 32, 64, 96, 128):
+
+        def ours(blocks: int = blocks) -> Tensor:
+            return _cuda.message_kv(x, frames, weights, biases, norms, EPS, blocks=blocks)
+
+        contenders[f"ours, {blocks or 'auto'} blocks"] = ours
+    return Case("message_kv", (frames, 7 * D, D), lambda: torch.mm(x, everything.T), exact, contenders)
+
+
+def cases(widths: tuple[int, ...], most_rows: int, compiles: bool) -> Iterator[Case]:
+    for case in all_cases(widths, most_rows):
+        if not compiles:
+            case.contenders.pop("torch.compile", None)
+        yield case
+
+
+def all_cases(widths: tuple[int, ...], most_rows: int) -> Iterator[Case]:
+    for D in widths:
+        for frames in (8, 16, 32):
+            yield message_case(frames, D)
+        for M in (rows for rows in ROWS[D] if rows <= most_rows):
+            yield norm_case(M, 3 * D, D, False)
+            yield norm_case(M, 4 * D, D, True)
+            yield norm_case(M, 4 * D, D, True, keep=True)
+            for statistics in (False, True):
+                yield residual_case(M, D, D, statistics)
+                yield residual_case(M, D, 4 * D, statistics)
+                yield slope_case(M, D, statistics)
+            for name, N, K in (("qkv", 3 * D, D), ("fc1", 4 * D, D), ("fc2", D, 4 * D)):
+                yield fp8_case(name, M, N, K)
+
+
+def milliseconds(call: Call) -> float:
+    from triton.testing import do_bench
+
+    return float(do_bench(call, warmup=5, rep=20, return_mode="median"))
+
+
+def error(got: Any, exact: Any) -> float:
+    """The largest of the relative errors of the results."""
+    got, exact = ((part,) if isinstance(part, Tensor) else part for part in (got, exact))
+    return max(float((a.float() - b).norm() / b.norm()) for a, b in zip(got, exact, strict=True))
+
+
+def measure(case: Case) -> list[dict[str, Any]]:
+    """A row for each contender: its time in ms, or a note why there is none. ``wrong``: it computes something else."""
+    M, N, K = case.shape
+    exact, bare = case.exact(), milliseconds(case.bare)
+    rows = [{"contender": "bare cuBLAS", "ms": bare}]
+    for name, call in case.contenders.items():
+        row: dict[str, Any] = {"contender": name}
+        rows.append(row)
+        try:
+            got = call()
+            row["error"] = error(got, exact)
+            if not row["error"] < (2**-4 if isinstance(got, Tensor) and got.dtype == E4M3 else 2**-6):
+                row |= {"wrong": True, "note": f"WRONG: relative error {row['error']:.3g}"}
+            else:
+                row["ms"] = milliseconds(call)
+        except (RuntimeError, ImportError) as failed:  # a tile that was not built, a backend that is not here
+            row["note"] = str(failed).splitlines()[0]
+    for row in rows:
+        row |= {"case": case.name, "m": M, "n": N, "k": K}
+        if "ms" in row:
+            row |= {"tflops": 2e-9 * M * N * K / row["ms"], "of_bare": row["ms"] / bare}
+    return rows
+
+
+def line(row: dict[str, Any]) -> str:
+    start = f"{row['case']:20} {row['m']:6} x {row['n']:4} x {row['k']:4}  {row['contender']:18}"
+    if "ms" not in row:
+        return f"{start} {row['note']}"
+    return f"{start} {row['ms']:9.4f} ms {row['tflops']:6.0f} TFLOP/s {row['of_bare']:6.3f} of bare"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--widths", default="768,1024", help="of the tokens (default 768,1024)")
+    parser.add_argument("--most-rows", type=int, default=70_000, help="leave larger M out (default 70000)")
+    parser.add_argument("--no-compile", action="store_true", help="without torch.compile")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args(argv)
+    try:
+        widths = tuple(int(width) for width in args.widths.split(","))
+    except ValueError:
+        widths = ()
+    if not widths or set(widths) - set(ROWS):
+        parser.error(f"--widths {args.widths}; some of {', '.join(map(str, ROWS))} wanted, with commas between")
+    if not torch.cuda.is_available():
+        print("error: no CUDA device: torch.cuda.is_available() is False", file=sys.stderr)
+        return 1
+    if reason := _cuda.refuse_device("cuda", None):
+        print(f"error: {reason}", file=sys.stderr)
+        return 1
+    rows = []
+    with torch.no_grad():
+        for case in cases(widths, args.most_rows, not args.no_compile):
+            rows += measure(case)
+            print(*map(line, rows[-1 - len(case.contenders) :]), sep="\n", flush=True)
+            torch._dynamo.reset()
+    if args.json:
+        measuring.write_json(args.json, {"environment": measuring.environment("cuda"), "rows": rows})
+    return 1 if any(row.get("wrong") for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,58 @@
+"""Which backend was measured to be the fastest: per (op, architecture, dtype, training or not, class of sizes).
+
+The rows of an op in choices.json hold the median milliseconds of each backend that computed the right thing there;
+``python -m xclip_fast.kernels.tune --backends`` measures and writes them. Where no row holds, the op's own order does.
+Rows under ``cuda <call>`` do the same for the tiles of the CUDA library's products.
+"""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _tables
+
+TABLE = Path(__file__).with_name("choices.json")
+
+
+def known(name: str) -> bool:
+    """Whether any table has rows under this name: what a call costs where nothing was measured."""
+    return bool(_rows(name))
+
+
+def architecture(x: Tensor) -> int | None:
+    """The compute capability of x's GPU as one number, 90 for 9.0; None elsewhere."""
+    return _capability(x.get_device()) if x.is_cuda else None
+
+
+def order(name: str, architecture: int, sizes: dict[str, Any]) -> tuple[str, ...]:
+    """The backends (or tiles) of the first row that holds, the fastest first; none if no row holds."""
+    return _order(name, architecture, tuple(sizes.items()))
+
+
+def forget() -> None:
+    """Read the tables again at the next call."""
+    for cached in (_rows, _order, _tables.rows):
+        cached.cache_clear()
+
+
+@functools.cache
+def _rows(name: str) -> tuple[dict[str, Any], ...]:
+    return (*_tables.rows(_tables.user_table(TABLE.name), name), *_tables.rows(TABLE, name))
+
+
+@functools.cache
+def _capability(index: int) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
+
+
+@functools.lru_cache(4096)  # labels come in any number
+def _order(name: str, architecture: int, sizes: tuple[tuple[str, Any], ...]) -> tuple[str, ...]:
+    for row in _rows(name):
+        if row["arch"] == architecture and _tables.holds(row, dict(sizes)):
+            medians: dict[str, float] = row["milliseconds"]
+            return tuple(sorted(medians, key=medians.__getitem__))
+    return ()

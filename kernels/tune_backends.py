@@ -1,0 +1,278 @@
+"""Which backend is the fastest on this GPU: what ``python -m xclip_fast.kernels.tune --backends`` measures.
+
+Every backend of every op of the X-CLIP blocks, at their shapes, forward alone and with gradients, and every tile of the
+CUDA library's products. What computes something else than the reference does, in the sense of the tests, is said and
+left out. _choices.py reads what is written.
+"""
+
+import datetime
+import functools
+import importlib.metadata
+import importlib.util
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _choices, _cuda
+from ._dispatch import OPS, Op, backend
+from .quick_gelu import quick_gelu_reference
+from .tune import LENGTHS, ROWS, WIDTHS, boundaries
+
+FRAMES = (8, 64, 256)  # F: one video, batches of 8 and 32
+VIDEO_FRAMES = (8, 16)  # T
+IMAGES = ((224, 32), (224, 16), (224, 14), (336, 14))  # pixels a side, of a patch
+DTYPES = (torch.bfloat16, torch.float16)
+DEVICE = "cuda"
+EPS = 1e-5
+
+Case = tuple[dict[str, list[Any]], tuple[Any, ...]]  # where a row holds, and the arguments it is measured with
+
+
+def _normal(*shape: int, scale: float = 1.0) -> Tensor:
+    return torch.randn(shape, device=DEVICE) * scale
+
+
+def _linear(columns: int, inner: int) -> tuple[Tensor, Tensor]:
+    return _normal(columns, inner, scale=inner**-0.5), _normal(columns, scale=0.1)
+
+
+def _norm(width: int) -> tuple[Tensor, Tensor]:
+    return 1 + _normal(width, scale=0.1), _normal(width, scale=0.1)
+
+
+def _is(**sizes: int) -> dict[str, list[int]]:
+    return {name: [size, size] for name, size in sizes.items()}
+
+
+# ---- the arguments, in float32
+
+
+def _ln_linear() -> Iterator[Case]:
+    for width, m in itertools.product(WIDTHS, ROWS):
+        where = {"m": boundaries(ROWS, m), **_is(n=3 * width, k=width, activation=0)}
+        yield where, (_normal(m, width), *_norm(width), *_linear(3 * width, width), EPS, False)
+
+
+def _linear_residual() -> Iterator[Case]:
+    for width, m in itertools.product(WIDTHS, ROWS):
+        where = {"m": boundaries(ROWS, m), **_is(n=width, k=width, statistics=0)}
+        yield where, (_normal(m, width), *_linear(width, width), _normal(m, width), None, EPS, False)
+
+
+def _mlp() -> Iterator[Case]:
+    for width, m in itertools.product(WIDTHS, ROWS):
+        linears = (*_linear(4 * width, width), *_linear(width, 4 * width))
+        yield {"m": boundaries(ROWS, m), **_is(k=width)}, (_normal(m, width), *_norm(width), *linears, EPS, None)
+
+
+def _message_kv() -> Iterator[Case]:
+    for width, frames, m in itertools.product(WIDTHS, VIDEO_FRAMES, FRAMES):
+        rows = max(m, frames)
+        cfa = (*_linear(3 * width, width), *_linear(width, width))
+        ifa = (*_norm(width), *_linear(2 * width, width))
+        args = (_normal(rows, width), frames, *_linear(width, width), *_norm(width), *cfa, *ifa, width // 64, EPS, None)
+        yield {"m": boundaries(FRAMES, m), **_is(k=width, frames=frames)}, args
+
+
+def _diffusion_attention() -> Iterator[Case]:
+    for width, length, m in itertools.product(WIDTHS, LENGTHS, FRAMES):
+        where = {"m": boundaries(FRAMES, m), **_is(length=length, heads=width // 64, channels=64)}
+        yield where, (_normal(m, length, 3, width // 64, 64), _normal(m, 2, width // 64, 64))
+
+
+def _patch_embed() -> Iterator[Case]:
+    for width, (side, patch), m in itertools.product(WIDTHS, IMAGES, FRAMES):
+        length = (side // patch) ** 2 + 1
+        frames = torch.randint(256, (m, side, side, 3), dtype=torch.uint8, device=DEVICE)
+        weight = _normal(width, 3, patch, patch, scale=0.02)
+        args = (frames, weight, _normal(width), _normal(length, width), *_norm(width), [0.45] * 3, [0.225] * 3, EPS)
+        yield {"m": boundaries(FRAMES, m), **_is(length=length, n=width, levels=1)}, args
+
+
+def _layer_norm() -> Iterator[Case]:
+    for width, m in itertools.product(WIDTHS, ROWS):
+        yield {"m": boundaries(ROWS, m), **_is(k=width)}, (_normal(m, width), *_norm(width), EPS)
+
+
+WORK: dict[str, Callable[[], Iterator[Case]]] = {
+    "ln_linear": _ln_linear,
+    "linear_residual": _linear_residual,
+    "mlp": _mlp,
+    "message_kv": _message_kv,
+    "diffusion_attention": _diffusion_attention,
+    "patch_embed": _patch_embed,
+    "layer_norm": _layer_norm,
+}
+
+
+def _norm_linear(x: Tensor, weight: Tensor, bias: Tensor, tile: str) -> list[Tensor]:
+    return [_cuda.norm_linear(x, weight, bias, tile=tile)[0]]
+
+
+def _activated(x: Tensor, weight: Tensor, bias: Tensor, tile: str) -> list[Tensor]:
+    return [_cuda.norm_linear(x, weight, bias, activation=True, tile=tile)[0]]
+
+
+def _residual(x: Tensor, weight: Tensor, bias: Tensor, tile: str) -> list[Tensor]:
+    return [_cuda.linear_residual(x, weight, bias, _beside(x, weight), tile=tile)]
+
+
+def _slope(x: Tensor, weight: Tensor, bias: Tensor, tile: str) -> list[Tensor]:
+    return [_cuda.linear_slope(x, weight, _beside(x, weight), tile=tile)[0]]
+
+
+def _beside(x: Tensor, weight: Tensor) -> Tensor:
+    """The (M, N) matrix that an epilogue reads: made of what is there, so that it is the same in each call."""
+    return x[:, :1].expand(-1, weight.shape[0]).contiguous()
+
+
+def _slope_exactly(x: Tensor, weight: Tensor, bias: Tensor) -> list[Tensor]:
+    u = _beside(x, weight)
+    s = torch.sigmoid(1.702 * u)
+    return [(x @ weight.T) * s * (1 + 1.702 * u * (1 - s))]
+
+
+# library's call -> other sizes of a row, (columns, inner) by width, the call, what it computes
+Results = Callable[..., list[Tensor]]
+Product = tuple[dict[str, int], Callable[[int], tuple[int, int]], Results, Results]
+TILE_WORK: dict[str, list[Product]] = {
+    "cuda norm_linear": [
+        ({"activation": 0}, lambda d: (3 * d, d), _norm_linear, lambda x, w, b: [x @ w.T + b]),
+        ({"activation": 1}, lambda d: (4 * d, d), _activated, lambda x, w, b: [quick_gelu_reference(x @ w.T + b)]),
+    ],
+    "cuda linear_residual": [
+        ({}, shape, _residual, lambda x, w, b: [_beside(x, w) + x @ w.T + b])
+        for shape in (lambda d: (d, d), lambda d: (d, 4 * d))
+    ],
+    "cuda linear_slope": [({}, lambda d: (4 * d, d), _slope, _slope_exactly)],
+}
+
+
+# ---- measuring
+
+
+def milliseconds(call: Callable[[], Any]) -> float:
+    """Median GPU time of a call, its data not in the cache."""
+    from triton.testing import do_bench
+
+    return float(do_bench(call, return_mode="median"))
+
+
+def measure(name: str, say: Callable[[str], None]) -> tuple[list[dict[str, Any]], int]:
+    """The rows of one op, or of one product's tiles, and how many contenders were left out as wrong."""
+    rows, wrong = [], 0
+    architecture = _choices.architecture(torch.empty(0, device=DEVICE))
+    for where, contenders, exact, baseline in _contests(name, say):
+        found: dict[str, float] = {}
+        for contender, call in contenders.items():
+            try:
+                got = call()
+            except RuntimeError as error:  # a tile that was not built, memory that is not there
+                say(f"{name} {where}: {contender} does not run: {(str(error) or 'RuntimeError').splitlines()[0]}")
+                continue
+            if not agrees(got, exact, baseline):
+                say(f"{name} {where}: {contender} COMPUTES SOMETHING ELSE, and is left out")
+                wrong += 1
+                continue
+            found[contender] = milliseconds(call)
+        if found:
+            say(f"{name} {where}: " + ", ".join(f"{key} {found[key]:.4f} ms" for key in sorted(found, key=found.get)))  # type: ignore[arg-type]
+            rows.append({"arch": architecture, "where": where, "milliseconds": found, "measured": provenance()})
+    return rows, wrong
+
+
+Contest = tuple[dict[str, list[Any]], dict[str, Results], list[Tensor], list[Tensor]]
+
+
+def _contests(name: str, say: Callable[[str], None]) -> Iterator[Contest]:
+    """Where a row holds; the contenders; the result in float64; the same in the dtype, by torch."""
+    for dtype in DTYPES:
+        if name in TILE_WORK:
+            yield from _tile_contests(name, dtype)
+            continue
+        for where, args in WORK[name]():
+            for training in (False, True):
+                yield _op_contest(name, dtype, training, where, args, say)
+
+
+def _op_contest(
+    name: str,
+    dtype: torch.dtype,
+    training: bool,
+    where: dict[str, list[Any]],
+    args: tuple[Any, ...],
+    say: Callable[[str], None],
+) -> Contest:
+    op, where = OPS[name], {"dtype": [_name(dtype)] * 2, "training": [training] * 2, **where}
+    given = _cast(args, dtype, training)
+    cotangent = torch.randn_like(_run(op, given, None)[0]) if training else None
+    exact = _run(op, _cast(given, torch.float64, training), None if cotangent is None else cotangent.double())
+    contenders: dict[str, Results] = {}
+    for candidate in op.backends:
+        with backend(candidate.name):
+            refused = candidate.refusal(given, training)
+        if refused:
+            say(f"{name} {where}: {candidate.name} refuses: {refused}")
+        else:
+            contenders[candidate.name] = functools.partial(_run, op, given, cotangent, candidate.name)
+    return where, contenders, exact, _run(op, given, cotangent)
+
+
+def _tile_contests(name: str, dtype: torch.dtype) -> Iterator[Contest]:
+    for (more, shape, call, exactly), width, m in itertools.product(TILE_WORK[name], WIDTHS, ROWS):
+        n, k = shape(width)
+        operands = _cast((_normal(m, k), *_linear(n, k)), dtype)
+        names = [tile for tile in _cuda.TILES if tile != "auto"]
+        tiles: dict[str, Results] = {tile: functools.partial(call, *operands, tile) for tile in names}
+        where: dict[str, list[Any]] = {"dtype": [_name(dtype)] * 2, "m": boundaries(ROWS, m), **_is(n=n, k=k, **more)}
+        yield where, tiles, exactly(*_cast(operands, torch.float64)), exactly(*operands)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _cast(args: tuple[Any, ...], dtype: torch.dtype, training: bool = False) -> tuple[Any, ...]:
+    return tuple(
+        arg.detach().to(dtype).requires_grad_(training) if isinstance(arg, Tensor) and arg.is_floating_point() else arg
+        for arg in args
+    )
+
+
+def _run(op: Op, args: tuple[Any, ...], cotangent: Tensor | None, name: str = "reference") -> list[Tensor]:
+    """The first output of a backend, and for a cotangent the gradient of every argument that has one."""
+    with backend(name), torch.set_grad_enabled(cotangent is not None):
+        result = op(*args)
+        output: Tensor = result[0] if isinstance(result, tuple) else result
+        if cotangent is None:
+            return [output]
+        leaves = [arg for arg in args if isinstance(arg, Tensor) and arg.requires_grad]
+        grads = torch.autograd.grad(output, leaves, cotangent, allow_unused=True)
+    return [output.detach(), *(grad for grad in grads if grad is not None)]
+
+
+def agrees(got: list[Tensor], exact: list[Tensor], baseline: list[Tensor]) -> bool:
+    """err <= 2 err(torch in the same dtype) + eps of each result, by the largest difference of all; NaN is wrong."""
+
+    def error(tensor: Tensor, right: Tensor) -> float:
+        return float((tensor.double() - right).abs().max() / right.abs().max().clamp(min=1e-30))
+
+    return len(got) == len(exact) and all(
+        mine.shape == right.shape and error(mine, right) <= 2 * error(torchs, right) + torch.finfo(mine.dtype).eps
+        for mine, right, torchs in zip(got, exact, baseline, strict=True)
+    )
+
+
+def provenance() -> dict[str, Any]:
+    """On what a row was measured, and when."""
+    version = importlib.metadata.version("triton") if importlib.util.find_spec("triton") else None
+    return {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": version,
+        "library": _cuda.ABI if _cuda.load(_cuda.path())[0] else None,
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+    }
