@@ -15,6 +15,7 @@ from xclip_fast.kernels import quantize_weight
 
 from xclip_fast import XCLIP, TextConfig, VisionConfig, XCLIPConfig, quantization, tokenize
 from xclip_fast.data.motion import render
+from xclip_fast.graphs import _Tower
 
 TOKENS = tokenize(["riding a bike", "swimming", "playing the accordion while walking", "yoga", "a dog", "juggling"])
 GATE = 0.999  # cosine of the logits with those of bfloat16
@@ -144,6 +145,15 @@ def test_it_compiles_in_one_graph(tiny_model: XCLIP) -> None:
         for change in (lambda: None, lambda: tiny_model.quantize("fp8", calibration=video)):
             change()
             torch.testing.assert_close(compiled(video, TOKENS), tiny_model(video, TOKENS), rtol=1e-4, atol=1e-4)
+
+
+def test_cuda_graphs_notice_it(tiny_model: XCLIP) -> None:
+    tower = _Tower(tiny_model)
+    for change in (lambda: tiny_model.quantize("fp8", calibration=videos(tiny_model)), tiny_model.dequantize):
+        assert tower.change() is None
+        change()
+        assert tower.change() == "the module fp8 was replaced"
+        tower = _Tower(tiny_model)
 
 
 def test_a_block_with_tokens_first_is_the_same(quantized: XCLIP) -> None:
