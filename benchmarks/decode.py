@@ -29,7 +29,7 @@ import torch
 from av.video.reformatter import VideoReformatter
 from scenes import COPY, write_clips
 
-from xclip_fast.data.decode import Source, decode_frames, probe
+from xclip_fast.data.decode import EXACT_COLOUR, Source, decode_frames, probe
 from xclip_fast.data.manifest import Manifest, index
 from xclip_fast.data.sampling import frame_indices
 from xclip_fast.data.transforms import TestTransform
@@ -104,24 +104,24 @@ def number(option: str, given: str) -> int:
 # Each contender takes a file and sorted frame numbers and gives uint8 (n, H, W, 3), RGB. One thread each.
 
 
+def converter() -> Callable[[av.VideoFrame], np.ndarray]:
+    """Frames to RGB, as exactly as ours, so that the pixels may be compared and the work is the same."""
+    convert = functools.partial(VideoReformatter().reformat, format="rgb24", interpolation=EXACT_COLOUR, threads=1)
+    return lambda frame: convert(frame).to_ndarray()
+
+
 def full_decode(path: Path, numbers: Sequence[int]) -> np.ndarray:
     """Decode all frames, convert those that are wanted."""
-    wanted, reformatter = set(numbers), VideoReformatter()
+    wanted, to_rgb = set(numbers), converter()
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         stream.codec_context.thread_count = 1
-        return np.stack(
-            [
-                reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
-                for place, frame in enumerate(container.decode(stream))
-                if place in wanted
-            ]
-        )
+        return np.stack([to_rgb(frame) for place, frame in enumerate(container.decode(stream)) if place in wanted])
 
 
 def seek_for_each(path: Path, numbers: Sequence[int]) -> np.ndarray:
     """For each frame a seek to the keyframe before it, and decoding up to it: the usual loop."""
-    found, reformatter = [], VideoReformatter()
+    found, to_rgb = [], converter()
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         stream.codec_context.thread_count = 1
@@ -129,7 +129,7 @@ def seek_for_each(path: Path, numbers: Sequence[int]) -> np.ndarray:
             time = (stream.start_time or 0) + round(place / stream.average_rate / stream.time_base)
             container.seek(time, stream=stream)
             frame = next(frame for frame in container.decode(stream) if frame.pts >= time)
-            found.append(reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray())
+            found.append(to_rgb(frame))
     return np.stack(found)
 
 

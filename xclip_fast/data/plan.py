@@ -84,6 +84,8 @@ def open_video(path: str | os.PathLike[str] | Source, threads: int = 1) -> Itera
     except (av.FFmpegError, OSError) as error:
         raise VideoError(f"{source}: cannot be opened as a video ({reason(error)})") from error
     try:
+        if is_picture(container):
+            raise VideoError(f"{source}: is a picture, not a video")
         videos = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
         if not videos or container.format.name == "tty":  # FFmpeg "plays" any text as a terminal session
             kinds: list[str] = sorted({s.type for s in container.streams if s.type != "video"})
@@ -100,6 +102,13 @@ def open_video(path: str | os.PathLike[str] | Source, threads: int = 1) -> Itera
         raise VideoError(f"{source}: cannot be read ({reason(error)})") from error
     finally:
         container.close()
+
+
+def is_picture(container: InputContainer) -> bool:
+    """Whether this is a file format of still pictures, which FFmpeg would play as a video of one frame."""
+    name = container.format.name
+    still = container.metadata.get("major_brand") in ("avif", "heic", "heix", "mif1")  # they share MP4's form
+    return still or name == "image2" or name.endswith("_pipe")
 
 
 def _check_file(source: Source) -> None:

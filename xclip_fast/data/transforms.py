@@ -189,7 +189,8 @@ def apply(view: View, frames_THWC: np.ndarray, out: np.ndarray | None = None) ->
     """The view of these full-size frames: uint8 (T, H, W, 3) in, uint8 (T, size, size, 3) out.
 
     The frames are those that `view.frames` names, in its order. Crop, then bilinear resize (half-pixel centres, no
-    antialiasing, edges of the box repeated), then flip, then colour.
+    antialiasing, edges of the box repeated), then flip, then colour. With colours all of it is rounded once, at the
+    end, to half a level from the exact value; without, it is at most one level from it.
     """
     if out is None:
         out = np.empty((len(frames_THWC), view.size, view.size, 3), np.uint8)
@@ -208,6 +209,8 @@ def apply_frame(view: View, frame_HWC: np.ndarray, out_SSC: np.ndarray) -> None:
         raise ValueError(f"crop {view.crop} leaves the frame of {frame_HWC.shape[1]}x{frame_HWC.shape[0]} pixels")
     if (height, width) == (view.size, view.size):
         picture_SSC = box_HWC
+    elif view.colour is not None:
+        picture_SSC = _resize(box_HWC, view.size)  # an error of the resize would be amplified by the colours
     else:
         # torch would copy a box that is not contiguous on all cores, the last thing decoding threads need; turned and
         # read-only memory it does not take at all. Now `interpolate` works in fixed point on the calling thread, at
@@ -224,10 +227,39 @@ def apply_frame(view: View, frame_HWC: np.ndarray, out_SSC: np.ndarray) -> None:
         recolour(picture_SSC, view.colour, out_SSC)
 
 
+def _resize(box_HWC: np.ndarray, size: int) -> np.ndarray:
+    """The bilinear resize in float32, not rounded: (size, size, 3), in planes of memory as `recolour` wants them.
+
+    NumPy, for torch would share the work out to all cores from every decoding thread.
+    """
+    low, high, part = _taps(box_HWC.shape[0], size)
+    start_SWC = box_HWC[low]
+    x_SWC = np.subtract(box_HWC[high], start_SWC, dtype=np.float32)
+    x_SWC *= part[:, None, None]
+    x_SWC += start_SWC
+    low, high, part = _taps(box_HWC.shape[1], size)
+    x_CSW = np.ascontiguousarray(x_SWC.transpose(2, 0, 1))
+    start_CSS, x_CSS = x_CSW.take(low, axis=2), x_CSW.take(high, axis=2)
+    x_CSS -= start_CSS
+    x_CSS *= part
+    x_CSS += start_CSS
+    return x_CSS.transpose(1, 2, 0)
+
+
+def _taps(length: int, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of each of `size` pixels, the two among `length` that it lies between, and how far it is on the way (size,)."""
+    at = np.clip((np.arange(size) + 0.5) * (length / size) - 0.5, 0, length - 1)
+    low = at.astype(np.int64)
+    return low, np.minimum(low + 1, length - 1), (at - low).astype(np.float32)
+
+
 def recolour(picture_HWC: np.ndarray, colour: np.ndarray, out_HWC: np.ndarray) -> None:
-    """colour[:, :3] @ rgb + colour[:, 3] of each pixel, in float32, rounded half to even and cut to 0..255 once."""
+    """colour[:, :3] @ rgb + colour[:, 3] of each pixel, in float32, rounded half to even and cut to 0..255 once.
+
+    `picture_HWC`: uint8 or float32. `out_HWC`: uint8.
+    """
     # NumPy, plane by plane: half the time of a matrix product, and no BLAS that may be set to a lower precision.
-    r, g, b = np.ascontiguousarray(picture_HWC.transpose(2, 0, 1)).astype(np.float32)
+    r, g, b = np.ascontiguousarray(picture_HWC.transpose(2, 0, 1)).astype(np.float32, copy=False)
     part = np.empty_like(r)
     for channel, (red, green, blue, offset) in enumerate(colour.astype(np.float32)):
         level = r * red
