@@ -85,6 +85,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if args.clips < 1:
         fail(f"--clips {args.clips}: at least 1 wanted")
     args.pictures = find_pictures(args.pictures)
+    if "file" not in args.works:  # the loader takes the first pictures only
+        args.pictures = dict(list(args.pictures.items())[:1])
     if not args.seconds > 0:
         fail(f"--seconds {args.seconds}: a positive time wanted")
     if args.json and (args.json.is_dir() or not args.json.absolute().parent.is_dir()):
