@@ -26,6 +26,7 @@ LUMA = (0.299, 0.587, 0.114)
 _YIQ = np.array([LUMA, (0.595716, -0.274453, -0.321263), (0.211456, -0.522591, 0.311135)])
 _RGB = np.linalg.inv(_YIQ)
 _GREY = np.tile(_YIQ[0], (3, 1))
+_STRIP = 56  # rows
 _MIDDLE = 127.5  # mid grey: what a change of contrast leaves alone
 
 
@@ -207,10 +208,11 @@ def apply_frame(view: View, frame_HWC: np.ndarray, out_SSC: np.ndarray) -> None:
     box_HWC = frame_HWC[top : top + height, left : left + width]
     if box_HWC.shape[:2] != (height, width):
         raise ValueError(f"crop {view.crop} leaves the frame of {frame_HWC.shape[1]}x{frame_HWC.shape[0]} pixels")
+    if view.colour is not None:
+        _apply_with_colour(view, view.colour, box_HWC, out_SSC)
+        return
     if (height, width) == (view.size, view.size):
         picture_SSC = box_HWC
-    elif view.colour is not None:
-        picture_SSC = _resize(box_HWC, view.size)  # an error of the resize would be amplified by the colours
     else:
         # torch would copy a box that is not contiguous on all cores, the last thing decoding threads need; turned and
         # read-only memory it does not take at all. Now `interpolate` works in fixed point on the calling thread, at
@@ -219,31 +221,31 @@ def apply_frame(view: View, frame_HWC: np.ndarray, out_SSC: np.ndarray) -> None:
         x_1CHW = torch.from_numpy(box_HWC)[None].permute(0, 3, 1, 2)
         x_1CSS = torch.nn.functional.interpolate(x_1CHW, size=(view.size, view.size), mode="bilinear", antialias=False)
         picture_SSC = x_1CSS[0].permute(1, 2, 0).numpy()
-    if view.flip:
-        picture_SSC = picture_SSC[:, ::-1]
-    if view.colour is None:
-        out_SSC[...] = picture_SSC
-    else:
-        recolour(picture_SSC, view.colour, out_SSC)
+    out_SSC[...] = picture_SSC[:, ::-1] if view.flip else picture_SSC
 
 
-def _resize(box_HWC: np.ndarray, size: int) -> np.ndarray:
-    """The bilinear resize in float32, not rounded: (size, size, 3), in planes of memory as `recolour` wants them.
+def _apply_with_colour(view: View, colour: np.ndarray, box_HWC: np.ndarray, out_SSC: np.ndarray) -> None:
+    """Resize, mirror and colour a box in float32, rounded once: colours would amplify the error of a rounded resize.
 
-    NumPy, for torch would share the work out to all cores from every decoding thread.
+    NumPy, for torch would share the work out to all cores from every decoding thread; a strip of R rows at a time, so
+    that what is in between stays in the cache.
     """
-    low, high, part = _taps(box_HWC.shape[0], size)
-    start_SWC = box_HWC[low]
-    x_SWC = np.subtract(box_HWC[high], start_SWC, dtype=np.float32)
-    x_SWC *= part[:, None, None]
-    x_SWC += start_SWC
-    low, high, part = _taps(box_HWC.shape[1], size)
-    x_CSW = np.ascontiguousarray(x_SWC.transpose(2, 0, 1))
-    start_CSS, x_CSS = x_CSW.take(low, axis=2), x_CSW.take(high, axis=2)
-    x_CSS -= start_CSS
-    x_CSS *= part
-    x_CSS += start_CSS
-    return x_CSS.transpose(1, 2, 0)
+    low, high, down = _taps(box_HWC.shape[0], view.size)
+    left, right, across = _taps(box_HWC.shape[1], view.size)
+    if view.flip:
+        left, right, across = left[::-1], right[::-1], across[::-1]
+    for start in range(0, view.size, _STRIP):
+        rows = slice(start, start + _STRIP)
+        above_RWC = box_HWC[low[rows]]
+        x_RWC = np.subtract(box_HWC[high[rows]], above_RWC, dtype=np.float32)
+        x_RWC *= down[rows, None, None]
+        x_RWC += above_RWC
+        x_CRW = np.ascontiguousarray(x_RWC.transpose(2, 0, 1))
+        before_CRS, x_CRS = x_CRW.take(left, axis=2), x_CRW.take(right, axis=2)
+        x_CRS -= before_CRS
+        x_CRS *= across
+        x_CRS += before_CRS
+        recolour(x_CRS.transpose(1, 2, 0), colour, out_SSC[rows])
 
 
 def _taps(length: int, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
