@@ -544,6 +544,23 @@ def test_side_data_that_pyav_has_no_name_for(tmp_path):
         assert np.array_equal(decode_frames(path, range(4)), np.rot90(sequential(path), turns, (1, 2)))
 
 
+@pytest.mark.parametrize("suffix", [".avi", ".flv", ".mkv"])
+def test_a_title_that_is_not_utf_8(tmp_path, suffix):
+    path = tmp_path / f"clip{suffix}"
+    with av.open(str(path), "w") as container:
+        container.metadata["title"] = "Caf\u00e9"
+        stream = container.add_stream("mpeg4" if suffix != ".flv" else "libx264", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        for array in noisy(4, (64, 96)):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(array, "rgb24")))
+        container.mux(stream.encode(None))
+    data = path.read_bytes()
+    assert "Caf\u00e9".encode() in data
+    path.write_bytes(data.replace("Caf\u00e9".encode(), "Caf\u00e9!".encode("latin-1")))
+    assert probe(path).frames == 4
+    assert decode(path, 2, size=32).shape == (2, 32, 32, 3)
+
+
 def test_unknown_codec(tmp_path, clip):
     path = tmp_path / "strange.mp4"
     path.write_bytes(clip.read_bytes().replace(b"avc1", b"zzz1").replace(b"avcC", b"zzzC"))

@@ -80,7 +80,11 @@ def open_video(path: str | os.PathLike[str] | Source, threads: int = 1) -> Itera
         # Read by FFmpeg itself, without Python in between. A comma in the file's name does no harm after the ",,:".
         url, protocols = f"subfile,,start,{source.offset},end,{source.offset + source.size},,:{url}", "file,subfile"
     try:
-        container = av.open(url, options={"protocol_whitelist": protocols, "fflags": "+discardcorrupt"})
+        container = av.open(
+            url,
+            options={"protocol_whitelist": protocols, "fflags": "+discardcorrupt"},
+            metadata_errors="replace",  # titles are in any encoding
+        )
     except (av.FFmpegError, OSError) as error:
         raise VideoError(f"{source}: cannot be opened as a video ({reason(error)})") from error
     try:
