@@ -405,8 +405,14 @@ def test_a_file_of_others_is_not_replaced(source, tmp_path):
     write_clip(source / "clip.mkv", textured(3))
     (tmp_path / "out").mkdir()
     theirs = tmp_path / "out" / "clip.mp4"
-    write_clip(theirs, textured(2))
-    before = theirs.read_bytes()
+    with av.open(str(theirs), "w") as container:
+        container.metadata["comment"] = "Caf\u00e9"
+        stream = container.add_stream("mpeg4", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        for packet in (*stream.encode(av.VideoFrame.from_ndarray(textured(1)[0], "rgb24")), *stream.encode(None)):
+            container.mux(packet)
+    before = theirs.read_bytes().replace("Caf\u00e9".encode(), "Caf\u00e9!".encode("latin-1"))  # no UTF-8
+    theirs.write_bytes(before)
     summary = transcode(source, tmp_path / "out")
     assert "not a copy made by this" in summary.failed[str(source / "clip.mkv")]
     assert theirs.read_bytes() == before
