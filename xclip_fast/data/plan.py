@@ -259,7 +259,6 @@ def by_plan(
     """Hand the frames of these sorted numbers to `take`. False if the file does not behave as planned."""
     context = stream.codec_context
     skips = context.codec.canonical_name in _SKIP_UNREFERENCED
-    taken = set()
     for start, group in groupby(numbers, plan.start.__getitem__):
         targets = {plan.pts[number]: number for number in group}
         packets = _packets_from(container, stream, plan, start)
@@ -276,7 +275,7 @@ def by_plan(
             try:
                 frames = context.decode(packet)
                 to_send -= wanted
-                if not to_send and packet is not None:
+                if not to_send and packet is not None and targets.keys() - {frame.pts for frame in frames}:
                     frames += context.decode(None)  # no need to feed it packets until it gives the last
             except av.FFmpegError:
                 return False
@@ -284,11 +283,12 @@ def by_plan(
                 if frame.pts is None or (frame.is_corrupt and frame.pts >= plan.keyframes[start][0]):
                     return False  # how damage is patched up depends on all that was decoded before
                 if frame.pts in targets:
-                    take(targets[frame.pts], frame)
-                    taken.add(targets[frame.pts])
+                    take(targets.pop(frame.pts), frame)
             if packet is None:
                 break
-    return len(taken) == len(numbers)
+        if targets:
+            return False
+    return True
 
 
 def _among(times: Sequence[int], time: int | None) -> bool:
