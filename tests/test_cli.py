@@ -90,8 +90,7 @@ def test_classify_answers_as_the_model_does(home, run, batch):
 
 
 def test_classify_in_a_pipe_prints_tab_separated_lines(home, run):
-    options = ("-c", home / "a", "--top", 2, "--dtype", "float32")  # auto takes bfloat16 where the CPU has it
-    code, out, _ = run("classify", home / "clips", "--labels", ",".join(LABELS), *options)
+    code, out, _ = run("classify", home / "clips", "--labels", ",".join(LABELS), "-c", home / "a", "--top", 2)
     cells = [line.split("\t") for line in out.splitlines()]
     assert code == 0
     assert [(cell[0], cell[1]) for cell in cells] == [(str(path), rank) for path in clips(home) for rank in "12"]
@@ -260,7 +259,7 @@ def test_refusals(home, run, arguments, code, reason):
 @pytest.mark.parametrize("patches", [True, False])
 def test_embed_then_search_ranks_as_the_model_does(home, run, tmp_path, patches):
     out_file = tmp_path / "f.safetensors"
-    extra = ["--dtype", "float32", *([] if patches else ["--no-patches"])]
+    extra = [] if patches else ["--no-patches"]
     code, out, err = run("embed", home / "clips", home / "broken.mp4", "--out", out_file, "-c", home / "a", *extra)
     assert code == 1
     assert "4 of 5 videos" in out
@@ -283,14 +282,14 @@ def test_embed_then_search_ranks_as_the_model_does(home, run, tmp_path, patches)
             cosine = model.similarity(want, text)[:, 0] / model.logit_scale.exp()
             if not patches:
                 cosine = torch.nn.functional.cosine_similarity(want.video, text)
-        code, out, err = run("search", out_file, query, "--top", 3, "--json", "--dtype", "float32")
+        code, out, err = run("search", out_file, query, "--top", 3, "--json")
         assert code == 0
         assert ("without video-specific prompts" in err) is not patches
         hits = [json.loads(line) for line in out.splitlines()]
         order = cosine.argsort(descending=True)[:3].tolist()
         assert [hit["video"] for hit in hits] == [str(clips(home)[index]) for index in order]
         assert [hit["score"] for hit in hits] == pytest.approx(cosine[order].tolist(), abs=1e-4)
-    code, out, _ = run("search", out_file, "moving right", "-c", home / "a", "--dtype", "float32")
+    code, out, _ = run("search", out_file, "moving right", "-c", home / "a")
     assert [line.split("\t")[::2] for line in out.splitlines()][:3] == [
         [str(rank), str(clips(home)[index])] for rank, index in enumerate(order, 1)
     ]
