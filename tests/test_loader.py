@@ -467,6 +467,12 @@ def test_cache_knows_a_changed_file(manifest: Manifest, folder: Path, tmp_path: 
     assert cache_module._mapped(tmp_path / "none.npy", (1, 1, 1, 3)) is None
 
 
+def test_no_cuda_device(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="'cuda:1', and torch sees no CUDA device"):
+        loader(manifest, TRAIN, 2, device="cuda:1")
+
+
 @pytest.mark.parametrize(
     ("given", "says"),
     [

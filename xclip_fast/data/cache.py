@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 _CHUNK = 2**26  # bytes of frames decoded at a time
 _LARGEST = 2**30  # bytes of one decoded video; a longer one would take minutes before its first frame is seen
+_PIXELS = 2  # raised whenever the decoder comes to give other pixels
 _LOOK_EVERY = 10.0  # seconds between two looks at the size of the folder
 _STALE = 3600.0  # seconds after which an unfinished file was left by a process that was killed
 
@@ -160,7 +161,7 @@ def _key(source: Source) -> str:
     import av
 
     status = os.stat(source.path)
-    facts = (1, os.path.abspath(source.path), source.offset, source.size, status.st_size, status.st_mtime_ns)
+    facts = (_PIXELS, os.path.abspath(source.path), source.offset, source.size, status.st_size, status.st_mtime_ns)
     text = repr((*facts, av.__version__))
     return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=20).hexdigest()
 

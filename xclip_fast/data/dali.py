@@ -2,8 +2,8 @@
 
 What DALI is known to decode right goes to it; `supported` says why a video does not. Those videos, and the ones of a
 run that failed, are decoded on the CPU by `decode_views`, and take their places in the batch. So the samples, their
-order, frames, boxes, mirrors and colours are those of the CPU path. The pixels differ by the decoders' conversion to
-RGB: one or two levels where colours are smooth, more at sharp edges of colour.
+order, frames, boxes, mirrors and colours are those of the CPU path. By DALI's CPU operators the pixels are within a
+level of it. NVDEC may enlarge the colour planes in another way, which would show at sharp edges of colour.
 
 What NVDEC hides cannot be seen from here: it patches up damage inside a file without a word, where the CPU path would
 decode that file again from end to end.

@@ -5,8 +5,9 @@ decoding the whole file (`plan.py`). Where the packets cannot tell the frames (o
 damaged, the file is decoded from end to end instead: slower, the same answer. (Damage elsewhere is not seen; frames are
 then numbered by their packets.)
 
-Colours are converted to 8-bit RGB as the stream's matrix and range say; high dynamic range is not tone-mapped. Rotation
-and mirroring by metadata are applied, the pixel aspect ratio is not (as in the readers that X-CLIP was trained with).
+Colours are converted to 8-bit RGB as the stream's matrix and range say, rounded once, the colour planes enlarged
+bilinearly: what NVIDIA DALI's CPU decoder gives, bit for bit. High dynamic range is not tone-mapped. Rotation and
+mirroring by metadata are applied, the pixel aspect ratio is not (as in the readers that X-CLIP was trained with).
 The PyAV wheel bundles FFmpeg with GPL encoders (x264, x265): mind that if you redistribute it.
 
 Every function here takes a path or a `Source` (with a stored plan, or a member of a tar file).
@@ -24,7 +25,7 @@ from typing import Any, Literal, cast
 import numpy as np
 import torch
 from av.video.frame import VideoFrame
-from av.video.reformatter import VideoReformatter
+from av.video.reformatter import Interpolation, VideoReformatter
 
 from .plan import (
     Plan,
@@ -54,6 +55,10 @@ __all__ = [
 ]
 
 Video = str | os.PathLike[str] | Source
+
+EXACT_COLOUR = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
+"""How swscale converts to RGB here: within half a level. Its own choice is a level too dark and does not interpolate
+colours; it takes an eighth of the time, which is 0.2 ms less for a frame of 340x256."""
 
 
 @dataclass(frozen=True)
@@ -274,8 +279,15 @@ class Upright:
     def matrix(self, frame: VideoFrame) -> np.ndarray | None:
         """The display matrix (a, b, u, c, d) in fixed point: x' = a x + c y, y' = b x + d y. None without one."""
         if frame.rotation != self._rotation:
-            self._rotation, data = frame.rotation, frame.side_data.get("DISPLAYMATRIX")
-            self._matrix = None if data is None else np.frombuffer(cast(Any, data), np.int32)[:5].astype(np.int64)
+            self._rotation = frame.rotation
+            try:
+                data = frame.side_data.get("DISPLAYMATRIX")
+            except ValueError:  # there is side data of a kind that PyAV has no name for, as EXIF: mirroring is not seen
+                turn = np.deg2rad(frame.rotation)
+                matrix = np.array([np.cos(turn), -np.sin(turn), 0, np.sin(turn), np.cos(turn)])
+                self._matrix = np.rint(matrix * 65536).astype(np.int64) if frame.rotation else None
+            else:
+                self._matrix = None if data is None else np.frombuffer(cast(Any, data), np.int32)[:5].astype(np.int64)
         return self._matrix
 
     def __call__(self, frame: VideoFrame, array: np.ndarray) -> np.ndarray:
@@ -311,8 +323,8 @@ def _pick(
         return sorted(places)
 
     def take(number: int, frame: VideoFrame) -> None:
-        picture = reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
-        use(upright(frame, picture), places[number])
+        rgb = reformatter.reformat(frame, format="rgb24", interpolation=EXACT_COLOUR, threads=1)
+        use(upright(frame, rgb.to_ndarray()), places[number])
 
     failed = None
     if source.plan is not None:

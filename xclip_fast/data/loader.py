@@ -82,6 +82,10 @@ def loader(
     if not isinstance(manifest, Manifest):
         manifest = Manifest.read(manifest)
     place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"device is {str(device)!r}, and torch sees no CUDA device here; device='auto' takes what there is"
+        )
     counts = [("batch_size", batch_size, 1), ("prefetch", prefetch, 1), ("world", world, 1)]
     counts += [("workers", 0 if workers is None else workers, 0), ("threads", 1 if threads is None else threads, 1)]
     for name, value, least in counts:

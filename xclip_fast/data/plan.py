@@ -80,10 +80,16 @@ def open_video(path: str | os.PathLike[str] | Source, threads: int = 1) -> Itera
         # Read by FFmpeg itself, without Python in between. A comma in the file's name does no harm after the ",,:".
         url, protocols = f"subfile,,start,{source.offset},end,{source.offset + source.size},,:{url}", "file,subfile"
     try:
-        container = av.open(url, options={"protocol_whitelist": protocols, "fflags": "+discardcorrupt"})
+        container = av.open(
+            url,
+            options={"protocol_whitelist": protocols, "fflags": "+discardcorrupt"},
+            metadata_errors="replace",  # titles are in any encoding
+        )
     except (av.FFmpegError, OSError) as error:
         raise VideoError(f"{source}: cannot be opened as a video ({reason(error)})") from error
     try:
+        if is_picture(container):
+            raise VideoError(f"{source}: is a picture, not a video")
         videos = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
         if not videos or container.format.name == "tty":  # FFmpeg "plays" any text as a terminal session
             kinds: list[str] = sorted({s.type for s in container.streams if s.type != "video"})
@@ -100,6 +106,13 @@ def open_video(path: str | os.PathLike[str] | Source, threads: int = 1) -> Itera
         raise VideoError(f"{source}: cannot be read ({reason(error)})") from error
     finally:
         container.close()
+
+
+def is_picture(container: InputContainer) -> bool:
+    """Whether this is a file format of still pictures, which FFmpeg would play as a video of one frame."""
+    name = container.format.name
+    still = container.metadata.get("major_brand") in ("avif", "heic", "heix", "mif1")  # they share MP4's form
+    return still or name == "image2" or name.endswith("_pipe")
 
 
 def _check_file(source: Source) -> None:
@@ -246,7 +259,6 @@ def by_plan(
     """Hand the frames of these sorted numbers to `take`. False if the file does not behave as planned."""
     context = stream.codec_context
     skips = context.codec.canonical_name in _SKIP_UNREFERENCED
-    taken = set()
     for start, group in groupby(numbers, plan.start.__getitem__):
         targets = {plan.pts[number]: number for number in group}
         packets = _packets_from(container, stream, plan, start)
@@ -263,7 +275,7 @@ def by_plan(
             try:
                 frames = context.decode(packet)
                 to_send -= wanted
-                if not to_send and packet is not None:
+                if not to_send and packet is not None and targets.keys() - {frame.pts for frame in frames}:
                     frames += context.decode(None)  # no need to feed it packets until it gives the last
             except av.FFmpegError:
                 return False
@@ -271,11 +283,12 @@ def by_plan(
                 if frame.pts is None or (frame.is_corrupt and frame.pts >= plan.keyframes[start][0]):
                     return False  # how damage is patched up depends on all that was decoded before
                 if frame.pts in targets:
-                    take(targets[frame.pts], frame)
-                    taken.add(targets[frame.pts])
+                    take(targets.pop(frame.pts), frame)
             if packet is None:
                 break
-    return len(taken) == len(numbers)
+        if targets:
+            return False
+    return True
 
 
 def _among(times: Sequence[int], time: int | None) -> bool:

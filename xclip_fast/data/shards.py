@@ -194,7 +194,7 @@ def _classes(
     for label, sample in zip(labels, samples, strict=True):
         where = f"{request.path}: {sample.videos[0].path}:{sample.videos[0].member}"
         if isinstance(label, int) and request.classes is None:
-            raise ValueError(f"{where} has the id of a label, {label}; give the names, too: labels= a csv of id,name")
+            raise ValueError(f"{where} has the id of a label, {label}; give the names, too (labels): a csv of id,name")
         if isinstance(label, int) and 0 <= label < len(classes):
             known[label] = label
         elif isinstance(label, str) and label not in known and label.replace("_", " ") in known:

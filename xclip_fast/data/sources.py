@@ -225,7 +225,7 @@ def _lines(request: Request) -> Listing:
 
 def _known_id(label: int, classes: Sequence[str] | None, where: str) -> int:
     if classes is None:
-        raise ValueError(f"{where}: has the id of a label, {label}; give the names, too: labels= a csv of id,name")
+        raise ValueError(f"{where}: has the id of a label, {label}; give the names, too (labels): a csv of id,name")
     if not 0 <= label < len(classes):
         raise ValueError(f"{where}: label {label} is not one of the {len(classes)} classes (0 to {len(classes) - 1})")
     return label

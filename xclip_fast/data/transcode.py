@@ -220,7 +220,8 @@ def _made(target: Path) -> dict[str, Any] | None:
     """What an earlier run wrote into its copy: its "settings", the "size" and "mtime_ns" of the source, and the
     "damage" in it. None if no such run made the file."""
     try:
-        with av.open(f"file:{target}", options={"protocol_whitelist": "file"}) as container:
+        options = {"protocol_whitelist": "file"}
+        with av.open(f"file:{target}", options=options, metadata_errors="replace") as container:
             comment = container.metadata.get("comment", "")
     except (av.FFmpegError, OSError):
         return None

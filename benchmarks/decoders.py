@@ -1,0 +1,102 @@
+"""The contenders of decode.py: ways to get a few frames out of a video file.
+
+Each takes a file and sorted frame numbers and gives uint8 (n, H, W, 3), RGB, on one thread.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import av
+import numpy as np
+from av.video.reformatter import VideoReformatter
+
+from xclip_fast.data.decode import EXACT_COLOUR, Source, decode_frames
+
+FULL, STORED, PLANNED, SEEKING = "full decode", "ours, stored plan", "ours, first sight", "seek for each frame"
+OPENCV, OPENCV_SEEKING = "OpenCV, full", "OpenCV, seeking"
+EXACT, APPROXIMATE = "TorchCodec, exact", "TorchCodec, approximate"
+
+
+def converter() -> Callable[[av.VideoFrame], np.ndarray]:
+    """Frames to RGB, as exactly as ours, so that the pixels may be compared and the work is the same."""
+    convert = functools.partial(VideoReformatter().reformat, format="rgb24", interpolation=EXACT_COLOUR, threads=1)
+    return lambda frame: convert(frame).to_ndarray()
+
+
+def full_decode(path: Path, numbers: Sequence[int]) -> np.ndarray:
+    """Decode all frames, convert those that are wanted."""
+    wanted, to_rgb = set(numbers), converter()
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        stream.codec_context.thread_count = 1
+        return np.stack([to_rgb(frame) for place, frame in enumerate(container.decode(stream)) if place in wanted])
+
+
+def seek_for_each(path: Path, numbers: Sequence[int]) -> np.ndarray:
+    """For each frame a seek to the keyframe before it, and decoding up to it: the usual loop."""
+    found, to_rgb = [], converter()
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        stream.codec_context.thread_count = 1
+        for place in numbers:
+            time = (stream.start_time or 0) + round(place / stream.average_rate / stream.time_base)
+            container.seek(time, stream=stream)
+            frame = next(frame for frame in container.decode(stream) if frame.pts >= time)
+            found.append(to_rgb(frame))
+    return np.stack(found)
+
+
+def opencv(path: Path, numbers: Sequence[int], seek: bool) -> np.ndarray:
+    import cv2
+
+    capture = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
+    found = []
+    try:
+        if seek:
+            for place in numbers:
+                capture.set(cv2.CAP_PROP_POS_FRAMES, place)
+                found.append(capture.read()[1])
+        else:
+            wanted, place = set(numbers), -1
+            while capture.grab():  # to the end: a full decode
+                place += 1
+                if place in wanted:
+                    found.append(capture.retrieve()[1])
+        return np.stack([cv2.cvtColor(picture, cv2.COLOR_BGR2RGB) for picture in found])
+    finally:
+        capture.release()
+
+
+def torchcodec(path: Path, numbers: Sequence[int], mode: str) -> np.ndarray:
+    from torchcodec.decoders import VideoDecoder
+
+    decoder = VideoDecoder(str(path), dimension_order="NHWC", num_ffmpeg_threads=1, seek_mode=mode)
+    return decoder.get_frames_at(list(numbers)).data.numpy()
+
+
+def contenders_of(plans: dict[Path, Source]) -> Iterator[tuple[str, Callable[..., np.ndarray] | str]]:
+    """By name, what to call; or why it is not there."""
+    yield FULL, full_decode
+    yield PLANNED, decode_frames
+    yield STORED, lambda path, numbers: decode_frames(plans[path], numbers)
+    yield SEEKING, seek_for_each
+    cv2 = {OPENCV: functools.partial(opencv, seek=False), OPENCV_SEEKING: functools.partial(opencv, seek=True)}
+    codec = {name: functools.partial(torchcodec, mode=name.split()[-1]) for name in (EXACT, APPROXIMATE)}
+    for module, package, entries in (("cv2", "opencv-python-headless", cv2), ("torchcodec", "torchcodec", codec)):
+        note = ""
+        if importlib.util.find_spec(module) is None:
+            note = f"not installed: pip install {package}"
+        else:
+            try:
+                importlib.import_module(module)
+            except (ImportError, OSError, RuntimeError) as error:
+                cause: BaseException = error
+                while cause.__cause__ or cause.__context__:  # the last says what is missing
+                    cause = cause.__cause__ or cause.__context__ or cause
+                note = f"does not load here: {(str(cause) or type(cause).__name__).splitlines()[0]}"
+        for name, call in entries.items():
+            yield name, note or call
