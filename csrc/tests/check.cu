@@ -21,15 +21,6 @@
 
 namespace {
 
-int failures = 0;
-
-void expect(bool holds, std::string const& what) {
-  if (!holds) {
-    ++failures;
-    std::printf("FAILED: %s\n", what.c_str());
-  }
-}
-
 void need(cudaError_t error, char const* what) {
   if (error != cudaSuccess) {
     std::printf("%s: %s\n", what, cudaGetErrorString(error));
@@ -126,18 +117,6 @@ struct Result {
     return values;
   }
 };
-
-// |got - wanted| <= relative |wanted| + absolute, everywhere.
-void close(std::vector<double> const& got, std::vector<double> const& wanted, double relative, double absolute,
-           std::string const& what) {
-  for (size_t i = 0; i < wanted.size(); ++i) {
-    if (!(std::abs(got[i] - wanted[i]) <= relative * std::abs(wanted[i]) + absolute)) {
-      expect(false, what + ": at " + std::to_string(i) + " got " + std::to_string(got[i]) + ", wanted " +
-                        std::to_string(wanted[i]));
-      return;
-    }
-  }
-}
 
 // The product of the host's copies, rows of x by rows of w.
 template <class E>

@@ -14,15 +14,6 @@ namespace {
 
 using namespace xclip_fast;
 
-int failures = 0;
-
-void expect(bool holds, std::string const& what) {
-  if (!holds) {
-    ++failures;
-    std::printf("FAILED: %s\n", what.c_str());
-  }
-}
-
 std::mt19937 generator(2);
 
 // Random values that T holds exactly, and as doubles.
@@ -69,17 +60,6 @@ struct Poisoned {
     return values;
   }
 };
-
-void close(std::vector<double> const& got, std::vector<double> const& wanted, double relative, double absolute,
-           std::string const& what) {
-  for (size_t i = 0; i < wanted.size(); ++i) {
-    if (!(std::abs(got[i] - wanted[i]) <= relative * std::abs(wanted[i]) + absolute)) {
-      expect(false, what + ": at " + std::to_string(i) + " got " + std::to_string(got[i]) + ", wanted " +
-                        std::to_string(wanted[i]));
-      return;
-    }
-  }
-}
 
 template <class T, class P>
 void check_message(int videos, int frames, int width, int blocks) {

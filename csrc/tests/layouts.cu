@@ -4,20 +4,12 @@
 #include <vector>
 
 #include "gemm.cuh"
+#include "reference.hpp"
 
 namespace {
 
 using namespace cute;
 using namespace xclip_fast;
-
-int failures = 0;
-
-void expect(bool holds, char const* what) {
-  if (!holds) {
-    ++failures;
-    std::printf("FAILED: %s\n", what);
-  }
-}
 
 template <class Tile, class Element>
 void check_column_sums() {

@@ -1,10 +1,33 @@
-// The message path and its parts in double, plainly.
+// What the check programs share: expectations, and the message path and its parts in double, plainly.
 #pragma once
 
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
+#include <cstdio>
+#include <string>
 #include <vector>
+
+inline int failures = 0;
+
+inline void expect(bool holds, std::string const& what) {
+  if (!holds) {
+    ++failures;
+    std::printf("FAILED: %s\n", what.c_str());
+  }
+}
+
+// |got - wanted| <= relative |wanted| + absolute, everywhere.
+inline void close(std::vector<double> const& got, std::vector<double> const& wanted, double relative, double absolute,
+                  std::string const& what) {
+  for (size_t i = 0; i < wanted.size(); ++i) {
+    if (!(std::abs(got[i] - wanted[i]) <= relative * std::abs(wanted[i]) + absolute)) {
+      expect(false, what + ": at " + std::to_string(i) + " got " + std::to_string(got[i]) + ", wanted " +
+                        std::to_string(wanted[i]));
+      return;
+    }
+  }
+}
 
 using Doubles = std::vector<double>;
 
