@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from xclip_fast import XCLIP, cli, evaluate, train_config
+from xclip_fast.data.decode import decode
 from xclip_fast.data.manifest import Manifest, index
 from xclip_fast.data.motion import write_dataset
 from xclip_fast.templates import TEMPLATES
@@ -154,3 +157,26 @@ def test_no_labels_to_classify_with(home: Path, tmp_path: Path, capsys: pytest.C
         cli.main(["classify", str(home / "clips/growing/00000.mp4"), "-c", str(tmp_path / "bare")])
     assert left.value.code == 2
     assert "the checkpoint does not say" in capsys.readouterr().err
+
+
+def test_a_linear_head_answers_with_its_classes(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = XCLIP.from_pretrained(home / "run/best").config
+    model, names = XCLIP(dataclasses.replace(config, num_classes=3)).eval(), ["one", "two", "three"]
+    model.save_pretrained(tmp_path / "head")
+    Trained({name: name for name in names}).write(tmp_path / "head")
+    video = home / "clips/growing/00000.mp4"
+    with torch.no_grad():
+        want = model(decode(video, 2, size=16)[None])[0].softmax(-1)
+    for given in ([], ["--labels", "one,two,three"]):
+        (line,) = call(capsys, "classify", video, "-c", tmp_path / "head", "--json", "--dtype", "float32", *given)
+        found = {item["label"]: item["probability"] for item in json.loads(line)["labels"]}
+        assert found == pytest.approx(dict(zip(names, want.tolist(), strict=True)), abs=1e-5)
+    with pytest.raises(SystemExit) as left:
+        cli.main(["classify", str(video), "-c", str(tmp_path / "head"), "--labels", "a,b"])
+    assert left.value.code == 1
+    assert "must name its 3 outputs in order (2 given)" in capsys.readouterr().err
+
+
+def test_convert_takes_it_along(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    call(capsys, "convert", home / "run/best", tmp_path / "out", "--layout", "huggingface")
+    assert Trained.read(tmp_path / "out") == Trained.read(home / "run/best")
