@@ -392,8 +392,8 @@ def transcode(
 @app.command()
 def motion(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Gets train and test in it.", show_default=False)],
-    clips: Annotated[int, typer.Option(min=1, help="Training clips of each of the ten classes.")] = 400,
-    test_clips: Annotated[int, typer.Option(min=1, help="Test clips of each class.")] = 40,
+    clips: Annotated[int, typer.Option(min=1, help="Training clips of each of the ten classes.")] = 1000,
+    test_clips: Annotated[int, typer.Option(min=1, help="Test clips of each class.")] = 100,
     size: Annotated[int, typer.Option(min=16, help="Pixels of a side.")] = 64,
     seed: Annotated[int, typer.Option(min=0, help="Other clips with another.")] = 0,
 ) -> None:
