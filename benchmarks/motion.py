@@ -12,8 +12,8 @@ on one core.
 from __future__ import annotations
 
 import argparse
-import json
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -22,7 +22,6 @@ from typing import Any
 
 import measuring
 
-from xclip_fast import train_config
 from xclip_fast.data.manifest import Manifest
 
 # Each row has what the row before it has.
@@ -44,10 +43,10 @@ def by_order(confusion: Any) -> tuple[float, float]:
 def test(checkpoint: Path, manifest: Path) -> dict[str, float]:
     from xclip_fast.evaluate import evaluate
     from xclip_fast.model import XCLIP
+    from xclip_fast.trained import Trained
 
-    data = train_config.load("motion").data
-    given = {"sampling": data.sampling, "stride": data.stride, "workers": 0}
-    result = evaluate(XCLIP.from_pretrained(checkpoint), Manifest.read(manifest), **given)
+    given = Trained.read(checkpoint).choose()
+    result = evaluate(XCLIP.from_pretrained(checkpoint), Manifest.read(manifest), workers=0, **given)
     pair, order = by_order(result.confusion)
     return {"top1": result.top1, "pair": pair, "order": order}
 
@@ -55,8 +54,9 @@ def test(checkpoint: Path, manifest: Path) -> dict[str, float]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("runs/motion-ablation"), help="folder for clips and runs")
-    parser.add_argument("--clips", type=int, default=400, help="training clips a class (default 400)")
-    parser.add_argument("--test-clips", type=int, default=40, help="test clips a class (default 40)")
+    parser.add_argument("--clips", type=int, default=1000, help="training clips a class (default 1000)")
+    parser.add_argument("--test-clips", type=int, default=100, help="test clips a class (default 100)")
+    parser.add_argument("--seed", type=int, default=0, help="of clips and weights (default 0)")
     parser.add_argument("--models", default=",".join(MODELS), help="which rows, between commas (default: all)")
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the training, such as optim.epochs=5")
@@ -66,7 +66,7 @@ def main() -> int:
         parser.error(f"no such model: {', '.join(unknown)}; there are: {', '.join(MODELS)}")
     begin = time.perf_counter()
     data = args.work / "data"
-    given = ["--clips", str(args.clips), "--test-clips", str(args.test_clips)]
+    given = ["--clips", str(args.clips), "--test-clips", str(args.test_clips), "--seed", str(args.seed)]
     subprocess.run([sys.executable, "-m", "xclip_fast.cli", "motion", str(data), *given], check=True)
     train, held_out = (data / split / "manifest.jsonl" for split in ("train", "test"))
     made = time.perf_counter() - begin
@@ -79,7 +79,8 @@ def main() -> int:
             name = waiting.pop(0)
             output = args.work / f"model-{list(MODELS).index(name)}"
             given = [f"data.train={train}", f"data.cache={args.work / 'cache'}", f"output={output}", *MODELS[name]]
-            command = [sys.executable, "-m", "xclip_fast.train", "motion", *given, "data.val=null", *args.overrides]
+            given += ["data.val=null", f"seed={args.seed}", *args.overrides]
+            command = [sys.executable, "-m", "xclip_fast.train", "motion", *given]
             with open(args.work / f"{output.name}.txt", "w") as log:
                 process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
             running[name] = (process, output, time.perf_counter())
@@ -102,10 +103,12 @@ def main() -> int:
         figures = " | ".join(f"{100 * found[key]:.1f} %" for key in ("top1", "pair", "order"))
         print(f"| {name} | {figures} | {seconds[name]:.0f} |", flush=True)
     total = time.perf_counter() - begin
-    print(f"{10 * args.test_clips} test clips; all of it took {total:.0f} s")
+    busy = sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    print(f"{10 * args.test_clips} test clips; all of it took {total:.0f} s, and {busy:.0f} s of processor time")
     if args.json:
-        report = {"environment": measuring.environment("cpu"), "clips_per_class": args.clips, "rows": rows}
-        measuring.write_json(args.json, json.loads(json.dumps(report | {"seconds": total})))
+        clips = {"seed": args.seed, "clips_per_class": args.clips, "test_clips_per_class": args.test_clips}
+        taken = {"seconds": total, "processor_seconds": busy}
+        measuring.write_json(args.json, {"environment": measuring.environment("cpu"), **clips, "rows": rows, **taken})
     return 0
 
 

@@ -90,7 +90,9 @@ def test_classify_answers_as_the_model_does(home, run, batch):
 
 
 def test_classify_in_a_pipe_prints_tab_separated_lines(home, run):
-    code, out, _ = run("classify", home / "clips", "--labels", ",".join(LABELS), "-c", home / "a", "--top", 2)
+    code, out, _ = run(
+        "classify", home / "clips", "--labels", ",".join(LABELS), "-c", home / "a", "--top", 2, "--dtype", "float32"
+    )
     cells = [line.split("\t") for line in out.splitlines()]
     assert code == 0
     assert [(cell[0], cell[1]) for cell in cells] == [(str(path), rank) for path in clips(home) for rank in "12"]
@@ -259,7 +261,7 @@ def test_refusals(home, run, arguments, code, reason):
 @pytest.mark.parametrize("patches", [True, False])
 def test_embed_then_search_ranks_as_the_model_does(home, run, tmp_path, patches):
     out_file = tmp_path / "f.safetensors"
-    extra = [] if patches else ["--no-patches"]
+    extra = ["--dtype", "float32"] + ([] if patches else ["--no-patches"])
     code, out, err = run("embed", home / "clips", home / "broken.mp4", "--out", out_file, "-c", home / "a", *extra)
     assert code == 1
     assert "4 of 5 videos" in out
@@ -282,7 +284,7 @@ def test_embed_then_search_ranks_as_the_model_does(home, run, tmp_path, patches)
             cosine = model.similarity(want, text)[:, 0] / model.logit_scale.exp()
             if not patches:
                 cosine = torch.nn.functional.cosine_similarity(want.video, text)
-        code, out, err = run("search", out_file, query, "--top", 3, "--json")
+        code, out, err = run("search", out_file, query, "--top", 3, "--json", "--dtype", "float32")
         assert code == 0
         assert ("without video-specific prompts" in err) is not patches
         hits = [json.loads(line) for line in out.splitlines()]

@@ -18,7 +18,7 @@ from xclip_fast.data.manifest import Manifest, index
 from xclip_fast.data.motion import render, write_clip
 from xclip_fast.data.transforms import TestTransform
 from xclip_fast.evaluate import NOT_A_NUMBER, Prediction, evaluate, main, write
-from xclip_fast.label_names import trained_texts
+from xclip_fast.trained import Trained
 
 CLASSES = ("growing", "moving left", "moving right", "red then blue", "turning clockwise", "blue then red")
 UNKNOWN = "growing/unknown.mp4"
@@ -261,25 +261,6 @@ def checkpoint(tmp_path_factory):
     return path
 
 
-def test_texts_that_a_checkpoint_was_trained_with(tmp_path, caplog):
-    classes = ["ApplyEyeMakeup", "brush_hair"]
-    assert trained_texts(tmp_path, classes, False) == {"ApplyEyeMakeup": "Apply Eye Makeup", "brush_hair": "brush hair"}
-    assert trained_texts(tmp_path, classes, True) is None
-    (tmp_path / "labels.txt").write_text("Brush Hair\nsomething else\n")
-    assert trained_texts(tmp_path, classes, False) == {"ApplyEyeMakeup": "Apply Eye Makeup", "brush_hair": "Brush Hair"}
-    assert trained_texts(tmp_path, classes, True) == ["Brush Hair", "something else"]
-    assert not caplog.text
-    (tmp_path / "labels.txt").write_text("putting on makeup\ncombing\n")
-    texts = trained_texts(tmp_path, classes, False)
-    assert texts == {"ApplyEyeMakeup": "putting on makeup", "brush_hair": "combing"}
-    assert "stand for the classes in their order" in caplog.text
-    caplog.clear()
-    (tmp_path / "labels.txt").write_text("putting on makeup\nBrush Hair\n")  # one line of two says more than the name
-    texts = trained_texts(tmp_path, classes, False)
-    assert texts == {"ApplyEyeMakeup": "putting on makeup", "brush_hair": "Brush Hair"}
-    assert "does not name 1 of 2 classes" in caplog.text
-
-
 def test_a_head_knows_the_order_of_its_outputs(tiny_config, manifest, folder, tmp_path):
     model = XCLIP(dataclasses.replace(tiny_config, num_classes=6))
     model.save_pretrained(tmp_path / "model")
@@ -290,7 +271,7 @@ def test_a_head_knows_the_order_of_its_outputs(tiny_config, manifest, folder, tm
         if model.head.bias is not None:
             model.head.bias.copy_(model.head.bias.flip(0))
     model.save_pretrained(tmp_path / "turned")
-    (tmp_path / "turned" / "labels.txt").write_text("\n".join(order) + "\n")
+    Trained({name: name for name in order}).write(tmp_path / "turned")
     result = main(tmp_path / "turned", folder / "manifest.jsonl", dtype="float32", device="cpu", workers=0)
     assert result.labels == tuple(order)
     assert result.top1 == reference.top1

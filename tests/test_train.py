@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from xclip_fast.data.motion import write_dataset
 from xclip_fast.evaluate import evaluate
 from xclip_fast.train import Diverged, SaveError, train
 from xclip_fast.train_config import ConfigError, from_dict
+from xclip_fast.trained import Trained
 from xclip_fast.training_checkpoint import Checkpoints, complete, latest
 from xclip_fast.training_setup import read_data
 
@@ -338,9 +340,8 @@ def test_what_a_run_leaves(videos: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert sum("best" in line for line in table) == 1
     assert "curves.png" in text
     best = XCLIP.from_pretrained(folder / "best")
-    assert (folder / "best" / "labels.txt").read_text().splitlines() == list(
-        Manifest.read(videos / "val.jsonl").classes
-    )
+    texts = {name: name.replace("_", " ") for name in Manifest.read(videos / "val.jsonl").classes}
+    assert Trained.read(folder / "best") == Trained.read(folder / "last") == Trained(texts, frames=2)
     again = evaluate(best, Manifest.read(videos / "val.jsonl"), workers=0)
     assert json.loads((folder / "best" / "metrics.json").read_text())["top1"] == pytest.approx(again.top1)
     assert train_config.load(folder / "config.yaml") == from_dict(settings(videos, folder, **changes))
@@ -394,6 +395,80 @@ def test_refused_before_the_first_step(videos: Path, tmp_path: Path) -> None:
     refused("device is 'tpu'; auto, cpu", device="tpu")
     with pytest.raises(ConfigError, match=r"output: .*labels.txt/out: .*give a folder that can be written"):
         run(videos, tmp_path / "labels.txt" / "out")
+
+
+# Trains, and in the second step of the first try says so and waits to be killed.
+WAITS = """
+    import json, sys, time
+    from xclip_fast import mixing
+    from xclip_fast.train import train
+    from xclip_fast.train_config import from_dict
+    plain = mixing.mix
+    def mix(*args):
+        if args[-1][1] == 1:
+            print("training", flush=True)
+            time.sleep(600)
+        return plain(*args)
+    mixing.mix = mix
+    train(from_dict(json.loads(sys.argv[1])))
+"""
+
+
+def test_a_folder_is_one_run_s(videos: Path, tmp_path: Path) -> None:
+    values = json.dumps(settings(videos, tmp_path / "out", checkpoint__every_steps=1))
+    command = [sys.executable, "-c", textwrap.dedent(WAITS), values]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"}) as other:
+        try:
+            assert other.stdout is not None
+            assert other.stdout.readline() == b"training\n"
+            log = (tmp_path / "out" / "log.jsonl").read_bytes()
+            said = rf"another run \(process {other.pid} on .*\) is writing to .*out; wait .*or --fresh"
+            for _ in range(2):  # being refused takes nothing from the first
+                with pytest.raises(ConfigError, match=said):
+                    run(videos, tmp_path / "out")
+            assert (tmp_path / "out" / "log.jsonl").read_bytes() == log
+        finally:
+            other.kill()
+    folder = run(videos, tmp_path / "out")  # SIGKILL left nothing behind that would stop this one
+    assert len(losses(folder)) == 6
+    run(videos, tmp_path / "out")  # nor did the end of that one, in this very process
+
+
+def test_torchrun_starts_again_what_was_killed(videos: Path, tmp_path: Path) -> None:
+    """One of two processes kills itself once there is a checkpoint of the second step; the restart goes on from it."""
+    script = tmp_path / "dies.py"
+    script.write_text(
+        textwrap.dedent("""
+        import json, os, signal, sys
+        from xclip_fast import mixing, training_checkpoint
+        from xclip_fast.train import train
+        from xclip_fast.train_config import from_dict
+        values, plain = json.load(open(sys.argv[1])), mixing.mix
+        def mix(*args):
+            folder = os.path.join(values["output"], "checkpoints", "step-00000002")
+            first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+            if first and os.environ["RANK"] == "1" and os.path.exists(folder):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return plain(*args)
+        mixing.mix = mix
+        train(from_dict(values))
+    """)
+    )
+    plain = {"model__vision__drop_path": 0.0, "mixing__probability": 0.0}
+    values = settings(videos, tmp_path / "out", **plain, checkpoint__every_steps=1)
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    done = subprocess.run(
+        [sys.executable, "-m", *torchrun, "--monitor-interval=0.1", script, tmp_path / "config.json"],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"going on after step [2-5],", done.stderr)
+    single = run(videos, tmp_path / "single", **plain)
+    torch.testing.assert_close(losses(tmp_path / "out"), losses(single), rtol=1e-5, atol=1e-6)
 
 
 def test_held_out_and_few_shot_videos(videos: Path, tmp_path: Path) -> None:

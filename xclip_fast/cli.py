@@ -57,6 +57,14 @@ DType = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"],
     typer.Option(help="Precision; auto is bfloat16 where the hardware has matrix instructions for it."),
 ]
+Templates = Annotated[
+    bool | None,
+    typer.Option("--templates/--no-templates", help="Average each label over 16 sentences; default: as trained."),
+]
+Sampled = Annotated[
+    Literal["sparse", "dense"] | None, typer.Option(help="How frames are taken; default: as trained, or sparse.")
+]
+Stride = Annotated[int | None, typer.Option(min=1, help="Frames between frames of a dense view; default: as trained.")]
 Frames = Annotated[int | None, typer.Option(min=1, max=1024, help="Frames of a video; default: the checkpoint's.")]
 BatchSize = Annotated[int | None, typer.Option(min=1, help="Videos at once; default: 16 on a GPU, 1 on a CPU.")]
 Workers = Annotated[int | None, typer.Option(min=1, max=256, help="Decoding threads; default: one per core.")]
@@ -68,7 +76,13 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is th
 @app.command()
 def classify(
     videos: Videos,
-    labels: Annotated[str, typer.Option(help="'a,b,c', a .txt with one a line, or a .csv (one column, or id,name).")],
+    labels: Annotated[
+        str | None,
+        typer.Option(
+            help="'a,b,c', a .txt with one a line, or a .csv (one column, or id,name); default: as trained.",
+            show_default=False,
+        ),
+    ] = None,
     checkpoint: Checkpoint = None,
     variant: Variant = None,
     random_weights: RandomWeights = False,
@@ -76,7 +90,10 @@ def classify(
     as_json: AsJson = False,
     device: Device = "auto",
     dtype: DType = "auto",
+    templates: Templates = None,
     frames: Frames = None,
+    sampling: Sampled = None,
+    stride: Stride = None,
     batch_size: BatchSize = None,
     workers: Workers = None,
 ) -> None:
@@ -85,20 +102,41 @@ def classify(
     Prints the most probable of the labels for each video; in a pipe, lines of video, rank, label and probability
     between tabs. A video that cannot be read is reported, the others are still answered, and the exit code is 1.
     """
-    names = _labels(labels)
+    import torch
+
+    from .trained import Trained
+
+    trained = Trained.read(checkpoint)
+    names = list(trained.labels.values()) if labels is None else _labels(labels)
+    if not names:
+        raise typer.BadParameter(
+            "none given, and the checkpoint does not say which it was trained with", param_hint="--labels"
+        )
+    chosen = trained.choose(frames, sampling, stride, templates)
+    sentences = chosen.pop("templates")
     paths, failed = _videos(videos)
     place = _place(device, dtype)
     model = _load(checkpoint, variant, random_weights).to(**place)
-    import torch
+    outputs = model.config.num_classes
+    if outputs is not None and (sentences or outputs != len(names)):
+        raise ValueError(
+            f"the model has a linear head and reads no text; --labels must name its {outputs} outputs in order "
+            f"({len(names)} given), without --templates"
+        )
 
     with torch.inference_mode(), Bar(len(paths)) as bar:
-        text_KE = torch.cat([model.encode_text(names[i : i + _CHUNK]) for i in range(0, len(names), _CHUNK)])
+        text: Sequence[Tensor | None] = [None]
+        if outputs is None:
+            chunks = [names[i : i + _CHUNK] for i in range(0, len(names), _CHUNK)]
+            text = [
+                model.encode_text_ensemble(chunk, sentences) if sentences else model.encode_text(chunk)
+                for chunk in chunks
+            ]
 
         def answer(found: VideoFeatures) -> tuple[Tensor]:
-            logits = [model.similarity(found, part_KE) for part_KE in text_KE.split(_CHUNK)]
-            return (torch.cat(logits, dim=1).softmax(-1),)
+            return (torch.cat([model.similarity(found, part_KE) for part_KE in text], dim=1).softmax(-1),)
 
-        for path, result in _run(model, paths, frames, batch_size, workers, answer, bar):
+        for path, result in _run(model, paths, chosen, batch_size, workers, answer, bar):
             if isinstance(result, ValueError):
                 failed |= complain(result, bar)
                 continue
@@ -128,6 +166,8 @@ def embed(
     device: Device = "auto",
     dtype: DType = "auto",
     frames: Frames = None,
+    sampling: Sampled = None,
+    stride: Stride = None,
     batch_size: BatchSize = None,
     workers: Workers = None,
 ) -> None:
@@ -139,8 +179,11 @@ def embed(
     import tempfile
 
     from .config import VARIANTS
+    from .trained import Trained
 
     features_file.check_out(out, overwrite)
+    chosen = Trained.read(checkpoint).choose(frames, sampling, stride)
+    del chosen["templates"]
     paths, failed = _videos(videos)
     place = _place(device, dtype)
     with tempfile.TemporaryDirectory(prefix=".writing-", dir=out.parent) as folder:  # an unwritable place fails early
@@ -153,7 +196,7 @@ def embed(
         kept: list[str] = []
         tensors: dict[str, Tensor] = {}
         with torch.inference_mode(), Bar(len(paths)) as bar:
-            for path, result in _run(model, paths, frames, batch_size, workers, lambda found: found, bar):
+            for path, result in _run(model, paths, chosen, batch_size, workers, lambda found: found, bar):
                 if isinstance(result, ValueError):
                     failed |= complain(result, bar)
                     continue
@@ -172,7 +215,7 @@ def embed(
             "fingerprint": identity,
             "checkpoint": "" if checkpoint is None else str(checkpoint.resolve()),
             "variant": next((name for name, row in VARIANTS.items() if row == config), variant or ""),
-            "frames": str(frames or config.num_frames),
+            "frames": str(chosen["frames"] or config.num_frames),
         }
         part = Path(folder, "features")
         save_file({name: tensor[: len(kept)] for name, tensor in tensors.items()}, part, metadata=metadata)
@@ -349,8 +392,8 @@ def transcode(
 @app.command()
 def motion(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Gets train and test in it.", show_default=False)],
-    clips: Annotated[int, typer.Option(min=1, help="Training clips of each of the ten classes.")] = 400,
-    test_clips: Annotated[int, typer.Option(min=1, help="Test clips of each class.")] = 40,
+    clips: Annotated[int, typer.Option(min=1, help="Training clips of each of the ten classes.")] = 1000,
+    test_clips: Annotated[int, typer.Option(min=1, help="Test clips of each class.")] = 100,
     size: Annotated[int, typer.Option(min=16, help="Pixels of a side.")] = 64,
     seed: Annotated[int, typer.Option(min=0, help="Other clips with another.")] = 0,
 ) -> None:
@@ -396,15 +439,15 @@ def evaluate(
     clips: Annotated[int, typer.Option(min=1, help="Views in time; the paper's test has 4.")] = 1,
     crops: Annotated[int, typer.Option(help="Views in space, 1 or 3; the paper's test has 3.")] = 1,
     labels: Annotated[
-        str | None, typer.Option(help="Labels to choose from, if not the manifest's classes (as for classify).")
+        str | None, typer.Option(help="Labels to choose from (as for classify); default: the manifest's classes.")
     ] = None,
-    templates: Annotated[bool, typer.Option("--templates", help="Average each label over 16 sentences.")] = False,
+    templates: Templates = None,
     out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="For predictions, confusion and summary.")] = None,
     overwrite: Overwrite = False,
     variant: Variant = None,
     frames: Frames = None,
-    sampling: Annotated[Literal["sparse", "dense"], typer.Option(help="How frames are taken.")] = "sparse",
-    stride: Annotated[int, typer.Option(min=1, help="Frames between frames of a dense view.")] = 1,
+    sampling: Sampled = None,
+    stride: Stride = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Views at once.")] = None,
     device: Device = "auto",
     dtype: DType = "auto",
@@ -415,7 +458,6 @@ def evaluate(
     Softmax is averaged over the views. Every video is accounted for: those that could not be read are named.
     """
     from . import evaluate as evaluation
-    from .templates import TEMPLATES
 
     result = evaluation.main(
         checkpoint,
@@ -428,7 +470,7 @@ def evaluate(
         sampling=sampling,
         stride=stride,
         labels=None if labels is None else _labels(labels),
-        templates=TEMPLATES if templates else None,
+        templates=templates,
         variant=variant,
         batch_size=batch_size,
         device=device,
@@ -544,8 +586,12 @@ def convert(
 ) -> None:
     """Rewrite a checkpoint as safetensors."""
     from . import checkpoint
+    from .trained import Trained
 
+    trained = Trained.read(source)
     checkpoint.convert(source, folder, layout, drop_config=drop_config, overwrite=overwrite)
+    if trained != Trained():
+        trained.write(folder)
     print(f"{plain(str(folder))}: written in the layout {layout}")
 
 
@@ -704,7 +750,7 @@ def _load(checkpoint: Path | None, variant: str | None, random_weights: bool) ->
 def _run(
     model: XCLIP,
     paths: list[str],
-    frames: int | None,
+    chosen: dict[str, Any],
     batch_size: int | None,
     workers: int | None,
     answer: Callable[[VideoFeatures], Sequence[Tensor]],
@@ -712,7 +758,7 @@ def _run(
 ) -> Iterator[tuple[str, list[Tensor] | ValueError]]:
     """Each path in order with its part of the batch's ``answer``, on the CPU, or with what is wrong with the video.
 
-    Threads decode ahead while the model computes.
+    ``chosen``: frames (None: the model's), sampling and stride. Threads decode ahead while the model computes.
     """
     import torch
 
@@ -720,10 +766,10 @@ def _run(
 
     config, device = model.config, next(model.parameters()).device
     batch = batch_size or (1 if device.type == "cpu" else 16)
-    size, count = config.vision.image_size, frames or config.num_frames
     waiting: list[tuple[str, Any]] = []
     videos: list[Tensor] = []
-    decoded = decode_many(paths, count, size=size, workers=workers, errors="return")
+    chosen = chosen | {"frames": chosen["frames"] or config.num_frames, "size": config.vision.image_size}
+    decoded = decode_many(paths, **chosen, workers=workers, errors="return")
     for done, (path, found) in enumerate(zip(paths, decoded, strict=True), 1):
         waiting.append((path, found))
         if not isinstance(found, ValueError):

@@ -26,10 +26,12 @@ from .console import Bar
 from .evaluation import Evaluation, Prediction, show
 from .evaluation_files import check_folder, environment, write
 from .evaluation_setup import load, named, processes
-from .label_names import candidates, trained_texts
+from .label_names import candidates
+from .trained import Trained
 
 if TYPE_CHECKING:
     from .data.manifest import Manifest
+    from .data.sampling import Sampling
     from .model import XCLIP
 
 __all__ = ["Evaluation", "Prediction", "evaluate", "main", "write"]
@@ -359,10 +361,10 @@ def main(
     clips: int = 1,
     crops: int = 1,
     frames: int | None = None,
-    sampling: str = "sparse",
-    stride: int = 1,
+    sampling: Sampling | None = None,
+    stride: int | None = None,
     labels: Sequence[str] | Mapping[str, str] | None = None,
-    templates: Sequence[str] | None = None,
+    templates: Sequence[str] | bool | None = None,
     variant: str | None = None,
     batch_size: int | None = None,
     device: str = "auto",
@@ -371,9 +373,9 @@ def main(
 ) -> Evaluation | None:
     """Read a checkpoint and a manifest, ``evaluate``, print the figures, write the files into ``out``.
 
-    The arguments are those of ``evaluate``; without ``labels`` the classes' texts are those of the training, where the
-    checkpoint says them (``label_names.trained_texts``). Under torchrun each process takes its part of the videos; the
-    first prints and writes, the others return None.
+    The arguments are those of ``evaluate``. Of ``frames``, ``sampling``, ``stride``, ``labels`` and ``templates`` those
+    left out are as the checkpoint was trained (``trained.Trained``); ``templates`` may be True or False, too. Under
+    torchrun each process takes its part of the videos; the first prints and writes, the others return None.
 
     Raises:
         FileExistsError: before anything is computed, if ``out`` holds an evaluation and ``overwrite`` is not set.
@@ -383,21 +385,19 @@ def main(
     if out is not None:
         check_folder(out, overwrite)
     videos = Manifest.read(manifest)
+    trained = Trained.read(checkpoint)
     with processes(device) as (place, rank):
         model = load(checkpoint, variant, place, dtype)
         if labels is None and videos.classes:
-            labels = trained_texts(checkpoint, videos.classes, model.config.num_classes is not None)
+            labels = trained.texts(videos.classes, model.config.num_classes is not None)
         with Bar(hidden=rank > 0) as bar:
             result = evaluate(
                 model,
                 videos,
                 clips=clips,
                 crops=crops,
-                frames=frames,
-                sampling=sampling,
-                stride=stride,
+                **trained.choose(frames, sampling, stride, templates),
                 labels=labels,
-                templates=templates,
                 batch_size=batch_size,
                 workers=workers,
                 progress=bar.update,

@@ -113,7 +113,7 @@ def show(result: Evaluation) -> None:
         ("mean class accuracy", percent(result.mean_class_accuracy)),
         ("videos", f"{len(result.predictions)} of {result.videos}, {result.counted} with a label that counts"),
         ("labels", str(len(result.labels))),
-        ("views", f"{result.clips} x {result.crops} of {result.frames} frames"),
+        ("views", f"{result.clips} x {result.crops} of {result.frames} frames, {result.model['sampling']}"),
         ("GFLOPs", f"{result.model['gflops_per_view']:.4g} a view, {result.views} views"),
         ("views/s", f"{result.views_per_second:.3g} on {result.environment['device']}, decoding included"),
     ]

@@ -2,53 +2,14 @@
 
 from __future__ import annotations
 
-import logging
-import os
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-
-logger = logging.getLogger("xclip_fast")
-
-LABELS = "labels.txt"  # beside the weights that training keeps: the texts they were trained with, one a line
 
 
 def readable(name: str) -> str:
     """A class name as words: underscores are blanks, and ``ApplyEyeMakeup`` is "Apply Eye Makeup"."""
     words = " ".join(name.replace("_", " ").split())
     return words if " " in words else re.sub(r"(?<=[a-z])(?=[A-Z])", " ", words)
-
-
-def trained_texts(
-    checkpoint: str | os.PathLike[str], classes: Sequence[str], linear_head: bool
-) -> list[str] | dict[str, str] | None:
-    """The ``labels`` of ``evaluate`` that a checkpoint was trained with, as its ``labels.txt`` says.
-
-    A class that it does not name has the text in its place, if there are as many lines as classes and those named are
-    in their places; otherwise, and without that file: ``readable``. For a linear head the names of its outputs in
-    order, or None without the file: then the classes' order must be that of the training.
-    """
-    texts: list[str] = []
-    path = Path(checkpoint)
-    if path.is_dir() and (path / LABELS).is_file():
-        texts = (path / LABELS).read_text(encoding="utf-8").splitlines()
-    if linear_head:
-        return texts or None
-    known = {plain_name(text): text for text in texts}
-    found = {name: known.get(plain_name(name)) for name in classes}
-    unnamed = [name for name, text in found.items() if text is None]
-    in_order = len(texts) == len(classes) and all(
-        text in (None, line) for text, line in zip(found.values(), texts, strict=True)
-    )
-    if unnamed and in_order:
-        logger.warning(
-            "%s does not name %d of %d classes: its lines stand for the classes in their order",
-            path / LABELS,
-            len(unnamed),
-            len(classes),
-        )
-        return dict(zip(classes, texts, strict=True))
-    return {name: text or readable(name) for name, text in found.items()}
 
 
 def plain_name(name: str) -> str:

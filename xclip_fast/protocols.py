@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .label_names import readable, trained_texts
+from .label_names import readable
 from .sample_lists import draw_classes, few_shot, new_classes, read_classes, read_draws, write_draws, write_samples
+from .trained import Trained
 
 if TYPE_CHECKING:
     from .data.manifest import Manifest
@@ -120,12 +121,12 @@ def over_splits(
     model: XCLIP,
     manifests: Sequence[Manifest],
     *,
-    trained: str | os.PathLike[str] | None = None,
+    trained: Trained | None = None,
     **settings: Any,
 ) -> list[Evaluation]:
     """``evaluate`` on each test split, its classes as words.
 
-    ``trained``: a checkpoint trained on these very classes, whose texts or outputs are taken as it names them.
+    ``trained``: of a checkpoint trained on these very classes, whose texts or outputs are taken as it names them.
     ``settings`` go to ``evaluate``.
     """
     from .evaluate import evaluate
@@ -134,7 +135,7 @@ def over_splits(
     for manifest in manifests:
         labels: list[str] | dict[str, str] | None = {name: readable(name) for name in manifest.classes}
         if trained is not None:
-            labels = trained_texts(trained, manifest.classes, model.config.num_classes is not None)
+            labels = trained.texts(manifest.classes, model.config.num_classes is not None)
         results.append(evaluate(model, manifest, labels=labels, **settings))
     return results
 
@@ -227,7 +228,7 @@ def main(
         shots: of the few-shot protocols: how many the checkpoint was trained on.
         draws: of Kinetics-600: files of released class lists (``read_draws``). Without them the draws come from
             ``kinetics400`` (a file of its class names, see ``read_classes``) and ``seed``.
-        variant, device, dtype, settings: as for ``evaluate.main`` and ``evaluate.evaluate``.
+        variant, device, dtype, settings: as for ``evaluate.main``.
 
     Returns:
         what ``protocol.json`` holds; None in all processes but the first.
@@ -257,6 +258,8 @@ def main(
         chosen = read_draws(draws)
         if not draws and kinetics400 is not None:
             chosen = kinetics600_draws(videos[0].classes, read_classes(kinetics400), seed)
+    trained = Trained.read(checkpoint)
+    settings |= trained.choose(*(settings.get(name) for name in ("frames", "sampling", "stride", "templates")))
     with processes(device) as (place, rank):
         model = load(checkpoint, variant, place, dtype)
         with Bar(hidden=rank > 0) as bar:
@@ -264,7 +267,7 @@ def main(
             if chosen:
                 results = over_draws(model, videos[0], chosen, **settings)
             else:
-                results = over_splits(model, videos, trained=checkpoint if what.table == 5 else None, **settings)
+                results = over_splits(model, videos, trained=trained if what.table == 5 else None, **settings)
     if rank:
         return None
     sources = list(manifests) if len(manifests) == len(results) else [manifests[0]] * len(results)

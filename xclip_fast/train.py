@@ -26,11 +26,12 @@ import torch
 from torch import nn
 
 from . import mixing, optim, train_config, training_checkpoint, training_log
-from .label_names import LABELS
 from .model import XCLIP
 from .templates import TEMPLATES
 from .train_config import ConfigError, TrainConfig
+from .trained import Trained
 from .training_checkpoint import Checkpoints, SaveError
+from .training_folder import output_folder
 from .training_meter import Diverged, Measured, Meter
 from .training_setup import (
     SHAPE,
@@ -38,7 +39,6 @@ from .training_setup import (
     Objective,
     Place,
     build_model,
-    output_folder,
     processes,
     read_data,
     spread,
@@ -64,16 +64,16 @@ def train(config: TrainConfig, *, fresh: bool = False) -> Path:
         ConfigError: before the first step, for whatever does not fit.
         Diverged, SaveError: as they say.
     """
-    with processes(config.device) as place:
-        return _train(config, place, fresh)
+    with processes(config.device) as place, contextlib.ExitStack() as held:
+        return _train(config, place, fresh, held)
 
 
-def _train(config: TrainConfig, place: Place, fresh: bool) -> Path:
+def _train(config: TrainConfig, place: Place, fresh: bool, held: contextlib.ExitStack) -> Path:
     # 1. What there is: data, model, and a checkpoint to go on from, if the output folder has one.
     device, rank, world = place.device, place.rank, place.world
     batch_size, parts = train_config.accumulation(config.optim, world)
     data = read_data(config)
-    folder, resume = output_folder(config, fresh, place)
+    folder, resume = output_folder(config, fresh, place, held)
     model = build_model(config, data, folder, resumed=resume is not None).to(device)
     optim.freeze(model, config.train_towers, config.optim.also_new)
     objective = Objective(model, data.texts, config, device)
@@ -82,9 +82,15 @@ def _train(config: TrainConfig, place: Place, fresh: bool) -> Path:
     steps = epoch_steps * config.optim.epochs
     warmup = round(epoch_steps * config.optim.warmup_epochs)
     last = min(steps, config.stop_after or steps)
+    trained = Trained(
+        dict(zip(data.train.classes, data.texts, strict=True)),
+        config.data.frames or model.config.num_frames,
+        config.data.sampling,
+        config.data.stride,
+        config.text_templates,
+    )
     if rank == 0:
         (folder / SHAPE).write_text(json.dumps(model.config.to_dict(), indent=1) + "\n", encoding="utf-8")
-        (folder / LABELS).write_text("\n".join(data.texts) + "\n", encoding="utf-8")
 
     # 2. Processes, optimizer, moving average; and their state, if this run goes on.
     net = spread(objective, config, place)
@@ -173,7 +179,7 @@ def _train(config: TrainConfig, place: Place, fresh: bool) -> Path:
                     score = found[config.checkpoint.metric] or 0.0
                     if best is None or score > best["score"]:
                         best = {"score": score, "epoch": epoch + 1, "step": step}
-                        keep(whole, folder / "best", data, found | best, rank)
+                        keep(whole, folder / "best", trained, found | best, rank)
                     del whole
                 every = config.checkpoint.every_epochs
                 if step == steps or (every and (epoch + 1) % every == 0):
@@ -197,9 +203,9 @@ def _train(config: TrainConfig, place: Place, fresh: bool) -> Path:
 
     # 5. What remains: weights and a report.
     whole = whole_model(objective, average, device)
-    keep(whole, folder / "last", data, {"step": step}, rank)
+    keep(whole, folder / "last", trained, {"step": step}, rank)
     if data.val is None:
-        keep(whole, folder / "best", data, {"step": step}, rank)
+        keep(whole, folder / "best", trained, {"step": step}, rank)
     if rank == 0:
         about = {
             "videos": f"{len(data.train.usable)} of {len(data.train)}, {len(data.texts)} classes",
@@ -318,13 +324,13 @@ def validate(model: XCLIP, data: Data, config: TrainConfig) -> dict[str, Any]:
     return {"top1": None, "top5": None} | found | {"predicted": len(result.predictions), "failed": len(result.failed)}
 
 
-def keep(model: XCLIP, folder: Path, data: Data, about: dict[str, Any], rank: int) -> None:
-    """Weights for ``XCLIP.from_pretrained``, with the labels they were trained on."""
+def keep(model: XCLIP, folder: Path, trained: Trained, about: dict[str, Any], rank: int) -> None:
+    """Weights for ``XCLIP.from_pretrained``, with what they were trained with."""
     if rank:
         return
     try:
         model.save_pretrained(folder, overwrite=True)
-        (folder / LABELS).write_text("\n".join(data.texts) + "\n", encoding="utf-8")
+        trained.write(folder)
         (folder / "metrics.json").write_text(json.dumps(about) + "\n", encoding="utf-8")
     except OSError as error:
         raise SaveError(f"{folder}: the weights could not be written: {error}; make room and start again") from error

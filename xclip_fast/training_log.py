@@ -145,7 +145,9 @@ def report(folder: Path, config: TrainConfig, about: Mapping[str, Any]) -> Path:
             for record in validations
         ]
         lines.append("")
-    if _draw(folder / "curves.png", steps, validations):
+    mixing = config.mixing
+    batches = "training batches" + ", mixed" * (mixing.probability * (mixing.mixup + mixing.cutmix) > 0)
+    if _draw(folder / "curves.png", steps, validations, batches):
         lines += ["![Loss, learning rate, accuracy and speed by step](curves.png)", ""]
     lines += ["## Configuration", "", "```yaml", to_yaml(config).rstrip(), "```", ""]
     path = folder / "report.md"
@@ -153,7 +155,7 @@ def report(folder: Path, config: TrainConfig, about: Mapping[str, Any]) -> Path:
     return path
 
 
-def _draw(path: Path, steps: list[dict[str, Any]], validations: list[dict[str, Any]]) -> bool:
+def _draw(path: Path, steps: list[dict[str, Any]], validations: list[dict[str, Any]], batches: str) -> bool:
     if not steps:
         return False
     if importlib.util.find_spec("matplotlib") is None:
@@ -170,11 +172,11 @@ def _draw(path: Path, steps: list[dict[str, Any]], validations: list[dict[str, A
         strict=True,
     ):
         if key == "top1":
-            panel.plot(x, [100 * record["hits"] for record in steps], color="0.7", label="training batches, mixed")
+            panel.plot(x, [100 * record["hits"] for record in steps], color="0.7", label=batches)
             if validations:
                 y = [100 * (record["top1"] or 0.0) for record in validations]
                 panel.plot([record["step"] for record in validations], y, "o-", label="validation")
-            panel.legend(frameon=False)
+            panel.legend(frameon=False, loc="lower right")  # where accuracy is not, if it rises
         else:
             panel.plot(x, [record[key] for record in steps])
         panel.set_title(name, loc="left", fontsize=10)

@@ -1,4 +1,4 @@
-"""What a training run starts from: its processes, its data, its model, its folder. All that is refused is refused here.
+"""What a training run starts from: its processes, its data, its model. What does not fit is refused here.
 
 B videos, T frames, S side in pixels, K labels, E embedding.
 """
@@ -21,7 +21,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import checkpoint, train_config, training_checkpoint
+from . import checkpoint, train_config
 from .config import XCLIPConfig
 from .label_names import readable
 from .model import XCLIP
@@ -33,7 +33,7 @@ from .train_config import ConfigError, TrainConfig
 if TYPE_CHECKING:
     from .data.manifest import Manifest
 
-CONFIG, SHAPE = "config.yaml", "model.json"  # in the output folder
+SHAPE = "model.json"  # of the model, in the output folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,62 +178,6 @@ def _read_labels(path: str, classes: Sequence[str]) -> list[str]:
             f"({', '.join(classes[:3])}, ...); one line a class wanted, in that order"
         )
     return labels
-
-
-def output_folder(config: TrainConfig, fresh: bool, place: Place) -> tuple[Path, Path | None]:
-    """The folder of this run and the checkpoint to go on from, the same in every process.
-
-    Raises:
-        ConfigError: if the folder has checkpoints of another configuration.
-    """
-    found: list[Any] = [None]
-    if place.rank == 0:
-        try:
-            found = [_output_folder(config, fresh)]
-        except ConfigError as error:
-            found = [error]
-        except OSError as error:
-            found = [ConfigError(f"output: {config.output}: {error}; give a folder that can be written")]
-    if place.world > 1:
-        dist.broadcast_object_list(found)
-    if isinstance(found[0], ConfigError):
-        raise found[0]
-    return found[0]
-
-
-def _output_folder(config: TrainConfig, fresh: bool) -> tuple[Path, Path | None]:
-    folder = Path(config.output)
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"output: {folder} is a file; a folder wanted")
-    if fresh:
-        again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-        folder = _numbered(folder, last=again)
-    resume = training_checkpoint.latest(folder / "checkpoints") if (folder / "checkpoints").is_dir() else None
-    if resume is not None:
-        old = train_config.load(folder / CONFIG)
-        if changed := train_config.differences(old, config):
-            raise ConfigError(
-                f"{folder} holds checkpoints of another configuration; what differs:\n  "
-                + "\n  ".join(changed)
-                + "\ngive the old values to go on with it, another output folder, or --fresh to start over beside it"
-            )
-    folder.mkdir(parents=True, exist_ok=True)
-    part = folder / f".{CONFIG}.{os.getpid()}"
-    part.write_text(train_config.to_yaml(config), encoding="utf-8")
-    part.replace(folder / CONFIG)
-    return folder, resume
-
-
-def _numbered(folder: Path, *, last: bool) -> Path:
-    """The first name of folder, folder-2, folder-3, ... that is free, or the last that is not."""
-    if not folder.exists() or (not last and not any(folder.iterdir())):
-        return folder
-    taken = [1]
-    for path in folder.parent.glob(f"{folder.name}-*"):
-        if number := re.fullmatch(r"(\d+)", path.name.removeprefix(f"{folder.name}-")):
-            taken.append(int(number[1]))
-    number_ = max(taken) + (0 if last else 1)
-    return folder if number_ == 1 else folder.with_name(f"{folder.name}-{number_}")
 
 
 def build_model(config: TrainConfig, data: Data, folder: Path, resumed: bool) -> XCLIP:
