@@ -27,7 +27,7 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """train.jsonl and test.jsonl: 40 and 10 clips of each of the classes that are learnt in seconds."""
     folder = tmp_path_factory.mktemp("order")
     for seed, (name, count) in enumerate({"train": 40, "test": 10}.items()):
-        write_dataset(folder / name, count, seed, frames=16, size=(32, 32), preset="ultrafast")
+        write_dataset(folder / name, count, seed, frames=16, size=(32, 32))
         found = index(folder / name, labels=CLASSES, workers=0)
         easy = {CLASSES.index(label) for label in EASY}
         found.select([row for row, video in enumerate(found.videos) if video.label in easy]).write(

@@ -22,7 +22,7 @@ from xclip_fast.trained import Trained
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Ten clips with a manifest, and weights trained on them for a step with texts, templates and frames of its own."""
     home = tmp_path_factory.mktemp("trained")
-    write_dataset(home / "clips", 1, frames=16, size=(32, 32), preset="ultrafast")
+    write_dataset(home / "clips", 1, frames=16, size=(32, 32))
     classes = index(home / "clips", home / "clips.jsonl").classes
     (home / "texts.txt").write_text("".join(f"something that is {name}\n" for name in classes))
     values = {

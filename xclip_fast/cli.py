@@ -406,9 +406,7 @@ def motion(
 
     for number, (split, count) in enumerate({"train": clips, "test": test_clips}.items()):
         with Bar() as bar:
-            write_dataset(
-                folder / split, count, 2 * seed + number, size=(size, size), preset="ultrafast", progress=bar.update
-            )
+            write_dataset(folder / split, count, 2 * seed + number, size=(size, size), progress=bar.update)
         manifest.index(folder / split, labels=CLASSES)
         print(f"{plain(str(folder / split))}: {count * len(CLASSES)} clips of {len(CLASSES)} classes")
 

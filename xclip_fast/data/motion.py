@@ -128,8 +128,9 @@ def write_clip(
     """Encode uint8 frames (T, H, W, 3), RGB, to a video file; the container follows from the suffix.
 
     `times` gives each frame's time in seconds (variable frame rate); `options` go to the encoder (g=12, bf=0, crf=18).
-    One thread, so the same frames give the same bytes. The file appears whole or not at all. Raises ValueError for no
-    frames, or for odd sides where the codec and pixel format cannot have them.
+    One thread, so the same frames give the same bytes; only x264's slower presets than ultrafast give others now and
+    then on a CPU with AVX-512. The file appears whole or not at all. Raises ValueError for no frames, or for odd sides
+    where the codec and pixel format cannot have them.
     """
     path = Path(path)
     if len(frames) == 0:
@@ -174,8 +175,11 @@ def write_dataset(
     """Write `folder/<label with underscores>/<index>.mp4` for every class and index; return (path, label) pairs.
 
     A file that is there already with the same content stays as it is; with other content it raises FileExistsError,
-    unless `overwrite`. `progress(done, total)` is called after each clip; `options` go to the encoder.
+    unless `overwrite`. `progress(done, total)` is called after each clip; `options` go to the encoder, H.264 with the
+    preset ultrafast if they name no other.
     """
+    if options.get("codec", "libx264") == "libx264":
+        options = {"preset": "ultrafast", **options}
     written: list[tuple[Path, str]] = []
     for label in CLASSES:
         home = Path(folder) / label.replace(" ", "_")
