@@ -123,6 +123,45 @@ def test_library_loads_and_checks_its_arguments_without_a_gpu(library: Path) -> 
     assert residual(m=1 << 31) == "BAD_SIZE"
 
 
+def test_every_call_checks_its_arguments(library: Path) -> None:
+    """What no GPU is needed for: no call reads the memory that is named here."""
+    loaded, _ = _cuda.load(library)
+    codes = {value: name for name, value in constants().items()}
+    aligned, four = 1 << 20, (ctypes.c_void_p * 4)(*[1 << 20] * 4)
+    sizes = {"m": 64, "n": 128, "k": 64, "rows": 8, "frames": 4, "width": 128, "d": 64}
+    strides = {"x_row": 128, "w_row": 128, "u_row": 128, "residual_row": 128}
+    usual = {**sizes, **strides, "device": 10_000, "stream": None, "tile": -1, "dtype": 0, "eps": 1e-5, "y_scale": 1.0}
+    usual |= {"activation": 1, "parameter_dtype": 2, "blocks": 0, "weights": four, "biases": four, "norms": four}
+
+    def call(name: str, **changes: Any) -> str:
+        given = {**usual, **changes}
+        names = [name for _, name in declared()[f"xclip_fast_{name}"][1]]
+        code = getattr(loaded, f"xclip_fast_{name}")(*(given.get(name, aligned) for name in names))
+        return codes.get(code, "CUDA's own" if code > constants()["CUDA_ERROR"] else str(code))
+
+    fp8, statistics = ("fp8_linear", "fp8_linear_residual"), "linear_residual_statistics"
+    for name in (*fp8, statistics, "linear_slope"):
+        assert call(name) == "BAD_DEVICE"
+        assert call(name, y=aligned + 8) == "BAD_ALIGNMENT"
+        assert call(name, w=None) == "BAD_POINTER"
+    for name in fp8:
+        assert call(name, k=72) == "BAD_ALIGNMENT"  # 8-bit rows are in whole 16 elements
+        assert call(name, w_scale=None) == "BAD_POINTER"
+    assert call("fp8_linear", n=136, w_row=136) == "BAD_ALIGNMENT"
+    assert call("fp8_linear", n=136, activation=0) == "BAD_DEVICE"
+    assert call("fp8_linear", y_scale=0.0) == call("fp8_linear", y_scale=float("nan")) == "BAD_SIZE"
+    assert call(statistics, mean=None) == call(statistics, partials=None) == "BAD_POINTER"
+    assert call("linear_slope", partials=None) == "BAD_POINTER"
+    assert call("linear_slope", partials=None, column_sums=None) == "BAD_DEVICE"
+    assert call("message_kv", rows=6) == call("message_kv", frames=65, rows=65) == "BAD_SIZE"
+    assert call("message_kv", width=100) == call("check_message", width=100) == "BAD_SIZE"
+    assert call("message_kv", dtype=2) == call("message_kv", parameter_dtype=1) == "BAD_DTYPE"
+    assert call("message_kv", weights=None) == call("message_kv", biases=(ctypes.c_void_p * 4)()) == "BAD_POINTER"
+    assert call("message_kv", x=aligned + 2) == call("message_kv", x_row=132) == "BAD_ALIGNMENT"
+    assert call("message_kv") == call("layer_norm_fp8") == call("check_message") == "CUDA's own"  # no such device
+    assert call("message_kv", rows=0) == call("layer_norm_fp8", m=0) == "OK"
+
+
 def test_kernels_use_tensor_cores_and_tma_and_do_not_spill(library: Path) -> None:
     triton = pytest.importorskip("triton", reason="triton, which brings cuobjdump, is not installed")
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
