@@ -132,10 +132,15 @@ def _place(x: Tensor) -> tuple[int, int]:
     return x.get_device(), torch.cuda.current_stream(x.device).cuda_stream
 
 
-def _call(name: str, *args: Any) -> None:
+def _library() -> Any:
     library, reason = load(path())
     if library is None:
         raise RuntimeError(reason)
+    return library
+
+
+def _call(name: str, *args: Any) -> None:
+    library = _library()
     given = [arg.data_ptr() if isinstance(arg, Tensor) else arg for arg in args]
     code = getattr(library, name)(*given)
     if code:
@@ -272,10 +277,7 @@ def linear_slope(
 
 def _floats_of(what: str, M: int, N: int, device: torch.device) -> Tensor:
     """Room for what the library keeps beside a result of M and N: ``xclip_fast_<what>_floats``."""
-    library, reason = load(path())
-    if library is None:
-        raise RuntimeError(reason)
-    count = getattr(library, f"xclip_fast_{what}_floats")(M, N)
+    count = getattr(_library(), f"xclip_fast_{what}_floats")(M, N)
     return torch.empty(count, dtype=torch.float32, device=device)
 
 
@@ -330,9 +332,8 @@ def message_kv(
     key_value = torch.empty(F, 2 * D, dtype=x.dtype, device=x.device)
     if F:
         x, weights = matrix(x), [weight.contiguous() for weight in weights]
-        biases, norms = _alike(x.dtype, *biases), _alike(x.dtype, *norms)
-        if biases[0].dtype != norms[0].dtype:
-            biases, norms = ([vector.float() for vector in vectors] for vectors in (biases, norms))
+        vectors = _alike(x.dtype, *biases, *norms)
+        biases, norms = vectors[:4], vectors[4:]
         workspace = _floats_of("message", F, D, x.device)
         pointers = ((ctypes.c_void_p * 4)(*(t.data_ptr() for t in given)) for given in (weights, biases, norms))
         call = (DTYPES[x.dtype], DTYPES[biases[0].dtype], blocks, x, x.stride(0), *pointers, eps, F, frames, D)
