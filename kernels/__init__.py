@@ -1,5 +1,6 @@
 """The ops of X-CLIP. Each file holds one op: reference, kernels, launcher, autograd, public function."""
 
+from . import cpu
 from ._dispatch import BackendError, backend, forced_backend
 from ._fp8 import quantize_weight
 from .causal_attention_packed import causal_attention_packed
@@ -20,6 +21,7 @@ __all__ = [
     "backend",
     "causal_attention_packed",
     "cosine_logits",
+    "cpu",
     "diffusion_attention",
     "forced_backend",
     "layer_norm",
