@@ -14,7 +14,6 @@ from torch import Tensor
 from xclip_fast.kernels import quantize_weight
 
 from xclip_fast import XCLIP, TextConfig, VisionConfig, XCLIPConfig, quantization, tokenize
-from xclip_fast.data.motion import render
 from xclip_fast.graphs import _Tower
 
 TOKENS = tokenize(["riding a bike", "swimming", "playing the accordion while walking", "yoga", "a dog", "juggling"])
@@ -299,6 +298,9 @@ LABELS = ["growing", "shrinking", "red then blue", "blue then red"]
 
 
 def clips(seed: int, count: int) -> tuple[Tensor, Tensor]:
+    pytest.importorskip("av", reason="av is not installed")
+    from xclip_fast.data.motion import render
+
     frames = [
         torch.from_numpy(render(label, seed, n, frames=4, size=(32, 32))) for n in range(count) for label in LABELS
     ]
