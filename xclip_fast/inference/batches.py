@@ -45,7 +45,7 @@ def run_videos(
     batch = batch_size or (1 if device.type == "cpu" else 16)
     waiting: list[tuple[str, Any]] = []
     videos: list[Tensor] = []
-    shape = {"frames": frames or config.num_frames, "size": config.vision.image_size}
+    shape: dict[str, Any] = {"frames": frames or config.num_frames, "size": config.vision.image_size}
     decoded = decode_many(paths, **shape, **sampling, workers=workers, errors="return")
     for done, (path, found) in enumerate(zip(paths, decoded, strict=True), 1):
         waiting.append((path, found))
