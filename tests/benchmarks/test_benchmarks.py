@@ -176,6 +176,81 @@ def test_compiled_peer_and_failing_compiler(throughput, tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("quick")
+def test_the_peer_is_compiled_once_a_variant_and_within_its_time(throughput, tmp_path, monkeypatch, tiny_config):
+    pytest.importorskip("transformers")
+    monkeypatch.setitem(VARIANTS, "B/16-8f", tiny_config)
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda call, mode: compiled.append(mode) or call)
+    options = ("--variants", "tiny,B/16-8f", "--precisions", "fp32,bf16", "--batch-sizes", "1,2", "--compile")
+    code, report = tiny_run(throughput, tmp_path, *options, "--works", "cached,tower")
+    assert code == 0
+    assert compiled == ["default"] * 2
+    rows = [row for row in report["rows"] if row["contender"] == "HF compiled"]
+    assert [(row["variant"], row["precision"], row["batch"], row["work"]) for row in rows] == [
+        (variant, "fp32", 2, "tower") for variant in ("B/16-8f", "tiny")
+    ]
+
+    monkeypatch.setitem(throughput.COMPILE_SECONDS, "cpu", 1e9)
+    code, report = tiny_run(throughput, tmp_path, "--precisions", "fp32", "--works", "tower", "--compile")
+    assert code == 0
+    assert len(compiled) == 2
+    assert report["rows"][2]["contender"] == "HF compiled"
+    assert report["rows"][2]["note"] == "not run: 1e+09 s"
+
+
+class OutOfResources(Exception):
+    """Triton's, like its CompilationError and PTXASError, is no RuntimeError."""
+
+
+@pytest.mark.usefixtures("quick")
+def test_one_failing_cell_costs_that_cell(throughput, tmp_path, monkeypatch):
+    monkeypatch.setattr(throughput, "HF_INSTALLED", False)
+    real = throughput.xclip_fast.XCLIP.encode_video
+
+    def out_of_shared_memory(model, video):
+        if len(video) == 2:
+            raise OutOfResources("out of resource: shared memory")
+        return real(model, video)
+
+    monkeypatch.setattr(throughput.xclip_fast.XCLIP, "encode_video", out_of_shared_memory)
+    options = ("--precisions", "fp32", "--works", "tower,cached", "--batch-sizes", "1,2")
+    code, report = tiny_run(throughput, tmp_path, *options)
+    assert code == 1
+    notes = {(row["batch"], row["work"]): row["note"] for row in report["rows"] if row["contender"] == "xclip-fast"}
+    failed = "failed: OutOfResources: out of resource: shared memory"
+    assert notes == {(1, "tower"): "", (1, "cached"): "", (2, "tower"): failed, (2, "cached"): failed}
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_stopped_run_keeps_its_rows(throughput, tmp_path, monkeypatch):
+    monkeypatch.setattr(throughput, "HF_INSTALLED", False)
+    real = throughput.contenders_of
+
+    def stopped(cell, *rest):
+        if cell.work == "cached":
+            raise KeyboardInterrupt
+        return real(cell, *rest)
+
+    monkeypatch.setattr(throughput, "contenders_of", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        tiny_run(throughput, tmp_path, "--precisions", "fp32", "--works", "tower,cached")
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert [(row["work"], row["contender"]) for row in rows] == [("tower", "xclip-fast"), ("tower", "Hugging Face")]
+
+
+@pytest.mark.usefixtures("quick")
+def test_without_av_the_other_works_are_measured(throughput, tmp_path, monkeypatch):
+    monkeypatch.setattr(throughput, "AV_INSTALLED", False)
+    monkeypatch.setattr(throughput, "HF_INSTALLED", False)
+    code, report = tiny_run(throughput, tmp_path, "--precisions", "fp32")
+    assert code == 0
+    rows = {row["work"]: row for row in report["rows"] if row["contender"] == "xclip-fast"}
+    assert set(rows) == set(throughput.WORKS)
+    assert rows["files"]["note"] == "not installed: pip install av"
+    assert all(row["views_per_second"] > 0 for work, row in rows.items() if work != "files")
+
+
+@pytest.mark.usefixtures("quick")
 def test_float8_is_measured_beside_bfloat16(throughput, tmp_path, monkeypatch, capsys):
     options = ("--precisions", "fp32,bf16", "--works", "tower,cached,encoded,files", "--fp8")
     monkeypatch.setattr(throughput, "HF_INSTALLED", False)
