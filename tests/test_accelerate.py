@@ -9,7 +9,7 @@ from collections import OrderedDict
 import pytest
 import torch
 from torch import nn
-from xclip_fast.accelerate import _log_fallback
+from xclip_fast.acceleration import _log_fallback
 
 from xclip_fast import XCLIP, FastCCTBlock, TextConfig, VisionConfig, XCLIPConfig, accelerate
 

@@ -15,5 +15,5 @@ def test_every_launch_binds() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", "--no-cov", "-p", "no:cacheprovider", str(file)]
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     environment = {name: value for name, value in environment.items() if not name.startswith("PYTEST_")}
-    done = subprocess.run(command, env=environment, cwd=file.parent.parent, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=environment, cwd=file.parents[2], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
