@@ -14,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -89,15 +89,19 @@ class BuildLibrary(build_ext):
         target.parent.mkdir(parents=True, exist_ok=True)
         # setuptools copies the library into the sources of an editable install, but not this note
         note = (ROOT / "kernels" if self.editable_mode else target.parent) / "libxclip_fast.failed"
-        for old in (note, note.with_suffix(".so")):
-            old.unlink(missing_ok=True)
         try:
-            shutil.copyfile(build_library(NVCC or "nvcc"), target)
+            library = build_library(NVCC or "nvcc")
         except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
             if WISH == "1":
                 raise
+            # a library that is there stays: it still loads if its interface is the wanted one
             note.write_text(f"its build failed at install: {error}\n", encoding="utf-8")
-            print(f"xclip-fast: no CUDA library: {error}", file=sys.stderr)
+            print(f"xclip-fast: no new CUDA library: {error}", file=sys.stderr)
+            return
+        note.unlink(missing_ok=True)
+        part = target.with_name(f".{target.name}.part")
+        shutil.copyfile(library, part)
+        part.replace(target)
 
 
 if WISH not in ("", "0", "1"):
@@ -107,11 +111,11 @@ if WISH == "1" and NVCC is None:
     raise SystemExit("XCLIP_FAST_CUDA=1, but nvcc is not on the PATH, in CUDA_HOME or in /usr/local/cuda/bin")
 
 setup(
-    packages=["xclip_fast", "xclip_fast.data", "xclip_fast.kernels", "xclip_fast.kernels.triton", "xclip_fast.nn"],
+    packages=[*find_packages(include=["xclip_fast*"]), "xclip_fast.kernels", "xclip_fast.kernels.triton"],
     package_dir={"xclip_fast.kernels": "kernels", "xclip_fast.kernels.triton": "kernels/triton"},
     package_data={
         "xclip_fast": ["py.typed", "configs/*.yaml"],
-        "xclip_fast.data": ["*.gz", "*.txt"],
+        "xclip_fast.text": ["*.gz", "*.txt"],
         "xclip_fast.kernels": ["*.json"],
         "xclip_fast.kernels.triton": ["*.json"],
     },
