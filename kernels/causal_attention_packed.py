@@ -34,22 +34,7 @@ def causal_attention_packed_reference(qkv: Tensor, offsets: Tensor, longest: int
     return mixed.transpose(1, 2)[label_S, place_S]
 
 
-def _attend_runs(qkv_S3HC: Tensor, lengths: Tensor) -> Tensor:
-    """Labels of one length that follow each other are one call, without padding and without a copy of what it reads."""
-    mixed, start = [], 0
-    for length, count in zip(*(each.tolist() for each in lengths.unique_consecutive(return_counts=True)), strict=True):
-        run = qkv_S3HC[start : start + count * length].unflatten(0, (count, length))
-        query, key, value = run.permute(2, 0, 3, 1, 4).unbind(0)
-        mixed.append(F.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2).flatten(0, 1))
-        start += count * length
-    return torch.cat(mixed)
-
-
 def _sdpa(qkv: Tensor, offsets: Tensor, longest: int) -> Tensor:
-    if offsets.device.type == "cpu" and len(offsets) > 1:
-        lengths = offsets.diff()
-        if bool((lengths.diff() >= 0).all()):  # at most ``longest`` calls
-            return _attend_runs(qkv, lengths)
     padded, label_S, place_S = _unpack(qkv, offsets, longest)
     query, key, value = padded.permute(2, 0, 3, 1, 4).unbind(0)
     mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)

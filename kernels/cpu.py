@@ -1,13 +1,13 @@
 """Inference on a CPU: the two residual branches of a block in as few passes over memory as torch's calls allow.
 
-Nothing is kept of a weight, neither packed nor folded: the numbers follow every change of a weight at once. quick_gelu is
-torch's SiLU, since u sigmoid(1.702 u) = silu(1.702 u) / 1.702: the factor rides on the LayerNorm's weight and bias before
-the first product, and its inverse on the second product.
+No packed or folded copy of a weight is kept, so every change of a weight counts at once. quick_gelu is torch's SiLU,
+since u sigmoid(1.702 u) = silu(1.702 u) / 1.702: the LayerNorm before the first product carries the factor, and the
+second product carries its inverse.
 
-Products are oneDNN's where the CPU has AVX-512, or instructions for the half-precision dtype at hand: MKL does not use
-AVX-512 on AMD, and oneDNN computes bias and SiLU on its way. Elsewhere they are torch's (MKL): with AVX2 alone it is 20 %
-faster than oneDNN, whose SiLU takes ten times as long as torch's (docs/performance.md). Half precision without such
-instructions is computed in float32 from the stream's rows to the stream's rows and rounded once.
+Products run on oneDNN if the CPU has AVX-512, or instructions for the half-precision dtype: MKL does not use AVX-512 on
+AMD, and oneDNN adds the bias and applies SiLU in its epilogue. Elsewhere they run on torch's own choice, MKL: with AVX2
+alone it is 20 % faster than oneDNN, whose SiLU takes ten times as long as torch's (docs/performance.md). Without
+instructions for a half-precision dtype, both branches are computed in float32 and rounded once at their end.
 
 F frames, L tokens of a frame, D width, H heads, M rows.
 """
@@ -130,7 +130,8 @@ def cross_frame_attention(
         return F.scaled_dot_product_attention(query[:, :, :queries], key, value).transpose(1, 2).flatten(-2)
 
     def norm(rows: Tensor, parameters: Sequence[Tensor]) -> Tensor:
-        return F.layer_norm(rows, (width,), *(parameter.to(wide) for parameter in parameters), eps)
+        weight, bias = (parameter.to(wide) for parameter in parameters)
+        return F.layer_norm(rows, (width,), weight, bias, eps)
 
     # m = x_class Wm + bm, then m + CFA(LN_m(m)) over the frames of a video
     m_FD = F.linear(x_FLD[:, 0].to(wide), *(parameter.to(wide) for parameter in message_fc))
@@ -201,7 +202,7 @@ def patch_embed(
     std: Sequence[float],
     eps: float,
 ) -> Tensor:
-    """LN_pre([x_class, E x_1, ..., E x_N] + e_spa) (equation 4), as ``kernels.patch_embed``: one product over the pixels."""
+    """LN_pre([x_class, E x_1, ..., E x_N] + e_spa) (equation 4), as ``kernels.patch_embed``, by one product."""
     (width, _, patch, _), tokens = weight.shape, len(position)
     products = _Products(weight.dtype)
     wide = products.dtype
@@ -233,6 +234,20 @@ def patch_embed(
         embedded[:, 0] = first
         x_FLD[part] = F.layer_norm(embedded, (width,), ln_weight, ln_bias, eps)
     return x_FLD
+
+
+def causal_attention_packed(qkv_S3HC: Tensor, lengths: Tensor) -> Tensor:
+    """``kernels.causal_attention_packed`` of labels that are sorted by length, (K,): nothing is padded.
+
+    Labels of one length are one call on views. Returns (S, H, C).
+    """
+    mixed, start = [], 0
+    for length, count in zip(*(each.tolist() for each in lengths.unique_consecutive(return_counts=True)), strict=True):
+        labels = qkv_S3HC[start : start + count * length].unflatten(0, (count, length))
+        query, key, value = labels.permute(2, 0, 3, 1, 4).unbind(0)
+        mixed.append(F.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2).flatten(0, 1))
+        start += count * length
+    return torch.cat(mixed)
 
 
 class _Products:

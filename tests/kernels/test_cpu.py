@@ -1,4 +1,4 @@
-"""Inference on a CPU (kernels/cpu.py) against float64, whatever happens to the weights and wherever it is called from."""
+"""Inference on a CPU (kernels/cpu.py) against float64, after changes of weights and from every kind of caller."""
 
 import copy
 import dataclasses
@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
+from xclip_fast.kernels import cpu
 
 import xclip_fast
 from xclip_fast import FastCCTBlock, kernels
 from xclip_fast.config import VARIANTS
-from xclip_fast.kernels import cpu
 from xclip_fast.nn.layers import feed_forward
 
 
@@ -35,13 +35,13 @@ def error(given, wanted):
 def taken(monkeypatch):
     """Counts the calls that the CPU path computes, and fills every buffer with NaN before it is used."""
     calls = []
-    for name in ("cross_frame_attention", "feed_forward", "patch_embed"):
+    for name in ("cross_frame_attention", "feed_forward", "patch_embed", "causal_attention_packed"):
 
-        def counted(*args, name=name, function=getattr(cpu, name), **kwargs):
+        def counted(name, function, *args, **kwargs):
             calls.append(name)
             return function(*args, **kwargs)
 
-        monkeypatch.setattr(cpu, name, counted)
+        monkeypatch.setattr(cpu, name, functools.partial(counted, name, getattr(cpu, name)))
     buffer = cpu._buffer
     monkeypatch.setattr(cpu, "_buffer", lambda *args: buffer(*args).fill_(float("nan")))
     return calls
@@ -226,7 +226,7 @@ def test_whole_model_against_float64(model, dtype, taken):
     video = torch.randint(256, (2, 8, 224, 224, 3), dtype=torch.uint8)
     with torch.no_grad():
         ours = given(video, LABELS)
-        assert {"patch_embed", "cross_frame_attention", "feed_forward"} <= set(taken)
+        assert {"patch_embed", "cross_frame_attention", "feed_forward", "causal_attention_packed"} <= set(taken)
         text = given.encode_text(LABELS)
         given.text.forget()
         with kernels.backend("reference"):
@@ -250,7 +250,7 @@ def test_normalized_pixels_are_the_same_as_levels(model):
 
 
 def test_passes_over_memory_of_a_block():
-    """The calls of one block that touch as much as its stream, in order. More of them cost time: see docs/performance.md."""
+    """The calls of one block that read as much as its stream, in order. docs/performance.md names them."""
     block, x = random_block(), torch.randn(12, 60, 64)
     with torch.no_grad(), cpu.workspace():
         block(x)
