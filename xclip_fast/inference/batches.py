@@ -1,0 +1,205 @@
+"""The loop that `classify`, `embed` and the Python API share: threads decode ahead, the model answers in batches.
+
+Memory is bounded by the batch and by `_AHEAD` windows of each file in work, whatever the files' number and length.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..data.plan import VideoError, as_source
+from ..data.remote import Limits, is_remote, local_copy
+from ..data.sampling import Sampling
+from ..data.windows import Span, Window, check_windows, decode_spans, window_spans
+
+if TYPE_CHECKING:
+    from ..model import XCLIP, VideoFeatures
+
+_AHEAD = 4  # windows of one file that wait for the model
+WINDOW, WHOLE_BELOW = 10.0, 30.0  # seconds; see `Reading.of`
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How videos are read.
+
+    `frames` of a window, taken by `sampling` with `frame_stride` frames between them, as squares of `size` pixels.
+    `window` and `stride` are in seconds; a video of at most `whole_below` seconds is one window. `window` None: every
+    video is one window.
+    """
+
+    frames: int
+    size: int
+    sampling: Sampling = "sparse"
+    frame_stride: int = 1
+    window: float | None = None
+    stride: float | None = None
+    whole_below: float | None = None
+    limits: Limits = field(default_factory=Limits)
+
+    def __post_init__(self) -> None:
+        if self.window is not None:
+            check_windows(self.window, self.stride or self.window / 2, self.whole_below or self.window)
+
+    @staticmethod
+    def moments(window: float | None, stride: float | None) -> dict[str, float]:
+        """The three times for a store: as given, or windows of 10 s in videos longer than 30 s.
+
+        A given window cuts every video that is longer than the window.
+        """
+        length = WINDOW if window is None else window
+        return {
+            "window": length,
+            "stride": length / 2 if stride is None else stride,
+            "whole_below": WHOLE_BELOW if window is None else window,
+        }
+
+    def spans(self, duration: float) -> list[Span]:
+        if self.window is None or duration <= (self.whole_below or self.window):
+            return [(0.0, duration)]
+        return window_spans(duration, self.window, self.stride or self.window / 2)
+
+    def windows(self, path: str, threads: int = 1) -> Generator[Window, None, None]:
+        """The windows of one file, local or remote, in order. Raises VideoError."""
+        with local_copy(path, self.limits) if is_remote(path) else contextlib.nullcontext(path) as name:
+            try:
+                yield from decode_spans(
+                    as_source(name),
+                    self.spans,
+                    self.frames,
+                    self.sampling,
+                    size=self.size,
+                    stride=self.frame_stride,
+                    threads=threads,
+                )
+            except VideoError as error:
+                raise VideoError(str(error).replace(name, path)) from error
+
+
+class Answer(NamedTuple):
+    """What the model says of one window of a file: tensors without the batch dimension, on the CPU."""
+
+    path: str
+    start: float
+    end: float
+    values: list[Tensor]
+
+
+class Finished(NamedTuple):
+    """The end of a file's answers. With an `error`, answers that came before it do not count."""
+
+    path: str
+    error: ValueError | None
+
+
+def answers(
+    model: XCLIP,
+    paths: Iterable[str],
+    reading: Reading,
+    answer: Callable[[VideoFeatures], Sequence[Tensor]],
+    *,
+    batch_size: int | None = None,
+    workers: int | None = None,
+) -> Iterator[Answer | Finished]:
+    """Each path in order: an Answer for each of its windows, then Finished.
+
+    `answer` gets the features of a batch and returns tensors whose first dimension is the batch. `batch_size` counts
+    windows (default: 16 on a GPU, 1 on a CPU), `workers` decoding threads (default: one per core).
+    """
+    device = next(model.parameters()).device
+    batch = batch_size or (1 if device.type == "cpu" else 16)
+    waiting: list[tuple[str, Window | ValueError | None]] = []
+    videos = 0
+    failed: ValueError | None = None  # what is wrong with the file that is being given out
+
+    def compute() -> Iterator[Answer | Finished]:
+        nonlocal failed
+        windows = [item.frames for _, item in waiting if isinstance(item, Window)]
+        with torch.inference_mode():
+            parts = answer(model.encode_video(torch.stack(windows).to(device))) if windows else []
+            parts = [part.cpu() for part in parts]
+        row = 0
+        for path, item in waiting:
+            if isinstance(item, Window):
+                own, row = [part[row] for part in parts], row + 1
+                if all(part.isfinite().all() for part in own):
+                    yield Answer(path, item.start, item.end, own)
+                else:
+                    failed = ValueError(f"{path}: the answer is not a number; try --dtype float32")
+                continue
+            yield Finished(path, item or failed)
+            failed = None
+
+    with contextlib.closing(_decode_ahead(paths, reading, workers)) as decoded:
+        for path, item in decoded:
+            waiting.append((path, item))
+            videos += isinstance(item, Window)
+            if videos in (0, batch):
+                yield from compute()
+                waiting, videos = [], 0
+        yield from compute()
+
+
+def _decode_ahead(
+    paths: Iterable[str], reading: Reading, workers: int | None
+) -> Generator[tuple[str, Window | ValueError | None], None, None]:
+    """Each path in order: its windows, then None or what is wrong. Paths are taken from the iterable as they are due."""
+    if workers is None:
+        workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = max(1, workers // len(paths)) if isinstance(paths, Sequence) and paths else 1  # for one file's decoder
+    stop = threading.Event()
+
+    def put(target: queue.Queue[Any], item: Any) -> None:
+        while not stop.is_set():
+            try:
+                return target.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+
+    def read(path: str, target: queue.Queue[Any]) -> None:
+        try:
+            with contextlib.closing(reading.windows(path, threads)) as windows:
+                for window in windows:
+                    put(target, window)
+                    if stop.is_set():
+                        return
+        except BaseException as error:  # it belongs to whoever takes the windows
+            put(target, error)
+        else:
+            put(target, None)
+
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
+    ahead: deque[tuple[str, queue.Queue[Any]]] = deque()
+
+    def drain() -> Iterator[tuple[str, Window | ValueError | None]]:
+        path, source = ahead.popleft()
+        while True:
+            item = source.get()
+            if isinstance(item, BaseException) and not isinstance(item, ValueError):
+                raise item
+            yield path, item
+            if not isinstance(item, Window):
+                return
+
+    try:
+        for path in paths:
+            ahead.append((path, queue.Queue(_AHEAD)))
+            pool.submit(read, *ahead[-1])
+            if len(ahead) >= 2 * workers:
+                yield from drain()
+        while ahead:
+            yield from drain()
+    finally:
+        stop.set()
+        pool.shutdown(cancel_futures=True)

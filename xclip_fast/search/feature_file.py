@@ -1,0 +1,116 @@
+"""Stored features in one safetensors file, for small sets: `embed --out x.safetensors` writes it, `search` reads it.
+
+The file holds `video` (n, E) and `patches` (n, N, E), and as metadata the videos' names and what identifies the model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..model import XCLIP
+
+FORMAT = "xclip_fast_features"  # the metadata key that marks a file of ours; its value is the version
+_CHUNK = 1024  # videos at once
+
+def fingerprint(model: XCLIP) -> str:
+    """SHA-256 of the shape and the weights, the same for the same model in any layout."""
+    import torch
+
+    values = model.config.to_dict()
+    for name in ("logit_scale", "temporal_std"):  # they say how to start and to train
+        del values[name]
+    del values["vision"]["drop_path"]
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def check_out(out: Path, overwrite: bool) -> None:
+    """Refuses what an output file may not be: nothing but a file of features is ever replaced.
+
+    Raises ValueError for a place that cannot hold it, FileExistsError for a file that is there.
+    """
+    if out.is_dir() or not out.parent.is_dir():
+        what = "is a folder" if out.is_dir() else "its folder does not exist"
+        raise ValueError(f"{out}: {what}; a file in an existing folder is wanted")
+    if out.exists() and not overwrite:
+        raise FileExistsError(f"{out}: is there already; choose another name or add --overwrite")
+    if out.exists() and read_metadata(out) is None:
+        raise FileExistsError(
+            f"{out}: is something else than stored features, which is never replaced; choose another name"
+        )
+
+
+def read_metadata(path: Path) -> dict[str, str] | None:
+    """What ``embed`` wrote about the features in a file; None if it is another file."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata, tensors = file.metadata() or {}, set(file.keys())
+    except SafetensorError:
+        return None
+    complete = {"names", "fingerprint", "checkpoint", "variant"} <= metadata.keys() and "video" in tensors
+    return metadata if metadata.get(FORMAT) == "1" and complete else None
+
+
+class FeatureFile:
+    """An open file of features: moments of whole videos, for `query.find`."""
+
+    def __init__(self, path: Path) -> None:
+        from safetensors import safe_open
+
+        metadata = read_metadata(path)
+        if metadata is None:
+            raise ValueError(f"{path}: not a file of features; `xclip-fast embed` writes them")
+        self.path, self.metadata = path, metadata
+        self.names: list[str] = json.loads(metadata["names"])
+        self.file = safe_open(path, "pt")
+        rows = self.file.get_slice("video").get_shape()[0]
+        if rows != len(self.names):
+            raise ValueError(f"{path}: damaged, {len(self.names)} names of {rows} videos; embed them again")
+
+    @property
+    def has_patches(self) -> bool:
+        return "patches" in set(self.file.keys())
+
+    def nearest(self, vector_E: Tensor, count: int, where: str | None = None) -> Any:
+        """See `query.Moments`. Times are 0: the file does not know them. Filters are refused."""
+        import pyarrow as pa
+        import torch
+
+        if where:
+            raise ValueError(f"{self.path}: a file of features cannot be filtered; make a store of it (embed --import)")
+        video = self.file.get_slice("video")
+        scores = [
+            torch.nn.functional.normalize(video[start : start + _CHUNK].float(), dim=-1) @ vector_E
+            for start in range(0, len(self.names), _CHUNK)
+        ]
+        rows = torch.cat(scores).topk(min(count, len(self.names))).indices.tolist()
+        vectors = torch.stack([video[row : row + 1][0].float() for row in rows])
+        values = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1).numpy()), vectors.shape[1])
+        return pa.table(
+            {
+                "_rowid": rows,
+                "path": [self.names[row] for row in rows],
+                "start": [0.0] * len(rows),
+                "end": [0.0] * len(rows),
+                "vector": values,
+            }
+        )
+
+    def patches(self, rows: Sequence[int]) -> dict[int, Any]:
+        stored = self.file.get_slice("patches")
+        return {row: stored[row : row + 1][0].float().numpy() for row in rows}
