@@ -268,7 +268,7 @@ def forgetful(model: xclip_fast.XCLIP, video: Tensor, tokens: Tensor) -> Tensor:
 
 
 def decoded(paths: list[Path], frames: int, size: int) -> Tensor:
-    from xclip_fast.data.decode import decode_many
+    from xclip_fast.data.decode.decoder import decode_many
 
     videos: Any = decode_many(paths, frames=frames, sampling="sparse", size=size)
     return torch.stack(list(videos))

@@ -1,17 +1,33 @@
 """X-CLIP video recognition, exact and as fast as the hardware allows."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
-from .accelerate import accelerate
-from .config import VARIANTS, TextConfig, VisionConfig, XCLIPConfig
-from .kernels import backend
-from .model import XCLIP, VideoFeatures
-from .nn import FastCCTBlock
-from .tokenizer import tokenize
-
 if TYPE_CHECKING:
-    from .data.decode import decode, decode_windows
+    from .acceleration import accelerate
+    from .config import VARIANTS, TextConfig, VisionConfig, XCLIPConfig
+    from .data.decode.decoder import decode
+    from .data.decode.windows import decode_windows
+    from .kernels import backend
+    from .model import XCLIP
+    from .nn import FastCCTBlock, VideoFeatures
+    from .text.tokenizer import tokenize
 
+# Where each public name lives. It is imported at its first use, so that `xclip-fast --help` does not wait for torch.
+_HOMES = {
+    "VARIANTS": "config",
+    "XCLIP": "model",
+    "FastCCTBlock": "nn",
+    "TextConfig": "config",
+    "VideoFeatures": "nn",
+    "VisionConfig": "config",
+    "XCLIPConfig": "config",
+    "accelerate": "acceleration",
+    "backend": "kernels",
+    "decode": "data.decode.decoder",
+    "decode_windows": "data.decode.windows",
+    "tokenize": "text.tokenizer",
+}
 __all__ = [
     "VARIANTS",
     "XCLIP",
@@ -30,9 +46,12 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """Imports what needs a video decoder when it is first asked for."""
-    if name in ("decode", "decode_windows"):
-        from .data import decode as decoding
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = value
+    return value
 
-        return getattr(decoding, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

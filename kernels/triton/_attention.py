@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import tile
+from ._launch import cdiv, next_power_of_2, tile
 
 LOG2_E = 1.4426950408889634
 
@@ -58,7 +58,7 @@ def channels_contiguous(x: Tensor) -> Tensor:
 
 def power_of_two(rows: int) -> int:
     """The tile of at least ``rows``: 16 is the least that tensor cores take; no rows, no tile."""
-    return max(16, triton.next_power_of_2(rows)) if rows else 0
+    return max(16, next_power_of_2(rows)) if rows else 0
 
 
 def frame_tile(op: str, qkv: Tensor) -> tuple[dict[str, Any], int, int]:
@@ -68,4 +68,4 @@ def frame_tile(op: str, qkv: Tensor) -> tuple[dict[str, Any], int, int]:
     full = length // use["BLOCK_N"]
     last = power_of_two(length + 1 - full * use["BLOCK_N"])
     rest = power_of_two(length % use["BLOCK_M"])
-    return {**use, "FULL": full, "LAST": last, "REST": rest}, triton.cdiv(length, use["BLOCK_M"]), full + 1
+    return {**use, "FULL": full, "LAST": last, "REST": rest}, cdiv(length, use["BLOCK_M"]), full + 1

@@ -11,11 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import launch, processors, tile
+from ._launch import cdiv, launch, next_power_of_2, processors, tile
 from .gemm import rows_of
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _normalise_kernel(
     x_ptr,  # (M, D), rows x_row apart
     weight_ptr,  # (D,)
@@ -47,7 +47,7 @@ def _normalise_kernel(
         tl.store(y_ptr + rows[:, None].to(tl.int64) * D + columns[None, :], y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _backward_kernel(
     x_ptr,  # (M, D), rows x_row apart
     mean_ptr,  # (M,)
@@ -109,8 +109,8 @@ def _normalise(
     y = None if dtype is None else torch.empty(M, D, dtype=dtype, device=x.device)
     mean, rstd = (torch.empty(M, dtype=torch.float32, device=x.device) if statistics else None for _ in range(2))
     config = tile("layer_norm", x.device, d=D)
-    grid = (triton.cdiv(M, config["ROWS"]),)
-    size = triton.next_power_of_2(D)
+    grid = (cdiv(M, config["ROWS"]),)
+    size = next_power_of_2(D)
     launch(_normalise_kernel, grid, x, weight, bias, y, mean, rstd, M, D, x.stride(0), eps, BLOCK_D=size, **config)
     return y, mean, rstd
 
@@ -157,7 +157,7 @@ def normalise_backward(
     dx = torch.empty(M, D, dtype=x.dtype, device=x.device)
     normed = None if normed_dtype is None else torch.empty(M, D, dtype=normed_dtype, device=x.device)
     config = tile("layer_norm_backward", x.device, d=D)
-    programs = min(triton.cdiv(M, config["ROWS"]), config["OCCUPANCY"] * processors(x.device))
+    programs = min(cdiv(M, config["ROWS"]), config["OCCUPANCY"] * processors(x.device))
     parts = torch.empty(2, programs, D, dtype=torch.float32, device=x.device)
     launch(
         _backward_kernel,
@@ -178,7 +178,7 @@ def normalise_backward(
         x.stride(0),
         dy.stride(0),
         0 if extra is None else extra.stride(0),
-        BLOCK_D=triton.next_power_of_2(D),
+        BLOCK_D=next_power_of_2(D),
         **{name: value for name, value in config.items() if name != "OCCUPANCY"},
     )
     dweight, dbias = parts.sum(1)

@@ -8,12 +8,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import launch, tile
+from ._launch import cdiv, launch, tile
 from .gemm import gemm, rows_of
 from .quick_gelu import quick_gelu_slope
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "sample_rows"])
 def _scale_kernel(
     x_ptr,  # (M, N), rows x_row apart
     u_ptr,  # (M, N) or None: scale by the slope of quick_gelu there
@@ -61,10 +61,10 @@ def scaled(
     changes = drop_scale is not None or slope_at is not None or x.dtype != dtype
     y = torch.empty(M, N, dtype=dtype, device=x.device) if changes else None
     config = tile("column_sums", x.device, n=N)
-    groups = min(GROUPS, triton.cdiv(M, config["ROWS"]))
+    groups = min(GROUPS, cdiv(M, config["ROWS"]))
     parts = torch.empty(groups, N, dtype=torch.float32, device=x.device)
     sample_rows = 1 if drop_scale is None else M // max(drop_scale.shape[0], 1)
-    grid = (groups, triton.cdiv(N, config["BLOCK_N"]))
+    grid = (groups, cdiv(N, config["BLOCK_N"]))
     launch(_scale_kernel, grid, x, slope_at, drop_scale, y, parts, M, N, x.stride(0), sample_rows, **config)
     return x if y is None else y, parts.sum(0)
 

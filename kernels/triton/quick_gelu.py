@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import launch
+from ._launch import cdiv, launch
 
 BLOCK = 1024
 
@@ -55,12 +55,12 @@ def _backward_kernel(
 def forward(save: bool, x: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     x = x.contiguous()
     y = torch.empty_like(x)
-    launch(_forward_kernel, (triton.cdiv(x.numel(), BLOCK),), x, y, x.numel(), BLOCK=BLOCK)
+    launch(_forward_kernel, (cdiv(x.numel(), BLOCK),), x, y, x.numel(), BLOCK=BLOCK)
     return (y,), ()
 
 
 def backward(grads: Sequence[Any], saved: Sequence[Tensor], needs: Sequence[bool], x: Tensor) -> list[Tensor]:
     x, dy = x.contiguous(), grads[0].contiguous()
     dx = torch.empty_like(x)
-    launch(_backward_kernel, (triton.cdiv(x.numel(), BLOCK),), x, dy, dx, x.numel(), BLOCK=BLOCK)
+    launch(_backward_kernel, (cdiv(x.numel(), BLOCK),), x, dy, dx, x.numel(), BLOCK=BLOCK)
     return [dx]

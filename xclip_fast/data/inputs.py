@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .listing import VIDEO_NAME, lines_of
+from .manifest.listing import VIDEO_NAME, lines_of
 from .remote import is_remote, remote_files
 
 
@@ -88,7 +88,7 @@ def _standard_input() -> Sequence[str]:
 
 def _listed(file: Path) -> list[str]:
     if file.suffix.lower() == ".jsonl":
-        from .manifest import Manifest
+        from .manifest.manifest import Manifest
 
         manifest = Manifest.read(file)
         return [str(manifest.root / video.path) for video in manifest.videos if video.member is None]

@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..data.plan import VideoError, as_source
+from ..data.decode.plan import VideoError, as_source
 from ..data.remote import Limits, is_remote, local_copy
 from ..data.sampling import Sampling
-from ..data.windows import Span, Window, check_windows, decode_spans, window_spans
+from ..data.decode.windows import Span, Window, check_windows, decode_spans, window_spans
 
 if TYPE_CHECKING:
-    from ..model import XCLIP, VideoFeatures
+    from ..model import XCLIP
+    from ..nn.features import VideoFeatures
 
 _AHEAD = 4  # windows of one file that wait for the model
 WINDOW, WHOLE_BELOW = 10.0, 30.0  # seconds; see `Reading.of`

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..data.inputs import Inputs
-from ..data.plan import VideoError
+from ..data.decode.plan import VideoError
 from ..data.remote import describe, is_remote
 from ..inference.batches import Answer, Finished
 from .store import FileRows, Known, Store, record_batch, schema_of

@@ -124,7 +124,7 @@ def _prompted(moments: Moments, rows: list[int], video_BE: Tensor, text_1E: Tens
     import numpy as np
     import torch
 
-    from ..model import VideoFeatures
+    from ..nn.features import VideoFeatures
 
     like = model.logit_scale
     scores: list[float] = []
