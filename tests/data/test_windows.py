@@ -9,9 +9,9 @@ import torch
 
 from xclip_fast.data.decode import plan, windows
 from xclip_fast.data.decode.decoder import VideoError, decode, decode_windows, probe
+from xclip_fast.data.decode.windows import window_spans
 from xclip_fast.data.motion import render, write_clip
 from xclip_fast.data.sampling import frame_indices
-from xclip_fast.data.decode.windows import window_spans
 
 
 def film(path: Path, frames: int = 90, fps: int = 10, codec: str = "libx264", **options: object) -> Path:

@@ -7,7 +7,6 @@ this machine.
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import tempfile
 import time
@@ -46,8 +45,9 @@ def remote_files(address: str) -> list[str] | None:
         return None
     if web:
         raise ValueError(f"{_shown(address)}: a folder of a web server cannot be listed; give the files' addresses")
-    filesystem, path = _open(address)
-    found = filesystem.glob(path) if is_glob else filesystem.find(path)
+    with _errors(address):
+        filesystem, path = _open(address)
+        found = filesystem.glob(path) if is_glob else filesystem.find(path)
     return sorted(filesystem.unstrip_protocol(each) for each in found)
 
 

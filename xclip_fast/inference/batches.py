@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from ..data.decode.plan import VideoError, as_source
+from ..data.decode.windows import Span, Window, check_windows, decode_spans, window_spans
 from ..data.remote import Limits, is_remote, local_copy
 from ..data.sampling import Sampling
-from ..data.decode.windows import Span, Window, check_windows, decode_spans, window_spans
 
 if TYPE_CHECKING:
     from ..model import XCLIP
@@ -155,7 +155,7 @@ def answers(
 def _decode_ahead(
     paths: Iterable[str], reading: Reading, workers: int | None
 ) -> Generator[tuple[str, Window | ValueError | None], None, None]:
-    """Each path in order: its windows, then None or what is wrong. Paths are taken from the iterable as they are due."""
+    """Each path in order: its windows, then None or what is wrong. A path is taken from `paths` when it is due."""
     if workers is None:
         workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = max(1, workers // len(paths)) if isinstance(paths, Sequence) and paths else 1  # for one file's decoder

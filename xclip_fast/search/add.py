@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..data.inputs import Inputs
 from ..data.decode.plan import VideoError
+from ..data.inputs import Inputs
 from ..data.remote import describe, is_remote
 from ..inference.batches import Answer, Finished
 from .store import FileRows, Known, Store, record_batch, schema_of
@@ -101,9 +101,10 @@ def plan(store: Store, inputs: Inputs, *, root: str, digest: bool = False, retry
         if name in todo:
             continue
         if same and old is not None and not (retry and old.error):
-            summary.unchanged += 1
             if old.error:
                 summary.failed[name] = old.error
+            else:
+                summary.unchanged += 1
             continue
         twin = None if old else _same_file(path, by_identity.get((size, stamp), ()), root)
         if twin is not None:
@@ -212,9 +213,7 @@ class Writer:
             self.spool.seek(self.start)
             self.spool.truncate()
             reason = " ".join(str(error).split())
-            self.sink.write_batch(
-                record_batch(FileRows(name, known._replace(error=reason), []), self.store.settings)
-            )
+            self.sink.write_batch(record_batch(FileRows(name, known._replace(error=reason), []), self.store.settings))
             self.errors[name] = reason
             self.count = 0
         self.counts[name] = self.count

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +16,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..model import XCLIP
+    from .store import Store
 
 FORMAT = "xclip_fast_features"  # the metadata key that marks a file of ours; its value is the version
 _CHUNK = 1024  # videos at once
+
 
 def fingerprint(model: XCLIP) -> str:
     """SHA-256 of the shape and the weights, the same for the same model in any layout."""
@@ -114,3 +116,95 @@ class FeatureFile:
     def patches(self, rows: Sequence[int]) -> dict[int, Any]:
         stored = self.file.get_slice("patches")
         return {row: stored[row : row + 1][0].float().numpy() for row in rows}
+
+
+def write_features(
+    out: Path,
+    model: XCLIP,
+    answers: Any,
+    count: int,
+    *,
+    metadata: dict[str, str],
+    overwrite: bool = False,
+    on_file: Callable[[str, ValueError | None], None] = lambda path, error: None,
+) -> tuple[int, tuple[int, ...]]:
+    """Writes the answers of `count` whole videos to a new file, at the end and atomically.
+
+    Returns how many videos could be read, and the shape of one of their features. Without any, no file is written.
+    """
+    import tempfile
+
+    import torch
+    from safetensors.torch import save_file
+
+    from ..inference.batches import Answer
+
+    check_out(out, overwrite)
+    with tempfile.TemporaryDirectory(prefix=".writing-", dir=out.parent) as folder:  # an unwritable place fails early
+        kept: list[str] = []
+        tensors: dict[str, Tensor] = {}
+        for item in answers:
+            if not isinstance(item, Answer):
+                on_file(item.path, item.error)
+                continue
+            for name, value in zip(("video", "patches"), item.values, strict=False):
+                if name not in tensors:  # room for all at once: growing would copy
+                    tensors[name] = torch.empty(count, *value.shape, dtype=value.dtype)
+                tensors[name][len(kept)] = value
+            kept.append(item.path)
+        if not kept:
+            return 0, ()
+        part = Path(folder, "features")
+        save_file(
+            {name: tensor[: len(kept)] for name, tensor in tensors.items()},
+            part,
+            metadata={FORMAT: "1", "names": json.dumps(kept), **metadata},
+        )
+        check_out(out, overwrite)  # again: much time has passed
+        os.replace(part, out)
+    return len(kept), tuple(tensors["video"].shape[1:])
+
+
+def import_features(store: Store, path: Path) -> int:
+    """Copies a file of features into a store of the same model. Returns the number of videos that were new.
+
+    A video that is not there any more is kept with unknown size and length.
+    """
+    import torch
+
+    from .add import Plan, Summary, Writer, readable_path, stored_name
+    from .store import Known
+
+    source = FeatureFile(path)
+    mine = store.settings
+    if source.metadata["fingerprint"] != mine.fingerprint:
+        raise ValueError(f"{path}: made with other weights than {store.folder}; embed its videos again")
+    if mine.patches and not source.has_patches:
+        raise ValueError(f"{path}: holds no patches, and {store.folder} stores them; make a store without --patches")
+    known = store.known()
+    names = {row: stored_name(name, mine.root) for row, name in enumerate(source.names)}
+    work = Plan({}, {}, set(), Summary())
+    writer = Writer(store, work)
+    try:
+        for row, name in names.items():
+            if name in known or name in work.known:
+                continue
+            size, stamp, seconds = _seen(readable_path(name, mine.root))
+            work.known[name] = Known(size, stamp, None, None)
+            patches = torch.from_numpy(source.patches([row])[row]) if mine.patches else None
+            writer.moment(name, 0.0, seconds, source.file.get_slice("video")[row : row + 1][0], patches)
+            writer.finish(name, None)
+    finally:
+        writer.close()
+    return len(work.summary.added)
+
+
+def _seen(path: str) -> tuple[int, str, float]:
+    """Size, stamp and length in seconds of a video as it is now; zeros if it is gone."""
+    from ..data.decode.decoder import VideoError, probe
+
+    try:
+        status = os.stat(path)
+        return status.st_size, str(status.st_mtime_ns), probe(path).duration
+    except (OSError, VideoError):
+        return 0, "", 0.0

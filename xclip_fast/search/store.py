@@ -111,17 +111,14 @@ class Store:
         """Raises ValueError unless rows made with these settings belong into this store."""
         mine, other = asdict(self.settings), asdict(wanted)
         if mine["fingerprint"] != other["fingerprint"]:
-            raise ValueError(
-                f"{self.folder}: made with other weights ({mine['checkpoint'] or 'random'}, {mine['fingerprint'][:12]}) "
-                f"than {other['checkpoint'] or 'random'} ({other['fingerprint'][:12]}); use those, or another store"
-            )
+            ours, theirs = (f"{each['checkpoint'] or 'random'}, {each['fingerprint'][:12]}" for each in (mine, other))
+            raise ValueError(f"{self.folder}: made with other weights ({ours}) than {theirs}; use the former")
         for name in ("checkpoint", "variant", "root"):  # the same weights may lie elsewhere, the files too
             del mine[name], other[name]
         changed = [f"{name} {value}, not {other[name]}" for name, value in mine.items() if value != other[name]]
         if changed:
             raise ValueError(
-                f"{self.folder}: was made with {'; '.join(changed)}. Leave the option out to use the store's, or choose "
-                "another store"
+                f"{self.folder}: was made with {'; '.join(changed)}. Leave the option out, or choose another store"
             )
 
     def refresh(self) -> None:
@@ -221,7 +218,7 @@ class Store:
 
     def patches(self, rows: Sequence[int]) -> dict[int, Any]:
         """The patch features of these row ids, each a float16 array (N, E)."""
-        query = self.table.take_row_ids(list(rows)).with_row_id(True).select(["patches"])
+        query = self.table.take_row_ids(list(rows)).with_row_id().select(["patches"])
         found = query.to_arrow().combine_chunks()
         shape = (found.num_rows, self.settings.patches, self.settings.embed_dim)
         values = found["patches"].combine_chunks().flatten().to_numpy(zero_copy_only=False).reshape(shape)

@@ -21,6 +21,8 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 
+from ..sampling import Sampling, frame_indices
+from ..transforms import TestTransform, View, apply_frame
 from .picture import EXACT_COLOUR, Upright
 from .plan import (
     Plan,
@@ -34,8 +36,6 @@ from .plan import (
     planned_frames,
     still_fits,
 )
-from ..sampling import Sampling, frame_indices
-from ..transforms import TestTransform, View, apply_frame
 
 Video = str | os.PathLike[str] | Source
 
