@@ -110,7 +110,8 @@ def embed(
     from ..search.feature_file import import_features
     from ..search.store import is_store
 
-    checkpoint, variant = _stored_weights(out, checkpoint, variant, random_weights) if is_store(out) else (checkpoint, variant)
+    if is_store(out):
+        checkpoint, variant = _stored_weights(out, checkpoint, variant, random_weights)
     target = device_and_dtype(device, dtype)
     model = load_model(checkpoint, variant, random_weights)
     from ..search.index import Index, open_store
@@ -277,12 +278,13 @@ def search(
         raise typer.BadParameter("the query is empty", param_hint="QUERY")
     if not texts and not like and not interactive:
         raise typer.BadParameter("none given; or use --like or --interactive", param_hint="QUERY")
-    from ..search.query import Searcher
+    from ..search.index import Index, open_moments
 
     checkpoint, variant = _stored_weights(store, checkpoint, variant, random_weights)
     target = device_and_dtype(device, dtype)
     model = load_model(checkpoint, variant, random_weights)
-    searcher = Searcher.open(store, model, target, root=root)
+    moments = open_moments(store, model, checkpoint)
+    searcher = Index(moments, model.to(**target), None if root is None else str(root))
     if searcher.note:
         print(f"note: {searcher.note}", file=sys.stderr)
     page = None

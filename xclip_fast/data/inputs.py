@@ -17,9 +17,9 @@ from .remote import is_remote, remote_files
 class Inputs:
     """What was given, spelled out.
 
-    `paths`: every video once, in the given order, a folder's sorted. `folders`: the folders that were listed, local or
-    remote, so that a store can tell what is gone from them. `empty`: one line for each folder, glob or list without a
-    video.
+    `paths`: the videos in the given order, a folder's sorted; what was given twice is there twice. `folders`: the
+    folders that were listed, local or remote, so that a store can tell what is gone from them. `empty`: one line for
+    each folder, glob or list without a video.
     """
 
     paths: list[str] = field(default_factory=list)
@@ -71,7 +71,6 @@ def find_videos(given: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
             found.paths.append(name)
         if len(found.paths) == before:
             found.empty.append(f"{name}: no {kind}")
-    found.paths = list(dict.fromkeys(found.paths))
     return found
 
 

@@ -186,6 +186,7 @@ class Writer:
     def _begin(self) -> None:
         self.spool = tempfile.SpooledTemporaryFile(_IN_MEMORY, dir=self.store.folder)  # noqa: SIM115 -- see `flush`
         self.sink = self.pa.ipc.new_stream(self.pa.PythonFile(self.spool, "w"), self.schema)
+        self.sink.write_batch(self.pa.RecordBatch.from_pylist([], self.schema))  # the schema is written with it
         self.start = self.spool.tell()  # where the rows of the file in hand begin
         self.count = 0
         self.counts: dict[str, int] = {}

@@ -12,11 +12,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .store import Known, Store, StoreSettings, check_fingerprint
+
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ..model import XCLIP
-    from .store import Store
 
 FORMAT = "xclip_fast_features"  # the metadata key that marks a file of ours; its value is the version
 _CHUNK = 1024  # videos at once
@@ -84,9 +85,28 @@ class FeatureFile:
         if rows != len(self.names):
             raise ValueError(f"{path}: damaged, {len(self.names)} names of {rows} videos; embed them again")
 
-    @property
-    def has_patches(self) -> bool:
-        return "patches" in set(self.file.keys())
+        patches = self.file.get_slice("patches").get_shape()[1] if "patches" in set(self.file.keys()) else 0
+        width = self.file.get_slice("video").get_shape()[1]
+        self.settings = StoreSettings(
+            metadata["fingerprint"],
+            metadata["checkpoint"],
+            metadata["variant"],
+            width,
+            int(metadata.get("frames", 8)),
+            "sparse",
+            frame_stride=1,
+            window=0.0,  # every video is one moment
+            stride=0.0,
+            whole_below=0.0,
+            patches=patches,
+        )
+
+    def check(self, wanted: StoreSettings) -> None:
+        """Raises ValueError unless this is the model that made the features."""
+        check_fingerprint(self.path, self.settings, wanted)
+
+    def refresh(self) -> None:
+        """Nothing: a file does not grow."""
 
     def nearest(self, vector_E: Tensor, count: int, where: str | None = None) -> Any:
         """See `query.Moments`. Times are 0: the file does not know them. Filters are refused."""
@@ -173,13 +193,12 @@ def import_features(store: Store, path: Path) -> int:
     import torch
 
     from .add import Plan, Summary, Writer, readable_path, stored_name
-    from .store import Known
 
     source = FeatureFile(path)
     mine = store.settings
     if source.metadata["fingerprint"] != mine.fingerprint:
         raise ValueError(f"{path}: made with other weights than {store.folder}; embed its videos again")
-    if mine.patches and not source.has_patches:
+    if mine.patches and not source.settings.patches:
         raise ValueError(f"{path}: holds no patches, and {store.folder} stores them; make a store without --patches")
     known = store.known()
     names = {row: stored_name(name, mine.root) for row, name in enumerate(source.names)}

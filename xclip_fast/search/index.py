@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..data.inputs import Inputs, find_videos
 from ..data.remote import Limits
 from .add import Summary, plan, readable_path, run
-from .feature_file import fingerprint
+from .feature_file import FeatureFile, fingerprint
 from .query import Filters, Hit, find
 from .store import Store, StoreSettings, is_store
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from ..inference.batches import Reading
     from ..model import XCLIP
 
+_LARGE = 300_000  # moments: from here on an index pays
+_PLAIN = "holds no patches: plain cosine, without video-specific prompts"
 Paths = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 
 
@@ -33,10 +35,11 @@ class Index:
         for hit in index.search("somebody juggling", top=5):
             print(hit.path, hit.start, hit.end, hit.score)
 
-    `store`: the LanceDB store. `model`: the model, on its device.
+    `store`: the LanceDB store, or a file of features, which can be searched but does not grow. `model`: the model, on
+    its device.
     """
 
-    def __init__(self, store: Store, model: XCLIP, root: str | None = None) -> None:
+    def __init__(self, store: Store | FeatureFile, model: XCLIP, root: str | None = None) -> None:
         self.store, self.model = store, model
         self.root = store.settings.root if root is None else os.path.abspath(root)
 
@@ -88,6 +91,8 @@ class Index:
 
     def __len__(self) -> int:
         """The number of moments."""
+        if isinstance(self.store, FeatureFile):
+            return len(self.store.names)
         self.store.refresh()
         return self.store.counts()[1]
 
@@ -114,6 +119,8 @@ class Index:
             on_file: called with each file that is done, and with what is wrong with it.
             on_plan: called once with the number of files to embed.
         """
+        if isinstance(self.store, FeatureFile):
+            raise ValueError(f"{self.store.path}: a file of features does not grow; make a store of it")
         inputs = videos if isinstance(videos, Inputs) else find_videos(videos)
         work = plan(self.store, inputs, root=self.root, digest=digest, retry=retry)
         work.summary.failed.update((line.partition(": ")[0], line) for line in inputs.empty)
@@ -181,6 +188,16 @@ class Index:
         """Whether hits are ranked again with video-specific prompts."""
         return bool(self.store.settings.patches) and self.model.prompts_generator is not None
 
+    @property
+    def note(self) -> str | None:
+        """What somebody who searches should know."""
+        if isinstance(self.store, FeatureFile):
+            return None if self.prompted else f"{self.store.path} {_PLAIN}"
+        rows = self.store.table.count_rows()
+        if rows > _LARGE and not self.store.indexed:
+            return f"{rows} moments without an index; `xclip-fast embed --out {self.store.folder} --index` builds one"
+        return None
+
     def reading(self, limits: Limits | None = None) -> Reading:
         """How the store's videos were read."""
         from ..inference.batches import Reading
@@ -191,11 +208,19 @@ class Index:
             self.model.config.vision.image_size,
             mine.sampling,  # type: ignore[arg-type]  # checked when the store was made
             mine.frame_stride,
-            mine.window,
+            mine.window or None,
             mine.stride,
             mine.whole_below,
             limits or Limits(),
         )
+
+
+def open_moments(place: Path, model: XCLIP, checkpoint: str | os.PathLike[str] | None) -> Store | FeatureFile:
+    """A store, or a file of features, to search in. Raises ValueError if another model made it."""
+    found = Store.open(place) if place.is_dir() else FeatureFile(place)
+    other = "" if checkpoint is None else os.fspath(checkpoint)
+    found.check(replace(found.settings, fingerprint=fingerprint(model), checkpoint=other))
+    return found
 
 
 def open_store(
@@ -224,6 +249,7 @@ def open_store(
         ValueError: if the store was made with another model, or other settings than those given.
     """
     from ..config import VARIANTS
+    from ..data.decode.windows import check_windows
     from ..inference.batches import Reading
     from ..weights.recipe import Trained
 
@@ -232,15 +258,15 @@ def open_store(
     if is_store(folder):
         store = Store.open(folder)
         mine = store.settings
-        moments = {"window": window, "stride": stride, "whole_below": None}
-        if window is not None:
-            moments = {**Reading.moments(window, stride)}
-        given: dict[str, Any] = {"frames": frames, "sampling": sampling, "frame_stride": frame_stride, **moments}
+        times = {"stride": stride} if window is None else Reading.moments(window, stride)
+        given: dict[str, Any] = {"frames": frames, "sampling": sampling, "frame_stride": frame_stride, **times}
         given["patches"] = None if patches is None else patch_count
         changed = {name: value for name, value in given.items() if value is not None}
         other = "" if checkpoint is None else os.path.abspath(checkpoint)
         store.check(replace(mine, fingerprint=fingerprint(model), checkpoint=other, **changed))
         return store
+    moments = Reading.moments(window, stride)
+    check_windows(**moments)
     chosen = Trained.read(checkpoint).choose(frames, sampling, frame_stride)  # type: ignore[arg-type]
     settings = StoreSettings(
         fingerprint(model),
@@ -250,7 +276,7 @@ def open_store(
         chosen["frames"] or config.num_frames,
         chosen["sampling"],
         chosen["stride"],
-        **Reading.moments(window, stride),
+        **moments,
         patches=patch_count,
         root="" if root is None else os.path.abspath(root),
     )

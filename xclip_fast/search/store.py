@@ -109,10 +109,8 @@ class Store:
 
     def check(self, wanted: StoreSettings) -> None:
         """Raises ValueError unless rows made with these settings belong into this store."""
+        check_fingerprint(self.folder, self.settings, wanted)
         mine, other = asdict(self.settings), asdict(wanted)
-        if mine["fingerprint"] != other["fingerprint"]:
-            ours, theirs = (f"{each['checkpoint'] or 'random'}, {each['fingerprint'][:12]}" for each in (mine, other))
-            raise ValueError(f"{self.folder}: made with other weights ({ours}) than {theirs}; use the former")
         for name in ("checkpoint", "variant", "root"):  # the same weights may lie elsewhere, the files too
             del mine[name], other[name]
         changed = [f"{name} {value}, not {other[name]}" for name, value in mine.items() if value != other[name]]
@@ -161,7 +159,8 @@ class Store:
         with _locked(self.folder):
             self.refresh()
             taken: set[str] = set()
-            if self.table.version != self._seen:  # otherwise nobody else has written
+            alone = self.table.version == self._seen  # nobody else has written since we looked
+            if not alone:
                 new = sorted(set(paths) - set(replaced))
                 if new:
                     query = self.table.search().where(f"path IN ({_quoted(new)})").select(["path"])
@@ -172,11 +171,13 @@ class Store:
                 batches = pa.RecordBatchReader.from_batches(kept.schema, filtered)
             if replaced:
                 merge = self.table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all()
-                merge.when_not_matched_by_source_delete(f"path IN ({_quoted(replaced)})").execute(batches)
+                merge = merge.when_not_matched_by_source_delete(f"path IN ({_quoted(replaced)})")
+                merge.execute(batches, on_bad_vectors="null")  # a failed file has no vector
             else:
                 self.table.add(batches)
             self.refresh()
-            self._seen = self.table.version
+            if alone:
+                self._seen = self.table.version
         return taken
 
     def compact(self) -> None:
@@ -254,6 +255,13 @@ class Store:
 def _place(path: str) -> int:
     """The byte of the claims file that stands for a path."""
     return int.from_bytes(hashlib.blake2b(path.encode(), digest_size=7).digest(), "big")
+
+
+def check_fingerprint(place: Path, made_with: StoreSettings, wanted: StoreSettings) -> None:
+    """Raises ValueError unless both are of one model."""
+    if made_with.fingerprint != wanted.fingerprint:
+        ours, theirs = (f"{each.checkpoint or 'random'}, {each.fingerprint[:12]}" for each in (made_with, wanted))
+        raise ValueError(f"{place}: made with other weights ({ours}) than {theirs}; use the former, or embed again")
 
 
 def schema_of(settings: StoreSettings) -> Any:
