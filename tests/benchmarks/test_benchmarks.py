@@ -485,3 +485,51 @@ def test_the_tower_is_timed_eager_from_a_graph_and_from_one_without_overlap(monk
     found = gpu_check.tower_milliseconds()
     assert found == {"eager": 1.0, "graph": 2.0, "graph, one after the other": 3.0}
     assert seen == [(1, 8, 224, 224, 3), True, False]
+
+
+@pytest.fixture
+def training(throughput, measuring, monkeypatch):
+    monkeypatch.setattr(measuring, "gemm_rate", lambda dtype, device: 1e11)
+    monkeypatch.setattr(measuring, "CPU_RUNS", 1)
+    return importlib.import_module("training")
+
+
+def training_run(training, tmp_path, *options):
+    path = tmp_path / "training.json"
+    given = ["--variants", "tiny", "--labels", "4", "--device", "cpu", "--seconds", "100", "--batch-size", "2"]
+    code = training.main([*given, "--json", str(path), *options])
+    return code, json.loads(path.read_text())
+
+
+def test_training_steps_beside_the_peer_without_av(training, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("transformers")
+
+    def without_av(args, variant):
+        raise ModuleNotFoundError("No module named 'av'")
+
+    monkeypatch.setattr(training, "loading", without_av)
+    code, report = training_run(training, tmp_path, "--text", "frozen,trained")
+    assert code == 0
+    assert [(row["towers"], row["contender"]) for row in report["rows"]] == [
+        (towers, contender) for towers in ("visual", "both") for contender in ("xclip-fast", "Hugging Face")
+    ]
+    assert all(row["clips_per_second"] > 0 for row in report["rows"])
+    assert report["loading"] == [
+        {"variant": "tiny", "batch": 2, "note": "failed: ModuleNotFoundError: No module named 'av'"}
+    ]
+    assert "No module named 'av'" in capsys.readouterr().out
+
+
+def test_a_training_cell_that_fails_costs_that_cell(training, tmp_path, monkeypatch):
+    real = training.contenders_of
+
+    def failing(cell, *rest):
+        if cell.recompute:
+            raise OutOfResources("out of resource: shared memory")
+        return real(cell, *rest)
+
+    monkeypatch.setattr(training, "contenders_of", failing)
+    monkeypatch.setattr(training, "loading", lambda args, variant: {"variant": variant, "note": "left out"})
+    code, report = training_run(training, tmp_path, "--recompute", "yes,no", "--no-peers")
+    assert code == 1
+    assert [row["note"] for row in report["rows"]] == ["failed: OutOfResources: out of resource: shared memory", ""]

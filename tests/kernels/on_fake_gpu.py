@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import ahead_of_time
 import triton
-from ahead_of_time import EPS, cases, meta, norm, run
+from ahead_of_time import EPS, LIBRARY, cases, meta, norm, run
 from fake_gpu import Launch, fake_gpu
 from xclip_fast.kernels import _tables
 from xclip_fast.kernels.triton import _launch
@@ -64,7 +64,8 @@ def each_op(dtype: torch.dtype = BF16, stream: torch.dtype | None = None, arch: 
     for op, args in cases(dtype, *shapes["B/16"], 4, stream):
         if op == "causal_attention_packed" and args[2] > 64 and (arch < 90 or dtype == FP32):
             continue  # the op refuses it
-        run(op, args)
+        for name in ("triton", "library") if op in LIBRARY else ("triton",):
+            run(op, args, name)
     qkv = meta(2, 15, 3, 12, 64, dtype=dtype)
     run("diffusion_attention", (qkv, meta(2, 2, 12, 64, dtype=dtype)))
 
@@ -132,7 +133,8 @@ def test_every_size_binds_forward_and_backward(some: Callable[..., Any], dtype: 
     with fake_gpu(arch) as launches:
         for op, args in some(dtype):
             before = len(launches)
-            run(op, args)
+            for name in ("triton", "library") if op in LIBRARY else ("triton",):
+                run(op, args, name)
             assert len(launches) - before >= 2, (op, [tuple(arg.shape) for arg in args if isinstance(arg, Tensor)])
 
 
@@ -150,7 +152,8 @@ def test_the_number_of_rows_compiles_nothing_anew() -> None:
     with fake_gpu(90) as launches:
         for rows in range(1, 400):
             x = meta(rows, 128, dtype=BF16)
-            run("mlp", (x, *norm(128, BF16), *linear(512, 128, BF16), *linear(128, 512, BF16), EPS, None))
+            for name in ("triton", "library"):
+                run("mlp", (x, *norm(128, BF16), *linear(512, 128, BF16), *linear(128, 512, BF16), EPS, None), name)
     by_kernel: dict[str, set[int]] = {}
     for launch in launches:
         by_kernel.setdefault(launch.kernel, set()).add(id(launch.source))
@@ -159,7 +162,9 @@ def test_the_number_of_rows_compiles_nothing_anew() -> None:
         "gemm.gemm_kernel": 2 * 4,
         "layer_norm._normalise_kernel": 2,  # with and without statistics
         "layer_norm._backward_kernel": 1,
-        "linear_residual._scale_kernel": 1,
+        "library._add_kernel": 1,
+        "linear_residual._scale_kernel": 2,  # with and without the slope of quick_gelu
+        "quick_gelu._forward_kernel": 1,
     }
 
 
