@@ -309,7 +309,7 @@ def search(
         if page is not None:
             page.add_hits(title, hits)
         if clips is not None:
-            from ..search.clips import cut
+            from ..search.media import cut
 
             for hit in hits:
                 try:

@@ -101,7 +101,8 @@ class Page:
         self.used += 4 * len(preview) // 3
         video = f'<video src="{_data("video/mp4", preview)}" muted loop playsinline tabindex="-1" aria-hidden="true">'
         label = f"Play a preview of {name}, {times}"
-        return f'<button type="button" class="play" aria-pressed="false" aria-label="{label}">{image}{video}</video></button>'
+        button = f'<button type="button" class="play" aria-pressed="false" aria-label="{label}">'
+        return f"{button}{image}{video}</video></button>"
 
     def render(self) -> str:
         """The page."""
