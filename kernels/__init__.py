@@ -3,6 +3,7 @@
 # With the repository's root on sys.path, `import kernels` finds this folder. transformers tries that name, another
 # package's, to ask for its version: it must find nothing here, above all no second copy of the ops.
 if __name__ == "xclip_fast.kernels":
+    from . import cpu
     from ._dispatch import BackendError, backend, forced_backend
     from ._fp8 import quantize_weight
     from .causal_attention_packed import causal_attention_packed
@@ -23,6 +24,7 @@ __all__ = [
     "backend",
     "causal_attention_packed",
     "cosine_logits",
+    "cpu",
     "diffusion_attention",
     "forced_backend",
     "layer_norm",

@@ -27,7 +27,7 @@ from . import _choices
 
 logger = logging.getLogger("xclip_fast")
 
-BACKENDS = ("reference", "triton", "cuda", "library", "sdpa", "flash_attn", "xformers", "apex")
+BACKENDS = ("reference", "triton", "cuda", "library", "onednn", "sdpa", "flash_attn", "xformers", "apex")
 OPS: dict[str, "Op"] = {}
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 FLOAT8 = torch.float8_e4m3fn

@@ -22,6 +22,7 @@ from fake_gpu import Launch, fake_gpu
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from xclip_fast.kernels._dispatch import OPS
+from xclip_fast.kernels.triton import quantize
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 EPS = 1e-5
@@ -129,6 +130,9 @@ def launches(arch: int) -> dict[str, Launch]:
                 if op == "causal_attention_packed" and args[2] > 64 and (arch < 90 or dtype == torch.float32):
                     continue  # the op refuses it
                 before = len(recorded)
+                if op == "mlp" and arch >= 90 and dtype == torch.bfloat16:
+                    quantize.layer_norm_fp8(args[0].view(-1, args[0].shape[-1]), *args[1:3], EPS)
+                    quantize.quick_gelu_fp8(args[0], 0.1)
                 for name in ("triton", "library") if op in LIBRARY else ("triton",):
                     run(op, args, name)
                 where = f"{op} {shape} {dtype} in {stream or dtype} B={batch}"
