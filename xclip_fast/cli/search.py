@@ -292,7 +292,7 @@ def search(
         from ..search.page import Page
 
         page = Page(html, overwrite=overwrite, random_weights=random_weights)
-    options = {"path": path, "after": after, "before": before, "merge": merge}
+    options: dict[str, Any] = {"path": path, "after": after, "before": before, "merge": merge}
     several = interactive or len(texts) + len(like or ()) > 1
     failed = False
 

@@ -41,7 +41,7 @@ def find_videos(given: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
     """
     found = Inputs()
     names = [given] if isinstance(given, (str, os.PathLike)) else given
-    for name in map(os.fspath, names):
+    for name in [os.fspath(each) for each in names]:
         before = len(found.paths)
         if not name:
             raise ValueError("an empty name was given; a video file or folder is wanted")

@@ -184,7 +184,7 @@ class Writer:
         self._begin()
 
     def _begin(self) -> None:
-        self.spool = tempfile.SpooledTemporaryFile(_IN_MEMORY, dir=self.store.folder)  # noqa: SIM115 -- see `flush`
+        self.spool = tempfile.SpooledTemporaryFile(_IN_MEMORY, dir=str(self.store.folder))  # noqa: SIM115 -- see `flush`
         self.sink = self.pa.ipc.new_stream(self.pa.PythonFile(self.spool, "w"), self.schema)
         self.sink.write_batch(self.pa.RecordBatch.from_pylist([], self.schema))  # the schema is written with it
         self.start = self.spool.tell()  # where the rows of the file in hand begin
