@@ -233,17 +233,26 @@ def test_without_weights_it_refuses_or_warns(home, run, monkeypatch):
         (["classify", "{clip}", "--labels", "\udcff", "-c", "{home}/a"], 1, "Unicode"),
         (["classify", "{home}/a", "--labels", "a", "-c", "{home}/a"], 1, "no video file"),
         (["embed", "{clip}", "-c", "{home}/a"], 2, "--out"),
-        (["embed", "{clip}", "-c", "{home}/a", "--out", "{home}"], 2, "is a folder"),
-        (["embed", "{clip}", "-c", "{home}/a", "--out", "{home}/no/x"], 2, "does not exist"),
-        (["embed", "{home}/broken.mp4", "-c", "{home}/a", "--out", "{home}/none"], 1, "not written"),
-        (["embed", "{clip}", "-c", "{home}/a", "--out", "{clip}"], 1, "--overwrite"),
-        (["embed", "{clip}", "-c", "{home}/a", "--out", "{clip}", "--overwrite"], 1, "never replaced"),
-        (["embed", "{clip}", "-c", "{home}/a", "--out", "{home}/a/config.json", "--overwrite"], 1, "never replaced"),
+        (["embed", "{clip}", "-c", "{home}/a", "--out", "{home}"], 1, "is no store"),
+        (["embed", "{clip}", "-c", "{home}/a", "--out", "{clip}"], 1, "is no store"),
+        (["embed", "-c", "{home}/a", "--out", "{home}/s"], 2, "VIDEO"),
+        (["embed", "{clip}", "-c", "{home}/a", "--out", "{home}/s.safetensors", "--window", "3"], 2, "--window"),
+        (["embed", "{clip}", "-c", "{home}/a", "--out", "{home}/s", "--window", "0"], 1, "window is 0"),
+        (["embed", "{clip}", "-c", "{home}/a", "--out", "{home}/no/x.safetensors"], 2, "does not exist"),
+        (["embed", "{home}/broken.mp4", "-c", "{home}/a", "--out", "{home}/none.safetensors"], 1, "not written"),
+        (["embed", "{clip}", "-c", "{home}/a", "--out", "{home}/a/model.safetensors"], 1, "--overwrite"),
+        (
+            ["embed", "{clip}", "-c", "{home}/a", "--out", "{home}/a/model.safetensors", "--overwrite"],
+            1,
+            "never replaced",
+        ),
         (["search", "{home}/nothing", "a"], 1, "no such file"),
-        (["search", "{home}/a", "a"], 1, "no such file"),
+        (["search", "{home}/a", "a"], 1, "no store"),
         (["search", "{clip}", "a"], 1, "not a file of features"),
         (["search", "{home}/a/model.safetensors", "a"], 1, "not a file of features"),
         (["search", "{clip}", " "], 2, "the query is empty"),
+        (["search", "{clip}"], 2, "--interactive"),
+        (["classify", "{clip}", "--labels", "a", "-c", "{home}/a", "--stride", "2"], 2, "--window"),
         (["convert", "{home}/a"], 2, "FOLDER"),
         (["convert", "{home}/a", "{home}/c", "--layout", "x"], 2, "--layout"),
         (["convert", "{clip}", "{home}/c"], 1, "0.mp4"),
@@ -294,7 +303,7 @@ def test_embed_then_search_ranks_as_the_model_does(home, run, tmp_path, patches)
         assert [hit["video"] for hit in hits] == [str(clips(home)[index]) for index in order]
         assert [hit["score"] for hit in hits] == pytest.approx(cosine[order].tolist(), abs=1e-4)
     code, out, _ = run("search", out_file, "moving right", "-c", home / "a")
-    assert [line.split("\t")[::2] for line in out.splitlines()][:3] == [
+    assert [line.split("\t")[::4] for line in out.splitlines()][:3] == [
         [str(rank), str(clips(home)[index])] for rank, index in enumerate(order, 1)
     ]
 
@@ -325,7 +334,7 @@ def test_embed_replaces_features_only_when_told(home, run, tmp_path):
     assert out_file.read_bytes() == content
     assert run("embed", second, "--out", out_file, "-c", home / "a", "--overwrite")[0] == 0
     assert out_file.read_bytes() != content
-    assert run("search", out_file, "a")[1].split("\t")[2].strip() == str(second)
+    assert run("search", out_file, "a")[1].split("\t")[4].strip() == str(second)
 
 
 def test_features_of_random_weights_are_searched_only_on_request(home, run, tmp_path, monkeypatch):
@@ -369,9 +378,9 @@ def test_answers_that_are_no_numbers_are_errors(home, run, tmp_path):
     code, out, err = run("classify", clips(home)[0], "--labels", "a,b", "-c", tmp_path / "nan", "--json")
     assert (code, out) == (1, "")
     assert "not a number" in err
-    code, _, err = run("embed", clips(home)[0], "--out", tmp_path / "f", "-c", tmp_path / "nan")
+    code, _, err = run("embed", clips(home)[0], "--out", tmp_path / "f.safetensors", "-c", tmp_path / "nan")
     assert code == 1
-    assert not (tmp_path / "f").exists()
+    assert os.listdir(tmp_path) == ["nan"]
 
 
 def test_many_labels_are_taken_in_parts(home, run, monkeypatch):
@@ -443,7 +452,7 @@ def test_a_real_process_in_a_pipe_that_closes(home):
 
 def test_an_interrupt_leaves_nothing_behind(home, tmp_path):
     process = start(
-        home, "embed", *[home / "clips"] * 300, "--frames", 64, "--out", tmp_path / "f", "-c", home / "a",
+        home, "embed", *[home / "clips"] * 300, "--frames", 64, "--out", tmp_path / "f.safetensors", "-c", home / "a",
     )  # fmt: skip
     until = time.time() + 60
     while not os.listdir(tmp_path) and time.time() < until:  # it has begun

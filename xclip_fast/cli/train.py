@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ..console import plain
-from .options import Device, DType, Frames, Overwrite, Sampled, Stride, Templates, Variant, parse_labels
+from .options import Device, DType, Frames, FrameStride, Overwrite, Sampled, Templates, Variant, parse_labels
 
 commands = typer.Typer()
 
@@ -47,7 +47,7 @@ def evaluate(
     variant: Variant = None,
     frames: Frames = None,
     sampling: Sampled = None,
-    stride: Stride = None,
+    frame_stride: FrameStride = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Views at once.")] = None,
     device: Device = "auto",
     dtype: DType = "auto",
@@ -68,7 +68,7 @@ def evaluate(
         crops=crops,
         frames=frames,
         sampling=sampling,
-        stride=stride,
+        stride=frame_stride,
         labels=None if labels is None else parse_labels(labels),
         templates=templates,
         variant=variant,
