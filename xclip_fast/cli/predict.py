@@ -26,6 +26,7 @@ from .options import (
     Sampled,
     Stride,
     Templates,
+    Threads,
     Top,
     Variant,
     Videos,
@@ -35,6 +36,7 @@ from .options import (
     find_videos,
     load_model,
     parse_labels,
+    set_threads,
 )
 
 if TYPE_CHECKING:
@@ -75,6 +77,7 @@ def classify(
     max_seconds: MaxSeconds = 600,
     batch_size: BatchSize = None,
     workers: Workers = None,
+    threads: Threads = None,
 ) -> None:
     """Name what happens in videos.
 
@@ -97,6 +100,7 @@ def classify(
     chosen = trained.choose(frames, sampling, frame_stride, templates)
     sentences = chosen.pop("templates")
     inputs, failed = find_videos(videos)
+    set_threads(threads)
     target = device_and_dtype(device, dtype)
     model = load_model(checkpoint, variant, random_weights).to(**target)
     outputs = model.config.num_classes

@@ -25,6 +25,7 @@ from .options import (
     RandomWeights,
     Sampled,
     Stride,
+    Threads,
     Top,
     Variant,
     Window,
@@ -32,6 +33,7 @@ from .options import (
     device_and_dtype,
     find_videos,
     load_model,
+    set_threads,
 )
 
 if TYPE_CHECKING:
@@ -84,6 +86,7 @@ def embed(
     max_seconds: MaxSeconds = 600,
     batch_size: BatchSize = None,
     workers: Workers = None,
+    threads: Threads = None,
 ) -> None:
     """Store features of videos, for search.
 
@@ -92,6 +95,7 @@ def embed(
     longer than the window. What a store was made with is kept in it.
     """
     given = videos or []
+    set_threads(threads)
     if out.suffix == _FILE:
         refused = {"--window": window, "--stride": stride, "--root": root, "--import": imported, "--index": index}
         for option, value in refused.items():
