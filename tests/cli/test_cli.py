@@ -92,6 +92,19 @@ def test_classify_answers_as_the_model_does(home, run, batch):
         assert list(given.values()) == sorted(given.values(), reverse=True)
 
 
+@pytest.mark.parametrize("command", ["classify", "embed"])
+def test_the_threads_of_the_model_are_set(home, run, tmp_path, command):
+    before = torch.get_num_threads()
+    given = ["--labels", "a,b"] if command == "classify" else ["--out", tmp_path / "features.safetensors"]
+    torch.set_num_threads(3)
+    try:
+        code, _, error = run(command, clips(home)[0], *given, "-c", home / "a", "--device", "cpu", "--threads", 2)
+        assert (code, error, torch.get_num_threads()) == (0, "", 2)
+        assert run(command, clips(home)[0], *given, "-c", home / "a", "--threads", 0)[0] == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_classify_in_a_pipe_prints_tab_separated_lines(home, run):
     code, out, _ = run(
         "classify", home / "clips", "--labels", ",".join(LABELS), "-c", home / "a", "--top", 2, "--dtype", "float32"

@@ -67,6 +67,9 @@ MaxSeconds = Annotated[float, typer.Option(min=0.1, help="A remote file that tak
 Frames = Annotated[int | None, typer.Option(min=1, max=1024, help="Frames of a video; default: the checkpoint's.")]
 BatchSize = Annotated[int | None, typer.Option(min=1, help="Videos at once; default: 16 on a GPU, 1 on a CPU.")]
 Workers = Annotated[int | None, typer.Option(min=1, max=256, help="Decoding threads; default: one per core.")]
+Threads = Annotated[
+    int | None, typer.Option(min=1, max=1024, help="Threads of the model on a CPU; default: one per core.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")]
 Top = Annotated[int, typer.Option(min=1, help="How many to print.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
@@ -154,6 +157,14 @@ def device_and_dtype(device: str, dtype: str) -> dict[str, Any]:
     from ..inference.placement import automatic_dtype
 
     return {"device": device, "dtype": automatic_dtype(torch.device(device))}
+
+
+def set_threads(threads: int | None) -> None:
+    """Lets torch compute with ``threads`` threads of the CPU; None: as it chose."""
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
 
 
 def load_model(checkpoint: Path | None, variant: str | None, random_weights: bool) -> XCLIP:

@@ -31,6 +31,7 @@ from .options import (
     Sampled,
     Stride,
     Templates,
+    Threads,
     Top,
     Variant,
     Videos,
@@ -40,6 +41,7 @@ from .options import (
     find_videos,
     load_model,
     parse_labels,
+    set_threads,
 )
 
 if TYPE_CHECKING:
@@ -80,6 +82,7 @@ def classify(
     max_seconds: MaxSeconds = 600,
     batch_size: BatchSize = None,
     workers: Workers = None,
+    threads: Threads = None,
     ray: OnRay = False,
     address: Address = None,
     actors: Actors = None,
@@ -106,6 +109,7 @@ def classify(
     chosen = trained.choose(frames, sampling, frame_stride, templates)
     sentences = chosen.pop("templates")
     inputs, failed = find_videos(videos)
+    set_threads(threads)
     target = device_and_dtype(device, dtype)
     model = load_model(checkpoint, variant, random_weights).to(**target)
     outputs = model.config.num_classes

@@ -29,6 +29,7 @@ from .options import (
     RandomWeights,
     Sampled,
     Stride,
+    Threads,
     Top,
     Variant,
     Window,
@@ -36,6 +37,7 @@ from .options import (
     device_and_dtype,
     find_videos,
     load_model,
+    set_threads,
 )
 
 if TYPE_CHECKING:
@@ -89,6 +91,7 @@ def embed(
     max_seconds: MaxSeconds = 600,
     batch_size: BatchSize = None,
     workers: Workers = None,
+    threads: Threads = None,
     ray: OnRay = False,
     address: Address = None,
     actors: Actors = None,
@@ -101,6 +104,7 @@ def embed(
     longer than the window. What a store was made with is kept in it.
     """
     given = videos or []
+    set_threads(threads)
     if out.suffix == _FILE:
         refused = {
             "--window": window,
