@@ -37,6 +37,9 @@ class Mlp(nn.Sequential):
         width: D. activation: "quick_gelu" or "gelu". names: of the three modules; the released ones of a block.
     """
 
+    c_fc: nn.Linear
+    c_proj: nn.Linear
+
     def __init__(
         self, width: int, activation: str = "quick_gelu", names: tuple[str, str, str] = ("c_fc", "gelu", "c_proj")
     ) -> None:
@@ -194,7 +197,7 @@ def self_attention(attention: Any, x_SBD: Tensor, mask_SS: Tensor | None = None)
 
 
 def add_branch(x: Tensor, branch: Tensor, drop_scale_B: Tensor | None, dim: int = 0) -> Tensor:
-    """x + branch in x's dtype; with drop path, the branch of each of B samples times its factor. ``dim``: of samples."""
+    """x + branch in x's dtype. With drop path, the branch of each of B samples, which lie along ``dim``, is scaled."""
     if drop_scale_B is not None:
         shape = [1] * branch.dim()
         shape[dim] = branch.shape[dim]
