@@ -80,6 +80,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--works", default=",".join(WORKS), help=f"comma-separated, of {', '.join(WORKS)}")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--threads", type=int, help="of the CPU")
+    parser.add_argument(
+        "--processor-time",
+        action="store_true",
+        help="on a busy CPU: time what the process itself computed, on one thread (implies --threads 1)",
+    )
     parser.add_argument("--seconds", type=float, help="time to stay within (default: 130 on a CPU, unbounded on a GPU)")
     parser.add_argument("--compile", action="store_true", help="also Hugging Face's model under torch.compile")
     parser.add_argument(
@@ -107,6 +112,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args.labels = read_labels(args.labels)
     if args.threads is not None and args.threads < 1:
         fail(f"--threads {args.threads}: at least 1 wanted")
+    if args.processor_time:
+        if gpu or args.threads not in (None, 1):
+            fail("--processor-time is for one thread of a CPU: add --device cpu --threads 1")
+        args.threads = 1
     if args.seconds is None:
         args.seconds = math.inf if gpu else 130.0
     if not args.seconds > 0:
@@ -461,8 +470,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     deadline = time.perf_counter() + args.seconds
     if args.threads:
         torch.set_num_threads(args.threads)
+    measuring.clock = time.process_time if args.processor_time else time.perf_counter
     torch.manual_seed(0)
-    environment = measuring.environment(args.device)  # the load before this run adds to it
+    environment = measuring.environment(args.device) | {
+        "clock": measuring.clock.__name__
+    }  # the load before this run adds to it
     lengths = (xclip_fast.tokenize(args.labels).argmax(1) + 1).tolist()
     # on a CPU also float32, in which ours computes where the CPU has no instructions for the precision
     rated = dict.fromkeys([*args.precisions, *(["fp32"] if args.device == "cpu" else [])])
@@ -596,7 +608,9 @@ def print_table(report: dict[str, Any]) -> None:
                 print(f"  {'':16} cosine with bf16's outputs {row['cosine']:.5f}")
     print()
     cores, load = environment["cores"], (environment["load_average"] or [0.0])[0]
-    if load > BUSY * cores:
+    if environment["clock"] == "process_time":
+        print("Times are of the processor: waiting for other programs does not count.")
+    elif load > BUSY * cores:
         print(f"Busy machine: the load average before this run was {load:.1f} on {cores} cores.")
         print("Times are longer than on an idle one and ratios scatter. Run it again alone.")
     for note in notes:

@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import json
 import math
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -204,6 +205,15 @@ def test_one_call_gives_no_ratio_and_a_busy_machine_is_named(throughput, measuri
     table = capsys.readouterr().out
     assert "no ratio of one call" in table
     assert "Busy machine: the load average before this run was 50.0" in table
+
+
+@pytest.mark.usefixtures("quick")
+def test_processor_time_leaves_out_what_others_compute(throughput, measuring, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(throughput, "HF_INSTALLED", False)
+    code, report = tiny_run(throughput, tmp_path, "--precisions", "fp32", "--works", "tower", "--processor-time")
+    assert (code, report["environment"]["clock"], report["environment"]["threads"]) == (0, "process_time", 1)
+    assert "Times are of the processor" in capsys.readouterr().out
+    assert measuring.timed(lambda: time.sleep(0.2), "cpu")() < 0.1
 
 
 @pytest.mark.usefixtures("quick")
