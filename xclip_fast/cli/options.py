@@ -56,6 +56,12 @@ Window = Annotated[float | None, typer.Option(metavar="SECONDS", help="Length of
 Stride = Annotated[
     float | None, typer.Option(metavar="SECONDS", help="From one moment's start to the next; default: half a window.")
 ]
+OnRay = Annotated[bool, typer.Option("--ray", help="Spread the work with Ray, over the machines of a cluster.")]
+Address = Annotated[
+    str | None, typer.Option(metavar="ADDRESS", help="Of a running Ray cluster, or auto; default: this machine alone.")
+]
+Actors = Annotated[int | None, typer.Option(min=1, help="Models on the cluster; default: one per GPU.")]
+Decoders = Annotated[int | None, typer.Option(min=1, help="Files decoded at once on the cluster; default: by CPUs.")]
 MaxBytes = Annotated[int, typer.Option(min=1, help="A remote file that is larger is given up.")]
 MaxSeconds = Annotated[float, typer.Option(min=0.1, help="A remote file that takes longer to copy is given up.")]
 Frames = Annotated[int | None, typer.Option(min=1, max=1024, help="Frames of a video; default: the checkpoint's.")]
