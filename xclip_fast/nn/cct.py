@@ -51,6 +51,12 @@ def cct_attention(
     """
     width = x_FLD.shape[-1]
     check_linear(message_fc)
+    if fp8 is None and drop.fusion is None and drop.diffusion is None and message_ln.eps == ln_1.eps:
+        message_fc_wb, message_ln_wb, ln_1_wb = ((part.weight, part.bias) for part in (message_fc, message_ln, ln_1))
+        if kernels.cpu.takes(x_FLD, *message_fc_wb, *message_ln_wb, *fusion, *ln_1_wb, *diffusion):
+            return kernels.cpu.cross_frame_attention(
+                x_FLD, frames, heads, message_fc_wb, message_ln_wb, fusion, ln_1_wb, diffusion, ln_1.eps
+            )
 
     def message() -> Tensor:
         return kernels.message_kv(

@@ -87,6 +87,9 @@ def feed_forward(
 ) -> Tensor:
     """``kernels.mlp`` on the parameters of a LayerNorm and of two linear layers; with "gelu", its parts."""
     check_linear(fc, projection)
+    parts = (norm.weight, norm.bias), (fc.weight, fc.bias), (projection.weight, projection.bias)
+    if drop_scale is None and kernels.cpu.takes(x, *(parameter for part in parts for parameter in part)):
+        return kernels.cpu.feed_forward(x, *parts, norm.eps, activation)
     if activation == "gelu":
         u = kernels.ln_linear(x, norm.weight, norm.bias, fc.weight, fc.bias, norm.eps)
         return kernels.linear_residual(F.gelu(u), projection.weight, projection.bias, x, drop_scale)

@@ -142,6 +142,9 @@ class TextEncoder(nn.Module):
         device = self.positional_embedding.device
         # on the tokens' own device, usually the CPU, where reading the lengths waits for nothing
         lengths_K = tokens_KL.argmax(1) + 1
+        # labels of one length beside each other: the attention of a CPU needs no padding
+        lengths_K, order_K = lengths_K.sort(stable=True)
+        tokens_KL = tokens_KL[order_K]
         offsets = F.pad(lengths_K.cumsum(0), (1, 0))
         label_S, place_S = (torch.arange(tokens_KL.shape[1], device=tokens_KL.device) < lengths_K[:, None]).nonzero(
             as_tuple=True
@@ -156,9 +159,14 @@ class TextEncoder(nn.Module):
             inside_S1 = ((vector_S >= 0) & (vector_S < vectors_PW.shape[0]))[:, None]
             x_SW = torch.where(inside_S1, vectors_PW[vector_S.clamp(0, vectors_PW.shape[0] - 1)], x_SW)
         x_SW = x_SW + self.positional_embedding[place_S]
-        return self._project(
-            self._through(x_SW, lambda qkv: kernels.causal_attention_packed(qkv, offsets, longest), offsets[1:] - 1)
-        )
+
+        def attention(qkv_S3HC: Tensor) -> Tensor:
+            if kernels.cpu.takes(qkv_S3HC):
+                return kernels.cpu.causal_attention_packed(qkv_S3HC, lengths_K)
+            return kernels.causal_attention_packed(qkv_S3HC, offsets, longest)
+
+        ends = offsets[1:][order_K.argsort().to(device)] - 1
+        return self._project(self._through(x_SW, attention, ends))
 
     def _encode_padded(self, tokens_KL: Tensor, vectors_PW: Tensor | None = None) -> Tensor:
         tokens_KL = tokens_KL.to(self.positional_embedding.device)
@@ -175,8 +183,9 @@ class TextEncoder(nn.Module):
     def _through(self, x: Tensor, attention: Callable[[Tensor], Tensor], ends: Any) -> Tensor:
         """All blocks, to the end-of-text rows (K, W): of the last one, nothing else is read, nor computed."""
         last = len(self.transformer.resblocks) - 1
-        for index, block in enumerate(self.transformer.resblocks):
-            x = run_block(block, self.recompute, x, attention, ends if index == last else None)
+        with kernels.cpu.workspace():
+            for index, block in enumerate(self.transformer.resblocks):
+                x = run_block(block, self.recompute, x, attention, ends if index == last else None)
         return x
 
     def _check_room(self, longest: int, vectors_PW: Tensor | None) -> None:
