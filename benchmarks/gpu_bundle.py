@@ -81,6 +81,9 @@ def main(argv: list[str] | None = None) -> int:
         shutil.rmtree(args.folder)
     args.folder.mkdir(parents=True)
     copy_tree(args.folder)
+    described = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    commit = subprocess.run(described, capture_output=True, text=True, check=True).stdout.strip()
+    (args.folder / "benchmarks" / "COMMIT").write_text(commit + "\n", encoding="utf-8")  # measuring.py reads it
     if not args.no_library:
         try:
             add_library(args.folder, args.work)

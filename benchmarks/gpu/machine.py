@@ -74,12 +74,18 @@ def overhead(job: Job) -> Iterator[Row]:
 
 
 def check_program(job: Job, program: str, traced: str) -> Iterator[Row]:
-    """The CUDA library's own checks (csrc/tests/check.cu), built beforehand; a failure is told by a traced library."""
+    """The CUDA library's own checks (csrc/tests/check.cu), built beforehand, on the library that the package loads.
+
+    If they fail, a traced library (XCLIP_FAST_TRACE) says why.
+    """
+    from xclip_fast.kernels import _cuda
+
     row: Row = {"op": "every call", "contender": "cuda", "direction": "check program"}
     if not program:
         yield {**row, "note": "refused: no check program was carried (make gpu-bundle builds it)"}
         return
-    done = subprocess.run([program], capture_output=True, text=True, timeout=job.left() / 2)
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(_cuda.path().parent)}
+    done = subprocess.run([program], capture_output=True, text=True, timeout=job.left() / 2, env=environment)
     said = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
     if done.returncode == 77:
         yield {**row, "note": f"refused: {said[-1] if said else 'no GPU'}"}

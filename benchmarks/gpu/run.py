@@ -85,6 +85,10 @@ class Runner:
         self.early: dict[str, _Process] = {}
         self._number = 0
 
+    def start_anew(self) -> None:
+        """From now on a case is a new process, not a fork of one that has imported torch."""
+        self.context = multiprocessing.get_context("spawn")
+
     def start_early(self, stage: str, case: Case) -> None:
         """Start a case now whose turn comes with its stage."""
         self.early[case.name] = self._start(stage, case, time.monotonic() + 3600, ())
