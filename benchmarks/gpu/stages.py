@@ -118,7 +118,7 @@ def tests(rehearse: bool) -> list[Case]:
     ]
     options = {"files": files, "select": "gpu", "workers": 8}
     if rehearse:
-        files = [file for file in files if file.endswith("kernels/test_choices.py")]
+        files = [file for file in files if file.endswith("test_sampling.py")]
         options = {"files": files, "select": "not gpu", "workers": 1}
     return [Case("pytest", "suite:tests", options, SECONDS["tests"])]
 
