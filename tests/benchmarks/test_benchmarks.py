@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import json
 import math
+import time
 from pathlib import Path
 
 import numpy as np
@@ -54,15 +55,19 @@ def test_every_work_beside_its_peer(throughput, tmp_path, capsys):
     code, report = tiny_run(throughput, tmp_path, "--precisions", "fp32,bf16", "--batch-sizes", "1,2")
     assert code == 0
     rows = {(row["precision"], row["batch"], row["work"], row["contender"]): row for row in report["rows"]}
-    assert len(rows) == len(report["rows"]) == 2 * 2 * 7
+    assert len(rows) == len(report["rows"]) == 2 * 2 * 9
     for (precision, batch, work, contender), row in rows.items():
         assert row["note"] == ""
         assert row["n"] == len(row["seconds"]) == 2
-        assert row["views_per_second"] == pytest.approx(batch / row["median_s"])
+        videos = batch * (throughput.BATCHES_A_CALL if work == "files" else 1)
+        assert row["views_per_second"] == pytest.approx(videos / row["median_s"])
         assert row["ratio_to_paper"] is None  # no such row in Table 1
         if contender == "Hugging Face":
             assert row["largest_error"] < (1e-4 if precision == "fp32" else 5e-2)
-        elif work != "files":
+        elif work == "files":
+            assert contender in ("xclip-fast", "decoding alone", "model alone")
+            assert contender != "xclip-fast" or set(row["ratios"]) == {"decoding alone", "model alone"}
+        else:
             ratio = row["ratios"]["Hugging Face"]
             assert ratio["low"] <= ratio["median"] <= ratio["high"]
             peer = rows[precision, batch, work, "Hugging Face"]
@@ -199,6 +204,16 @@ def test_one_call_gives_no_ratio_and_a_busy_machine_is_named(throughput, measuri
     table = capsys.readouterr().out
     assert "no ratio of one call" in table
     assert "Busy machine: the load average before this run was 50.0" in table
+
+
+@pytest.mark.usefixtures("quick")
+def test_processor_time_leaves_out_what_others_compute(throughput, measuring, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(throughput, "HF_INSTALLED", False)
+    monkeypatch.setattr(measuring, "clock", time.perf_counter)  # put back after the test
+    code, report = tiny_run(throughput, tmp_path, "--precisions", "fp32", "--works", "tower", "--processor-time")
+    assert (code, report["environment"]["clock"], report["environment"]["threads"]) == (0, "process_time", 1)
+    assert "Times are of the processor" in capsys.readouterr().out
+    assert measuring.timed(lambda: time.sleep(0.2), "cpu")() < 0.1
 
 
 @pytest.mark.usefixtures("quick")
