@@ -439,7 +439,7 @@ BAD = {
     "list of files": ("ffconcat version 1.0\nfile /etc/passwd\n", "cannot be opened as a video"),
     "html": ("<!DOCTYPE html><html><body>404 not found</body></html>", "cannot be opened as a video"),
     "terminal": ("\x1b[2J\x1b[31mred\x1b[0m\r\n" * 40, "cannot be opened as a video"),
-    "subtitles": ("1\n00:00:00,000 --> 00:00:02,000\nHello\n\n", "has no video stream"),
+    "subtitles": ("1\n00:00:00,000 --> 00:00:02,000\nHello\n\n", "cannot be opened as a video (its format holds no video"),
     "one byte": ("x", "cannot be opened as a video"),
     "zero bytes": ("", "is empty (zero bytes)"),
     "zeros": ("\0" * 20000, "cannot be opened as a video"),
@@ -584,7 +584,7 @@ def test_a_plan_that_fails_costs_time_not_frames(clip, monkeypatch, caplog):
         return Plan(plan.pts, plan.start, [(pts + 1, dts + 1) for pts, dts in plan.keyframes])
 
     monkeypatch.setattr(module, "make_plan", wrong)
-    with caplog.at_level("INFO", logger=module.__name__):
+    with caplog.at_level("INFO", logger="xclip_fast.data.decode"):
         assert np.array_equal(decode_frames(clip, [30, 5]), sequential(clip)[[30, 5]])
     assert "decoding it from end to end" in caplog.text
 

@@ -225,13 +225,15 @@ def probe(path: Video) -> VideoInfo:
     """
     source = as_source(path)
     with open_video(source) as (container, stream):
-        plan = make_plan(container, stream)
+        plan = make_plan(container, stream, verify=True)
     with open_video(source) as (container, stream):
         codec = stream.codec_context.codec.canonical_name
         frames = all_frames(container, stream)
         first = next(frames, None)
         if first is None:
             raise VideoError(f"{source}: no frame can be decoded ({codec})")
+        if plan is not None and first.pts != plan.pts[0]:
+            plan = None  # what the packets promise is not what a decode yields
         height, width = Upright()(first, np.empty((first.height, first.width, 1))).shape[:2]
         times = plan.pts if plan else [first.pts, *(frame.pts for frame in frames)]
         count, known = len(times), [time for time in times if time is not None]
