@@ -98,8 +98,7 @@ def decode(
 
     def draw(picture_HWC: np.ndarray, places: list[int]) -> None:
         height, width = picture_HWC.shape[:2]  # which may change within a video
-        view = View(np.empty(0, np.int64), transform.boxes(width, height)[0], size)
-        apply_frame(view, picture_HWC, out[places[0]])
+        apply_frame(transform.crops_of(width, height)[0], picture_HWC, out[places[0]])
         for place in places[1:]:
             out[place] = out[places[0]]
 

@@ -156,7 +156,7 @@ class File:
     def read(self, count: int) -> bytes:
         """Up to `count` bytes; none at the end. Passing errors are tried again, the file opened anew each time."""
         count = min(count, self._length - self._at)
-        if count <= 0:
+        if count <= 0 or self.error is not None:  # the first failure is told once
             return b""
         for wait in (*RETRIES, None):
             try:
@@ -177,8 +177,11 @@ class File:
         return data
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._at = offset + (0, self._at, self._length)[whence]
-        return self._at
+        to = offset + (0, self._at, self._length)[whence]
+        if to < 0:
+            return -errno.EINVAL  # as FFmpeg's own files answer
+        self._at = to
+        return to
 
     def tell(self) -> int:
         return self._at
