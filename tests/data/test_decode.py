@@ -19,6 +19,7 @@ from av.video.reformatter import Interpolation
 
 from xclip_fast.data.decode import decoder as module
 from xclip_fast.data.decode import plan as planning
+from xclip_fast.data.decode import reading
 from xclip_fast.data.decode.decoder import (
     Plan,
     Source,
@@ -392,9 +393,9 @@ def test_damage_inside(tmp_path, suffix, seed):
         at = rng.randrange(end // 4, end - 200)
         data[at : at + 100] = rng.randbytes(100)
     path.write_bytes(data)
-    with planning.open_video(path) as (container, stream):
+    with reading.open_video(path) as (container, stream):
         expected = [
-            frame.to_ndarray(format="rgb24", interpolation=EXACT) for frame in planning.all_frames(container, stream)
+            frame.to_ndarray(format="rgb24", interpolation=EXACT) for frame in reading.all_frames(container, stream)
         ]
     assert len(expected) > 10
     assert np.array_equal(decode_frames(path, range(len(expected))), np.stack(expected))
@@ -605,7 +606,7 @@ def test_a_file_that_cannot_be_read_to_its_end(clip, caplog):
             yield from packets[:7]
             raise av.InvalidDataError(1, "bad block")
 
-    assert list(planning.packets_of(Broken(), None)) == packets[:7]
+    assert list(reading.packets_of(Broken(), None)) == packets[:7]
     assert "broken.mkv: bad block; using the frames before that" in caplog.text
 
 

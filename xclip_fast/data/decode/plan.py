@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, dropwhile, groupby
 
@@ -20,37 +20,7 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from .fields import may_hold_fields
-from .reading import (
-    ReadError,
-    Source,
-    VideoError,
-    all_frames,
-    as_source,
-    lacks_memory,
-    limit,
-    log,
-    name_of,
-    open_video,
-    packets_of,
-    reason,
-)
-
-__all__ = [
-    "Plan",
-    "ReadError",
-    "Source",
-    "VideoError",
-    "all_frames",
-    "as_source",
-    "by_plan",
-    "can_plan",
-    "log",
-    "make_plan",
-    "open_video",
-    "packets_of",
-    "reason",
-    "still_fits",
-]
+from .reading import Source, VideoError, lacks_memory, limit, name_of, packets_of
 
 # Codecs with one packet per frame, in containers that keep presentation times. Others are decoded from end to end.
 _CODECS = {"av1", "h264", "hevc", "mjpeg", "mpeg4", "vp9"}
@@ -167,6 +137,18 @@ def by_plan(
     take: Callable[[int, VideoFrame], None],
 ) -> bool:
     """Hand the frames of these sorted numbers to `take`. False if the file does not behave as planned."""
+    frames = planned_frames(container, stream, plan, numbers)
+    while True:
+        try:
+            take(*next(frames))
+        except StopIteration as end:
+            return end.value
+
+
+def planned_frames(
+    container: InputContainer, stream: VideoStream, plan: Plan, numbers: Sequence[int]
+) -> Generator[tuple[int, VideoFrame], None, bool]:
+    """Yields the frames of these sorted numbers. Returns False if the file does not behave as planned."""
     context = stream.codec_context
     skips = context.codec.canonical_name in _SKIP_UNREFERENCED
     for start, group in groupby(numbers, plan.start.__getitem__):
@@ -195,7 +177,7 @@ def by_plan(
                 if frame.pts is None or (frame.is_corrupt and frame.pts >= plan.keyframes[start][0]):
                     return False  # how damage is patched up depends on all that was decoded before
                 if frame.pts in targets:
-                    take(targets.pop(frame.pts), frame)
+                    yield targets.pop(frame.pts), frame
             if packet is None:
                 break
         if targets:

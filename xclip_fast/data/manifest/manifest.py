@@ -33,7 +33,7 @@ from .probing import file_status, look_all, real_folder
 from .sources import Labels, read_source
 
 if TYPE_CHECKING:  # plan imports PyAV, which a manifest can do without
-    from ..decode.plan import Source
+    from ..decode.reading import Source
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ class Manifest:
 
     def source(self, row: int) -> Source:
         """What the decoder opens for this row. Raises ValueError for a row with an error."""
-        from ..decode.plan import Source
+        from ..decode.reading import Source
 
         video = self.videos[row]
         if video.error is not None:
