@@ -227,7 +227,9 @@ def _opened(source: Source, file: File) -> Iterator[InputContainer]:
     options["max_pixels"] = str(limit("XCLIP_FAST_MAX_PIXELS"))
     try:
         # Titles are in any encoding.
-        container = av.open(file, options=options, metadata_errors="replace", buffer_size=_BUFFER, io_open=_refuse)
+        container: Any = av.open(
+            file, "r", options=options, metadata_errors="replace", buffer_size=_BUFFER, io_open=_refuse
+        )
     except (av.FFmpegError, OSError, MemoryError) as error:
         if lacks_memory(error):
             raise
