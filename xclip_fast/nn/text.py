@@ -233,7 +233,7 @@ class TextEncoder(nn.Module):
 
 
 def _untraceable(parameter: Tensor) -> bool:
-    """Whether a change could leave no trace: of inference tensors, and by the step of an optimizer behind a gradient."""
+    """Whether a change could leave no trace: of an inference tensor, or by the optimizer that a gradient waits for."""
     return parameter.is_inference() or (parameter.requires_grad and parameter.is_leaf and parameter.grad is not None)
 
 
