@@ -56,11 +56,20 @@ Window = Annotated[float | None, typer.Option(metavar="SECONDS", help="Length of
 Stride = Annotated[
     float | None, typer.Option(metavar="SECONDS", help="From one moment's start to the next; default: half a window.")
 ]
+OnRay = Annotated[bool, typer.Option("--ray", help="Spread the work with Ray, over the machines of a cluster.")]
+Address = Annotated[
+    str | None, typer.Option(metavar="ADDRESS", help="Of a running Ray cluster, or auto; default: this machine alone.")
+]
+Actors = Annotated[int | None, typer.Option(min=1, help="Models on the cluster; default: one per GPU.")]
+Decoders = Annotated[int | None, typer.Option(min=1, help="Files decoded at once on the cluster; default: by CPUs.")]
 MaxBytes = Annotated[int, typer.Option(min=1, help="A remote file that is larger is given up.")]
 MaxSeconds = Annotated[float, typer.Option(min=0.1, help="A remote file that takes longer to copy is given up.")]
 Frames = Annotated[int | None, typer.Option(min=1, max=1024, help="Frames of a video; default: the checkpoint's.")]
 BatchSize = Annotated[int | None, typer.Option(min=1, help="Videos at once; default: 16 on a GPU, 1 on a CPU.")]
 Workers = Annotated[int | None, typer.Option(min=1, max=256, help="Decoding threads; default: one per core.")]
+Threads = Annotated[
+    int | None, typer.Option(min=1, max=1024, help="Threads of the model on a CPU; default: one per core.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")]
 Top = Annotated[int, typer.Option(min=1, help="How many to print.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
@@ -148,6 +157,14 @@ def device_and_dtype(device: str, dtype: str) -> dict[str, Any]:
     from ..inference.placement import automatic_dtype
 
     return {"device": device, "dtype": automatic_dtype(torch.device(device))}
+
+
+def set_threads(threads: int | None) -> None:
+    """Lets torch compute with ``threads`` threads of the CPU; None: as it chose."""
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
 
 
 def load_model(checkpoint: Path | None, variant: str | None, random_weights: bool) -> XCLIP:

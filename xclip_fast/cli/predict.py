@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,20 +13,25 @@ import typer
 from ..console import Bar, complain, print_rows
 from .options import (
     CHUNK,
+    Actors,
+    Address,
     AsJson,
     BatchSize,
     Checkpoint,
+    Decoders,
     Device,
     DType,
     Frames,
     FrameStride,
     MaxBytes,
     MaxSeconds,
+    OnRay,
     Overwrite,
     RandomWeights,
     Sampled,
     Stride,
     Templates,
+    Threads,
     Top,
     Variant,
     Videos,
@@ -35,6 +41,7 @@ from .options import (
     find_videos,
     load_model,
     parse_labels,
+    set_threads,
 )
 
 if TYPE_CHECKING:
@@ -75,6 +82,11 @@ def classify(
     max_seconds: MaxSeconds = 600,
     batch_size: BatchSize = None,
     workers: Workers = None,
+    threads: Threads = None,
+    ray: OnRay = False,
+    address: Address = None,
+    actors: Actors = None,
+    decoders: Decoders = None,
 ) -> None:
     """Name what happens in videos.
 
@@ -97,6 +109,7 @@ def classify(
     chosen = trained.choose(frames, sampling, frame_stride, templates)
     sentences = chosen.pop("templates")
     inputs, failed = find_videos(videos)
+    set_threads(threads)
     target = device_and_dtype(device, dtype)
     model = load_model(checkpoint, variant, random_weights).to(**target)
     outputs = model.config.num_classes
@@ -134,7 +147,17 @@ def classify(
         def answer(found: VideoFeatures) -> tuple[Tensor]:
             return (torch.cat([model.similarity(found, part_KE) for part_KE in text], dim=1).softmax(-1),)
 
-        for item in answers(model, inputs.paths, reading, answer, batch_size=batch_size, workers=workers):
+        if ray:
+            from ..scale.cluster import ClusterOptions, cluster_answers
+            from ..scale.stage import ModelSpec, VideoStage
+
+            spec = ModelSpec(None if checkpoint is None else str(checkpoint.absolute()), variant, device, dtype)
+            stage = VideoStage(spec, reading, labels=names, templates=sentences)
+            spread = ClusterOptions(address, actors, decoders=decoders, batch_size=batch_size or 16)
+            found = cluster_answers(stage, spread, ["probabilities"])(map(os.path.abspath, inputs.paths))
+        else:
+            found = answers(model, inputs.paths, reading, answer, batch_size=batch_size, workers=workers)
+        for item in found:
             if not isinstance(item, Answer):
                 bar.advance()
                 failed |= item.error is not None and complain(item.error, bar)

@@ -12,19 +12,24 @@ import typer
 
 from ..console import Bar, complain, plain, print_rows
 from .options import (
+    Actors,
+    Address,
     AsJson,
     BatchSize,
     Checkpoint,
+    Decoders,
     Device,
     DType,
     Frames,
     FrameStride,
     MaxBytes,
     MaxSeconds,
+    OnRay,
     Overwrite,
     RandomWeights,
     Sampled,
     Stride,
+    Threads,
     Top,
     Variant,
     Window,
@@ -32,6 +37,7 @@ from .options import (
     device_and_dtype,
     find_videos,
     load_model,
+    set_threads,
 )
 
 if TYPE_CHECKING:
@@ -54,7 +60,8 @@ def embed(
         ),
     ] = None,
     out: Annotated[
-        Path, typer.Option(metavar="STORE", help="A folder that grows; or NAME.safetensors, for small sets.")
+        Path,
+        typer.Option(metavar="STORE", help="A folder that grows; NAME.parquet; or NAME.safetensors, for small sets."),
     ] = ...,  # type: ignore[assignment]  # typer's mark of an option that must be given
     checkpoint: Checkpoint = None,
     variant: Variant = None,
@@ -84,6 +91,11 @@ def embed(
     max_seconds: MaxSeconds = 600,
     batch_size: BatchSize = None,
     workers: Workers = None,
+    threads: Threads = None,
+    ray: OnRay = False,
+    address: Address = None,
+    actors: Actors = None,
+    decoders: Decoders = None,
 ) -> None:
     """Store features of videos, for search.
 
@@ -92,8 +104,16 @@ def embed(
     longer than the window. What a store was made with is kept in it.
     """
     given = videos or []
+    set_threads(threads)
     if out.suffix == _FILE:
-        refused = {"--window": window, "--stride": stride, "--root": root, "--import": imported, "--index": index}
+        refused = {
+            "--window": window,
+            "--stride": stride,
+            "--root": root,
+            "--import": imported,
+            "--index": index,
+            "--ray": ray,
+        }
         for option, value in refused.items():
             if value:
                 raise typer.BadParameter(f"needs a store; {out} is a file", param_hint=option)
@@ -108,7 +128,8 @@ def embed(
     if not given and not imported and not index:
         raise typer.BadParameter("none given", param_hint="VIDEO...")
     from ..search.feature_file import import_features
-    from ..search.store import is_store
+    from ..search.parquet import ParquetFolder
+    from ..search.store import Store, is_store
 
     if is_store(out):
         checkpoint, variant = _stored_weights(out, checkpoint, variant, random_weights)
@@ -131,12 +152,26 @@ def embed(
     )
     opened = Index(store, model.to(**target), None if root is None else str(root))
     failed = False
+    if isinstance(store, ParquetFolder) and (imported or index):
+        raise typer.BadParameter(f"needs a store; {out} holds Parquet files", param_hint="--import, --index")
     for file in imported or ():
+        assert isinstance(store, Store)
         print(f"{plain(str(out))}: {import_features(store, file)} videos of {plain(str(file))} imported")
     if given:
         inputs, failed = find_videos(given)
         from ..data.remote import Limits
 
+        limits = Limits(max_bytes, max_seconds)
+        embedding = None
+        if ray:
+            from ..scale.cluster import ClusterOptions, cluster_answers
+            from ..scale.stage import ModelSpec, VideoStage
+
+            spec = ModelSpec(None if checkpoint is None else str(checkpoint.absolute()), variant, device, dtype)
+            stage = VideoStage(spec, opened.reading(limits), bool(store.settings.patches))
+            columns = ("vector", "patches") if store.settings.patches else ("vector",)
+            spread = ClusterOptions(address, actors, decoders=decoders, batch_size=batch_size or 16)
+            embedding = cluster_answers(stage, spread, columns)
         with Bar() as bar:
             summary = opened.add(
                 inputs,
@@ -144,7 +179,8 @@ def embed(
                 workers=workers,
                 digest=digest,
                 retry=retry,
-                limits=Limits(max_bytes, max_seconds),
+                limits=limits,
+                embed=embedding,
                 on_file=lambda path, error: bar.advance(),
                 on_plan=bar.begin,
             )
@@ -153,7 +189,7 @@ def embed(
                 failed |= complain(reason if name in reason else f"{name}: {reason}")
         files, moments, _ = store.counts()
         print(f"{plain(str(out))}: {summary}; it holds {moments} moments of {files} videos")
-    if index:
+    if index and isinstance(store, Store):
         store.build_index()
         print(f"{plain(str(out))}: index built over {len(opened)} moments")
     raise typer.Exit(int(failed))

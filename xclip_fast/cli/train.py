@@ -8,7 +8,19 @@ from typing import Annotated
 import typer
 
 from ..console import plain
-from .options import Device, DType, Frames, FrameStride, Overwrite, Sampled, Templates, Variant, parse_labels
+from .options import (
+    Device,
+    DType,
+    Frames,
+    FrameStride,
+    Overwrite,
+    Sampled,
+    Templates,
+    Threads,
+    Variant,
+    parse_labels,
+    set_threads,
+)
 
 commands = typer.Typer()
 
@@ -52,6 +64,7 @@ def evaluate(
     device: Device = "auto",
     dtype: DType = "auto",
     workers: Annotated[int | None, typer.Option(min=0, help="Decoding processes; 0: none.")] = None,
+    threads: Threads = None,
 ) -> None:
     """Measure accuracy on the videos of a manifest.
 
@@ -59,6 +72,7 @@ def evaluate(
     """
     from ..evaluate import loop as evaluation
 
+    set_threads(threads)
     result = evaluation.main(
         checkpoint,
         manifest,

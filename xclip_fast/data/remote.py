@@ -112,7 +112,7 @@ def _errors(address: str) -> Iterator[None]:
     except FileNotFoundError as error:
         raise VideoError(f"{_shown(address)}: no such file") from error
     except Exception as error:  # each of fsspec's file systems raises errors of its own
-        text = " ".join(str(error).split()) or type(error).__name__
+        text = " ".join(str(error).replace(address, _shown(address)).split()) or type(error).__name__
         raise VideoError(f"{_shown(address)}: cannot be read ({text})") from error
 
 

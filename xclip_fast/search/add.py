@@ -14,6 +14,7 @@ from ..data.decode.plan import VideoError
 from ..data.inputs import Inputs
 from ..data.remote import describe, is_remote
 from ..inference.batches import Answer, Finished
+from .parquet import ParquetFolder
 from .store import FileRows, Known, Store, record_batch, schema_of
 
 _SECONDS, _FILES, _IN_MEMORY = 10.0, 4096, 64 << 20  # a commit at least so often; bytes of rows before they go to disk
@@ -69,7 +70,7 @@ def readable_path(stored: str, root: str) -> str:
     return os.path.join(root, stored) if root and not is_remote(stored) else stored
 
 
-def plan(store: Store, inputs: Inputs, *, root: str, digest: bool = False, retry: bool = False) -> Plan:
+def plan(store: Store | ParquetFolder, inputs: Inputs, *, root: str, digest: bool = False, retry: bool = False) -> Plan:
     """Compare what was given with what is stored.
 
     A file is unchanged if its size and its time of change are, or with `digest` its content. Failed files are tried
@@ -123,7 +124,7 @@ def plan(store: Store, inputs: Inputs, *, root: str, digest: bool = False, retry
 
 
 def run(
-    store: Store,
+    store: Store | ParquetFolder,
     work: Plan,
     embed: Callable[[Iterable[str]], Iterator[Answer | Finished]],
     on_file: Callable[[str, ValueError | None], None] = lambda path, error: None,
@@ -176,7 +177,7 @@ class Writer:
     Rows wait in memory, past 64 MB in an unnamed temporary file: a long film with patches takes no more memory.
     """
 
-    def __init__(self, store: Store, work: Plan) -> None:
+    def __init__(self, store: Store | ParquetFolder, work: Plan) -> None:
         import pyarrow as pa
 
         self.store, self.work, self.pa = store, work, pa

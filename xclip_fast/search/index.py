@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ from ..data.inputs import Inputs, find_videos
 from ..data.remote import Limits
 from .add import Summary, plan, readable_path, run
 from .feature_file import FeatureFile, fingerprint
+from .parquet import ParquetFolder
 from .query import Filters, Hit, find
 from .store import Store, StoreSettings, is_store
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from ..model import XCLIP
 
 _LARGE = 300_000  # moments: from here on an index pays
+PARQUET = ".parquet"
 _PLAIN = "holds no patches: plain cosine, without video-specific prompts"
 Paths = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 
@@ -39,7 +41,7 @@ class Index:
     its device.
     """
 
-    def __init__(self, store: Store | FeatureFile, model: XCLIP, root: str | None = None) -> None:
+    def __init__(self, store: Store | ParquetFolder | FeatureFile, model: XCLIP, root: str | None = None) -> None:
         self.store, self.model = store, model
         self.root = store.settings.root if root is None else os.path.abspath(root)
 
@@ -107,6 +109,7 @@ class Index:
         limits: Limits | None = None,
         on_file: Callable[[str, ValueError | None], None] = lambda path, error: None,
         on_plan: Callable[[int], None] = lambda files: None,
+        embed: Callable[[Iterable[str]], Iterator[Any]] | None = None,
     ) -> Summary:
         """Embeds what is new or changed, and drops what is gone from the given folders.
 
@@ -118,6 +121,7 @@ class Index:
             limits: of remote files.
             on_file: called with each file that is done, and with what is wrong with it.
             on_plan: called once with the number of files to embed.
+            embed: takes the place of the model and the loop here, as on a cluster: gives what `answers` gives.
         """
         if isinstance(self.store, FeatureFile):
             raise ValueError(f"{self.store.path}: a file of features does not grow; make a store of it")
@@ -126,7 +130,7 @@ class Index:
         work.summary.failed.update((line.partition(": ")[0], line) for line in inputs.empty)
         on_plan(len(work.paths))
 
-        def embed(paths: Iterable[str]) -> Any:
+        def here(paths: Iterable[str]) -> Any:
             from ..inference.batches import answers
 
             reading = self.reading(limits)
@@ -135,7 +139,7 @@ class Index:
                 self.model, paths, reading, lambda found: found[:keep], batch_size=batch_size, workers=workers
             )
 
-        return run(self.store, work, embed, on_file)
+        return run(self.store, work, embed or here, on_file)
 
     def search(
         self,
@@ -160,6 +164,8 @@ class Index:
         """
         import torch
 
+        if isinstance(self.store, ParquetFolder):
+            raise ValueError(f"{self.store.folder}: Parquet files are for other programs; search in a store")
         self.store.refresh()
         prompted = None
         if isinstance(query, str):
@@ -193,6 +199,8 @@ class Index:
         """What somebody who searches should know."""
         if isinstance(self.store, FeatureFile):
             return None if self.prompted else f"{self.store.path} {_PLAIN}"
+        if isinstance(self.store, ParquetFolder):
+            return None
         rows = self.store.table.count_rows()
         if rows > _LARGE and not self.store.indexed:
             return f"{rows} moments without an index; `xclip-fast embed --out {self.store.folder} --index` builds one"
@@ -236,8 +244,10 @@ def open_store(
     frames: int | None = None,
     sampling: str | None = None,
     frame_stride: int | None = None,
-) -> Store:
+) -> Store | ParquetFolder:
     """The store of a model that is still as its checkpoint has it; a new one if the folder has none.
+
+    A folder named `*.parquet` gets Parquet files instead.
 
     Args:
         window, stride: seconds; default: windows of 10 s every 5 s in videos longer than 30 s. A given window cuts
@@ -280,4 +290,6 @@ def open_store(
         patches=patch_count,
         root="" if root is None else os.path.abspath(root),
     )
+    if os.fspath(folder).endswith(PARQUET):
+        return ParquetFolder(folder, settings)
     return Store.create(Path(folder), settings)

@@ -109,15 +109,7 @@ class Store:
 
     def check(self, wanted: StoreSettings) -> None:
         """Raises ValueError unless rows made with these settings belong into this store."""
-        check_fingerprint(self.folder, self.settings, wanted)
-        mine, other = asdict(self.settings), asdict(wanted)
-        for name in ("checkpoint", "variant", "root"):  # the same weights may lie elsewhere, the files too
-            del mine[name], other[name]
-        changed = [f"{name} {value}, not {other[name]}" for name, value in mine.items() if value != other[name]]
-        if changed:
-            raise ValueError(
-                f"{self.folder}: was made with {'; '.join(changed)}. Leave the option out, or choose another store"
-            )
+        check_settings(self.folder, self.settings, wanted)
 
     def refresh(self) -> None:
         """See what other processes have written."""
@@ -262,6 +254,17 @@ def check_fingerprint(place: Path, made_with: StoreSettings, wanted: StoreSettin
     if made_with.fingerprint != wanted.fingerprint:
         ours, theirs = (f"{each.checkpoint or 'random'}, {each.fingerprint[:12]}" for each in (made_with, wanted))
         raise ValueError(f"{place}: made with other weights ({ours}) than {theirs}; use the former, or embed again")
+
+
+def check_settings(place: Path, made_with: StoreSettings, wanted: StoreSettings) -> None:
+    """Raises ValueError unless rows made with the wanted settings belong beside the others."""
+    check_fingerprint(place, made_with, wanted)
+    mine, other = asdict(made_with), asdict(wanted)
+    for name in ("checkpoint", "variant", "root"):  # the same weights may lie elsewhere, the files too
+        del mine[name], other[name]
+    changed = [f"{name} {value}, not {other[name]}" for name, value in mine.items() if value != other[name]]
+    if changed:
+        raise ValueError(f"{place}: was made with {'; '.join(changed)}. Leave the option out, or choose another place")
 
 
 def schema_of(settings: StoreSettings) -> Any:
