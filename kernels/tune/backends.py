@@ -215,7 +215,7 @@ def _contests(
         return
     for training in (False, True):
         for sizes, args in WORK[name](shape, batches):
-            where = {"dtype": [_name(DTYPE)] * 2, "training": [training] * 2, **sizes}
+            where: dict[str, list[Any]] = {"dtype": [_name(DTYPE)] * 2, "training": [training] * 2, **sizes}
             yield where, functools.partial(_op_contest, name, training, where, args, say)
 
 
