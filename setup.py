@@ -115,6 +115,7 @@ setup(
     package_dir={"xclip_fast.kernels": "kernels", "xclip_fast.kernels.triton": "kernels/triton"},
     package_data={
         "xclip_fast": ["py.typed", "configs/*.yaml"],
+        "xclip_fast.search": ["page.css", "page.js"],
         "xclip_fast.text": ["*.gz", "*.txt"],
         "xclip_fast.kernels": ["*.json"],
         "xclip_fast.kernels.triton": ["*.json"],

@@ -27,7 +27,7 @@ from . import _choices
 
 logger = logging.getLogger("xclip_fast")
 
-BACKENDS = ("reference", "triton", "cuda", "library", "sdpa", "flash_attn", "xformers", "apex")
+BACKENDS = ("reference", "triton", "cuda", "library", "onednn", "sdpa", "flash_attn", "xformers", "apex")
 OPS: dict[str, "Op"] = {}
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 FLOAT8 = torch.float8_e4m3fn
@@ -92,27 +92,42 @@ def _in_float32(args: tuple[Any, ...]) -> bool:
 
 _INSTALLED = frozenset(name for name in ("triton", "flash_attn", "xformers") if importlib.util.find_spec(name))
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+off_gpu = INTERPRETED  # whether Triton's kernels take tensors that are on no GPU, if they are asked for
 
 
-def triton_backend(op: str, refuse: Callable[..., str | None] | None = None) -> Backend:
+def triton_backend(
+    op: str, refuse: Callable[..., str | None] | None = None, *, library: tuple[str, ...] = ()
+) -> Backend:
     """The backend of ``kernels/triton/<op>.py``, imported at its first call: half and single precision, CUDA from
-    compute capability 8.0, or, if asked for, any device in Triton's interpreter."""
+    compute capability 8.0, or, if asked for, any device in Triton's interpreter.
 
-    def module() -> Any:
-        return importlib.import_module(f"{__package__}.triton.{op}")
+    ``library`` makes it the backend of that name, whose products are torch's and the rest Triton's: it names those of
+    the file's ``forward`` and ``backward`` that take a ``product``.
+    """
+    name = "library" if library else "triton"
+
+    def call(function: str, *args: Any) -> Any:
+        module = importlib.import_module(f"{__package__}.triton.{op}")
+        if function in library:
+            product = importlib.import_module(f"{__package__}.triton.library").product
+            return getattr(module, function)(*args, product=product)
+        return getattr(module, function)(*args)
 
     def refuse_elsewhere(*args: Any) -> str | None:
-        device = next(arg.device.type for arg in args if isinstance(arg, Tensor))
-        if device != "cuda" and not (INTERPRETED and _forced == "triton"):
-            return f"device {device} is not cuda (TRITON_INTERPRET=1 and backend triton run it slowly anywhere)"
-        if op in _PRODUCTS and _forced != "triton" and _in_float32(args):
+        first = next(arg for arg in args if isinstance(arg, Tensor))
+        if first.device.type != "cuda" and not (off_gpu and _forced == name):
+            where = f"TRITON_INTERPRET=1 and backend {name} run it slowly anywhere"
+            return f"device {first.device.type} is not cuda ({where})"
+        if library and INTERPRETED and torch.bfloat16 in {arg.dtype for arg in args if isinstance(arg, Tensor)}:
+            return "Triton's interpreter does not compute in bfloat16"
+        if op in _PRODUCTS and not library and _forced != name and _in_float32(args):
             return "exact float32 products use no tensor cores: left to the library unless triton is asked for"
         return refuse(*args) if refuse else None
 
     return Backend(
-        "triton",
-        forward=lambda save, *args: module().forward(save, *args),
-        backward=lambda grads, saved, needs, *args: module().backward(grads, saved, needs, *args),
+        name,
+        forward=lambda save, *args: call("forward", save, *args),
+        backward=lambda grads, saved, needs, *args: call("backward", grads, saved, needs, *args),
         dtypes=(torch.float32, torch.bfloat16, torch.float16),
         capability=8,
         package="triton",
@@ -204,6 +219,8 @@ class Op:
             candidates = tuple(candidate for candidate in candidates if candidate.name == _forced)
             if candidates[0].partial:
                 candidates += tuple(candidate for candidate in self.backends if candidate.name != _forced)
+            elif _forced == "library":
+                candidates += self.backends[-1:]  # the reference: its products are the library's too
         else:
             if _forced != "auto" and not torch.compiler.is_compiling():
                 _log_once(f"{self.name} has no backend {_forced}; the choice is automatic")

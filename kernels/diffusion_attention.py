@@ -52,8 +52,8 @@ def _saved(qkv: Tensor, message: Tensor) -> tuple[Tensor, ...]:
 
 _op = Op(
     diffusion_attention_reference,
-    triton_backend("diffusion_attention", refuse=_refuse),
     Backend("sdpa", _sdpa),
+    triton_backend("diffusion_attention", refuse=_refuse),
     saved=_saved,
     autocast=("qkv", "message"),
     sizes=lambda qkv, message: {"m": len(qkv), "length": qkv.shape[1], "heads": qkv.shape[3], "channels": qkv.shape[4]},

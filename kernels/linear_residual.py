@@ -8,6 +8,7 @@ from torch import Tensor
 from ._cuda_ops import cuda_backend
 from ._dispatch import Op, triton_backend
 from ._linear import linear
+from .layer_norm import refuse_rows
 
 
 def scale_samples(x: Tensor, scale_B: Tensor | None) -> Tensor:
@@ -48,8 +49,13 @@ def _refuse(
     return refuse_drop_scale(drop_scale)
 
 
+def _refuse_wide(x: Tensor, weight: Tensor, *rest: Any) -> str | None:
+    return _refuse(x, weight, *rest) or refuse_rows(rest[1])  # the pass over the result holds a row of it
+
+
 _op = Op(
     linear_residual_reference,
+    triton_backend("linear_residual", _refuse_wide, library=("forward",)),
     triton_backend("linear_residual", _refuse),
     cuda_backend("linear_residual", _refuse),
     saved=lambda *_: (),

@@ -30,6 +30,7 @@ def _saved(x: Tensor, ln_weight: Tensor, ln_bias: Tensor, weight: Tensor, *rest:
 
 _op = Op(
     ln_linear_reference,
+    triton_backend("ln_linear", refuse_rows, library=("forward",)),
     triton_backend("ln_linear", refuse_rows),
     cuda_backend("ln_linear"),
     saved=_saved,

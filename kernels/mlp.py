@@ -30,9 +30,14 @@ def _saved(x: Tensor, ln_weight: Tensor, ln_bias: Tensor, weight1: Tensor, *_: A
     return (*row_statistics_like(x), weight1.new_empty(x.shape[:-1].numel(), weight1.shape[0]))
 
 
+def _refuse(x: Tensor, *rest: Any) -> str | None:
+    return refuse_rows(x) or refuse_drop_scale(rest[-1])
+
+
 _op = Op(
     mlp_reference,
-    triton_backend("mlp", lambda x, *rest: refuse_rows(x) or refuse_drop_scale(rest[-1])),
+    triton_backend("mlp", _refuse, library=("forward", "backward")),
+    triton_backend("mlp", _refuse),
     cuda_backend("mlp", lambda x, *rest: refuse_drop_scale(rest[-1])),
     saved=_saved,
     autocast=("weight1", "weight2"),

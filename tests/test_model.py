@@ -108,7 +108,7 @@ def test_whole_model_equals_the_paper_written_out(tiny_model: XCLIP) -> None:
         q, k, w = split(a.q_proj(layer.norm1(prompts))), split(a.k_proj(z_normed)), split(a.v_proj(z_normed))
         mixed = (q @ k.transpose(-1, -2) / math.sqrt(64)).softmax(-1) @ w
         prompts = prompts + a.proj(mixed.transpose(1, 2).flatten(-2))
-        prompts = prompts + gelu_mlp(layer.norm3(prompts), layer.mlp["0"], layer.mlp["3"])
+        prompts = prompts + gelu_mlp(layer.norm3(prompts), layer.mlp[0], layer.mlp[2])
     c_hat = c + generator.alpha * prompts
     logits = model.logit_scale.exp() * F.cosine_similarity(v[:, None], c_hat, dim=-1)
 
@@ -205,9 +205,6 @@ def test_wrong_kinds_of_arguments_are_refused(tiny_model: XCLIP) -> None:
         tiny_model.encode_video(frames().numpy())
     with pytest.raises(TypeError, match="XCLIPConfig or a variant's name wanted"):
         XCLIP({"embed_dim": 64})
-    tiny_model.visual.transformer.resblocks[1].mlp.c_fc = torch.nn.Identity()
-    with pytest.raises(TypeError, match="its forward would be ignored"):
-        tiny_model.encode_video(frames())
 
 
 def test_empty_batch_in_training_with_drop_path() -> None:

@@ -1,6 +1,6 @@
 """residual + s (x W^T + b): everything but the product rides in the GEMM's epilogue."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ._launch import cdiv, launch, tile
 from .gemm import gemm, rows_of
-from .quick_gelu import quick_gelu_slope
+from .quick_gelu import quick_gelu_slope, quick_gelu_value
 
 
 @triton.jit(do_not_specialize=["M", "sample_rows"])
@@ -19,6 +19,7 @@ def _scale_kernel(
     u_ptr,  # (M, N) or None: scale by the slope of quick_gelu there
     drop_ptr,  # (M / sample_rows,) or None: scale by each sample's factor
     y_ptr,  # (M, N) or None: the scaled x
+    gelu_ptr,  # (M, N) or None: quick_gelu(u)
     parts_ptr,  # (groups, N) float32: column sums of the scaled x, a group of rows each
     M,
     N,
@@ -36,7 +37,10 @@ def _scale_kernel(
         x_at = x_ptr + rows[:, None].to(tl.int64) * x_row + columns[None, :]
         value = tl.load(x_at, mask=inside, other=0.0).to(tl.float32)
         if u_ptr is not None:
-            value *= quick_gelu_slope(tl.load(u_ptr + at, mask=inside, other=0.0).to(tl.float32))
+            u = tl.load(u_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            value *= quick_gelu_slope(u)
+            if gelu_ptr is not None:
+                tl.store(gelu_ptr + at, quick_gelu_value(u).to(gelu_ptr.dtype.element_ty), mask=inside)
         if drop_ptr is not None:
             value *= tl.load(drop_ptr + rows // sample_rows, mask=rows < M, other=0.0).to(tl.float32)[:, None]
         if y_ptr is not None:
@@ -49,9 +53,15 @@ GROUPS = 128  # of rows in a column sum: fixed, so that the order of the additio
 
 
 def scaled(
-    x: Tensor, dtype: torch.dtype, drop_scale: Tensor | None = None, slope_at: Tensor | None = None
+    x: Tensor,
+    dtype: torch.dtype,
+    drop_scale: Tensor | None = None,
+    slope_at: Tensor | None = None,
+    gelu: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """x (M, N) times its drop path factors and the slope of quick_gelu at slope_at (M, N), and its column sums.
+
+    ``gelu`` (M, N), with ``slope_at``, is filled with quick_gelu there.
 
     Returns:
         the product (M, N) in ``dtype`` (x itself if nothing changes it), and its sums (N,) float32, always added in
@@ -65,7 +75,7 @@ def scaled(
     parts = torch.empty(groups, N, dtype=torch.float32, device=x.device)
     sample_rows = 1 if drop_scale is None else M // max(drop_scale.shape[0], 1)
     grid = (groups, cdiv(N, config["BLOCK_N"]))
-    launch(_scale_kernel, grid, x, slope_at, drop_scale, y, parts, M, N, x.stride(0), sample_rows, **config)
+    launch(_scale_kernel, grid, x, slope_at, drop_scale, y, gelu, parts, M, N, x.stride(0), sample_rows, **config)
     return x if y is None else y, parts.sum(0)
 
 
@@ -87,8 +97,9 @@ def forward(
     drop_scale: Tensor | None,
     eps: float,
     statistics: bool,
+    product: Callable[..., tuple[Tensor, ...]] = gemm,
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    y, *found = gemm(
+    y, *found = product(
         rows_of(x).to(weight.dtype),
         weight,
         bias=bias.contiguous(),

@@ -5,7 +5,7 @@ normalised first. The first where the table says so, for half precision only: wi
 more than it saves, and in float32 the cancellation of a large mean in x W' - mu s would cost digits.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -72,12 +72,16 @@ def project(
     eps: float,
     activation: bool,
     save: bool,
+    product: Callable[..., tuple[Tensor, ...]] = gemm,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The op on rows (M, D), and, if ``save``, their mean and rstd and the pre-activation if there is one."""
+    """The op on rows (M, D), and, if ``save``, their mean and rstd and the pre-activation if there is one.
+
+    ``product``: ``gemm``, or ``library.product``, which has no LayerNorm in its epilogue.
+    """
     ln_weight, ln_bias = ln_weight.contiguous(), ln_bias.contiguous()
     bias = None if bias is None else bias.contiguous()
     sizes = {"m": rows.shape[0], "n": weight.shape[0], "k": weight.shape[1]}
-    half = rows.dtype == weight.dtype != torch.float32
+    half = rows.dtype == weight.dtype != torch.float32 and product is gemm
     if half and tile("ln_linear", rows.device, **sizes)["FOLD"]:
         mean, rstd = row_statistics(rows, eps)
         folded, sums, shift = fold(weight, ln_weight, ln_bias, bias)
@@ -85,7 +89,7 @@ def project(
         y, *u = gemm(rows, folded, bias=shift, norm=norm, activation=activation, keep=activation and save)
         return y, (mean, rstd, *u)
     normed, *statistics = normalise(rows, ln_weight, ln_bias, eps, weight.dtype, save)
-    y, *u = gemm(normed, weight, bias=bias, activation=activation, keep=activation and save)
+    y, *u = product(normed, weight, bias=bias, activation=activation, keep=activation and save)
     return y, (*(row for row in statistics if row is not None), *u)
 
 
@@ -98,8 +102,9 @@ def forward(
     bias: Tensor | None,
     eps: float,
     activation: bool,
+    product: Callable[..., tuple[Tensor, ...]] = gemm,
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    y, saved = project(rows_of(x), ln_weight, ln_bias, weight, bias, eps, activation, save)
+    y, saved = project(rows_of(x), ln_weight, ln_bias, weight, bias, eps, activation, save, product)
     return (y.view(*x.shape[:-1], weight.shape[0]),), saved if save else ()
 
 

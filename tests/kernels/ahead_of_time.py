@@ -7,7 +7,6 @@ kernel for the architecture, and prints one JSON object a kernel: name, configur
 instructions. Not in the interpreter: TRITON_INTERPRET must be unset.
 """
 
-import importlib
 import json
 import re
 import subprocess
@@ -22,6 +21,8 @@ import triton
 from fake_gpu import Launch, fake_gpu
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
+from xclip_fast.kernels._dispatch import OPS
+from xclip_fast.kernels.triton import quantize
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 EPS = 1e-5
@@ -101,17 +102,21 @@ PLAN = [
 ]
 
 
-def run(op: str, args: tuple[Any, ...]) -> None:
-    """Forward without gradients, forward with them, backward: every gradient but that of drop path factors."""
-    module = importlib.import_module(f"xclip_fast.kernels.triton.{op}")
+LIBRARY = ("ln_linear", "linear_residual", "mlp")  # the ops whose products torch's library computes by default
+
+
+def run(op: str, args: tuple[Any, ...], name: str = "triton") -> None:
+    """A backend's forward without gradients, with them, and backward: all gradients but that of drop path factors."""
     no_gradient = {"linear_residual": 4, "mlp": 8, "message_kv": 16}.get(op)
     needs = [
         isinstance(arg, Tensor) and arg.dtype.is_floating_point and index != no_gradient
         for index, arg in enumerate(args)
     ]
-    module.forward(False, *args)
-    outputs, saved = module.forward(True, *args)
-    module.backward([torch.empty_like(out) for out in outputs], saved, needs, *args)
+    backend = next(each for each in OPS[op].backends if each.name == name)
+    assert backend.backward is not None
+    backend.forward(False, *args)
+    outputs, saved = backend.forward(True, *args)
+    backend.backward([torch.empty_like(out) for out in outputs], saved, needs, *args)
 
 
 def launches(arch: int) -> dict[str, Launch]:
@@ -125,7 +130,11 @@ def launches(arch: int) -> dict[str, Launch]:
                 if op == "causal_attention_packed" and args[2] > 64 and (arch < 90 or dtype == torch.float32):
                     continue  # the op refuses it
                 before = len(recorded)
-                run(op, args)
+                if op == "mlp" and arch >= 90 and dtype == torch.bfloat16:
+                    quantize.layer_norm_fp8(args[0].view(-1, args[0].shape[-1]), *args[1:3], EPS)
+                    quantize.quick_gelu_fp8(args[0], 0.1)
+                for name in ("triton", "library") if op in LIBRARY else ("triton",):
+                    run(op, args, name)
                 where = f"{op} {shape} {dtype} in {stream or dtype} B={batch}"
                 for launch in recorded[before:]:
                     distinct.setdefault(id(launch.source), (f"{len(distinct)} {where}", launch))

@@ -23,10 +23,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import ahead_of_time
 import triton
-from ahead_of_time import EPS, cases, meta, norm, run
+from ahead_of_time import EPS, LIBRARY, cases, meta, norm, run
 from fake_gpu import Launch, fake_gpu
+from torch.utils._python_dispatch import TorchDispatchMode
 from xclip_fast.kernels import _tables
-from xclip_fast.kernels.triton import _launch
+from xclip_fast.kernels.triton import _launch, quantize
 
 from xclip_fast import FastCCTBlock, kernels
 
@@ -64,7 +65,12 @@ def each_op(dtype: torch.dtype = BF16, stream: torch.dtype | None = None, arch: 
     for op, args in cases(dtype, *shapes["B/16"], 4, stream):
         if op == "causal_attention_packed" and args[2] > 64 and (arch < 90 or dtype == FP32):
             continue  # the op refuses it
-        run(op, args)
+        for name in ("triton", "library") if op in LIBRARY else ("triton",):
+            run(op, args, name)
+    if arch >= 90:
+        x = meta(3152, 768, dtype=dtype)
+        quantize.layer_norm_fp8(x, *norm(768, stream or dtype), EPS)
+        quantize.quick_gelu_fp8(x, 0.1)
     qkv = meta(2, 15, 3, 12, 64, dtype=dtype)
     run("diffusion_attention", (qkv, meta(2, 2, 12, 64, dtype=dtype)))
 
@@ -78,7 +84,10 @@ def test_every_kernel_binds(arch: int, dtype: torch.dtype, stream: torch.dtype |
     with fake_gpu(arch) as launches:
         each_op(dtype, stream, arch)
     folded = {"ln_linear._fold_kernel"} if stream is None and dtype != FP32 else set()
-    assert {launch.kernel for launch in launches} == (every_kernel() - {"ln_linear._fold_kernel"}) | folded
+    wanted = every_kernel() - {"ln_linear._fold_kernel"} | folded
+    if arch < 90:
+        wanted -= {"quantize._layer_norm_fp8_kernel", "quantize._quick_gelu_fp8_kernel"}
+    assert {launch.kernel for launch in launches} == wanted
     if arch >= 90 and dtype != FP32:
         assert all(launch.descriptors for launch in launches if launch.kernel == "gemm.gemm_kernel")
 
@@ -132,7 +141,8 @@ def test_every_size_binds_forward_and_backward(some: Callable[..., Any], dtype: 
     with fake_gpu(arch) as launches:
         for op, args in some(dtype):
             before = len(launches)
-            run(op, args)
+            for name in ("triton", "library") if op in LIBRARY else ("triton",):
+                run(op, args, name)
             assert len(launches) - before >= 2, (op, [tuple(arg.shape) for arg in args if isinstance(arg, Tensor)])
 
 
@@ -150,7 +160,8 @@ def test_the_number_of_rows_compiles_nothing_anew() -> None:
     with fake_gpu(90) as launches:
         for rows in range(1, 400):
             x = meta(rows, 128, dtype=BF16)
-            run("mlp", (x, *norm(128, BF16), *linear(512, 128, BF16), *linear(128, 512, BF16), EPS, None))
+            for name in ("triton", "library"):
+                run("mlp", (x, *norm(128, BF16), *linear(512, 128, BF16), *linear(128, 512, BF16), EPS, None), name)
     by_kernel: dict[str, set[int]] = {}
     for launch in launches:
         by_kernel.setdefault(launch.kernel, set()).add(id(launch.source))
@@ -159,7 +170,9 @@ def test_the_number_of_rows_compiles_nothing_anew() -> None:
         "gemm.gemm_kernel": 2 * 4,
         "layer_norm._normalise_kernel": 2,  # with and without statistics
         "layer_norm._backward_kernel": 1,
-        "linear_residual._scale_kernel": 1,
+        "library._add_kernel": 1,
+        "linear_residual._scale_kernel": 2,  # with and without the slope of quick_gelu
+        "quick_gelu._forward_kernel": 1,
     }
 
 
@@ -194,6 +207,38 @@ def test_a_block_through_autograd() -> None:
         assert y.dtype == dtype
         assert 9 <= forward <= 20, [launch.kernel for launch in launches]
         assert len(launches) > forward
+
+
+class Made(TorchDispatchMode):
+    """The torch operators inside, and the largest float32 tensor that one made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.largest = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        self.names.append(function._opname)
+        if isinstance(result, Tensor) and result.dtype == torch.float32:
+            self.largest = max(self.largest, result.numel())
+        return result
+
+
+def test_float8_by_the_library_has_no_float32_pass() -> None:
+    """LayerNorm and quick_gelu quantize in one launch each; torch computes the products and the residual alone."""
+    width, rows = 64, 48
+    x, gamma = torch.zeros(rows, width, dtype=BF16), torch.ones(width, dtype=BF16)
+    up = (torch.zeros(4 * width, width, dtype=torch.float8_e4m3fn), torch.ones(4 * width), torch.zeros(4 * width))
+    down = (torch.zeros(width, 4 * width, dtype=torch.float8_e4m3fn), torch.ones(width), torch.zeros(width))
+    with fake_gpu(90) as launches, kernels.backend("library"), torch.no_grad(), Made() as made:
+        kernels.mlp_fp8(x, gamma, gamma, *up, *down, 1.0)
+        kernels.ln_linear_fp8(x, gamma, gamma, *up)
+    names = [launch.kernel for launch in launches]
+    norm = "quantize._layer_norm_fp8_kernel"
+    assert names == [norm, "quantize._quick_gelu_fp8_kernel", norm]
+    assert made.names.count("_scaled_mm") == 3
+    assert made.largest <= 4 * width  # scales
 
 
 # ---- threads and devices

@@ -291,8 +291,9 @@ def test_opcheck_with_kernels(name: str) -> None:
     op, args = OPS[name], cast(CASES[name, FIRST_CASES[name]](), torch.float32, grad=True)
     if "triton" not in usable(op, args):
         pytest.skip(f"no triton kernel of {name} here")
-    with kernels.backend("triton"):
-        torch.library.opcheck(op.registered_saving, args)
+    for backend in {"triton", "library"} & set(op.names):
+        with kernels.backend(backend):
+            torch.library.opcheck(op.registered_saving, args)
 
 
 @pytest.mark.parametrize("name", sorted(FIRST_CASES))
@@ -381,11 +382,12 @@ def test_kernels_keep_a_float32_residual_under_autocast(case: tuple[str, str]) -
     with torch.autocast(DEVICE, low):
         with kernels.backend("reference"):
             wanted = run(op, args)
-        with kernels.backend("triton"):
-            got = run(op, args)
-    for a, b in zip(got, wanted, strict=True):
-        assert a.dtype == b.dtype
-        assert (a - b).double().norm() <= 1e-2 * b.double().norm().clamp(min=1)
+        for name in ("triton", "library"):
+            with kernels.backend(name):
+                got = run(op, args)
+            for a, b in zip(got, wanted, strict=True):
+                assert a.dtype == b.dtype
+                assert (a - b).double().norm() <= 1e-2 * b.double().norm().clamp(min=1)
 
 
 # ---- references against independent torch

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from .. import kernels
 from .fp8 import Fp8Weights
-from .layers import Mlp, check_linear, drop_path_scale, feed_forward
+from .layers import drop_path_scale, feed_forward
 from .overlap import side_by_side
+from .parts import Mlp, add_branch, is_plain, self_attention
 
 
 class DropScales(NamedTuple):
@@ -50,7 +52,12 @@ def cct_attention(
     projection of the frames' tokens depend on x alone. With ``fp8`` that projection takes its weight from there.
     """
     width = x_FLD.shape[-1]
-    check_linear(message_fc)
+    if fp8 is None and drop.fusion is None and drop.diffusion is None and message_ln.eps == ln_1.eps:
+        message_fc_wb, message_ln_wb, ln_1_wb = ((part.weight, part.bias) for part in (message_fc, message_ln, ln_1))
+        if kernels.cpu.takes(x_FLD, *message_fc_wb, *message_ln_wb, *fusion, *ln_1_wb, *diffusion):
+            return kernels.cpu.cross_frame_attention(
+                x_FLD, frames, heads, message_fc_wb, message_ln_wb, fusion, ln_1_wb, diffusion, ln_1.eps
+            )
 
     def message() -> Tensor:
         return kernels.message_kv(
@@ -122,6 +129,7 @@ class FastCCTBlock(nn.Module):
             raise ValueError(f"d_model {d_model} does not divide into {nhead} heads; choose a divisor of {d_model}")
         if num_frames < 1:
             raise ValueError(f"num_frames {num_frames} must be at least 1")
+        self.width = d_model
         self.heads = nhead
         self.num_frames = num_frames
         self.drop_path = drop_path
@@ -132,7 +140,7 @@ class FastCCTBlock(nn.Module):
         self.message_attn = nn.MultiheadAttention(d_model, nhead)
         self.attn = nn.MultiheadAttention(d_model, nhead)
         self.ln_1 = nn.LayerNorm(d_model, layer_norm_eps)
-        self.mlp = Mlp(d_model)
+        self.mlp = Mlp(d_model, activation)
         self.ln_2 = nn.LayerNorm(d_model, layer_norm_eps)
         self.register_module("fp8", None)
 
@@ -148,11 +156,10 @@ class FastCCTBlock(nn.Module):
 
         Raises:
             ValueError: if x is not of that shape, or B * T is not a multiple of T.
-            TypeError: if a linear layer of the block was replaced by something else.
             RuntimeError: if it is quantised, and in training mode or asked for gradients.
         """
         frames = self.num_frames if num_frames is None else num_frames
-        width = self.message_fc.in_features
+        width = self.width
         layout = "(B * T, L, D)" if self.batch_first else "(L, B * T, D)"
         if x.dim() != 3 or x.shape[-1] != width:
             raise ValueError(f"tokens of shape {tuple(x.shape)} given; {layout} with D = {width} wanted")
@@ -165,6 +172,9 @@ class FastCCTBlock(nn.Module):
         if self.fp8 is not None and self.training:
             raise RuntimeError("a quantised block is for inference only: call eval(), or dequantize() to train it")
         drop = self.draw_drop_scales(x_FLD, frames)
+        if not self.is_plain():
+            y_LFD = self._call_modules(x_FLD.transpose(0, 1), frames, drop)
+            return y_LFD.transpose(0, 1) if self.batch_first else y_LFD
         x_FLD = self.attend(x_FLD, frames, drop)
         fc, projection, norm = self.mlp.c_fc, self.mlp.c_proj, self.ln_2
         if self.fp8 is None:
@@ -200,6 +210,19 @@ class FastCCTBlock(nn.Module):
             self.fp8,
         )
 
+    def is_plain(self) -> bool:
+        """Whether the block computes from the parameters of its parts; see ``parts.is_plain``."""
+        return is_plain(self._modules, heads=self.heads, eps=self.ln_1.eps, activation=self.activation)
+
+    def _call_modules(self, x_LFD: Tensor, frames: int, drop: DropScales) -> Tensor:
+        """Equations 7 to 9 by calling the parts, which see tokens in the released layout."""
+        m_TBD = self.message_fc(x_LFD[0]).unflatten(0, (-1, frames)).transpose(0, 1)
+        m_TBD = add_branch(m_TBD, self_attention(self.message_attn, self.message_ln(m_TBD)), drop.fusion, dim=1)
+        m_1FD = m_TBD.transpose(0, 1).flatten(0, 1)[None].to(x_LFD.dtype)
+        normed = self.ln_1(torch.cat([x_LFD, m_1FD]))
+        x_LFD = add_branch(x_LFD, self_attention(self.attn, normed)[:-1], drop.diffusion, dim=1)
+        return add_branch(x_LFD, self.mlp(self.ln_2(x_LFD)), drop.feed_forward, dim=1)
+
     def draw_drop_scales(self, x_FLD: Tensor, frames: int) -> DropScales:
         """Fresh drop path factors for each video and branch; none outside training."""
         if not self.training or self.drop_path == 0.0:
@@ -209,5 +232,4 @@ class FastCCTBlock(nn.Module):
 
 def _attention_weights(attention: nn.MultiheadAttention) -> AttentionWeights:
     out = attention.out_proj
-    check_linear(out)
     return AttentionWeights(attention.in_proj_weight, attention.in_proj_bias, out.weight, out.bias)

@@ -12,15 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .. import kernels
-
-
-class Mlp(nn.Module):
-    """The two linear layers of an FFN; their computation is ``kernels.mlp``."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.c_fc = nn.Linear(width, 4 * width)
-        self.c_proj = nn.Linear(4 * width, width)
+from .parts import Mlp, add_branch, is_plain, self_attention
 
 
 class TransformerBlock(nn.Module):
@@ -43,7 +35,7 @@ class TransformerBlock(nn.Module):
         self.activation = activation
         self.attn = nn.MultiheadAttention(width, heads)
         self.ln_1 = nn.LayerNorm(width, eps)
-        self.mlp = Mlp(width)
+        self.mlp = Mlp(width, activation)
         self.ln_2 = nn.LayerNorm(width, eps)
 
     def forward(
@@ -58,17 +50,38 @@ class TransformerBlock(nn.Module):
             samples: the number of samples in x's first dimension, for drop path; None: each of its rows is one.
         """
         norm = self.ln_1
+        if not self.is_plain():
+            y = self._call_modules(x, attention is not attend, samples)
+            return y if rows is None else y[rows]
         qkv = kernels.ln_linear(x, norm.weight, norm.bias, self.attn.in_proj_weight, self.attn.in_proj_bias, norm.eps)
         mixed = attention(qkv.unflatten(-1, (3, self.heads, -1))).flatten(-2)
         if rows is not None:
             x, mixed = x[rows], mixed[rows]
-        drop: tuple[Tensor | None, Tensor | None] = (None, None)
-        if self.training and self.drop_path > 0.0:
-            count = x.shape[0] if samples is None else samples
-            drop = (drop_path_scale(count, self.drop_path, x), drop_path_scale(count, self.drop_path, x))
+        drop = self._draw_drop_scales(x, samples)
         out = self.attn.out_proj
         x = kernels.linear_residual(mixed, out.weight, out.bias, x, drop[0])
         return feed_forward(x, self.ln_2, self.mlp.c_fc, self.mlp.c_proj, drop[1], self.activation)
+
+    def is_plain(self) -> bool:
+        """Whether the block computes from the parameters of its parts; see ``parts.is_plain``."""
+        return is_plain(self._modules, heads=self.heads, eps=self.ln_1.eps, activation=self.activation)
+
+    def _call_modules(self, x_BSD: Tensor, causal: bool, samples: int | None) -> Tensor:
+        """The block by calling its parts, which see tokens in the released layout (S, B, D)."""
+        drop = self._draw_drop_scales(x_BSD, samples)
+        x_SBD, mask_SS = x_BSD.transpose(0, 1), None
+        if causal:
+            length = x_BSD.shape[1]
+            mask_SS = torch.full((length, length), float("-inf"), device=x_BSD.device).triu(1)
+        x_SBD = add_branch(x_SBD, self_attention(self.attn, self.ln_1(x_SBD), mask_SS), drop[0], dim=1)
+        return add_branch(x_SBD, self.mlp(self.ln_2(x_SBD)), drop[1], dim=1).transpose(0, 1)
+
+    def _draw_drop_scales(self, x: Tensor, samples: int | None) -> tuple[Tensor | None, Tensor | None]:
+        """Fresh drop path factors for each sample and residual branch; none outside training."""
+        if not self.training or self.drop_path == 0.0:
+            return None, None
+        count = x.shape[0] if samples is None else samples
+        return drop_path_scale(count, self.drop_path, x), drop_path_scale(count, self.drop_path, x)
 
 
 def attend(qkv: Tensor) -> Tensor:
@@ -86,7 +99,9 @@ def feed_forward(
     activation: str = "quick_gelu",
 ) -> Tensor:
     """``kernels.mlp`` on the parameters of a LayerNorm and of two linear layers; with "gelu", its parts."""
-    check_linear(fc, projection)
+    parts = (norm.weight, norm.bias), (fc.weight, fc.bias), (projection.weight, projection.bias)
+    if drop_scale is None and kernels.cpu.takes(x, *(parameter for part in parts for parameter in part)):
+        return kernels.cpu.feed_forward(x, *parts, norm.eps, activation)
     if activation == "gelu":
         u = kernels.ln_linear(x, norm.weight, norm.bias, fc.weight, fc.bias, norm.eps)
         return kernels.linear_residual(F.gelu(u), projection.weight, projection.bias, x, drop_scale)
@@ -110,20 +125,6 @@ def run_block(block: nn.Module, recompute: bool, x: Tensor, *args: Any) -> Tenso
         options["context_fn"] = lambda: (contextlib.nullcontext(), kernels.backend(forced))
     result: Tensor = checkpoint(lambda tokens: block(tokens, *args), x, **options)
     return result
-
-
-def check_linear(*modules: object) -> None:
-    """Ours reads parameters instead of calling modules: refuse one whose forward would do more (an adapter, say).
-
-    Raises:
-        TypeError: if a module is no ``torch.nn.Linear``.
-    """
-    for module in modules:
-        if not isinstance(module, nn.Linear):
-            raise TypeError(
-                f"a {type(module).__name__} stands in place of a torch.nn.Linear, and its forward would be ignored: "
-                "merge the adapter into its layer, or put it around the block"
-            )
 
 
 def init_block(block: Any, width: int, layers: int) -> None:

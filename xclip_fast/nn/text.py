@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from .. import kernels
 from ..config import TextConfig
+from ..kernels._linear import linear
 from .layers import TransformerBlock, init_block, run_block
+from .parts import PLAIN, find_change, layer_norm
 
 CACHED_LABEL_SETS = 16
 LABELS_AT_ONCE = 1024  # bounds memory, whatever their number
@@ -27,6 +29,11 @@ class Transformer(nn.Module):
     def __init__(self, blocks: list[nn.Module]) -> None:
         super().__init__()
         self.resblocks = nn.ModuleList(blocks)
+
+
+_PLAIN = PLAIN["quick_gelu"] | {
+    kind: kind.forward for kind in (Transformer, nn.ModuleList, nn.Embedding, TransformerBlock)
+}
 
 
 class TextEncoder(nn.Module):
@@ -84,6 +91,8 @@ class TextEncoder(nn.Module):
             tokens_KL = _with_places(tokens_KL, vectors_PW.shape[0])
         if torch.compiler.is_compiling():
             return self._encode_padded(tokens_KL, *vectors)
+        if find_change(self._modules, _PLAIN, self.config.heads, self.ln_final.eps) is not None:
+            return self._encode_trimmed(tokens_KL, *vectors)
         parameters = [*self.parameters(), *vectors]
         if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters):
             self.forget()  # a training step follows, and fused optimizers change weights without a trace
@@ -142,6 +151,9 @@ class TextEncoder(nn.Module):
         device = self.positional_embedding.device
         # on the tokens' own device, usually the CPU, where reading the lengths waits for nothing
         lengths_K = tokens_KL.argmax(1) + 1
+        # labels of one length beside each other: the attention of a CPU needs no padding
+        lengths_K, order_K = lengths_K.sort(stable=True)
+        tokens_KL = tokens_KL[order_K]
         offsets = F.pad(lengths_K.cumsum(0), (1, 0))
         label_S, place_S = (torch.arange(tokens_KL.shape[1], device=tokens_KL.device) < lengths_K[:, None]).nonzero(
             as_tuple=True
@@ -156,9 +168,21 @@ class TextEncoder(nn.Module):
             inside_S1 = ((vector_S >= 0) & (vector_S < vectors_PW.shape[0]))[:, None]
             x_SW = torch.where(inside_S1, vectors_PW[vector_S.clamp(0, vectors_PW.shape[0] - 1)], x_SW)
         x_SW = x_SW + self.positional_embedding[place_S]
-        return self._project(
-            self._through(x_SW, lambda qkv: kernels.causal_attention_packed(qkv, offsets, longest), offsets[1:] - 1)
-        )
+
+        def attention(qkv_S3HC: Tensor) -> Tensor:
+            if kernels.cpu.takes(qkv_S3HC):
+                return kernels.cpu.causal_attention_packed(qkv_S3HC, lengths_K)
+            return kernels.causal_attention_packed(qkv_S3HC, offsets, longest)
+
+        ends = offsets[1:][order_K.argsort().to(device)] - 1
+        return self._project(self._through(x_SW, attention, ends))
+
+    def _encode_trimmed(self, tokens_KL: Tensor, vectors_PW: Tensor | None = None) -> Tensor:
+        """By calling modules, which see padded labels (longest, K, W); hooks want every call, so nothing is kept."""
+        self.forget()
+        longest = int(tokens_KL.argmax(1).max()) + 1 if len(tokens_KL) else 1
+        parts = tokens_KL[:, :longest].split(LABELS_AT_ONCE)
+        return torch.cat([self._encode_padded(part_KL, vectors_PW) for part_KL in parts])
 
     def _encode_padded(self, tokens_KL: Tensor, vectors_PW: Tensor | None = None) -> Tensor:
         tokens_KL = tokens_KL.to(self.positional_embedding.device)
@@ -175,8 +199,9 @@ class TextEncoder(nn.Module):
     def _through(self, x: Tensor, attention: Callable[[Tensor], Tensor], ends: Any) -> Tensor:
         """All blocks, to the end-of-text rows (K, W): of the last one, nothing else is read, nor computed."""
         last = len(self.transformer.resblocks) - 1
-        for index, block in enumerate(self.transformer.resblocks):
-            x = run_block(block, self.recompute, x, attention, ends if index == last else None)
+        with kernels.cpu.workspace():
+            for index, block in enumerate(self.transformer.resblocks):
+                x = run_block(block, self.recompute, x, attention, ends if index == last else None)
         return x
 
     def _check_room(self, longest: int, vectors_PW: Tensor | None) -> None:
@@ -188,8 +213,7 @@ class TextEncoder(nn.Module):
             )
 
     def _project(self, end_KW: Tensor) -> Tensor:
-        norm = self.ln_final
-        return kernels.ln_linear(end_KW, norm.weight, norm.bias, self.text_projection.T, None, norm.eps)
+        return linear(layer_norm(self.ln_final, end_KW), self.text_projection.T)
 
 
 def _with_places(tokens_KL: Tensor, count: int) -> Tensor:
