@@ -46,7 +46,8 @@ def environment(device: str) -> dict[str, Any]:
     try:
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        commit = None
+        written = Path(__file__).with_name("COMMIT")  # in a bundle, which has no git
+        commit = written.read_text().strip() if written.exists() else None
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else cpu,
         "cpu": cpu,
