@@ -40,8 +40,10 @@ class _Blank:
 
 
 # What training scripts keep beside the weights, by exact name.
-_BUILTINS = ("list", "dict", "set", "frozenset", "tuple", "int", "float", "str", "bool", "complex", "bytearray")
-_BUILTINS += ("object", "slice", "range")
+_BUILTINS = (
+    *("list", "dict", "set", "frozenset", "tuple", "int", "float", "str", "bool", "complex", "bytearray"),
+    *("object", "slice", "range"),
+)
 _HARMLESS: dict[str, type] = {
     **{f"{module}.{name}": _Empty for module in ("builtins", "__builtin__") for name in _BUILTINS},
     **{f"{module}._reconstructor": _Empty for module in ("copyreg", "copy_reg")},
@@ -123,7 +125,7 @@ def own(state: dict[Any, Any], path: Path) -> dict[Any, Any]:
 
 
 # Python's own unpickler, not the one in C: there, a few bytes can ask for gigabytes (the index of a memo)
-class _TorchScriptReader(pickle._Unpickler):  # type: ignore[name-defined,misc]
+class _TorchScriptReader(pickle._Unpickler):
     """Reads the tensors of a TorchScript archive, which is how OpenAI publishes CLIP; its code is not looked at."""
 
     def __init__(self, archive: zipfile.ZipFile) -> None:
