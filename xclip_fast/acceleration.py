@@ -95,7 +95,8 @@ def accelerate(model: Model) -> Model:
                 trial = _try_out(module, parts, style)
                 reason = trial.reason
             if reason is None:
-                module.__class__ = _subclass(type(module), style)
+                original: Any = type(module)
+                module.__class__ = _subclass(original, style)
                 module.__dict__["_trial"] = trial
                 swapped += 1
             else:
@@ -129,7 +130,7 @@ def _types(module: nn.Module, parts: _Parts) -> tuple[type, ...]:
 
 @functools.cache
 def _kinds(types: tuple[type, ...]) -> Kinds:
-    found: dict[Any, Any] = {kind: kind.forward for kind in types if issubclass(kind, nn.Module)}  # type: ignore[attr-defined]
+    found: dict[Any, Any] = {kind: kind.forward for kind in types if issubclass(kind, nn.Module)}
     return {**found, **PLAIN["quick_gelu"]}
 
 
