@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 
 from gpu.case import Case
-from gpu.run import Rows
+from gpu.run import PATIENCE, Rows
 from gpu.stages import SECONDS, STAGES
 
 HERE = Path(__file__).resolve().parent
@@ -149,7 +149,8 @@ def run(args: argparse.Namespace, scratch: Path) -> int:
                     runner.start_early(stage, case)
         for stage, cases in plans.items():
             begin = time.monotonic()
-            runner.run(stage, cases, min(SECONDS[stage], args.seconds or SECONDS[stage]))
+            most = PATIENCE * SECONDS[stage] if args.rehearse else SECONDS[stage]
+            runner.run(stage, cases, min(most, args.seconds or most))
             seconds[stage] = time.monotonic() - begin
     finally:
         runner.stop()
