@@ -90,7 +90,7 @@ def test_two_folders_of_one_name_stay_two_classes(tmp_path):
 def test_folders_of_splits(tmp_path):
     touch(tmp_path / "train/run/1.mp4")
     touch(tmp_path / "val/run/2.mp4")
-    with pytest.raises(ValueError, match=r"splits \(train, val\).*split='train'"):
+    with pytest.raises(ValueError, match=r"splits \(train, val\).*--split train"):
         read_source(tmp_path)
     listing = read_source(tmp_path, split="val")
     assert (listing.root, listing.classes, found(listing)) == (tmp_path / "val", ("run",), [("run/2.mp4", 0)])

@@ -179,11 +179,11 @@ def _folder(request: Request) -> Listing:
     if loose:
         raise ValueError(
             f"{request.path}: has folders, of a class each, and also {len(loose)} videos outside of them "
-            f"({loose[0]!a}); move these, or read all without classes: format='flat'"
+            f"({loose[0]!a}); move these, or read all without classes: --format flat"
         )
     if len(tops) > 0 and {top.lower() for top in tops} <= _SPLIT_NAMES:
         raise ValueError(
-            f"{request.path}: its folders are splits ({', '.join(tops)}), not classes; say which one: split={tops[0]!r}"
+            f"{request.path}: its folders are splits ({', '.join(tops)}), not classes; say which one: --split {tops[0]}"
         )
     number_of, classes = class_numbers(request, tops, [top.replace("_", " ") for top in tops])
     used = {entry.path.split("/", 1)[0] for entry in found}
