@@ -402,7 +402,7 @@ def test_refused_before_the_first_step(videos: Path, tmp_path: Path) -> None:
     refused("text_templates is true", text_templates=True)
     (tmp_path / "labels.txt").write_text("\n".join(["One Thing", *"abcdefgh", "one  thing"]))
     refused(
-        "'One Thing' and 'one  thing' of two classes are the same text",
+        "same text to the model.*'One Thing' and 'one  thing'.*data.labels",
         data__labels=str(tmp_path / "labels.txt"),
         model__num_classes=None,
     )
@@ -599,5 +599,5 @@ def test_the_command_says_what_stopped_it(
 
 def test_a_checkpoint_s_damaged_numbers_are_named(tmp_path: Path) -> None:
     (tmp_path / "progress.json").write_text("{")
-    with pytest.raises(ValueError, match=r"progress.json: is damaged .*delete that folder"):
+    with pytest.raises(ValueError, match=r"progress.json: is not JSON.*delete that folder"):
         training_checkpoint.numbers(tmp_path)

@@ -411,8 +411,8 @@ def main(
     known = {plain_name(name) for name in trained.labels}
     if known and videos.classes and not known & {plain_name(name) for name in videos.classes}:
         log.warning(
-            "%s: none of its %d classes (%s, ...) is among the %d that the checkpoint was trained on (%s, ...); the result "
-            "is zero-shot",
+            "%s: none of its %d classes (%s, ...) is among the %d that the checkpoint was trained on (%s, ...); the "
+            "result is zero-shot",
             *(manifest, len(videos.classes), videos.classes[0], len(known), next(iter(trained.labels))),
         )
     with processes(device) as (place, rank), reserved(out if rank == 0 else None, overwrite):

@@ -59,7 +59,7 @@ def candidates(
 
 
 def same_texts(texts: Sequence[str], context_length: int) -> list[tuple[str, str]]:
-    """Pairs of texts that are one text to the model: the same tokens, after lower case and ``context_length`` tokens."""
+    """Pairs of texts that are one text to the model: the same ``context_length`` tokens, without case."""
     from .tokenizer import tokenize
 
     first: dict[tuple[int, ...], str] = {}

@@ -1,8 +1,8 @@
 """CLIP's byte-pair tokenizer on the `tokenizers` library.
 
 The ids equal those of OpenAI's tokenizer, with which X-CLIP was trained: text is cleaned (`clean`), then NFC, runs of
-white space to one space, lower case, CLIP's word pattern, bytes, merges. `transformers.CLIPTokenizer` gives the same ids
-for text that needs no cleaning; it knows neither HTML entities nor curly quotes.
+white space to one space, lower case, CLIP's word pattern, bytes, merges. `transformers.CLIPTokenizer` gives the same
+ids for text that needs no cleaning; it resolves neither HTML entities nor curly quotes.
 """
 
 from __future__ import annotations

@@ -124,8 +124,8 @@ def _train(config: TrainConfig, process: Process, fresh: bool, held: contextlib.
     )
     if steps < FEW_STEPS and not step:
         records.say(
-            f"note: {steps} steps at a learning rate of {config.optim.lr:g} change little: a step of AdamW moves a weight "
-            "by about the rate. If accuracy stays as it is, raise optim.lr or optim.epochs"
+            f"note: {steps} steps at a learning rate of {config.optim.lr:g} change little: a step of AdamW moves a "
+            "weight by about the rate. If accuracy stays as it is, raise optim.lr or optim.epochs"
         )
     meter = Meter(config, records, data, process, step, steps, epoch_steps)
 

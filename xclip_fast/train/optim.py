@@ -94,7 +94,7 @@ def released_learning_rate(step: int, total: int, warmup: int, base: float, low:
 
 
 def cosine_learning_rate(step: int, total: int, warmup: int, base: float, low: float) -> float:
-    """A line over ``warmup`` steps, whose first step trains too, then half a cosine from ``base`` to ``low``: no jump."""
+    """A line over ``warmup`` steps, whose first step trains, then half a cosine from ``base`` to ``low``: no jump."""
     if step < warmup:
         return base * (step + 1) / (warmup + 1)
     done = (step - warmup) / max(1, total - 1 - warmup)
