@@ -14,9 +14,7 @@ def test_labels_that_are_one_text() -> None:
         ("Swim", "swim"),
         (f"{long}a", f"{long}b"),
     ]
-    with pytest.raises(
-        ValueError, match="same text to the model, which reads 77 tokens without case: 'Swim' and 'swim'"
-    ):
+    with pytest.raises(ValueError, match="same text to the model, which reads 77 tokens without case: 'Swim' and"):
         refuse_same_texts(["Swim", "swim"], 77)
     refuse_same_texts(["swim", "swimming"], 77)
 
