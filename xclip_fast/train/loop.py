@@ -263,8 +263,8 @@ def handle_signals(meter: Meter) -> Iterator[None]:
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 def training_loader(config: TrainConfig, data: Data, model: XCLIP, batch_size: int, process: Process) -> Any:
@@ -272,7 +272,7 @@ def training_loader(config: TrainConfig, data: Data, model: XCLIP, batch_size: i
     from ..data.transforms import TrainTransform
 
     chosen = config.data
-    own = {"frames": chosen.frames or model.config.num_frames, "size": model.config.vision.image_size}
+    own: dict[str, Any] = {"frames": chosen.frames or model.config.num_frames, "size": model.config.vision.image_size}
     names = [field.name for field in dataclasses.fields(TrainTransform) if field.name not in own]
     transform = TrainTransform(**own, **{name: getattr(chosen, name) for name in names})
     return loader(
