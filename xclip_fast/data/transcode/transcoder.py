@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import av
 
-from ..decode.plan import Source, VideoError
+from ..decode.reading import Source, VideoError
 from ..manifest.listing import VIDEO_NAME
 from .reencode import CannotWrite, Settings, add_note, check, reencode
 

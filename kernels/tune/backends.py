@@ -1,30 +1,28 @@
 """Which backend is the fastest on this GPU: what ``python -m xclip_fast.kernels.tune --backends`` measures.
 
-Every backend of every op of the X-CLIP blocks, at their shapes, forward alone and with gradients, and every tile of the
-CUDA library's products. What computes something else than the reference does, in the sense of the tests, is said and
-left out. _choices.py reads what is written.
+Every backend of every op of a model's blocks, at its shapes, forward alone and with gradients, and every tile of the
+CUDA library's products. A backend that computes something else than the reference, in the sense of the tests, is
+reported and left out. _choices.py reads what is written.
 """
 
 import datetime
 import functools
 import importlib.metadata
 import importlib.util
-import itertools
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import _choices, _cuda
-from ._dispatch import OPS, Op, backend
-from .quick_gelu import quick_gelu_reference
-from .tune import LENGTHS, ROWS, WIDTHS, boundaries
+from .. import _choices, _cuda
+from .._dispatch import OPS, Op, backend
+from ..quick_gelu import quick_gelu_reference
+from .shapes import Shape, boundaries
+from .tiles import failures, milliseconds
 
-FRAMES = (8, 64, 256)  # F: one video, batches of 8 and 32
-VIDEO_FRAMES = (8, 16)  # T
-IMAGES = ((224, 32), (224, 16), (224, 14), (336, 14))  # pixels a side, of a patch
-DTYPES = (torch.bfloat16, torch.float16)
+DTYPE = torch.bfloat16
 DEVICE = "cuda"
 EPS = 1e-5
 
@@ -50,54 +48,63 @@ def _is(**sizes: int) -> dict[str, list[int]]:
 # ---- the arguments, in float32
 
 
-def _ln_linear() -> Iterator[Case]:
-    for width, m in itertools.product(WIDTHS, ROWS):
-        where = {"m": boundaries(ROWS, m), **_is(n=3 * width, k=width, activation=0)}
+def _ln_linear(shape: Shape, batches: tuple[int, ...]) -> Iterator[Case]:
+    width, every = shape.width, shape.rows(batches)
+    for m in every:
+        where = {"m": boundaries(every, m), **_is(n=3 * width, k=width, activation=0)}
         yield where, (_normal(m, width), *_norm(width), *_linear(3 * width, width), EPS, False)
 
 
-def _linear_residual() -> Iterator[Case]:
-    for width, m in itertools.product(WIDTHS, ROWS):
-        where = {"m": boundaries(ROWS, m), **_is(n=width, k=width, statistics=0)}
+def _linear_residual(shape: Shape, batches: tuple[int, ...]) -> Iterator[Case]:
+    width, every = shape.width, shape.rows(batches)
+    for m in every:
+        where = {"m": boundaries(every, m), **_is(n=width, k=width, statistics=0)}
         yield where, (_normal(m, width), *_linear(width, width), _normal(m, width), None, EPS, False)
 
 
-def _mlp() -> Iterator[Case]:
-    for width, m in itertools.product(WIDTHS, ROWS):
+def _mlp(shape: Shape, batches: tuple[int, ...]) -> Iterator[Case]:
+    width, every = shape.width, shape.rows(batches)
+    for m in every:
         linears = (*_linear(4 * width, width), *_linear(width, 4 * width))
-        yield {"m": boundaries(ROWS, m), **_is(k=width)}, (_normal(m, width), *_norm(width), *linears, EPS, None)
+        yield {"m": boundaries(every, m), **_is(k=width)}, (_normal(m, width), *_norm(width), *linears, EPS, None)
 
 
-def _message_kv() -> Iterator[Case]:
-    for width, frames, m in itertools.product(WIDTHS, VIDEO_FRAMES, FRAMES):
-        rows = max(m, frames)
+def _frames(shape: Shape, batches: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(shape.frames * batch for batch in batches)
+
+
+def _message_kv(shape: Shape, batches: tuple[int, ...]) -> Iterator[Case]:
+    width, frames = shape.width, shape.frames
+    for m in _frames(shape, batches):
         cfa = (*_linear(3 * width, width), *_linear(width, width))
         ifa = (*_norm(width), *_linear(2 * width, width))
-        args = (_normal(rows, width), frames, *_linear(width, width), *_norm(width), *cfa, *ifa, width // 64, EPS, None)
-        yield {"m": boundaries(FRAMES, m), **_is(k=width, frames=frames)}, args
+        args = (_normal(m, width), frames, *_linear(width, width), *_norm(width), *cfa, *ifa, width // 64, EPS, None)
+        yield {"m": boundaries(_frames(shape, batches), m), **_is(k=width, frames=frames)}, args
 
 
-def _diffusion_attention() -> Iterator[Case]:
-    for width, length, m in itertools.product(WIDTHS, LENGTHS, FRAMES):
-        where = {"m": boundaries(FRAMES, m), **_is(length=length, heads=width // 64, channels=64)}
-        yield where, (_normal(m, length, 3, width // 64, 64), _normal(m, 2, width // 64, 64))
+def _diffusion_attention(shape: Shape, batches: tuple[int, ...]) -> Iterator[Case]:
+    length, heads = shape.tokens, shape.width // 64
+    for m in _frames(shape, batches):
+        where = {"m": boundaries(_frames(shape, batches), m), **_is(length=length, heads=heads, channels=64)}
+        yield where, (_normal(m, length, 3, heads, 64), _normal(m, 2, heads, 64))
 
 
-def _patch_embed() -> Iterator[Case]:
-    for width, (side, patch), m in itertools.product(WIDTHS, IMAGES, FRAMES):
-        length = (side // patch) ** 2 + 1
+def _patch_embed(shape: Shape, batches: tuple[int, ...]) -> Iterator[Case]:
+    width, side, length = shape.width, shape.image, shape.tokens
+    for m in _frames(shape, batches):
         frames = torch.randint(256, (m, side, side, 3), dtype=torch.uint8, device=DEVICE)
-        weight = _normal(width, 3, patch, patch, scale=0.02)
+        weight = _normal(width, 3, shape.patch, shape.patch, scale=0.02)
         args = (frames, weight, _normal(width), _normal(length, width), *_norm(width), [0.45] * 3, [0.225] * 3, EPS)
-        yield {"m": boundaries(FRAMES, m), **_is(length=length, n=width, levels=1)}, args
+        yield {"m": boundaries(_frames(shape, batches), m), **_is(length=length, n=width, levels=1)}, args
 
 
-def _layer_norm() -> Iterator[Case]:
-    for width, m in itertools.product(WIDTHS, ROWS):
-        yield {"m": boundaries(ROWS, m), **_is(k=width)}, (_normal(m, width), *_norm(width), EPS)
+def _layer_norm(shape: Shape, batches: tuple[int, ...]) -> Iterator[Case]:
+    width, every = shape.width, shape.rows(batches)
+    for m in every:
+        yield {"m": boundaries(every, m), **_is(k=width)}, (_normal(m, width), *_norm(width), EPS)
 
 
-WORK: dict[str, Callable[[], Iterator[Case]]] = {
+WORK: dict[str, Callable[[Shape, tuple[int, ...]], Iterator[Case]]] = {
     "ln_linear": _ln_linear,
     "linear_residual": _linear_residual,
     "mlp": _mlp,
@@ -154,60 +161,68 @@ TILE_WORK: dict[str, list[Product]] = {
 # ---- measuring
 
 
-def milliseconds(call: Callable[[], Any]) -> float:
-    """Median GPU time of a call, its data not in the cache."""
-    from triton.testing import do_bench
+def measure(
+    name: str, shape: Shape, batches: tuple[int, ...], deadline: float, say: Callable[[str], None]
+) -> tuple[list[dict[str, Any]], int]:
+    """The rows of one op, or of one product's tiles, and how many contenders were left out as wrong.
 
-    return float(do_bench(call, return_mode="median"))
-
-
-def measure(name: str, say: Callable[[str], None]) -> tuple[list[dict[str, Any]], int]:
-    """The rows of one op, or of one product's tiles, and how many contenders were left out as wrong."""
+    Nothing is begun after ``deadline`` (of ``time.monotonic``); a row has what was timed until then.
+    """
     rows, wrong = [], 0
     architecture = _choices.architecture(torch.empty(0, device=DEVICE))
-    for where, contenders, exact, baseline in _contests(name, say):
+    for where, contest in _contests(name, shape, batches, say):
+        if time.monotonic() >= deadline:
+            say(f"{name} {where}: the time is over")
+            break
+        try:
+            contenders, exact, baseline = contest()
+        except failures() as error:  # the float64 reference finds no memory
+            say(f"{name} {where}: is not measured: {_first_line(error)}")
+            continue
         found: dict[str, float] = {}
         for contender, call in contenders.items():
+            if found and time.monotonic() >= deadline:
+                break
             try:
                 got = call()
-            except RuntimeError as error:  # a tile that was not built, memory that is not there
-                say(f"{name} {where}: {contender} does not run: {(str(error) or 'RuntimeError').splitlines()[0]}")
-                continue
-            if not agrees(got, exact, baseline):
-                say(f"{name} {where}: {contender} COMPUTES SOMETHING ELSE, and is left out")
-                wrong += 1
-                continue
-            found[contender] = milliseconds(call)
+                if not agrees(got, exact, baseline):
+                    say(f"{name} {where}: {contender} COMPUTES SOMETHING ELSE, and is left out")
+                    wrong += 1
+                    continue
+                found[contender] = milliseconds(call)
+            except failures() as error:  # a tile that was not built, a kernel that does not fit, no memory
+                say(f"{name} {where}: {contender} does not run: {_first_line(error)}")
         if found:
             say(f"{name} {where}: " + ", ".join(f"{key} {found[key]:.4f} ms" for key in sorted(found, key=found.get)))  # type: ignore[arg-type]
             rows.append({"arch": architecture, "where": where, "milliseconds": found, "measured": provenance()})
     return rows, wrong
 
 
-Contest = tuple[dict[str, list[Any]], dict[str, Results], list[Tensor], list[Tensor]]
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _contests(name: str, say: Callable[[str], None]) -> Iterator[Contest]:
-    """Where a row holds; the contenders; the result in float64; the same in the dtype, by torch."""
-    for dtype in DTYPES:
-        if name in TILE_WORK:
-            yield from _tile_contests(name, dtype)
-            continue
-        for where, args in WORK[name]():
-            for training in (False, True):
-                yield _op_contest(name, dtype, training, where, args, say)
+# the contenders; the result in float64; the same in the dtype, by torch
+Contest = tuple[dict[str, Results], list[Tensor], list[Tensor]]
+
+
+def _contests(
+    name: str, shape: Shape, batches: tuple[int, ...], say: Callable[[str], None]
+) -> Iterator[tuple[dict[str, list[Any]], Callable[[], Contest]]]:
+    """Where a row holds, and what makes its contest: inference first, then training."""
+    if name in TILE_WORK:
+        yield from _tile_contests(name, shape, batches)
+        return
+    for training in (False, True):
+        for sizes, args in WORK[name](shape, batches):
+            where: dict[str, list[Any]] = {"dtype": [_name(DTYPE)] * 2, "training": [training] * 2, **sizes}
+            yield where, functools.partial(_op_contest, name, training, where, args, say)
 
 
 def _op_contest(
-    name: str,
-    dtype: torch.dtype,
-    training: bool,
-    where: dict[str, list[Any]],
-    args: tuple[Any, ...],
-    say: Callable[[str], None],
+    name: str, training: bool, where: dict[str, list[Any]], args: tuple[Any, ...], say: Callable[[str], None]
 ) -> Contest:
-    op, where = OPS[name], {"dtype": [_name(dtype)] * 2, "training": [training] * 2, **where}
-    given = _cast(args, dtype, training)
+    op, given = OPS[name], _cast(args, DTYPE, training)
     cotangent = torch.randn_like(_run(op, given, None)[0]) if training else None
     exact = _run(op, _cast(given, torch.float64, training), None if cotangent is None else cotangent.double())
     contenders: dict[str, Results] = {}
@@ -218,17 +233,24 @@ def _op_contest(
             say(f"{name} {where}: {candidate.name} refuses: {refused}")
         else:
             contenders[candidate.name] = functools.partial(_run, op, given, cotangent, candidate.name)
-    return where, contenders, exact, _run(op, given, cotangent)
+    return contenders, exact, _run(op, given, cotangent)
 
 
-def _tile_contests(name: str, dtype: torch.dtype) -> Iterator[Contest]:
-    for (more, shape, call, exactly), width, m in itertools.product(TILE_WORK[name], WIDTHS, ROWS):
-        n, k = shape(width)
-        operands = _cast((_normal(m, k), *_linear(n, k)), dtype)
-        names = [tile for tile in _cuda.TILES if tile != "auto"]
-        tiles: dict[str, Results] = {tile: functools.partial(call, *operands, tile) for tile in names}
-        where: dict[str, list[Any]] = {"dtype": [_name(dtype)] * 2, "m": boundaries(ROWS, m), **_is(n=n, k=k, **more)}
-        yield where, tiles, exactly(*_cast(operands, torch.float64)), exactly(*operands)
+def _tile_contests(
+    name: str, shape: Shape, batches: tuple[int, ...]
+) -> Iterator[tuple[dict[str, list[Any]], Callable[[], Contest]]]:
+    every = shape.rows(batches)
+    names = [tile for tile in _cuda.TILES if tile != "auto"]
+    for more, sizes, call, exactly in TILE_WORK[name]:
+        n, k = sizes(shape.width)
+        for m in every:
+            operands = _cast((_normal(m, k), *_linear(n, k)), DTYPE)
+
+            def contest(operands: Any = operands, call: Any = call, exactly: Any = exactly) -> Contest:
+                tiles: dict[str, Results] = {tile: functools.partial(call, *operands, tile) for tile in names}
+                return tiles, exactly(*_cast(operands, torch.float64)), exactly(*operands)
+
+            yield {"dtype": [_name(DTYPE)] * 2, "m": boundaries(every, m), **_is(n=n, k=k, **more)}, contest
 
 
 def _name(dtype: torch.dtype) -> str:
