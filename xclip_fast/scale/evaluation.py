@@ -11,7 +11,7 @@ import numpy as np
 
 from ..data.manifest.manifest import Manifest
 from ..evaluate.loop import evaluate
-from ..evaluate.result import Evaluation
+from ..evaluate.result import Evaluation, Prediction
 from .cluster import ClusterOptions, connect, pool_sizes
 from .stage import ModelSpec
 
@@ -39,7 +39,8 @@ def evaluate_part(model: XCLIP, manifest: Manifest, rows: Sequence[int], **argum
 def merge(manifest: Manifest, parts: Iterable[Part]) -> Evaluation:
     """One result for the whole manifest. Raises ValueError if no video could be evaluated."""
     found: list[Evaluation] = []
-    predictions, failed = [], {}
+    predictions: list[Prediction] = []
+    failed: dict[int, str] = {}
     for rows, result, why in parts:
         failed |= why
         if result is not None:
