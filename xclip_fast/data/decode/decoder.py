@@ -18,7 +18,6 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -28,10 +27,11 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 
 from ..sampling import Sampling, frame_indices
+from ..threads import Job, Threads
 from ..transforms import TestTransform, View, apply_frame
 from .picture import EXACT_COLOUR, Upright
 from .plan import Plan, by_plan, make_plan, still_fits
-from .reading import ReadError, Source, VideoError, all_frames, as_source, log, open_video
+from .reading import ReadError, Source, VideoError, all_frames, as_source, limit, log, open_video, too_slow
 from .windows import Video, Window, decode_span, decode_windows
 
 __all__ = [
@@ -198,32 +198,45 @@ def decode_many(
     """`decode` of each path, in order, by a pool of threads (PyAV gives up the GIL); default one thread per core.
 
     At most two results per worker wait in memory. A bad file raises its VideoError at its place in the order or, with
-    `errors="return"`, stands there instead of the frames.
+    `errors="return"`, stands there instead of the frames. A file whose decoding does not go on for
+    XCLIP_FAST_MAX_SECONDS (environment variable, default 120) is a bad file; its thread is left behind.
     """
     if errors not in ("raise", "return"):
         raise ValueError(f"errors is {errors!r}; it must be 'raise' or 'return'")
     if workers is None:
         workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
-    waiting: deque[Future[torch.Tensor]] = deque()
+    seconds = limit("XCLIP_FAST_MAX_SECONDS")
+    pool = Threads(workers, "decode", lambda: None, seconds)
+    waiting: deque[tuple[Source, Job]] = deque()
 
     def finished() -> torch.Tensor | VideoError:
+        source, job = waiting.popleft()
         try:
-            return waiting.popleft().result()
-        except VideoError as error:
-            if errors == "raise":
-                raise
-            return error
+            return pool.result(job)
+        except TimeoutError:
+            error: VideoError = too_slow(source)
+        except VideoError as bad:
+            error = bad
+        except MemoryError as bad:
+            error = ReadError(f"{source}: not enough memory to decode it")
+            error.__cause__ = bad
+        if errors == "raise":
+            raise error
+        return error
+
+    def work(source: Source) -> Callable[[Any], torch.Tensor]:
+        return lambda _: decode(source, frames, sampling, size=size, stride=stride)
 
     try:
         for path in paths:
-            waiting.append(pool.submit(decode, path, frames, sampling, size=size, stride=stride))
+            source = as_source(path)
+            waiting.append((source, pool.submit(Job(work(source)))))
             if len(waiting) >= 2 * workers:
                 yield finished()
         while waiting:
             yield finished()
     finally:
-        pool.shutdown(cancel_futures=True)
+        pool.close(patience=1)
 
 
 def probe(path: Video) -> VideoInfo:

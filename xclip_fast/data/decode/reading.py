@@ -23,6 +23,7 @@ from av.stream import Disposition
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
+from ..threads import progress
 from .video import printable
 
 if TYPE_CHECKING:
@@ -80,7 +81,12 @@ def as_source(path: str | os.PathLike[str] | Source) -> Source:
     return path if isinstance(path, Source) else Source(os.fspath(path))
 
 
-_DEFAULTS = {"XCLIP_FAST_MAX_PIXELS": 2**26, "XCLIP_FAST_MAX_LEADING_PACKETS": 4096, "XCLIP_FAST_MAX_FRAMES": 2**22}
+_DEFAULTS = {
+    "XCLIP_FAST_MAX_PIXELS": 2**26,  # of one frame
+    "XCLIP_FAST_MAX_FRAMES": 2**22,  # of one video
+    "XCLIP_FAST_MAX_LEADING_PACKETS": 4096,  # before the first frame
+    "XCLIP_FAST_MAX_SECONDS": 120,  # without a packet
+}
 
 
 def limit(name: str) -> int:
@@ -91,6 +97,15 @@ def limit(name: str) -> int:
     if not given.isdecimal() or int(given) < 1:
         raise ValueError(f"{name} is {given!r}; a whole number of at least 1 is wanted")
     return min(int(given), 2**62)
+
+
+def too_slow(source: Source | str) -> VideoError:
+    """The error of a file whose decoding hangs."""
+    seconds = limit("XCLIP_FAST_MAX_SECONDS")
+    return VideoError(
+        f"{source}: decoding did not go on for {seconds} seconds; the environment variable XCLIP_FAST_MAX_SECONDS "
+        "allows more"
+    )
 
 
 class File:
@@ -299,6 +314,7 @@ def packets_of(container: InputContainer, stream: VideoStream) -> Iterator[av.Pa
                 log.warning("%s: %s; using the frames before that", name_of(container), reason(error))
                 return
             if packet.size:  # PyAV ends with an empty packet
+                progress()
                 yield packet
     finally:
         packets.close()  # type: ignore[attr-defined]  # left to the garbage collector, PyAV leaks 150 bytes

@@ -1,10 +1,11 @@
-"""One video encoded anew, frame for frame, so that it decodes fast (see transcode.py)."""
+"""One video encoded anew, frame for frame, so that it decodes fast (see transcoder.py)."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -23,6 +24,7 @@ PRESETS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "sl
 _BT601 = 6  # FFmpeg's AVCOL_SPC_SMPTE170M
 _SAME_SHAPE = 0.02  # relative change of the aspect ratio that rounding of sides explains
 _SCALING = Interpolation.BICUBIC | Interpolation.ACCURATE_RND  # without it, another matrix costs 3 dB
+_REORDER = 32  # frames: more than any codec shows out of order
 _FINEST = 1_000_000  # ticks a second: finer clocks than this overflow what MP4 and H.264 hold
 
 
@@ -74,11 +76,11 @@ class Settings:
 
 def reencode(
     source: str, path: Path, settings: Settings, stopped: Callable[[], bool] = lambda: False
-) -> tuple[list[str], list[Fraction]]:
-    """Encode every frame of `source` that decodes into the MP4 file `path`.
+) -> tuple[list[str], Clock]:
+    """Encode every frame of `source` that decodes into the MP4 file `path`, at even times.
 
-    Returns what is damaged in the source, if anything, and the time of each frame in seconds, the first at 0. Raises
-    VideoError where there is nothing to encode, CannotWrite for what FFmpeg says of the copy, Stopped once `stopped()`.
+    Returns what is damaged in the source, if anything, and the times of its frames, for `finish`. Raises VideoError
+    where there is nothing to encode, CannotWrite for what FFmpeg says of the copy, Stopped once `stopped()`.
     """
     damage: list[str] = []
     shown = Source(source)
@@ -87,15 +89,16 @@ def reencode(
         first = next(frames, None)
         if first is None:
             raise VideoError("; ".join([f"{shown}: no frame can be decoded", *damage]))
-        clock = _Clock(first, stream)
+        clock = Clock(first, stream)
         convert, size = _converter(str(shown), first, settings.short_side)
         with writing(path) as copy:
             rate = stream.average_rate or Fraction(25)
-            output = copy.add_stream("libx264", rate=rate if 1 <= rate <= 1000 else 25, options=settings.options())
+            rate = rate if 1 <= rate <= 1000 else Fraction(25)
+            output = copy.add_stream("libx264", rate=rate, options=settings.options())
             context = output.codec_context
             context.width, context.height, context.pix_fmt = *size, "yuv420p"
             context.thread_count = 1  # the same bytes on any machine; other files keep the other cores busy
-            context.time_base = clock.unit
+            context.time_base = 1 / rate
             context.colorspace, context.color_range = _BT601, ColorRange.MPEG
             context.color_primaries, context.color_trc = first.color_primaries, first.color_trc  # not converted
             if stream.sample_aspect_ratio:
@@ -104,30 +107,38 @@ def reencode(
             frame: VideoFrame | None = first
             while frame is not None:
                 picture = convert(frame)
-                picture.pts, picture.duration, picture.time_base = *clock.tick(frame), clock.unit
+                picture.pts, picture.duration, picture.time_base = len(clock.given), 1, 1 / rate
+                clock.add(frame)
                 picture.pict_type = 0  # the encoder decides
                 with _writing_errors():
                     copy.mux(output.encode(picture))
                 frame = next(frames, None)
             with _writing_errors():
                 copy.mux(output.encode(None))
-    return damage, [time * clock.unit for time in clock.times]
+    return damage, clock
 
 
-def add_note(path: Path, copy: Path, note: str) -> None:
-    """The same packets with `note` as the comment, and the index before them."""
+def finish(path: Path, copy: Path, clock: Clock, note: str) -> None:
+    """The same packets at the frames' times, with `note` as the comment, and the index before them."""
+    times = clock.times()
+    left = iter(zip(times, [*times[1:], times[-1] + clock.last], strict=True))
     with av.open(f"file:{path}") as source, writing(copy, movflags="+faststart") as container:
         container.metadata["comment"] = note
         output = container.add_stream_from_template(source.streams.video[0])
+        output.time_base = clock.unit
         for packet in source.demux(video=0):
             if packet.size:
-                packet.stream = output
+                time, after = next(left, (0, 0))  # without B frames, packets come in the frames' order
+                packet.stream, packet.time_base = output, clock.unit
+                packet.pts = packet.dts = time
+                packet.duration = after - time
                 with _writing_errors():
                     container.mux(packet)
 
 
-def check(path: Path, times: list[Fraction]) -> None:
-    """Raise VideoError unless the file holds a packet for each of these times, in seconds."""
+def check(path: Path, clock: Clock) -> None:
+    """Raise VideoError unless the file holds a packet for each frame, at its time."""
+    times = [time * clock.unit for time in clock.times()]
     try:
         with av.open(f"file:{path}") as container:
             found = [p.pts * p.time_base for p in container.demux(video=0) if p.size and p.pts is not None]
@@ -197,8 +208,12 @@ def _frames(
         damage.append(f"{patched} of {count} frames are patched up by the decoder")
 
 
-class _Clock:
-    """Presentation times of the frames, from 0 at the first, each later than the one before."""
+class Clock:
+    """The times of a video's frames, collected in the order in which the decoder gives them.
+
+    `given`: in units of `unit` seconds, None where a frame has no time. `step`: between frames of the average rate.
+    `last`: how long the last frame is shown.
+    """
 
     def __init__(self, first: VideoFrame, stream: VideoStream) -> None:
         base = first.time_base or stream.time_base or Fraction(1, 90000)
@@ -206,26 +221,57 @@ class _Clock:
         self.unit = Fraction(1, min(base.denominator, _FINEST))
         self._scale = base / self.unit
         rate = stream.average_rate or Fraction(25)
-        self._step = max(1, round(1 / (rate * self.unit)))
-        self._start: int | None = None
-        self.times: list[int] = []
+        self.step = max(1, round(1 / (rate * self.unit)))
+        self.last = self.step
+        self.given: list[int | None] = []
 
-    def tick(self, frame: VideoFrame) -> tuple[int, int]:
-        """Time and duration of the next frame."""
-        before = self.times[-1] if self.times else -self._step
-        if frame.pts is None:  # some AVI files, bare streams
-            time = before + self._step
-        else:
-            given = round(frame.pts * self._scale)
-            if self._start is None:
-                self._start = given
-            time = given - self._start
-            if time <= before - self._step:  # the clock was set back: joined recordings
-                self._start = given - before - self._step
-                time = before + self._step
-            time = max(time, before + 1)
-        self.times.append(time)
-        return time, round((frame.duration or 0) * self._scale) or self._step
+    def add(self, frame: VideoFrame) -> None:
+        self.given.append(None if frame.pts is None else round(frame.pts * self._scale))
+        self.last = round((frame.duration or 0) * self._scale) or self.step
+
+    def times(self) -> list[int]:
+        return frame_times(self.given, self.step)
+
+
+def frame_times(given: Sequence[int | None], step: int) -> list[int]:
+    """When each frame is shown, from 0 at the first, each later than the one before.
+
+    `given`: the frames' times in the order of display; None for unknown: `step` after the one before (some AVI files,
+    bare streams). AVI keeps no times of display, so that those of B frames go back and forth: they are sorted. Where a
+    clock was really set back (joined recordings), the times go on from there.
+    """
+    filled: list[int] = []
+    for time in given:
+        filled.append(time if time is not None else (filled[-1] + step if filled else 0))
+    times: list[int] = []
+    start = 0  # of a recording
+    latest = filled[0] if filled else 0
+    for place in range(1, len(filled) + 1):
+        if place < len(filled):
+            restart = filled[place] < latest and _is_restart(filled, start, place, latest, step)
+            latest = filled[place] if restart else max(latest, filled[place])
+            if not restart:
+                continue
+        part = sorted(filled[start:place])
+        begin = times[-1] + step if times else 0
+        for time in part:
+            time = time - part[0] + begin
+            times.append(max(time, times[-1] + 1) if times else time)
+        start = place
+    return times
+
+
+def _is_restart(times: Sequence[int], start: int, place: int, latest: int, step: int) -> bool:
+    """Whether the clock was set back at `place`: further than B frames go, or to times that are taken already."""
+    if latest - times[place] > _REORDER * step:
+        return True
+    ahead = times[place : place + _REORDER]
+    taken = sorted(times[max(start, place - 2 * _REORDER) : place])
+    again = 0
+    for time in ahead:
+        at = bisect_left(taken, time)
+        again += any(abs(other - time) * 5 < step * 3 for other in taken[max(0, at - 1) : at + 1])
+    return again >= min(3, len(ahead))
 
 
 def _converter(
