@@ -392,12 +392,14 @@ def main(
     device: str = "auto",
     dtype: str = "auto",
     workers: int | None = None,
+    run: Callable[..., Evaluation] = evaluate,
 ) -> Evaluation | None:
     """Read a checkpoint and a manifest, ``evaluate``, print the figures, write the files into ``out``.
 
     The arguments are those of ``evaluate``. Of ``frames``, ``sampling``, ``stride``, ``labels`` and ``templates`` those
     left out are as the checkpoint was trained (``trained.Trained``); ``templates`` may be True or False, too. Under
-    torchrun each process takes its part of the videos; the first prints and writes, the others return None.
+    torchrun each process takes its part of the videos; the first prints and writes, the others return None. ``run``
+    takes the place of ``evaluate``, as on a cluster (``scale.evaluation``).
 
     Raises:
         FileExistsError: before anything is computed, if ``out`` holds an evaluation and ``overwrite`` is not set.
@@ -420,7 +422,7 @@ def main(
         if labels is None and videos.classes:
             labels = trained.texts(videos.classes, model.config.num_classes is not None)
         with Bar(hidden=rank > 0) as bar:
-            result = evaluate(
+            result = run(
                 model,
                 videos,
                 clips=clips,
