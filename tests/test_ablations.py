@@ -430,7 +430,7 @@ def test_a_timm_vit_with_messages_or_another_grid(tmp_path, caplog: pytest.LogCa
     save_file(timm_like(), tmp_path / "vit")
     with caplog.at_level(logging.WARNING, "xclip_fast"):
         found = XCLIP.from_pretrained(tmp_path / "vit")
-    assert "is an image ViT; what it has not starts untrained: logit_scale, mit, prompts_generator" in caplog.text
+    assert "is an image ViT. Parameters missing from it are randomly initialized: logit_scale, mit, prompts_generator" in caplog.text
     assert found.config.vision == dataclasses.replace(VIT, image_size=32, layers=2)
 
 

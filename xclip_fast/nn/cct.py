@@ -106,7 +106,7 @@ class FastCCTBlock(nn.Module):
 
     Shape:
         (L, B * T, D) -> (L, B * T, D), or with ``batch_first`` (B * T, L, D) -> (B * T, L, D); the T frames of
-        a video are neighbours.
+        a video are neighbors.
     """
 
     fp8: Fp8Weights | None  # what XCLIP.quantize puts there; it may be used in evaluation mode only
@@ -156,7 +156,7 @@ class FastCCTBlock(nn.Module):
 
         Raises:
             ValueError: if x is not of that shape, or B * T is not a multiple of T.
-            RuntimeError: if it is quantised, and in training mode or asked for gradients.
+            RuntimeError: if it is quantized, and in training mode or asked for gradients.
         """
         frames = self.num_frames if num_frames is None else num_frames
         width = self.width
@@ -170,7 +170,7 @@ class FastCCTBlock(nn.Module):
                 f"batch_first={self.batch_first}, which takes {layout}"
             )
         if self.fp8 is not None and self.training:
-            raise RuntimeError("a quantised block is for inference only: call eval(), or dequantize() to train it")
+            raise RuntimeError("a quantized block is for inference only: call eval(), or dequantize() to train it")
         drop = self.draw_drop_scales(x_FLD, frames)
         if not self.is_plain():
             y_LFD = self._call_modules(x_FLD.transpose(0, 1), frames, drop)
