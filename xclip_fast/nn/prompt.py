@@ -32,10 +32,11 @@ class PromptLayer(nn.Module):
             text_BKE = text + attention(norm(text), patches_BNE)
             result: Tensor = text_BKE + self.mlp(self.norm3(text_BKE))
             return result
-        query = kernels.ln_linear(text, norm.weight, norm.bias, attention.q_proj.weight, None, norm.eps)
-        mixed_BKE = attention.attend(
-            query, linear(patches_BNE, attention.k_proj.weight), linear(patches_BNE, attention.v_proj.weight)
+        query, key, value = (
+            (layer.weight, layer.bias) for layer in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
+        asked = kernels.ln_linear(text, norm.weight, norm.bias, *query, norm.eps)
+        mixed_BKE = attention.attend(asked, linear(patches_BNE, *key), linear(patches_BNE, *value))
         text_BKE = text.expand(patches_BNE.shape[0], -1, -1)
         text_BKE = kernels.linear_residual(mixed_BKE, attention.proj.weight, attention.proj.bias, text_BKE)
         return feed_forward(text_BKE, self.norm3, self.mlp[0], self.mlp[2])
