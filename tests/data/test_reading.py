@@ -401,3 +401,33 @@ def test_slow_is_not_hung(folder, monkeypatch):
     monkeypatch.setenv("XCLIP_FAST_MAX_SECONDS", "1")
     (video,) = decode_many([folder / "EIO_a.webm"], 2)
     assert video.shape == (2, 224, 224, 3)
+
+
+# ---- what a file is
+
+
+def test_joined_transport_streams_last_as_long_as_their_parts(tmp_path):
+    """The second recording's clock starts anew. The duration was that of the longer part."""
+    whole = b""
+    for number, frames in enumerate((40, 25)):
+        part = tmp_path / f"{number}.ts"
+        write_clip(part, render("moving up", number, frames=frames))
+        whole += part.read_bytes()
+    path = tmp_path / "joined.ts"
+    path.write_bytes(whole)
+    info = probe(path)
+    assert info.frames == 65
+    assert info.duration == pytest.approx(65 / 25, abs=0.05)
+    assert info.fps == pytest.approx(25, abs=0.5)
+
+
+def test_animated_webp_is_named(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    pictures = [image.fromarray(frame) for frame in render("moving up", 0, frames=3)]
+    path = tmp_path / "a.mp4"
+    pictures[0].save(path, "WEBP", save_all=True, append_images=pictures[1:])
+    with pytest.raises(VideoError, match=r"is an animated WebP, which FFmpeg cannot decode; convert it to mp4"):
+        probe(path)
+    pictures[0].save(path, "WEBP")
+    with pytest.raises(VideoError, match="is a picture, not a video"):
+        probe(path)

@@ -19,6 +19,7 @@ from av.video.reformatter import ColorRange, Colorspace, Interpolation
 
 from xclip_fast.data.decode.decoder import decode_frames, probe
 from xclip_fast.data.decode.reading import Source, all_frames, open_video
+from xclip_fast.data.decode.times import frame_times
 from xclip_fast.data.motion import render, write_clip
 from xclip_fast.data.transcode import reencode as encoder
 from xclip_fast.data.transcode import transcoder as module
@@ -620,4 +621,4 @@ BACK_AND_FORTH = [1, 3, 4, 2, 6, 7, 5, 8, 9, 10, 12, 13, 11]
 )
 def test_frame_times(given, wanted):
     """Times that go back and forth are sorted; a clock that was set back goes on."""
-    assert encoder.frame_times(given, 1) == wanted
+    assert frame_times(given, 1) == wanted

@@ -19,6 +19,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any, Literal
 
 import numpy as np
@@ -32,6 +33,7 @@ from ..transforms import TestTransform, View, apply_frame
 from .picture import EXACT_COLOUR, Upright
 from .plan import Plan, by_plan, make_plan, still_fits
 from .reading import ReadError, Source, VideoError, all_frames, as_source, limit, log, open_video, too_slow
+from .times import frame_times
 from .windows import Video, Window, decode_span, decode_windows
 
 __all__ = [
@@ -256,9 +258,10 @@ def probe(path: Video) -> VideoInfo:
         if plan is not None and first.pts != plan.pts[0]:
             plan = None  # what the packets promise is not what a decode yields
         height, width = Upright()(first, np.empty((first.height, first.width, 1))).shape[:2]
-        times = plan.pts if plan else [first.pts, *(frame.pts for frame in frames)]
-        count, known = len(times), [time for time in times if time is not None]
-        span = (max(known) - min(known)) * (stream.time_base or 0) if known else 0
+        base = stream.time_base or Fraction(1, 90000)
+        step = max(1, round(1 / ((stream.average_rate or 25) * base)))
+        times = plan.pts if plan else frame_times([first.pts, *(frame.pts for frame in frames)], step)
+        count, span = len(times), (times[-1] - times[0]) * base
         # The span of n frames is n - 1 intervals; the last frame lasts as long as the others did on average.
         rate = (count - 1) / span if span else stream.average_rate or 25
         duration = float(count / rate)
@@ -324,7 +327,7 @@ def _pick(
             raise VideoError(f"{source}: no frame can be decoded ({stream.codec_context.codec.canonical_name})")
     try:
         last = pick(total)[-1]
-    except VideoError as error:
+    except (VideoError, IndexError) as error:
         if plan is not None and total < len(plan.pts):
             raise VideoError(
                 f"{source}: is damaged: only {total} of its {len(plan.pts)} frames can be decoded"

@@ -223,7 +223,7 @@ def open_video(path: str | os.PathLike[str] | Source, threads: int = 1) -> Itera
     try:
         try:
             with _opened(source, file) as container:
-                yield container, _video_stream(source, container, threads)
+                yield container, _video_stream(source, file, container, threads)
         except (av.FFmpegError, OSError, MemoryError) as error:
             if lacks_memory(error):
                 raise ReadError(f"{source}: not enough memory to decode it") from error
@@ -258,8 +258,10 @@ def _opened(source: Source, file: File) -> Iterator[InputContainer]:
         container.close()
 
 
-def _video_stream(source: Source, container: InputContainer, threads: int) -> VideoStream:
+def _video_stream(source: Source, file: File, container: InputContainer, threads: int) -> VideoStream:
     if is_picture(container):
+        if _is_animated_webp(file):
+            raise VideoError(f"{source}: is an animated WebP, which FFmpeg cannot decode; convert it to mp4")
         raise VideoError(f"{source}: is a picture, not a video")
     videos = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
     if not videos or container.format.name == "tty":  # FFmpeg "plays" any text as a terminal session
@@ -288,6 +290,12 @@ def is_picture(container: InputContainer) -> bool:
     name = container.format.name
     still = container.metadata.get("major_brand") in ("avif", "heic", "heix", "mif1")  # they share MP4's form
     return still or name == "image2" or name.endswith("_pipe")
+
+
+def _is_animated_webp(file: File) -> bool:
+    file.seek(0)
+    head = file.read(21)
+    return head[:4] == b"RIFF" and head[8:16] == b"WEBPVP8X" and bool(head[20] & 2)
 
 
 def reason(error: BaseException) -> str:
