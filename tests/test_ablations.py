@@ -281,9 +281,9 @@ def test_a_linear_head_takes_the_place_of_text() -> None:
 def test_similarity_refuses_what_are_no_features_of_this_model() -> None:
     model = build(FULL)
     features, text = model.encode_video(frames()), model.encode_text(LABELS)
-    with pytest.raises(TypeError, match="text_features is a list; what encode_text returns"):
+    with pytest.raises(TypeError, match="text_features is a list; the result of encode_text"):
         model.similarity(features, LABELS)
-    with pytest.raises(TypeError, match="video_features is a Tensor; what encode_video returns"):
+    with pytest.raises(TypeError, match="video_features is a Tensor; the result of encode_video"):
         model.similarity(features.video, text)
     with pytest.raises(ValueError, match=r"text features of shape \(4, 32\).*\(K, 64\) wanted"):
         model.similarity(features, text[:, :32])

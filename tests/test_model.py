@@ -215,10 +215,10 @@ def test_empty_batch_in_training_with_drop_path() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"num_frames": "8"}, "wrong kind"),
+        ({"num_frames": "8"}, "a whole number wanted"),
         ({"vision": None}, "an object with keys is wanted"),
-        ({"embed_dim": None}, "wrong kind"),
-        ({"vision": {"patch_size": 0}}, "wrong kind"),
+        ({"embed_dim": None}, "a whole number wanted"),
+        ({"vision": {"patch_size": 0}}, "must be at least 1"),
         ({"image_mean": [1]}, "three numbers wanted"),
         ({"image_std": [0, 0, 0]}, "must be above 0"),
         ({"mit_layers": -1}, "must be at least 0"),
