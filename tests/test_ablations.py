@@ -182,7 +182,7 @@ def test_drop_path_of_a_plain_block_drops_whole_videos(monkeypatch: pytest.Monke
         ({"vision": {"pre_norm": 0}}, "True or False wanted"),
         ({"text": {"layers": 0}}, "at least 1"),
         ({"vision": {"layer_norm_eps": "1e-6"}}, r"write 1\.0e-6"),
-        ({"layer_norm_eps": None}, "a number of at least 0 wanted"),
+        ({"layer_norm_eps": None}, "a number wanted"),
     ],
 )
 def test_wrong_switches_are_refused(values: dict[str, object], message: str) -> None:
@@ -430,7 +430,10 @@ def test_a_timm_vit_with_messages_or_another_grid(tmp_path, caplog: pytest.LogCa
     save_file(timm_like(), tmp_path / "vit")
     with caplog.at_level(logging.WARNING, "xclip_fast"):
         found = XCLIP.from_pretrained(tmp_path / "vit")
-    assert "is an image ViT. Parameters missing from it are randomly initialized: logit_scale, mit, prompts_generator" in caplog.text
+    assert (
+        "is an image ViT. Parameters missing from it are randomly initialized: logit_scale, mit, prompts_generator"
+        in caplog.text
+    )
     assert found.config.vision == dataclasses.replace(VIT, image_size=32, layers=2)
 
 
