@@ -9,8 +9,8 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import Interpolation
 
 EXACT_COLOR = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
-"""Flags for swscale: its RGB is then within half a level of the exact value. Its default is a level too dark and does not
-interpolate colors; it takes an eighth of the time, which is 0.2 ms less for a frame of 340x256."""
+"""Flags for swscale: its RGB is then within half a level of the exact value. Its default is a level too dark and does
+not interpolate colors; it takes an eighth of the time, which is 0.2 ms less for a frame of 340x256."""
 
 
 class Upright:

@@ -42,7 +42,7 @@ _GIVE_UP = 5  # runs in a row that fail without a bad file among them: it is DAL
 
 
 class Transform(Protocol):
-    """The interface of `TrainTransform` and `TestTransform`. With an attribute `random` that is False, `rng` is None."""
+    """The interface of `TrainTransform` and `TestTransform`. If `random` is False, `rng` is None."""
 
     def views(self, total: int, width: int, height: int, rng: Any) -> list[View]: ...
 

@@ -212,11 +212,11 @@ class Loader:
         self._new_report(self._batches(epoch)[:batch])
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Resumes from a saved state. Raises ValueError if it belongs to another dataset, seed, batch size or transform."""
+        """Resumes from a saved state. Raises ValueError if it is of another dataset, seed, batch size or transform."""
         for name, here in self._identity().items():
             if state.get(name) != here:
                 raise ValueError(
-                    f"this state belongs to another dataset or another order: its {name} is {state.get(name)!r}, here it is "
+                    f"this state belongs to another dataset or order: its {name} is {state.get(name)!r}, here it is "
                     f"{here!r}. Resume with what it was saved with, or start a new run"
                 )
         self._enter({int(row): reason for row, reason in state.get("bad", {}).items()})

@@ -449,7 +449,7 @@ def summary(manifest: Manifest) -> str:
 
 
 def _on_the_cpu(videos: Sequence[Video]) -> str:
-    """The share of videos that a GPU can decode, and why not the others. Of more than 5000, a random 5000 are counted."""
+    """The share of videos that a GPU can decode, and why not the others. Of over 5000, a random 5000 are counted."""
     from ..decode.dali_support import supported
 
     chosen = np.random.default_rng(0).permutation(len(videos))[:5000]
