@@ -586,3 +586,18 @@ def test_a_damaged_cache_is_noticed(manifest: Manifest, tmp_path: Path) -> None:
     assert _told(batches) == plain
     assert not batches.report.bad
     assert _told(loader(data, TRAIN, 4, workers=0, cache=tmp_path)) == plain
+
+
+def test_seek(manifest: Manifest) -> None:
+    reference = loader(manifest, TRAIN, 4, seed=5, shuffle=True, workers=0)
+    epochs = [_told(reference) for _ in range(2)]
+    found = loader(manifest, TRAIN, 4, seed=5, shuffle=True, workers=0)
+    found.seek(1, 2)
+    assert _told(found) == epochs[1][2:]
+    assert found.epoch == 2
+    found.seek(0, 0)
+    assert _told(found) == epochs[0]
+    with pytest.raises(ValueError, match="batch is 99; an epoch has"):
+        found.seek(0, 99)
+    with pytest.raises(ValueError, match="epoch is -1"):
+        found.seek(-1, 0)

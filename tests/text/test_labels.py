@@ -16,6 +16,8 @@ def test_labels_that_are_one_text() -> None:
     ]
     with pytest.raises(ValueError, match="same text to the model, which reads 77 tokens without case: 'Swim' and"):
         refuse_same_texts(["Swim", "swim"], 77)
+    with pytest.raises(ValueError, match="'swim' and 'swim'"):
+        refuse_same_texts(["swim"] * 2, 77)
     refuse_same_texts(["swim", "swimming"], 77)
 
 

@@ -15,6 +15,7 @@ from ..console import complain
 if TYPE_CHECKING:
     from ..data.inputs import Inputs
     from ..model import XCLIP
+    from ..weights.recipe import Trained
 
 CHUNK = 1024  # labels or stored videos at once: bounds memory, whatever their number
 
@@ -143,6 +144,16 @@ def set_threads(threads: int | None) -> None:
         import torch
 
         torch.set_num_threads(threads)
+
+
+def read_recipe(checkpoint: Path | None) -> Trained:
+    """What the checkpoint was trained with; a checkpoint without weights is refused before anything else."""
+    from ..weights.checkpoint import find_weights
+    from ..weights.recipe import Trained
+
+    if checkpoint is not None:
+        find_weights(checkpoint)
+    return Trained.read(checkpoint)
 
 
 def load_model(checkpoint: Path | None, variant: str | None, random_weights: bool) -> XCLIP:

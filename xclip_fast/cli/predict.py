@@ -41,6 +41,7 @@ from .options import (
     find_videos,
     load_model,
     parse_labels,
+    read_recipe,
     set_threads,
 )
 
@@ -99,9 +100,8 @@ def classify(
     from ..data.remote import Limits
     from ..inference.batches import Answer, Reading, answers
     from ..text.labels import refuse_same_texts
-    from ..weights.recipe import Trained
 
-    trained = Trained.read(checkpoint)
+    trained = read_recipe(checkpoint)
     names = list(trained.labels.values()) if labels is None else parse_labels(labels)
     if not names:
         raise typer.BadParameter(

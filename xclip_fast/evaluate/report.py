@@ -75,8 +75,9 @@ def reserved(folder: str | os.PathLike[str] | None, overwrite: bool) -> Iterator
         return
     target = Path(os.path.realpath(folder))
     home = target if target.is_dir() else target.parent
-    home.mkdir(parents=True, exist_ok=True)
     try:
+        check_folder(folder, overwrite)
+        home.mkdir(parents=True, exist_ok=True)
         with locked(home / f".{target.name}.evaluating", folder):
             check_folder(folder, overwrite)
             yield
@@ -87,6 +88,9 @@ def reserved(folder: str | os.PathLike[str] | None, overwrite: bool) -> Iterator
 def check_folder(folder: str | os.PathLike[str], overwrite: bool) -> None:
     """Raise FileExistsError if an evaluation must not go there, NotADirectoryError if it cannot."""
     folder = Path(folder)
+    above = next((parent for parent in folder.parents if parent.exists()), None)
+    if above is not None and not above.is_dir():
+        raise NotADirectoryError(f"{folder}: {above} is a file; choose a folder that can be made")
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder}: is a file; a folder for the evaluation's files wanted")
     there = [name for name in FILES if (folder / name).exists()]

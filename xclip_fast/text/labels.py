@@ -65,8 +65,9 @@ def same_texts(texts: Sequence[str], context_length: int) -> list[tuple[str, str
     first: dict[tuple[int, ...], str] = {}
     pairs = []
     for text, row in zip(texts, tokenize(list(texts), context_length).tolist(), strict=True):
-        if (other := first.setdefault(tuple(row), text)) is not text:
+        if (other := first.get(tuple(row))) is not None:
             pairs.append((other, text))
+        first.setdefault(tuple(row), text)
     return pairs
 
 

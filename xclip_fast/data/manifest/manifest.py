@@ -73,6 +73,8 @@ class Manifest:
         Raises ValueError for a file that is not a manifest, naming the line, and OSError if it cannot be read.
         """
         path = Path(path)
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder, not a manifest. To make one of it: xclip-fast index {path}")
         with open(path, "rb") as file:
             header = _header(path, file.readline())
             videos = tuple(_rows(path, enumerate(file, 2), len(header["classes"])))

@@ -114,10 +114,10 @@ def transcode(
         if there and not overwrite:
             made = _made(target)
             if made is None:
-                return "failed", f"{shown}: {goal} is there and not a copy made by this; overwrite replaces it"
+                return "failed", f"{shown}: {goal} is there and not a copy made by this; --overwrite replaces it"
             if made["settings"] != asdict(settings):
                 changed = ", ".join(f"{key} {value}" for key, value in made["settings"].items())
-                return "failed", f"{shown}: {goal} was made with other settings ({changed}); overwrite replaces it"
+                return "failed", f"{shown}: {goal} was made with other settings ({changed}); --overwrite replaces it"
             status = os.stat(name)
             if made["size"] == status.st_size and (
                 made["mtime_ns"] == status.st_mtime_ns or made.get("digest") == _digest(name)
