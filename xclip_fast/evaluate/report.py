@@ -99,7 +99,7 @@ def check_folder(folder: str | os.PathLike[str], overwrite: bool) -> None:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """What ran it: the device's name and the versions."""
+    """The device's name and the versions of the packages, for the summary."""
     import torch
 
     from .. import __version__
