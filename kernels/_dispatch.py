@@ -27,7 +27,9 @@ from . import _choices
 
 logger = logging.getLogger("xclip_fast")
 
-BACKENDS = ("reference", "triton", "cuda", "library", "sdpa", "flash_attn", "xformers", "apex")
+# of ops, and of the parts of a block (cct_block)
+BACKENDS = ("reference", "fused", "triton", "cuda", "library")
+BACKENDS += ("cudnn", "flash", "efficient", "flash_attn", "flash_attn_3", "flash_attn_4", "xformers")
 OPS: dict[str, "Op"] = {}
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 FLOAT8 = torch.float8_e4m3fn
@@ -60,6 +62,7 @@ class Backend:
     refuse: Callable[..., str | None] | None = None
     # takes some shapes only and computes no gradients: asked for, it is the first choice, not the only one
     partial: bool = False
+    parts: tuple[str, ...] = ()  # backends of its parts: who asks for one of these asks for this one
 
     def refusal(self, args: tuple[Any, ...], trained: bool = False) -> str | None:
         """Why this backend does not take ``args``, or None if it does; ``trained``: gradients are wanted."""
@@ -80,17 +83,7 @@ class Backend:
         return self.refuse(*args) if self.refuse else None
 
 
-# ops made of matrix products
-_PRODUCTS = {"causal_attention_packed", "diffusion_attention", "linear_residual", "ln_linear", "message_kv", "mlp"}
-
-
-def _in_float32(args: tuple[Any, ...]) -> bool:
-    """Whether the products are computed in float32: nothing is in half precision, nor will be by autocast."""
-    tensors = [arg for arg in args if isinstance(arg, Tensor) and arg.is_floating_point()]
-    return not torch.is_autocast_enabled(tensors[0].device.type) and all(t.dtype == torch.float32 for t in tensors)
-
-
-_INSTALLED = frozenset(name for name in ("triton", "flash_attn", "xformers") if importlib.util.find_spec(name))
+_INSTALLED = frozenset(name for name in ("triton",) if importlib.util.find_spec(name))
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -105,8 +98,6 @@ def triton_backend(op: str, refuse: Callable[..., str | None] | None = None) -> 
         device = next(arg.device.type for arg in args if isinstance(arg, Tensor))
         if device != "cuda" and not (INTERPRETED and _forced == "triton"):
             return f"device {device} is not cuda (TRITON_INTERPRET=1 and backend triton run it slowly anywhere)"
-        if op in _PRODUCTS and _forced != "triton" and _in_float32(args):
-            return "exact float32 products use no tensor cores: left to the library unless triton is asked for"
         return refuse(*args) if refuse else None
 
     return Backend(
@@ -185,7 +176,7 @@ class Op:
         self.sizes = sizes
         self.differentiable = differentiable
         self.backends = (*backends, Backend("reference", reference, dtypes=dtypes))
-        self.names = tuple(candidate.name for candidate in self.backends)
+        self.names = tuple(name for candidate in self.backends for name in (candidate.name, *candidate.parts))
         parameters = list(inspect.signature(reference).parameters)
         self.autocast = tuple(parameters.index(name) for name in autocast)
         OPS[self.name] = self
@@ -201,7 +192,7 @@ class Op:
         measured: tuple[str, ...] = ()
         candidates = self.backends
         if _checked(_forced) in self.names:
-            candidates = tuple(candidate for candidate in candidates if candidate.name == _forced)
+            candidates = tuple(each for each in candidates if _forced in (each.name, *each.parts))
             if candidates[0].partial:
                 candidates += tuple(candidate for candidate in self.backends if candidate.name != _forced)
         else:

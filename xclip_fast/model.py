@@ -19,8 +19,8 @@ from . import checkpoint, kernels, quantization
 from .config import VisionConfig, XCLIPConfig, variant
 from .kernels._linear import linear
 from .kernels.patch_embed import constants
-from .nn.cct import FastCCTBlock
-from .nn.layers import TransformerBlock, WithoutInit, attend, init_block, init_linear, run_block
+from .nn.cct import FastCCTBlock, Stream, with_spare_row
+from .nn.layers import TransformerBlock, WithoutInit, init_block, init_linear, run_block
 from .nn.mit import MultiFrameIntegration
 from .nn.prompt import VideoSpecificPrompt
 from .nn.text import TextEncoder, Transformer
@@ -74,10 +74,15 @@ class VisionTower(nn.Module):
                 self.config.image_std,
                 self.ln_pre.eps,
             )
-        given = (num_frames,) if self.config.vision.cross_frame else (attend, None, x_FLD.shape[0] // num_frames)
+        if not self.config.vision.cross_frame:
+            plain = (False, None, 0, None, x_FLD.shape[0] // num_frames)
+            for block in self.transformer.resblocks:
+                x_FLD = run_block(block, self.recompute, x_FLD, *plain)
+            return x_FLD
+        stream = Stream(with_spare_row(x_FLD))
         for block in self.transformer.resblocks:
-            x_FLD = run_block(block, self.recompute, x_FLD, *given)
-        return x_FLD
+            stream = run_block(block, self.recompute, stream, num_frames)
+        return stream.x[:, :-1]
 
     def _embed(self, frames: Tensor) -> Tensor:
         """Equation 4 without CLIP's LayerNorm behind it: the ViTs of Table 10."""
@@ -188,7 +193,7 @@ class XCLIP(nn.Module):
         batch, frames = video.shape[:2]
         x_FLD = self.visual(video.flatten(0, 1), frames)
         norm = self.visual.ln_post
-        h_FE = kernels.ln_linear(x_FLD[:, 0], norm.weight, norm.bias, self.visual.proj.T, None, norm.eps)
+        h_FE = linear(kernels.layer_norm(x_FLD[:, 0], norm.weight, norm.bias, norm.eps), self.visual.proj.T)
         h_BTE = h_FE.unflatten(0, (batch, frames))
         return VideoFeatures(
             video=h_BTE.mean(1) if self.mit is None else self.mit(h_BTE),

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import functools
+import logging
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .. import kernels
 
+logger = logging.getLogger("xclip_fast")
+
 
 class Mlp(nn.Module):
-    """The two linear layers of an FFN; their computation is ``kernels.mlp``."""
+    """The two linear layers of an FFN; the block computes with them."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -47,55 +50,88 @@ class TransformerBlock(nn.Module):
         self.ln_2 = nn.LayerNorm(width, eps)
 
     def forward(
-        self, x: Tensor, attention: Callable[[Tensor], Tensor], rows: Any = None, samples: int | None = None
+        self,
+        x: Tensor,
+        causal: bool = False,
+        offsets: Tensor | None = None,
+        longest: int = 0,
+        rows: Tensor | None = None,
+        samples: int | None = None,
     ) -> Tensor:
         """A block, or what is read of its output.
 
         Args:
-            x: (..., D).
-            attention: maps the packed projection (..., 3, H, D / H) to (..., H, D / H).
-            rows: an index into x; only these rows are taken past the attention and returned. None: all.
+            x: (F, S, D), or (M, D) with ``offsets``.
+            causal: no row of a sequence sees a later one.
+            offsets: (K + 1,) integer: x holds K causal sequences of unequal length, one after another; sequence k owns
+                rows offsets[k] to offsets[k + 1] - 1. longest: rows of the longest.
+            rows: (R,) integer: only these of all rows are taken past the attention, and returned (R, D). None: all.
             samples: the number of samples in x's first dimension, for drop path; None: each of its rows is one.
         """
-        norm = self.ln_1
-        qkv = kernels.ln_linear(x, norm.weight, norm.bias, self.attn.in_proj_weight, self.attn.in_proj_bias, norm.eps)
-        mixed = attention(qkv.unflatten(-1, (3, self.heads, -1))).flatten(-2)
-        if rows is not None:
-            x, mixed = x[rows], mixed[rows]
         drop: tuple[Tensor | None, Tensor | None] = (None, None)
         if self.training and self.drop_path > 0.0:
             count = x.shape[0] if samples is None else samples
             drop = (drop_path_scale(count, self.drop_path, x), drop_path_scale(count, self.drop_path, x))
-        out = self.attn.out_proj
-        x = kernels.linear_residual(mixed, out.weight, out.bias, x, drop[0])
-        return feed_forward(x, self.ln_2, self.mlp.c_fc, self.mlp.c_proj, drop[1], self.activation)
+        linears = {"out": self.attn.out_proj, "fc": self.mlp.c_fc, "projection": self.mlp.c_proj}
+        return compute(
+            linears,
+            self.ln_2.eps,
+            x=x,
+            ln_1_weight=self.ln_1.weight,
+            ln_1_bias=self.ln_1.bias,
+            in_weight=self.attn.in_proj_weight,
+            in_bias=self.attn.in_proj_bias,
+            ln_2_weight=self.ln_2.weight,
+            ln_2_bias=self.ln_2.bias,
+            heads=self.heads,
+            eps=self.ln_1.eps,
+            activation=self.activation,
+            drop_attention=drop[0],
+            drop_feed_forward=drop[1],
+            causal=causal,
+            offsets=offsets,
+            longest=longest,
+            rows=rows,
+        )[0]
 
 
-def attend(qkv: Tensor) -> Tensor:
-    """Every row of a sequence over all of them: (B, S, 3, H, C) to (B, S, H, C)."""
-    query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
+def compute(linears: Mapping[str, Any], eps: float, **given: Any) -> tuple[Tensor, kernels.Statistics | None]:
+    """``kernels.cct_block`` on a block's linear layers and its other arguments.
+
+    A layer that was replaced (LoRA, quantized) is called as it is, and the block runs out of torch's parts.
+
+    Args:
+        linears: the modules by their names in ``kernels.Block``.
+        eps: of ln_2, which must be that of the others.
+    """
+    assert eps == given["eps"]
+    weights = {f"{name}_weight": getattr(module, "weight", None) for name, module in linears.items()}
+    biases = {f"{name}_bias": getattr(module, "bias", None) for name, module in linears.items()}
+    block = kernels.Block(**weights, **biases, **given)
+    replaced = {name: module for name, module in linears.items() if not is_plain(module)}
+    if not replaced:
+        return kernels.cct_block(block)
+    if not torch.compiler.is_compiling():
+        _log_replaced(", ".join(sorted({type(module).__name__ for module in replaced.values()})))
+
+    def apply(name: str, x: Tensor) -> Tensor:
+        result: Tensor = replaced[name](x) if name in replaced else kernels.own_linear(block, name, x)
+        return result
+
+    return kernels.composed(block, apply), None
 
 
-def feed_forward(
-    x: Tensor,
-    norm: nn.LayerNorm,
-    fc: Any,
-    projection: Any,
-    drop_scale: Tensor | None = None,
-    activation: str = "quick_gelu",
-) -> Tensor:
-    """``kernels.mlp`` on the parameters of a LayerNorm and of two linear layers; with "gelu", its parts."""
-    check_linear(fc, projection)
-    if activation == "gelu":
-        u = kernels.ln_linear(x, norm.weight, norm.bias, fc.weight, fc.bias, norm.eps)
-        return kernels.linear_residual(F.gelu(u), projection.weight, projection.bias, x, drop_scale)
-    return kernels.mlp(
-        x, norm.weight, norm.bias, fc.weight, fc.bias, projection.weight, projection.bias, norm.eps, drop_scale
-    )
+def is_plain(module: object) -> bool:
+    """Whether a module computes what torch's Linear does with a weight and a bias."""
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward and module.bias is not None
 
 
-def run_block(block: nn.Module, recompute: bool, x: Tensor, *args: Any) -> Tensor:
+@functools.cache
+def _log_replaced(kinds: str) -> None:
+    logger.warning("%s in place of torch's Linear: these blocks run out of torch's parts, not as one op", kinds)
+
+
+def run_block(block: nn.Module, recompute: bool, x: Any, *args: Any) -> Any:
     """``block(x, *args)``; with ``recompute`` only x is kept for backward, which runs the block again.
 
     Random numbers (drop path) and the backend are those of the first run.
@@ -108,22 +144,7 @@ def run_block(block: nn.Module, recompute: bool, x: Tensor, *args: Any) -> Tenso
     if not torch.compiler.is_compiling():  # traced, a block is one graph and its backend settled
         forced = kernels.forced_backend()
         options["context_fn"] = lambda: (contextlib.nullcontext(), kernels.backend(forced))
-    result: Tensor = checkpoint(lambda tokens: block(tokens, *args), x, **options)
-    return result
-
-
-def check_linear(*modules: object) -> None:
-    """Ours reads parameters instead of calling modules: refuse one whose forward would do more (an adapter, say).
-
-    Raises:
-        TypeError: if a module is no ``torch.nn.Linear``.
-    """
-    for module in modules:
-        if not isinstance(module, nn.Linear):
-            raise TypeError(
-                f"a {type(module).__name__} stands in place of a torch.nn.Linear, and its forward would be ignored: "
-                "merge the adapter into its layer, or put it around the block"
-            )
+    return checkpoint(lambda tokens: block(tokens, *args), x, **options)
 
 
 def init_block(block: Any, width: int, layers: int) -> None:

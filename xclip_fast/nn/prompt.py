@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import kernels
 from ..kernels._linear import linear
-from .layers import feed_forward, init_linear
+from .layers import init_linear
 
 
 class CrossAttention(nn.Module):
@@ -41,7 +41,7 @@ class PromptLayer(nn.Module):
         """text (K, E), shared by the videos, or (B, K, E); patches (B, N, E), normalised. Returns (B, K, E)."""
         attention, norm = self.cross_attn, self.norm1
         batch = patches_BNE.shape[0]
-        query = kernels.ln_linear(text, norm.weight, norm.bias, attention.q_proj.weight, None, norm.eps)
+        query = linear(kernels.layer_norm(text, norm.weight, norm.bias, norm.eps), attention.q_proj.weight)
         mixed = F.scaled_dot_product_attention(
             self._split(query).expand(batch, -1, -1, -1),
             self._split(linear(patches_BNE, attention.k_proj.weight)),
@@ -49,8 +49,11 @@ class PromptLayer(nn.Module):
         )
         mixed_BKE = mixed.transpose(1, 2).flatten(-2)
         text_BKE = text.expand(batch, -1, -1)
-        text_BKE = kernels.linear_residual(mixed_BKE, attention.proj.weight, attention.proj.bias, text_BKE)
-        return feed_forward(text_BKE, self.norm3, self.mlp["0"], self.mlp["3"])
+        text_BKE = text_BKE + linear(mixed_BKE, attention.proj.weight, attention.proj.bias)
+        norm, fc, projection = self.norm3, self.mlp["0"], self.mlp["3"]
+        hidden = linear(kernels.layer_norm(text_BKE, norm.weight, norm.bias, norm.eps), fc.weight, fc.bias)
+        result: Tensor = text_BKE + linear(kernels.quick_gelu(hidden), projection.weight, projection.bias)
+        return result
 
     def _split(self, x: Tensor) -> Tensor:
         """(..., rows, E) to heads first, (..., H, rows, E / H)."""

@@ -6,7 +6,6 @@ K labels, S tokens of all labels, W width, E embedding size.
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from .. import kernels
 from ..config import TextConfig
+from ..kernels._linear import linear
 from .layers import TransformerBlock, init_block, run_block
 
 CACHED_LABEL_SETS = 16
@@ -156,9 +156,7 @@ class TextEncoder(nn.Module):
             inside_S1 = ((vector_S >= 0) & (vector_S < vectors_PW.shape[0]))[:, None]
             x_SW = torch.where(inside_S1, vectors_PW[vector_S.clamp(0, vectors_PW.shape[0] - 1)], x_SW)
         x_SW = x_SW + self.positional_embedding[place_S]
-        return self._project(
-            self._through(x_SW, lambda qkv: kernels.causal_attention_packed(qkv, offsets, longest), offsets[1:] - 1)
-        )
+        return self._project(self._through(x_SW, (True, offsets, longest), offsets[1:] - 1))
 
     def _encode_padded(self, tokens_KL: Tensor, vectors_PW: Tensor | None = None) -> Tensor:
         tokens_KL = tokens_KL.to(self.positional_embedding.device)
@@ -169,14 +167,19 @@ class TextEncoder(nn.Module):
             x_KLW = torch.cat([x_KLW[:, :1], inside_KPW, x_KLW[:, 1 + vectors_PW.shape[0] :]], 1)
         x_KLW = x_KLW + self.positional_embedding[: tokens_KL.shape[1]]
         end_K = tokens_KL.argmax(1)
-        ends = torch.arange(end_K.shape[0], device=end_K.device), end_K
-        return self._project(self._through(x_KLW, _causal_attention_padded, ends))
+        ends_K = torch.arange(end_K.shape[0], device=end_K.device) * tokens_KL.shape[1] + end_K
+        return self._project(self._through(x_KLW, (True, None, 0), ends_K))
 
-    def _through(self, x: Tensor, attention: Callable[[Tensor], Tensor], ends: Any) -> Tensor:
-        """All blocks, to the end-of-text rows (K, W): of the last one, nothing else is read, nor computed."""
+    def _through(self, x: Tensor, sequences: tuple[bool, Tensor | None, int], ends_K: Tensor) -> Tensor:
+        """All blocks, to the end-of-text rows (K, W): of the last one, nothing else is read, nor computed.
+
+        Args:
+            sequences: whether they are causal, the offsets of packed ones, and the longest of these.
+            ends_K: each label's end among all rows of x.
+        """
         last = len(self.transformer.resblocks) - 1
         for index, block in enumerate(self.transformer.resblocks):
-            x = run_block(block, self.recompute, x, attention, ends if index == last else None)
+            x = run_block(block, self.recompute, x, *sequences, ends_K if index == last else None)
         return x
 
     def _check_room(self, longest: int, vectors_PW: Tensor | None) -> None:
@@ -189,15 +192,10 @@ class TextEncoder(nn.Module):
 
     def _project(self, end_KW: Tensor) -> Tensor:
         norm = self.ln_final
-        return kernels.ln_linear(end_KW, norm.weight, norm.bias, self.text_projection.T, None, norm.eps)
+        return linear(kernels.layer_norm(end_KW, norm.weight, norm.bias, norm.eps), self.text_projection.T)
 
 
 def _with_places(tokens_KL: Tensor, count: int) -> Tensor:
     """``count`` zeros behind the first token, where vectors take their places; the ends stay the largest numbers."""
     places = tokens_KL.new_zeros(tokens_KL.shape[0], count)
     return torch.cat([tokens_KL[:, :1], places, tokens_KL[:, 1:]], 1)
-
-
-def _causal_attention_padded(qkv_KL3HC: Tensor) -> Tensor:
-    query, key, value = qkv_KL3HC.permute(2, 0, 3, 1, 4).unbind(0)
-    return F.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2)
