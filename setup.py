@@ -14,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -107,11 +107,11 @@ if WISH == "1" and NVCC is None:
     raise SystemExit("XCLIP_FAST_CUDA=1, but nvcc is not on the PATH, in CUDA_HOME or in /usr/local/cuda/bin")
 
 setup(
-    packages=["xclip_fast", "xclip_fast.data", "xclip_fast.kernels", "xclip_fast.kernels.triton", "xclip_fast.nn"],
+    packages=[*find_packages(include=["xclip_fast*"]), "xclip_fast.kernels", "xclip_fast.kernels.triton"],
     package_dir={"xclip_fast.kernels": "kernels", "xclip_fast.kernels.triton": "kernels/triton"},
     package_data={
         "xclip_fast": ["py.typed", "configs/*.yaml"],
-        "xclip_fast.data": ["*.gz", "*.txt"],
+        "xclip_fast.text": ["*.gz", "*.txt"],
         "xclip_fast.kernels": ["*.json"],
         "xclip_fast.kernels.triton": ["*.json"],
     },

@@ -30,8 +30,8 @@ import torch
 from decoders import FULL, PLANNED, SEEKING, STORED, contenders_of, full_decode
 from scenes import COPY, FILMS, GENERATED, film, write_clips
 
-from xclip_fast.data.decode import Source, probe
-from xclip_fast.data.manifest import Manifest, index
+from xclip_fast.data.decode.decoder import Source, probe
+from xclip_fast.data.manifest.manifest import Manifest, index
 from xclip_fast.data.sampling import frame_indices
 from xclip_fast.data.transforms import TestTransform
 
@@ -233,7 +233,7 @@ def loader_rows(cell: Cell, paths: list[Path], device: str, seconds: float) -> l
 
 
 def make_loader(manifest: Manifest, frames: int, device: str, decoder: str) -> Any:
-    from xclip_fast.data.loader import loader
+    from xclip_fast.data.loader.loader import loader
 
     if decoder == "dali" and device != "cuda":
         raise ValueError("DALI decodes H.264 on a GPU only, and there is none here")

@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xclip_fast import XCLIP
-from xclip_fast.data.loader import loader
-from xclip_fast.data.manifest import Manifest
+from xclip_fast.data.loader.loader import loader
+from xclip_fast.data.manifest.manifest import Manifest
 from xclip_fast.data.transforms import TestTransform
-from xclip_fast.label_names import candidates
+from xclip_fast.text.labels import candidates
 
 
 def batches(manifest: Manifest, model: XCLIP, args: argparse.Namespace) -> Any:

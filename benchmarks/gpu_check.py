@@ -31,12 +31,12 @@ from xclip_fast.kernels import _cuda
 from xclip_fast.kernels._dispatch import OPS, backend
 
 from xclip_fast import XCLIP
-from xclip_fast.data.dali_graph import missing
+from xclip_fast.data.decode.dali_support import missing
 from xclip_fast.nn import overlap
 
 HERE = Path(__file__).parent
 NO_GPU = 77  # what the program of checks says where it finds none
-TESTS = tuple(f"tests/test_{name}.py" for name in ("ops", "cct", "fp8_ops", "fp8", "gpu", "cuda_library"))
+TESTS = ("tests/kernels", "tests/nn", "tests/inference")
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=--import-mode=importlib"]
 
 
@@ -179,9 +179,9 @@ def data_wait(
     The share of the time that it waited for data, and clips/s, after the first ten steps. `clips` files are made and
     each stands in the manifest often, so that an epoch is long; they are in the page cache, so no disk is measured.
     """
-    from xclip_fast import train
-    from xclip_fast.data.manifest import index
+    from xclip_fast.data.manifest.manifest import index
     from xclip_fast.data.motion import CLASSES, write_dataset
+    from xclip_fast.train import loop as train
 
     videos = folder / "videos"
     write_dataset(videos, -(-clips // len(CLASSES)), size=size, frames=64, preset="veryfast", g=12, bf=0)
@@ -221,7 +221,7 @@ def main() -> int:
         return 1
     environment = {**os.environ, "XCLIP_FAST_REQUIRE_GPU": "1"}
     dali = missing() is None
-    tests = [*TESTS, "tests/test_dali.py"] if dali else TESTS
+    tests = [*TESTS, "tests/data/test_dali.py"] if dali else TESTS
     if (
         not args.skip_tests
         and subprocess.run([*PYTEST, *tests], cwd=HERE.parent, env=environment, check=False).returncode

@@ -105,6 +105,13 @@ def resident(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
+def failure(error: BaseException) -> str:
+    """One line for a row's note. Triton's own errors (OutOfResources, CompilationError) are no RuntimeErrors."""
+    said = str(error).strip().splitlines()
+    name = "" if type(error) is RuntimeError and said else f"{type(error).__name__}: " if said else type(error).__name__
+    return f"failed: {name}{said[0] if said else ''}"
+
+
 def measure(contenders: dict[str, Callable[[], Any]], device: str, seconds: float) -> dict[str, dict[str, Any]]:
     """Time the contenders in turn (A B A B ...), within about ``seconds``.
 
@@ -120,8 +127,8 @@ def measure(contenders: dict[str, Callable[[], Any]], device: str, seconds: floa
             first = time.perf_counter()
             output, peak = peak_memory(call, device)
             first = time.perf_counter() - first
-        except RuntimeError as error:  # out of memory, or a compiler that fails: the others go on
-            results[name] = {"note": f"failed: {(str(error) or type(error).__name__).splitlines()[0]}"}
+        except Exception as error:  # out of memory, or a compiler that fails: the others go on
+            results[name] = {"note": failure(error)}
             continue
         # a CUDA graph writes its next result to the same place
         output = tuple(part.clone() for part in output) if isinstance(output, tuple) else output.clone()

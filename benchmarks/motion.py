@@ -22,7 +22,7 @@ from typing import Any
 
 import measuring
 
-from xclip_fast.data.manifest import Manifest
+from xclip_fast.data.manifest.manifest import Manifest
 
 # Each row has what the row before it has.
 MODELS = {
@@ -41,9 +41,9 @@ def by_order(confusion: Any) -> tuple[float, float]:
 
 
 def test(checkpoint: Path, manifest: Path) -> dict[str, float]:
-    from xclip_fast.evaluate import evaluate
+    from xclip_fast.evaluate.loop import evaluate
     from xclip_fast.model import XCLIP
-    from xclip_fast.trained import Trained
+    from xclip_fast.weights.recipe import Trained
 
     given = Trained.read(checkpoint).choose()
     result = evaluate(XCLIP.from_pretrained(checkpoint), Manifest.read(manifest), workers=0, **given)
@@ -67,7 +67,7 @@ def main() -> int:
     begin = time.perf_counter()
     data = args.work / "data"
     given = ["--clips", str(args.clips), "--test-clips", str(args.test_clips), "--seed", str(args.seed)]
-    subprocess.run([sys.executable, "-m", "xclip_fast.cli", "motion", str(data), *given], check=True)
+    subprocess.run([sys.executable, "-m", "xclip_fast", "motion", str(data), *given], check=True)
     train, held_out = (data / split / "manifest.jsonl" for split in ("train", "test"))
     made = time.perf_counter() - begin
     print(f"{10 * (args.clips + args.test_clips)} clips in {made:.0f} s", flush=True)

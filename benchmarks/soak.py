@@ -25,12 +25,12 @@ import av
 import measuring
 import numpy as np
 
-from xclip_fast.data.decode import probe
-from xclip_fast.data.loader import loader
-from xclip_fast.data.manifest import Manifest
+from xclip_fast.data.decode.decoder import probe
+from xclip_fast.data.decode.video import Video, pack_plan
+from xclip_fast.data.loader.loader import loader
+from xclip_fast.data.manifest.manifest import Manifest
 from xclip_fast.data.motion import CLASSES, render, write_clip
 from xclip_fast.data.transforms import TrainTransform
-from xclip_fast.data.video import Video, pack_plan
 
 CODECS = (("libx264", ".mp4"), ("libx265", ".mkv"), ("libvpx-vp9", ".webm"), ("mjpeg", ".avi"), ("mpeg4", ".mp4"))
 CLIP_FRAMES, CLIP_SIZE = 12, (72, 96)

@@ -47,6 +47,9 @@ OURS, GRAPHED, FP8 = "xclip-fast", "xclip-fast graph", "xclip-fast fp8"
 EAGER, COMPILED = "Hugging Face", "HF compiled"
 GRAPHED_UP_TO = 8  # videos: beyond, launches hide behind the GPU's work, and a graph only keeps memory
 HF_INSTALLED = importlib.util.find_spec("transformers") is not None
+AV_INSTALLED = importlib.util.find_spec("av") is not None
+COMPILE_SECONDS = {"cuda": 150.0, "cpu": 60.0}  # what the compiled peer must have left before its compilation starts
+COMPILED_BATCH = 32  # the compiled peer runs at the batch size nearest to this
 GPU_BATCHES = (1, 8, 32, 64, 128, 256, 512)  # until throughput grows by less than SATURATED
 SATURATED = 1.05
 FP8_COSINE = 0.99  # of its outputs with those in bfloat16; less is an error, not float8 (fp8.py measures accuracy)
@@ -249,7 +252,7 @@ def contenders_of(
     if compiled:
         torch._dynamo.reset()
         compiled_peer = torch.compile(peer, mode="max-autotune" if device.type == "cuda" else "default")
-        with contextlib.suppress(RuntimeError):  # compile now, not in a timed call; an error comes again, and is noted
+        with contextlib.suppress(Exception):  # compile now, not in a timed call; an error comes again, and is noted
             compiled_peer()
         yield COMPILED, compiled_peer
 
@@ -265,7 +268,7 @@ def forgetful(model: xclip_fast.XCLIP, video: Tensor, tokens: Tensor) -> Tensor:
 
 
 def decoded(paths: list[Path], frames: int, size: int) -> Tensor:
-    from xclip_fast.data.decode import decode_many
+    from xclip_fast.data.decode.decoder import decode_many
 
     videos: Any = decode_many(paths, frames=frames, sampling="sparse", size=size)
     return torch.stack(list(videos))
@@ -327,6 +330,21 @@ def plan(costs: dict[Cell, tuple[float, float]], seconds: float) -> dict[Cell, t
                 planned[cell] = (planned[cell][0], 1.1 * costs[cell][1])
                 seconds -= planned[cell][1]
     return planned
+
+
+def compiled_cells(cells: list[Cell]) -> set[Cell]:
+    """The one cell of each variant in which Hugging Face's model is compiled.
+
+    It is in the first precision, on the tower where that is asked for, at the batch size nearest to COMPILED_BATCH.
+    Compiling again for every batch size and work would take most of the time.
+    """
+
+    def rank(cell: Cell) -> tuple[bool, int]:
+        return cell.work != "tower", abs(cell.batch - COMPILED_BATCH)
+
+    first = [cell for cell in cells if cell.work != "files" and cell.precision == cells[0].precision]
+    variants = dict.fromkeys(cell.variant for cell in first)
+    return {min((cell for cell in first if cell.variant == variant), key=rank) for variant in variants}
 
 
 def rows_of(
@@ -397,10 +415,19 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.fp8:  # a second one of ours
         costs |= {cell: (2 * costs[cell][0], costs[cell][1]) for cell in cells if cell.precision == "bf16"}
     planned = plan(costs, 0.75 * (deadline - time.perf_counter()))  # the rest is for building the models
+    to_compile = compiled_cells(cells) if args.compile else set()
     rows: list[dict[str, Any]] = []
+    report = {
+        "environment": measuring.environment(args.device),
+        "labels": {"count": len(lengths), "tokens": sum(lengths), "longest": max(lengths)},
+        "backend": args.backend,
+        "gemm_flop_per_s": rates,
+        "rows": rows,
+    }
+    variants = sorted(args.variants, key=lambda variant: args.compile and variant != "B/16-8f")
     with tempfile.TemporaryDirectory() as folder:
-        files = write_clips(Path(folder)) if "files" in args.works else []
-        for variant in args.variants:
+        files = write_clips(Path(folder)) if "files" in args.works and AV_INSTALLED else []
+        for variant in variants:
             mine = [cell for cell in cells if cell.variant == variant]
             model = xclip_fast.XCLIP(variant).eval()
             hf = huggingface(model) if HF_INSTALLED and any(planned[cell][1] for cell in mine) else None
@@ -411,22 +438,24 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 key = (cell.precision, cell.work)
                 if before.get(key) == 0:
                     continue
-                if not ours_s or left < ours_s / 2:
+                if not ours_s or left < ours_s / 2 or (cell.work == "files" and not AV_INSTALLED):
                     rows += [blank(cell, OURS, costs[cell][0])]
                     continue
-                for module in filter(None, (model, hf)):
-                    module.to(args.device, PRECISIONS[cell.precision])
-                fp8 = quantized(model) if args.fp8 and cell.precision == "bf16" and cell.work != "files" else None
                 peer = hf if peer_s and left >= peer_s + ours_s / 2 else None
                 allotted = left * (ours_s + peer_s) / ahead if left < math.inf else left
-                with torch.inference_mode():
-                    contenders = dict(contenders_of(cell, model, fp8, peer, args.labels, files, args.compile))
-                    results = measuring.measure(contenders, args.device, allotted)
-                    group = rows_of(cell, results, lengths, rates[cell.precision], args.device)
+                compiles = cell in to_compile and left >= COMPILE_SECONDS[args.device]
+                try:
+                    group = measured(cell, args, model, peer, files, compiles, allotted, lengths, rates[cell.precision])
+                except Exception as error:  # as when memory runs out before the first call: the other cells go on
+                    group = [blank(cell, OURS, 0.0) | {"note": measuring.failure(error)}]
                 model.clear_graphs()
                 if cell.work != "files" and not peer:
                     group.append(blank(cell, EAGER, costs[cell][1]))
+                if cell in to_compile and peer and not compiles:
+                    group.append(blank(cell, COMPILED, COMPILE_SECONDS[args.device]))
                 rows += group
+                if args.json:  # after every cell: a run that is stopped keeps what it measured
+                    measuring.write_json(args.json, report)
                 speed = group[0].get("views_per_second", 0.0)
                 grows = speed > SATURATED * before.get(key, 0.0)
                 before[key] = speed if grows or not args.until_saturated else 0.0
@@ -434,13 +463,29 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                     f"{cell.variant} {cell.precision} x{cell.batch} {WORKS[cell.work]}: {speed:.3g} views/s",
                     file=sys.stderr,
                 )
-    return {
-        "environment": measuring.environment(args.device),
-        "labels": {"count": len(lengths), "tokens": sum(lengths), "longest": max(lengths)},
-        "backend": args.backend,
-        "gemm_flop_per_s": rates,
-        "rows": rows,
-    }
+    return report
+
+
+def measured(
+    cell: Cell,
+    args: argparse.Namespace,
+    model: xclip_fast.XCLIP,
+    hf: Any,
+    files: list[Path],
+    compiles: bool,
+    seconds: float,
+    lengths: list[int],
+    rate: float,
+) -> list[dict[str, Any]]:
+    """The rows of one cell. Building the contenders, compilation included, counts in its ``seconds``."""
+    end = time.perf_counter() + seconds
+    for module in filter(None, (model, hf)):
+        module.to(args.device, PRECISIONS[cell.precision])
+    fp8 = quantized(model) if args.fp8 and cell.precision == "bf16" and cell.work != "files" else None
+    with torch.inference_mode():
+        contenders = dict(contenders_of(cell, model, fp8, hf, args.labels, files, compiles))
+        results = measuring.measure(contenders, args.device, max(end - time.perf_counter(), 0.0))
+        return rows_of(cell, results, lengths, rate, args.device)
 
 
 def blank(cell: Cell, contender: str, cost: float) -> dict[str, Any]:
@@ -448,6 +493,8 @@ def blank(cell: Cell, contender: str, cost: float) -> dict[str, Any]:
     note = f"not run: {cost:.3g} s"
     if contender == EAGER and not HF_INSTALLED:
         note = "not installed: pip install 'xclip-fast[hf]'"
+    if cell.work == "files" and not AV_INSTALLED:
+        note = "not installed: pip install av"
     return dataclasses.asdict(cell) | {"contender": contender, "note": note}
 
 

@@ -32,8 +32,9 @@ from throughput import COMPILED, EAGER, OURS, PRECISIONS, chosen, fail, hf_cache
 from torch import Tensor, nn
 
 import xclip_fast
-from xclip_fast import flops, optim
+from xclip_fast import flops
 from xclip_fast.config import VARIANTS
+from xclip_fast.train import optim
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}  # of the first loss against the peer's: the same weights and videos
 TEXT = {"frozen": "visual", "trained": "both"}  # the towers that are trained
@@ -270,8 +271,8 @@ def table7(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def loading(args: argparse.Namespace, variant: str) -> dict[str, Any]:
     """Seconds for a batch from generated mp4 files through the training transform, the model idle."""
-    from xclip_fast.data.loader import loader
-    from xclip_fast.data.manifest import index
+    from xclip_fast.data.loader.loader import loader
+    from xclip_fast.data.manifest.manifest import index
     from xclip_fast.data.motion import CLASSES, render, write_clip
     from xclip_fast.data.transforms import TrainTransform
 

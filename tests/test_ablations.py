@@ -14,13 +14,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from xclip_fast import XCLIP, TextConfig, VisionConfig, XCLIPConfig, backend, kernels, tokenize
-from xclip_fast.checkpoint import CheckpointError, shapes
 from xclip_fast.flops import count
-from xclip_fast.layouts import is_new
 from xclip_fast.nn import layers
 from xclip_fast.nn import text as text_module
 from xclip_fast.nn.layers import TransformerBlock, attend
-from xclip_fast.templates import TEMPLATES, fill
+from xclip_fast.text.templates import TEMPLATES, fill
+from xclip_fast.weights.checkpoint import CheckpointError, shapes
+from xclip_fast.weights.layouts import is_new
 
 LABELS = ["riding a bike", "swimming", "playing the accordion while walking", "yoga"]
 FULL = XCLIPConfig(

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from xclip_fast import XCLIP, FastCCTBlock, TextConfig, VisionConfig, XCLIPConfig, accelerate
-from xclip_fast.accelerate import _log_fallback
+from xclip_fast.acceleration import _log_fallback
 
 FRAMES, WIDTH, HEADS = 3, 128, 2
 

@@ -176,7 +176,7 @@ def test_on_a_gpu_every_op_has_a_backend():
 
 def test_as_a_module_in_a_pipe():
     """A line for each fact, however long, and no escape codes."""
-    process = subprocess.run([sys.executable, "-m", "xclip_fast.info"], capture_output=True, text=True, check=True)
+    process = subprocess.run([sys.executable, "-m", "xclip_fast", "info"], capture_output=True, text=True, check=True)
     assert process.stderr == ""
     assert "\x1b" not in process.stdout
     assert any(line.split()[:2] == ["torch", torch.__version__] for line in process.stdout.splitlines())

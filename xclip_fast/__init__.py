@@ -1,12 +1,29 @@
 """X-CLIP video recognition, exact and as fast as the hardware allows."""
 
-from .accelerate import accelerate
-from .config import VARIANTS, TextConfig, VisionConfig, XCLIPConfig
-from .kernels import backend
-from .model import XCLIP, VideoFeatures
-from .nn import FastCCTBlock
-from .tokenizer import tokenize
+import importlib
+from typing import TYPE_CHECKING, Any
 
+if TYPE_CHECKING:
+    from .acceleration import accelerate
+    from .config import VARIANTS, TextConfig, VisionConfig, XCLIPConfig
+    from .kernels import backend
+    from .model import XCLIP
+    from .nn import FastCCTBlock, VideoFeatures
+    from .text.tokenizer import tokenize
+
+# Where each public name lives. It is imported at its first use, so that `xclip-fast --help` does not wait for torch.
+_HOMES = {
+    "VARIANTS": "config",
+    "XCLIP": "model",
+    "FastCCTBlock": "nn",
+    "TextConfig": "config",
+    "VideoFeatures": "nn",
+    "VisionConfig": "config",
+    "XCLIPConfig": "config",
+    "accelerate": "acceleration",
+    "backend": "kernels",
+    "tokenize": "text.tokenizer",
+}
 __all__ = [
     "VARIANTS",
     "XCLIP",
@@ -20,3 +37,15 @@ __all__ = [
     "tokenize",
 ]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,4 +1,4 @@
-"""What works here and why the rest does not: ``python -m xclip_fast.info [--json]``, ``xclip-fast info``.
+"""What works here and why the rest does not: ``xclip-fast info [--json]``.
 
 ``collect`` gathers plain data, ``show`` prints it. Nothing here fails because something is missing: that is its theme.
 """
@@ -296,9 +296,3 @@ def _dtype_name(dtype: torch.dtype) -> str:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-if __name__ == "__main__":
-    from .cli import main
-
-    main(["info", *sys.argv[1:]])

@@ -9,35 +9,29 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import checkpoint, kernels, quantization
+from . import kernels
 from .config import VisionConfig, XCLIPConfig, variant
+from .inference import fp8 as quantization
+from .inference.cuda_graphs import GraphedVideoTower
 from .kernels._linear import linear
 from .kernels.patch_embed import constants
 from .nn.cct import FastCCTBlock, Stream, with_spare_row
+from .nn.features import VideoFeatures
 from .nn.layers import TransformerBlock, WithoutInit, init_block, init_linear, run_block
 from .nn.mit import MultiFrameIntegration
 from .nn.prompt import VideoSpecificPrompt
 from .nn.text import TextEncoder, Transformer
-from .templates import TEMPLATES, fill
-from .tokenizer import tokenize
-
-if TYPE_CHECKING:
-    from .graphs import GraphedVideoTower
+from .text.templates import TEMPLATES, fill
+from .text.tokenizer import tokenize
+from .weights import checkpoint
 
 logger = logging.getLogger("xclip_fast")
-
-
-class VideoFeatures(NamedTuple):
-    """What the video tower knows of B videos."""
-
-    video: Tensor  # (B, E)
-    patches: Tensor  # (B, N, E), averaged over the frames; (B, 0, E) where no prompt asks for them
 
 
 class VisionTower(nn.Module):
@@ -287,8 +281,6 @@ class XCLIP(nn.Module):
         Raises:
             ValueError: if the sizes are no positive numbers, or the model is not on a CUDA device.
         """
-        from .graphs import GraphedVideoTower
-
         sizes = batch, self.config.num_frames if frames is None else frames
         if sizes not in self._graphed:
             self._graphed[sizes] = GraphedVideoTower(self, *sizes)

@@ -13,7 +13,6 @@ from ..layer_norm import layer_norm_reference
 from ..quick_gelu import quick_gelu_reference
 from .arguments import Block
 
-
 Linears = Callable[[str, Tensor], Tensor]
 
 

@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..attention import ONE_TILE
-from ._launch import tile
+from ._launch import cdiv, next_power_of_2, tile
 
 LOG2_E = 1.4426950408889634
 
@@ -44,7 +44,7 @@ def channels_contiguous(x: Tensor) -> Tensor:
 
 def power_of_two(rows: int) -> int:
     """The tile of at least ``rows``: 16 is the least that tensor cores take; no rows, no tile."""
-    return max(16, triton.next_power_of_2(rows)) if rows else 0
+    return max(16, next_power_of_2(rows)) if rows else 0
 
 
 def fits_one_tile(qkv: Tensor) -> bool:
@@ -59,4 +59,4 @@ def sequence_tile(op: str, qkv: Tensor) -> tuple[dict[str, Any], int, int]:
     full = (length - 1) // use["BLOCK_N"]
     last = power_of_two(length - full * use["BLOCK_N"])
     rest = power_of_two(length % use["BLOCK_M"])
-    return {**use, "FULL": full, "LAST": last, "REST": rest}, triton.cdiv(length, use["BLOCK_M"]), full + 1
+    return {**use, "FULL": full, "LAST": last, "REST": rest}, cdiv(length, use["BLOCK_M"]), full + 1

@@ -1,8 +1,8 @@
 """Attention of every row of a packed projection over the rows of its sequence: forward.
 
-F sequences, S rows of each, H heads, C channels of a head. The keys of a sequence are FULL tiles of BLOCK_N and one last
-tile of width LAST, which holds what is left and is never empty; queries are full tiles of BLOCK_M and a rest of REST
-rows.
+F sequences, S rows of each, H heads, C channels of a head. The keys of a sequence are FULL tiles of BLOCK_N and one
+last tile of width LAST, which holds what is left and is never empty; queries are full tiles of BLOCK_M and a rest of
+REST rows.
 """
 
 import torch

@@ -5,11 +5,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import launch, tile
+from ._launch import cdiv, launch, tile
 from .quick_gelu import quick_gelu_slope, quick_gelu_value
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "sample_rows"])
 def column_sums_kernel(
     x_ptr,  # (M, N), rows x_row apart
     u_ptr,  # (M, N) or None: scale by the slope of quick_gelu there
@@ -66,9 +66,9 @@ def scaled(
     y = torch.empty(M, N, dtype=dtype, device=x.device) if changes else None
     h = torch.empty(M, N, dtype=dtype, device=x.device) if keep else None
     config = tile("column_sums", x.device, n=N)
-    groups = min(GROUPS, triton.cdiv(M, config["ROWS"]))
+    groups = min(GROUPS, cdiv(M, config["ROWS"]))
     parts = torch.empty(groups, N, dtype=torch.float32, device=x.device)
     sample_rows = 1 if drop_scale is None else M // max(drop_scale.shape[0], 1)
-    grid = (groups, triton.cdiv(N, config["BLOCK_N"]))
+    grid = (groups, cdiv(N, config["BLOCK_N"]))
     launch(column_sums_kernel, grid, x, slope_at, drop_scale, y, h, parts, M, N, x.stride(0), sample_rows, **config)
     return x if y is None else y, parts.sum(0), h

@@ -11,10 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import launch, tile
+from ._launch import cdiv, launch, tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["labels"])
 def _forward_kernel(
     video_ptr,  # (B, E)
     text_ptr,  # (B, K, E)
@@ -67,7 +67,7 @@ def _forward_kernel(
             tl.store(video_norm_ptr + b, video_norm)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["labels"])
 def _backward_kernel(
     video_ptr,  # (B, E)
     text_ptr,  # (B, K, E)
@@ -139,7 +139,7 @@ def forward(save: bool, video: Tensor, text: Tensor, scale: Tensor) -> tuple[tup
     options = tile("cosine_logits", video.device)
     launch(
         _forward_kernel,
-        (batch * triton.cdiv(labels, options["BLOCK_K"]),),
+        (batch * cdiv(labels, options["BLOCK_K"]),),
         video,
         text,
         scale,
@@ -169,7 +169,7 @@ def backward(
         options = tile("cosine_logits_backward", video.device)
         launch(
             _backward_kernel,
-            (batch * triton.cdiv(size, options["BLOCK_E"]),),
+            (batch * cdiv(size, options["BLOCK_E"]),),
             video,
             text,
             scale,

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import launch, tile
+from ._launch import cdiv, launch, next_power_of_2, tile
 
 
 @triton.jit
@@ -47,6 +47,6 @@ def fold(weight: Tensor, gamma: Tensor, beta: Tensor, bias: Tensor | None) -> tu
     sums, shift = (torch.empty(N, dtype=torch.float32, device=weight.device) for _ in range(2))
     sizes = (N, D, weight.stride(0), weight.stride(1))
     config = tile("layer_norm", weight.device, d=D)
-    grid, size = (triton.cdiv(N, config["ROWS"]),), triton.next_power_of_2(D)
+    grid, size = (cdiv(N, config["ROWS"]),), next_power_of_2(D)
     launch(fold_kernel, grid, weight, gamma, beta, bias, folded, sums, shift, *sizes, BLOCK_D=size, **config)
     return folded, sums, shift

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import arch, launch, processors, tile
+from ._launch import arch, cdiv, launch, next_power_of_2, processors, tile
 from .quick_gelu import quick_gelu_slope, quick_gelu_value
 
 
@@ -29,7 +29,7 @@ def _halves(x):
     return tl.split(tl.permute(left_right, (0, 2, 1)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "sample_rows"])
 def gemm_kernel(
     a_ptr,  # (M, K), rows a_row apart
     b_ptr,  # (N, K), or (K, N) if TRANSPOSED_B; rows b_row apart
@@ -182,7 +182,7 @@ def gemm_kernel(
                 tl.store(part_m2_ptr + slot, tl.sum(off * off, 1), mask=kept)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _merge_statistics_kernel(
     part_mean_ptr,  # (slots, M)
     part_m2_ptr,  # (slots, M)
@@ -276,14 +276,14 @@ def gemm(
     options = {name: value for name, value in config.items() if name != "OCCUPANCY"}
     block_m, block_n = config["BLOCK_M"], config["BLOCK_N"]
     width = block_n // config["SUBTILES"]
-    tiles_m, slots = triton.cdiv(M, block_m), triton.cdiv(N, width)
+    tiles_m, slots = cdiv(M, block_m), cdiv(N, width)
     parts = torch.empty(2, slots, M, dtype=torch.float32, device=a.device) if statistics_eps is not None else None
     part_sums = torch.empty(tiles_m, N, dtype=torch.float32, device=a.device) if sums else None
     outputs = [y] if second is None else [y, second]
     mean, rstd, b_sum = norm if norm is not None else (None, None, None)
     launch(
         gemm_kernel,
-        (min(processors(a.device) * config.get("OCCUPANCY", 1), tiles_m * triton.cdiv(N, block_n)),),
+        (min(processors(a.device) * config.get("OCCUPANCY", 1), tiles_m * cdiv(N, block_n)),),
         a,
         b,
         y,
@@ -316,8 +316,8 @@ def gemm(
     )
     if parts is not None:
         statistics = [torch.empty(M, dtype=torch.float32, device=a.device) for _ in range(2)]
-        rows, all_slots = 64, triton.next_power_of_2(slots)
-        grid = (triton.cdiv(M, rows),)
+        rows, all_slots = 64, next_power_of_2(slots)
+        grid = (cdiv(M, rows),)
         shape = (M, N, width, slots, statistics_eps)
         launch(_merge_statistics_kernel, grid, *parts, *statistics, *shape, SLOTS=all_slots, ROWS=rows)
         outputs += statistics

@@ -13,11 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import launch, processors, tile
+from ._launch import cdiv, launch, next_power_of_2, processors, tile
 from .gemm import rows_of
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "sample_rows"])
 def layer_norm_fwd_kernel(
     x_ptr,  # (M, D), rows x_row apart
     product_ptr,  # (M, D) or None: x is x + s (product + product_bias), and written to z
@@ -64,7 +64,7 @@ def layer_norm_fwd_kernel(
         tl.store(y_ptr + rows[:, None].to(tl.int64) * D + columns[None, :], y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "sample_rows"])
 def layer_norm_bwd_kernel(
     x_ptr,  # (M, D), rows x_row apart
     mean_ptr,  # (M,)
@@ -174,7 +174,7 @@ def normalise(
     config = tile("layer_norm", x.device, d=D)
     launch(
         layer_norm_fwd_kernel,
-        (triton.cdiv(M, config["ROWS"]),),
+        (cdiv(M, config["ROWS"]),),
         x,
         product,
         product_bias,
@@ -190,7 +190,7 @@ def normalise(
         x.stride(0),
         _sample_rows(M, drop_scale),
         eps,
-        BLOCK_D=triton.next_power_of_2(D),
+        BLOCK_D=next_power_of_2(D),
         **config,
     )
     return x if z is None else z, y, mean, rstd
@@ -250,7 +250,7 @@ def normalise_backward(
     same = drop_scale is None and low_dtype == x.dtype
     low = None if low_dtype is None or same else torch.empty(M, D, dtype=low_dtype, device=x.device)
     config = tile("layer_norm_backward", x.device, d=D)
-    programs = min(triton.cdiv(M, config["ROWS"]), config["OCCUPANCY"] * processors(x.device))
+    programs = min(cdiv(M, config["ROWS"]), config["OCCUPANCY"] * processors(x.device))
     parts = torch.empty(2 if low_dtype is None else 3, programs, D, dtype=torch.float32, device=x.device)
     launch(
         layer_norm_bwd_kernel,
@@ -277,7 +277,7 @@ def normalise_backward(
         0 if extra is None else extra.stride(0),
         length,
         _sample_rows(M, drop_scale),
-        BLOCK_D=triton.next_power_of_2(D),
+        BLOCK_D=next_power_of_2(D),
         **{name: value for name, value in config.items() if name != "OCCUPANCY"},
     )
     dweight, dbias, *sums = parts.sum(1)

@@ -1,4 +1,5 @@
-"""The message path in five launches: message token; LN_m and QKV; attention over T; output and residual; LN_1, key and value.
+"""The message path in five launches: message token; LN_m and QKV; attention over T; output and residual; LN_1, key
+and value.
 
 B videos, T frames, F = B T rows, D width, H heads of C channels. F is small, so the GEMMs stream their weights: low
 tiles, many of them along the weight's rows, each normalising its own few rows. Backward recomputes LN(.) and the
@@ -13,11 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import launch, tile
+from ._launch import cdiv, launch, next_power_of_2, tile
 from .layer_norm import normalise_backward
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def message_rows_kernel(
     x_ptr,  # (M, K), rows x_row apart
     weight_ptr,  # (N, K), rows weight_row apart
@@ -198,7 +199,7 @@ def _rows(
     norm_weight, norm_bias, eps = norm or (None, None, 0.0)
     launch(
         message_rows_kernel,
-        (triton.cdiv(rows, options["BLOCK_M"]) * triton.cdiv(columns, options["BLOCK_N"]),),
+        (cdiv(rows, options["BLOCK_M"]) * cdiv(columns, options["BLOCK_N"]),),
         x,
         weight,
         bias.contiguous(),
@@ -226,7 +227,7 @@ def _rows(
 def _attend(name: str, kernel: Any, tensors: tuple[Tensor, ...], frames: int, heads: int) -> None:
     """Launch an attention kernel: one program a video and head."""
     rows, size = tensors[0].shape[0], tensors[0].shape[1] // (3 * heads)
-    block_t = max(16, triton.next_power_of_2(frames))
+    block_t = max(16, next_power_of_2(frames))
     launch(
         kernel,
         (rows // frames * heads,),
@@ -236,7 +237,7 @@ def _attend(name: str, kernel: Any, tensors: tuple[Tensor, ...], frames: int, he
         size,
         size**-0.5,
         BLOCK_T=block_t,
-        BLOCK_C=max(16, triton.next_power_of_2(size)),
+        BLOCK_C=max(16, next_power_of_2(size)),
         **tile(name, tensors[0].device, frames=frames, bytes=tensors[0].element_size()),
     )
 

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._linear import linear
-from ._launch import launch, tile
+from ._launch import cdiv, launch, next_power_of_2, tile
 from .gemm import rows_of
 from .layer_norm import normalise_backward
 
@@ -53,7 +53,7 @@ def _fold_kernel(
     tl.store(bias_ptr + d, tl.sum(bias, 1), mask=d < width)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _tokens_kernel(
     frames_ptr,  # uint8 (F, H, W, 3) if LEVELS, else float (F, 3, H, W)
     kernel_ptr,  # (D, K or more): W, or W / (255 std) with its columns in the order of the pixels
@@ -170,7 +170,7 @@ def forward(
     weight, position = weight.contiguous(), position.contiguous()
     levels = frames.dtype == torch.uint8
     depth = 3 * patch * patch
-    padded = triton.cdiv(depth, 16) * 16  # the kernel's rows in whole 16-byte vectors
+    padded = cdiv(depth, 16) * 16  # the kernel's rows in whole 16-byte vectors
     if levels:
         if frames.stride()[2:] != (3, 1):
             frames = frames.contiguous()
@@ -179,7 +179,7 @@ def forward(
         bias = weight.new_empty(width, dtype=torch.float32)
         launch(
             _fold_kernel,
-            (triton.cdiv(width, 8),),
+            (cdiv(width, 8),),
             weight,
             kernel,
             bias,
@@ -201,7 +201,7 @@ def forward(
     options = tile("patch_embed", frames.device, bytes=weight.element_size(), rows=rows)
     launch(
         _tokens_kernel,
-        (triton.cdiv(rows, options["BLOCK_M"]) * triton.cdiv(width, options["BLOCK_N"]),),
+        (cdiv(rows, options["BLOCK_M"]) * cdiv(width, options["BLOCK_N"]),),
         frames,
         kernel,
         bias,
@@ -239,7 +239,7 @@ def forward(
         width,
         eps,
         SAVE=save,
-        BLOCK=triton.next_power_of_2(width),
+        BLOCK=next_power_of_2(width),
         num_warps=4,
     )
     return (out,), saved

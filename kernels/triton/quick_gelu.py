@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import launch
+from ._launch import cdiv, launch
 
 BLOCK = 1024
 
@@ -55,7 +55,7 @@ def quick_gelu_bwd_kernel(
 def quick_gelu(x: Tensor, to: Tensor | None = None) -> Tensor:
     """quick_gelu of a contiguous tensor; ``to``: where to, which may be x itself."""
     y = torch.empty_like(x) if to is None else to
-    launch(quick_gelu_fwd_kernel, (triton.cdiv(x.numel(), BLOCK),), x, y, x.numel(), BLOCK=BLOCK)
+    launch(quick_gelu_fwd_kernel, (cdiv(x.numel(), BLOCK),), x, y, x.numel(), BLOCK=BLOCK)
     return y
 
 
@@ -66,5 +66,5 @@ def forward(save: bool, x: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ..
 def backward(grads: Sequence[Any], saved: Sequence[Tensor], needs: Sequence[bool], x: Tensor) -> list[Tensor]:
     x, dy = x.contiguous(), grads[0].contiguous()
     dx = torch.empty_like(x)
-    launch(quick_gelu_bwd_kernel, (triton.cdiv(x.numel(), BLOCK),), x, dy, dx, x.numel(), BLOCK=BLOCK)
+    launch(quick_gelu_bwd_kernel, (cdiv(x.numel(), BLOCK),), x, dy, dx, x.numel(), BLOCK=BLOCK)
     return [dx]

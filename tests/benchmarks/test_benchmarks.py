@@ -1,0 +1,487 @@
+"""The benchmarks run, say what they did, and refuse what they cannot do."""
+
+import importlib
+import importlib.util
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from xclip_fast.kernels._dispatch import OPS
+
+from xclip_fast.config import VARIANTS
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def throughput(monkeypatch, tiny_config):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    monkeypatch.setitem(VARIANTS, "tiny", tiny_config)
+    return importlib.import_module("throughput")
+
+
+@pytest.fixture
+def measuring(throughput):
+    return throughput.measuring
+
+
+@pytest.fixture
+def quick(throughput, measuring, monkeypatch):
+    """A run of seconds: one thread, two runs, small clips, no large GEMM."""
+    monkeypatch.setattr(measuring, "gemm_rate", lambda dtype, device: 1e11)
+    monkeypatch.setattr(measuring, "CPU_RUNS", 2)
+    monkeypatch.setattr(throughput, "CLIP_FRAMES", 6)
+    monkeypatch.setattr(throughput, "CLIP_SIZE", (64, 80))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def tiny_run(throughput, tmp_path, *options):
+    path = tmp_path / "out.json"
+    given = ["--variants", "tiny", "--labels", "6", "--device", "cpu", "--seconds", "200", "--json", str(path)]
+    code = throughput.main([*given, *options])
+    return code, json.loads(path.read_text())
+
+
+@pytest.mark.usefixtures("quick")
+def test_every_work_beside_its_peer(throughput, tmp_path, capsys):
+    pytest.importorskip("transformers")
+    code, report = tiny_run(throughput, tmp_path, "--precisions", "fp32,bf16", "--batch-sizes", "1,2")
+    assert code == 0
+    rows = {(row["precision"], row["batch"], row["work"], row["contender"]): row for row in report["rows"]}
+    assert len(rows) == len(report["rows"]) == 2 * 2 * 7
+    for (precision, batch, work, contender), row in rows.items():
+        assert row["note"] == ""
+        assert row["n"] == len(row["seconds"]) == 2
+        assert row["views_per_second"] == pytest.approx(batch / row["median_s"])
+        assert row["ratio_to_paper"] is None  # no such row in Table 1
+        if contender == "Hugging Face":
+            assert row["largest_error"] < (1e-4 if precision == "fp32" else 5e-2)
+        elif work != "files":
+            ratio = row["ratios"]["Hugging Face"]
+            assert ratio["low"] <= ratio["median"] <= ratio["high"]
+            peer = rows[precision, batch, work, "Hugging Face"]
+            assert ratio["median"] == pytest.approx(peer["median_s"] / row["median_s"])
+            assert row["flop_per_s"] == pytest.approx(2 * row["multiply_adds"] / row["median_s"])
+            assert row["share_of_own_gemms"] > 0
+    one, two = (rows["fp32", batch, "tower", "xclip-fast"]["multiply_adds"] for batch in (1, 2))
+    assert two == 2 * one
+    cached, encoded = (rows["fp32", 1, work, "xclip-fast"]["multiply_adds"] for work in ("cached", "encoded"))
+    assert one < cached < encoded
+    assert report["labels"]["count"] == 6
+    assert {"device", "cpu", "torch", "transformers", "xclip_fast", "date", "command", "commit"} <= set(
+        report["environment"]
+    )
+    table = capsys.readouterr().out
+    assert "labels encoded" in table
+    assert "x Hugging Face" in table
+
+
+@pytest.mark.usefixtures("quick")
+def test_graphs_stand_beside_the_eager_calls_and_have_ratios_of_their_own(throughput, tmp_path, monkeypatch):
+    """On a GPU, for small batches; here the CPU plays one, and the eager tower the graph."""
+    pytest.importorskip("transformers")
+    made, cleared, wrong = [], [], []
+
+    class Graphed:
+        def __init__(self, model, batch, frames):
+            made.append((batch, frames))
+            self.model = model
+
+        def __call__(self, video):
+            features = self.model.encode_video(video)
+            return features._replace(video=features.video * 1.5) if wrong else features
+
+    monkeypatch.setattr(throughput, "has_graphs", lambda device: True)
+    monkeypatch.setattr(throughput, "GRAPHED_UP_TO", 2)
+    monkeypatch.setattr(throughput.xclip_fast.XCLIP, "graphed", lambda *sizes: Graphed(*sizes))
+    monkeypatch.setattr(throughput.xclip_fast.XCLIP, "clear_graphs", lambda model: cleared.append(model))
+    options = ("--precisions", "fp32", "--works", "tower,cached,encoded", "--batch-sizes", "2,3")
+    code, report = tiny_run(throughput, tmp_path, *options)
+    assert code == 0
+    assert made == [(2, 3)] * 2
+    assert len(cleared) == 6
+    rows = {(row["batch"], row["work"], row["contender"]): row for row in report["rows"]}
+    assert len(rows) == 6 * 2 + 2
+    for work in ("tower", "cached"):
+        ours, graphed, peer = (rows[2, work, name] for name in ("xclip-fast", "xclip-fast graph", "Hugging Face"))
+        assert graphed["largest_error"] == 0
+        assert set(ours["ratios"]) == set(graphed["ratios"]) == {"Hugging Face"}
+        assert graphed["ratios"]["Hugging Face"]["median"] == pytest.approx(peer["median_s"] / graphed["median_s"])
+        assert graphed["own_gemms_s"] == ours["own_gemms_s"]
+        assert graphed["share_of_gemm"] > 0
+    wrong.append(True)
+    code, report = tiny_run(throughput, tmp_path, "--precisions", "fp32", "--works", "tower", "--batch-sizes", "1")
+    assert code == 1
+    ours, graphed, peer = report["rows"]
+    assert "outputs differ from ours" in graphed["note"]
+    assert "ratios" not in graphed
+    assert set(ours["ratios"]) == {"Hugging Face"}
+
+
+@pytest.mark.usefixtures("quick")
+def test_missing_peer_is_a_row_that_says_so(throughput, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(throughput, "HF_INSTALLED", False)
+    code, report = tiny_run(throughput, tmp_path, "--precisions", "fp32", "--works", "tower")
+    assert code == 0
+    assert [row["contender"] for row in report["rows"]] == ["xclip-fast", "Hugging Face"]
+    assert "pip install" in report["rows"][1]["note"]
+    assert "pip install 'xclip-fast[hf]'" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("quick")
+def test_too_little_time_is_said(throughput, tmp_path, monkeypatch, capsys, measuring):
+    monkeypatch.setattr(measuring, "gemm_rate", lambda dtype, device: 1.0)
+    code, report = tiny_run(throughput, tmp_path, "--precisions", "fp32", "--works", "tower,encoded")
+    assert code == 0
+    assert all(row["note"].startswith("not run") and "views_per_second" not in row for row in report["rows"])
+    assert "--seconds" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("quick")
+def test_wrong_answers_get_no_ratio(throughput, tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    right = throughput.hf_video
+    monkeypatch.setattr(throughput, "hf_video", lambda hf, video: (right(hf, video)[0] * 1.01, right(hf, video)[1]))
+    code, report = tiny_run(throughput, tmp_path, "--precisions", "fp32", "--works", "tower")
+    ours, peer = report["rows"]
+    assert code == 1
+    assert "ratios" not in ours
+    assert "outputs differ" in peer["note"]
+
+
+@pytest.mark.usefixtures("quick")
+def test_compiled_peer_and_failing_compiler(throughput, tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    options = ("--precisions", "fp32", "--works", "tower", "--compile")
+    monkeypatch.setattr(torch, "compile", lambda call, mode: call)
+    code, report = tiny_run(throughput, tmp_path, *options)
+    assert code == 0
+    assert set(report["rows"][0]["ratios"]) == {"Hugging Face", "HF compiled"}
+
+    def broken(*args):
+        raise RuntimeError("no compiler here")
+
+    monkeypatch.setattr(torch, "compile", lambda call, mode: broken)
+    code, report = tiny_run(throughput, tmp_path, *options)
+    assert code == 0
+    assert report["rows"][2]["note"] == "failed: no compiler here"
+    assert set(report["rows"][0]["ratios"]) == {"Hugging Face"}
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_peer_is_compiled_once_a_variant_and_within_its_time(throughput, tmp_path, monkeypatch, tiny_config):
+    pytest.importorskip("transformers")
+    monkeypatch.setitem(VARIANTS, "B/16-8f", tiny_config)
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda call, mode: compiled.append(mode) or call)
+    options = ("--variants", "tiny,B/16-8f", "--precisions", "fp32,bf16", "--batch-sizes", "1,2", "--compile")
+    code, report = tiny_run(throughput, tmp_path, *options, "--works", "cached,tower")
+    assert code == 0
+    assert compiled == ["default"] * 2
+    rows = [row for row in report["rows"] if row["contender"] == "HF compiled"]
+    assert [(row["variant"], row["precision"], row["batch"], row["work"]) for row in rows] == [
+        (variant, "fp32", 2, "tower") for variant in ("B/16-8f", "tiny")
+    ]
+
+    monkeypatch.setitem(throughput.COMPILE_SECONDS, "cpu", 1e9)
+    code, report = tiny_run(throughput, tmp_path, "--precisions", "fp32", "--works", "tower", "--compile")
+    assert code == 0
+    assert len(compiled) == 2
+    assert report["rows"][2]["contender"] == "HF compiled"
+    assert report["rows"][2]["note"] == "not run: 1e+09 s"
+
+
+class OutOfResources(Exception):
+    """Triton's, like its CompilationError and PTXASError, is no RuntimeError."""
+
+
+@pytest.mark.usefixtures("quick")
+def test_one_failing_cell_costs_that_cell(throughput, tmp_path, monkeypatch):
+    monkeypatch.setattr(throughput, "HF_INSTALLED", False)
+    real = throughput.xclip_fast.XCLIP.encode_video
+
+    def out_of_shared_memory(model, video):
+        if len(video) == 2:
+            raise OutOfResources("out of resource: shared memory")
+        return real(model, video)
+
+    monkeypatch.setattr(throughput.xclip_fast.XCLIP, "encode_video", out_of_shared_memory)
+    options = ("--precisions", "fp32", "--works", "tower,cached", "--batch-sizes", "1,2")
+    code, report = tiny_run(throughput, tmp_path, *options)
+    assert code == 1
+    notes = {(row["batch"], row["work"]): row["note"] for row in report["rows"] if row["contender"] == "xclip-fast"}
+    failed = "failed: OutOfResources: out of resource: shared memory"
+    assert notes == {(1, "tower"): "", (1, "cached"): "", (2, "tower"): failed, (2, "cached"): failed}
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_stopped_run_keeps_its_rows(throughput, tmp_path, monkeypatch):
+    monkeypatch.setattr(throughput, "HF_INSTALLED", False)
+    real = throughput.contenders_of
+
+    def stopped(cell, *rest):
+        if cell.work == "cached":
+            raise KeyboardInterrupt
+        return real(cell, *rest)
+
+    monkeypatch.setattr(throughput, "contenders_of", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        tiny_run(throughput, tmp_path, "--precisions", "fp32", "--works", "tower,cached")
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert [(row["work"], row["contender"]) for row in rows] == [("tower", "xclip-fast"), ("tower", "Hugging Face")]
+
+
+@pytest.mark.usefixtures("quick")
+def test_without_av_the_other_works_are_measured(throughput, tmp_path, monkeypatch):
+    monkeypatch.setattr(throughput, "AV_INSTALLED", False)
+    monkeypatch.setattr(throughput, "HF_INSTALLED", False)
+    code, report = tiny_run(throughput, tmp_path, "--precisions", "fp32")
+    assert code == 0
+    rows = {row["work"]: row for row in report["rows"] if row["contender"] == "xclip-fast"}
+    assert set(rows) == set(throughput.WORKS)
+    assert rows["files"]["note"] == "not installed: pip install av"
+    assert all(row["views_per_second"] > 0 for work, row in rows.items() if work != "files")
+
+
+@pytest.mark.usefixtures("quick")
+def test_float8_is_measured_beside_bfloat16(throughput, tmp_path, monkeypatch, capsys):
+    options = ("--precisions", "fp32,bf16", "--works", "tower,cached,encoded,files", "--fp8")
+    monkeypatch.setattr(throughput, "HF_INSTALLED", False)
+    code, report = tiny_run(throughput, tmp_path, *options)
+    assert code == 0
+    rows = [row for row in report["rows"] if row["contender"] == "xclip-fast fp8"]
+    assert [(row["precision"], row["work"]) for row in rows] == [
+        ("bf16", work) for work in ("tower", "cached", "encoded")
+    ]
+    for row in rows:
+        assert 0.99 <= row["cosine"] < 1
+        ours = next(other for other in report["rows"] if other["contender"] == "xclip-fast" and same_cell(other, row))
+        assert row["ratios"]["xclip-fast"]["median"] == pytest.approx(ours["median_s"] / row["median_s"])
+    assert "cosine" in capsys.readouterr().out
+
+    right = throughput.quantized
+
+    def wrong(model):
+        model = right(model)
+        for block in model.visual.transformer.resblocks:
+            block.fp8.qkv_scale *= 4
+        return model
+
+    monkeypatch.setattr(throughput, "quantized", wrong)
+    code, report = tiny_run(throughput, tmp_path, "--precisions", "bf16", "--works", "tower", "--fp8")
+    assert code == 1
+    assert "ratios" not in report["rows"][1]
+    assert "outputs differ from bf16's" in report["rows"][1]["note"]
+
+
+def same_cell(one, other):
+    return all(one[key] == other[key] for key in ("variant", "precision", "batch", "work"))
+
+
+def test_accuracy_of_float8_on_files(monkeypatch, tmp_path, tiny_model, capsys):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    fp8 = importlib.import_module("fp8")
+    from xclip_fast.data.manifest.manifest import index
+    from xclip_fast.data.motion import write_dataset
+
+    write_dataset(tmp_path / "videos", 1, frames=6, size=(32, 32), preset="ultrafast")
+    found = index(tmp_path / "videos", workers=0)
+    found.write(tmp_path / "all.jsonl")
+    tiny_model.save_pretrained(tmp_path / "model")
+    given = [str(tmp_path / name) for name in ("model", "all.jsonl", "all.jsonl")]
+    out = tmp_path / "out.json"
+    options = ["--calibration-videos", "3", "--workers", "0", "--device", "cpu", "--json", str(out)]
+    assert fp8.main([*given, *options]) == 0
+    report = json.loads(out.read_text())
+    assert report["videos"] == 10
+    wide, low, float8 = report["rows"].values()
+    assert wide["same answer"] == 1
+    assert 0.99 < float8["cosine of all logits"] < low["cosine of all logits"] < 1
+    assert float8["videos below 0.999"] == (0 if float8["least cosine of a video"] >= 0.999 else 1)
+    assert "10 videos, 10 labels, calibrated on 3" in capsys.readouterr().out
+
+
+def test_plot_is_drawn(throughput, tmp_path):
+    pytest.importorskip("matplotlib")
+    row = {"variant": "B/16-8f", "precision": "fp32", "batch": 1, "contender": "xclip-fast", "views_per_second": 0.4}
+    rows = [{**row, "work": "cached"}, {**row, "work": "tower"}, {"work": "cached", "note": "not run: 9 s"}]
+    report = {"environment": {"device": "a machine"}, "labels": {"count": 400}, "rows": rows}
+    throughput.plot(report, tmp_path / "out.png")
+    assert (tmp_path / "out.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--variants", "B/8"], "'B/8' is not one of"),
+        (["--precisions", "fp8"], "'fp8' is not one of"),
+        (["--fp8", "--precisions", "fp32"], "add it to --precisions"),
+        (["--works", "tower,"], "'' is not one of"),
+        (["--batch-sizes", "1,0"], "positive whole numbers"),
+        (["--batch-sizes", "many"], "positive whole numbers"),
+        (["--labels", "0"], "1 to 10000"),
+        (["--labels", "/no/such/file"], "No such file"),
+        (["--labels", "/dev/null"], "no labels"),
+        (["--threads", "0"], "at least 1"),
+        (["--threads", "two"], "invalid int"),
+        (["--seconds", "-1"], "positive"),
+        (["--seconds", "nan"], "positive"),
+        (["--backend", "magic"], "no backend is called 'magic'"),
+        (["--json", "/no/such/folder/out.json"], "existing folder"),
+        (["--plot", "/"], "existing folder"),
+        (["--device", "tpu"], "invalid choice"),
+        (["--nonsense"], "unrecognized"),
+    ],
+)
+def test_wrong_arguments_are_one_line(throughput, options, said, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        throughput.main(options)
+    message = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert said in message
+    assert message.count("\n") == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_absent_gpu_is_an_error(throughput, capsys):
+    with pytest.raises(SystemExit):
+        throughput.main(["--device", "cuda"])
+    assert "no CUDA device" in capsys.readouterr().err
+
+
+def test_absent_matplotlib_is_named(throughput, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        throughput.main(["--plot", str(tmp_path / "out.png")])
+    assert "pip install matplotlib" in capsys.readouterr().err
+
+
+def test_labels(throughput, tmp_path):
+    labels = throughput.label_list(400)
+    assert len(set(labels)) == 400
+    assert {len(label.split()) for label in labels} == {1, 2, 3, 4}
+    assert labels[:100] == throughput.label_list(100)
+    assert len(throughput.label_list(throughput.MOST)) == throughput.MOST
+    (tmp_path / "labels.txt").write_text("riding a bike\n\n  swimming \n")
+    assert throughput.read_labels(str(tmp_path / "labels.txt")) == ["riding a bike", "swimming"]
+
+
+def test_plan_keeps_to_the_time(throughput):
+    cells = [
+        throughput.Cell("tiny", precision, 1, work) for precision in ("fp32", "bf16") for work in ("tower", "cached")
+    ]
+    costs = dict(zip(cells, [(1.0, 50.0), (2.0, 5.0), (3.0, 5.0), (40.0, 1.0)], strict=True))
+    planned = throughput.plan(costs, 20.0)
+    assert list(planned.values()) == [(2.0, 0.0), (4.0, 5.5), (6.0, 0.0), (0.0, 0.0)]
+    assert throughput.plan(costs, math.inf)[cells[3]] == (80.0, pytest.approx(1.1))
+
+
+def test_measure_takes_turns(measuring):
+    calls = []
+
+    def contender(name):
+        return lambda: calls.append(name) or torch.zeros(1)
+
+    results = measuring.measure({"a": contender("a"), "b": contender("b")}, "cpu", 60.0)
+    assert calls == ["a", "b"] * (1 + measuring.CPU_RUNS)
+    for result in results.values():
+        assert len(result["seconds"]) == measuring.CPU_RUNS
+        assert result["warm_ups"] == 1
+
+
+def test_measure_without_time_takes_the_first_call(measuring):
+    calls = []
+    results = measuring.measure({"a": lambda: calls.append(1) or torch.zeros(1)}, "cpu", 0.0)
+    assert len(calls) == len(results["a"]["seconds"]) == 1
+    assert results["a"]["warm_ups"] == 0
+
+
+def test_peak_memory_sees_what_a_call_takes(measuring):
+    result, peak = measuring.peak_memory(lambda: torch.ones(16 << 20).sum(), "cpu")
+    assert result == 16 << 20
+    assert peak is None or 60 << 20 < peak < 160 << 20
+
+
+def test_gemms_of_the_model_are_weighted_by_their_number(measuring, monkeypatch):
+    products = measuring.Product
+    seen = []
+    monkeypatch.setattr(measuring, "gemm_seconds", lambda *shape: seen.append(shape[:3]) or 1.0)
+    listed = [products("mlp", 2, 3, 4, 12), products("text", 2, 3, 4), products("mlp", 1, 1, 1, 7, weight=False)]
+    assert measuring.own_gemms(listed, torch.float32, "cpu") == 13
+    assert seen == [(2, 3, 4)]
+
+
+def test_gemm_seconds_are_measured(measuring):
+    assert 0 < measuring.gemm_seconds(8, 8, 8, torch.float32, "cpu") < 1
+
+
+def test_json_is_whole_or_not_there(measuring, tmp_path):
+    path = tmp_path / "out.json"
+    measuring.write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        measuring.write_json(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert [file.name for file in tmp_path.iterdir()] == ["out.json"]
+
+
+def test_every_op_has_a_benchmark():
+    spec = importlib.util.spec_from_file_location("ops_benchmark", FOLDER / "ops" / "test_ops.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert set(module.CASES) == set(OPS)
+
+
+def test_a_trainer_on_files_is_timed(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    gpu_check = importlib.import_module("gpu_check")
+    vision = "model.vision={image_size: 32, patch_size: 16, width: 64, layers: 1, heads: 1}"
+    shape = [vision, "model.text={width: 64, layers: 1, heads: 1}", "model.embed_dim=64", "model.num_frames=2"]
+    run = ["device=cpu", "precision=fp32", "stop_after=4", "log.every=2", "optim.batch_size=4", "data.workers=0"]
+    found = gpu_check.data_wait(tmp_path, 10, (32, 32), [*shape, *run])
+    assert [row["step"] for row in found["rows"]] == [4]
+    assert 0 < found["data_wait"] < 1
+    assert found["clips_per_second"] > 0
+
+
+def test_order_of_frames_is_counted_apart(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    motion = importlib.import_module("motion")
+    confusion = np.zeros((10, 10), int)
+    confusion[0, 0], confusion[0, 1], confusion[3, 3], confusion[2, 9] = 3, 1, 2, 4
+    assert motion.by_order(confusion) == (0.6, 5 / 6)
+
+
+def test_the_tower_is_timed_eager_from_a_graph_and_from_one_without_overlap(monkeypatch, tiny_model):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    gpu_check = importlib.import_module("gpu_check")
+    seen, made = [], []
+
+    class Graphed:
+        """Captures at its first call, as the real one."""
+
+        def __call__(self, video):
+            if not made:
+                made.append(gpu_check.overlap._is_captured(SimpleNamespace(is_cuda=True)))
+            return made[0]
+
+        def clear(self):
+            made.clear()
+
+    monkeypatch.setattr(gpu_check, "XCLIP", lambda name: tiny_model)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(type(tiny_model), "cuda", lambda self: self)
+    monkeypatch.setattr(type(tiny_model), "bfloat16", lambda self: self)
+    monkeypatch.setattr(type(tiny_model), "graphed", lambda self: Graphed())
+    monkeypatch.setattr(type(tiny_model), "encode_video", lambda self, video: video.shape)
+    monkeypatch.setattr(torch, "randint", lambda *args, device, **rest: torch.zeros(args[1], **rest))
+    monkeypatch.setattr(gpu_check, "milliseconds", lambda call: seen.append(call()) or float(len(seen)))
+    found = gpu_check.tower_milliseconds()
+    assert found == {"eager": 1.0, "graph": 2.0, "graph, one after the other": 3.0}
+    assert seen == [(1, 8, 224, 224, 3), True, False]

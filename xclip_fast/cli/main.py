@@ -1,0 +1,61 @@
+"""The command line: ``xclip-fast classify | embed | search | index | transcode | train | evaluate | ...``.
+
+Answers go to standard output: tables on a terminal, tab-separated lines in a pipe, JSON if asked for. Everything else
+goes to standard error. Exit codes: 0, 1 where something failed, 2 for wrong arguments, 130 after Ctrl-C. What a command
+needs it imports itself, so that ``--help`` is quick.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+import typer
+
+from ..console import complain
+from . import data, predict, tools, train
+
+app = typer.Typer(
+    help="X-CLIP video recognition: classify, embed and search video files; train and evaluate.",
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,  # errors stay one line, help stays plain in a pipe
+    pretty_exceptions_enable=False,
+)
+for room in (predict, data, train, tools):
+    app.add_typer(room.commands)
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """The console's entry point: runs a command and leaves with its exit code; errors are a line, not a traceback."""
+    logging.basicConfig(format="warning: %(message)s", level=logging.WARNING)
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 -- closed by the caller
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):  # a label that the terminal cannot show is no reason to stop
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        try:
+            app(args=None if arguments is None else list(arguments))
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # who read our output has gone; nothing may complain at exit either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ValueError, OSError, ImportError, MemoryError) as error:
+        complain(error)
+    except RuntimeError as error:
+        if not _expected(error):
+            raise
+        complain(error)
+    sys.exit(1)
+
+
+def _expected(error: RuntimeError) -> bool:
+    """Is it the machine's or the user's doing: memory that is short, a device that fails, a backend that refuses?"""
+    from ..kernels import BackendError
+
+    words = ("out of memory", "not enough memory", "can't allocate memory", "CUDA error")
+    return isinstance(error, BackendError) or any(word in str(error) for word in words)

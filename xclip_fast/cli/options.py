@@ -1,0 +1,167 @@
+"""What the commands share: options, and what their values mean."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from ..console import complain
+
+if TYPE_CHECKING:
+    from ..model import XCLIP
+
+# In a folder: what looks like a video and is not hidden.
+_VIDEO = re.compile(r"[^.].*\.(3gp|avi|flv|m4v|mkv|mov|mp4|mpe?g|mts|ogv|ts|webm|wmv)", re.IGNORECASE | re.DOTALL)
+_HEADINGS = {"name", "label", "labels", "class", "classname"}  # of a CSV's column of labels
+CHUNK = 1024  # labels or stored videos at once: bounds memory, whatever their number
+
+Videos = Annotated[
+    list[str], typer.Argument(metavar="VIDEO...", help="Video files, or folders of them.", show_default=False)
+]
+Checkpoint = Annotated[
+    Path | None,
+    typer.Option(
+        "--checkpoint", "-c", metavar="PATH", help="Weights: ours, Hugging Face's, VideoX's or an image CLIP's."
+    ),
+]
+Variant = Annotated[str | None, typer.Option(metavar="NAME", help="Shape, such as B/16-8f, if not the checkpoint's.")]
+RandomWeights = Annotated[bool, typer.Option("--random-weights", help="Go without a checkpoint; answers mean nothing.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+DType = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"],
+    typer.Option(help="Precision; auto is bfloat16 where the hardware has matrix instructions for it."),
+]
+Templates = Annotated[
+    bool | None,
+    typer.Option("--templates/--no-templates", help="Average each label over 16 sentences; default: as trained."),
+]
+Sampled = Annotated[
+    Literal["sparse", "dense"] | None, typer.Option(help="How frames are taken; default: as trained, or sparse.")
+]
+Stride = Annotated[int | None, typer.Option(min=1, help="Frames between frames of a dense view; default: as trained.")]
+Frames = Annotated[int | None, typer.Option(min=1, max=1024, help="Frames of a video; default: the checkpoint's.")]
+BatchSize = Annotated[int | None, typer.Option(min=1, help="Videos at once; default: 16 on a GPU, 1 on a CPU.")]
+Workers = Annotated[int | None, typer.Option(min=1, max=256, help="Decoding threads; default: one per core.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")]
+Top = Annotated[int, typer.Option(min=1, help="How many to print.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
+
+
+def parse_labels(given: str) -> list[str]:
+    """The labels of ``--labels``: without blanks around them, empty ones and repetitions."""
+
+    def bad(message: str) -> typer.BadParameter:
+        return typer.BadParameter(message, param_hint="--labels")
+
+    suffix = Path(given).suffix.lower()
+    if suffix in (".txt", ".csv"):
+        try:
+            text = Path(given).read_text(encoding="utf-8-sig")
+            found = text.split("\n") if suffix == ".txt" else _column(list(csv.reader(io.StringIO(text, newline=""))))
+        except OSError as error:
+            raise bad(f"{given}: cannot be read: {error.strerror}") from error
+        except (ValueError, csv.Error) as error:
+            raise bad(f"{given}: {'not UTF-8 text' if isinstance(error, UnicodeDecodeError) else error}") from error
+    elif suffix and "," not in given and os.path.isfile(given):
+        raise bad(f"{given}: a file of labels is a .txt or a .csv")
+    else:
+        found = given.split(",")
+    stripped = [label for name in found if (label := name.strip())]
+    labels = list(dict.fromkeys(stripped))
+    if not labels:
+        raise bad(f"{given!r} holds no label")
+    if len(labels) < len(stripped):
+        print(f"note: {len(stripped) - len(labels)} labels are repetitions, taken once", file=sys.stderr)
+    return labels
+
+
+def _column(rows: list[list[str]]) -> list[str]:
+    """The labels of a CSV: its only column, the one headed "name" or the like, or the one after a column of numbers."""
+    rows = [row for row in rows if any(cell.strip() for cell in row)]
+    if not rows:
+        return []
+    heads = [cell.strip().lower() for cell in rows[0]]
+    column = next((index for index, head in enumerate(heads) if head in _HEADINGS), None)
+    first = 0 if column is None else 1
+    if column is None and len(heads) == 2 and heads[0].isdecimal():
+        column = 1
+    elif column is None and len(heads) > 1:
+        raise ValueError("its first line wants a column called name (or label, or class), or it wants one column only")
+    for number, row in enumerate(rows, 1):
+        if len(row) != len(heads):
+            raise ValueError(
+                f"row {number} has {len(row)} columns and the first {len(heads)}; quote labels with commas"
+            )
+    return [row[column or 0] for row in rows[first:]]
+
+
+def find_videos(given: Sequence[str]) -> tuple[list[str], bool]:
+    """The files that are meant, those of a folder and the folders in it sorted; and whether a folder has none."""
+    paths: list[str] = []
+    failed = False
+    for name in given:
+        if not name:
+            raise typer.BadParameter("an empty name", param_hint="VIDEO...")
+        if not os.path.isdir(name):
+            paths.append(name)
+            continue
+        inside: list[str] = []
+        for folder, folders, files in os.walk(name):
+            folders[:] = [each for each in folders if not each.startswith(".")]
+            inside += [os.path.join(folder, each) for each in files if _VIDEO.fullmatch(each)]
+        paths += sorted(inside)
+        if not inside:
+            failed = complain(f"{name}: no video file in this folder")
+    if not paths:
+        raise typer.Exit(1)
+    return paths, failed
+
+
+def device_and_dtype(device: str, dtype: str) -> dict[str, Any]:
+    """``device`` and ``dtype`` as arguments of ``Module.to``."""
+    import torch
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, index = device.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not (kind == "cuda" and index.isdecimal())):
+        raise typer.BadParameter(f"{device!r} is none of auto, cpu, cuda, cuda:N", param_hint="--device")
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        from ..info import collect_cuda
+
+        cuda = collect_cuda()
+        raise ValueError(f"--device {device}: {cuda['reason'] or 'there are only ' + str(len(cuda['devices']))}")
+    if dtype != "auto":
+        return {"device": device, "dtype": getattr(torch, dtype)}
+    from ..evaluate.setup import automatic_dtype
+
+    return {"device": device, "dtype": automatic_dtype(torch.device(device))}
+
+
+def load_model(checkpoint: Path | None, variant: str | None, random_weights: bool) -> XCLIP:
+    """The model on the CPU, in the checkpoint's own precision."""
+    if (checkpoint is None) != random_weights:
+        why = "not with --random-weights" if checkpoint else "no weights given; for trials, --random-weights needs none"
+        raise typer.BadParameter(why, param_hint="--checkpoint")
+    import torch
+
+    from .. import config
+    from ..model import XCLIP
+
+    try:
+        shape = None if variant is None else config.variant(variant)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--variant") from error
+    torch.manual_seed(0)  # what the checkpoint does not hold is the same in every run
+    if checkpoint is not None:
+        return XCLIP.from_pretrained(checkpoint, config=shape)
+    print("warning: random weights: the answers mean nothing", file=sys.stderr)
+    return XCLIP(shape or config.VARIANTS["B/16-8f"]).eval()

@@ -1,0 +1,77 @@
+"""Which videos NVIDIA DALI 2 decodes right. Imports nothing of DALI."""
+
+from __future__ import annotations
+
+import importlib.util
+
+from .video import Video
+
+INSTALL = "pip install nvidia-dali-cuda130"
+
+# DALI's GPU decoder counts pictures as they are decoded, so codecs with hidden ones (VP9, AV1) may come out shifted.
+_CODECS = {True: {"h264": 64, "hevc": 144}, False: {"vp9": 1, "mjpeg": 1}}  # on a GPU or not: shortest side in pixels
+_LONGEST_SIDE = 4096  # of H.264 in every NVDEC
+BT601, BT709 = (2, 4, 5, 6), 1  # FFmpeg's AVColorSpace; 2: not stated, which all readers take for BT.601
+
+
+def missing() -> str | None:
+    """Why DALI cannot be used here, or None. Imports nothing."""
+    try:
+        found = importlib.util.find_spec("nvidia.dali") is not None
+    except ModuleNotFoundError:
+        found = False
+    return None if found else f"NVIDIA DALI is not installed; install it with `{INSTALL}`"
+
+
+def require() -> None:
+    why = missing()
+    if why is not None:
+        raise ImportError(why)
+
+
+def supported(video: Video, *, gpu: bool = True, exact_colour: bool = False, largest_file: int = 1 << 28) -> str | None:
+    """Why this video must be decoded on the CPU, or None if DALI gives its frames by their right numbers and colours.
+
+    `gpu=False` asks about DALI's CPU operators (VP9 and MJPEG), which the tests run. `largest_file`: in bytes.
+    """
+    codecs, plan = _CODECS[gpu], video.plan
+    if video.error is not None:
+        return f"has an error: {video.error}"
+    if video.codec not in codecs:
+        return f"codec: {video.codec or 'unknown'}, and only {' and '.join(codecs)} are known to come out right"
+    if video.pix_fmt not in ("yuv420p", "yuvj420p"):
+        return f"pixel format: {video.pix_fmt}, and only 8 bits of 4:2:0 are decoded"
+    if video.rotation:
+        return f"rotation: {video.rotation} degrees"
+    if video.interlaced:
+        return "interlaced"
+    if video.width % 2 or video.height % 2:
+        return f"odd side: {video.width}x{video.height}"
+    if min(video.width, video.height) < codecs[video.codec] or max(video.width, video.height) > _LONGEST_SIDE:
+        return f"size: {video.width}x{video.height} has a side outside {codecs[video.codec]} to {_LONGEST_SIDE} pixels"
+    if video.size > largest_file:
+        return f"large file: {video.size} bytes, and it would be read whole"
+    if video.colorspace not in (*BT601, BT709):
+        return f"colour matrix: number {video.colorspace} of FFmpeg, and only BT.601 and BT.709 are known"
+    if exact_colour and video.colorspace == BT709:
+        return "colour matrix: BT.709, and exact colours are asked for"
+    if plan is None:
+        return "its packets do not tell its frames"
+    # DALI numbers the packets by their pts, leaving out negative ones, and takes hidden ones for frames.
+    if plan.pts[0] < 0 or not {key for key, _ in plan.keyframes} <= set(plan.pts):
+        return "an edit list hides frames"
+    # It seeks to a keyframe by pts. The demuxer goes by dts, and would land on a later keyframe if that came early.
+    if any(dts <= pts for (pts, _), (_, dts) in zip(plan.keyframes, plan.keyframes[1:], strict=False)):
+        return "keyframes too close to each other to seek to"
+    # Frames shown before their HEVC keyframe are dropped by NVDEC after a seek, and their times go to the frames after
+    # them. They show in the delay of that keyframe's pts. (H.264 is sought at IDR frames only: none come before one.)
+    if video.codec == "hevc" and len({pts - dts for pts, dts in plan.keyframes}) > 1:
+        return "HEVC with open groups of pictures"
+    return None
+
+
+def container(head: bytes) -> str | None:
+    """Why a file with these first bytes must be decoded on the CPU: MP4 and Matroska seek by exact time, others not."""
+    if head[4:8] in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip") or head[:4] == b"\x1aE\xdf\xa3":
+        return None
+    return "neither MP4 nor Matroska"

@@ -1,0 +1,353 @@
+"""Frames out of video files, on PyAV.
+
+Frame `i` of a video is the i-th that decoding the whole file gives, and the pixels are exactly those, mostly without
+decoding the whole file (`plan.py`). Where the packets cannot tell the frames (odd containers) or a frame on the way is
+damaged, the file is decoded from end to end instead: slower, the same answer. (Damage elsewhere is not seen; frames are
+then numbered by their packets.)
+
+Colours are converted to 8-bit RGB as the stream's matrix and range say, rounded once, the colour planes enlarged
+bilinearly: what NVIDIA DALI's CPU decoder gives, bit for bit. High dynamic range is not tone-mapped. Rotation and
+mirroring by metadata are applied, the pixel aspect ratio is not (as in the readers that X-CLIP was trained with).
+The PyAV wheel bundles FFmpeg with GPL encoders (x264, x265): mind that if you redistribute it.
+
+Every function here takes a path or a `Source` (with a stored plan, or a member of a tar file).
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from av.video.frame import VideoFrame
+from av.video.reformatter import Interpolation, VideoReformatter
+
+from ..sampling import Sampling, frame_indices
+from ..transforms import TestTransform, View, apply_frame
+from .plan import Plan, Source, VideoError, all_frames, as_source, by_plan, log, make_plan, open_video, still_fits
+
+__all__ = [
+    "Plan",
+    "Source",
+    "VideoError",
+    "VideoInfo",
+    "decode",
+    "decode_frames",
+    "decode_many",
+    "decode_views",
+    "probe",
+]
+
+Video = str | os.PathLike[str] | Source
+
+EXACT_COLOUR = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
+"""How swscale converts to RGB here: within half a level. Its own choice is a level too dark and does not interpolate
+colours; it takes an eighth of the time, which is 0.2 ms less for a frame of 340x256."""
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What `probe` finds. `width` and `height` are as displayed, after `rotation` (degrees clockwise: 0, 90, 180, 270);
+    `frames` counts the frames there are, whatever the header says; `duration` is in seconds; `fps` is the average.
+    `plan` is for `Source`; None where the packets do not tell the frames. `colorspace` is the first frame's matrix in
+    FFmpeg's numbers (1: BT.709, 2: not stated, 5 and 6: BT.601, 9: BT.2020); `interlaced`: it holds two fields."""
+
+    frames: int
+    width: int
+    height: int
+    codec: str
+    pix_fmt: str
+    rotation: int
+    duration: float
+    fps: float
+    plan: Plan | None = field(default=None, repr=False)
+    colorspace: int = 2
+    interlaced: bool = False
+
+
+def decode(
+    path: Video,
+    frames: int = 8,
+    sampling: Sampling = "sparse",
+    *,
+    size: int = 224,
+    stride: int = 1,
+    rng: np.random.Generator | None = None,
+    threads: int = 1,
+) -> torch.Tensor:
+    """Sampled frames of one video: uint8 (frames, size, size, 3), RGB.
+
+    `sampling`, `stride` and `rng` are those of `frame_indices`; a video with fewer frames than asked repeats them. The
+    picture is the paper's test view, `TestTransform`: the centre of a short side of size * 256 / 224, the same pixels
+    as in an evaluation. `threads` is for the decoder of this one file; with many files give them a thread each instead
+    (`decode_many`). Raises VideoError.
+    """
+    transform = TestTransform(frames, size, sampling=sampling, stride=stride)
+    out = np.empty((frames, size, size, 3), np.uint8)
+    state = rng.bit_generator.state if rng is not None else {}
+
+    def choose(total: int) -> np.ndarray:
+        if rng is not None:
+            rng.bit_generator.state = state  # asked again, after a plan failed, it draws the same
+        return frame_indices(total, frames, sampling, stride=stride, rng=rng)
+
+    def draw(picture_HWC: np.ndarray, places: list[int]) -> None:
+        height, width = picture_HWC.shape[:2]  # which may change within a video
+        view = View(np.empty(0, np.int64), transform.boxes(width, height)[0], size)
+        apply_frame(view, picture_HWC, out[places[0]])
+        for place in places[1:]:
+            out[place] = out[places[0]]
+
+    _pick(as_source(path), choose, draw, threads)
+    return torch.from_numpy(out)
+
+
+def decode_frames(path: Video, indices: Sequence[int] | np.ndarray, *, threads: int = 1) -> np.ndarray:
+    """The frames of these numbers, in this order, full size: uint8 (n, H, W, 3), RGB.
+
+    Raises VideoError for a bad file or one whose picture size changes, IndexError for a frame that is not there.
+    """
+    source = as_source(path)
+    wanted = [int(index) for index in indices]
+    if not wanted:
+        raise ValueError(f"{source}: no frame numbers given")
+    pictures: list[Any] = [None] * len(wanted)
+
+    def choose(total: int) -> list[int]:
+        if not 0 <= min(wanted) <= max(wanted) < total:
+            raise IndexError(f"{source}: has frames 0 to {total - 1}; asked for {min(wanted)} to {max(wanted)}")
+        return wanted
+
+    def keep(picture_HWC: np.ndarray, places: list[int]) -> None:
+        for place in places:
+            pictures[place] = picture_HWC
+
+    _pick(source, choose, keep, threads)
+    if len({picture.shape for picture in pictures}) > 1:
+        raise VideoError(f"{source}: the picture size changes within the video; use decode(), which resizes")
+    return np.stack(pictures)
+
+
+def decode_views(path: Video, views: Sequence[View], *, out: np.ndarray | None = None, threads: int = 1) -> np.ndarray:
+    """Several views of one video: uint8 (V, T, S, S, 3), RGB. Each frame is decoded once, however many views want it.
+
+    The views must agree in their number of frames and size. `out`: where to write them, uint8 of that shape. One
+    full-size frame at a time is held. Raises VideoError for a bad file, also for one that no longer has the frame count
+    and size that the views were drawn for.
+    """
+    source = as_source(path)
+    if not views or len({(len(view.frames), view.size) for view in views}) > 1:
+        raise ValueError(f"{source}: wants one view at least, all of one frame count and size; got {len(views)} views")
+    numbers = np.concatenate([view.frames for view in views])
+    shape = (len(views), len(views[0].frames), views[0].size, views[0].size, 3)
+    if out is None:
+        out = np.empty(shape, np.uint8)
+    if out.shape != shape or out.dtype != np.uint8:
+        raise ValueError(f"{source}: out is {out.dtype} {out.shape}; wanted is uint8 {shape}")
+    drawn = {view.drawn_from for view in views if view.drawn_from is not None}
+    counts = {count for count, _, _ in drawn} or ({len(source.plan.pts)} if source.plan else set())
+
+    def choose(total: int) -> np.ndarray:
+        if counts - {total} or not 0 <= numbers.min() <= numbers.max() < total:
+            known = " and ".join(map(str, sorted(counts))) or f"{numbers.max() + 1} at least"
+            raise VideoError(f"{source}: has {total} frames, not {known} as indexed; index it again")
+        return numbers
+
+    def draw(picture_HWC: np.ndarray, places: list[int]) -> None:
+        height, width = picture_HWC.shape[:2]
+        for place in places:
+            number, step = divmod(place, shape[1])
+            view = views[number]
+            if view.drawn_from is not None and view.drawn_from[1:] != (width, height):
+                wanted = "x".join(map(str, view.drawn_from[1:]))
+                raise VideoError(
+                    f"{source}: a frame has {width}x{height} pixels, not {wanted} as indexed; index it again"
+                )
+            left, top, across, down = view.crop
+            if left + across > width or top + down > height:
+                raise VideoError(f"{source}: a frame has {width}x{height} pixels; the crop {view.crop} leaves it")
+            apply_frame(view, picture_HWC, out[number, step])
+
+    _pick(source, choose, draw, threads)
+    return out
+
+
+def decode_many(
+    paths: Iterable[Video],
+    frames: int = 8,
+    sampling: Sampling = "sparse",
+    *,
+    size: int = 224,
+    stride: int = 1,
+    workers: int | None = None,
+    errors: Literal["raise", "return"] = "raise",
+) -> Iterator[torch.Tensor | VideoError]:
+    """`decode` of each path, in order, by a pool of threads (PyAV gives up the GIL); default one thread per core.
+
+    At most two results per worker wait in memory. A bad file raises its VideoError at its place in the order or, with
+    `errors="return"`, stands there instead of the frames.
+    """
+    if errors not in ("raise", "return"):
+        raise ValueError(f"errors is {errors!r}; it must be 'raise' or 'return'")
+    if workers is None:
+        workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
+    waiting: deque[Future[torch.Tensor]] = deque()
+
+    def finished() -> torch.Tensor | VideoError:
+        try:
+            return waiting.popleft().result()
+        except VideoError as error:
+            if errors == "raise":
+                raise
+            return error
+
+    try:
+        for path in paths:
+            waiting.append(pool.submit(decode, path, frames, sampling, size=size, stride=stride))
+            if len(waiting) >= 2 * workers:
+                yield finished()
+        while waiting:
+            yield finished()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def probe(path: Video) -> VideoInfo:
+    """Size, codec, timing, true frame count, and the plan. Decodes one frame, or all where packets cannot be counted.
+
+    Raises VideoError.
+    """
+    source = as_source(path)
+    with open_video(source) as (container, stream):
+        plan = make_plan(container, stream)
+    with open_video(source) as (container, stream):
+        codec = stream.codec_context.codec.canonical_name
+        frames = all_frames(container, stream)
+        first = next(frames, None)
+        if first is None:
+            raise VideoError(f"{source}: no frame can be decoded ({codec})")
+        height, width = Upright()(first, np.empty((first.height, first.width, 1))).shape[:2]
+        times = plan.pts if plan else [first.pts, *(frame.pts for frame in frames)]
+        count, known = len(times), [time for time in times if time is not None]
+        span = (max(known) - min(known)) * (stream.time_base or 0) if known else 0
+        # The span of n frames is n - 1 intervals; the last frame lasts as long as the others did on average.
+        rate = (count - 1) / span if span else stream.average_rate or 25
+        duration = float(count / rate)
+        return VideoInfo(
+            count,
+            width,
+            height,
+            codec,
+            first.format.name,
+            rotation=-first.rotation % 360,
+            duration=duration,
+            fps=count / duration,
+            plan=plan,
+            colorspace=int(first.colorspace),
+            interlaced=bool(first.interlaced_frame),
+        )
+
+
+class Upright:
+    """Pictures of one video (H, W, C) as they are to be shown: the nearest quarter turn and mirroring to its matrix.
+
+    In PyAV a frame and its side data hold each other: one that was asked for them stays in memory until the garbage
+    collector comes. So they are read from the first frame, and where the rotation changes.
+    """
+
+    def __init__(self) -> None:
+        self._rotation: int | None = None
+        self._matrix: np.ndarray | None = None
+
+    def matrix(self, frame: VideoFrame) -> np.ndarray | None:
+        """The display matrix (a, b, u, c, d) in fixed point: x' = a x + c y, y' = b x + d y. None without one."""
+        if frame.rotation != self._rotation:
+            self._rotation = frame.rotation
+            try:
+                data = frame.side_data.get("DISPLAYMATRIX")
+            except ValueError:  # there is side data of a kind that PyAV has no name for, as EXIF: mirroring is not seen
+                turn = np.deg2rad(frame.rotation)
+                matrix = np.array([np.cos(turn), -np.sin(turn), 0, np.sin(turn), np.cos(turn)])
+                self._matrix = np.rint(matrix * 65536).astype(np.int64) if frame.rotation else None
+            else:
+                self._matrix = None if data is None else np.frombuffer(cast(Any, data), np.int32)[:5].astype(np.int64)
+        return self._matrix
+
+    def __call__(self, frame: VideoFrame, array: np.ndarray) -> np.ndarray:
+        matrix = self.matrix(frame)
+        if matrix is None:
+            return array
+        a, b, _, c, d = matrix
+        if abs(a) + abs(d) >= abs(b) + abs(c):
+            flip_y, flip_x = d < 0, a < 0
+        else:
+            array = array.transpose(1, 0, 2)
+            flip_y, flip_x = b < 0, c < 0
+        return array[:: -1 if flip_y else 1, :: -1 if flip_x else 1]
+
+
+def _pick(
+    source: Source,
+    choose: Callable[[int], Sequence[int] | np.ndarray],
+    use: Callable[[np.ndarray, list[int]], None],
+    threads: int,
+) -> None:
+    """Call `use(frame (H, W, 3), its places in the answer of choose)` for each frame that `choose(frame count)` names.
+
+    After a plan that failed on the way, frames are handed out again from the first.
+    """
+    reformatter, upright = VideoReformatter(), Upright()
+    places: dict[int, list[int]] = {}
+
+    def pick(total: int) -> list[int]:
+        places.clear()
+        for place, number in enumerate(choose(total)):
+            places.setdefault(int(number), []).append(place)
+        return sorted(places)
+
+    def take(number: int, frame: VideoFrame) -> None:
+        rgb = reformatter.reformat(frame, format="rgb24", interpolation=EXACT_COLOUR, threads=1)
+        use(upright(frame, rgb.to_ndarray()), places[number])
+
+    failed = None
+    if source.plan is not None:
+        with open_video(source, threads) as (container, stream):
+            if still_fits(source.plan, source, container, stream):
+                try:
+                    numbers = pick(len(source.plan.pts))
+                except (IndexError, VideoError):
+                    numbers = []  # if the file itself has too few or too many frames, it is said below
+                if numbers and by_plan(container, stream, source.plan, numbers, take):
+                    return
+                failed = source.plan if numbers else None
+        log.info("%s: is not as its stored plan says; planning it anew", source)
+    with open_video(source, threads) as (container, stream):
+        plan = make_plan(container, stream)
+        if plan is not None:
+            if plan != failed and by_plan(container, stream, plan, pick(len(plan.pts)), take):
+                return
+            log.info("%s: seeking did not give the frames its packets promise; decoding it from end to end", source)
+    with open_video(source, threads) as (container, stream):
+        total = sum(1 for _ in all_frames(container, stream))
+        if not total:
+            raise VideoError(f"{source}: no frame can be decoded ({stream.codec_context.codec.canonical_name})")
+    try:
+        last = pick(total)[-1]
+    except VideoError as error:
+        if plan is not None and total < len(plan.pts):
+            raise VideoError(
+                f"{source}: is damaged: only {total} of its {len(plan.pts)} frames can be decoded"
+            ) from error
+        raise
+    with open_video(source, threads) as (container, stream):
+        for number, frame in enumerate(all_frames(container, stream)):
+            if number in places:
+                take(number, frame)
+            if number == last:
+                break

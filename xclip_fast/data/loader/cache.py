@@ -1,0 +1,185 @@
+"""Decoded videos kept on disk, so that a small data set is decoded once.
+
+Each video is one `.npy` file of all its frames, uint8 (F, H, W, 3), full size, read by memory mapping: a view touches
+only the frames it needs. The file's name is a hash of what identifies the content: the video's path, its place in a tar
+shard, its size and time of change now (not when it was indexed), and the version of the decoder.
+
+Files are written under another name and then renamed, so several processes may fill one folder. They may pass its limit
+by one video each, because they look at what is there only every few seconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import math
+import os
+import shutil
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from ..decode.plan import Source
+    from ..decode.video import Video
+    from ..transforms import View
+
+_CHUNK = 2**26  # bytes of frames decoded at a time
+_LARGEST = 2**30  # bytes of one decoded video; a longer one would take minutes before its first frame is seen
+_PIXELS = 2  # raised whenever the decoder comes to give other pixels
+_LOOK_EVERY = 10.0  # seconds between two looks at the size of the folder
+_STALE = 3600.0  # seconds after which an unfinished file was left by a process that was killed
+
+
+class FrameCache:
+    """A folder of decoded videos that holds at most `limit` bytes.
+
+    The default limit is what the folder holds already and half of what is free on its disk. Once it is full, videos
+    that are not in it are decoded as without it; none is thrown out (every epoch wants all of them, so no choice would
+    be better than those that came first). `notes` collects what a person should know, each once.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], limit: int | None = None) -> None:
+        self.folder = Path(folder).absolute()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = threading.Lock()
+        self._used, self._looked = self._look(), time.monotonic()
+        if limit is None:
+            limit = self._used + shutil.disk_usage(self.folder).free // 2
+        if limit < 0:
+            raise ValueError(f"cache_bytes is {limit}; it must not be negative")
+        self.limit = limit
+        self.notes: list[str] = []
+        self._told: set[str] = set()
+        self._cannot: set[str] = set()  # what cannot be decoded from end to end; some of its frames may be
+        self._broken = False
+
+    def __reduce__(self) -> tuple[type[FrameCache], tuple[str, int]]:
+        return FrameCache, (os.fspath(self.folder), self.limit)
+
+    def decode_views(self, source: Source, views: Sequence[View], *, video: Video, out: np.ndarray) -> None:
+        """`decode.decode_views` with the same pixels, from the cache where the video is in it or still fits.
+
+        `video`: what the manifest knows of the source. Raises VideoError.
+        """
+        from ..decode.decoder import decode_views
+        from ..transforms import apply
+
+        frames = self._frames(source, video)
+        if frames is None:
+            decode_views(source, views, out=out)
+            return
+        for view, out_TSSC in zip(views, out, strict=True):
+            apply(view, frames[view.frames], out_TSSC)
+
+    def _frames(self, source: Source, video: Video) -> np.ndarray | None:
+        """All frames of the video, (F, H, W, 3), mapped from the cache; None if they are not to be had from it."""
+        try:
+            path = self.folder / f"{_key(source)}.npy"
+        except OSError:  # no such file: the decoder knows best what to say
+            return None
+        shape = (video.frames, video.height, video.width, 3)
+        stored = _mapped(path, shape)
+        if stored is not None:
+            return stored
+        if path.name in self._cannot or self._broken or not self._room(math.prod(shape), source):
+            return None
+        if self._write(path, source, shape):
+            return _mapped(path, shape)
+        return None
+
+    def _room(self, size: int, source: Source) -> bool:
+        if size > _LARGEST:
+            self._note("large", f"{source}: {size / 2**30:.1f} GiB once decoded, too large for the cache")
+            return False
+        with self._lock:
+            if time.monotonic() - self._looked > _LOOK_EVERY:
+                self._used, self._looked = self._look(), time.monotonic()
+            if self._used + size > self.limit:
+                self._note("full", f"{self.folder}: the cache is full ({self.limit / 2**30:.2f} GiB); other videos are "
+                           "decoded every time. Give it more (cache_bytes) or empty it")  # fmt: skip
+                return False
+            self._used += size
+            return True
+
+    def _write(self, path: Path, source: Source, shape: tuple[int, ...]) -> bool:
+        """Decode the whole video into this file. False if it cannot be decoded as the manifest says, or written."""
+        from ..decode.decoder import VideoError, decode_frames
+
+        part = path.with_name(f".{path.stem}.{os.getpid()}.{threading.get_ident()}.part")
+        step = max(1, _CHUNK // max(1, math.prod(shape[1:])))
+        try:
+            with open(part, "xb") as file:
+                file.write(_header(shape))
+                for start in range(0, shape[0], step):
+                    try:
+                        frames = decode_frames(source, range(start, min(start + step, shape[0])))
+                    except (VideoError, IndexError):
+                        self._cannot.add(path.name)
+                        return False
+                    if frames.shape[1:] != shape[1:]:
+                        self._cannot.add(path.name)
+                        return False
+                    file.write(np.ascontiguousarray(frames).data)  # turned pictures keep their order in memory
+            os.replace(part, path)
+            return True
+        except OSError as error:
+            self._broken = True
+            self._note("broken", f"{self.folder}: cannot be written to ({error.strerror or error}); going on without")
+            return False
+        finally:
+            with contextlib.suppress(OSError):  # the disk's fault, not the video's
+                part.unlink(missing_ok=True)
+
+    def _look(self) -> int:
+        """The bytes in the folder. Leftovers of processes that were killed are removed."""
+        used = 0
+        with os.scandir(self.folder) as entries:
+            for entry in entries:
+                try:
+                    status = entry.stat()
+                    if entry.name.endswith(".part") and time.time() - status.st_mtime > _STALE:
+                        os.unlink(entry.path)
+                    else:
+                        used += status.st_size
+                except FileNotFoundError:  # another process renamed or removed it just now
+                    continue
+        return used
+
+    def _note(self, kind: str, text: str) -> None:
+        if kind not in self._told:
+            self._told.add(kind)
+            self.notes.append(text)
+
+
+def _key(source: Source) -> str:
+    import av
+
+    status = os.stat(source.path)
+    facts = (_PIXELS, os.path.abspath(source.path), source.offset, source.size, status.st_size, status.st_mtime_ns)
+    text = repr((*facts, av.__version__))
+    return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=20).hexdigest()
+
+
+def _header(shape: tuple[int, ...]) -> bytes:
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    return file.getvalue()
+
+
+def _mapped(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
+    """The array in this file, or None if it isn't there, isn't whole or isn't this one."""
+    # Not np.load: it parses the header as Python, which several threads at once cannot do under Python 3.11.
+    header = _header(shape)
+    try:
+        with open(path, "rb") as file:
+            if file.read(len(header)) != header or os.fstat(file.fileno()).st_size != len(header) + math.prod(shape):
+                return None
+            return np.memmap(file, np.uint8, "r", len(header), shape)
+    except (OSError, ValueError):
+        return None

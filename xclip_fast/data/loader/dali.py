@@ -1,0 +1,351 @@
+"""Batches decoded and cropped on the GPU with NVIDIA DALI 2: H.264 and HEVC by the decoder chip, the rest by kernels.
+
+What DALI is known to decode right goes to it; `supported` says why a video does not. Those videos, and the ones of a
+run that failed, are decoded on the CPU by `decode_views`, and take their places in the batch. So the samples, their
+order, frames, boxes, mirrors and colours are those of the CPU path. By DALI's CPU operators the pixels are within a
+level of it. NVDEC may enlarge the colour planes in another way, which would show at sharp edges of colour.
+
+What NVDEC hides cannot be seen from here: it patches up damage inside a file without a word, where the CPU path would
+decode that file again from end to end.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from ..decode.dali_support import container, missing, require, supported
+from ..decode.decoder import VideoError, decode_views
+from ..manifest.manifest import Manifest
+from ..sampling import sample_rng
+from ..transforms import View
+from .batches import Batch
+from .dali_graph import inputs_of, make_pipeline, read_encoded
+from .threads import Job, Threads
+
+__all__ = ["Batch", "dali_batches", "missing", "supported"]
+
+log = logging.getLogger(__name__)
+
+_GIVE_UP = 5  # runs in a row that fail without a bad file among them: it is DALI that is broken then
+
+
+class Transform(Protocol):
+    """What `TrainTransform` and `TestTransform` are. With an attribute `random` that is False, `rng` is None."""
+
+    def views(self, total: int, width: int, height: int, rng: Any) -> list[View]: ...
+
+
+def dali_batches(
+    manifest: Manifest,
+    transform: Transform,
+    batches: Iterable[np.ndarray],
+    *,
+    seed: int = 0,
+    epoch: int = 0,
+    device: str | torch.device = "cuda",
+    ahead: int = 3,
+    streams: int = 2,
+    threads: int | None = None,
+    workers: int | None = None,
+    time_limit: float = 60.0,
+    memory: int = 2 << 30,
+    exact_colour: bool = False,
+    routes: MutableMapping[int, str | None] | None = None,
+    on_bad: Callable[[int, str], None] | None = None,
+) -> Iterator[Batch]:
+    """The batches of these rows of the manifest, in this order, decoded by DALI. `device="cpu"`: by its CPU operators.
+
+    `ahead` batches are under way while one is used; `streams` pipelines of `threads` decoders each take turns;
+    `workers` threads read files and decode what DALI cannot. A run of a pipeline holds at most `memory` bytes of
+    full-size frames; larger batches are split. `routes` keeps, from one epoch to the next, why a row is decoded on the
+    CPU (None: it is not). `exact_colour`: BT.709 on the CPU, see `dali_graph`.
+
+    A video that cannot be decoded is left out of its batch and told to `on_bad(row, reason)`, which may raise to stop.
+    When a run fails, or does not end within `time_limit` seconds, its samples are decoded on the CPU; a hung pipeline
+    is left behind, and another one built. If none of the samples is to blame, they stay with the CPU from then on.
+
+    A batch may be DALI's own memory, taken over without a copy: it is freed when the tensor is and the device has
+    finished what was queued by then. Raises ImportError without DALI, and RuntimeError if DALI fails on good files.
+    """
+    require()
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    random = getattr(transform, "random", True)
+    todo = deque(np.asarray(rows, np.int64) for rows in batches)
+    like = transform.views(64, 64, 64, sample_rng(0, 0, 0) if random else None)
+    make = partial(
+        make_pipeline,
+        views=len(like),
+        size=like[0].size,
+        batch_size=max((len(rows) for rows in todo), default=0) or 1,
+        threads=threads or max(1, min(8, cores // streams)),
+        device_id=device.index if device.type == "cuda" else None,
+    )
+    run = _Epoch(
+        manifest=manifest,
+        transform=transform,
+        random=random,
+        seed=seed,
+        epoch=epoch,
+        device=device,
+        like=like,
+        memory=memory,
+        exact_colour=exact_colour,
+        readers=Threads(workers or cores, "video reader", lambda: None, time_limit),
+        engines=Threads(streams, "dali", lambda: _Pipe(make), time_limit),
+        routes={} if routes is None else routes,
+        on_bad=on_bad or (lambda row, why: log.warning("%s: left out: %s", manifest.name(row), why)),
+    )
+    waiting: deque[_Pending] = deque()
+    try:
+        while todo or waiting:
+            while todo and len(waiting) <= ahead:
+                waiting.append(run.begin(todo.popleft()))
+            yield run.finish(waiting.popleft())
+    finally:
+        run.engines.close()
+        run.readers.close()
+
+
+@dataclass(eq=False)
+class _Sample:
+    """A row made ready: what DALI takes, or the views as decoded on the CPU, uint8 (V, T, S, S, 3)."""
+
+    inputs: dict[str, np.ndarray] | None = None
+    pixels_VTSSC: np.ndarray | None = None
+
+
+@dataclass(eq=False)
+class _Pending:
+    """A batch under way: a job per row, and the runs of DALI as (places in the batch, job)."""
+
+    rows: np.ndarray
+    samples: list[Job]
+    runs: list[tuple[list[int], Job]] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class _Epoch:
+    """The steps from rows to a batch. Only `prepare` and `decode` run in other threads."""
+
+    manifest: Manifest
+    transform: Transform
+    random: bool
+    seed: int
+    epoch: int
+    device: torch.device
+    like: list[View]
+    memory: int
+    exact_colour: bool
+    readers: Threads
+    engines: Threads
+    routes: MutableMapping[int, str | None]
+    on_bad: Callable[[int, str], None]
+    kinds: set[str] = field(default_factory=set)
+    failures: int = 0
+
+    def route(self, row: int, why: str) -> None:
+        """Note that the row goes to the CPU, and log the first of each kind of reason."""
+        self.routes[row] = why
+        kind = why.split(":")[0]
+        level = logging.DEBUG if kind in self.kinds else logging.WARNING
+        self.kinds.add(kind)
+        log.log(level, "%s: decoded on the CPU: %s", self.manifest.name(row), why)
+
+    def begin(self, rows: np.ndarray) -> _Pending:
+        """Hand out the rows of a batch."""
+        pending, room = _Pending(rows, []), self.memory
+        groups: list[list[int]] = [[]]
+        for place, row in enumerate(rows.tolist()):
+            video = self.manifest.videos[row]
+            if row not in self.routes:
+                why = supported(video, gpu=self.device.type == "cuda", exact_colour=self.exact_colour)
+                self.routes[row] = None
+                if why is not None:
+                    self.route(row, why)
+            if self.routes[row] is None:
+                frames = min(video.frames, sum(len(view.frames) for view in self.like))
+                need = frames * video.width * video.height * 3
+                if need > room and groups[-1]:
+                    groups.append([])
+                    room = self.memory
+                room -= need
+                groups[-1].append(place)
+            pending.samples.append(Job(partial(self.prepare, row)))
+        for places in filter(None, groups):
+            pending.runs.append((places, self.decode_when_ready([pending.samples[place] for place in places])))
+        for job in pending.samples:
+            self.readers.submit(job)
+        return pending
+
+    def views(self, row: int) -> list[View]:
+        video = self.manifest.videos[row]
+        rng = sample_rng(self.seed, self.epoch, row) if self.random else None
+        return self.transform.views(video.frames, video.width, video.height, rng)
+
+    def prepare(self, row: int, _: object) -> _Sample:
+        """Read the file for DALI, or decode it here. Raises VideoError."""
+        video = self.manifest.videos[row]
+        if video.error is not None:
+            raise VideoError(video.error)
+        if self.routes[row] is None:
+            source = self.manifest.source(row)
+            try:
+                encoded = read_encoded(source.path, source.offset, video.size)
+                why = container(encoded[:8].tobytes())
+                if why is None:
+                    return _Sample(inputs_of(encoded, self.views(row), video.colorspace))
+            except OSError as error:  # the CPU decoder says what is wrong, if anything is
+                why = f"cannot be read as it was indexed: {error}"
+            self.route(row, why)
+        return self.decode(row)
+
+    def decode(self, row: int, _: object = None) -> _Sample:
+        return _Sample(pixels_VTSSC=decode_views(self.manifest.source(row), self.views(row)))
+
+    def decode_when_ready(self, samples: list[Job]) -> Job:
+        """A job of the engines that is handed out when the last of these is done."""
+        left, lock = len(samples), threading.Lock()
+
+        def decode(pipe: _Pipe) -> Any:
+            """The views of those samples that are for DALI: a DALI tensor (n, ...)."""
+            done = [None if job.future.exception() else job.future.result().inputs for job in samples]
+            ready = [inputs for inputs in done if inputs is not None]
+            return pipe.run({name: [inputs[name] for inputs in ready] for name in ready[0]}) if ready else None
+
+        job = Job(decode)
+
+        def count(_: Future[Any]) -> None:
+            nonlocal left
+            with lock:
+                left -= 1
+                last = left == 0
+            if last:
+                self.engines.submit(job)
+
+        for sample in samples:
+            sample.future.add_done_callback(count)
+        return job
+
+    def finish(self, pending: _Pending) -> Batch:
+        """Wait for a batch, mend what failed, and put it together."""
+        bad: dict[int, str] = {}
+        pixels: dict[int, np.ndarray] = {}
+        parts: list[tuple[list[int], torch.Tensor]] = []
+        for place, job in enumerate(pending.samples):
+            self.collect(place, job, pixels, bad)
+        for places, job in pending.runs:
+            places = [place for place in places if place not in bad and place not in pixels]
+            try:
+                tensor = self.engines.result(job)
+            except (RuntimeError, MemoryError, TimeoutError) as error:
+                self.mend(pending, places, error, pixels, bad)
+                continue
+            if tensor is not None:
+                parts.append((places, torch.from_dlpack(tensor)))
+                self.failures = 0
+        for place in sorted(bad):
+            self.on_bad(int(pending.rows[place]), bad[place])
+        kept = [place for place in range(len(pending.rows)) if place not in bad]
+        rows = pending.rows[kept]
+        return Batch(self.assemble(kept, parts, pixels), *map(self.move, (self.manifest.labels[rows], rows)))
+
+    def collect(self, place: int, job: Job, pixels: dict[int, np.ndarray], bad: dict[int, str]) -> None:
+        try:
+            sample = self.readers.result(job)
+        except (VideoError, TimeoutError) as error:
+            bad[place] = str(error)
+        else:
+            if sample.pixels_VTSSC is not None:
+                pixels[place] = sample.pixels_VTSSC
+
+    def mend(
+        self, pending: _Pending, places: list[int], error: Exception, pixels: dict[int, np.ndarray], bad: dict[int, str]
+    ) -> None:
+        """Decode the samples of a failed run on the CPU."""
+        why = f"DALI failed: {_first_line(error)}"
+        log.warning("a run of %d videos is decoded on the CPU: %s", len(places), why)
+        rows = [int(pending.rows[place]) for place in places]
+        jobs = [self.readers.submit(Job(partial(self.decode, row))) for row in rows]
+        for place, job in zip(places, jobs, strict=True):
+            self.collect(place, job, pixels, bad)
+        blamed = [row for place, row in zip(places, rows, strict=True) if place in bad]
+        for row in blamed or rows:
+            self.route(row, why)
+        if blamed:
+            return
+        self.failures += 1
+        if self.failures >= _GIVE_UP:
+            raise RuntimeError(
+                f"DALI failed {self.failures} times in a row on videos that the CPU decodes; load with decoder='cpu', "
+                f"or repair DALI. The last error: {error}"
+            ) from error
+
+    def assemble(
+        self, kept: list[int], parts: list[tuple[list[int], torch.Tensor]], pixels: dict[int, np.ndarray]
+    ) -> torch.Tensor:
+        """The frames of these places of a batch, in order, on the device."""
+        if len(parts) == 1 and parts[0][0] == kept:
+            return parts[0][1]
+        views, time, size = len(self.like), len(self.like[0].frames), self.like[0].size
+        shape = (views, time, size, size, 3) if views > 1 else (time, size, size, 3)
+        frames = torch.empty((len(kept), *shape), dtype=torch.uint8, device=self.device)
+        if pixels:
+            places = sorted(pixels)
+            parts = [*parts, (places, self.move(np.stack([pixels[place].reshape(shape) for place in places])))]
+        where = {place: number for number, place in enumerate(kept)}
+        for places, part in parts:
+            frames.index_copy_(0, self.move(np.array([where[place] for place in places])), part)
+        return frames
+
+    def move(self, array: np.ndarray) -> torch.Tensor:
+        tensor = torch.from_numpy(array)
+        return tensor if self.device.type == "cpu" else tensor.pin_memory().to(self.device, non_blocking=True)
+
+
+def _first_line(error: Exception) -> str:
+    """What DALI says is wrong, without where in the graph and what it means for the pipeline."""
+    text = str(error)
+    _, found, rest = text.rpartition("encountered:")
+    lines = (line.strip() for line in (rest if found else text).splitlines())
+    return next(filter(None, lines), type(error).__name__)
+
+
+@dataclass
+class _Pipe:
+    """A pipeline that is built when first needed, and anew when it may be dead: when two runs of it failed in a row."""
+
+    make: Callable[[], Any]
+    pipeline: Any = None
+    failed: bool = False
+
+    def run(self, inputs: dict[str, list[np.ndarray]]) -> Any:
+        while True:
+            fresh = self.pipeline is None
+            try:
+                if fresh:
+                    pipeline = self.make()
+                    pipeline.build()
+                    self.pipeline = pipeline
+                result = self.pipeline.run(**inputs)[0].as_tensor()
+                self.failed = False
+                return result
+            except (RuntimeError, MemoryError):  # all that DALI raises for what happens in its operators
+                if fresh or not self.failed:
+                    self.failed = True
+                    raise
+                self.pipeline = None

@@ -1,0 +1,385 @@
+"""Batches of decoded videos for training and evaluation: one function, `loader`.
+
+Which videos make up a batch, which frames of them, which crops and colours: all follows from (seed, epoch, row) alone.
+So an epoch is the same with any number of workers, on any number of ranks with the same global batch, and after a
+resume at any batch. Every usable video comes exactly once an epoch. One that cannot be decoded makes its batch shorter
+and is named in the report; nothing stands in for it.
+
+Sizes: B videos, V views, T frames, S pixels a side.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import logging
+import os
+import weakref
+from collections.abc import Generator, Iterator
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from ..manifest.manifest import Manifest
+from ..sampling import epoch_batches, epoch_order, sample_rng
+from .batches import Batch, DataError, Report
+from .cache import FrameCache
+from .workers import Decode, Decoder, Task, Workers
+
+log = logging.getLogger(__name__)
+
+__all__ = ["Batch", "DataError", "Loader", "Report", "loader"]
+
+
+def loader(
+    manifest: Manifest | str | os.PathLike[str],
+    transform: Any,
+    batch_size: int,
+    *,
+    device: str | torch.device = "auto",
+    decoder: Literal["auto", "dali", "cpu"] = "auto",
+    seed: int = 0,
+    shuffle: bool = False,
+    rank: int = 0,
+    world: int = 1,
+    drop_last: bool = False,
+    workers: int | None = None,
+    threads: int | None = None,
+    prefetch: int = 2,
+    cache: str | os.PathLike[str] | None = None,
+    cache_bytes: int | None = None,
+    max_bad: float = 0.05,
+    timeout: float = 60.0,
+    decode: Decode | None = None,
+) -> Loader:
+    """The best loader for this machine: NVIDIA DALI for a CUDA device where it is installed, else PyAV in processes.
+
+    Args:
+        manifest: the videos (`manifest.index`), or the file of one.
+        transform: `TrainTransform`, `TestTransform` or another object with `views`, best a dataclass: what it prints
+            tells one from another when a run is resumed. With `random = False` it gets no random numbers.
+        batch_size: videos of a batch on this rank.
+        device: where the batches go; "auto": CUDA if there is one.
+        decoder: "dali" or "cpu" to insist on one.
+        rank, world: this process's share: of each batch_size * world videos, every world-th.
+        drop_last: leave out a last batch that is not full; without it, it is shorter, on some ranks perhaps empty.
+        workers, threads: processes, and threads in each; by default two threads for each of this process's cores (the
+            machine's cores over LOCAL_WORLD_SIZE), four to a process. workers=0: threads of this process, without
+            prefetching, and without protection from files that crash or hang the decoder.
+        prefetch: batches that each worker has ready or in the making, at most. Bounds the memory.
+        cache, cache_bytes: folder of decoded frames and its limit in bytes; see `FrameCache`.
+        max_bad: share of the data, counted in distinct videos, that may turn out bad before DataError is raised. What
+            the index found bad counts too. An evaluation may take 1.0 and say "n of m" (`Report.summary`).
+        timeout: seconds that one video may take. Longer means that the decoder hangs.
+        decode: another function than `decode.decode_views`; with it nothing is cached.
+
+    Raises:
+        ValueError: for a bad argument. ImportError: for decoder="dali" without DALI. DataError: see `max_bad`.
+    """
+    if not isinstance(manifest, Manifest):
+        manifest = Manifest.read(manifest)
+    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"device is {str(device)!r}, and torch sees no CUDA device here; device='auto' takes what there is"
+        )
+    counts = [("batch_size", batch_size, 1), ("prefetch", prefetch, 1), ("world", world, 1)]
+    counts += [("workers", 0 if workers is None else workers, 0), ("threads", 1 if threads is None else threads, 1)]
+    for name, value, least in counts:
+        if value < least:
+            raise ValueError(f"{name} is {value}; it must be at least {least}")
+    if not 0 <= rank < world:
+        raise ValueError(f"rank is {rank}; it must lie from 0 to world - 1 = {world - 1}")
+    if not 0 <= max_bad <= 1:
+        raise ValueError(f"max_bad is {max_bad}; a share from 0 to 1 is wanted")
+    if not timeout > 0:
+        raise ValueError(f"timeout is {timeout}; a positive number of seconds is wanted")
+    if decoder not in ("auto", "dali", "cpu"):
+        raise ValueError(f"decoder is {decoder!r}; it must be 'auto', 'dali' or 'cpu'")
+    refused = _no_dali(place, cache is not None or decode is not None)
+    if decoder == "dali" and refused:
+        raise (ImportError if "not installed" in refused else ValueError)(f"decoder='dali': {refused}")
+    if decoder == "auto" and refused and place.type == "cuda":
+        log.info("videos are decoded on the CPU: %s", refused)
+    if workers is None or threads is None:
+        workers, threads = _shares(workers, threads)
+    kept = FrameCache(cache, cache_bytes) if cache is not None and decode is None else None
+    make = Decoder(transform, seed, _sample_shape(transform), threads, workers, kept, decode)
+    return Loader(
+        manifest,
+        batch_size,
+        Workers(make, workers, prefetch, place.type == "cuda", timeout),
+        device=place,
+        dali=decoder != "cpu" and not refused,
+        shuffle=shuffle,
+        rank=rank,
+        world=world,
+        drop_last=drop_last,
+        max_bad=max_bad,
+    )
+
+
+class Loader:
+    """Iterating gives the batches of one epoch, then `epoch` is one more; see `loader`. Its length is in batches.
+
+    An iteration that is broken off leaves `epoch` as it is, and the next one starts that epoch over, unless the state
+    taken by `state_dict` is loaded. A new iteration ends the one before. Workers live as long as the loader, or until
+    `close`.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        batch_size: int,
+        workers: Workers,
+        *,
+        device: torch.device,
+        dali: bool,
+        shuffle: bool,
+        rank: int,
+        world: int,
+        drop_last: bool,
+        max_bad: float,
+    ) -> None:
+        self.manifest, self.batch_size, self.device = manifest, batch_size, device
+        self.decoder: Literal["dali", "cpu"] = "dali" if dali else "cpu"
+        self._workers, self._max_bad = workers, max_bad
+        self._shuffle, self._rank, self._world, self._drop_last = shuffle, rank, world, drop_last
+        self._usable = manifest.usable
+        self._epoch, self._start, self._consumed = 0, 0, 0
+        self._active: weakref.ref[Generator[Batch, None, None]] | None = None
+        self._routes: dict[int, str | None] = {}  # which videos DALI leaves to the CPU, and why
+        self._told: set[str] = set()
+        self._reasons: dict[tuple[str, str | None], str] = {}  # of videos found bad: (path, member) -> reason
+        self._distinct = len({(video.path, video.member) for video in manifest.videos})
+        self.report = Report(0)
+        self._enter(manifest.bad)
+        self._new_report(self._batches(0))
+        weakref.finalize(self, workers.close)
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that the next iteration gives, or the one under way. May be set."""
+        return self._epoch
+
+    @epoch.setter
+    def epoch(self, epoch: int) -> None:
+        if epoch < 0:
+            raise ValueError(f"epoch is {epoch}; it must not be negative")
+        self._epoch, self._start, self._consumed = epoch, 0, 0
+
+    def __len__(self) -> int:
+        step = self.batch_size * self._world
+        return len(self._usable) // step if self._drop_last else -(-len(self._usable) // step)
+
+    def __iter__(self) -> Iterator[Batch]:
+        self._end()
+        first, self._start = self._start, 0
+        batches = self._batches(self._epoch)
+        self._consumed = first
+        self._new_report(batches[:first])
+        generator = self._iterate(self._epoch, batches, first)
+        self._active = weakref.ref(generator)
+        return generator
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the consumer is: what it needs to go on with the batch after the last that it got. Plain data.
+
+        The same on all ranks, but for `bad`. It fits any number of ranks with the same global batch.
+        """
+        return {**self._identity(), "epoch": self._epoch, "batches": self._consumed, "bad": dict(self.report.bad)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there at the next iteration. Raises ValueError if anything differs that decides what comes."""
+        for name, here in self._identity().items():
+            if state.get(name) != here:
+                raise ValueError(
+                    f"this state belongs to other data or another order: its {name} is {state.get(name)!r}, here it is "
+                    f"{here!r}. Resume with what it was saved with, or start a new run"
+                )
+        if not 0 <= state["batches"] <= len(self):
+            raise ValueError(f"the state stands at batch {state['batches']} of an epoch of {len(self)}")
+        self.epoch = state["epoch"]
+        self._start = self._consumed = state["batches"]
+        self._enter({int(row): reason for row, reason in state.get("bad", {}).items()})
+        self._new_report(self._batches(self._epoch)[: self._start])
+
+    def quarantined(self) -> Manifest:
+        """The manifest with the videos found bad marked as such: written to a file, for the next run."""
+        return self.manifest.with_errors(self.report.bad)
+
+    def close(self) -> None:
+        """End the iteration and the workers. Both start again when needed."""
+        self._end()
+        self._workers.close()
+
+    def _end(self) -> None:
+        iteration = None if self._active is None else self._active()
+        if iteration is not None:
+            iteration.close()
+
+    def _identity(self) -> dict[str, Any]:
+        make = self._workers.decoder
+        kind = type(make.transform)
+        known = dataclasses.is_dataclass(kind)
+        return {
+            "fingerprint": self._fingerprint,
+            "transform": repr(make.transform) if known else f"{kind.__module__}.{kind.__qualname__}",
+            "seed": make.seed,
+            "global_batch": self.batch_size * self._world,
+            "shuffle": self._shuffle,
+            "drop_last": self._drop_last,
+        }
+
+    @functools.cached_property
+    def _fingerprint(self) -> str:
+        # Rows that the index found bad have no place in the order, so the order depends on which they are.
+        usable = hashlib.blake2b(self._usable.tobytes(), digest_size=8)
+        return f"{self.manifest.fingerprint} {usable.hexdigest()}"
+
+    def _batches(self, epoch: int) -> list[np.ndarray]:
+        order = epoch_order(len(self._usable), self._workers.decoder.seed, epoch, self._shuffle)
+        return epoch_batches(self._usable[order], self.batch_size, self._rank, self._world, self._drop_last)
+
+    def _new_report(self, done: list[np.ndarray]) -> None:
+        """A new epoch's, of which these batches were delivered before (but for what is bad)."""
+        bad = self.report.bad
+        rows, of_index = len(self._usable), len(self.manifest) - len(self._usable)
+        step = self.batch_size * self._world
+        last = len(range(self._rank, rows % step, self._world))
+        total = rows // step * self.batch_size + last + len(range(self._rank, of_index, self._world))
+        delivered = sum(int(row) not in bad for rows in done for row in rows)
+        self.report = Report(total, delivered, bad, self.report.names)
+
+    def _iterate(self, epoch: int, batches: list[np.ndarray], first: int) -> Generator[Batch, None, None]:
+        start = self._on_gpu if self.decoder == "dali" else self._on_cpu
+        with contextlib.closing(start(epoch, batches[first:])) as stream:
+            for batch in stream:
+                self._consumed += 1  # before it is used: a state saved during the step on it is after it
+                self.report.delivered += len(batch.samples)
+                yield batch
+        self.epoch = epoch + 1
+
+    def _on_cpu(self, epoch: int, batches: list[np.ndarray]) -> Generator[Batch, None, None]:
+        def task(turn: int, number: int, rows: np.ndarray) -> Task:
+            return Task(turn, number, epoch, rows, self.manifest.select(rows))
+
+        copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        results = self._workers.results(
+            range(len(batches)),
+            lambda turn, number: task(turn, number, self._good(batches[number])),
+            lambda turn, row: task(turn, -1, np.array([row], np.int64)),
+            self._bad,
+        )
+        with contextlib.closing(results):
+            for result in results:
+                for row, reason in result.bad.items():
+                    self._bad(row, reason)
+                for note in result.notes:
+                    if note not in self._told:
+                        self._told.add(note)
+                        log.warning("%s", note)
+                frames = result.frames[:, 0] if result.frames.shape[1] == 1 else result.frames
+                parts = (frames, torch.from_numpy(self.manifest.labels[result.rows]), torch.from_numpy(result.rows))
+                yield Batch(*(parts if copies is None else _moved(parts, self.device, copies)))
+
+    def _on_gpu(self, epoch: int, batches: list[np.ndarray]) -> Generator[Batch, None, None]:
+        from .dali import dali_batches
+
+        make = self._workers.decoder
+        items: Any = dali_batches(
+            self.manifest,
+            make.transform,
+            [self._good(rows) for rows in batches],
+            seed=make.seed,
+            epoch=epoch,
+            device=self.device,
+            workers=max(1, self._workers.workers) * make.threads,
+            time_limit=self._workers.timeout,
+            routes=self._routes,
+            on_bad=self._bad,
+        )
+        with contextlib.closing(items):
+            for item in items:
+                yield Batch(*item)
+
+    def _good(self, rows: np.ndarray) -> np.ndarray:
+        """These rows without those of videos known to be bad. What is left out is in the report, under its own row."""
+        if not self._reasons:
+            return rows
+        keep = np.ones(len(rows), bool)
+        for place, row in enumerate(rows.tolist()):
+            reason = self._reasons.get(self._identify(row))
+            if reason is not None:
+                keep[place] = False
+                self._bad(row, reason)
+        return rows[keep]
+
+    def _identify(self, row: int) -> tuple[str, str | None]:
+        video = self.manifest.videos[row]
+        return video.path, video.member
+
+    def _bad(self, row: int, reason: str) -> None:
+        """Enter a bad video; say so the first time. Raises DataError if there are too many now."""
+        if self._enter({row: reason}, check=False):
+            log.warning("%s: left out: %s", self.manifest.name(row), reason)
+            self._check()
+
+    def _enter(self, bad: dict[int, str], check: bool = True) -> bool:
+        """Enter bad videos in the report. True if one is new."""
+        before = len(self._reasons)
+        for row, reason in bad.items():
+            self.report.bad[row] = reason
+            self.report.names[row] = self.manifest.name(row)
+            self._reasons.setdefault(self._identify(row), reason)
+        if check:
+            self._check()
+        return len(self._reasons) > before
+
+    def _check(self) -> None:
+        if len(self._reasons) > self._max_bad * self._distinct:
+            raise DataError(
+                f"{len(self._reasons)} of {self._distinct} videos cannot be used, more than the {self._max_bad:.1%} "
+                f"that max_bad allows: {self.report.listed()}. Is the data folder complete, and where the manifest "
+                f"says ({self.manifest.root})? If so, index it again, and raise max_bad to go on without these videos"
+            )
+
+
+def _moved(parts: tuple[torch.Tensor, ...], device: torch.device, stream: torch.cuda.Stream) -> list[torch.Tensor]:
+    """Copies on the device, made while the device computes: on a stream of their own that the current one waits for."""
+    with torch.cuda.stream(stream):
+        copies = [part.to(device, non_blocking=True) for part in parts]
+    current = torch.cuda.current_stream(device)
+    current.wait_stream(stream)
+    for copy in copies:
+        copy.record_stream(current)  # or its memory might be given to the next copy while it is still read
+    return copies
+
+
+def _no_dali(device: torch.device, own: bool) -> str | None:
+    """Why DALI is not used, or None."""
+    if device.type != "cuda":
+        return f"it is for CUDA devices, and the device is {device}"
+    if own:
+        return "frames come from a cache or a function of the caller's, on the CPU"
+    from ..decode.dali_support import missing
+
+    return missing()
+
+
+def _sample_shape(transform: Any) -> tuple[int, ...]:
+    """(V, T, S, S, 3) of one sample. It does not depend on the video, so any will do to find out."""
+    views = transform.views(64, 64, 64, sample_rng(0, 0, 0) if getattr(transform, "random", True) else None)
+    return len(views), len(views[0].frames), views[0].size, views[0].size, 3
+
+
+def _shares(workers: int | None, threads: int | None) -> tuple[int, int]:
+    """Processes, and threads in each, for this process's share of the machine's cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    if threads is None:
+        threads = 4 if not workers else max(1, min(4, -(-2 * cores // workers)))
+    return (-(-2 * cores // threads) if workers is None else workers), threads

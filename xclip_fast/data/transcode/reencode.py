@@ -1,0 +1,281 @@
+"""One video encoded anew, frame for frame, so that it decodes fast (see transcode.py)."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+from av.container import InputContainer, OutputContainer
+from av.video.frame import VideoFrame
+from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
+from av.video.stream import VideoStream
+
+from ..decode.decoder import Upright
+from ..decode.plan import Source, VideoError, open_video, reason
+
+PRESETS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow", "placebo")
+_BT601 = 6  # FFmpeg's AVCOL_SPC_SMPTE170M
+_SAME_SHAPE = 0.02  # relative change of the aspect ratio that rounding of sides explains
+_SCALING = Interpolation.BICUBIC | Interpolation.ACCURATE_RND  # without it, another matrix costs 3 dB
+_FINEST = 1_000_000  # ticks a second: finer clocks than this overflow what MP4 and H.264 hold
+
+
+class CannotWrite(Exception):
+    """FFmpeg's error on the side of the copy, kept apart from those of reading the source."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(reason(error))
+        self.errno = getattr(error, "errno", None)
+
+
+class Stopped(Exception):
+    """Asked to stop; the file in hand is given up."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the copies are encoded. Stored in each, so that a later run knows what it finds."""
+
+    short_side: int = 256
+    keyframe_every: int = 12
+    crf: float = 20
+    preset: str = "veryfast"
+
+    def __post_init__(self) -> None:
+        if self.short_side < 16 or self.short_side % 2:
+            raise ValueError(f"short_side is {self.short_side}; it must be even and at least 16 pixels")
+        if self.keyframe_every < 1:
+            raise ValueError(f"keyframe_every is {self.keyframe_every}; it must be at least 1 frame")
+        if not 0 <= self.crf <= 51:
+            raise ValueError(f"crf is {self.crf}; x264 takes 0 (lossless) to 51 (worst)")
+        if self.preset not in PRESETS:
+            raise ValueError(f"preset is {self.preset!r}; x264 has: {', '.join(PRESETS)}")
+
+    def options(self) -> dict[str, str]:
+        """For libx264. Without the loop filter and arithmetic coding decoding takes half the time, for a twelfth more
+        bytes: tune=fastdecode."""
+        return {
+            "preset": self.preset,
+            "crf": str(self.crf),
+            "tune": "fastdecode",
+            "g": str(self.keyframe_every),
+            "sc_threshold": "0",  # no keyframes out of turn
+            "bf": "0",
+            "flags": "+cgop",
+            "a53cc": "0",
+        }
+
+
+def reencode(
+    source: str, path: Path, settings: Settings, stopped: Callable[[], bool] = lambda: False
+) -> tuple[list[str], list[Fraction]]:
+    """Encode every frame of `source` that decodes into the MP4 file `path`.
+
+    Returns what is damaged in the source, if anything, and the time of each frame in seconds, the first at 0. Raises
+    VideoError where there is nothing to encode, CannotWrite for what FFmpeg says of the copy, Stopped once `stopped()`.
+    """
+    damage: list[str] = []
+    shown = Source(source)
+    with open_video(shown) as (container, stream):
+        frames = _frames(container, stream, damage, stopped)
+        first = next(frames, None)
+        if first is None:
+            raise VideoError("; ".join([f"{shown}: no frame can be decoded", *damage]))
+        clock = _Clock(first, stream)
+        convert, size = _converter(str(shown), first, settings.short_side)
+        with writing(path) as copy:
+            rate = stream.average_rate or Fraction(25)
+            output = copy.add_stream("libx264", rate=rate if 1 <= rate <= 1000 else 25, options=settings.options())
+            context = output.codec_context
+            context.width, context.height, context.pix_fmt = *size, "yuv420p"
+            context.thread_count = 1  # the same bytes on any machine; other files keep the other cores busy
+            context.time_base = clock.unit
+            context.colorspace, context.color_range = _BT601, ColorRange.MPEG
+            context.color_primaries, context.color_trc = first.color_primaries, first.color_trc  # not converted
+            if stream.sample_aspect_ratio:
+                shape = stream.sample_aspect_ratio
+                context.sample_aspect_ratio = 1 / shape if _turned(first, Upright()) else shape
+            frame: VideoFrame | None = first
+            while frame is not None:
+                picture = convert(frame)
+                picture.pts, picture.duration, picture.time_base = *clock.tick(frame), clock.unit
+                picture.pict_type = 0  # the encoder decides
+                with _writing_errors():
+                    copy.mux(output.encode(picture))
+                frame = next(frames, None)
+            with _writing_errors():
+                copy.mux(output.encode(None))
+    return damage, [time * clock.unit for time in clock.times]
+
+
+def add_note(path: Path, copy: Path, note: str) -> None:
+    """The same packets with `note` as the comment, and the index before them."""
+    with av.open(f"file:{path}") as source, writing(copy, movflags="+faststart") as container:
+        container.metadata["comment"] = note
+        output = container.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.size:
+                packet.stream = output
+                with _writing_errors():
+                    container.mux(packet)
+
+
+def check(path: Path, times: list[Fraction]) -> None:
+    """Raise VideoError unless the file holds a packet for each of these times, in seconds."""
+    try:
+        with av.open(f"file:{path}") as container:
+            found = [p.pts * p.time_base for p in container.demux(video=0) if p.size and p.pts is not None]
+    except (av.FFmpegError, OSError) as error:
+        raise VideoError(f"the copy cannot be read back ({reason(error)})") from error
+    if found != times:
+        raise VideoError(f"the copy holds {len(found)} frames instead of {len(times)}, or others in time")
+
+
+@contextlib.contextmanager
+def writing(path: Path, **options: str) -> Iterator[OutputContainer]:
+    """An MP4 file to write to."""
+    with contextlib.ExitStack() as stack:
+        with _writing_errors():
+            container = av.open(f"file:{path}", "w", format="mp4", options={"fflags": "+bitexact", **options})
+        stack.push(lambda *_: container.close() if _[0] else None)  # after an error the file is given up anyway
+        yield container
+        with _writing_errors():
+            container.close()
+
+
+@contextlib.contextmanager
+def _writing_errors() -> Iterator[None]:
+    try:
+        yield
+    except (av.FFmpegError, OSError) as error:
+        raise CannotWrite(error) from error
+
+
+def _frames(
+    container: InputContainer, stream: VideoStream, damage: list[str], stopped: Callable[[], bool]
+) -> Iterator[VideoFrame]:
+    """Every frame that decodes, as `decode` numbers them; at the end, `damage` holds what was wrong."""
+    seen = failed = patched = count = 0
+    packets = container.demux(stream)
+    packet: av.Packet | None
+    reading = True
+    while reading:
+        if stopped():
+            raise Stopped
+        try:
+            packet = next(packets)
+        except (StopIteration, av.EOFError):
+            packet = None
+        except av.FFmpegError as error:
+            damage.append(f"cannot be read beyond {seen} packets ({reason(error)})")
+            packet = None
+        if packet is None or not packet.size:  # PyAV ends with an empty packet: it drains the decoder
+            packet, reading = None, False
+        seen += reading
+        try:
+            frames = stream.codec_context.decode(packet)
+        except av.FFmpegError:
+            failed += 1
+            continue
+        for frame in frames:
+            patched += frame.is_corrupt
+            count += 1
+            yield frame
+    size = os.path.getsize(container.name.removeprefix("file:"))
+    end = max((entry.pos + entry.size for entry in stream.index_entries), default=0)
+    if end > size:
+        damage.append(f"cut short: its index goes on to byte {end}, it ends at {size}")
+    if failed:
+        damage.append(f"{failed} of {seen} packets cannot be decoded")
+    if patched:
+        damage.append(f"{patched} of {count} frames are patched up by the decoder")
+
+
+class _Clock:
+    """Presentation times of the frames, from 0 at the first, each later than the one before."""
+
+    def __init__(self, first: VideoFrame, stream: VideoStream) -> None:
+        base = first.time_base or stream.time_base or Fraction(1, 90000)
+        # MP4 counts in whole fractions of a second
+        self.unit = Fraction(1, min(base.denominator, _FINEST))
+        self._scale = base / self.unit
+        rate = stream.average_rate or Fraction(25)
+        self._step = max(1, round(1 / (rate * self.unit)))
+        self._start: int | None = None
+        self.times: list[int] = []
+
+    def tick(self, frame: VideoFrame) -> tuple[int, int]:
+        """Time and duration of the next frame."""
+        before = self.times[-1] if self.times else -self._step
+        if frame.pts is None:  # some AVI files, bare streams
+            time = before + self._step
+        else:
+            given = round(frame.pts * self._scale)
+            if self._start is None:
+                self._start = given
+            time = given - self._start
+            if time <= before - self._step:  # the clock was set back: joined recordings
+                self._start = given - before - self._step
+                time = before + self._step
+            time = max(time, before + 1)
+        self.times.append(time)
+        return time, round((frame.duration or 0) * self._scale) or self._step
+
+
+def _converter(
+    source: str, first: VideoFrame, short_side: int
+) -> tuple[Callable[[VideoFrame], VideoFrame], tuple[int, int]]:
+    """A function from frame to upright, small BT.601 picture in yuv420p, and the (width, height) of these."""
+    upright = Upright()
+    width, height = _upright_size(first, upright)
+    scale = Fraction(min(short_side, width, height), min(width, height))
+    # even, and never larger than the source
+    even_width, even_height = (min(2 * round(side * scale / 2), side - side % 2) for side in (width, height))
+    if not even_width or not even_height:
+        raise VideoError(f"{source}: {width}x{height} is too small for 4:2:0 video")
+    reformatter, after = VideoReformatter(), VideoReformatter()
+
+    def convert(frame: VideoFrame) -> VideoFrame:
+        now = _upright_size(frame, upright)
+        if abs(now[0] * height / (now[1] * width) - 1) > _SAME_SHAPE:
+            raise VideoError(
+                f"{source}: the picture changes from {width}x{height} to {now[0]}x{now[1]} on the way; a copy would be "
+                "distorted"
+            )
+        shown = upright.matrix(frame) is not None
+        turned = _turned(frame, upright)
+        scaled = reformatter.reformat(
+            frame,
+            even_height if turned else even_width,
+            even_width if turned else even_height,
+            "yuv444p" if shown else "yuv420p",
+            dst_colorspace=Colorspace.ITU601,
+            dst_color_range=ColorRange.MPEG,
+            interpolation=_SCALING,
+            threads=1,
+        )
+        if not shown:
+            return scaled
+        # Turned with full chroma: subsampled chroma sits beside the left pixel, and would end up above, below or right.
+        planes_HWC = upright(frame, scaled.to_ndarray().transpose(1, 2, 0))
+        shown_upright = VideoFrame.from_ndarray(np.ascontiguousarray(planes_HWC.transpose(2, 0, 1)), "yuv444p")
+        shown_upright.colorspace, shown_upright.color_range = _BT601, ColorRange.MPEG
+        return after.reformat(shown_upright, format="yuv420p", interpolation=_SCALING, threads=1)
+
+    return convert, (even_width, even_height)
+
+
+def _upright_size(frame: VideoFrame, upright: Upright) -> tuple[int, int]:
+    """(width, height) as displayed."""
+    return (frame.height, frame.width) if _turned(frame, upright) else (frame.width, frame.height)
+
+
+def _turned(frame: VideoFrame, upright: Upright) -> bool:
+    """Whether display swaps width and height."""
+    return upright(frame, np.empty((1, 2, 1))).shape[0] == 2

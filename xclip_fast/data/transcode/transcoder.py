@@ -1,0 +1,291 @@
+"""Copies of videos that decode fast: small, a keyframe every few frames, no B frames, nothing exotic.
+
+Training reads a few frames of each video, again and again. From such a copy it decodes a fraction of what the original
+asks for, and a GPU's decoder takes it whatever the original was: H.264, 4:2:0, 8 bits, upright, BT.601 colours in
+limited range, closed groups of pictures, the index at the front. Frame i of the copy is frame i of the source, at the
+same time from the first one on. Audio and metadata are left out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import av
+
+from ..decode.plan import Source, VideoError
+from ..manifest.listing import VIDEO_NAME
+from .reencode import CannotWrite, Settings, add_note, check, reencode
+
+try:
+    import fcntl
+except ImportError:  # not on Windows: what a killed run leaves there stays until somebody removes it
+    fcntl = None  # type: ignore[assignment]
+
+_PARTS = ".transcoding"  # files being written, in the out folder; each is locked by the run that writes it
+_MAKER = "xclip-fast transcode"
+_HOPELESS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}  # no file after this one would fare better
+
+
+@dataclass
+class Summary:
+    """What became of each source, by its path as given: every source is in exactly one of `done`, `skipped` (there
+    already) and `failed` (with the reason). `damaged` are those of the first two whose copy holds less than the source
+    once did: every frame that decodes, and what was wrong."""
+
+    done: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+    damaged: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        text = f"{len(self.done)} transcoded, {len(self.skipped)} there already, {len(self.failed)} failed"
+        return text + (f"; {len(self.damaged)} from damaged sources" if self.damaged else "")
+
+
+def transcode(
+    sources: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    out: str | os.PathLike[str],
+    *,
+    short_side: int = 256,
+    keyframe_every: int = 12,
+    crf: float = 20,
+    preset: str = "veryfast",
+    root: str | os.PathLike[str] | None = None,
+    workers: int | None = None,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Summary:
+    """Write a fast copy of every video of a folder, or of these files, into the folder `out`.
+
+    `a/b.avi` becomes `out/a/b.mp4`, relative to the folder given, or to `root` (default: the files' common folder). In
+    a folder, hidden files and folders, symbolic links to folders, and `out` itself are passed over.
+
+    A copy appears when it is whole, so a run can be killed and started again: a copy at least as new as its source and
+    made with the same settings is skipped, an older one is made anew. A file that this did not make, or made with other
+    settings, is replaced only with `overwrite`; a source never, by whatever name or link. `crf` is x264's quality (18:
+    hard to tell from the source, 23: visibly softer), `preset` its effort. `workers` is the number of threads (default:
+    one per core). `progress(done, total)` is called after each source.
+
+    A video that cannot be used is listed with the reason and does not stop the others. Raises ValueError for arguments
+    that make no sense, FileNotFoundError for a missing folder, OSError where no file can be written (disk full).
+    """
+    settings = Settings(short_side, keyframe_every, crf, preset)
+    if workers is not None and workers < 1:
+        raise ValueError(f"workers is {workers}; it must be at least 1")
+    out = Path(out)
+    names = dict(_targets(sources, out, root))
+    summary = Summary()
+    if not names:
+        return summary
+    out.mkdir(parents=True, exist_ok=True)
+    parts = out / _PARTS
+    _clear(parts)
+    by_target: dict[Path, list[str]] = {}
+    for name, target in names.items():
+        by_target.setdefault(target, []).append(name)
+    originals = set(filter(None, map(_identity, names)))
+    stop = threading.Event()
+
+    def one(name: str, target: Path) -> tuple[str, str | None]:
+        """What became of this source: the name of a field of Summary, and the damage or the reason."""
+        shown, goal = str(Source(name)), str(Source(str(target)))
+        rivals = [str(Source(other)) for other in by_target[target] if other != name]
+        if rivals:
+            return "failed", f"{shown}: would become {goal}, as would {', '.join(rivals)}; rename one of them"
+        there = _identity(target)
+        if there in originals:
+            return "failed", f"{shown}: its copy would replace {goal}, which is a source; choose another out folder"
+        if there and not overwrite:
+            made = _made(target)
+            if made is None:
+                return "failed", f"{shown}: {goal} is there and not a copy made by this; overwrite replaces it"
+            if made["settings"] != asdict(settings):
+                changed = ", ".join(f"{key} {value}" for key, value in made["settings"].items())
+                return "failed", f"{shown}: {goal} was made with other settings ({changed}); overwrite replaces it"
+            status = os.stat(name)
+            newer = target.stat().st_mtime_ns >= status.st_mtime_ns or made["mtime_ns"] == status.st_mtime_ns
+            if newer and made["size"] == status.st_size:
+                return "skipped", made["damage"]
+        return "done", _copy(name, target, parts, settings, stop)
+
+    if workers is None:
+        workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    waiting: dict[Future[tuple[str, str | None]], str] = {}
+    left = iter(names.items())
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="transcode")
+    try:
+        finished = 0
+        while finished < len(names):
+            for name, target in left:
+                waiting[pool.submit(one, name, target)] = name
+                if len(waiting) >= 2 * workers:
+                    break
+            for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+                name = waiting.pop(future)
+                _note(summary, name, future)
+                finished += 1
+                if progress:
+                    progress(finished, len(names))
+    except OSError as error:
+        if error.errno in _HOPELESS:
+            raise OSError(
+                error.errno,
+                f"{error.strerror}, after {finished} of {len(names)} videos; run it again once that is mended, and it "
+                "goes on from there",
+                os.fspath(out),
+            ) from error
+        raise
+    finally:
+        stop.set()
+        pool.shutdown(cancel_futures=True)
+        with contextlib.suppress(OSError):  # another run's files are in it
+            parts.rmdir()
+    return summary
+
+
+def _note(summary: Summary, name: str, future: Future[tuple[str, str | None]]) -> None:
+    try:
+        outcome, reason = future.result()
+    except (VideoError, OSError) as error:
+        if isinstance(error, OSError) and error.errno in _HOPELESS:
+            raise
+        outcome, reason = "failed", str(error)
+        if isinstance(error, OSError):
+            place = f" ({error.filename})" if error.filename and error.filename != name else ""
+            reason = f"{Source(name)}: {error.strerror or error}{place}"
+    if outcome == "failed":
+        summary.failed[name] = reason or ""
+        return
+    getattr(summary, outcome).append(name)
+    if reason:
+        summary.damaged[name] = reason
+
+
+def _targets(
+    sources: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], out: Path, root: str | os.PathLike[str] | None
+) -> Iterator[tuple[str, Path]]:
+    """Each source and where its copy goes."""
+    if isinstance(sources, (str, os.PathLike)):
+        folder = Path(sources)
+        if folder.is_dir():
+            if root is not None:
+                raise ValueError("root is for a list of files; a folder is its own root")
+            if out.exists() and out.samefile(folder):
+                raise ValueError(f"{out} is the folder of the sources; choose another one for the copies")
+            for file in _videos(folder, out):
+                yield os.fspath(file), (out / file.relative_to(folder)).with_suffix(".mp4")
+            return
+        if not folder.exists():
+            raise FileNotFoundError(errno.ENOENT, "no such file or folder", os.fspath(folder))
+        sources = [folder]
+    files = [Path(source) for source in sources]
+    if not files:
+        return
+    # Absolute, but with links in it as given: a link's name is the video's name.
+    full = [Path(os.path.abspath(file)) for file in files]
+    top = Path(os.path.abspath(root) if root is not None else os.path.commonpath([file.parent for file in full]))
+    for given, file in zip(files, full, strict=True):
+        if not file.is_relative_to(top):
+            raise ValueError(f"{given} is not in the root folder {top}")
+        yield os.fspath(given), (out / file.relative_to(top)).with_suffix(".mp4")
+
+
+def _videos(folder: Path, out: Path) -> Iterator[Path]:
+    """The video files of a folder and of those in it, sorted; not what is hidden, nor what is in `out`."""
+    mine = _identity(out)
+    for here, inner, names in os.walk(folder):
+        inner[:] = sorted(name for name in inner if name[0] != "." and _identity(Path(here, name)) != mine)
+        yield from (Path(here, name) for name in sorted(names) if VIDEO_NAME.fullmatch(name))
+
+
+def _identity(path: str | Path) -> tuple[int, int] | None:
+    """The same for every name of a file, through links of both kinds; None for no file."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _made(target: Path) -> dict[str, Any] | None:
+    """What an earlier run wrote into its copy: its "settings", the "size" and "mtime_ns" of the source, and the
+    "damage" in it. None if no such run made the file."""
+    try:
+        options = {"protocol_whitelist": "file"}
+        with av.open(f"file:{target}", options=options, metadata_errors="replace") as container:
+            comment = container.metadata.get("comment", "")
+    except (av.FFmpegError, OSError):
+        return None
+    maker, _, text = comment.partition(": ")
+    if maker != _MAKER:
+        return None
+    try:
+        made = json.loads(text)
+    except ValueError:
+        return None
+    return made if isinstance(made, dict) and {"settings", "size", "mtime_ns", "damage"} <= made.keys() else None
+
+
+def _clear(parts: Path) -> None:
+    """Remove the files of runs that were killed: those on which nobody holds the lock any more."""
+    if fcntl is None or not parts.is_dir():
+        return
+    for part in parts.glob("*.part.mp4"):
+        with contextlib.suppress(OSError), open(part, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            part.unlink()
+
+
+@contextlib.contextmanager
+def _part(parts: Path) -> Iterator[tuple[Path, int]]:
+    """A new file, locked as long as this process lives, and its descriptor. Removed at the end, if still there."""
+    while True:
+        parts.mkdir(exist_ok=True)
+        path = parts / f"{os.getpid()}-{threading.get_ident()}-{os.urandom(4).hex()}.part.mp4"
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        except FileNotFoundError:  # another run ended and removed the folder
+            continue
+        try:
+            if fcntl is not None:
+                with contextlib.suppress(OSError):  # some network file systems have no locks
+                    fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if path.exists():  # or a run that just started took it for a dead one's
+                yield path, descriptor
+                return
+        finally:
+            os.close(descriptor)
+            path.unlink(missing_ok=True)
+
+
+def _copy(name: str, target: Path, parts: Path, settings: Settings, stop: threading.Event) -> str | None:
+    """Transcode one file. Returns what is damaged in it, if anything. Raises VideoError, OSError."""
+    source = os.stat(name)
+    with _part(parts) as (draft, _), _part(parts) as (whole, descriptor):
+        try:
+            found, times = reencode(name, draft, settings, stop.is_set)
+            damage = "; ".join(found) or None
+            made = {"settings": asdict(settings), "size": source.st_size, "mtime_ns": source.st_mtime_ns}
+            # What is damaged is known only now, and its note stands before the packets.
+            add_note(draft, whole, f"{_MAKER}: {json.dumps(made | {'damage': damage})}")
+        except CannotWrite as error:
+            if error.errno in _HOPELESS:
+                raise OSError(error.errno, os.strerror(error.errno), os.fspath(target)) from error
+            raise VideoError(f"{Source(name)}: cannot be encoded as H.264 ({error})") from error
+        check(whole, times)
+        os.fsync(descriptor)
+        now = os.stat(name)
+        if (now.st_size, now.st_mtime_ns) != (source.st_size, source.st_mtime_ns):
+            raise VideoError(f"{Source(name)}: changed while it was read; run it again")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(whole, target)
+    return damage

@@ -1,0 +1,412 @@
+"""How good a model is on a data set: one or many views, top-1 and top-5, per class, no video passed over.
+
+Every row of the manifest ends up either with a prediction or named as failed, with the reason. A video's probabilities
+are the mean over its views of each view's softmax (paper, section 4; released code).
+
+Sizes: B videos of a batch, V views, T frames, S side in pixels, K labels, E embedding.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import flops
+from ..config import VARIANTS, XCLIPConfig
+from ..console import Bar
+from ..text.labels import candidates
+from ..weights.recipe import Trained
+from .report import check_folder, environment, write
+from .result import Evaluation, Prediction, show
+from .setup import load, named, processes
+
+if TYPE_CHECKING:
+    from ..data.manifest.manifest import Manifest
+    from ..data.sampling import Sampling
+    from ..model import XCLIP
+
+__all__ = ["Evaluation", "Prediction", "evaluate", "main", "write"]
+
+LABELS_AT_ONCE = 1024  # bounds the prompts' memory, whatever K
+NOT_A_NUMBER = "the model's answer is not a number; try float32"
+
+
+def evaluate(
+    model: XCLIP,
+    manifest: Manifest,
+    *,
+    clips: int = 1,
+    crops: int = 1,
+    frames: int | None = None,
+    sampling: str = "sparse",
+    stride: int = 1,
+    labels: Sequence[str] | Mapping[str, str] | None = None,
+    templates: Sequence[str] | None = None,
+    batch_size: int | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    workers: int | None = None,
+    distributed: bool = True,
+    progress: Callable[[int, int], None] | None = None,
+    **loading: Any,
+) -> Evaluation:
+    """Predict every video of the manifest and count.
+
+    Args:
+        model: put into evaluation mode while this runs, then back as it was.
+        clips, crops: temporal clips, and spatial crops (1 or 3) of each; the paper's many-view test is 4 x 3.
+        frames: T of a view; by default the model's. sampling, stride: as for ``data.sampling.frame_indices``.
+        labels: what to choose from. By default the manifest's classes. A sequence: these labels, of which a video's
+            class is the one of the same name (``plain_name``); videos of other classes are predicted and not counted.
+            A mapping: from class to the text that stands for it. With a linear head: its outputs' names, in order.
+        templates: sentences with ``{}``; the text features are the mean over them (``encode_text_ensemble``).
+        batch_size: views (not videos) at once; by default 64 on a GPU, 8 on a CPU.
+        device, dtype: by default the model's own. Another device moves the model there; float16 or bfloat16 for a
+            model in float32 means autocast, and its parameters stay as they are.
+        workers: as for ``data.loader.loader``, which also takes the rest of the arguments (``loading``).
+        distributed: where ``torch.distributed`` is initialised, each process takes its part of the videos and all get
+            the whole result; False: this process does it all.
+        progress: called with the videos done and all videos of this process.
+
+    Raises:
+        ValueError: if there is nothing to evaluate (no video can be read), the labels don't fit the classes or the
+            head, or an argument is out of its range.
+    """
+    import torch.distributed as dist
+
+    from ..data.loader.loader import loader
+    from ..data.transforms import TestTransform
+
+    names, texts, truth_of_class = candidates(manifest.classes, labels)
+    _check_head(model.config, names, templates)
+    place = next(model.parameters()).device
+    if device is not None and torch.device(device) != place:
+        model.to(device)
+        place = next(model.parameters()).device
+    if batch_size is None:
+        batch_size = 64 if place.type == "cuda" else 8
+    if batch_size < 1:
+        raise ValueError(f"batch_size {batch_size}: at least 1 wanted")
+    together = distributed and dist.is_available() and dist.is_initialized()
+    rank, world = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+    frames = model.config.num_frames if frames is None else frames
+    views: dict[str, Any] = {"clips": clips, "crops": crops, "sampling": sampling, "stride": stride}
+    transform = TestTransform(frames=frames, size=model.config.vision.image_size, **views)
+    videos_at_once = max(1, batch_size // (clips * crops))
+    batches = loader(
+        manifest,
+        transform,
+        videos_at_once,
+        device=place,
+        shuffle=False,
+        rank=rank,
+        world=world,
+        drop_last=False,
+        workers=workers,
+        **{"max_bad": 1.0, **loading},  # a video that fails is named here, not a reason to stop
+    )
+    chunk = min(batch_size, videos_at_once * clips * crops)
+    least = -(-videos_at_once * clips * crops // chunk) if world > 1 else 0
+    total = len(manifest.usable[rank::world])
+    start = time.perf_counter()
+    answers: dict[int, tuple[list[int], list[float]]] = {}
+    failed: dict[int, str] = dict(manifest.bad)
+    problem: Exception | None = None
+    try:
+        with _evaluating(model, place, dtype):
+            score = _scorer(model, texts, templates)
+            for row, best, values in _predictions(score, batches, chunk, len(names), least):
+                if values is None:
+                    failed[row] = NOT_A_NUMBER
+                else:
+                    answers[row] = (best, values)
+                if progress:
+                    progress(len(answers), total)
+        failed |= batches.report.bad
+        if progress:
+            progress(total, total)
+    except Exception as error:
+        if world == 1:
+            raise
+        problem = error  # the others wait for this process: they must hear of it
+    finally:
+        batches.close()
+    seconds = time.perf_counter() - start
+    if world > 1:
+        answers, failed, seconds = _gather(world, answers, failed, seconds, problem)
+    return _evaluation(
+        manifest,
+        names,
+        truth_of_class,
+        answers,
+        failed,
+        clips=clips,
+        crops=crops,
+        frames=frames,
+        seconds=seconds,
+        model=_about_model(model, frames, names, dtype, sampling, stride, templates),
+        environment=environment(place) | {"processes": world, "batch_size": batch_size},
+    )
+
+
+def _check_head(config: XCLIPConfig, names: Sequence[str], templates: Sequence[str] | None) -> None:
+    outputs = config.num_classes
+    if outputs is None:
+        return
+    if outputs != len(names):
+        raise ValueError(
+            f"the model's linear head has {outputs} outputs and there are {len(names)} labels; evaluate it on the "
+            "classes it was trained on, or give labels=[...] with the names of its outputs in order"
+        )
+    if templates:
+        raise ValueError("templates given, but the model has a linear head and reads no text; leave them out")
+
+
+@contextlib.contextmanager
+def _evaluating(model: XCLIP, device: torch.device, dtype: torch.dtype | None) -> Iterator[None]:
+    """Evaluation mode, no gradients, autocast if ``dtype`` asks for it; afterwards every module as it was."""
+    own = next(model.parameters()).dtype
+    if dtype is not None and dtype != own and (own != torch.float32 or dtype not in (torch.float16, torch.bfloat16)):
+        raise ValueError(f"dtype {dtype} asked of a model in {own}: call model.to({dtype}) first")
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    autocast = contextlib.nullcontext() if dtype in (None, own) else torch.autocast(device.type, dtype)
+    try:
+        with torch.no_grad(), autocast:
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _scorer(model: XCLIP, texts: list[str], templates: Sequence[str] | None) -> Callable[[Tensor], Tensor]:
+    """From frames uint8 (n, T, S, S, 3) to logits (n, K). The text is encoded here, once."""
+    if model.config.num_classes is not None:
+        return model
+    text_KE = model.encode_text_ensemble(texts, templates) if templates else model.encode_text(texts)
+    parts = text_KE.split(LABELS_AT_ONCE)
+
+    def score(frames: Tensor) -> Tensor:
+        found = model.encode_video(frames)
+        return torch.cat([model.similarity(found, part_KE) for part_KE in parts], dim=1)
+
+    return score
+
+
+def _predictions(
+    score: Callable[[Tensor], Tensor], batches: Any, chunk: int, labels: int, least: int
+) -> Iterator[tuple[int, list[int], list[float] | None]]:
+    """Each video's row, its best labels, and their probabilities (None if the model gave no numbers).
+
+    ``least``: forwards of a batch. With several processes a batch may be shorter here than there, or empty, but the
+    number of forwards must be the same: a sharded model gathers its weights in each.
+    """
+    waiting: Iterator[tuple[int, list[int], list[float] | None]] | None = None
+    for batch in batches:
+        frames = batch.frames.unsqueeze(1) if batch.frames.dim() == 5 else batch.frames
+        count, views = frames.shape[:2]
+        flat = frames.flatten(0, 1)
+        forwards = max(least, -(-len(flat) // chunk))
+        logits = [score(flat[i * chunk : (i + 1) * chunk]).float() for i in range(forwards)]
+        if not count:
+            continue
+        logits_BVK = torch.cat(logits).unflatten(0, (count, views))
+        if logits_BVK.shape[-1] != labels:
+            raise ValueError(f"the model gave {logits_BVK.shape[-1]} logits a video; one for each of {labels} wanted")
+        finite_B = logits_BVK.isfinite().flatten(1).all(1)
+        probabilities_BK = logits_BVK.softmax(-1).mean(1)
+        # stable: among equals the first label wins, on every device
+        values, order = probabilities_BK.sort(dim=-1, descending=True, stable=True)
+        current = _read_back(batch.samples, order[:, :5], values[:, :5], finite_B)
+        if waiting:  # one batch late, so that the device never waits for us
+            yield from waiting
+        waiting = current
+    if waiting:
+        yield from waiting
+
+
+def _read_back(*results: Tensor) -> Iterator[tuple[int, list[int], list[float] | None]]:
+    """Start the copies to the CPU now; iterating waits for them, and not for what the device was given since."""
+    copies = [result.to("cpu", non_blocking=True) for result in results]
+    done = None
+    if results[0].is_cuda:
+        done = torch.cuda.Event()
+        done.record()
+    return _rows(done, *copies)
+
+
+def _rows(
+    done: torch.cuda.Event | None, samples: Tensor, order: Tensor, values: Tensor, finite: Tensor
+) -> Iterator[tuple[int, list[int], list[float] | None]]:
+    if done is not None:
+        done.synchronize()
+    rows = zip(samples.tolist(), order.tolist(), values.tolist(), finite.tolist(), strict=True)
+    for row, best, probabilities, fine in rows:
+        yield row, best, probabilities if fine else None
+
+
+def _gather(
+    world: int, answers: dict[int, Any], failed: dict[int, str], seconds: float, problem: Exception | None
+) -> tuple[dict[int, Any], dict[int, str], float]:
+    """What all processes found; if one of them failed, all raise."""
+    import torch.distributed as dist
+
+    parts: list[Any] = [None] * world
+    dist.all_gather_object(parts, (answers, failed, seconds, None if problem is None else f"{problem}"))
+    if problem is not None:
+        raise problem
+    for rank, (_, _, _, said) in enumerate(parts):
+        if said is not None:
+            raise RuntimeError(f"evaluation failed in process {rank} of {world}: {said}")
+    together: dict[int, Any] = {}
+    for part, _, _, _ in parts:
+        if together.keys() & part.keys():
+            raise RuntimeError(f"video {min(together.keys() & part.keys())} was evaluated by two processes")
+        together |= part
+    return together, {row: why for part in parts for row, why in part[1].items()}, max(part[2] for part in parts)
+
+
+def _evaluation(
+    manifest: Manifest,
+    names: tuple[str, ...],
+    truth_of_class: list[int],
+    answers: dict[int, tuple[list[int], list[float]]],
+    failed: dict[int, str],
+    **rest: Any,
+) -> Evaluation:
+    lost = set(range(len(manifest))) - answers.keys() - failed.keys()
+    if lost or answers.keys() & failed.keys():
+        raise RuntimeError(f"videos {sorted(lost)[:5]} got no answer, {sorted(answers.keys() & failed.keys())[:5]} two")
+    if not answers:
+        first = "; ".join(f"{manifest.name(row)}: {failed[row]}" for row in sorted(failed)[:3])
+        raise ValueError(f"none of {len(manifest)} videos could be evaluated: {first or 'the manifest is empty'}")
+    confusion_KK = np.zeros((len(names), len(names)), np.int64)
+    top5_hits, predictions = 0, []
+    for row, (best, values) in sorted(answers.items()):
+        number = manifest.videos[row].label
+        truth = -1 if number is None else truth_of_class[number]
+        if truth >= 0:
+            confusion_KK[truth, best[0]] += 1
+            top5_hits += truth in best
+        top = tuple((names[index], value) for index, value in zip(best, values, strict=True))
+        label = None if number is None else names[truth] if truth >= 0 else manifest.classes[number]
+        predictions.append(Prediction(row, manifest.name(row), label, truth >= 0, top))
+    return Evaluation(
+        labels=names,
+        videos=len(manifest),
+        predictions=tuple(predictions),
+        failed=failed,
+        failed_names={row: manifest.name(row) for row in failed},
+        confusion=confusion_KK,
+        top5_hits=top5_hits,
+        data={
+            "fingerprint": manifest.fingerprint,
+            "root": str(manifest.root),
+            "videos": len(manifest),
+            "classes": len(manifest.classes),
+        },
+        **rest,
+    )
+
+
+def _about_model(
+    model: XCLIP,
+    frames: int,
+    labels: Sequence[str],
+    dtype: torch.dtype | None,
+    sampling: str,
+    stride: int,
+    templates: Any,
+) -> dict[str, Any]:
+    config = model.config
+    shape = dataclasses.replace(config, num_frames=frames)
+    # what says how to start and to train is not part of a variant
+    plain = dataclasses.replace(
+        shape,
+        logit_scale=XCLIPConfig.logit_scale,
+        temporal_std=XCLIPConfig.temporal_std,
+        vision=dataclasses.replace(shape.vision, drop_path=0.0),
+    )
+    actual = flops.count(config, frames=frames, labels=[3] * len(labels), counting="actual")
+    return {
+        "variant": next((name for name, row in VARIANTS.items() if row == plain), None),
+        "frames": frames,
+        "image_size": config.vision.image_size,
+        "sampling": sampling if sampling == "sparse" else f"{sampling}, stride {stride}",
+        "templates": len(templates or ()),
+        "dtype": str(dtype or next(model.parameters()).dtype).removeprefix("torch."),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        # of one view: counted as in the paper's Table 1, and what runs here with the labels encoded before
+        "gflops_per_view": flops.count(config, frames=frames).total / 1e9,
+        "gflops_per_view_run": (actual.total - actual.text) / 1e9,
+        "config": config.to_dict(),
+    }
+
+
+def main(
+    checkpoint: str | os.PathLike[str],
+    manifest: str | os.PathLike[str],
+    *,
+    out: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+    clips: int = 1,
+    crops: int = 1,
+    frames: int | None = None,
+    sampling: Sampling | None = None,
+    stride: int | None = None,
+    labels: Sequence[str] | Mapping[str, str] | None = None,
+    templates: Sequence[str] | bool | None = None,
+    variant: str | None = None,
+    batch_size: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    workers: int | None = None,
+) -> Evaluation | None:
+    """Read a checkpoint and a manifest, ``evaluate``, print the figures, write the files into ``out``.
+
+    The arguments are those of ``evaluate``. Of ``frames``, ``sampling``, ``stride``, ``labels`` and ``templates`` those
+    left out are as the checkpoint was trained (``trained.Trained``); ``templates`` may be True or False, too. Under
+    torchrun each process takes its part of the videos; the first prints and writes, the others return None.
+
+    Raises:
+        FileExistsError: before anything is computed, if ``out`` holds an evaluation and ``overwrite`` is not set.
+    """
+    from ..data.manifest.manifest import Manifest
+
+    if out is not None:
+        check_folder(out, overwrite)
+    videos = Manifest.read(manifest)
+    trained = Trained.read(checkpoint)
+    with processes(device) as (place, rank):
+        model = load(checkpoint, variant, place, dtype)
+        if labels is None and videos.classes:
+            labels = trained.texts(videos.classes, model.config.num_classes is not None)
+        with Bar(hidden=rank > 0) as bar:
+            result = evaluate(
+                model,
+                videos,
+                clips=clips,
+                crops=crops,
+                **trained.choose(frames, sampling, stride, templates),
+                labels=labels,
+                batch_size=batch_size,
+                workers=workers,
+                progress=bar.update,
+            )
+    if rank:
+        return None
+    result = named(result, checkpoint, manifest)
+    show(result)
+    if out is not None:
+        write(result, out, overwrite=overwrite)
+        print(f"written: {out}", file=sys.stderr)
+    return result

@@ -1,0 +1,213 @@
+"""The files of an evaluation: figures, predictions, confusion matrix, accuracy per class."""
+
+from __future__ import annotations
+
+import csv
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+    from .loop import Evaluation
+
+logger = logging.getLogger("xclip_fast")
+
+SUMMARY = "summary.json"  # written last: a folder without it is not complete
+FILES = (
+    SUMMARY,
+    "per_class.csv",
+    "confusion.csv",
+    "confusion.png",
+    "predictions.parquet",
+    "predictions.jsonl",
+)
+NAMES_UP_TO = 51  # classes, in the confusion matrix's picture (HMDB-51); more would be unreadable
+COUNTS_UP_TO = 15
+
+
+def write(evaluation: Evaluation, folder: str | os.PathLike[str], *, overwrite: bool = False) -> list[Path]:
+    """Write ``FILES`` into the folder and return their paths.
+
+    ``predictions.parquet`` needs pyarrow and is ``predictions.jsonl`` without it; ``confusion.png`` needs matplotlib
+    and is left out without it; ``notes`` in the summary say so. A new folder appears whole or not at all. In one that
+    exists, other files stay, and the summary comes last.
+
+    Raises:
+        FileExistsError: if an evaluation is there already and ``overwrite`` is not set.
+    """
+    folder = Path(folder)
+    check_folder(folder, overwrite)
+    part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        notes: list[str] = []
+        _per_class(evaluation, part / "per_class.csv")
+        _confusion_csv(evaluation, part / "confusion.csv")
+        _confusion_png(evaluation, part / "confusion.png", notes)
+        _predictions(evaluation, part, notes)
+        text = json.dumps({**evaluation.summary(), "notes": notes}, indent=1, allow_nan=False)
+        (part / SUMMARY).write_text(text + "\n", encoding="utf-8")
+        for note in notes:
+            logger.warning("%s: %s", folder, note)
+        if not folder.exists():
+            part.rename(folder)
+        else:
+            for name in FILES:
+                (folder / name).unlink(missing_ok=True)
+            for name in reversed(FILES):
+                if (part / name).exists():
+                    os.replace(part / name, folder / name)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return [folder / name for name in FILES if (folder / name).exists()]
+
+
+def check_folder(folder: str | os.PathLike[str], overwrite: bool) -> None:
+    """Raise FileExistsError if an evaluation must not go there, NotADirectoryError if it cannot."""
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder}: is a file; a folder for the evaluation's files wanted")
+    there = [name for name in FILES if (folder / name).exists()]
+    if there and not overwrite:
+        raise FileExistsError(f"{folder}: holds {', '.join(there)} already; choose another folder or add --overwrite")
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What ran it: the device's name and the versions."""
+    import torch
+
+    from .. import __version__
+    from ..info import _cpu_model
+
+    versions: dict[str, str | None] = {}
+    for package in ("torch", "numpy", "av"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_model()
+    return {"device": name, "xclip_fast": __version__, "python": platform.python_version(), **versions}
+
+
+def _write_csv(path: Path, rows: Iterable[Sequence[Any]]) -> None:
+    with open(path, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+        csv.writer(file).writerows(rows)
+
+
+def _per_class(evaluation: Evaluation, path: Path) -> None:
+    confusion_KK = evaluation.confusion
+    rows: list[Sequence[Any]] = [("label", "videos", "correct", "top1", "mostly_taken_for")]
+    for index, label in enumerate(evaluation.labels):
+        count, correct = int(confusion_KK[index].sum()), int(confusion_KK[index, index])
+        wrong_K = confusion_KK[index].copy()
+        wrong_K[index] = 0
+        other = evaluation.labels[int(wrong_K.argmax())] if wrong_K.any() else ""
+        rows.append((label, count, correct, f"{correct / count:.4f}" if count else "", other))
+    _write_csv(path, rows)
+
+
+def _confusion_csv(evaluation: Evaluation, path: Path) -> None:
+    """A row for each truth, a column for each prediction."""
+    rows = [("truth \\ prediction", *evaluation.labels)]
+    rows += [(label, *counts) for label, counts in zip(evaluation.labels, evaluation.confusion.tolist(), strict=True)]
+    _write_csv(path, rows)
+
+
+def _confusion_png(evaluation: Evaluation, path: Path, notes: list[str]) -> None:
+    try:
+        import matplotlib
+    except ImportError:
+        notes.append("no confusion.png: it needs matplotlib: pip install 'xclip-fast[plot]'")
+        return
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    labels, count_KK = evaluation.labels, evaluation.confusion
+    total_K1 = count_KK.sum(1, keepdims=True)
+    share_KK = np.where(total_K1 > 0, 100 * count_KK / np.maximum(total_K1, 1), np.nan)
+    K = len(labels)
+    named = K <= NAMES_UP_TO
+    names = [_short(label) for label in labels]
+    side = max(3.5, 0.19 * K) if named else 8.0  # of the matrix, in inches; names take their room beside it
+    room = 0.5 + (0.07 * max(map(len, names)) if named else 0.3)
+    with matplotlib.rc_context({"font.size": 8}):
+        figure = Figure(figsize=(side + room + 1.0, side + room), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        colours = matplotlib.colormaps["Blues"].with_extremes(bad="0.93")
+        picture = axes.imshow(share_KK, cmap=colours, vmin=0, vmax=100, interpolation="nearest")
+        if named:
+            axes.set_xticks(range(K), names, rotation=90)
+            axes.set_yticks(range(K), names)
+            axes.tick_params(length=0)
+        if K <= COUNTS_UP_TO:
+            for row, column in np.argwhere(count_KK > 0):
+                colour = "white" if share_KK[row, column] > 55 else "black"
+                axes.text(column, row, str(count_KK[row, column]), ha="center", va="center", color=colour)
+        axes.set(xlabel="prediction" if named else "prediction (number of the label)", ylabel="truth")
+        views = f"{evaluation.clips} x {evaluation.crops} views" if evaluation.views > 1 else "1 view"
+        top1 = "-" if np.isnan(evaluation.top1) else f"{100 * evaluation.top1:.1f} %"
+        axes.set_title(f"top-1 {top1} of {evaluation.counted} videos, {K} labels, {views}")
+        figure.colorbar(picture, ax=axes, label="% of the truth's videos (grey: none)", fraction=0.046, pad=0.03)
+        figure.savefig(path, dpi=120, bbox_inches="tight")
+
+
+def _short(label: str) -> str:
+    """The label as matplotlib can draw it: no unprintable character, no formula (between dollar signs), not long."""
+    label = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in label)
+    return (label if len(label) <= 32 else label[:31] + "…").replace("$", r"\$")
+
+
+def _predictions(evaluation: Evaluation, folder: Path, notes: list[str]) -> None:
+    columns: dict[str, list[Any]] = {
+        "sample": [each.sample for each in evaluation.predictions],
+        "path": [each.path for each in evaluation.predictions],
+        "label": [each.label for each in evaluation.predictions],
+        "counted": [each.counted for each in evaluation.predictions],
+        "prediction": [each.top[0][0] for each in evaluation.predictions],
+        "correct": [each.top[0][0] == each.label if each.counted else None for each in evaluation.predictions],
+        "top5": [[label for label, _ in each.top] for each in evaluation.predictions],
+        "probabilities": [[value for _, value in each.top] for each in evaluation.predictions],
+    }
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet
+    except ImportError:
+        notes.append("predictions.jsonl, not Parquet: that needs pyarrow: pip install 'xclip-fast[train]'")
+        with open(folder / "predictions.jsonl", "w", encoding="ascii") as file:
+            for row in zip(*columns.values(), strict=True):
+                file.write(json.dumps(dict(zip(columns, row, strict=True))) + "\n")
+        return
+    strings = pa.list_(pa.string())
+    types = {
+        "sample": pa.int64(),
+        "path": pa.string(),
+        "label": pa.string(),
+        "counted": pa.bool_(),
+        "prediction": pa.string(),
+        "correct": pa.bool_(),
+        "top5": strings,
+        "probabilities": pa.list_(pa.float32()),
+    }
+    arrays = {name: pa.array(_text(values), types[name]) for name, values in columns.items()}
+    about = {b"xclip_fast": json.dumps(evaluation.summary(), allow_nan=False).encode()}
+    table = pa.table(arrays).replace_schema_metadata(about)
+    pyarrow.parquet.write_table(table, folder / "predictions.parquet")
+
+
+def _text(values: Any) -> Any:
+    """The values with strings that are valid UTF-8: a class's name may come from a file's name, which need not be."""
+    if isinstance(values, list):
+        return [_text(value) for value in values]
+    return values.encode("utf-8", "backslashreplace").decode() if isinstance(values, str) else values

@@ -1,0 +1,234 @@
+"""Which videos and which classes a protocol takes: drawn from a seed, written out, read back.
+
+A list that is written out names its videos by path and its classes by name, so that it still says the same after the
+data set was indexed again or the order of its classes changed.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import re
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..data.sampling import sample_rng
+from ..text.labels import plain_name
+
+if TYPE_CHECKING:
+    from ..data.manifest.manifest import Manifest
+
+SAMPLES, DRAWS = "xclip_fast samples", "xclip_fast draws"
+
+
+def few_shot(manifest: Manifest, shots: int, seed: int = 0) -> np.ndarray:
+    """Rows of ``shots`` random videos of every class, int64, ascending (paper, section 4.4).
+
+    The choice in a class depends on the seed, the class's name and its videos' paths alone; fewer shots of the same
+    seed are among the more. Videos that cannot be read are not chosen.
+
+    Raises:
+        ValueError: if a class has fewer usable videos, or the manifest has no classes.
+    """
+    if shots < 1:
+        raise ValueError(f"shots {shots}: at least 1 wanted")
+    if not manifest.classes:
+        raise ValueError("the manifest has no classes, so there is nothing to draw from each of")
+    rows_of: list[list[int]] = [[] for _ in manifest.classes]
+    for row in manifest.usable.tolist():
+        label = manifest.videos[row].label
+        if label is not None:
+            rows_of[label].append(row)
+    few = [f"{name} has {len(rows)}" for name, rows in zip(manifest.classes, rows_of, strict=True) if len(rows) < shots]
+    if few:
+        more = f", and {len(few) - 5} more" if len(few) > 5 else ""
+        raise ValueError(f"{shots} usable videos of every class wanted: {', '.join(few[:5])}{more}")
+    chosen: list[int] = []
+    for name, rows in zip(manifest.classes, rows_of, strict=True):
+        rows.sort(key=lambda row: _place(manifest, row))
+        # a name's checksum, not its number: the draw survives another order of the classes
+        order = sample_rng(seed, 0, zlib.crc32(name.encode("utf-8", "surrogatepass"))).permutation(len(rows))
+        chosen += [rows[index] for index in order[:shots]]
+    return np.array(sorted(chosen), np.int64)
+
+
+def write_samples(
+    manifest: Manifest, rows: Iterable[int], path: str | os.PathLike[str], *, about: Mapping[str, Any] | None = None
+) -> None:
+    """Write which videos were drawn: ``.json`` (with ``about``), ``.csv``, or ``.jsonl``, a manifest of them alone."""
+    path = Path(path)
+    found = [int(row) for row in rows]
+    if path.suffix == ".jsonl":
+        manifest.select(found).write(path)
+        return
+    samples = []
+    for row in found:
+        video = manifest.videos[row]
+        label = None if video.label is None else manifest.classes[video.label]
+        samples.append({"path": video.path, "member": video.member, "label": label})
+    if path.suffix == ".csv":
+        text = io.StringIO(newline="")
+        writer = csv.writer(text)
+        writer.writerow(("path", "member", "label"))
+        writer.writerows((each["path"], each["member"] or "", each["label"] or "") for each in samples)
+        _write(path, text.getvalue())
+    elif path.suffix == ".json":
+        header = {"kind": SAMPLES, **(about or {}), "data": manifest.fingerprint, "count": len(samples)}
+        _write(path, json.dumps({**header, "samples": samples}, indent=1) + "\n")
+    else:
+        raise ValueError(f"{path}: .json, .csv or .jsonl wanted")
+
+
+def read_samples(manifest: Manifest, path: str | os.PathLike[str]) -> np.ndarray:
+    """The manifest's rows that a ``.json`` or ``.csv`` list names, int64, in the list's order.
+
+    Raises:
+        ValueError: if the file is no such list, or names a video twice, one that the manifest has not or cannot use, or
+            one of another class.
+    """
+    path = Path(path)
+    samples = _samples(path)
+    row_of = {_place(manifest, row): row for row in range(len(manifest))}
+    rows, problems = [], []
+    for each in samples:
+        place = (each["path"], each.get("member") or "")
+        name = ":".join(filter(None, place))
+        row = row_of.get(place)
+        if row is None:
+            problems.append(f"{name} is not in the manifest")
+            continue
+        video = manifest.videos[row]
+        label = None if video.label is None else manifest.classes[video.label]
+        if video.error is not None:
+            problems.append(f"{name} cannot be used: {video.error}")
+        elif each.get("label") and plain_name(each["label"]) != plain_name(label or ""):
+            problems.append(f"{name} is {each['label']!r} in the list and {label!r} in the manifest")
+        rows.append(row)
+    if len(set(rows)) < len(rows):
+        problems.append("a video is listed twice")
+    if problems:
+        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise ValueError(f"{path}: {'; '.join(problems[:3])}{more}")
+    return np.array(rows, np.int64)
+
+
+def new_classes(larger: Sequence[str], smaller: Sequence[str], renamed: Mapping[str, str] | None = None) -> list[str]:
+    """The classes of ``larger`` that ``smaller`` does not have, under any spelling (``plain_name``), in order.
+
+    ``renamed``: names of ``larger`` for what ``smaller`` has under another name. Kinetics-600 renamed some of
+    Kinetics-400's classes; the 220 new ones of the paper are those that remain after that.
+    """
+    known = {plain_name(name) for name in smaller}
+    other = {plain_name(new): plain_name(old) for new, old in (renamed or {}).items()}
+    return [name for name in larger if other.get(plain_name(name), plain_name(name)) not in known]
+
+
+def draw_classes(classes: Sequence[str], size: int = 160, draws: int = 3, seed: int = 0) -> list[list[str]]:
+    """``draws`` times ``size`` of the classes, at random (Kinetics-600, supplement of the paper).
+
+    They depend on the seed and the names alone, not on the names' order.
+    """
+    names = sorted(classes)
+    if not 1 <= size <= len(names) or draws < 1:
+        raise ValueError(f"{draws} draws of {size} of {len(names)} classes: at least one of 1 to {len(names)} wanted")
+    return [
+        [names[index] for index in sorted(sample_rng(seed, 1, draw).permutation(len(names))[:size])]
+        for draw in range(draws)
+    ]
+
+
+def write_draws(
+    draws: Sequence[Sequence[str]], path: str | os.PathLike[str], *, about: Mapping[str, Any] | None = None
+) -> None:
+    """Write the classes of each draw as JSON."""
+    content = {"kind": DRAWS, **(about or {}), "draws": [list(names) for names in draws]}
+    _write(Path(path), json.dumps(content, indent=1) + "\n")
+
+
+def read_draws(paths: Sequence[str | os.PathLike[str]]) -> list[list[str]]:
+    """The draws in a file that ``write_draws`` wrote (or a JSON list of lists), or one from each ``read_classes``."""
+    found: list[list[str]] = []
+    for path in map(Path, paths):
+        content = _json(path) if path.suffix == ".json" else None
+        if isinstance(content, dict) and content.get("kind") == DRAWS:
+            found += content["draws"]
+        elif isinstance(content, list) and content and all(isinstance(names, list) for names in content):
+            found += content
+        else:
+            found.append(read_classes(path))
+    return found
+
+
+def read_classes(path: str | os.PathLike[str]) -> list[str]:
+    """Class names: a manifest's, a CSV's (one column, ``id,name``, or one headed name, label or class), a JSON list's
+    or keys', or the lines of a text file, each with or without a number before it."""
+    path = Path(path)
+    if path.suffix == ".jsonl":
+        from ..data.manifest.manifest import Manifest
+
+        return list(Manifest.read(path).classes)
+    if path.suffix == ".json":
+        content = _json(path)
+        names = list(content)
+    elif path.suffix == ".csv":
+        names = _column(path)
+    else:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        names = [re.sub(r"^\d+\s+", "", line.strip()) for line in lines]
+    names = [str(name).strip().strip('"') for name in names]
+    names = list(dict.fromkeys(name for name in names if name))
+    if not names:
+        raise ValueError(f"{path}: holds no class names")
+    return names
+
+
+def _column(path: Path) -> list[str]:
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        rows = [row for row in csv.reader(file) if any(cell.strip() for cell in row)]
+    heads = [cell.strip().lower() for cell in rows[0]] if rows else []
+    column = next((heads.index(head) for head in ("name", "label", "class") if head in heads), None)
+    if column is None and len(heads) > 2:
+        raise ValueError(f"{path}: its first line wants a column called name, label or class")
+    first = 0 if column is None else 1
+    column = len(heads) - 1 if column is None else column
+    return [row[column] for row in rows[first:] if len(row) > column]
+
+
+def _samples(path: Path) -> list[dict[str, Any]]:
+    if path.suffix == ".csv":
+        with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
+            samples: Any = list(csv.DictReader(file))
+    else:
+        content = _json(path)
+        samples = content.get("samples") if isinstance(content, dict) and content.get("kind") == SAMPLES else None
+    if not isinstance(samples, list) or not all(isinstance(each, dict) and each.get("path") for each in samples):
+        raise ValueError(f"{path}: is no list of samples: columns path, member, label wanted, or a JSON written here")
+    return samples
+
+
+def _place(manifest: Manifest, row: int) -> tuple[str, str]:
+    video = manifest.videos[row]
+    return video.path, video.member or ""
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: is not JSON: {error}") from error
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_text(text, encoding="utf-8", errors="surrogateescape", newline="")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,206 @@
+"""CUDA graphs of the video tower, for small batches: the kernels of one video take less time than launching them does.
+
+A graph replays what one ``encode_video`` launched, on the same memory: buffers of its own for input and results, the
+weights where they lay. So weights changed in place are seen; what moved is noticed before a replay.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import threading
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels import forced_backend
+from ..nn.features import VideoFeatures
+
+if TYPE_CHECKING:
+    from ..model import XCLIP
+
+logger = logging.getLogger("xclip_fast")
+
+WARM_UPS = 3  # torch.cuda.make_graphed_callables' own number; the first one loads kernels and lets cuDNN plan
+
+# Captures and, on one device, replays take turns, in whatever thread and on whatever stream: a bucket's calls share its
+# buffers.
+_turn = threading.Lock()
+_ended: dict[torch.device, torch.cuda.Event] = {}
+
+
+class GraphedVideoTower:
+    """``encode_video`` of at most ``batch`` videos of ``frames`` frames each, from CUDA graphs: what ``XCLIP.graphed``
+    gives.
+
+    One graph for each dtype of the videos, backend and autocast dtype, captured at the first call that needs it, which
+    takes as long as several eager ones. A graph keeps memory of its own: its input, its results and all in between.
+
+    Weights may change in place between calls (``load_state_dict``, an optimizer). If a parameter, a buffer or a module
+    of the tower was replaced or moved (``to``, ``load_state_dict(assign=True)``), the next call captures again. Other
+    switches of torch (TF32, the choice of its attention) and forward hooks act when a graph is captured, not when it is
+    replayed: ``clear`` it after changing them.
+    """
+
+    def __init__(self, model: XCLIP, batch: int, frames: int) -> None:
+        for name, number in (("batch", batch), ("frames", frames)):
+            if not isinstance(number, int) or number < 1:
+                raise ValueError(f"{name} {number!r} given; a whole number of at least 1 wanted")
+        _cuda_device(model)
+        self.model, self.batch, self.frames = model, batch, frames
+        self._captured: dict[tuple[object, ...], _Captured] = {}
+        self._tower = _Tower(model)
+
+    def __call__(self, video: Tensor) -> VideoFeatures:
+        """Videos to features, the numbers of ``encode_video`` on ``batch`` videos.
+
+        Args:
+            video: as for ``encode_video``, of at most ``batch`` videos and exactly ``frames`` frames, on any device.
+                Fewer videos take as long as ``batch``.
+
+        Returns:
+            as ``encode_video``: copies, which no later call changes.
+
+        Raises:
+            ValueError: if the video has another shape or dtype, or the model is not on a CUDA device.
+            RuntimeError: if gradients are wanted, the model is in training mode, or a CUDA graph is being captured.
+        """
+        self.model._check_video(video)
+        count, frames = video.shape[:2]
+        if count > self.batch or frames != self.frames:
+            raise ValueError(
+                f"{count} videos of {frames} frames given; at most {self.batch} of exactly {self.frames} wanted: take "
+                f"model.graphed({count}, {frames}) for these, or model.encode_video"
+            )
+        device = _cuda_device(self.model)
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("a CUDA graph is being captured, and no other is replayed in it: use encode_video there")
+        with _turn, torch.cuda.device(device):
+            changed = self._tower.change()
+            if changed:
+                self._forget()
+                logger.info("CUDA graphs of the video tower are captured again: %s", changed)
+                self._tower = _Tower(self.model)
+            self._tower.check(video)
+            key = (video.dtype, _autocast_dtype(), forced_backend())
+            captured = self._captured.get(key) or self._capture(key, device)
+            stream, ended = torch.cuda.current_stream(), _ended.setdefault(device, torch.cuda.Event())
+            stream.wait_event(ended)
+            captured.video[:count].copy_(video)
+            captured.graph.replay()
+            features = VideoFeatures(*(part[:count].clone() for part in captured.features))
+            ended.record(stream)
+        return features
+
+    def clear(self) -> None:
+        """Drop the graphs and their memory; the next call captures anew."""
+        with _turn:
+            self._forget()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # a pickled or copied model has graphs of its own
+        return type(self.model).graphed, (self.model, self.batch, self.frames)
+
+    def _forget(self) -> None:
+        for captured in self._captured.values():
+            torch.cuda.synchronize(captured.video.device)  # the last replay may still run
+        self._captured.clear()
+
+    def _capture(self, key: tuple[object, ...], device: torch.device) -> _Captured:
+        size = self.model.config.vision.image_size
+        dtype = key[0]
+        assert isinstance(dtype, torch.dtype)
+        shape = (size, size, 3) if dtype == torch.uint8 else (3, size, size)
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        # Autocast's cache would leave the casts of weights out of the graph, which would then read freed copies.
+        autocast = torch.autocast("cuda", _autocast_dtype(), _autocast_dtype() is not None, cache_enabled=False)
+        with torch.inference_mode(False), torch.no_grad(), autocast:
+            video = torch.zeros(self.batch, self.frames, *shape, dtype=dtype, device=device)
+            stream.wait_stream(torch.cuda.current_stream())
+            # also around the capture: torch.cuda.graph leaves its stream current when a capture fails
+            with torch.cuda.stream(stream):
+                for _ in range(WARM_UPS):
+                    self.model.encode_video(video)
+                # cuBLAS keeps a workspace for each stream. One from before would not be this graph's: whoever drops it
+                # takes it from under the replays (pytorch/pytorch#193402; torch.compile's graphs drop all). So the
+                # capture makes its own, in the graph's memory, and nobody else is left with that.
+                torch._C._cuda_clearCublasWorkspaces()
+                # thread_local: other threads, such as a loader's that pins memory, go on meanwhile
+                with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                    features = self.model.encode_video(video)
+                torch._C._cuda_clearCublasWorkspaces()
+        self._captured[key] = _Captured(graph, video, features)
+        return self._captured[key]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Captured:
+    """A graph and the memory it reads its videos from and writes its results to."""
+
+    graph: torch.cuda.CUDAGraph
+    video: Tensor
+    features: VideoFeatures
+
+
+class _Tower:
+    """The modules of the video tower, and where their tensors lie: what a capture takes for granted."""
+
+    def __init__(self, model: XCLIP) -> None:
+        self.model = model
+        self.tops = self._tops()
+        modules = [module for top in self.tops if isinstance(top, nn.Module) for module in top.modules()]
+        self.modules = modules
+        self.children = [(module._modules, *item) for module in modules for item in module._modules.items()]
+        stores = [store for module in modules for store in (module._parameters, module._buffers)]
+        self.tensors: list[tuple[dict[str, Any], str]] = [(store, name) for store in stores for name in store]
+        self.tensors.append((model._parameters, "prompts_visual_proj"))
+        self.places = self._places()
+
+    def _tops(self) -> list[nn.Module | None]:
+        return [getattr(self.model, name, None) for name in ("visual", "mit", "prompts_visual_ln")]
+
+    def _places(self) -> list[tuple[Any, ...] | None]:
+        tensors = [store.get(name) for store, name in self.tensors]
+        return [t if t is None else (t.data_ptr(), t.dtype, t.shape, t.stride()) for t in tensors]
+
+    def change(self) -> str | None:
+        """What was replaced or moved since, or None. Asked in every call: about 0.1 ms of the CPU's time for B/16."""
+        if any(now is not then for now, then in zip(self._tops(), self.tops, strict=True)):
+            return "a part of the model was replaced"
+        for store, name, child in self.children:
+            if store.get(name) is not child:
+                return f"the module {name} was replaced"
+        places = self._places()
+        if places == self.places:
+            return None
+        moved = next(
+            name for (_, name), now, then in zip(self.tensors, places, self.places, strict=True) if now != then
+        )
+        return f"the tensor {moved} was replaced, moved or cast"
+
+    def check(self, video: Tensor) -> None:
+        """RuntimeError where a replay would not do what the eager tower does."""
+        if any(module.training for module in self.modules):
+            raise RuntimeError("the model is in training mode, in which its results are drawn: call model.eval() first")
+        if torch.is_grad_enabled():
+            tensors = [video, *(store.get(name) for store, name in self.tensors)]
+            if any(tensor is not None and tensor.requires_grad for tensor in tensors):
+                raise RuntimeError(
+                    "gradients are wanted, and a CUDA graph keeps nothing for a backward: call it under "
+                    "torch.inference_mode() or torch.no_grad(), or call model.encode_video instead"
+                )
+
+
+def _cuda_device(model: XCLIP) -> torch.device:
+    device = model.visual.proj.device
+    if device.type != "cuda":
+        raise ValueError(
+            f"the model is on the device {device}; CUDA graphs want a CUDA device: move it there with "
+            "model.to('cuda'), or call model.encode_video, which runs anywhere"
+        )
+    return device
+
+
+def _autocast_dtype() -> torch.dtype | None:
+    return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None

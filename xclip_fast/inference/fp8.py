@@ -1,0 +1,136 @@
+"""FP8 inference: ``XCLIP.quantize`` and ``XCLIP.dequantize``. docs/kernels.md describes the scheme.
+
+F frames of all videos, L tokens of a frame, D width.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import kernels
+from ..kernels._fp8 import LARGEST
+from ..kernels._linear import linear
+from ..nn.cct import FastCCTBlock
+from ..nn.fp8 import Fp8Weights
+
+MODES = ("fp8",)
+# Of the static scales, over the largest value that calibration saw. e4m3 is a floating-point format: room above costs
+# nothing until small values run out of exponents, but what does not fit saturates (docs/kernels.md has figures).
+MARGIN = 2.0
+
+
+def mode(model: Any) -> str | None:
+    """What ``model`` is quantised to, or None."""
+    return "fp8" if any(getattr(block, "fp8", None) is not None for block in _blocks(model)) else None
+
+
+def quantize(model: Any, wanted: str, calibration: Tensor | Iterable[Tensor]) -> None:
+    """See ``XCLIP.quantize``. ``model`` is as it was if this fails, apart from being in evaluation mode."""
+    if wanted not in MODES:
+        raise ValueError(f"mode {wanted!r} given; {' or '.join(map(repr, MODES))} wanted")
+    if mode(model):
+        raise RuntimeError(f"the model is quantised to {mode(model)} already: dequantize() it, to calibrate it again")
+    blocks = _blocks(model)
+    if not all(isinstance(block, FastCCTBlock) for block in blocks):
+        raise ValueError(
+            "the vision tower has plain blocks (cross_frame=False); fp8 is for cross-frame communication blocks: "
+            "leave this model in bfloat16"
+        )
+    if model.config.vision.activation != "quick_gelu":
+        raise ValueError(
+            f"the vision tower has the activation {model.config.vision.activation!r}; fp8 is for 'quick_gelu': leave "
+            "this model in bfloat16"
+        )
+    model.eval()
+    with torch.inference_mode(False), torch.no_grad():  # buffers that live on must not be inference tensors
+        largest = hidden_ranges(model, calibration)
+        made = []
+        for index, block in enumerate(blocks):
+            scale = MARGIN * largest[index] / LARGEST if largest[index] else 1.0
+            try:
+                made.append(
+                    Fp8Weights(block.attn.in_proj_weight, block.mlp.c_fc.weight, block.mlp.c_proj.weight, scale)
+                )
+            except ValueError as error:
+                raise ValueError(f"block {index} of the vision tower: {error}") from error
+    for block, weights in zip(blocks, made, strict=True):
+        block.fp8 = weights
+
+
+def dequantize(model: Any) -> None:
+    """See ``XCLIP.dequantize``."""
+    for block in _blocks(model):
+        if isinstance(block, FastCCTBlock):
+            block.fp8 = None
+
+
+def refuse_change(model: Any, what: str) -> None:
+    """Raise RuntimeError if weights that ``what`` is about to change have float8 copies, which would not follow."""
+    if mode(model):
+        raise RuntimeError(
+            f"{what} changes weights, and this model computes with {mode(model)} copies of the old ones: dequantize() "
+            "it first, and quantize() it afterwards"
+        )
+
+
+def hidden_ranges(model: Any, calibration: Tensor | Iterable[Tensor]) -> list[float]:
+    """The largest |quick_gelu(u)| in each block of the vision tower over the calibration videos.
+
+    Args:
+        calibration: as for ``XCLIP.quantize``.
+    """
+    if isinstance(calibration, Tensor):
+        calibration = [calibration]
+    elif not isinstance(calibration, Iterable):
+        raise TypeError(
+            f"calibration is a {type(calibration).__name__}; a batch of videos, or an iterable of batches, wanted"
+        )
+    largest = [0.0] * len(_blocks(model))
+    videos = 0
+    with _observed(model) as seen:
+        for number, video in enumerate(calibration):
+            video = video.to(model.visual.conv1.weight.device) if isinstance(video, Tensor) else video
+            model.encode_video(video)  # refuses what is no video
+            videos += len(video)
+            for index, value in enumerate(seen):
+                if len(video) and not value.isfinite():
+                    raise ValueError(
+                        f"calibration batch {number}: the activations of block {index} are not finite: look for NaN "
+                        "in the videos and in the weights"
+                    )
+                largest[index] = max(largest[index], value.item())
+    if not videos:
+        raise ValueError("calibration holds no video; some that are like those to come wanted, a few dozen, say")
+    return largest
+
+
+@contextlib.contextmanager
+def _observed(model: Any) -> Iterator[list[Tensor]]:
+    """While it is open, each forward leaves every block's largest |quick_gelu(u)| in the list."""
+    blocks = _blocks(model)
+    seen = [torch.zeros(()) for _ in blocks]
+
+    def observe(index: int, block: FastCCTBlock, args: tuple[Any, ...]) -> None:
+        stream, frames = args
+        norm, fc = block.ln_2, block.mlp.c_fc
+        z_FLD = block.diffuse(stream.x, frames)[:, :-1]  # what stands in the spare row is not read
+        hidden = linear(kernels.layer_norm(z_FLD, norm.weight, norm.bias, norm.eps), fc.weight, fc.bias)
+        hidden = kernels.quick_gelu(hidden)
+        seen[index] = hidden.abs().amax() if hidden.numel() else hidden.new_zeros(())
+
+    with contextlib.ExitStack() as hooks:
+        for index, block in enumerate(blocks):
+            handle = block.register_forward_pre_hook(
+                lambda block, args, index=index: observe(index, block, args),
+            )
+            hooks.callback(handle.remove)
+        yield seen
+
+
+def _blocks(model: Any) -> list[Any]:
+    return list(model.visual.transformer.resblocks)

@@ -1,0 +1,1 @@
+"""Stored video features, and search in them by text."""

@@ -1,0 +1,228 @@
+"""What a training run says of itself: JSON lines, TensorBoard, a bar or lines on the terminal, a report at the end."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .config import LogConfig, TrainConfig, to_yaml
+
+log = logging.getLogger("xclip_fast")
+
+FILE = "log.jsonl"
+
+
+class Log:
+    """Takes records (plain numbers with a ``kind``, ``train`` or ``validation``, and a ``step``) and shows them.
+
+    Only the first process has one that does anything.
+    """
+
+    def __init__(self, folder: Path, config: LogConfig, steps: int, *, silent: bool = False) -> None:
+        self.folder, self.steps, self.silent = folder, steps, silent
+        self.file: Any = None
+        self.board: Any = None
+        self.bar: Any = None
+        if silent:
+            return
+        self.file = (folder / FILE).open("a", encoding="utf-8")
+        if config.tensorboard is not False:
+            self.board = _tensorboard(folder / "tensorboard", wanted=config.tensorboard is True)
+        if config.progress and sys.stderr.isatty():
+            self.bar = _bar()
+            self.task = self.bar.add_task("training", total=steps, text="")
+            self.bar.start()
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        if self.silent:
+            return
+        record = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in record.items()
+        }
+        self.file.write(json.dumps(record, allow_nan=False) + "\n")
+        self.file.flush()
+        if self.board:
+            for key, value in record.items():
+                if isinstance(value, (int, float)) and key != "step":
+                    self.board.add_scalar(f"{record['kind']}/{key}", value, record["step"])
+        text = _sentence(record)
+        if not self.bar:
+            self.say(f"step {record['step']}/{self.steps}  {text}")
+        elif record["kind"] == "train":
+            self.bar.update(self.task, completed=record["step"], text=text)
+        else:
+            self.say(text)
+
+    def say(self, text: str) -> None:
+        """A line for people, on standard error."""
+        if self.silent:
+            return
+        if self.bar:
+            self.bar.console.print(text, markup=False, highlight=False)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self.bar:
+            self.bar.stop()
+        if self.board:
+            self.board.close()
+        if self.file:
+            self.file.close()
+
+
+def cut(folder: Path, step: int) -> None:
+    """Drop the records after ``step``: a resumed run writes them again."""
+    path = folder / FILE
+    if not path.exists():
+        return
+    kept = [json.dumps(record) + "\n" for record in records(folder) if record["step"] <= step]
+    part = path.with_name(f".{FILE}.{os.getpid()}")
+    part.write_text("".join(kept), encoding="utf-8")
+    part.replace(path)
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    """All records so far. A line that a kill cut short is left out."""
+    found = []
+    for line in (folder / FILE).read_text(encoding="utf-8").splitlines():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return found
+
+
+def memory(device: torch.device) -> int:
+    """Bytes: the most that was allocated on a GPU, or the most this process had."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
+
+
+def report(folder: Path, config: TrainConfig, about: Mapping[str, Any]) -> Path:
+    """Write ``report.md``, with curves as ``curves.png`` where matplotlib is installed; returns its path."""
+    found = records(folder)
+    steps = [record for record in found if record["kind"] == "train"]
+    validations = [record for record in found if record["kind"] == "validation"]
+    lines = [f"# Training run {folder.name}", "", time.strftime("%d %B %Y, %H:%M"), ""]
+    lines += ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in about.items())]
+    if steps:
+        rates = sorted(record["clips_per_second"] for record in steps)
+        waits = [record["data_wait"] for record in steps]
+        lines += [
+            f"| loss, first and last | {steps[0]['loss']:.4f}, {steps[-1]['loss']:.4f} |",
+            f"| clips/s, median | {rates[len(rates) // 2]:.1f} |",
+            f"| waiting for data | {100 * sum(waits) / len(waits):.0f} % |",
+            f"| memory, most | {max(record['memory'] for record in steps) / 2**30:.2f} GiB |",
+        ]
+    lines.append("")
+    if validations:
+        best = max(validations, key=lambda record: record[config.checkpoint.metric] or 0.0)
+        lines += [
+            "## Validation",
+            "",
+            "| epoch | step | top-1 | top-5 | videos | not read | |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        lines += [
+            f"| {record['epoch']} | {record['step']} | {_percent(record['top1'])} | {_percent(record['top5'])} "
+            f"| {record['predicted']} | {record['failed']} | {'best ' * (record is best)}|"
+            for record in validations
+        ]
+        lines.append("")
+    mixing = config.mixing
+    batches = "training batches" + ", mixed" * (mixing.probability * (mixing.mixup + mixing.cutmix) > 0)
+    if _draw(folder / "curves.png", steps, validations, batches):
+        lines += ["![Loss, learning rate, accuracy and speed by step](curves.png)", ""]
+    lines += ["## Configuration", "", "```yaml", to_yaml(config).rstrip(), "```", ""]
+    path = folder / "report.md"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+def _draw(path: Path, steps: list[dict[str, Any]], validations: list[dict[str, Any]], batches: str) -> bool:
+    if not steps:
+        return False
+    if importlib.util.find_spec("matplotlib") is None:
+        log.warning("no curves: matplotlib is not installed (pip install 'xclip-fast[plot]')")
+        return False
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 6), layout="constrained")
+    panels = figure.subplots(2, 2, sharex=True).flat
+    x = [record["step"] for record in steps]
+    for panel, (key, name) in zip(
+        panels,
+        (("loss", "loss"), ("lr", "learning rate"), ("top1", "top-1, %"), ("clips_per_second", "clips/s")),
+        strict=True,
+    ):
+        if key == "top1":
+            panel.plot(x, [100 * record["hits"] for record in steps], color="0.7", label=batches)
+            if validations:
+                y = [100 * (record["top1"] or 0.0) for record in validations]
+                panel.plot([record["step"] for record in validations], y, "o-", label="validation")
+            panel.legend(frameon=False, loc="lower right")  # where accuracy is not, if it rises
+        else:
+            panel.plot(x, [record[key] for record in steps])
+        panel.set_title(name, loc="left", fontsize=10)
+        panel.spines[["top", "right"]].set_visible(False)
+    figure.supxlabel("step", fontsize=10)
+    figure.savefig(path, dpi=120)
+    return True
+
+
+def _sentence(record: Mapping[str, Any]) -> str:
+    if record["kind"] == "validation":
+        return (
+            f"epoch {record['epoch']}: top-1 {_percent(record['top1'])}, top-5 {_percent(record['top5'])} "
+            f"of {record['predicted']} videos" + (f", {record['failed']} not read" if record["failed"] else "")
+        )
+    loss = "-" if record["loss"] is None else f"{record['loss']:.4f}"
+    left = (
+        time.strftime("%H:%M:%S", time.gmtime(record["eta"]))
+        if record["eta"] < 86400
+        else f"{record['eta'] / 86400:.1f} d"
+    )
+    return (
+        f"loss {loss}  lr {record['lr']:.2e}  {record['clips_per_second']:.1f} clips/s  data wait "
+        f"{100 * record['data_wait']:.0f} %  {record['memory'] / 2**30:.1f} GiB  {left} left"
+    )
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f} %"
+
+
+def _bar() -> Any:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    columns = (BarColumn(20), MofNCompleteColumn(), TextColumn("{task.fields[text]}"))
+    return Progress(*columns, console=Console(stderr=True))
+
+
+def _tensorboard(folder: Path, *, wanted: bool) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        if wanted:
+            raise ImportError(
+                "log.tensorboard is true and tensorboard is not installed: pip install tensorboard"
+            ) from None
+        return None
+    return SummaryWriter(str(folder))

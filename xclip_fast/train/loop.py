@@ -1,0 +1,346 @@
+"""Train or fine-tune an X-CLIP (sections 4.1 to 4.5 of the paper; the recipe is in config.py).
+
+    python -m xclip_fast.train config.yaml data.train=train.jsonl optim.lr=1e-5
+    torchrun --nproc-per-node 8 -m xclip_fast.train config.yaml
+
+A step never waits for the device: what it measured is copied to pinned memory and read a few steps later. Every
+random number is a function of (seed, step, process) or (seed, epoch, video), so a resumed run is the unbroken one.
+
+B videos of a batch, T frames, S side in pixels, K labels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..model import XCLIP
+from ..text.templates import TEMPLATES
+from ..weights.recipe import Trained
+from . import checkpoints as training_checkpoint
+from . import config as train_config
+from . import log as training_log
+from . import mixup as mixing
+from . import optim
+from .checkpoints import Checkpoints, SaveError
+from .config import ConfigError, TrainConfig
+from .metrics import Diverged, Measured, Meter
+from .output_dir import output_folder
+from .setup import SHAPE, Data, Objective, Place, build_model, processes, read_data, spread, whole_model
+
+
+def main(config: str, overrides: Sequence[str] = (), *, fresh: bool = False) -> Path:
+    """Train as a YAML file (or a shipped configuration) and ``key=value`` overrides say; returns the output folder."""
+    return train(train_config.load(config, overrides), fresh=fresh)
+
+
+def train(config: TrainConfig, *, fresh: bool = False) -> Path:
+    """One training run, from the start or from the newest checkpoint in the output folder.
+
+    Args:
+        fresh: start over, in a new folder beside an output folder that is taken.
+
+    Returns:
+        the output folder: ``best`` and ``last`` hold weights for ``XCLIP.from_pretrained``.
+
+    Raises:
+        ConfigError: before the first step, for whatever does not fit.
+        Diverged, SaveError: as they say.
+    """
+    with processes(config.device) as place, contextlib.ExitStack() as held:
+        return _train(config, place, fresh, held)
+
+
+def _train(config: TrainConfig, place: Place, fresh: bool, held: contextlib.ExitStack) -> Path:
+    # 1. What there is: data, model, and a checkpoint to go on from, if the output folder has one.
+    device, rank, world = place.device, place.rank, place.world
+    batch_size, parts = train_config.accumulation(config.optim, world)
+    data = read_data(config)
+    folder, resume = output_folder(config, fresh, place, held)
+    model = build_model(config, data, folder, resumed=resume is not None).to(device)
+    optim.freeze(model, config.train_towers, config.optim.also_new)
+    objective = Objective(model, data.texts, config, device)
+    loader = training_loader(config, data, model, batch_size, place)
+    epoch_steps = math.ceil(len(loader) / parts)
+    steps = epoch_steps * config.optim.epochs
+    warmup = round(epoch_steps * config.optim.warmup_epochs)
+    last = min(steps, config.stop_after or steps)
+    trained = Trained(
+        dict(zip(data.train.classes, data.texts, strict=True)),
+        config.data.frames or model.config.num_frames,
+        config.data.sampling,
+        config.data.stride,
+        config.text_templates,
+    )
+    if rank == 0:
+        (folder / SHAPE).write_text(json.dumps(model.config.to_dict(), indent=1) + "\n", encoding="utf-8")
+
+    # 2. Processes, optimizer, moving average; and their state, if this run goes on.
+    net = spread(objective, config, place)
+    optimizer = optim.optimizer(objective, config.optim)
+    average = optim.start_average(objective) if config.optim.ema is not None else None
+    tensors = training_checkpoint.state(objective, optimizer, average)
+    checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep_last)
+    counted: dict[str, Any] = {
+        "step": 0,
+        "best": None,
+        "epoch_steps": epoch_steps,
+        "data": loader.state_dict()["fingerprint"],
+    }
+    if resume is not None:
+        counted = resumed(resume, counted)
+        training_checkpoint.load(resume, tensors)
+        optim.set_step(optimizer, counted["step"])
+    step, best, saved = counted["step"], counted["best"], counted["step"]
+    if rank == 0:
+        training_log.cut(folder, step)
+    records = training_log.Log(folder, config.log, steps, silent=rank > 0)
+    records.say(
+        f"{f'going on after step {step}' if step else 'starting'}, {steps} steps of {config.optim.batch_size} videos "
+        f"({batch_size} x {parts} parts x {world} processes), {len(data.train.usable)} videos, "
+        f"{len(data.texts)} classes"
+    )
+    meter = Meter(config, records, data, place, step, steps, epoch_steps)
+
+    def save() -> None:
+        nonlocal saved
+        meter.read_all()  # nothing is kept of a run whose loss is no longer a number
+        checkpoints.save(tensors, counted | {"step": step, "best": best})
+        saved = step
+        meter.saved()
+
+    # 3. The loop: an epoch, a step, a part of a step.
+    try:
+        with asked_to_end(meter):
+            while step < last and not meter.stop:
+                epoch, done = divmod(step, epoch_steps)
+                loader.load_state_dict(loader.state_dict() | {"epoch": epoch, "batches": done * parts})
+                batches = iter(loader)
+                for place_in_epoch in range(done, min(epoch_steps, done + last - step)):
+                    torch.manual_seed(step_seed(config.seed, step, rank))  # for drop path
+                    share = optim.factor(step, steps, warmup, config.optim.final_lr_factor)
+                    optim.set_rate(optimizer, share)
+                    measured = Measured(step, share * config.optim.lr)
+                    count = min(parts, len(loader) - place_in_epoch * parts)
+                    for part in range(count):
+                        batch = measured.wait(batches)
+                        key = (config.seed, step, part * world + rank)
+                        frames, targets_BK = mixing.mix(batch.frames, batch.labels, len(data.texts), config.mixing, key)
+                        with reduce_gradients(net, part == count - 1):
+                            losses_B, hits_B = net(frames, targets_BK)
+                            # over the rows there should be: a short batch weighs less, and processes may differ
+                            (losses_B.sum() * (world / config.optim.batch_size)).backward()
+                        measured.add(losses_B, hits_B, batch.samples)
+                    if config.strategy == "fsdp2":
+                        optim.reduce_scalars(objective, world)
+                    if config.optim.clip_grad is not None:
+                        measured.norm = optim.clip_gradients(objective.parameters(), config.optim.clip_grad)
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
+                    if average is not None and config.optim.ema is not None:
+                        optim.update_average(average, objective, config.optim.ema, step)
+                    step += 1
+                    meter.take(measured.send(device, world, meter.wishes()))
+                    every = config.checkpoint.every_steps
+                    if meter.save or meter.stop or (every and step % every == 0):
+                        save()
+                    checkpoints.poll()
+                    if meter.stop:
+                        break
+
+                # 4. The end of an epoch: validate, keep the best, save.
+                if meter.stop or step % epoch_steps:
+                    break
+                meter.read_all()
+                if loader.report.bad:
+                    records.say(f"epoch {epoch + 1}: {loader.report.summary()}")
+                    loader.quarantined().write(folder / f"quarantined{rank or ''}.jsonl")
+                if data.val is not None and ((epoch + 1) % config.validation.every_epochs == 0 or step == steps):
+                    whole = whole_model(objective, average, device)
+                    found = validate(whole, data, config)
+                    records.write({"kind": "validation", "step": step, "epoch": epoch + 1, **found})
+                    score = found[config.checkpoint.metric] or 0.0
+                    if best is None or score > best["score"]:
+                        best = {"score": score, "epoch": epoch + 1, "step": step}
+                        keep(whole, folder / "best", trained, found | best, rank)
+                    del whole
+                every = config.checkpoint.every_epochs
+                if step == steps or (every and (epoch + 1) % every == 0):
+                    save()
+                meter.restart()
+            if saved != step:
+                save()
+            checkpoints.finish()
+    except Diverged as error:
+        checkpoints.finish()
+        good = training_checkpoint.latest(folder / "checkpoints")
+        raise Diverged(f"{error}. The last good checkpoint is {good or 'none'}") from None
+    finally:
+        records.close()
+        loader.close()
+    if meter.stop:
+        print(f"ended by a signal after step {step}, saved; start it again to go on", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGTERM)
+    if step < steps:  # stop_after
+        return folder
+
+    # 5. What remains: weights and a report.
+    whole = whole_model(objective, average, device)
+    keep(whole, folder / "last", trained, {"step": step}, rank)
+    if data.val is None:
+        keep(whole, folder / "best", trained, {"step": step}, rank)
+    if rank == 0:
+        about = {
+            "videos": f"{len(data.train.usable)} of {len(data.train)}, {len(data.texts)} classes",
+            "parameters": f"{sum(parameter.numel() for parameter in whole.parameters()) / 1e6:.1f} million",
+            "steps": f"{steps}, {epoch_steps} an epoch, of {config.optim.batch_size} videos",
+            "processes": f"{world}, on {torch.cuda.get_device_name(device) if device.type == 'cuda' else 'CPU'}",
+        }
+        report = training_log.report(folder, config, about)
+        print(f"done: weights in {folder / 'best'}, report in {report}", file=sys.stderr)
+    return folder
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+@contextlib.contextmanager
+def reduce_gradients(net: nn.Module, now: bool) -> Iterator[None]:
+    """Gradients are summed over processes with a step's last part alone."""
+    target: Any = net
+    if isinstance(net, nn.parallel.DistributedDataParallel) and not now:
+        with net.no_sync():
+            yield
+        return
+    if hasattr(net, "set_requires_gradient_sync"):
+        target.set_requires_gradient_sync(now)
+    yield
+
+
+@contextlib.contextmanager
+def asked_to_end(meter: Meter) -> Iterator[None]:
+    """SIGTERM (a scheduler that takes its machine back) ends the run after a checkpoint."""
+
+    def handle(*_: Any) -> None:
+        meter.signalled = True
+
+    try:
+        before = signal.signal(signal.SIGTERM, handle)
+    except ValueError:  # not in the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def training_loader(config: TrainConfig, data: Data, model: XCLIP, batch_size: int, place: Place) -> Any:
+    from ..data.loader.loader import loader
+    from ..data.transforms import TrainTransform
+
+    chosen = config.data
+    transform = TrainTransform(
+        frames=chosen.frames or model.config.num_frames,
+        size=model.config.vision.image_size,
+        sampling=chosen.sampling,
+        stride=chosen.stride,
+        scales=chosen.scales,
+        flip=chosen.flip,
+        jitter_probability=chosen.jitter_probability,
+        brightness=chosen.brightness,
+        contrast=chosen.contrast,
+        saturation=chosen.saturation,
+        hue=chosen.hue,
+        grey=chosen.grey,
+    )
+    return loader(
+        data.train,
+        transform,
+        batch_size,
+        device=place.device,
+        seed=config.seed,
+        shuffle=True,
+        rank=place.rank,
+        world=place.world,
+        max_bad=chosen.max_bad,
+        **loading(config),
+    )
+
+
+def loading(config: TrainConfig) -> dict[str, Any]:
+    chosen = {name: getattr(config.data, name) for name in ("workers", "cache", "cache_bytes")}
+    return {name: value for name, value in chosen.items() if value is not None}
+
+
+def resumed(checkpoint: Path, now: dict[str, Any]) -> dict[str, Any]:
+    """What the checkpoint counted, if it belongs to the same data."""
+    counted = training_checkpoint.numbers(checkpoint)
+    for key, what in (("data", "other training videos or classes"), ("epoch_steps", "another number of videos")):
+        if counted[key] != now[key]:
+            raise ConfigError(f"{checkpoint} was trained on {what}; give those, another output folder, or --fresh")
+    return counted
+
+
+def validate(model: XCLIP, data: Data, config: TrainConfig) -> dict[str, Any]:
+    """Accuracy on the validation videos; each process takes its part of them."""
+    from ..evaluate.loop import evaluate
+
+    assert data.val is not None
+    headless = model.config.num_classes is None
+    result = evaluate(
+        model,
+        data.val,
+        clips=config.validation.clips,
+        crops=config.validation.crops,
+        frames=config.data.frames,
+        sampling=config.data.sampling,
+        stride=config.data.stride,
+        labels=dict(zip(data.val.classes, data.texts, strict=True)) if headless else None,
+        templates=TEMPLATES if config.text_templates else None,
+        batch_size=config.validation.batch_size or config.optim.device_batch,
+        dtype=torch.bfloat16 if config.precision == "bf16" else None,
+        **loading(config),
+    )
+    found = {key: value for key in ("top1", "top5") if math.isfinite(value := getattr(result, key))}
+    return {"top1": None, "top5": None} | found | {"predicted": len(result.predictions), "failed": len(result.failed)}
+
+
+def keep(model: XCLIP, folder: Path, trained: Trained, about: dict[str, Any], rank: int) -> None:
+    """Weights for ``XCLIP.from_pretrained``, with what they were trained with."""
+    if rank:
+        return
+    try:
+        model.save_pretrained(folder, overwrite=True)
+        trained.write(folder)
+        (folder / "metrics.json").write_text(json.dumps(about) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise SaveError(f"{folder}: the weights could not be written: {error}; make room and start again") from error
+
+
+def command_line(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m xclip_fast.train", description="Train or fine-tune an X-CLIP.")
+    parser.add_argument("config", help="a YAML file, or the name of a shipped configuration")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as optim.lr=1e-5")
+    parser.add_argument("--fresh", action="store_true", help="start over in a new folder")
+    given = parser.parse_args(arguments)
+    try:
+        main(given.config, given.overrides, fresh=given.fresh)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+    except KeyboardInterrupt:
+        return 130
+    return 0

@@ -1,0 +1,165 @@
+"""What the steps of a training run measure: how it gets to the host without a wait, and what is made of it.
+
+B videos of a batch.
+"""
+
+from __future__ import annotations
+
+import collections
+import math
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from . import log as training_log
+from .config import TrainConfig
+
+if TYPE_CHECKING:
+    from .setup import Data, Place
+
+LAG = 4  # steps until a step's measurements are read
+
+
+class Diverged(ValueError):
+    """The loss or the gradient is no longer a number; the message names the step and the videos."""
+
+
+class Measured:
+    """What a step measures, on its way from the device to the host."""
+
+    def __init__(self, step: int, rate: float) -> None:
+        self.step, self.rate, self.waited = step, rate, 0.0
+        self.norm: Tensor | None = None
+        self.parts: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.event: Any = None
+
+    def wait(self, batches: Iterator[Any]) -> Any:
+        before = time.perf_counter()
+        batch = next(batches)
+        self.waited += time.perf_counter() - before
+        return batch
+
+    def add(self, losses_B: Tensor, hits_B: Tensor, samples_B: Tensor) -> None:
+        self.parts.append((losses_B.detach(), hits_B, samples_B))
+
+    def send(self, device: torch.device, world: int, wishes: tuple[bool, bool]) -> Measured:
+        """Start the copies; sums are over all processes, so that all of them decide alike."""
+        losses, hits, samples = (torch.cat(column) for column in zip(*self.parts, strict=True))
+        self.parts.clear()
+        norm = losses.new_zeros(()) if self.norm is None else self.norm.to(device) / world
+        known = torch.tensor([len(losses), *wishes], dtype=torch.float32, pin_memory=device.type == "cuda")
+        sums = torch.cat([torch.stack([losses.sum(), hits.sum(), norm]), known.to(device, non_blocking=True)])
+        if world > 1:
+            dist.all_reduce(sums)
+        self.sums, self.losses, self.samples = (_to_host(values) for values in (sums, losses, samples))
+        self.sent = time.monotonic()
+        if device.type == "cuda":
+            self.event = torch.cuda.Event()
+            self.event.record()
+        return self
+
+
+def _to_host(values: Tensor) -> Tensor:
+    if values.device.type == "cpu":
+        return values
+    return torch.empty_like(values, device="cpu", pin_memory=True).copy_(values, non_blocking=True)
+
+
+class Meter:
+    """Reads what steps measured, ``LAG`` steps late; writes the records; notes what the processes agreed on."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        records: training_log.Log,
+        data: Data,
+        place: Place,
+        step: int,
+        steps: int,
+        epoch: int,
+    ) -> None:
+        self.config, self.records, self.data, self.place = config, records, data, place
+        self.step, self.steps, self.epoch_steps = step, steps, epoch
+        self.pending: collections.deque[Measured] = collections.deque()
+        self.save = self.stop = self.asked = self.signalled = False
+        self.saved_at = self.begun = time.monotonic()
+        self.spent, self.counted = 0.0, 0  # seconds and steps so far, without what is not training
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin a new interval: what was done since the last step is not training."""
+        self.begun = time.monotonic()
+        self.loss = self.hits = self.rows = self.waited = self.norm = 0.0
+        self.n = 0
+
+    def wishes(self) -> tuple[bool, bool]:
+        """(save, stop) that this process would like; they travel with a step's measurements."""
+        minutes = self.config.checkpoint.every_minutes
+        if minutes and self.place.rank == 0 and not self.asked and time.monotonic() - self.saved_at > 60 * minutes:
+            self.asked = True
+            return True, self.signalled
+        return False, self.signalled
+
+    def saved(self) -> None:
+        self.save = self.asked = False
+        self.saved_at = time.monotonic()
+
+    def take(self, measured: Measured) -> None:
+        self.pending.append(measured)
+        if len(self.pending) > LAG:
+            self._read(self.pending.popleft())
+
+    def read_all(self) -> None:
+        while self.pending:
+            self._read(self.pending.popleft())
+
+    def _read(self, measured: Measured) -> None:
+        if measured.event is not None:
+            measured.event.synchronize()
+        loss, hits, norm, rows, save, stop = measured.sums.tolist()
+        self.save, self.stop = self.save or save > 0, self.stop or stop > 0
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise Diverged(self._diverged(measured, loss, norm))
+        self.loss, self.hits, self.rows, self.norm = self.loss + loss, self.hits + hits, self.rows + rows, norm
+        self.waited, self.n, self.step = self.waited + measured.waited, self.n + 1, measured.step + 1
+        if self.step % self.config.log.every and self.step % self.epoch_steps and self.step != self.steps:
+            return
+        elapsed = max(measured.sent - self.begun, 1e-9)
+        self.spent, self.counted = self.spent + elapsed, self.counted + self.n
+        record = {
+            "kind": "train",
+            "step": self.step,
+            "epoch": measured.step // self.epoch_steps + 1,
+            "loss": self.loss / max(1.0, self.rows),
+            "hits": self.hits / max(1.0, self.rows),
+            "lr": measured.rate,
+            "clips_per_second": self.rows / elapsed,
+            "data_wait": min(1.0, self.waited / elapsed),
+            "memory": training_log.memory(self.place.device),
+            "eta": (self.steps - self.step) * self.spent / self.counted,
+        }
+        self.records.write(record | ({} if self.config.optim.clip_grad is None else {"norm": self.norm}))
+        self.restart()
+        self.begun = measured.sent
+
+    def _diverged(self, measured: Measured, loss: float, norm: float) -> str:
+        bad = ~measured.losses.isfinite()
+        rows = measured.samples[bad if bad.any() else ...].tolist()
+        everywhere: list[Any] = [(bool(bad.any()), rows)]
+        if self.place.world > 1:
+            everywhere = [None] * self.place.world
+            dist.all_gather_object(everywhere, (bool(bad.any()), rows))
+        guilty = [row for has, found in everywhere for row in found if has] or [
+            r for _, found in everywhere for r in found
+        ]
+        names = ", ".join(f"{row} ({self.data.train.name(row)})" for row in guilty[:8])
+        what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
+        return (
+            f"step {measured.step + 1}: {what}; videos of that step: {names}"
+            + (f" and {len(guilty) - 8} more" if len(guilty) > 8 else "")
+            + ". Try a lower optim.lr, optim.clip_grad=1 or precision=fp32"
+        )

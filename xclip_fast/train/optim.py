@@ -1,0 +1,161 @@
+"""The optimizer of the recipe: which parameters are trained, their groups, the schedule, clipping, the moving average.
+
+Source: the paper's supplement and section 4.5 (Table 7).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..weights import layouts
+from .config import ConfigError, OptimConfig
+
+Towers = Literal["visual", "text", "both", "none"]
+_VISUAL = re.compile(r"visual\.")
+
+
+def is_new(name: str, also: Iterable[str] = ()) -> bool:
+    """Whether a parameter of ``XCLIP`` is one that an image CLIP does not have, or starts with one of ``also``."""
+    return layouts.is_new(name) or name.startswith(tuple(also))
+
+
+def freeze(model: nn.Module, towers: Towers, also_new: Iterable[str] = ()) -> None:
+    """Say which parameters are trained (Table 7): new ones always, the inherited ones of the towers named.
+
+    The scale of the similarity counts to the text tower, as in the released code.
+    """
+    for name, parameter in model.named_parameters():
+        tower = "visual" if _VISUAL.match(name) else "text"
+        parameter.requires_grad_(is_new(name, also_new) or towers in (tower, "both"))
+
+
+def groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
+    """Parameter groups: new parameters at ``new_lr_factor`` times the rate; no weight decay on those of one dimension
+    or none and on position embeddings. Each group has its full rate as ``peak_lr``."""
+    found: dict[tuple[bool, bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decays = parameter.dim() > 1 and not name.endswith("positional_embedding")
+            # one fused kernel takes either sharded tensors or whole ones
+            key = (is_new(name, config.also_new), decays, hasattr(parameter, "to_local"))
+            found.setdefault(key, []).append(parameter)
+    if not found:
+        raise ConfigError(
+            "train_towers is 'none' and the model has no new parameters (cross-frame attention, MIT, prompts, head): "
+            "nothing is left to train; choose visual, text or both"
+        )
+    return [
+        {
+            "params": parameters,
+            "peak_lr": config.lr * (config.new_lr_factor if new else 1.0),
+            "weight_decay": config.weight_decay if decays else 0.0,
+        }
+        for (new, decays, _), parameters in sorted(found.items())
+    ]
+
+
+def optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """AdamW with its state in place, so that a checkpoint can be read into it."""
+    options: dict[str, Any] = {"lr": 0.0, "betas": config.betas, "eps": config.eps}
+    if config.optimizer == "apex":
+        try:
+            from apex.optimizers import FusedAdam
+        except ImportError as error:
+            raise ConfigError(
+                "optim.optimizer is apex, and NVIDIA's apex is not installed (it is not the package `apex` on PyPI): "
+                "build it from github.com/NVIDIA/apex, or leave optim.optimizer out"
+            ) from error
+        made: torch.optim.Optimizer = FusedAdam(groups(model, config), adam_w_mode=True, **options)
+    else:
+        made = torch.optim.AdamW(groups(model, config), fused=True, **options)
+    for group in made.param_groups:
+        for parameter in group["params"]:
+            made.state[parameter] = {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+            if config.optimizer == "adamw":
+                made.state[parameter]["step"] = torch.zeros((), device=parameter.device)
+    return made
+
+
+def factor(step: int, steps: int, warmup: int, last: float) -> float:
+    """The share of the full learning rate in ``step`` (counted from 0) of ``steps``: a line from 0 over ``warmup``
+    steps, then half a cosine down to ``last``."""
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    done = (step - warmup) / max(1, steps - 1 - warmup)
+    return last + (1 - last) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def set_rate(made: torch.optim.Optimizer, share: float) -> None:
+    for group in made.param_groups:
+        group["lr"] = share * group["peak_lr"]
+
+
+def set_step(made: torch.optim.Optimizer, step: int) -> None:
+    """Where an optimizer counts its steps outside the tensors of its state (apex), say how many there were."""
+    for group in made.param_groups:
+        if type(made).__name__ == "FusedAdam":
+            group["step"] = step
+
+
+def reduce_scalars(model: nn.Module, world: int) -> None:
+    """Mean over the processes of the gradients of parameters without a dimension, which FSDP2 leaves alone."""
+    for parameter in model.parameters():
+        if parameter.dim() == 0 and parameter.grad is not None and world > 1:
+            torch.distributed.all_reduce(parameter.grad)
+            parameter.grad /= world
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], largest: float) -> Tensor:
+    """Scale all gradients down so that their norm is at most ``largest``; nothing is read back.
+
+    Parameters may be sharded (DTensor), whole, or some of each. Returns the norm before, float32 ().
+    """
+    sharded: list[Tensor] = []
+    whole: list[Tensor] = []
+    mesh = None
+    for parameter in parameters:
+        gradient: Any = parameter.grad
+        if gradient is None:
+            continue
+        if hasattr(gradient, "to_local"):
+            sharded.append(gradient.to_local())
+            mesh = gradient.device_mesh
+        else:
+            whole.append(gradient)
+    squares = [_square(part) for part in (sharded, whole) if part]
+    if not squares:
+        return torch.zeros(())
+    if mesh is not None:
+        torch.distributed.all_reduce(squares[0], group=mesh.get_group())
+    norm = torch.stack(squares).sum().sqrt()
+    scale = (largest / (norm + 1e-6)).clamp(max=1.0)
+    for part in (sharded, whole):
+        if part:
+            torch._foreach_mul_(part, scale)
+    return norm
+
+
+def _square(tensors: list[Tensor]) -> Tensor:
+    return torch.stack(torch._foreach_norm(tensors)).float().square().sum()
+
+
+def start_average(model: nn.Module) -> dict[str, Tensor]:
+    """The moving average of the trained parameters, at first a copy."""
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@torch.no_grad()
+def update_average(average: Mapping[str, Tensor], model: nn.Module, decay: float, step: int) -> None:
+    """One step: average = d average + (1 - d) weights, with d = min(decay, (1 + step) / (10 + step)), which forgets
+    the start sooner."""
+    weights = dict(model.named_parameters())
+    decay = min(decay, (1 + step) / (10 + step))
+    kept: Any = [getattr(value, "_local_tensor", value) for value in average.values()]
+    new: Any = [getattr(weights[name], "_local_tensor", weights[name]).detach() for name in average]
+    torch._foreach_lerp_(kept, new, 1 - decay)

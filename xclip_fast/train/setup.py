@@ -1,0 +1,320 @@
+"""What a training run starts from: its processes, its data, its model. What does not fit is refused here.
+
+B videos, T frames, S side in pixels, K labels, E embedding.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import XCLIPConfig
+from ..evaluate.sample_lists import few_shot
+from ..model import XCLIP
+from ..text.labels import readable
+from ..text.templates import TEMPLATES
+from ..text.tokenizer import tokenize
+from ..weights import checkpoint
+from . import config as train_config
+from .config import ConfigError, TrainConfig
+
+if TYPE_CHECKING:
+    from ..data.manifest.manifest import Manifest
+
+SHAPE = "model.json"  # of the model, in the output folder
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where this process computes, and which one of how many it is."""
+
+    device: torch.device
+    rank: int = 0
+    world: int = 1
+
+
+@contextlib.contextmanager
+def processes(device: str) -> Iterator[Place]:
+    """Join the processes that torchrun started; without it, there is one."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    kind = device.partition(":")[0]
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise ConfigError(f"device is {device!r}; auto, cpu, cuda or cuda:N wanted")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device is {device}, and torch sees no CUDA device; use cpu, or a CUDA build of torch")
+    if dist.is_initialized():  # by whoever calls
+        place = torch.device(device)
+        yield Place(place, dist.get_rank(), dist.get_world_size())
+        return
+    if "RANK" not in os.environ:
+        yield Place(torch.device(device))
+        return
+    if kind == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    # After an elastic restart the store still has what the processes of before wrote into it: read none of that.
+    store, rank, world = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    # gloo beside nccl for checkpoints; others may wait while the first process writes the best weights
+    backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=datetime.timedelta(minutes=30))
+    try:
+        yield Place(torch.device(device), rank, world)
+    finally:
+        dist.destroy_process_group()
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    train: Manifest
+    val: Manifest | None
+    texts: tuple[str, ...]  # K, what stands for each class
+
+
+def read_data(config: TrainConfig) -> Data:
+    """Both manifests, checked against each other; few-shot and held-out videos chosen.
+
+    Raises:
+        ConfigError: if a file is missing, or there is nothing to train on or nothing to tell apart.
+    """
+    data = config.data
+    if data.train is None:
+        raise ConfigError("data.train: no training videos named; give the manifest that `xclip-fast index` writes")
+    train = _manifest("data.train", data.train)
+    val = None if data.val is None else _manifest("data.val", data.val)
+    _check_labels("data.train", data.train, train)
+    if val is not None:
+        _check_labels("data.val", str(data.val), val)
+        if val.classes != train.classes:
+            odd = sorted(set(val.classes) ^ set(train.classes))
+            raise ConfigError(
+                f"data.val has {len(val.classes)} classes and data.train {len(train.classes)}; "
+                + (f"not in both: {', '.join(odd[:5])}" if odd else "they are the same in another order")
+                + "; index both with the same list of classes"
+            )
+    elif data.val_fraction:
+        train, val = _hold_out(train, data.val_fraction, config.seed)
+    if data.shots is not None:
+        try:
+            train = train.select(few_shot(train, data.shots, data.shots_seed))
+        except ValueError as error:
+            raise ConfigError(f"data.shots: {error}") from error
+    if data.labels is not None:
+        texts = _read_labels(data.labels, train.classes)
+    else:
+        texts = [readable(name) for name in train.classes]
+    return Data(train, val, tuple(texts))
+
+
+def _manifest(key: str, path: str) -> Manifest:
+    from ..data.manifest.manifest import Manifest
+
+    if Path(path).is_dir():
+        raise ConfigError(
+            f"{key}: {path} is a folder; make a manifest of it with `xclip-fast index {path}` and give that"
+        )
+    if not Path(path).is_file():
+        raise ConfigError(f"{key}: there is no file {path}; `xclip-fast index` makes a manifest of your videos")
+    try:
+        return Manifest.read(path)
+    except ValueError as error:
+        raise ConfigError(f"{key}: {error}") from error
+
+
+def _check_labels(key: str, path: str, manifest: Manifest) -> None:
+    usable = manifest.usable
+    if not len(usable):
+        bad = next(iter(manifest.bad.items()), None)
+        raise ConfigError(
+            f"{key}: {path} has no video that can be read"
+            + (f"; the first of {len(manifest)}: {manifest.name(bad[0])}: {bad[1]}" if bad else ": it is empty")
+        )
+    without = [row for row in usable if manifest.labels[row] < 0]
+    if without:
+        raise ConfigError(
+            f"{key}: {len(without)} of {len(usable)} videos in {path} have no label, "
+            f"the first {manifest.name(without[0])}; index them with labels"
+        )
+
+
+def _hold_out(manifest: Manifest, fraction: float, seed: int) -> tuple[Manifest, Manifest]:
+    """(rest, held out): of each class this share, at least one video where there are two."""
+    from ..data.sampling import epoch_order
+
+    held: list[int] = []
+    for label in range(len(manifest.classes)):
+        rows = np.flatnonzero((manifest.labels == label) & np.isin(np.arange(len(manifest)), manifest.usable))
+        count = min(len(rows) - 1, max(1, round(fraction * len(rows))))
+        if count > 0:
+            held += rows[epoch_order(len(rows), seed, label, True)[:count]].tolist()
+    if not held:
+        raise ConfigError(f"data.val_fraction is {fraction}, and no class has two videos to hold one out; set it to 0")
+    chosen = set(held)
+    return manifest.select(row for row in range(len(manifest)) if row not in chosen), manifest.select(sorted(held))
+
+
+def _read_labels(path: str, classes: Sequence[str]) -> list[str]:
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(f"data.labels: {path} cannot be read: {error}") from error
+    labels = [line.strip() for line in lines if line.strip()]
+    if len(labels) != len(classes):
+        raise ConfigError(
+            f"data.labels: {path} has {len(labels)} lines, and the data {len(classes)} classes "
+            f"({', '.join(classes[:3])}, ...); one line a class wanted, in that order"
+        )
+    return labels
+
+
+def build_model(config: TrainConfig, data: Data, folder: Path, resumed: bool) -> XCLIP:
+    """The model in float32 on the CPU: from ``model.init``, from random weights, or, where a checkpoint follows, empty.
+
+    Raises:
+        ConfigError: if the head, the labels or the frames do not fit.
+    """
+    torch.manual_seed(config.seed)  # the same new parameters in every process
+    settings = config.model
+    if resumed:
+        shape = XCLIPConfig.from_dict(json.loads((folder / SHAPE).read_text(encoding="utf-8")))
+        model = XCLIP(shape)
+    elif settings.init is None:
+        shape = train_config.model_config(settings)
+        _check_fit(config, shape, data)
+        model = XCLIP(shape)
+    else:
+        if not Path(settings.init).exists():
+            raise ConfigError(f"model.init: there is no {settings.init}; give a checkpoint, or null for random weights")
+        try:
+            base = None if settings.variant else checkpoint.read(settings.init).config
+            shape = train_config.model_config(settings, base)
+            _check_fit(config, shape, data)
+            model = XCLIP.from_pretrained(settings.init, config=shape, dtype=torch.float32)
+            if settings.init_text is not None:
+                model.expand_from(settings.init_text, part="text")
+        except (checkpoint.CheckpointError, OSError) as error:
+            raise ConfigError(f"model.init: {error}") from error
+    if config.activation_checkpointing:
+        model.checkpoint_activations(True)
+    return model.train()
+
+
+def _check_fit(config: TrainConfig, shape: XCLIPConfig, data: Data) -> None:
+    if shape.num_classes is not None and shape.num_classes != len(data.texts):
+        raise ConfigError(
+            f"model.num_classes is {shape.num_classes}, and the data has {len(data.texts)} classes; make them equal"
+        )
+    if config.data.size is not None and config.data.size != shape.vision.image_size:
+        raise ConfigError(
+            f"data.size is {config.data.size}, and the model takes {shape.vision.image_size}; leave data.size out"
+        )
+    if config.text_templates and (shape.num_classes is not None or shape.prompt == "vectors"):
+        raise ConfigError("text_templates is true, and the model has a linear head or learnt vectors; set it to false")
+    if shape.num_classes is None:
+        try:
+            tokens_KL = tokenize(list(data.texts), shape.label_tokens)
+        except ValueError as error:
+            raise ConfigError(f"the labels: {error}") from error
+        first: dict[tuple[int, ...], str] = {}
+        for text, row in zip(data.texts, tokens_KL.tolist(), strict=True):
+            if (other := first.setdefault(tuple(row), text)) is not text:
+                raise ConfigError(
+                    f"the labels: {other!r:.80} and {text!r:.80} of two classes are the same text to the model (it "
+                    f"reads {shape.label_tokens} tokens); give data.labels a file of texts that differ"
+                )
+
+
+class Objective(nn.Module):
+    """The model with its labels and loss, as one module for DDP and FSDP2 to wrap.
+
+    Text features that no gradient reaches are computed once, here; others in every step, packed.
+    """
+
+    def __init__(self, model: XCLIP, texts: Sequence[str], config: TrainConfig, device: torch.device) -> None:
+        super().__init__()
+        self.model = model
+        self.autocast = config.precision == "bf16"
+        self.templates = config.text_templates
+        self.texts = list(texts)
+        self.tokens_KL = None if model.head is not None else tokenize(self.texts, model.config.label_tokens)
+        self.fixed_KE: Tensor | None = None
+        if model.head is None:
+            features_KE = self._text()
+            self.fixed_KE = None if features_KE.requires_grad else features_KE.to(device)
+
+    def forward(self, frames: Tensor, targets_BK: Tensor) -> tuple[Tensor, Tensor]:
+        """frames uint8 (B, T, S, S, 3), targets float32 (B, K) to (cross entropy, whether the largest is right),
+        both float32 (B,)."""
+        with torch.autocast(frames.device.type, torch.bfloat16, enabled=self.autocast):
+            found = self.model.encode_video(frames)
+            text_KE = None if self.model.head is not None else self._text() if self.fixed_KE is None else self.fixed_KE
+            logits_BK = self.model.similarity(found, text_KE).float()
+        losses_B = -(targets_BK * F.log_softmax(logits_BK, -1)).sum(-1)
+        return losses_B, (logits_BK.detach().argmax(-1) == targets_BK.argmax(-1)).float()
+
+    def _text(self) -> Tensor:
+        if self.templates:
+            return self.model.encode_text_ensemble(self.texts, TEMPLATES)
+        assert self.tokens_KL is not None
+        return self.model.encode_text(self.tokens_KL)
+
+
+def spread(objective: Objective, config: TrainConfig, place: Place) -> nn.Module:
+    """The objective under DDP or FSDP2 where there are several processes, compiled if that is asked for.
+
+    torch.compile takes the video tower: what follows it is small, and packed labels have no fixed shape.
+    """
+    model: Any = objective.model
+    sharded = config.strategy == "fsdp2" and dist.is_initialized()
+    if config.compile:
+        if sharded or config.activation_checkpointing:
+            torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)  # drop path differs
+            for block in model.visual.transformer.resblocks:
+                block.compile()
+        else:
+            model.visual.compile()
+    if not dist.is_initialized():
+        return objective
+    if not sharded:
+        ids = [place.device.index] if place.device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(objective, device_ids=ids, gradient_as_bucket_view=True)
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(place.device.type, (place.world,))
+    towers = [model.visual, *([] if model.text is None else [model.text])]
+    for tower in towers:
+        for block in tower.transformer.resblocks:
+            fully_shard(block, mesh=mesh)
+    scalars = {parameter for parameter in model.parameters() if parameter.dim() == 0}  # FSDP2 takes none
+    return fully_shard(objective, mesh=mesh, ignored_params=scalars)  # type: ignore[return-value]
+
+
+def whole_model(objective: Objective, average: dict[str, Tensor] | None, device: torch.device) -> XCLIP:
+    """The model to validate and to keep: with the averaged weights, if there are any, and gathered, if sharded.
+
+    Weights that are whole and not averaged are shared, not copied. Every process has to call this.
+    """
+    averaged = {name.removeprefix("model."): value for name, value in (average or {}).items()}
+    weights: dict[str, Tensor] = {}
+    for name, own in objective.model.state_dict().items():
+        value: Any = averaged.get(name, own)
+        weights[name] = value.full_tensor() if hasattr(value, "full_tensor") else value.detach()
+    with torch.device("meta"):
+        model = XCLIP(objective.model.config)
+    model.load_state_dict(weights, assign=True)
+    return model.to(device).eval()

@@ -1,0 +1,1 @@
+"""Checkpoints of any layout: reading, writing, and the recipe that a checkpoint was trained with."""

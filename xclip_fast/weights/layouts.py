@@ -1,0 +1,434 @@
+"""The layouts weights come in: names, shapes and configurations, translated to ours and back.
+
+Ours are VideoX's names with the text tower under ``text.``. Between them and Hugging Face's stands one table, used in
+both directions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xclip_fast.config import TextConfig, VisionConfig, XCLIPConfig
+from xclip_fast.weights import timm_vit
+
+log = logging.getLogger("xclip_fast")
+
+State = dict[str, Tensor]
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read or does not fit; the message says which, what was wanted and what to do."""
+
+
+# (ours, Hugging Face); # is a layer number, * the rest of the name. Where two rows share our name, the first is
+# written.
+_LAYERS = (
+    ("visual.transformer.resblocks.#.", "vision_model.encoder.layers.#."),
+    ("text.transformer.resblocks.#.", "text_model.encoder.layers.#."),
+    ("mit.resblocks.#.", "mit.encoder.layers.#."),
+)
+_IN_LAYER = (
+    ("attn.*", "self_attn.*"),
+    ("ln_1.*", "layer_norm1.*"),
+    ("ln_2.*", "layer_norm2.*"),
+    ("mlp.c_fc.*", "mlp.fc1.*"),
+    ("mlp.c_proj.*", "mlp.fc2.*"),
+    ("message_fc.*", "message_fc.*"),
+    ("message_ln.*", "message_ln.*"),
+    ("message_attn.*", "message_attn.*"),
+)
+_NAMES = (
+    *((ours + a, theirs + b) for ours, theirs in _LAYERS for a, b in _IN_LAYER),
+    ("visual.class_embedding", "vision_model.embeddings.class_embedding"),
+    ("visual.positional_embedding", "vision_model.embeddings.position_embedding.weight"),
+    ("visual.conv1.weight", "vision_model.embeddings.patch_embedding.weight"),
+    ("visual.ln_pre.*", "vision_model.pre_layernorm.*"),
+    ("visual.ln_pre.*", "vision_model.pre_layrnorm.*"),  # so spelt in Hugging Face's CLIP
+    ("visual.ln_post.*", "vision_model.post_layernorm.*"),
+    ("visual.proj", "visual_projection.weight"),
+    ("text.token_embedding.weight", "text_model.embeddings.token_embedding.weight"),
+    ("text.positional_embedding", "text_model.embeddings.position_embedding.weight"),
+    ("text.ln_final.*", "text_model.final_layer_norm.*"),
+    ("text.text_projection", "text_projection.weight"),
+    ("mit.positional_embedding", "mit.position_embedding"),
+    ("prompts_visual_ln.*", "prompts_visual_layernorm.*"),
+    ("prompts_visual_proj", "prompts_visual_projection"),
+    ("prompts_generator.norm.*", "prompts_generator.layernorm.*"),
+)
+_TRANSPOSED = ("visual.proj", "text.text_projection")  # a Linear's weight there, a (in, out) matrix here
+_ROOT_TEXT = re.compile(r"(token_embedding|positional_embedding|transformer|ln_final|text_projection)(\.|\Z)")
+_NOT_WEIGHTS = re.compile(r"(.*\.)?(position_ids|attn_mask|input_resolution|context_length|vocab_size)\Z")
+_SPLIT = re.compile(r"(.*\b(?:message_)?attn)\.([qkv])_proj\.(weight|bias)\Z")
+_PACKED = re.compile(r"(.*\b(?:message_)?attn)\.in_proj_(weight|bias)\Z")
+_NEW_IN_XCLIP = re.compile(r".*\.message_|mit\.|prompts_|head\.")  # what an image CLIP has not
+
+
+def _rules(source: int) -> list[tuple[re.Pattern[str], str]]:
+    rules = []
+    for row in _NAMES:
+        pattern = re.escape(row[source]).replace(r"\#", r"(\d+)").replace(r"\*", "(.+)")
+        template = re.sub("[#*]", r"\\1", row[1 - source], count=1)
+        template = re.sub("[#*]", r"\\2", template)
+        rules.append((re.compile(pattern + r"\Z"), template))
+    return rules
+
+
+_FROM_OURS, _FROM_HF = _rules(0), _rules(1)
+
+
+def to_ours(state: Mapping[Any, Any], where: object) -> tuple[State, str]:
+    """A state dict in any layout to our names, and its kind ("xclip_fast", "huggingface", "videox", "clip" or "timm").
+
+    Raises:
+        CheckpointError: if it is neither an X-CLIP nor an image CLIP with a vision transformer.
+    """
+    for prefix in ("module.", "_orig_mod."):  # left by DistributedDataParallel and torch.compile
+        if state and all(isinstance(name, str) and name.startswith(prefix) for name in state):
+            state = {name[len(prefix) :]: value for name, value in state.items()}
+    found = {name: value for name, value in state.items() if not _NOT_WEIGHTS.match(str(name))}
+    if strange := [name for name, value in found.items() if not (isinstance(name, str) and isinstance(value, Tensor))]:
+        raise CheckpointError(f"{where}: not a state dict: {strange[:5]} are not names of tensors")
+    if any(name.startswith("vision_model.") for name in found):
+        kind, found = "huggingface", from_huggingface(found)
+    elif "visual.conv1.weight" in found:
+        kind = "xclip_fast" if {"text.token_embedding.weight", "head.weight"} & found.keys() else "videox"
+        found = {f"text.{name}" if _ROOT_TEXT.match(name) else name: value for name, value in found.items()}
+    elif timm_vit.is_timm(found):
+        kind, found = "timm", timm_vit.to_ours(found)
+    else:
+        raise CheckpointError(
+            f"{where}: neither an X-CLIP nor a CLIP with a vision transformer, nor a ViT of timm's: no key is "
+            "visual.conv1.weight or patch_embed.proj.weight, and none starts with vision_model.; it has "
+            f"{len(found)} keys, such as {list(found)[:5]}"
+        )
+    if kind != "timm" and not any(is_new(name) for name in found):
+        kind = "clip"
+    return {name: value.detach().contiguous() for name, value in found.items()}, kind
+
+
+def is_new(name: str) -> bool:
+    """Whether a parameter is new in an X-CLIP (message, MIT, prompts, linear head), in no image CLIP: our names."""
+    return _NEW_IN_XCLIP.match(name) is not None
+
+
+def _rename(name: str, rules: list[tuple[re.Pattern[str], str]]) -> str:
+    for pattern, template in rules:
+        if match := pattern.match(name):
+            return match.expand(template)
+    return name  # names the table does not hold are the same in both, or foreign: check_keys tells
+
+
+def from_huggingface(state: Mapping[str, Tensor]) -> State:
+    """Hugging Face's names, of X-CLIP or CLIP, to ours: packs q, k and v, transposes the two projections."""
+    found: State = {}
+    parts: dict[tuple[str, str], dict[str, Tensor]] = {}
+    for theirs, tensor in state.items():
+        name = _rename(theirs, _FROM_HF)
+        if match := _SPLIT.match(name):
+            parts.setdefault((match[1], match[3]), {})[match[2]] = tensor
+        else:
+            found[name] = tensor.t() if name in _TRANSPOSED and tensor.ndim == 2 else tensor
+    for (attention, kind), qkv in parts.items():
+        if len(qkv) == 3:
+            found[f"{attention}.in_proj_{kind}"] = torch.cat([qkv[part] for part in "qkv"])
+        else:  # left as it is: check_keys lists it with what is missing
+            found |= {f"{attention}.{part}_proj.{kind}": tensor for part, tensor in qkv.items()}
+    return found
+
+
+def to_huggingface(state: Mapping[str, Tensor]) -> State:
+    """Our names to those of ``transformers.XCLIPModel``."""
+    found: State = {}
+    for name, tensor in state.items():
+        if match := _PACKED.match(name):
+            for part, chunk in zip("qkv", tensor.chunk(3), strict=True):
+                found[_rename(f"{match[1]}.{part}_proj.{match[2]}", _FROM_OURS)] = chunk.clone()
+        else:
+            found[_rename(name, _FROM_OURS)] = tensor.t() if name in _TRANSPOSED else tensor
+    return found
+
+
+def _layer_shapes(prefix: str, layers: int, width: int, *, messages: bool = False) -> dict[str, tuple[int, ...]]:
+    layer: dict[str, tuple[int, ...]] = {}
+    for name in ("attn", "message_attn")[: 1 + messages]:
+        layer |= {f"{name}.in_proj_weight": (3 * width, width), f"{name}.in_proj_bias": (3 * width,)}
+        layer |= {f"{name}.out_proj.weight": (width, width), f"{name}.out_proj.bias": (width,)}
+    for name in ("ln_1", "ln_2", "message_ln")[: 2 + messages]:
+        layer |= {f"{name}.weight": (width,), f"{name}.bias": (width,)}
+    layer |= {"mlp.c_fc.weight": (4 * width, width), "mlp.c_fc.bias": (4 * width,)}
+    layer |= {"mlp.c_proj.weight": (width, 4 * width), "mlp.c_proj.bias": (width,)}
+    if messages:
+        layer |= {"message_fc.weight": (width, width), "message_fc.bias": (width,)}
+    return {f"{prefix}.{i}.{name}": shape for i in range(layers) for name, shape in layer.items()}
+
+
+def shapes(config: XCLIPConfig, *, only_clip: bool = False) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of an ``XCLIP`` state dict; with ``only_clip`` those that an image CLIP has too."""
+    vision, text, D, W, E = config.vision, config.text, config.vision.width, config.text.width, config.embed_dim
+    expected: dict[str, tuple[int, ...]] = {
+        "visual.class_embedding": (D,),
+        "visual.positional_embedding": (vision.patches + 1, D),
+        "visual.conv1.weight": (D, 3, vision.patch_size, vision.patch_size),
+        "visual.proj": (D, E),
+    }
+    expected |= _layer_shapes("visual.transformer.resblocks", vision.layers, D, messages=vision.cross_frame)
+    norms = {"visual.ln_pre": D} if vision.pre_norm else {}
+    norms["visual.ln_post"] = D
+    if config.num_classes is None:
+        expected |= {
+            "text.token_embedding.weight": (text.vocab_size, W),
+            "text.positional_embedding": (text.context_length, W),
+            "text.text_projection": (W, E),
+            "logit_scale": (),
+        }
+        expected |= _layer_shapes("text.transformer.resblocks", text.layers, W)
+        norms["text.ln_final"] = W
+    else:
+        expected |= {"head.weight": (config.num_classes, E), "head.bias": (config.num_classes,)}
+    if config.mit_layers:
+        expected["mit.positional_embedding"] = (1, config.num_frames, E)
+        expected |= _layer_shapes("mit.resblocks", config.mit_layers, E)
+    if config.prompt == "vectors":
+        expected["prompts_vectors"] = (config.prompt_vectors, W)
+    elif config.prompt == "video":
+        expected |= {"prompts_visual_proj": (D, E), "prompts_generator.alpha": (E,)}
+        norms |= {"prompts_visual_ln": D, "prompts_generator.norm": E}
+        for i in range(config.prompt_layers):
+            layer = f"prompts_generator.decoder.{i}"
+            norms |= {f"{layer}.norm1": E, f"{layer}.norm3": E}
+            expected |= {f"{layer}.cross_attn.{name}.weight": (E, E) for name in ("q_proj", "k_proj", "v_proj", "proj")}
+            expected |= {f"{layer}.cross_attn.proj.bias": (E,), f"{layer}.mlp.0.weight": (4 * E, E)}
+            expected |= {f"{layer}.mlp.0.bias": (4 * E,), f"{layer}.mlp.3.weight": (E, 4 * E)}
+            expected[f"{layer}.mlp.3.bias"] = (E,)
+    expected |= {f"{name}.{kind}": (width,) for name, width in norms.items() for kind in ("weight", "bias")}
+    return {name: shape for name, shape in expected.items() if not (only_clip and is_new(name))}
+
+
+def check_keys(
+    expected: Mapping[str, Tensor | tuple[int, ...]], state: Mapping[str, Tensor], where: object = "state dict"
+) -> None:
+    """Compare a state dict with what is expected of it, names to tensors or shapes.
+
+    Raises:
+        CheckpointError: that lists every missing, unexpected and misshapen key; layers share a line.
+    """
+    wanted = {name: tuple(like.shape if isinstance(like, Tensor) else like) for name, like in expected.items()}
+    wrong = [
+        (name, f"is {list(state[name].shape)}, wanted {list(shape)}")
+        for name, shape in wanted.items()
+        if name in state and tuple(state[name].shape) != shape
+    ]
+    groups = {
+        "missing": [(name, "") for name in expected if name not in state],
+        "unexpected": [(name, "") for name in state if name not in expected],
+        "misshapen": wrong,
+    }
+    if any(groups.values()):
+        said = [f"{len(keys)} {what}:{_listed(keys)}" for what, keys in groups.items() if keys]
+        raise CheckpointError(f"{where}: the weights do not fit the configuration\n" + "\n".join(said))
+
+
+def _listed(keys: list[tuple[str, str]], most: int = 40) -> str:
+    lines: dict[str, int] = {}
+    for name, note in keys:
+        line = f"{re.sub(r'(?<=[.])[0-9]+(?=[.])', '*', name, count=1)} {note}".rstrip()
+        lines[line] = lines.get(line, 0) + 1
+    shown = [f"\n  {line}" + (f" (in {count} layers)" if "*" in line else "") for line, count in lines.items()]
+    return "".join(shown[:most]) + (f"\n  and {len(shown) - most} more lines" if len(shown) > most else "")
+
+
+_HF_TOWER = {"num_hidden_layers": 12, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "attention_dropout": 0.0}
+_HF_TEXT = {
+    **_HF_TOWER,
+    "hidden_size": 512,
+    "intermediate_size": 2048,
+    "num_attention_heads": 8,
+    "vocab_size": 49408,
+    "max_position_embeddings": 77,
+}
+_HF_VISION = {
+    **_HF_TOWER,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_attention_heads": 12,
+    "image_size": 224,
+    "patch_size": 32,
+    "num_channels": 3,
+    "num_frames": 8,
+    "drop_path_rate": 0.0,
+    "mit_hidden_size": 512,
+    "mit_intermediate_size": 2048,
+    "mit_num_hidden_layers": 1,
+    "mit_num_attention_heads": 8,
+}
+
+
+def _hf_part(values: Mapping[str, Any], part: str, defaults: dict[str, Any]) -> dict[str, Any]:
+    found = {**defaults, **(values.get(part) or {})}
+    if (old := values.get(f"{part}_dict")) is not None:  # the older key, defaults included, wins in transformers too
+        found |= {**defaults, **old}
+    for name in ("image_size", "patch_size"):
+        if isinstance(found.get(name), list | tuple) and len(set(found[name])) == 1:
+            found[name] = found[name][0]
+    return found
+
+
+def config_from_huggingface(values: Mapping[str, Any], preprocessor: Mapping[str, Any], where: object) -> XCLIPConfig:
+    """The config of a Hugging Face X-CLIP or CLIP from its ``config.json`` and ``preprocessor_config.json``.
+
+    Raises:
+        CheckpointError: if it asks for something that X-CLIP here does not compute (another activation, for one).
+    """
+    clip = values.get("model_type") == "clip"
+    text = _hf_part(values, "text_config", _HF_TEXT)
+    vision = _hf_part(values, "vision_config", _HF_VISION)
+    E = values.get("projection_dim", 512)
+    if clip:
+        vision |= {"mit_hidden_size": E, "mit_intermediate_size": 4 * E, "mit_num_attention_heads": None}
+    wanted = [
+        ("text_config.hidden_act", text["hidden_act"], "quick_gelu"),
+        ("vision_config.hidden_act", vision["hidden_act"], "quick_gelu"),
+        ("prompt_hidden_act", values.get("prompt_hidden_act", "quick_gelu"), "quick_gelu"),
+        ("text_config.intermediate_size", text["intermediate_size"], 4 * text["hidden_size"]),
+        ("vision_config.intermediate_size", vision["intermediate_size"], 4 * vision["hidden_size"]),
+        ("vision_config.mit_hidden_size", vision["mit_hidden_size"], E),
+        ("vision_config.mit_intermediate_size", vision["mit_intermediate_size"], 4 * E),
+        ("vision_config.num_channels", vision["num_channels"], 3),
+        ("vision_config.layer_norm_eps", vision["layer_norm_eps"], text["layer_norm_eps"]),
+    ]
+    refused = [f"{name} is {got!r}, X-CLIP here has {want!r}" for name, got, want in wanted if got != want]
+    if refused:
+        raise CheckpointError(f"{where}: a model of another kind\n  " + "\n  ".join(refused))
+    prompt_heads = None if clip else values.get("prompt_num_attention_heads", 8)
+    heads = {"mit_heads": vision["mit_num_attention_heads"], "prompt_heads": prompt_heads}
+    for name, count in heads.items():
+        if count is not None and count != max(1, E // 64):
+            log.warning("%s: %s is %d; the released code has E / 64 = %d. Kept as given", where, name, count, E // 64)
+    config = XCLIPConfig(
+        vision=VisionConfig(
+            image_size=vision["image_size"],
+            patch_size=vision["patch_size"],
+            width=vision["hidden_size"],
+            layers=vision["num_hidden_layers"],
+            heads=vision["num_attention_heads"],
+            drop_path=vision["drop_path_rate"],
+        ),
+        text=TextConfig(
+            vocab_size=text["vocab_size"],
+            context_length=text["max_position_embeddings"],
+            width=text["hidden_size"],
+            layers=text["num_hidden_layers"],
+            heads=text["num_attention_heads"],
+        ),
+        embed_dim=E,
+        num_frames=vision["num_frames"],
+        mit_layers=vision["mit_num_hidden_layers"],
+        prompt_layers=values.get("prompt_layers", 2),
+        prompt_alpha=values.get("prompt_alpha", 0.1),
+        layer_norm_eps=vision["layer_norm_eps"],
+        logit_scale=values.get("logit_scale_init_value", 2.6592),
+        **heads,
+    )
+    if not clip:  # an image CLIP becomes an X-CLIP, which the released recipe trains with ImageNet's mean and deviation
+        given: dict[str, Any] = {name: preprocessor.get(name) for name in ("image_mean", "image_std")}
+        given = {name: tuple(values) for name, values in given.items() if values}
+        config = dataclasses.replace(config, **given)
+    return config
+
+
+def config_to_huggingface(config: XCLIPConfig, dtype: torch.dtype) -> tuple[dict[str, Any], dict[str, Any]]:
+    """``config.json`` and ``preprocessor_config.json`` as ``transformers`` reads them."""
+    plain = XCLIPConfig()
+    ablated = [
+        f"{where}{name}={getattr(given, name)!r}"
+        for where, given, like, names in (
+            ("", config, plain, ("mit_residual", "prompt", "num_classes")),
+            ("vision.", config.vision, plain.vision, ("cross_frame", "activation", "pre_norm", "layer_norm_eps")),
+        )
+        for name in names
+        if getattr(given, name) != getattr(like, name)
+    ] + (["mit_layers=0"] if config.mit_layers == 0 else [])
+    if ablated:
+        raise CheckpointError(f"Hugging Face's X-CLIP cannot do {', '.join(ablated)}; write layout='xclip_fast'")
+    E = config.embed_dim
+    towers = []
+    for tower in (config.vision, config.text):
+        common = {"hidden_size": tower.width, "intermediate_size": 4 * tower.width, "hidden_act": "quick_gelu"}
+        common |= {"num_hidden_layers": tower.layers, "num_attention_heads": tower.heads}
+        towers.append(common | {"layer_norm_eps": config.layer_norm_eps})
+    vision, text = towers
+    vision |= {"image_size": config.vision.image_size, "patch_size": config.vision.patch_size}
+    vision |= {"num_frames": config.num_frames, "drop_path_rate": config.vision.drop_path, "mit_hidden_size": E}
+    vision |= {"mit_intermediate_size": 4 * E, "mit_num_hidden_layers": config.mit_layers}
+    vision |= {"mit_num_attention_heads": config.mit_heads, "model_type": "xclip_vision_model"}
+    text |= {"vocab_size": config.text.vocab_size, "max_position_embeddings": config.text.context_length}
+    text |= {"model_type": "xclip_text_model"}
+    model = {"model_type": "xclip", "architectures": ["XCLIPModel"], "projection_dim": E, "text_config": text}
+    model |= {"vision_config": vision, "prompt_layers": config.prompt_layers, "prompt_alpha": config.prompt_alpha}
+    model |= {"prompt_num_attention_heads": config.prompt_heads, "prompt_hidden_act": "quick_gelu"}
+    model |= {"logit_scale_init_value": config.logit_scale, "torch_dtype": str(dtype).removeprefix("torch.")}
+    size = config.vision.image_size
+    preprocessor: dict[str, Any] = {"image_processor_type": "CLIPImageProcessor", "processor_class": "XCLIPProcessor"}
+    preprocessor |= {"image_mean": config.image_mean, "image_std": config.image_std, "do_normalize": True}
+    preprocessor |= {"do_resize": True, "size": {"shortest_edge": size}, "resample": 2, "do_convert_rgb": True}
+    preprocessor |= {"do_center_crop": True, "crop_size": {"height": size, "width": size}, "do_rescale": True}
+    return model, preprocessor
+
+
+def infer_config(state: Mapping[str, Tensor], where: object, *, timm: bool = False) -> XCLIPConfig:
+    """The config of a state dict in our names, from its shapes alone: head size 64, epsilon 1e-5, quick GELU.
+
+    An image CLIP gets what an X-CLIP has by default; a ViT of timm's beside that GELU and its own epsilon.
+    """
+    textual = not timm and ("text.token_embedding.weight" in state or "head.weight" not in state)
+    needed = ["visual.conv1.weight", "visual.positional_embedding"]
+    if not timm and not textual:
+        needed += ["visual.proj", "head.weight"]
+    elif textual:
+        needed += ["text.token_embedding.weight", "text.positional_embedding", "text.text_projection"]
+    if missing := [name for name in needed if name not in state or state[name].ndim < 2]:
+        raise CheckpointError(f"{where}: no configuration comes with it, and to infer one these are missing: {missing}")
+    D, _, _, P = state["visual.conv1.weight"].shape
+    W = state["text.token_embedding.weight"].shape[1] if textual else 512
+    tokens = state["visual.positional_embedding"].shape[0]
+    if D > 1024 or D % 64 or W % 64 or math.isqrt(tokens - 1) ** 2 != tokens - 1:
+        raise CheckpointError(
+            f"{where}: widths {D} and {W} with {tokens} tokens a frame don't tell the number of heads or the image "
+            "size (heads are of 64 up to width 1024 only); pass config=XCLIPConfig(...)"
+        )
+
+    def count(prefix: str) -> int:
+        return len({name[len(prefix) :].split(".")[0] for name in state if name.startswith(prefix)})
+
+    given: dict[str, Any] = {}
+    other: dict[str, Any] = {"activation": "gelu", "layer_norm_eps": timm_vit.EPS} if timm else {}
+    if any(is_new(name) for name in state):  # an X-CLIP, or an ablated one; else what an image CLIP will be
+        other["cross_frame"] = any(".message_" in name for name in state)
+        given["mit_layers"] = count("mit.resblocks.")
+        given["prompt_layers"] = count("prompts_generator.decoder.")
+        if "mit.positional_embedding" in state:
+            given["num_frames"] = state["mit.positional_embedding"].shape[1]
+        if "prompts_vectors" in state:
+            given |= {"prompt": "vectors", "prompt_vectors": state["prompts_vectors"].shape[0]}
+        elif not any(name.startswith("prompts_") for name in state):
+            given["prompt"] = "none"
+    layers = count("visual.transformer.resblocks.")
+    if timm:
+        other["pre_norm"] = "visual.ln_pre.weight" in state
+    given["vision"] = VisionConfig(P * math.isqrt(tokens - 1), P, width=D, layers=layers, heads=D // 64, **other)
+    if textual:
+        context, text_layers = state["text.positional_embedding"].shape[0], count("text.transformer.resblocks.")
+        V = state["text.token_embedding.weight"].shape[0]
+        given["text"] = TextConfig(V, context, width=W, layers=text_layers, heads=W // 64)
+        given["embed_dim"] = state["text.text_projection"].shape[1]
+    elif not timm:
+        given |= {"num_classes": state["head.weight"].shape[0], "embed_dim": state["visual.proj"].shape[1]}
+    return XCLIPConfig(**given)

@@ -1,0 +1,105 @@
+"""What a checkpoint was trained with that its weights do not say: the classes' texts, and how frames are taken."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from ..data.sampling import Sampling
+from ..text.labels import plain_name, readable
+from ..text.templates import TEMPLATES
+
+FILE = "trained.json"  # beside the weights
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """``trained.json``, which training writes beside the weights that it keeps.
+
+    Attributes:
+        labels: the texts of the classes, by class, in the order of the training data (and of a linear head's outputs).
+        frames: T of a view. sampling, stride: as for ``data.sampling.frame_indices``.
+        templates: whether a text's features are the mean over the 16 sentences of ``templates.TEMPLATES``.
+    """
+
+    labels: dict[str, str] = dataclasses.field(default_factory=dict)
+    frames: int | None = None  # None: the model's
+    sampling: Sampling = "sparse"
+    stride: int = 1
+    templates: bool = False
+
+    def write(self, folder: str | os.PathLike[str]) -> None:
+        text = json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False) + "\n"
+        (Path(folder) / FILE).write_text(text, encoding="utf-8")
+
+    @classmethod
+    def read(cls, checkpoint: str | os.PathLike[str] | None) -> Trained:
+        """Of a folder with weights; without that file (other people's weights, none), the defaults.
+
+        Raises:
+            ValueError: if the file is damaged.
+        """
+        path = Path(checkpoint or "") / FILE
+        if checkpoint is None or not path.is_file():
+            return cls()
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            found = cls(**values)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}: {error}; correct it, or delete it and give the options yourself") from error
+        for name, fits, wanted in (
+            ("labels", _is_texts(found.labels), "an object of class and text"),
+            ("frames", found.frames is None or _is_count(found.frames), "a number of at least 1, or null"),
+            ("sampling", found.sampling in get_args(Sampling), " or ".join(get_args(Sampling))),
+            ("stride", _is_count(found.stride), "a number of at least 1"),
+            ("templates", isinstance(found.templates, bool), "true or false"),
+        ):
+            if not fits:
+                raise ValueError(f"{path}: {name} is {getattr(found, name)!r}; {wanted} wanted")
+        return found
+
+    def texts(self, classes: Sequence[str], linear_head: bool) -> list[str] | dict[str, str] | None:
+        """The ``labels`` of ``evaluate``: each of these classes with the text it was trained with, or its name as words
+        where training did not know it.
+
+        For a linear head the names of its outputs in order; None if they are not known: then the classes' order must be
+        that of the training.
+        """
+        if linear_head:
+            return list(self.labels) or None
+        known = {plain_name(name): text for name, text in self.labels.items()} | self.labels
+        return {name: known.get(name) or known.get(plain_name(name)) or readable(name) for name in classes}
+
+    def choose(
+        self,
+        frames: int | None = None,
+        sampling: Sampling | None = None,
+        stride: int | None = None,
+        templates: bool | Sequence[str] | None = None,
+    ) -> dict[str, Any]:
+        """``frames``, ``sampling``, ``stride`` and ``templates`` (sentences or None) as given, or else as trained.
+
+        A stride belongs to its sampling: with another sampling than the trained one it is 1.
+        """
+        if templates is None:
+            templates = self.templates
+        sentences = (TEMPLATES if templates else None) if isinstance(templates, bool) else templates
+        same = sampling in (None, self.sampling)
+        return {
+            "frames": frames or self.frames,
+            "sampling": sampling or self.sampling,
+            "stride": stride or (self.stride if same else 1),
+            "templates": sentences or None,
+        }
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(text, str) and text.strip() for text in value.values())
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

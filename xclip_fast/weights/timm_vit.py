@@ -1,0 +1,76 @@
+"""The ViTs that timm publishes, in our names: what Table 10 of the paper starts from instead of an image CLIP.
+
+``vit_base_patch16_224`` and its kin: a class token, learnt positions, pre-norm blocks with GELU, LayerNorm epsilon
+1e-6. The file says neither activation nor epsilon, nor the mean and deviation of its images: the config does.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from ..config import XCLIPConfig
+
+log = logging.getLogger("xclip_fast")
+
+EPS = 1e-6  # of all but timm's own CLIP towers
+
+_NAMES = (
+    (r"blocks\.(\d+)\.norm([12])\.(weight|bias)", r"visual.transformer.resblocks.\1.ln_\2.\3"),
+    (r"blocks\.(\d+)\.attn\.qkv\.(weight|bias)", r"visual.transformer.resblocks.\1.attn.in_proj_\2"),
+    (r"blocks\.(\d+)\.attn\.proj\.(weight|bias)", r"visual.transformer.resblocks.\1.attn.out_proj.\2"),
+    (r"blocks\.(\d+)\.mlp\.fc1\.(weight|bias)", r"visual.transformer.resblocks.\1.mlp.c_fc.\2"),
+    (r"blocks\.(\d+)\.mlp\.fc2\.(weight|bias)", r"visual.transformer.resblocks.\1.mlp.c_proj.\2"),
+    (r"patch_embed\.proj\.weight", "visual.conv1.weight"),
+    (r"norm_pre\.(weight|bias)", r"visual.ln_pre.\1"),
+    (r"norm\.(weight|bias)", r"visual.ln_post.\1"),
+)
+_CLASSIFIER = re.compile(r"(head|pre_logits)\.")  # what stands behind the features
+
+
+def is_timm(state: Mapping[str, Tensor]) -> bool:
+    """Whether a state dict is one of timm's ViTs."""
+    return {"patch_embed.proj.weight", "cls_token", "pos_embed"} <= state.keys()
+
+
+def to_ours(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """timm's names to ours, without the classifier. Names that no ViT of this kind has are kept, to be listed.
+
+    The patch embedding's bias goes into the positions of the patches, where it is added too.
+    """
+    found: dict[str, Tensor] = {}
+    for theirs, tensor in state.items():
+        if not _CLASSIFIER.match(theirs):
+            found[_rename(theirs)] = tensor
+    found["visual.class_embedding"] = found.pop("cls_token").flatten()
+    position_LD = found.pop("pos_embed").flatten(0, -2)
+    bias_D = found.pop("patch_embed.proj.bias", None)
+    if bias_D is not None:
+        position_LD = position_LD.clone()
+        position_LD[1:] += bias_D
+    found["visual.positional_embedding"] = position_LD
+    return found
+
+
+def refusal(config: XCLIPConfig) -> str | None:
+    """Why a ViT of timm's cannot start the vision tower of this config, or None."""
+    vision = config.vision
+    if not vision.pre_norm and vision.activation != "gelu":
+        return (
+            f"timm's ViTs compute gelu, and the config says vision.activation={vision.activation!r}: set it to 'gelu'"
+        )
+    if not vision.pre_norm and config.vision_eps != EPS:
+        log.warning(
+            "timm's ViTs have LayerNorm epsilon %g, the config %g: set vision.layer_norm_eps", EPS, config.vision_eps
+        )
+    return None
+
+
+def _rename(name: str) -> str:
+    for pattern, template in _NAMES:
+        if match := re.fullmatch(pattern, name):
+            return match.expand(template)
+    return name
