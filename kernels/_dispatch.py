@@ -17,6 +17,7 @@ import importlib.util
 import inspect
 import logging
 import os
+import typing
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -177,6 +178,8 @@ class Op:
         self.differentiable = differentiable
         self.backends = (*backends, Backend("reference", reference, dtypes=dtypes))
         self.names = tuple(name for candidate in self.backends for name in (candidate.name, *candidate.parts))
+        returned = inspect.signature(reference, eval_str=True).return_annotation
+        self.outputs = len(typing.get_args(returned)) or 1
         parameters = list(inspect.signature(reference).parameters)
         self.autocast = tuple(parameters.index(name) for name in autocast)
         OPS[self.name] = self
@@ -260,8 +263,7 @@ class Op:
             outputs = _Kernel.apply(chosen, *args)
         else:
             outputs = chosen.forward(False, *args)[0]
-        saved = len(self.saved(*args)) if trained and self.saved and torch.compiler.is_compiling() else 0
-        outputs = tuple(outputs[: len(outputs) - saved])
+        outputs = tuple(outputs[: self.outputs])
         return outputs if len(outputs) > 1 else outputs[0]
 
     def _lowered(self, args: tuple[Any, ...]) -> tuple[Any, ...]:

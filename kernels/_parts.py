@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import _choices, _dispatch
+from . import _choices
 
 HALF = (torch.bfloat16, torch.float16)
 UNMEASURED = (
@@ -41,6 +41,7 @@ class Case(NamedTuple):
     activation: str = "quick_gelu"
     forced: str = ""  # the backend that is asked for
     traced: bool = False  # in a graph: nothing measured is asked
+    interpreted: bool = False  # by Triton's interpreter: any device
 
     def sizes(self) -> dict[str, Any]:
         """The numbers that the measured table bounds."""
@@ -86,7 +87,7 @@ class Candidate:
             return f"the package {self.package} is not installed ({self.install or f'pip install {self.package}'})"
         if case.dtype not in self.dtypes:
             return f"dtype {case.dtype} is not among {', '.join(str(dtype) for dtype in self.dtypes)}"
-        interpreted = self.name == "triton" and _dispatch.INTERPRETED
+        interpreted = self.name == "triton" and case.interpreted
         if self.device_types and case.device.type not in self.device_types and not interpreted:
             return f"device {case.device.type} is not {' or '.join(self.device_types)}"
         if self.capability and case.device.type == "cuda":

@@ -171,7 +171,7 @@ def test_copies_and_pickles():
     ("change", "reason"),
     [
         (lambda block: setattr(block.mlp, "gelu", nn.GELU()), "GELU in its mlp is not quick GELU"),
-        (lambda block: setattr(block.message_ln, "eps", 1e-3), "message_ln has epsilon 0.001"),
+        (lambda block: setattr(block.message_ln, "eps", 1e-3), "different epsilons, 1e-05, 0.001"),
         (lambda block: setattr(block, "attn_mask", torch.zeros(6, 6)), "attention mask"),
         (lambda block: setattr(block, "ln_2", nn.RMSNorm(WIDTH)), "not LayerNorms"),
         (lambda block: setattr(block, "drop_path", nn.Dropout(0.1)), "drop probability of Dropout"),

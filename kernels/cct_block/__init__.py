@@ -20,17 +20,12 @@ __all__ = ["Block", "Statistics", "cct_block", "composed", "diffuse", "own_linea
 
 Statistics = tuple[Tensor, Tensor]  # mean and 1 / sqrt(variance + eps) of each row, (M,) float32
 
+_names = [
+    inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=annotation)
+    for name, annotation in Block.__annotations__.items()
+]
 cct_block_reference.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-    [
-        inspect.Parameter(
-            name,
-            inspect.Parameter.POSITIONAL_OR_KEYWORD,
-            annotation=annotation,
-            default=Block._field_defaults.get(name, inspect.Parameter.empty),
-        )
-        for name, annotation in Block.__annotations__.items()
-    ],
-    return_annotation=tuple[Tensor, Tensor, Tensor],
+    _names, return_annotation=tuple[Tensor, Tensor, Tensor]
 )
 
 _op = Op(
@@ -49,7 +44,8 @@ def cct_block(block: Block) -> tuple[Tensor, Statistics | None]:
 
     Returns:
         the stream behind the block, of x's shape and dtype, or its ``rows`` (R, D); and its row statistics if
-        ``block.statistics`` asks for them and they cost nothing, constants for autograd: what normalizes with them differentiates through the rows.
+        ``block.statistics`` asks for them and they cost nothing: constants for autograd, because what normalizes with
+        them differentiates through the rows.
     """
     if torch.compiler.is_compiling():
         block = block._replace(backend=forced_backend(), statistics=False)

@@ -39,9 +39,10 @@ PART_NAMES = tuple(dict.fromkeys(name for part in PARTS for name in part.names i
 def case_of(b: Block, training: bool) -> Case:
     """The kind of call that these arguments are."""
     x, device = b.x, b.x.device
-    width, packed = x.shape[-1], b.offsets is not None
+    width, packed = int(x.shape[-1]), b.offsets is not None
     dtype = b.in_weight.dtype
-    if torch.is_autocast_enabled(device.type) and dtype != torch.float64:
+    autocast = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    if autocast and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device.type)
     drops = (b.drop_fusion, b.drop_attention, b.drop_feed_forward)
     if b.backend:  # traced: sizes may be symbols, and the plan must not depend on them
@@ -60,7 +61,7 @@ def case_of(b: Block, training: bool) -> Case:
         b.heads,
         width // b.heads,
         width,
-        b.fc_weight.shape[0],
+        int(b.fc_weight.shape[0]),
         b.frames,
         b.causal,
         packed,
@@ -69,6 +70,7 @@ def case_of(b: Block, training: bool) -> Case:
         b.activation,
         b.backend or _dispatch.forced_backend(),
         bool(b.backend),
+        _dispatch.INTERPRETED,
     )
 
 
@@ -89,7 +91,7 @@ _refusal._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def _find_plan(case: Case) -> Plan | str:
     if case.rows == 0:
         return "there are no rows"
-    if case.device.type != "cuda" and not (_dispatch.INTERPRETED and case.forced != "auto"):
+    if case.device.type != "cuda" and not (case.interpreted and case.forced != "auto"):
         return f"device {case.device.type} is not cuda (TRITON_INTERPRET=1 and backend triton run it slowly anywhere)"
     if case.stream not in (case.dtype, torch.float32):
         return f"a residual stream of {case.stream} beside weights of {case.dtype}"
@@ -135,6 +137,13 @@ def _plan_of(b: Block, training: bool) -> Plan:
     return found
 
 
+def _plain(args: Sequence[Any]) -> Block:
+    """The arguments with neighboring numbers side by side, as kernels read them; a copy of those that are not."""
+    return Block(
+        *(arg.contiguous() if isinstance(arg, Tensor) and arg.dim() and arg.stride(-1) != 1 else arg for arg in args)
+    )
+
+
 def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
@@ -144,7 +153,7 @@ def _norms(b: Block) -> tuple[Norm, Norm]:
 
 
 def forward(save: bool, *args: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    b = Block(*args)
+    b = _plain(args)
     p, x, (norm_1, norm_2) = _plan_of(b, save), _rows(b.x), _norms(b)
 
     def project() -> tuple[Tensor, Tensor | None, Normed]:
@@ -199,7 +208,7 @@ def _diffuse(
     if b.rows is not None:
         mixed_rows, x = mixed_rows[b.rows], x[b.rows]
     norm = Norm(b.ln_2_weight, b.ln_2_bias, b.eps) if dtype else None
-    z, known = p.out.forward(mixed_rows, b.out_weight, b.out_bias, x, _contiguous(b.drop_attention), norm, dtype, save)
+    z, known = p.out.forward(mixed_rows, b.out_weight, b.out_bias, x, b.drop_attention, norm, dtype, save)
     return z, known, mixed, saved
 
 
@@ -235,7 +244,7 @@ def backward(grads: Sequence[Any], saved: Sequence[Tensor], needs: Sequence[bool
     from ..triton.column_sums import scaled
     from ..triton.layer_norm import normalise_backward
 
-    b = Block(*args)
+    b = _plain(args)
     p, x, dtype = _plan_of(b, True), _rows(b.x), b.in_weight.dtype
     qkv, mixed, z, u, mean_1, rstd_1, mean_2, rstd_2, *rest = saved
     message_saved, attention_saved = (rest[:4], rest[4:]) if b.frames else ([], rest)
@@ -247,7 +256,7 @@ def backward(grads: Sequence[Any], saved: Sequence[Tensor], needs: Sequence[bool
     dy = dy if dy.stride(1) == 1 else dy.contiguous()
 
     # y = z + s (h W2^T + b2), h = act(u)
-    dbranch, given["projection_bias"], _ = scaled(dy, dtype, _contiguous(b.drop_feed_forward))
+    dbranch, given["projection_bias"], _ = scaled(dy, dtype, b.drop_feed_forward)
     keep = "projection_weight" in wanted
     du, given["fc_bias"], h = p.fc.backward(dbranch, b.projection_weight, u, b.activation, keep)
     if h is not None:
@@ -259,11 +268,11 @@ def backward(grads: Sequence[Any], saved: Sequence[Tensor], needs: Sequence[bool
         z,
         mean_2,
         rstd_2,
-        b.ln_2_weight.contiguous(),
-        bias=b.ln_2_bias.contiguous(),
+        b.ln_2_weight,
+        bias=b.ln_2_bias,
         normed_dtype=dtype if "fc_weight" in wanted else None,
         extra=dy,
-        drop_scale=_contiguous(b.drop_attention),
+        drop_scale=b.drop_attention,
         low_dtype=dtype,
     )
     dz, given["ln_2_weight"], given["ln_2_bias"], normed, dbranch, given["out_bias"] = below  # type: ignore[assignment]
@@ -286,7 +295,7 @@ def backward(grads: Sequence[Any], saved: Sequence[Tensor], needs: Sequence[bool
     dmessage = None
     if p.message is not None:
         spare = dqkv.view(*b.x.shape[:2], -1)[:, -1]
-        dmessage = spare[:, x.shape[1] :].contiguous()
+        dmessage = spare[:, x.shape[1] :].clone(memory_format=torch.contiguous_format)
         spare.zero_()
     # qkv = LN_1(x) W^T + b, and x passes it; the class rows also began the messages
     _, given["in_bias"], _ = scaled(dqkv, dtype)
@@ -299,8 +308,8 @@ def backward(grads: Sequence[Any], saved: Sequence[Tensor], needs: Sequence[bool
         x,
         mean_1,
         rstd_1,
-        b.ln_1_weight.contiguous(),
-        bias=b.ln_1_bias.contiguous(),
+        b.ln_1_weight,
+        bias=b.ln_1_bias,
         normed_dtype=dtype if "in_weight" in wanted else None,
         extra=dz,
         first=dclass,
@@ -325,10 +334,6 @@ def backward(grads: Sequence[Any], saved: Sequence[Tensor], needs: Sequence[bool
             assert isinstance(gradient, Tensor)
             result.append(gradient.to(argument.dtype))
     return result
-
-
-def _contiguous(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
 
 
 def _spread(rows: Tensor, at: Tensor, like: Tensor) -> Tensor:

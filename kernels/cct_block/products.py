@@ -216,16 +216,28 @@ def _refuse_cuda(case: Case) -> str | None:
     return _cuda.refuse_device(case.device.type, case.device.index)
 
 
+def _nothing(*_: Any) -> tuple[Tensor, ...]:
+    """What a product saves beside what the block does."""
+    return ()
+
+
 def _candidates(library: Any, triton: Any, cuda: Any, *backward: Callable[..., Any] | None) -> tuple[Candidate, ...]:
     slopes = backward or (None, None, None)
     return (
-        Candidate("library", library, slopes[0], dtypes=FLOATS, device_types=()),
+        Candidate("library", library, slopes[0], dtypes=FLOATS, device_types=(), saved=_nothing),
         Candidate(
-            "triton", triton, slopes[1], dtypes=FLOATS, capability=8, package="triton", opt_in=UNMEASURED,
+            "triton",
+            triton,
+            slopes[1],
+            dtypes=FLOATS,
+            capability=8,
+            package="triton",
+            opt_in=UNMEASURED,
             refuse=_refuse_float32,
+            saved=_nothing,
         ),
-        Candidate("cuda", cuda, slopes[2], opt_in=UNMEASURED, refuse=_refuse_cuda),
-    )  # fmt: skip
+        Candidate("cuda", cuda, slopes[2], opt_in=UNMEASURED, refuse=_refuse_cuda, saved=_nothing),
+    )
 
 
 NORM_LINEAR = Part(

@@ -1,4 +1,4 @@
-"""A block in plain differentiable torch: fallback on any device and dtype, oracle of the tests, peer of the benchmarks."""
+"""A block in plain differentiable torch: fallback on any device and dtype, oracle of the tests, peer of benchmarks."""
 
 import functools
 from collections.abc import Callable

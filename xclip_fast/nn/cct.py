@@ -72,7 +72,6 @@ def cct_block(
     mean, rstd = stream.statistics or (None, None)
     x, statistics = compute(
         linears,
-        ln_2.eps,
         x=stream.x,
         ln_1_weight=ln_1.weight,
         ln_1_bias=ln_1.bias,

@@ -75,7 +75,6 @@ class TransformerBlock(nn.Module):
         linears = {"out": self.attn.out_proj, "fc": self.mlp.c_fc, "projection": self.mlp.c_proj}
         return compute(
             linears,
-            self.ln_2.eps,
             x=x,
             ln_1_weight=self.ln_1.weight,
             ln_1_bias=self.ln_1.bias,
@@ -95,16 +94,15 @@ class TransformerBlock(nn.Module):
         )[0]
 
 
-def compute(linears: Mapping[str, Any], eps: float, **given: Any) -> tuple[Tensor, kernels.Statistics | None]:
+def compute(linears: Mapping[str, Any], **given: Any) -> tuple[Tensor, kernels.Statistics | None]:
     """``kernels.cct_block`` on a block's linear layers and its other arguments.
 
     A layer that was replaced (LoRA, quantized) is called as it is, and the block runs out of torch's parts.
 
     Args:
         linears: the modules by their names in ``kernels.Block``.
-        eps: of ln_2, which must be that of the others.
+        given: the rest of ``kernels.Block``.
     """
-    assert eps == given["eps"]
     weights = {f"{name}_weight": getattr(module, "weight", None) for name, module in linears.items()}
     biases = {f"{name}_bias": getattr(module, "bias", None) for name, module in linears.items()}
     block = kernels.Block(**weights, **biases, **given)
