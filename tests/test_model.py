@@ -4,6 +4,7 @@ import copy
 import logging
 import math
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -205,9 +206,41 @@ def test_wrong_kinds_of_arguments_are_refused(tiny_model: XCLIP) -> None:
         tiny_model.encode_video(frames().numpy())
     with pytest.raises(TypeError, match="XCLIPConfig or a variant's name wanted"):
         XCLIP({"embed_dim": 64})
-    tiny_model.visual.transformer.resblocks[1].mlp.c_fc = torch.nn.Identity()
-    with pytest.raises(TypeError, match="its forward would be ignored"):
-        tiny_model.encode_video(frames())
+
+
+class LowRank(torch.nn.Module):
+    """A linear layer with an adapter, built as peft builds it."""
+
+    def __init__(self, layer: torch.nn.Linear) -> None:
+        super().__init__()
+        self.base_layer = layer
+        self.a = torch.nn.Parameter(torch.randn(4, layer.in_features) * 0.1)
+        self.b = torch.nn.Parameter(torch.randn(layer.out_features, 4) * 0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base_layer(x) + F.linear(F.linear(x, self.a), self.b)
+
+
+def test_a_block_with_adapters_is_right(tiny_model: XCLIP, caplog: pytest.LogCaptureFixture) -> None:
+    """LoRA in both towers: the numbers of the merged weights, gradients for the adapters, one logged line."""
+    tokens, adapters = xclip_fast.tokenize(["a", "bc de"]), []
+    for tower in (tiny_model.visual, tiny_model.text):
+        block: Any = tower.transformer.resblocks[1]  # type: ignore[union-attr]
+        for holder, name in ((block.mlp, "c_fc"), (block.mlp, "c_proj"), (block.attn, "out_proj")):
+            adapter = LowRank(getattr(holder, name))
+            adapters.append((holder, name, adapter))
+            setattr(holder, name, adapter)
+    with caplog.at_level("WARNING", "xclip_fast"):
+        got = tiny_model(frames(), tokens)
+        tiny_model(frames(), tokens)
+    assert caplog.text.count("LowRank in place of torch's Linear") <= 1
+    got.sum().backward()
+    assert all(adapter.a.grad.abs().sum() > 0 for _, _, adapter in adapters)
+    for holder, name, adapter in adapters:
+        with torch.no_grad():
+            adapter.base_layer.weight += adapter.b @ adapter.a
+        setattr(holder, name, adapter.base_layer)
+    torch.testing.assert_close(got, tiny_model(frames(), tokens), rtol=1e-4, atol=1e-4)
 
 
 def test_empty_batch_in_training_with_drop_path() -> None:

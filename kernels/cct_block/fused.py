@@ -62,7 +62,7 @@ def case_of(b: Block, training: bool) -> Case:
         width // b.heads,
         width,
         int(b.fc_weight.shape[0]),
-        b.frames,
+        (1 if b.frames else 0) if b.backend else b.frames,
         b.causal,
         packed,
         training,

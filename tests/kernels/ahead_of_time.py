@@ -22,6 +22,11 @@ import triton
 from fake_gpu import Launch, fake_gpu
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
+from xclip_fast.kernels.cct_block import fused
+from xclip_fast.kernels.cct_block.arguments import LOWERED
+from xclip_fast.kernels.cct_block.example import example
+
+from xclip_fast import kernels
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 EPS = 1e-5
@@ -45,30 +50,13 @@ def cases(
     """
     wide = stream or dtype
 
-    def linear(out: int, width: int) -> tuple[Tensor, Tensor]:
-        return meta(out, width, dtype=dtype), meta(out, dtype=wide)
-
     frames, size = 8 * batch, patch * int((length - 1) ** 0.5)
     x = meta(frames, length, width, dtype=wide)
-    narrow = meta(frames, length, width, dtype=dtype)
     hidden = meta(frames, length, 4 * width, dtype=dtype)
-    drop = meta(batch, dtype=torch.float32)
-    packed = linear(3 * width, width)
     yield "quick_gelu", (hidden,)
     yield "layer_norm", (x, *norm(width, wide), EPS)
-    yield "ln_linear", (x, *norm(width, wide), *packed, EPS, False)
-    yield "ln_linear", (x, *norm(width, wide), *linear(4 * width, width), EPS, True)
-    yield "ln_linear", (x[:, 0], *norm(width, wide), meta(width, 512, dtype=dtype).T, None, EPS, False)
-    yield "linear_residual", (narrow, *linear(width, width), x, None, EPS, False)
-    yield "linear_residual", (narrow, *linear(width, width), x, drop, EPS, True)
-    yield "mlp", (x, *norm(width, wide), *linear(4 * width, width), *linear(width, 4 * width), EPS, drop)
-    yield (
-        "diffusion_attention",
-        (meta(frames, length, 3, heads, 64, dtype=dtype), meta(frames, 2, heads, 64, dtype=dtype)),
-    )
-    message = (*linear(width, width), *norm(width, wide), *packed, *linear(width, width))
-    kv = (*norm(width, wide), *linear(2 * width, width))
-    yield "message_kv", (x[:, 0], 8, *message, *kv, heads, EPS, None)
+    for drops in (False, True):
+        yield "cct_block", block(example(frames, length + 1, width, 8, drops=drops, device="meta", dtype=wide), dtype)
     for pixels in (
         meta(frames, size, size, 3, dtype=torch.uint8),
         meta(frames, 3, size, size, dtype=wide),
@@ -78,9 +66,25 @@ def cases(
         yield "patch_embed", (pixels, *embedding, position, *norm(width, wide), [0.5] * 3, [0.2] * 3, EPS)
     embed = 512 if width == 768 else 768
     yield "cosine_logits", (meta(batch, embed, dtype=wide), meta(batch, 400, embed, dtype=wide), meta(dtype=wide))
-    offsets = meta(401, dtype=torch.int64)
     for longest in (12, 77):
-        yield "causal_attention_packed", (meta(2400, 3, embed // 64, 64, dtype=dtype), offsets, longest)
+        text = example(0, 0, embed, labels=[longest] * 40, device="meta", dtype=wide)
+        yield "cct_block", block(text, dtype)
+
+
+def block(given: kernels.Block, dtype: torch.dtype) -> tuple[Any, ...]:
+    """A block's arguments with the weights of products in this dtype."""
+    return tuple(
+        given._replace(**{name: getattr(given, name).to(dtype) for name in LOWERED if getattr(given, name) is not None})
+    )
+
+
+def refused(op: str, args: tuple[Any, ...], arch: int) -> bool:
+    """Whether these are labels that do not fit in a tile."""
+    if op != "cct_block" or not kernels.Block(*args).longest:
+        return False
+    return kernels.Block(*args).longest > (
+        32 if kernels.Block(*args).in_weight.dtype == torch.float32 else 64 if arch < 90 else 128
+    )
 
 
 SHAPES = {  # width, heads, tokens of a frame, patch
@@ -103,12 +107,19 @@ PLAN = [
 
 def run(op: str, args: tuple[Any, ...]) -> None:
     """Forward without gradients, forward with them, backward: every gradient but that of drop path factors."""
+    if op == "cct_block":
+        needs = [
+            isinstance(arg, Tensor) and arg.is_floating_point() and not name.startswith("drop")
+            for name, arg in zip(kernels.Block._fields, args, strict=True)
+        ]
+        for backend in ("triton", "library"):  # both ways to compute products
+            with kernels.backend(backend):
+                fused.forward(False, *args)
+                outputs, saved = fused.forward(True, *args)
+                fused.backward([torch.empty_like(outputs[0])], saved, needs, *args)
+        return
     module = importlib.import_module(f"xclip_fast.kernels.triton.{op}")
-    no_gradient = {"linear_residual": 4, "mlp": 8, "message_kv": 16}.get(op)
-    needs = [
-        isinstance(arg, Tensor) and arg.dtype.is_floating_point and index != no_gradient
-        for index, arg in enumerate(args)
-    ]
+    needs = [isinstance(arg, Tensor) and arg.dtype.is_floating_point for arg in args]
     module.forward(False, *args)
     outputs, saved = module.forward(True, *args)
     module.backward([torch.empty_like(out) for out in outputs], saved, needs, *args)
@@ -120,10 +131,10 @@ def launches(arch: int) -> dict[str, Launch]:
     with fake_gpu(arch) as recorded:
         for dtype, stream, shape, batch in PLAN:
             for op, args in cases(dtype, *SHAPES[shape], batch, stream):
-                if dtype == torch.float16 and op not in ("mlp", "diffusion_attention"):
+                if dtype == torch.float16 and op != "cct_block":
                     continue  # the same code and tiles as bfloat16
-                if op == "causal_attention_packed" and args[2] > 64 and (arch < 90 or dtype == torch.float32):
-                    continue  # the op refuses it
+                if refused(op, args, arch):
+                    continue
                 before = len(recorded)
                 run(op, args)
                 where = f"{op} {shape} {dtype} in {stream or dtype} B={batch}"

@@ -26,6 +26,8 @@ import triton
 from ahead_of_time import EPS, cases, meta, norm, run
 from fake_gpu import Launch, fake_gpu
 from xclip_fast.kernels import _tables
+from xclip_fast.kernels.cct_block import fused
+from xclip_fast.kernels.cct_block.example import example
 from xclip_fast.kernels.triton import _launch
 
 from xclip_fast import FastCCTBlock, kernels
@@ -62,11 +64,9 @@ def each_op(dtype: torch.dtype = BF16, stream: torch.dtype | None = None, arch: 
     """Every op at one production shape, and attention over short frames, which has a backward of its own."""
     shapes = ahead_of_time.SHAPES
     for op, args in cases(dtype, *shapes["B/16"], 4, stream):
-        if op == "causal_attention_packed" and args[2] > 64 and (arch < 90 or dtype == FP32):
-            continue  # the op refuses it
-        run(op, args)
-    qkv = meta(2, 15, 3, 12, 64, dtype=dtype)
-    run("diffusion_attention", (qkv, meta(2, 2, 12, 64, dtype=dtype)))
+        if not ahead_of_time.refused(op, args, arch):
+            run(op, args)
+    run("cct_block", ahead_of_time.block(example(2, 16, 768, 2, device="meta", dtype=stream or dtype), dtype))
 
 
 # ---- arguments and grids
@@ -77,14 +77,11 @@ def each_op(dtype: torch.dtype = BF16, stream: torch.dtype | None = None, arch: 
 def test_every_kernel_binds(arch: int, dtype: torch.dtype, stream: torch.dtype | None) -> None:
     with fake_gpu(arch) as launches:
         each_op(dtype, stream, arch)
-    folded = {"ln_linear._fold_kernel"} if stream is None and dtype != FP32 else set()
-    assert {launch.kernel for launch in launches} == (every_kernel() - {"ln_linear._fold_kernel"}) | folded
+    # folded in: of half precision alone; statistics in the epilogue: not of a stream that is normalized first anyway
+    folded = {"fold.fold_kernel"} if stream is None and dtype != FP32 else set()
+    assert {launch.kernel for launch in launches} == (every_kernel() - {"fold.fold_kernel"}) | folded
     if arch >= 90 and dtype != FP32:
         assert all(launch.descriptors for launch in launches if launch.kernel == "gemm.gemm_kernel")
-
-
-def linear(out: int, inner: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return meta(out, inner, dtype=dtype), meta(out, dtype=dtype)
 
 
 ROWS = (1, 2, 3, 7, 8, 15, 16, 17, 31, 63, 64, 65, 127, 128, 129, 1000, 4095, 4096, 12608)
@@ -97,33 +94,24 @@ def linear_cases(dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:
         x = meta(rows, width, dtype=dtype)
         yield "quick_gelu", (x,)
         yield "layer_norm", (x, *norm(width, dtype), EPS)
-        yield "ln_linear", (x, *norm(width, dtype), *linear(384, width, dtype), EPS, False)
-        yield "ln_linear", (x, *norm(width, dtype), *linear(512, width, dtype), EPS, True)
-        yield "linear_residual", (x, *linear(width, width, dtype), x, None, EPS, True)
-        drop = meta(1 if rows % 2 else 2, dtype=FP32)
-        yield "mlp", (x, *norm(width, dtype), *linear(512, width, dtype), *linear(width, 512, dtype), EPS, drop)
+        yield "cct_block", tuple(example(1, rows, width, drops=bool(rows % 2), device="meta", dtype=dtype))
 
 
 def frame_cases(dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    width, heads = 128, 2
-    square, packed, kv = (linear(times * width, width, dtype) for times in (1, 3, 2))
+    width = 128
     for frames in FRAMES:
-        for length in (1, 2, 15, 50, 197):
-            qkv = meta(frames, length, 3, heads, 64, dtype=dtype)
-            yield "diffusion_attention", (qkv, meta(frames, 2, heads, 64, dtype=dtype))
+        for length in (1, 3, 16, 51, 198):
+            yield "cct_block", tuple(example(frames, length, width, device="meta", dtype=dtype))
         for videos in (1, 2, 5):
             if frames <= 64:
-                tokens = meta(videos * frames, width, dtype=dtype)
-                block = (*square, *norm(width, dtype), *packed, *square, *norm(width, dtype))
-                drop = meta(videos, dtype=FP32)
-                yield "message_kv", (tokens, frames, *block, *kv, heads, EPS, drop)
+                given = example(videos * frames, 3, width, frames, drops=True, device="meta", dtype=dtype)
+                yield "cct_block", tuple(given)
         embedding = (meta(width, 3, 8, 8, dtype=dtype), meta(width, dtype=dtype), meta(5, width, dtype=dtype))
         pixels = meta(frames, 16, 16, 3, dtype=torch.uint8)
         yield "patch_embed", (pixels, *embedding, *norm(width, dtype), [0.5] * 3, [0.2] * 3, EPS)
         text = meta(2, frames, 64, dtype=dtype)  # as many labels
         yield "cosine_logits", (meta(2, 64, dtype=dtype), text, meta(dtype=FP32))
-        qkv = meta(3 * frames, 3, 1, 64, dtype=dtype)
-        yield "causal_attention_packed", (qkv, meta(frames + 1, dtype=torch.int64), min(frames, 32))
+        yield "cct_block", tuple(example(0, 0, width, labels=[1, min(frames, 32)], device="meta", dtype=dtype))
 
 
 @pytest.mark.parametrize(("arch", "dtype"), [(90, BF16), (80, FP32)], ids=str)
@@ -141,25 +129,27 @@ def test_empty_batches_launch_nothing() -> None:
         x = meta(0, 5, 128, dtype=BF16)
         run("quick_gelu", (x,))
         run("layer_norm", (x, *norm(128, BF16), EPS))
-        run("diffusion_attention", (meta(0, 5, 3, 2, 64, dtype=BF16), meta(0, 2, 2, 64, dtype=BF16)))
+        with kernels.backend("triton"):
+            assert kernels.cct_block(example(0, 5, 128, 3, device="meta", dtype=BF16))[0].shape == (0, 5, 128)
     assert launches == []
 
 
 def test_the_number_of_rows_compiles_nothing_anew() -> None:
     """Rows of any number, 1 and multiples of 16 among them, take the kernels of their tile."""
     with fake_gpu(90) as launches:
-        for rows in range(1, 400):
-            x = meta(rows, 128, dtype=BF16)
-            run("mlp", (x, *norm(128, BF16), *linear(512, 128, BF16), *linear(128, 512, BF16), EPS, None))
+        for rows in range(1, 80):
+            given = example(rows, 5, 128, device="meta", dtype=BF16)
+            with kernels.backend("triton"):
+                fused.forward(True, *given)
     by_kernel: dict[str, set[int]] = {}
     for launch in launches:
         by_kernel.setdefault(launch.kernel, set()).add(id(launch.source))
-    # two tiles of the product, in each the products of fc1 (with and without gradients), of fc2 and their backward
+    # two tiles of the product, in each qkv, out, fc and projection
     assert {name: len(sources) for name, sources in by_kernel.items()} == {
+        "attention.attention_fwd_kernel": 1,
+        "gemm._merge_statistics_kernel": 1,
         "gemm.gemm_kernel": 2 * 4,
-        "layer_norm._normalise_kernel": 2,  # with and without statistics
-        "layer_norm._backward_kernel": 1,
-        "linear_residual._scale_kernel": 1,
+        "layer_norm.layer_norm_fwd_kernel": 1,
     }
 
 
