@@ -89,15 +89,19 @@ class BuildLibrary(build_ext):
         target.parent.mkdir(parents=True, exist_ok=True)
         # setuptools copies the library into the sources of an editable install, but not this note
         note = (ROOT / "kernels" if self.editable_mode else target.parent) / "libxclip_fast.failed"
-        for old in (note, note.with_suffix(".so")):
-            old.unlink(missing_ok=True)
         try:
-            shutil.copyfile(build_library(NVCC or "nvcc"), target)
+            library = build_library(NVCC or "nvcc")
         except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
             if WISH == "1":
                 raise
+            # a library that is there stays: it still loads if its interface is the wanted one
             note.write_text(f"its build failed at install: {error}\n", encoding="utf-8")
-            print(f"xclip-fast: no CUDA library: {error}", file=sys.stderr)
+            print(f"xclip-fast: no new CUDA library: {error}", file=sys.stderr)
+            return
+        note.unlink(missing_ok=True)
+        part = target.with_name(f".{target.name}.part")
+        shutil.copyfile(library, part)
+        part.replace(target)
 
 
 if WISH not in ("", "0", "1"):
@@ -111,6 +115,7 @@ setup(
     package_dir={"xclip_fast.kernels": "kernels", "xclip_fast.kernels.triton": "kernels/triton"},
     package_data={
         "xclip_fast": ["py.typed", "configs/*.yaml"],
+        "xclip_fast.search": ["page.css", "page.js"],
         "xclip_fast.text": ["*.gz", "*.txt"],
         "xclip_fast.kernels": ["*.json"],
         "xclip_fast.kernels.triton": ["*.json"],

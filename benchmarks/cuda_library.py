@@ -243,8 +243,8 @@ def measure(case: Case) -> list[dict[str, Any]]:
                 row |= {"wrong": True, "note": f"WRONG: off by {row['error']:.3g} of the largest value"}
             else:
                 row["ms"] = milliseconds(call)
-        except (RuntimeError, ImportError) as failed:  # a tile that was not built, a backend that is not here
-            row["note"] = str(failed).splitlines()[0]
+        except Exception as failed:  # a tile that was not built, a backend that is not here, Triton's own errors
+            row["note"] = measuring.failure(failed).removeprefix("failed: ")
     for row in rows:
         row |= {"case": case.name, "m": M, "n": N, "k": K}
         if "ms" in row:
@@ -278,14 +278,15 @@ def main(argv: list[str] | None = None) -> int:
     if reason := _cuda.refuse_device("cuda", None):
         print(f"error: {reason}", file=sys.stderr)
         return 1
-    rows = []
+    rows: list[dict[str, Any]] = []
+    report = {"environment": measuring.environment("cuda"), "rows": rows}
     with torch.no_grad():
         for case in cases(widths, args.most_rows, not args.no_compile):
             rows += measure(case)
+            if args.json:  # after every case: a run that is stopped keeps what it measured
+                measuring.write_json(args.json, report)
             print(*map(line, rows[-1 - len(case.contenders) :]), sep="\n", flush=True)
             torch._dynamo.reset()
-    if args.json:
-        measuring.write_json(args.json, {"environment": measuring.environment("cuda"), "rows": rows})
     return 1 if any(row.get("wrong") for row in rows) else 0
 
 

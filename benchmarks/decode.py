@@ -181,8 +181,8 @@ def file_rows(cell: Cell, paths: list[Path], plans: dict[Path, Source], seconds:
         every = functools.partial(lambda call: [call(path, numbers) for path in paths], call)
         try:
             found, first[name] = timed(every)
-        except (av.FFmpegError, ImportError, OSError, RuntimeError, ValueError) as error:
-            row["note"] = f"failed: {(str(error) or type(error).__name__).splitlines()[0]}"
+        except Exception as error:  # of any decoder's own kind: the others go on
+            row["note"] = measuring.failure(error)
             continue
         row["note"] = compare(row, found, truth, exact=name in (FULL, PLANNED, STORED, SEEKING))
         if not row["note"]:
@@ -294,6 +294,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             written = write_clips(home, args.keyframes, args.clips, CLIP_FRAMES, CLIP_SIZE, film)
             files |= {(name, kind): paths for kind, paths in written.items()}
         clips = [clip_facts(*kind, path) for kind, paths in files.items() for path in paths]
+        report = {"environment": measuring.environment(args.device), "clips": clips, "rows": rows}
         # The loader with the fewest frames: there decoding weighs most.
         cells = [(work, *kind, frames) for work in args.works for kind in files for frames in args.frames]
         ends = [(next(iter(args.pictures)), args.keyframes[end], min(args.frames)) for end in (0, -1)]
@@ -302,14 +303,18 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             seconds = max(0.5, deadline - time.perf_counter()) / (len(cells) - done)
             work, name, kind, frames = cell
             paths = files[name, kind]
-            if work == "file":
-                plans = {path: Source(str(path), size=path.stat().st_size, plan=probe(path).plan) for path in paths}
-                rows += file_rows(cell, paths, plans, seconds)
-            else:
-                rows += loader_rows(cell, paths, args.device, seconds)
+            try:
+                if work == "file":
+                    plans = {path: Source(str(path), size=path.stat().st_size, plan=probe(path).plan) for path in paths}
+                    rows += file_rows(cell, paths, plans, seconds)
+                else:
+                    rows += loader_rows(cell, paths, args.device, seconds)
+            except Exception as error:  # the other cells go on
+                rows.append(new_row(cell, STORED if work == "file" else LOADER) | {"note": measuring.failure(error)})
+            if args.json:  # after every cell: a run that is stopped keeps what it measured
+                measuring.write_json(args.json, report)
             print(f"{work}, {name}, keyframe every {kind}, {frames} frames: done", file=sys.stderr)
-    environment = measuring.environment(args.device)
-    return {"environment": environment, "clips": clips, "rows": rows}
+    return report
 
 
 def clip_facts(pictures: str, kind: int | str, path: Path) -> dict[str, Any]:

@@ -14,7 +14,8 @@ import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
 
-from xclip_fast.data.decode.decoder import EXACT_COLOUR, Source, decode_frames
+from xclip_fast.data.decode.decoder import Source, decode_frames
+from xclip_fast.data.decode.picture import EXACT_COLOUR
 
 FULL, STORED, PLANNED, SEEKING = "full decode", "ours, stored plan", "ours, first sight", "seek for each frame"
 OPENCV, OPENCV_SEEKING = "OpenCV, full", "OpenCV, seeking"

@@ -72,7 +72,7 @@ def main() -> int:
     made = time.perf_counter() - begin
     print(f"{10 * (args.clips + args.test_clips)} clips in {made:.0f} s", flush=True)
 
-    waiting, running, seconds = list(names), {}, {}
+    waiting, running, seconds, failed = list(names), {}, {}, []
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     while waiting or running:
         while waiting and len(running) < 2:
@@ -90,26 +90,30 @@ def main() -> int:
                 continue
             del running[name]
             seconds[name] = time.perf_counter() - started
-            if process.returncode:
+            if process.returncode:  # the other models go on
                 print((args.work / f"{output.name}.txt").read_text(), file=sys.stderr)
-                for other, _, _ in running.values():
-                    other.terminate()
-                return 1
-    rows = []
+                failed.append(name)
+    rows: list[dict[str, Any]] = []
+    clips = {"seed": args.seed, "clips_per_class": args.clips, "test_clips_per_class": args.test_clips}
+    report = {"environment": measuring.environment("cpu"), **clips, "rows": rows}
     print("| model | top-1 | right pair | right order in it (chance 50 %) | training, s |\n|---|---|---|---|---|")
     for name in names:
+        if name in failed:
+            rows.append({"model": name, "note": "its training failed"})
+            print(f"| {name} | its training failed | | | {seconds[name]:.0f} |", flush=True)
+            continue
         found = test(args.work / f"model-{list(MODELS).index(name)}" / "last", held_out)
         rows.append({"model": name, **found, "train_seconds": seconds[name]})
         figures = " | ".join(f"{100 * found[key]:.1f} %" for key in ("top1", "pair", "order"))
         print(f"| {name} | {figures} | {seconds[name]:.0f} |", flush=True)
+        if args.json:
+            measuring.write_json(args.json, report)
     total = time.perf_counter() - begin
     busy = sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     print(f"{10 * args.test_clips} test clips; all of it took {total:.0f} s, and {busy:.0f} s of processor time")
     if args.json:
-        clips = {"seed": args.seed, "clips_per_class": args.clips, "test_clips_per_class": args.test_clips}
-        taken = {"seconds": total, "processor_seconds": busy}
-        measuring.write_json(args.json, {"environment": measuring.environment("cpu"), **clips, "rows": rows, **taken})
-    return 0
+        measuring.write_json(args.json, report | {"seconds": total, "processor_seconds": busy})
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

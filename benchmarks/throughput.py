@@ -21,10 +21,11 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import cpu_engines
 import measuring
 import torch
 import torch.nn.functional as F
@@ -49,6 +50,9 @@ GRAPHED_UP_TO = 8  # videos: beyond, launches hide behind the GPU's work, and a 
 HF_INSTALLED = importlib.util.find_spec("transformers") is not None
 AV_INSTALLED = importlib.util.find_spec("av") is not None
 COMPILE_SECONDS = {"cuda": 150.0, "cpu": 60.0}  # what the compiled peer must have left before its compilation starts
+ENGINES = {name.lower().replace(" ", ""): name for name in cpu_engines.PACKAGES}  # "openvino": "OpenVINO"
+ENGINE_SECONDS = 45.0  # what an engine must have left before its conversion starts
+BUSY = 0.25  # load average per core, before the run, from which on other work disturbs it
 COMPILED_BATCH = 32  # the compiled peer runs at the batch size nearest to this
 GPU_BATCHES = (1, 8, 32, 64, 128, 256, 512)  # until throughput grows by less than SATURATED
 SATURATED = 1.05
@@ -76,6 +80,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="of the CPU")
     parser.add_argument("--seconds", type=float, help="time to stay within (default: 130 on a CPU, unbounded on a GPU)")
     parser.add_argument("--compile", action="store_true", help="also Hugging Face's model under torch.compile")
+    parser.add_argument(
+        "--engines", default="", help=f"also Hugging Face's video tower in these, on a CPU: {', '.join(ENGINES)}"
+    )
     parser.add_argument("--fp8", action="store_true", help="also ours quantised to float8, beside bf16 (see README.md)")
     parser.add_argument("--backend", default="auto", help="of xclip-fast's ops (see xclip-fast info)")
     parser.add_argument("--json", type=Path, help="write every raw timing here")
@@ -90,6 +97,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args.precisions = chosen("--precisions", args.precisions, ["bf16", "fp16"] if gpu else ["fp32", "bf16"], PRECISIONS)
     if args.fp8 and "bf16" not in args.precisions:
         fail("--fp8 is measured beside bf16: add it to --precisions")
+    args.engines = chosen("--engines", args.engines, [], ENGINES) if args.engines else []
+    if gpu and args.engines:
+        fail("--engines are measured on a CPU: add --device cpu")
     args.works = chosen("--works", args.works, list(WORKS), WORKS)
     args.batch_sizes, args.until_saturated = batch_sizes(args.batch_sizes, gpu)
     args.labels = read_labels(args.labels)
@@ -209,6 +219,7 @@ def contenders_of(
     labels: list[str],
     files: list[Path],
     compiled: bool,
+    engines: Sequence[str] = (),
 ) -> Iterator[tuple[str, Callable[[], Any]]]:
     """The same work for each contender, by name; without those that are None."""
     work, batch = cell.work, cell.batch
@@ -255,6 +266,29 @@ def contenders_of(
         with contextlib.suppress(Exception):  # compile now, not in a timed call; an error comes again, and is noted
             compiled_peer()
         yield COMPILED, compiled_peer
+    for name in engines if work == "tower" else ():
+        if cpu_engines.missing(name) is None:
+            try:
+                with torch.inference_mode(False):  # its tensors cannot be traced
+                    engine = cpu_engines.build(name, Tower(hf), pixels.float().clone(), dtype)
+            except Exception as error:  # noted in its row, as if the call had failed
+                engine = functools.partial(reraise, error)
+            yield name, engine
+
+
+class Tower(torch.nn.Module):
+    """The video half of Hugging Face's model as a module of its own, in float32."""
+
+    def __init__(self, hf: Any) -> None:
+        super().__init__()
+        self.hf = copy.deepcopy(hf).float()
+
+    def forward(self, video: Tensor) -> tuple[Tensor, Tensor]:
+        return hf_video(self.hf, video)
+
+
+def reraise(error: Exception) -> NoReturn:
+    raise error
 
 
 def has_graphs(device: torch.device) -> bool:
@@ -306,10 +340,16 @@ def least_cosine(ours: Any, theirs: Any) -> float:
     return F.cosine_similarity(ours.float().flatten(1), theirs.float().flatten(1)).min().item()
 
 
-def ratio_of(theirs: list[float], mine: list[float]) -> dict[str, float]:
-    """How many times faster mine is: of the medians, and the extremes of calls made in the same turn."""
+def ratios(peer: str, theirs: list[float], mine: list[float]) -> dict[str, dict[str, float]]:
+    """How many times faster mine is than the peer: of the medians, and the extremes of calls made in the same turn.
+
+    Empty for a single pair, which says nothing.
+    """
     pairs = [a / b for a, b in zip(theirs, mine, strict=False)]
-    return {"median": statistics.median(theirs) / statistics.median(mine), "low": min(pairs), "high": max(pairs)}
+    if len(pairs) < 2:
+        return {}
+    median = statistics.median(theirs) / statistics.median(mine)
+    return {peer: {"median": median, "low": min(pairs), "high": max(pairs)}}
 
 
 def plan(costs: dict[Cell, tuple[float, float]], seconds: float) -> dict[Cell, tuple[float, float]]:
@@ -367,7 +407,7 @@ def rows_of(
             cosine = least_cosine(results[OURS]["output"], result["output"]) if ours else math.nan
             row["cosine"] = cosine if math.isfinite(cosine) else None
             if cosine >= FP8_COSINE:
-                row["ratios"] = {OURS: ratio_of(ours, result["seconds"])}
+                row["ratios"] = ratios(OURS, ours, result["seconds"])
             elif ours:
                 row["note"] = f"outputs differ from bf16's: a cosine of {cosine:.5f}, below {FP8_COSINE}: no ratio"
             continue
@@ -377,7 +417,7 @@ def rows_of(
             if error <= TOLERANCE[cell.precision]:
                 for mine in rows if name != GRAPHED else []:
                     if "multiply_adds" in mine:
-                        mine.setdefault("ratios", {})[name] = ratio_of(result["seconds"], mine["seconds"])
+                        mine.setdefault("ratios", {}).update(ratios(name, result["seconds"], mine["seconds"]))
             elif ours:
                 row["note"] = (
                     f"outputs differ from ours by {error:.1g}, more than {TOLERANCE[cell.precision]}: no ratio"
@@ -401,6 +441,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(0)
+    environment = measuring.environment(args.device)  # the load before this run adds to it
     lengths = (xclip_fast.tokenize(args.labels).argmax(1) + 1).tolist()
     # on a CPU also float32, in which ours computes where the CPU has no instructions for the precision
     rated = dict.fromkeys([*args.precisions, *(["fp32"] if args.device == "cpu" else [])])
@@ -418,7 +459,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     to_compile = compiled_cells(cells) if args.compile else set()
     rows: list[dict[str, Any]] = []
     report = {
-        "environment": measuring.environment(args.device),
+        "environment": environment,
         "labels": {"count": len(lengths), "tokens": sum(lengths), "longest": max(lengths)},
         "backend": args.backend,
         "gemm_flop_per_s": rates,
@@ -446,6 +487,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 compiles = cell in to_compile and left >= COMPILE_SECONDS[args.device]
                 try:
                     group = measured(cell, args, model, peer, files, compiles, allotted, lengths, rates[cell.precision])
+                    group += absent_engines(cell, args.engines, group)
                 except Exception as error:  # as when memory runs out before the first call: the other cells go on
                     group = [blank(cell, OURS, 0.0) | {"note": measuring.failure(error)}]
                 model.clear_graphs()
@@ -482,10 +524,23 @@ def measured(
     for module in filter(None, (model, hf)):
         module.to(args.device, PRECISIONS[cell.precision])
     fp8 = quantized(model) if args.fp8 and cell.precision == "bf16" and cell.work != "files" else None
+    engines = [ENGINES[name] for name in args.engines if seconds >= ENGINE_SECONDS]
     with torch.inference_mode():
-        contenders = dict(contenders_of(cell, model, fp8, hf, args.labels, files, compiles))
+        contenders = dict(contenders_of(cell, model, fp8, hf, args.labels, files, compiles, engines))
         results = measuring.measure(contenders, args.device, max(end - time.perf_counter(), 0.0))
         return rows_of(cell, results, lengths, rate, args.device)
+
+
+def absent_engines(cell: Cell, asked: list[str], group: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of the engines that were asked for and have none in ``group``, with the reason."""
+    rows = []
+    for name in (ENGINES[name] for name in asked if cell.work == "tower"):
+        if all(row["contender"] != name for row in group):
+            note = cpu_engines.missing(name) or f"not run: {ENGINE_SECONDS:.3g} s"
+            if not HF_INSTALLED:
+                note = "not installed: pip install 'xclip-fast[hf]'"
+            rows.append(dataclasses.asdict(cell) | {"contender": name, "note": note})
+    return rows
 
 
 def blank(cell: Cell, contender: str, cost: float) -> dict[str, Any]:
@@ -499,55 +554,46 @@ def blank(cell: Cell, contender: str, cost: float) -> dict[str, Any]:
 
 
 def print_table(report: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    environment, labels, rows = report["environment"], report["labels"], report["rows"]
-    peers = [name for name in (EAGER, COMPILED) if any(row["contender"] == name for row in rows)]
-    fp8 = any(row["contender"] == FP8 for row in rows)
-    peers += [OURS] if fp8 else []
-    table = Table(title=f"{environment['device']}, {environment['threads']} threads, {labels['count']} labels")
-    for column in ("variant", "precision", "work", "model"):
-        table.add_column(column, no_wrap=True)
-    columns = (
-        "batch",
-        "views/s",
-        "x paper",
-        *(f"x {peer}" for peer in peers),
-        "GFLOP/s",
-        "of GEMM",
-        "of own",
-        *(["cosine"] if fp8 else []),
-        "peak",
-        "n",
-    )
-    for column in columns:
-        table.add_column(column, justify="right")
+    """A group of lines for each cell, at most 79 columns wide. The JSON has the rest."""
+    environment, rows = report["environment"], report["rows"]
+    print(f"{environment['device']}, {environment['threads']} threads, {report['labels']['count']} labels")
     notes: dict[str, None] = {}
-    for row in rows:
-        cells = [row["variant"], row["precision"], WORKS[row["work"]], row["contender"], str(row["batch"])]
-        if row["note"]:
-            table.add_row(*cells, row["note"].split(":")[0])
-            notes.setdefault(row["note"] if "not run" not in row["note"] else NOT_RUN, None)
-            continue
-        ratios = [row.get("ratios", {}).get(peer) for peer in peers]
-        cells += [f"{row['views_per_second']:.3g}", shown(row["ratio_to_paper"], "{:.3g}")]
-        cells += [
-            f"{ratio['median']:.2f} ({ratio['low']:.2f}-{ratio['high']:.2f})" if ratio else "" for ratio in ratios
-        ]
-        cells += [shown(row.get("flop_per_s"), "{:.0f}", 1e-9)]
-        cells += [shown(row.get(share), "{:.0%}") for share in ("share_of_gemm", "share_of_own_gemms")]
-        cells += [shown(row.get("cosine"), "{:.5f}")] if fp8 else []
-        cells += [shown(row["peak_memory_bytes"], "{:.0f} MB", 1e-6), str(row["n"])]
-        table.add_row(*cells)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=160)
-    console.print(table)
-    rates = ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in report["gemm_flop_per_s"].items())
-    console.print(f"GEMM rate in this run, GFLOP/s: {rates}")
+    for key, group in itertools.groupby(rows, key=lambda row: [row[name] for name in Cell.__dataclass_fields__]):
+        variant, precision, batch, work = key
+        print(f"\n{variant} {precision}, {'1 video' if batch == 1 else f'{batch} videos'}, {WORKS[work]}")
+        print(f"  {'':16} {'views/s':>8} {'x paper':>8}  {'speed of ours over it':24} {'of GEMM':>7} {'n':>4}")
+        own = list(group)
+        for row in own:
+            if row["note"]:
+                notes.setdefault(NOT_RUN if row["note"].startswith("not run") else row["note"], None)
+                print(f"  {row['contender']:16} {row['note'].partition(':')[0]:>8}")
+                continue
+            paper, share = shown(row["ratio_to_paper"], "{:.3g}"), shown(row.get("share_of_own_gemms"), "{:.0%}")
+            figures = f"{row['views_per_second']:8.3g} {paper:>8}  {speed_over(row, own):24} {share:>7} {row['n']:4}"
+            print(f"  {row['contender']:16} {figures}")
+            if row.get("cosine") is not None:
+                print(f"  {'':16} cosine with bf16's outputs {row['cosine']:.5f}")
+    print()
+    cores, load = environment["cores"], (environment["load_average"] or [0.0])[0]
+    if load > BUSY * cores:
+        print(f"Busy machine: the load average before this run was {load:.1f} on {cores} cores.")
+        print("Times are longer than on an idle one and ratios scatter. Run it again alone.")
     for note in notes:
-        console.print(note, markup=False, highlight=False)
+        print(note)
+
+
+def speed_over(row: dict[str, Any], group: list[dict[str, Any]]) -> str:
+    """The ratio to print in a row: how many times faster ours is than a peer, or a variant of ours than its peer."""
+    ours, name = group[0].get("ratios", {}), row["contender"]
+    if name == OURS:
+        return ""
+    if name in (GRAPHED, FP8):
+        return next((f"{spread(ratio)} {against}" for against, ratio in row.get("ratios", {}).items()), "")
+    return spread(ours[name]) if ours.get(name) else "no ratio of one call"
+
+
+def spread(ratio: dict[str, float]) -> str:
+    return f"{ratio['median']:.2f}x ({ratio['low']:.2f}-{ratio['high']:.2f})"
 
 
 def shown(value: float | None, form: str, unit: float = 1.0) -> str:

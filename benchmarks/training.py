@@ -245,28 +245,24 @@ def rows_of(
     return rows
 
 
-def table7(args: argparse.Namespace) -> list[dict[str, Any]]:
+def table7(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Memory of one step on 2 videos of 8 frames with all labels, for each choice of towers, optimizer included."""
-    rows = []
     variant = "B/16-8f" if "B/16-8f" in VARIANTS else args.variants[0]
     for towers, paper in PAPER_TABLE7.items():
         cell = Cell(variant, "bf16" if args.device == "cuda" else "fp32", 2, towers, recompute=False)
         # one after the other: both at once would hide how little one needs
         for name in (OURS, EAGER) if HF_INSTALLED and not args.no_peers and args.device == "cuda" else (OURS,):
             row: dict[str, Any] = dataclasses.asdict(cell) | {"contender": name, "paper_gb": paper, "note": ""}
-            rows.append(row)
-            made = contenders_of(cell, args.labels, args.device, name != OURS, False)
-            contender = next(found for title, found in made if title == name)
-            with contextlib.closing(made):
-                try:
+            try:
+                with contextlib.closing(contenders_of(cell, args.labels, args.device, name != OURS, False)) as made:
+                    contender = next(found for title, found in made if title == name)
                     _, peak = measuring.peak_memory(contender.step, args.device)
-                except torch.OutOfMemoryError as error:
-                    row["note"] = f"failed: {str(error).splitlines()[0]}"
-                    continue
-            row |= {"state_bytes": contender.state_bytes(), "peak_bytes": peak}
-            row["total_bytes"] = None if peak is None else row["state_bytes"] + peak
-            del contender, made
-    return rows
+                row |= {"state_bytes": contender.state_bytes(), "peak_bytes": peak}
+                row["total_bytes"] = None if peak is None else row["state_bytes"] + peak
+                del contender, made
+            except Exception as error:  # out of memory
+                row["note"] = measuring.failure(error)
+            yield row
 
 
 def loading(args: argparse.Namespace, variant: str) -> dict[str, Any]:
@@ -308,27 +304,49 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             args.variants, args.precisions, args.text, args.recompute
         )
     ]
-    rows: list[dict[str, Any]] = []
-    for cell in cells:
-        made = contenders_of(cell, args.labels, args.device, HF_INSTALLED and not args.no_peers, args.compile)
-        contenders = dict(made)
-        results = measuring.measure(
-            {name: contender.step for name, contender in contenders.items()}, args.device, args.seconds / len(cells)
-        )
-        rows += rows_of(cell, contenders, results, lengths, rates[cell.precision], args.device)
-        print(f"{cell}: {rows[-len(contenders)].get('clips_per_second', 0):.3g} clips/s", file=sys.stderr)
-        del made, contenders, results
-        if args.device == "cuda":
-            torch.cuda.empty_cache()
-    return {
+    report: dict[str, Any] = {
         "environment": measuring.environment(args.device),
         "labels": {"count": len(lengths), "tokens": sum(lengths), "longest": max(lengths)},
         "backend": args.backend,
         "gemm_flop_per_s": rates,
-        "rows": rows,
-        "loading": [loading(args, variant) for variant in args.variants],
-        "table7": table7(args) if args.table7 else [],
+        **{part: [] for part in ("rows", "loading", "table7")},
     }
+
+    def keep(part: str, rows: list[dict[str, Any]]) -> None:
+        """Written after every cell: a run that is stopped keeps what it measured."""
+        report[part] += rows
+        if args.json:
+            measuring.write_json(args.json, report)
+
+    for cell in cells:
+        try:
+            rows = measured(cell, args, lengths, rates[cell.precision], args.seconds / len(cells))
+        except Exception as error:  # as when memory runs out: the other cells go on
+            rows = [dataclasses.asdict(cell) | {"contender": OURS, "note": measuring.failure(error)}]
+        keep("rows", rows)
+        print(f"{cell}: {rows[0].get('clips_per_second', 0):.3g} clips/s", file=sys.stderr)
+        if args.device == "cuda":
+            torch.cuda.empty_cache()
+    for variant in args.variants:
+        try:
+            row = loading(args, variant)
+        except Exception as error:  # as when av is not installed
+            row = {"variant": variant, "batch": args.batch_size, "note": measuring.failure(error)}
+        keep("loading", [row])
+    if args.table7:
+        for row in table7(args):
+            keep("table7", [row])
+    return report
+
+
+def measured(
+    cell: Cell, args: argparse.Namespace, lengths: list[int], rate: float, seconds: float
+) -> list[dict[str, Any]]:
+    """The rows of one cell; its models are freed with it."""
+    made = contenders_of(cell, args.labels, args.device, HF_INSTALLED and not args.no_peers, args.compile)
+    contenders = dict(made)
+    steps = {name: contender.step for name, contender in contenders.items()}
+    return rows_of(cell, contenders, measuring.measure(steps, args.device, seconds), lengths, rate, args.device)
 
 
 def print_table(report: dict[str, Any]) -> None:
@@ -364,6 +382,9 @@ def print_table(report: dict[str, Any]) -> None:
         if row["note"]:
             console.print(f"{row['variant']} {row['contender']}: {row['note']}", markup=False, highlight=False)
     for row in report["loading"]:
+        if "note" in row:
+            console.print(f"data: {row['note']}", markup=False, highlight=False)
+            continue
         console.print(
             f"data: {1e3 * row['seconds']:.3g} ms for a batch of {row['batch']} from mp4 files ({row['variant']}, "
             f"{row['decoder']}), beside the step above"

@@ -1,30 +1,35 @@
 """The ops of X-CLIP: one block, and what stands before and behind the blocks."""
 
-from ._dispatch import BackendError, backend, forced_backend
-from ._fp8 import quantize_weight
-from .cct_block import Block, Statistics, cct_block, composed, diffuse, own_linear
-from .cosine_logits import cosine_logits
-from .layer_norm import layer_norm
-from .ln_linear_fp8 import ln_linear_fp8
-from .mlp_fp8 import mlp_fp8
-from .patch_embed import patch_embed
-from .quick_gelu import quick_gelu
+# With the repository's root on sys.path, `import kernels` finds this folder. transformers tries that name, another
+# package's, to ask for its version: it must find nothing here, above all no second copy of the ops.
+if __name__ == "xclip_fast.kernels":
+    from . import cpu
+    from ._dispatch import BackendError, backend, forced_backend
+    from ._fp8 import quantize_weight
+    from .cct_block import Block, Statistics, cct_block, composed, diffuse, own_linear
+    from .cosine_logits import cosine_logits
+    from .layer_norm import layer_norm
+    from .ln_linear_fp8 import ln_linear_fp8
+    from .mlp_fp8 import mlp_fp8
+    from .patch_embed import patch_embed
+    from .quick_gelu import quick_gelu
 
-__all__ = [
-    "BackendError",
-    "Block",
-    "Statistics",
-    "backend",
-    "cct_block",
-    "composed",
-    "cosine_logits",
-    "diffuse",
-    "forced_backend",
-    "layer_norm",
-    "ln_linear_fp8",
-    "mlp_fp8",
-    "own_linear",
-    "patch_embed",
-    "quantize_weight",
-    "quick_gelu",
-]
+    __all__ = [
+        "BackendError",
+        "Block",
+        "Statistics",
+        "backend",
+        "cct_block",
+        "composed",
+        "cosine_logits",
+        "cpu",
+        "diffuse",
+        "forced_backend",
+        "layer_norm",
+        "ln_linear_fp8",
+        "mlp_fp8",
+        "own_linear",
+        "patch_embed",
+        "quantize_weight",
+        "quick_gelu",
+    ]

@@ -29,7 +29,7 @@ from . import _choices
 logger = logging.getLogger("xclip_fast")
 
 # of ops, and of the parts of a block (cct_block)
-BACKENDS = ("reference", "fused", "triton", "cuda", "library")
+BACKENDS = ("reference", "fused", "triton", "cuda", "library", "onednn")
 BACKENDS += ("cudnn", "flash", "efficient", "flash_attn", "flash_attn_3", "flash_attn_4", "xformers")
 OPS: dict[str, "Op"] = {}
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -86,6 +86,7 @@ class Backend:
 
 _INSTALLED = frozenset(name for name in ("triton",) if importlib.util.find_spec(name))
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+off_gpu = INTERPRETED  # whether Triton's kernels take tensors that are on no GPU, if they are asked for
 
 
 def triton_backend(op: str, refuse: Callable[..., str | None] | None = None) -> Backend:
@@ -96,9 +97,10 @@ def triton_backend(op: str, refuse: Callable[..., str | None] | None = None) -> 
         return importlib.import_module(f"{__package__}.triton.{op}")
 
     def refuse_elsewhere(*args: Any) -> str | None:
-        device = next(arg.device.type for arg in args if isinstance(arg, Tensor))
-        if device != "cuda" and not (INTERPRETED and _forced == "triton"):
-            return f"device {device} is not cuda (TRITON_INTERPRET=1 and backend triton run it slowly anywhere)"
+        first = next(arg for arg in args if isinstance(arg, Tensor))
+        if first.device.type != "cuda" and not (off_gpu and _forced == "triton"):
+            where = "TRITON_INTERPRET=1 and backend triton run it slowly anywhere"
+            return f"device {first.device.type} is not cuda ({where})"
         return refuse(*args) if refuse else None
 
     return Backend(
@@ -198,6 +200,8 @@ class Op:
             candidates = tuple(each for each in candidates if _forced in (each.name, *each.parts))
             if candidates[0].partial:
                 candidates += tuple(candidate for candidate in self.backends if candidate.name != _forced)
+            elif _forced == "library":
+                candidates += self.backends[-1:]  # the reference: its products are the library's too
         else:
             if _forced != "auto" and not torch.compiler.is_compiling():
                 _log_once(f"{self.name} has no backend {_forced}; the choice is automatic")

@@ -3,12 +3,17 @@
 M rows, N columns, K summed. docs/kernels.md says what is quantised, and how.
 """
 
+import importlib
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _cuda
+from . import _cuda, _dispatch
 from ._dispatch import FLOAT8, FLOATS, forced_backend
+from .layer_norm import WIDEST_ROW
+from .quick_gelu import quick_gelu
 
 LARGEST = 448.0  # of e4m3
 OPERANDS = (*FLOATS, FLOAT8)  # the dtypes among an op's arguments
@@ -40,6 +45,37 @@ def exact_product(x8: Tensor, weight8: Tensor) -> Tensor:
     return F.linear(x8.float(), weight8.float())
 
 
+# ---- the passes around torch's products: one of Triton's each, or torch's own
+
+
+def _triton(x: Tensor) -> Any:
+    """The module of Triton's passes, or None where torch's own run: elsewhere than on a GPU, without Triton, and while
+    torch.compile traces, which fuses torch's own."""
+    if "triton" not in _dispatch._INSTALLED or torch.compiler.is_compiling() or x.shape[-1] > WIDEST_ROW:
+        return None
+    if not x.is_cuda and (_dispatch.INTERPRETED or not _dispatch.off_gpu):
+        return None
+    return importlib.import_module(f"{__package__}.triton.quantize")
+
+
+def library_normed_rows(x: Tensor, ln_weight: Tensor, ln_bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """``normed_rows`` of x (M, K)."""
+    passes = _triton(x)
+    if passes is None:
+        return normed_rows(x, ln_weight, ln_bias, eps)
+    quantized: tuple[Tensor, Tensor] = passes.layer_norm_fp8(x, ln_weight, ln_bias, eps)
+    return quantized
+
+
+def library_quick_gelu(x: Tensor, u: Tensor, scale: float) -> Tensor:
+    """quick_gelu(u) / scale in e4m3: u (M, N) of the product of x (M, K)."""
+    passes = _triton(x)
+    if passes is None:
+        return saturate(quick_gelu(u) / scale)
+    hidden: Tensor = passes.quick_gelu_fp8(u, scale)
+    return hidden
+
+
 def library_product(
     x8: Tensor, x_scale: Tensor, weight8: Tensor, weight_scale: Tensor, bias: Tensor | None = None
 ) -> Tensor:
@@ -51,6 +87,7 @@ def library_product(
         scale_b=weight_scale.float().contiguous()[None],
         bias=None if bias is None else bias.bfloat16(),
         out_dtype=torch.bfloat16,
+        use_fast_accum=True,
     )
 
 

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # CPUs without bf16 or fp16 matrix instructions run half-precision GEMMs many times slower than float32 ones.
-_NATIVE_ON_CPU = {
+NATIVE_ON_CPU = {
     torch.bfloat16: bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()),
     torch.float16: bool(torch.ops.mkldnn._is_mkldnn_fp16_supported()),
 }
@@ -21,7 +21,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if x.device.type == "cpu":
         autocast = torch.is_autocast_enabled("cpu")
         dtype = torch.get_autocast_dtype("cpu") if autocast else x.dtype
-        if not _NATIVE_ON_CPU.get(dtype, True) and (autocast or x.dtype == weight.dtype):
+        if not NATIVE_ON_CPU.get(dtype, True) and (autocast or x.dtype == weight.dtype):
             with torch.autocast("cpu", enabled=False):
                 wide = F.linear(x.to(dtype).float(), weight.to(dtype).float(), None if bias is None else bias.float())
             return wide.to(dtype)

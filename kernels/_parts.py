@@ -41,7 +41,7 @@ class Case(NamedTuple):
     activation: str = "quick_gelu"
     forced: str = ""  # the backend that is asked for
     traced: bool = False  # in a graph: nothing measured is asked
-    interpreted: bool = False  # by Triton's interpreter: any device
+    interpreted: bool = False  # Triton's kernels take tensors that are on no GPU
 
     def sizes(self) -> dict[str, Any]:
         """The numbers that the measured table bounds."""

@@ -32,7 +32,7 @@ def _library(
     bias: Tensor | None,
     eps: float,
 ) -> Tensor:
-    x8, x_scale = _fp8.normed_rows(x.reshape(-1, x.shape[-1]), ln_weight, ln_bias, eps)
+    x8, x_scale = _fp8.library_normed_rows(x.reshape(-1, x.shape[-1]), ln_weight, ln_bias, eps)
     return _fp8.library_product(x8, x_scale, weight8, weight_scale, bias).view(*x.shape[:-1], weight8.shape[0])
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from . import _cuda, _fp8
 from ._dispatch import Backend, Op
 from ._parts import UNMEASURED
-from .quick_gelu import quick_gelu, quick_gelu_reference
+from .quick_gelu import quick_gelu_reference
 
 
 def mlp_fp8_reference(
@@ -46,9 +46,9 @@ def _library(
     eps: float,
 ) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
-    x8, x_scale = _fp8.normed_rows(rows, ln_weight, ln_bias, eps)
+    x8, x_scale = _fp8.library_normed_rows(rows, ln_weight, ln_bias, eps)
     u = _fp8.library_product(x8, x_scale, weight1_8, weight1_scale, bias1)
-    hidden8 = _fp8.saturate(quick_gelu(u) / hidden_scale)
+    hidden8 = _fp8.library_quick_gelu(rows, u, hidden_scale)
     y = _fp8.library_product(hidden8, torch.ones_like(x_scale), weight2_8, weight2_scale, bias2)
     return x + y.view(x.shape)
 

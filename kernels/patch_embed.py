@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import cpu
 from ._dispatch import Op, triton_backend
 from ._linear import linear
 from .layer_norm import layer_norm_reference
@@ -106,4 +107,7 @@ def patch_embed(
     Returns:
         (F, L, D).
     """
-    return _op(frames, weight, class_embedding, position, ln_weight, ln_bias, list(mean), list(std), eps)
+    parameters = weight, class_embedding, position, ln_weight, ln_bias
+    if type(frames) is Tensor and not frames.requires_grad and cpu.takes(*parameters) and len(frames):
+        return cpu.patch_embed(frames, *parameters[:3], parameters[3:], mean, std, eps)
+    return _op(frames, *parameters, list(mean), list(std), eps)

@@ -1,6 +1,8 @@
 """Imports run one way: no circle among the modules, and no room reaches up."""
 
 import ast
+import subprocess
+import sys
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -84,3 +86,15 @@ def test_no_room_reaches_up(graph: dict[str, set[str]], room: str) -> None:
         if not f"{other}.".startswith(f"{room}.") and any(f"{other}.".startswith(f"{top}.") for top in FORBIDDEN[room])
     ]
     assert not wrong
+
+
+def test_the_folder_kernels_is_nobody_elses_package() -> None:
+    """Started in the repository's root, transformers imports `kernels` to look for the package of that name."""
+    pytest.importorskip("transformers")
+    code = (
+        "import sys, xclip_fast.kernels; from transformers import XCLIPModel; "
+        "print(*(name for name in sys.modules if name.startswith('kernels.')))"
+    )
+    root = HOMES["xclip_fast.kernels"].parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert not done.stdout.split()

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .acceleration import accelerate
     from .config import VARIANTS, TextConfig, VisionConfig, XCLIPConfig
+    from .data.decode.decoder import decode
+    from .data.decode.windows import decode_windows
     from .kernels import backend
     from .model import XCLIP
     from .nn import FastCCTBlock, VideoFeatures
@@ -22,6 +24,8 @@ _HOMES = {
     "XCLIPConfig": "config",
     "accelerate": "acceleration",
     "backend": "kernels",
+    "decode": "data.decode.decoder",
+    "decode_windows": "data.decode.windows",
     "tokenize": "text.tokenizer",
 }
 __all__ = [
@@ -34,6 +38,8 @@ __all__ = [
     "XCLIPConfig",
     "accelerate",
     "backend",
+    "decode",
+    "decode_windows",
     "tokenize",
 ]
 __version__ = "0.1.0"

@@ -70,6 +70,11 @@ class Bar:
         if self._progress:
             self._progress.stop()
 
+    def begin(self, total: int) -> None:
+        """The total is known now."""
+        if self._progress:
+            self._progress.update(self._task, total=total)
+
     def advance(self) -> None:
         if self._progress:
             self._progress.advance(self._task)

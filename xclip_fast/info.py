@@ -198,7 +198,7 @@ def _cpu() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(),  # the code path that torch takes
         "instructions": [name for name, ask in questions.items() if ask is not None and ask()],
-        "native_gemm": {_dtype_name(dtype): native for dtype, native in _linear._NATIVE_ON_CPU.items()},
+        "native_gemm": {_dtype_name(dtype): native for dtype, native in _linear.NATIVE_ON_CPU.items()},
     }
 
 

@@ -54,6 +54,10 @@ class VisionTower(nn.Module):
 
     def forward(self, frames: Tensor, num_frames: int) -> Tensor:
         """uint8 (F, H, W, 3) or normalised (F, 3, H, W), F = B * num_frames, to tokens (F, L, D)."""
+        with kernels.cpu.workspace():
+            return self._forward(frames, num_frames)
+
+    def _forward(self, frames: Tensor, num_frames: int) -> Tensor:
         if not self.config.vision.pre_norm:
             x_FLD = self._embed(frames)
         else:

@@ -10,9 +10,10 @@ import inspect
 import torch
 from torch import Tensor
 
+from .. import cpu
+from .._arguments import LOWERED, Block
 from .._dispatch import Backend, Op, forced_backend
 from . import fused
-from .arguments import LOWERED, Block
 from .fused import diffuse
 from .reference import cct_block_reference, composed, own_linear
 
@@ -51,5 +52,14 @@ def cct_block(block: Block) -> tuple[Tensor, Statistics | None]:
         block = block._replace(backend=forced_backend(), statistics=False)
     elif block.x.numel() == 0:
         return composed(block), None
+    elif block.x.device.type == "cpu" and _on_cpu(block):
+        return cpu.block(block), None
     y, mean, rstd = _op(*block)
     return y, (mean, rstd) if mean.numel() else None
+
+
+def _on_cpu(block: Block) -> bool:
+    """Whether the CPU's own path for inference takes the block."""
+    dropped = (block.drop_fusion, block.drop_attention, block.drop_feed_forward)
+    tensors = [arg for arg in block if isinstance(arg, Tensor) and arg.is_floating_point()]
+    return all(scale is None for scale in dropped) and cpu.takes(*tensors)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arguments import Block
+from .._arguments import Block
 
 
 def example(

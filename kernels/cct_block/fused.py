@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from .. import _dispatch
+from .._arguments import Block
 from .._overlap import side_by_side
 from .._parts import Candidate, Case, installed
 from ..attention import ATTENTION, PACKED_ATTENTION
 from ..layer_norm import WIDEST_ROW
 from ..message_kv import MESSAGE
 from . import reference
-from .arguments import Block
 from .products import LINEAR_RESIDUAL, NORM_LINEAR, Norm, Normed
 
 
@@ -70,7 +70,7 @@ def case_of(b: Block, training: bool) -> Case:
         b.activation,
         b.backend or _dispatch.forced_backend(),
         bool(b.backend),
-        _dispatch.INTERPRETED,
+        _dispatch.off_gpu,
     )
 
 
@@ -93,6 +93,8 @@ def _find_plan(case: Case) -> Plan | str:
         return "there are no rows"
     if case.device.type != "cuda" and not (case.interpreted and case.forced != "auto"):
         return f"device {case.device.type} is not cuda (TRITON_INTERPRET=1 and backend triton run it slowly anywhere)"
+    if _dispatch.INTERPRETED and case.device.type != "cuda" and torch.bfloat16 in (case.dtype, case.stream):
+        return "Triton's interpreter does not compute in bfloat16"
     if case.stream not in (case.dtype, torch.float32):
         return f"a residual stream of {case.stream} beside weights of {case.dtype}"
     if case.width > WIDEST_ROW:

@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._arguments import Block
 from .._linear import linear
 from ..attention import attention_reference, packed_reference
 from ..layer_norm import layer_norm_reference
 from ..quick_gelu import quick_gelu_reference
-from .arguments import Block
 
 Linears = Callable[[str, Tensor], Tensor]
 

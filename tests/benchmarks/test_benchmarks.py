@@ -79,8 +79,9 @@ def test_every_work_beside_its_peer(throughput, tmp_path, capsys):
         report["environment"]
     )
     table = capsys.readouterr().out
-    assert "labels encoded" in table
-    assert "x Hugging Face" in table
+    assert max(map(len, table.splitlines())) < 80
+    for words in ("tiny fp32, 2 videos, labels encoded", "speed of ours over it", "Hugging Face"):
+        assert words in table
 
 
 @pytest.mark.usefixtures("quick")
@@ -133,6 +134,72 @@ def test_missing_peer_is_a_row_that_says_so(throughput, tmp_path, monkeypatch, c
     assert [row["contender"] for row in report["rows"]] == ["xclip-fast", "Hugging Face"]
     assert "pip install" in report["rows"][1]["note"]
     assert "pip install 'xclip-fast[hf]'" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("quick")
+def test_engines_get_the_same_tower_and_must_agree(throughput, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("transformers")
+    options = ("--precisions", "fp32,bf16", "--works", "tower", "--engines", "openvino,onnxruntime")
+    built = []
+
+    def build(name, module, example, dtype):
+        built.append((name, dtype, example.dtype))
+        if name == "ONNX Runtime":
+            raise ValueError("no such dtype")
+        found = module(example)
+        return lambda: (found[0] * (2 if dtype == torch.bfloat16 else 1), found[1])
+
+    monkeypatch.setattr(throughput.cpu_engines, "missing", lambda name: None)
+    monkeypatch.setattr(throughput.cpu_engines, "build", build)
+    code, report = tiny_run(throughput, tmp_path, *options)
+    assert code == 1  # OpenVINO's wrong numbers
+    rows = {(row["precision"], row["contender"]): row for row in report["rows"]}
+    assert [name for name, *_ in built] == ["OpenVINO", "ONNX Runtime"] * 2
+    assert all(given == torch.float32 for _, _, given in built)
+    assert set(rows["fp32", "xclip-fast"]["ratios"]) == {"Hugging Face", "OpenVINO"}
+    assert set(rows["bf16", "xclip-fast"]["ratios"]) == {"Hugging Face"}
+    assert "outputs differ" in rows["bf16", "OpenVINO"]["note"]
+    assert rows["fp32", "ONNX Runtime"]["note"] == "failed: ValueError: no such dtype"
+
+    monkeypatch.setattr(throughput.cpu_engines, "missing", lambda name: f"not installed: pip install {name}")
+    code, report = tiny_run(throughput, tmp_path, *options)
+    assert [row["contender"] for row in report["rows"][:4]] == [
+        "xclip-fast",
+        "Hugging Face",
+        "OpenVINO",
+        "ONNX Runtime",
+    ]
+    assert "not installed: pip install OpenVINO" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["OpenVINO", "ONNX Runtime"])
+def test_an_engine_computes_what_the_module_does(throughput, name):
+    if throughput.cpu_engines.missing(name):
+        pytest.skip(throughput.cpu_engines.missing(name))
+    module = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.GELU(), Both())
+    x = torch.randn(3, 8)
+    found = throughput.cpu_engines.build(name, module, x, torch.float32)()
+    with torch.no_grad():
+        for given, wanted in zip(found, module(x), strict=True):
+            assert torch.allclose(given, wanted, atol=1e-5)
+
+
+class Both(torch.nn.Module):
+    def forward(self, x):
+        return x + 1, x.sum(1)
+
+
+@pytest.mark.usefixtures("quick")
+def test_one_call_gives_no_ratio_and_a_busy_machine_is_named(throughput, measuring, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(measuring, "CPU_RUNS", 1)
+    monkeypatch.setattr(measuring.os, "getloadavg", lambda: (50.0, 1.0, 1.0))
+    code, report = tiny_run(throughput, tmp_path, "--precisions", "fp32", "--works", "tower")
+    assert code == 0
+    assert "ratios" not in report["rows"][0] or report["rows"][0]["ratios"] == {}
+    table = capsys.readouterr().out
+    assert "no ratio of one call" in table
+    assert "Busy machine: the load average before this run was 50.0" in table
 
 
 @pytest.mark.usefixtures("quick")
@@ -412,7 +479,7 @@ def test_peak_memory_sees_what_a_call_takes(measuring):
 def test_gemms_of_the_model_are_weighted_by_their_number(measuring, monkeypatch):
     products = measuring.Product
     seen = []
-    monkeypatch.setattr(measuring, "gemm_seconds", lambda *shape: seen.append(shape[:3]) or 1.0)
+    monkeypatch.setattr(measuring, "limit_seconds", lambda *shape: seen.append(shape[:3]) or 1.0)
     listed = [products("mlp", 2, 3, 4, 12), products("text", 2, 3, 4), products("mlp", 1, 1, 1, 7, weight=False)]
     assert measuring.own_gemms(listed, torch.float32, "cpu") == 13
     assert seen == [(2, 3, 4)]
@@ -485,3 +552,51 @@ def test_the_tower_is_timed_eager_from_a_graph_and_from_one_without_overlap(monk
     found = gpu_check.tower_milliseconds()
     assert found == {"eager": 1.0, "graph": 2.0, "graph, one after the other": 3.0}
     assert seen == [(1, 8, 224, 224, 3), True, False]
+
+
+@pytest.fixture
+def training(throughput, measuring, monkeypatch):
+    monkeypatch.setattr(measuring, "gemm_rate", lambda dtype, device: 1e11)
+    monkeypatch.setattr(measuring, "CPU_RUNS", 1)
+    return importlib.import_module("training")
+
+
+def training_run(training, tmp_path, *options):
+    path = tmp_path / "training.json"
+    given = ["--variants", "tiny", "--labels", "4", "--device", "cpu", "--seconds", "100", "--batch-size", "2"]
+    code = training.main([*given, "--json", str(path), *options])
+    return code, json.loads(path.read_text())
+
+
+def test_training_steps_beside_the_peer_without_av(training, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("transformers")
+
+    def without_av(args, variant):
+        raise ModuleNotFoundError("No module named 'av'")
+
+    monkeypatch.setattr(training, "loading", without_av)
+    code, report = training_run(training, tmp_path, "--text", "frozen,trained")
+    assert code == 0
+    assert [(row["towers"], row["contender"]) for row in report["rows"]] == [
+        (towers, contender) for towers in ("visual", "both") for contender in ("xclip-fast", "Hugging Face")
+    ]
+    assert all(row["clips_per_second"] > 0 for row in report["rows"])
+    assert report["loading"] == [
+        {"variant": "tiny", "batch": 2, "note": "failed: ModuleNotFoundError: No module named 'av'"}
+    ]
+    assert "No module named 'av'" in capsys.readouterr().out
+
+
+def test_a_training_cell_that_fails_costs_that_cell(training, tmp_path, monkeypatch):
+    real = training.contenders_of
+
+    def failing(cell, *rest):
+        if cell.recompute:
+            raise OutOfResources("out of resource: shared memory")
+        return real(cell, *rest)
+
+    monkeypatch.setattr(training, "contenders_of", failing)
+    monkeypatch.setattr(training, "loading", lambda args, variant: {"variant": variant, "note": "left out"})
+    code, report = training_run(training, tmp_path, "--recompute", "yes,no", "--no-peers")
+    assert code == 1
+    assert [row["note"] for row in report["rows"]] == ["failed: OutOfResources: out of resource: shared memory", ""]

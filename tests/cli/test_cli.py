@@ -1,6 +1,7 @@
 """The command line: answers equal the model's own, and every refusal is a line with the right exit code."""
 
 import importlib.util
+import io
 import json
 import os
 import signal
@@ -89,6 +90,19 @@ def test_classify_answers_as_the_model_does(home, run, batch):
         given = {item["label"]: item["probability"] for item in answer["labels"]}
         assert given == pytest.approx(dict(zip(LABELS, row.tolist(), strict=True)), abs=1e-5)
         assert list(given.values()) == sorted(given.values(), reverse=True)
+
+
+@pytest.mark.parametrize("command", ["classify", "embed"])
+def test_the_threads_of_the_model_are_set(home, run, tmp_path, command):
+    before = torch.get_num_threads()
+    given = ["--labels", "a,b"] if command == "classify" else ["--out", tmp_path / "features.safetensors"]
+    torch.set_num_threads(3)
+    try:
+        code, _, error = run(command, clips(home)[0], *given, "-c", home / "a", "--device", "cpu", "--threads", 2)
+        assert (code, error, torch.get_num_threads()) == (0, "", 2)
+        assert run(command, clips(home)[0], *given, "-c", home / "a", "--threads", 0)[0] == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_classify_in_a_pipe_prints_tab_separated_lines(home, run):
@@ -233,17 +247,26 @@ def test_without_weights_it_refuses_or_warns(home, run, monkeypatch):
         (["classify", "{clip}", "--labels", "\udcff", "-c", "{home}/a"], 1, "Unicode"),
         (["classify", "{home}/a", "--labels", "a", "-c", "{home}/a"], 1, "no video file"),
         (["embed", "{clip}", "-c", "{home}/a"], 2, "--out"),
-        (["embed", "{clip}", "-c", "{home}/a", "--out", "{home}"], 2, "is a folder"),
-        (["embed", "{clip}", "-c", "{home}/a", "--out", "{home}/no/x"], 2, "does not exist"),
-        (["embed", "{home}/broken.mp4", "-c", "{home}/a", "--out", "{home}/none"], 1, "not written"),
-        (["embed", "{clip}", "-c", "{home}/a", "--out", "{clip}"], 1, "--overwrite"),
-        (["embed", "{clip}", "-c", "{home}/a", "--out", "{clip}", "--overwrite"], 1, "never replaced"),
-        (["embed", "{clip}", "-c", "{home}/a", "--out", "{home}/a/config.json", "--overwrite"], 1, "never replaced"),
+        (["embed", "{clip}", "-c", "{home}/a", "--out", "{home}"], 1, "is no store"),
+        (["embed", "{clip}", "-c", "{home}/a", "--out", "{clip}"], 1, "is no store"),
+        (["embed", "-c", "{home}/a", "--out", "{home}/s"], 2, "VIDEO"),
+        (["embed", "{clip}", "-c", "{home}/a", "--out", "{home}/s.safetensors", "--window", "3"], 2, "--window"),
+        (["embed", "{clip}", "-c", "{home}/a", "--out", "{home}/s", "--window", "0"], 1, "window is 0"),
+        (["embed", "{clip}", "-c", "{home}/a", "--out", "{home}/no/x.safetensors"], 2, "does not exist"),
+        (["embed", "{home}/broken.mp4", "-c", "{home}/a", "--out", "{home}/none.safetensors"], 1, "not written"),
+        (["embed", "{clip}", "-c", "{home}/a", "--out", "{home}/a/model.safetensors"], 1, "--overwrite"),
+        (
+            ["embed", "{clip}", "-c", "{home}/a", "--out", "{home}/a/model.safetensors", "--overwrite"],
+            1,
+            "never replaced",
+        ),
         (["search", "{home}/nothing", "a"], 1, "no such file"),
-        (["search", "{home}/a", "a"], 1, "no such file"),
+        (["search", "{home}/a", "a"], 1, "no store"),
         (["search", "{clip}", "a"], 1, "not a file of features"),
         (["search", "{home}/a/model.safetensors", "a"], 1, "not a file of features"),
         (["search", "{clip}", " "], 2, "the query is empty"),
+        (["search", "{clip}"], 2, "--interactive"),
+        (["classify", "{clip}", "--labels", "a", "-c", "{home}/a", "--stride", "2"], 2, "--window"),
         (["convert", "{home}/a"], 2, "FOLDER"),
         (["convert", "{home}/a", "{home}/c", "--layout", "x"], 2, "--layout"),
         (["convert", "{clip}", "{home}/c"], 1, "0.mp4"),
@@ -294,7 +317,7 @@ def test_embed_then_search_ranks_as_the_model_does(home, run, tmp_path, patches)
         assert [hit["video"] for hit in hits] == [str(clips(home)[index]) for index in order]
         assert [hit["score"] for hit in hits] == pytest.approx(cosine[order].tolist(), abs=1e-4)
     code, out, _ = run("search", out_file, "moving right", "-c", home / "a")
-    assert [line.split("\t")[::2] for line in out.splitlines()][:3] == [
+    assert [line.split("\t")[::4] for line in out.splitlines()][:3] == [
         [str(rank), str(clips(home)[index])] for rank, index in enumerate(order, 1)
     ]
 
@@ -325,7 +348,7 @@ def test_embed_replaces_features_only_when_told(home, run, tmp_path):
     assert out_file.read_bytes() == content
     assert run("embed", second, "--out", out_file, "-c", home / "a", "--overwrite")[0] == 0
     assert out_file.read_bytes() != content
-    assert run("search", out_file, "a")[1].split("\t")[2].strip() == str(second)
+    assert run("search", out_file, "a")[1].split("\t")[4].strip() == str(second)
 
 
 def test_features_of_random_weights_are_searched_only_on_request(home, run, tmp_path, monkeypatch):
@@ -369,9 +392,9 @@ def test_answers_that_are_no_numbers_are_errors(home, run, tmp_path):
     code, out, err = run("classify", clips(home)[0], "--labels", "a,b", "-c", tmp_path / "nan", "--json")
     assert (code, out) == (1, "")
     assert "not a number" in err
-    code, _, err = run("embed", clips(home)[0], "--out", tmp_path / "f", "-c", tmp_path / "nan")
+    code, _, err = run("embed", clips(home)[0], "--out", tmp_path / "f.safetensors", "-c", tmp_path / "nan")
     assert code == 1
-    assert not (tmp_path / "f").exists()
+    assert os.listdir(tmp_path) == ["nan"]
 
 
 def test_many_labels_are_taken_in_parts(home, run, monkeypatch):
@@ -443,7 +466,7 @@ def test_a_real_process_in_a_pipe_that_closes(home):
 
 def test_an_interrupt_leaves_nothing_behind(home, tmp_path):
     process = start(
-        home, "embed", *[home / "clips"] * 300, "--frames", 64, "--out", tmp_path / "f", "-c", home / "a",
+        home, "embed", *[home / "clips"] * 300, "--frames", 64, "--out", tmp_path / "f.safetensors", "-c", home / "a",
     )  # fmt: skip
     until = time.time() + 60
     while not os.listdir(tmp_path) and time.time() < until:  # it has begun
@@ -494,3 +517,67 @@ def test_output_that_is_closed_from_the_start(monkeypatch):
     with pytest.raises(SystemExit) as left:
         cli.main(["flops"])
     assert left.value.code == 0
+
+
+def test_a_store_on_the_command_line(home, run, tmp_path, monkeypatch):
+    """embed, embed again, search with filters, several queries, an example, and from standard input."""
+    pytest.importorskip("lancedb", reason="LanceDB is not installed: pip install 'xclip-fast[search]'")
+    store, options = tmp_path / "store", ("--device", "cpu", "--dtype", "float32")
+    code, out, err = run("embed", home / "clips", home / "broken.mp4", "--out", store, "-c", home / "a", *options)
+    assert code == 1
+    assert "4 added" in out
+    assert "4 moments of 4 videos" in out
+    assert err.count("broken.mp4") == 1
+    code, out, _ = run("embed", home / "clips", "--out", store, *options)  # the weights are known
+    assert (code, "4 unchanged" in out) == (0, True)
+    code, _, err = run("embed", home / "clips", "--out", store, "-c", home / "b")
+    assert (code, "other weights" in err) == (1, True)
+
+    file = tmp_path / "f.safetensors"
+    assert run("embed", home / "clips", "--out", file, "-c", home / "a", *options)[0] == 0
+    want = [json.loads(line) for line in run("search", file, "a cat", "--json", *options)[1].splitlines()]
+    code, out, err = run("search", store, "a cat", "--json", *options)
+    assert (code, err) == (0, "")
+    found = [json.loads(line) for line in out.splitlines()]
+    assert {hit["video"] for hit in found} == {hit["video"] for hit in want}
+    assert all(hit["end"] == 0.48 for hit in found)
+    code, out, _ = run("search", store, "a cat", "swimming", "--top", 2, *options)
+    assert [line.split("\t")[:2] for line in out.splitlines()] == [
+        [query, rank] for query in ("a cat", "swimming") for rank in "12"
+    ]
+    code, out, _ = run("search", store, "a cat", "--path", "inner/*", "--json", *options)
+    assert [json.loads(line)["video"] for line in out.splitlines()] == [str(clips(home)[3])]
+    code, out, _ = run("search", store, "--like", clips(home)[1], "--top", 1, *options)
+    assert out.strip().split("\t")[-1] == str(clips(home)[1])
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a cat\n\nswimming\n"))
+    code, out, _ = run("search", store, "-i", "--top", 1, "--json", *options)
+    assert [json.loads(line)["query"] for line in out.splitlines()] == ["a cat", "swimming"]
+
+    code, out, _ = run("embed", "--import", file, "--out", tmp_path / "imported", "-c", home / "a", *options)
+    assert (code, "4 videos of" in out) == (0, True)
+    code, out, _ = run("search", tmp_path / "imported", "a cat", "--json", *options)
+    assert [json.loads(line)["video"] for line in out.splitlines()] == [hit["video"] for hit in found]
+    assert run("embed", home / "clips", "--out", tmp_path / "imported", *options)[1].count("4 unchanged") == 1
+
+
+def test_classify_says_what_happens_when(home, run, tmp_path):
+    film = tmp_path / "film.mp4"
+    write_clip(film, render("growing", 0, frames=50, size=(48, 64)), 5)
+    options = ("--labels", "a,b", "-c", home / "a", "--window", 4, "--stride", 3, "--device", "cpu")
+    code, out, err = run("classify", film, clips(home)[0], *options, "--json", "--dtype", "float32")
+    assert (code, err) == (0, "")
+    found = [(json.loads(line)["start"], json.loads(line)["end"]) for line in out.splitlines()]
+    assert found == [(0, 4), (3, 7), (6, 10), (0, 0.48)]
+    model = XCLIP.from_pretrained(home / "a")
+    with torch.inference_mode():
+        parts = model.encode_video(decode(film, 3, size=32, start=3, end=7)[None])
+        want = model.similarity(parts, model.encode_text(["a", "b"])).softmax(-1)[0].tolist()
+    given = {item["label"]: item["probability"] for item in json.loads(out.splitlines()[1])["labels"]}
+    assert [given["a"], given["b"]] == pytest.approx(want, abs=1e-5)
+    page = tmp_path / "page.html"
+    code, out, _ = run("classify", film, *options, "--html", page)
+    assert [line.split("\t")[1:4] for line in out.splitlines()][::2] == [
+        ["0.00", "4.00", "1"], ["3.00", "7.00", "1"], ["6.00", "10.00", "1"],
+    ]  # fmt: skip
+    assert page.read_text(encoding="utf-8").count("<article") == 3
+    assert run("classify", film, *options, "--html", page)[0] == 1

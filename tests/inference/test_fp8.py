@@ -14,7 +14,6 @@ from torch import Tensor
 from xclip_fast.kernels import quantize_weight
 
 from xclip_fast import XCLIP, TextConfig, VisionConfig, XCLIPConfig, tokenize
-from xclip_fast.data.motion import render
 from xclip_fast.inference import fp8 as quantization
 from xclip_fast.inference.cuda_graphs import _Tower
 
@@ -303,6 +302,9 @@ LABELS = ["growing", "shrinking", "red then blue", "blue then red"]
 
 
 def clips(seed: int, count: int) -> tuple[Tensor, Tensor]:
+    pytest.importorskip("av", reason="av is not installed")
+    from xclip_fast.data.motion import render
+
     frames = [
         torch.from_numpy(render(label, seed, n, frames=4, size=(32, 32))) for n in range(count) for label in LABELS
     ]

@@ -22,9 +22,10 @@ import triton
 from fake_gpu import Launch, fake_gpu
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
+from xclip_fast.kernels._arguments import LOWERED
 from xclip_fast.kernels.cct_block import fused
-from xclip_fast.kernels.cct_block.arguments import LOWERED
 from xclip_fast.kernels.cct_block.example import example
+from xclip_fast.kernels.triton import quantize
 
 from xclip_fast import kernels
 
@@ -136,6 +137,10 @@ def launches(arch: int) -> dict[str, Launch]:
                 if refused(op, args, arch):
                     continue
                 before = len(recorded)
+                if op == "quick_gelu" and arch >= 90 and dtype == torch.bfloat16:
+                    x = meta(8 * batch * SHAPES[shape][2], SHAPES[shape][0], dtype=stream or dtype)
+                    quantize.layer_norm_fp8(x, *norm(SHAPES[shape][0], stream or dtype), EPS)
+                    quantize.quick_gelu_fp8(x, 0.1)
                 run(op, args)
                 where = f"{op} {shape} {dtype} in {stream or dtype} B={batch}"
                 for launch in recorded[before:]:

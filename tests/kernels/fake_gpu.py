@@ -82,15 +82,15 @@ def fake_gpu(architecture: int = 90, sms: int = 132) -> Iterator[list[Launch]]:
     launches: list[Launch] = []
     config = triton.runtime.driver
     before = config._active
-    compiler, interpreted = triton.compiler.compile, _dispatch.INTERPRETED
+    compiler, off_gpu = triton.compiler.compile, _dispatch.off_gpu
     config.set_active(_Driver(architecture, launches))
     triton.compiler.compile = _compile
-    _dispatch.INTERPRETED = True  # lets backend("triton") take tensors that are on no GPU
+    _dispatch.off_gpu = True  # lets backend("triton") take tensors that are on no GPU
     try:
         with _launch.assumed_gpu(architecture, sms):
             yield launches
     finally:
-        config._active, triton.compiler.compile, _dispatch.INTERPRETED = before, compiler, interpreted
+        config._active, triton.compiler.compile, _dispatch.off_gpu = before, compiler, off_gpu
 
 
 class _Driver:

@@ -6,12 +6,14 @@ There is no GPU here: the CPU plays one of compute capability 9.0, and a fake cl
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from xclip_fast.kernels import _choices, _cuda, _tables, tune, tune_backends
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from xclip_fast.kernels import _choices, _cuda, _dispatch, _tables, tune, tune_backends
 from xclip_fast.kernels._dispatch import INTERPRETED, OPS, Backend, Op
 
 from xclip_fast import info, kernels
@@ -58,7 +60,55 @@ def chosen(*args: Any, op: str = "ln_linear", **options: Any) -> str:
 
 def test_without_a_table_nothing_changes(write: Write) -> None:
     assert chosen(*ln_linear()) == "reference"
-    assert "not measured here" in (OPS["ln_linear"].refusal(OPS["ln_linear"].backends[1], ln_linear()) or "")
+    cuda = next(each for each in OPS["ln_linear"].backends if each.name == "cuda")
+    assert "not measured here" in (OPS["ln_linear"].refusal(cuda, ln_linear()) or "")
+
+
+def cuda_arguments(dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
+    """Typical arguments of each op, whose tensors say that they are on cuda:0."""
+    mode = FakeTensorMode()
+
+    def on_cuda(arg: Any) -> Any:
+        return FakeTensor(mode, arg, torch.device("cuda:0")) if isinstance(arg, Tensor) else arg
+
+    every = info.typical_arguments("meta", dtype)
+    return {name: tuple(on_cuda(arg) for arg in args) for name, args in every.items()}
+
+
+LIBRARY = {
+    "ln_linear": "library",
+    "linear_residual": "library",
+    "mlp": "library",
+    "diffusion_attention": "sdpa",
+}
+PASSES = {"message_kv", "patch_embed", "layer_norm", "quick_gelu", "cosine_logits", "causal_attention_packed"}
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("installed", [True, False])
+def test_nothing_unmeasured_replaces_the_library(
+    installed: bool, trained: bool, write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a Hopper without a table: products by cuBLAS, attention by torch's choice, Triton for the passes alone."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(major=9, minor=0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(_dispatch, "INTERPRETED", False)
+    monkeypatch.setattr(_dispatch, "_INSTALLED", {"triton"} if installed else set())
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        arguments = cuda_arguments(dtype)
+        found = {name: chosen(*args, op=name, trained=trained) for name, args in arguments.items() if "fp8" not in name}
+        wanted = LIBRARY | dict.fromkeys(PASSES, "triton")
+        if dtype == torch.float32:
+            wanted |= {"message_kv": "reference", "causal_attention_packed": "sdpa"}
+        if not installed:
+            wanted = dict.fromkeys(found, "reference") | {
+                name: "sdpa" for name in ("diffusion_attention", "causal_attention_packed")
+            }
+        assert found == wanted, dtype
+    if installed:  # a measurement says otherwise
+        write("ln_linear", row("triton", "library"))
+        assert chosen(*arguments["ln_linear"]) == "library"  # float32
+        assert chosen(*cuda_arguments(torch.bfloat16)["ln_linear"]) == "triton"
 
 
 def test_a_row_holds_for_its_class_alone(write: Write) -> None:

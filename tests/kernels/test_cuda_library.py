@@ -646,7 +646,10 @@ def test_benchmark_names_what_is_wrong(bench: Any, memory: Memory, monkeypatch: 
     assert "WRONG" in bench.line(rows[-1])
 
 
-def test_benchmark_without_a_gpu_says_so(bench: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_benchmark_without_a_gpu_says_so(
+    bench: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert bench.main(["--widths", "128"]) == 1
     assert "no CUDA device" in capsys.readouterr().err
     with pytest.raises(SystemExit):

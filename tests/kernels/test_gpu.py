@@ -1,6 +1,7 @@
 """On a GPU: the whole model with its kernels, repeated runs, CUDA graphs, training, compute-sanitizer."""
 
 import dataclasses
+import re
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from xclip_fast.nn import overlap
 
 pytestmark = pytest.mark.gpu
 LABELS = ["riding a bike", "swimming", "playing the accordion while walking", "yoga"]
+SANITIZER_REFUSES = ("Device not supported", "Unable to find injection library", "Failed to initialize the debugger")
 
 
 def shallow(name: str, **changes: object) -> XCLIP:
@@ -272,6 +274,17 @@ def test_training_follows_the_reference() -> None:
         assert abs(a - b) <= 0.05 * b + 0.02, (start, a, b)
 
 
+def sanitizer_refusal(said: str) -> str | None:
+    """The line in which compute-sanitizer says that it cannot work on this machine, if there is one.
+
+    Some virtual machines refuse it the device. An error that it found is in its summary, and is no refusal.
+    """
+    if re.search(r"ERROR SUMMARY: [1-9]", said) and "Invalid __" in said:
+        return None
+    lines = (line.lstrip("= ").strip() for line in said.splitlines())
+    return next((line for line in lines if any(word in line for word in SANITIZER_REFUSES)), None)
+
+
 def test_compute_sanitizer_finds_nothing() -> None:
     tool = shutil.which("compute-sanitizer")
     if tool is None:
@@ -284,4 +297,7 @@ def test_compute_sanitizer_finds_nothing() -> None:
     )
     command = [tool, "--tool", "memcheck", "--error-exitcode", "9", sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
-    assert done.returncode == 0, done.stdout[-3000:]
+    said = done.stdout + done.stderr
+    if done.returncode != 0 and (reason := sanitizer_refusal(said)):
+        pytest.skip(f"compute-sanitizer does not run on this machine: {reason}")
+    assert done.returncode == 0, said[-3000:]

@@ -125,7 +125,7 @@ def test_killed_while_a_checkpoint_is_written(videos: Path, unbroken: Path, tmp_
     script = """
         import json, os, signal, sys
         from xclip_fast.train import train
-        from xclip_fast.train_config import from_dict
+        from xclip_fast.train.config import from_dict
         sync, calls = os.fsync, []
         def fsync(handle):
             calls.append(handle)
@@ -404,9 +404,9 @@ def test_refused_before_the_first_step(videos: Path, tmp_path: Path) -> None:
 # Trains, and in the second step of the first try says so and waits to be killed.
 WAITS = """
     import json, sys, time
-    from xclip_fast import mixing
+    from xclip_fast.train import mixup as mixing
     from xclip_fast.train import train
-    from xclip_fast.train_config import from_dict
+    from xclip_fast.train.config import from_dict
     plain = mixing.mix
     def mix(*args):
         if args[-1][1] == 1:
@@ -444,9 +444,9 @@ def test_torchrun_starts_again_what_was_killed(videos: Path, tmp_path: Path) -> 
     script.write_text(
         textwrap.dedent("""
         import json, os, signal, sys
-        from xclip_fast import mixing, training_checkpoint
+        from xclip_fast.train import checkpoints as training_checkpoint, mixup as mixing
         from xclip_fast.train import train
-        from xclip_fast.train_config import from_dict
+        from xclip_fast.train.config import from_dict
         values, plain = json.load(open(sys.argv[1])), mixing.mix
         def mix(*args):
             folder = os.path.join(values["output"], "checkpoints", "step-00000002")

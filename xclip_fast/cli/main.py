@@ -16,7 +16,7 @@ from typing import NoReturn
 import typer
 
 from ..console import complain
-from . import data, predict, tools, train
+from . import data, predict, search, tools, train
 
 app = typer.Typer(
     help="X-CLIP video recognition: classify, embed and search video files; train and evaluate.",
@@ -25,7 +25,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # errors stay one line, help stays plain in a pipe
     pretty_exceptions_enable=False,
 )
-for room in (predict, data, train, tools):
+for room in (predict, search, data, train, tools):
     app.add_typer(room.commands)
 
 

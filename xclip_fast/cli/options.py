@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import os
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,15 +15,19 @@ import typer
 from ..console import complain
 
 if TYPE_CHECKING:
+    from ..data.inputs import Inputs
     from ..model import XCLIP
 
-# In a folder: what looks like a video and is not hidden.
-_VIDEO = re.compile(r"[^.].*\.(3gp|avi|flv|m4v|mkv|mov|mp4|mpe?g|mts|ogv|ts|webm|wmv)", re.IGNORECASE | re.DOTALL)
 _HEADINGS = {"name", "label", "labels", "class", "classname"}  # of a CSV's column of labels
 CHUNK = 1024  # labels or stored videos at once: bounds memory, whatever their number
 
 Videos = Annotated[
-    list[str], typer.Argument(metavar="VIDEO...", help="Video files, or folders of them.", show_default=False)
+    list[str],
+    typer.Argument(
+        metavar="VIDEO...",
+        help="Files, folders, quoted globs, lists (.txt, .jsonl), addresses; - for paths on standard input.",
+        show_default=False,
+    ),
 ]
 Checkpoint = Annotated[
     Path | None,
@@ -46,10 +49,27 @@ Templates = Annotated[
 Sampled = Annotated[
     Literal["sparse", "dense"] | None, typer.Option(help="How frames are taken; default: as trained, or sparse.")
 ]
-Stride = Annotated[int | None, typer.Option(min=1, help="Frames between frames of a dense view; default: as trained.")]
+FrameStride = Annotated[
+    int | None, typer.Option(min=1, help="Frames between frames of a dense view; default: as trained.")
+]
+Window = Annotated[float | None, typer.Option(metavar="SECONDS", help="Length of a moment of a long video.")]
+Stride = Annotated[
+    float | None, typer.Option(metavar="SECONDS", help="From one moment's start to the next; default: half a window.")
+]
+OnRay = Annotated[bool, typer.Option("--ray", help="Spread the work with Ray, over the machines of a cluster.")]
+Address = Annotated[
+    str | None, typer.Option(metavar="ADDRESS", help="Of a running Ray cluster, or auto; default: this machine alone.")
+]
+Actors = Annotated[int | None, typer.Option(min=1, help="Models on the cluster; default: one per GPU.")]
+Decoders = Annotated[int | None, typer.Option(min=1, help="Files decoded at once on the cluster; default: by CPUs.")]
+MaxBytes = Annotated[int, typer.Option(min=1, help="A remote file that is larger is given up.")]
+MaxSeconds = Annotated[float, typer.Option(min=0.1, help="A remote file that takes longer to copy is given up.")]
 Frames = Annotated[int | None, typer.Option(min=1, max=1024, help="Frames of a video; default: the checkpoint's.")]
 BatchSize = Annotated[int | None, typer.Option(min=1, help="Videos at once; default: 16 on a GPU, 1 on a CPU.")]
 Workers = Annotated[int | None, typer.Option(min=1, max=256, help="Decoding threads; default: one per core.")]
+Threads = Annotated[
+    int | None, typer.Option(min=1, max=1024, help="Threads of the model on a CPU; default: one per core.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")]
 Top = Annotated[int, typer.Option(min=1, help="How many to print.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
@@ -103,26 +123,19 @@ def _column(rows: list[list[str]]) -> list[str]:
     return [row[column or 0] for row in rows[first:]]
 
 
-def find_videos(given: Sequence[str]) -> tuple[list[str], bool]:
-    """The files that are meant, those of a folder and the folders in it sorted; and whether a folder has none."""
-    paths: list[str] = []
+def find_videos(given: Sequence[str]) -> tuple[Inputs, bool]:
+    """The files that are meant; and whether a folder or glob has none."""
+    from ..data.inputs import find_videos as find
+
+    if "" in given:
+        raise typer.BadParameter("an empty name", param_hint="VIDEO...")
+    inputs = find(given)
     failed = False
-    for name in given:
-        if not name:
-            raise typer.BadParameter("an empty name", param_hint="VIDEO...")
-        if not os.path.isdir(name):
-            paths.append(name)
-            continue
-        inside: list[str] = []
-        for folder, folders, files in os.walk(name):
-            folders[:] = [each for each in folders if not each.startswith(".")]
-            inside += [os.path.join(folder, each) for each in files if _VIDEO.fullmatch(each)]
-        paths += sorted(inside)
-        if not inside:
-            failed = complain(f"{name}: no video file in this folder")
-    if not paths:
+    for line in inputs.empty:
+        failed |= complain(line)
+    if not inputs.paths and not inputs.folders:
         raise typer.Exit(1)
-    return paths, failed
+    return inputs, failed
 
 
 def device_and_dtype(device: str, dtype: str) -> dict[str, Any]:
@@ -141,9 +154,17 @@ def device_and_dtype(device: str, dtype: str) -> dict[str, Any]:
         raise ValueError(f"--device {device}: {cuda['reason'] or 'there are only ' + str(len(cuda['devices']))}")
     if dtype != "auto":
         return {"device": device, "dtype": getattr(torch, dtype)}
-    from ..evaluate.setup import automatic_dtype
+    from ..inference.placement import automatic_dtype
 
     return {"device": device, "dtype": automatic_dtype(torch.device(device))}
+
+
+def set_threads(threads: int | None) -> None:
+    """Lets torch compute with ``threads`` threads of the CPU; None: as it chose."""
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
 
 
 def load_model(checkpoint: Path | None, variant: str | None, random_weights: bool) -> XCLIP:

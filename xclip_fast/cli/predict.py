@@ -1,44 +1,53 @@
-"""``classify``, ``embed`` and ``search``."""
+"""``classify``."""
 
 from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..console import Bar, complain, plain, print_rows
-from ..search import features as features_file
+from ..console import Bar, complain, print_rows
 from .options import (
     CHUNK,
+    Actors,
+    Address,
     AsJson,
     BatchSize,
     Checkpoint,
+    Decoders,
     Device,
     DType,
     Frames,
+    FrameStride,
+    MaxBytes,
+    MaxSeconds,
+    OnRay,
     Overwrite,
     RandomWeights,
     Sampled,
     Stride,
     Templates,
+    Threads,
     Top,
     Variant,
     Videos,
+    Window,
     Workers,
     device_and_dtype,
     find_videos,
     load_model,
     parse_labels,
+    set_threads,
 )
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..inference.batches import Answer
     from ..nn.features import VideoFeatures
 
 commands = typer.Typer()
@@ -64,18 +73,31 @@ def classify(
     templates: Templates = None,
     frames: Frames = None,
     sampling: Sampled = None,
+    frame_stride: FrameStride = None,
+    window: Window = None,
     stride: Stride = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page with pictures too.")] = None,
+    overwrite: Overwrite = False,
+    max_bytes: MaxBytes = 2 << 30,
+    max_seconds: MaxSeconds = 600,
     batch_size: BatchSize = None,
     workers: Workers = None,
+    threads: Threads = None,
+    ray: OnRay = False,
+    address: Address = None,
+    actors: Actors = None,
+    decoders: Decoders = None,
 ) -> None:
     """Name what happens in videos.
 
     Prints the most probable of the labels for each video; in a pipe, lines of video, rank, label and probability
-    between tabs. A video that cannot be read is reported, the others are still answered, and the exit code is 1.
+    between tabs. With --window, for each part of a video, with its start and end in seconds. A video that cannot be
+    read is reported, the others are still answered, and the exit code is 1.
     """
     import torch
 
-    from ..inference.batches import run_videos
+    from ..data.remote import Limits
+    from ..inference.batches import Answer, Reading, answers
     from ..weights.recipe import Trained
 
     trained = Trained.read(checkpoint)
@@ -84,9 +106,10 @@ def classify(
         raise typer.BadParameter(
             "none given, and the checkpoint does not say which it was trained with", param_hint="--labels"
         )
-    chosen = trained.choose(frames, sampling, stride, templates)
+    chosen = trained.choose(frames, sampling, frame_stride, templates)
     sentences = chosen.pop("templates")
-    paths, failed = find_videos(videos)
+    inputs, failed = find_videos(videos)
+    set_threads(threads)
     target = device_and_dtype(device, dtype)
     model = load_model(checkpoint, variant, random_weights).to(**target)
     outputs = model.config.num_classes
@@ -96,7 +119,23 @@ def classify(
             f"({len(names)} given), without --templates"
         )
 
-    with torch.inference_mode(), Bar(len(paths)) as bar:
+    if stride is not None and window is None:
+        raise typer.BadParameter("wants --window too", param_hint="--stride")
+    page = None
+    if html is not None:
+        from ..search.page import Page
+
+        page = Page(html, overwrite=overwrite, random_weights=random_weights)
+    reading = Reading(
+        chosen["frames"] or model.config.num_frames,
+        model.config.vision.image_size,
+        chosen["sampling"],
+        chosen["stride"],
+        window,
+        stride,
+        limits=Limits(max_bytes, max_seconds),
+    )
+    with torch.inference_mode(), Bar(len(inputs.paths)) as bar:
         text: Sequence[Tensor | None] = [None]
         if outputs is None:
             chunks = [names[i : i + CHUNK] for i in range(0, len(names), CHUNK)]
@@ -108,168 +147,41 @@ def classify(
         def answer(found: VideoFeatures) -> tuple[Tensor]:
             return (torch.cat([model.similarity(found, part_KE) for part_KE in text], dim=1).softmax(-1),)
 
-        for path, result in run_videos(model, paths, answer, batch_size=batch_size, workers=workers, **chosen):
-            bar.advance()
-            if isinstance(result, ValueError):
-                failed |= complain(result, bar)
+        if ray:
+            from ..scale.cluster import ClusterOptions, cluster_answers
+            from ..scale.stage import ModelSpec, VideoStage
+
+            spec = ModelSpec(None if checkpoint is None else str(checkpoint.absolute()), variant, device, dtype)
+            stage = VideoStage(spec, reading, labels=names, templates=sentences)
+            spread = ClusterOptions(address, actors, decoders=decoders, batch_size=batch_size or 16)
+            found = cluster_answers(stage, spread, ["probabilities"])(map(os.path.abspath, inputs.paths))
+        else:
+            found = answers(model, inputs.paths, reading, answer, batch_size=batch_size, workers=workers)
+        for item in found:
+            if not isinstance(item, Answer):
+                bar.advance()
+                failed |= item.error is not None and complain(item.error, bar)
                 continue
-            best = result[0].topk(min(top, len(names)))
+            best = item.values[0].topk(min(top, len(names)))
             ranked = [(names[index], value) for value, index in zip(best.values.tolist(), best.indices, strict=True)]
             with bar.aside():
-                if as_json:
-                    answers = [{"label": label, "probability": value} for label, value in ranked]
-                    print(json.dumps({"video": path, "labels": answers, "random_weights": random_weights}), flush=True)
-                else:
-                    rows = [(str(rank), label, f"{value:.4f}") for rank, (label, value) in enumerate(ranked, 1)]
-                    print_rows(path, ("rank", "label", "probability"), rows)
+                _print_labels(item, ranked, as_json, window is not None, random_weights)
+            if page is not None:
+                page.add_labels(item.path, item.start, item.end, ranked)
+    if page is not None:
+        page.write()
     raise typer.Exit(int(failed))
 
 
-@commands.command()
-def embed(
-    videos: Videos,
-    out: Annotated[Path, typer.Option(metavar="FILE", help="The features go here, as safetensors.")],
-    checkpoint: Checkpoint = None,
-    variant: Variant = None,
-    random_weights: RandomWeights = False,
-    patches: Annotated[
-        bool, typer.Option("--patches/--no-patches", help="Patch features too; search needs them for prompts.")
-    ] = True,
-    overwrite: Overwrite = False,
-    device: Device = "auto",
-    dtype: DType = "auto",
-    frames: Frames = None,
-    sampling: Sampled = None,
-    stride: Stride = None,
-    batch_size: BatchSize = None,
-    workers: Workers = None,
+def _print_labels(
+    item: Answer, ranked: Sequence[tuple[str, float]], as_json: bool, with_times: bool, random_weights: bool
 ) -> None:
-    """Store features of videos, for search.
-
-    The file holds `video` (n, E) and `patches` (n, N, E) in the precision they were computed in, and as metadata the
-    videos' names and what identifies the model. Without patches a search goes by plain cosine, 1 / N of the size.
-    """
-    import tempfile
-
-    from ..config import VARIANTS
-    from ..inference.batches import run_videos
-    from ..weights.recipe import Trained
-
-    features_file.check_out(out, overwrite)
-    chosen = Trained.read(checkpoint).choose(frames, sampling, stride)
-    del chosen["templates"]
-    paths, failed = find_videos(videos)
-    target = device_and_dtype(device, dtype)
-    with tempfile.TemporaryDirectory(prefix=".writing-", dir=out.parent) as folder:  # an unwritable place fails early
-        model = load_model(checkpoint, variant, random_weights)
-        identity = features_file.fingerprint(model)
-        model.to(**target)
-        import torch
-        from safetensors.torch import save_file
-
-        kept: list[str] = []
-        tensors: dict[str, Tensor] = {}
-        with torch.inference_mode(), Bar(len(paths)) as bar:
-            for path, result in run_videos(model, paths, batch_size=batch_size, workers=workers, **chosen):
-                bar.advance()
-                if isinstance(result, ValueError):
-                    failed |= complain(result, bar)
-                    continue
-                for name, value in zip(("video", "patches") if patches else ("video",), result, strict=False):
-                    if name not in tensors:  # room for all at once: growing would copy
-                        tensors[name] = torch.empty(len(paths), *value.shape, dtype=value.dtype)
-                    tensors[name][len(kept)] = value
-                kept.append(path)
-        if not kept:
-            complain(f"no video could be read, so {out} is not written")
-            raise typer.Exit(1)
-        config = model.config
-        metadata = {
-            features_file.FORMAT: "1",
-            "names": json.dumps(kept),
-            "fingerprint": identity,
-            "checkpoint": "" if checkpoint is None else str(checkpoint.resolve()),
-            "variant": next((name for name, row in VARIANTS.items() if row == config), variant or ""),
-            "frames": str(chosen["frames"] or config.num_frames),
-        }
-        part = Path(folder, "features")
-        save_file({name: tensor[: len(kept)] for name, tensor in tensors.items()}, part, metadata=metadata)
-        features_file.check_out(out, overwrite)  # again: much time has passed
-        os.replace(part, out)
-    size = f"{tensors['video'].shape[1]} numbers each, {'with' if patches else 'without'} patches"
-    print(f"{plain(str(out))}: {len(kept)} of {len(paths)} videos, {size}")
-    raise typer.Exit(int(failed))
-
-
-@commands.command()
-def search(
-    features: Annotated[Path, typer.Argument(metavar="FEATURES", help="A file that embed wrote.", show_default=False)],
-    query: Annotated[str, typer.Argument(metavar="QUERY", help="What to look for.", show_default=False)],
-    checkpoint: Checkpoint = None,
-    variant: Variant = None,
-    random_weights: RandomWeights = False,
-    top: Top = 10,
-    as_json: AsJson = False,
-    device: Device = "auto",
-    dtype: DType = "auto",
-) -> None:
-    """Search stored videos by text.
-
-    Prints the videos most similar to the query, by cosine. Without --checkpoint the one that the features were made
-    with is read again.
-    """
-    if not query.strip():
-        raise typer.BadParameter("the query is empty", param_hint="QUERY")
-    from safetensors import safe_open
-
-    metadata = features_file.read_metadata(features)
-    if metadata is None:
-        raise ValueError(f"{features}: not a file of features; `xclip-fast embed` writes them")
-    if checkpoint is None:  # the model that made them, then
-        variant = variant or metadata["variant"] or None
-        if not random_weights and not metadata["checkpoint"]:
-            raise ValueError(f"{features}: made with random weights; to search it nevertheless, add --random-weights")
-        checkpoint = None if random_weights else Path(metadata["checkpoint"])
-    target = device_and_dtype(device, dtype)
-    model = load_model(checkpoint, variant, random_weights)
-    identity = features_file.fingerprint(model)
-    if identity != (made_with := metadata["fingerprint"]):
-        raise ValueError(
-            f"{features}: made with other weights ({metadata['checkpoint'] or 'random'}, {made_with[:12]}) "
-            f"than {checkpoint or 'random'} ({identity[:12]}); search with the former, or embed the videos again"
-        )
-    model.to(**target)
-    import torch
-
-    from ..kernels import cosine_logits
-    from ..nn.features import VideoFeatures
-
-    names = json.loads(metadata["names"])
-    like = model.logit_scale
-    scores: list[Tensor] = []
-    with torch.inference_mode(), safe_open(features, "pt") as file:
-        text_1E = model.encode_text(query)
-        video = file.get_slice("video")
-        if video.get_shape()[0] != len(names):
-            raise ValueError(
-                f"{features}: damaged, {len(names)} names of {video.get_shape()[0]} videos; embed them again"
-            )
-        patches = file.get_slice("patches") if "patches" in set(file.keys()) else None
-        for start in range(0, len(names), CHUNK):
-            video_BE = video[start : start + CHUNK].to(like)
-            if patches is None:
-                logits_B1 = cosine_logits(video_BE, text_1E.expand(len(video_BE), 1, -1), like)
-            else:
-                found = VideoFeatures(video_BE, patches[start : start + CHUNK].to(like))
-                logits_B1 = model.similarity(found, text_1E)
-            scores.append(logits_B1[:, 0] / like.to(logits_B1.dtype).exp())
-    if patches is None:
-        print(f"note: {features} holds no patches: plain cosine, without video-specific prompts", file=sys.stderr)
-    best = torch.cat(scores).topk(min(top, len(names)))
-    hits = list(zip(best.values.tolist(), (names[index] for index in best.indices.tolist()), strict=True))
+    """One moment's labels: an object a line, or rows."""
+    times = {"start": round(item.start, 3), "end": round(item.end, 3)} if with_times else {}
     if as_json:
-        for score, name in hits:
-            print(json.dumps({"video": name, "score": score, "random_weights": random_weights}))
-    else:
-        rows = [(str(rank), f"{score:.4f}", name) for rank, (score, name) in enumerate(hits, 1)]
-        print_rows(None, ("rank", "score", "video"), rows)
+        labels = [{"label": label, "probability": value} for label, value in ranked]
+        print(json.dumps({"video": item.path, **times, "labels": labels, "random_weights": random_weights}), flush=True)
+        return
+    cells = tuple(f"{time:.2f}" for time in times.values())
+    rows = [(*cells, str(rank), label, f"{value:.4f}") for rank, (label, value) in enumerate(ranked, 1)]
+    print_rows(item.path, (*times, "rank", "label", "probability"), rows)

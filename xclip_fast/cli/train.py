@@ -8,7 +8,19 @@ from typing import Annotated
 import typer
 
 from ..console import plain
-from .options import Device, DType, Frames, Overwrite, Sampled, Stride, Templates, Variant, parse_labels
+from .options import (
+    Device,
+    DType,
+    Frames,
+    FrameStride,
+    Overwrite,
+    Sampled,
+    Templates,
+    Threads,
+    Variant,
+    parse_labels,
+    set_threads,
+)
 
 commands = typer.Typer()
 
@@ -47,11 +59,12 @@ def evaluate(
     variant: Variant = None,
     frames: Frames = None,
     sampling: Sampled = None,
-    stride: Stride = None,
+    frame_stride: FrameStride = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Views at once.")] = None,
     device: Device = "auto",
     dtype: DType = "auto",
     workers: Annotated[int | None, typer.Option(min=0, help="Decoding processes; 0: none.")] = None,
+    threads: Threads = None,
 ) -> None:
     """Measure accuracy on the videos of a manifest.
 
@@ -59,6 +72,7 @@ def evaluate(
     """
     from ..evaluate import loop as evaluation
 
+    set_threads(threads)
     result = evaluation.main(
         checkpoint,
         manifest,
@@ -68,7 +82,7 @@ def evaluate(
         crops=crops,
         frames=frames,
         sampling=sampling,
-        stride=stride,
+        stride=frame_stride,
         labels=None if labels is None else parse_labels(labels),
         templates=templates,
         variant=variant,

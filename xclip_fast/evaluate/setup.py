@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..inference.placement import automatic_dtype
 from .result import Evaluation
 
 if TYPE_CHECKING:
@@ -38,14 +39,6 @@ def load(checkpoint: str | os.PathLike[str], variant: str | None, device: torch.
     torch.manual_seed(0)  # what the checkpoint does not hold is the same in every run and process
     shape = None if variant is None else config_of(variant)
     return XCLIP.from_pretrained(checkpoint, config=shape, device=device, dtype=wanted)
-
-
-def automatic_dtype(device: torch.device) -> torch.dtype:
-    """The half precision that the device has matrix instructions for, bfloat16 first; otherwise float32."""
-    if device.type == "cpu":
-        return torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32
-    major, _ = torch.cuda.get_device_capability(device)
-    return torch.bfloat16 if major >= 8 else torch.float16 if major == 7 else torch.float32
 
 
 @contextlib.contextmanager

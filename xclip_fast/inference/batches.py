@@ -1,65 +1,206 @@
-"""A model over many video files: threads decode ahead while it computes."""
+"""The loop that `classify`, `embed` and the Python API share: threads decode ahead, the model answers in batches.
+
+Memory is bounded by the batch and by `_AHEAD` windows of each file in work, whatever the files' number and length.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+import contextlib
+import os
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..data.decode.decoder import decode_many
-from ..nn.features import VideoFeatures
+from ..data.decode.plan import VideoError, as_source
+from ..data.decode.windows import Span, Window, check_windows, decode_spans, window_spans
+from ..data.remote import Limits, is_remote, local_copy
+from ..data.sampling import Sampling
 
 if TYPE_CHECKING:
     from ..model import XCLIP
+    from ..nn.features import VideoFeatures
+
+_AHEAD = 4  # windows of one file that wait for the model
+WINDOW, WHOLE_BELOW = 10.0, 30.0  # seconds; see `Reading.of`
 
 
-def run_videos(
+@dataclass(frozen=True)
+class Reading:
+    """How videos are read.
+
+    `frames` of a window, taken by `sampling` with `frame_stride` frames between them, as squares of `size` pixels.
+    `window` and `stride` are in seconds; a video of at most `whole_below` seconds is one window. `window` None: every
+    video is one window.
+    """
+
+    frames: int
+    size: int
+    sampling: Sampling = "sparse"
+    frame_stride: int = 1
+    window: float | None = None
+    stride: float | None = None
+    whole_below: float | None = None
+    limits: Limits = field(default_factory=Limits)
+
+    def __post_init__(self) -> None:
+        if self.window is not None:
+            check_windows(self.window, self.stride or self.window / 2, self.whole_below or self.window)
+
+    @staticmethod
+    def moments(window: float | None, stride: float | None) -> dict[str, float]:
+        """The three times for a store: as given, or windows of 10 s in videos longer than 30 s.
+
+        A given window cuts every video that is longer than the window.
+        """
+        length = WINDOW if window is None else window
+        return {
+            "window": length,
+            "stride": length / 2 if stride is None else stride,
+            "whole_below": WHOLE_BELOW if window is None else window,
+        }
+
+    def spans(self, duration: float) -> list[Span]:
+        if self.window is None or duration <= (self.whole_below or self.window):
+            return [(0.0, duration)]
+        return window_spans(duration, self.window, self.stride or self.window / 2)
+
+    def windows(self, path: str, threads: int = 1) -> Generator[Window, None, None]:
+        """The windows of one file, local or remote, in order. Raises VideoError."""
+        with local_copy(path, self.limits) if is_remote(path) else contextlib.nullcontext(path) as name:
+            try:
+                yield from decode_spans(
+                    as_source(name),
+                    self.spans,
+                    self.frames,
+                    self.sampling,
+                    size=self.size,
+                    stride=self.frame_stride,
+                    threads=threads,
+                )
+            except VideoError as error:
+                raise VideoError(str(error).replace(name, path)) from error
+
+
+class Answer(NamedTuple):
+    """What the model says of one window of a file: tensors without the batch dimension, on the CPU."""
+
+    path: str
+    start: float
+    end: float
+    values: list[Tensor]
+
+
+class Finished(NamedTuple):
+    """The end of a file's answers. With an `error`, answers that came before it do not count."""
+
+    path: str
+    error: ValueError | None
+
+
+def answers(
     model: XCLIP,
-    paths: Sequence[str],
-    answer: Callable[[VideoFeatures], Sequence[Tensor]] = tuple,
+    paths: Iterable[str],
+    reading: Reading,
+    answer: Callable[[VideoFeatures], Sequence[Tensor]],
     *,
     batch_size: int | None = None,
     workers: int | None = None,
-    frames: int | None = None,
-    **sampling: Any,
-) -> Iterator[tuple[str, list[Tensor] | ValueError]]:
-    """Encodes video files in batches and yields each file's part of the answer, in order.
+) -> Iterator[Answer | Finished]:
+    """Each path in order: an Answer for each of its windows, then Finished.
 
-    Call it under ``torch.inference_mode()``.
-
-    Args:
-        model: on the device and in the dtype to compute with.
-        paths: video files.
-        answer: from the features of B videos to tensors (B, ...); by default the features themselves.
-        batch_size: B. Default: 16 on a GPU, 1 on a CPU.
-        workers: decoding threads. Default: one per core.
-        frames: T. Default: the model's.
-        sampling: ``sampling`` and ``stride``, as for ``decode``.
-
-    Yields:
-        the path, with its row of each tensor on the CPU, or with a ValueError that says what is wrong with the file.
+    `answer` gets the features of a batch and returns tensors whose first dimension is the batch. `batch_size` counts
+    windows (default: 16 on a GPU, 1 on a CPU), `workers` decoding threads (default: one per core).
     """
-    config, device = model.config, next(model.parameters()).device
+    device = next(model.parameters()).device
     batch = batch_size or (1 if device.type == "cpu" else 16)
-    waiting: list[tuple[str, Any]] = []
-    videos: list[Tensor] = []
-    shape: dict[str, Any] = {"frames": frames or config.num_frames, "size": config.vision.image_size}
-    decoded = decode_many(paths, **shape, **sampling, workers=workers, errors="return")
-    for done, (path, found) in enumerate(zip(paths, decoded, strict=True), 1):
-        waiting.append((path, found))
-        if not isinstance(found, ValueError):
-            videos.append(found)
-        if len(videos) < batch and done < len(paths):
-            continue
-        answers = [part.cpu() for part in answer(model.encode_video(torch.stack(videos).to(device)))] if videos else []
+    waiting: list[tuple[str, Window | ValueError | None]] = []
+    videos = 0
+    failed: ValueError | None = None  # what is wrong with the file that is being given out
+
+    def compute() -> Iterator[Answer | Finished]:
+        nonlocal failed
+        windows = [item.frames for _, item in waiting if isinstance(item, Window)]
+        with torch.inference_mode():
+            parts = answer(model.encode_video(torch.stack(windows).to(device))) if windows else []
+            parts = [part.cpu() for part in parts]
         row = 0
-        for waited, item in waiting:
-            if isinstance(item, ValueError):
-                yield waited, item
+        for path, item in waiting:
+            if isinstance(item, Window):
+                own, row = [part[row] for part in parts], row + 1
+                if all(part.isfinite().all() for part in own):
+                    yield Answer(path, item.start, item.end, own)
+                else:
+                    failed = ValueError(f"{path}: the answer is not a number; try --dtype float32")
                 continue
-            own, row = [part[row] for part in answers], row + 1
-            finite = all(part.isfinite().all() for part in own)
-            yield waited, own if finite else ValueError(f"{waited}: the answer is not a number; try --dtype float32")
-        waiting, videos = [], []
+            yield Finished(path, item or failed)
+            failed = None
+
+    with contextlib.closing(_decode_ahead(paths, reading, workers)) as decoded:
+        for path, item in decoded:
+            waiting.append((path, item))
+            videos += isinstance(item, Window)
+            if videos in (0, batch):
+                yield from compute()
+                waiting, videos = [], 0
+        yield from compute()
+
+
+def _decode_ahead(
+    paths: Iterable[str], reading: Reading, workers: int | None
+) -> Generator[tuple[str, Window | ValueError | None], None, None]:
+    """Each path in order: its windows, then None or what is wrong. A path is taken from `paths` when it is due."""
+    if workers is None:
+        workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = max(1, workers // len(paths)) if isinstance(paths, Sequence) and paths else 1  # for one file's decoder
+    stop = threading.Event()
+
+    def put(target: queue.Queue[Any], item: Any) -> None:
+        while not stop.is_set():
+            try:
+                return target.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+
+    def read(path: str, target: queue.Queue[Any]) -> None:
+        try:
+            with contextlib.closing(reading.windows(path, threads)) as windows:
+                for window in windows:
+                    put(target, window)
+                    if stop.is_set():
+                        return
+        except BaseException as error:  # it belongs to whoever takes the windows
+            put(target, error)
+        else:
+            put(target, None)
+
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
+    ahead: deque[tuple[str, queue.Queue[Any]]] = deque()
+
+    def drain() -> Iterator[tuple[str, Window | ValueError | None]]:
+        path, source = ahead.popleft()
+        while True:
+            item = source.get()
+            if isinstance(item, BaseException) and not isinstance(item, ValueError):
+                raise item
+            yield path, item
+            if not isinstance(item, Window):
+                return
+
+    try:
+        for path in paths:
+            ahead.append((path, queue.Queue(_AHEAD)))
+            pool.submit(read, *ahead[-1])
+            if len(ahead) >= 2 * workers:
+                yield from drain()
+        while ahead:
+            yield from drain()
+    finally:
+        stop.set()
+        pool.shutdown(cancel_futures=True)

@@ -142,6 +142,9 @@ class TextEncoder(nn.Module):
         device = self.positional_embedding.device
         # on the tokens' own device, usually the CPU, where reading the lengths waits for nothing
         lengths_K = tokens_KL.argmax(1) + 1
+        # labels of one length beside each other: the attention of a CPU needs no padding
+        lengths_K, order_K = lengths_K.sort(stable=True)
+        tokens_KL = tokens_KL[order_K]
         offsets = F.pad(lengths_K.cumsum(0), (1, 0))
         label_S, place_S = (torch.arange(tokens_KL.shape[1], device=tokens_KL.device) < lengths_K[:, None]).nonzero(
             as_tuple=True
@@ -156,7 +159,9 @@ class TextEncoder(nn.Module):
             inside_S1 = ((vector_S >= 0) & (vector_S < vectors_PW.shape[0]))[:, None]
             x_SW = torch.where(inside_S1, vectors_PW[vector_S.clamp(0, vectors_PW.shape[0] - 1)], x_SW)
         x_SW = x_SW + self.positional_embedding[place_S]
-        return self._project(self._through(x_SW, (True, offsets, longest), offsets[1:] - 1))
+
+        ends = offsets[1:][order_K.argsort().to(device)] - 1
+        return self._project(self._through(x_SW, (True, offsets, longest), ends))
 
     def _encode_padded(self, tokens_KL: Tensor, vectors_PW: Tensor | None = None) -> Tensor:
         tokens_KL = tokens_KL.to(self.positional_embedding.device)
@@ -178,8 +183,9 @@ class TextEncoder(nn.Module):
             ends_K: each label's end among all rows of x.
         """
         last = len(self.transformer.resblocks) - 1
-        for index, block in enumerate(self.transformer.resblocks):
-            x = run_block(block, self.recompute, x, *sequences, ends_K if index == last else None)
+        with kernels.cpu.workspace():
+            for index, block in enumerate(self.transformer.resblocks):
+                x = run_block(block, self.recompute, x, *sequences, ends_K if index == last else None)
         return x
 
     def _check_room(self, longest: int, vectors_PW: Tensor | None) -> None:

@@ -20,34 +20,32 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from av.video.frame import VideoFrame
-from av.video.reformatter import Interpolation, VideoReformatter
+from av.video.reformatter import VideoReformatter
 
 from ..sampling import Sampling, frame_indices
 from ..transforms import TestTransform, View, apply_frame
+from .picture import EXACT_COLOUR, Upright
 from .plan import Plan, Source, VideoError, all_frames, as_source, by_plan, log, make_plan, open_video, still_fits
+from .windows import Video, Window, decode_span, decode_windows
 
 __all__ = [
     "Plan",
     "Source",
     "VideoError",
     "VideoInfo",
+    "Window",
     "decode",
     "decode_frames",
     "decode_many",
     "decode_views",
+    "decode_windows",
     "probe",
 ]
-
-Video = str | os.PathLike[str] | Source
-
-EXACT_COLOUR = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
-"""How swscale converts to RGB here: within half a level. Its own choice is a level too dark and does not interpolate
-colours; it takes an eighth of the time, which is 0.2 ms less for a frame of 340x256."""
 
 
 @dataclass(frozen=True)
@@ -78,15 +76,24 @@ def decode(
     size: int = 224,
     stride: int = 1,
     rng: np.random.Generator | None = None,
+    start: float | None = None,
+    end: float | None = None,
     threads: int = 1,
 ) -> torch.Tensor:
     """Sampled frames of one video: uint8 (frames, size, size, 3), RGB.
 
+    `start`, `end`: only the frames with start <= time < end, in seconds from the first frame; by default all.
+
     `sampling`, `stride` and `rng` are those of `frame_indices`; a video with fewer frames than asked repeats them. The
     picture is the paper's test view, `TestTransform`: the centre of a short side of size * 256 / 224, the same pixels
     as in an evaluation. `threads` is for the decoder of this one file; with many files give them a thread each instead
-    (`decode_many`). Raises VideoError.
+    (`decode_many`). Raises VideoError, also for a `start` after the end of the video.
     """
+    if start is not None or end is not None:
+        span = decode_span(
+            as_source(path), start, end, frames, sampling, size=size, stride=stride, rng=rng, threads=threads
+        )
+        return span.frames
     transform = TestTransform(frames, size, sampling=sampling, stride=stride)
     out = np.empty((frames, size, size, 3), np.uint8)
     state = rng.bit_generator.state if rng is not None else {}
@@ -252,44 +259,6 @@ def probe(path: Video) -> VideoInfo:
             colorspace=int(first.colorspace),
             interlaced=bool(first.interlaced_frame),
         )
-
-
-class Upright:
-    """Pictures of one video (H, W, C) as they are to be shown: the nearest quarter turn and mirroring to its matrix.
-
-    In PyAV a frame and its side data hold each other: one that was asked for them stays in memory until the garbage
-    collector comes. So they are read from the first frame, and where the rotation changes.
-    """
-
-    def __init__(self) -> None:
-        self._rotation: int | None = None
-        self._matrix: np.ndarray | None = None
-
-    def matrix(self, frame: VideoFrame) -> np.ndarray | None:
-        """The display matrix (a, b, u, c, d) in fixed point: x' = a x + c y, y' = b x + d y. None without one."""
-        if frame.rotation != self._rotation:
-            self._rotation = frame.rotation
-            try:
-                data = frame.side_data.get("DISPLAYMATRIX")
-            except ValueError:  # there is side data of a kind that PyAV has no name for, as EXIF: mirroring is not seen
-                turn = np.deg2rad(frame.rotation)
-                matrix = np.array([np.cos(turn), -np.sin(turn), 0, np.sin(turn), np.cos(turn)])
-                self._matrix = np.rint(matrix * 65536).astype(np.int64) if frame.rotation else None
-            else:
-                self._matrix = None if data is None else np.frombuffer(cast(Any, data), np.int32)[:5].astype(np.int64)
-        return self._matrix
-
-    def __call__(self, frame: VideoFrame, array: np.ndarray) -> np.ndarray:
-        matrix = self.matrix(frame)
-        if matrix is None:
-            return array
-        a, b, _, c, d = matrix
-        if abs(a) + abs(d) >= abs(b) + abs(c):
-            flip_y, flip_x = d < 0, a < 0
-        else:
-            array = array.transpose(1, 0, 2)
-            flip_y, flip_x = b < 0, c < 0
-        return array[:: -1 if flip_y else 1, :: -1 if flip_x else 1]
 
 
 def _pick(

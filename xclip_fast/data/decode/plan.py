@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain, dropwhile, groupby
@@ -257,6 +257,18 @@ def by_plan(
     take: Callable[[int, VideoFrame], None],
 ) -> bool:
     """Hand the frames of these sorted numbers to `take`. False if the file does not behave as planned."""
+    frames = planned_frames(container, stream, plan, numbers)
+    while True:
+        try:
+            take(*next(frames))
+        except StopIteration as end:
+            return end.value
+
+
+def planned_frames(
+    container: InputContainer, stream: VideoStream, plan: Plan, numbers: Sequence[int]
+) -> Generator[tuple[int, VideoFrame], None, bool]:
+    """Yields the frames of these sorted numbers. Returns False if the file does not behave as planned."""
     context = stream.codec_context
     skips = context.codec.canonical_name in _SKIP_UNREFERENCED
     for start, group in groupby(numbers, plan.start.__getitem__):
@@ -283,7 +295,7 @@ def by_plan(
                 if frame.pts is None or (frame.is_corrupt and frame.pts >= plan.keyframes[start][0]):
                     return False  # how damage is patched up depends on all that was decoded before
                 if frame.pts in targets:
-                    take(targets.pop(frame.pts), frame)
+                    yield targets.pop(frame.pts), frame
             if packet is None:
                 break
         if targets:

@@ -1,0 +1,86 @@
+"""The time of `xclip-fast classify` on one clip, from the start of the process to the answer, by part.
+
+    python benchmarks/cold_start.py CHECKPOINT CLIP.mp4 --labels "riding a bike,swimming" --runs 5
+
+Every run is a fresh process that does what the command does. Files are in the page cache after the first run, which
+does not count. Without a checkpoint at hand, `--random VARIANT` writes one with random weights first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+PARTS = ("start", "imports", "weights", "labels", "decode", "model")
+CHILD = """
+import json, sys, time
+marks = [time.time()]
+import xclip_fast
+import torch
+from xclip_fast.cli import predict, main
+from xclip_fast.inference import batches
+marks.append(time.time())
+checkpoint, clip, labels = sys.argv[1:4]
+model = xclip_fast.XCLIP.from_pretrained(checkpoint)
+marks.append(time.time())
+with torch.inference_mode():
+    text = model.encode_text(labels.split(","))
+    marks.append(time.time())
+    from xclip_fast.data.decode.decoder import decode
+    video = decode(clip, model.config.num_frames, size=model.config.vision.image_size)
+    marks.append(time.time())
+    model.similarity(model.encode_video(video[None]), text).softmax(-1).topk(1)
+marks.append(time.time())
+print(json.dumps(marks))
+"""
+
+
+def one_run(checkpoint: str, clip: str, labels: str) -> dict[str, float]:
+    """Seconds of each part in a fresh process."""
+    begin = time.time()
+    given = [sys.executable, "-c", CHILD, checkpoint, clip, labels]
+    marks = [begin, *json.loads(subprocess.run(given, capture_output=True, text=True, check=True).stdout)]
+    return {part: after - before for part, before, after in zip(PARTS, marks, marks[1:], strict=False)}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", nargs="?")
+    parser.add_argument("clip", nargs="?")
+    parser.add_argument("--labels", default="riding a bike,swimming")
+    parser.add_argument("--random", metavar="VARIANT", help="random weights of this shape and a generated clip")
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args(argv)
+    if args.random is None and args.clip is None:
+        parser.error("a checkpoint and a clip wanted, or --random VARIANT")
+    with tempfile.TemporaryDirectory() as folder:
+        if args.random:
+            import throughput
+
+            import xclip_fast
+
+            args.checkpoint, args.clip = folder, str(throughput.write_clips(Path(folder))[0])
+            xclip_fast.XCLIP(args.random).save_pretrained(folder, overwrite=True)
+        runs = [one_run(args.checkpoint, args.clip, args.labels) for _ in range(args.runs + 1)][1:]
+    medians = {part: statistics.median(run[part] for run in runs) for part in PARTS}
+    total = statistics.median(sum(run.values()) for run in runs)
+    for part, seconds in medians.items():
+        print(f"{part:8} {seconds:6.2f} s {seconds / total:6.0%}")
+    print(f"{'total':8} {total:6.2f} s, median of {args.runs}")
+    if args.json:
+        import measuring
+
+        environment = measuring.environment("cpu")
+        measuring.write_json(args.json, {"environment": environment, "variant": args.random, "runs": runs})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

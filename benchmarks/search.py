@@ -1,0 +1,361 @@
+"""Search at its real sizes: many rows, a long film, runs that are killed, two writers.
+
+    python benchmarks/search.py rows --count 1000000     # time of a query, of adding 100 videos, of building the index
+    python benchmarks/search.py film --minutes 60        # known events found, peak memory, time beside decoding alone
+    python benchmarks/search.py kill --times 30          # SIGKILL at random moments: nothing lost, twice or half
+
+Each prints one JSON object, and appends it to --json FILE. Models have random weights and are small where only the
+store is measured; vectors of `rows` are random.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import resource
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+E, CHUNK = 512, 20_000
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("rows", "film", "kill"))
+    parser.add_argument("--count", type=int, default=1_000_000, help="rows")
+    parser.add_argument("--patches", type=int, default=0, help="N stored patch features a row")
+    parser.add_argument("--minutes", type=int, default=60, help="of the film")
+    parser.add_argument("--times", type=int, default=30, help="kills")
+    parser.add_argument("--folder", type=Path, help="keep the data here; default: a temporary folder")
+    parser.add_argument("--json", type=Path, help="append the result to this file")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="xclip-search-") as scratch:
+        folder = options.folder or Path(scratch)
+        folder.mkdir(parents=True, exist_ok=True)
+        if options.what == "rows":
+            result = rows(folder, options.count, options.patches)
+        else:
+            result = film(folder, options.minutes) if options.what == "film" else kill(folder, options.times)
+    machine = {"cpu": _cpu(), "cores": len(os.sched_getaffinity(0)), "python": platform.python_version()}
+    line = json.dumps({"benchmark": options.what, **machine, **result})
+    print(line)
+    if options.json:
+        with open(options.json, "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+
+def rows(folder: Path, count: int, patches: int) -> dict[str, Any]:
+    """Random rows; queries without and with an index, each first in a process of its own."""
+    import pyarrow as pa
+
+    from xclip_fast.search.store import Store, StoreSettings, schema_of
+
+    settings = StoreSettings("0" * 64, "", "", E, 8, "sparse", 1, 10.0, 5.0, 30.0, patches=patches)
+    store = Store.create(folder / "store", settings)
+    rng = np.random.default_rng(0)
+
+    def batch(first: int, size: int) -> Any:
+        vectors = rng.standard_normal((size, E), dtype=np.float32)
+        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+        columns = [
+            pa.array([f"{first + i:024x}" for i in range(size)]),
+            pa.array([f"/videos/{(first + i) // 10:07}.mp4" for i in range(size)]),
+            pa.array(np.arange(first, first + size) % 10 * 5.0),
+            pa.array(np.arange(first, first + size) % 10 * 5.0 + 10),
+            pa.array(np.full(size, 1_000_000)),
+            pa.array(["0"] * size),
+            pa.nulls(size, pa.string()),
+            pa.nulls(size, pa.string()),
+            pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1).astype(np.float16)), E),
+        ]
+        if patches:
+            values = rng.standard_normal(size * patches * E, dtype=np.float32).astype(np.float16)
+            columns.append(pa.FixedSizeListArray.from_arrays(pa.array(values), patches * E))
+        return pa.record_batch(columns, schema=schema_of(settings))
+
+    def batches(first: int, last: int, step: int) -> Any:
+        made = (batch(at, min(step, last - at)) for at in range(first, last, step))
+        return pa.RecordBatchReader.from_batches(schema_of(settings), made)
+
+    step = CHUNK if not patches else 100
+    writing = _seconds(lambda: store.commit(batches(0, count, step), [], []))
+    result: dict[str, Any] = {
+        "rows": count,
+        "patches": patches,
+        "write_s": writing,
+        "exact": _queries(folder / "store"),
+    }
+    adding = [_seconds(lambda at=at: store.commit(batches(at, at + 100, 100), [], [])) for at in (count, count + 100)]
+    result["add_100_s"] = statistics.median(adding)
+    if count >= 100_000:
+        result["index_s"] = _seconds(store.build_index)
+        result["indexed"] = _queries(folder / "store")
+        result["recall_at_10"] = _recall(store)
+        result["add_100_with_index_s"] = _seconds(lambda: store.commit(batches(count + 200, count + 300, 100), [], []))
+    size = sum(path.stat().st_size for path in (folder / "store").rglob("*") if path.is_file())
+    return {**result, "bytes_per_row": round(size / count)}
+
+
+_QUERY = """
+import json, sys, time
+import torch
+from xclip_fast.search.query import find
+from xclip_fast.search.store import Store
+import lancedb, pyarrow, numpy
+model = None
+if int(sys.argv[2]):
+    from xclip_fast import XCLIP, VARIANTS
+    torch.manual_seed(0)
+    model = XCLIP(VARIANTS["B/16-8f"]).eval()
+begun = time.perf_counter()
+store = Store.open(sys.argv[1])
+opened = time.perf_counter() - begun
+times = []
+generator = torch.Generator().manual_seed(0)
+for _ in range(11):
+    query = torch.randn(1, 512, generator=generator)
+    begun = time.perf_counter()
+    hits = find(store, query, model=model, top=10)
+    times.append(time.perf_counter() - begun)
+    assert len(hits) == 10
+print(json.dumps({"open_s": opened, "first_s": times[0], "median_s": sorted(times[1:])[5], "worst_s": max(times[1:])}))
+"""
+
+
+def _queries(store: Path) -> dict[str, float]:
+    """Opening the store, the first query and ten more in a new process. Loading of packages and model is left out."""
+    from xclip_fast.search.store import Store
+
+    patches = Store.open(store).settings.patches
+    command = [sys.executable, "-c", _QUERY, str(store), str(patches)]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def _recall(store: Any) -> float:
+    """Of the exact ten best rows of random queries, the share that the index finds."""
+    import torch
+
+    rng = np.random.default_rng(1)
+    found = 0
+    for _ in range(20):
+        query = rng.standard_normal(E, dtype=np.float32)
+        query /= np.linalg.norm(query)
+        build = store.table.search(query).distance_type("dot").select(["id", "_distance"]).limit(10)
+        exact = set(build.bypass_vector_index().to_arrow()["id"].to_pylist())
+        table = store.nearest(torch.from_numpy(query), 100)
+        rows = table["_rowid"].to_pylist()[:10]
+        ids = store.table.take_row_ids(rows).select(["id"]).to_arrow()["id"].to_pylist()
+        found += len(exact & set(ids))
+    return found / 200
+
+
+def film(folder: Path, minutes: int) -> dict[str, Any]:
+    """A film with twelve known events: does a search by example name the right moment?"""
+    path, events = _make_film(folder, minutes)
+    weights = _weights(folder)
+    run = "import resource, sys; from xclip_fast.search import Index; "
+    run += "i = Index.open(sys.argv[1], sys.argv[2], device='cpu', dtype='float32'); s = i.add(sys.argv[3]); "
+    run += "assert not s.failed, s.failed; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, s.moments)"
+    seconds: dict[str, float] = {}
+    peak: dict[str, int] = {}
+    short = folder / "short.mp4"
+    _cut_film(path, short, 120)
+    moments = 0
+    for name, source in (("short", short), ("film", path)):
+        begun = time.perf_counter()
+        command = [sys.executable, "-c", run, str(folder / name), str(weights), str(source)]
+        kilobytes, moments = map(
+            int, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+        )
+        seconds[name], peak[name] = time.perf_counter() - begun, round(kilobytes / 1024)
+    decoding = _seconds(lambda: [None for _ in _decode_all(path)])
+    full = _seconds(lambda: _decode_everything(path))
+
+    from xclip_fast.search import Index
+
+    index = Index.open(folder / "film", device="cpu", dtype="float32")
+    right = []
+    for start, clip in events:
+        best = index.search(index.features(clip), top=1)[0].best
+        right.append(abs((best[0] + best[1]) / 2 - (start + 5)) <= 10)
+    return {
+        "minutes": minutes,
+        "moments": moments,
+        "events": len(events),
+        "events_within_one_window": sum(right),
+        "peak_mb_of_2_minutes": peak["short"],
+        "peak_mb": peak["film"],
+        "embed_s": round(seconds["film"], 1),
+        "decode_windows_s": round(decoding, 1),
+        "decode_every_frame_s": round(full, 1),
+    }
+
+
+def _decode_all(path: Path) -> Any:
+    from xclip_fast import decode_windows
+
+    return decode_windows(path, 10, 5, 8, size=32)
+
+
+def _decode_everything(path: Path) -> None:
+    from xclip_fast.data.decode.plan import all_frames, open_video
+
+    with open_video(path) as (container, stream):
+        assert sum(1 for _ in all_frames(container, stream))
+
+
+def _make_film(folder: Path, minutes: int) -> tuple[Path, list[tuple[float, Path]]]:
+    """240x320, 10 frames a second: a dim, slowly changing scene, with an event of ten seconds now and then."""
+    import av
+
+    from xclip_fast.data.motion import CLASSES, render, write_clip
+
+    rng = random.Random(0)
+    total = minutes * 60
+    starts = sorted(rng.sample(range(0, total // 10), 12))
+    events = {start * 10: number for number, start in enumerate(starts)}
+    clips: list[tuple[float, Path]] = []
+    path = folder / "film.mp4"
+    y_HW, x_HW = np.mgrid[0:240, 0:320].astype(np.float32)
+    with av.open(str(path), "w") as container:
+        stream: Any = container.add_stream("libx264", rate=10, options={"preset": "ultrafast", "g": "100"})
+        stream.height, stream.width, stream.pix_fmt = 240, 320, "yuv420p"
+        for second in range(0, total, 10):
+            if second in events:
+                number = events[second]
+                pictures = render(CLASSES[number % 10], 100 + number, number, frames=100, size=(240, 320))
+                clips.append((float(second), folder / f"event{number}.mp4"))
+                write_clip(clips[-1][1], pictures, 10, preset="ultrafast")
+            else:
+                phase = (np.arange(100) + second * 10)[:, None, None] / 600
+                waves = 40 + 20 * np.sin(x_HW / 40 + phase) + 15 * np.sin(y_HW / 30 - 2 * phase)
+                pictures = np.repeat(waves.astype(np.uint8)[..., None], 3, 3)
+            for picture in pictures:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), "rgb24")))
+        container.mux(stream.encode(None))
+    return path, clips
+
+
+def _cut_film(path: Path, out: Path, seconds: int) -> None:
+    import av
+
+    with av.open(str(path)) as source, av.open(str(out), "w") as target:
+        output = target.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.pts is None or packet.pts * packet.time_base > seconds:
+                break
+            packet.stream = output
+            target.mux(packet)
+
+
+def kill(folder: Path, times: int) -> dict[str, Any]:
+    """400 clips, 8 of them broken. Each run is killed after a random time, then one goes to its end."""
+    from xclip_fast.data.motion import CLASSES, render, write_clip
+    from xclip_fast.search import Index
+
+    videos = folder / "videos"
+    videos.mkdir()
+    for number in range(400):
+        if number % 50 == 7:
+            (videos / f"{number:03}.mp4").write_bytes(b"broken" * 99)
+            continue
+        pictures = render(CLASSES[number % 10], number, frames=24, size=(120, 160))
+        write_clip(videos / f"{number:03}.mp4", pictures, 12, preset="ultrafast")
+    weights = _weights(folder)
+    code = "import sys; from xclip_fast.search import Index, add; add._SECONDS = 0.3; "
+    code += "i = Index.open(sys.argv[1], sys.argv[2], device='cpu', dtype='float32'); print('ready', flush=True); "
+    code += "s = i.add(sys.argv[3], batch_size=1, on_file=lambda path, error: print(path, flush=True)); print('end')"
+    command = [sys.executable, "-c", code, str(folder / "store"), str(weights), str(videos)]
+    rng = random.Random(1)
+    kills, worked, ended = 0, 0, 0
+    while kills < times:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        if rng.random() < 0.8:
+            process.stdout.readline()  # ready: the kill falls into the work, otherwise into the start
+            time.sleep(rng.uniform(0, 0.8))
+        else:
+            time.sleep(rng.uniform(0, 4))
+        ended += process.poll() is not None
+        process.send_signal(signal.SIGKILL)
+        worked += len(process.stdout.read().splitlines())
+        process.wait()
+        kills += 1
+        if (folder / "store").exists() and (folder / "store" / "moments.lance").exists():
+            _check_store(folder / "store")
+    begun = time.perf_counter()
+    last = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    whole = Index.open(folder / "whole", weights, device="cpu", dtype="float32")
+    whole.add(videos)
+    again = Index.open(folder / "store", device="cpu", dtype="float32")
+    ours, theirs = (_rows(index) for index in (again, whole))
+    assert ours.keys() == theirs.keys()
+    assert len(ours) == 392
+    assert all(np.array_equal(ours[key], theirs[key]) for key in ours)
+    return {
+        "videos": 400,
+        "kills": kills,
+        "kills_after_the_end": ended,
+        "files_done_in_killed_runs": worked,
+        "files_left_for_the_last_run": len(last) - 2,
+        "last_run_s": round(time.perf_counter() - begun, 1),
+        "moments": len(ours),
+        "lost": 0,
+        "twice": 0,
+        "equal_to_an_unbroken_run": True,
+    }
+
+
+def _check_store(store: Path) -> None:
+    from xclip_fast.search.store import Store
+
+    ids = Store.open(store).table.search().select(["id"]).to_arrow()["id"].to_pylist()
+    assert len(ids) == len(set(ids)), "a row is there twice"
+
+
+def _rows(index: Any) -> dict[tuple[str, float], Any]:
+    found = index.store.table.search().where("error IS NULL").select(["path", "start", "vector"]).to_arrow().to_pylist()
+    assert len(found) == len({(row["path"], row["start"]) for row in found})
+    return {(row["path"], row["start"]): np.array(row["vector"]) for row in found}
+
+
+def _weights(folder: Path) -> Path:
+    import torch
+
+    from xclip_fast import XCLIP, TextConfig, VisionConfig, XCLIPConfig
+
+    vision = VisionConfig(image_size=32, patch_size=8, width=128, layers=2, heads=2)
+    torch.manual_seed(0)
+    model = XCLIP(XCLIPConfig(vision=vision, text=TextConfig(width=64, layers=2, heads=1), embed_dim=64, num_frames=8))
+    model.save_pretrained(folder / "weights", overwrite=True)
+    return folder / "weights"
+
+
+def _seconds(work: Callable[[], Any]) -> float:
+    begun = time.perf_counter()
+    work()
+    return round(time.perf_counter() - begun, 3)
+
+
+def _cpu() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+if __name__ == "__main__":
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    main()

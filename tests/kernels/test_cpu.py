@@ -1,0 +1,298 @@
+"""Inference on a CPU (kernels/cpu.py) against float64, after changes of weights and from every kind of caller."""
+
+import copy
+import dataclasses
+import functools
+import pickle
+import threading
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
+from xclip_fast.kernels import cpu
+
+import xclip_fast
+from xclip_fast import FastCCTBlock, kernels
+from xclip_fast.config import VARIANTS
+from xclip_fast.nn.cct import Stream, with_spare_row
+
+
+def random_block(width=64, heads=2, frames=3, activation="quick_gelu", seed=0):
+    torch.manual_seed(seed)
+    block = FastCCTBlock(width, heads, frames, batch_first=True, activation=activation).eval()
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.copy_(torch.randn_like(parameter) * (0.5 if parameter.dim() == 1 else 1.5 * width**-0.5))
+    return block
+
+
+def error(given, wanted):
+    return ((given.double() - wanted).abs().max() / wanted.abs().max()).item()
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """Counts the calls that the CPU path computes, and fills every buffer with NaN before it is used."""
+    calls = []
+    for name in ("cross_frame_attention", "feed_forward", "patch_embed", "causal_attention_packed"):
+
+        def counted(name, function, *args, **kwargs):
+            calls.append(name)
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(cpu, name, functools.partial(counted, name, getattr(cpu, name)))
+    buffer = cpu._buffer
+    monkeypatch.setattr(cpu, "_buffer", lambda *args: buffer(*args).fill_(float("nan")))
+    return calls
+
+
+@pytest.mark.parametrize("backend", ["auto", "onednn"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("videos", "frames", "length"), [(1, 1, 2), (2, 3, 5), (1, 5, 50), (3, 2, 17)])
+@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
+def test_block_is_as_exact_as_torch_of_its_dtype(videos, frames, length, dtype, backend, activation, taken):
+    block = random_block(frames=frames, activation=activation).to(dtype)
+    x = torch.randn(videos * frames, length, 64).to(dtype)
+    with torch.no_grad():
+        wanted = copy.deepcopy(block).double()(x.double())
+        with kernels.backend("reference"):
+            plain = block(x)
+        assert not taken
+        with kernels.backend(backend), cpu.workspace():
+            given = block(x)
+    assert taken == ["cross_frame_attention", "feed_forward"]
+    assert given.dtype == dtype
+    assert given.shape == x.shape
+    assert error(given, wanted) <= 2 * error(plain, wanted) + torch.finfo(dtype).eps
+
+
+def test_rows_computed_in_parts(monkeypatch, taken):
+    block = random_block()
+    x = torch.randn(12, 7, 64)
+    with torch.no_grad():
+        whole = block(x)
+        monkeypatch.setattr(cpu, "HIDDEN_BYTES", 4 * 4 * 64 * 20)  # two frames, or twenty rows
+        with cpu.workspace():
+            assert torch.allclose(block(x), whole, rtol=1e-5, atol=1e-6)
+
+
+def test_released_layout_and_an_input_that_stays_as_it_is():
+    block = random_block()
+    released = copy.deepcopy(block)
+    released.batch_first = False
+    x = torch.randn(6, 5, 64)
+    before = x.clone()
+    with torch.no_grad():
+        assert torch.allclose(released(x.transpose(0, 1).contiguous()).transpose(0, 1), block(x), atol=1e-6)
+    assert torch.equal(x, before)
+
+
+def fused_step(block):
+    optimizer = torch.optim.AdamW(block.parameters(), lr=0.1, fused=True)
+    for parameter in block.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+
+
+def edited_data(block):
+    for parameter in block.parameters():
+        parameter.data.view(-1)[3] += 1.0  # one element: no sample of a weight would show it
+
+
+def edited_numpy(block):
+    block.mlp.c_fc.weight.detach().numpy()[:, 1] = 0.5
+
+
+def loaded(block):
+    block.load_state_dict(random_block(seed=1).state_dict())
+
+
+def assigned(block):
+    block.load_state_dict(random_block(seed=1).state_dict(), assign=True)
+
+
+def merged_lora(block):
+    for linear in (block.mlp.c_fc, block.mlp.c_proj, block.attn.out_proj):
+        linear.weight.data += torch.randn(linear.out_features, 2) @ torch.randn(2, linear.in_features)
+
+
+def to_half(block):
+    block.to(torch.float16)
+
+
+@pytest.mark.parametrize(
+    "change", [fused_step, edited_data, edited_numpy, loaded, assigned, merged_lora, to_half], ids=lambda f: f.__name__
+)
+@pytest.mark.parametrize("backend", ["auto", "onednn"])
+def test_changed_weights_count_at_once(change, backend):
+    block = random_block()
+    x = torch.randn(6, 5, 64)
+    with kernels.backend(backend), torch.no_grad():
+        before = block(x)
+    change(block)
+    with torch.no_grad():
+        with kernels.backend(backend):
+            given = block(x.to(block.ln_1.weight.dtype))
+        wanted = copy.deepcopy(block).double()(x.double())
+    tolerance = 1e-5 if block.ln_1.weight.dtype == torch.float32 else 5e-3
+    assert error(given, wanted) < tolerance
+    if change is not to_half:
+        assert error(before, wanted) > 1e-3
+
+
+def test_gradients_autocast_float64_and_transforms_are_left_to_the_differentiable_path(taken):
+    block, x = random_block(), torch.randn(6, 5, 64)
+    block(x).sum().backward()
+    assert block.mlp.c_fc.weight.grad is not None
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        block(x)
+    with torch.no_grad():
+        block.double()(x.double())
+        block.float()
+        with sdpa_kernel(SDPBackend.MATH):
+            torch.func.jvp(block, (x,), (x,))
+        torch.func.vmap(lambda x: block(x))(x[None].repeat(2, 1, 1, 1))
+        torch.jit.trace(block, x, check_trace=False)
+    assert not taken
+    block.requires_grad_(False)(x)  # nothing asks for a gradient
+    assert taken
+    del taken[:]
+    assert block(x.clone().requires_grad_()).requires_grad
+    assert not taken
+
+
+def test_compiled_and_exported_blocks_give_the_same_numbers(taken):
+    block, x = random_block(), torch.randn(6, 5, 64)
+    with torch.no_grad():
+        wanted = block(x)
+        del taken[:]
+        exported = torch.export.export(block, (x,)).module()(x)
+        compiled = torch.compile(block, fullgraph=True, backend="aot_eager")(x)
+    assert not taken
+    for given in (exported, compiled):
+        assert torch.allclose(given, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_threads_copies_and_inference_mode():
+    block, x = random_block(), torch.randn(6, 5, 64)
+    with torch.no_grad():
+        wanted = block(x)
+        for twin in (copy.deepcopy(block), pickle.loads(pickle.dumps(block))):
+            assert torch.equal(twin(x), wanted)
+    results = {}
+
+    def run(number):
+        with torch.inference_mode(), cpu.workspace():
+            results[number] = [block(x + number) for _ in range(5)]
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    with torch.no_grad():
+        for number in range(4):
+            wanted = block(x + number)
+            assert all(torch.allclose(given, wanted, atol=1e-6) for given in results[number])
+
+
+def test_a_workspace_ends_with_its_block_and_serves_both_modes():
+    block, x = random_block(), torch.randn(6, 5, 64)
+    with cpu.workspace():
+        with torch.inference_mode():
+            first = block(x)
+        with torch.no_grad():
+            assert torch.equal(block(x), first)
+        assert cpu._local.buffers
+    assert cpu._local.buffers is None
+
+
+@pytest.fixture(scope="module")
+def model():
+    config = VARIANTS["B/32-8f"]
+    vision = dataclasses.replace(config.vision, layers=2, width=128, heads=2)
+    text = dataclasses.replace(config.text, layers=2)
+    torch.manual_seed(0)
+    return xclip_fast.XCLIP(dataclasses.replace(config, vision=vision, text=text)).eval()
+
+
+LABELS = ["swimming", "riding a horse on the beach", "a", "playing the guitar with two friends", "tennis"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_whole_model_against_float64(model, dtype, taken):
+    given = copy.deepcopy(model).to(dtype)
+    video = torch.randint(256, (2, 8, 224, 224, 3), dtype=torch.uint8)
+    with torch.no_grad():
+        ours = given(video, LABELS)
+        assert {"patch_embed", "cross_frame_attention", "feed_forward", "causal_attention_packed"} <= set(taken)
+        text = given.encode_text(LABELS)
+        given.text.forget()
+        with kernels.backend("reference"):
+            plain, plain_text = given(video, LABELS), given.encode_text(LABELS)
+        exact = copy.deepcopy(given).double()
+        wanted, wanted_text = exact(video, LABELS), exact.encode_text(LABELS)
+    slack = torch.finfo(dtype).eps
+    assert error(ours, wanted) <= 1.5 * error(plain, wanted) + slack
+    assert error(text, wanted_text) <= 1.5 * error(plain_text, wanted_text) + slack
+    if dtype == torch.float32:
+        assert error(ours, wanted) < 1e-5
+
+
+def test_normalized_pixels_are_the_same_as_levels(model):
+    video = torch.randint(256, (1, 8, 224, 224, 3), dtype=torch.uint8)
+    mean, std = (torch.tensor(values) for values in (model.config.image_mean, model.config.image_std))
+    pixels = ((video / 255 - mean) / std).permute(0, 1, 4, 2, 3)
+    with torch.no_grad():
+        for given, wanted in zip(model.encode_video(pixels), model.encode_video(video), strict=True):
+            assert torch.allclose(given, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_passes_over_memory_of_a_block():
+    """The calls of one block that read as much as its stream, in order. docs/performance.md names them."""
+    block, x = random_block(), torch.randn(12, 60, 64)
+    stream = Stream(with_spare_row(x), None)
+    with torch.no_grad(), cpu.workspace():
+        block(stream)
+        with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
+            block(stream)
+    work = {"aten::addmm", "aten::addmm_", "aten::copy_", "aten::add", "aten::add_", "aten::mul", "aten::silu_"}
+    work |= {"aten::native_layer_norm", "aten::_scaled_dot_product_flash_attention_for_cpu", "aten::cat", "aten::fill_"}
+    seen = [
+        event.name.removeprefix("aten::")
+        for event in profiler.events()
+        if event.name in work and any(torch.Size(shape).numel() >= x.numel() for shape in event.input_shapes if shape)
+    ]
+    # copy_ inside addmm fills the product with its bias, or with the residual
+    assert seen == [
+        *("native_layer_norm", "addmm", "copy_", "_scaled_dot_product_flash_attention_for_cpu"),
+        *("addmm", "copy_", "add_"),
+        *("native_layer_norm", "addmm", "copy_", "silu_", "addmm", "copy_", "add_"),
+    ]
+
+
+def test_a_model_may_be_trained_between_two_inferences(model):
+    trained = copy.deepcopy(model)
+    video = torch.randint(256, (1, 8, 224, 224, 3), dtype=torch.uint8)
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-2, fused=True)
+    with torch.no_grad():
+        before = trained(video, LABELS)
+    trained.train()(video, LABELS).logsumexp(1).sum().backward()
+    with torch.no_grad():
+        trained.eval()(video, LABELS)  # metrics between backward and step
+        trained.train()
+    optimizer.step()
+    with torch.no_grad():
+        after, wanted = trained.eval()(video, LABELS), copy.deepcopy(trained).double()(video, LABELS)
+    assert error(after, wanted) < 1e-4
+    assert error(before, wanted) > 1e-3
+
+
+@pytest.mark.skipif(cpu.NATIVE_ON_CPU[torch.bfloat16], reason="this CPU has bfloat16 instructions")
+def test_half_precision_is_rounded_once_where_the_cpu_has_no_instructions_for_it():
+    linear = nn.Linear(64, 256)
+    products = cpu._Products(torch.bfloat16)
+    assert products.dtype == torch.float32
+    assert products.widened(linear.weight.bfloat16()).dtype == torch.float32

@@ -1,0 +1,122 @@
+"""The install on machines that lack something: nothing that is there is lost, and what can run does."""
+
+import importlib.util
+import json
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import setuptools
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """setup.py's build command on an empty folder, and the names of setup.py."""
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    monkeypatch.setenv("XCLIP_FAST_CUDA", "")
+    names = runpy.run_path(str(ROOT / "setup.py"))
+    command = names["BuildLibrary"](setuptools.Distribution({"name": "xclip-fast"}))
+    command.build_lib = str(tmp_path / "build")
+    extension = setuptools.Extension("xclip_fast.kernels.libxclip_fast", [], optional=True)
+    space = command.build_extension.__func__.__globals__
+    space["ROOT"] = tmp_path
+    (tmp_path / "kernels").mkdir()
+    return command, extension, space
+
+
+@pytest.mark.parametrize("editable", [False, True])
+def test_an_install_that_cannot_build_keeps_the_library_that_is_there(build: Any, tmp_path: Path, editable: bool):
+    command, extension, space = build
+    command.editable_mode = editable
+    target = tmp_path / "build" / "xclip_fast" / "kernels" / "libxclip_fast.so"
+    beside = tmp_path / "kernels" / "libxclip_fast.so"  # where an editable install keeps it
+    target.parent.mkdir(parents=True)
+    for file in (target, beside):
+        file.write_bytes(b"built before")
+
+    def cannot(nvcc: str) -> Path:
+        raise RuntimeError("CUTLASS's headers are not here")
+
+    space["build_library"] = cannot
+    command.build_extension(extension)
+    assert target.read_bytes() == beside.read_bytes() == b"built before"
+    note = (beside if editable else target).with_suffix(".failed")
+    assert "CUTLASS's headers are not here" in note.read_text()
+
+    made = tmp_path / "made.so"
+    made.write_bytes(b"built now")
+    space["build_library"] = lambda nvcc: made
+    command.build_extension(extension)
+    assert target.read_bytes() == b"built now"
+    assert not note.exists()
+    assert [file.name for file in target.parent.iterdir()] == ["libxclip_fast.so"]
+
+
+def test_a_wish_for_the_library_makes_its_absence_an_error(build: Any):
+    command, extension, space = build
+    space.update(WISH="1", build_library=lambda nvcc: (_ for _ in ()).throw(RuntimeError("no cmake")))
+    with pytest.raises(RuntimeError, match="no cmake"):
+        command.build_extension(extension)
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None or shutil.which("cmake") is None, reason="needs nvcc and cmake")
+@pytest.mark.parametrize("trace", [False, True])
+def test_the_check_program_is_optimized_and_a_traced_library_says_why_a_launch_failed(tmp_path: Path, trace: bool):
+    header = tmp_path / "cutlass" / "include" / "cutlass" / "cutlass.h"
+    header.parent.mkdir(parents=True)
+    header.touch()
+    options = [f"-DCUTLASS_DIR={tmp_path / 'cutlass'}", "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON"]
+    options += ["-DXCLIP_FAST_TRACE=ON"] if trace else []
+    subprocess.run(["cmake", "-S", ROOT, "-B", tmp_path / "build", *options], check=True, capture_output=True)
+    commands = json.loads((tmp_path / "build" / "compile_commands.json").read_text())
+    by_file = {Path(one["file"]).name: one["command"] for one in commands}
+    assert " -O3" in by_file["check.cu"]
+    products = [command for name, command in by_file.items() if name.startswith("product_")]
+    assert len(products) == 5
+    assert all(("CUTLASS_DEBUG_TRACE_LEVEL=1" in command) is trace for command in products)
+
+
+def collected(tmp_path: Path, missing: str, *files: str) -> str:
+    """What pytest says when it collects the files where a package is missing."""
+    (tmp_path / f"{missing}.py").write_text(
+        f"raise ModuleNotFoundError(\"No module named '{missing}'\", name='{missing}')\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-rs", "-n", "0", "--no-cov", *files]
+    command += ["-p", "no:cacheprovider"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:]
+    return done.stdout
+
+
+def file_of(name: str) -> str:
+    return str(next((ROOT / "tests").rglob(f"{name}.py")).relative_to(ROOT))
+
+
+def test_without_av_the_files_that_need_it_are_skipped_and_the_others_run(tmp_path: Path):
+    said = collected(tmp_path, "av", *map(file_of, ("test_fp8", "test_gpu", "test_decode", "test_cct")))
+    assert "test_a_trained_model_answers_the_same" in said
+    assert "test_compute_sanitizer_finds_nothing" in said
+    assert said.count("av is not installed") == 1
+    assert "test_decode.py:0: av is not installed" in said
+
+
+def test_a_machine_that_refuses_compute_sanitizer_is_not_an_error_of_ours():
+    spec = importlib.util.spec_from_file_location("gpu_tests", ROOT / file_of("test_gpu"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    refused = "========= COMPUTE-SANITIZER\n========= Error: Device not supported. Please refer to the documentation\n"
+    assert module.sanitizer_refusal(refused) == "Error: Device not supported. Please refer to the documentation"
+    found = "========= Invalid __global__ write of size 4 bytes\n========= ERROR SUMMARY: 1 error\n"
+    assert module.sanitizer_refusal(found) is None
+    assert module.sanitizer_refusal(found + refused) is None
+    assert module.sanitizer_refusal("AssertionError") is None

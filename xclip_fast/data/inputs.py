@@ -1,0 +1,95 @@
+"""Which videos a command line means: files, folders, globs, lists, standard input, addresses."""
+
+from __future__ import annotations
+
+import glob
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .manifest.listing import VIDEO_NAME, lines_of
+from .remote import is_remote, remote_files
+
+
+@dataclass
+class Inputs:
+    """What was given, spelled out.
+
+    `paths`: the videos in the given order, a folder's sorted; what was given twice is there twice. `folders`: the
+    folders that were listed, local or remote, so that a store can tell what is gone from them. `empty`: one line for
+    each folder, glob or list without a video.
+    """
+
+    paths: list[str] = field(default_factory=list)
+    folders: list[str] = field(default_factory=list)
+    empty: list[str] = field(default_factory=list)
+
+
+def find_videos(given: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> Inputs:
+    """Spells out what each name means.
+
+    A folder means the video files in it and in its folders, without hidden ones. A name with `*`, `?` or `[` that is no
+    file means the files that match it (`**`: any folders). `-` means the paths on standard input, one a line, or
+    separated by NUL bytes. A `.txt` file means the paths in it, one a line, relative to the file's folder; a `.jsonl`
+    file is a manifest. `http://`, `https://`, `s3://` and the other schemes of fsspec mean remote files, and remote
+    folders or globs where the scheme can list them.
+
+    A name that was given itself stays, whatever it is: reading it says what is wrong. Raises ValueError for an empty
+    name.
+    """
+    found = Inputs()
+    names = [given] if isinstance(given, (str, os.PathLike)) else given
+    for name in [os.fspath(each) for each in names]:
+        before = len(found.paths)
+        if not name:
+            raise ValueError("an empty name was given; a video file or folder is wanted")
+        if name == "-":
+            found.paths += [path for path in _standard_input() if path]
+            kind = "paths on standard input"
+        elif is_remote(name):
+            kind = "video file in this remote folder"
+            listed = remote_files(name)
+            if listed is None:
+                found.paths.append(name)
+            else:
+                found.folders.append(name)
+                found.paths += [path for path in listed if VIDEO_NAME.fullmatch(path.rsplit("/", 1)[-1])]
+        elif os.path.isdir(name):
+            kind = "video file in this folder"
+            found.folders.append(name)
+            found.paths += sorted(_inside(name))
+        elif os.path.isfile(name) and name.lower().endswith((".txt", ".jsonl")):
+            kind = "video in this list"
+            found.paths += _listed(Path(name))
+        elif any(sign in name for sign in "*?[") and not os.path.lexists(name):
+            kind = "file matches"
+            found.paths += sorted(path for path in glob.glob(name, recursive=True) if not os.path.isdir(path))
+        else:
+            kind = ""
+            found.paths.append(name)
+        if len(found.paths) == before:
+            found.empty.append(f"{name}: no {kind}")
+    return found
+
+
+def _inside(folder: str) -> Iterator[str]:
+    for here, folders, files in os.walk(folder):
+        folders[:] = [each for each in folders if not each.startswith(".")]
+        yield from (os.path.join(here, each) for each in files if VIDEO_NAME.fullmatch(each))
+
+
+def _standard_input() -> Sequence[str]:
+    data = sys.stdin.buffer.read()
+    return [os.fsdecode(line.rstrip(b"\r")) for line in data.split(b"\0" if b"\0" in data else b"\n")]
+
+
+def _listed(file: Path) -> list[str]:
+    if file.suffix.lower() == ".jsonl":
+        from .manifest.manifest import Manifest
+
+        manifest = Manifest.read(file)
+        return [str(manifest.root / video.path) for video in manifest.videos if video.member is None]
+    lines = (line for _, line in lines_of(file))
+    return [line if is_remote(line) else os.path.join(file.parent, line) for line in lines]

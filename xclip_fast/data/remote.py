@@ -1,0 +1,123 @@
+"""Remote videos, through fsspec: `https://`, `s3://`, `gs://` and its other schemes.
+
+A remote file is copied to an anonymous temporary file while it is read. Its name on the server never becomes a path on
+this machine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from .decode.plan import VideoError
+
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+_CHUNK = 1 << 20  # bytes
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What reading one remote file may take: `size` in bytes, `seconds` in all."""
+
+    size: int = 2 << 30
+    seconds: float = 600.0
+
+
+def is_remote(path: str) -> bool:
+    """Whether this is an address, such as s3://bucket/key, and not a path."""
+    return _SCHEME.match(path) is not None
+
+
+def remote_files(address: str) -> list[str] | None:
+    """The files that a remote folder (with a final "/") or glob holds, sorted; None for the address of one file.
+
+    Raises ValueError where the scheme cannot list, OSError where the server refuses.
+    """
+    scheme = address.partition("://")[0].lower()
+    web = scheme in ("http", "https")  # "?" is part of an address there, and folders cannot be listed
+    is_glob = not web and any(sign in address for sign in "*?[")
+    if not is_glob and not address.endswith("/"):
+        return None
+    if web:
+        raise ValueError(f"{_shown(address)}: a folder of a web server cannot be listed; give the files' addresses")
+    with _errors(address):
+        filesystem, path = _open(address)
+        found = filesystem.glob(path) if is_glob else filesystem.find(path)
+    return sorted(filesystem.unstrip_protocol(each) for each in found)
+
+
+def describe(address: str) -> tuple[int, str]:
+    """Size in bytes (0 if the server does not say) and what changes when the file does. Raises VideoError."""
+    with _errors(address):
+        filesystem, path = _open(address)
+        info = filesystem.info(path)
+    stamp = next((info[key] for key in ("ETag", "etag", "LastModified", "mtime", "md5Hash") if info.get(key)), "")
+    return int(info.get("size") or 0), str(stamp)
+
+
+@contextlib.contextmanager
+def local_copy(address: str, limits: Limits | None = None) -> Iterator[str]:
+    """The path of a temporary copy, which is removed after the block. Raises VideoError, also past a limit."""
+    limits = limits or Limits()
+    end = time.monotonic() + limits.seconds
+    with tempfile.NamedTemporaryFile(prefix="xclip-fast-") as copy:
+        with _errors(address):
+            filesystem, path = _open(address)
+            with filesystem.open(path, "rb", block_size=_CHUNK, cache_type="readahead") as stream:
+                size = 0
+                while chunk := stream.read(_CHUNK):
+                    size += len(chunk)
+                    if size > limits.size:
+                        raise VideoError(
+                            f"{_shown(address)}: is larger than the limit of {limits.size:,} bytes; raise --max-bytes"
+                        )
+                    if time.monotonic() > end:
+                        raise VideoError(
+                            f"{_shown(address)}: took longer than {limits.seconds:g} seconds; raise --max-seconds"
+                        )
+                    copy.write(chunk)
+                copy.flush()
+        yield copy.name
+
+
+def _open(address: str) -> tuple[Any, str]:
+    """The file system of an address, and the path in it."""
+    try:
+        from fsspec.core import url_to_fs
+    except ImportError as error:
+        raise ImportError("remote files need fsspec: pip install 'xclip-fast[remote]'") from error
+    options: dict[str, Any] = {}
+    if address.lower().startswith(("http://", "https://")):
+        import aiohttp
+
+        options["client_kwargs"] = {"timeout": aiohttp.ClientTimeout(sock_connect=30, sock_read=60)}
+    filesystem, path = url_to_fs(address, **options)
+    if getattr(filesystem, "protocol", None) in ("file", ("file", "local")) or "::" in address:
+        raise ValueError(f"{_shown(address)}: is not a remote file; give the path itself")
+    return filesystem, path
+
+
+@contextlib.contextmanager
+def _errors(address: str) -> Iterator[None]:
+    """What a server answers comes out as a VideoError; a missing package stays an ImportError."""
+    try:
+        yield
+    except (VideoError, ImportError):
+        raise
+    except FileNotFoundError as error:
+        raise VideoError(f"{_shown(address)}: no such file") from error
+    except Exception as error:  # each of fsspec's file systems raises errors of its own
+        text = " ".join(str(error).replace(address, _shown(address)).split()) or type(error).__name__
+        raise VideoError(f"{_shown(address)}: cannot be read ({text})") from error
+
+
+def _shown(address: str) -> str:
+    """The address without a password or a signature in it, for people."""
+    scheme, _, rest = address.partition("://")
+    host, slash, path = rest.partition("/")
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path.partition('?')[0]}"

@@ -1,0 +1,1 @@
+"""Embedding, classifying and evaluating on many machines, with Ray Data."""

@@ -1,0 +1,197 @@
+"""One stage of a pipeline over many videos: a batch of rows in, a batch of rows out.
+
+Nothing here knows Ray. A batch is a dict of columns, as Ray Data, Daft and others pass them; a column is a NumPy array
+or a list. A bad file is a row with an error, never an exception.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from ..inference.batches import Reading
+    from ..model import XCLIP
+
+Batch = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """How a worker gets the model. `checkpoint` must be readable where the worker runs; None: random weights."""
+
+    checkpoint: str | None
+    variant: str | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+
+    def load(self) -> XCLIP:
+        import torch
+
+        from .. import config
+        from ..inference.placement import automatic_dtype
+        from ..model import XCLIP
+
+        device = self.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        torch.manual_seed(0)  # random weights are the same in every worker
+        shape = None if self.variant is None else config.variant(self.variant)
+        if self.checkpoint is None:
+            model = XCLIP(shape or config.VARIANTS["B/16-8f"]).eval()
+        else:
+            model = XCLIP.from_pretrained(self.checkpoint, config=shape)
+        dtype = automatic_dtype(torch.device(device)) if self.dtype == "auto" else getattr(torch, self.dtype)
+        return model.to(device=device, dtype=dtype)
+
+
+@dataclass
+class VideoStage:
+    """From paths to answers.
+
+    `decode` turns rows of `path` into rows of windows: `path`, `number` (0, 1, ... in the file), `start`, `end`
+    (seconds), `frames` uint8 (T, S, S, 3), `error` (""). After the last window of a file comes a row whose `number` is
+    -1 - (the number of windows), with what is wrong with the file in `error`; its frames are blank.
+
+    Calling the stage turns rows of windows into answers: the same rows without `frames`, with `vector` float32 (E,),
+    and `patches` float16 (N, E) if asked for; or, with `labels`, `probabilities` float32 (K,). Rows without `frames`
+    are decoded first, so one stage can do both.
+
+    The model is loaded at the first call, in the worker.
+    """
+
+    spec: ModelSpec
+    reading: Reading
+    patches: bool = False
+    labels: Sequence[str] | None = None
+    templates: Sequence[str] | None = None
+    _model: Any = field(default=None, repr=False)
+    _text: Any = field(default=None, repr=False)
+
+    def decode(self, batch: Batch) -> Iterator[Batch]:
+        """One batch of one row at a time: a long film never lies in memory whole."""
+        for path in map(str, batch["path"]):
+            count, error = 0, ""
+            try:
+                for window in self.reading.windows(path):
+                    yield self._row(path, count, window.start, window.end, window.frames.numpy(), "")
+                    count += 1
+            except (ValueError, OSError) as problem:
+                error = " ".join(str(problem).split()) or type(problem).__name__
+            yield self._row(path, -1 - count, 0.0, 0.0, None, error)
+
+    def _row(self, path: str, number: int, start: float, end: float, frames: Any, error: str) -> Batch:
+        if frames is None:
+            frames = np.zeros((self.reading.frames, self.reading.size, self.reading.size, 3), np.uint8)
+        return {
+            "path": np.array([path], object),
+            "number": np.array([number]),
+            "start": np.array([start]),
+            "end": np.array([end]),
+            "frames": frames[None],
+            "error": np.array([error], object),
+        }
+
+    def __call__(self, batch: Batch) -> Batch:
+        if "frames" not in batch:
+            parts = list(self.decode(batch))
+            batch = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts else {}
+        if not batch:
+            return {}
+        import torch
+
+        number = np.asarray(batch["number"])
+        real = np.flatnonzero(number >= 0)
+        answers: dict[str, np.ndarray] = {}
+        errors = np.array([str(error) for error in batch["error"]], object)
+        frames = np.asarray(batch["frames"])
+        with torch.inference_mode():
+            model = self.model
+            # At least one row runs, so that every batch has the same columns.
+            rows = real if len(real) else np.array([0])
+            found = model.encode_video(torch.from_numpy(np.ascontiguousarray(frames[rows])).to(self._device))
+            for name, tensor in self._answer(found).items():
+                value = tensor.cpu().numpy()
+                answers[name] = np.zeros((len(number), *value.shape[1:]), value.dtype)
+                answers[name][rows] = value
+                bad = rows[~np.isfinite(value).reshape(len(rows), -1).all(1)]
+                errors[bad[number[bad] >= 0]] = "the answer is not a number; try --dtype float32"
+        kept = {name: batch[name] for name in ("path", "number", "start", "end")}
+        return {**kept, "error": errors, **answers}
+
+    def _answer(self, found: Any) -> dict[str, Any]:
+        import torch
+
+        if self.labels is None:
+            vector = {"vector": found.video.float()}
+            return {**vector, "patches": found.patches.half()} if self.patches else vector
+        logits = [self.model.similarity(found, text_KE) for text_KE in self._texts()]
+        return {"probabilities": torch.cat(logits, 1).softmax(-1).float()}
+
+    @property
+    def model(self) -> XCLIP:
+        if self._model is None:
+            self._model = self.spec.load()
+        return self._model
+
+    @property
+    def _device(self) -> Any:
+        return next(self.model.parameters()).device
+
+    def _texts(self) -> list[Any]:
+        if self._text is None:
+            model, labels = self.model, list(self.labels or ())
+            if model.config.num_classes is not None:
+                self._text = [None]
+            else:
+                parts = [labels[start : start + 1024] for start in range(0, len(labels), 1024)]
+                self._text = [
+                    model.encode_text_ensemble(part, self.templates) if self.templates else model.encode_text(part)
+                    for part in parts
+                ]
+        return self._text
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_model": None, "_text": None}  # weights are read where they are used
+
+
+@dataclass
+class File:
+    """Everything a pipeline said of one file: rows in order of time, or an error."""
+
+    path: str
+    rows: list[dict[str, Any]]
+    error: str
+
+
+def files(batches: Iterator[Batch] | Sequence[Batch]) -> Iterator[File]:
+    """Puts rows that come in any order together again: each file once it is complete."""
+    waiting: dict[str, dict[int, dict[str, Any]]] = {}
+    ends: dict[str, tuple[int, str]] = {}
+    for batch in batches:
+        for at in range(len(batch["path"]) if batch else 0):
+            row = {name: column[at] for name, column in batch.items()}
+            path, number = str(row["path"]), int(row["number"])
+            if number < 0:
+                ends[path] = -1 - number, str(row["error"])
+            else:
+                waiting.setdefault(path, {})[number] = row
+            if path in ends and len(waiting.get(path, ())) >= ends[path][0]:
+                count, error = ends.pop(path)
+                rows = [each for _, each in sorted(waiting.pop(path, {}).items())][:count]
+                error = error or next((str(each["error"]) for each in rows if each["error"]), "")
+                yield File(path, rows, error)
+
+
+def as_answers(found: Iterator[File], names: Callable[[dict[str, Any]], list[Any]]) -> Iterator[Any]:
+    """The files as `answers` gives them: Answer for each window, then Finished."""
+    from ..inference.batches import Answer, Finished
+
+    for file in found:
+        if not file.error:
+            for row in file.rows:
+                yield Answer(file.path, float(row["start"]), float(row["end"]), names(row))
+        yield Finished(file.path, ValueError(file.error) if file.error else None)

@@ -1,0 +1,304 @@
+"""What `embed` does with a store: find out what is new, changed or gone, embed it, and write it as it comes."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..data.decode.plan import VideoError
+from ..data.inputs import Inputs
+from ..data.remote import describe, is_remote
+from ..inference.batches import Answer, Finished
+from .parquet import ParquetFolder
+from .store import FileRows, Known, Store, record_batch, schema_of
+
+_SECONDS, _FILES, _IN_MEMORY = 10.0, 4096, 64 << 20  # a commit at least so often; bytes of rows before they go to disk
+
+
+@dataclass
+class Summary:
+    """What became of each file that was given. Paths as stored; `failed` holds one line each."""
+
+    added: list[str] = field(default_factory=list)
+    updated: list[str] = field(default_factory=list)
+    unchanged: int = 0
+    aliases: dict[str, str] = field(default_factory=dict)  # another path of a file, and the entry that it has
+    dropped: list[str] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+    moments: int = 0
+
+    def __str__(self) -> str:
+        text = f"{len(self.added)} added, {len(self.updated)} updated, {self.unchanged} unchanged"
+        text += f", {len(self.dropped)} dropped, {len(self.failed)} failed; {self.moments} moments written"
+        return text + (f"; {len(self.aliases)} further paths of the same files" if self.aliases else "")
+
+
+@dataclass
+class Plan:
+    """What is to be embedded: `paths` to read, by the stored name; and what the store knows of each now."""
+
+    paths: dict[str, str]
+    known: dict[str, Known]
+    replaced: set[str]
+    summary: Summary
+
+
+def stored_name(path: str, root: str) -> str:
+    """How a path is written in the store. Raises ValueError for a path outside of the root, or not in UTF-8."""
+    if is_remote(path):
+        return path
+    full = os.path.abspath(path)
+    try:
+        full.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{path!r}: the name is not UTF-8; rename the file") from error
+    if not root:
+        return full
+    below = os.path.relpath(full, root)
+    if below.startswith(os.pardir + os.sep):
+        raise ValueError(f"{path}: is not in the store's root folder {root}")
+    return below
+
+
+def readable_path(stored: str, root: str) -> str:
+    """Where a stored path can be opened."""
+    return os.path.join(root, stored) if root and not is_remote(stored) else stored
+
+
+def plan(store: Store | ParquetFolder, inputs: Inputs, *, root: str, digest: bool = False, retry: bool = False) -> Plan:
+    """Compare what was given with what is stored.
+
+    A file is unchanged if its size and its time of change are, or with `digest` its content. Failed files are tried
+    again when they changed, or with `retry`. What is gone from the given folders is dropped, unless a folder has no
+    video at all: it may not be mounted.
+    """
+    stored = store.known()
+    summary = Summary()
+    by_identity: dict[tuple[int, str], list[str]] = {}
+    for name, known in stored.items():
+        by_identity.setdefault((known.size, known.stamp), []).append(name)
+    todo: dict[str, str] = {}
+    now: dict[str, Known] = {}
+    replaced: set[str] = set()
+    given: set[str] = set()
+    for path in inputs.paths:
+        try:
+            name = stored_name(path, root)
+            given.add(name)
+            size, stamp = describe(path) if is_remote(path) else _local(path)
+            old = stored.get(name)
+            same = old is not None and (old.size, old.stamp) == (size, stamp)
+            sha = _sha256(path) if digest and not is_remote(path) else None
+            if sha is not None and old is not None and old.digest is not None:
+                same = old.digest == sha
+        except ValueError as error:
+            summary.failed[path] = str(error)
+            continue
+        if name in todo:
+            continue
+        if same and old is not None and not (retry and old.error):
+            if old.error:
+                summary.failed[name] = old.error
+            else:
+                summary.unchanged += 1
+            continue
+        twin = None if old else _same_file(path, by_identity.get((size, stamp), ()), root)
+        if twin is not None:
+            summary.aliases[name] = twin
+            continue
+        todo[name] = path
+        now[name] = Known(size, stamp, sha, None)
+        by_identity.setdefault((size, stamp), []).append(name)
+        if old is not None:
+            replaced.add(name)
+    gone = [name for name in stored if name not in given and _is_gone(name, inputs, root)]
+    if gone:
+        store.drop(gone)
+        summary.dropped = gone
+    return Plan(todo, now, replaced, summary)
+
+
+def run(
+    store: Store | ParquetFolder,
+    work: Plan,
+    embed: Callable[[Iterable[str]], Iterator[Answer | Finished]],
+    on_file: Callable[[str, ValueError | None], None] = lambda path, error: None,
+) -> Summary:
+    """Embed what the plan names, and write it. `embed` gives answers (vector (E,)[, patches (N, E)]) for paths.
+
+    Ends with a commit also when it is interrupted: whole files that are embedded already are not lost.
+    """
+    names = {path: name for name, path in work.paths.items()}
+    writer = Writer(store, work)
+    written: set[str] = set()  # by other processes, since the plan was made
+    pending = list(names)
+    later: list[str] = []  # another process has them in hand
+
+    def mine(paths: Iterable[str]) -> Iterator[str]:
+        for path in paths:
+            name = names[path]
+            if not store.claim(name):
+                later.append(path)
+                continue
+            if store.changed():
+                written.update(store.known())
+            if name in written and name not in work.replaced:
+                store.release([name])
+                work.summary.unchanged += 1
+            else:
+                yield path
+
+    try:
+        while pending:
+            for item in embed(mine(pending) if len(pending) > 1 else list(mine(pending))):
+                if isinstance(item, Answer):
+                    writer.moment(names[item.path], item.start, item.end, *item.values)
+                else:
+                    writer.finish(names[item.path], item.error)
+                    on_file(item.path, item.error)
+            writer.flush()
+            if len(later) == len(pending):
+                time.sleep(0.5)  # nothing is held while it waits for the others
+            pending, later = later, []
+    finally:
+        writer.close()
+    store.compact()
+    return work.summary
+
+
+class Writer:
+    """Collects rows and commits them, whole files only, about every ten seconds.
+
+    Rows wait in memory, past 64 MB in an unnamed temporary file: a long film with patches takes no more memory.
+    """
+
+    def __init__(self, store: Store | ParquetFolder, work: Plan) -> None:
+        import pyarrow as pa
+
+        self.store, self.work, self.pa = store, work, pa
+        self.schema = schema_of(store.settings)
+        self._begin()
+
+    def _begin(self) -> None:
+        self.spool = tempfile.SpooledTemporaryFile(_IN_MEMORY, dir=str(self.store.folder))  # noqa: SIM115 -- see `flush`
+        self.sink = self.pa.ipc.new_stream(self.pa.PythonFile(self.spool, "w"), self.schema)
+        self.sink.write_batch(self.pa.RecordBatch.from_pylist([], self.schema))  # the schema is written with it
+        self.start = self.spool.tell()  # where the rows of the file in hand begin
+        self.count = 0
+        self.counts: dict[str, int] = {}
+        self.errors: dict[str, str] = {}
+        self.problem: ValueError | None = None  # with the file in hand
+        self.since = time.monotonic()
+
+    def moment(self, name: str, start: float, end: float, vector: Any, patches: Any = None) -> None:
+        """One row of the file in hand: float vectors (E,) and (N, E)."""
+        import torch
+
+        vector = torch.nn.functional.normalize(vector.float(), dim=-1)
+        if patches is not None and not patches.half().isfinite().all():
+            self.problem = ValueError(f"{name}: patch features do not fit into half precision; leave out --patches")
+            return
+        rows = [(start, end, vector.numpy(), None if patches is None else patches.half().numpy())]
+        self.sink.write_batch(record_batch(FileRows(name, self.work.known[name], rows), self.store.settings))
+        self.count += 1
+
+    def finish(self, name: str, error: ValueError | None) -> None:
+        """The file in hand is complete, or has failed: then its rows are taken back."""
+        known = self.work.known[name]
+        error, self.problem = error or self.problem, None
+        if error is not None:
+            self.spool.seek(self.start)
+            self.spool.truncate()
+            reason = " ".join(str(error).split())
+            self.sink.write_batch(record_batch(FileRows(name, known._replace(error=reason), []), self.store.settings))
+            self.errors[name] = reason
+            self.count = 0
+        self.counts[name] = self.count
+        self.start, self.count = self.spool.tell(), 0
+        if time.monotonic() - self.since > _SECONDS or len(self.counts) >= _FILES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Commit the complete files."""
+        self.spool.seek(self.start)
+        self.spool.truncate()
+        counts, self.counts = self.counts, {}
+        if not counts:
+            return
+        self.sink.close()
+        self.spool.seek(0)
+        replaced = self.work.replaced & counts.keys()
+        taken = self.store.commit(self.pa.ipc.open_stream(self.spool), list(counts), replaced)
+        summary = self.work.summary
+        for name, count in counts.items():
+            if name in taken:
+                summary.unchanged += 1
+            elif name in self.errors:
+                summary.failed[name] = self.errors[name]
+            else:
+                (summary.updated if name in replaced else summary.added).append(name)
+                summary.moments += count
+        self.store.release(list(counts))
+        self.spool.close()
+        self._begin()
+
+    def close(self) -> None:
+        """Commit what is complete, also after an error."""
+        try:
+            self.flush()
+        finally:
+            self.spool.close()
+            self.store.release()
+
+
+def _local(path: str) -> tuple[int, str]:
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError) as error:
+        reason = "no such file" if isinstance(error, FileNotFoundError) else getattr(error, "strerror", None) or error
+        raise VideoError(f"{path}: {reason}") from error
+    if os.path.isdir(path):
+        raise VideoError(f"{path}: is a directory, not a video file")
+    return status.st_size, str(status.st_mtime_ns)
+
+
+def _sha256(path: str) -> str:
+    try:
+        with open(path, "rb") as file:
+            digest = hashlib.sha256()
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+            return digest.hexdigest()
+    except OSError as error:
+        raise VideoError(f"{path}: {error.strerror}") from error
+
+
+def _same_file(path: str, candidates: Sequence[str], root: str) -> str | None:
+    """The entry that this path is another name of, through a link of either kind."""
+    if is_remote(path):
+        return None
+    for name in candidates:
+        other = readable_path(name, root)
+        if os.path.exists(other) and os.path.samefile(path, other):
+            return name
+    return None
+
+
+def _is_gone(name: str, inputs: Inputs, root: str) -> bool:
+    """Whether a stored file lay in a folder that was listed now, and is there no more."""
+    for folder in inputs.folders:
+        if is_remote(folder) or is_remote(name):
+            within = name.startswith(folder) and folder.endswith("/")
+            if within and any(path.startswith(folder) for path in inputs.paths):
+                return True  # the listing is what tells
+            continue
+        full = readable_path(name, root)
+        above = os.path.abspath(folder) + os.sep
+        if full.startswith(above) and not os.path.lexists(full):
+            return any(os.path.abspath(path).startswith(above) for path in inputs.paths)
+    return False

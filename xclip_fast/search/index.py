@@ -1,0 +1,295 @@
+"""`Index`: a store and the model that made it, in one object."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..data.inputs import Inputs, find_videos
+from ..data.remote import Limits
+from .add import Summary, plan, readable_path, run
+from .feature_file import FeatureFile, fingerprint
+from .parquet import ParquetFolder
+from .query import Filters, Hit, find
+from .store import Store, StoreSettings, is_store
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from ..inference.batches import Reading
+    from ..model import XCLIP
+
+_LARGE = 300_000  # moments: from here on an index pays
+PARQUET = ".parquet"
+_PLAIN = "holds no patches: plain cosine, without video-specific prompts"
+Paths = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
+
+
+class Index:
+    """Videos that can be searched by text, in a folder that grows.
+
+        index = Index.open("holidays", "xclip-base-patch16")
+        index.add("videos/")
+        for hit in index.search("somebody juggling", top=5):
+            print(hit.path, hit.start, hit.end, hit.score)
+
+    `store`: the LanceDB store, or a file of features, which can be searched but does not grow. `model`: the model, on
+    its device.
+    """
+
+    def __init__(self, store: Store | ParquetFolder | FeatureFile, model: XCLIP, root: str | None = None) -> None:
+        self.store, self.model = store, model
+        self.root = store.settings.root if root is None else os.path.abspath(root)
+
+    @classmethod
+    def open(
+        cls,
+        folder: str | os.PathLike[str],
+        checkpoint: str | os.PathLike[str] | None = None,
+        *,
+        model: XCLIP | None = None,
+        device: str = "auto",
+        dtype: str | torch.dtype = "auto",
+        root: str | os.PathLike[str] | None = None,
+        **settings: Any,
+    ) -> Index:
+        """Opens a store, or makes one.
+
+        Args:
+            folder: the store's.
+            checkpoint: the weights; for a store that exists, by default those it was made with.
+            model: the model itself instead, in the precision that its checkpoint has.
+            device, dtype: "auto", or as for `torch.nn.Module.to`.
+            root: local videos lie below this folder, and paths are stored relative to it. By default, paths are stored
+                absolute. For a store that has a root: where that folder is now.
+            settings: of a new store, see `make_settings`: `window`, `stride`, `patches`, `frames`, ...
+
+        Raises:
+            ValueError: if the store was made with another model or other settings.
+        """
+        import torch
+
+        from ..inference.placement import automatic_dtype
+        from ..model import XCLIP
+
+        if model is None:
+            if checkpoint is None:
+                checkpoint = Store.open(folder).settings.checkpoint  # says what is missing
+            if not checkpoint:
+                raise ValueError(f"{folder}: made with random weights; give a model")
+            torch.manual_seed(0)  # what the checkpoint does not hold is the same in every run
+            model = XCLIP.from_pretrained(checkpoint)
+        store = open_store(folder, model, checkpoint=checkpoint, root=root, **settings)
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        precision = automatic_dtype(torch.device(device)) if dtype == "auto" else dtype
+        if isinstance(precision, str):
+            precision = getattr(torch, precision)
+        return cls(store, model.to(device=device, dtype=precision), None if root is None else os.fspath(root))
+
+    def __len__(self) -> int:
+        """The number of moments."""
+        if isinstance(self.store, FeatureFile):
+            return len(self.store.names)
+        self.store.refresh()
+        return self.store.counts()[1]
+
+    def add(
+        self,
+        videos: Paths | Inputs,
+        *,
+        batch_size: int | None = None,
+        workers: int | None = None,
+        digest: bool = False,
+        retry: bool = False,
+        limits: Limits | None = None,
+        on_file: Callable[[str, ValueError | None], None] = lambda path, error: None,
+        on_plan: Callable[[int], None] = lambda files: None,
+        embed: Callable[[Iterable[str]], Iterator[Any]] | None = None,
+    ) -> Summary:
+        """Embeds what is new or changed, and drops what is gone from the given folders.
+
+        Args:
+            videos: files, folders, globs, lists, addresses, as for `find_videos`.
+            batch_size, workers: as for `answers`.
+            digest: compare contents (SHA-256) instead of times of change.
+            retry: try failed files again that did not change.
+            limits: of remote files.
+            on_file: called with each file that is done, and with what is wrong with it.
+            on_plan: called once with the number of files to embed.
+            embed: takes the place of the model and the loop here, as on a cluster: gives what `answers` gives.
+        """
+        if isinstance(self.store, FeatureFile):
+            raise ValueError(f"{self.store.path}: a file of features does not grow; make a store of it")
+        inputs = videos if isinstance(videos, Inputs) else find_videos(videos)
+        work = plan(self.store, inputs, root=self.root, digest=digest, retry=retry)
+        work.summary.failed.update((line.partition(": ")[0], line) for line in inputs.empty)
+        on_plan(len(work.paths))
+
+        def here(paths: Iterable[str]) -> Any:
+            from ..inference.batches import answers
+
+            reading = self.reading(limits)
+            keep = 2 if self.store.settings.patches else 1
+            return answers(
+                self.model, paths, reading, lambda found: found[:keep], batch_size=batch_size, workers=workers
+            )
+
+        return run(self.store, work, embed or here, on_file)
+
+    def search(
+        self,
+        query: str | Tensor,
+        top: int = 10,
+        *,
+        path: str | None = None,
+        after: float | None = None,
+        before: float | None = None,
+        merge: bool = True,
+    ) -> list[Hit]:
+        """The moments most similar to a text, best first; see `Hit` for what the score means.
+
+        Args:
+            query: the text, or features (1, E) of a text or a video.
+            top: how many.
+            path, after, before: see `Filters`.
+            merge: neighboring windows of one moment are one hit.
+
+        Raises:
+            ValueError: for an empty text.
+        """
+        import torch
+
+        if isinstance(self.store, ParquetFolder):
+            raise ValueError(f"{self.store.folder}: Parquet files are for other programs; search in a store")
+        self.store.refresh()
+        prompted = None
+        if isinstance(query, str):
+            if not query.strip():
+                raise ValueError("the query is empty; a text is wanted")
+            with torch.inference_mode():
+                query = self.model.encode_text(query)
+            prompted = self.model if self.prompted else None
+        filters = Filters(path, after, before)
+        hits = find(self.store, query, model=prompted, top=top, filters=filters, merge=merge)
+        return [replace(hit, path=readable_path(hit.path, self.root)) for hit in hits]
+
+    def features(self, path: str | os.PathLike[str]) -> Tensor:
+        """Features (1, E) of a whole video file, to search for videos like it. Raises VideoError."""
+        from ..inference.batches import Finished, answers
+
+        reading = replace(self.reading(), window=None)
+        first, *_ = answers(self.model, [os.fspath(path)], reading, lambda found: found[:1])
+        if isinstance(first, Finished):
+            assert first.error is not None
+            raise first.error
+        return first.values[0][None]
+
+    @property
+    def prompted(self) -> bool:
+        """Whether hits are ranked again with video-specific prompts."""
+        return bool(self.store.settings.patches) and self.model.prompts_generator is not None
+
+    @property
+    def note(self) -> str | None:
+        """What somebody who searches should know."""
+        if isinstance(self.store, FeatureFile):
+            return None if self.prompted else f"{self.store.path} {_PLAIN}"
+        if isinstance(self.store, ParquetFolder):
+            return None
+        rows = self.store.table.count_rows()
+        if rows > _LARGE and not self.store.indexed:
+            return f"{rows} moments without an index; `xclip-fast embed --out {self.store.folder} --index` builds one"
+        return None
+
+    def reading(self, limits: Limits | None = None) -> Reading:
+        """How the store's videos were read."""
+        from ..inference.batches import Reading
+
+        mine = self.store.settings
+        return Reading(
+            mine.frames,
+            self.model.config.vision.image_size,
+            mine.sampling,  # type: ignore[arg-type]  # checked when the store was made
+            mine.frame_stride,
+            mine.window or None,
+            mine.stride,
+            mine.whole_below,
+            limits or Limits(),
+        )
+
+
+def open_moments(place: Path, model: XCLIP, checkpoint: str | os.PathLike[str] | None) -> Store | FeatureFile:
+    """A store, or a file of features, to search in. Raises ValueError if another model made it."""
+    found = Store.open(place) if place.is_dir() else FeatureFile(place)
+    other = "" if checkpoint is None else os.fspath(checkpoint)
+    found.check(replace(found.settings, fingerprint=fingerprint(model), checkpoint=other))
+    return found
+
+
+def open_store(
+    folder: str | os.PathLike[str],
+    model: XCLIP,
+    *,
+    checkpoint: str | os.PathLike[str] | None = None,
+    root: str | os.PathLike[str] | None = None,
+    variant: str | None = None,
+    window: float | None = None,
+    stride: float | None = None,
+    patches: bool | None = None,
+    frames: int | None = None,
+    sampling: str | None = None,
+    frame_stride: int | None = None,
+) -> Store | ParquetFolder:
+    """The store of a model that is still as its checkpoint has it; a new one if the folder has none.
+
+    A folder named `*.parquet` gets Parquet files instead.
+
+    Args:
+        window, stride: seconds; default: windows of 10 s every 5 s in videos longer than 30 s. A given window cuts
+            every video that is longer than the window.
+        patches: store patch features too (N times the size), to rank with video-specific prompts.
+        frames, sampling, frame_stride: as in `decode`; default: as the model was trained.
+
+    Raises:
+        ValueError: if the store was made with another model, or other settings than those given.
+    """
+    from ..config import VARIANTS
+    from ..data.decode.windows import check_windows
+    from ..inference.batches import Reading
+    from ..weights.recipe import Trained
+
+    config = model.config
+    patch_count = config.vision.patches if patches and model.prompts_generator is not None else 0
+    if is_store(folder):
+        store = Store.open(folder)
+        mine = store.settings
+        times = {"stride": stride} if window is None else Reading.moments(window, stride)
+        given: dict[str, Any] = {"frames": frames, "sampling": sampling, "frame_stride": frame_stride, **times}
+        given["patches"] = None if patches is None else patch_count
+        changed = {name: value for name, value in given.items() if value is not None}
+        other = "" if checkpoint is None else os.path.abspath(checkpoint)
+        store.check(replace(mine, fingerprint=fingerprint(model), checkpoint=other, **changed))
+        return store
+    moments = Reading.moments(window, stride)
+    check_windows(**moments)
+    chosen = Trained.read(checkpoint).choose(frames, sampling, frame_stride)  # type: ignore[arg-type]
+    settings = StoreSettings(
+        fingerprint(model),
+        "" if checkpoint is None else os.path.abspath(checkpoint),
+        next((name for name, row in VARIANTS.items() if row == config), variant or ""),
+        config.embed_dim,
+        chosen["frames"] or config.num_frames,
+        chosen["sampling"],
+        chosen["stride"],
+        **moments,
+        patches=patch_count,
+        root="" if root is None else os.path.abspath(root),
+    )
+    if os.fspath(folder).endswith(PARQUET):
+        return ParquetFolder(folder, settings)
+    return Store.create(Path(folder), settings)

@@ -1,0 +1,221 @@
+"""Small pictures and looping previews of moments, and moments cut out as files."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import av
+import numpy as np
+from av.video.frame import VideoFrame
+from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
+
+from ..data.decode.picture import Upright
+from ..data.decode.plan import VideoError, open_video
+from ..data.remote import is_remote, local_copy
+
+if TYPE_CHECKING:
+    from .query import Hit
+
+_BT601 = 6  # FFmpeg's AVCOL_SPC_SMPTE170M
+_TICKS = 90_000  # a second, in the files written here
+_PREVIEW = 24  # frames, over the whole moment
+_RATE = 8  # frames a second that a preview plays at
+
+
+def pictures(path: str, start: float, end: float, width: int = 320) -> tuple[bytes, bytes]:
+    """A still from the middle of a moment (JPEG), and a short preview of all of it (MP4, H.264, without sound).
+
+    Both are `width` pixels wide at most. `end` 0 means the end of the video. Raises VideoError.
+    """
+    with _local(path) as name:
+        stop = end if end > start else _duration(name)
+        wanted = np.linspace(start, stop, _PREVIEW, endpoint=False)
+        found: list[np.ndarray] = []
+        for time, picture_HWC in _frames(name, start, stop, width):
+            while len(found) < _PREVIEW and time >= wanted[len(found)] - 1e-3:
+                found.append(picture_HWC)
+        if not found:
+            raise VideoError(f"{path}: no frame can be decoded from {start:g} s on")
+    return _jpeg(found[len(found) // 2]), _mp4(found)
+
+
+def cut(hit: Hit, folder: Path) -> Path:
+    """Writes a moment as an mp4 file with its sound into a folder, and returns the file.
+
+    Its name is made of the video's and the times. Nothing is overwritten: a name that is taken gets a number.
+    Raises VideoError.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = re.sub(r"[^\w. -]", "_", os.path.splitext(os.path.basename(hit.path))[0])[:100].lstrip(".") or "clip"
+    descriptor, draft = tempfile.mkstemp(prefix=".cutting-", suffix=".mp4", dir=folder)
+    os.close(descriptor)
+    try:
+        with _local(hit.path) as name:
+            _write(name, hit.start, hit.end if hit.end > hit.start else math.inf, draft)
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(draft, 0o666 & ~mask)
+        for number in range(1, 1_000_000):
+            suffix = "" if number == 1 else f" ({number})"
+            target = folder / f"{stem} {hit.start:.1f}-{hit.end:.1f}{suffix}.mp4"
+            try:
+                os.link(draft, target)  # unlike a rename, it never replaces a file
+                return target
+            except FileExistsError:
+                continue
+        raise FileExistsError(f"{folder}: too many files named {stem}")
+    finally:
+        os.unlink(draft)
+
+
+@contextlib.contextmanager
+def _local(path: str) -> Iterator[str]:
+    with local_copy(path) if is_remote(path) else contextlib.nullcontext(path) as name:
+        try:
+            yield name
+        except VideoError as error:
+            raise VideoError(str(error).replace(name, path)) from error
+
+
+def _duration(path: str) -> float:
+    from ..data.decode.decoder import probe
+
+    return probe(path).duration
+
+
+def _decoded(container: Any, stream: Any, start: float, end: float) -> Iterator[tuple[float, Any]]:
+    """(seconds from the video's first frame, frame) of the frames with start <= time < end."""
+    base = float(stream.time_base or 1)
+    first = stream.start_time or 0
+    with contextlib.suppress(av.FFmpegError):  # some containers cannot be searched: then from the beginning
+        container.seek(max(0, int(start / base)) + first, stream=stream)
+    for packet in container.demux(stream):
+        try:
+            frames = packet.decode()
+        except av.FFmpegError:
+            continue
+        for frame in frames:
+            if frame.pts is None:
+                continue
+            time = (frame.pts - first) * base
+            if time >= end - 1e-4:
+                return
+            if time >= start - 1e-4:
+                yield time, frame
+
+
+def _frames(path: str, start: float, end: float, width: int | None) -> Iterator[tuple[float, np.ndarray]]:
+    """(time, upright RGB picture) of a moment; with sides that are even, and at most `width` wide."""
+    with open_video(path) as (container, stream):
+        small, upright = VideoReformatter(), Upright()
+        for time, frame in _decoded(container, stream, start, end):
+            shown = upright(frame, np.empty((frame.height, frame.width, 1))).shape[1]
+            scale = min(1.0, width / shown) if width else 1.0
+            rgb = small.reformat(
+                frame,
+                max(2, round(frame.width * scale)),
+                max(2, round(frame.height * scale)),
+                "rgb24",
+                interpolation=Interpolation.BICUBIC | Interpolation.ACCURATE_RND,
+                threads=1,
+            )
+            picture_HWC = upright(frame, rgb.to_ndarray())
+            height, across = picture_HWC.shape[:2]
+            yield time, np.ascontiguousarray(picture_HWC[: height - height % 2, : across - across % 2])
+
+
+def _yuv(picture_HWC: np.ndarray, form: str, full: bool) -> VideoFrame:
+    converted = VideoReformatter().reformat(
+        VideoFrame.from_ndarray(picture_HWC, "rgb24"),
+        format=form,
+        dst_colorspace=Colorspace.ITU601,
+        dst_color_range=ColorRange.JPEG if full else ColorRange.MPEG,
+        threads=1,
+    )
+    converted.colorspace = _BT601
+    return converted
+
+
+def _jpeg(picture_HWC: np.ndarray) -> bytes:
+    encoder: Any = av.CodecContext.create("mjpeg", "w")
+    encoder.height, encoder.width = picture_HWC.shape[:2]
+    encoder.pix_fmt, encoder.time_base = "yuvj420p", Fraction(1, 25)
+    encoder.options = {"qmin": "4", "qmax": "4"}
+    frame = _yuv(picture_HWC, "yuvj420p", full=True)
+    frame.pts = 0
+    return b"".join(bytes(packet) for packet in [*encoder.encode(frame), *encoder.encode(None)])
+
+
+def _mp4(found: list[np.ndarray]) -> bytes:
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4", options={"fflags": "+bitexact"}) as container:
+        stream = _video_stream(container, found[0].shape[:2], _RATE, crf=30)
+        for number, picture_HWC in enumerate(found):
+            if picture_HWC.shape != found[0].shape:
+                continue  # the picture size changes within the video
+            frame = _yuv(picture_HWC, "yuv420p", full=False)
+            frame.pts, frame.time_base = number * _TICKS // _RATE, Fraction(1, _TICKS)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return file.getvalue()
+
+
+def _video_stream(container: Any, size: tuple[int, int], rate: Any, crf: int) -> Any:
+    stream = container.add_stream("libx264", rate=rate, options={"crf": str(crf), "preset": "veryfast"})
+    stream.height, stream.width = size
+    stream.pix_fmt = "yuv420p"
+    stream.codec_context.time_base = Fraction(1, _TICKS)
+    stream.codec_context.colorspace, stream.codec_context.color_range = _BT601, ColorRange.MPEG
+    stream.codec_context.thread_count = 1
+    return stream
+
+
+def _write(path: str, start: float, end: float, out: str) -> None:
+    """The frames and the sound of a moment, encoded anew."""
+    with av.open(f"file:{out}", "w", format="mp4", options={"movflags": "+faststart"}) as container:
+        with open_video(path) as (source, stream):
+            rate = stream.average_rate or 25
+            sound = bool(source.streams.audio)
+        video: Any = None
+        # Both streams are there before the first packet is written.
+        audio: Any = container.add_stream("aac", rate=48_000) if sound else None
+        size: tuple[int, int] | None = None
+        for time, picture_HWC in _frames(path, start, end, None):
+            if video is None:
+                size = picture_HWC.shape[:2]
+                video = _video_stream(container, size, rate, crf=20)
+            if picture_HWC.shape[:2] != size:
+                continue
+            frame = _yuv(picture_HWC, "yuv420p", full=False)
+            frame.pts, frame.time_base = round((time - start) * _TICKS), Fraction(1, _TICKS)
+            container.mux(video.encode(frame))
+        if video is None:
+            raise VideoError(f"{path}: no frame can be decoded from {start:g} s on")
+        container.mux(video.encode(None))
+        if audio is not None:
+            _sound(path, start, end, container, audio)
+
+
+def _sound(path: str, start: float, end: float, container: Any, audio: Any) -> None:
+    resampler = av.AudioResampler(format="fltp", layout="stereo", rate=48_000)
+    with open_video(path) as (source, video):
+        zero = float((video.start_time or 0) * (video.time_base or 0))
+        stream = source.streams.audio[0]
+        offset = float((stream.start_time or 0) * (stream.time_base or 0)) - zero
+        for time, frame in _decoded(source, stream, max(0.0, start - offset), end - offset):
+            frame.pts = max(0, round((time + offset - start) * 48_000))
+            frame.time_base = Fraction(1, 48_000)
+            for part in resampler.resample(frame):
+                container.mux(audio.encode(part))
+        for part in resampler.resample(None):
+            container.mux(audio.encode(part))
+        container.mux(audio.encode(None))

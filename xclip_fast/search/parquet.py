@@ -1,0 +1,133 @@
+"""The rows of a store as a folder of Parquet files, for other programs: written like a store, but not searched."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from .store import Known, StoreSettings, check_settings, schema_of
+
+_KEY, _VERSION = b"xclip_fast_store", 1
+
+
+class ParquetFolder:
+    """A folder of `part-*.parquet`, each of which appears whole. One process at a time may write into it.
+
+    Takes the place of a `Store` in `embed`: it resumes, adds, updates and drops in the same way. An update or a drop
+    writes those parts again that hold the file.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], settings: StoreSettings) -> None:
+        self.folder, self.settings = Path(folder), settings
+        strange = [path.name for path in self.folder.glob("*") if not _is_ours(path.name)]
+        if strange or (self.folder.exists() and not self.folder.is_dir()):
+            raise FileExistsError(f"{folder}: is there and holds other things; choose another name")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for part in self._parts()[:1]:
+            written = json.loads((_read_schema(part).metadata or {}).get(_KEY, b"{}"))
+            names = {field.name for field in fields(StoreSettings)}
+            mine = StoreSettings(**{key: value for key, value in written.items() if key in names})
+            check_settings(self.folder, mine, settings)
+            self.settings = mine
+
+    def _parts(self) -> list[Path]:
+        return sorted(self.folder.glob("part-*.parquet"))
+
+    def known(self) -> dict[str, Known]:
+        """Every file in the folder, by its path as stored."""
+        found: dict[str, Known] = {}
+        for part in self._parts():
+            for row in _read(part, ["path", "size", "stamp", "digest", "error"]).to_pylist():
+                found[row["path"]] = Known(row["size"], row["stamp"], row["digest"], row["error"])
+        return found
+
+    def counts(self) -> tuple[int, int, int]:
+        """Files with moments, moments, and files that failed."""
+        failed = sum(1 for known in self.known().values() if known.error)
+        rows = sum(len(_read(part, ["start"])) for part in self._parts())
+        return len(self.known()) - failed, rows - failed, failed
+
+    def commit(self, batches: Any, paths: Sequence[str], replaced: Iterable[str]) -> set[str]:
+        """Writes one part with these rows, and takes out what they replace."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        schema = schema_of(self.settings)
+        metadata = {_KEY: json.dumps({"format": _VERSION, **asdict(self.settings)}).encode()}
+        old = self._parts()
+        with self._new_part() as draft, pq.ParquetWriter(draft, schema.with_metadata(metadata)) as writer:
+            for batch in batches:
+                if batch.num_rows:
+                    writer.write_table(pa.Table.from_batches([batch]).replace_schema_metadata(metadata))
+        if replaced := set(replaced):
+            self._take_out(old, replaced)
+        return set()
+
+    def drop(self, paths: Sequence[str]) -> None:
+        self._take_out(self._parts(), set(paths))
+
+    def _take_out(self, parts: Sequence[Path], paths: set[str]) -> None:
+        import pyarrow as pa
+        import pyarrow.compute as pc
+        import pyarrow.parquet as pq
+
+        gone = pa.array(sorted(paths))
+        for part in parts:
+            if paths.isdisjoint(_read(part, ["path"])["path"].to_pylist()):
+                continue
+            table = pq.read_table(part)
+            kept = table.filter(pc.invert(pc.is_in(table["path"], value_set=gone)))
+            if kept.num_rows:
+                with self._new_part(part) as draft:
+                    pq.write_table(kept, draft)
+            else:
+                part.unlink()
+
+    @contextlib.contextmanager
+    def _new_part(self, part: Path | None = None) -> Iterator[Path]:
+        """A file that gets its name when it is complete."""
+        part = part or self.folder / f"part-{uuid.uuid4().hex}.parquet"
+        draft = self.folder / f".{part.name}.{os.getpid()}"
+        try:
+            yield draft
+            os.replace(draft, part)
+        finally:
+            draft.unlink(missing_ok=True)
+
+    def refresh(self) -> None:
+        """Nothing: only this process writes."""
+
+    def changed(self) -> bool:
+        return False
+
+    def claim(self, path: str) -> bool:
+        return True
+
+    def release(self, paths: Sequence[str] | None = None) -> None:
+        """Nothing: there are no claims."""
+
+    def compact(self) -> None:
+        """Nothing: parts stay as they are."""
+
+
+def _is_ours(name: str) -> bool:
+    return (name.startswith("part-") and name.endswith(".parquet")) or name.startswith(".")
+
+
+def _read(part: Path, columns: list[str]) -> Any:
+    """Columns of a part; `path` and the like stand in the row of each file's first moment."""
+    import pyarrow.parquet as pq
+
+    return pq.read_table(part, columns=columns)
+
+
+def _read_schema(part: Path) -> Any:
+    import pyarrow.parquet as pq
+
+    return pq.read_schema(part)

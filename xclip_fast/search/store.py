@@ -1,0 +1,346 @@
+"""The store: a LanceDB table in one folder, with a row for each moment of a video.
+
+A file's rows are written in one commit, so a file is in the store whole or not at all, whenever the process ends.
+Several processes may write into one store: each commit is made under a lock, and claims keep two of them from working
+on the same file. Vectors have length 1 and half precision, so a dot product is a cosine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
+
+try:
+    import fcntl
+except ImportError:  # not on Windows: there, only one process may write into a store
+    fcntl = None  # type: ignore[assignment]
+
+_TABLE, _KEY, _VERSION = "moments", b"xclip_fast_store", 1
+_FRAGMENTS = 32  # more files than this in the table are put together at the end of a run
+_OLD = timedelta(hours=1)  # after this, files that no version of the table needs any more are removed
+
+
+@dataclass(frozen=True)
+class StoreSettings:
+    """What the rows of a store have in common; written once, when the store is made.
+
+    `fingerprint` is the model's (`model_fingerprint`). `patches` is the number N of stored patch features, 0 for none.
+    `root`: the folder that local paths are relative to; "" for absolute paths.
+    """
+
+    fingerprint: str
+    checkpoint: str
+    variant: str
+    embed_dim: int
+    frames: int
+    sampling: str
+    frame_stride: int
+    window: float
+    stride: float
+    whole_below: float
+    patches: int = 0
+    root: str = ""
+
+
+class Known(NamedTuple):
+    """What the store knows of a file. `stamp` changes when the file does; `digest` is its content's, if asked for."""
+
+    size: int
+    stamp: str
+    digest: str | None
+    error: str | None
+
+
+class FileRows(NamedTuple):
+    """One file's rows: `moments` of (start, end, vector (E,), patches (N, E) or None), or none and an `error`."""
+
+    path: str
+    known: Known
+    moments: Sequence[tuple[float, float, Any, Any]]
+
+
+def is_store(folder: str | os.PathLike[str]) -> bool:
+    return os.path.isdir(os.path.join(folder, f"{_TABLE}.lance"))
+
+
+class Store:
+    """An open store. `Store.open` opens one that exists; `Store.create` makes one, or opens it if it exists."""
+
+    def __init__(self, folder: Path, table: Any) -> None:
+        self.folder, self.table = folder, table
+        written = json.loads((table.schema.metadata or {}).get(_KEY, b"{}"))
+        if written.get("format") != _VERSION:
+            raise ValueError(f"{folder}: holds a table that is not a store of this version of xclip-fast")
+        names = {field.name for field in fields(StoreSettings)}
+        self.settings = StoreSettings(**{key: value for key, value in written.items() if key in names})
+        self._seen = table.version  # the table's version that `known` and our own commits have seen
+        self._claims: int | None = None
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike[str]) -> Store:
+        """Raises FileNotFoundError, or ValueError if the folder is another thing than a store."""
+        path = Path(folder)
+        if not is_store(path):
+            raise FileNotFoundError(f"{folder}: no store; `xclip-fast embed VIDEO... --out {folder}` makes one")
+        return cls(path, _connect(path).open_table(_TABLE))
+
+    @classmethod
+    def create(cls, folder: str | os.PathLike[str], settings: StoreSettings) -> Store:
+        """A new store, or the one that is there. Raises ValueError if that one has other settings."""
+        path = Path(folder)
+        if path.exists() and not is_store(path) and (not path.is_dir() or any(path.iterdir())):
+            raise FileExistsError(f"{folder}: is there and is no store; choose another name, or an empty folder")
+        path.mkdir(parents=True, exist_ok=True)
+        database = _connect(path)
+        with _locked(path):
+            if not is_store(path):
+                metadata = {_KEY: json.dumps({"format": _VERSION, **asdict(settings)}).encode()}
+                database.create_table(_TABLE, schema=schema_of(settings).with_metadata(metadata))
+        store = cls(path, database.open_table(_TABLE))
+        store.check(settings)
+        return store
+
+    def check(self, wanted: StoreSettings) -> None:
+        """Raises ValueError unless rows made with these settings belong into this store."""
+        check_settings(self.folder, self.settings, wanted)
+
+    def refresh(self) -> None:
+        """See what other processes have written."""
+        self.table.checkout_latest()
+
+    def known(self) -> dict[str, Known]:
+        """Every file in the store, by its path as stored."""
+        self.refresh()
+        self._seen = self.table.version
+        columns = ["path", "size", "stamp", "digest", "error"]
+        found: dict[str, Known] = {}
+        for batch in self.table.search().where("start = 0").select(columns).to_batches():
+            rows = zip(*(batch.column(name).to_pylist() for name in columns), strict=True)
+            found.update({path: Known(*rest) for path, *rest in rows})
+        return found
+
+    def counts(self) -> tuple[int, int, int]:
+        """Files with moments, moments, and files that failed."""
+        failed = self.table.count_rows("error IS NOT NULL")
+        return self.table.count_rows("start = 0") - failed, self.table.count_rows() - failed, failed
+
+    def drop(self, paths: Sequence[str]) -> None:
+        """Remove these files' rows."""
+        for start in range(0, len(paths), 1000):
+            with _locked(self.folder):
+                self.refresh()
+                self.table.delete(f"path IN ({_quoted(paths[start : start + 1000])})")
+
+    def commit(self, batches: Any, paths: Sequence[str], replaced: Iterable[str]) -> set[str]:
+        """Write the rows of these files in one commit, those of `replaced` instead of the ones that are there.
+
+        `batches`: a RecordBatchReader. Returns the paths that another process had written in the meantime; their rows
+        here are left out.
+        """
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        replaced = sorted(set(replaced))
+        with _locked(self.folder):
+            self.refresh()
+            taken: set[str] = set()
+            alone = self.table.version == self._seen  # nobody else has written since we looked
+            if not alone:
+                new = sorted(set(paths) - set(replaced))
+                if new:
+                    query = self.table.search().where(f"path IN ({_quoted(new)})").select(["path"])
+                    taken = set(query.to_arrow()["path"].to_pylist())
+            if taken:
+                kept, gone = batches, pa.array(sorted(taken))
+                filtered = (batch.filter(pc.invert(pc.is_in(batch["path"], value_set=gone))) for batch in kept)
+                batches = pa.RecordBatchReader.from_batches(kept.schema, filtered)
+            if replaced:
+                merge = self.table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all()
+                merge = merge.when_not_matched_by_source_delete(f"path IN ({_quoted(replaced)})")
+                merge.execute(batches, on_bad_vectors="null")  # a failed file has no vector
+            else:
+                self.table.add(batches)
+            self.refresh()
+            if alone:
+                self._seen = self.table.version
+        return taken
+
+    def compact(self) -> None:
+        """Put many small files together, if there are many, and bring an index up to date."""
+        if self.table.stats()["fragment_stats"]["num_fragments"] > _FRAGMENTS:
+            with _locked(self.folder):
+                self.refresh()
+                self.table.optimize(cleanup_older_than=_OLD)
+
+    def build_index(self) -> None:
+        """An approximate index (IVF, product quantization) for large stores; results are scored again exactly."""
+        from lancedb.index import IvfPq
+
+        rows = self.table.count_rows()
+        if rows < 256 * 16:
+            raise ValueError(f"{self.folder}: has {rows} rows; an index is worth building from about 100,000 on")
+        with _locked(self.folder):
+            self.refresh()
+            partitions = max(16, min(4096, rows // 4096))
+            sub_vectors = max(1, self.settings.embed_dim // 8)
+            config = IvfPq(
+                distance_type="dot", num_partitions=partitions, num_sub_vectors=sub_vectors, max_iterations=20
+            )
+            self.table.create_index("vector", config=config, replace=True)
+
+    @property
+    def indexed(self) -> bool:
+        return any("vector" in index.columns for index in self.table.list_indices())
+
+    def nearest(self, vector_E: Any, count: int, where: str | None = None) -> Any:
+        """The `count` rows with the largest cosine, as an Arrow table: _rowid, path, start, end, vector."""
+        query = self.table.search(vector_E.numpy(), vector_column_name="vector").distance_type("dot")
+        query = query.select(["path", "start", "end", "vector", "_distance"]).with_row_id(True).limit(count)
+        if where:
+            query = query.where(where, prefilter=True)
+        if self.indexed:
+            query = query.nprobes(32).refine_factor(4)
+        return query.to_arrow()
+
+    def patches(self, rows: Sequence[int]) -> dict[int, Any]:
+        """The patch features of these row ids, each a float16 array (N, E)."""
+        query = self.table.take_row_ids(list(rows)).with_row_id().select(["patches"])
+        found = query.to_arrow().combine_chunks()
+        shape = (found.num_rows, self.settings.patches, self.settings.embed_dim)
+        values = found["patches"].combine_chunks().flatten().to_numpy(zero_copy_only=False).reshape(shape)
+        return dict(zip(found["_rowid"].to_pylist(), values, strict=True))
+
+    def changed(self) -> bool:
+        """Whether another process has written since this object last looked at all files, or wrote itself."""
+        self.refresh()
+        return self.table.version != self._seen
+
+    def claim(self, path: str) -> bool:
+        """Take a file for this process, until `release` or the process ends; False if another one has it."""
+        if fcntl is None:
+            return True
+        if self._claims is None:
+            self._claims = os.open(self.folder / ".claims", os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.lockf(self._claims, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, _place(path))
+        except OSError:
+            return False
+        return True
+
+    def release(self, paths: Sequence[str] | None = None) -> None:
+        """Give back these claims, or all of them."""
+        if self._claims is not None and paths is None:
+            os.close(self._claims)
+            self._claims = None
+        elif self._claims is not None and fcntl is not None:
+            for path in paths or ():
+                fcntl.lockf(self._claims, fcntl.LOCK_UN, 1, _place(path))
+
+
+def _place(path: str) -> int:
+    """The byte of the claims file that stands for a path."""
+    return int.from_bytes(hashlib.blake2b(path.encode(), digest_size=7).digest(), "big")
+
+
+def check_fingerprint(place: Path, made_with: StoreSettings, wanted: StoreSettings) -> None:
+    """Raises ValueError unless both are of one model."""
+    if made_with.fingerprint != wanted.fingerprint:
+        ours, theirs = (f"{each.checkpoint or 'random'}, {each.fingerprint[:12]}" for each in (made_with, wanted))
+        raise ValueError(f"{place}: made with other weights ({ours}) than {theirs}; use the former, or embed again")
+
+
+def check_settings(place: Path, made_with: StoreSettings, wanted: StoreSettings) -> None:
+    """Raises ValueError unless rows made with the wanted settings belong beside the others."""
+    check_fingerprint(place, made_with, wanted)
+    mine, other = asdict(made_with), asdict(wanted)
+    for name in ("checkpoint", "variant", "root"):  # the same weights may lie elsewhere, the files too
+        del mine[name], other[name]
+    changed = [f"{name} {value}, not {other[name]}" for name, value in mine.items() if value != other[name]]
+    if changed:
+        raise ValueError(f"{place}: was made with {'; '.join(changed)}. Leave the option out, or choose another place")
+
+
+def schema_of(settings: StoreSettings) -> Any:
+    """The columns of a store, as an Arrow schema."""
+    import pyarrow as pa
+
+    columns = [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("path", pa.string(), nullable=False),
+        pa.field("start", pa.float64(), nullable=False),  # seconds; 0 for a file's first moment, and for an error
+        pa.field("end", pa.float64(), nullable=False),
+        pa.field("size", pa.int64()),  # bytes of the file
+        pa.field("stamp", pa.string()),
+        pa.field("digest", pa.string()),
+        pa.field("error", pa.string()),  # one line; then there is no vector
+        pa.field("vector", pa.list_(pa.float16(), settings.embed_dim)),
+    ]
+    if settings.patches:
+        columns.append(pa.field("patches", pa.list_(pa.float16(), settings.patches * settings.embed_dim)))
+    return pa.schema(columns)
+
+
+def row_id(path: str, start: float) -> str:
+    return hashlib.blake2b(f"{path}\0{start:.6f}".encode(), digest_size=12).hexdigest()
+
+
+def record_batch(file: FileRows, settings: StoreSettings) -> Any:
+    """A file's rows, or some of them, as an Arrow batch."""
+    import numpy as np
+    import pyarrow as pa
+
+    schema = schema_of(settings)
+    moments = file.moments or [(0.0, 0.0, None, None)]
+    count = len(moments)
+
+    def column(index: int, field: Any) -> Any:
+        if not file.moments:
+            return pa.nulls(1, field.type)
+        values = np.concatenate([np.asarray(moment[index], np.float16).reshape(-1) for moment in moments])
+        return pa.FixedSizeListArray.from_arrays(pa.array(values), field.type.list_size)
+
+    arrays = [
+        pa.array([row_id(file.path, moment[0]) for moment in moments]),
+        pa.array([file.path] * count),
+        pa.array([moment[0] for moment in moments], pa.float64()),
+        pa.array([moment[1] for moment in moments], pa.float64()),
+        *(pa.array([value] * count, schema.field(4 + at).type) for at, value in enumerate(file.known)),
+        column(2, schema.field("vector")),
+    ]
+    if settings.patches:
+        arrays.append(column(3, schema.field("patches")))
+    return pa.record_batch(arrays, schema=schema)
+
+
+def _connect(folder: Path) -> Any:
+    try:
+        import lancedb
+    except ImportError as error:
+        raise ImportError("a store needs LanceDB: pip install 'xclip-fast[search]'") from error
+    return lancedb.connect(folder)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One process at a time commits."""
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        with contextlib.suppress(OSError):  # some network file systems have no locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _quoted(paths: Sequence[str]) -> str:
+    return ", ".join("'" + path.replace("'", "''") + "'" for path in paths)
