@@ -324,9 +324,9 @@ def backward(grads: Sequence[Any], saved: Sequence[Tensor], needs: Sequence[bool
     for name, gradient in message_grads.items():
         if name in ("in_weight", "in_bias"):  # of the keys and values
             if (mine := given.get(name)) is not None:
-                mine[width:] += gradient
+                mine[width:].add_(gradient)
         elif name in ("ln_1_weight", "ln_1_bias"):
-            given[name] = given[name] + gradient  # type: ignore[operator]
+            given[name].add_(gradient)  # type: ignore[union-attr]
         else:
             given[name] = gradient
     result = []

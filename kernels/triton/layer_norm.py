@@ -212,11 +212,11 @@ class LayerNormGrads(NamedTuple):
     """What ``normalise_backward`` writes; None for what was not wanted."""
 
     dx: Tensor  # (M, D), in x's dtype
-    dweight: Tensor  # (D,) float32
-    dbias: Tensor  # (D,) float32
+    dweight: Tensor  # (D,), in the weight's dtype
+    dbias: Tensor  # (D,), too
     normed: Tensor | None  # (M, D): LN(x)
     low: Tensor | None  # (M, D): s dx in the products' dtype
-    sums: Tensor | None  # (D,) float32: the column sums of s dx
+    sums: Tensor | None  # (D,), too: the column sums of s dx
 
 
 def normalise_backward(
@@ -280,7 +280,7 @@ def normalise_backward(
         BLOCK_D=next_power_of_2(D),
         **{name: value for name, value in config.items() if name != "OCCUPANCY"},
     )
-    dweight, dbias, *sums = parts.sum(1)
+    dweight, dbias, *sums = parts.sum(1).to(weight.dtype)
     return LayerNormGrads(dx, dweight, dbias, normed, dx if same else low, sums[0] if sums else None)
 
 

@@ -280,7 +280,7 @@ def backward(dkv: Tensor, saved: Sequence[Tensor], wanted: set[str], b: Any) -> 
         if f"{name}_weight" in wanted:
             given[f"{name}_weight"] = torch.mm(dy.T, x)
         if f"{name}_bias" in wanted:
-            given[f"{name}_bias"] = dy.sum(0, dtype=torch.float32)
+            given[f"{name}_bias"] = dy.sum(0)
 
     # [k_m, v_m] = LN_1(.) [Wk, Wv] + b
     dfused, given["ln_1_weight"], given["ln_1_bias"], normed, *_ = normalise_backward(

@@ -154,11 +154,11 @@ def test_the_number_of_rows_compiles_nothing_anew() -> None:
     by_kernel: dict[str, set[int]] = {}
     for launch in launches:
         by_kernel.setdefault(launch.kernel, set()).add(id(launch.source))
-    # two tiles of the product, in each qkv, out, fc and projection
+    # qkv and fc in two tiles each, out and projection, which also read the residual, in three
     assert {name: len(sources) for name, sources in by_kernel.items()} == {
         "attention.attention_fwd_kernel": 1,
-        "gemm._merge_statistics_kernel": 1,
-        "gemm.gemm_kernel": 2 * 4,
+        "gemm._merge_statistics_kernel": 2,
+        "gemm.gemm_kernel": 2 * 2 + 2 * 3,
         "layer_norm.layer_norm_fwd_kernel": 1,
     }
 
@@ -231,60 +231,74 @@ def test_float8_by_the_library_has_no_float32_pass() -> None:
     assert made.largest <= 4 * width  # scales
 
 
-def counted(block: kernels.Block, name: str) -> tuple[int, int, int, int]:
-    """Launches of a block forward and backward, and passes over its residual stream: whole reads and writes of x, of z,
-    of the result and of their gradients. Attention by our kernel: what a library launches is its own affair."""
-    leaf = block._replace(x=block.x.requires_grad_())
-    case = fused.case_of(leaf, True)
-    found = fused.plan(case._replace(forced=name))
-    assert not isinstance(found, str)
-    triton_attention = next(each for each in ATTENTION.candidates if each.name == "triton")
-    found = found._replace(attention=triton_attention)
-    result = []
-    stream = block.x.numel()
-    with fake_gpu(90) as launches, Counted() as torchs, mock.patch.object(fused, "_kept_plan", lambda case: found):
-        outputs, saved = fused.forward(True, *leaf)
-        for work in (None, outputs):
-            if work is not None:
-                launches.clear()
-                torchs.launched.clear()
-                grads = [torch.empty_like(outputs[0])]
-                fused.backward(grads, saved, [name == "x" for name in block._fields], *leaf)
-            result.append(len(launches) + len(torchs.launched))
-            touched = 0
-            for launch in launches:
-                for tensor in launch.arguments.values():
-                    touched += isinstance(tensor, Tensor) and tensor.numel() == stream and tensor.dtype == block.x.dtype
-            result.append(touched + sum(torchs.launched))
-    return result[0], result[2], result[1], result[3]
-
-
 class Counted(TorchDispatchMode):
-    """The torch operators inside that launch a kernel, each with the tensors of the stream's kind that it touches."""
+    """What is launched inside, Triton's kernels and torch's, by name, with the tensors that each reads and writes."""
 
-    FREE = ("empty", "view", "slice", "select", "t", "transpose", "unbind", "permute", "detach", "as_strided", "reshape",
-            "_unsafe_view", "expand", "alias", "new_empty", "empty_like", "clone_view", "empty_strided", "unsqueeze")  # fmt: skip
+    FREE = ("empty", "new_empty", "empty_like", "empty_strided", "view", "_unsafe_view", "slice", "select", "t")
+    FREE += ("transpose", "permute", "unbind", "detach", "promote_types")
 
-    def __init__(self) -> None:
+    def __init__(self, launches: list[Launch]) -> None:
         super().__init__()
-        self.launched: list[int] = []
+        self.launches, self.calls = launches, []  # type: ignore[var-annotated]
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.kernels()
         result = function(*args, **(kwargs or {}))
         if function._opname not in self.FREE:
-            self.launched.append(0)
+            self.calls.append((function._opname, [*args, result]))
         return result
 
+    def kernels(self) -> None:
+        self.calls += [(launch.kernel, list(launch.arguments.values())) for launch in self.launches]
+        self.launches.clear()
 
-# By plan: launches forward, launches backward. Before the block was one op, its ops launched 17 and 55 with Triton's
-# products, 17 and 54 with the library's (the same count, at B/16, without the attention's own).
-LAUNCHES = {"library": (99, 99), "triton": (99, 99)}
+    def passes(self, numel: int) -> int:
+        """Reads and writes of whole tensors of this size that are no operand or result of a product."""
+        return sum(
+            isinstance(tensor, Tensor) and tensor.numel() == numel
+            for name, tensors in self.calls
+            if name not in ("mm", "addmm", "gemm.gemm_kernel") and not name.startswith("attention")
+            for tensor in tensors
+        )
 
 
-@pytest.mark.parametrize("name", sorted(LAUNCHES))
-def test_launches_of_a_block_do_not_grow(name: str) -> None:
-    found = counted(example(8, 198, 768, 8, device="meta", dtype=BF16), name)
-    assert found[:2] == LAUNCHES[name]
+def counted(name: str) -> list[tuple[int, int]]:
+    """(launches, passes over the residual stream) of a block of B/16 between others, 32 videos: forward for inference,
+    forward for training, backward. Attention by our kernel: what a library launches there is its own affair."""
+    block = example(256, 198, 768, 8, device="meta", dtype=BF16)
+    if name == "triton":  # the block before leaves its statistics
+        block = block._replace(mean=meta(256 * 198, dtype=FP32), rstd=meta(256 * 198, dtype=FP32), statistics=True)
+    plan = fused.plan(fused.case_of(block, True)._replace(forced=name, interpreted=True))
+    assert isinstance(plan, fused.Plan)
+    plan = plan._replace(attention=next(each for each in ATTENTION.candidates if each.name == "triton"))
+    needs = [isinstance(arg, Tensor) and arg.is_floating_point() and arg.dtype == BF16 for arg in block]
+    found: list[tuple[int, int]] = []
+
+    def count(call: Callable[[], Any]) -> Any:
+        with Counted(launches) as made:
+            result = call()
+        made.kernels()
+        found.append((len(made.calls), made.passes(block.x.numel())))
+        return result
+
+    with mock.patch.object(fused, "_kept_plan", return_value=plan), fake_gpu(90) as launches:
+        fused.forward(False, *block)  # folded weights are kept from here on
+        launches.clear()
+        count(lambda: fused.forward(False, *block))
+        outputs, saved = count(lambda: fused.forward(True, *block))
+        count(lambda: fused.backward([torch.empty_like(outputs[0])], saved, needs, *block))
+    return found
+
+
+# as counted gives them; docs/kernels.md has what they were before the block was one op
+MOST = {"library": [(14, 9), (14, 9), (50, 11)], "triton": [(12, 0), (12, 0), (49, 11)]}
+
+
+@pytest.mark.parametrize("name", sorted(MOST))
+def test_launches_and_passes_of_a_block_do_not_grow(name: str) -> None:
+    for found, most in zip(counted(name), MOST[name], strict=True):
+        assert found[0] <= most[0]
+        assert found[1] <= most[1]
 
 
 # ---- threads and devices
