@@ -30,7 +30,7 @@ logger = logging.getLogger("xclip_fast")
 
 # of ops, and of the parts of a block (cct_block)
 BACKENDS = ("reference", "fused", "triton", "cuda", "library", "onednn")
-BACKENDS += ("cudnn", "flash", "efficient", "flash_attn", "flash_attn_3", "flash_attn_4", "xformers")
+BACKENDS += ("cudnn", "flash", "efficient", "flash_attn", "flash_attn_3", "flash_attn_4", "xformers", "apex")
 OPS: dict[str, "Op"] = {}
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 FLOAT8 = torch.float8_e4m3fn

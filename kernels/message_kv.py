@@ -75,5 +75,5 @@ MESSAGE = Part(
         refuse=_refuse,
         saved=_saved,
     ),
-    Candidate("cuda", _cuda_forward, opt_in=UNMEASURED, inference_only=True, refuse=_refuse_cuda),
+    Candidate("cuda", _cuda_forward, device_types=(), opt_in=UNMEASURED, inference_only=True, refuse=_refuse_cuda),
 )

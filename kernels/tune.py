@@ -54,18 +54,17 @@ def gemm_work() -> Iterator[Work]:
 
 
 def attention_work(backward: bool) -> Iterator[Work]:
-    from .diffusion_attention import ONE_TILE
-    from .triton import diffusion_attention
+    from .attention import ONE_TILE
+    from .triton import attention
 
     for length in LENGTHS:
-        qkv, message = _normal(256, length, 3, 12, 64), _normal(256, 2, 12, 64)
-        where = {"length": boundaries(LENGTHS, length), "bytes": [2, 2]}
+        qkv = _normal(256, length + 1, 3, 12, 64)
+        where = {"length": boundaries(tuple(each + 1 for each in LENGTHS), length + 1), "bytes": [2, 2]}
         if not backward:
-            yield where, functools.partial(diffusion_attention.forward, False, qkv, message)
-        elif length >= ONE_TILE:  # shorter ones have a kernel without tiles
-            outputs, saved = diffusion_attention.forward(True, qkv, message)
-            grads = [torch.randn_like(outputs[0])]
-            yield where, functools.partial(diffusion_attention.backward, grads, saved, [True, True], qkv, message)
+            yield where, functools.partial(attention.forward, False, qkv)
+        elif length + 1 > ONE_TILE[2]:  # shorter ones have a kernel without tiles
+            out, saved = attention.forward(True, qkv)
+            yield where, functools.partial(attention.backward, torch.randn_like(out), qkv, out, saved)
 
 
 def product(**choices: tuple[Any, ...]) -> list[dict[str, Any]]:
@@ -89,9 +88,9 @@ GEMM = [
 # tile table -> (candidates, work)
 WORK: dict[str, tuple[list[dict[str, Any]], Callable[[], Iterator[Work]]]] = {
     "gemm": (GEMM, gemm_work),
-    "diffusion_attention": (ATTENTION, lambda: attention_work(False)),
-    "diffusion_attention_dq": (ATTENTION, lambda: attention_work(True)),
-    "diffusion_attention_dk_dv": (ATTENTION, lambda: attention_work(True)),
+    "attention": (ATTENTION, lambda: attention_work(False)),
+    "attention_dq": (ATTENTION, lambda: attention_work(True)),
+    "attention_dk_dv": (ATTENTION, lambda: attention_work(True)),
 }
 
 
@@ -159,14 +158,14 @@ def main(arguments: list[str] | None = None) -> int:
 
     parser = argparse.ArgumentParser(prog="python -m xclip_fast.kernels.tune", description=__doc__)
     parser.add_argument("--backends", action="store_true", help="the backends of the ops instead of Triton's tiles")
-    known = sorted({*WORK, *tune_backends.WORK, *tune_backends.TILE_WORK})
+    known = sorted({*WORK, *tune_backends.WORK, *tune_backends.SLOTS, *tune_backends.TILE_WORK})
     parser.add_argument("--op", action="append", choices=known, help="one table only; may be repeated")
     parser.add_argument("--commit", action="store_true", help="write the shipped table instead of the user's own")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("error: tuning measures on a GPU, and torch.cuda.is_available() is False here", file=sys.stderr)
         return 1
-    work: Any = {**tune_backends.TILE_WORK, **tune_backends.WORK} if options.backends else WORK
+    work: Any = {**tune_backends.TILE_WORK, **tune_backends.SLOTS, **tune_backends.WORK} if options.backends else WORK
     if options.backends:
         table = _choices.TABLE
     else:

@@ -17,7 +17,10 @@ import torch
 from torch import Tensor
 
 from . import _choices, _cuda
+from ._arguments import Block
 from ._dispatch import OPS, Op, backend
+from .cct_block import fused
+from .cct_block.example import example
 from .quick_gelu import quick_gelu_reference
 from .tune import LENGTHS, ROWS, WIDTHS, boundaries
 
@@ -50,39 +53,6 @@ def _is(**sizes: int) -> dict[str, list[int]]:
 # ---- the arguments, in float32
 
 
-def _ln_linear() -> Iterator[Case]:
-    for width, m in itertools.product(WIDTHS, ROWS):
-        where = {"m": boundaries(ROWS, m), **_is(n=3 * width, k=width, activation=0)}
-        yield where, (_normal(m, width), *_norm(width), *_linear(3 * width, width), EPS, False)
-
-
-def _linear_residual() -> Iterator[Case]:
-    for width, m in itertools.product(WIDTHS, ROWS):
-        where = {"m": boundaries(ROWS, m), **_is(n=width, k=width, statistics=0)}
-        yield where, (_normal(m, width), *_linear(width, width), _normal(m, width), None, EPS, False)
-
-
-def _mlp() -> Iterator[Case]:
-    for width, m in itertools.product(WIDTHS, ROWS):
-        linears = (*_linear(4 * width, width), *_linear(width, 4 * width))
-        yield {"m": boundaries(ROWS, m), **_is(k=width)}, (_normal(m, width), *_norm(width), *linears, EPS, None)
-
-
-def _message_kv() -> Iterator[Case]:
-    for width, frames, m in itertools.product(WIDTHS, VIDEO_FRAMES, FRAMES):
-        rows = max(m, frames)
-        cfa = (*_linear(3 * width, width), *_linear(width, width))
-        ifa = (*_norm(width), *_linear(2 * width, width))
-        args = (_normal(rows, width), frames, *_linear(width, width), *_norm(width), *cfa, *ifa, width // 64, EPS, None)
-        yield {"m": boundaries(FRAMES, m), **_is(k=width, frames=frames)}, args
-
-
-def _diffusion_attention() -> Iterator[Case]:
-    for width, length, m in itertools.product(WIDTHS, LENGTHS, FRAMES):
-        where = {"m": boundaries(FRAMES, m), **_is(length=length, heads=width // 64, channels=64)}
-        yield where, (_normal(m, length, 3, width // 64, 64), _normal(m, 2, width // 64, 64))
-
-
 def _patch_embed() -> Iterator[Case]:
     for width, (side, patch), m in itertools.product(WIDTHS, IMAGES, FRAMES):
         length = (side // patch) ** 2 + 1
@@ -98,14 +68,26 @@ def _layer_norm() -> Iterator[Case]:
 
 
 WORK: dict[str, Callable[[], Iterator[Case]]] = {
-    "ln_linear": _ln_linear,
-    "linear_residual": _linear_residual,
-    "mlp": _mlp,
-    "message_kv": _message_kv,
-    "diffusion_attention": _diffusion_attention,
     "patch_embed": _patch_embed,
     "layer_norm": _layer_norm,
 }
+
+
+# part -> the slots of a block's plan that it fills
+SLOTS = {
+    "norm_linear": ("qkv", "fc"),
+    "linear_residual": ("out", "projection"),
+    "message_kv": ("message",),
+    "attention": ("attention",),
+}
+
+
+def _blocks() -> Iterator[tuple[dict[str, list[Any]], Block]]:
+    """Where a row holds, and a block to measure it with: a candidate is timed in its place, beside the others."""
+    for width, length, frames, m in itertools.product(WIDTHS, LENGTHS, VIDEO_FRAMES, FRAMES):
+        count = -(-m // frames) * frames
+        where = {"m": boundaries(FRAMES, m), **_is(length=length + 1, k=width, heads=width // 64, frames=frames)}
+        yield where, example(count, length + 1, width, frames, device=DEVICE)
 
 
 def _norm_linear(x: Tensor, weight: Tensor, bias: Tensor, tile: str) -> list[Tensor]:
@@ -193,9 +175,45 @@ def _contests(name: str, say: Callable[[str], None]) -> Iterator[Contest]:
         if name in TILE_WORK:
             yield from _tile_contests(name, dtype)
             continue
+        if name in SLOTS:
+            for (where, block), slot, training in itertools.product(_blocks(), SLOTS[name], (False, True)):
+                yield _part_contest(name, slot, dtype, training, where, tuple(block), say)
+            continue
         for where, args in WORK[name]():
             for training in (False, True):
                 yield _op_contest(name, dtype, training, where, args, say)
+
+
+def _part_contest(
+    name: str,
+    slot: str,
+    dtype: torch.dtype,
+    training: bool,
+    where: dict[str, list[Any]],
+    args: tuple[Any, ...],
+    say: Callable[[str], None],
+) -> Contest:
+    op, given = OPS["cct_block"], _cast(args, dtype, training)
+    cotangent = torch.randn_like(_run(op, given, None)[0]) if training else None
+    if cotangent is not None:
+        cotangent[:, -1] = 0  # nobody reads the spare row
+    exact = _run(op, _cast(given, torch.float64, training), None if cotangent is None else cotangent.double())
+    with backend("fused"):
+        case = fused.case_of(Block(*given), training)
+    part, _, sizes = fused.slots(case)[slot]
+    where = {"dtype": [_name(dtype)] * 2, "training": [training] * 2, **where, **_is(**sizes)}
+    contenders: dict[str, Results] = {}
+    for candidate in part.candidates:
+        if refused := candidate.refusal(case):
+            say(f"{name} {where}: {candidate.name} refuses: {refused}")
+        else:
+            contenders[candidate.name] = functools.partial(_swapped, slot, op, given, cotangent, candidate.name)
+    return where, contenders, exact, _run(op, given, cotangent)
+
+
+def _swapped(slot: str, op: Op, args: tuple[Any, ...], cotangent: Tensor | None, name: str) -> list[Tensor]:
+    with fused.swap(slot, name):
+        return _run(op, args, cotangent, "fused")
 
 
 def _op_contest(

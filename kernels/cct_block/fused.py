@@ -3,17 +3,18 @@
 M rows of the residual stream, R rows that leave the block, D width, F frames of S rows.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from .. import _dispatch
+from .. import _choices, _dispatch
 from .._arguments import Block
 from .._overlap import side_by_side
-from .._parts import Candidate, Case, installed
+from .._parts import Candidate, Case, Part, installed
 from ..attention import ATTENTION, PACKED_ATTENTION
 from ..layer_norm import WIDEST_ROW
 from ..message_kv import MESSAGE
@@ -76,11 +77,24 @@ def case_of(b: Block, training: bool) -> Case:
 
 def plan(case: Case) -> Plan | str:
     """The plan of a kind of call, or why there is none."""
-    return _kept_plan(case)
+    return _kept_plan(case, tuple(_swapped.items()))
+
+
+@contextlib.contextmanager
+def swap(slot: str, name: str) -> Iterator[None]:
+    """Take this candidate in a slot of every plan inside the block, whatever it refuses: for tuning and tests."""
+    _swapped[slot] = name
+    try:
+        yield
+    finally:
+        del _swapped[slot]
+
+
+_swapped: dict[str, str] = {}
 
 
 def _refusal(*case: Any) -> str | None:
-    found = _kept_plan(Case(*case))
+    found = plan(Case(*case))
     return found if isinstance(found, str) else None
 
 
@@ -88,7 +102,7 @@ def _refusal(*case: Any) -> str | None:
 _refusal._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _find_plan(case: Case) -> Plan | str:
+def _find_plan(case: Case, swapped: tuple[tuple[str, str], ...] = ()) -> Plan | str:
     if case.rows == 0:
         return "there are no rows"
     if case.device.type != "cuda" and not (case.interpreted and case.forced != "auto"):
@@ -101,24 +115,32 @@ def _find_plan(case: Case) -> Plan | str:
         return f"width {case.width} is over {WIDEST_ROW}"
     if not installed("triton"):
         return "the package triton is not installed (pip install triton)"
-    linear, residual = NORM_LINEAR.choose, LINEAR_RESIDUAL.choose
+    found: dict[str, Any] = {"message": None}
+    for slot, (part, part_case, sizes) in slots(case).items():
+        name = dict(swapped).get(slot)
+        found[slot] = part.choose(part_case, **sizes) if name is None else part.candidates[part.names.index(name)]
+    reasons = [each for each in found.values() if isinstance(each, str)]
+    return "; ".join(reasons) if reasons else Plan(**found)
+
+
+def slots(case: Case) -> dict[str, tuple[Part, Case, dict[str, int]]]:
+    """What a plan chooses: by name of the slot, the part, the kind of call, and sizes of its own."""
     width, hidden = case.width, case.hidden
     # asked for, a backend need not have what only some blocks want
     attention = case._replace(forced="auto") if case.causal and case.forced == "triton" else case
     fc = case._replace(forced="auto") if case.activation == "gelu" and case.forced in ("triton", "cuda") else case
-    found = (
-        linear(case, n=3 * width, k=width, activation=0),
-        MESSAGE.choose(case) if case.frames else None,
-        (PACKED_ATTENTION if case.packed else ATTENTION).choose(attention),
-        residual(case, n=width, k=width),
-        linear(fc, n=hidden, k=width, activation=1),
-        residual(case, n=width, k=hidden),
-    )
-    reasons = [each for each in found if isinstance(each, str)]
-    return "; ".join(reasons) if reasons else Plan(*found)  # type: ignore[arg-type]
+    found: dict[str, tuple[Part, Case, dict[str, int]]] = {
+        "qkv": (NORM_LINEAR, case, {"n": 3 * width, "k": width, "activation": 0}),
+        "attention": (PACKED_ATTENTION if case.packed else ATTENTION, attention, {}),
+        "out": (LINEAR_RESIDUAL, case, {"n": width, "k": width}),
+        "fc": (NORM_LINEAR, fc, {"n": hidden, "k": width, "activation": 1}),
+        "projection": (LINEAR_RESIDUAL, case, {"n": width, "k": hidden}),
+    }
+    return {**found, "message": (MESSAGE, case, {})} if case.frames else found
 
 
 _kept_plan = functools.lru_cache(4096)(_find_plan)
+_choices.kept.append(_kept_plan)
 
 
 def refuse(*args: Any) -> str | None:

@@ -236,7 +236,7 @@ def _candidates(library: Any, triton: Any, cuda: Any, *backward: Callable[..., A
             refuse=_refuse_float32,
             saved=_nothing,
         ),
-        Candidate("cuda", cuda, slopes[2], opt_in=UNMEASURED, refuse=_refuse_cuda, saved=_nothing),
+        Candidate("cuda", cuda, slopes[2], device_types=(), opt_in=UNMEASURED, refuse=_refuse_cuda, saved=_nothing),
     )
 
 

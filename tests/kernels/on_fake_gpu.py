@@ -12,7 +12,6 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -28,7 +27,6 @@ import triton
 from ahead_of_time import EPS, cases, meta, norm, run
 from fake_gpu import Launch, fake_gpu
 from xclip_fast.kernels import _tables
-from xclip_fast.kernels.attention import ATTENTION
 from xclip_fast.kernels.cct_block import fused
 from xclip_fast.kernels.cct_block.example import example
 from xclip_fast.kernels.triton import _launch, quantize
@@ -268,9 +266,6 @@ def counted(name: str) -> list[tuple[int, int]]:
     block = example(256, 198, 768, 8, device="meta", dtype=BF16)
     if name == "triton":  # the block before leaves its statistics
         block = block._replace(mean=meta(256 * 198, dtype=FP32), rstd=meta(256 * 198, dtype=FP32), statistics=True)
-    plan = fused.plan(fused.case_of(block, True)._replace(forced=name, interpreted=True))
-    assert isinstance(plan, fused.Plan)
-    plan = plan._replace(attention=next(each for each in ATTENTION.candidates if each.name == "triton"))
     needs = [isinstance(arg, Tensor) and arg.is_floating_point() and arg.dtype == BF16 for arg in block]
     found: list[tuple[int, int]] = []
 
@@ -281,7 +276,7 @@ def counted(name: str) -> list[tuple[int, int]]:
         found.append((len(made.calls), made.passes(block.x.numel())))
         return result
 
-    with mock.patch.object(fused, "_kept_plan", return_value=plan), fake_gpu(90) as launches:
+    with fake_gpu(90) as launches, kernels.backend(name), fused.swap("attention", "triton"):
         fused.forward(False, *block)  # folded weights are kept from here on
         launches.clear()
         count(lambda: fused.forward(False, *block))
