@@ -32,7 +32,7 @@ from xclip_fast.kernels._dispatch import OPS, backend
 
 from xclip_fast import XCLIP
 from xclip_fast.data.decode.dali_support import missing
-from xclip_fast.nn import overlap
+from xclip_fast.kernels import _overlap as overlap
 
 HERE = Path(__file__).parent
 NO_GPU = 77  # what the program of checks says where it finds none

@@ -436,7 +436,7 @@ def linear(out: int, width: int) -> tuple[Tensor, Tensor]:
 def run(op: Callable[..., Any], args: tuple[Any, ...], dtypes: Callable[[Tensor], torch.dtype]) -> list[Tensor]:
     """Outputs and gradients for a fixed cotangent."""
     given = [arg.detach().to(dtypes(arg)) if isinstance(arg, Tensor) else arg for arg in args]
-    given = [arg.requires_grad_(arg.shape != (2,)) if isinstance(arg, Tensor) else arg for arg in given]
+    given = [arg.requires_grad_(arg.dim() > 1 or len(arg) > 4) if isinstance(arg, Tensor) else arg for arg in given]
     outputs = op(*given)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     wanted = [arg for arg in given if isinstance(arg, Tensor) and arg.requires_grad]

@@ -15,7 +15,7 @@ from torch import Tensor
 from xclip_fast.kernels import BackendError, _cuda
 
 from xclip_fast import VARIANTS, XCLIP, FastCCTBlock, VideoFeatures, backend, tokenize
-from xclip_fast.nn import overlap
+from xclip_fast.kernels import _overlap as overlap
 
 pytestmark = pytest.mark.gpu
 LABELS = ["riding a bike", "swimming", "playing the accordion while walking", "yoga"]
