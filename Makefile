@@ -1,4 +1,4 @@
-.PHONY: install test lint typecheck bench ops-bench gpu-check
+.PHONY: install test lint typecheck bench ops-bench gpu-check gpu-rehearse gpu-bundle
 
 install:
 	pip install -e '.[dev]'
@@ -21,10 +21,17 @@ typecheck:
 bench:
 	python benchmarks/throughput.py
 
-# On any CUDA machine with torch and pytest, without a network, after
-#   pip install --no-build-isolation --no-deps -e .
+# On any CUDA machine with torch, without a network; installed or not.
 gpu-check:
-	python benchmarks/gpu_check.py
+	python benchmarks/gpu_check.py --out build/gpu-check
+
+# The same on a CPU, tiny: every stage must give its rows.
+gpu-rehearse:
+	python benchmarks/gpu_check.py --rehearse --out build/gpu-rehearsal
+
+# One folder to carry to a bare machine; nothing is built there.
+gpu-bundle:
+	python benchmarks/gpu_bundle.py dist/gpu-bundle
 
 ops-bench:
 	pytest benchmarks/ops -n 0 --benchmark-only --no-cov

@@ -1,278 +1,191 @@
-"""Everything a GPU should be asked, in one command: `make gpu-check`, within ten minutes, without a network.
+"""Everything that a GPU should be asked, in order of value, in minutes, on a bare machine without a network.
 
-Runs the GPU tests, then each op of one block against its peers, throughput.py, training.py, with the CUDA library
-cuda_library.py, a short training run on video files, and with DALI decode.py; writes their JSON under
-benchmarks/results/. A failed test ends it: there is no timing of a wrong answer. Needs torch, triton and pytest, and
-compares with what else is installed.
+    python benchmarks/gpu_check.py --out DIR                    # all stages
+    python benchmarks/gpu_check.py --out DIR --stages machine,smoke,headline
+    python benchmarks/gpu_check.py --out DIR --rehearse         # on a CPU, tiny: every stage must give its rows
+
+Every case runs in a process of its own with a time limit, and every row goes to DIR/rows.jsonl at once, so a crash, a
+hang or a wrong result costs that case alone. DIR gets rows.jsonl, log.txt (the end of each case's output), table.txt
+and choices.json. It runs from an install, or from a bare copy of the repository (``make gpu-bundle``), for which it
+lays the package out itself. README.md beside this file lists the stages.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
+import importlib.util
 import json
 import os
-import re
+import shlex
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+import time
 from pathlib import Path
-from typing import Any
-from unittest import mock
 
-import measuring
-import torch
-import torch.nn.functional as F
-from ops.test_ops import CASES, cast, first
-from xclip_fast.kernels import _cuda
-from xclip_fast.kernels._dispatch import OPS, backend
+from gpu.case import Case
+from gpu.run import Rows
+from gpu.stages import SECONDS, STAGES
 
-from xclip_fast import XCLIP
-from xclip_fast.data.decode.dali_support import missing
-from xclip_fast.kernels import _overlap as overlap
-
-HERE = Path(__file__).parent
-NO_GPU = 77  # what the program of checks says where it finds none
-TESTS = ("tests/kernels", "tests/nn", "tests/inference")
-PYTEST = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=--import-mode=importlib"]
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+STAGE_NAMES = tuple(STAGES)
+FAULTS = ("kill", "hang", "wrong")
 
 
-def milliseconds(call: Callable[[], Any]) -> float:
-    """Median GPU time of a call, caches cold."""
-    from triton.testing import do_bench
-
-    return float(do_bench(call, warmup=10, rep=50, return_mode="median"))
-
-
-def peers(op: str, args: list[Any]) -> Iterator[tuple[str, Callable[..., Any]]]:
-    """What else computes this op: torch eager and compiled, and the libraries that are installed."""
-
-    def reference(*given: Any) -> Any:
-        return first(OPS[op].reference(*given))
-
-    yield "torch eager", reference
-    torch._dynamo.reset()
-    yield "torch.compile", torch.compile(reference, mode="max-autotune-no-cudagraphs")
-    if op == "diffusion_attention":
-        qkv, message = args
-        # the libraries want L + 1 contiguous keys: made outside of the timing, in their favour
-        keys = torch.cat([qkv.detach()[:, :, 1:], message.detach()[:, None]], 1).unbind(2)
-        query, key, value = (t.contiguous() for t in (qkv.detach()[:, :, 0], *keys))
-        heads_first = [t.transpose(1, 2).contiguous() for t in (query, key, value)]
-        for name in ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION"):
-            kernel = getattr(torch.nn.attention.SDPBackend, name)
-
-            def sdpa(*_: Any, kernel: Any = kernel) -> Any:
-                with torch.nn.attention.sdpa_kernel(kernel):
-                    return F.scaled_dot_product_attention(*heads_first).transpose(1, 2)
-
-            yield f"sdpa {name.lower().removesuffix('_attention')}, keys given", sdpa
-        with contextlib.suppress(ImportError):
-            from flash_attn import flash_attn_func
-
-            yield "flash-attn, keys given", lambda *_: flash_attn_func(query, key, value)
-        with contextlib.suppress(ImportError):
-            from xformers.ops import memory_efficient_attention
-
-            yield "xformers, keys given", lambda *_: memory_efficient_attention(query, key, value)
-    if op == "layer_norm":
-        with contextlib.suppress(ImportError):
-            from apex.normalization import fused_layer_norm_affine  # NVIDIA's apex, not PyPI's
-
-            yield "apex", lambda x, weight, bias, eps: fused_layer_norm_affine(x, weight, bias, x.shape[-1:], eps)
-
-
-def measure_op(op: str, dtype: torch.dtype) -> list[dict[str, Any]]:
-    """Rows of one op: every backend and peer, forward, and with gradients where the peer has them."""
-    torch.manual_seed(0)
-    args = cast(CASES[op](), dtype)
-    exact = first(OPS[op].reference(*cast(args, torch.float32))).float()
-    contenders: list[tuple[str, Callable[..., Any]]] = []
-    for candidate in OPS[op].backends:
-        with backend(candidate.name):  # some are taken only where they are asked for
-            refused = candidate.refusal(tuple(args))
-        if candidate.name != "reference" and refused is None:
-
-            def ours(*given: Any, name: str = candidate.name) -> Any:
-                with backend(name):
-                    return first(OPS[op](*given))
-
-            contenders.append((f"xclip-fast {candidate.name}", ours))
-    contenders += peers(op, args)
-    leaves = [arg for arg in args if isinstance(arg, torch.Tensor) and arg.is_floating_point()]
-    rows = []
-    for name, call in contenders:
-        row: dict[str, Any] = {"op": op, "dtype": str(dtype).removeprefix("torch."), "contender": name}
-        rows.append(row)
-        try:
-            with torch.no_grad():
-                row["error"] = float((call(*args).float() - exact).norm() / exact.norm())
-                row["forward_ms"] = milliseconds(lambda call=call: call(*args))
-            if "keys given" not in name and OPS[op].differentiable:
-                for leaf in leaves:
-                    leaf.requires_grad_()
-                grad = torch.ones_like(call(*args))
-
-                def both(call: Callable[..., Any] = call, grad: torch.Tensor = grad) -> None:
-                    torch.autograd.grad(call(*args), leaves, grad, allow_unused=True)
-
-                row["forward_backward_ms"] = milliseconds(both)
-        except (RuntimeError, ImportError) as error:
-            row["note"] = str(error).splitlines()[0]
-        finally:
-            for leaf in leaves:
-                leaf.requires_grad_(False)
-    ours_best = min(
-        (row["forward_ms"] for row in rows if "xclip" in row["contender"] and "forward_ms" in row), default=0
-    )
-    for row in rows:
-        if "forward_ms" in row and ours_best:
-            row["ratio_to_ours"] = row["forward_ms"] / ours_best
-        numbers = {
-            key: f"{row[key]:.4g}"
-            for key in ("forward_ms", "forward_backward_ms", "ratio_to_ours", "error")
-            if key in row
-        }
-        print(row["op"], row["dtype"], row["contender"], numbers, row.get("note", ""), flush=True)
-    return rows
-
-
-def launch_overhead() -> float:
-    """Microseconds of host time that one eager call of a small op takes."""
-    import time
-
-    x = torch.ones(1024, device="cuda", dtype=torch.bfloat16)
-    times = []
-    with torch.no_grad():
-        for _ in range(200):
-            begin = time.perf_counter()
-            OPS["quick_gelu"](x)
-            times.append(time.perf_counter() - begin)
-    torch.cuda.synchronize()
-    return statistics.median(times) * 1e6
-
-
-def tower_milliseconds() -> dict[str, float]:
-    """The video tower of B/16 8f on one video in bfloat16: eager, from a CUDA graph, and from one that was captured
-    without the message path beside the projection."""
-    model = XCLIP("B/16-8f").cuda().bfloat16().eval()
-    video = torch.randint(256, (1, 8, 224, 224, 3), dtype=torch.uint8, device="cuda")
-    found = {}
-    with torch.inference_mode():
-        found["eager"] = milliseconds(lambda: model.encode_video(video))
-        graphed = model.graphed()
-        found["graph"] = milliseconds(lambda: graphed(video))
-        graphed.clear()
-        with mock.patch.object(overlap, "_is_captured", return_value=False):
-            found["graph, one after the other"] = milliseconds(lambda: graphed(video))
-    return found
-
-
-def data_wait(
-    folder: Path, clips: int = 60, size: tuple[int, int] = (256, 340), overrides: Sequence[str] = ()
-) -> dict[str, Any]:
-    """How a trainer fares with video files: B/16 8f on H.264 of 340x256 with a keyframe every 12, 50 steps of 32.
-
-    The share of the time that it waited for data, and clips/s, after the first ten steps. `clips` files are made and
-    each stands in the manifest often, so that an epoch is long; they are in the page cache, so no disk is measured.
-    """
-    from xclip_fast.data.manifest.manifest import index
-    from xclip_fast.data.motion import CLASSES, write_dataset
-    from xclip_fast.train import loop as train
-
-    videos = folder / "videos"
-    write_dataset(videos, -(-clips // len(CLASSES)), size=size, frames=64, preset="veryfast", g=12, bf=0)
-    found = index(videos, workers=0)
-    found.select([row % len(found) for row in range(2000)]).write(videos / "often.jsonl")
-    data = [f"data.train={videos / 'often.jsonl'}", "data.val=null", "data.val_fraction=0", "model.init=null"]
-    run = ["optim.batch_size=32", "stop_after=50", f"output={folder / 'run'}", "log.progress=false"]
-    train.main("k400-b16-8f", [*data, *run, *overrides])
-    lines = [json.loads(line) for line in (folder / "run" / "log.jsonl").read_text().splitlines()]
-    rows = [line for line in lines if line["kind"] == "train"][1:]
-    mean = {key: statistics.fmean(row[key] for row in rows) for key in ("data_wait", "clips_per_second")}
-    return mean | {"dali": missing() is None, "rows": rows}
-
-
-def library_is_right() -> bool:
-    """Whether the CUDA library, if there is one, passes its own program of checks (csrc/tests/check.cu)."""
-    library = _cuda.path()
-    if not library.exists() or shutil.which("nvcc") is None:
-        print("CUDA library: not checked; it is not built, or nvcc is not on the PATH")
-        return True
-    with tempfile.TemporaryDirectory() as folder:
-        sources = HERE.parent / "csrc"
-        options = ["-std=c++17", "-arch=sm_90a", "-I", str(sources / "include"), "-Xlinker", f"-rpath={library.parent}"]
-        program = Path(folder) / "check"
-        command = ["nvcc", *options, str(sources / "tests" / "check.cu"), str(library), "-o", str(program)]
-        subprocess.run(command, check=True)
-        return subprocess.run([str(program)], check=False).returncode in (0, NO_GPU)
-
-
-def main() -> int:
+def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=int, default=150, help="for throughput.py (default 150)")
-    parser.add_argument("--skip-tests", action="store_true", help="only measure; the tests were just run")
-    args = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("error: no CUDA device: torch.cuda.is_available() is False", file=sys.stderr)
-        return 1
-    environment = {**os.environ, "XCLIP_FAST_REQUIRE_GPU": "1"}
-    dali = missing() is None
-    tests = [*TESTS, "tests/data/test_dali.py"] if dali else TESTS
-    if (
-        not args.skip_tests
-        and subprocess.run([*PYTEST, *tests], cwd=HERE.parent, env=environment, check=False).returncode
-    ):
-        print("error: the GPU tests fail; nothing is measured", file=sys.stderr)
-        return 1
-    if not args.skip_tests and not library_is_right():
-        print("error: the CUDA library's check program fails; nothing is measured", file=sys.stderr)
-        return 1
-    name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
-    results = HERE / "results"
-    results.mkdir(exist_ok=True)
-    rows = [row for op in OPS for row in measure_op(op, torch.bfloat16)]
-    tower = tower_milliseconds()
-    print("video tower of B/16 8f, one video:", ", ".join(f"{name} {ms:.3f} ms" for name, ms in tower.items()))
-    report = {"environment": measuring.environment("cuda"), "launch_us": launch_overhead(), "tower_ms": tower}
-    report["rows"] = rows
-    measuring.write_json(results / f"ops-{name}.json", report)
-    seconds = str(args.seconds)
-    scripts = {
-        "throughput": [
-            "--variants=B/32-8f,B/16-8f,L/14-8f",
-            "--precisions=bf16",
-            "--compile",
-            "--fp8",
-            "--seconds",
-            seconds,
-        ],
-        "training": ["--variants=B/16-8f", "--precisions=bf16", "--recompute=no,yes", "--seconds=60"],
-    }
-    if _cuda.refuse_device("cuda", None) is None:
-        scripts["cuda_library"] = ["--widths=768", "--most-rows=20000", "--no-compile"]
-    if dali:
-        scripts["decode"] = ["--works=loader", "--seconds=60"]
-    failed = 0
-    for script, options in scripts.items():
-        command = [
-            sys.executable,
-            str(HERE / f"{script}.py"),
-            *options,
-            "--json",
-            str(results / f"{script}-{name}.json"),
-        ]
-        failed |= subprocess.run(command, cwd=HERE.parent, env=environment, check=False).returncode
-    with tempfile.TemporaryDirectory() as folder:
-        found = data_wait(Path(folder))
-    print(
-        f"training on files: {found['clips_per_second']:.0f} clips/s, {found['data_wait']:.1%} of it waiting for data"
+    parser.add_argument("--out", type=Path, required=True, help="the folder for the results; made if it is missing")
+    parser.add_argument("--stages", default=",".join(STAGE_NAMES), help=f"some of {', '.join(STAGE_NAMES)}")
+    parser.add_argument("--cases", default="", help="comma-separated: only cases whose name holds one of these")
+    parser.add_argument("--seconds", type=float, help="the most that any stage may take (default: each stage's own)")
+    parser.add_argument("--rehearse", action="store_true", help="on the CPU, tiny, with Triton's interpreter")
+    parser.add_argument(
+        "--break",
+        dest="faults",
+        action="append",
+        default=[],
+        metavar="CASE=HOW",
+        help=f"with --rehearse: {', '.join(FAULTS)}; what the first contender of a case does",
     )
-    measuring.write_json(results / f"data-wait-{name}.json", {"environment": measuring.environment("cuda"), **found})
-    return failed
+    args = parser.parse_args(argv)
+    args.stages = [name.strip() for name in args.stages.split(",")]
+    if unknown := [name for name in args.stages if name not in STAGE_NAMES]:
+        parser.error(f"--stages: {', '.join(map(repr, unknown))}; some of {', '.join(STAGE_NAMES)} wanted")
+    if args.seconds is not None and not args.seconds > 0:
+        parser.error(f"--seconds {args.seconds}: a positive time wanted")
+    if args.faults and not args.rehearse:
+        parser.error("--break is for rehearsals: add --rehearse")
+    pairs = [fault.rsplit("=", 1) for fault in args.faults]
+    if any(len(pair) != 2 or pair[1] not in FAULTS for pair in pairs):
+        parser.error(f"--break {' '.join(args.faults)}: CASE=HOW wanted, HOW one of {', '.join(FAULTS)}")
+    args.faults = {case: how for case, how in pairs}
+    return args
+
+
+def lay_out(site: Path) -> None:
+    """Put the package, as pip would, and the wheels that travel with it into a folder; nothing is built."""
+    shutil.copytree(ROOT / "xclip_fast", site / "xclip_fast", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "kernels", site / "xclip_fast" / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    for wheel in sorted((ROOT / "wheels").glob("*.whl")):
+        if importlib.util.find_spec(wheel.name.split("-")[0]) is None:
+            pip = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-compile"]
+            done = subprocess.run(
+                [*pip, "--target", str(site), str(wheel)], capture_output=True, text=True, check=False
+            )
+            if done.returncode:
+                print(f"{wheel.name} is not installed: {done.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
+
+
+def prepare(scratch: Path, rehearse: bool) -> None:
+    """The environment of every case: where the package is, and one cache for what Triton and Inductor compile."""
+    paths = [str(HERE)]
+    if importlib.util.find_spec("xclip_fast") is None:
+        lay_out(scratch / "site")
+        paths.append(str(scratch / "site"))
+    sys.path[:0] = [path for path in paths if path not in sys.path]
+    os.environ["PYTHONPATH"] = os.pathsep.join([*paths, *filter(None, [os.environ.get("PYTHONPATH")])])
+    os.environ["TRITON_CACHE_DIR"] = str(scratch / "triton")
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(scratch / "inductor")
+    os.environ["XDG_CACHE_HOME"] = str(scratch / "cache")  # no table that was measured before decides here
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # asking whether there is a GPU must not start CUDA before a fork
+    os.environ.setdefault("OMP_NUM_THREADS", "1" if rehearse else "4")
+    if rehearse:
+        os.environ["TRITON_INTERPRET"] = "1"
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def write_results(out: Path, rows: list[dict], seconds: dict[str, float]) -> None:  # type: ignore[type-arg]
+    """The table and, from the rows of the stage "table", choices.json; printed as well."""
+    from gpu import report
+
+    text = "\n".join(report.lines(rows, seconds))
+    (out / "table.txt").write_text(text + "\n", encoding="utf-8")
+    table: dict[str, list[object]] = {}
+    for row in rows:
+        if "entry" in row:
+            table.setdefault(row["op"], []).append(row["entry"])
+    if table:
+        (out / "choices.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    print(text, flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="gpu-check-") as folder:
+        prepare(Path(folder), args.rehearse)
+        import torch
+
+        if not args.rehearse and not torch.cuda.is_available():
+            print(
+                "error: no CUDA device: torch.cuda.is_available() is False; --rehearse runs on a CPU", file=sys.stderr
+            )
+            return 1
+        return run(args, Path(folder))
+
+
+def run(args: argparse.Namespace, scratch: Path) -> int:
+    from gpu.report import trouble
+    from gpu.run import Runner, say
+
+    rows = Rows(args.out / "rows.jsonl")
+    command = shlex.join(["python", *(sys.argv or ["gpu_check.py"])])
+    rows.stamp = {"command": command, "rehearsed": args.rehearse}
+    runner = Runner(rows, scratch, args.out / "log.txt", args.rehearse, args.faults, say)
+    seconds: dict[str, float] = {}
+    plans = plan(args)
+    try:
+        runner.run("machine", STAGES["machine"](args.rehearse)[:1], 60.0)
+        if not stamp(rows):  # this CUDA does not start in a forked process
+            say("the first case failed; cases are started anew instead of forked, which takes longer")
+            runner.start_anew()
+            runner.run("machine", STAGES["machine"](args.rehearse)[:1], 60.0)
+            stamp(rows)
+        for stage, cases in plans.items():
+            for case in cases:
+                if case.early:
+                    runner.start_early(stage, case)
+        for stage, cases in plans.items():
+            begin = time.monotonic()
+            runner.run(stage, cases, min(SECONDS[stage], args.seconds or SECONDS[stage]))
+            seconds[stage] = time.monotonic() - begin
+    finally:
+        runner.stop()
+        rows.close()
+        write_results(args.out, rows.all, seconds)
+    empty = [stage for stage in plans if not any(good(row) for row in rows.all if row["stage"] == stage)]
+    if empty:
+        print(f"error: no figure came from {', '.join(empty)}", file=sys.stderr)
+    return 1 if empty or any(map(trouble, rows.all)) else 0
+
+
+def plan(args: argparse.Namespace) -> dict[str, list[Case]]:
+    """The cases of each stage that is asked for; the first of all, "versions", runs anyway."""
+    parts = [part.strip() for part in args.cases.split(",")]
+    plans = {}
+    for stage in STAGE_NAMES:
+        cases = STAGES[stage](args.rehearse)[1 if stage == "machine" else 0 :] if stage in args.stages else []
+        cases = [case for case in cases if any(part in case.name for part in parts)]
+        if cases:
+            plans[stage] = cases
+    return plans
+
+
+def good(row: dict[str, object]) -> bool:
+    return not row.get("note")
+
+
+def stamp(rows: Rows) -> bool:
+    """Every later row carries the device and the versions that the first case found, if it did."""
+    for row in rows.all:
+        if "environment" in row:
+            known = row["environment"]
+            names = ("device", "torch", "triton", "transformers", "python", "xclip_fast", "commit", "nvidia_smi")
+            rows.stamp |= {name: known[name] for name in names if known.get(name)}
+            return True
+    return False
 
 
 if __name__ == "__main__":

@@ -45,6 +45,7 @@ WORKS = {  # in the order they run: the longest last, when the weights are warm
     "encoded": "labels encoded",
 }
 OURS, GRAPHED, FP8 = "xclip-fast", "xclip-fast graph", "xclip-fast fp8"
+DECODING, COMPUTING = "decoding alone", "model alone"  # of "from mp4 files", where both go on at once
 EAGER, COMPILED = "Hugging Face", "HF compiled"
 GRAPHED_UP_TO = 8  # videos: beyond, launches hide behind the GPU's work, and a graph only keeps memory
 HF_INSTALLED = importlib.util.find_spec("transformers") is not None
@@ -58,6 +59,7 @@ GPU_BATCHES = (1, 8, 32, 64, 128, 256, 512)  # until throughput grows by less th
 SATURATED = 1.05
 FP8_COSINE = 0.99  # of its outputs with those in bfloat16; less is an error, not float8 (fp8.py measures accuracy)
 NOT_RUN = "not run: a forward would take longer than --seconds leaves (the JSON holds the estimates)"
+BATCHES_A_CALL = 4  # of "from mp4 files": one batch alone could not be decoded ahead
 CLIP_FRAMES, CLIP_SIZE = 96, (256, 340)  # of the generated mp4 files
 
 
@@ -78,6 +80,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--works", default=",".join(WORKS), help=f"comma-separated, of {', '.join(WORKS)}")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--threads", type=int, help="of the CPU")
+    parser.add_argument(
+        "--processor-time",
+        action="store_true",
+        help="on a busy CPU: time what the process itself computed, on one thread (implies --threads 1)",
+    )
     parser.add_argument("--seconds", type=float, help="time to stay within (default: 130 on a CPU, unbounded on a GPU)")
     parser.add_argument("--compile", action="store_true", help="also Hugging Face's model under torch.compile")
     parser.add_argument(
@@ -105,6 +112,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args.labels = read_labels(args.labels)
     if args.threads is not None and args.threads < 1:
         fail(f"--threads {args.threads}: at least 1 wanted")
+    if args.processor_time:
+        if gpu or args.threads not in (None, 1):
+            fail("--processor-time is for one thread of a CPU: add --device cpu --threads 1")
+        args.threads = 1
     if args.seconds is None:
         args.seconds = math.inf if gpu else 130.0
     if not args.seconds > 0:
@@ -177,6 +188,7 @@ class Cell:
         ours = sum(product.multiply_adds for product in self.work_products(lengths))
         theirs = flops.count(VARIANTS[self.variant], labels=len(lengths), batch=self.batch)
         peer = {"encoded": theirs.total, "tower": theirs.video, "files": 0}.get(self.work, theirs.total - theirs.text)
+        ours *= 2 * BATCHES_A_CALL if self.work == "files" else 1  # with the model alone
         # ours computes in float32 where a CPU has no instructions for the precision
         return 2.2 * ours / max(rates[self.precision], rates.get("fp32", 0)), 2.2 * peer / rates[self.precision]
 
@@ -232,9 +244,12 @@ def contenders_of(
         for one in ours.values():
             one.encode_text(tokens)
     if work == "files":
-        # every file counts as one video, as often as the batch needs
-        paths = list(itertools.islice(itertools.cycle(files), batch))
-        yield OURS, lambda: model(decoded(paths, frames, size).to(device), tokens)
+        # every file counts as one video, as often as the batches need
+        paths = list(itertools.islice(itertools.cycle(files), BATCHES_A_CALL * batch))
+        videos = decoded(paths, frames, size)
+        yield OURS, lambda: from_files(model, paths, tokens, batch)
+        yield DECODING, lambda: decoded(paths, frames, size)
+        yield COMPUTING, lambda: torch.cat([model(part.to(device), tokens).cpu() for part in videos.split(batch)])
         return
     for name, one in ours.items():
         calls: dict[str, Callable[[], Any]] = {
@@ -299,6 +314,18 @@ def forgetful(model: xclip_fast.XCLIP, video: Tensor, tokens: Tensor) -> Tensor:
     """A forward that encodes its labels, seen before or not."""
     model.text.forget()
     return model(video, tokens)
+
+
+def from_files(model: xclip_fast.XCLIP, paths: list[Path], tokens: Tensor, batch: int) -> Tensor:
+    """Logits of video files, decoded ahead of the model as ``xclip-fast classify`` does."""
+    from xclip_fast.inference.batches import Answer, Reading, answers
+
+    text_KE = model.encode_text(tokens)
+    reading = Reading(model.config.num_frames, model.config.vision.image_size)
+    found = answers(
+        model, [str(path) for path in paths], reading, lambda v: (model.similarity(v, text_KE),), batch_size=batch
+    )
+    return torch.stack([item.values[0] for item in found if isinstance(item, Answer)])
 
 
 def decoded(paths: list[Path], frames: int, size: int) -> Tensor:
@@ -401,7 +428,8 @@ def rows_of(
             continue
         row |= {"seconds": result["seconds"], "n": len(result["seconds"]), "warm_ups": result["warm_ups"]}
         row |= {"median_s": statistics.median(result["seconds"]), "peak_memory_bytes": result["peak_memory"]}
-        row["views_per_second"] = cell.batch / row["median_s"]
+        views = cell.batch * (BATCHES_A_CALL if cell.work == "files" else 1)
+        row["views_per_second"] = views / row["median_s"]
         row["ratio_to_paper"] = row["views_per_second"] / paper.views_per_second if paper else None
         if name == FP8:
             cosine = least_cosine(results[OURS]["output"], result["output"]) if ours else math.nan
@@ -412,7 +440,9 @@ def rows_of(
                 row["note"] = f"outputs differ from bf16's: a cosine of {cosine:.5f}, below {FP8_COSINE}: no ratio"
             continue
         if name != OURS:
-            error = largest_error(results[OURS]["output"], result["output"]) if ours else math.nan
+            error = math.nan
+            if ours:  # decoding has frames as its output
+                error = 0.0 if name == DECODING else largest_error(results[OURS]["output"], result["output"])
             row["largest_error"] = error if math.isfinite(error) else None
             if error <= TOLERANCE[cell.precision]:
                 for mine in rows if name != GRAPHED else []:
@@ -425,7 +455,7 @@ def rows_of(
         if name not in (OURS, GRAPHED) or row["note"]:
             continue
         products = cell.work_products(lengths)
-        row["multiply_adds"] = sum(product.multiply_adds for product in products)
+        row["multiply_adds"] = sum(product.multiply_adds for product in products) * views // cell.batch
         row["flop_per_s"] = 2 * row["multiply_adds"] / row["median_s"]
         row["share_of_gemm"] = row["flop_per_s"] / rate
         if cell.work != "files":
@@ -440,8 +470,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     deadline = time.perf_counter() + args.seconds
     if args.threads:
         torch.set_num_threads(args.threads)
+    measuring.clock = time.process_time if args.processor_time else time.perf_counter
     torch.manual_seed(0)
-    environment = measuring.environment(args.device)  # the load before this run adds to it
+    environment = measuring.environment(args.device) | {
+        "clock": measuring.clock.__name__
+    }  # the load before this run adds to it
     lengths = (xclip_fast.tokenize(args.labels).argmax(1) + 1).tolist()
     # on a CPU also float32, in which ours computes where the CPU has no instructions for the precision
     rated = dict.fromkeys([*args.precisions, *(["fp32"] if args.device == "cpu" else [])])
@@ -575,7 +608,9 @@ def print_table(report: dict[str, Any]) -> None:
                 print(f"  {'':16} cosine with bf16's outputs {row['cosine']:.5f}")
     print()
     cores, load = environment["cores"], (environment["load_average"] or [0.0])[0]
-    if load > BUSY * cores:
+    if environment["clock"] == "process_time":
+        print("Times are of the processor: waiting for other programs does not count.")
+    elif load > BUSY * cores:
         print(f"Busy machine: the load average before this run was {load:.1f} on {cores} cores.")
         print("Times are longer than on an idle one and ratios scatter. Run it again alone.")
     for note in notes:

@@ -25,6 +25,7 @@ from .nn.cct import FastCCTBlock, Stream, with_spare_row
 from .nn.features import VideoFeatures
 from .nn.layers import TransformerBlock, WithoutInit, init_block, init_linear, run_block
 from .nn.mit import MultiFrameIntegration
+from .nn.parts import is_plain, layer_norm
 from .nn.prompt import VideoSpecificPrompt
 from .nn.text import TextEncoder, Transformer
 from .text.templates import TEMPLATES, fill
@@ -58,8 +59,10 @@ class VisionTower(nn.Module):
             return self._forward(frames, num_frames)
 
     def _forward(self, frames: Tensor, num_frames: int) -> Tensor:
-        if not self.config.vision.pre_norm:
+        pre_norm = self.ln_pre if self.config.vision.pre_norm else None
+        if pre_norm is None or not is_plain({"conv1": self.conv1, "ln_pre": pre_norm}):
             x_FLD = self._embed(frames)
+            x_FLD = x_FLD if pre_norm is None else pre_norm(x_FLD)
         else:
             x_FLD = kernels.patch_embed(
                 frames,
@@ -83,7 +86,7 @@ class VisionTower(nn.Module):
         return stream.x[:, :-1]
 
     def _embed(self, frames: Tensor) -> Tensor:
-        """Equation 4 without CLIP's LayerNorm behind it: the ViTs of Table 10."""
+        """Equation 4 without CLIP's LayerNorm behind it, by calling the convolution: the ViTs of Table 10."""
         weight = self.conv1.weight
         if frames.dtype == torch.uint8:
             precise = torch.promote_types(weight.dtype, torch.float32)
@@ -190,8 +193,7 @@ class XCLIP(nn.Module):
         self._check_video(video)
         batch, frames = video.shape[:2]
         x_FLD = self.visual(video.flatten(0, 1), frames)
-        norm = self.visual.ln_post
-        h_FE = linear(kernels.layer_norm(x_FLD[:, 0], norm.weight, norm.bias, norm.eps), self.visual.proj.T)
+        h_FE = linear(layer_norm(self.visual.ln_post, x_FLD[:, 0]), self.visual.proj.T)
         h_BTE = h_FE.unflatten(0, (batch, frames))
         return VideoFeatures(
             video=h_BTE.mean(1) if self.mit is None else self.mit(h_BTE),
@@ -201,8 +203,7 @@ class XCLIP(nn.Module):
     def _patch_features(self, x_FLD: Tensor, batch: int, frames: int) -> Tensor:
         if self.prompts_generator is None:
             return x_FLD.new_empty(batch, 0, self.config.embed_dim)
-        norm = self.prompts_visual_ln
-        z_FND = kernels.layer_norm(x_FLD[:, 1:], norm.weight, norm.bias, norm.eps)
+        z_FND = layer_norm(self.prompts_visual_ln, x_FLD[:, 1:])
         # the projection is linear: one of the mean instead of the mean of T
         z_BND = z_FND.unflatten(0, (batch, frames)).mean(1)
         return linear(z_BND, self.prompts_visual_proj.T)
@@ -260,7 +261,8 @@ class XCLIP(nn.Module):
         self._check_features(video_features, text_features)
         video_BE = video_features.video
         if self.head is not None:
-            logits = linear(video_BE, self.head.weight, self.head.bias)
+            plain = is_plain({"head": self.head})
+            logits = linear(video_BE, self.head.weight, self.head.bias) if plain else self.head(video_BE)
             return logits.to(torch.promote_types(logits.dtype, torch.float32))
         assert text_features is not None
         if self.prompts_generator is None:

@@ -4,8 +4,8 @@ import importlib
 import importlib.util
 import json
 import math
+import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -55,15 +55,19 @@ def test_every_work_beside_its_peer(throughput, tmp_path, capsys):
     code, report = tiny_run(throughput, tmp_path, "--precisions", "fp32,bf16", "--batch-sizes", "1,2")
     assert code == 0
     rows = {(row["precision"], row["batch"], row["work"], row["contender"]): row for row in report["rows"]}
-    assert len(rows) == len(report["rows"]) == 2 * 2 * 7
+    assert len(rows) == len(report["rows"]) == 2 * 2 * 9
     for (precision, batch, work, contender), row in rows.items():
         assert row["note"] == ""
         assert row["n"] == len(row["seconds"]) == 2
-        assert row["views_per_second"] == pytest.approx(batch / row["median_s"])
+        videos = batch * (throughput.BATCHES_A_CALL if work == "files" else 1)
+        assert row["views_per_second"] == pytest.approx(videos / row["median_s"])
         assert row["ratio_to_paper"] is None  # no such row in Table 1
         if contender == "Hugging Face":
             assert row["largest_error"] < (1e-4 if precision == "fp32" else 5e-2)
-        elif work != "files":
+        elif work == "files":
+            assert contender in ("xclip-fast", "decoding alone", "model alone")
+            assert contender != "xclip-fast" or set(row["ratios"]) == {"decoding alone", "model alone"}
+        else:
             ratio = row["ratios"]["Hugging Face"]
             assert ratio["low"] <= ratio["median"] <= ratio["high"]
             peer = rows[precision, batch, work, "Hugging Face"]
@@ -200,6 +204,16 @@ def test_one_call_gives_no_ratio_and_a_busy_machine_is_named(throughput, measuri
     table = capsys.readouterr().out
     assert "no ratio of one call" in table
     assert "Busy machine: the load average before this run was 50.0" in table
+
+
+@pytest.mark.usefixtures("quick")
+def test_processor_time_leaves_out_what_others_compute(throughput, measuring, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(throughput, "HF_INSTALLED", False)
+    monkeypatch.setattr(measuring, "clock", time.perf_counter)  # put back after the test
+    code, report = tiny_run(throughput, tmp_path, "--precisions", "fp32", "--works", "tower", "--processor-time")
+    assert (code, report["environment"]["clock"], report["environment"]["threads"]) == (0, "process_time", 1)
+    assert "Times are of the processor" in capsys.readouterr().out
+    assert measuring.timed(lambda: time.sleep(0.2), "cpu")() < 0.1
 
 
 @pytest.mark.usefixtures("quick")
@@ -505,53 +519,12 @@ def test_every_op_has_a_benchmark():
     assert set(module.CASES) == set(OPS)
 
 
-def test_a_trainer_on_files_is_timed(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(str(FOLDER))
-    gpu_check = importlib.import_module("gpu_check")
-    vision = "model.vision={image_size: 32, patch_size: 16, width: 64, layers: 1, heads: 1}"
-    shape = [vision, "model.text={width: 64, layers: 1, heads: 1}", "model.embed_dim=64", "model.num_frames=2"]
-    run = ["device=cpu", "precision=fp32", "stop_after=4", "log.every=2", "optim.batch_size=4", "data.workers=0"]
-    found = gpu_check.data_wait(tmp_path, 10, (32, 32), [*shape, *run])
-    assert [row["step"] for row in found["rows"]] == [4]
-    assert 0 < found["data_wait"] < 1
-    assert found["clips_per_second"] > 0
-
-
 def test_order_of_frames_is_counted_apart(monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
     motion = importlib.import_module("motion")
     confusion = np.zeros((10, 10), int)
     confusion[0, 0], confusion[0, 1], confusion[3, 3], confusion[2, 9] = 3, 1, 2, 4
     assert motion.by_order(confusion) == (0.6, 5 / 6)
-
-
-def test_the_tower_is_timed_eager_from_a_graph_and_from_one_without_overlap(monkeypatch, tiny_model):
-    monkeypatch.syspath_prepend(str(FOLDER))
-    gpu_check = importlib.import_module("gpu_check")
-    seen, made = [], []
-
-    class Graphed:
-        """Captures at its first call, as the real one."""
-
-        def __call__(self, video):
-            if not made:
-                made.append(gpu_check.overlap._is_captured(SimpleNamespace(is_cuda=True)))
-            return made[0]
-
-        def clear(self):
-            made.clear()
-
-    monkeypatch.setattr(gpu_check, "XCLIP", lambda name: tiny_model)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    monkeypatch.setattr(type(tiny_model), "cuda", lambda self: self)
-    monkeypatch.setattr(type(tiny_model), "bfloat16", lambda self: self)
-    monkeypatch.setattr(type(tiny_model), "graphed", lambda self: Graphed())
-    monkeypatch.setattr(type(tiny_model), "encode_video", lambda self, video: video.shape)
-    monkeypatch.setattr(torch, "randint", lambda *args, device, **rest: torch.zeros(args[1], **rest))
-    monkeypatch.setattr(gpu_check, "milliseconds", lambda call: seen.append(call()) or float(len(seen)))
-    found = gpu_check.tower_milliseconds()
-    assert found == {"eager": 1.0, "graph": 2.0, "graph, one after the other": 3.0}
-    assert seen == [(1, 8, 224, 224, 3), True, False]
 
 
 @pytest.fixture

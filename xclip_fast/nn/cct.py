@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import kernels
 from .fp8 import Fp8Weights
-from .layers import Mlp, compute, drop_path_scale
+from .layers import drop_path_scale
+from .parts import Mlp, add_branch, is_plain, self_attention
 
 
 class Stream(NamedTuple):
@@ -62,37 +64,41 @@ def cct_block(
 
     The message joins as a key and a value only, so nothing is concatenated and no row is thrown away.
     """
-    linears = {
-        "out": diffusion.out,
-        "fc": fc,
-        "projection": projection,
-        "message_fc": message_fc,
-        "message_out": fusion.out,
-    }
     mean, rstd = stream.statistics or (None, None)
-    x, statistics = compute(
-        linears,
-        x=stream.x,
-        ln_1_weight=ln_1.weight,
-        ln_1_bias=ln_1.bias,
-        in_weight=diffusion.in_weight,
-        in_bias=diffusion.in_bias,
-        ln_2_weight=ln_2.weight,
-        ln_2_bias=ln_2.bias,
-        heads=heads,
-        eps=ln_1.eps,
-        activation=activation,
-        message_ln_weight=message_ln.weight,
-        message_ln_bias=message_ln.bias,
-        message_in_weight=fusion.in_weight,
-        message_in_bias=fusion.in_bias,
-        frames=frames,
-        drop_fusion=drop.fusion,
-        drop_attention=drop.diffusion,
-        drop_feed_forward=drop.feed_forward,
-        mean=mean,
-        rstd=rstd,
-        statistics=True,
+    x, statistics = kernels.cct_block(
+        kernels.Block(
+            x=stream.x,
+            ln_1_weight=ln_1.weight,
+            ln_1_bias=ln_1.bias,
+            in_weight=diffusion.in_weight,
+            in_bias=diffusion.in_bias,
+            out_weight=diffusion.out.weight,
+            out_bias=diffusion.out.bias,
+            ln_2_weight=ln_2.weight,
+            ln_2_bias=ln_2.bias,
+            fc_weight=fc.weight,
+            fc_bias=fc.bias,
+            projection_weight=projection.weight,
+            projection_bias=projection.bias,
+            heads=heads,
+            eps=ln_1.eps,
+            activation=activation,
+            message_fc_weight=message_fc.weight,
+            message_fc_bias=message_fc.bias,
+            message_ln_weight=message_ln.weight,
+            message_ln_bias=message_ln.bias,
+            message_in_weight=fusion.in_weight,
+            message_in_bias=fusion.in_bias,
+            message_out_weight=fusion.out.weight,
+            message_out_bias=fusion.out.bias,
+            frames=frames,
+            drop_fusion=drop.fusion,
+            drop_attention=drop.diffusion,
+            drop_feed_forward=drop.feed_forward,
+            mean=mean,
+            rstd=rstd,
+            statistics=True,
+        )
     )
     return Stream(x, statistics)
 
@@ -138,6 +144,7 @@ class FastCCTBlock(nn.Module):
             raise ValueError(f"d_model {d_model} does not divide into {nhead} heads; choose a divisor of {d_model}")
         if num_frames < 1:
             raise ValueError(f"num_frames {num_frames} must be at least 1")
+        self.width = d_model
         self.heads = nhead
         self.num_frames = num_frames
         self.drop_path = drop_path
@@ -148,7 +155,7 @@ class FastCCTBlock(nn.Module):
         self.message_attn = nn.MultiheadAttention(d_model, nhead)
         self.attn = nn.MultiheadAttention(d_model, nhead)
         self.ln_1 = nn.LayerNorm(d_model, layer_norm_eps)
-        self.mlp = Mlp(d_model)
+        self.mlp = Mlp(d_model, activation)
         self.ln_2 = nn.LayerNorm(d_model, layer_norm_eps)
         self.register_module("fp8", None)
 
@@ -170,7 +177,7 @@ class FastCCTBlock(nn.Module):
         frames = self.num_frames if num_frames is None else num_frames
         if isinstance(x, Stream):
             return self._run(x, frames)
-        width = self.message_fc.in_features
+        width = self.width
         layout = "(B * T, L, D)" if self.batch_first else "(L, B * T, D)"
         if x.dim() != 3 or x.shape[-1] != width:
             raise ValueError(f"tokens of shape {tuple(x.shape)} given; {layout} with D = {width} wanted")
@@ -184,7 +191,12 @@ class FastCCTBlock(nn.Module):
         return y_FLD if self.batch_first else y_FLD.transpose(0, 1)
 
     def _run(self, stream: Stream, frames: int) -> Stream:
+        if self.fp8 is not None and self.training:
+            raise RuntimeError("a quantised block is for inference only: call eval(), or dequantize() to train it")
         drop = self.draw_drop_scales(stream.x, frames)
+        if not self.is_plain():
+            y_LFD = self._call_modules(stream.x[:, :-1].transpose(0, 1), frames, drop)
+            return Stream(with_spare_row(y_LFD.transpose(0, 1)))
         norm, fc, projection = self.ln_2, self.mlp.c_fc, self.mlp.c_proj
         if self.fp8 is None:
             return cct_block(
@@ -202,8 +214,6 @@ class FastCCTBlock(nn.Module):
                 drop,
                 self.activation,
             )
-        if self.training:
-            raise RuntimeError("a quantised block is for inference only: call eval(), or dequantize() to train it")
         fp8 = self.fp8
         z = self.diffuse(stream.x, frames)
         norm_2 = (norm.weight, norm.bias)
@@ -249,6 +259,19 @@ class FastCCTBlock(nn.Module):
             return kernels.ln_linear_fp8(x_FSD, norm.weight, norm.bias, fp8.qkv, fp8.qkv_scale, bias, norm.eps)
 
         return kernels.diffuse(block, project)
+
+    def is_plain(self) -> bool:
+        """Whether the block computes from the parameters of its parts; see ``parts.is_plain``."""
+        return is_plain(self._modules, heads=self.heads, eps=self.ln_1.eps, activation=self.activation)
+
+    def _call_modules(self, x_LFD: Tensor, frames: int, drop: DropScales) -> Tensor:
+        """Equations 7 to 9 by calling the parts, which see tokens in the released layout."""
+        m_TBD = self.message_fc(x_LFD[0]).unflatten(0, (-1, frames)).transpose(0, 1)
+        m_TBD = add_branch(m_TBD, self_attention(self.message_attn, self.message_ln(m_TBD)), drop.fusion, dim=1)
+        m_1FD = m_TBD.transpose(0, 1).flatten(0, 1)[None].to(x_LFD.dtype)
+        normed = self.ln_1(torch.cat([x_LFD, m_1FD]))
+        x_LFD = add_branch(x_LFD, self_attention(self.attn, normed)[:-1], drop.diffusion, dim=1)
+        return add_branch(x_LFD, self.mlp(self.ln_2(x_LFD)), drop.feed_forward, dim=1)
 
     def draw_drop_scales(self, x: Tensor, frames: int) -> DropScales:
         """Fresh drop path factors for each video and branch; none outside training."""

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import logging
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,17 +10,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .. import kernels
-
-logger = logging.getLogger("xclip_fast")
-
-
-class Mlp(nn.Module):
-    """The two linear layers of an FFN; the block computes with them."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.c_fc = nn.Linear(width, 4 * width)
-        self.c_proj = nn.Linear(4 * width, width)
+from .parts import Mlp, add_branch, is_plain, self_attention
 
 
 class TransformerBlock(nn.Module):
@@ -46,7 +33,7 @@ class TransformerBlock(nn.Module):
         self.activation = activation
         self.attn = nn.MultiheadAttention(width, heads)
         self.ln_1 = nn.LayerNorm(width, eps)
-        self.mlp = Mlp(width)
+        self.mlp = Mlp(width, activation)
         self.ln_2 = nn.LayerNorm(width, eps)
 
     def forward(
@@ -68,20 +55,25 @@ class TransformerBlock(nn.Module):
             rows: (R,) integer: only these of all rows are taken past the attention, and returned (R, D). None: all.
             samples: the number of samples in x's first dimension, for drop path; None: each of its rows is one.
         """
-        drop: tuple[Tensor | None, Tensor | None] = (None, None)
-        if self.training and self.drop_path > 0.0:
-            count = x.shape[0] if samples is None else samples
-            drop = (drop_path_scale(count, self.drop_path, x), drop_path_scale(count, self.drop_path, x))
-        linears = {"out": self.attn.out_proj, "fc": self.mlp.c_fc, "projection": self.mlp.c_proj}
-        return compute(
-            linears,
+        if not self.is_plain():
+            y = self._call_modules(x, causal, samples)
+            return y if rows is None else y.flatten(0, 1)[rows]
+        drop = self._draw_drop_scales(x, samples)
+        attention, fc, projection = self.attn, self.mlp.c_fc, self.mlp.c_proj
+        block = kernels.Block(
             x=x,
             ln_1_weight=self.ln_1.weight,
             ln_1_bias=self.ln_1.bias,
-            in_weight=self.attn.in_proj_weight,
-            in_bias=self.attn.in_proj_bias,
+            in_weight=attention.in_proj_weight,
+            in_bias=attention.in_proj_bias,
+            out_weight=attention.out_proj.weight,
+            out_bias=attention.out_proj.bias,
             ln_2_weight=self.ln_2.weight,
             ln_2_bias=self.ln_2.bias,
+            fc_weight=fc.weight,
+            fc_bias=fc.bias,
+            projection_weight=projection.weight,
+            projection_bias=projection.bias,
             heads=self.heads,
             eps=self.ln_1.eps,
             activation=self.activation,
@@ -91,42 +83,29 @@ class TransformerBlock(nn.Module):
             offsets=offsets,
             longest=longest,
             rows=rows,
-        )[0]
+        )
+        return kernels.cct_block(block)[0]
 
+    def is_plain(self) -> bool:
+        """Whether the block computes from the parameters of its parts; see ``parts.is_plain``."""
+        return is_plain(self._modules, heads=self.heads, eps=self.ln_1.eps, activation=self.activation)
 
-def compute(linears: Mapping[str, Any], **given: Any) -> tuple[Tensor, kernels.Statistics | None]:
-    """``kernels.cct_block`` on a block's linear layers and its other arguments.
+    def _call_modules(self, x_BSD: Tensor, causal: bool, samples: int | None) -> Tensor:
+        """The block by calling its parts, which see tokens in the released layout (S, B, D)."""
+        drop = self._draw_drop_scales(x_BSD, samples)
+        x_SBD, mask_SS = x_BSD.transpose(0, 1), None
+        if causal:
+            length = x_BSD.shape[1]
+            mask_SS = torch.full((length, length), float("-inf"), device=x_BSD.device).triu(1)
+        x_SBD = add_branch(x_SBD, self_attention(self.attn, self.ln_1(x_SBD), mask_SS), drop[0], dim=1)
+        return add_branch(x_SBD, self.mlp(self.ln_2(x_SBD)), drop[1], dim=1).transpose(0, 1)
 
-    A layer that was replaced (LoRA, quantized) is called as it is, and the block runs out of torch's parts.
-
-    Args:
-        linears: the modules by their names in ``kernels.Block``.
-        given: the rest of ``kernels.Block``.
-    """
-    weights = {f"{name}_weight": getattr(module, "weight", None) for name, module in linears.items()}
-    biases = {f"{name}_bias": getattr(module, "bias", None) for name, module in linears.items()}
-    block = kernels.Block(**weights, **biases, **given)
-    replaced = {name: module for name, module in linears.items() if not is_plain(module)}
-    if not replaced:
-        return kernels.cct_block(block)
-    if not torch.compiler.is_compiling():
-        _log_replaced(", ".join(sorted({type(module).__name__ for module in replaced.values()})))
-
-    def apply(name: str, x: Tensor) -> Tensor:
-        result: Tensor = replaced[name](x) if name in replaced else kernels.own_linear(block, name, x)
-        return result
-
-    return kernels.composed(block, apply), None
-
-
-def is_plain(module: object) -> bool:
-    """Whether a module computes what torch's Linear does with a weight and a bias."""
-    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward and module.bias is not None
-
-
-@functools.cache
-def _log_replaced(kinds: str) -> None:
-    logger.warning("%s in place of torch's Linear: these blocks run out of torch's parts, not as one op", kinds)
+    def _draw_drop_scales(self, x: Tensor, samples: int | None) -> tuple[Tensor | None, Tensor | None]:
+        """Fresh drop path factors for each sample and residual branch; none outside training."""
+        if not self.training or self.drop_path == 0.0:
+            return None, None
+        count = x.shape[0] if samples is None else samples
+        return drop_path_scale(count, self.drop_path, x), drop_path_scale(count, self.drop_path, x)
 
 
 def run_block(block: nn.Module, recompute: bool, x: Any, *args: Any) -> Any:

@@ -6,23 +6,12 @@ B videos, N patches, K labels, E embedding size.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import kernels
 from ..kernels._linear import linear
 from .layers import init_linear
-
-
-class CrossAttention(nn.Module):
-    """The projections of one prompt layer's attention, under their released names."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.q_proj = nn.Linear(width, width, bias=False)
-        self.k_proj = nn.Linear(width, width, bias=False)
-        self.v_proj = nn.Linear(width, width, bias=False)
-        self.proj = nn.Linear(width, width)
+from .parts import CrossAttention, Mlp, is_plain, layer_norm
 
 
 class PromptLayer(nn.Module):
@@ -31,33 +20,29 @@ class PromptLayer(nn.Module):
     def __init__(self, width: int, heads: int, eps: float) -> None:
         super().__init__()
         self.heads = heads
-        self.cross_attn = CrossAttention(width)
+        self.cross_attn = CrossAttention(width, heads)
         self.norm1 = nn.LayerNorm(width, eps)
         self.norm3 = nn.LayerNorm(width, eps)
-        # the released numbering of the two linear layers
-        self.mlp = nn.ModuleDict({"0": nn.Linear(width, 4 * width), "3": nn.Linear(4 * width, width)})
+        self.mlp = Mlp(width, names=("0", "1", "3"))  # the released numbering, in which 2 is a dropout
 
     def forward(self, text: Tensor, patches_BNE: Tensor) -> Tensor:
         """text (K, E), shared by the videos, or (B, K, E); patches (B, N, E), normalised. Returns (B, K, E)."""
         attention, norm = self.cross_attn, self.norm1
-        batch = patches_BNE.shape[0]
+        if not is_plain(self._modules, eps=norm.eps):
+            text_BKE = text + attention(norm(text), patches_BNE)
+            result: Tensor = text_BKE + self.mlp(self.norm3(text_BKE))
+            return result
         query = linear(kernels.layer_norm(text, norm.weight, norm.bias, norm.eps), attention.q_proj.weight)
-        mixed = F.scaled_dot_product_attention(
-            self._split(query).expand(batch, -1, -1, -1),
-            self._split(linear(patches_BNE, attention.k_proj.weight)),
-            self._split(linear(patches_BNE, attention.v_proj.weight)),
+        mixed_BKE = attention.attend(
+            query, linear(patches_BNE, attention.k_proj.weight), linear(patches_BNE, attention.v_proj.weight)
         )
-        mixed_BKE = mixed.transpose(1, 2).flatten(-2)
-        text_BKE = text.expand(batch, -1, -1)
+        text_BKE = text.expand(patches_BNE.shape[0], -1, -1)
         text_BKE = text_BKE + linear(mixed_BKE, attention.proj.weight, attention.proj.bias)
-        norm, fc, projection = self.norm3, self.mlp["0"], self.mlp["3"]
-        hidden = linear(kernels.layer_norm(text_BKE, norm.weight, norm.bias, norm.eps), fc.weight, fc.bias)
-        result: Tensor = text_BKE + linear(kernels.quick_gelu(hidden), projection.weight, projection.bias)
-        return result
-
-    def _split(self, x: Tensor) -> Tensor:
-        """(..., rows, E) to heads first, (..., H, rows, E / H)."""
-        return x.unflatten(-1, (self.heads, -1)).transpose(-3, -2)
+        parts = [(part.weight, part.bias) for part in (self.norm3, self.mlp[0], self.mlp[2])]
+        if kernels.cpu.takes(text_BKE, *(parameter for part in parts for parameter in part)):
+            return kernels.cpu.feed_forward(text_BKE, *parts, norm.eps)
+        hidden = kernels.quick_gelu(linear(kernels.layer_norm(text_BKE, *parts[0], norm.eps), *parts[1]))
+        return text_BKE + linear(hidden, *parts[2])
 
 
 class VideoSpecificPrompt(nn.Module):
@@ -79,7 +64,7 @@ class VideoSpecificPrompt(nn.Module):
 
     def forward(self, text_KE: Tensor, patches_BNE: Tensor) -> Tensor:
         """Text features (K, E) and mean patch features (B, N, E) to (B, K, E), added to the text features."""
-        patches_BNE = kernels.layer_norm(patches_BNE, self.norm.weight, self.norm.bias, self.norm.eps)
+        patches_BNE = layer_norm(self.norm, patches_BNE)
         prompts = text_KE
         for layer in self.decoder:
             prompts = layer(prompts, patches_BNE)

@@ -16,6 +16,7 @@ from .. import kernels
 from ..config import TextConfig
 from ..kernels._linear import linear
 from .layers import TransformerBlock, init_block, run_block
+from .parts import PLAIN, find_change, layer_norm
 
 CACHED_LABEL_SETS = 16
 LABELS_AT_ONCE = 1024  # bounds memory, whatever their number
@@ -27,6 +28,11 @@ class Transformer(nn.Module):
     def __init__(self, blocks: list[nn.Module]) -> None:
         super().__init__()
         self.resblocks = nn.ModuleList(blocks)
+
+
+_PLAIN = PLAIN["quick_gelu"] | {
+    kind: kind.forward for kind in (Transformer, nn.ModuleList, nn.Embedding, TransformerBlock)
+}
 
 
 class TextEncoder(nn.Module):
@@ -84,6 +90,8 @@ class TextEncoder(nn.Module):
             tokens_KL = _with_places(tokens_KL, vectors_PW.shape[0])
         if torch.compiler.is_compiling():
             return self._encode_padded(tokens_KL, *vectors)
+        if find_change(self._modules, _PLAIN, self.config.heads, self.ln_final.eps) is not None:
+            return self._encode_trimmed(tokens_KL, *vectors)
         parameters = [*self.parameters(), *vectors]
         if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters):
             self.forget()  # a training step follows, and fused optimizers change weights without a trace
@@ -163,6 +171,13 @@ class TextEncoder(nn.Module):
         ends = offsets[1:][order_K.argsort().to(device)] - 1
         return self._project(self._through(x_SW, (True, offsets, longest), ends))
 
+    def _encode_trimmed(self, tokens_KL: Tensor, vectors_PW: Tensor | None = None) -> Tensor:
+        """By calling modules, which see padded labels (longest, K, W); hooks want every call, so nothing is kept."""
+        self.forget()
+        longest = int(tokens_KL.argmax(1).max()) + 1 if len(tokens_KL) else 1
+        parts = tokens_KL[:, :longest].split(LABELS_AT_ONCE)
+        return torch.cat([self._encode_padded(part_KL, vectors_PW) for part_KL in parts])
+
     def _encode_padded(self, tokens_KL: Tensor, vectors_PW: Tensor | None = None) -> Tensor:
         tokens_KL = tokens_KL.to(self.positional_embedding.device)
         self._check_room(tokens_KL.shape[1], vectors_PW)
@@ -197,8 +212,7 @@ class TextEncoder(nn.Module):
             )
 
     def _project(self, end_KW: Tensor) -> Tensor:
-        norm = self.ln_final
-        return linear(kernels.layer_norm(end_KW, norm.weight, norm.bias, norm.eps), self.text_projection.T)
+        return linear(layer_norm(self.ln_final, end_KW), self.text_projection.T)
 
 
 def _with_places(tokens_KL: Tensor, count: int) -> Tensor:

@@ -1,0 +1,142 @@
+"""Stage 5: a frame's attention over its L tokens and the message: every library, and ours at each tile."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .case import Job, Row
+
+SDPA = ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
+TILES = tuple(
+    {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
+    for m, n, warps, stages in (
+        (64, 32, 4, 2),
+        (64, 64, 4, 2),
+        (64, 64, 4, 3),
+        (64, 128, 4, 2),
+        (128, 32, 4, 3),
+        (128, 64, 4, 3),
+        (128, 64, 8, 2),
+        (128, 64, 8, 3),
+        (128, 128, 8, 2),
+    )
+)
+
+
+def packed(job: Job, frames: int, tokens: int, heads: int) -> Tensor:
+    """(F, L + 1, 3, H, C): queries, keys and values of the tokens, the message's in the spare row."""
+    return torch.randn(frames, tokens + 1, 3, heads, 64, device=job.device).to(job.dtype)
+
+
+def library_calls(qkv: Tensor) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+    """Each library on strided views of the packed tensor, as the block holds it: nothing is copied."""
+    q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # (F, H, L + 1, C)
+    for name in SDPA:
+        kernel = getattr(torch.nn.attention.SDPBackend, name)
+
+        def sdpa(kernel: Any = kernel) -> Tensor:
+            with torch.nn.attention.sdpa_kernel(kernel):
+                return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+        yield f"sdpa {name.lower().removesuffix('_attention')}", sdpa
+    if importlib.util.find_spec("flash_attn"):
+        from flash_attn import flash_attn_qkvpacked_func
+
+        yield "flash_attn", lambda: flash_attn_qkvpacked_func(qkv)
+    if importlib.util.find_spec("xformers"):
+        from xformers.ops import memory_efficient_attention
+
+        yield "xformers", lambda: memory_efficient_attention(*qkv.unbind(2))
+
+
+def libraries(job: Job, frames: int, tokens: int, heads: int, backward: bool = False) -> Iterator[Row]:
+    """The libraries' rows, forward, or forward and backward."""
+    qkv = packed(job, frames, tokens, heads).requires_grad_(backward)
+    exact = exactly(qkv.detach())
+    for name, call in library_calls(qkv):
+        row: Row = {"contender": name, "direction": "forward and backward" if backward else "forward"}
+        with job.trying(f"{name} {row['direction']}", row):
+            if f"{name} {row['direction']}" in job.without:
+                continue
+            yield timed(job, row, call, exact, qkv)
+        if "note" in row:
+            if "No viable backend" in row["note"] or "No available kernel" in row["note"]:
+                row["note"] = f"refused: {row['note']}"
+            yield row
+
+
+def exactly(qkv: Tensor) -> Tensor:
+    """Attention in float32, a few frames at a time: (F, L + 1, H, C)."""
+    rows = [
+        F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in part.float().unbind(2))).transpose(1, 2)
+        for part in qkv.split(32)
+    ]
+    return torch.cat(rows)
+
+
+def timed(job: Job, row: Row, call: Callable[[], Tensor], exact: Tensor, leaf: Tensor) -> Row:
+    """A row with its error and time; with gradients if the leaf wants them."""
+    backward = leaf.requires_grad
+    with torch.set_grad_enabled(backward):
+        got = job.wrong(call())
+        row["error"] = float((got.detach()[:, : exact.shape[1]].float() - exact).norm() / exact.norm())
+        row["right"] = row["error"] <= 4 * torch.finfo(job.dtype).eps
+        if not row["right"]:
+            return {**row, "note": f"WRONG: error {row['error']:.3g}"}
+        if backward:
+            cotangent = torch.randn_like(got)
+            row["ms"] = job.milliseconds(lambda: torch.autograd.grad(call(), leaf, cotangent))
+        else:
+            row["ms"] = job.milliseconds(call)
+    return row
+
+
+def sizes(job: Job, tokens: int, frames: int, heads: int) -> Iterator[Row]:
+    """One number of tokens: libraries and ours, forward, then forward and backward."""
+    if job.tiny:
+        tokens, frames, heads = 17, 4, 2
+    base: Row = {"op": "attention", "tokens": tokens, "frames": frames, "precision": job.precision}
+    best: dict[str, float] = {}
+    for backward in (False, True):
+        for row in (*libraries(job, frames, tokens, heads, backward), *ours(job, frames, tokens, heads, backward)):
+            direction = row["direction"]
+            if "ms" in row:
+                best[direction] = min(best.get(direction, row["ms"]), row["ms"])
+                row["to_best"] = row["ms"] / best[direction]
+            yield {**base, **row}
+
+
+def ours(job: Job, frames: int, tokens: int, heads: int, backward: bool) -> Iterator[Row]:
+    """Triton's kernel at each tile; backward takes its own tiles from the table, so it is timed at the first only."""
+    from xclip_fast.kernels._dispatch import OPS, backend
+    from xclip_fast.kernels.triton import _launch
+
+    whole = packed(job, frames, tokens, heads)
+    exact = exactly(whole)[:, :tokens]
+    qkv = whole[:, :tokens].contiguous().requires_grad_(backward)
+    message = whole[:, tokens, 1:].contiguous()
+    tiles = TILES[:2] if job.tiny else TILES
+    for use in (None,) if backward else (None, *tiles):
+        name = "xclip-fast triton" + (f" {use['BLOCK_M']}x{use['BLOCK_N']}" if use else "")
+        row: Row = {"contender": name, "direction": "forward and backward" if backward else "forward", "tile": use}
+        key = f"{name} {use} {row['direction']}"
+
+        def call(use: dict[str, Any] | None = use) -> Tensor:
+            with backend("triton"):
+                if use is None:
+                    return OPS["diffusion_attention"](qkv, message)
+                with _launch.forced_tile("diffusion_attention", use):
+                    return OPS["diffusion_attention"](qkv, message)
+
+        with job.trying(key, row):
+            if key in job.without:
+                continue
+            yield timed(job, row, call, exact, qkv)
+        if "note" in row:
+            yield row

@@ -1,0 +1,78 @@
+"""What counts as right: the rule of the tests, on any op, with every gradient."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from ops import test_ops
+from torch import Tensor
+from xclip_fast.kernels._dispatch import OPS, backend
+
+TINY = {"B": 2, "T": 2, "K": 3, "D": 64, "H": 1, "N": 4, "E": 64, "F": 4, "L": 5, "C": 64, "P": 8}
+FP8_LIMIT = 0.03  # two ways to round to 8 bits differ by a step of it here and there
+
+
+def arguments(op: str, videos: int, frames: int, tiny: bool) -> list[Any]:
+    """An op's arguments at the sizes of B/16 (or tiny), in float32 on the device."""
+    sizes = TINY if tiny else {"B": videos, "T": frames, "F": videos * frames}
+    if tiny:
+        small = test_ops.CONFIG.vision
+        vision = type(small)(image_size=16, patch_size=8, width=64, layers=1, heads=1)
+        config = type(test_ops.CONFIG)(vision=vision, text=test_ops.CONFIG.text, embed_dim=64, num_frames=2)
+        sizes = {**sizes, "CONFIG": config, "DEVICE": "cpu"}
+    vars(test_ops).update(sizes)
+    return list(test_ops.CASES[op]())
+
+
+def results(op: str, args: Sequence[Any], name: str, cotangent: Tensor | None = None) -> list[Tensor]:
+    """The first output of a backend, and for a cotangent every gradient."""
+    leaves = [arg for arg in args if isinstance(arg, Tensor) and arg.requires_grad]
+    with backend(name), torch.set_grad_enabled(cotangent is not None):
+        output = test_ops.first(OPS[op](*args) if name != "reference" else OPS[op].reference(*args))
+        if cotangent is None:
+            return [output]
+        grads = torch.autograd.grad(output, leaves, cotangent.to(output.dtype), allow_unused=True)
+    return [output.detach(), *(grad for grad in grads if grad is not None)]
+
+
+def wanting(args: Sequence[Any], dtype: torch.dtype, grad: bool) -> list[Any]:
+    """The arguments in a dtype, as leaves."""
+    cast = test_ops.cast(args, dtype)
+    return [
+        arg.detach().requires_grad_(grad) if isinstance(arg, Tensor) and arg.dtype == dtype else arg for arg in cast
+    ]
+
+
+def error(got: Tensor, exact: Tensor) -> float:
+    """The largest difference, relative to the largest value; NaN anywhere is NaN."""
+    if exact.numel() == 0:
+        return 0.0 if got.shape == exact.shape else math.nan
+    return float((got.double() - exact.double()).abs().max() / exact.double().abs().max().clamp(min=1e-30))
+
+
+def judge(got: list[Tensor], exact: list[Tensor], baseline: list[Tensor], fp8: bool = False) -> tuple[float, float]:
+    """The error of the worst result and its limit: err <= 2 err(torch in the same dtype) + 4 eps. Wrong if over it.
+
+    A missing result counts as wrong: its error is infinite.
+    """
+    if len(got) != len(exact):
+        return math.inf, 0.0
+    pairs = []
+    for mine, right, torchs in zip(got, exact, baseline, strict=True):
+        if mine.shape != right.shape:
+            return math.inf, 0.0
+        limit = 2 * error(torchs, right) + 4 * torch.finfo(mine.dtype).eps
+        pairs.append((error(mine, right), max(limit, FP8_LIMIT) if fp8 else limit))
+    return max(pairs, key=lambda pair: math.inf if math.isnan(pair[0]) else pair[0] / pair[1])
+
+
+def poison(device: str) -> None:
+    """Leave NaN in the memory that the next allocations get: what a kernel does not write shows."""
+    if device == "cuda":
+        with contextlib.suppress(torch.OutOfMemoryError):
+            kept = [torch.full((size,), math.nan, device=device) for size in (*[1 << 10] * 64, *[1 << 22] * 8, 1 << 28)]
+            del kept

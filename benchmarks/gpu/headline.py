@@ -1,0 +1,310 @@
+"""Stage 3: the figures that count, ours beside Hugging Face's model and the limit, in one process a case.
+
+The limit is measured beside them: the bare products of the model's own shapes, and the fastest library attention.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import measuring
+import torch
+import training
+from labels import label_list
+from throughput import (
+    COMPILED,
+    EAGER,
+    FP8,
+    FP8_COSINE,
+    GRAPHED,
+    HF_INSTALLED,
+    OURS,
+    TOLERANCE,
+    hf_cached,
+    hf_video,
+    huggingface,
+    largest_error,
+    least_cosine,
+    quantized,
+)
+from torch import Tensor
+
+import xclip_fast
+from xclip_fast import flops
+from xclip_fast.config import VARIANTS, TextConfig, VisionConfig, XCLIPConfig
+from xclip_fast.nn import overlap
+
+from .case import Job, Row
+
+UNFORKED = f"{GRAPHED}, one after the other"
+Calls = dict[str, Callable[[], Any]]
+OUTSIDE = {"tower": ("text", "prompts", "similarity"), "whole": ("text",)}  # parts that a work leaves out
+
+
+def config_of(job: Job, variant: str) -> XCLIPConfig:
+    if not job.tiny:
+        return VARIANTS[variant]
+    vision = VisionConfig(image_size=16, patch_size=8, width=64, layers=1, heads=1)
+    text = TextConfig(width=64, layers=1, heads=1)
+    return XCLIPConfig(vision=vision, text=text, embed_dim=64, num_frames=2)
+
+
+def named(job: Job, variant: str) -> str:
+    return "tiny" if job.tiny else variant
+
+
+def labels_of(job: Job) -> list[str]:
+    return label_list(6 if job.tiny else 400)
+
+
+def build(job: Job, variant: str) -> xclip_fast.XCLIP:
+    """A model with random weights, made on the device: on the CPU that would take seconds."""
+    torch.manual_seed(0)
+    with torch.device(job.device):
+        model = xclip_fast.XCLIP(config_of(job, variant))
+    return model.eval().to(job.device, job.dtype)
+
+
+def videos(job: Job, model: xclip_fast.XCLIP, batch: int) -> Tensor:
+    size, frames = model.config.vision.image_size, model.config.num_frames
+    return torch.randint(256, (batch, frames, size, size, 3), dtype=torch.uint8, device=job.device)
+
+
+def under(name: str, call: Callable[[], Any]) -> Callable[[], Any]:
+    def forced() -> Any:
+        with xclip_fast.backend(name):
+            return call()
+
+    return forced
+
+
+def peer_of(job: Job, model: xclip_fast.XCLIP, video: Tensor, kind: str) -> Callable[[], Any]:
+    """Hugging Face's model with the same weights, doing the same work on normalized pixels."""
+    hf: Any = huggingface(model).to(job.device, job.dtype)
+    config = model.config
+    mean, deviation = (torch.tensor(v, device=job.device) for v in (config.image_mean, config.image_std))
+    pixels = ((video / 255 - mean) / deviation).permute(0, 1, 4, 2, 3).to(job.dtype).contiguous()
+    if kind == "tower":
+        return functools.partial(hf_video, hf, pixels)
+    return functools.partial(hf_cached, hf, pixels, model.encode_text(tokens_of(job, model)))
+
+
+def tokens_of(job: Job, model: xclip_fast.XCLIP) -> Tensor:
+    return xclip_fast.tokenize(labels_of(job), model.config.text.context_length)
+
+
+def work_of(job: Job, model: xclip_fast.XCLIP, video: Tensor, kind: str) -> Callable[[], Any]:
+    if kind == "tower":
+        return functools.partial(model.encode_video, video)
+    return functools.partial(model, video, tokens_of(job, model))  # the labels stay encoded after the first call
+
+
+def limit_seconds(job: Job, model: xclip_fast.XCLIP, batch: int, kind: str) -> tuple[float, float]:
+    """Seconds of the bare products of a work's own shapes, and of its blocks' attention by the fastest of SDPA."""
+    from . import attention
+
+    config = model.config
+    products = [
+        product
+        for product in flops.products(config, labels=[4] * len(labels_of(job)), batch=batch, counting="actual")
+        if product.part not in OUTSIDE[kind]
+    ]
+    with job.quiet():
+        gemms = measuring.own_gemms(products, job.dtype, job.device)
+    frames, tokens = batch * config.num_frames, config.vision.patches + 1
+    best = min(
+        (row["ms"] for row in attention.libraries(job, frames, tokens, config.vision.heads) if "ms" in row),
+        default=0.0,
+    )
+    return gemms, 1e-3 * best * config.vision.layers
+
+
+def rows_of(job: Job, found: dict[str, dict[str, Any]], base: Row, truth: str, limit: float) -> Iterator[Row]:
+    """A row for each contender: its median, its ratio to the peer, its time over the limit; or why there is none."""
+    ours = found.get(OURS, {}).get("seconds")
+    right = found.get(truth, {}).get("output")
+    for name, result in found.items():
+        row: Row = {**base, "contender": name}
+        if result.get("note"):
+            yield {**row, "note": result["note"]}
+            continue
+        seconds = result["seconds"]
+        median = statistics.median(seconds)
+        row |= {"ms": 1e3 * median, "low_ms": 1e3 * min(seconds), "high_ms": 1e3 * max(seconds), "n": len(seconds)}
+        row |= {"views_per_second": base["batch"] / median, "peak_bytes": result["peak_memory"]}
+        output = job.wrong(result["output"]) if name == OURS else result["output"]
+        if name == FP8:
+            row["cosine"] = least_cosine(output, found[OURS]["output"])
+            row["right"] = row["cosine"] >= FP8_COSINE
+        elif right is not None and name != truth:
+            row["error"] = largest_error(output, right)
+            row["right"] = row["error"] <= TOLERANCE[job.precision]
+        if row.get("right") is False:
+            yield {**row, "note": f"WRONG beside {truth}: {row.get('error', row.get('cosine')):.3g}; no ratio"}
+            continue
+        if name not in (EAGER, COMPILED) and limit:
+            row |= {"limit_ms": 1e3 * limit, "over_limit": median / limit}
+        if ours and name != OURS:
+            row["to_ours"] = median / statistics.median(ours)
+        yield row
+
+
+def inference(
+    job: Job,
+    variant: str,
+    batch: int,
+    kinds: tuple[str, ...] = ("tower",),
+    backends: tuple[str, ...] = (),
+    graph: bool = False,
+    fp8: bool = False,
+) -> Iterator[Row]:
+    """The video tower or the whole model (labels encoded before): ours, each backend, Hugging Face eager."""
+    model = build(job, variant)
+    video = videos(job, model, batch)
+    for kind in kinds:
+        base: Row = {"op": kind, "variant": named(job, variant), "batch": batch, "precision": job.precision}
+        with torch.inference_mode():
+            limit = {"ms": None}
+            row: Row = {**base, "contender": "limit"}
+            with job.trying("limit", row):
+                if "limit" not in job.without:
+                    gemms, mixing = limit_seconds(job, model, batch, kind)
+                    limit["ms"] = row["ms"] = 1e3 * (gemms + mixing)
+                    row |= {"gemms_ms": 1e3 * gemms, "attention_ms": 1e3 * mixing}
+            yield row
+            call = work_of(job, model, video, kind)
+            calls: Calls = {OURS: call}
+            calls |= {f"{OURS} {name}": under(name, call) for name in backends}
+            if graph:
+                calls |= graphs(job, model, video)
+            if fp8:
+                with job.trying(FP8, row := {**base, "contender": FP8}):
+                    if FP8 not in job.without:
+                        calls[FP8] = work_of(job, quantized(model), video, kind)
+                if "note" in row:
+                    yield row
+            if HF_INSTALLED:
+                with job.trying(EAGER, row := {**base, "contender": EAGER}):
+                    if EAGER not in job.without:
+                        calls[EAGER] = peer_of(job, model, video, kind)
+                if "note" in row:
+                    yield row
+            found = job.measure(calls, 8.0)
+            truth = EAGER if EAGER in found and "output" in found[EAGER] else f"{OURS} reference"
+            yield from rows_of(job, found, base, truth, 1e-3 * (limit["ms"] or 0.0))
+
+
+def graphs(job: Job, model: xclip_fast.XCLIP, video: Tensor) -> Calls:
+    """The tower from a CUDA graph, and from one whose message path runs after the projection instead of beside it."""
+    if job.device == "cpu":  # what a rehearsal has in place of graphs
+        return dict.fromkeys((GRAPHED, UNFORKED), functools.partial(model.encode_video, video))
+    graphed = model.graphed(*video.shape[:2])
+    plain = type(graphed)(model, *video.shape[:2])
+    with mock.patch.object(overlap, "_is_captured", return_value=False):
+        plain(video)
+    return {GRAPHED: lambda: graphed(video), UNFORKED: lambda: plain(video)}
+
+
+def compiled(job: Job, variant: str, batch: int) -> Iterator[Row]:
+    """Ours beside Hugging Face's tower under torch.compile: it is compiled in the background, from the start on."""
+    model = build(job, variant)
+    video = videos(job, model, batch)
+    base: Row = {"op": "tower", "variant": named(job, variant), "batch": batch, "precision": job.precision}
+    how: dict[str, Any] = {"backend": "aot_eager"} if job.tiny else {"mode": "max-autotune"}
+    with torch.inference_mode():
+        eager = peer_of(job, model, video, "tower")
+        peer = torch.compile(eager, **how)
+        begin = time.perf_counter()
+        job.at(COMPILED)
+        for _ in range(3):  # the later ones record the CUDA graph
+            peer()
+        if job.device == "cuda":
+            torch.cuda.synchronize()
+        job.at("")
+        took = time.perf_counter() - begin
+        job.turn()
+        found = job.measure({OURS: work_of(job, model, video, "tower"), EAGER: eager, COMPILED: peer}, 8.0)
+        for row in rows_of(job, found, base, EAGER, 0.0):
+            yield {**row, **({"compile_s": took} if row["contender"] == COMPILED else {})}
+
+
+def step(job: Job, variant: str, batch: int, backends: tuple[str, ...] = ()) -> Iterator[Row]:
+    """A training step, the text tower frozen: forward, backward, fused AdamW; weights in float32, autocast."""
+    cell, contenders = training_contenders(job, variant, batch, HF_INSTALLED)
+    base: Row = {"op": "training step", "variant": named(job, variant), "batch": batch, "precision": job.precision}
+    products = flops.products(VARIANTS[cell.variant], labels=[4] * len(labels_of(job)), batch=batch, counting="actual")
+    forward = [product for product in products if product.part != "text"]
+    with job.quiet():
+        gemms = 3 * measuring.own_gemms(forward, job.dtype, job.device)  # forward, and a product for each gradient
+    yield {**base, "contender": "limit", "ms": 1e3 * gemms}
+    ours = contenders[OURS]
+    calls: Calls = {OURS: ours.step} | {f"{OURS} {name}": under(name, ours.step) for name in backends}
+    calls |= {name: contender.step for name, contender in contenders.items() if name != OURS}
+    losses = {}
+    with torch.no_grad():  # before the first step: all of ours share one model
+        for name in calls:
+            with job.trying(name, row := {**base, "contender": name}):
+                if name not in job.without:
+                    contender = contenders.get(name, ours)
+                    losses[name] = under(
+                        name.removeprefix(OURS).strip() if name.startswith(f"{OURS} ") else "auto", contender.loss
+                    )()
+            if "note" in row:
+                yield row
+    found = job.measure({name: call for name, call in calls.items() if name in losses}, 12.0)
+    for name, result in found.items():
+        if "output" in result:
+            result["output"] = losses[name]
+    for row in rows_of(job, found, base, EAGER, gemms):
+        if row["contender"] in contenders and "ms" in row:
+            row["state_bytes"] = contenders[row["contender"]].state_bytes()
+        yield row
+    if OURS not in job.without:
+        with job.quiet():
+            parts = ours.parts(job.device)
+        yield {**base, "contender": OURS, "op": "its parts", **{f"{name}_ms": 1e3 * s for name, s in parts.items()}}
+
+
+def training_contenders(
+    job: Job, variant: str, batch: int, peers: bool
+) -> tuple[training.Cell, dict[str, training.Contender]]:
+    if job.tiny:
+        VARIANTS["tiny"] = config_of(job, variant)
+    cell = training.Cell("tiny" if job.tiny else variant, job.precision, batch, "visual", recompute=False)
+    return cell, dict(training.contenders_of(cell, labels_of(job), job.device, peers, False))
+
+
+def once(job: Job, variant: str, batch: int, backend: str, kind: str) -> Row:
+    """One call of a headline's work on a backend, beside the reference's in the same precision."""
+    begin = time.perf_counter()
+    if kind == "training step":
+        _, contenders = training_contenders(job, variant, batch, False)
+        ours = contenders[OURS]
+        with torch.no_grad():
+            got, right = under(backend, ours.loss)(), under("reference", ours.loss)()
+        under(backend, ours.step)()
+    else:
+        model = build(job, variant)
+        video = videos(job, model, batch)
+        with torch.inference_mode():
+            right = under("reference", work_of(job, model, video, "tower" if kind != "whole" else kind))()
+            if kind == "graph":
+                got = graphs(job, model, video)[GRAPHED]()
+            elif kind == "fp8":
+                got = under(backend, work_of(job, quantized(model), video, "tower"))()
+            else:
+                got = under(backend, work_of(job, model, video, kind))()
+    if kind == "fp8":
+        cosine = least_cosine(got, right)
+        found: Row = {"cosine": cosine, "right": cosine >= FP8_COSINE}
+    else:
+        error = largest_error(job.wrong(got), right)
+        found = {"error": error, "limit": TOLERANCE[job.precision], "right": error <= TOLERANCE[job.precision]}
+    if not found["right"]:
+        found["note"] = f"WRONG beside the reference: {found.get('error', found.get('cosine')):.3g}"
+    return {**found, "seconds": time.perf_counter() - begin}

@@ -1,0 +1,101 @@
+"""Stage 1: what machine this is, and its two ceilings, memory and matrix products."""
+
+from __future__ import annotations
+
+import functools
+import os
+import statistics
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import measuring
+import torch
+
+from .case import Job, Row
+
+
+def versions(job: Job) -> Iterator[Row]:
+    """The row whose device and versions every other row carries."""
+    from xclip_fast.kernels import _cuda
+
+    row = measuring.environment(job.device)
+    if job.device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        row |= {"sms": properties.multi_processor_count, "memory_gib": round(properties.total_memory / 2**30, 1)}
+        row["capability"] = f"{properties.major}.{properties.minor}"
+        query = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,power.limit", "--format=csv,noheader"]
+        try:
+            row["nvidia_smi"] = subprocess.run(query, capture_output=True, text=True, timeout=20).stdout.strip()
+        except (OSError, subprocess.SubprocessError) as error:
+            row["nvidia_smi"] = str(error)
+    row["cuda_library"] = _cuda.load(_cuda.path())[1] or f"interface {_cuda.ABI}"
+    yield {"environment": row}
+
+
+def ceilings(job: Job) -> Iterator[Row]:
+    """A large copy on the device, counting bytes read and written, and a large product of random data."""
+    size = 1 << (20 if job.tiny else 32)
+    data = torch.randint(256, (2, size // 8), dtype=torch.int64, device=job.device)
+    ms = job.milliseconds(functools.partial(data[0].copy_, data[1]))
+    yield {"contender": "copy", "ms": ms, "terabytes_per_s": 2e-9 * size / ms}
+    del data
+    n = 256 if job.tiny else 8192
+    for dtype in (job.dtype,) if job.tiny else (torch.bfloat16, torch.float16):
+        a, b = (torch.randn(n, n, device=job.device).to(dtype) for _ in range(2))
+        ms = job.milliseconds(functools.partial(torch.mm, a, b))
+        name = str(dtype).removeprefix("torch.")
+        yield {"contender": f"mm {n}", "precision": name, "ms": ms, "teraflop_per_s": 2e-9 * n**3 / ms}
+    if not job.tiny:
+        row: Row = {"contender": f"mm {n}", "precision": "float8"}
+        with job.trying("float8", row):
+            x, w = (torch.randn(n, n, device="cuda").to(torch.float8_e4m3fn) for _ in range(2))
+            one = torch.ones((), device="cuda")
+            call = lambda: torch._scaled_mm(x, w.T, one, one, out_dtype=torch.bfloat16, use_fast_accum=True)  # noqa: E731
+            row["ms"] = job.milliseconds(call)
+            row["teraflop_per_s"] = 2e-9 * n**3 / row["ms"]
+        yield row
+
+
+def overhead(job: Job) -> Iterator[Row]:
+    """Host time of an eager call: of a small op, and of torch's own on the same tensor."""
+    from xclip_fast.kernels._dispatch import OPS
+
+    x = torch.ones(1024, device=job.device, dtype=job.dtype)
+    for name, call in (("quick_gelu", lambda: OPS["quick_gelu"](x)), ("torch add", lambda: torch.add(x, 1))):
+        times = []
+        with torch.no_grad():
+            for _ in range(20 if job.tiny else 300):
+                begin = time.perf_counter()
+                call()
+                times.append(time.perf_counter() - begin)
+        yield {"contender": name, "host_us": 1e6 * statistics.median(times)}
+
+
+def check_program(job: Job, program: str, traced: str) -> Iterator[Row]:
+    """The CUDA library's own checks (csrc/tests/check.cu), built beforehand, on the library that the package loads.
+
+    If they fail, a traced library (XCLIP_FAST_TRACE) says why.
+    """
+    from xclip_fast.kernels import _cuda
+
+    row: Row = {"op": "every call", "contender": "cuda", "direction": "check program"}
+    if not program:
+        yield {**row, "note": "refused: no check program was carried (make gpu-bundle builds it)"}
+        return
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(_cuda.path().parent)}
+    done = subprocess.run([program], capture_output=True, text=True, timeout=job.left() / 2, env=environment)
+    said = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+    if done.returncode == 77:
+        yield {**row, "note": f"refused: {said[-1] if said else 'no GPU'}"}
+        return
+    if done.returncode == 0:
+        yield {**row, "right": True}
+        return
+    yield {**row, "right": False, "note": f"WRONG: {' | '.join(said[-4:])}"[:600]}
+    if traced and Path(traced).is_dir():
+        environment = {**os.environ, "LD_LIBRARY_PATH": traced}
+        done = subprocess.run([program], capture_output=True, text=True, timeout=job.left(), env=environment)
+        words = [line for line in (done.stdout + done.stderr).splitlines() if "rror" in line]
+        yield {**row, "right": False, "note": "CUTLASS says: " + " | ".join(dict.fromkeys(words))[:1500]}

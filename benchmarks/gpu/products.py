@@ -1,0 +1,181 @@
+"""Stage 4: the four products of a block with their real epilogues: cuBLAS, each Triton tile, each CUTLASS tile.
+
+qkv = LN(x) W + b; out = x + h W + b with row statistics; fc1 = quick_gelu(LN(x) W + b); fc2 as out. M rows, N columns,
+K summed, of B/16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .case import Job, Row
+
+EPS = 1e-5
+SHAPES = {"qkv": (2304, 768), "out": (768, 768), "fc1": (3072, 768), "fc2": (768, 3072)}  # N, K
+TINY = {"qkv": (192, 64), "out": (64, 64), "fc1": (256, 64), "fc2": (64, 256)}
+ROWS = (1576, 12608, 50432)  # one video, 8 and 32, of 8 frames of 197 tokens
+CUTLASS = ("auto", "small", "square", "wide")
+
+
+def tile(m: int, n: int, k: int, warps: int, stages: int, subtiles: int, flatten: bool, occupancy: int = 1) -> Row:
+    use: Row = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP_M": 8, "SUBTILES": subtiles, "FLATTEN": flatten}
+    return {**use, "num_warps": warps, "num_stages": stages, **({"OCCUPANCY": occupancy} if occupancy > 1 else {})}
+
+
+TILES = (
+    tile(128, 128, 64, 4, 3, 4, False, 2),  # two programs a processor: one multiplies while the other stores
+    tile(128, 128, 64, 4, 3, 4, True, 2),
+    tile(128, 128, 64, 8, 3, 4, False, 2),
+    tile(128, 128, 64, 8, 4, 4, False),
+    tile(128, 128, 64, 8, 4, 4, True),
+    tile(128, 128, 64, 8, 3, 1, True),
+    tile(128, 256, 64, 8, 3, 4, False),
+    tile(128, 256, 64, 8, 3, 4, True),
+    tile(128, 256, 64, 8, 4, 4, True),
+    tile(256, 128, 64, 8, 3, 4, False),
+    tile(64, 128, 64, 4, 4, 2, False, 2),
+    tile(64, 256, 64, 4, 3, 4, False, 2),
+    tile(64, 64, 64, 4, 4, 1, False, 3),
+    tile(128, 64, 64, 4, 4, 1, False, 2),
+)
+
+
+class Operands(NamedTuple):
+    """Of one product: x (M, K), W (N, K), the residual (M, N), in half precision; the vectors too."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor
+    gamma: Tensor
+    beta: Tensor
+    residual: Tensor
+
+
+def operands(job: Job, product: str, rows: int) -> Operands:
+    torch.manual_seed(rows)
+    n, k = (TINY if job.tiny else SHAPES)[product]
+
+    def normal(*shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(shape, device=job.device) * scale).to(job.dtype)
+
+    x, residual = normal(rows, k), normal(rows, n)
+    return Operands(x, normal(n, k, scale=k**-0.5), normal(n), 1 + normal(k, scale=0.1), normal(k), residual)
+
+
+def quick_gelu(u: Tensor) -> Tensor:
+    return u * torch.sigmoid(1.702 * u)
+
+
+def plain(product: str, x: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor, residual: Tensor) -> Any:
+    """By torch: the product is cuBLAS's, the rest its own passes. With the row statistics where they are wanted."""
+    if product in ("qkv", "fc1"):
+        u = F.linear(F.layer_norm(x, gamma.shape, gamma, beta, EPS), weight, bias)
+        return (quick_gelu(u),) if product == "fc1" else (u,)
+    y = torch.addmm(residual, x, weight.T) + bias
+    variance, mean = torch.var_mean(y.float(), -1, correction=0)
+    return y, mean, (variance + EPS).rsqrt()
+
+
+def triton_call(product: str, given: Operands) -> Callable[[], Any]:
+    from xclip_fast.kernels.triton.gemm import gemm
+    from xclip_fast.kernels.triton.layer_norm import row_statistics
+    from xclip_fast.kernels.triton.ln_linear import fold
+
+    x, weight, bias, gamma, beta, residual = given
+    if product in ("out", "fc2"):
+        return lambda: gemm(x, weight, bias=bias, residual=residual, statistics_eps=EPS)
+    folded, sums, shift = fold(weight, gamma, beta, bias)
+    norm = (*row_statistics(x, EPS), sums)
+    return lambda: gemm(x, folded, bias=shift, norm=norm, activation=product == "fc1")
+
+
+def cutlass_call(product: str, given: Operands, use: str) -> Callable[[], Any]:
+    from xclip_fast.kernels import _cuda
+
+    x, weight, bias, gamma, beta, residual = given
+    if product in ("out", "fc2"):
+        return lambda: _cuda.linear_residual_statistics(x, weight, bias, residual, None, EPS, tile=use)
+    folded, sums, shift = _cuda.fold(weight, gamma, beta, bias)
+    statistics = (*_cuda.row_statistics(x, EPS), sums)
+    return lambda: _cuda.norm_linear(x, folded, shift, statistics, activation=product == "fc1", tile=use)[:1]
+
+
+def contenders(job: Job, product: str, given: Operands) -> Iterator[tuple[str, Row, Callable[[], Callable[[], Any]]]]:
+    """Name, what goes into its row, and what makes its call."""
+    from xclip_fast.kernels import _cuda
+
+    yield "cuBLAS alone", {"kind": "bare"}, lambda: lambda: F.linear(given.x, given.weight)
+    yield "cuBLAS, torch's passes", {"kind": "cublas"}, lambda: lambda: plain(product, *given)
+    for use in (None, *(TILES[:2] if job.tiny else TILES)):
+        size = f"{use['BLOCK_M']}x{use['BLOCK_N']}" if use else "table's"
+        row = {"kind": "triton", "tile": use}
+        yield f"triton {size}", row, lambda use=use: forced(use, triton_call(product, given))
+    if _cuda.refuse_device(job.device, 0) is None:
+        for name in CUTLASS:
+            row = {"kind": "cutlass", "tile": name}
+            yield f"cutlass {name}", row, lambda name=name: cutlass_call(product, given, name)
+
+
+def forced(use: Row | None, call: Callable[[], Any]) -> Callable[[], Any]:
+    from xclip_fast.kernels.triton import _launch
+
+    def with_tile() -> Any:
+        with _launch.forced_tile("gemm", use):
+            return call()
+
+    return call if use is None else with_tile
+
+
+def compile_tiles(job: Job, product: str, numbers: list[int]) -> Iterator[Row]:
+    """Compile a product's kernels with some of the tiles, several cases at a time; the timed cases find them."""
+    given = operands(job, product, 24 if job.tiny else ROWS[0])
+    for number in numbers:
+        use = TILES[number]
+        row: Row = {"op": product, "tile": use, "direction": "compile"}
+        with job.trying(f"tile {number}", row):
+            if f"tile {number}" not in job.without:
+                forced(use, triton_call(product, given))()
+        if "note" in row:
+            yield row
+
+
+def product(job: Job, product: str, rows: int) -> Iterator[Row]:
+    """Every contender at one shape: its error, its time, and that over the bare product's."""
+    from xclip_fast.kernels import _cuda
+
+    from . import compare
+
+    rows = 24 + rows % 7 if job.tiny else rows
+    given = operands(job, product, rows)
+    exact = plain(product, *(part.double() for part in given))
+    torchs = plain(product, *given)
+    n, k = given.weight.shape
+    base: Row = {"op": product, "m": rows, "n": n, "k": k, "precision": job.precision}
+    bare = 0.0
+    with torch.no_grad():
+        for name, more, make in contenders(job, product, given):
+            row: Row = {**base, "contender": name, **more}
+            key = f"{name} {more.get('tile')}"
+            if key in job.without:
+                continue
+            with job.trying(key, row):
+                call = make()
+                if more["kind"] != "bare":
+                    compare.poison(job.device)
+                    got = list(job.wrong(call()))
+                    error, limit = compare.judge(got, list(exact), list(torchs))
+                    row |= {"error": error, "limit": limit, "right": error <= limit}
+                if row.get("right", True):
+                    row["ms"] = job.milliseconds(call)
+                    bare = bare or row["ms"]
+                    row |= {"over_bare": row["ms"] / bare, "teraflop_per_s": 2e-9 * rows * n * k / row["ms"]}
+                else:
+                    row["note"] = f"WRONG: error {row['error']:.3g}, limit {row['limit']:.3g}"
+            yield row
+    if (reason := _cuda.refuse_device(job.device, 0)) is not None:
+        yield {**base, "contender": "cutlass", "kind": "cutlass", "note": f"refused: {reason}"}

@@ -1,0 +1,77 @@
+"""Stage 2: is it right? Every op, backend, dtype and direction, several at a time; and the headline's models, once.
+
+It also compiles the kernels that the headline launches, into the cache that all cases share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .case import Job, Row
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def op(job: Job, op: str, backend: str) -> Iterator[Row]:
+    """One op on one backend: two videos, and one video of an odd number of frames."""
+    from xclip_fast.kernels._dispatch import FLOAT8, OPS
+    from xclip_fast.kernels._dispatch import backend as forced
+
+    from . import compare
+
+    entry = OPS[op]
+    candidate = next(candidate for candidate in entry.backends if candidate.name == backend)
+    for name, dtype in DTYPES.items():
+        if job.tiny and name == "bf16":
+            continue  # Triton's interpreter has no bfloat16
+        for direction in ("forward", "backward"):
+            row: Row = {"op": op, "contender": backend, "precision": name, "direction": direction}
+            grad = direction == "backward"
+            if grad and not entry.differentiable:
+                continue
+            with job.trying(f"{name} {direction}", row):
+                if f"{name} {direction}" in job.without:
+                    continue
+                for videos, frames in ((2, 8), (1, 3)):
+                    args = compare.arguments(op, videos, frames, job.tiny)
+                    given = compare.wanting(args, dtype, grad)
+                    with forced(backend):
+                        refused = candidate.refusal(tuple(given), grad)
+                    if refused:
+                        row["note"] = f"refused: {refused}"
+                        break
+                    if grad and not any(isinstance(arg, Tensor) and arg.requires_grad for arg in given):
+                        row["note"] = "refused: no argument has a gradient"
+                        break
+                    exact_args = compare.wanting(given, torch.float64, grad)
+                    output = compare.results(op, given, "reference")[0]
+                    cotangent = torch.randn_like(output) if grad else None
+                    exact = compare.results(op, exact_args, "reference", cotangent)
+                    torchs = compare.results(op, given, "reference", cotangent)
+                    compare.poison(job.device)
+                    got = job.wrong(compare.results(op, given, backend, cotangent))
+                    fp8 = any(isinstance(arg, Tensor) and arg.dtype == FLOAT8 for arg in args)
+                    error, limit = compare.judge(list(got), exact, torchs, fp8)
+                    if not row.get("error", 0.0) > row.get("limit", 1.0):
+                        row |= {"error": error, "limit": limit, "videos": videos, "frames": frames}
+                    row["right"] = row.get("right", True) and error <= limit
+                    if not row["right"]:
+                        row["note"] = f"WRONG: error {row['error']:.3g}, limit {row['limit']:.3g}"
+                        break
+                    if job.tiny:
+                        break
+            yield row
+
+
+def model(job: Job, variant: str, batch: int, backend: str, kind: str) -> Iterator[Row]:
+    """A headline model once, for its kernels' sake, beside the reference in the same precision."""
+    from . import headline
+
+    row: Row = {"op": kind, "variant": variant, "batch": batch, "contender": backend, "precision": job.precision}
+    with job.trying(backend, row):
+        if backend not in job.without:
+            row |= headline.once(job, variant, batch, backend, kind)
+    yield row

@@ -1,0 +1,147 @@
+"""What each stage runs, in order of value, and how long it may take.
+
+benchmarks/README.md computes how long each takes on a GPU.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+
+from .case import Case
+
+ROOT = Path(__file__).resolve().parents[2]
+SECONDS = {  # of a stage: the first four fit into 380 s
+    "machine": 30.0,
+    "smoke": 70.0,
+    "headline": 190.0,
+    "products": 90.0,
+    "attention": 50.0,
+    "tests": 100.0,
+    "table": 60.0,
+    "files": 60.0,
+}
+BACKENDS = ("reference", "library", "triton", "cuda")  # each asked for, beside the default
+
+
+def machine(rehearse: bool) -> list[Case]:
+    return [
+        Case("versions", "machine:versions", {}, 40),
+        Case("ceilings", "machine:ceilings", {}, 30),
+        Case("overhead", "machine:overhead", {}, 15),
+    ]
+
+
+def smoke(rehearse: bool) -> list[Case]:
+    from xclip_fast.kernels._dispatch import OPS
+
+    cases = []
+    program = next((path for path in (ROOT / "check", ROOT / "build") if (path / "xclip_fast_check").exists()), None)
+    if not rehearse:
+        options = {"program": str(program / "xclip_fast_check") if program else "", "traced": str(ROOT / "traced")}
+        cases.append(Case("check program", "machine:check_program", options, 60, together=True))
+    for op, entry in OPS.items():
+        for name in entry.names:
+            if name != "reference" and not (rehearse and name == "cuda"):
+                options = {"op": op, "backend": name}
+                cases.append(Case(f"{op} {name}", "smoke:op", options, 40, together=True))
+    models = [("tower", name) for name in ("auto", "triton", "cuda", "library")]
+    models += [("training step", name) for name in ("auto", "triton", "cuda", "library")]
+    models += [("whole", "auto"), ("graph", "auto"), ("fp8", "auto")]
+    if rehearse:
+        models = [("tower", "triton"), ("training step", "triton"), *models[-3:]]
+        cases.append(Case("launches", "bind:launches", {}, 100, together=True))
+    for kind, name in models:
+        options = {"variant": "B/16-8f", "batch": 1 if rehearse or kind == "graph" else 32}
+        options |= {"backend": name, "kind": kind}
+        cases.append(Case(f"{kind} {name}", "smoke:model", options, 60, together=True))
+    if not rehearse:
+        for variant, batch in (("B/16-8f", 8), ("L/14-8f", 32), ("B/32-8f", 32), ("B/16-8f", 256)):
+            options = {"variant": variant, "batch": batch, "backend": "auto", "kind": "tower"}
+            cases.append(Case(f"tower {variant} {batch}", "smoke:model", options, 60, together=True))
+    return cases
+
+
+def headline(rehearse: bool) -> list[Case]:
+    names = ("reference", "triton") if rehearse else BACKENDS
+    many, some, few = (2, 3, 1) if rehearse else (32, 8, 1)
+
+    def inference(name: str, variant: str, batch: int, seconds: float, **more: object) -> Case:
+        return Case(name, "headline:inference", {"variant": variant, "batch": batch, **more}, seconds)
+
+    both = ("tower", "whole")
+    cases = [
+        inference("B/16 32", "B/16-8f", many, 60, kinds=both, backends=names),
+        inference("B/16 8", "B/16-8f", some, 50, kinds=both, backends=names[:1] if rehearse else names),
+        inference("B/16 1", "B/16-8f", few, 40, backends=names[:1], graph=True),
+        Case("B/16 step", "headline:step", {"variant": "B/16-8f", "batch": many, "backends": names}, 60),
+        Case("HF compiled", "headline:compiled", {"variant": "B/16-8f", "batch": many}, 60, early=True),
+        inference("L/14 32", "L/14-8f", many, 40),
+        inference("B/32 32", "B/32-8f", many, 30),
+        inference("B/16 fp8", "B/16-8f", many, 40, fp8=True),
+        inference("B/16 256", "B/16-8f", 4 if rehearse else 256, 50),
+    ]
+    if importlib.util.find_spec("transformers") is None:
+        cases = [case for case in cases if not case.early]
+    return cases
+
+
+def products(rehearse: bool) -> list[Case]:
+    from . import products as stage
+
+    cases = []
+    numbers = list(range(2 if rehearse else len(stage.TILES)))
+    for product in stage.SHAPES:
+        for part in range(0, len(numbers), 4):
+            options = {"product": product, "numbers": numbers[part : part + 4]}
+            name = f"compile {product} {part}"
+            cases.append(Case(name, "products:compile_tiles", options, 40, together=True))
+    for rows in (stage.ROWS[1],) if rehearse else (stage.ROWS[1], stage.ROWS[2], stage.ROWS[0]):
+        for product in stage.SHAPES:
+            cases.append(Case(f"{product} {rows}", "products:product", {"product": product, "rows": rows}, 30))
+    return cases
+
+
+def attention(rehearse: bool) -> list[Case]:
+    sizes = ((197, 256, 12),) if rehearse else ((197, 256, 12), (257, 256, 16), (50, 256, 12))
+    keys = ("tokens", "frames", "heads")
+    return [Case(f"{size[0]} tokens", "attention:sizes", dict(zip(keys, size, strict=True)), 25) for size in sizes]
+
+
+def tests(rehearse: bool) -> list[Case]:
+    word = "def test" if rehearse else "mark.gpu"
+    files = [
+        str(path.relative_to(ROOT))
+        for path in sorted((ROOT / "tests").rglob("test_*.py"))
+        if word in path.read_text(encoding="utf-8")
+    ]
+    options = {"files": files, "select": "gpu", "workers": 8}
+    if rehearse:
+        files = [file for file in files if file.endswith("test_sampling.py")]
+        options = {"files": files, "select": "not gpu", "workers": 1}
+    return [Case("pytest", "suite:tests", options, SECONDS["tests"])]
+
+
+def table(rehearse: bool) -> list[Case]:
+    from . import table as stage
+
+    ops = stage.OPS[-1:] if rehearse else stage.OPS
+    return [Case(op, "table:op", {"op": op}, 25) for op in ops]
+
+
+def files(rehearse: bool) -> list[Case]:
+    return [Case("training on mp4 files", "files:data_wait", {}, 60)]
+
+
+STAGES: dict[str, Callable[[bool], list[Case]]] = {
+    "machine": machine,
+    "smoke": smoke,
+    "headline": headline,
+    "products": products,
+    "attention": attention,
+    "tests": tests,
+    "table": table,
+    "files": files,
+}
+assert set(STAGES) == set(SECONDS)

@@ -1,0 +1,109 @@
+"""Puts what gpu_check.py needs on a bare machine into one folder: ``make gpu-bundle``.
+
+    python benchmarks/gpu_bundle.py dist/gpu-bundle
+    (on the machine, in that folder)  python3 benchmarks/gpu_check.py --out DIR
+
+The folder holds the tree's files, the CUDA library (kernels/libxclip_fast.so), its check program (check/), the same
+library with CUTLASS's trace, which says why a launch failed (traced/), and wheels of av for Python 3.12 (wheels/).
+Nothing is built there. Here nvcc, cmake and CUTLASS's headers build the library; without them it is left out, and said.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+MOST_BYTES = 60 << 20
+PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
+LEFT_OUT = ("benchmarks/results/", "docs/")  # large, and read by nothing there
+
+
+def copy_tree(to: Path) -> None:
+    """Every file that git knows or would add."""
+    listed = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(listed, capture_output=True, text=True, check=True).stdout.split("\0")
+    for name in filter(None, names):
+        if (ROOT / name).is_file() and not name.startswith(LEFT_OUT):
+            (to / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, to / name)
+
+
+def build(folder: Path, traced: bool) -> Path:
+    """Build the CUDA library and, untraced, its check program with CMake; return the build folder."""
+    options = [f"-DPython3_EXECUTABLE={sys.executable}", f"-DXCLIP_FAST_TRACE={'ON' if traced else 'OFF'}"]
+    subprocess.run(["cmake", "-S", ROOT, "-B", folder, *options], check=True)
+    targets = ["xclip_fast"] if traced else ["xclip_fast", "xclip_fast_check"]
+    jobs = str(os.cpu_count() or 1)
+    subprocess.run(["cmake", "--build", folder, "--parallel", jobs, "--target", *targets], check=True)
+    return folder
+
+
+def add_library(to: Path, work: Path) -> None:
+    plain, traced = build(work / "plain", traced=False), build(work / "traced", traced=True)
+    for name in ("check", "traced"):
+        (to / name).mkdir(exist_ok=True)
+    shutil.copy2(plain / "libxclip_fast.so", to / "kernels")
+    shutil.copy2(plain / "xclip_fast_check", to / "check")
+    shutil.copy2(traced / "libxclip_fast.so", to / "traced")
+
+
+def add_wheels(to: Path) -> None:
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "-q",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--python-version",
+        "3.12",
+    ]
+    pip += ["--implementation", "cp", *(option for platform in PLATFORMS for option in ("--platform", platform))]
+    subprocess.run([*pip, "-d", str(to / "wheels"), "av>=18"], check=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="made anew; an older bundle in its place is replaced")
+    parser.add_argument("--work", type=Path, default=ROOT / "build" / "gpu-bundle", help="for the builds; kept")
+    parser.add_argument("--no-library", action="store_true", help="without the CUDA library")
+    parser.add_argument("--no-wheels", action="store_true", help="without the wheels of av")
+    args = parser.parse_args(argv)
+    if args.folder.exists():
+        if not (args.folder / "benchmarks" / "gpu_check.py").exists():
+            parser.error(f"{args.folder} exists and is no bundle: name another folder")
+        shutil.rmtree(args.folder)
+    args.folder.mkdir(parents=True)
+    copy_tree(args.folder)
+    described = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    commit = subprocess.run(described, capture_output=True, text=True, check=True).stdout.strip()
+    (args.folder / "benchmarks" / "COMMIT").write_text(commit + "\n", encoding="utf-8")  # measuring.py reads it
+    if not args.no_library:
+        try:
+            add_library(args.folder, args.work)
+        except (OSError, subprocess.CalledProcessError) as error:
+            print(f"no CUDA library in the bundle: {error}", file=sys.stderr)
+    if not args.no_wheels:
+        try:
+            add_wheels(args.folder)
+        except subprocess.CalledProcessError as error:
+            print(f"no wheels of av in the bundle: {error}", file=sys.stderr)
+    sizes = {path.relative_to(args.folder): path.stat().st_size for path in args.folder.rglob("*") if path.is_file()}
+    total = sum(sizes.values())
+    for path in sorted(sizes, key=sizes.__getitem__, reverse=True)[:4]:
+        print(f"{sizes[path] / 2**20:6.1f} MiB  {path}")
+    print(f"{total / 2**20:6.1f} MiB in {len(sizes)} files: {args.folder}")
+    if total > MOST_BYTES:
+        print(f"error: more than {MOST_BYTES >> 20} MiB", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,205 @@
+"""The modules inside blocks, and whether a block may compute from their parameters alone.
+
+A block is fast because it reads the parameters of its parts instead of calling them. That is right only for the plain
+modules below, without hooks. Anything else (an adapter, a quantized layer, a parametrization, a hook) has to be called.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from .. import kernels
+from .fp8 import Fp8Weights
+
+logger = logging.getLogger("xclip_fast")
+
+
+class QuickGELU(nn.Module):
+    """x sigmoid(1.702 x), CLIP's activation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return kernels.quick_gelu(x)
+
+
+class Mlp(nn.Sequential):
+    """An FFN: a linear layer, the activation, a linear layer.
+
+    Args:
+        width: D. activation: "quick_gelu" or "gelu". names: of the three modules; the released ones of a block.
+    """
+
+    c_fc: nn.Linear
+    c_proj: nn.Linear
+
+    def __init__(
+        self, width: int, activation: str = "quick_gelu", names: tuple[str, str, str] = ("c_fc", "gelu", "c_proj")
+    ) -> None:
+        layers = nn.Linear(width, 4 * width), QuickGELU() if activation == "quick_gelu" else nn.GELU()
+        super().__init__(OrderedDict(zip(names, (*layers, nn.Linear(4 * width, width)), strict=True)))
+
+
+class CrossAttention(nn.Module):
+    """The attention of one prompt layer, under its released names."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q_proj = nn.Linear(width, width, bias=False)
+        self.k_proj = nn.Linear(width, width, bias=False)
+        self.v_proj = nn.Linear(width, width, bias=False)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, text: Tensor, patches_BNE: Tensor) -> Tensor:
+        """Text (K, E) or (B, K, E) asks, patches (B, N, E) answer: (B, K, E)."""
+        mixed_BKE = self.attend(self.q_proj(text), self.k_proj(patches_BNE), self.v_proj(patches_BNE))
+        result: Tensor = self.proj(mixed_BKE)
+        return result
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attention of every head: query (..., K, E), key and value (B, N, E) to (B, K, E)."""
+        query, key, value = (x.unflatten(-1, (self.heads, -1)).transpose(-3, -2) for x in (query, key, value))
+        query = query.expand(key.shape[0], -1, -1, -1)
+        return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(-2)
+
+
+Kinds = dict[type, Callable[..., Any]]
+
+_SHARED = (nn.Linear, NonDynamicallyQuantizableLinear, nn.LayerNorm, nn.MultiheadAttention, nn.Conv2d)
+_OURS = (Mlp, CrossAttention, Fp8Weights)
+# By the activation of a block: the modules it may compute for, with the forward that it replaces.
+PLAIN: dict[str, Kinds] = {
+    activation: {kind: kind.forward for kind in (*_SHARED, *_OURS, module)}
+    for activation, module in (("quick_gelu", QuickGELU), ("gelu", nn.GELU))
+}
+_WITHOUT_BIAS = ("conv1", "q_proj", "k_proj", "v_proj")
+_TENSORS = (nn.Parameter, Tensor, type(None))
+
+
+def is_plain(
+    parts: Mapping[str, nn.Module | None],
+    *,
+    heads: int | None = None,
+    eps: float | None = None,
+    activation: str = "quick_gelu",
+) -> bool:
+    """Whether a block may compute from the parameters of its parts; logs once why not. Takes a few microseconds.
+
+    Args:
+        parts: the modules by name, such as the ``_modules`` of a block; what is inside them is looked at, too.
+        heads: of every attention. eps: of every LayerNorm. None: any.
+        activation: of the FFN.
+    """
+    reason = find_change(parts, PLAIN[activation], heads, eps)
+    if reason is not None and not torch.compiler.is_compiling():
+        _log_change(reason)
+    return reason is None
+
+
+def find_change(
+    parts: Mapping[str, nn.Module | None], kinds: Kinds, heads: int | None = None, eps: float | None = None
+) -> str | None:
+    """Why the parameters of ``parts`` do not say all that their modules compute, or None. See ``is_plain``.
+
+    Args:
+        kinds: the modules that are allowed, exactly, and their own ``forward``.
+    """
+    for name, part in parts.items():
+        if part is None:
+            continue
+        kind, state = type(part), part.__dict__
+        if kind not in kinds or kind.forward is not kinds[kind]:
+            return f"{name} is a {kind.__module__}.{kind.__qualname__}"
+        if "forward" in state:
+            return f"the forward of {name} was replaced"
+        if (
+            state["_forward_hooks"]
+            or state["_forward_pre_hooks"]
+            or state["_backward_hooks"]
+            or state["_backward_pre_hooks"]
+        ):
+            return f"{name} has a hook"
+        parameters = state["_parameters"]
+        for tensor in parameters.values():
+            if type(tensor) not in _TENSORS:
+                return f"{name} has a parameter of type {type(tensor).__name__}"
+        if kind is nn.LayerNorm:
+            if parameters["weight"] is None or parameters["bias"] is None:
+                return f"{name} has no weight or no bias"
+            if eps is not None and state["eps"] != eps:
+                return f"{name} has the epsilon {state['eps']} instead of {eps}"
+        elif kind is nn.MultiheadAttention:
+            if reason := _find_attention_change(state, heads):
+                return f"{name} {reason}"
+        elif "bias" in parameters and (parameters["bias"] is None) != (name in _WITHOUT_BIAS):
+            return f"{name} has {'no' if parameters['bias'] is None else 'a'} bias"
+        elif kind is nn.GELU and state["approximate"] != "none":
+            return f"{name} is approximate"
+        if (inner := state["_modules"]) and (reason := find_change(inner, kinds, heads, eps)):
+            return f"{name}.{reason}"
+    return None
+
+
+def _find_attention_change(state: dict[str, Any], heads: int | None) -> str | None:
+    parameters = state["_parameters"]
+    if parameters.get("in_proj_weight") is None or parameters["in_proj_bias"] is None:
+        return "has keys of another width, or no bias"
+    if parameters.get("bias_k") is not None or state["add_zero_attn"]:
+        return "adds a key"
+    if state["batch_first"]:
+        return "is batch_first"
+    if heads is not None and state["num_heads"] != heads:
+        return f"has {state['num_heads']} heads instead of {heads}"
+    return "drops attention weights" if state["dropout"] and state["training"] else None
+
+
+@functools.cache
+def _log_change(reason: str) -> None:
+    logger.warning("%s: such blocks call their modules one by one, which is slower", reason)
+
+
+def layer_norm(norm: nn.Module, x: Tensor) -> Tensor:
+    """``norm(x)``, by ours if it is a plain LayerNorm."""
+    if isinstance(norm, nn.LayerNorm) and is_plain({"LayerNorm": norm}):
+        return kernels.layer_norm(x, norm.weight, norm.bias, norm.eps)
+    result: Tensor = norm(x)
+    return result
+
+
+def self_attention(attention: Any, x_SBD: Tensor, mask_SS: Tensor | None = None) -> Tensor:
+    """The attention of B sequences by calling its module, (S, B, D) -> (S, B, D).
+
+    torch's attention reads the weight of its ``out_proj``. One that is more than a weight (an adapter) is called.
+
+    Args:
+        mask_SS: added to the attention weights before their softmax.
+    """
+    mask_SS = None if mask_SS is None else mask_SS.to(x_SBD.dtype)
+    inner = find_change(attention._modules, PLAIN["quick_gelu"])
+    whole = find_change({"attn": attention}, PLAIN["quick_gelu"])
+    if inner is not None and whole == f"attn.{inner}":  # all but the output layer is plain
+        qkv = F.linear(x_SBD, attention.in_proj_weight, attention.in_proj_bias)
+        query, key, value = qkv.unflatten(-1, (3, attention.num_heads, -1)).permute(2, 1, 3, 0, 4).unbind(0)
+        mixed = F.scaled_dot_product_attention(query, key, value, mask_SS)
+        result: Tensor = attention.out_proj(mixed.permute(2, 0, 1, 3).flatten(-2))
+        return result
+    x = x_SBD.transpose(0, 1) if getattr(attention, "batch_first", False) else x_SBD
+    y: Tensor = attention(x, x, x, need_weights=False, attn_mask=mask_SS)[0]
+    return y if x is x_SBD else y.transpose(0, 1)
+
+
+def add_branch(x: Tensor, branch: Tensor, drop_scale_B: Tensor | None, dim: int = 0) -> Tensor:
+    """x + branch in x's dtype. With drop path, the branch of each of B samples, which lie along ``dim``, is scaled."""
+    if drop_scale_B is not None:
+        shape = [1] * branch.dim()
+        shape[dim] = branch.shape[dim]
+        branch = branch * drop_scale_B.repeat_interleave(branch.shape[dim] // len(drop_scale_B)).view(shape)
+    return (x + branch).to(x.dtype)
