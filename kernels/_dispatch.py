@@ -29,7 +29,7 @@ from . import _choices
 logger = logging.getLogger("xclip_fast")
 
 # of ops, and of the parts of a block (cct_block)
-BACKENDS = ("reference", "fused", "triton", "cuda", "library", "onednn")
+BACKENDS: tuple[str, ...] = ("reference", "fused", "triton", "cuda", "library", "onednn")
 BACKENDS += ("cudnn", "flash", "efficient", "flash_attn", "flash_attn_3", "flash_attn_4", "xformers", "apex")
 OPS: dict[str, "Op"] = {}
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

@@ -26,7 +26,7 @@ class Case(NamedTuple):
     device: torch.device
     dtype: torch.dtype  # of the weights, and so of products and attention
     stream: torch.dtype  # of the residual stream
-    count: int  # sequences: F frames, labels
+    sequences: int  # F frames, labels
     length: int  # rows of a sequence; of the longest label where labels are packed
     rows: int  # of all sequences
     heads: int
@@ -48,7 +48,7 @@ class Case(NamedTuple):
         return {
             "dtype": str(self.dtype).removeprefix("torch."),
             "training": self.training,
-            "m": self.count,
+            "m": self.sequences,
             "rows": self.rows,
             "length": self.length,
             "heads": self.heads,

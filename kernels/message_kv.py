@@ -50,12 +50,16 @@ def _cuda_forward(save: bool, b: Any) -> tuple[Callable[[Tensor], None], tuple[T
     biases = (b.message_fc_bias, b.message_in_bias, b.message_out_bias, b.in_bias[width:])
     norms = (b.message_ln_weight, b.message_ln_bias, b.ln_1_weight, b.ln_1_bias)
     key_value = _cuda.message_kv(b.x[:, 0].to(b.in_weight.dtype), b.frames, weights, biases, norms, b.eps)
-    return lambda to: to.copy_(key_value), ()
+
+    def write(to: Tensor) -> None:
+        to.copy_(key_value)
+
+    return write, ()
 
 
 def _refuse_cuda(case: Case) -> str | None:
-    if case.count > CUDA_ROWS:
-        return f"{case.count} rows are over {CUDA_ROWS}"
+    if case.sequences > CUDA_ROWS:
+        return f"{case.sequences} rows are over {CUDA_ROWS}"
     if case.width % 64 or case.channels != 64:
         return f"width {case.width} in {case.heads} heads: heads of 64 channels wanted"
     if case.drops:

@@ -163,9 +163,10 @@ def _plan_of(b: Block, training: bool) -> Plan:
 
 def _plain(args: Sequence[Any]) -> Block:
     """The arguments with neighboring numbers side by side, as kernels read them; a copy of those that are not."""
-    return Block(
-        *(arg.contiguous() if isinstance(arg, Tensor) and arg.dim() and arg.stride(-1) != 1 else arg for arg in args)
+    plain: Any = (
+        arg.contiguous() if isinstance(arg, Tensor) and arg.dim() and arg.stride(-1) != 1 else arg for arg in args
     )
+    return Block(*plain)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -270,6 +271,8 @@ def backward(grads: Sequence[Any], saved: Sequence[Tensor], needs: Sequence[bool
 
     b = _plain(args)
     p, x, dtype = _plan_of(b, True), _rows(b.x), b.in_weight.dtype
+    assert p.fc.backward is not None
+    assert p.attention.backward is not None
     qkv, mixed, z, u, mean_1, rstd_1, mean_2, rstd_2, *rest = saved
     message_saved, attention_saved = (rest[:4], rest[4:]) if b.frames else ([], rest)
     wanted = {name for name, need in zip(Block._fields, needs, strict=True) if need}
@@ -343,19 +346,18 @@ def backward(grads: Sequence[Any], saved: Sequence[Tensor], needs: Sequence[bool
     if first.normed is not None:
         given["in_weight"] = torch.mm(dqkv.T, first.normed)
     width = x.shape[1]
-    for name, gradient in message_grads.items():
+    for name, more in message_grads.items():
         if name in ("in_weight", "in_bias"):  # of the keys and values
             if (mine := given.get(name)) is not None:
-                mine[width:].add_(gradient)
+                mine[width:].add_(more)
         elif name in ("ln_1_weight", "ln_1_bias"):
-            given[name].add_(gradient)  # type: ignore[union-attr]
+            given[name].add_(more)  # type: ignore[union-attr]
         else:
-            given[name] = gradient
+            given[name] = more
     result = []
     for name, argument, need in zip(Block._fields, b, needs, strict=True):
-        if need:
-            gradient = given[name]
-            assert isinstance(gradient, Tensor)
+        gradient = given.get(name)
+        if need and isinstance(gradient, Tensor) and isinstance(argument, Tensor):
             result.append(gradient.to(argument.dtype))
     return result
 

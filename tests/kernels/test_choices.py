@@ -51,7 +51,13 @@ def row(*order: str, arch: int = 90, **where: Any) -> dict[str, Any]:
 
 def kind(m: int = 6, dtype: torch.dtype = torch.bfloat16, training: bool = False, **more: Any) -> Case:
     """A kind of call of a block 64 wide, on the GPU that the CPU plays."""
-    given: dict[str, Any] = {"device": torch.device("cpu"), "dtype": dtype, "stream": dtype, "count": m, "length": 5}
+    given: dict[str, Any] = {
+        "device": torch.device("cpu"),
+        "dtype": dtype,
+        "stream": dtype,
+        "sequences": m,
+        "length": 5,
+    }
     given |= {"rows": 5 * m, "heads": 1, "channels": 64, "width": 64, "hidden": 256, "training": training}
     return Case(**{**given, "forced": kernels.forced_backend(), **more})
 

@@ -192,7 +192,13 @@ def test_kernels_use_tensor_cores_and_tma_and_do_not_spill(library: Path) -> Non
 
 def kind(dtype: torch.dtype = torch.bfloat16, **more: Any) -> Case:
     """A kind of call of a block 128 wide."""
-    given: dict[str, Any] = {"device": torch.device("cpu"), "dtype": dtype, "stream": dtype, "count": 6, "length": 5}
+    given: dict[str, Any] = {
+        "device": torch.device("cpu"),
+        "dtype": dtype,
+        "stream": dtype,
+        "sequences": 6,
+        "length": 5,
+    }
     given |= {"rows": 30, "heads": 2, "channels": 64, "width": 128, "hidden": 512, "frames": 3}
     return Case(**{**given, "forced": kernels.forced_backend(), **more})
 
@@ -226,7 +232,7 @@ def test_reasons_of_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
         assert "beside weights" in (reason(NORM_LINEAR, kind(stream=torch.float32)) or "")
         assert "quick_gelu only" in (reason(NORM_LINEAR, kind(activation="gelu")) or "")
         assert "no gradients" in (reason(MESSAGE, kind(training=True)) or "")
-        assert "over 64" in (reason(MESSAGE, kind(count=65)) or "")
+        assert "over 64" in (reason(MESSAGE, kind(sequences=65)) or "")
         assert "heads of 64" in (reason(MESSAGE, kind(channels=32)) or "")
         assert "for training" in (reason(MESSAGE, kind(drops=True)) or "")
 

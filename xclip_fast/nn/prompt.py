@@ -5,6 +5,8 @@ B videos, N patches, K labels, E embedding size.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -38,11 +40,12 @@ class PromptLayer(nn.Module):
         )
         text_BKE = text.expand(patches_BNE.shape[0], -1, -1)
         text_BKE = text_BKE + linear(mixed_BKE, attention.proj.weight, attention.proj.bias)
-        parts = [(part.weight, part.bias) for part in (self.norm3, self.mlp[0], self.mlp[2])]
-        if kernels.cpu.takes(text_BKE, *(parameter for part in parts for parameter in part)):
-            return kernels.cpu.feed_forward(text_BKE, *parts, norm.eps)
-        hidden = kernels.quick_gelu(linear(kernels.layer_norm(text_BKE, *parts[0], norm.eps), *parts[1]))
-        return text_BKE + linear(hidden, *parts[2])
+        modules: tuple[Any, ...] = (self.norm3, self.mlp[0], self.mlp[2])
+        ln, fc, projection = ((module.weight, module.bias) for module in modules)
+        if kernels.cpu.takes(text_BKE, *ln, *fc, *projection):
+            return kernels.cpu.feed_forward(text_BKE, ln, fc, projection, norm.eps)
+        hidden = kernels.quick_gelu(linear(kernels.layer_norm(text_BKE, *ln, norm.eps), *fc))
+        return text_BKE + linear(hidden, *projection)
 
 
 class VideoSpecificPrompt(nn.Module):
