@@ -246,8 +246,8 @@ def _ops(places: list[tuple[str, torch.dtype]]) -> dict[str, dict[str, Any]]:
         except RuntimeError as error:  # a device that others have filled, or may use alone
             names = {name: op.names for name, op in _dispatch.OPS.items()}
             for name, backends in {**names, **{f"  {name}": part.names for name, part in PARTS.items()}}.items():
-                reasons = dict.fromkeys(backends, f"{device} cannot be used: {_first_line(error)}")
-                found.setdefault(name, {})[device] = {"dtype": _dtype_name(dtype), "chosen": None, "backends": reasons}
+                unusable = dict.fromkeys(backends, f"{device} cannot be used: {_first_line(error)}")
+                found.setdefault(name, {})[device] = {"dtype": _dtype_name(dtype), "chosen": None, "backends": unusable}
             continue
         for name, op in _dispatch.OPS.items():
             args = arguments[name]
