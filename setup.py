@@ -110,9 +110,11 @@ NVCC = find_nvcc() if WISH != "0" and sys.platform == "linux" else None
 if WISH == "1" and NVCC is None:
     raise SystemExit("XCLIP_FAST_CUDA=1, but nvcc is not on the PATH, in CUDA_HOME or in /usr/local/cuda/bin")
 
+KERNELS = {f"xclip_fast.{folder}".replace("/", "."): folder for folder in ("kernels", "kernels/triton", "kernels/tune")}
+
 setup(
-    packages=[*find_packages(include=["xclip_fast*"]), "xclip_fast.kernels", "xclip_fast.kernels.triton"],
-    package_dir={"xclip_fast.kernels": "kernels", "xclip_fast.kernels.triton": "kernels/triton"},
+    packages=[*find_packages(include=["xclip_fast*"]), *KERNELS],
+    package_dir=KERNELS,
     package_data={
         "xclip_fast": ["py.typed", "configs/*.yaml"],
         "xclip_fast.search": ["page.css", "page.js"],

@@ -9,6 +9,7 @@ does not count. Without a checkpoint at hand, `--random VARIANT` writes one with
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
@@ -20,33 +21,35 @@ from pathlib import Path
 PARTS = ("start", "imports", "weights", "labels", "decode", "model")
 CHILD = """
 import json, sys, time
-marks = [time.time()]
+now = lambda: (time.time(), time.process_time())
+marks = [now()]
 import xclip_fast
 import torch
 from xclip_fast.cli import predict, main
 from xclip_fast.inference import batches
-marks.append(time.time())
+marks.append(now())
 checkpoint, clip, labels = sys.argv[1:4]
 model = xclip_fast.XCLIP.from_pretrained(checkpoint)
-marks.append(time.time())
+marks.append(now())
 with torch.inference_mode():
     text = model.encode_text(labels.split(","))
-    marks.append(time.time())
+    marks.append(now())
     from xclip_fast.data.decode.decoder import decode
     video = decode(clip, model.config.num_frames, size=model.config.vision.image_size)
-    marks.append(time.time())
+    marks.append(now())
     model.similarity(model.encode_video(video[None]), text).softmax(-1).topk(1)
-marks.append(time.time())
+marks.append(now())
 print(json.dumps(marks))
 """
 
 
-def one_run(checkpoint: str, clip: str, labels: str) -> dict[str, float]:
-    """Seconds of each part in a fresh process."""
-    begin = time.time()
+def one_run(checkpoint: str, clip: str, labels: str) -> dict[str, tuple[float, float]]:
+    """Seconds of each part in a fresh process: passed, and of the processor (of all threads)."""
+    begin = time.time(), 0.0
     given = [sys.executable, "-c", CHILD, checkpoint, clip, labels]
     marks = [begin, *json.loads(subprocess.run(given, capture_output=True, text=True, check=True).stdout)]
-    return {part: after - before for part, before, after in zip(PARTS, marks, marks[1:], strict=False)}
+    pairs = zip(PARTS, itertools.pairwise(marks), strict=True)
+    return {part: (after[0] - before[0], after[1] - before[1]) for part, (before, after) in pairs}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -69,11 +72,14 @@ def main(argv: list[str] | None = None) -> int:
             args.checkpoint, args.clip = folder, str(throughput.write_clips(Path(folder))[0])
             xclip_fast.XCLIP(args.random).save_pretrained(folder, overwrite=True)
         runs = [one_run(args.checkpoint, args.clip, args.labels) for _ in range(args.runs + 1)][1:]
-    medians = {part: statistics.median(run[part] for run in runs) for part in PARTS}
-    total = statistics.median(sum(run.values()) for run in runs)
-    for part, seconds in medians.items():
-        print(f"{part:8} {seconds:6.2f} s {seconds / total:6.0%}")
-    print(f"{'total':8} {total:6.2f} s, median of {args.runs}")
+    parts = {
+        part: [statistics.median(times) for times in zip(*(run[part] for run in runs), strict=True)] for part in PARTS
+    }
+    totals = [sum(times) for times in zip(*parts.values(), strict=True)]
+    print(f"{'':8} {'seconds':>8} {'share':>6} {'processor':>10} {'share':>6}   medians of {args.runs}")
+    for part, times in [*parts.items(), ("total", totals)]:
+        shares = [each / total for each, total in zip(times, totals, strict=True)]
+        print(f"{part:8} {times[0]:8.2f} {shares[0]:6.0%} {times[1]:10.2f} {shares[1]:6.0%}")
     if args.json:
         import measuring
 

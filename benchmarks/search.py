@@ -210,7 +210,7 @@ def _decode_all(path: Path) -> Any:
 
 
 def _decode_everything(path: Path) -> None:
-    from xclip_fast.data.decode.plan import all_frames, open_video
+    from xclip_fast.data.decode.reading import all_frames, open_video
 
     with open_video(path) as (container, stream):
         assert sum(1 for _ in all_frames(container, stream))

@@ -208,33 +208,27 @@ def patch_embed(
 ) -> Tensor:
     """LN_pre([x_class, E x_1, ..., E x_N] + e_spa) (equation 4), as ``kernels.patch_embed``, by one product."""
     (width, _, patch, _), tokens = weight.shape, len(position)
-    products = _Products(weight.dtype)
-    wide = products.dtype
+    # in float32: the levels of pixels are not exact in half precision once they are normalized
+    kernel, position = weight.reshape(width, -1).float(), position.float()
+    first = class_embedding.float() + position[0]
+    ln_weight, ln_bias = (parameter.float() for parameter in ln)
     levels = frames.dtype == torch.uint8
-    kernel, bias = weight.to(torch.float32), weight.new_zeros(width, dtype=torch.float32)
-    if levels:
-        # W ((u / 255 - mean) / std) = W' (u - 128) + b'
-        deviation, middle = 255 * torch.tensor(std), 128 - 255 * torch.tensor(mean)
-        bias = kernel.sum((2, 3)) @ (middle / deviation)
-        kernel = (kernel / deviation[:, None, None]).permute(0, 2, 3, 1)  # channel last, as the pixels
-    kernel, bias, position = kernel.reshape(width, -1).to(wide), bias.to(wide), position.to(wide)
-    ln_weight, ln_bias = (parameter.to(wide) for parameter in ln)
-    first = class_embedding.to(wide) + position[0]
+    # (u / 255 - mean) / std, in the kernel's order: channel, row, column of a patch
+    per_pixel = patch * patch
+    scale = torch.tensor([1 / (255 * deviation) for deviation in std]).repeat_interleave(per_pixel)
+    shift = torch.tensor([-m / deviation for m, deviation in zip(mean, std, strict=True)]).repeat_interleave(per_pixel)
     x_FLD = weight.new_empty(len(frames), tokens, width)
     for part in _parts(len(frames), HIDDEN_BYTES // (4 * kernel.shape[1] * tokens)):
-        given = frames[part]
-        count = len(given)
-        pixels = _buffer("wide", count * (tokens - 1), kernel.shape[1], wide)
+        given = frames[part].permute(0, 3, 1, 2) if levels else frames[part]
+        count, _, height, length = given.shape
+        grid = given.unflatten(3, (length // patch, patch)).unflatten(2, (height // patch, patch))
+        grid = grid.permute(0, 2, 4, 1, 3, 5)
+        pixels = _buffer("wide", count * (tokens - 1), kernel.shape[1], torch.float32)
+        pixels.view(grid.shape).copy_(grid)
         if levels:
-            rows, columns = given.shape[1] // patch, given.shape[2] // patch
-            grid = given.reshape(count, rows, patch, columns, -1).transpose(2, 3)
-            pixels.view(grid.shape).copy_(grid).sub_(128)
-        else:
-            rows, columns = given.shape[2] // patch, given.shape[3] // patch
-            grid = given.reshape(count, 3, rows, patch, columns, patch).permute(0, 2, 4, 1, 3, 5)
-            pixels.view(grid.shape).copy_(grid)
-        embedded = _buffer("normed", count * tokens, width, wide).view(count, tokens, width)
-        torch.add(F.linear(pixels, kernel, bias).view(count, -1, width), position[1:], out=embedded[:, 1:])
+            torch.addcmul(shift, pixels, scale, out=pixels)
+        embedded = _buffer("normed", count * tokens, width, torch.float32).view(count, tokens, width)
+        torch.add(F.linear(pixels, kernel).view(count, -1, width), position[1:], out=embedded[:, 1:])
         embedded[:, 0] = first
         x_FLD[part] = F.layer_norm(embedded, (width,), ln_weight, ln_bias, eps)
     return x_FLD

@@ -108,6 +108,66 @@ def test_without_av_the_files_that_need_it_are_skipped_and_the_others_run(tmp_pa
     assert "test_decode.py:0: av is not installed" in said
 
 
+WITHOUT_TRITON = """
+import torch
+import xclip_fast
+from xclip_fast import info, kernels
+from xclip_fast.kernels.tune.__main__ import main
+
+block = xclip_fast.FastCCTBlock(128, 2, 3, batch_first=True)
+x = torch.randn(6, 5, 128, requires_grad=True)
+block(x).sum().backward()
+assert x.grad.isfinite().all()
+for op, places in info.collect()["ops"].items():
+    assert places["cpu"]["chosen"] in ("reference", "sdpa", "onednn"), (op, places["cpu"])
+    for name, reason in places["cpu"]["backends"].items():
+        assert name != "triton" or "triton is not installed" in reason, (op, name, reason)
+with kernels.backend("library"):
+    block(x).sum().backward()
+try:
+    with kernels.backend("triton"):
+        kernels.quick_gelu(x)
+except kernels.BackendError as error:
+    assert "the package triton is not installed (pip install triton)" in str(error)
+else:
+    raise AssertionError("triton ran")
+torch.cuda.is_available = lambda: True
+assert main([]) == main(["--backends"]) == 1
+"""
+
+
+def test_without_triton(tmp_path: Path) -> None:
+    """The package runs, says what is missing, and its tests skip what needs it."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "from importlib.machinery import PathFinder\n"
+        "class Find:\n"
+        "    find = PathFinder.find_spec\n"
+        "    def __call__(self, name, *rest):\n"
+        "        return None if name.split('.')[0] == 'triton' else Find.find(name, *rest)\n"
+        "PathFinder.find_spec = Find()\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-c", WITHOUT_TRITON]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stderr.count("tuning times with Triton, which is not installed (pip install triton)") == 2
+    files = [file_of(name) for name in ("test_choices", "test_launches", "test_triton_compile")]
+    command = [sys.executable, "-m", "pytest", "-q", "-rs", "-n", "0", "--no-cov", "-p", "no:cacheprovider"]
+    command += ["-k", "launch or compile or unmeasured or tile", *files]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "triton is not installed" in done.stdout
+
+
+def test_every_folder_of_kernels_is_a_package_of_the_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(setuptools, "setup", given.update)
+    monkeypatch.setenv("XCLIP_FAST_CUDA", "0")
+    runpy.run_path(str(ROOT / "setup.py"))
+    folders = {str(file.parent.relative_to(ROOT)) for file in (ROOT / "kernels").rglob("__init__.py")}
+    assert {folder for name, folder in given["package_dir"].items() if name in given["packages"]} == folders
+
+
 def test_a_machine_that_refuses_compute_sanitizer_is_not_an_error_of_ours():
     spec = importlib.util.spec_from_file_location("gpu_tests", ROOT / file_of("test_gpu"))
     assert spec is not None

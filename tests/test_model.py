@@ -304,6 +304,37 @@ def test_an_optimizer_step_is_noticed(tiny_model: XCLIP, fused: bool) -> None:
             torch.testing.assert_close(tiny_model.encode_text(LABELS), after)
 
 
+@pytest.mark.parametrize("kind", ["foreach", "fused"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_no_optimizer_leaves_stale_features(tiny_model: XCLIP, kind: str, compiled: bool) -> None:
+    """Fused steps raise no version counter, and a compiled model trains without the eager one noticing."""
+    text = tiny_model.text
+    trained = torch.compile(text, backend="aot_eager") if compiled else text
+    optimizer = torch.optim.AdamW(text.parameters(), lr=1e-2, **{kind: True})
+    for set_to_none in (True, False, True):
+        with torch.no_grad():
+            tiny_model.encode_text(LABELS)  # validation
+        optimizer.zero_grad(set_to_none)
+        trained(tokenize(LABELS)).sum().backward()
+        with torch.no_grad():
+            tiny_model.encode_text(LABELS)  # accuracy so far
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            served = tiny_model.encode_text(LABELS)
+            text.forget()
+            torch.testing.assert_close(served, tiny_model.encode_text(LABELS))
+
+
+def test_a_step_of_our_own_behind_a_gradient_leaves_no_stale_features(tiny_model: XCLIP) -> None:
+    projection = tiny_model.text.text_projection
+    tiny_model.encode_text(LABELS).sum().backward()
+    with torch.no_grad():
+        before = tiny_model.encode_text(LABELS)
+        projection.data.mul_(2)
+        torch.testing.assert_close(tiny_model.encode_text(LABELS), 2 * before)
+
+
 def test_replaced_weights_are_noticed(tiny_model: XCLIP) -> None:
     text = tiny_model.text
     with torch.no_grad():

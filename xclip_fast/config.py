@@ -18,6 +18,38 @@ PROMPTS = ("video", "vectors", "none")
 ACTIVATIONS = ("quick_gelu", "gelu")
 
 
+# The largest value of each size that a file may ask for: far above any model of this kind, far below what hangs.
+LARGEST = {
+    **dict.fromkeys(("layers", "mit_layers", "prompt_layers", "heads", "mit_heads", "prompt_heads"), 1024),
+    **dict.fromkeys(("width", "embed_dim", "image_size", "patch_size", "context_length", "num_frames"), 65_536),
+    **dict.fromkeys(("vocab_size", "num_classes", "prompt_vectors"), 10_000_000),
+}
+
+
+def _check_numbers(where: str, config: object, optional: tuple[str, ...] = ()) -> None:
+    """Refuse numbers of a wrong type, that are not finite, or too large; whole numbers become floats where those stand.
+
+    ``optional``: fields that may be None.
+    """
+    for field in dataclasses.fields(config):  # type: ignore[arg-type]
+        value = getattr(config, field.name)
+        kind = str(field.type).removesuffix(" | None")
+        if kind not in ("int", "float") or (value is None and field.name in optional):
+            continue
+        if isinstance(value, bool) or not isinstance(value, int if kind == "int" else int | float):
+            wanted = "a whole number" if kind == "int" else "a number"
+            hint = "; YAML takes 1e-6 for text: write 1.0e-6" if kind == "float" and isinstance(value, str) else ""
+            raise ValueError(
+                f"{where}{field.name} is {str(value)[:40]!r} ({type(value).__name__}); {wanted} wanted{hint}"
+            )
+        if kind == "int" and value > LARGEST.get(field.name, value):
+            raise ValueError(f"{where}{field.name} is {value}; at most {LARGEST[field.name]} is accepted")
+        if kind == "float":
+            if not math.isfinite(value):
+                raise ValueError(f"{where}{field.name} is {value}; a finite number wanted")
+            object.__setattr__(config, field.name, float(value))
+
+
 def _check_heads(where: str, width: int, heads: int) -> None:
     if heads < 1 or width % heads:
         raise ValueError(f"{where}: width {width} does not divide into {heads} heads; choose a divisor of {width}")
@@ -33,9 +65,9 @@ def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} is {value!r}; choose one of {', '.join(choices)}")
 
 
-def _check_eps(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
-        raise ValueError(f"{name} is {value!r}; a number of at least 0 wanted (YAML takes 1e-6 for text: write 1.0e-6)")
+def _check_eps(name: str, value: float) -> None:
+    if value < 0:
+        raise ValueError(f"{name} is {value!r}; a number of at least 0 wanted")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +91,11 @@ class VisionConfig:
     layer_norm_eps: float | None = None  # of the blocks and around them; None: the model's
 
     def __post_init__(self) -> None:
+        _check_numbers("vision: ", self, ("layer_norm_eps",))
+        if self.layers < 1 or self.patch_size < 1 or self.width < 1:
+            raise ValueError(
+                f"vision: layers {self.layers}, width {self.width} and patch_size {self.patch_size} must be at least 1"
+            )
         _check_heads("vision", self.width, self.heads)
         if self.image_size % self.patch_size:
             raise ValueError(
@@ -90,9 +127,11 @@ class TextConfig:
     heads: int = 8
 
     def __post_init__(self) -> None:
+        _check_numbers("text: ", self)
         _check_heads("text", self.width, self.heads)
-        if self.layers < 1:
-            raise ValueError(f"text: layers {self.layers} must be at least 1")
+        for name, least in (("layers", 1), ("width", 1), ("vocab_size", 1), ("context_length", 2)):
+            if getattr(self, name) < least:
+                raise ValueError(f"text: {name} {getattr(self, name)} must be at least {least}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,14 +169,19 @@ class XCLIPConfig:
     num_classes: int | None = None
 
     def __post_init__(self) -> None:
+        _check_numbers("", self, ("mit_heads", "prompt_heads", "num_classes"))
+        if self.embed_dim < 1:
+            raise ValueError(f"embed_dim {self.embed_dim} must be at least 1")
         for name in ("mit_heads", "prompt_heads"):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, max(1, self.embed_dim // 64))
             _check_heads(name, self.embed_dim, getattr(self, name))
         for name in ("image_mean", "image_std"):
-            if len(getattr(self, name)) != 3:
-                raise ValueError(f"{name} {getattr(self, name)!r}: three numbers wanted, one a channel")
-            object.__setattr__(self, name, tuple(float(value) for value in getattr(self, name)))
+            given = getattr(self, name)
+            right = isinstance(given, list | tuple) and len(given) == 3
+            if not right or not all(isinstance(value, int | float) and math.isfinite(value) for value in given):
+                raise ValueError(f"{name} is {str(given)[:80]!r}; three numbers wanted, one a channel")
+            object.__setattr__(self, name, tuple(float(value) for value in given))
         if not self.temporal_std > 0:
             raise ValueError(f"temporal_std {self.temporal_std} must be above 0")
         if min(self.image_std) <= 0:
@@ -189,7 +233,7 @@ def _from_fields(cls: Any, where: str, values: dict[str, Any]) -> Any:
     known = {field.name for field in dataclasses.fields(cls)}
     unknown = sorted(set(values) - known)
     if unknown:
-        raise ValueError(f"{where} config has unknown keys {unknown}; known are {sorted(known)}")
+        raise ValueError(f"{where} config has unknown keys {unknown[:5]}; known are {sorted(known)}")
     try:
         return cls(**values)
     except (TypeError, ZeroDivisionError) as error:

@@ -1,6 +1,6 @@
 """Stage 7: the rows of choices.json for this GPU: each op's backends at the shapes of B/16, right ones only.
 
-They are what ``python -m xclip_fast.kernels.tune --backends`` writes, for fewer shapes: those of inference first.
+They are what ``python -m xclip_fast.kernels.tune --backends --batch 1 8 32`` writes: those of inference first.
 """
 
 from __future__ import annotations
@@ -14,20 +14,25 @@ from .case import Job, Row
 
 def op(job: Job, op: str) -> Iterator[Row]:
     """A row for each shape of one op: milliseconds by backend, in the form of the table."""
-    from xclip_fast.kernels import _choices, tune, tune_backends
+    from xclip_fast.kernels import _choices
+    from xclip_fast.kernels.tune import backends
+    from xclip_fast.kernels.tune.shapes import SHAPES, Shape
 
-    tune_backends.DEVICE = job.device
-    tune_backends.DTYPES = (job.dtype,)
-    tune_backends.WIDTHS = (128,) if job.tiny else (768,)
-    tune_backends.ROWS = tune.ROWS = (8, 24) if job.tiny else (1576, 12608, 50432)
-    tune_backends.LENGTHS = tune.LENGTHS = (17,) if job.tiny else (50, 197)
-    tune_backends.FRAMES = (4,) if job.tiny else (8, 64, 256)
-    tune_backends.VIDEO_FRAMES = (4,) if job.tiny else (8,)
-    tune_backends.IMAGES = ((32, 8),) if job.tiny else ((224, 32), (224, 16))
+    backends.DEVICE, backends.DTYPE = job.device, job.dtype
+    shape = Shape(width=128, tokens=17, image=32, patch=8, frames=4) if job.tiny else SHAPES["B/16"]
+    batches = (1, 2) if job.tiny else (1, 8, 32)
     architecture = _choices.architecture(torch.empty(0, device=job.device))
     said: list[str] = []
-    for where, calls, exact, baseline in tune_backends._contests(op, said.append):
+    for where, contest in backends._contests(op, shape, batches, said.append):
         milliseconds: dict[str, float] = {}
+        reference: Row = {"op": op, "contender": "reference", "where": where}
+        if f"float64 {where}" in job.without:
+            continue
+        with job.trying(f"float64 {where}", reference):
+            calls, exact, baseline = contest()
+        if "note" in reference:
+            yield reference
+            continue
         for name, call in calls.items():
             key = f"{name} {where}"
             if key in job.without:
@@ -35,7 +40,7 @@ def op(job: Job, op: str) -> Iterator[Row]:
             row: Row = {"op": op, "contender": name, "where": where}
             with job.trying(key, row):
                 got = job.wrong(call())
-                if not tune_backends.agrees(list(got), exact, baseline):
+                if not backends.agrees(list(got), exact, baseline):
                     row["note"] = "WRONG: not in the table"
                     row["right"] = False
                 else:
@@ -45,7 +50,7 @@ def op(job: Job, op: str) -> Iterator[Row]:
         if milliseconds:
             best = min(milliseconds, key=milliseconds.__getitem__)
             entry = {"arch": architecture, "where": where, "milliseconds": milliseconds}
-            entry["measured"] = tune_backends.provenance() if job.device == "cuda" else {"device": "rehearsal"}
+            entry["measured"] = backends.provenance() if job.device == "cuda" else {"device": "rehearsal"}
             yield {"op": op, "contender": best, "ms": milliseconds[best], "entry": entry, "precision": job.precision}
         said.clear()
 

@@ -33,10 +33,12 @@ def quick_run(bench, tmp_path, *options):
 
 
 def test_every_contender_gives_the_same_frames(bench, tmp_path, capsys):
-    code, report = quick_run(bench, tmp_path, "--keyframes", "12,40,copy", "--frames", "2,5", "--works", "file")
+    code, report = quick_run(
+        bench, tmp_path, "--keyframes", "12,40,copy,training", "--frames", "2,5", "--works", "file"
+    )
     assert code == 0
     rows = {(row["keyframe_every"], row["frames"], row["contender"]): row for row in report["rows"]}
-    assert len(rows) == len(report["rows"]) == 3 * 2 * 8
+    assert len(rows) == len(report["rows"]) == 4 * 2 * 8
     for (_, frames, contender), row in rows.items():
         if contender in (bench.FULL, bench.PLANNED, bench.STORED, bench.SEEKING):
             assert row["largest_mean_difference"] == 0
@@ -55,6 +57,7 @@ def test_every_contender_gives_the_same_frames(bench, tmp_path, capsys):
     assert {row["pictures"] for row in report["rows"]} == {clip["pictures"] for clip in clips.values()} == {"generated"}
     assert clips["copy"]["referenced"] == 40 > clips[40]["referenced"] > 1  # no B frames in the copy
     assert (clips[12]["keyframes"], clips[40]["keyframes"], clips["copy"]["keyframes"]) == (4, 1, 4)
+    assert clips["training"]["keyframes"] == 40
     assert {clip["frames"] for clip in report["clips"]} == {40}
     assert {"device", "av", "date", "command", "commit", "load_average"} <= set(report["environment"])
     table = capsys.readouterr().out

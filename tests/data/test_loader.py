@@ -1,5 +1,6 @@
 """The loader: exactly once, on any number of ranks and workers, after crashes, hangs, kills and resumes."""
 
+import base64
 import hashlib
 import importlib
 import inspect
@@ -10,9 +11,11 @@ import subprocess
 import sys
 import tarfile
 import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,8 +26,9 @@ from xclip_fast.data.decode.decoder import VideoError, decode_views, probe
 from xclip_fast.data.decode.video import Video, pack_plan
 from xclip_fast.data.loader import cache as cache_module
 from xclip_fast.data.loader import dali
+from xclip_fast.data.loader import workers as watched
 from xclip_fast.data.loader.cache import FrameCache
-from xclip_fast.data.loader.loader import Batch, DataError, Loader, Report, loader
+from xclip_fast.data.loader.loader import Batch, DataError, Loader, loader
 from xclip_fast.data.manifest.manifest import Manifest, index
 from xclip_fast.data.motion import render, write_clip
 from xclip_fast.data.transforms import TestTransform, TrainTransform
@@ -183,7 +187,7 @@ def test_views_and_an_empty_batch(manifest: Manifest) -> None:
 
 
 def test_missing_files_are_named_and_counted(manifest: Manifest, caplog: pytest.LogCaptureFixture) -> None:
-    data = _missing(manifest, 4).with_error(9, "was bad in the index")
+    data = _missing(manifest, 4).with_errors({9: "was bad in the index"})
     twice = replace(data, videos=(*data.videos, data.videos[4]))  # one more row of the missing file
     batches = loader(twice, TRAIN, 4, workers=0, max_bad=0.1)
     named = "3 could not be read: gone4.mp4: no such file; 09.mp4: was"
@@ -196,8 +200,9 @@ def test_missing_files_are_named_and_counted(manifest: Manifest, caplog: pytest.
     halves = [loader(twice, TRAIN, 2, rank=rank, world=2, workers=0, max_bad=0.1) for rank in range(2)]
     for half in halves:
         list(half)
-    merged = Report.merged(half.report for half in halves)
-    assert (merged.delivered, merged.total, set(merged.bad)) == (N - 2, N + 1, {4, 9, N})
+    reports = [half.report for half in halves]
+    assert (sum(each.delivered for each in reports), sum(each.total for each in reports)) == (N - 2, N + 1)
+    assert set().union(*(each.bad for each in reports)) == {4, 9, N}
 
 
 def test_members_of_a_tar_file(manifest: Manifest, folder: Path, tmp_path: Path) -> None:
@@ -214,7 +219,7 @@ def test_members_of_a_tar_file(manifest: Manifest, folder: Path, tmp_path: Path)
     for _ in range(2):
         assert _told(loader(data, TRAIN, 4, workers=0, cache=tmp_path / "cache")) == expected
     assert len(list((tmp_path / "cache").iterdir())) == 4
-    data = data.with_error(3, "bad")
+    data = data.with_errors({3: "bad"})
     assert loader(data, TRAIN, 4, workers=0, max_bad=0.25).report.bad == {3: "bad"}  # a member is a video of its own
 
 
@@ -249,13 +254,51 @@ def test_what_dali_is_asked_for(manifest: Manifest, monkeypatch: pytest.MonkeyPa
 
 
 def test_too_many_bad_videos_stop_with_a_list(manifest: Manifest) -> None:
-    with pytest.raises(DataError, match=r"1 of 22 videos .* 0\.0% .*gone0\.mp4: no such file.*raise max_bad"):
+    with pytest.raises(DataError, match=r"1 of 22 videos .* 0\.0% .*gone0\.mp4: no such file.*max_bad allows more"):
         list(loader(_missing(manifest, 0), TRAIN, 4, workers=0, max_bad=0))
-    data = manifest
-    for row in range(12):
-        data = data.with_error(row, "bad")
-    with pytest.raises(DataError, match=r"12 of 22 videos .*09\.mp4: bad; and 2 more"):
-        loader(data, TRAIN, 4, workers=0)
+    with pytest.raises(DataError, match=r"2 of 22 videos .* 5\.0%"):
+        list(loader(_missing(manifest, 0, 7), TRAIN, 4, workers=0))
+    assert len(_rows(list(loader(_missing(manifest, 7), TRAIN, 4, workers=0, max_bad=0.01)))) == N - 1  # one may
+
+
+def test_videos_that_the_index_found_bad_are_not_tried(manifest: Manifest) -> None:
+    data = manifest.with_errors(dict.fromkeys(range(12), "bad"))
+    batches = loader(data, TRAIN, 4, workers=0, max_bad=0)
+    assert sorted(_rows(list(batches))) == list(range(12, N))
+    assert batches.report.summary().startswith(f"{N - 12} of {N} videos; 12 could not be read")
+    assert "09.mp4: bad; and 2 more" in batches.report.listed()
+
+
+BOMB = base64.b64encode(zlib.compress(np.array([6, 2**62], "<i8").tobytes() + bytes(10**7))).decode()
+
+
+@pytest.mark.parametrize("packed", ["x", "", "eJwDAAAAAAE=", BOMB], ids=["text", "empty", "nothing", "bomb"])
+def test_a_damaged_plan_costs_its_row(manifest: Manifest, packed: str) -> None:
+    videos = list(manifest.videos)
+    videos[3] = replace(videos[3], packed=packed)
+    for workers in (0, 1):
+        batches = loader(replace(manifest, videos=tuple(videos)), TRAIN, 4, workers=workers, max_bad=0.1)
+        assert sorted(_rows(list(batches))) == [row for row in range(N) if row != 3]
+        assert "decoding plan in the manifest is damaged" in batches.report.bad[3]
+        batches.close()
+
+
+def test_little_shared_memory_is_said_at_the_start(
+    manifest: Manifest, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    batch = 4 * 3 * 16 * 16 * 3  # of TestTransform below
+    transform = TestTransform(3, 16)
+    for free, told in ((batch - 1, "a batch takes"), (batch * 4, "may wait at once"), (batch * 5, "")):
+        monkeypatch.setattr(watched.shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
+        caplog.clear()
+        if told == "a batch takes":
+            with pytest.raises(RuntimeError, match=r"a batch takes 0 MiB, and /dev/shm.*--shm-size"):
+                loader(manifest, transform, 4, workers=2, prefetch=2)
+            loader(manifest, transform, 4, workers=0)
+        else:
+            loader(manifest, transform, 4, workers=2, prefetch=2)
+            assert told in caplog.text
+            assert bool(told) == bool(caplog.records)
 
 
 def test_a_video_that_crashes_its_worker(manifest: Manifest, hooks: Any, caplog: pytest.LogCaptureFixture) -> None:
@@ -365,7 +408,7 @@ def test_state_of_something_else_is_refused(manifest: Manifest) -> None:
         with pytest.raises(ValueError, match=f"its {name} is"):
             make().load_state_dict(state)
     with pytest.raises(ValueError, match="fingerprint"):  # the order of the others is another one now
-        loader(manifest.with_error(0, "bad"), TRAIN, 4, workers=0).load_state_dict(state)
+        loader(manifest.with_errors({0: "bad"}), TRAIN, 4, workers=0).load_state_dict(state)
 
 
 def test_a_broken_off_iteration_leaves_nothing_behind(manifest: Manifest, hooks: Any) -> None:

@@ -165,7 +165,7 @@ def test_odd_names_survive(tmp_path, clip):
         ('{"path": "a.mp4", "label": "1"}', "line 3: label is '1'; wanted is int or null"),
         ('{"path": "a.mp4", "label": true}', "line 3: label is True"),
         ('{"path": "a.mp4", "frames": "9"}', "line 3: frames is '9'; wanted is int"),
-        ('{"path": "a.mp4", "frames": -5}', "line 3: frames is -5; it must not be negative"),
+        ('{"path": "a.mp4", "frames": -5}', "line 3: frames is -5; it must be at least 0"),
         ('{"path": "a.mp4", "offset": -1}', "line 3: offset is -1"),
         ('{"path": "a.mp4", "packed": 5}', "line 3: packed is 5"),
         ('{"path": "a.mp4", "duration": "a"}', "line 3: duration is 'a'"),
@@ -177,7 +177,7 @@ def test_odd_names_survive(tmp_path, clip):
 )
 def test_damaged_manifests(line, message, tmp_path):
     path = tmp_path / "m.jsonl"
-    path.write_text('{"xclip_fast_manifest":1,"root":".","classes":["a","b"]}\n{"path":"ok.mp4"}\n' + line)
+    path.write_text('{"xclip_fast_manifest":2,"root":".","classes":["a","b"]}\n{"path":"ok.mp4"}\n' + line)
     with pytest.raises(ValueError, match=message):
         Manifest.read(path)
 
@@ -188,8 +188,8 @@ def test_files_that_are_no_manifest(text, tmp_path):
     path.write_text(text, encoding="latin-1")
     with pytest.raises(ValueError, match=r"m\.jsonl"):
         Manifest.read(path)
-    path.write_text('{"xclip_fast_manifest": 2}')
-    with pytest.raises(ValueError, match=r"version 2.*index anew"):
+    path.write_text('{"xclip_fast_manifest": 3}')
+    with pytest.raises(ValueError, match=r"version 3.*again with `xclip-fast index`"):
         Manifest.read(path)
 
 
@@ -214,7 +214,7 @@ def test_fingerprint(tmp_path):
     manifest = Manifest(tmp_path, ("x", "y"), videos)
     same = [
         replace(manifest, root=tmp_path / "other"),
-        manifest.with_error(0, "broken"),
+        manifest.with_errors({0: "broken"}),
         replace(manifest, videos=(replace(videos[0], mtime_ns=6, frames=4), videos[1])),
     ]
     assert {each.fingerprint for each in same} == {manifest.fingerprint}
@@ -230,10 +230,10 @@ def test_fingerprint(tmp_path):
     assert len({each.fingerprint for each in (manifest, *other)}) == 1 + len(other)
 
 
-def test_select_and_with_error(tmp_path):
+def test_select_and_with_errors(tmp_path):
     manifest = Manifest(tmp_path, ("x",), tuple(Video(f"{n}.mp4", 0) for n in range(4)))
     assert [video.path for video in manifest.select(np.array([3, 1, 1])).videos] == ["3.mp4", "1.mp4", "1.mp4"]
-    marked = manifest.with_error(2, "two\nlines\x1b[31m")
+    marked = manifest.with_errors({2: "two\nlines\x1b[31m"})
     assert marked.bad == {2: "two lines\\x1b[31m"}
     assert (marked.usable.tolist(), manifest.usable.tolist()) == ([0, 1, 3], [0, 1, 2, 3])
 

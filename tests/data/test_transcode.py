@@ -18,7 +18,7 @@ import pytest
 from av.video.reformatter import ColorRange, Colorspace, Interpolation
 
 from xclip_fast.data.decode.decoder import decode_frames, probe
-from xclip_fast.data.decode.plan import Source, all_frames, open_video
+from xclip_fast.data.decode.reading import Source, all_frames, open_video
 from xclip_fast.data.motion import render, write_clip
 from xclip_fast.data.transcode import reencode as encoder
 from xclip_fast.data.transcode import transcoder as module
@@ -552,3 +552,16 @@ def test_senseless_arguments(source, tmp_path, options, said):
 def test_missing_folder(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         transcode(tmp_path / "nowhere", tmp_path / "out")
+
+
+def test_a_copy_for_training_has_keyframes_only(tmp_path):
+    """Eight frames are decoded for eight: the plan starts each at itself."""
+    write_clip(tmp_path / "a.mp4", render("moving up", 0, frames=60, size=(64, 64)), g=60)
+    assert not transcode([tmp_path / "a.mp4"], tmp_path / "any").failed
+    assert not transcode([tmp_path / "a.mp4"], tmp_path / "training", purpose="training").failed
+    for folder, starts in (("any", [number // 12 for number in range(60)]), ("training", list(range(60)))):
+        assert probe(tmp_path / folder / "a.mp4").plan.start == starts
+    again = transcode([tmp_path / "a.mp4"], tmp_path / "any", purpose="training")
+    assert "made with other settings" in next(iter(again.failed.values()))
+    with pytest.raises(ValueError, match="purpose is 'fun'"):
+        transcode([tmp_path / "a.mp4"], tmp_path / "x", purpose="fun")

@@ -13,11 +13,11 @@ from xclip_fast.data.transforms import TestTransform, TrainTransform, View, appl
 SIZES = [(340, 256), (256, 340), (224, 224), (1920, 1080), (97, 71), (5, 3), (2, 2), (1, 1), (1, 900), (2048, 1)]
 
 
-def reference_resize(box_HWC, size):
-    """Bilinear with half-pixel centres, clamped at the edges, in float64."""
+def reference_resize(box_HWC, *sizes):
+    """To one size, or to (height, width): bilinear with half-pixel centers, clamped at the edges, in float64."""
     picture = box_HWC.astype(np.float64)
     for axis in (0, 1):
-        length = picture.shape[axis]
+        length, size = picture.shape[axis], sizes[axis % len(sizes)]
         place = np.clip((np.arange(size) + 0.5) * length / size - 0.5, 0, length - 1)
         low = np.minimum(place.astype(int), length - 1)
         high = np.minimum(low + 1, length - 1)
@@ -267,31 +267,68 @@ def test_apply_writes_where_it_is_told_and_takes_any_memory():
 
 def test_test_views():
     (view,) = TestTransform(8, 224).views(300, 340, 256)
-    assert view.crop == (58, 16, 224, 224)  # at a short side of 256 the picture is not resized at all
+    assert view.crop == (0, 0, 340, 256)
+    assert (view.scaled, view.corner) == ((340, 256), (58, 16))  # at a short side of 256 nothing is resized
     assert view.frames.tolist() == frame_indices(300, 8).tolist()
     assert (view.flip, view.colour, view.size, view.drawn_from) == (False, None, 224, (300, 340, 256))
     frame = np.random.default_rng(0).integers(0, 256, (1, 256, 340, 3), np.uint8)
     assert np.array_equal(apply(view, frame)[0], frame[0, 16:240, 58:282])
-    assert TestTransform(8, 336).boxes(384, 500) == [(24, 82, 336, 336)]
+    (view,) = TestTransform(8, 336).crops_of(1280, 720)
+    assert (view.scaled, view.corner) == ((683, 384), (173, 24))
 
     views = TestTransform(8, 224, clips=4, crops=3).views(300, 340, 256)
-    assert [view.crop for view in views] == [(0, 0, 256, 256), (42, 0, 256, 256), (84, 0, 256, 256)] * 4
+    assert [view.scaled for view in views] == [(298, 224)] * 12
+    assert [view.corner for view in views] == [(0, 0), (37, 0), (74, 0)] * 4
     for number, view in enumerate(views):
         assert view.frames.tolist() == frame_indices(300, 8, clip=number // 3, clips=4).tolist()
-    upright = TestTransform(crops=3).boxes(101, 200)
-    assert upright == [(0, 0, 101, 101), (0, 49, 101, 101), (0, 99, 101, 101)]
+    assert [view.corner for view in TestTransform(crops=3).crops_of(101, 200)] == [(0, 0), (0, 110), (0, 220)]
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("crops", [1, 3])
-def test_test_boxes_lie_inside(size, crops):
+def test_test_crops_lie_inside(size, crops):
     for side in (1, 2, 16, 224, 336):
-        boxes = TestTransform(2, side, crops=crops).boxes(*size)
-        assert len(boxes) == crops
-        for left, top, width, height in boxes:
-            assert width == height >= 1
-            assert 0 <= left <= left + width <= size[0]
-            assert 0 <= top <= top + height <= size[1]
+        views = TestTransform(2, side, crops=crops).crops_of(*size)
+        assert len(views) == crops
+        for view in views:
+            assert view.crop == (0, 0, *size)
+            for corner, length in zip(view.corner, view.resized, strict=True):
+                assert 0 <= corner <= corner + side <= length
+
+
+FRAMES = [(340, 256), (320, 240), (384, 288), (1280, 720), (360, 640), (171, 128), (101, 77), (224, 224), (64, 48)]
+
+
+@pytest.mark.parametrize("shape", [*FRAMES, (7, 2000)], ids=str)
+@pytest.mark.parametrize("crops", [1, 3])
+def test_test_crops_are_cut_from_the_resized_frame(shape, crops):
+    """As the released pipeline: the whole frame is resized, then cropped. Old and new differed by 35 levels here."""
+    frame = np.random.default_rng(1).integers(0, 256, (shape[1], shape[0], 3), np.uint8)
+    for size in (32, 224):
+        for view in TestTransform(8, size, crops=crops).crops_of(*shape):
+            (width, height), (x, y) = view.resized, view.corner
+            assert min(width, height) == (size if crops == 3 else size * 256 // 224)
+            exact = reference_resize(frame, height, width)[y : y + size, x : x + size]
+            for flip in (False, True):
+                expected = exact[:, ::-1] if flip else exact
+                out = np.empty((size, size, 3), np.uint8)
+                apply_frame(replace(view, flip=flip), frame, out)
+                assert np.abs(out - expected).max() <= 1.001
+                apply_frame(replace(view, flip=flip, colour=np.eye(3, 4, dtype=np.float32)), frame, out)
+                assert np.abs(out - expected).max() <= 0.501
+
+
+@pytest.mark.parametrize("shape", FRAMES, ids=str)
+def test_test_crops_are_opencvs(shape):
+    cv2 = pytest.importorskip("cv2")
+    frame = np.random.default_rng(2).integers(0, 256, (shape[1], shape[0], 3), np.uint8)
+    for transform in (TestTransform(8, 224), TestTransform(8, 224, crops=3)):
+        for view in transform.crops_of(*shape):
+            x, y = view.corner
+            expected = cv2.resize(frame, view.resized, interpolation=cv2.INTER_LINEAR)[y : y + 224, x : x + 224]
+            out = np.empty((224, 224, 3), np.uint8)
+            apply_frame(view, frame, out)
+            assert np.abs(out.astype(int) - expected).max() <= 1
 
 
 def test_bad_settings():

@@ -271,7 +271,7 @@ def test_a_head_knows_the_order_of_its_outputs(tiny_config, manifest, folder, tm
         if model.head.bias is not None:
             model.head.bias.copy_(model.head.bias.flip(0))
     model.save_pretrained(tmp_path / "turned")
-    Trained({name: name for name in order}).write(tmp_path / "turned")
+    (tmp_path / "turned" / "trained.json").write_text(Trained({name: name for name in order}).to_json())
     result = main(tmp_path / "turned", folder / "manifest.jsonl", dtype="float32", device="cpu", workers=0)
     assert result.labels == tuple(order)
     assert result.top1 == reference.top1

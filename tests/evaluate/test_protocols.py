@@ -86,7 +86,7 @@ def test_lists_read_back_what_was_written(many, tmp_path, name):
     with pytest.raises(ValueError, match=r"walk/2\.mp4 is not in the manifest"):
         read_samples(many.select(row for row in range(len(many)) if row != 2), tmp_path / name)
     with pytest.raises(ValueError, match=r"walk/3\.mp4 cannot be used: gone"):
-        read_samples(many.with_error(3, "gone"), tmp_path / name)
+        read_samples(many.with_errors({3: "gone"}), tmp_path / name)
     swapped = dataclasses.replace(many, classes=("ride bike", "walk", "zoë"))
     with pytest.raises(ValueError, match=r"is 'walk' in the list and 'ride bike' in the manifest; .*; and 19 more"):
         read_samples(swapped, tmp_path / name)

@@ -30,6 +30,8 @@ from xclip_fast.kernels import _tables
 from xclip_fast.kernels.cct_block import fused
 from xclip_fast.kernels.cct_block.example import example
 from xclip_fast.kernels.triton import _launch, quantize
+from xclip_fast.kernels.tune import tiles
+from xclip_fast.kernels.tune.shapes import BATCHES, SHAPES
 
 from xclip_fast import FastCCTBlock, kernels
 
@@ -395,3 +397,42 @@ def test_integers_by_triton() -> None:
     for n in (0, 1, 2, 3, 4, 5, 63, 64, 65, 768, 1000):
         assert _launch.next_power_of_2(n) == triton.next_power_of_2(n)
         assert _launch.cdiv(n, 64) == triton.cdiv(n, 64)
+
+
+# ---- tuning
+
+
+@pytest.mark.parametrize("name", sorted(SHAPES))
+def test_tuning_compiles_and_times_little(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the shapes of a model: compiling takes about a second a kernel, a timing with its comparison 50 ms."""
+    timed: list[dict[str, Any]] = []
+    monkeypatch.setattr(tiles, "DEVICE", "meta")
+    monkeypatch.setattr(tiles, "agrees", lambda call, wanted: call() is not None)
+    monkeypatch.setattr(tiles, "milliseconds", lambda call: timed.append(dict(_launch._forced_tiles)) or 0.1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a made-up GPU")
+    with fake_gpu(90) as launches:
+        for op in tiles.WORK:
+            rows, wrong = tiles.measure(op, SHAPES[name], BATCHES, float("inf"), lambda line: None)
+            assert wrong == 0
+            short = SHAPES[name].tokens < 64  # it has a backward without tiles
+            assert len(rows) == (10 if op == "gemm" else 0 if short and op != "diffusion_attention" else 1)
+    compiled = len({id(launch.source) for launch in launches})
+    assert compiled + 0.05 * len(timed) < 60, (compiled, len(timed))
+    products = [use["gemm"] for use in timed if "gemm" in use]
+    assert {use["OCCUPANCY"] for use in products} == {1, 2} or {use["OCCUPANCY"] for use in products} == {1, 2, 3}
+    modes = {(each.arguments["MODE"], each.arguments["residual_ptr"] is not None) for each in launches
+             if each.kernel == "gemm.gemm_kernel"}  # fmt: skip
+    assert modes == {("linear", False), ("linear", True), ("gelu", False), ("slope", False)}
+
+
+def test_the_estimate_of_a_product() -> None:
+    def order(m: int, n: int, k: int) -> list[tuple[int, int]]:
+        ordered = sorted(tiles.GEMM, key=lambda use: tiles.gemm_cycles(use, m, n, k, 132))
+        return [(use["BLOCK_M"], use["BLOCK_N"]) for use in ordered]
+
+    assert order(8, 768, 768)[0] == (64, 64)  # few rows: many tiles
+    assert order(50432, 3072, 768)[0] in {(128, 256), (256, 128)}
+    # fc2 of B/16 at 8 videos: 297 wide tiles fill 75 % of their waves, 594 square ones 90 %: both are tried
+    assert {(128, 256), (128, 128)} <= set(order(12608, 768, 3072)[: tiles.TRIED])
+    whole, more = (tiles.gemm_cycles(tiles.GEMM[-2], m, 768, 768, 132) for m in (128 * 44, 128 * 44 + 1))
+    assert more == pytest.approx(2 * whole)  # one row past a full wave is another wave

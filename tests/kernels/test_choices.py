@@ -3,7 +3,10 @@
 There is no GPU here: the CPU plays one of compute capability 9.0, and a fake clock the time.
 """
 
+import importlib
+import itertools
 import json
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,11 +16,15 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from xclip_fast.kernels import _choices, _cuda, _dispatch, _parts, _tables, tune, tune_backends
+from xclip_fast.kernels import _choices, _cuda, _dispatch, _parts, _tables
 from xclip_fast.kernels._dispatch import INTERPRETED, OPS, Backend, Op
 from xclip_fast.kernels._parts import PARTS, Case
 from xclip_fast.kernels.cct_block import fused
 from xclip_fast.kernels.cct_block.products import NORM_LINEAR
+from xclip_fast.kernels.tune import __main__ as tune
+from xclip_fast.kernels.tune import backends as tune_backends
+from xclip_fast.kernels.tune import tiles as tune_tiles
+from xclip_fast.kernels.tune.shapes import BATCHES, SHAPES, Shape
 
 from xclip_fast import info, kernels
 
@@ -261,30 +268,35 @@ def test_rows_are_measured_where_the_ops_look_for_them(monkeypatch: pytest.Monke
     """Every case of every op lies inside its own row, which bounds all sizes of the op."""
     monkeypatch.setattr(tune_backends, "DEVICE", "meta")
     assert set(tune_backends.WORK) == {name for name, op in OPS.items() if op.sizes is not None}
-    assert set(tune_backends.SLOTS) == set(PARTS) - {"packed_attention"}  # which has one candidate
-    for name, work in tune_backends.WORK.items():
-        cases = list(work())
-        assert len({json.dumps(where) for where, _ in cases}) == len(cases) >= 12
+    every = itertools.product(tune_backends.WORK.items(), SHAPES.values())
+    for (name, work), shape in every:
+        cases = list(work(shape, BATCHES))
+        assert len({json.dumps(where) for where, _ in cases}) == len(cases) == len(BATCHES)
         for where, args in cases:
             sizes = OPS[name].sizes
             assert sizes is not None
             found = sizes(*args)
             assert set(found) == set(where), name
             assert _tables.holds({"where": where}, found), (name, where, found)
-    for where, block in tune_backends._blocks():
+    assert set(tune_backends.SLOTS) == set(PARTS) - {"packed_attention"}  # which has one candidate
+    for where, block in tune_backends._blocks(TINY, BATCHES):
         case = fused.case_of(block, False)
-        for _, _, sizes in fused.slots(case).values():
-            assert _tables.holds({"where": where}, {**case.sizes(), **sizes, "k": case.width})
+        for _, _, own in fused.slots(case).values():
+            assert _tables.holds({"where": where}, {**case.sizes(), **own, "k": case.width})
+
+
+TINY = Shape(width=64, tokens=5, image=16, patch=8, frames=2)
+FOREVER = float("inf")
+NORM = ["--backends", "--op", "layer_norm", "--batch", "1", "3"]  # 10 and 30 rows
 
 
 @pytest.fixture
 def small(write: Write, monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     """Measuring works on the CPU, with small shapes; the result says how long each backend takes."""
+    pytest.importorskip("triton", reason="triton is not installed (pip install triton)")  # it has the clock
     clock: dict[str, float] = {}
-    for name, value in {"DEVICE": "cpu", "WIDTHS": (64,), "ROWS": (4, 16), "FRAMES": (8,), "LENGTHS": (5,)}.items():
-        monkeypatch.setattr(tune_backends, name, value)
-    for name, value in {"VIDEO_FRAMES": (8,), "IMAGES": ((16, 8),), "DTYPES": (torch.bfloat16,)}.items():
-        monkeypatch.setattr(tune_backends, name, value)
+    monkeypatch.setattr(tune_backends, "DEVICE", "cpu")
+    monkeypatch.setitem(SHAPES, "B/16", TINY)
     monkeypatch.setattr(tune_backends, "milliseconds", lambda call: call() and clock[call.args[-1]])
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a made-up GPU")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -300,20 +312,20 @@ def test_what_is_measured_is_chosen(small: dict[str, float], monkeypatch: pytest
     op = OPS["layer_norm"]
     give(monkeypatch, op, Backend("library", op.reference), Backend("apex", op.reference))
     small.update(reference=0.3, library=0.1, apex=0.2)
-    assert tune.main(["--backends", "--op", "layer_norm"]) == 0
+    assert tune.main(NORM) == 0
     path = _tables.user_table("choices.json")
     rows = json.loads(path.read_text())["layer_norm"]
     assert len(rows) == 2 * 2  # two heights, with and without gradients
-    assert rows[0]["where"] == {"dtype": ["bfloat16"] * 2, "training": [False] * 2, "m": [0, 8], "k": [64, 64]}
+    assert rows[0]["where"] == {"dtype": ["bfloat16"] * 2, "training": [False] * 2, "m": [0, 17], "k": [64, 64]}
     assert rows[0]["milliseconds"] == {"library": 0.1, "apex": 0.2, "reference": 0.3}
     assert rows[0]["measured"]["device"] == "a made-up GPU"
     assert set(rows[0]["measured"]) == {"device", "torch", "triton", "library", "date"}
     assert "library 0.1000 ms, apex 0.2000 ms" in capsys.readouterr().out
-    args = next(tune_backends._layer_norm())[1]
+    args = next(tune_backends._layer_norm(TINY, (1,)))[1]
     half = tune_backends._cast(args, torch.bfloat16)
     assert op.choose(half).name == "library"
     small.update(library=0.5)
-    assert tune.main(["--backends", "--op", "layer_norm"]) == 0  # measured anew: in place of the old rows
+    assert tune.main(NORM) == 0  # measured anew: in place of the old rows
     assert len(json.loads(path.read_text())["layer_norm"]) == 4
     assert op.choose(half).name == "apex"
     assert [file.name for file in path.parent.iterdir()] == ["choices.json"]  # nothing half-written is left
@@ -346,7 +358,7 @@ def test_what_is_wrong_is_left_out(
 ) -> None:
     give(monkeypatch, OPS["layer_norm"], Backend("library", forward))
     small.update(reference=0.3, library=0.1)
-    code = tune.main(["--backends", "--op", "layer_norm"])
+    code = tune.main(NORM)
     said = capsys.readouterr()
     for found in json.loads(_tables.user_table("choices.json").read_text())["layer_norm"]:
         assert ("library" not in found["milliseconds"]) == (found["where"]["training"][0] in left_out)
@@ -363,14 +375,12 @@ def test_what_is_wrong_is_left_out(
 @pytest.mark.skipif(not INTERPRETED, reason="on a GPU, gpu_check measures them")
 @pytest.mark.parametrize("part", sorted(tune_backends.SLOTS))
 def test_every_part_can_be_measured(part: str, small: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
-    """In its place in a block: what is measured is chosen, and what computes something else is left out."""
-    monkeypatch.setattr(tune_backends, "DTYPES", (torch.float16,))
-    monkeypatch.setattr(tune_backends, "VIDEO_FRAMES", (2,))
-    monkeypatch.setattr(tune_backends, "FRAMES", (2,))
+    """In its place in a block."""
+    monkeypatch.setattr(tune_backends, "DTYPE", torch.float16)
     monkeypatch.setattr(_cuda, "refuse_device", lambda *_: "no such device")
-    small.update(dict.fromkeys(kernels._dispatch.BACKENDS, 1.0) | {"triton": 0.5})
+    small.update(dict.fromkeys(kernels._dispatch.BACKENDS, 1.0))
     said: list[str] = []
-    rows, wrong = tune_backends.measure(part, said.append)
+    rows, wrong = tune_backends.measure(part, TINY, (1,), FOREVER, said.append)
     assert (wrong, len(rows)) == (0, 2 * len(tune_backends.SLOTS[part]))
     wanted = {"message_kv": {"triton"}, "attention": {"triton", "reference"}}.get(part, {"library", "triton"})
     assert all(set(found["milliseconds"]) == wanted for found in rows)
@@ -380,12 +390,12 @@ def test_every_part_can_be_measured(part: str, small: dict[str, float], monkeypa
 @pytest.mark.parametrize("op", sorted(tune_backends.WORK))
 def test_every_op_can_be_measured(op: str, small: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton's kernels too, where its interpreter runs them: in float16, because bfloat16 comes out wrong there."""
-    monkeypatch.setattr(tune_backends, "DTYPES", (torch.float16,))
+    monkeypatch.setattr(tune_backends, "DTYPE", torch.float16)
     monkeypatch.setattr(_cuda, "refuse_device", lambda *_: "no such device")
     small.update(dict.fromkeys(kernels._dispatch.BACKENDS, 1.0))
     said: list[str] = []
-    rows, wrong = tune_backends.measure(op, said.append)
-    assert (wrong, len(rows)) == (0, 2 * len(list(tune_backends.WORK[op]())))
+    rows, wrong = tune_backends.measure(op, TINY, (1, 3), FOREVER, said.append)
+    assert (wrong, len(rows)) == (0, 2 * 2)
     usable = set(OPS[op].names) - {"cuda", "apex"} - (set() if INTERPRETED else {"triton"})
     assert all(set(found["milliseconds"]) == usable for found in rows)
     assert any("cuda refuses: no such device" in line for line in said) == ("cuda" in OPS[op].names)
@@ -416,7 +426,7 @@ def test_every_product_can_be_measured(name: str, small: dict[str, float], monke
 
     monkeypatch.setattr(_cuda, call, product)
     for wrong, kept in ((1.0, {"small", "square"}), (1.2, {"square"})):
-        rows, count = tune_backends.measure(name, lambda line: None)
+        rows, count = tune_backends.measure(name, TINY, (1, 3), FOREVER, lambda line: None)
         assert count == (0 if wrong == 1.0 else len(rows))
         assert rows
         assert all(set(found["milliseconds"]) == kept for found in rows)
@@ -433,3 +443,79 @@ def test_an_op_of_the_other_table_is_an_error(small: dict[str, float], capsys: A
     with pytest.raises(SystemExit):
         tune.main(["--backends", "--op", "gemm"])
     assert "--op gemm is measured without --backends" in capsys.readouterr().err
+
+
+class Clock:
+    """A time of its own, which each timing moves on."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, module: Any, seconds: float) -> None:
+        self.now, self.timings, self.seconds = 0.0, 0, seconds
+        monkeypatch.setattr(time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(module, "milliseconds", self.measured)
+
+    def measured(self, call: Callable[[], Any]) -> float:
+        self.now += self.seconds
+        self.timings += 1
+        return 1.0
+
+
+def test_measuring_ends_in_time(small: dict[str, float], monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """Each op has its share; what was measured until then is written, and what was not is said."""
+    for op in (OPS["patch_embed"], OPS["layer_norm"]):
+        give(monkeypatch, op, Backend("library", op.reference))
+    clock = Clock(monkeypatch, tune_backends, seconds=1)
+    arguments = ["--backends", "--op", "patch_embed", "--op", "layer_norm", "--batch", "1", "2", "3"]
+    assert tune.main([*arguments, "--seconds", "6"]) == 0
+    assert clock.now <= 7
+    table = json.loads(_tables.user_table("choices.json").read_text())
+    assert {name: len(rows) > 0 for name, rows in table.items()} == {"patch_embed": True, "layer_norm": True}
+    assert "the time is over" in capsys.readouterr().out
+    clock.now, before = 0.0, table
+    assert tune.main(["--backends", "--op", "layer_norm", "--seconds", "0"]) == 0
+    assert json.loads(_tables.user_table("choices.json").read_text()) == before
+
+
+def test_no_memory_for_the_reference_is_said(
+    small: dict[str, float], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def contest(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(tune_backends, "_op_contest", contest)
+    assert tune.main(NORM) == 0
+    assert "is not measured: CUDA out of memory" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="on a GPU make gpu-check measures")
+@pytest.mark.parametrize("op", sorted(tune_tiles.WORK))
+def test_every_tile_table_can_be_measured(op: str, small: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In Triton's interpreter, in float16: each tile's result is compared with torch's, and a wrong one left out."""
+    shape, taken = Shape(width=64, tokens=65, image=64, patch=8, frames=1), 0.0
+
+    def measured(call: Callable[[], Any]) -> float:
+        nonlocal taken
+        taken -= 1  # the last is the fastest
+        return taken
+
+    monkeypatch.setattr(tune_tiles, "DEVICE", "cpu")
+    monkeypatch.setattr(tune_tiles, "TRIED", 2)
+    monkeypatch.setattr(tune_tiles, "_normal", lambda *sizes: torch.randn(sizes, dtype=torch.float16))
+    monkeypatch.setattr(tune_tiles, "milliseconds", measured)
+    said: list[str] = []
+    rows, wrong = tune_tiles.measure(op, shape, (1,), FOREVER, said.append)
+    assert (wrong, len(rows)) == (0, 5 if op == "gemm" else 1), said
+    tune.merge(_tables.user_table("tiles.json"), {op: rows})
+    launching = importlib.import_module("xclip_fast.kernels.triton._launch")
+    launching.forget()
+    for found in rows:
+        sizes = {name: bounds[0] for name, bounds in found["where"].items()}
+        assert launching.tile(op, torch.device("cpu"), **sizes) == found["use"]
+    launching.forget()
+    right = tune_tiles._right
+    monkeypatch.setattr(tune_tiles, "_right", lambda *given, **options: 2 * right(*given, **options))
+    monkeypatch.setattr(tune_tiles, "attention_reference", lambda qkv: 2 * qkv[:, :, 0])
+    rows, wrong = tune_tiles.measure(op, shape, (1,), FOREVER, said.append)
+    assert rows == []
+    assert wrong == (10 if op == "gemm" else 2)
+    assert tune_tiles.measure(op, shape, (1,), time.monotonic(), said.append) == ([], 0)
+    assert "the time is over" in said[-1]

@@ -255,7 +255,7 @@ def test_defaults_of_a_short_configuration():
         "vision_config": {"model_type": "xclip_vision_model"},
     }
     from xclip_fast import VARIANTS
-    from xclip_fast.weights.layouts import config_from_huggingface
+    from xclip_fast.weights.huggingface import config_from_huggingface
 
     ours = config_from_huggingface(values, {}, "here")
     assert ours == dataclasses.replace(VARIANTS["B/32-8f"], logit_scale=2.6592)
@@ -282,9 +282,23 @@ def test_other_head_counts_are_kept_with_a_warning(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "xclip_fast"):
         found = checkpoint.read(tmp_path)
     assert (found.config.mit_heads, found.config.prompt_heads) == (8, 1)
-    assert [record.getMessage().split(": ")[1] for record in caplog.records] == [
-        "mit_heads is 8; the released code has E / 64 = 1. Kept as given"
-    ]
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert "mit_heads is 8, as its configuration says; the released code has E / 64 = 1" in said
+    assert "config=dataclasses.replace(model.config, mit_heads=None, prompt_heads=None)" in said
+    caplog.clear()
+    assert checkpoint.read(tmp_path, dataclasses.replace(found.config, mit_heads=None)).config.mit_heads == 1
+    assert not caplog.records
+
+
+def test_the_large_models_of_hugging_face_name_the_variant_to_ask_for(caplog):
+    from xclip_fast import VARIANTS
+    from xclip_fast.weights.huggingface import warn_of_heads
+
+    with caplog.at_level(logging.WARNING, "xclip_fast"):
+        warn_of_heads(dataclasses.replace(VARIANTS["L/14-8f"], mit_heads=8, prompt_heads=8, logit_scale=2.6592), "here")
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert "mit_heads is 8 and prompt_heads is 8" in said
+    assert "config='L/14-8f' (--variant L/14-8f)" in said
 
 
 @pytest.mark.parametrize(
@@ -621,3 +635,105 @@ def test_other_things_that_are_no_checkpoint(tmp_path):
     with pytest.raises(CheckpointError, match="list found"):
         checkpoint.read(tmp_path)
     assert load_file(tmp_path / "model.safetensors")
+
+
+# --- wrappers
+
+
+def under(prefix, state):
+    return {prefix + name: tensor for name, tensor in state.items()}
+
+
+def fsdp(state):
+    """FSDP and activation checkpointing put a segment inside names."""
+    inner = {re.sub(r"(resblocks\.\d+\.)", r"\1_checkpoint_wrapped_module.", name): t for name, t in state.items()}
+    return under("_fsdp_wrapped_module.", inner)
+
+
+WRAPPERS = {
+    "compile(DDP)": lambda state: under("_orig_mod.module.", state),
+    "DDP(compile)": lambda state: under("module._orig_mod.", state),
+    "Lightning": lambda state: {"state_dict": under("model.", state) | {"loss.weight": torch.ones(2)}, "epoch": 1},
+    "Lightning, compiled": lambda state: {"state_dict": under("net._orig_mod.", state)},
+    "mmaction2": lambda state: {"meta": {}, "state_dict": under("backbone.", state), "message_hub": {}},
+    "DeepSpeed": lambda state: {"module": state, "param_shapes": [{"a": torch.Size([1])}], "dp_world_size": 8},
+    "AveragedModel": lambda state: {"n_averaged": torch.tensor(3), **under("module.", state)},
+    "two levels": lambda state: {"checkpoint": {"model": state}},
+    "beside an average": lambda state: {"model_ema": {n: t + 1 for n, t in state.items()}, "model": state},
+    "prefix of an average": lambda state: {f"ema.{n}": t + 1 for n, t in state.items()} | under("online.", state),
+    "only an average": lambda state: {"state_dict_ema": state},
+    "FSDP": fsdp,
+    "scale of shape (1,)": lambda state: state | {"logit_scale": state["logit_scale"].reshape(1)},
+    "numbers beside": lambda state: {**state, "epoch": 3, "step": 4.5},
+}
+
+
+@pytest.mark.parametrize("names", [root_text, to_huggingface])
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_wrappers_are_found_by_their_content(tmp_path, wrapper, names):
+    state = random_state()
+    torch.save(WRAPPERS[wrapper](names(state)), tmp_path / "x")
+    same(checkpoint.read(tmp_path / "x").state, state)
+
+
+def test_a_dictionary_inside_itself_ends(tmp_path):
+    knot: dict = {}
+    knot.update({str(number): knot for number in range(100)})
+    torch.save(knot, tmp_path / "x")
+    with pytest.raises(CheckpointError, match="not names of tensors"):
+        checkpoint.read(tmp_path / "x")
+
+
+# --- image processors
+
+
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize(
+    ("processor", "mean", "std"),
+    [
+        ({"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4]}, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)),
+        ({"do_normalize": False, "image_mean": [0.5, 0.4, 0.3]}, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+        (
+            {"image_mean": [1.0] * 3, "image_std": [1.0] * 3, "rescale_factor": 2 / 255},
+            (0.5, 0.5, 0.5),
+            (0.5, 0.5, 0.5),
+        ),
+    ],
+)
+def test_the_image_processor_s_values_are_read(tmp_path, nested, processor, mean, std):
+    save_safetensors({k: v.contiguous() for k, v in to_huggingface(random_state()).items()}, tmp_path)
+    write_json(tmp_path / "config.json", hf_config())
+    if nested:  # transformers 5
+        write_json(
+            tmp_path / "processor_config.json", {"image_processor": processor, "processor_class": "XCLIPProcessor"}
+        )
+    else:
+        write_json(tmp_path / "preprocessor_config.json", processor)
+    found = checkpoint.read(tmp_path).config
+    assert found.image_mean == pytest.approx(mean)
+    assert found.image_std == pytest.approx(std)
+
+
+def test_other_pictures_than_ours_are_told(tmp_path, caplog):
+    save_safetensors({k: v.contiguous() for k, v in to_huggingface(random_state()).items()}, tmp_path)
+    write_json(tmp_path / "config.json", hf_config())
+    write_json(
+        tmp_path / "preprocessor_config.json", {"crop_size": {"height": 30, "width": 30}, "resample": 3, "size": 32}
+    )
+    with caplog.at_level(logging.INFO, "xclip_fast"):
+        checkpoint.read(tmp_path)
+    said = " ".join(record.getMessage() for record in caplog.records)
+    for part in ("crops to 30, the model takes 32", "filter 3", "short side to 32; decode() resizes to 37"):
+        assert part in said
+
+
+def test_convert_replaces_what_belonged_to_the_old_weights(tmp_path):
+    for name, number in (("a", 0), ("b", 1)):
+        state = {key: tensor + number for key, tensor in random_state().items()}
+        checkpoint.write(
+            state, CONFIG, tmp_path / name, beside={"trained.json": '{"labels": {"x": "y"}}'} if number else {}
+        )
+    checkpoint.convert(tmp_path / "a", tmp_path / "b", overwrite=True)
+    assert sorted(os.listdir(tmp_path / "b")) == ["config.json", "model.safetensors"]
+    checkpoint.convert(tmp_path / "a", tmp_path / "c")
+    assert os.listdir(tmp_path / "c")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -69,7 +69,13 @@ def transcode(
     source: Annotated[Path, typer.Argument(metavar="DIR|VIDEO", help="What to copy.", show_default=False)],
     out: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where the copies go.", show_default=False)],
     short_side: Annotated[int, typer.Option(min=16, help="Pixels; smaller videos keep their size.")] = 256,
-    keyframe_every: Annotated[int, typer.Option(min=1, help="Frames from one keyframe to the next.")] = 12,
+    purpose: Annotated[
+        Literal["any", "training"],
+        typer.Option("--for", help="training: every frame a keyframe, fastest for few frames; any: one in 12."),
+    ] = "any",
+    keyframe_every: Annotated[
+        int | None, typer.Option(min=1, help="Frames from one keyframe to the next; default: by --for.")
+    ] = None,
     crf: Annotated[float, typer.Option(min=0, max=51, help="x264's quality; lower is better and larger.")] = 20,
     preset: Annotated[str, typer.Option(help="x264's effort.")] = "veryfast",
     workers: Annotated[int | None, typer.Option(min=1, max=256, help="Threads; default: one per core.")] = None,
@@ -78,7 +84,8 @@ def transcode(
     """Copy videos into a form that decodes fast.
 
     H.264, short side at most 256, a keyframe every 12 frames, upright; frame for frame the same. Training reads a few
-    frames of each video again and again, which then costs a fraction. Sources are never touched; a killed run goes on.
+    frames of each video again and again, which then costs a fraction: with --for training, every frame is a keyframe.
+    Sources are never touched; a killed run goes on.
     """
     from ..data.transcode.transcoder import transcode as run
 
@@ -92,6 +99,7 @@ def transcode(
             preset=preset,
             workers=workers,
             overwrite=overwrite,
+            purpose=purpose,
             progress=bar.update,
         )
     for name, reason in summary.damaged.items():

@@ -46,12 +46,8 @@ def convert(
 ) -> None:
     """Rewrite a checkpoint as safetensors."""
     from ..weights import checkpoint
-    from ..weights.recipe import Trained
 
-    trained = Trained.read(source)
     checkpoint.convert(source, folder, layout, drop_config=drop_config, overwrite=overwrite)
-    if trained != Trained():
-        trained.write(folder)
     print(f"{plain(str(folder))}: written in the layout {layout}")
 
 

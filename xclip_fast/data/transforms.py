@@ -4,14 +4,16 @@ A `View` says everything: frame numbers, a box of whole pixels, a size, a mirror
 views from a video's frame count and size alone, so they can be drawn before the file is opened; `apply` executes a view
 on decoded frames here, the GPU pipeline executes the same one there.
 
-Training follows the released X-CLIP recipe (short side 256, multi-scale crop, flip, colour jitter, grey), with two
-changes: what it computed in two resizes is one box and one resize, and the jitter is one linear map for all frames of a
-video (contrast turns about mid grey, hue in YIQ) where it was drawn anew for every frame.
+A test view is the released one: the whole frame is resized, then cropped. Training follows the released X-CLIP recipe
+(short side 256, multi-scale crop, flip, color jitter, gray) with two changes. Its two resizes are one box and one
+resize. The jitter is one linear map for all frames of a video (contrast turns about mid gray, hue in YIQ); the released
+code draws it anew for every frame.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -27,6 +29,7 @@ _YIQ = np.array([LUMA, (0.595716, -0.274453, -0.321263), (0.211456, -0.522591, 0
 _RGB = np.linalg.inv(_YIQ)
 _GREY = np.tile(_YIQ[0], (3, 1))
 _STRIP = 56  # rows
+_LONGEST = 16  # a longer resized side, in sizes of the view, is not resized as a whole
 _MIDDLE = 127.5  # mid grey: what a change of contrast leaves alone
 
 
@@ -34,7 +37,8 @@ _MIDDLE = 127.5  # mid grey: what a change of contrast leaves alone
 class View:
     """What one view takes from a video: uint8 (T, size, size, 3).
 
-    `frames`: frame numbers, int64 (T,). `crop`: the box that is resized to (size, size). `flip`: mirrored left to right
+    `frames`: frame numbers, int64 (T,). `crop`: the box that is resized to `scaled`, (width, height), by default
+    (size, size). `corner`: (left, top) of the square of `size` in the resized box. `flip`: mirrored left to right
     after that. `colour`: float32 (3, 4), the map `matrix @ rgb + offset` on levels from 0 to 255; None leaves them.
     `drawn_from`: (frames, width, height) of the video that the view was drawn for; `decode_views` refuses another.
     """
@@ -45,6 +49,13 @@ class View:
     flip: bool = False
     colour: np.ndarray | None = None
     drawn_from: tuple[int, int, int] | None = None
+    scaled: tuple[int, int] | None = None
+    corner: tuple[int, int] = (0, 0)
+
+    @property
+    def resized(self) -> tuple[int, int]:
+        """(width, height) that `crop` is resized to."""
+        return self.scaled or (self.size, self.size)
 
 
 @dataclass(frozen=True)
@@ -127,8 +138,8 @@ class TrainTransform:
 class TestTransform:
     """The paper's test views: `clips` views in time, `crops` in space.
 
-    One crop: the centre square of `size` after a resize to a short side of 256 / 224 * size. Three: squares of the
-    whole short side at the start, centre and end of the long side.
+    One crop: the whole frame is resized to a short side of 256 / 224 * size, and the center square of `size` is taken.
+    Three: the short side becomes `size`, and the squares lie at the start, center and end of the long side.
     """
 
     __test__: ClassVar[bool] = False  # pytest would collect it for its name
@@ -147,21 +158,26 @@ class TestTransform:
         if self.crops not in (1, 3):
             raise ValueError(f"crops is {self.crops}; it must be 1 or 3")
 
-    def boxes(self, width: int, height: int) -> list[Box]:
-        """The crops of a frame of this displayed size."""
-        short = min(width, height)
-        if self.crops == 1:
-            side = _share(self.size / int(256 / 224 * self.size), short)
-            return [(*_place(4, width - side, height - side), side, side)]
-        return [((width - short) * n // 2, (height - short) * n // 2, short, short) for n in range(3)]
+    def crops_of(self, width: int, height: int) -> list[View]:
+        """The crops of a frame of this displayed size, as views without frame numbers."""
+        short = self.size if self.crops == 3 else int(256 / 224 * self.size)
+        scale = short / min(width, height)
+        across, down = (int(side * scale + 0.5) for side in (width, height))
+        spare_x, spare_y = (across - self.size) // 2, (down - self.size) // 2
+        steps = (1,) if self.crops == 1 else (0, 1, 2)
+        none, whole = np.empty(0, np.int64), (0, 0, width, height)
+        return [
+            View(none, whole, self.size, scaled=(across, down), corner=(spare_x * step, spare_y * step))
+            for step in steps
+        ]
 
     def views(self, total: int, width: int, height: int, rng: np.random.Generator | None = None) -> list[View]:
         """clips x crops views of a video of `total` frames of this displayed size, clips outer. `rng` is not used."""
         _check_video(total, width, height)
-        boxes, found = self.boxes(width, height), []
+        crops, found = self.crops_of(width, height), []
         for clip in range(self.clips):
             frames = frame_indices(total, self.frames, self.sampling, stride=self.stride, clip=clip, clips=self.clips)
-            found += [View(frames, box, self.size, drawn_from=(total, width, height)) for box in boxes]
+            found += [replace(crop, frames=frames, drawn_from=(total, width, height)) for crop in crops]
         return found
 
 
@@ -189,9 +205,10 @@ def jitter(brightness: float, contrast: float, saturation: float, hue: float, or
 def apply(view: View, frames_THWC: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
     """The view of these full-size frames: uint8 (T, H, W, 3) in, uint8 (T, size, size, 3) out.
 
-    The frames are those that `view.frames` names, in its order. Crop, then bilinear resize (half-pixel centres, no
-    antialiasing, edges of the box repeated), then flip, then colour. With colours all of it is rounded once, at the
-    end, to half a level from the exact value; without, it is at most one level from it.
+    The frames are those that `view.frames` names, in its order. Crop, bilinear resize (half-pixel centers, no
+    antialiasing, edges of the box repeated: OpenCV's INTER_LINEAR), the square at `corner`, flip, color. With colors
+    all of it is rounded once, at the end, to half a level from the exact value; without, it is at most one level from
+    it.
     """
     if out is None:
         out = np.empty((len(frames_THWC), view.size, view.size, 3), np.uint8)
@@ -211,17 +228,49 @@ def apply_frame(view: View, frame_HWC: np.ndarray, out_SSC: np.ndarray) -> None:
     if view.colour is not None:
         _apply_with_colour(view, view.colour, box_HWC, out_SSC)
         return
-    if (height, width) == (view.size, view.size):
-        picture_SSC = box_HWC
+    (across, down), (x, y) = view.resized, view.corner
+    if (width, height) == (across, down):
+        picture_SSC = box_HWC[y : y + view.size, x : x + view.size]
+    elif max(across, down) > _LONGEST * view.size:  # a picture a few pixels wide
+        _apply_with_colour(view, np.eye(3, 4, dtype=np.float32), box_HWC, out_SSC)
+        return
     else:
-        # torch would copy a box that is not contiguous on all cores, the last thing decoding threads need; turned and
-        # read-only memory it does not take at all. Now `interpolate` works in fixed point on the calling thread, at
-        # most one level from the exact value, and several times faster than in float.
-        box_HWC = np.ascontiguousarray(box_HWC) if box_HWC.flags.writeable else box_HWC.copy()
-        x_1CHW = torch.from_numpy(box_HWC)[None].permute(0, 3, 1, 2)
-        x_1CSS = torch.nn.functional.interpolate(x_1CHW, size=(view.size, view.size), mode="bilinear", antialias=False)
-        picture_SSC = x_1CSS[0].permute(1, 2, 0).numpy()
+        picture_SSC = _resized(box_HWC, across, down, x, y, view.size)
     out_SSC[...] = picture_SSC[:, ::-1] if view.flip else picture_SSC
+
+
+def _resized(box_HWC: np.ndarray, across: int, down: int, x: int, y: int, size: int) -> np.ndarray:
+    """The square of `size` at (x, y) of the box resized to (across, down): uint8 (size, size, 3).
+
+    Only the part of the box that this square needs is resized.
+    """
+    height, width = box_HWC.shape[:2]
+    left, skip_x, right = _part(width, across, x, size)
+    top, skip_y, bottom = _part(height, down, y, size)
+    # torch would copy a box that is not contiguous on all cores, the last thing decoding threads need; turned and
+    # read-only memory it does not take at all. Its bilinear resize of bytes works in fixed point on the calling
+    # thread, at most one level from the exact value, and several times faster than in float.
+    part_HWC = box_HWC[top:bottom, left:right]
+    part_HWC = np.ascontiguousarray(part_HWC) if part_HWC.flags.writeable else part_HWC.copy()
+    x_1CHW = torch.from_numpy(part_HWC)[None].permute(0, 3, 1, 2)
+    x_1CHW = torch.ops.aten.upsample_bilinear2d(
+        x_1CHW, [y - skip_y + size, x - skip_x + size], False, down / height, across / width
+    )
+    return x_1CHW[0].permute(1, 2, 0).numpy()[y - skip_y :, x - skip_x :]
+
+
+def _part(length: int, scaled: int, start: int, size: int) -> tuple[int, int, int]:
+    """Of `length` pixels resized to `scaled`, those that the pixels from `start` to `start + size` need.
+
+    Returns the first of them, the number of resized pixels left out before `start`, and the end. A resized pixel falls
+    at the same place between its neighbors only where the first is a whole number of periods from the edge.
+    """
+    period = scaled // math.gcd(length, scaled)
+    skip = start // period * period
+    if scaled > length:  # the pixel before the first is needed too
+        skip = max(0, skip - period)
+    end = min(length, int((start + size - 0.5) * length / scaled - 0.5) + 3)
+    return skip * length // scaled, skip, end
 
 
 def _apply_with_colour(view: View, colour: np.ndarray, box_HWC: np.ndarray, out_SSC: np.ndarray) -> None:
@@ -230,8 +279,9 @@ def _apply_with_colour(view: View, colour: np.ndarray, box_HWC: np.ndarray, out_
     NumPy, for torch would share the work out to all cores from every decoding thread; a strip of R rows at a time, so
     that what is in between stays in the cache.
     """
-    low, high, down = _taps(box_HWC.shape[0], view.size)
-    left, right, across = _taps(box_HWC.shape[1], view.size)
+    (wide, tall), (x, y) = view.resized, view.corner
+    low, high, down = _taps(box_HWC.shape[0], tall, y, view.size)
+    left, right, across = _taps(box_HWC.shape[1], wide, x, view.size)
     if view.flip:
         left, right, across = left[::-1], right[::-1], across[::-1]
     for start in range(0, view.size, _STRIP):
@@ -248,9 +298,10 @@ def _apply_with_colour(view: View, colour: np.ndarray, box_HWC: np.ndarray, out_
         recolour(x_CRS.transpose(1, 2, 0), colour, out_SSC[rows])
 
 
-def _taps(length: int, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of each of `size` pixels, the two among `length` that it lies between, and how far it is on the way (size,)."""
-    at = np.clip((np.arange(size) + 0.5) * (length / size) - 0.5, 0, length - 1)
+def _taps(length: int, scaled: int, start: int, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of `size` pixels from `start` on, of `length` resized to `scaled`: the two that each lies between, and how far it
+    is on the way (size,)."""
+    at = np.clip((np.arange(start, start + size) + 0.5) * (length / scaled) - 0.5, 0, length - 1)
     low = at.astype(np.int64)
     return low, np.minimum(low + 1, length - 1), (at - low).astype(np.float32)
 

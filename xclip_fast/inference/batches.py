@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..data.decode.plan import VideoError, as_source
+from ..data.decode.reading import VideoError, as_source
 from ..data.decode.windows import Span, Window, check_windows, decode_spans, window_spans
 from ..data.remote import Limits, is_remote, local_copy
 from ..data.sampling import Sampling

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .. import kernels
 from ..config import TextConfig
@@ -20,6 +21,18 @@ from .parts import PLAIN, find_change, layer_norm
 
 CACHED_LABEL_SETS = 16
 LABELS_AT_ONCE = 1024  # bounds memory, whatever their number
+
+
+_steps = [0]  # of all optimizers in this process
+
+
+def _count_step(*_: Any) -> None:
+    if not torch.compiler.is_compiling():  # a traced step writes through torch, which raises version counters
+        _steps[0] += 1
+
+
+# Fused optimizers change weights without raising their version counters. Every torch.optim.Optimizer calls this hook.
+register_optimizer_step_post_hook(_count_step)
 
 
 class Transformer(nn.Module):
@@ -43,7 +56,8 @@ class TextEncoder(nn.Module):
     trim them first (``tokenize`` does).
 
     Without gradients of its own parameters, features are kept for the last ``CACHED_LABEL_SETS`` sets of tokens
-    and forgotten when a parameter changes; ``forget`` says what is not noticed.
+    and forgotten when a parameter changes; ``forget`` says what is not noticed. Nothing is kept while a parameter
+    holds a gradient, or while a part of the encoder is not a plain module (an adapter, a hook).
     """
 
     def __init__(self, config: TextConfig, embed_dim: int, eps: float) -> None:
@@ -57,7 +71,8 @@ class TextEncoder(nn.Module):
         self.ln_final = nn.LayerNorm(width, eps)
         self.text_projection = nn.Parameter(torch.empty(width, embed_dim))
         self._cache: collections.OrderedDict[tuple[object, ...], Tensor] = collections.OrderedDict()
-        self._encoded_with: list[tuple[Any, int, int]] = []  # storage, address and version of each parameter
+        # storage, address, version of each parameter, and the optimizer steps so far
+        self._encoded_with: list[tuple[Any, int, int, int]] = []
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.positional_embedding, std=0.01)
         nn.init.normal_(self.text_projection, std=width**-0.5)
@@ -96,14 +111,15 @@ class TextEncoder(nn.Module):
         if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters):
             self.forget()  # a training step follows, and fused optimizers change weights without a trace
             return self._encode_packed(tokens_KL, *vectors)
-        # no parameters: a replica of DataParallel. Inference tensors: their changes leave no trace
-        if len(parameters) == len(vectors) or any(parameter.is_inference() for parameter in parameters):
+        # no parameters: a replica of DataParallel
+        if len(parameters) == len(vectors) or any(_untraceable(p) for p in parameters):
+            self.forget()
             return self._encode_packed(tokens_KL, *vectors)
         return self._cached(tokens_KL, parameters, *vectors)
 
     def forget(self) -> None:
-        """Drop the kept features. Wanted only after weights were edited through ``.data`` or ``.numpy()``: other
-        changes (optimizers, ``load_state_dict``, ``to``, ``train``, new parameters) are noticed."""
+        """Drops the kept features. Call it after editing weights through ``.data`` or ``.numpy()``. Other changes
+        (any ``torch.optim`` optimizer, ``load_state_dict``, ``to``, ``train``, new parameters) are noticed."""
         self._cache.clear()
         self._encoded_with = []
 
@@ -120,7 +136,7 @@ class TextEncoder(nn.Module):
 
     def _cached(self, tokens_KL: Tensor, parameters: list[Tensor], *vectors: Tensor) -> Tensor:
         # the storages are kept, so that no other weight can come to stand at the address of an old one
-        state = [(parameter.untyped_storage(), parameter.data_ptr(), parameter._version) for parameter in parameters]
+        state = [(p.untyped_storage(), p.data_ptr(), p._version, _steps[0]) for p in parameters]
         if [item[1:] for item in state] != [item[1:] for item in self._encoded_with]:
             self.forget()
             self._encoded_with = state
@@ -213,6 +229,11 @@ class TextEncoder(nn.Module):
 
     def _project(self, end_KW: Tensor) -> Tensor:
         return linear(layer_norm(self.ln_final, end_KW), self.text_projection.T)
+
+
+def _untraceable(parameter: Tensor) -> bool:
+    """Whether a change could leave no trace: of an inference tensor, or by the optimizer that a gradient waits for."""
+    return parameter.is_inference() or (parameter.requires_grad and parameter.is_leaf and parameter.grad is not None)
 
 
 def _with_places(tokens_KL: Tensor, count: int) -> Tensor:

@@ -19,7 +19,7 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 
 from ..data.decode.picture import Upright
-from ..data.decode.plan import VideoError, open_video
+from ..data.decode.reading import VideoError, open_video
 from ..data.remote import is_remote, local_copy
 
 if TYPE_CHECKING:

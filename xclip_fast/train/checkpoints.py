@@ -1,7 +1,8 @@
 """Checkpoints of a training run: everything a resumed run needs to go on as if it had not stopped.
 
-A checkpoint is a folder ``step-00001234`` of tensors (weights, optimizer, moving average), written by
-``torch.distributed.checkpoint`` from a thread while training goes on, and one JSON file of numbers. It is written as
+A checkpoint is a folder ``step-00001234``. It holds tensors (weights, optimizer, moving average), written by
+``torch.distributed.checkpoint`` from a thread while training goes on, and two JSON files: where each tensor lies
+(``index.json``) and the run's counters (``progress.json``). Nothing in it is pickled Python. It is written as
 ``.step-00001234.part`` and renamed when it is complete, so a folder of that name is always a whole one. The number of
 processes and the strategy may change between saving and reading.
 """
@@ -9,9 +10,9 @@ processes and the strategy may change between saving and reading.
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
-import pickle
 import re
 import shutil
 import warnings
@@ -24,15 +25,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..files import read_json, refuse_inflated
+
 _COMPLETE = re.compile(r"step-(\d{8,})")
 _PART = re.compile(r"\.step-\d{8,}\.part")
 _NUMBERS = "progress.json"
-# What the index of a checkpoint is pickled from. Anything else in it would be code that came with the file.
-_SAFE = re.compile(
-    r"torch\.distributed\.checkpoint\.(metadata|filesystem)\.\w+|torch\.(Size|device|[a-z]+\d+\w*|serialization\."
-    r"_get_layout|storage\.\w+)|torch\._utils\.\w+|collections\.OrderedDict|(builtins|__builtin__)\.(set|frozenset|slice)"
-    r"|pathlib(\._local)?\.(PosixPath|WindowsPath|PurePosixPath|PureWindowsPath|Path)"
-)
+_INDEX = "index.json"  # in the place of torch's pickled .metadata
+_DATA = re.compile(r"__\d+_\d+\.distcp")  # the files of tensors
 
 
 # One process without a group is no mistake here.
@@ -55,13 +54,11 @@ def latest(folder: Path) -> Path | None:
 
 
 def numbers(checkpoint: Path) -> dict[str, Any]:
-    """What was counted when it was written: step, epoch, best and so on."""
+    """The run's counters when the checkpoint was written: step, best and so on."""
     try:
-        return json.loads((checkpoint / _NUMBERS).read_text(encoding="utf-8"))
+        return read_json(checkpoint / _NUMBERS)
     except ValueError as error:
-        raise ValueError(
-            f"{checkpoint / _NUMBERS}: is damaged ({error}); delete that folder to go on from the one before it"
-        ) from error
+        raise ValueError(f"{error}; delete that folder to go on from the one before it") from error
 
 
 def state(
@@ -81,39 +78,110 @@ def state(
 
 
 def load(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
-    """Read a checkpoint into the tensors of ``state``, in place.
+    """Read a checkpoint into the tensors of ``state``, in place. No code in the files runs.
 
     Raises:
-        ValueError: if it is damaged, or has not these tensors.
+        ValueError: if it is damaged, or does not hold these tensors.
     """
     import torch.distributed.checkpoint as dcp
 
     class Reader(dcp.FileSystemReader):
-        """Reads the index without letting it run anything."""
-
         def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
-            with (checkpoint / ".metadata").open("rb") as file:
-                metadata: Any = _IndexReader(file).load()
-            metadata.storage_meta = metadata.storage_meta or dcp.metadata.StorageMeta()
-            metadata.storage_meta.load_id = self.load_id
-            return metadata
+            return _read_index(checkpoint)
+
+        def _slice_file(self, file: Any, sinfo: Any) -> Any:
+            part = io.BytesIO(super()._slice_file(file, sinfo).read())
+            refuse_inflated(part, sinfo.length)
+            return part
 
     try:
-        reader = Reader(checkpoint)
-        reader.read_metadata()  # dcp.load would say less of what is wrong with it
-        dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
-    except (dcp.api.CheckpointException, RuntimeError, KeyError, ValueError, OSError, pickle.UnpicklingError) as error:
+        _read_index(checkpoint)  # dcp.load would say less of what is wrong with it
+        dcp.load(tensors, storage_reader=Reader(checkpoint), no_dist=not dist.is_initialized())
+    except (Exception, dcp.api.CheckpointException) as error:  # whatever damaged bytes make of torch's readers
         raise ValueError(
             f"{checkpoint}: cannot be read into this model ({_reason(error)}); delete that folder to go on from the "
             "one before it, or start over with --fresh"
         ) from error
 
 
-class _IndexReader(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if not _SAFE.fullmatch(f"{module}.{name}"):
-            raise pickle.UnpicklingError(f"its index holds {module}.{name}, which belongs into no checkpoint")
-        return super().find_class(module, name)
+def _write_index(folder: Path, metadata: Any, written: Any) -> None:
+    """Where each tensor of a checkpoint lies, as JSON: per tensor its dtype, its size, and its chunks."""
+    places = {result.index: result.storage_data for results in written for result in results}
+    tensors = {}
+    for name, found in metadata.state_dict_metadata.items():
+        chunks = []
+        for chunk in found.chunks:
+            place = places[_key(name, chunk.offsets)]
+            here = {"file": place.relative_path, "start": place.offset, "bytes": place.length}
+            chunks.append({"offsets": list(chunk.offsets), "sizes": list(chunk.sizes), **here})
+        dtype = str(found.properties.dtype).removeprefix("torch.")
+        tensors[name] = {"dtype": dtype, "size": list(found.size), "chunks": chunks}
+    with (folder / _INDEX).open("w", encoding="utf-8") as file:
+        json.dump({"format": 1, "tensors": tensors}, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _read_index(checkpoint: Path) -> Any:
+    """torch's ``Metadata`` of a checkpoint, from ``index.json``.
+
+    Raises:
+        ValueError: if the file is missing or damaged, or points outside the checkpoint.
+    """
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+    from torch.distributed.checkpoint.metadata import (
+        ChunkStorageMetadata,
+        Metadata,
+        TensorProperties,
+        TensorStorageMetadata,
+    )
+
+    if not (checkpoint / _INDEX).is_file():
+        raise ValueError(f"there is no {_INDEX}; it is incomplete, or another version of xclip-fast wrote it")
+    values = read_json(checkpoint / _INDEX)
+    tensors: dict[str, Any] = {}
+    places: dict[Any, Any] = {}
+    sizes = {path.name: path.stat().st_size for path in checkpoint.iterdir() if _DATA.fullmatch(path.name)}
+    try:
+        if values["format"] != 1:
+            raise ValueError(f"{_INDEX} has format {values['format']!r}; this version of xclip-fast reads format 1")
+        for name, about in values["tensors"].items():
+            chunks = []
+            for chunk in about["chunks"]:
+                offsets, shape = torch.Size(chunk["offsets"]), torch.Size(chunk["sizes"])
+                file, start, count = chunk["file"], chunk["start"], chunk["bytes"]
+                if not (start >= 0 and count > 0 and start + count <= sizes.get(file, -1)):
+                    raise ValueError(f"{_INDEX}: {name} lies in {file!r} at {start}, {count} bytes: that is not there")
+                chunks.append(ChunkStorageMetadata(offsets, shape))
+                places[_key(name, offsets)] = _StorageInfo(file, start, count)
+            properties = TensorProperties(dtype=_dtype(about["dtype"]))
+            tensors[name] = TensorStorageMetadata(properties, torch.Size(about["size"]), chunks)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{_INDEX} is damaged: {error!r}") from error
+    return Metadata(state_dict_metadata=tensors, storage_data=places)
+
+
+def _key(name: str, offsets: Any) -> Any:
+    from torch.distributed.checkpoint.metadata import MetadataIndex
+
+    return MetadataIndex(name, torch.Size(offsets))
+
+
+def _dtype(name: str) -> torch.dtype:
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"{_INDEX}: {name!r} is not a dtype of torch")
+    return found
+
+
+def _writer(folder: Path) -> Any:
+    import torch.distributed.checkpoint as dcp
+
+    class Writer(dcp.FileSystemWriter):
+        def finish(self, metadata: Any, results: Any) -> None:
+            _write_index(folder, metadata, results)
+
+    return Writer(folder)
 
 
 class Checkpoints:
@@ -141,7 +209,7 @@ class Checkpoints:
         self.finish()
         part = self.folder / f".step-{counted['step']:08d}.part"
         try:
-            writer = dcp.FileSystemWriter(part)
+            writer = _writer(part)
             alone = self.group is None
             future: Any = dcp.async_save(tensors, storage_writer=writer, process_group=self.group, no_dist=alone)
         except OSError as error:

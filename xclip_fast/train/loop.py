@@ -27,6 +27,8 @@ from torch import nn
 
 from ..model import XCLIP
 from ..text.templates import TEMPLATES
+from ..weights import checkpoint
+from ..weights.recipe import FILE as TRAINED
 from ..weights.recipe import Trained
 from . import checkpoints as training_checkpoint
 from . import config as train_config
@@ -323,11 +325,10 @@ def keep(model: XCLIP, folder: Path, trained: Trained, about: dict[str, Any], ra
     if rank:
         return
     try:
-        model.save_pretrained(folder, overwrite=True)
-        trained.write(folder)
-        (folder / "metrics.json").write_text(json.dumps(about) + "\n", encoding="utf-8")
+        files = {TRAINED: trained.to_json(), "metrics.json": json.dumps(about) + "\n"}
+        checkpoint.write(model.state_dict(), model.config, folder, overwrite=True, beside=files)
     except OSError as error:
-        raise SaveError(f"{folder}: the weights could not be written: {error}; make room and start again") from error
+        raise SaveError(f"the weights could not be written: {error}") from error
 
 
 def command_line(arguments: Sequence[str] | None = None) -> int:

@@ -1,23 +1,16 @@
 """Read and write weights: our own files, Hugging Face, VideoX, OpenAI CLIP and open_clip, timm's ViTs.
 
-What a file is, its content says, not its name. Nothing here runs code that comes with a checkpoint: pickles go through
-torch's ``weights_only`` reader, TorchScript archives through a reader that knows tensors only.
+The content of a file says what it is, not its name. Nothing here runs code that comes with a checkpoint (pickles.py).
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import errno
 import json
 import logging
 import math
 import os
-import pickle
-import re
-import shutil
-import tempfile
-import zipfile
-from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -27,18 +20,22 @@ import torch
 from torch import Tensor, nn
 
 from ..config import XCLIPConfig
+from ..files import read_json, require_regular, staged
 from . import timm_vit
+from .huggingface import config_from_huggingface, config_to_huggingface, warn_of_heads
 from .layouts import (
     CheckpointError,
     State,
     check_keys,
-    config_from_huggingface,
-    config_to_huggingface,
     infer_config,
     shapes,
     to_huggingface,
     to_ours,
 )
+from .pickles import own, read_torch
+from .recipe import FILE as TRAINED
+from .recipe import Trained
+from .wrappers import unwrap
 
 __all__ = ["Checkpoint", "CheckpointError", "check_keys", "clip_state", "convert", "expand", "read", "shapes", "write"]
 
@@ -57,7 +54,6 @@ _WEIGHTS = (  # the weight files of a folder; the first that is there is read
     "open_clip_pytorch_model.bin",
 )
 _TEXT = ("text.", "logit_scale")  # what belongs to the text tower, in our names
-_YACS = "yacs.config.CfgNode"  # VideoX's training script pickles its configuration into the checkpoint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,11 +79,12 @@ def read(path: str | os.PathLike[str], config: XCLIPConfig | None = None, *, dro
             a folder.
         config: taken instead of the one that is found or inferred from shapes. An image CLIP's has, by default, 8
             frames and the mean and deviation that the released X-CLIP recipe uses (ImageNet's, not CLIP's own).
-        drop_config: leave out a pickled yacs configuration, which is otherwise an error.
+        drop_config: leave out pickled objects of unknown classes (VideoX's training configuration, for one), which are
+            otherwise an error. Nothing of them is run.
 
     Raises:
-        CheckpointError: if nothing is there, it cannot be read without running foreign code, it is no X-CLIP or
-            CLIP, or keys are missing, unexpected or misshapen (all are listed).
+        CheckpointError: if nothing is there, the file is damaged or holds pickled objects beside the weights, it is no
+            X-CLIP or CLIP, or keys are missing, unexpected or misshapen (all are listed).
     """
     return _interpret(*_load(Path(path), drop_config), config=config)
 
@@ -110,7 +107,7 @@ def _load(path: Path, drop_config: bool = False) -> tuple[dict[str, Any], Path, 
     values, preprocessor = {}, {}
     if weights.name in _WEIGHTS:  # the configuration beside such a file belongs to it
         values = _read_json(folder / "config.json")
-        preprocessor = _read_json(folder / "preprocessor_config.json")
+        preprocessor = _read_processor(folder)
     return load(weights, drop_config), path, values, preprocessor
 
 
@@ -121,25 +118,32 @@ def write(
     layout: Layout = "xclip_fast",
     *,
     overwrite: bool = False,
+    beside: Mapping[str, str | None] = MappingProxyType({}),
 ) -> None:
-    """Write ``XCLIP.state_dict()`` as safetensors with its configuration; each file appears whole or not at all.
+    """Write ``XCLIP.state_dict()`` as safetensors with its configuration, all files in one step (``files.staged``).
 
     Args:
-        folder: made if it is not there; its other files stay as they are.
+        folder: made if it does not exist; its other files stay as they are.
         layout: "xclip_fast", or "huggingface" for ``transformers.XCLIPModel.from_pretrained`` and ``AutoProcessor``.
         overwrite: replace a checkpoint that is there.
+        beside: further text files that belong to these weights, by name. None: a file of that name is removed.
 
     Raises:
         CheckpointError: if the weights don't fit the configuration, or the layout cannot hold it.
         FileExistsError: if a checkpoint is there and ``overwrite`` is not set.
+        OSError: if the folder cannot be written; what was there stays.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     folder = Path(folder)
     check_keys(shapes(config), state, "write")
     there = [name for name in (*_WEIGHTS, "config.json") if (folder / name).exists()]
     if there and not overwrite:
-        raise FileExistsError(f"{folder} holds a checkpoint ({', '.join(there)}): choose another folder or overwrite")
+        raise FileExistsError(
+            f"{folder} holds a checkpoint ({', '.join(there)}); choose another folder, or replace it with --overwrite "
+            "(overwrite=True in Python)"
+        )
     dtype = state["visual.conv1.weight"].dtype
     if layout == "huggingface":
         model, preprocessor = config_to_huggingface(config, dtype)
@@ -149,19 +153,21 @@ def write(
         files = {"config.json": {_FORMAT: 1, **config.to_dict()}}
     else:
         raise ValueError(f"layout {layout!r}; choose 'xclip_fast' or 'huggingface'")
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder))
-    try:
+    texts = {
+        name: value if isinstance(value, str) else json.dumps(value, indent=2) + "\n" for name, value in files.items()
+    }
+    texts |= {name: text for name, text in beside.items() if text is not None}
+    owned = {*texts, *beside, "model.safetensors", *(["processor_config.json"] if layout == "huggingface" else [])}
+    with staged(folder, owned, last="model.safetensors") as part:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-        save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
-        for name, content in files.items():
-            text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
-            (temporary / name).write_text(text, encoding="utf-8")
-        (temporary / "model.safetensors").chmod((temporary / "config.json").stat().st_mode)  # it comes private
-        for name in (*files, "model.safetensors"):  # weights last: without them the folder is no checkpoint yet
-            os.replace(temporary / name, folder / name)
-    finally:
-        shutil.rmtree(temporary)
+        try:
+            save_file(tensors, part / "model.safetensors", metadata={"format": "pt"})
+        except SafetensorError as error:
+            number = errno.ENOSPC if f"code: {errno.ENOSPC}," in str(error) else errno.EIO
+            raise OSError(number, f"{folder}: the weights could not be written: {error}") from error
+        for name, text in texts.items():
+            (part / name).write_text(text, encoding="utf-8")
+        (part / "model.safetensors").chmod((part / "config.json").stat().st_mode)  # safetensors makes it private
 
 
 def convert(
@@ -172,11 +178,16 @@ def convert(
     drop_config: bool = False,
     overwrite: bool = False,
 ) -> None:
-    """Read an X-CLIP from ``source`` in any layout and write it to ``folder``; see ``read`` and ``write``."""
+    """Read an X-CLIP from ``source`` in any layout and write it to ``folder``; see ``read`` and ``write``.
+
+    The ``trained.json`` of the source (class texts, frames, sampling) goes with the weights.
+    """
+    trained = Trained.read(source)
     found = read(source, drop_config=drop_config)
     if not found.complete:
         raise CheckpointError(f"{source}: an image CLIP, not an X-CLIP; XCLIP.from_pretrained starts an X-CLIP from it")
-    write(found.state, found.config, folder, layout, overwrite=overwrite)
+    beside = {TRAINED: None if trained == Trained() else trained.to_json()}
+    write(found.state, found.config, folder, layout, overwrite=overwrite, beside=beside)
 
 
 def clip_state(clip: Start, config: XCLIPConfig | None = None, part: Part = "both") -> Checkpoint:
@@ -238,10 +249,10 @@ def _interpret(
     part: Part = "both",
 ) -> Checkpoint:
     if kind is None:
+        state = unwrap(state, where)
         ours, kind = to_ours(state, where)
     else:  # of our names already
         ours = dict(state)
-    names = {str(name).removeprefix("module.") for name in state}
     given = None
     if _FORMAT in values:
         if values[_FORMAT] != 1:
@@ -253,11 +264,13 @@ def _interpret(
             raise CheckpointError(f"{where}: {error}") from error
     elif values.get("model_type") in ("xclip", "clip"):
         given = config_from_huggingface(values, preprocessor, where)
-    elif kind == "clip" and "token_embedding.weight" in names and "context_length" not in names:
+    elif kind == "clip" and "token_embedding.weight" in state and "context_length" not in state:
         # open_clip's, then: OpenAI's own files carry the length, and have quick GELU
         log.warning("%s: weights alone don't tell CLIP's activation; quick GELU (OpenAI's) is taken, not GELU", where)
     if given and config:
         _check_heads(given, config, where, part)
+    if given and not config and kind == "huggingface":
+        warn_of_heads(given, where)
     config = config or given or infer_config(ours, where, timm=kind == "timm")
     name = "visual.positional_embedding"
     wanted = shapes(config, only_clip=kind in ("clip", "timm"))
@@ -299,117 +312,65 @@ def _fit_positions(position_LD: Tensor, tokens: int) -> Tensor:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; an empty one if there is no such file."""
+    """The object in a JSON file; an empty one if the file does not exist."""
     if not path.exists():
         return {}
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except ValueError as error:
-        raise CheckpointError(f"{path}: not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: a JSON object is wanted, {type(values).__name__} found")
-    return values
+        raise CheckpointError(str(error)) from error
+
+
+def _read_processor(folder: Path) -> dict[str, Any]:
+    """The image processor's values in a Hugging Face folder: ``processor_config.json`` of transformers 5, or before."""
+    values = _read_json(folder / "processor_config.json")
+    for name in ("image_processor", "video_processor"):
+        if isinstance(values.get(name), dict):
+            return values[name]
+    return _read_json(folder / "preprocessor_config.json")
 
 
 def _read_shards(index: Path, drop_config: bool) -> dict[str, Any]:
-    names = sorted(set(_read_json(index).get("weight_map", {}).values()))
+    shards = _read_json(index).get("weight_map", {})
+    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+        raise CheckpointError(f"{index}: weight_map is no object of names of tensors and files")
+    names = sorted(set(shards.values()))
     if bad := [name for name in names if Path(name).name != name or not (index.parent / name).exists()] or not names:
         raise CheckpointError(f"{index}: its shards are not all in the folder: {bad if names else 'it names none'}")
     return {name: tensor for shard in names for name, tensor in _read_file(index.parent / shard, drop_config).items()}
 
 
 def _read_file(path: Path, drop_config: bool) -> dict[str, Any]:
-    """The state dict of one file, in whatever names it has."""
-    from safetensors import SafetensorError
+    """The state dict of one file, in whatever names it has.
+
+    Raises:
+        CheckpointError: whatever its bytes are; with the file's name.
+        OSError: if the file cannot be read.
+    """
     from safetensors.torch import load_file
 
+    try:
+        require_regular(path)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
     with path.open("rb") as file:
         head = file.read(9)
     try:
         if head[8:] == b"{":
             return load_file(path)
         if head[:2] in (b"PK", b"\x80\x02"):  # torch.save since 1.6, and before
-            return _read_torch(path, drop_config)
-    except (SafetensorError, RuntimeError, zipfile.BadZipFile, EOFError, OSError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"{path}: damaged or incomplete; fetch it again ({error})") from error
+            found = read_torch(path, drop_config)
+            if not isinstance(found, dict):
+                raise CheckpointError(f"{path}: a state dict is wanted, {type(found).__name__} found")
+            return own(unwrap(found, path), path)
+    except CheckpointError:
+        raise
+    except Exception as error:  # the readers raise whatever damaged bytes make of them
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        said = str(error).strip().split("\n")[0] or type(error).__name__
+        raise CheckpointError(f"{path}: damaged or incomplete; fetch it again ({said})") from error
     raise CheckpointError(f"{path}: neither a safetensors nor a PyTorch file (it begins with {head!r})")
-
-
-class _Inert:
-    """Stands in a pickle for a class that is never imported: whatever is made of it is an empty OrderedDict."""
-
-    def __new__(cls, *args: object) -> Any:
-        return OrderedDict()
-
-
-def _read_torch(path: Path, drop_config: bool) -> dict[str, Any]:
-    zipped = zipfile.is_zipfile(path)
-    if zipped:
-        with zipfile.ZipFile(path) as archive:
-            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
-                return _read_torchscript(archive)
-    placeholders = torch.serialization.safe_globals([(_Inert, _YACS)]) if drop_config else contextlib.nullcontext()
-    try:
-        with placeholders:
-            found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except pickle.UnpicklingError as error:
-        if (name := re.search(r"GLOBAL (\S+)", str(error))) is None:
-            detail = str(error).split("WeightsUnpickler error:")[-1].strip().split("\n")[0]
-            raise CheckpointError(f"{path}: damaged or incomplete, or more than tensors: {detail}") from error
-        if name[1] == _YACS:
-            advice = f"leave it out with `xclip-fast convert {path} NEW_FOLDER --drop-config`, and use the new folder"
-        else:
-            advice = "if you trust the file, save the state dict alone, as safetensors, where it was made"
-        raise CheckpointError(
-            f"{path}: holds a pickled {name[1]}, and to unpickle it would run code that came with the file; {advice}"
-        ) from error
-    for key in ("model", "state_dict"):
-        if isinstance(found, dict) and isinstance(found.get(key), dict):
-            found = found[key]
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path}: a state dict is wanted, {type(found).__name__} found")
-    # out of the mapped file, which may be large with optimizer state, or be replaced
-    return {name: value.clone() if isinstance(value, Tensor) else value for name, value in found.items()}
-
-
-class _TorchScriptReader(pickle.Unpickler):
-    """Reads the tensors of a TorchScript archive, which is how OpenAI publishes CLIP; its code is not looked at."""
-
-    def __init__(self, archive: zipfile.ZipFile) -> None:
-        data = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
-        super().__init__(archive.open(data))
-        self.archive, self.root = archive, data.removesuffix("data.pkl")
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module == "__torch__" or module.startswith("__torch__."):
-            return _Inert
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return lambda storage, offset, size, stride, *_: storage.as_strided(size, stride, offset)
-        if (module, name) == ("collections", "OrderedDict"):
-            return OrderedDict
-        if module == "torch" and name.endswith("Storage"):
-            return name
-        raise pickle.UnpicklingError(f"GLOBAL {module}.{name} does not belong into a TorchScript archive of CLIP")
-
-    def persistent_load(self, saved: Any) -> Tensor:
-        _, storage, key, _, _ = saved
-        dtypes = {"Float": torch.float32, "Half": torch.float16, "BFloat16": torch.bfloat16, "Long": torch.int64}
-        data = bytearray(self.archive.read(f"{self.root}data/{key}"))
-        return torch.frombuffer(data, dtype=dtypes[storage.removesuffix("Storage")])
-
-
-def _read_torchscript(archive: zipfile.ZipFile) -> State:
-    state: State = {}
-
-    def collect(module: Any, prefix: str) -> None:
-        for name, value in vars(module).items():
-            if isinstance(value, Tensor):
-                state[prefix + name] = value
-            elif isinstance(value, OrderedDict):
-                collect(value, f"{prefix}{name}.")
-
-    collect(_TorchScriptReader(archive).load(), "")
-    return state
 
 
 def _tokenizer_files(config: XCLIPConfig) -> dict[str, Any]:

@@ -6,7 +6,6 @@ both directions.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 import re
@@ -16,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xclip_fast.config import TextConfig, VisionConfig, XCLIPConfig
-from xclip_fast.weights import timm_vit
+from ..config import TextConfig, VisionConfig, XCLIPConfig
+from . import timm_vit
 
 log = logging.getLogger("xclip_fast")
 
@@ -65,7 +64,7 @@ _NAMES = (
 )
 _TRANSPOSED = ("visual.proj", "text.text_projection")  # a Linear's weight there, a (in, out) matrix here
 _ROOT_TEXT = re.compile(r"(token_embedding|positional_embedding|transformer|ln_final|text_projection)(\.|\Z)")
-_NOT_WEIGHTS = re.compile(r"(.*\.)?(position_ids|attn_mask|input_resolution|context_length|vocab_size)\Z")
+NOT_WEIGHTS = re.compile(r"(.*\.)?(position_ids|attn_mask|input_resolution|context_length|vocab_size)\Z")
 _SPLIT = re.compile(r"(.*\b(?:message_)?attn)\.([qkv])_proj\.(weight|bias)\Z")
 _PACKED = re.compile(r"(.*\b(?:message_)?attn)\.in_proj_(weight|bias)\Z")
 _NEW_IN_XCLIP = re.compile(r".*\.message_|mit\.|prompts_|head\.")  # what an image CLIP has not
@@ -90,10 +89,7 @@ def to_ours(state: Mapping[Any, Any], where: object) -> tuple[State, str]:
     Raises:
         CheckpointError: if it is neither an X-CLIP nor an image CLIP with a vision transformer.
     """
-    for prefix in ("module.", "_orig_mod."):  # left by DistributedDataParallel and torch.compile
-        if state and all(isinstance(name, str) and name.startswith(prefix) for name in state):
-            state = {name[len(prefix) :]: value for name, value in state.items()}
-    found = {name: value for name, value in state.items() if not _NOT_WEIGHTS.match(str(name))}
+    found = {name: value for name, value in state.items() if not NOT_WEIGHTS.match(str(name))}
     if strange := [name for name, value in found.items() if not (isinstance(name, str) and isinstance(value, Tensor))]:
         raise CheckpointError(f"{where}: not a state dict: {strange[:5]} are not names of tensors")
     if any(name.startswith("vision_model.") for name in found):
@@ -111,6 +107,9 @@ def to_ours(state: Mapping[Any, Any], where: object) -> tuple[State, str]:
         )
     if kind != "timm" and not any(is_new(name) for name in found):
         kind = "clip"
+    scale = found.get("logit_scale")
+    if scale is not None and scale.numel() == 1:  # of shape (1,) under some wrappers
+        found["logit_scale"] = scale.reshape(())
     return {name: value.detach().contiguous() for name, value in found.items()}, kind
 
 
@@ -243,144 +242,6 @@ def _listed(keys: list[tuple[str, str]], most: int = 40) -> str:
         lines[line] = lines.get(line, 0) + 1
     shown = [f"\n  {line}" + (f" (in {count} layers)" if "*" in line else "") for line, count in lines.items()]
     return "".join(shown[:most]) + (f"\n  and {len(shown) - most} more lines" if len(shown) > most else "")
-
-
-_HF_TOWER = {"num_hidden_layers": 12, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "attention_dropout": 0.0}
-_HF_TEXT = {
-    **_HF_TOWER,
-    "hidden_size": 512,
-    "intermediate_size": 2048,
-    "num_attention_heads": 8,
-    "vocab_size": 49408,
-    "max_position_embeddings": 77,
-}
-_HF_VISION = {
-    **_HF_TOWER,
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_attention_heads": 12,
-    "image_size": 224,
-    "patch_size": 32,
-    "num_channels": 3,
-    "num_frames": 8,
-    "drop_path_rate": 0.0,
-    "mit_hidden_size": 512,
-    "mit_intermediate_size": 2048,
-    "mit_num_hidden_layers": 1,
-    "mit_num_attention_heads": 8,
-}
-
-
-def _hf_part(values: Mapping[str, Any], part: str, defaults: dict[str, Any]) -> dict[str, Any]:
-    found = {**defaults, **(values.get(part) or {})}
-    if (old := values.get(f"{part}_dict")) is not None:  # the older key, defaults included, wins in transformers too
-        found |= {**defaults, **old}
-    for name in ("image_size", "patch_size"):
-        if isinstance(found.get(name), list | tuple) and len(set(found[name])) == 1:
-            found[name] = found[name][0]
-    return found
-
-
-def config_from_huggingface(values: Mapping[str, Any], preprocessor: Mapping[str, Any], where: object) -> XCLIPConfig:
-    """The config of a Hugging Face X-CLIP or CLIP from its ``config.json`` and ``preprocessor_config.json``.
-
-    Raises:
-        CheckpointError: if it asks for something that X-CLIP here does not compute (another activation, for one).
-    """
-    clip = values.get("model_type") == "clip"
-    text = _hf_part(values, "text_config", _HF_TEXT)
-    vision = _hf_part(values, "vision_config", _HF_VISION)
-    E = values.get("projection_dim", 512)
-    if clip:
-        vision |= {"mit_hidden_size": E, "mit_intermediate_size": 4 * E, "mit_num_attention_heads": None}
-    wanted = [
-        ("text_config.hidden_act", text["hidden_act"], "quick_gelu"),
-        ("vision_config.hidden_act", vision["hidden_act"], "quick_gelu"),
-        ("prompt_hidden_act", values.get("prompt_hidden_act", "quick_gelu"), "quick_gelu"),
-        ("text_config.intermediate_size", text["intermediate_size"], 4 * text["hidden_size"]),
-        ("vision_config.intermediate_size", vision["intermediate_size"], 4 * vision["hidden_size"]),
-        ("vision_config.mit_hidden_size", vision["mit_hidden_size"], E),
-        ("vision_config.mit_intermediate_size", vision["mit_intermediate_size"], 4 * E),
-        ("vision_config.num_channels", vision["num_channels"], 3),
-        ("vision_config.layer_norm_eps", vision["layer_norm_eps"], text["layer_norm_eps"]),
-    ]
-    refused = [f"{name} is {got!r}, X-CLIP here has {want!r}" for name, got, want in wanted if got != want]
-    if refused:
-        raise CheckpointError(f"{where}: a model of another kind\n  " + "\n  ".join(refused))
-    prompt_heads = None if clip else values.get("prompt_num_attention_heads", 8)
-    heads = {"mit_heads": vision["mit_num_attention_heads"], "prompt_heads": prompt_heads}
-    for name, count in heads.items():
-        if count is not None and count != max(1, E // 64):
-            log.warning("%s: %s is %d; the released code has E / 64 = %d. Kept as given", where, name, count, E // 64)
-    config = XCLIPConfig(
-        vision=VisionConfig(
-            image_size=vision["image_size"],
-            patch_size=vision["patch_size"],
-            width=vision["hidden_size"],
-            layers=vision["num_hidden_layers"],
-            heads=vision["num_attention_heads"],
-            drop_path=vision["drop_path_rate"],
-        ),
-        text=TextConfig(
-            vocab_size=text["vocab_size"],
-            context_length=text["max_position_embeddings"],
-            width=text["hidden_size"],
-            layers=text["num_hidden_layers"],
-            heads=text["num_attention_heads"],
-        ),
-        embed_dim=E,
-        num_frames=vision["num_frames"],
-        mit_layers=vision["mit_num_hidden_layers"],
-        prompt_layers=values.get("prompt_layers", 2),
-        prompt_alpha=values.get("prompt_alpha", 0.1),
-        layer_norm_eps=vision["layer_norm_eps"],
-        logit_scale=values.get("logit_scale_init_value", 2.6592),
-        **heads,
-    )
-    if not clip:  # an image CLIP becomes an X-CLIP, which the released recipe trains with ImageNet's mean and deviation
-        given: dict[str, Any] = {name: preprocessor.get(name) for name in ("image_mean", "image_std")}
-        given = {name: tuple(values) for name, values in given.items() if values}
-        config = dataclasses.replace(config, **given)
-    return config
-
-
-def config_to_huggingface(config: XCLIPConfig, dtype: torch.dtype) -> tuple[dict[str, Any], dict[str, Any]]:
-    """``config.json`` and ``preprocessor_config.json`` as ``transformers`` reads them."""
-    plain = XCLIPConfig()
-    ablated = [
-        f"{where}{name}={getattr(given, name)!r}"
-        for where, given, like, names in (
-            ("", config, plain, ("mit_residual", "prompt", "num_classes")),
-            ("vision.", config.vision, plain.vision, ("cross_frame", "activation", "pre_norm", "layer_norm_eps")),
-        )
-        for name in names
-        if getattr(given, name) != getattr(like, name)
-    ] + (["mit_layers=0"] if config.mit_layers == 0 else [])
-    if ablated:
-        raise CheckpointError(f"Hugging Face's X-CLIP cannot do {', '.join(ablated)}; write layout='xclip_fast'")
-    E = config.embed_dim
-    towers = []
-    for tower in (config.vision, config.text):
-        common = {"hidden_size": tower.width, "intermediate_size": 4 * tower.width, "hidden_act": "quick_gelu"}
-        common |= {"num_hidden_layers": tower.layers, "num_attention_heads": tower.heads}
-        towers.append(common | {"layer_norm_eps": config.layer_norm_eps})
-    vision, text = towers
-    vision |= {"image_size": config.vision.image_size, "patch_size": config.vision.patch_size}
-    vision |= {"num_frames": config.num_frames, "drop_path_rate": config.vision.drop_path, "mit_hidden_size": E}
-    vision |= {"mit_intermediate_size": 4 * E, "mit_num_hidden_layers": config.mit_layers}
-    vision |= {"mit_num_attention_heads": config.mit_heads, "model_type": "xclip_vision_model"}
-    text |= {"vocab_size": config.text.vocab_size, "max_position_embeddings": config.text.context_length}
-    text |= {"model_type": "xclip_text_model"}
-    model = {"model_type": "xclip", "architectures": ["XCLIPModel"], "projection_dim": E, "text_config": text}
-    model |= {"vision_config": vision, "prompt_layers": config.prompt_layers, "prompt_alpha": config.prompt_alpha}
-    model |= {"prompt_num_attention_heads": config.prompt_heads, "prompt_hidden_act": "quick_gelu"}
-    model |= {"logit_scale_init_value": config.logit_scale, "torch_dtype": str(dtype).removeprefix("torch.")}
-    size = config.vision.image_size
-    preprocessor: dict[str, Any] = {"image_processor_type": "CLIPImageProcessor", "processor_class": "XCLIPProcessor"}
-    preprocessor |= {"image_mean": config.image_mean, "image_std": config.image_std, "do_normalize": True}
-    preprocessor |= {"do_resize": True, "size": {"shortest_edge": size}, "resample": 2, "do_convert_rgb": True}
-    preprocessor |= {"do_center_crop": True, "crop_size": {"height": size, "width": size}, "do_rescale": True}
-    return model, preprocessor
 
 
 def infer_config(state: Mapping[str, Tensor], where: object, *, timm: bool = False) -> XCLIPConfig:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from ..data.sampling import Sampling
+from ..files import read_json
 from ..text.labels import plain_name, readable
 from ..text.templates import TEMPLATES
 
@@ -32,9 +33,9 @@ class Trained:
     stride: int = 1
     templates: bool = False
 
-    def write(self, folder: str | os.PathLike[str]) -> None:
-        text = json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False) + "\n"
-        (Path(folder) / FILE).write_text(text, encoding="utf-8")
+    def to_json(self) -> str:
+        """The content of the file."""
+        return json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False) + "\n"
 
     @classmethod
     def read(cls, checkpoint: str | os.PathLike[str] | None) -> Trained:
@@ -47,10 +48,10 @@ class Trained:
         if checkpoint is None or not path.is_file():
             return cls()
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            found = cls(**values)
+            found = cls(**read_json(path))
         except (ValueError, TypeError) as error:
-            raise ValueError(f"{path}: {error}; correct it, or delete it and give the options yourself") from error
+            said = str(error).removeprefix(f"{path}: ")
+            raise ValueError(f"{path}: {said}; correct it, or delete it and give the options yourself") from error
         for name, fits, wanted in (
             ("labels", _is_texts(found.labels), "an object of class and text"),
             ("frames", found.frames is None or _is_count(found.frames), "a number of at least 1, or null"),

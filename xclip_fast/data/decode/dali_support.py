@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 
-from .video import Video
+from .video import DamagedPlan, Video
 
 INSTALL = "pip install nvidia-dali-cuda130"
 
@@ -34,9 +34,13 @@ def supported(video: Video, *, gpu: bool = True, exact_colour: bool = False, lar
 
     `gpu=False` asks about DALI's CPU operators (VP9 and MJPEG), which the tests run. `largest_file`: in bytes.
     """
-    codecs, plan = _CODECS[gpu], video.plan
+    codecs = _CODECS[gpu]
     if video.error is not None:
         return f"has an error: {video.error}"
+    try:
+        plan = video.plan
+    except DamagedPlan as error:
+        return f"damaged: {error}"
     if video.codec not in codecs:
         return f"codec: {video.codec or 'unknown'}, and only {' and '.join(codecs)} are known to come out right"
     if video.pix_fmt not in ("yuv420p", "yuvj420p"):

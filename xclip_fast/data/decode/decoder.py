@@ -30,11 +30,13 @@ from av.video.reformatter import VideoReformatter
 from ..sampling import Sampling, frame_indices
 from ..transforms import TestTransform, View, apply_frame
 from .picture import EXACT_COLOUR, Upright
-from .plan import Plan, Source, VideoError, all_frames, as_source, by_plan, log, make_plan, open_video, still_fits
+from .plan import Plan, by_plan, make_plan, still_fits
+from .reading import ReadError, Source, VideoError, all_frames, as_source, log, open_video
 from .windows import Video, Window, decode_span, decode_windows
 
 __all__ = [
     "Plan",
+    "ReadError",
     "Source",
     "VideoError",
     "VideoInfo",
@@ -105,8 +107,7 @@ def decode(
 
     def draw(picture_HWC: np.ndarray, places: list[int]) -> None:
         height, width = picture_HWC.shape[:2]  # which may change within a video
-        view = View(np.empty(0, np.int64), transform.boxes(width, height)[0], size)
-        apply_frame(view, picture_HWC, out[places[0]])
+        apply_frame(transform.crops_of(width, height)[0], picture_HWC, out[places[0]])
         for place in places[1:]:
             out[place] = out[places[0]]
 
@@ -232,13 +233,15 @@ def probe(path: Video) -> VideoInfo:
     """
     source = as_source(path)
     with open_video(source) as (container, stream):
-        plan = make_plan(container, stream)
+        plan = make_plan(container, stream, verify=True)
     with open_video(source) as (container, stream):
         codec = stream.codec_context.codec.canonical_name
         frames = all_frames(container, stream)
         first = next(frames, None)
         if first is None:
             raise VideoError(f"{source}: no frame can be decoded ({codec})")
+        if plan is not None and first.pts != plan.pts[0]:
+            plan = None  # what the packets promise is not what a decode yields
         height, width = Upright()(first, np.empty((first.height, first.width, 1))).shape[:2]
         times = plan.pts if plan else [first.pts, *(frame.pts for frame in frames)]
         count, known = len(times), [time for time in times if time is not None]

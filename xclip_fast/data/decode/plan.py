@@ -1,4 +1,4 @@
-"""One video file: opening it, reading its packets, and the plan that gets single frames out of it.
+"""The plan that gets single frames out of one video file.
 
 Reading the packets without decoding them tells, for each frame, the keyframe to start from. With that plan a frame
 costs one seek and the frames since its keyframe, less those that nothing refers to. A plan can be stored and used
@@ -7,32 +7,26 @@ again; then the packets need not be read through, which takes the whole file.
 
 from __future__ import annotations
 
-import logging
 import os
 from bisect import bisect_left
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain, dropwhile, groupby
-from pathlib import Path
 
 import av
 from av.container import InputContainer
-from av.stream import Disposition
+from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
-log = logging.getLogger("xclip_fast.data.decode")
+from .fields import may_hold_fields
+from .reading import Source, VideoError, lacks_memory, limit, name_of, packets_of
 
 # Codecs with one packet per frame, in containers that keep presentation times. Others are decoded from end to end.
 _CODECS = {"av1", "h264", "hevc", "mjpeg", "mpeg4", "vp9"}
 _CONTAINERS = {"avi", "flv", "matroska", "mov", "mpegts"}
 _SKIP_UNREFERENCED = {"h264", "hevc", "mpeg4"}  # VP9 and AV1 carry entropy state across frames that show nothing else
 _MPEG4_PICTURE = b"\0\0\1\xb6"
-
-
-class VideoError(ValueError):
-    """A video file that cannot be used. One line: the file and what is wrong with it."""
 
 
 @dataclass(frozen=True)
@@ -45,150 +39,6 @@ class Plan:
     keyframes: list[tuple[int, int]]
 
 
-@dataclass(frozen=True)
-class Source:
-    """Where a video is: a file, or with `offset` and `size` (bytes) a member of an uncompressed tar file.
-
-    `plan`: one made before (`probe`), to save reading all packets. `size` without `offset` is the size the file had
-    then; if it has another now, or does not behave as planned, it is planned anew. Give it: without, an mp4 is known by
-    its index, but of other containers a changed file of equal timing would pass, with the frames of those times.
-    """
-
-    path: str
-    offset: int | None = None
-    size: int | None = None
-    plan: Plan | None = field(default=None, repr=False)
-
-    def __str__(self) -> str:
-        """For people: unprintable characters escaped, so that it fits on a line and any terminal."""
-        name = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in self.path)
-        return name if self.offset is None else f"{name} (byte {self.offset})"
-
-
-def as_source(path: str | os.PathLike[str] | Source) -> Source:
-    return path if isinstance(path, Source) else Source(os.fspath(path))
-
-
-@contextmanager
-def open_video(path: str | os.PathLike[str] | Source, threads: int = 1) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """The container and its video stream. Every FFmpeg error inside leaves as a VideoError."""
-    source = as_source(path)
-    # A text file may read as a playlist: "file:" and the white list keep FFmpeg from fetching what it names.
-    url, protocols = f"file:{source.path}", "file"
-    _check_file(source)
-    if source.offset is not None and source.size is not None:
-        # Read by FFmpeg itself, without Python in between. A comma in the file's name does no harm after the ",,:".
-        url, protocols = f"subfile,,start,{source.offset},end,{source.offset + source.size},,:{url}", "file,subfile"
-    try:
-        container = av.open(
-            url,
-            options={"protocol_whitelist": protocols, "fflags": "+discardcorrupt"},
-            metadata_errors="replace",  # titles are in any encoding
-        )
-    except (av.FFmpegError, OSError) as error:
-        raise VideoError(f"{source}: cannot be opened as a video ({reason(error)})") from error
-    try:
-        if is_picture(container):
-            raise VideoError(f"{source}: is a picture, not a video")
-        videos = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
-        if not videos or container.format.name == "tty":  # FFmpeg "plays" any text as a terminal session
-            kinds: list[str] = sorted({s.type for s in container.streams if s.type != "video"})
-            raise VideoError(f"{source}: has no video stream (only: {', '.join(kinds) or 'text or a cover picture'})")
-        best = container.streams.best("video")
-        stream = best if isinstance(best, VideoStream) and best in videos else videos[0]
-        if stream.codec_context is None:
-            raise VideoError(f"{source}: this build of FFmpeg has no decoder for its video codec")
-        stream.codec_context.thread_count = threads
-        if threads != 1:
-            stream.thread_type = "AUTO"
-        yield container, stream
-    except (av.FFmpegError, OSError) as error:
-        raise VideoError(f"{source}: cannot be read ({reason(error)})") from error
-    finally:
-        container.close()
-
-
-def is_picture(container: InputContainer) -> bool:
-    """Whether this is a file format of still pictures, which FFmpeg would play as a video of one frame."""
-    name = container.format.name
-    still = container.metadata.get("major_brand") in ("avif", "heic", "heix", "mif1")  # they share MP4's form
-    return still or name == "image2" or name.endswith("_pipe")
-
-
-def _check_file(source: Source) -> None:
-    file = Path(source.path)
-    if "\0" in source.path:
-        raise VideoError(f"{source}: no file can have this name")
-    if file.is_dir():
-        raise VideoError(f"{source}: is a directory, not a video file")
-    if not file.exists():
-        raise VideoError(f"{source}: no such file")
-    if not file.is_file():  # opening a pipe or a device could wait for ever
-        raise VideoError(f"{source}: is not a regular file")
-    length = file.stat().st_size
-    if not length or (source.size == 0 and source.offset is not None):
-        raise VideoError(f"{source}: is empty (zero bytes)")
-    if source.offset is not None:
-        _check_member(source, length)
-
-
-def _check_member(source: Source, length: int) -> None:
-    """Refuse a tar member that is plainly no longer where it was."""
-    if source.size is None or source.offset is None or source.offset < 0 or source.size < 0:
-        raise ValueError(f"{source}: a member of a tar file needs an offset and a size; got size {source.size}")
-    if source.offset + source.size > length:
-        raise VideoError(
-            f"{source}: the tar file ends before this member does; it is cut off, or changed: index it again"
-        )
-    try:
-        with open(source.path, "rb") as file:
-            file.seek(max(0, source.offset - 512))
-            header = file.read(512)
-    except OSError as error:
-        raise VideoError(f"{source}: cannot be opened as a video ({reason(error)})") from error
-    digits = header[124:136].strip(b"\0 ")  # octal; other forms, for huge members, are taken as they are
-    if header[257:262] == b"ustar" and digits.isdigit() and int(digits, 8) != source.size:
-        raise VideoError(f"{source}: the tar file has another member in this place; it has changed: index it again")
-
-
-def reason(error: Exception) -> str:
-    """FFmpeg's own words, without number and file name."""
-    return getattr(error, "strerror", None) or str(error)
-
-
-def packets_of(container: InputContainer, stream: VideoStream) -> Iterator[av.Packet]:
-    """The stream's packets up to the end of the file, or to where it cannot be read further."""
-    packets = container.demux(stream)
-    try:
-        while True:
-            try:
-                packet = next(packets)
-            except (StopIteration, av.EOFError):
-                return
-            except av.FFmpegError as error:
-                log.warning("%s: %s; using the frames before that", _name(container), reason(error))
-                return
-            if packet.size:  # PyAV ends with an empty packet
-                yield packet
-    finally:
-        packets.close()  # type: ignore[attr-defined]  # left to the garbage collector, PyAV leaks 150 bytes
-
-
-def all_frames(container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
-    """Every frame, by decoding from end to end. A packet that fails to decode is passed over."""
-    for packet in chain(packets_of(container, stream), (None,)):  # None drains the decoder
-        try:
-            frames = stream.codec_context.decode(packet)
-        except av.FFmpegError as error:
-            log.info("%s: %s; packet passed over", _name(container), reason(error))
-            continue
-        yield from frames
-
-
-def _name(container: InputContainer) -> str:
-    return str(Source(container.name.rpartition(",,:")[2].removeprefix("file:")))
-
-
 def can_plan(container: InputContainer, stream: VideoStream) -> bool:
     """Whether packets and frames match one to one, as far as the kinds of container and codec tell."""
     codec = stream.codec_context.codec.canonical_name
@@ -199,14 +49,32 @@ def can_plan(container: InputContainer, stream: VideoStream) -> bool:
     return not ("avi" in formats and codec in ("h264", "hevc") and stream.codec_context.has_b_frames)
 
 
-def make_plan(container: InputContainer, stream: VideoStream) -> Plan | None:
-    """Read all packets, decode none. None where packets and frames need not match one to one."""
+def make_plan(container: InputContainer, stream: VideoStream, verify: bool = False) -> Plan | None:
+    """Reads all packets, decodes none. None where packets and frames need not match one to one.
+
+    A packet of interlaced H.264 may be a frame or one of its two fields. `verify` decodes such a stream, and gives the
+    plan if every packet gave the frame that it stands for. Without `verify` such a stream has no plan.
+
+    Raises VideoError for more than XCLIP_FAST_MAX_FRAMES packets.
+    """
     if not can_plan(container, stream):
         return None
-    codec = stream.codec_context.codec.canonical_name
+    context, most = stream.codec_context, limit("XCLIP_FAST_MAX_FRAMES")
+    codec = context.codec.canonical_name
+    check = codec == "h264" and may_hold_fields(context.extradata)
+    if check and not verify:
+        return None
+    decoded: list[int | None] = []
     keyframes: list[tuple[int, int]] = []
     frames: list[tuple[int, int]] = []
     for packet in packets_of(container, stream):
+        if len(frames) >= most:
+            raise VideoError(
+                f"{name_of(container)}: has more than {most} frames; the environment variable XCLIP_FAST_MAX_FRAMES "
+                "allows more"
+            )
+        if check:
+            decoded += _times(context, packet)
         if packet.pts is None or (codec == "mpeg4" and not _holds_one_picture(packet)):
             return None
         if packet.is_keyframe:
@@ -223,7 +91,19 @@ def make_plan(container: InputContainer, stream: VideoStream) -> Plan | None:
     pts = [time for time, _ in frames]
     if not pts or len(set(pts)) < len(pts) or len({key for key, _ in keyframes}) < len(keyframes):
         return None
+    if check and decoded + _times(context, None) != pts:
+        return None
     return Plan(pts, [start for _, start in frames], keyframes)
+
+
+def _times(context: VideoCodecContext, packet: av.Packet | None) -> list[int | None]:
+    """When the frames are shown that the decoder gives for this packet."""
+    try:
+        return [frame.pts for frame in context.decode(packet)]
+    except av.FFmpegError as error:
+        if lacks_memory(error):
+            raise
+        return []
 
 
 def _holds_one_picture(packet: av.Packet) -> bool:
@@ -289,7 +169,9 @@ def planned_frames(
                 to_send -= wanted
                 if not to_send and packet is not None and targets.keys() - {frame.pts for frame in frames}:
                     frames += context.decode(None)  # no need to feed it packets until it gives the last
-            except av.FFmpegError:
+            except av.FFmpegError as error:
+                if lacks_memory(error):
+                    raise
                 return False
             for frame in frames:
                 if frame.pts is None or (frame.is_corrupt and frame.pts >= plan.keyframes[start][0]):

@@ -22,20 +22,10 @@ from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 
 from ..sampling import Sampling, frame_indices
-from ..transforms import TestTransform, View, apply_frame
+from ..transforms import TestTransform, apply_frame
 from .picture import EXACT_COLOUR, Upright
-from .plan import (
-    Plan,
-    Source,
-    VideoError,
-    all_frames,
-    as_source,
-    log,
-    make_plan,
-    open_video,
-    planned_frames,
-    still_fits,
-)
+from .plan import Plan, make_plan, planned_frames, still_fits
+from .reading import Source, VideoError, all_frames, as_source, log, open_video
 
 Video = str | os.PathLike[str] | Source
 
@@ -232,7 +222,7 @@ class _Job:
             rgb = reformatter.reformat(frame, format="rgb24", interpolation=EXACT_COLOUR, threads=1)
             picture_HWC = upright(frame, rgb.to_ndarray())
             height, width = picture_HWC.shape[:2]
-            view = View(np.empty(0, np.int64), self.test.boxes(width, height)[0], self.size)
+            view = self.test.crops_of(width, height)[0]
             held[number] = np.empty((self.size, self.size, 3), np.uint8)
             apply_frame(view, picture_HWC, held[number])
             while place < len(wanted) and all(int(each) in held for each in wanted[place][1]):

@@ -5,7 +5,6 @@ Sizes: B videos, V views, T frames, S pixels a side.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -53,14 +52,3 @@ class Report:
         parts = [f"{self.names[row]}: {self.bad[row]}" for row in sorted(self.bad)[:_SHOWN]]
         more = len(self.bad) - len(parts)
         return "; ".join(parts) + (f"; and {more} more" if more else "")
-
-    @staticmethod
-    def merged(reports: Iterable[Report]) -> Report:
-        """The report of all ranks together."""
-        whole = Report(0)
-        for report in reports:
-            whole.total += report.total
-            whole.delivered += report.delivered
-            whole.bad.update(report.bad)
-            whole.names.update(report.names)
-        return whole

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from ..decode.plan import Source
+    from ..decode.reading import Source
     from ..decode.video import Video
     from ..transforms import View
 

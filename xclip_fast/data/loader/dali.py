@@ -26,6 +26,7 @@ import torch
 
 from ..decode.dali_support import container, missing, require, supported
 from ..decode.decoder import VideoError, decode_views
+from ..decode.video import DamagedPlan
 from ..manifest.manifest import Manifest
 from ..sampling import sample_rng
 from ..transforms import View
@@ -203,9 +204,9 @@ class _Epoch:
         if video.error is not None:
             raise VideoError(video.error)
         if self.routes[row] is None:
-            source = self.manifest.source(row)
+            path = os.path.join(self.manifest.root, video.path)
             try:
-                encoded = read_encoded(source.path, source.offset, video.size)
+                encoded = read_encoded(path, video.offset, video.size)
                 why = container(encoded[:8].tobytes())
                 if why is None:
                     return _Sample(inputs_of(encoded, self.views(row), video.colorspace))
@@ -215,7 +216,11 @@ class _Epoch:
         return self.decode(row)
 
     def decode(self, row: int, _: object = None) -> _Sample:
-        return _Sample(pixels_VTSSC=decode_views(self.manifest.source(row), self.views(row)))
+        try:
+            source = self.manifest.source(row)
+        except DamagedPlan as error:
+            raise VideoError(str(error)) from error
+        return _Sample(pixels_VTSSC=decode_views(source, self.views(row)))
 
     def decode_when_ready(self, samples: list[Job]) -> Job:
         """A job of the engines that is handed out when the last of these is done."""
@@ -267,8 +272,8 @@ class _Epoch:
     def collect(self, place: int, job: Job, pixels: dict[int, np.ndarray], bad: dict[int, str]) -> None:
         try:
             sample = self.readers.result(job)
-        except (VideoError, TimeoutError) as error:
-            bad[place] = str(error)
+        except (VideoError, TimeoutError, MemoryError) as error:
+            bad[place] = str(error) or "not enough memory to decode it"
         else:
             if sample.pixels_VTSSC is not None:
                 pixels[place] = sample.pixels_VTSSC

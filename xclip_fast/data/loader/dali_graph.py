@@ -42,8 +42,9 @@ def make_pipeline(*, views: int, size: int, batch_size: int, threads: int, devic
     """The DALI pipeline, not built yet. `device_id=None`: the same graph of CPU operators.
 
     Fed by `run(**inputs)` with a list of arrays per input, one array per sample (U: different frames of the sample):
-    encoded uint8 (bytes,), frames int32 (U,) ascending, order int32 (V, T) into those, start and shape int32 (V, 2) as
-    (x, y), flip int32 (V,), colour float32 (V, 3, 4). Gives uint8 (T, S, S, 3) per sample, (V, T, S, S, 3) for V > 1.
+    encoded uint8 (bytes,), frames int32 (U,) ascending, order int32 (V, T) into those; start, shape and corner int32
+    (V, 2) as (x, y); scaled float32 (V, 2) as (height, width); flip int32 (V,), color float32 (V, 3, 4).
+    Gives uint8 (T, S, S, 3) per sample, (V, T, S, S, 3) for V > 1.
 
     The union of all views' frames is decoded once, and each view is a branch: three crops of four clips would otherwise
     decode and seek three times over.
@@ -64,6 +65,8 @@ def make_pipeline(*, views: int, size: int, batch_size: int, threads: int, devic
         order = fn.external_source(name="order", ndim=2, dtype=types.INT32)
         start = fn.external_source(name="start", ndim=2, dtype=types.INT32)
         shape = fn.external_source(name="shape", ndim=2, dtype=types.INT32)
+        scaled = fn.external_source(name="scaled", ndim=2, dtype=types.FLOAT)
+        corner = fn.external_source(name="corner", ndim=2, dtype=types.INT32)
         flip = fn.external_source(name="flip", ndim=1, dtype=types.INT32)
         colour = fn.external_source(name="colour", ndim=3, dtype=types.FLOAT)
         video = fn.decoders.video(
@@ -78,8 +81,9 @@ def make_pipeline(*, views: int, size: int, batch_size: int, threads: int, devic
         for view in range(views):
             x = fn.slice(video, start[view], shape[view], axis_names="WH")
             x = fn.sequence_rearrange(x, new_order=order[view])
+            x = fn.resize(x, size=scaled[view], interp_type=types.INTERP_LINEAR, antialias=False, dtype=types.FLOAT)
+            x = fn.slice(x, corner[view], [size, size], axis_names="WH")
             x = fn.flip(x, horizontal=flip[view])
-            x = fn.resize(x, size=[size, size], interp_type=types.INTERP_LINEAR, antialias=False, dtype=types.FLOAT)
             # Rounded once, at the end: a rounding before the colours would be off by what they amplify.
             done.append(fn.cast(fn.coord_transform(x, MT=colour[view]), dtype=types.UINT8))
         return done[0] if views == 1 else fn.stack(*done, axis=0)
@@ -97,6 +101,8 @@ def inputs_of(encoded: np.ndarray, views: Sequence[View], colorspace: int) -> di
         "order": order.reshape(len(views), -1).astype(np.int32),
         "start": boxes[:, :2].copy(),
         "shape": boxes[:, 2:].copy(),
+        "scaled": np.array([view.resized[::-1] for view in views], np.float32),
+        "corner": np.array([view.corner for view in views], np.int32),
         "flip": np.array([view.flip for view in views], np.int32),
         "colour": np.stack([colour_of(view, colorspace) for view in views]),
     }
@@ -111,8 +117,11 @@ def read_encoded(path: str, offset: int | None, size: int) -> np.ndarray:
     if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
         raise OSError(f"{path}: is not a regular file")
     with open(path, "rb", buffering=0) as file:
-        if offset is None and os.fstat(file.fileno()).st_size != size:
+        length = os.fstat(file.fileno()).st_size
+        if offset is None and length != size:
             raise OSError(f"{path}: no longer has the {size} bytes that it had when indexed")
+        if (offset or 0) + size > length:
+            raise OSError(f"{path}: ends at byte {length}, before the video that was indexed in it")
         file.seek(offset or 0)
         encoded, done = np.empty(size, np.uint8), 0
         room = memoryview(encoded)  # type: ignore[arg-type]

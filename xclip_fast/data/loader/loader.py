@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import hashlib
 import logging
+import math
 import os
 import weakref
 from collections.abc import Generator, Iterator
@@ -27,7 +28,7 @@ from ..manifest.manifest import Manifest
 from ..sampling import epoch_batches, epoch_order, sample_rng
 from .batches import Batch, DataError, Report
 from .cache import FrameCache
-from .workers import Decode, Decoder, Task, Workers
+from .workers import Decode, Decoder, Task, Workers, check_shared_memory
 
 log = logging.getLogger(__name__)
 
@@ -71,13 +72,15 @@ def loader(
             prefetching, and without protection from files that crash or hang the decoder.
         prefetch: batches that each worker has ready or in the making, at most. Bounds the memory.
         cache, cache_bytes: folder of decoded frames and its limit in bytes; see `FrameCache`.
-        max_bad: share of the data, counted in distinct videos, that may turn out bad before DataError is raised. What
-            the index found bad counts too. An evaluation may take 1.0 and say "n of m" (`Report.summary`).
+        max_bad: share of the usable videos that may turn out bad before DataError is raised; one always may, unless
+            it is 0. Videos that the index found bad are never tried and don't count. An evaluation may take 1.0 and
+            say "n of m" (`Report.summary`).
         timeout: seconds that one video may take. Longer means that the decoder hangs.
         decode: another function than `decode.decode_views`; with it nothing is cached.
 
     Raises:
         ValueError: for a bad argument. ImportError: for decoder="dali" without DALI. DataError: see `max_bad`.
+        RuntimeError: if /dev/shm cannot hold a batch.
     """
     if not isinstance(manifest, Manifest):
         manifest = Manifest.read(manifest)
@@ -106,6 +109,9 @@ def loader(
         log.info("videos are decoded on the CPU: %s", refused)
     if workers is None or threads is None:
         workers, threads = _shares(workers, threads)
+    dali = decoder != "cpu" and not refused
+    if not dali:
+        check_shared_memory(batch_size * math.prod(_sample_shape(transform)), workers, prefetch)
     kept = FrameCache(cache, cache_bytes) if cache is not None and decode is None else None
     make = Decoder(transform, seed, _sample_shape(transform), threads, workers, kept, decode)
     return Loader(
@@ -113,7 +119,7 @@ def loader(
         batch_size,
         Workers(make, workers, prefetch, place.type == "cuda", timeout),
         device=place,
-        dali=decoder != "cpu" and not refused,
+        dali=dali,
         shuffle=shuffle,
         rank=rank,
         world=world,
@@ -154,9 +160,10 @@ class Loader:
         self._routes: dict[int, str | None] = {}  # which videos DALI leaves to the CPU, and why
         self._told: set[str] = set()
         self._reasons: dict[tuple[str, str | None], str] = {}  # of videos found bad: (path, member) -> reason
-        self._distinct = len({(video.path, video.member) for video in manifest.videos})
+        self._distinct = len({self._identify(row) for row in self._usable.tolist()})
         self.report = Report(0)
-        self._enter(manifest.bad)
+        self._enter(manifest.bad, check=False)
+        self._of_index = len(self._reasons)
         self._new_report(self._batches(0))
         weakref.finalize(self, workers.close)
 
@@ -340,11 +347,13 @@ class Loader:
         return len(self._reasons) > before
 
     def _check(self) -> None:
-        if len(self._reasons) > self._max_bad * self._distinct:
+        found = len(self._reasons) - self._of_index
+        if found > max(1 if self._max_bad else 0, self._max_bad * self._distinct):
             raise DataError(
-                f"{len(self._reasons)} of {self._distinct} videos cannot be used, more than the {self._max_bad:.1%} "
-                f"that max_bad allows: {self.report.listed()}. Is the data folder complete, and where the manifest "
-                f"says ({self.manifest.root})? If so, index it again, and raise max_bad to go on without these videos"
+                f"{found} of {self._distinct} videos could not be read, more than the {self._max_bad:.1%} that max_bad "
+                f"allows: {self.report.listed()}. Check that the data folder is complete and lies at "
+                f"{self.manifest.root}. Run `xclip-fast index` again: videos that it lists as bad are left out. "
+                "max_bad allows more"
             )
 
 

@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, get_worker_info
 
-from ..decode.video import one_line
+from ..decode.video import DamagedPlan, one_line
 from ..manifest.manifest import Manifest
 from ..sampling import sample_rng
 from .cache import FrameCache
@@ -186,7 +186,7 @@ class Decoder:
                 self.cache.decode_views(source, views, video=video, out=out)
             else:
                 (self.decode or decode_views)(source, views, out=out)
-        except (VideoError, IndexError, OSError, MemoryError) as error:
+        except (VideoError, DamagedPlan, IndexError, OSError, MemoryError) as error:
             return one_line(str(error).removeprefix(f"{source}: ")) or type(error).__name__
         return ""
 
@@ -418,6 +418,35 @@ class _Feed:
 
 
 _TROUBLE = (RuntimeError, OSError, EOFError, AssertionError)
+
+
+def check_shared_memory(batch: int, workers: int, prefetch: int) -> None:
+    """Says at the start if /dev/shm cannot hold the batches that workers hand over, `batch` bytes each.
+
+    Raises RuntimeError if it cannot hold one; else logs a warning if it cannot hold all that may wait at once.
+    """
+    if not workers or not os.path.isdir("/dev/shm"):
+        return
+    free = shutil.disk_usage("/dev/shm").free
+    wanted = batch * (workers * prefetch + 1)
+    if wanted <= free:
+        return
+    mend = (
+        "give the container more (docker run --shm-size=8g, or --ipc=host), or take a smaller batch, fewer workers or "
+        "prefetch=1; workers=0 needs none"
+    )
+    if batch > free:
+        raise RuntimeError(
+            f"a batch takes {batch >> 20} MiB, and /dev/shm, by which workers hand it over, has {free >> 20} MiB free: "
+            f"{mend}"
+        )
+    log.warning(
+        "%d batches of %d MiB may wait at once in /dev/shm, which has %d MiB free. If it fills up, the workers die: %s",
+        workers * prefetch + 1,
+        batch >> 20,
+        free >> 20,
+        mend,
+    )
 
 
 def context() -> Any:

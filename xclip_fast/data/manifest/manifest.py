@@ -2,7 +2,7 @@
 
 A manifest is a text file of JSON lines. The first line is a header, and each line after it is a video:
 
-    {"xclip_fast_manifest": 1, "root": ".", "classes": ["archery", "bowling"]}
+    {"xclip_fast_manifest": 2, "root": ".", "classes": ["archery", "bowling"]}
     {"path": "archery/a.mp4", "label": 0, "size": 51230, "mtime_ns": 1763880000000000000, "frames": 300, ...}
 
 `index` makes one from a folder or a list. A video that cannot be used is a line too, with an `error` that says why.
@@ -27,17 +27,20 @@ from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 import numpy as np
 
-from ..decode.video import Video, one_line, printable, video_name
+from ..decode.video import DamagedPlan, Video, one_line, printable, video_name
 from .listing import Entry
 from .probing import file_status, look_all, real_folder
 from .sources import Labels, read_source
 
 if TYPE_CHECKING:  # plan imports PyAV, which a manifest can do without
-    from ..decode.plan import Source
+    from ..decode.reading import Source
 
 log = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
+_READABLE = (1, 2)
+"""Version 1 took a read error for the end of a file, and a packet of field-coded video for a frame. Its decoding plans
+are not used, and `index` looks at its videos again."""
 
 
 _DEFAULTS = {field.name: field.default for field in fields(Video)}
@@ -48,11 +51,15 @@ _COUNTS = {"offset", "size", "frames", "width", "height"}
 
 @dataclass(frozen=True)
 class Manifest:
-    """The videos of a data set, below one folder `root`, and the names of their classes. Immutable."""
+    """The videos of a data set, below one folder `root`, and the names of their classes. Immutable.
+
+    `version`: of the file it was read from.
+    """
 
     root: Path
     classes: tuple[str, ...]
     videos: tuple[Video, ...]
+    version: int = VERSION
 
     def __len__(self) -> int:
         return len(self.videos)
@@ -67,9 +74,17 @@ class Manifest:
         with open(path, "rb") as file:
             header = _header(path, file.readline())
             videos = tuple(_rows(path, enumerate(file, 2), len(header["classes"])))
+        version = header["xclip_fast_manifest"]
+        if version < VERSION:
+            videos = tuple(replace(video, packed=None) for video in videos)
+            log.warning(
+                "%s: was made by an earlier version. Its decoding plans are not used, and decoding is slower, until "
+                "`xclip-fast index` is run again",
+                path,
+            )
         if root is None:  # a relative one is seen from where the file really is
             root = os.path.join(os.path.dirname(os.path.realpath(path)), header["root"])
-        return Manifest(Path(os.path.realpath(root)), tuple(header["classes"]), videos)
+        return Manifest(Path(os.path.realpath(root)), tuple(header["classes"]), videos, version)
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Write the file, whole or not at all. A root above or below it is stored relative to it, to be moved along."""
@@ -77,7 +92,7 @@ class Manifest:
         part = path.with_name(f".{path.name[:200]}.{os.getpid()}.{threading.get_ident()}.part")
         try:
             with open(part, "x", encoding="ascii") as file:
-                file.write(_dump({"xclip_fast_manifest": VERSION, "root": self._stored_root(path)}, self.classes))
+                file.write(_dump({"xclip_fast_manifest": self.version, "root": self._stored_root(path)}, self.classes))
                 file.writelines(_line(video) for video in self.videos)
                 file.flush()
                 os.fsync(file.fileno())
@@ -93,7 +108,7 @@ class Manifest:
 
     def source(self, row: int) -> Source:
         """What the decoder opens for this row. Raises ValueError for a row with an error."""
-        from ..decode.plan import Source
+        from ..decode.reading import Source
 
         video = self.videos[row]
         if video.error is not None:
@@ -135,15 +150,14 @@ class Manifest:
         """A manifest of these rows, in this order, with the same classes."""
         return replace(self, videos=tuple(self.videos[int(row)] for row in rows))
 
-    def with_error(self, row: int, reason: str) -> Manifest:
-        """The same manifest with this row marked as one that cannot be used."""
-        return self.with_errors({row: reason})
-
     def with_errors(self, bad: Mapping[int, str]) -> Manifest:
-        """The same manifest with these rows marked as ones that cannot be used, and why."""
+        """The same manifest with these rows marked as ones that cannot be used, and why.
+
+        An index that reuses them looks at these files again.
+        """
         videos = list(self.videos)
         for row, reason in bad.items():
-            videos[row] = replace(videos[row], error=one_line(reason))
+            videos[row] = replace(videos[row], error=one_line(reason), mtime_ns=0)
         return replace(self, videos=tuple(videos))
 
 
@@ -162,8 +176,11 @@ def _header(path: Path, line: bytes) -> dict[str, Any]:
         version = header["xclip_fast_manifest"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: is not a manifest; make one with `xclip-fast index`") from error
-    if version != VERSION:
-        raise ValueError(f"{path}: is a manifest of version {version}, and this reads version {VERSION}; index anew")
+    if version not in _READABLE:
+        raise ValueError(
+            f"{path}: is a manifest of version {version!r}; this program reads {' and '.join(map(str, _READABLE))}. "
+            "Make it again with `xclip-fast index`"
+        )
     classes = header.get("classes")
     if not isinstance(header.get("root"), str) or not isinstance(classes, list):
         raise ValueError(f"{path}: the header needs a root and classes; index anew")
@@ -192,8 +209,8 @@ def _video(row: Any) -> Video:
         if type(value) not in kinds:
             wanted = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
             raise ValueError(f"{name} is {value!r}; wanted is {wanted}")
-        if name in _COUNTS and value is not None and value < 0:
-            raise ValueError(f"{name} is {value}; it must not be negative")
+        if name in _COUNTS and value is not None and not 0 <= value < 2**62:
+            raise ValueError(f"{name} is {value}; it must be at least 0 and below 2**62")
     return Video(**row)
 
 
@@ -317,6 +334,8 @@ def _known(reuse: Sequence[str | os.PathLike[str] | Manifest], partial: Path) ->
     known: dict[_Key, Video] = {}
     for each in reuse:
         manifest = each if isinstance(each, Manifest) else Manifest.read(each)
+        if manifest.version < VERSION:
+            continue
         known.update((_key(str(manifest.root), video), video) for video in manifest.videos)
     root = ""
     for line in partial.open("rb") if partial.exists() else ():
@@ -349,6 +368,10 @@ def _still_true(
 
 def _unchanged(root: str, wanted: Video, row: Video, follow_links: bool) -> bool:
     if not row.mtime_ns or (row.error is None and not row.frames):
+        return False
+    try:
+        row.plan  # noqa: B018  damaged, the row is no fact
+    except DamagedPlan:
         return False
     try:
         status = file_status(root, wanted.path, follow_links)

@@ -23,8 +23,12 @@ _FACTS = ("frames", "width", "height", "codec", "pix_fmt", "rotation", "duration
 
 
 def look(root: str, row: Video, follow_links: bool) -> Video:
-    """The row with what there is to know about its file, or with an error. `root` has no symbolic links."""
-    from ..decode.plan import Source, VideoError
+    """The row with what there is to know about its file, or with an error. `root` has no symbolic links.
+
+    What is not a fact about the file (an I/O error, a lack of memory, an error of this program) leaves `mtime_ns` at 0:
+    the next index looks at the file again.
+    """
+    from ..decode.reading import ReadError, Source, VideoError
 
     source = Source(os.path.join(root, row.path), row.offset, row.size if row.offset is not None else None)
     try:
@@ -33,11 +37,14 @@ def look(root: str, row: Video, follow_links: bool) -> Video:
         info = _probe(source)
         after = os.stat(source.path)
     except VideoError as error:
-        return replace(row, error=one_line(str(error).removeprefix(f"{source}: ")))
+        passing = isinstance(error, ReadError)
+        text = one_line(str(error).removeprefix(f"{source}: "))
+        return replace(row, error=text, mtime_ns=0 if passing else row.mtime_ns)
     except FileNotFoundError:
         return replace(row, error="no such file", mtime_ns=0)
     except Exception as error:  # whatever one odd file in a million brings up, the others are to be looked at
-        return replace(row, error=one_line(getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"))
+        text = one_line(getattr(error, "strerror", None) or f"{type(error).__name__}: {error}")
+        return replace(row, error=text, mtime_ns=0)
     if (after.st_mtime_ns, after.st_size) != (before.st_mtime_ns, before.st_size):
         return replace(row, error="changed while it was read; index again", mtime_ns=0)
     facts: dict[str, Any] = {name: getattr(info, name) for name in _FACTS}
@@ -52,7 +59,7 @@ def _probe(source: Any) -> Any:
 
 def file_status(root: str, path: str, follow_links: bool) -> os.stat_result:
     """What the file system says of the file below the root. Raises VideoError if links lead out of the root."""
-    from ..decode.plan import VideoError
+    from ..decode.reading import VideoError
 
     whole = os.path.join(root, path)
     status = os.lstat(whole)

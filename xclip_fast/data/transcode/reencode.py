@@ -17,7 +17,7 @@ from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoRef
 from av.video.stream import VideoStream
 
 from ..decode.picture import Upright
-from ..decode.plan import Source, VideoError, open_video, reason
+from ..decode.reading import Source, VideoError, open_video, reason
 
 PRESETS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow", "placebo")
 _BT601 = 6  # FFmpeg's AVCOL_SPC_SMPTE170M

@@ -17,11 +17,11 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import av
 
-from ..decode.plan import Source, VideoError
+from ..decode.reading import Source, VideoError
 from ..manifest.listing import VIDEO_NAME
 from .reencode import CannotWrite, Settings, add_note, check, reencode
 
@@ -33,6 +33,10 @@ except ImportError:  # not on Windows: what a killed run leaves there stays unti
 _PARTS = ".transcoding"  # files being written, in the out folder; each is locked by the run that writes it
 _MAKER = "xclip-fast transcode"
 _HOPELESS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}  # no file after this one would fare better
+
+Purpose = Literal["any", "training"]
+KEYFRAME_EVERY: dict[str, int] = {"any": 12, "training": 1}
+"""Frames from one keyframe to the next, by what a copy is for. With 1, eight frames of a video cost eight frames."""
 
 
 @dataclass
@@ -56,12 +60,13 @@ def transcode(
     out: str | os.PathLike[str],
     *,
     short_side: int = 256,
-    keyframe_every: int = 12,
+    keyframe_every: int | None = None,
     crf: float = 20,
     preset: str = "veryfast",
     root: str | os.PathLike[str] | None = None,
     workers: int | None = None,
     overwrite: bool = False,
+    purpose: Purpose = "any",
     progress: Callable[[int, int], None] | None = None,
 ) -> Summary:
     """Write a fast copy of every video of a folder, or of these files, into the folder `out`.
@@ -72,13 +77,17 @@ def transcode(
     A copy appears when it is whole, so a run can be killed and started again: a copy at least as new as its source and
     made with the same settings is skipped, an older one is made anew. A file that this did not make, or made with other
     settings, is replaced only with `overwrite`; a source never, by whatever name or link. `crf` is x264's quality (18:
-    hard to tell from the source, 23: visibly softer), `preset` its effort. `workers` is the number of threads (default:
-    one per core). `progress(done, total)` is called after each source.
+    hard to tell from the source, 23: visibly softer), `preset` its effort. `purpose` sets `keyframe_every` where that
+    is not given: 12 for "any", 1 for "training" (every frame decodes by itself, for two to three times the bytes).
+    `workers` is the number of threads (default: one per core). `progress(done, total)` is called after each
+    source.
 
     A video that cannot be used is listed with the reason and does not stop the others. Raises ValueError for arguments
     that make no sense, FileNotFoundError for a missing folder, OSError where no file can be written (disk full).
     """
-    settings = Settings(short_side, keyframe_every, crf, preset)
+    if purpose not in KEYFRAME_EVERY:
+        raise ValueError(f"purpose is {purpose!r}; it must be one of {', '.join(KEYFRAME_EVERY)}")
+    settings = Settings(short_side, KEYFRAME_EVERY[purpose] if keyframe_every is None else keyframe_every, crf, preset)
     if workers is not None and workers < 1:
         raise ValueError(f"workers is {workers}; it must be at least 1")
     out = Path(out)

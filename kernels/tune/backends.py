@@ -1,8 +1,8 @@
 """Which backend is the fastest on this GPU: what ``python -m xclip_fast.kernels.tune --backends`` measures.
 
-Every backend of every op of the X-CLIP blocks, at their shapes, forward alone and with gradients, and every tile of the
-CUDA library's products. What computes something else than the reference does, in the sense of the tests, is said and
-left out. _choices.py reads what is written.
+Every backend of every op of a model's blocks, at its shapes, forward alone and with gradients, and every tile of the
+CUDA library's products. A backend that computes something else than the reference, in the sense of the tests, is
+reported and left out. _choices.py reads what is written.
 """
 
 import datetime
@@ -10,24 +10,23 @@ import functools
 import importlib.metadata
 import importlib.util
 import itertools
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import _choices, _cuda
-from ._arguments import Block
-from ._dispatch import OPS, Op, backend
-from .cct_block import fused
-from .cct_block.example import example
-from .quick_gelu import quick_gelu_reference
-from .tune import LENGTHS, ROWS, WIDTHS, boundaries
+from .. import _choices, _cuda
+from .._arguments import Block
+from .._dispatch import OPS, Op, backend
+from ..cct_block import fused
+from ..cct_block.example import example
+from ..quick_gelu import quick_gelu_reference
+from .shapes import Shape, boundaries
+from .tiles import failures, milliseconds
 
-FRAMES = (8, 64, 256)  # F: one video, batches of 8 and 32
-VIDEO_FRAMES = (8, 16)  # T
-IMAGES = ((224, 32), (224, 16), (224, 14), (336, 14))  # pixels a side, of a patch
-DTYPES = (torch.bfloat16, torch.float16)
+DTYPE = torch.bfloat16
 DEVICE = "cuda"
 EPS = 1e-5
 
@@ -53,21 +52,26 @@ def _is(**sizes: int) -> dict[str, list[int]]:
 # ---- the arguments, in float32
 
 
-def _patch_embed() -> Iterator[Case]:
-    for width, (side, patch), m in itertools.product(WIDTHS, IMAGES, FRAMES):
-        length = (side // patch) ** 2 + 1
+def _frames(shape: Shape, batches: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(shape.frames * batch for batch in batches)
+
+
+def _patch_embed(shape: Shape, batches: tuple[int, ...]) -> Iterator[Case]:
+    width, side, length = shape.width, shape.image, shape.tokens
+    for m in _frames(shape, batches):
         frames = torch.randint(256, (m, side, side, 3), dtype=torch.uint8, device=DEVICE)
-        weight = _normal(width, 3, patch, patch, scale=0.02)
+        weight = _normal(width, 3, shape.patch, shape.patch, scale=0.02)
         args = (frames, weight, _normal(width), _normal(length, width), *_norm(width), [0.45] * 3, [0.225] * 3, EPS)
-        yield {"m": boundaries(FRAMES, m), **_is(length=length, n=width, levels=1)}, args
+        yield {"m": boundaries(_frames(shape, batches), m), **_is(length=length, n=width, levels=1)}, args
 
 
-def _layer_norm() -> Iterator[Case]:
-    for width, m in itertools.product(WIDTHS, ROWS):
-        yield {"m": boundaries(ROWS, m), **_is(k=width)}, (_normal(m, width), *_norm(width), EPS)
+def _layer_norm(shape: Shape, batches: tuple[int, ...]) -> Iterator[Case]:
+    width, every = shape.width, shape.rows(batches)
+    for m in every:
+        yield {"m": boundaries(every, m), **_is(k=width)}, (_normal(m, width), *_norm(width), EPS)
 
 
-WORK: dict[str, Callable[[], Iterator[Case]]] = {
+WORK: dict[str, Callable[[Shape, tuple[int, ...]], Iterator[Case]]] = {
     "patch_embed": _patch_embed,
     "layer_norm": _layer_norm,
 }
@@ -82,12 +86,12 @@ SLOTS = {
 }
 
 
-def _blocks() -> Iterator[tuple[dict[str, list[Any]], Block]]:
+def _blocks(shape: Shape, batches: tuple[int, ...]) -> Iterator[tuple[dict[str, list[Any]], Block]]:
     """Where a row holds, and a block to measure it with: a candidate is timed in its place, beside the others."""
-    for width, length, frames, m in itertools.product(WIDTHS, LENGTHS, VIDEO_FRAMES, FRAMES):
-        count = -(-m // frames) * frames
-        where = {"m": boundaries(FRAMES, m), **_is(length=length + 1, k=width, heads=width // 64, frames=frames)}
-        yield where, example(count, length + 1, width, frames, device=DEVICE)
+    width, length, every = shape.width, shape.tokens + 1, _frames(shape, batches)
+    for m in every:
+        where = {"m": boundaries(every, m), **_is(length=length, k=width, heads=width // 64, frames=shape.frames)}
+        yield where, example(m, length, width, shape.frames, device=DEVICE)
 
 
 def _norm_linear(x: Tensor, weight: Tensor, bias: Tensor, tile: str) -> list[Tensor]:
@@ -136,79 +140,89 @@ TILE_WORK: dict[str, list[Product]] = {
 # ---- measuring
 
 
-def milliseconds(call: Callable[[], Any]) -> float:
-    """Median GPU time of a call, its data not in the cache."""
-    from triton.testing import do_bench
+def measure(
+    name: str, shape: Shape, batches: tuple[int, ...], deadline: float, say: Callable[[str], None]
+) -> tuple[list[dict[str, Any]], int]:
+    """The rows of one op, or of one product's tiles, and how many contenders were left out as wrong.
 
-    return float(do_bench(call, return_mode="median"))
-
-
-def measure(name: str, say: Callable[[str], None]) -> tuple[list[dict[str, Any]], int]:
-    """The rows of one op, or of one product's tiles, and how many contenders were left out as wrong."""
+    Nothing is begun after ``deadline`` (of ``time.monotonic``); a row has what was timed until then.
+    """
     rows, wrong = [], 0
     architecture = _choices.architecture(torch.empty(0, device=DEVICE))
-    for where, contenders, exact, baseline in _contests(name, say):
+    for where, contest in _contests(name, shape, batches, say):
+        if time.monotonic() >= deadline:
+            say(f"{name} {where}: the time is over")
+            break
+        try:
+            contenders, exact, baseline = contest()
+        except failures() as error:  # the float64 reference finds no memory
+            say(f"{name} {where}: is not measured: {_first_line(error)}")
+            continue
         found: dict[str, float] = {}
         for contender, call in contenders.items():
+            if found and time.monotonic() >= deadline:
+                break
             try:
                 got = call()
-            except RuntimeError as error:  # a tile that was not built, memory that is not there
-                say(f"{name} {where}: {contender} does not run: {(str(error) or 'RuntimeError').splitlines()[0]}")
-                continue
-            if not agrees(got, exact, baseline):
-                say(f"{name} {where}: {contender} COMPUTES SOMETHING ELSE, and is left out")
-                wrong += 1
-                continue
-            found[contender] = milliseconds(call)
+                if not agrees(got, exact, baseline):
+                    say(f"{name} {where}: {contender} COMPUTES SOMETHING ELSE, and is left out")
+                    wrong += 1
+                    continue
+                found[contender] = milliseconds(call)
+            except failures() as error:  # a tile that was not built, a kernel that does not fit, no memory
+                say(f"{name} {where}: {contender} does not run: {_first_line(error)}")
         if found:
             say(f"{name} {where}: " + ", ".join(f"{key} {found[key]:.4f} ms" for key in sorted(found, key=found.get)))  # type: ignore[arg-type]
             rows.append({"arch": architecture, "where": where, "milliseconds": found, "measured": provenance()})
     return rows, wrong
 
 
-Contest = tuple[dict[str, list[Any]], dict[str, Results], list[Tensor], list[Tensor]]
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _contests(name: str, say: Callable[[str], None]) -> Iterator[Contest]:
-    """Where a row holds; the contenders; the result in float64; the same in the dtype, by torch."""
-    for dtype in DTYPES:
-        if name in TILE_WORK:
-            yield from _tile_contests(name, dtype)
-            continue
+# the contenders; the result in float64; the same in the dtype, by torch
+Contest = tuple[dict[str, Results], list[Tensor], list[Tensor]]
+
+
+def _contests(
+    name: str, shape: Shape, batches: tuple[int, ...], say: Callable[[str], None]
+) -> Iterator[tuple[dict[str, list[Any]], Callable[[], Contest]]]:
+    """Where a row holds, and what makes its contest: inference first, then training."""
+    if name in TILE_WORK:
+        yield from _tile_contests(name, shape, batches)
+        return
+    where: dict[str, list[Any]]
+    for training in (False, True):
         if name in SLOTS:
-            for (where, block), slot, training in itertools.product(_blocks(), SLOTS[name], (False, True)):
-                yield _part_contest(name, slot, dtype, training, where, tuple(block), say)
+            for (bounds, block), slot in itertools.product(_blocks(shape, batches), SLOTS[name]):
+                with backend("fused"):
+                    own = fused.slots(fused.case_of(block, training))[slot][2]
+                where = {"dtype": [_name(DTYPE)] * 2, "training": [training] * 2, **bounds, **_is(**own)}
+                yield where, functools.partial(_part_contest, name, slot, training, where, tuple(block), say)
             continue
-        for where, args in WORK[name]():
-            for training in (False, True):
-                yield _op_contest(name, dtype, training, where, args, say)
+        for sizes, args in WORK[name](shape, batches):
+            where = {"dtype": [_name(DTYPE)] * 2, "training": [training] * 2, **sizes}
+            yield where, functools.partial(_op_contest, name, training, where, args, say)
 
 
 def _part_contest(
-    name: str,
-    slot: str,
-    dtype: torch.dtype,
-    training: bool,
-    where: dict[str, list[Any]],
-    args: tuple[Any, ...],
-    say: Callable[[str], None],
+    name: str, slot: str, training: bool, where: dict[str, list[Any]], args: tuple[Any, ...], say: Callable[[str], None]
 ) -> Contest:
-    op, given = OPS["cct_block"], _cast(args, dtype, training)
+    op, given = OPS["cct_block"], _cast(args, DTYPE, training)
     cotangent = torch.randn_like(_run(op, given, None)[0]) if training else None
     if cotangent is not None:
         cotangent[:, -1] = 0  # nobody reads the spare row
     exact = _run(op, _cast(given, torch.float64, training), None if cotangent is None else cotangent.double())
     with backend("fused"):
         case = fused.case_of(Block(*given), training)
-    part, _, sizes = fused.slots(case)[slot]
-    where = {"dtype": [_name(dtype)] * 2, "training": [training] * 2, **where, **_is(**sizes)}
     contenders: dict[str, Results] = {}
-    for candidate in part.candidates:
+    for candidate in fused.slots(case)[slot][0].candidates:
         if refused := candidate.refusal(case):
             say(f"{name} {where}: {candidate.name} refuses: {refused}")
         else:
             contenders[candidate.name] = functools.partial(_swapped, slot, op, given, cotangent, candidate.name)
-    return where, contenders, exact, _run(op, given, cotangent)
+    return contenders, exact, _run(op, given, cotangent)
 
 
 def _swapped(slot: str, op: Op, args: tuple[Any, ...], cotangent: Tensor | None, name: str) -> list[Tensor]:
@@ -217,15 +231,9 @@ def _swapped(slot: str, op: Op, args: tuple[Any, ...], cotangent: Tensor | None,
 
 
 def _op_contest(
-    name: str,
-    dtype: torch.dtype,
-    training: bool,
-    where: dict[str, list[Any]],
-    args: tuple[Any, ...],
-    say: Callable[[str], None],
+    name: str, training: bool, where: dict[str, list[Any]], args: tuple[Any, ...], say: Callable[[str], None]
 ) -> Contest:
-    op, where = OPS[name], {"dtype": [_name(dtype)] * 2, "training": [training] * 2, **where}
-    given = _cast(args, dtype, training)
+    op, given = OPS[name], _cast(args, DTYPE, training)
     cotangent = torch.randn_like(_run(op, given, None)[0]) if training else None
     exact = _run(op, _cast(given, torch.float64, training), None if cotangent is None else cotangent.double())
     contenders: dict[str, Results] = {}
@@ -236,17 +244,24 @@ def _op_contest(
             say(f"{name} {where}: {candidate.name} refuses: {refused}")
         else:
             contenders[candidate.name] = functools.partial(_run, op, given, cotangent, candidate.name)
-    return where, contenders, exact, _run(op, given, cotangent)
+    return contenders, exact, _run(op, given, cotangent)
 
 
-def _tile_contests(name: str, dtype: torch.dtype) -> Iterator[Contest]:
-    for (more, shape, call, exactly), width, m in itertools.product(TILE_WORK[name], WIDTHS, ROWS):
-        n, k = shape(width)
-        operands = _cast((_normal(m, k), *_linear(n, k)), dtype)
-        names = [tile for tile in _cuda.TILES if tile != "auto"]
-        tiles: dict[str, Results] = {tile: functools.partial(call, *operands, tile) for tile in names}
-        where: dict[str, list[Any]] = {"dtype": [_name(dtype)] * 2, "m": boundaries(ROWS, m), **_is(n=n, k=k, **more)}
-        yield where, tiles, exactly(*_cast(operands, torch.float64)), exactly(*operands)
+def _tile_contests(
+    name: str, shape: Shape, batches: tuple[int, ...]
+) -> Iterator[tuple[dict[str, list[Any]], Callable[[], Contest]]]:
+    every = shape.rows(batches)
+    names = [tile for tile in _cuda.TILES if tile != "auto"]
+    for more, sizes, call, exactly in TILE_WORK[name]:
+        n, k = sizes(shape.width)
+        for m in every:
+            operands = _cast((_normal(m, k), *_linear(n, k)), DTYPE)
+
+            def contest(operands: Any = operands, call: Any = call, exactly: Any = exactly) -> Contest:
+                tiles: dict[str, Results] = {tile: functools.partial(call, *operands, tile) for tile in names}
+                return tiles, exactly(*_cast(operands, torch.float64)), exactly(*operands)
+
+            yield {"dtype": [_name(DTYPE)] * 2, "m": boundaries(every, m), **_is(n=n, k=k, **more)}, contest
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -1,0 +1,62 @@
+"""Makes a page of results from generated clips, and pictures of it in a real browser, in light and dark.
+
+    apt-get install chromium && pip install playwright
+    python benchmarks/page.py --out pictures            # page.html, page-light.png, page-dark.png, page-narrow.png
+
+The weights are random, so the order of the results means nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+
+from xclip_fast import XCLIP, TextConfig, VisionConfig, XCLIPConfig
+from xclip_fast.data.motion import CLASSES, render, write_clip
+from xclip_fast.search import Index
+from xclip_fast.search.page import Page
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="a folder")
+    options = parser.parse_args()
+    from playwright.sync_api import sync_playwright
+
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    options.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        for number, label in enumerate(CLASSES):
+            write_clip(folder / f"{label}.mp4", render(label, number, frames=36, size=(180, 320)), 12)
+        odd = folder / "<script>alert(1)<"
+        odd.mkdir()
+        write_clip(odd / "script>.mp4", render("growing", 50, frames=36, size=(320, 180)), 12)
+        torch.manual_seed(0)
+        vision = VisionConfig(image_size=64, patch_size=16, width=128, layers=2, heads=2)
+        text = TextConfig(width=64, layers=2, heads=1)
+        model = XCLIP(XCLIPConfig(vision=vision, text=text, embed_dim=64, num_frames=8)).eval()
+        index = Index.open(folder / "store", model=model)
+        index.add(folder)
+        page = Page(options.out / "page.html", overwrite=True, random_weights=True)
+        page.add_hits("something that grows", index.search("something that grows", top=6))
+        page.add_hits("moving right", index.search("moving right", top=5))
+        page.write()
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        for name, scheme, width in (("light", "light", 1100), ("dark", "dark", 1100), ("narrow", "light", 400)):
+            view = browser.new_page(color_scheme=scheme, viewport={"width": width, "height": 900})  # type: ignore[arg-type]
+            view.goto((options.out / "page.html").absolute().as_uri())
+            view.get_by_role("button").nth(1).hover()
+            view.wait_for_timeout(1000)
+            view.screenshot(path=options.out / f"page-{name}.png")
+        browser.close()
+    print(f"{options.out}: page.html and three pictures of it")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,205 @@
+"""`embed --ray` on a cluster of two nodes on this machine (loopback only): generated clips, some broken, some on S3.
+
+    pip install 'xclip-fast[ray]' s3fs 'moto[server]'
+    python benchmarks/scale.py --clips 2000
+
+S3 is played by moto on 127.0.0.1. Checks that each file is in the store once, that errors are named, that vectors
+equal those of plain `embed`, and that after a SIGKILL of the driver, and one of an actor, only what was unfinished is
+embedded again. Prints one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+BUCKET, ON_S3 = "clips", 50
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--clips", type=int, default=2000)
+    parser.add_argument("--broken", type=float, default=0.02, help="share")
+    parser.add_argument("--json", type=Path, help="append the result to this file")
+    options = parser.parse_args()
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    s3 = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    s3.start()
+    host, port = s3.get_host_and_port()
+    os.environ |= {
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "FSSPEC_S3_ENDPOINT_URL": f"http://{host}:{port}",
+        "OMP_NUM_THREADS": "1",
+    }
+    try:
+        with tempfile.TemporaryDirectory(prefix="xclip-scale-") as folder:
+            line = json.dumps({"benchmark": "scale", **run(Path(folder), options.clips, options.broken)})
+    finally:
+        s3.stop()
+    print(line)
+    if options.json:
+        with open(options.json, "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+
+def run(folder: Path, clips: int, broken: float) -> dict[str, Any]:
+    from ray.cluster_utils import Cluster
+
+    begun = time.perf_counter()
+    bad = _make_clips(folder, clips, broken)
+    result: dict[str, Any] = {"clips": clips, "broken": len(bad), "on_s3": ON_S3, "make_s": _since(begun)}
+    weights = _weights(folder)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    cluster.add_node(num_cpus=2)
+    try:
+        store = folder / "store"
+        command = [
+            *(sys.executable, "-m", "xclip_fast", "embed", str(folder / "videos"), str(folder / "s3.txt")),
+            *("--out", str(store), "-c", str(weights), "--device", "cpu", "--dtype", "float32"),
+            *("--ray", "--address", cluster.address, "--actors", "2", "--decoders", "2"),
+        ]
+        # The driver is killed when about a third is written.
+        first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        begun = time.perf_counter()
+        while _count(store) < clips // 3 and first.poll() is None:
+            time.sleep(0.5)
+        first.send_signal(signal.SIGKILL)
+        first.wait()
+        result |= {"driver_killed_after_s": _since(begun), "files_written_before": _count(store)}
+        print(result, file=sys.stderr)
+        time.sleep(3)  # its actors end
+        # In the second run an actor is killed.
+        begun = time.perf_counter()
+        second = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        killed = 0
+        while second.poll() is None and not killed:
+            time.sleep(0.5)
+            if _count(store) > result["files_written_before"]:
+                killed = _kill_an_actor(cluster)
+        out, err = second.communicate()
+        result |= {
+            "second_run_s": _since(begun),
+            "actor_killed": bool(killed),
+            "second_run": out.strip().split(": ", 1)[-1],
+        }
+        added = re.search(r"(\d+) added", out)
+        assert added, err
+        again = int(added[1]) + sum(name in err for name in bad)
+        result["files_embedded_again"] = again - (clips + ON_S3 - result["files_written_before"])
+        named = [name for name in bad if name in err]
+        result |= {"exit_code": second.returncode, "broken_named": len(named)}
+        print(result, file=sys.stderr)
+        begun = time.perf_counter()
+        third = subprocess.run(command, capture_output=True, text=True)
+        result |= {"third_run_s": _since(begun), "third_run": third.stdout.strip()}
+    finally:
+        cluster.shutdown()
+    begun = time.perf_counter()
+    plain = [*command[: command.index("--ray")]]
+    plain[plain.index(str(store))] = str(folder / "plain")
+    subprocess.run(plain, capture_output=True, text=True)
+    result["plain_embed_s"] = _since(begun)
+    ours, theirs = (_vectors(path) for path in (store, folder / "plain"))
+    assert ours.keys() == theirs.keys(), "other files than plain embed"
+    assert len(ours) == clips + ON_S3 - len(bad)
+    worst = max(float(np.abs(ours[key] - theirs[key]).max()) for key in ours)
+    return {**result, "moments": len(ours), "each_once": True, "largest_difference": worst}
+
+
+def _make_clips(folder: Path, clips: int, broken: float) -> list[str]:
+    import s3fs
+
+    from xclip_fast.data.motion import CLASSES, render, write_clip
+
+    videos = folder / "videos"
+    videos.mkdir()
+    bad = []
+    for number in range(clips):
+        path = videos / f"{number:05}.mp4"
+        if number % round(1 / broken) == 3:
+            path.write_bytes(b"broken" * 50)
+            bad.append(path.name)
+        else:
+            pictures = render(CLASSES[number % 10], number, frames=16, size=(64, 64))
+            write_clip(path, pictures, 8, preset="ultrafast")
+    files = s3fs.S3FileSystem(endpoint_url=os.environ["FSSPEC_S3_ENDPOINT_URL"])
+    files.mkdir(BUCKET)
+    names = []
+    for number in range(ON_S3):
+        write_clip(folder / "one.mp4", render(CLASSES[number % 10], clips + number, frames=16, size=(64, 64)), 8)
+        files.put(str(folder / "one.mp4"), f"{BUCKET}/{number:03}.mp4")
+        names.append(f"s3://{BUCKET}/{number:03}.mp4")
+    (folder / "s3.txt").write_text("\n".join(names))
+    return bad
+
+
+def _weights(folder: Path) -> Path:
+    import torch
+
+    from xclip_fast import XCLIP, TextConfig, VisionConfig, XCLIPConfig
+
+    vision = VisionConfig(image_size=64, patch_size=16, width=128, layers=2, heads=2)
+    torch.manual_seed(0)
+    XCLIP(
+        XCLIPConfig(vision=vision, text=TextConfig(width=64, layers=2, heads=1), embed_dim=64, num_frames=8)
+    ).save_pretrained(folder / "weights")
+    return folder / "weights"
+
+
+def _count(store: Path) -> int:
+    from xclip_fast.search.store import Store
+
+    return len(Store.open(store).known()) if (store / "moments.lance" / "_versions").exists() else 0
+
+
+def _vectors(store: Path) -> dict[str, np.ndarray]:
+    from xclip_fast.search.store import Store
+
+    found = Store.open(store).table.search().where("error IS NULL").select(["path", "vector"]).to_arrow().to_pylist()
+    assert len(found) == len({row["path"] for row in found}), "a file is there twice"
+    return {row["path"]: np.array(row["vector"], np.float32) for row in found}
+
+
+def _kill_an_actor(cluster: Any) -> int:
+    """SIGKILL to one process of this cluster that holds a model."""
+    nodes = {
+        process.process.pid
+        for node in cluster.list_all_nodes()
+        for each in node.all_processes.values()
+        for process in each
+    }
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            title = (entry / "cmdline").read_bytes().decode(errors="replace")
+            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            continue
+        if "_Actor" in title and parent in nodes:
+            os.kill(int(entry.name), signal.SIGKILL)
+            return int(entry.name)
+    return 0
+
+
+def _since(begun: float) -> float:
+    return round(time.perf_counter() - begun, 1)
+
+
+if __name__ == "__main__":
+    main()

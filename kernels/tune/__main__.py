@@ -1,0 +1,95 @@
+"""Measure on this GPU: ``python -m xclip_fast.kernels.tune [--model B/16] [--backends] [--seconds 60]``.
+
+Without ``--backends``, the tiles of the Triton kernels. For each shape of the model's blocks an estimate names a few
+tiles; those that agree with torch are timed, and the fastest is written. With ``--backends``, to be run after that, the
+backends of every op and the tiles of the CUDA library's products.
+
+Rows go into the user's own table (``tiles.json`` or ``choices.json`` in ``~/.cache/xclip_fast``), which is asked before
+the shipped one, or with ``--commit`` into the shipped one (in ``kernels/triton`` or ``kernels``). Each table is written
+as soon as it is measured. When the time is over, what is left keeps the rows that it had.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import _choices
+from .._tables import user_table
+from . import backends, tiles
+from .shapes import BATCHES, SHAPES
+
+
+def merge(path: Path, rows: dict[str, list[dict[str, Any]]]) -> None:
+    """Put measured rows before the others of their table, in place of what was measured for the same bounds."""
+    table: dict[str, list[dict[str, Any]]] = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    for op, measured in rows.items():
+        done = [(row["arch"], row["where"]) for row in measured]
+        kept = [row for row in table.get(op, []) if (row["arch"], row.get("where")) not in done]
+        table[op] = [*measured, *kept]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".json", delete=False, encoding="utf-8") as file:
+        lines = ",\n".join(
+            f"  {json.dumps(op)}: [\n" + ",\n".join(f"    {json.dumps(row)}" for row in rows) + "\n  ]"
+            for op, rows in table.items()
+        )
+        file.write("{\n" + lines + "\n}\n")
+    os.replace(file.name, path)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m xclip_fast.kernels.tune", description=__doc__)
+    parser.add_argument("--backends", action="store_true", help="the backends of the ops instead of Triton's tiles")
+    known = sorted({*tiles.WORK, *backends.WORK, *backends.SLOTS, *backends.TILE_WORK})
+    parser.add_argument("--op", action="append", choices=known, help="one table only; may be repeated")
+    parser.add_argument("--model", choices=list(SHAPES), default="B/16", help="whose shapes (default: B/16)")
+    parser.add_argument("--batch", type=int, nargs="+", default=BATCHES, help="numbers of videos (default: 1 32)")
+    parser.add_argument("--seconds", type=float, default=60, help="begin nothing after that long (default: 60)")
+    parser.add_argument("--commit", action="store_true", help="write the shipped table instead of the user's own")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print("error: tuning measures on a GPU, and torch.cuda.is_available() is False here", file=sys.stderr)
+        return 1
+    if importlib.util.find_spec("triton") is None:
+        print("error: tuning times with Triton, which is not installed (pip install triton)", file=sys.stderr)
+        return 1
+    work: Any = {**backends.TILE_WORK, **backends.SLOTS, **backends.WORK} if options.backends else tiles.WORK
+    measure = backends.measure if options.backends else tiles.measure
+    if options.backends:
+        table = _choices.TABLE
+    else:
+        from ..triton import _launch
+
+        table = _launch.TABLE
+    path = table if options.commit else user_table(table.name)
+    ops = options.op or list(work)
+    for op in ops:
+        if op not in work:
+            other = "without" if options.backends else "with"
+            parser.error(f"--op {op} is measured {other} --backends; here: {', '.join(work)}")
+    shape, batches = SHAPES[options.model], tuple(sorted(set(options.batch)))
+    wrong, end = 0, time.monotonic() + options.seconds
+    for index, op in enumerate(ops):
+        # what is left of the time is shared by the tables that are left
+        share = max(end - time.monotonic(), 0) / (len(ops) - index)
+        rows, refused = measure(op, shape, batches, time.monotonic() + share, print)
+        wrong += refused
+        merge(path, {op: rows})
+        _choices.forget()  # the backend cuda is measured with the tiles that were found for it
+        if not options.backends:
+            _launch.forget()
+    print(f"written to {path}")
+    if wrong:
+        print(f"error: {wrong} backends or tiles compute something else and were left out", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,262 @@
+"""Which tile of a Triton kernel is the fastest on this GPU.
+
+Compiling costs most of the time, about a second a kernel, so a model of the GPU orders the tiles of each shape and only
+the first few are compiled, compared with torch and timed.
+"""
+
+import functools
+import importlib.metadata
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._linear import linear
+from ..attention import ONE_TILE, attention_reference
+from ..quick_gelu import quick_gelu_reference
+from .shapes import LENGTHS, Shape, boundaries
+
+DEVICE = "cuda"
+TRIED = 5  # tiles a shape
+# a row's bounds, the tiles worth trying, the call, what its first result should be
+Work = tuple[dict[str, list[int]], list[dict[str, Any]], Callable[[], Any], Callable[[], Tensor]]
+
+
+def milliseconds(call: Callable[[], Any]) -> float:
+    """Median GPU time of a call, its data not in the cache, over about 20 ms."""
+    from triton.testing import do_bench
+
+    return float(do_bench(call, warmup=5, rep=20, return_mode="median"))
+
+
+def failures() -> tuple[type[Exception], ...]:
+    """What a kernel raises that does not fit the GPU, does not compile for it, or finds no memory."""
+    from triton.errors import TritonError
+
+    return TritonError, RuntimeError
+
+
+def _normal(*shape: int) -> Tensor:
+    return torch.randn(shape, device=DEVICE, dtype=torch.bfloat16)
+
+
+# ---- the GEMM, with the epilogues of a block
+
+
+def _gemm_tile(m: int, n: int, warps: int, stages: int, subtiles: int, occupancy: int, **more: Any) -> dict[str, Any]:
+    shape = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": 64, "GROUP_M": 8, "SUBTILES": subtiles, "FLATTEN": False}
+    return {**shape, "OCCUPANCY": occupancy, "num_warps": warps, "num_stages": stages, **more}
+
+
+GEMM = [
+    _gemm_tile(64, 64, 4, 4, 1, 2, BLOCK_K=128),
+    _gemm_tile(64, 128, 4, 3, 2, 3),
+    _gemm_tile(128, 64, 4, 4, 1, 2),
+    _gemm_tile(64, 256, 4, 4, 4, 1),
+    _gemm_tile(128, 128, 8, 4, 2, 1, FLATTEN=True),
+    _gemm_tile(128, 128, 4, 3, 4, 2),
+    _gemm_tile(128, 128, 8, 3, 4, 2),
+    _gemm_tile(128, 256, 8, 3, 4, 1, FLATTEN=True),
+    _gemm_tile(128, 256, 8, 3, 4, 1),
+    _gemm_tile(256, 128, 8, 3, 4, 1, FLATTEN=True),
+]
+MULTIPLY_ADDS = 4096  # of a Hopper multiprocessor in a cycle, bfloat16
+BYTES = 64  # that it reads from L2 in a cycle
+EPILOGUE = 0.2  # cycles an element: 7,000 of a 128 x 256 tile, read from its code
+
+
+def gemm_cycles(use: dict[str, Any], m: int, n: int, k: int, sms: int) -> float:
+    """Estimated cycles of a product: whole waves of tiles, bound by tensor cores or by L2, and the epilogues that
+    nothing hides. It only orders the tiles; what is taken is measured."""
+    height, width, occupancy = use["BLOCK_M"], use["BLOCK_N"], use["OCCUPANCY"]
+    tiles = -(-m // height) * -(-n // width)
+    waves, rest = divmod(tiles, sms * occupancy)
+    in_turn = waves * occupancy + -(-rest // sms)  # tiles of the fullest multiprocessor
+    main = k * max(height * width / MULTIPLY_ADDS, 2 * (height + width) / BYTES)
+    shown = 0.5 if in_turn > 1 and (use["FLATTEN"] or occupancy > 1) else 1.0
+    return in_turn * (main + shown * EPILOGUE * height * width)
+
+
+def _right(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    bias: Tensor | None = None,
+    norm: tuple[Tensor, Tensor, Tensor] | None = None,
+    activation: bool = False,
+    residual: Tensor | None = None,
+    slope_at: Tensor | None = None,
+    **_: Any,
+) -> Tensor:
+    """What ``gemm`` computes, by torch: its first result in float32."""
+    y = linear(x, weight).float()
+    if norm is not None:
+        mean, rstd, sums = norm
+        y = rstd[:, None] * (y - mean[:, None] * sums)
+    if bias is not None:
+        y = y + bias
+    if activation:
+        y = quick_gelu_reference(y)
+    if slope_at is not None:
+        u = slope_at.float()
+        s = torch.sigmoid(1.702 * u)
+        y = y * s * (1 + 1.702 * u * (1 - s))
+    return y if residual is None else y + residual
+
+
+def gemm_work(shape: Shape, batches: tuple[int, ...]) -> Iterator[Work]:
+    """The four products of a block, and the backward one whose epilogue is the slope of quick_gelu."""
+    from ..triton._launch import processors, tile
+    from ..triton.gemm import gemm
+
+    width, every = shape.width, shape.rows(batches)
+    for m in every:
+        residual = _normal(m, width)
+        norm = tuple(torch.rand(size, device=DEVICE) for size in (m, m))
+        for n, k, extra in (
+            (3 * width, width, {}),
+            (4 * width, width, {"activation": True}),
+            (width, 4 * width, {"residual": residual}),
+            (width, width, {"residual": residual}),
+            (4 * width, width, {"slope_at": _normal(m, 4 * width), "keep": True, "sums": True}),
+        ):
+            x, weight, bias = _normal(m, k), _normal(n, k) * k**-0.5, _normal(n)
+            heavy = int("residual" in extra or "slope_at" in extra)
+            given: dict[str, Any] = {**extra}
+            if "slope_at" in extra:
+                weight = weight.T.contiguous().T  # a gradient's product reads the transpose
+            else:
+                given["bias"] = bias
+            if not heavy and tile("ln_linear", x.device, m=m, n=n, k=k)["FOLD"]:
+                given["norm"] = (*norm, weight.float().sum(1))
+            where = {"m": boundaries(every, m), "n": [n, n], "k": [k, k], "bytes": [2, 2]}
+            where |= {"heavy": [heavy, heavy], "aligned": [1, 1]}
+            cycles = functools.partial(gemm_cycles, m=m, n=n, k=k, sms=processors(x.device))
+            candidates = sorted(GEMM, key=cycles)[:TRIED]
+            call = functools.partial(gemm, x, weight, **given)
+            yield where, candidates, call, functools.partial(_right, x, weight, **given)
+
+
+# ---- attention
+
+
+ATTENTION = [
+    {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
+    for m, n, warps, stages in (
+        (64, 32, 4, 3),
+        (64, 64, 4, 1),
+        (64, 64, 4, 2),
+        (64, 64, 4, 3),
+        (64, 128, 4, 2),
+        (128, 64, 4, 2),
+        (128, 64, 8, 2),
+        (128, 64, 8, 3),
+        (128, 128, 8, 2),
+    )
+]
+
+
+def attention_work(op: str, shape: Shape, batches: tuple[int, ...]) -> Iterator[Work]:
+    from ..triton import attention
+
+    length, heads, backward = shape.tokens + 1, shape.width // 64, op != "attention"
+    candidates = attention_candidates(length, op.endswith("dk_dv"))
+    if backward and length <= ONE_TILE[2]:
+        return  # it has a kernel without tiles
+    frames = shape.frames * max(batches)
+    qkv = _normal(frames, length, 3, heads, 64)
+    where = {"length": boundaries(tuple(sorted({*(each + 1 for each in LENGTHS), length})), length), "bytes": [2, 2]}
+    some = slice(min(frames, 16))  # what is compared: scores of all frames would not fit
+
+    def right() -> Tensor:
+        given = qkv[some].float().requires_grad_(backward)
+        y = attention_reference(given)
+        return torch.autograd.grad(y, given, dout[some].float())[0] if backward else y
+
+    if not backward:
+        yield where, candidates, functools.partial(attention.forward, False, qkv), right
+        return
+    out, saved = attention.forward(True, qkv)
+    dout = torch.randn_like(out)
+    yield where, candidates, functools.partial(attention.backward, dout, qkv, out, saved), right
+
+
+def attention_candidates(length: int, keys_outside: bool) -> list[dict[str, Any]]:
+    """The tiles that compute the fewest queries and keys past the end. ``keys_outside``: for dk and dv."""
+
+    def padded(size: int, block: int) -> int:
+        rest = size % block
+        return size - rest + (max(16, 1 << (rest - 1).bit_length()) if rest else 0)
+
+    def computed(use: dict[str, Any]) -> tuple[int, int]:
+        queries, keys = padded(length, use["BLOCK_M"]), padded(length, use["BLOCK_N"])
+        return queries * keys, -use["BLOCK_N" if keys_outside else "BLOCK_M"]
+
+    return sorted(ATTENTION, key=computed)[:TRIED]
+
+
+# ---- measuring
+
+
+WORK: dict[str, Callable[[Shape, tuple[int, ...]], Iterator[Work]]] = {
+    "gemm": gemm_work,
+    **{op: functools.partial(attention_work, op) for op in ("attention", "attention_dq", "attention_dk_dv")},
+}
+
+
+def _first(result: Any) -> Tensor:
+    while not isinstance(result, Tensor):
+        result = result[0]
+    return result
+
+
+def agrees(call: Callable[[], Any], wanted: Tensor) -> bool:
+    """Whether the first result of a call is what torch computes, up to bfloat16's rounding; NaN is wrong."""
+    got = _first(call())[: len(wanted)].float()
+    return bool((got - wanted).abs().max() <= 0.02 * wanted.abs().max())
+
+
+def measure(
+    op: str, shape: Shape, batches: tuple[int, ...], deadline: float, say: Callable[[str], None]
+) -> tuple[list[dict[str, Any]], int]:
+    """The rows of one table, the fastest tile of each shape, and how many tiles were left out as wrong.
+
+    No tile is begun after ``deadline`` (of ``time.monotonic``); a shape without a timing has no row.
+    """
+    from ..triton import _launch
+
+    device = torch.device(DEVICE)
+    name = torch.cuda.get_device_name()
+    rows, wrong = [], 0
+    for where, candidates, call, right in WORK[op](shape, batches):
+        best: tuple[float, dict[str, Any]] | None = None
+        wanted = right()
+        for use in candidates:
+            if time.monotonic() >= deadline:
+                say(f"{op} {where}: the time is over")
+                break
+            with _launch.forced_tile(op, use):
+                try:
+                    if not agrees(call, wanted):
+                        say(f"{op} {where}: {use} COMPUTES SOMETHING ELSE, and is left out")
+                        wrong += 1
+                        continue
+                    found = milliseconds(call)
+                except failures() as error:
+                    say(f"{op} {where}: {use} does not run: {_first_line(error)}")
+                    continue
+            if best is None or found < best[0]:
+                best = found, use
+        if best is None:
+            continue
+        say(f"{op} {where}: {best[0]:.4f} ms with {best[1]}")
+        version = importlib.metadata.version("triton")
+        measured = f"{name}, Triton {version}, {best[0]:.4f} ms"
+        rows.append({"arch": _launch.arch(device), "where": where, "use": best[1], "measured": measured})
+    return rows, wrong
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,77 @@
+"""The commands of docs/search.md, run as they are written, in one folder and in their order."""
+
+import io
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from xclip_fast import XCLIP, TextConfig, VisionConfig, XCLIPConfig
+from xclip_fast.cli import main as cli
+from xclip_fast.data.motion import CLASSES, render, write_clip
+
+CONFIG = XCLIPConfig(
+    vision=VisionConfig(image_size=32, patch_size=16, width=128, layers=2, heads=2),
+    text=TextConfig(width=64, layers=2, heads=1),
+    embed_dim=64,
+    num_frames=3,
+)
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def blocks(name: str) -> list[str]:
+    """The indented blocks of a page."""
+    found = re.findall(r"(?:^    .*\n|^\n(?=    ))+", (DOCS / name).read_text(encoding="utf-8"), re.MULTILINE)
+    return [re.sub("^    ", "", block, flags=re.MULTILINE).lstrip("\n") for block in found]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A new user's folder: weights, a few clips, a film."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    XCLIP(CONFIG).save_pretrained("xclip-base-patch16")
+    (tmp_path / "videos").mkdir()
+    for name, label in (("juggling", CLASSES[0]), ("dog", CLASSES[1])):
+        write_clip(f"videos/{name}.mp4", render(label, 0, frames=12, size=(48, 64)))
+    write_clip("videos/film.mp4", render("growing", 0, frames=80, size=(48, 64)), 2)
+    return tmp_path
+
+
+def test_search_page(here, monkeypatch, capsys):
+    pytest.importorskip("lancedb", reason="LanceDB is not installed: pip install 'xclip-fast[search]'")
+    commands = [line for block in blocks("search.md") for line in block.splitlines() if "xclip-fast " in line]
+    assert len(commands) > 15
+    for line in commands:
+        piped, _, command = line.rpartition("| ")
+        typed = piped.strip().removeprefix("echo ").strip('"') + "\n"
+        monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+        with pytest.raises(SystemExit) as left:
+            cli.main(shlex.split(command)[1:])
+        out, err = capsys.readouterr()
+        if "--index" in line:
+            assert "an index is worth building from" in err
+        else:
+            assert left.value.code == 0, (line, err)
+            assert out
+    for made in ("juggling.html", "page.html", "labels.html", "found", "features.safetensors"):
+        assert (here / made).exists()
+
+
+def test_python_of_the_search_page(here, capsys):
+    pytest.importorskip("lancedb", reason="LanceDB is not installed: pip install 'xclip-fast[search]'")
+    (block,) = [block for block in blocks("search.md") if block.startswith("from xclip_fast")]
+    exec(compile(block, "docs/search.md", "exec"), {})
+    assert capsys.readouterr().out.count(".mp4 ") >= 3
+
+
+def test_python_of_the_scale_page(here):
+    (block,) = [block for block in blocks("scale.md") if block.startswith("from xclip_fast")]
+    block = block.replace("frames=8, size=224", "frames=3, size=32")  # of the test's weights
+    names: dict = {}
+    exec(compile(block, "docs/scale.md", "exec"), names)
+    assert set(names["rows"]) == {"path", "number", "start", "end", "error", "vector"}
+    assert names["rows"]["start"].tolist() == [0, 5, 10, 15, 20, 25, 30, 0]

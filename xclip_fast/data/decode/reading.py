@@ -1,0 +1,334 @@
+"""Opening one video file and reading its packets and frames, within stated bounds.
+
+FFmpeg reads through `File`, so that a failed read (a broken disk, a network share that went away) is never taken for
+the end of the file. FFmpeg is given one open file and a list of formats: it opens no other file and no network address.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import av
+from av.container import InputContainer
+from av.stream import Disposition
+from av.video.frame import VideoFrame
+from av.video.stream import VideoStream
+
+from .video import printable
+
+if TYPE_CHECKING:
+    from .plan import Plan
+
+log = logging.getLogger("xclip_fast.data.decode")
+
+# FFmpeg's demuxers that read one file and open nothing else. Pictures are in it to be told from videos.
+_FORMATS = (
+    "3dostr,amv,apng,asf,av1,avi,avs2,avs3,cavsvideo,dirac,dv,evc,flv,gif,gxf,h261,h263,h264,hevc,ingenient,ipu,"
+    "ivf,live_flv,m4v,matroska,mjpeg,mjpeg_2000,mov,mpeg,mpegts,mpegtsraw,mpegvideo,mpjpeg,mxf,nsv,nut,nuv,obu,ogg,rm,"
+    "smjpeg,swf,tty,ty,vc1,vc1test,vvc,wtv,webp,webp_pipe,yuv4mpegpipe,bmp_pipe,exr_pipe,gif_pipe,j2k_pipe,jpeg_pipe,"
+    "jpegls_pipe,jpegxl_anim,jpegxl_pipe,pam_pipe,pbm_pipe,pcx_pipe,pgm_pipe,png_pipe,ppm_pipe,psd_pipe,qoi_pipe,"
+    "sgi_pipe,svg_pipe,tiff_pipe,xbm_pipe,xpm_pipe,aac,ac3,aiff,flac,mp3,wav"
+)
+_BUFFER = 65536  # bytes that FFmpeg reads at a time
+_PASSING = {
+    getattr(errno, name)
+    for name in ("EIO", "ESTALE", "ETIMEDOUT", "EAGAIN", "ECONNRESET", "ENOTCONN", "ENETDOWN", "EHOSTDOWN", "EREMOTEIO")
+    if hasattr(errno, name)
+}
+"""Errors that a network share may recover from."""
+RETRIES = (0.1, 0.4, 1.0)  # seconds to wait before each new try
+
+
+class VideoError(ValueError):
+    """A video file that cannot be used. One line: the file and what is wrong with it."""
+
+
+class ReadError(VideoError):
+    """A file that could not be read this time: an I/O error or lack of memory. It tells nothing about the video."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a video is: a file, or with `offset` and `size` (bytes) a member of an uncompressed tar file.
+
+    `plan`: one made before (`probe`), to save reading all packets. `size` without `offset` is the size the file had
+    then; if it has another now, or does not behave as planned, it is planned anew. Give it: without, an mp4 is known by
+    its index, but of other containers a changed file of equal timing would pass, with the frames of those times.
+    """
+
+    path: str
+    offset: int | None = None
+    size: int | None = None
+    plan: Plan | None = field(default=None, repr=False)
+
+    def __str__(self) -> str:
+        """For people: unprintable characters escaped, so that it fits on a line and any terminal."""
+        name = printable(self.path)
+        return name if self.offset is None else f"{name} (byte {self.offset})"
+
+
+def as_source(path: str | os.PathLike[str] | Source) -> Source:
+    return path if isinstance(path, Source) else Source(os.fspath(path))
+
+
+_DEFAULTS = {"XCLIP_FAST_MAX_PIXELS": 2**26, "XCLIP_FAST_MAX_LEADING_PACKETS": 4096, "XCLIP_FAST_MAX_FRAMES": 2**22}
+
+
+def limit(name: str) -> int:
+    """The bound of this name: the environment variable, or its default. Raises ValueError for a value below 1."""
+    given = os.environ.get(name, "").strip()
+    if not given:
+        return _DEFAULTS[name]
+    if not given.isdecimal() or int(given) < 1:
+        raise ValueError(f"{name} is {given!r}; a whole number of at least 1 is wanted")
+    return min(int(given), 2**62)
+
+
+class File:
+    """The bytes of a source, for FFmpeg to read. `error` is the first read that failed for good, or None.
+
+    Raises VideoError for a source that is not a regular file with bytes in it, and ReadError if it cannot be opened.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self.name = f"file:{source.path}"  # a suffix helps FFmpeg to tell formats apart
+        self.error: OSError | None = None
+        self._source, self._at, self._descriptor = source, 0, -1
+        if "\0" in source.path:
+            raise VideoError(f"{source}: no file can have this name")
+        try:
+            status = self._open()
+        except (FileNotFoundError, NotADirectoryError):
+            raise VideoError(f"{source}: no such file") from None
+        except OSError as error:
+            raise ReadError(f"{source}: cannot be opened ({error.strerror})") from error
+        try:
+            if stat.S_ISDIR(status.st_mode):
+                raise VideoError(f"{source}: is a directory, not a video file")
+            if not stat.S_ISREG(status.st_mode):
+                raise VideoError(f"{source}: is not a regular file")
+            if not status.st_size or (source.size == 0 and source.offset is not None):
+                raise VideoError(f"{source}: is empty (zero bytes)")
+            self._start, self._length = 0, status.st_size
+            if source.offset is not None:
+                self._check_member(source, status.st_size)
+                self._start, self._length = source.offset, source.size or 0
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self) -> os.stat_result:
+        # Without O_NONBLOCK, opening a pipe waits until somebody writes to it.
+        flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+        descriptor = os.open(self._source.path, flags)
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+        self._descriptor = descriptor
+        return os.fstat(descriptor)
+
+    def _check_member(self, source: Source, length: int) -> None:
+        """Refuses a tar member that is no longer where it was."""
+        if source.size is None or source.offset is None or source.offset < 0 or source.size < 0:
+            raise ValueError(f"{source}: a member of a tar file needs an offset and a size; got size {source.size}")
+        if source.offset + source.size > length:
+            raise VideoError(
+                f"{source}: the tar file ends before this member does; it is cut off, or changed: index it again"
+            )
+        try:
+            self._start, self._length = max(0, source.offset - 512), 512
+            header = self.read(512)
+        except OSError as error:
+            raise ReadError(f"{source}: cannot be read ({error.strerror})") from error
+        self._at = 0
+        digits = header[124:136].strip(b"\0 ")  # octal; other forms, for huge members, are taken as they are
+        if header[257:262] == b"ustar" and digits.isdigit() and int(digits, 8) != source.size:
+            raise VideoError(f"{source}: the tar file has another member in this place; it has changed: index it again")
+
+    def read(self, count: int) -> bytes:
+        """Up to `count` bytes; none at the end. Passing errors are tried again, the file opened anew each time."""
+        count = min(count, self._length - self._at)
+        if count <= 0 or self.error is not None:  # the first failure is told once
+            return b""
+        for wait in (*RETRIES, None):
+            try:
+                os.lseek(self._descriptor, self._start + self._at, os.SEEK_SET)
+                data = os.read(self._descriptor, count)
+                break
+            except OSError as error:
+                if wait is None or error.errno not in _PASSING:
+                    self.error = self.error or error
+                    raise
+                time.sleep(wait)
+                try:
+                    self._open()
+                except OSError as again:
+                    self.error = self.error or again
+                    raise
+        self._at += len(data)
+        return data
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        to = offset + (0, self._at, self._length)[whence]
+        if to < 0:
+            return -errno.EINVAL  # as FFmpeg's own files answer
+        self._at = to
+        return to
+
+    def tell(self) -> int:
+        return self._at
+
+    def close(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+def _refuse(url: str, flags: int, options: dict[str, Any]) -> Any:
+    raise PermissionError(errno.EACCES, "it names other files, and they are not opened", url)
+
+
+@contextmanager
+def open_video(path: str | os.PathLike[str] | Source, threads: int = 1) -> Iterator[tuple[InputContainer, VideoStream]]:
+    """The container and its video stream.
+
+    Every error of FFmpeg or of the file inside leaves as a VideoError. A read that failed, whatever FFmpeg made of it,
+    is a ReadError; so is a lack of memory.
+    """
+    source = as_source(path)
+    file = File(source)
+    try:
+        try:
+            with _opened(source, file) as container:
+                yield container, _video_stream(source, container, threads)
+        except (av.FFmpegError, OSError, MemoryError) as error:
+            if lacks_memory(error):
+                raise ReadError(f"{source}: not enough memory to decode it") from error
+            raise VideoError(f"{source}: cannot be read ({reason(error)})") from error
+        finally:
+            if file.error is not None:
+                raise ReadError(f"{source}: cannot be read now ({file.error.strerror})") from file.error
+    finally:
+        file.close()
+
+
+@contextmanager
+def _opened(source: Source, file: File) -> Iterator[InputContainer]:
+    options = {"protocol_whitelist": "none", "format_whitelist": _FORMATS, "fflags": "+discardcorrupt"}
+    # While it looks for the streams, FFmpeg may decode a frame.
+    options["max_pixels"] = str(limit("XCLIP_FAST_MAX_PIXELS"))
+    try:
+        # Titles are in any encoding.
+        container: Any = av.open(
+            file, "r", options=options, metadata_errors="replace", buffer_size=_BUFFER, io_open=_refuse
+        )
+    except (av.FFmpegError, OSError, MemoryError) as error:
+        if lacks_memory(error):
+            raise
+        why = reason(error)
+        if isinstance(error, av.error.ArgumentError):
+            why = "its format holds no video, or names other files"
+        raise VideoError(f"{source}: cannot be opened as a video ({why})") from error
+    try:
+        yield container
+    finally:
+        container.close()
+
+
+def _video_stream(source: Source, container: InputContainer, threads: int) -> VideoStream:
+    if is_picture(container):
+        raise VideoError(f"{source}: is a picture, not a video")
+    videos = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+    if not videos or container.format.name == "tty":  # FFmpeg "plays" any text as a terminal session
+        kinds: list[str] = sorted({s.type for s in container.streams if s.type != "video"})
+        raise VideoError(f"{source}: has no video stream (only: {', '.join(kinds) or 'text or a cover picture'})")
+    best = container.streams.best("video")
+    stream = best if isinstance(best, VideoStream) and best in videos else videos[0]
+    context = stream.codec_context
+    if context is None:
+        raise VideoError(f"{source}: this build of FFmpeg has no decoder for its video codec")
+    most = limit("XCLIP_FAST_MAX_PIXELS")
+    if context.width * context.height > most:
+        raise VideoError(
+            f"{source}: a frame has {context.width}x{context.height} pixels, more than the {most} that are decoded; "
+            "the environment variable XCLIP_FAST_MAX_PIXELS allows more"
+        )
+    context.options = {"max_pixels": str(most)}
+    context.thread_count = threads
+    if threads != 1:
+        stream.thread_type = "AUTO"
+    return stream
+
+
+def is_picture(container: InputContainer) -> bool:
+    """Whether this is a file format of still pictures, which FFmpeg would play as a video of one frame."""
+    name = container.format.name
+    still = container.metadata.get("major_brand") in ("avif", "heic", "heix", "mif1")  # they share MP4's form
+    return still or name == "image2" or name.endswith("_pipe")
+
+
+def reason(error: BaseException) -> str:
+    """FFmpeg's own words, without number and file name."""
+    return getattr(error, "strerror", None) or str(error)
+
+
+def lacks_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
+
+
+def packets_of(container: InputContainer, stream: VideoStream) -> Iterator[av.Packet]:
+    """The stream's packets up to the end of the file, or to where it cannot be read further."""
+    packets = container.demux(stream)
+    try:
+        while True:
+            try:
+                packet = next(packets)
+            except (StopIteration, av.EOFError):
+                return
+            except av.FFmpegError as error:
+                if lacks_memory(error):
+                    raise
+                log.warning("%s: %s; using the frames before that", name_of(container), reason(error))
+                return
+            if packet.size:  # PyAV ends with an empty packet
+                yield packet
+    finally:
+        packets.close()  # type: ignore[attr-defined]  # left to the garbage collector, PyAV leaks 150 bytes
+
+
+def all_frames(container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
+    """Every frame, by decoding from end to end. A packet that fails to decode is passed over.
+
+    Raises VideoError if no frame comes out of XCLIP_FAST_MAX_LEADING_PACKETS packets.
+    """
+    silent, most = 0, limit("XCLIP_FAST_MAX_LEADING_PACKETS")
+    for packet in chain(packets_of(container, stream), (None,)):  # None drains the decoder
+        try:
+            frames = stream.codec_context.decode(packet)
+        except av.FFmpegError as error:
+            if lacks_memory(error):
+                raise
+            log.info("%s: %s; packet passed over", name_of(container), reason(error))
+            frames = []
+        if silent >= 0 and not frames and packet is not None:
+            silent += 1
+            if silent > most:
+                raise VideoError(
+                    f"{name_of(container)}: its first {most} packets give no frame; the environment variable "
+                    "XCLIP_FAST_MAX_LEADING_PACKETS allows more"
+                )
+        elif frames:
+            silent = -1
+        yield from frames
+
+
+def name_of(container: InputContainer) -> str:
+    return printable(container.name.removeprefix("file:"))

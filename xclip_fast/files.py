@@ -1,0 +1,224 @@
+"""Files that are read from anybody and folders that are written whole: shared by the rooms.
+
+Reading: a file from elsewhere may be a pipe, a device, nested without end, or small on disk and endless in memory. The
+functions here refuse such files with a ``ValueError`` that names them. Writing: ``staged`` replaces a folder at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import json
+import logging
+import os
+import shutil
+import stat
+import zipfile
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+log = logging.getLogger("xclip_fast")
+
+JSON_BYTES = 64 << 20  # the largest JSON file that is read; a configuration or an index of shards is far smaller
+_EXCHANGE = 2  # RENAME_EXCHANGE of Linux's renameat2
+
+
+def require_regular(path: str | os.PathLike[str]) -> int:
+    """The size in bytes of a regular file.
+
+    Raises:
+        ValueError: if it is a pipe, a device, a socket or a folder: reading those can wait or go on forever.
+        OSError: if it cannot be looked at.
+    """
+    found = os.stat(path)
+    if not stat.S_ISREG(found.st_mode):
+        kinds = ((stat.S_ISFIFO, "a pipe"), (stat.S_ISDIR, "a folder"), (stat.S_ISSOCK, "a socket"))
+        kind = next((name for test, name in kinds if test(found.st_mode)), "a device")
+        raise ValueError(f"{os.fspath(path)}: is {kind}; a regular file is wanted. Copy its content into a file first")
+    return found.st_size
+
+
+def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        ValueError: if the file is not regular, larger than ``JSON_BYTES``, not JSON, nested too deeply, or holds
+            something else than an object. The message begins with the path.
+        OSError: if it cannot be read.
+    """
+    name = os.fspath(path)
+    if (size := require_regular(path)) > JSON_BYTES:
+        raise ValueError(f"{name}: has {size} bytes; at most {JSON_BYTES} are read as JSON")
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError(f"{name}: is nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"{name}: is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{name}: a JSON object is wanted, {type(values).__name__} found")
+    return values
+
+
+def refuse_inflated(file: BinaryIO, size: int) -> None:
+    """Refuse a ZIP archive that unpacks to more bytes than it has, and rewind it. Other content passes.
+
+    ``torch.save`` stores its entries uncompressed, so an archive of weights never unpacks to more than its size.
+
+    Raises:
+        ValueError: if the entries' sizes sum up to more than ``size``.
+    """
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            total = sum(entry.file_size for entry in archive.infolist())
+        if total > size:
+            raise ValueError(f"its {size} bytes unpack to {total}; torch.save never compresses weights")
+    file.seek(0)
+
+
+@contextlib.contextmanager
+def staged(folder: str | os.PathLike[str], owned: Collection[str], last: str) -> Iterator[Path]:
+    """An empty folder to write into. When the block ends, its content replaces that of ``folder`` in one step.
+
+    A kill at any moment leaves the old content or the new content, never some of each. Files of other names in
+    ``folder`` stay. What a killed run left behind is removed by the next run with the same ``folder``. Where the file
+    system cannot exchange two folders (a mount point, NFS), ``last`` is removed first and written last instead.
+
+    Args:
+        folder: made if it does not exist, with its parents.
+        owned: every name that the block may write. Those in ``folder`` that the block does not write are removed.
+        last: the owned file without which ``folder`` counts as incomplete.
+
+    Raises:
+        FileExistsError: if another process is writing to ``folder``.
+        OSError: if ``folder`` cannot be written, before the block runs; if the disk is full, which the message says.
+    """
+    target = Path(os.path.realpath(folder))
+    if target.exists() and not target.is_dir():
+        raise NotADirectoryError(f"{folder}: is a file; a folder is wanted")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        home = target.parent if _beside(target) else target
+        part = home / f".{target.name}.part"
+        with _locked(home / f".{target.name}.writing", folder):
+            if part.exists():
+                _settle(part, target, owned)
+            part.mkdir()
+            try:
+                yield part
+                _replace(part, target, owned, last)
+            finally:
+                if part.exists():
+                    _settle(part, target, owned)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OSError(
+                f"{folder}: could not be written, no space left on the disk. What was there before is unchanged; make "
+                "room and start again"
+            ) from error
+        raise
+
+
+def _beside(target: Path) -> bool:
+    """Whether a folder can be staged beside the target: a writable parent on the same file system."""
+    if not target.exists():
+        return True
+    same = target.stat().st_dev == target.parent.stat().st_dev
+    return same and os.access(target.parent, os.W_OK | os.X_OK)
+
+
+@contextlib.contextmanager
+def _locked(path: Path, folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Holds a lock file while the block lasts. The system forgets the lock when this process ends, however it ends."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: two writers are not kept apart
+        yield
+        return
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            raise FileExistsError(
+                f"{folder}: another process is writing to it; wait until it ends, or choose another folder"
+            ) from None
+        except OSError as error:
+            log.warning("%s is not locked against other writers: %s", folder, error)
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle), os.stat(path)):
+                break
+        os.close(handle)  # the process before removed it between our two calls
+    try:
+        yield
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+        os.close(handle)
+
+
+def _replace(part: Path, target: Path, owned: Collection[str], last: str) -> None:
+    _sync(part)
+    if not target.exists():
+        part.rename(target)
+        _sync(target.parent)
+        return
+    if part.parent != target:
+        for entry in list(os.scandir(target)):  # the user's own files are never away
+            if entry.name not in owned and not entry.is_dir(follow_symlinks=False):
+                _link(Path(entry.path), part / entry.name)
+        part.chmod(stat.S_IMODE(target.stat().st_mode))
+        if _exchange(part, target):
+            _sync(target.parent)
+            return
+    for name in [last, *owned]:
+        if name in owned:
+            _remove(target / name)
+    for entry in sorted(os.scandir(part), key=lambda entry: entry.name == last):
+        if entry.name in owned:
+            os.replace(entry.path, target / entry.name)
+    _sync(target)
+
+
+def _settle(part: Path, target: Path, owned: Collection[str]) -> None:
+    """Remove a staging folder, or the old content after an exchange. What is not ours goes back to the target."""
+    for entry in list(os.scandir(part)):
+        if entry.name in owned or os.path.lexists(target / entry.name) or not target.exists():
+            _remove(Path(entry.path))
+        else:
+            os.rename(entry.path, target / entry.name)
+    part.rmdir()
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:  # a file system without hard links
+        shutil.copy2(source, target, follow_symlinks=False)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Exchange two folders in one step; False where the system or the file system cannot."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if os.name == "posix" else None
+    here = -100  # AT_FDCWD
+    return rename is not None and rename(here, os.fsencode(a), here, os.fsencode(b), _EXCHANGE) == 0
+
+
+def _sync(folder: Path) -> None:
+    """Make what was written to a folder last through a loss of power, where the system knows how."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -1,0 +1,234 @@
+"""Hugging Face's ``config.json`` and image processors, translated to ``XCLIPConfig`` and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ..config import VARIANTS, TextConfig, VisionConfig, XCLIPConfig
+from .layouts import CheckpointError
+
+log = logging.getLogger("xclip_fast")
+
+_HF_TOWER = {"num_hidden_layers": 12, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "attention_dropout": 0.0}
+_HF_TEXT = {
+    **_HF_TOWER,
+    "hidden_size": 512,
+    "intermediate_size": 2048,
+    "num_attention_heads": 8,
+    "vocab_size": 49408,
+    "max_position_embeddings": 77,
+}
+_HF_VISION = {
+    **_HF_TOWER,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_attention_heads": 12,
+    "image_size": 224,
+    "patch_size": 32,
+    "num_channels": 3,
+    "num_frames": 8,
+    "drop_path_rate": 0.0,
+    "mit_hidden_size": 512,
+    "mit_intermediate_size": 2048,
+    "mit_num_hidden_layers": 1,
+    "mit_num_attention_heads": 8,
+}
+
+
+def _hf_part(values: Mapping[str, Any], part: str, defaults: dict[str, Any]) -> dict[str, Any]:
+    found = {**defaults, **(values.get(part) or {})}
+    if (old := values.get(f"{part}_dict")) is not None:  # the older key, defaults included, wins in transformers too
+        found |= {**defaults, **old}
+    for name in ("image_size", "patch_size"):
+        if isinstance(found.get(name), list | tuple) and len(set(found[name])) == 1:
+            found[name] = found[name][0]
+    return found
+
+
+def config_from_huggingface(values: Mapping[str, Any], processor: Mapping[str, Any], where: object) -> XCLIPConfig:
+    """The config of a Hugging Face X-CLIP or CLIP from its ``config.json`` and its image processor's values.
+
+    Raises:
+        CheckpointError: if a value is of a wrong type, or the model computes something that X-CLIP here does not
+            (another activation, for one).
+    """
+    try:
+        return _config_from_huggingface(values, processor, where)
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{where}: its configuration holds a value that does not fit: {error}") from error
+
+
+def _config_from_huggingface(values: Mapping[str, Any], processor: Mapping[str, Any], where: object) -> XCLIPConfig:
+    clip = values.get("model_type") == "clip"
+    text = _hf_part(values, "text_config", _HF_TEXT)
+    vision = _hf_part(values, "vision_config", _HF_VISION)
+    E = values.get("projection_dim", 512)
+    if clip:
+        vision |= {"mit_hidden_size": E, "mit_intermediate_size": 4 * E, "mit_num_attention_heads": None}
+    wanted = [
+        ("text_config.hidden_act", text["hidden_act"], "quick_gelu"),
+        ("vision_config.hidden_act", vision["hidden_act"], "quick_gelu"),
+        ("prompt_hidden_act", values.get("prompt_hidden_act", "quick_gelu"), "quick_gelu"),
+        ("text_config.intermediate_size", text["intermediate_size"], 4 * text["hidden_size"]),
+        ("vision_config.intermediate_size", vision["intermediate_size"], 4 * vision["hidden_size"]),
+        ("vision_config.mit_hidden_size", vision["mit_hidden_size"], E),
+        ("vision_config.mit_intermediate_size", vision["mit_intermediate_size"], 4 * E),
+        ("vision_config.num_channels", vision["num_channels"], 3),
+        ("vision_config.layer_norm_eps", vision["layer_norm_eps"], text["layer_norm_eps"]),
+    ]
+    refused = [f"{name} is {got!r}, X-CLIP here has {want!r}" for name, got, want in wanted if got != want]
+    if refused:
+        raise CheckpointError(f"{where}: a model of another kind\n  " + "\n  ".join(refused))
+    config = XCLIPConfig(
+        vision=VisionConfig(
+            image_size=vision["image_size"],
+            patch_size=vision["patch_size"],
+            width=vision["hidden_size"],
+            layers=vision["num_hidden_layers"],
+            heads=vision["num_attention_heads"],
+            drop_path=vision["drop_path_rate"],
+        ),
+        text=TextConfig(
+            vocab_size=text["vocab_size"],
+            context_length=text["max_position_embeddings"],
+            width=text["hidden_size"],
+            layers=text["num_hidden_layers"],
+            heads=text["num_attention_heads"],
+        ),
+        embed_dim=E,
+        num_frames=vision["num_frames"],
+        mit_layers=vision["mit_num_hidden_layers"],
+        mit_heads=vision["mit_num_attention_heads"],
+        prompt_layers=values.get("prompt_layers", 2),
+        prompt_heads=None if clip else values.get("prompt_num_attention_heads", 8),
+        prompt_alpha=values.get("prompt_alpha", 0.1),
+        layer_norm_eps=vision["layer_norm_eps"],
+        logit_scale=values.get("logit_scale_init_value", 2.6592),
+    )
+    # an image CLIP becomes an X-CLIP, which the released recipe trains with ImageNet's mean and deviation
+    return config if clip else dataclasses.replace(config, **_normalization(processor, config, where))
+
+
+def warn_of_heads(config: XCLIPConfig, where: object) -> None:
+    """Warn if MIT and prompts have other numbers of heads than in the released code: the outputs differ.
+
+    Hugging Face's conversions of the large models are such: 8 heads where the released code has 12.
+    """
+    plain = dataclasses.replace(config, mit_heads=None, prompt_heads=None)
+    odd = [name for name in ("mit_heads", "prompt_heads") if getattr(config, name) != getattr(plain, name)]
+    if not odd:
+        return
+    near = dataclasses.replace(plain, logit_scale=XCLIPConfig.logit_scale)
+    variant = next((name for name, row in VARIANTS.items() if row == near), None)
+    log.warning(
+        "%s: %s, as its configuration says; the released code has E / 64 = %d, and its outputs differ. To compute as "
+        "the released code does: %s, or convert the VideoX file instead",
+        where,
+        " and ".join(f"{name} is {getattr(config, name)}" for name in odd),
+        plain.mit_heads,
+        f"config={variant!r} (--variant {variant})"
+        if variant
+        else "config=dataclasses.replace(model.config, mit_heads=None, prompt_heads=None)",
+    )
+
+
+def _normalization(processor: Mapping[str, Any], config: XCLIPConfig, where: object) -> dict[str, Any]:
+    """``image_mean`` and ``image_std`` as a Hugging Face image processor has them, its rescaling included.
+
+    What else it does to the picture is compared with what ``decode`` does; a logged line names the differences.
+    """
+    if not processor:
+        return {}
+    size = config.vision.image_size
+    crop = _side(processor.get("crop_size"), size)
+    if processor.get("do_center_crop", True) and crop != size:
+        log.warning(
+            "%s: its processor crops to %s, the model takes %d; frames are cropped to %d", where, crop, size, size
+        )
+    if processor.get("resample", 2) not in (2, None):
+        log.warning(
+            "%s: its processor resamples with PIL's filter %s; decode() resizes bilinearly (2)",
+            where,
+            processor["resample"],
+        )
+    short = _side(processor.get("size"), None)
+    if short is not None and processor.get("do_resize", True) and short != short_side(size):
+        log.info(
+            "%s: its processor resizes the short side to %s; decode() resizes to %d, as the released test does",
+            where,
+            short,
+            short_side(size),
+        )
+    mean, std = processor.get("image_mean"), processor.get("image_std")
+    if not processor.get("do_normalize", True):
+        mean, std = (0.0,) * 3, (1.0,) * 3
+    scale = processor.get("rescale_factor", 1 / 255) if processor.get("do_rescale", True) else 1.0
+    if mean is None and std is None and math.isclose(255 * scale, 1.0):
+        return {}
+    mean, std = mean or config.image_mean, std or config.image_std
+    if math.isclose(255 * scale, 1.0, rel_tol=1e-6):
+        return {"image_mean": tuple(mean), "image_std": tuple(std)}
+    # (scale v - mean) / std of a level v, written with v / 255
+    return {
+        name: tuple(x / (255 * scale) for x in values) for name, values in (("image_mean", mean), ("image_std", std))
+    }
+
+
+def short_side(size: int) -> int:
+    """The short side that a frame is resized to before a square of ``size`` is cropped from it: 256 for 224."""
+    return round(size * 256 / 224)
+
+
+def _side(value: Any, default: Any) -> Any:
+    if isinstance(value, Mapping):
+        value = next((value[name] for name in ("shortest_edge", "height", "width") if value.get(name)), None)
+    return default if value is None else value
+
+
+def config_to_huggingface(config: XCLIPConfig, dtype: torch.dtype) -> tuple[dict[str, Any], dict[str, Any]]:
+    """``config.json`` and ``preprocessor_config.json`` as ``transformers`` reads them."""
+    plain = XCLIPConfig()
+    ablated = [
+        f"{where}{name}={getattr(given, name)!r}"
+        for where, given, like, names in (
+            ("", config, plain, ("mit_residual", "prompt", "num_classes")),
+            ("vision.", config.vision, plain.vision, ("cross_frame", "activation", "pre_norm", "layer_norm_eps")),
+        )
+        for name in names
+        if getattr(given, name) != getattr(like, name)
+    ] + (["mit_layers=0"] if config.mit_layers == 0 else [])
+    if ablated:
+        raise CheckpointError(f"Hugging Face's X-CLIP cannot do {', '.join(ablated)}; write layout='xclip_fast'")
+    E = config.embed_dim
+    towers = []
+    for tower in (config.vision, config.text):
+        common = {"hidden_size": tower.width, "intermediate_size": 4 * tower.width, "hidden_act": "quick_gelu"}
+        common |= {"num_hidden_layers": tower.layers, "num_attention_heads": tower.heads}
+        towers.append(common | {"layer_norm_eps": config.layer_norm_eps})
+    vision, text = towers
+    vision |= {"image_size": config.vision.image_size, "patch_size": config.vision.patch_size}
+    vision |= {"num_frames": config.num_frames, "drop_path_rate": config.vision.drop_path, "mit_hidden_size": E}
+    vision |= {"mit_intermediate_size": 4 * E, "mit_num_hidden_layers": config.mit_layers}
+    vision |= {"mit_num_attention_heads": config.mit_heads, "model_type": "xclip_vision_model"}
+    text |= {"vocab_size": config.text.vocab_size, "max_position_embeddings": config.text.context_length}
+    text |= {"model_type": "xclip_text_model"}
+    model = {"model_type": "xclip", "architectures": ["XCLIPModel"], "projection_dim": E, "text_config": text}
+    model |= {"vision_config": vision, "prompt_layers": config.prompt_layers, "prompt_alpha": config.prompt_alpha}
+    model |= {"prompt_num_attention_heads": config.prompt_heads, "prompt_hidden_act": "quick_gelu"}
+    model |= {"logit_scale_init_value": config.logit_scale, "torch_dtype": str(dtype).removeprefix("torch.")}
+    size = config.vision.image_size
+    # VideoMAE's takes a video, a list of frames, and gives (B, T, 3, S, S), which XCLIPModel wants
+    preprocessor: dict[str, Any] = {"image_processor_type": "VideoMAEImageProcessor"}
+    preprocessor |= {"processor_class": "XCLIPProcessor", "do_normalize": True, "do_rescale": True}
+    preprocessor |= {"image_mean": config.image_mean, "image_std": config.image_std, "resample": 2}
+    preprocessor |= {"do_resize": True, "size": {"shortest_edge": short_side(size)}}
+    preprocessor |= {"do_center_crop": True, "crop_size": {"height": size, "width": size}}
+    return model, preprocessor

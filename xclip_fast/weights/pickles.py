@@ -1,0 +1,169 @@
+"""Weight files that are pickles: ``torch.save`` archives and TorchScript archives, read without running their code.
+
+A ``torch.save`` file goes through torch's ``weights_only`` reader. Classes that it does not know are replaced by
+stand-ins, which do nothing: harmless ones always, all others when the caller says so. A TorchScript archive goes
+through a reader of our own, which knows tensors alone.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+import warnings
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..files import refuse_inflated, require_regular
+from .layouts import CheckpointError, State
+
+SLACK = 64 << 20  # bytes by which the tensors of a file may exceed the file: shared or expanded ones
+
+
+class _Empty:
+    """Stands for a class that is never imported: whatever is made of it is an empty OrderedDict."""
+
+    def __new__(cls, *args: object) -> Any:
+        return OrderedDict()
+
+
+class _Blank:
+    """Stands for a class whose pickled state is no dictionary (a NumPy array); the state is dropped."""
+
+    def __init__(self, *args: object) -> None: ...
+
+    def __setstate__(self, state: object) -> None: ...
+
+
+# What training scripts keep beside the weights, by exact name.
+_BUILTINS = (
+    *("list", "dict", "set", "frozenset", "tuple", "int", "float", "str", "bool", "complex", "bytearray"),
+    *("object", "slice", "range"),
+)
+_HARMLESS: dict[str, type] = {
+    **{f"{module}.{name}": _Empty for module in ("builtins", "__builtin__") for name in _BUILTINS},
+    **{f"{module}._reconstructor": _Empty for module in ("copyreg", "copy_reg")},
+    **{
+        f"pathlib{part}.{pure}{system}Path": _Empty
+        for part in ("", "._local")
+        for pure in ("", "Pure")
+        for system in ("", "Posix", "Windows")
+    },
+    **dict.fromkeys(("argparse.Namespace", "types.SimpleNamespace", "collections.defaultdict"), _Empty),
+    **dict.fromkeys(
+        ("_codecs.encode", "datetime.datetime", "datetime.date", "datetime.timedelta", "uuid.UUID"), _Empty
+    ),
+    **dict.fromkeys(("numpy.dtype", "numpy.ndarray"), _Blank),
+    **{
+        f"numpy.{core}.multiarray.{name}": kind
+        for core in ("core", "_core")
+        for name, kind in (("scalar", _Empty), ("_reconstruct", _Blank))
+    },
+}
+
+
+def read_torch(path: Path, drop_config: bool) -> Any:
+    """What a ``torch.save`` file holds; a TorchScript archive's state dict. Tensors may lie in the mapped file.
+
+    Args:
+        drop_config: replace pickled objects of unknown classes by stand-ins instead of refusing the file.
+
+    Raises:
+        CheckpointError: if the file holds objects of unknown classes, or unpacks to more than its size.
+    """
+    size = require_regular(path)
+    zipped = zipfile.is_zipfile(path)
+    if zipped:
+        with path.open("rb") as file:
+            refuse_inflated(file, size)
+        with zipfile.ZipFile(path) as archive:
+            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+                return _read_torchscript(archive)
+    left_out: list[str] = []
+    kinds = iter((_Empty, _Blank))
+    kind = next(kinds)
+    while True:
+        stand_ins: Any = [(kind, name) for name, kind in (_HARMLESS | dict.fromkeys(left_out, kind)).items()]
+        try:
+            with torch.serialization.safe_globals(stand_ins), warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # torch's, of the pickle protocol
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        except pickle.UnpicklingError as error:
+            if (found := re.search(r"GLOBAL (\S+)", str(error))) is None:
+                detail = str(error).split("WeightsUnpickler error:")[-1].strip().split("\n")[0]
+                raise CheckpointError(f"{path}: damaged or incomplete, or more than tensors: {detail}") from error
+            name = found[1] if "." in found[1] else f"builtins.{found[1]}"
+            if "is blocked" in str(error) or name in left_out or len(left_out) == 100:
+                raise CheckpointError(f"{path}: holds a pickled {name}, which does not belong into weights") from error
+            if not drop_config:
+                raise CheckpointError(
+                    f"{path}: holds a pickled {name} beside the weights. Leave such objects out with `xclip-fast "
+                    f"convert {path} NEW_FOLDER --drop-config`, which runs no code of the file, and use the new folder"
+                ) from error
+            left_out.append(name)
+        except (TypeError, ValueError):  # a state that is no dictionary
+            if not left_out or (other := next(kinds, None)) is None:
+                raise
+            kind = other
+
+
+def own(state: dict[Any, Any], path: Path) -> dict[Any, Any]:
+    """Copies of the tensors, out of the mapped file, which may be large with optimizer state, or be replaced.
+
+    Raises:
+        CheckpointError: if they take far more memory than the file has bytes (expanded from few numbers).
+    """
+    total = sum(value.numel() * value.element_size() for value in state.values() if isinstance(value, Tensor))
+    size = path.stat().st_size
+    if total > 2 * size + SLACK:
+        raise CheckpointError(f"{path}: its {size} bytes hold tensors of {total} bytes; this is no file of weights")
+    return {name: value.clone() if isinstance(value, Tensor) else value for name, value in state.items()}
+
+
+# Python's own unpickler, not the one in C: there, a few bytes can ask for gigabytes (the index of a memo)
+class _TorchScriptReader(pickle._Unpickler):
+    """Reads the tensors of a TorchScript archive, which is how OpenAI publishes CLIP; its code is not looked at."""
+
+    def __init__(self, archive: zipfile.ZipFile) -> None:
+        data = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
+        super().__init__(archive.open(data))
+        self.archive, self.root = archive, data.removesuffix("data.pkl")
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "__torch__" or module.startswith("__torch__."):
+            return _Empty
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return _view
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        if module == "torch" and name.endswith("Storage"):
+            return name
+        raise pickle.UnpicklingError(f"GLOBAL {module}.{name} does not belong into a TorchScript archive of CLIP")
+
+    def persistent_load(self, saved: Any) -> Tensor:
+        _, storage, key, _, _ = saved
+        dtypes = {"Float": torch.float32, "Half": torch.float16, "BFloat16": torch.bfloat16, "Long": torch.int64}
+        data = bytearray(self.archive.read(f"{self.root}data/{key}"))
+        return torch.frombuffer(data, dtype=dtypes[storage.removesuffix("Storage")])
+
+
+def _view(storage: Tensor, offset: int, size: Any, stride: Any, *_: object) -> Tensor:
+    return storage.as_strided(size, stride, offset)
+
+
+def _read_torchscript(archive: zipfile.ZipFile) -> State:
+    state: State = {}
+
+    def collect(module: Any, prefix: str) -> None:
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor):
+                state[prefix + name] = value
+            elif isinstance(value, OrderedDict):
+                collect(value, f"{prefix}{name}.")
+
+    collect(_TorchScriptReader(archive).load(), "")
+    return state

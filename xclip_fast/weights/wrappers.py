@@ -1,0 +1,86 @@
+"""Find the weights inside what training frameworks put around them: nested dictionaries, and prefixes of names.
+
+Nothing here is a list of frameworks. The weights are where a name that every X-CLIP, CLIP or ViT has ends a key; what
+stands before it is the prefix of all of them.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from .layouts import NOT_WEIGHTS
+
+log = logging.getLogger("xclip_fast")
+
+# The patch embedding: every layout has one, under one of these names.
+_ANCHORS = ("visual.conv1.weight", "vision_model.embeddings.patch_embedding.weight", "patch_embed.proj.weight")
+# A segment that a wrapper adds inside a name (_orig_mod, _fsdp_wrapped_module, module): none of ours looks like that.
+_ADDED = re.compile(r"(?:^|(?<=\.))(?:_\w+|module)\.")
+_FRONT = re.compile(r"(?:(?:_\w+|module)\.)*")
+_DEPTH = 4  # of nested dictionaries
+_AVERAGED = re.compile(r"ema|averag|teacher|shadow", re.IGNORECASE)
+
+
+def unwrap(content: Mapping[Any, Any], where: object) -> dict[Any, Any]:
+    """The state dict inside ``content``, its names without prefixes; ``content`` itself where no model is found.
+
+    If several models are inside, the plain one is taken before an averaged one, then the outermost, then the first. A
+    logged line names the others. What is no tensor of the model is left out.
+    """
+    found = list(_models(content))
+    if not found:
+        return dict(content)
+    found.sort(key=lambda each: (bool(_AVERAGED.search(each.title)), len(each.keys)))
+    chosen, *others = found
+    if others:
+        names = ", ".join(each.title for each in others)
+        log.warning("%s: holds several models; %s is read, not %s", where, chosen.title, names)
+    kept: dict[Any, Any] = {}
+    left_out = []
+    for name, value in chosen.content.items():
+        plain = _ADDED.sub("", name) if isinstance(name, str) and name.startswith(chosen.front) else ""
+        own = plain[len(chosen.prefix) :] if plain.startswith(chosen.prefix) else ""
+        if own and (isinstance(value, Tensor) or NOT_WEIGHTS.match(own)):
+            kept[own] = value
+        else:
+            left_out.append(str(name))
+    if left_out:
+        log.info("%s: not part of the model, left out: %s", where, ", ".join(left_out[:5]))
+    return kept
+
+
+class _Model(NamedTuple):
+    content: Mapping[str, Any]
+    keys: tuple[str, ...]  # that lead to it
+    front: str  # added by wrappers at the start of its names
+    prefix: str  # of its names after that
+
+    @property
+    def title(self) -> str:
+        return ".".join((*self.keys, self.prefix)).rstrip(".") or "the outermost"
+
+
+def _models(outermost: Mapping[Any, Any]) -> Iterator[_Model]:
+    waiting: list[tuple[Any, tuple[str, ...]]] = [(outermost, ())]
+    seen = {id(outermost)}
+    while waiting:
+        content, keys = waiting.pop(0)
+        known = set()
+        for key, value in content.items():
+            if not isinstance(key, str):
+                continue
+            if isinstance(value, Mapping) and len(keys) < _DEPTH and id(value) not in seen:
+                seen.add(id(value))  # a damaged file may hold a dictionary inside itself
+                waiting.append((value, (*keys, key)))
+            plain = _ADDED.sub("", key)
+            for anchor in _ANCHORS:
+                if isinstance(value, Tensor) and f".{plain}".endswith(f".{anchor}"):
+                    prefix = plain.removesuffix(anchor)
+                    if prefix not in known:
+                        known.add(prefix)
+                        yield _Model(content, keys, _FRONT.match(key)[0], prefix)  # type: ignore[index]
