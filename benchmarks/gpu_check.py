@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 
 from gpu.case import Case
-from gpu.run import Rows
+from gpu.run import PATIENCE, Rows
 from gpu.stages import SECONDS, STAGES
 
 HERE = Path(__file__).resolve().parent
@@ -86,6 +86,7 @@ def prepare(scratch: Path, rehearse: bool) -> None:
         paths.append(str(scratch / "site"))
     sys.path[:0] = [path for path in paths if path not in sys.path]
     os.environ["PYTHONPATH"] = os.pathsep.join([*paths, *filter(None, [os.environ.get("PYTHONPATH")])])
+    os.chdir(scratch)  # a new Python looks here first: not into a tree whose package is not laid out
     os.environ["TRITON_CACHE_DIR"] = str(scratch / "triton")
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(scratch / "inductor")
     os.environ["XDG_CACHE_HOME"] = str(scratch / "cache")  # no table that was measured before decides here
@@ -113,6 +114,7 @@ def write_results(out: Path, rows: list[dict], seconds: dict[str, float]) -> Non
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
+    args.out = args.out.resolve()
     args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="gpu-check-") as folder:
         prepare(Path(folder), args.rehearse)
@@ -149,7 +151,8 @@ def run(args: argparse.Namespace, scratch: Path) -> int:
                     runner.start_early(stage, case)
         for stage, cases in plans.items():
             begin = time.monotonic()
-            runner.run(stage, cases, min(SECONDS[stage], args.seconds or SECONDS[stage]))
+            most = PATIENCE * SECONDS[stage] if args.rehearse else SECONDS[stage]
+            runner.run(stage, cases, min(most, args.seconds or most))
             seconds[stage] = time.monotonic() - begin
     finally:
         runner.stop()

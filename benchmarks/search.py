@@ -99,6 +99,7 @@ def rows(folder: Path, count: int, patches: int) -> dict[str, Any]:
     }
     adding = [_seconds(lambda at=at: store.commit(batches(at, at + 100, 100), [], [])) for at in (count, count + 100)]
     result["add_100_s"] = statistics.median(adding)
+    print(result, file=sys.stderr, flush=True)
     if count >= 100_000:
         result["index_s"] = _seconds(store.build_index)
         result["indexed"] = _queries(folder / "store")

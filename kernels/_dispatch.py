@@ -227,7 +227,7 @@ class Op:
     ) -> str | None:
         """Why ``candidate`` is not taken for these arguments, or None; ``measured``: what was measured for them."""
         if candidate.unasked and candidate.name not in (_forced, *measured):
-            return candidate.unasked
+            return candidate.refusal(args, trained) or candidate.unasked
         return candidate.refusal(args, trained)
 
     def measured(self, args: tuple[Any, ...], trained: bool = False) -> tuple[str, ...]:

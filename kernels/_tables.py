@@ -6,10 +6,14 @@ sizes, each with the least and the largest value it holds for) and what was foun
 
 import functools
 import json
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+log = logging.getLogger("xclip_fast")
+_told: set[Path] = set()  # damaged tables that a line was logged of
 
 
 def user_table(name: str) -> Path:
@@ -21,9 +25,31 @@ def user_table(name: str) -> Path:
 @functools.cache
 def rows(path: Path, name: str) -> tuple[dict[str, Any], ...]:
     """The rows of a table under a name; none if there is no such table."""
-    if not path.exists():
-        return ()
-    return tuple(json.loads(path.read_text(encoding="utf-8")).get(name, ()))
+    return tuple(_table(path).get(name, ()))
+
+
+def _table(path: Path) -> dict[str, list[dict[str, Any]]]:
+    """A whole table. One that is damaged counts as empty, with a logged line: what it says only makes things faster."""
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        for each in found.values():
+            for row in each:
+                if not (
+                    isinstance(row["arch"], int) and all(low <= high for low, high in row.get("where", {}).values())
+                ):
+                    raise ValueError(f"a row that is none: {row!r:.80}")
+                if not all(ms > 0 for ms in row.get("milliseconds", {}).values()):
+                    raise ValueError(f"times that are none: {row!r:.80}")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        if path not in _told:
+            _told.add(path)
+            log.warning(
+                "%s is damaged and not used (%r); delete it, or measure again with `xclip-fast tune`", path, error
+            )
+        return {}
+    return found
 
 
 def holds(row: Mapping[str, Any], sizes: Mapping[str, Any]) -> bool:

@@ -80,8 +80,10 @@ def test_refusals_and_the_forced_backend_are_told(monkeypatch, capsys):
         assert found["ops"]["cct_block"]["cpu"]["chosen"] == "reference"  # has no such backend
         info.show()
     out = capsys.readouterr().out
-    assert "XCLIP_FAST_BACKEND: triton" in out
-    assert any(line.split() == ["quick_gelu", "triton,", "reference", "none"] for line in out.splitlines())
+    lines = out.splitlines()
+    assert "backend\ttriton" in lines
+    assert "ops\tquick_gelu\ttriton, reference\tnone" in lines
+    assert all(line.split("\t")[0] in ("versions", "devices", "backend", "ops", "refused") for line in lines)
     assert "device cpu is not cuda" in out
 
 
@@ -178,5 +180,5 @@ def test_as_a_module_in_a_pipe():
     process = subprocess.run([sys.executable, "-m", "xclip_fast", "info"], capture_output=True, text=True, check=True)
     assert process.stderr == ""
     assert "\x1b" not in process.stdout
-    assert any(line.split()[:2] == ["torch", torch.__version__] for line in process.stdout.splitlines())
-    assert any(line.split()[0] == "cct_block" for line in process.stdout.splitlines() if line)
+    assert any(line.split("\t")[1:3] == ["torch", torch.__version__] for line in process.stdout.splitlines())
+    assert any(line.split("\t")[:2] == ["ops", "cct_block"] for line in process.stdout.splitlines() if line)

@@ -159,6 +159,18 @@ def test_without_triton(tmp_path: Path) -> None:
     assert "triton is not installed" in done.stdout
 
 
+def test_the_tests_of_the_kernels_are_collected_where_there_is_a_gpu(tmp_path: Path):
+    """Nothing at import may break because torch.cuda.is_available() is True."""
+    (tmp_path / "has_gpu.py").write_text("import torch\ntorch.cuda.is_available = lambda: True\n")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(tmp_path)
+    command = [sys.executable, "-m", "pytest", "-p", "has_gpu", "--collect-only", "-q", "-n", "0", "--no-cov"]
+    command += ["-p", "no:cacheprovider", "tests/kernels", "tests/inference", "tests/nn"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "test_model_with_kernels_is_as_exact_as_torch" in done.stdout
+
+
 def test_every_folder_of_kernels_is_a_package_of_the_install(monkeypatch: pytest.MonkeyPatch) -> None:
     given: dict[str, Any] = {}
     monkeypatch.setattr(setuptools, "setup", given.update)

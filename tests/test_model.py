@@ -514,3 +514,21 @@ def test_scripts_find_the_public_names() -> None:
     modules, took = done.stdout.rsplit(" ", 1)
     assert modules == "[]"
     assert float(took) < 1.0  # 0.1 s on an idle machine; a loaded one may be slow
+
+
+@pytest.mark.parametrize(
+    ("spoil", "wanted"),
+    [
+        (lambda video: video.uniform_(0, 255), "reach from 0"),
+        (lambda video: video.fill_(0).index_fill_(1, torch.tensor([1]), torch.nan), "from nan to nan"),
+        (lambda video: video.mul_(torch.inf), "inf|nan"),
+    ],
+)
+def test_floats_that_are_not_normalized_are_refused(tiny_model: XCLIP, spoil: object, wanted: str) -> None:
+    size = tiny_model.config.vision.image_size
+    video = torch.randn(1, 2, 3, size, size)
+    with torch.no_grad():
+        tiny_model.encode_video(video)
+        with pytest.raises(ValueError, match=wanted) as error:
+            tiny_model.encode_video(spoil(video))  # type: ignore[operator]
+    assert "uint8 (B, T, H, W, 3)" in str(error.value)

@@ -15,10 +15,12 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from . import kernels
 from .nn.cct import Attention, DropScales, FastCCTBlock, Stream, cct_block, with_spare_row
 from .nn.layers import drop_path_scale
+from .nn.parts import PLAIN, Kinds, find_change
 
 logger = logging.getLogger("xclip_fast")
 
@@ -72,9 +74,12 @@ def accelerate(model: Model) -> Model:
     Returns:
         the model itself. A second call finds nothing left to do.
 
+    Every call looks at the block as it is then. With a hook on a part, an adapter, another norm, activation or epsilon,
+    under ``torch.func`` transforms, or when the call asks for what ours does not compute (attention weights, a mask,
+    dropout), the block computes by its own forward, which is logged once.
+
     Raises:
-        ValueError: if no block can be swapped. Single blocks that cannot are left as they are, with a logged reason;
-            so is a call that asks for what ours does not compute (attention weights, a mask, dropout).
+        ValueError: if no block can be swapped. Single blocks that cannot are left as they are, with a logged reason.
     """
     swapped, reasons = 0, []
     for name, module in model.named_modules():
@@ -84,12 +89,15 @@ def accelerate(model: Model) -> Model:
         for style in _STYLES:
             if (parts := style.parts(module)) is None:
                 continue
-            reason, returns_tuple = _refuse_block(module, parts), False
-            if reason is None:
-                reason, returns_tuple = _try_out(module, parts, style)
+            reason = _refuse_block(module, parts)
+            trial: _Trial | None = None
+            if reason is None and _find_change(module, parts, _kinds(_types(module, parts))) is None:
+                trial = _try_out(module, parts, style)
+                reason = trial.reason
             if reason is None:
                 original: Any = type(module)
-                module.__class__ = _subclass(original, style, returns_tuple)
+                module.__class__ = _subclass(original, style)
+                module.__dict__["_trial"] = trial
                 swapped += 1
             else:
                 reasons.append(f"{name or type(module).__name__}: {reason}")
@@ -103,6 +111,42 @@ def accelerate(model: Model) -> Model:
     for reason in reasons:
         logger.warning("left as it is: %s", reason)
     return model
+
+
+class _Trial(NamedTuple):
+    """What a block showed on a small input, and for which modules that holds."""
+
+    types: tuple[type, ...]
+    returns_tuple: bool = False
+    reason: str | None = None  # why it is not ours
+
+
+def _types(module: nn.Module, parts: _Parts) -> tuple[type, ...]:
+    """The modules of a block that hold no weights themselves, beside torch's own."""
+    mlp = operator.attrgetter("mlp")(module)
+    others = [parts.fusion, parts.diffusion, mlp, *(each for each in mlp.children() if not list(each.parameters()))]
+    return tuple({type(each): None for each in (*others, parts.drop_path) if each is not None})
+
+
+@functools.cache
+def _kinds(types: tuple[type, ...]) -> Kinds:
+    found: dict[Any, Any] = {kind: kind.forward for kind in types if issubclass(kind, nn.Module)}
+    return {**found, **PLAIN["quick_gelu"]}
+
+
+def _find_change(module: nn.Module, parts: _Parts, kinds: Kinds) -> str | None:
+    """Why the block's parameters do not say all that it computes, or None; see ``nn.parts.find_change``."""
+    if reason := find_change(module._modules, kinds, parts.heads, getattr(parts.ln_1, "eps", None)):
+        return reason
+    for attention in (parts.fusion, parts.diffusion):
+        if isinstance(attention, nn.MultiheadAttention):
+            continue
+        linears = [getattr(attention, name, None) for name in ("q_proj", "k_proj", "v_proj", "out_proj")]
+        if any(type(linear) is not nn.Linear or linear.bias is None for linear in linears):
+            return "an attention has other projections than four linear layers with a bias"
+        if getattr(attention, "num_heads", parts.heads) != parts.heads:
+            return f"an attention has not {parts.heads} heads"
+    return None
 
 
 def _compute(module: nn.Module, parts: _Parts, style: _Style, x: Tensor) -> Tensor:
@@ -129,31 +173,52 @@ def _compute(module: nn.Module, parts: _Parts, style: _Style, x: Tensor) -> Tens
 
 
 @functools.cache
-def _subclass(original: Any, style: _Style, returns_tuple: bool) -> type[nn.Module]:
+def _subclass(original: Any, style: _Style) -> type[nn.Module]:
     """``original`` with our forward. As a subclass it is still found by isinstance, and by name."""
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         parts = style.parts(self)
-        reason = "its parts have changed" if parts is None else _refuse_parts(parts)
-        reason = reason or style.refuse_call(self, args, kwargs)
+        reason = "its parts have changed" if parts is None else _refuse_call(self, parts, style, args, kwargs)
         if parts is None or reason is not None:
-            _log_fallback(original.__name__, str(reason))
+            if not torch.compiler.is_compiling():
+                _log_fallback(original.__name__, str(reason))
             return original.forward(self, *args, **kwargs)
         y = _compute(self, parts, style, args[0] if args else kwargs["hidden_states"])
-        return (y,) if returns_tuple else y
+        return (y,) if self.__dict__["_trial"].returns_tuple else y
 
     def reduce(self: nn.Module, protocol: object) -> tuple[Any, ...]:
-        return _rebuild, (original, style.name, returns_tuple), dict(self.__dict__)
+        return _rebuild, (original, style.name), dict(self.__dict__)
 
     body = {"forward": forward, "__reduce_ex__": reduce, "_accelerated_from": original, "__doc__": original.__doc__}
     return type(original.__name__, (original,), body)
 
 
-def _rebuild(original: Any, style_name: str, returns_tuple: bool) -> nn.Module:
+def _rebuild(original: Any, style_name: str) -> nn.Module:
     """An empty block for copy and pickle, which cannot find a class made at run time."""
     style = next(style for style in _STYLES if style.name == style_name)
-    swapped = _subclass(original, style, returns_tuple)
+    swapped = _subclass(original, style)
     return swapped.__new__(swapped)
+
+
+def _refuse_call(
+    module: nn.Module, parts: _Parts, style: _Style, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> str | None:
+    """Why this call is not for ours, or None."""
+    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+        return "torch.func transforms or forward-mode differentiation are on"
+    if getattr(module, "attn_mask", None) is not None:
+        return "it has an attention mask"
+    trial: _Trial | None = module.__dict__["_trial"]
+    types = _types(module, parts) if trial is None else trial.types
+    if reason := style.refuse_call(module, args, kwargs) or _find_change(module, parts, _kinds(types)):
+        return reason
+    if trial is None:  # an adapter or a hook was there until now
+        if torch.compiler.is_compiling():
+            return "it was not tried out before torch.compile"
+        reason = _refuse_block(module, parts)
+        trial = _Trial(types, reason=reason) if reason else _try_out(module, parts, style)
+        module.__dict__["_trial"] = trial
+    return trial.reason
 
 
 def _weights(attention: Any) -> Attention:
@@ -169,61 +234,40 @@ def _weights(attention: Any) -> Attention:
     return Attention(weight, bias, out)
 
 
-def _refuse_parts(parts: _Parts) -> str | None:
-    """Why the parts, as they are now, cannot be computed by ours; asked at every call, for they may be replaced."""
-    linears: list[Any] = [parts.message_fc, parts.fc, parts.projection]
-    for attention in (parts.fusion, parts.diffusion):
-        if isinstance(attention, nn.MultiheadAttention):
-            if attention.batch_first or attention.in_proj_weight is None or attention.in_proj_bias is None:
-                return "its attention is batch_first, has no bias, or keys of another width"
-            if attention.bias_k is not None or attention.add_zero_attn:
-                return "its attention adds a key"
-        else:
-            linears += [getattr(attention, name, None) for name in ("q_proj", "k_proj", "v_proj", "out_proj")]
-    for linear in linears:
-        if type(linear) is not nn.Linear or linear.bias is None:
-            return f"a {type(linear).__name__} stands where a plain Linear with a bias is wanted"
-    for part in (*linears, parts.message_ln, parts.ln_1, parts.ln_2):  # Hugging Face itself hooks the attentions
-        if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks:
-            return f"a hook on its {type(part).__name__} would not be called"
-    return None
-
-
 def _refuse_block(module: nn.Module, parts: _Parts) -> str | None:
     if "forward" in module.__dict__:
         return "its forward was replaced by another library"
-    if not all(isinstance(norm, nn.LayerNorm) for norm in (parts.message_ln, parts.ln_1, parts.ln_2)):
-        return "its norms are not LayerNorms"
-    if len(epsilons := {parts.message_ln.eps, parts.ln_1.eps, parts.ln_2.eps}) > 1:
-        return f"its norms have different epsilons, {', '.join(map(str, sorted(epsilons)))}"
     if getattr(module, "attn_mask", None) is not None:
         return "it has an attention mask"
     if not isinstance(parts.drop_path, nn.Identity | None) and not hasattr(parts.drop_path, "drop_prob"):
         return f"the drop probability of {type(parts.drop_path).__name__} is not known"
     points = torch.linspace(-3, 3, 13, device="cpu")
     for child in operator.attrgetter("mlp")(module).children():
-        if not isinstance(child, nn.Linear) and not torch.allclose(
-            child(points), kernels.quick_gelu(points), atol=1e-5
-        ):
-            return f"{type(child).__name__} in its mlp is not quick GELU"
-    return _refuse_parts(parts)
+        if child in (parts.fc, parts.projection) or list(child.parameters()):
+            continue
+        with torch.no_grad():
+            if not torch.allclose(child(points), kernels.quick_gelu(points), atol=1e-5):
+                return f"{type(child).__name__} in its mlp is not quick GELU"
+    return None
 
 
-def _try_out(module: nn.Module, parts: _Parts, style: _Style) -> tuple[str | None, bool]:
-    """Why the block answers a small input otherwise than ours does (or None), and whether it answers with a tuple."""
+def _try_out(module: nn.Module, parts: _Parts, style: _Style) -> _Trial:
+    """Computes a small input by the block's own forward and by ours."""
+    types = _types(module, parts)
+    forward = getattr(type(module), "_accelerated_from", type(module)).forward
     like = parts.message_fc.weight
     x = torch.randn(2 * parts.frames, 3, like.shape[1], generator=torch.Generator().manual_seed(0)).to(like)
     x = x if style.batch_first else x.transpose(0, 1)
-    required = [p for p in inspect.signature(module.forward).parameters.values() if p.default is p.empty]
+    required = [p for p in inspect.signature(forward).parameters.values() if p.default is p.empty][1:]
     masks = [None] * (sum(p.kind is p.POSITIONAL_OR_KEYWORD for p in required) - 1)
     modes = {child: child.training for child in module.modules()}
     try:
         module.eval()
         with torch.no_grad():
-            theirs = module.forward(x, *masks)
+            theirs = forward(module, x, *masks)
             ours = _compute(module, parts, style, x)
     except (RuntimeError, TypeError, ValueError) as error:
-        return f"it failed on a small input: {error}", False
+        return _Trial(types, reason=f"it failed on a small input: {error}")
     finally:
         for child, training in modes.items():
             child.training = training
@@ -231,9 +275,10 @@ def _try_out(module: nn.Module, parts: _Parts, style: _Style) -> tuple[str | Non
     theirs = theirs[0] if returns_tuple else theirs
     tolerance = 1e-4 if like.dtype in (torch.float32, torch.float64) else 3e-2
     if like.is_meta or not theirs.isfinite().all():
-        return None, returns_tuple
+        return _Trial(types, returns_tuple)
     off = ((ours - theirs).abs().max() / theirs.abs().max()).item()
-    return (None if off <= tolerance else f"it computes something else: off by {off:.1g} in a trial"), returns_tuple
+    reason = None if off <= tolerance else f"it computes something else: off by {off:.1g} in a trial"
+    return _Trial(types, returns_tuple, reason)
 
 
 def _huggingface_drops(parts: _Parts, x_FLD: Tensor) -> DropScales:
@@ -254,12 +299,30 @@ def _released_drops(parts: _Parts, x_FLD: Tensor) -> DropScales:
 def _refuse_huggingface_call(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
     if module.training and (module.self_attn.dropout or module.message_attn.dropout):
         return "attention dropout while training"
+    implementation = getattr(module.self_attn.config, "_attn_implementation", None)
+    if implementation == "eager" and torch.is_grad_enabled():
+        return "eager attention is asked for, whose gradients have gradients (set_attn_implementation('sdpa'))"
+    if implementation not in _ATTENTIONS or _is_replaced(implementation):
+        return f"the attention implementation {implementation!r} may compute something else"
+    if any(attention.scale != attention.head_dim**-0.5 for attention in (module.self_attn, module.message_attn)):
+        return "an attention has another scale"
     if kwargs.get("output_attentions") or getattr(module.self_attn.config, "output_attentions", False):
         return "attention weights are asked for"
     masks = [*args[1:], *(kwargs.get(name) for name in ("attention_mask", "causal_attention_mask", "is_causal"))]
     if any(mask is not None and mask is not False for mask in masks):
         return "an attention mask, or more, is given"
     return None
+
+
+_ATTENTIONS = (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+
+
+def _is_replaced(implementation: str | None) -> bool:
+    """Whether somebody registered another function under the name of one of transformers' own."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as REGISTERED
+
+    function = REGISTERED.get(implementation, None) if implementation not in (None, "eager") else None
+    return function is not None and not function.__module__.startswith("transformers.")
 
 
 def _refuse_released_call(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:

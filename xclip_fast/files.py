@@ -102,7 +102,7 @@ def staged(folder: str | os.PathLike[str], owned: Collection[str], last: str) ->
         target.parent.mkdir(parents=True, exist_ok=True)
         home = target.parent if _beside(target) else target
         part = home / f".{target.name}.part"
-        with _locked(home / f".{target.name}.writing", folder):
+        with locked(home / f".{target.name}.writing", folder):
             if part.exists():
                 _settle(part, target, owned)
             part.mkdir()
@@ -130,7 +130,7 @@ def _beside(target: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _locked(path: Path, folder: str | os.PathLike[str]) -> Iterator[None]:
+def locked(path: Path, folder: str | os.PathLike[str]) -> Iterator[None]:
     """Holds a lock file while the block lasts. The system forgets the lock when this process ends, however it ends."""
     try:
         import fcntl

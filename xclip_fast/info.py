@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from .console import print_rows
 from .kernels import BackendError, Block, _cuda, _dispatch, _linear
 from .kernels._parts import PARTS
 from .kernels.cct_block.example import example
@@ -83,10 +84,12 @@ def show(as_json: bool = False) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    # in a pipe a row is a line, however long
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 10_000)
+    console = Console(highlight=False)
 
     def table(title: str, rows: Sequence[Sequence[str]], *header: str) -> None:
+        if not sys.stdout.isatty():
+            print_rows(title.partition(" ")[0].lower(), header, rows)
+            return
         grid = Table(*header, box=None, show_header=bool(header), pad_edge=False, padding=(0, 3, 0, 0))
         for row in rows:
             grid.add_row(*(Text(cell, overflow="fold") for cell in row))
@@ -123,6 +126,8 @@ def show(as_json: bool = False) -> None:
                 if reason:
                     refusals.setdefault((place, name, reason), []).append(op)
     heads = [f"{place} {next(iter(found['ops'].values()))[place]['dtype']}" for place in places]
+    if not sys.stdout.isatty():
+        print_rows("backend", (), [(found["forced_backend"],)])
     table(f"Ops (XCLIP_FAST_BACKEND: {found['forced_backend']})", rows, "op", "backends", *heads)
     if refusals:
         lines = [(place, name, reason, ", ".join(ops)) for (place, name, reason), ops in refusals.items()]

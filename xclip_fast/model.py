@@ -34,6 +34,8 @@ from .weights import checkpoint
 
 logger = logging.getLogger("xclip_fast")
 
+LARGEST_PIXEL = 30.0  # of normalized videos; of unnormalized ones, 255
+
 
 class VisionTower(nn.Module):
     """The cross-frame communication transformer (section 3.2): frames (F, ...) to tokens (F, L, D)."""
@@ -161,6 +163,7 @@ class XCLIP(nn.Module):
             init_linear(self.head)
         else:
             self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale))
+        self._checked_range = False
         self._graphed: dict[tuple[int, int], GraphedVideoTower] = {}
 
     def forward(self, video: Tensor, text: Tensor | str | Sequence[str] | None = None) -> Tensor:
@@ -480,6 +483,26 @@ class XCLIP(nn.Module):
             raise ValueError(
                 f"video of shape {tuple(video.shape)} {video.dtype} given; "
                 f"{wanted} with H = W = {size} and T >= 1 wanted"
+            )
+        if video.dtype != torch.uint8:
+            self._check_range(video)
+
+    def _check_range(self, video: Tensor) -> None:
+        """Refuses NaN and pixels from 0 to 255. On a GPU, where it waits for the values, at the first call only."""
+        if type(video) is not Tensor or torch.compiler.is_compiling() or video.device.type not in ("cpu", "cuda"):
+            return
+        if torch._C._functorch.peek_interpreter_stack() is not None or video.numel() == 0:
+            return
+        if video.is_cuda:
+            if self._checked_range or torch.cuda.is_current_stream_capturing():
+                return
+            self._checked_range = True
+        least, most = (bound.item() for bound in torch.aminmax(video.detach()))
+        if not -LARGEST_PIXEL <= least <= most <= LARGEST_PIXEL:
+            raise ValueError(
+                f"the video's values reach from {least:g} to {most:g}; normalized ones lie within about 3 of 0. Pass "
+                "uint8 (B, T, H, W, 3) as decoded, or (video / 255 - mean) / std with the config's image_mean and "
+                "image_std"
             )
 
 

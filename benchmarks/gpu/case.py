@@ -161,7 +161,9 @@ class Job:
             return float(do_bench(call, warmup=5, rep=20, return_mode="median"))
 
 
-def live(case: Case, pipe: Connection, log: str, rehearse: bool, without: tuple[str, ...], fault: str) -> None:
+def live(
+    case: Case, pipe: Connection, log: str, rehearse: bool, without: tuple[str, ...], fault: str, seconds: float
+) -> None:
     """The whole life of a case, in its own process: its output goes to ``log``, its rows through the pipe."""
     with contextlib.suppress(OSError):
         os.setsid()  # so that the runner can end what it starts as well
@@ -177,7 +179,7 @@ def live(case: Case, pipe: Connection, log: str, rehearse: bool, without: tuple[
         measuring.SWIN_WARM_UPS, measuring.SWIN_RUNS, measuring.CPU_RUNS = 10, 20, 2
         if rehearse:
             torch.set_num_threads(1)
-        job = Job(pipe, rehearse, without, fault, case.seconds)
+        job = Job(pipe, rehearse, without, fault, seconds)
         module, function = case.work.split(":")
         for row in getattr(importlib.import_module(f"gpu.{module}"), function)(job, **case.options):
             pipe.send(("row", row))

@@ -21,6 +21,7 @@ from .case import Case, Row, live
 LOG_BYTES = 6000  # of a case's output that are kept, the end of it
 PRELOADED = ("torch", "numpy", "measuring", "xclip_fast", "triton.language", "gpu.case")  # they start no CUDA
 HANG_SECONDS = 8.0  # the limit of a case that hangs in a rehearsal
+PATIENCE = 3  # of a rehearsal, whose times mean nothing and whose machine may be busy
 TRIES = 4  # of a case, each without the contender that ended the one before
 
 
@@ -123,7 +124,7 @@ class Runner:
         return case.together and all(one.case.together for one in running) and len(running) < self.workers
 
     def _next(self, stage: str, case: Case, deadline: float) -> _Process:
-        ends = min(time.monotonic() + case.seconds, deadline)
+        ends = min(time.monotonic() + self._limit(case), deadline)
         one = self.early.pop(case.name, None)
         if one is None:
             return self._start(stage, case, ends, ())
@@ -135,12 +136,17 @@ class Runner:
             self._signal(one, signal.SIGCONT)
         return one
 
+    def _limit(self, case: Case) -> float:
+        return PATIENCE * case.seconds if self.rehearse else case.seconds
+
     def _start(self, stage: str, case: Case, ends: float, without: tuple[str, ...]) -> _Process:
         mine, theirs = self.context.Pipe()
         self._number += 1
         log = self.scratch / f"{self._number}.txt"
         fault = self.faults.get(case.name, "")
-        process = self.context.Process(target=live, args=(case, theirs, str(log), self.rehearse, without, fault))
+        process = self.context.Process(
+            target=live, args=(case, theirs, str(log), self.rehearse, without, fault, self._limit(case))
+        )
         process.start()
         theirs.close()
         now = time.monotonic()
@@ -206,7 +212,7 @@ class Runner:
         again = one.contender and len(one.without) + 1 < TRIES and time.monotonic() < deadline - 1
         if not again:
             return None
-        ends = min(time.monotonic() + one.case.seconds, deadline)
+        ends = min(time.monotonic() + self._limit(one.case), deadline)
         return self._start(one.stage, one.case, ends, (*one.without, one.contender))
 
     def _add(self, one: _Process, row: Row) -> None:

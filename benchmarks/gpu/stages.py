@@ -53,11 +53,12 @@ def smoke(rehearse: bool) -> list[Case]:
         models = [("tower", "triton"), ("training step", "triton"), *models[-3:]]
         cases.append(Case("launches", "bind:launches", {}, 100, together=True))
     for kind, name in models:
-        options = {"variant": "B/16-8f", "batch": 1 if rehearse or kind == "graph" else 32}
-        options |= {"backend": name, "kind": kind}
+        # several steps of 32 at a time would not fit into the memory of an H100
+        batch = 1 if rehearse or kind == "graph" else 8 if kind == "training step" and name != "auto" else 32
+        options = {"variant": "B/16-8f", "batch": batch, "backend": name, "kind": kind}
         cases.append(Case(f"{kind} {name}", "smoke:model", options, 60, together=True))
     if not rehearse:
-        for variant, batch in (("B/16-8f", 8), ("L/14-8f", 32), ("B/32-8f", 32), ("B/16-8f", 256)):
+        for variant, batch in (("B/16-8f", 8), ("L/14-8f", 32), ("B/32-8f", 32)):
             options = {"variant": variant, "batch": batch, "backend": "auto", "kind": "tower"}
             cases.append(Case(f"tower {variant} {batch}", "smoke:model", options, 60, together=True))
     return cases

@@ -16,6 +16,8 @@ from .case import Job, Row
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 60  # of a test
+# the package is not to be taken from the current folder, where a bare tree has it without its kernels
+PYTEST = "import sys; sys.path.remove(''); import pytest; sys.exit(pytest.main(sys.argv[1:]))"
 
 
 def tests(job: Job, files: list[str], select: str, workers: int) -> Iterator[Row]:
@@ -23,7 +25,7 @@ def tests(job: Job, files: list[str], select: str, workers: int) -> Iterator[Row
     if importlib.util.find_spec("pytest") is None:
         yield {"note": "not run: pytest is not installed"}
         return
-    command = [sys.executable, "-m", "pytest", *files, "-m", select, "-q", "-p", "no:cacheprovider", "-p", "gpu.watch"]
+    command = [sys.executable, "-c", PYTEST, *files, "-m", select, "-q", "-p", "no:cacheprovider", "-p", "gpu.watch"]
     command += ["-o", "addopts=--import-mode=importlib"]
     if workers > 1 and importlib.util.find_spec("xdist"):
         command += ["-n", str(workers), "--max-worker-restart", "1000"]

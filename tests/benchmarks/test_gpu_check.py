@@ -199,6 +199,12 @@ def test_a_bundle_is_laid_out_as_pip_would_and_nothing_is_built(tmp_path, monkey
     kernels = tmp_path / "site" / "xclip_fast" / "kernels"
     assert done.stdout.strip() == str(kernels / "__init__.py")
     assert (kernels / "libxclip_fast.so").read_bytes() == b"a library"
+    (folder / "kernels" / "libxclip_fast.so").unlink()
+    command = [sys.executable, "benchmarks/gpu_check.py", "--rehearse", "--out", "out", "--cases", "overhead,pytest"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "started anew" not in done.stderr
+    assert len((folder / "out" / "rows.jsonl").read_text().splitlines()) > 10
     assert bundle.main([str(folder), "--no-library", "--no-wheels"]) == 0  # in place of the old one
     other = tmp_path / "mine"
     other.mkdir()

@@ -572,3 +572,32 @@ def test_what_was_found_bad_can_be_kept(manifest: Manifest, tmp_path: Path) -> N
     list(batches)
     batches.quarantined().write(tmp_path / "known.jsonl")
     assert list(Manifest.read(tmp_path / "known.jsonl").bad) == [4]
+
+
+def test_a_damaged_cache_is_noticed(manifest: Manifest, tmp_path: Path) -> None:
+    data = manifest.select(range(4))
+    plain = _told(loader(data, TRAIN, 4, workers=0))
+    assert _told(loader(data, TRAIN, 4, workers=0, cache=tmp_path)) == plain
+    for path in tmp_path.glob("*.npy"):
+        content = bytearray(path.read_bytes())
+        content[200::50] = bytes(len(content[200::50]))
+        path.write_bytes(content)
+    batches = loader(data, TRAIN, 4, workers=0, cache=tmp_path)
+    assert _told(batches) == plain
+    assert not batches.report.bad
+    assert _told(loader(data, TRAIN, 4, workers=0, cache=tmp_path)) == plain
+
+
+def test_seek(manifest: Manifest) -> None:
+    reference = loader(manifest, TRAIN, 4, seed=5, shuffle=True, workers=0)
+    epochs = [_told(reference) for _ in range(2)]
+    found = loader(manifest, TRAIN, 4, seed=5, shuffle=True, workers=0)
+    found.seek(1, 2)
+    assert _told(found) == epochs[1][2:]
+    assert found.epoch == 2
+    found.seek(0, 0)
+    assert _told(found) == epochs[0]
+    with pytest.raises(ValueError, match="batch is 99; an epoch has"):
+        found.seek(0, 99)
+    with pytest.raises(ValueError, match="epoch is -1"):
+        found.seek(-1, 0)

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from xclip_fast.data import parts
 from xclip_fast.data.decode.decoder import decode_frames, probe
 from xclip_fast.data.decode.plan import Plan
 from xclip_fast.data.decode.video import pack_plan, unpack_plan
@@ -458,8 +459,29 @@ def test_summary(data):
     assert "classes without a usable video: 1 (fly\\n)" in text
     assert "5 cannot be used" in text
     assert "1 x is empty (zero bytes): run/zero.mp4" in text
-    assert "CPU even where there is a GPU: 100.0% (size 100.0%)" in text  # too small for the hardware
+    assert "a GPU with NVIDIA DALI can decode 0.0%; the CPU decodes the rest (size 100.0%)" in text  # too small
     many = Manifest(data, (), (Video("a", frames=1, codec="mjpeg"), Video("b", frames=1, codec="h264")) * 6000)
     assert re.search(
-        r"GPU: about 100.0% \((codec|pixel format) 5\d\.\d%, (codec|pixel format) 4\d\.\d%\)", summary(many)
+        r"about 0.0%; the CPU decodes the rest \((codec|pixel format) 5\d\.\d%, (codec|pixel format) 4\d\.\d%\)",
+        summary(many),
     )
+
+
+def test_a_place_that_cannot_be_written_is_said_before_the_work(data, tmp_path, monkeypatch):
+    paths = looked_at(monkeypatch)
+    for out in ("/proc/manifest.jsonl", tmp_path / "none" / "m.jsonl"):
+        with pytest.raises(OSError, match=r"cannot be written here \(.*\); give it another place: --out FILE"):
+            index(data, out, workers=0)
+    assert paths == []
+    assert not list(tmp_path.glob("**/*.partial"))
+
+
+def test_leftovers_of_a_killed_index(data):
+    names = (".manifest.jsonl.1.2.part", ".manifest.jsonl.3.4.part", ".x.1.2.part")
+    dead, alive, other = (data / name for name in names)
+    for path in (dead, alive, other):
+        path.write_text("half")
+    with open(alive, "rb") as file:
+        parts.lock(file)
+        index(data, workers=0)
+    assert [path.exists() for path in (dead, alive, other)] == [False, True, True]

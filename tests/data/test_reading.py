@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,12 +12,14 @@ from fractions import Fraction
 import av
 import numpy as np
 import pytest
+import torch
 
 from xclip_fast.data.decode import decode, decode_frames, decode_many, decoder, probe, reading
 from xclip_fast.data.decode.fields import may_hold_fields
 from xclip_fast.data.decode.reading import ReadError, Source, VideoError, open_video
 from xclip_fast.data.manifest.manifest import Manifest, index
 from xclip_fast.data.motion import render, write_clip
+from xclip_fast.inference.batches import Finished, Reading, answers
 
 FORMS = {"mp4": {}, "mkv": {}, "ts": {}, "flv": {}, "avi": {"codec": "mpeg4"}, "webm": {"codec": "libvpx-vp9"}}
 
@@ -347,3 +350,84 @@ def packet_fields(data):
     at = max(data.find(b"\0\0\1\x25"), data.find(b"\0\0\1\x21"))
     assert at >= 0
     return 1 if (len(data) - at) < 1000 else 2
+
+
+# ---- files that hang their decoder
+
+
+@pytest.fixture
+def hanging(tmp_path, folder, monkeypatch):
+    """Three videos, of which the second hangs its decoder."""
+    paths = [tmp_path / f"{name}.mp4" for name in "abc"]
+    for path in paths:
+        shutil.copy(folder / "EIO_a.mp4", path)
+    real = reading.File.read
+
+    def read(self, count):
+        while self.name.endswith("b.mp4"):
+            time.sleep(0.05)
+        return real(self, count)
+
+    monkeypatch.setattr(reading.File, "read", read)
+    monkeypatch.setenv("XCLIP_FAST_MAX_SECONDS", "1")
+    return [str(path) for path in paths]
+
+
+def test_a_hung_file_does_not_stop_decode_many(hanging):
+    begun = time.monotonic()
+    first, second, third = decode_many(hanging, 2, workers=1, errors="return")
+    assert torch.equal(first, third)
+    assert re.search(r"b\.mp4: decoding did not go on for 1 seconds.*XCLIP_FAST_MAX_SECONDS allows more", str(second))
+    assert time.monotonic() - begun < 10
+
+
+def test_a_hung_file_does_not_stop_classify(hanging, tiny_model):
+    wanted = Reading(frames=3, size=32)
+    found = list(answers(tiny_model, hanging, wanted, lambda features: (features.video,), workers=1))
+    ends = [item for item in found if isinstance(item, Finished)]
+    assert [item.error is None for item in ends] == [True, False, True]
+    assert "b.mp4: decoding did not go on" in str(ends[1].error)
+
+
+def test_slow_is_not_hung(folder, monkeypatch):
+    """A packet every 0.2 s, for longer than the limit."""
+    real = reading.progress
+
+    def slow():
+        time.sleep(0.2)
+        real()
+
+    monkeypatch.setattr(reading, "progress", slow)
+    monkeypatch.setenv("XCLIP_FAST_MAX_SECONDS", "1")
+    (video,) = decode_many([folder / "EIO_a.webm"], 2)
+    assert video.shape == (2, 224, 224, 3)
+
+
+# ---- what a file is
+
+
+def test_joined_transport_streams_last_as_long_as_their_parts(tmp_path):
+    """The second recording's clock starts anew. The duration was that of the longer part."""
+    whole = b""
+    for number, frames in enumerate((40, 25)):
+        part = tmp_path / f"{number}.ts"
+        write_clip(part, render("moving up", number, frames=frames))
+        whole += part.read_bytes()
+    path = tmp_path / "joined.ts"
+    path.write_bytes(whole)
+    info = probe(path)
+    assert info.frames == 65
+    assert info.duration == pytest.approx(65 / 25, abs=0.05)
+    assert info.fps == pytest.approx(25, abs=0.5)
+
+
+def test_animated_webp_is_named(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    pictures = [image.fromarray(frame) for frame in render("moving up", 0, frames=3)]
+    path = tmp_path / "a.mp4"
+    pictures[0].save(path, "WEBP", save_all=True, append_images=pictures[1:])
+    with pytest.raises(VideoError, match=r"is an animated WebP, which FFmpeg cannot decode; convert it to mp4"):
+        probe(path)
+    pictures[0].save(path, "WEBP")
+    with pytest.raises(VideoError, match="is a picture, not a video"):
+        probe(path)

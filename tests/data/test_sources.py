@@ -4,10 +4,14 @@ import io
 import json
 import os
 import tarfile
+import time
 
 import pytest
 
-from xclip_fast.data.manifest.sources import read_labels, read_source
+from xclip_fast.data.manifest.labels import read_labels
+from xclip_fast.data.manifest.listing import Place, Request
+from xclip_fast.data.manifest.manifest import Manifest, index
+from xclip_fast.data.manifest.sources import read_source
 
 ODD_NAMES = [
     b"line\nend.mp4",
@@ -90,7 +94,7 @@ def test_two_folders_of_one_name_stay_two_classes(tmp_path):
 def test_folders_of_splits(tmp_path):
     touch(tmp_path / "train/run/1.mp4")
     touch(tmp_path / "val/run/2.mp4")
-    with pytest.raises(ValueError, match=r"splits \(train, val\).*split='train'"):
+    with pytest.raises(ValueError, match=r"splits \(train, val\).*--split train"):
         read_source(tmp_path)
     listing = read_source(tmp_path, split="val")
     assert (listing.root, listing.classes, found(listing)) == (tmp_path / "val", ("run",), [("run/2.mp4", 0)])
@@ -104,9 +108,13 @@ def test_flat_and_mixed_folders(tmp_path):
     listing = read_source(tmp_path)
     assert (listing.classes, found(listing)) == ((), [("a.mp4", None), ("b.mp4", None)])
     touch(tmp_path / "more/c.mp4")
-    with pytest.raises(ValueError, match="2 videos outside of them"):
+    with pytest.raises(ValueError, match=r"2 outside of them.*--format flat"):
         read_source(tmp_path)
     assert len(read_source(tmp_path, format="flat").entries) == 3
+    touch(tmp_path / "more/d.mp4")
+    listing = read_source(tmp_path)  # fewer loose videos than others are rows with an error
+    assert listing.classes == ("more",)
+    assert errors(listing) == dict.fromkeys(["a.mp4", "b.mp4"], "lies outside of the folders of the classes")
 
 
 @pytest.mark.parametrize("name", ODD_NAMES)
@@ -200,6 +208,9 @@ def test_absolute_paths_below_the_root_are_fine(tmp_path):
         ("a.mp4 0\n\nb.mp4 zero\n", "line 3: wanted a path"),
         ("a.mp4 0\nb.mp4\n", "line 2: wanted a path"),
         ("a.mp4\nb.mp4 0\n", "line 2: wanted a path"),
+        ("a.mp4 0 1\n", "line 1: wanted two fields.*got a third"),
+        ("a b.mp4 30 1\n", "line 1: wanted two fields.*got a third"),
+        ("a.mp4,0.5,1\n", "line 1: wanted two fields.*got a third"),
         ("\n \n", "names no video"),
         ("a\0b 1\n", "is not a list of videos"),
     ],
@@ -207,6 +218,43 @@ def test_absolute_paths_below_the_root_are_fine(tmp_path):
 def test_lines_that_make_no_sense(text, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         read_source(touch(tmp_path / "list.txt", text), labels=["a", "b"])
+
+
+@pytest.mark.parametrize("separator", [" ", "\t", ",", ";", " ; "])
+@pytest.mark.parametrize("name", ["train.csv", "train.tsv", "train.txt"])
+def test_lists_by_content(name, separator, tmp_path):
+    """A csv of paths and ids was refused for its suffix."""
+    path = touch(tmp_path / name, f"my run/a.mp4{separator}1\nb.mp4{separator}0\n")
+    assert found(read_source(path, labels=["x", "y"])) == [("my run/a.mp4", 1), ("b.mp4", 0)]
+
+
+def test_a_missing_file_is_not_served_by_another(tmp_path):
+    touch(tmp_path / "clip.mp4")
+    path = touch(tmp_path / "list.txt", "clip.mp4 1 0\nclip.avi 0\n")
+    with pytest.raises(ValueError, match="got a third"):
+        read_source(path, labels=["x"])
+    place = Place(Request(path))
+    assert place.entry("clip.mp4 1", 0).path == "clip.mp4 1"  # it was clip.mp4
+    assert place.entry("clip.avi", 0).path == "clip.mp4"  # a copy
+
+
+def test_names_in_another_unicode_composition(tmp_path):
+    """A list written on another system, with accents apart from their letters or not."""
+    apart, joined = "cafe\u0301", "caf\u00e9"
+    for there, listed in ((apart, joined), (joined, apart)):
+        root = tmp_path / str(len(there))
+        touch(root / there / f"{there}.mp4")
+        path = touch(root / "list.txt", f"{listed}/{listed}.mp4 0\n{listed}/{listed}.avi 0\n{listed}/none.mp4 0\n")
+        paths = [entry.path for entry in read_source(path, labels=["x"]).entries]
+        assert paths == [f"{there}/{there}.mp4", f"{there}/{there}.mp4", f"{listed}/none.mp4"]
+
+
+@pytest.mark.parametrize("what", ["labels", "list"])
+def test_lists_that_are_pipes_or_devices(what, tmp_path):
+    os.mkfifo(tmp_path / "pipe.txt")
+    for path in (tmp_path / "pipe.txt", "/dev/zero"):
+        with pytest.raises(ValueError, match="is not a regular file"):
+            read_labels(path) if what == "labels" else read_source(path)
 
 
 def test_ids_need_names(tmp_path):
@@ -221,6 +269,15 @@ def test_labels(tmp_path):
     assert read_labels(labels_csv(tmp_path, 'name,id\n"b, c",1\na,0\n')) == ("a", "b, c")
     assert read_labels(labels_csv(tmp_path, "0,x\n1,y\n")) == ("x", "y")
     assert read_labels(labels_csv(tmp_path, "\ufeffName\nx\ny\n")) == ("x", "y")
+    for separator in ",;\t":
+        text = separator.join(["id", "name"]) + f'\n1{separator}"a{separator}b"\n0{separator}c, d; e f\n'
+        text = text if separator == "\t" else text.replace("c, d; e f", '"c, d; e f"')
+        assert read_labels(labels_csv(tmp_path, text)) == ("c, d; e f", f"a{separator}b")
+    assert read_labels(labels_csv(tmp_path, "swimming\nrunning\n")) == ("swimming", "running")
+    assert read_labels(labels_csv(tmp_path, "x;Class;y\n9;a;9\n9;b;9\n")) == ("a", "b")
+    (tmp_path / "latin.csv").write_bytes(b"id;name\n0;caf\xe9\n")
+    with pytest.raises(ValueError, match="is not UTF-8 text"):
+        read_labels(tmp_path / "latin.csv")
     assert read_labels(touch(tmp_path / "l.txt", "riding a bike\n\n eating \r\n")) == ("riding a bike", "eating")
 
 
@@ -230,11 +287,11 @@ def test_labels(tmp_path):
         ("id,name\n0,a\n2,b\n", "1 is missing"),
         ("id,name\n0,a\n0,b\n", "line 3: the id 0 is there twice"),
         ("id,name\nx,a\n", "line 2: wanted a whole number"),
-        ("id,name\n0\n", "line 2: wanted a whole number"),
+        ("id,name\n0\n", "line 2: has 1 columns and the first line 2"),
         ("id,name\n0,a\n1,a\n", "class 'a' is there twice"),
         ("what,ever\n0,a\n", "line 1: wanted the header id,name"),
         ("id,name\n", "no names"),
-        ("", "wanted the header"),
+        ("", "no names"),
     ],
 )
 def test_labels_that_make_no_sense(text, message, tmp_path):
@@ -573,3 +630,34 @@ def test_a_wrong_format_is_an_error(format, tmp_path):
     with pytest.raises((ValueError, FileNotFoundError)) as error:
         read_source(source, format=format, split="train1" if format == "hmdb51" else None)
     assert str(tmp_path) in str(error.value)
+
+
+def member(name, data=b"x" * 100, size=None):
+    """A tar member; `size` as its header states it, in the base-256 form that can be negative."""
+    header = bytearray(tarfile.TarInfo(name).tobuf(tarfile.USTAR_FORMAT))
+    stated = len(data) if size is None else size
+    header[124:136] = (b"\xff" if stated < 0 else b"\x80") + (stated % 256**11).to_bytes(11, "big")
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header) + data + bytes(-len(data) % 512)
+
+
+@pytest.mark.parametrize("size", [-512, -1024, -(2**60), 2**62])
+def test_a_tar_member_of_an_impossible_size(size, tmp_path):
+    """At a size of -512, `tarfile` of some Python versions reads the same header without end."""
+    (tmp_path / "a.tar").write_bytes(member("0.mp4") + member("1.mp4", size=size) + member("2.mp4") + bytes(1024))
+    begun = time.monotonic()
+    listing = read_source(tmp_path / "a.tar")
+    assert time.monotonic() - begun < 2
+    assert [entry.member for entry in listing.entries if entry.error is None] == ["0.mp4"]
+    assert any(entry.error for entry in listing.entries)
+    manifest = index(tmp_path / "a.tar", workers=0)
+    assert Manifest.read(tmp_path / "a.tar.manifest.jsonl") == manifest
+
+
+def test_one_label_of_a_tar_that_is_no_class(tmp_path):
+    data = b"".join(member(f"{n}.mp4") + member(f"{n}.cls", str(label).encode()) for n, label in enumerate([0, 7, 1]))
+    (tmp_path / "a.tar").write_bytes(data + bytes(1024))
+    listing = read_source(tmp_path / "a.tar", labels=["x", "y"])
+    assert [entry.label for entry in listing.entries] == [0, None, 1]
+    assert [entry.error for entry in listing.entries] == [None, "its label 7 is not one of the 2 classes", None]

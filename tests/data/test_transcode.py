@@ -19,6 +19,7 @@ from av.video.reformatter import ColorRange, Colorspace, Interpolation
 
 from xclip_fast.data.decode.decoder import decode_frames, probe
 from xclip_fast.data.decode.reading import Source, all_frames, open_video
+from xclip_fast.data.decode.times import frame_times
 from xclip_fast.data.motion import render, write_clip
 from xclip_fast.data.transcode import reencode as encoder
 from xclip_fast.data.transcode import transcoder as module
@@ -296,8 +297,12 @@ def test_damaged_source_is_copied_as_far_as_it_goes_and_listed(source, tmp_path)
     rng = np.random.default_rng(0)
     whole = source / "cut.mp4"
     write_clip(whole, textured(40), movflags="faststart")
-    add = encoder.add_note
-    add(whole, source / "front.mp4", "index first")
+    with av.open(str(whole)) as container, encoder.writing(source / "front.mp4", movflags="+faststart") as copy:
+        stream = copy.add_stream_from_template(container.streams.video[0])
+        for packet in container.demux(video=0):
+            if packet.size:
+                packet.stream = stream
+                copy.mux(packet)
     data = (source / "front.mp4").read_bytes()
     whole.write_bytes(data[: len(data) * 2 // 3])
     (source / "front.mp4").unlink()
@@ -337,9 +342,13 @@ def test_tree_is_kept_and_a_second_run_skips(source, tmp_path):
     again = transcode(source, out, short_side=32)
     assert (len(again.skipped), again.done, again.failed) == (4, [], {})
     assert {name: (out / name).stat().st_mtime_ns for name in copies} == stamps
-    # A source that is newer than its copy, or of another length, is done anew; the others are not.
+    # A source with other content is done anew, also one of equal size that is older; one that was touched is not.
     later = time.time() + 10
-    os.utime(source / "a/b/x.mp4", (later, later))
+    os.utime(source / "z.mkv", (later, later))
+    data = bytearray((source / "a/b/x.mp4").read_bytes())
+    data[-1] ^= 1  # its length stays
+    (source / "a/b/x.mp4").write_bytes(data)
+    os.utime(source / "a/b/x.mp4", (1e9, 1e9))
     again = transcode(source, out, short_side=32)
     assert again.done == [str(source / "a/b/x.mp4")]
     assert len(transcode(source, out, short_side=32).skipped) == 4
@@ -349,6 +358,18 @@ def test_tree_is_kept_and_a_second_run_skips(source, tmp_path):
     assert "other settings (short_side 32" in other.failed[str(source / "z.mkv")]
     assert len(transcode(source, out, short_side=48, overwrite=True).done) == 4
     assert probe(out / "z.mp4").height == 48
+
+
+def test_a_folder_of_parts_that_is_a_link(source, tmp_path):
+    """What is written would lie elsewhere, and what lies there would be removed."""
+    write_clip(source / "a.mp4", textured(2))
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/1.part.mp4").touch()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/.transcoding").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=r"\.transcoding: is a link"):
+        transcode(source, tmp_path / "out")
+    assert (tmp_path / "elsewhere/1.part.mp4").exists()
 
 
 def test_lists_of_files_and_their_root(source, tmp_path):
@@ -504,13 +525,13 @@ def test_what_ffmpeg_cannot_write_is_an_error(source, tmp_path):
 
 def test_source_that_changes_meanwhile(source, tmp_path, monkeypatch):
     write_clip(source / "clip.mp4", textured(3))
-    note = module.add_note
+    note = module.finish
 
     def meddle(*args):
         os.utime(source / "clip.mp4", (1, 1))
         note(*args)
 
-    monkeypatch.setattr(module, "add_note", meddle)
+    monkeypatch.setattr(module, "finish", meddle)
     summary = transcode(source, tmp_path / "out")
     assert "changed while it was read" in summary.failed[str(source / "clip.mp4")]
     assert os.listdir(tmp_path / "out") == []
@@ -519,14 +540,14 @@ def test_source_that_changes_meanwhile(source, tmp_path, monkeypatch):
 def test_a_copy_that_lost_frames_is_noticed(source, tmp_path, monkeypatch):
     write_clip(source / "clip.mp4", textured(3))
 
-    def shorten(draft, whole, text):
+    def shorten(draft, whole, clock, text):
         with av.open(str(draft)) as container, encoder.writing(whole) as copy:
             stream = copy.add_stream_from_template(container.streams.video[0])
             packet = next(container.demux(video=0))
             packet.stream = stream
             copy.mux(packet)
 
-    monkeypatch.setattr(module, "add_note", shorten)
+    monkeypatch.setattr(module, "finish", shorten)
     summary = transcode(source, tmp_path / "out")
     assert "holds 1 frames instead of 3" in summary.failed[str(source / "clip.mp4")]
     assert os.listdir(tmp_path / "out") == []
@@ -565,3 +586,39 @@ def test_a_copy_for_training_has_keyframes_only(tmp_path):
     assert "made with other settings" in next(iter(again.failed.values()))
     with pytest.raises(ValueError, match="purpose is 'fun'"):
         transcode([tmp_path / "a.mp4"], tmp_path / "x", purpose="fun")
+
+
+@pytest.mark.parametrize(("codec", "options"), [("libx264", {"bf": 3, "g": 50}), ("mpeg4", {"bf": 2, "g": 25})])
+def test_avi_with_b_frames(codec, options, source, tmp_path):
+    """AVI keeps no times of display. Each step back was taken for a joined recording: copies lasted twice as long."""
+    write_clip(source / "a.avi", textured(100), codec=codec, **options)
+    assert not transcode(source, tmp_path / "out").failed
+    copy = probe(tmp_path / "out/a.mp4")
+    assert (copy.frames, round(copy.duration, 3), copy.fps) == (100, 4.0, 25.0)
+    assert set(np.diff(copy.plan.pts).tolist()) == {512}  # of 12800 a second
+
+
+BACK_AND_FORTH = [1, 3, 4, 2, 6, 7, 5, 8, 9, 10, 12, 13, 11]
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ([], []),
+        ([5], [0]),
+        ([0, 1, 2, 4, 9], [0, 1, 2, 4, 9]),
+        ([None] * 4, [0, 1, 2, 3]),
+        ([3, None, 5, None], [0, 1, 2, 3]),
+        (BACK_AND_FORTH, list(range(13))),
+        ([2, 1, 0], [0, 1, 2]),
+        ([0, 0, 1, 1], [0, 1, 2, 3]),
+        ([*range(10), *range(10)], list(range(20))),
+        ([*range(10), *range(3)], list(range(13))),
+        ([*range(10), *range(100)], list(range(110))),
+        ([*range(500), *range(100, 120), *range(50)], list(range(570))),
+    ],
+    ids=str,
+)
+def test_frame_times(given, wanted):
+    """Times that go back and forth are sorted; a clock that was set back goes on."""
+    assert frame_times(given, 1) == wanted

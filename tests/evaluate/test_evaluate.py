@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -462,3 +463,54 @@ def test_unknown_devices_are_refused():
 
     with pytest.raises(ValueError, match="device 'tpu': auto, cpu, cuda or cuda:N wanted"), processes("tpu"):
         pass
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(checkpoint, folder, tmp_path, monkeypatch):
+    from xclip_fast.evaluate import loop, report
+
+    def worked(*_, **__):
+        raise AssertionError("evaluated")
+
+    monkeypatch.setattr(loop, "evaluate", worked)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError):
+        main(checkpoint, folder / "manifest.jsonl", out=tmp_path / "file" / "out")
+    with report.reserved(tmp_path / "out", False), pytest.raises(FileExistsError, match="another process is writing"):
+        main(checkpoint, folder / "manifest.jsonl", out=tmp_path / "out", overwrite=True)
+    assert os.listdir(tmp_path) == ["file"]
+
+    def denied(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "open", denied)
+    with pytest.raises(PermissionError, match="out: cannot be written"):
+        main(checkpoint, folder / "manifest.jsonl", out=tmp_path / "out")
+
+
+def test_the_loss_is_that_of_the_averaged_probabilities(tiny_model, manifest):
+    result = evaluate(tiny_model, manifest, workers=0)
+    values = [
+        dict(each.top)[each.label] for each in result.predictions if each.counted and each.label in dict(each.top)
+    ]
+    assert result.loss >= -np.log(max(values)) > 0
+    three = [name for name in manifest.classes if name.startswith(("moving", "growing"))]
+    few = evaluate(tiny_model, manifest, labels=three, workers=0)
+    want = [-np.log(dict(each.top)[each.label]) for each in few.predictions if each.counted]
+    assert few.loss == pytest.approx(np.mean(want), rel=1e-5)
+    assert few.summary()["loss"] == few.loss
+
+
+def test_labels_that_are_one_text_are_refused(tiny_model, manifest):
+    with pytest.raises(ValueError, match="same text to the model"):
+        evaluate(tiny_model, manifest, labels={name: "the same" for name in manifest.classes}, workers=0)
+
+
+def test_classes_that_training_did_not_know_are_told(checkpoint, folder, tmp_path, caplog):
+    from xclip_fast.weights.recipe import Trained
+
+    shutil.copytree(checkpoint, tmp_path / "c")
+    (tmp_path / "c" / "trained.json").write_text(Trained({"cooking": "cooking"}).to_json())
+    with caplog.at_level("WARNING", "xclip_fast"):
+        main(tmp_path / "c", folder / "manifest.jsonl", workers=0, dtype="float32")
+    assert "none of its" in caplog.text
+    assert "(cooking, ...); the result is zero-shot" in caplog.text

@@ -417,7 +417,7 @@ def test_tuning_compiles_and_times_little(name: str, monkeypatch: pytest.MonkeyP
             short = SHAPES[name].tokens < 64  # it has a backward without tiles
             assert len(rows) == (10 if op == "gemm" else 0 if short and op != "diffusion_attention" else 1)
     compiled = len({id(launch.source) for launch in launches})
-    assert compiled + 0.05 * len(timed) < 60, (compiled, len(timed))
+    assert compiled + 0.05 * len(timed) < 50, (compiled, len(timed))
     products = [use["gemm"] for use in timed if "gemm" in use]
     assert {use["OCCUPANCY"] for use in products} == {1, 2} or {use["OCCUPANCY"] for use in products} == {1, 2, 3}
     modes = {(each.arguments["MODE"], each.arguments["residual_ptr"] is not None) for each in launches
@@ -431,8 +431,8 @@ def test_the_estimate_of_a_product() -> None:
         return [(use["BLOCK_M"], use["BLOCK_N"]) for use in ordered]
 
     assert order(8, 768, 768)[0] == (64, 64)  # few rows: many tiles
-    assert order(50432, 3072, 768)[0] in {(128, 256), (256, 128)}
+    assert order(50432, 3072, 768)[0] == (128, 256)
     # fc2 of B/16 at 8 videos: 297 wide tiles fill 75 % of their waves, 594 square ones 90 %: both are tried
     assert {(128, 256), (128, 128)} <= set(order(12608, 768, 3072)[: tiles.TRIED])
-    whole, more = (tiles.gemm_cycles(tiles.GEMM[-2], m, 768, 768, 132) for m in (128 * 44, 128 * 44 + 1))
+    whole, more = (tiles.gemm_cycles(tiles.GEMM[-1], m, 768, 768, 132) for m in (128 * 44, 128 * 44 + 1))
     assert more == pytest.approx(2 * whole)  # one row past a full wave is another wave

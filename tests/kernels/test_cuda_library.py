@@ -14,12 +14,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from xclip_fast.kernels import _cuda
 from xclip_fast.kernels._dispatch import INTERPRETED, OPS
 from xclip_fast.kernels._parts import PARTS, Case, Part
@@ -714,3 +716,10 @@ def test_message_path_on_a_gpu(frames: int, rows: int, width: int, dtype: torch.
     assert (got.double() - exact).abs().max() <= 2 * baseline
     for _ in range(20):  # a missing barrier would show
         assert torch.equal(_cuda.message_kv(low[0], frames, *parts, EPS), got)
+
+
+def test_a_call_goes_to_the_device_and_the_stream_of_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model on cuda:1 while cuda:0 is current: the library makes the device current that it is given."""
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=100 + device.index))
+    x = FakeTensor(FakeTensorMode(), torch.empty(4, device="meta"), torch.device("cuda:1"))
+    assert _cuda._place(x) == (1, 101)

@@ -9,7 +9,7 @@ from importlib.resources import files
 import pytest
 import torch
 
-from xclip_fast.text.tokenizer import EOT, SOT, tokenize, tokenizer, vocabulary
+from xclip_fast.text.tokenizer import EOT, SOT, clean, tokenize, tokenizer, vocabulary
 
 HAND_WRITTEN = [
     "",
@@ -95,7 +95,7 @@ def hugging_face(tmp_path_factory):
 
 def test_equals_hugging_face(hugging_face):
     texts = HAND_WRITTEN + random_strings(1500)
-    expected = hugging_face(texts, truncation=True, max_length=77)["input_ids"]
+    expected = hugging_face([clean(text) for text in texts], truncation=True, max_length=77)["input_ids"]
     tokens_KL = tokenize(texts)
     assert tokens_KL.dtype == torch.int64
     assert tokens_KL.shape == (len(texts), 77)
@@ -162,3 +162,23 @@ def test_four_hundred_labels_are_quick():
     start = time.perf_counter()
     tokenize(labels)
     assert time.perf_counter() - start < 0.25  # about 10 ms; the slack is for a busy machine
+
+
+@pytest.mark.parametrize("ftfy", [True, False])
+@pytest.mark.parametrize(
+    ("given", "plain"),
+    [
+        ("a dog\u2019s \u201cnew\u201d trick", 'a dog\'s "new" trick'),
+        ("salt &amp; pepper", "salt & pepper"),
+        ("salt &amp;amp; pepper \u2018x\u2019", "salt & pepper 'x'"),
+        ("the o\ufb03ce \ufb01le", "the office file"),
+        ("\uff32\uff35\uff2e\uff01", "run!"),
+        ("\ufeffrun", "run"),
+    ],
+)
+def test_text_is_cleaned_as_openai_s_tokenizer_does(given, plain, ftfy, monkeypatch):
+    if ftfy:
+        pytest.importorskip("ftfy")
+    else:
+        monkeypatch.setattr("xclip_fast.text.tokenizer._ftfy", lambda: None)
+    assert tokenize(given).tolist() == tokenize(plain).tolist()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 import yaml
@@ -27,15 +28,14 @@ def test_every_row_of_the_paper_has_a_configuration() -> None:
     names = set(train_config.shipped())
     table1 = {"b32-8f", "b32-16f", "b16-8f", "b16-16f", "l14-8f", "l14-336-16f"}
     assert {f"k400-{row}" for row in table1} | {"k600-b16-8f", "k600-b16-16f", "k600-l14-8f"} <= names
-    assert {f"{data}-{shots}shot" for data in ("hmdb51", "ucf101") for shots in (2, 4, 8, 16)} <= names
-    assert {"zero-shot-b16-32f", "motion", "template"} <= names
+    assert {"hmdb51-few-shot", "ucf101-few-shot", "zero-shot-b16-32f", "motion", "template"} <= names
 
 
 def test_the_paper_s_recipes() -> None:
     """Learning rate, epochs and total batch of the supplement's table of hyperparameters."""
     for name, rate, epochs, batch, frames in (
         ("k400-b16-8f", 8e-6, 30, 256, 8),
-        ("hmdb51-2shot", 2e-6, 50, 64, 32),
+        ("hmdb51-few-shot", 2e-6, 50, 64, 32),
         ("zero-shot-b16-32f", 8e-6, 10, 256, 32),
     ):
         config = train_config.load(name)
@@ -147,3 +147,33 @@ def test_what_may_change_between_a_run_and_its_resume() -> None:
         "model.vision.drop_path: 0.1 -> None",
         "optim.lr: 1.0 -> 2.0",
     ]
+
+
+def test_small_texts_that_stand_for_endless_values(tmp_path) -> None:
+    levels = "".join(f",&{b} [" + ",".join([f"*{a}"] * 10) + "]" for a, b in itertools.pairwise("abcdefgh"))
+    for text, message in (
+        (f"precision: [&a [x,x,x,x,x,x,x,x,x,x]{levels}]", "more than 20 aliases"),
+        ("optim: &a {lr: 1}\n" + "".join(f"k{i}: {{<<: [{','.join(['*a'] * 10)}]}}\n" for i in range(9)), "aliases"),
+        ("[" * 10_000, "nested too deeply|cannot be read as YAML"),
+        ("#" * (1 << 20) + "\n#", "more than 1048576 bytes"),
+        ("precision: [" + "x, " * 10_000 + "]", r"precision is \['x', 'x', .*\.\.\.\]"),
+    ):
+        (tmp_path / "x.yaml").write_text(text)
+        with pytest.raises(ConfigError, match=message) as error:
+            train_config.load(tmp_path / "x.yaml")
+        assert len(str(error.value)) < 2000
+    with pytest.raises(ConfigError, match="aliases"):
+        train_config.load("template", [f"data.scales=[&a 1{', *a' * 30}]"])
+    (tmp_path / "x.yaml").write_text("optim: &a {lr: 1.0e-5}\nmixing: {mixup: 0}\n")
+    assert train_config.load(tmp_path / "x.yaml").optim.lr == 1e-5
+
+
+@pytest.mark.parametrize("key", ["optim.batch_size", "optim.device_batch", "data.workers", "data.frames"])
+def test_sizes_that_take_a_machine_down(key: str) -> None:
+    with pytest.raises(ConfigError, match=f"{key} is 1000000000; at most"):
+        train_config.load("template", [f"{key}=1000000000"])
+
+
+def test_accumulation_of_a_prime_is_quick() -> None:
+    config = dataclasses.replace(TrainConfig().optim, batch_size=1_048_573, device_batch=65_536)
+    assert train_config.accumulation(config, 1) == (1, 1_048_573)

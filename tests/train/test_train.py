@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import errno
+import functools
 import itertools
 import json
+import math
 import os
 import pickle
 import re
@@ -28,6 +30,7 @@ from xclip_fast.data.motion import write_dataset
 from xclip_fast.evaluate.loop import evaluate
 from xclip_fast.train import checkpoints as training_checkpoint
 from xclip_fast.train import config as train_config
+from xclip_fast.train import log as training_log
 from xclip_fast.train import mixup as mixing
 from xclip_fast.train import optim
 from xclip_fast.train.checkpoints import Checkpoints, complete, latest
@@ -317,18 +320,19 @@ def test_checkpoint_index_cannot_run_code(tmp_path: Path) -> None:
     assert not ran.exists()
 
 
-def test_signal_saves_and_ends(videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_saves_and_ends(videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     plain = mixing.mix
 
     def asked(*args: Any) -> Any:
-        if args[-1][1] == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
+        if args[-1][1:] == (1, 0):
+            os.kill(os.getpid(), number)
         return plain(*args)
 
     monkeypatch.setattr(mixing, "mix", asked)
     with pytest.raises(SystemExit) as ended:
         run(videos, tmp_path, optim__epochs=20)
-    assert ended.value.code == 128 + signal.SIGTERM
+    assert ended.value.code == 128 + number
     last = latest(tmp_path / "checkpoints")
     assert last is not None
     assert 2 <= training_checkpoint.numbers(last)["step"] <= 10
@@ -342,7 +346,7 @@ def test_what_a_run_leaves(videos: Path, tmp_path: Path, capsys: pytest.CaptureF
     text = (folder / "report.md").read_text()
     assert "| 2 | 6 |" in text
     table = [line for line in text.splitlines() if line.startswith(("| epoch", "| 1 | 3", "| 2 | 6"))]
-    assert {line.count("|") for line in table} == {8}
+    assert {line.count("|") for line in table} == {9}
     assert sum("best" in line for line in table) == 1
     assert "curves.png" in text
     best = XCLIP.from_pretrained(folder / "best")
@@ -351,7 +355,11 @@ def test_what_a_run_leaves(videos: Path, tmp_path: Path, capsys: pytest.CaptureF
     again = evaluate(best, Manifest.read(videos / "val.jsonl"), workers=0)
     assert json.loads((folder / "best" / "metrics.json").read_text())["top1"] == pytest.approx(again.top1)
     assert train_config.load(folder / "config.yaml") == from_dict(settings(videos, folder, **changes))
-    assert "step 6/6" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "step 6/6" in said
+    assert "note: 6 steps at a learning rate of 0.001 change little" in said
+    validations = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines() if "validation" in line]
+    assert validations[-1]["loss"] > 0
     run(videos, folder, **changes)  # nothing left to do
     with pytest.raises(ConfigError, match=r"optim.lr: 0.001 -> 0.002(.|\n)*--fresh"):
         run(videos, folder, **changes, optim__lr=2e-3)
@@ -394,7 +402,7 @@ def test_refused_before_the_first_step(videos: Path, tmp_path: Path) -> None:
     refused("text_templates is true", text_templates=True)
     (tmp_path / "labels.txt").write_text("\n".join(["One Thing", *"abcdefgh", "one  thing"]))
     refused(
-        "'One Thing' and 'one  thing' of two classes are the same text",
+        "same text to the model.*'One Thing' and 'one  thing'.*data.labels",
         data__labels=str(tmp_path / "labels.txt"),
         model__num_classes=None,
     )
@@ -510,14 +518,46 @@ def test_groups_of_the_recipe() -> None:
         assert (group_of[name]["peak_lr"], group_of[name]["weight_decay"]) == (pytest.approx(rate), decay), name
 
 
-def test_schedule() -> None:
-    rates = [optim.factor(step, 100, 10, 0.01) for step in range(100)]
+def test_the_released_schedule() -> None:
+    """timm's cosine, from which the warm-up is not subtracted: 30 epochs of 1000 steps, 5 of warm-up."""
+    epoch, total, warmup, low = 1000, 30_000, 5_000, 8e-8
+    for base in (8e-6, 8e-5):
+        rate = functools.partial(optim.released_learning_rate, total=total, warmup=warmup, base=base, low=low)
+        assert rate(0) == 0
+        assert rate(warmup - 1) == pytest.approx(base * 4999 / 5000)
+        for at in (5, 10, 20):
+            want = low + (base - low) / 2 * (1 + math.cos(math.pi * at / 30))
+            assert rate(at * epoch) == pytest.approx(want)
+        assert rate(total) == pytest.approx(low)
+    rate = functools.partial(optim.released_learning_rate, total=total, warmup=warmup, base=8e-6, low=low)
+    assert (round(rate(5 * epoch), 8), round(rate(10 * epoch), 8)) == (7.47e-6, 6.02e-6)
+
+
+def test_the_paper_s_configurations_take_it() -> None:
+    for name in train_config.shipped():
+        assert (train_config.load(name).optim.schedule == "released") == (name != "motion"), name
+    config = train_config.load("k400-b16-8f").optim
+    made = torch.optim.SGD([{"params": [torch.zeros(1)], "peak_lr": lr} for lr in (8e-6, 8e-5)], lr=0.0)
+    assert optim.set_rate(made, config, 100, 100, 10) == pytest.approx(8e-8)
+    assert [group["lr"] for group in made.param_groups] == pytest.approx([8e-8, 8e-8])
+    optim.set_rate(made, dataclasses.replace(config, schedule="cosine"), 99, 100, 10)
+    assert [group["lr"] for group in made.param_groups] == pytest.approx([8e-8, 8e-7])
+
+
+def test_the_other_schedule() -> None:
+    rates = [optim.cosine_learning_rate(step, 100, 10, 1.0, 0.01) for step in range(100)]
     assert rates[0] == pytest.approx(1 / 11)
     assert max(rates) == rates[10] == 1.0
     assert rates[-1] == pytest.approx(0.01)
     assert all(a < b for a, b in itertools.pairwise(rates[:11]))
     assert all(a > b for a, b in itertools.pairwise(rates[10:]))
     assert rates[54] == pytest.approx(0.01 + 0.99 * 0.5, abs=0.01)
+
+
+def test_the_best_of_equals_has_the_smaller_loss() -> None:
+    records = [{"top1": 0.5, "loss": 0.9}, {"top1": 0.5, "loss": 0.7}, {"top1": 0.4, "loss": 0.1}]
+    assert max(records, key=lambda record: training_log.rank(record, "top1")) is records[1]
+    assert training_log.rank({"top1": None, "loss": None}, "top1") < training_log.rank(records[2], "top1")
 
 
 def test_clipping_and_average() -> None:
@@ -530,13 +570,13 @@ def test_clipping_and_average() -> None:
     norm = optim.clip_gradients(model.parameters(), 0.5)
     torch.testing.assert_close(norm, torch.nn.utils.clip_grad_norm_(twin.parameters(), 0.5))
     torch.testing.assert_close(model.weight.grad, twin.weight.grad)
-    average = optim.start_average(model)
+    average = optim.start_ema(model)
     first = model.weight.detach().clone()
     with torch.no_grad():
         model.weight.add_(1)
-    optim.update_average(average, model, decay=0.99, step=1)
+    optim.update_ema(average, model, decay=0.99, step=1)
     torch.testing.assert_close(average["weight"], first + 1 - 2 / 11)
-    optim.update_average(average, model, decay=0.99, step=10_000)
+    optim.update_ema(average, model, decay=0.99, step=10_000)
     torch.testing.assert_close(average["weight"], first + 1 - 2 / 11 * 0.99)
 
 
@@ -559,5 +599,5 @@ def test_the_command_says_what_stopped_it(
 
 def test_a_checkpoint_s_damaged_numbers_are_named(tmp_path: Path) -> None:
     (tmp_path / "progress.json").write_text("{")
-    with pytest.raises(ValueError, match=r"progress.json: is damaged .*delete that folder"):
+    with pytest.raises(ValueError, match=r"progress.json: is not JSON.*delete that folder"):
         training_checkpoint.numbers(tmp_path)

@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -20,11 +20,30 @@ from . import data, predict, search, tools, train
 
 app = typer.Typer(
     help="X-CLIP video recognition: classify, embed and search video files; train and evaluate.",
-    add_completion=False,
+    add_completion=True,
     no_args_is_help=True,
     rich_markup_mode=None,  # errors stay one line, help stays plain in a pipe
     pretty_exceptions_enable=False,
 )
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from .. import __version__
+
+        print(f"xclip-fast {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """X-CLIP video recognition: classify, embed and search video files; train and evaluate."""
+
+
 for room in (predict, search, data, train, tools):
     app.add_typer(room.commands)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 import sys
 from collections.abc import Sequence
@@ -17,8 +15,8 @@ from ..console import complain
 if TYPE_CHECKING:
     from ..data.inputs import Inputs
     from ..model import XCLIP
+    from ..weights.recipe import Trained
 
-_HEADINGS = {"name", "label", "labels", "class", "classname"}  # of a CSV's column of labels
 CHUNK = 1024  # labels or stored videos at once: bounds memory, whatever their number
 
 Videos = Annotated[
@@ -81,17 +79,18 @@ def parse_labels(given: str) -> list[str]:
     def bad(message: str) -> typer.BadParameter:
         return typer.BadParameter(message, param_hint="--labels")
 
+    from ..data.manifest.labels import SUFFIXES, label_rows
+
     suffix = Path(given).suffix.lower()
-    if suffix in (".txt", ".csv"):
+    if suffix in SUFFIXES:
         try:
-            text = Path(given).read_text(encoding="utf-8-sig")
-            found = text.split("\n") if suffix == ".txt" else _column(list(csv.reader(io.StringIO(text, newline=""))))
+            found = [name for _, name in label_rows(given)]
         except OSError as error:
             raise bad(f"{given}: cannot be read: {error.strerror}") from error
-        except (ValueError, csv.Error) as error:
-            raise bad(f"{given}: {'not UTF-8 text' if isinstance(error, UnicodeDecodeError) else error}") from error
+        except ValueError as error:
+            raise bad(str(error)) from error
     elif suffix and "," not in given and os.path.isfile(given):
-        raise bad(f"{given}: a file of labels is a .txt or a .csv")
+        raise bad(f"{given}: a file of labels is a .txt, a .csv or a .tsv")
     else:
         found = given.split(",")
     stripped = [label for name in found if (label := name.strip())]
@@ -101,26 +100,6 @@ def parse_labels(given: str) -> list[str]:
     if len(labels) < len(stripped):
         print(f"note: {len(stripped) - len(labels)} labels are repetitions, taken once", file=sys.stderr)
     return labels
-
-
-def _column(rows: list[list[str]]) -> list[str]:
-    """The labels of a CSV: its only column, the one headed "name" or the like, or the one after a column of numbers."""
-    rows = [row for row in rows if any(cell.strip() for cell in row)]
-    if not rows:
-        return []
-    heads = [cell.strip().lower() for cell in rows[0]]
-    column = next((index for index, head in enumerate(heads) if head in _HEADINGS), None)
-    first = 0 if column is None else 1
-    if column is None and len(heads) == 2 and heads[0].isdecimal():
-        column = 1
-    elif column is None and len(heads) > 1:
-        raise ValueError("its first line wants a column called name (or label, or class), or it wants one column only")
-    for number, row in enumerate(rows, 1):
-        if len(row) != len(heads):
-            raise ValueError(
-                f"row {number} has {len(row)} columns and the first {len(heads)}; quote labels with commas"
-            )
-    return [row[column or 0] for row in rows[first:]]
 
 
 def find_videos(given: Sequence[str]) -> tuple[Inputs, bool]:
@@ -165,6 +144,16 @@ def set_threads(threads: int | None) -> None:
         import torch
 
         torch.set_num_threads(threads)
+
+
+def read_recipe(checkpoint: Path | None) -> Trained:
+    """What the checkpoint was trained with; a checkpoint without weights is refused before anything else."""
+    from ..weights.checkpoint import find_weights
+    from ..weights.recipe import Trained
+
+    if checkpoint is not None:
+        find_weights(checkpoint)
+    return Trained.read(checkpoint)
 
 
 def load_model(checkpoint: Path | None, variant: str | None, random_weights: bool) -> XCLIP:

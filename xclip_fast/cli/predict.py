@@ -41,6 +41,7 @@ from .options import (
     find_videos,
     load_model,
     parse_labels,
+    read_recipe,
     set_threads,
 )
 
@@ -98,9 +99,9 @@ def classify(
 
     from ..data.remote import Limits
     from ..inference.batches import Answer, Reading, answers
-    from ..weights.recipe import Trained
+    from ..text.labels import refuse_same_texts
 
-    trained = Trained.read(checkpoint)
+    trained = read_recipe(checkpoint)
     names = list(trained.labels.values()) if labels is None else parse_labels(labels)
     if not names:
         raise typer.BadParameter(
@@ -118,6 +119,8 @@ def classify(
             f"the model has a linear head and reads no text; --labels must name its {outputs} outputs in order "
             f"({len(names)} given), without --templates"
         )
+    if outputs is None:
+        refuse_same_texts(names, model.config.label_tokens)
 
     if stride is not None and window is None:
         raise typer.BadParameter("wants --window too", param_hint="--stride")

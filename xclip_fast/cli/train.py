@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from ..console import plain
 from .options import (
+    Actors,
+    Address,
     Device,
     DType,
     Frames,
     FrameStride,
+    OnRay,
     Overwrite,
     Sampled,
     Templates,
@@ -65,6 +69,9 @@ def evaluate(
     dtype: DType = "auto",
     workers: Annotated[int | None, typer.Option(min=0, help="Decoding processes; 0: none.")] = None,
     threads: Threads = None,
+    ray: OnRay = False,
+    address: Address = None,
+    actors: Actors = None,
 ) -> None:
     """Measure accuracy on the videos of a manifest.
 
@@ -73,6 +80,13 @@ def evaluate(
     from ..evaluate import loop as evaluation
 
     set_threads(threads)
+    run: Callable[..., Any] = evaluation.evaluate
+    if ray:
+        from ..scale.cluster import ClusterOptions
+        from ..scale.evaluation import spread
+        from ..scale.stage import ModelSpec
+
+        run = spread(ModelSpec(str(checkpoint.absolute()), variant, device, dtype), ClusterOptions(address, actors))
     result = evaluation.main(
         checkpoint,
         manifest,
@@ -90,6 +104,7 @@ def evaluate(
         device=device,
         dtype=dtype,
         workers=workers,
+        run=run,
     )
     raise typer.Exit(int(result is not None and bool(result.failed)))
 

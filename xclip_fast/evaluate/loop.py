@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
+import math
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,9 +25,9 @@ from torch import Tensor
 from .. import flops
 from ..config import VARIANTS, XCLIPConfig
 from ..console import Bar
-from ..text.labels import candidates
+from ..text.labels import candidates, plain_name, refuse_same_texts
 from ..weights.recipe import Trained
-from .report import check_folder, environment, write
+from .report import check_folder, environment, reserved, write
 from .result import Evaluation, Prediction, show
 from .setup import load, named, processes
 
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
     from ..model import XCLIP
 
 __all__ = ["Evaluation", "Prediction", "evaluate", "main", "write"]
+
+log = logging.getLogger("xclip_fast")
 
 LABELS_AT_ONCE = 1024  # bounds the prompts' memory, whatever K
 NOT_A_NUMBER = "the model's answer is not a number; try float32"
@@ -88,6 +92,8 @@ def evaluate(
 
     names, texts, truth_of_class = candidates(manifest.classes, labels)
     _check_head(model.config, names, templates)
+    if model.config.num_classes is None:
+        refuse_same_texts(texts, model.config.label_tokens)
     place = next(model.parameters()).device
     if device is not None and torch.device(device) != place:
         model.to(device)
@@ -118,17 +124,17 @@ def evaluate(
     least = -(-videos_at_once * clips * crops // chunk) if world > 1 else 0
     total = len(manifest.usable[rank::world])
     start = time.perf_counter()
-    answers: dict[int, tuple[list[int], list[float]]] = {}
+    answers: dict[int, Answer] = {}
     failed: dict[int, str] = dict(manifest.bad)
     problem: Exception | None = None
     try:
         with _evaluating(model, place, dtype):
             score = _scorer(model, texts, templates)
-            for row, best, values in _predictions(score, batches, chunk, len(names), least):
-                if values is None:
+            for row, answer in _predictions(score, batches, chunk, len(names), least, truth_of_class):
+                if answer is None:
                     failed[row] = NOT_A_NUMBER
                 else:
-                    answers[row] = (best, values)
+                    answers[row] = answer
                 if progress:
                     progress(len(answers), total)
         failed |= batches.report.bad
@@ -202,15 +208,24 @@ def _scorer(model: XCLIP, texts: list[str], templates: Sequence[str] | None) -> 
     return score
 
 
+class Answer(NamedTuple):
+    """What the model says of one video."""
+
+    best: list[int]  # the most probable labels, at most five
+    values: list[float]  # their probabilities
+    loss: float  # -log of the true label's probability; NaN if it is not among the labels
+
+
 def _predictions(
-    score: Callable[[Tensor], Tensor], batches: Any, chunk: int, labels: int, least: int
-) -> Iterator[tuple[int, list[int], list[float] | None]]:
-    """Each video's row, its best labels, and their probabilities (None if the model gave no numbers).
+    score: Callable[[Tensor], Tensor], batches: Any, chunk: int, labels: int, least: int, truth_of_class: list[int]
+) -> Iterator[tuple[int, Answer | None]]:
+    """Each video's row, and the answer for it (None if the model gave no numbers).
 
     ``least``: forwards of a batch. With several processes a batch may be shorter here than there, or empty, but the
     number of forwards must be the same: a sharded model gathers its weights in each.
     """
-    waiting: Iterator[tuple[int, list[int], list[float] | None]] | None = None
+    waiting: Iterator[tuple[int, Answer | None]] | None = None
+    truth_C: Tensor | None = None
     for batch in batches:
         frames = batch.frames.unsqueeze(1) if batch.frames.dim() == 5 else batch.frames
         count, views = frames.shape[:2]
@@ -226,7 +241,12 @@ def _predictions(
         probabilities_BK = logits_BVK.softmax(-1).mean(1)
         # stable: among equals the first label wins, on every device
         values, order = probabilities_BK.sort(dim=-1, descending=True, stable=True)
-        current = _read_back(batch.samples, order[:, :5], values[:, :5], finite_B)
+        if truth_C is None:  # -1, for a class without a label, and last, for a video without a class
+            truth_C = torch.tensor([*truth_of_class, -1], device=logits_BVK.device)
+        truth_B = truth_C[batch.labels.to(truth_C.device)]
+        loss_B = -probabilities_BK.gather(1, truth_B.clamp(min=0)[:, None])[:, 0].log()
+        loss_B = loss_B.masked_fill(truth_B < 0, float("nan"))
+        current = _read_back(batch.samples, order[:, :5], values[:, :5], finite_B, loss_B)
         if waiting:  # one batch late, so that the device never waits for us
             yield from waiting
         waiting = current
@@ -234,7 +254,7 @@ def _predictions(
         yield from waiting
 
 
-def _read_back(*results: Tensor) -> Iterator[tuple[int, list[int], list[float] | None]]:
+def _read_back(*results: Tensor) -> Iterator[tuple[int, Answer | None]]:
     """Start the copies to the CPU now; iterating waits for them, and not for what the device was given since."""
     copies = [result.to("cpu", non_blocking=True) for result in results]
     done = None
@@ -245,13 +265,13 @@ def _read_back(*results: Tensor) -> Iterator[tuple[int, list[int], list[float] |
 
 
 def _rows(
-    done: torch.cuda.Event | None, samples: Tensor, order: Tensor, values: Tensor, finite: Tensor
-) -> Iterator[tuple[int, list[int], list[float] | None]]:
+    done: torch.cuda.Event | None, samples: Tensor, order: Tensor, values: Tensor, finite: Tensor, losses: Tensor
+) -> Iterator[tuple[int, Answer | None]]:
     if done is not None:
         done.synchronize()
-    rows = zip(samples.tolist(), order.tolist(), values.tolist(), finite.tolist(), strict=True)
-    for row, best, probabilities, fine in rows:
-        yield row, best, probabilities if fine else None
+    columns = (samples, order, values, losses, finite)
+    for row, best, probabilities, loss, fine in zip(*(column.tolist() for column in columns), strict=True):
+        yield row, Answer(best, probabilities, loss) if fine else None
 
 
 def _gather(
@@ -279,7 +299,7 @@ def _evaluation(
     manifest: Manifest,
     names: tuple[str, ...],
     truth_of_class: list[int],
-    answers: dict[int, tuple[list[int], list[float]]],
+    answers: dict[int, Answer],
     failed: dict[int, str],
     **rest: Any,
 ) -> Evaluation:
@@ -291,7 +311,8 @@ def _evaluation(
         raise ValueError(f"none of {len(manifest)} videos could be evaluated: {first or 'the manifest is empty'}")
     confusion_KK = np.zeros((len(names), len(names)), np.int64)
     top5_hits, predictions = 0, []
-    for row, (best, values) in sorted(answers.items()):
+    losses = [answer.loss for answer in answers.values() if not math.isnan(answer.loss)]
+    for row, (best, values, _) in sorted(answers.items()):
         number = manifest.videos[row].label
         truth = -1 if number is None else truth_of_class[number]
         if truth >= 0:
@@ -308,6 +329,7 @@ def _evaluation(
         failed_names={row: manifest.name(row) for row in failed},
         confusion=confusion_KK,
         top5_hits=top5_hits,
+        loss=math.fsum(losses) / len(losses) if losses else float("nan"),
         data={
             "fingerprint": manifest.fingerprint,
             "root": str(manifest.root),
@@ -370,12 +392,14 @@ def main(
     device: str = "auto",
     dtype: str = "auto",
     workers: int | None = None,
+    run: Callable[..., Evaluation] = evaluate,
 ) -> Evaluation | None:
     """Read a checkpoint and a manifest, ``evaluate``, print the figures, write the files into ``out``.
 
     The arguments are those of ``evaluate``. Of ``frames``, ``sampling``, ``stride``, ``labels`` and ``templates`` those
     left out are as the checkpoint was trained (``trained.Trained``); ``templates`` may be True or False, too. Under
-    torchrun each process takes its part of the videos; the first prints and writes, the others return None.
+    torchrun each process takes its part of the videos; the first prints and writes, the others return None. ``run``
+    takes the place of ``evaluate``, as on a cluster (``scale.evaluation``).
 
     Raises:
         FileExistsError: before anything is computed, if ``out`` holds an evaluation and ``overwrite`` is not set.
@@ -386,12 +410,19 @@ def main(
         check_folder(out, overwrite)
     videos = Manifest.read(manifest)
     trained = Trained.read(checkpoint)
-    with processes(device) as (place, rank):
+    known = {plain_name(name) for name in trained.labels}
+    if known and videos.classes and not known & {plain_name(name) for name in videos.classes}:
+        log.warning(
+            "%s: none of its %d classes (%s, ...) is among the %d that the checkpoint was trained on (%s, ...); the "
+            "result is zero-shot",
+            *(manifest, len(videos.classes), videos.classes[0], len(known), next(iter(trained.labels))),
+        )
+    with processes(device) as (place, rank), reserved(out if rank == 0 else None, overwrite):
         model = load(checkpoint, variant, place, dtype)
         if labels is None and videos.classes:
             labels = trained.texts(videos.classes, model.config.num_classes is not None)
         with Bar(hidden=rank > 0) as bar:
-            result = evaluate(
+            result = run(
                 model,
                 videos,
                 clips=clips,
@@ -402,11 +433,11 @@ def main(
                 workers=workers,
                 progress=bar.update,
             )
-    if rank:
-        return None
-    result = named(result, checkpoint, manifest)
-    show(result)
-    if out is not None:
-        write(result, out, overwrite=overwrite)
-        print(f"written: {out}", file=sys.stderr)
-    return result
+        if rank:
+            return None
+        result = named(result, checkpoint, manifest)
+        show(result)
+        if out is not None:
+            write(result, out, overwrite=overwrite)
+            print(f"written: {out}", file=sys.stderr)
+        return result

@@ -259,6 +259,10 @@ def main(
         if not draws and kinetics400 is not None:
             chosen = kinetics600_draws(videos[0].classes, read_classes(kinetics400), seed)
     trained = Trained.read(checkpoint)
+    if out is not None:
+        Path(out).mkdir(parents=True, exist_ok=True)
+        if not os.access(out, os.W_OK | os.X_OK):
+            raise PermissionError(f"{out}: cannot be written; choose another folder")
     settings |= trained.choose(*(settings.get(name) for name in ("frames", "sampling", "stride", "templates")))
     with processes(device) as (place, rank):
         model = load(checkpoint, variant, place, dtype)

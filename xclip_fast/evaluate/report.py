@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import importlib.metadata
 import json
 import logging
 import os
 import platform
-import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from ..files import locked, staged
 
 if TYPE_CHECKING:
     import torch
@@ -39,18 +41,15 @@ def write(evaluation: Evaluation, folder: str | os.PathLike[str], *, overwrite: 
     """Write ``FILES`` into the folder and return their paths.
 
     ``predictions.parquet`` needs pyarrow and is ``predictions.jsonl`` without it; ``confusion.png`` needs matplotlib
-    and is left out without it; ``notes`` in the summary say so. A new folder appears whole or not at all. In one that
-    exists, other files stay, and the summary comes last.
+    and is left out without it; ``notes`` in the summary say so. All files appear in one step (``files.staged``); other
+    files in the folder stay.
 
     Raises:
         FileExistsError: if an evaluation is there already and ``overwrite`` is not set.
     """
     folder = Path(folder)
     check_folder(folder, overwrite)
-    part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
+    with staged(folder, FILES, SUMMARY) as part:
         notes: list[str] = []
         _per_class(evaluation, part / "per_class.csv")
         _confusion_csv(evaluation, part / "confusion.csv")
@@ -60,22 +59,38 @@ def write(evaluation: Evaluation, folder: str | os.PathLike[str], *, overwrite: 
         (part / SUMMARY).write_text(text + "\n", encoding="utf-8")
         for note in notes:
             logger.warning("%s: %s", folder, note)
-        if not folder.exists():
-            part.rename(folder)
-        else:
-            for name in FILES:
-                (folder / name).unlink(missing_ok=True)
-            for name in reversed(FILES):
-                if (part / name).exists():
-                    os.replace(part / name, folder / name)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return [folder / name for name in FILES if (folder / name).exists()]
+
+
+@contextlib.contextmanager
+def reserved(folder: str | os.PathLike[str] | None, overwrite: bool) -> Iterator[None]:
+    """While the block lasts, no other evaluation writes to the folder. None: nothing is reserved.
+
+    Raises:
+        FileExistsError: if another evaluation has reserved the folder, or one is there and ``overwrite`` is not set.
+        OSError: if the folder cannot be written: before the work, not after it.
+    """
+    if folder is None:
+        yield
+        return
+    target = Path(os.path.realpath(folder))
+    home = target if target.is_dir() else target.parent
+    try:
+        check_folder(folder, overwrite)
+        home.mkdir(parents=True, exist_ok=True)
+        with locked(home / f".{target.name}.evaluating", folder):
+            check_folder(folder, overwrite)
+            yield
+    except PermissionError as error:
+        raise PermissionError(f"{folder}: cannot be written ({error.strerror}); choose another folder") from error
 
 
 def check_folder(folder: str | os.PathLike[str], overwrite: bool) -> None:
     """Raise FileExistsError if an evaluation must not go there, NotADirectoryError if it cannot."""
     folder = Path(folder)
+    above = next((parent for parent in folder.parents if parent.exists()), None)
+    if above is not None and not above.is_dir():
+        raise NotADirectoryError(f"{folder}: {above} is a file; choose a folder that can be made")
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder}: is a file; a folder for the evaluation's files wanted")
     there = [name for name in FILES if (folder / name).exists()]

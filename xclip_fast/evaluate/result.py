@@ -32,6 +32,7 @@ class Evaluation:
     failed_names: Mapping[int, str]
     confusion: np.ndarray  # int64 (K, K): truth, prediction
     top5_hits: int  # of the min(5, K) most probable
+    loss: float  # mean of -log of the true label's probability over the counted videos; NaN if there is none
     clips: int
     crops: int
     frames: int
@@ -84,6 +85,7 @@ class Evaluation:
             "top1": number(self.top1),
             "top5": number(self.top5),
             "top5_is_top": min(5, len(self.labels)),
+            "loss": number(self.loss),
             "mean_class_accuracy": number(self.mean_class_accuracy),
             "videos": self.videos,
             "predicted": len(self.predictions),
@@ -109,7 +111,7 @@ def show(result: Evaluation) -> None:
     """Print the figures: a table on a terminal, otherwise lines of name and value with a tab between."""
     rows = [
         ("top-1", percent(result.top1)),
-        (f"top-{min(5, len(result.labels))}", percent(result.top5)),
+        *([("top-5", percent(result.top5))] if len(result.labels) > 5 else []),  # else it is 100 %, and says nothing
         ("mean class accuracy", percent(result.mean_class_accuracy)),
         ("videos", f"{len(result.predictions)} of {result.videos}, {result.counted} with a label that counts"),
         ("labels", str(len(result.labels))),

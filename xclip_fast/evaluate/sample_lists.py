@@ -1,4 +1,4 @@
-"""Which videos and which classes a protocol takes: drawn from a seed, written out, read back.
+"""Which videos and which classes a protocol takes: drawn from a seed and written out.
 
 A list that is written out names its videos by path and its classes by name, so that it still says the same after the
 data set was indexed again or the order of its classes changed.
@@ -51,7 +51,7 @@ def few_shot(manifest: Manifest, shots: int, seed: int = 0) -> np.ndarray:
         raise ValueError(f"{shots} usable videos of every class wanted: {', '.join(few[:5])}{more}")
     chosen: list[int] = []
     for name, rows in zip(manifest.classes, rows_of, strict=True):
-        rows.sort(key=lambda row: _place(manifest, row))
+        rows.sort(key=lambda row: _name(manifest, row))
         # a name's checksum, not its number: the draw survives another order of the classes
         order = sample_rng(seed, 0, zlib.crc32(name.encode("utf-8", "surrogatepass"))).permutation(len(rows))
         chosen += [rows[index] for index in order[:shots]]
@@ -83,39 +83,6 @@ def write_samples(
         _write(path, json.dumps({**header, "samples": samples}, indent=1) + "\n")
     else:
         raise ValueError(f"{path}: .json, .csv or .jsonl wanted")
-
-
-def read_samples(manifest: Manifest, path: str | os.PathLike[str]) -> np.ndarray:
-    """The manifest's rows that a ``.json`` or ``.csv`` list names, int64, in the list's order.
-
-    Raises:
-        ValueError: if the file is no such list, or names a video twice, one that the manifest has not or cannot use, or
-            one of another class.
-    """
-    path = Path(path)
-    samples = _samples(path)
-    row_of = {_place(manifest, row): row for row in range(len(manifest))}
-    rows, problems = [], []
-    for each in samples:
-        place = (each["path"], each.get("member") or "")
-        name = ":".join(filter(None, place))
-        row = row_of.get(place)
-        if row is None:
-            problems.append(f"{name} is not in the manifest")
-            continue
-        video = manifest.videos[row]
-        label = None if video.label is None else manifest.classes[video.label]
-        if video.error is not None:
-            problems.append(f"{name} cannot be used: {video.error}")
-        elif each.get("label") and plain_name(each["label"]) != plain_name(label or ""):
-            problems.append(f"{name} is {each['label']!r} in the list and {label!r} in the manifest")
-        rows.append(row)
-    if len(set(rows)) < len(rows):
-        problems.append("a video is listed twice")
-    if problems:
-        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise ValueError(f"{path}: {'; '.join(problems[:3])}{more}")
-    return np.array(rows, np.int64)
 
 
 def new_classes(larger: Sequence[str], smaller: Sequence[str], renamed: Mapping[str, str] | None = None) -> list[str]:
@@ -200,19 +167,7 @@ def _column(path: Path) -> list[str]:
     return [row[column] for row in rows[first:] if len(row) > column]
 
 
-def _samples(path: Path) -> list[dict[str, Any]]:
-    if path.suffix == ".csv":
-        with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
-            samples: Any = list(csv.DictReader(file))
-    else:
-        content = _json(path)
-        samples = content.get("samples") if isinstance(content, dict) and content.get("kind") == SAMPLES else None
-    if not isinstance(samples, list) or not all(isinstance(each, dict) and each.get("path") for each in samples):
-        raise ValueError(f"{path}: is no list of samples: columns path, member, label wanted, or a JSON written here")
-    return samples
-
-
-def _place(manifest: Manifest, row: int) -> tuple[str, str]:
+def _name(manifest: Manifest, row: int) -> tuple[str, str]:
     video = manifest.videos[row]
     return video.path, video.member or ""
 

@@ -11,17 +11,18 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..data.decode.reading import VideoError, as_source
+from ..data.decode.reading import VideoError, as_source, limit, too_slow
 from ..data.decode.windows import Span, Window, check_windows, decode_spans, window_spans
 from ..data.remote import Limits, is_remote, local_copy
 from ..data.sampling import Sampling
+from ..data.threads import Job, Threads, progress
 
 if TYPE_CHECKING:
     from ..model import XCLIP
@@ -163,12 +164,13 @@ def _decode_ahead(
 
     def put(target: queue.Queue[Any], item: Any) -> None:
         while not stop.is_set():
+            progress()
             try:
                 return target.put(item, timeout=0.1)
             except queue.Full:
                 continue
 
-    def read(path: str, target: queue.Queue[Any]) -> None:
+    def read(path: str, target: queue.Queue[Any], _: None) -> None:
         try:
             with contextlib.closing(reading.windows(path, threads)) as windows:
                 for window in windows:
@@ -180,13 +182,24 @@ def _decode_ahead(
         else:
             put(target, None)
 
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
-    ahead: deque[tuple[str, queue.Queue[Any]]] = deque()
+    # A file that hangs its decoder leaves its thread behind; neither Ctrl-C nor the other files wait for it.
+    pool = Threads(workers, "decode", lambda: None, limit("XCLIP_FAST_MAX_SECONDS"))
+    ahead: deque[tuple[str, queue.Queue[Any], Job]] = deque()
+
+    def take(path: str, source: queue.Queue[Any], job: Job) -> Any:
+        while True:
+            with contextlib.suppress(queue.Empty):
+                return source.get(timeout=0.2)
+            pool.check()
+            if job.future.done() and job.future.exception() and source.empty():
+                return too_slow(path)
 
     def drain() -> Iterator[tuple[str, Window | ValueError | None]]:
-        path, source = ahead.popleft()
+        path, source, job = ahead.popleft()
         while True:
-            item = source.get()
+            item = take(path, source, job)
+            if isinstance(item, MemoryError):
+                item = VideoError(f"{path}: not enough memory to decode it")
             if isinstance(item, BaseException) and not isinstance(item, ValueError):
                 raise item
             yield path, item
@@ -195,12 +208,12 @@ def _decode_ahead(
 
     try:
         for path in paths:
-            ahead.append((path, queue.Queue(_AHEAD)))
-            pool.submit(read, *ahead[-1])
+            windows: queue.Queue[Any] = queue.Queue(_AHEAD)
+            ahead.append((path, windows, pool.submit(Job(partial(read, path, windows)))))
             if len(ahead) >= 2 * workers:
                 yield from drain()
         while ahead:
             yield from drain()
     finally:
         stop.set()
-        pool.shutdown(cancel_futures=True)
+        pool.close(patience=1)

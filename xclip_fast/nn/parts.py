@@ -80,7 +80,9 @@ PLAIN: dict[str, Kinds] = {
     activation: {kind: kind.forward for kind in (*_SHARED, *_OURS, module)}
     for activation, module in (("quick_gelu", QuickGELU), ("gelu", nn.GELU))
 }
-_WITHOUT_BIAS = ("conv1", "q_proj", "k_proj", "v_proj")
+_WITHOUT_BIAS = ("q_proj", "k_proj", "v_proj")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_CAPTURES = "transformers.utils.output_capturing"  # its hooks do nothing unless attention weights are asked for
 _TENSORS = (nn.Parameter, Tensor, type(None))
 
 
@@ -120,13 +122,9 @@ def find_change(
             return f"{name} is a {kind.__module__}.{kind.__qualname__}"
         if "forward" in state:
             return f"the forward of {name} was replaced"
-        if (
-            state["_forward_hooks"]
-            or state["_forward_pre_hooks"]
-            or state["_backward_hooks"]
-            or state["_backward_pre_hooks"]
-        ):
-            return f"{name} has a hook"
+        for hooks in _HOOKS:
+            if state[hooks] and any(getattr(hook, "__module__", "") != _CAPTURES for hook in state[hooks].values()):
+                return f"{name} has a hook"
         parameters = state["_parameters"]
         for tensor in parameters.values():
             if type(tensor) not in _TENSORS:
@@ -139,8 +137,11 @@ def find_change(
         elif kind is nn.MultiheadAttention:
             if reason := _find_attention_change(state, heads):
                 return f"{name} {reason}"
-        elif "bias" in parameters and (parameters["bias"] is None) != (name in _WITHOUT_BIAS):
-            return f"{name} has {'no' if parameters['bias'] is None else 'a'} bias"
+        elif kind is nn.Conv2d:
+            if parameters["bias"] is not None:
+                return f"{name} has a bias"
+        elif "bias" in parameters and parameters["bias"] is None and name not in _WITHOUT_BIAS:
+            return f"{name} has no bias"
         elif kind is nn.GELU and state["approximate"] != "none":
             return f"{name} is approximate"
         if (inner := state["_modules"]) and (reason := find_change(inner, kinds, heads, eps)):

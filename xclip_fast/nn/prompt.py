@@ -34,10 +34,11 @@ class PromptLayer(nn.Module):
             text_BKE = text + attention(norm(text), patches_BNE)
             result: Tensor = text_BKE + self.mlp(self.norm3(text_BKE))
             return result
-        query = linear(kernels.layer_norm(text, norm.weight, norm.bias, norm.eps), attention.q_proj.weight)
-        mixed_BKE = attention.attend(
-            query, linear(patches_BNE, attention.k_proj.weight), linear(patches_BNE, attention.v_proj.weight)
+        query, key, value = (
+            (layer.weight, layer.bias) for layer in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
+        asked = linear(kernels.layer_norm(text, norm.weight, norm.bias, norm.eps), *query)
+        mixed_BKE = attention.attend(asked, linear(patches_BNE, *key), linear(patches_BNE, *value))
         text_BKE = text.expand(patches_BNE.shape[0], -1, -1)
         text_BKE = text_BKE + linear(mixed_BKE, attention.proj.weight, attention.proj.bias)
         modules: tuple[Any, ...] = (self.norm3, self.mlp[0], self.mlp[2])

@@ -39,6 +39,15 @@ def connect(options: ClusterOptions) -> Any:
     return ray
 
 
+def pool_sizes(ray: Any, options: ClusterOptions) -> tuple[int, float, float]:
+    """How many actors, the GPUs of each, and the CPUs of the cluster."""
+    total = ray.cluster_resources()
+    gpus = options.actor_gpus if options.actor_gpus is not None else float(total.get("GPU", 0) > 0)
+    cpus = total.get("CPU", 1)
+    default = total.get("GPU", 0) // gpus if gpus else cpus // 2 // options.actor_cpus
+    return options.actors or max(1, int(default)), gpus, cpus
+
+
 def run(stage: VideoStage, paths: Sequence[str], options: ClusterOptions) -> Iterator[Batch]:
     """The stage over all paths; batches of answers in any order.
 
@@ -52,10 +61,7 @@ def run(stage: VideoStage, paths: Sequence[str], options: ClusterOptions) -> Ite
     context.enable_progress_bars = False
     context.target_max_block_size = 32 << 20  # bytes: a film's windows leave the decoder as they come
     context.print_on_execution_start = False
-    total = ray.cluster_resources()
-    gpus = options.actor_gpus if options.actor_gpus is not None else float(total.get("GPU", 0) > 0)
-    cpus = total.get("CPU", 1)
-    actors = options.actors or max(1, int(total.get("GPU", 0) / gpus) if gpus else int(cpus // 2 / options.actor_cpus))
+    actors, gpus, cpus = pool_sizes(ray, options)
     decoders = options.decoders or max(1, math.floor(cpus - actors * options.actor_cpus))
     share = min(1.0, max(0.01, (cpus - actors * options.actor_cpus) / decoders))
     blocks = max(1, min(len(paths), max(decoders * 4, len(paths) // 256)))

@@ -23,6 +23,7 @@ except ImportError:  # not on Windows: there, only one process may write into a 
     fcntl = None  # type: ignore[assignment]
 
 _TABLE, _KEY, _VERSION = "moments", b"xclip_fast_store", 1
+_PARTITION = 256  # a sixteenth of the rows of an index's partition
 _FRAGMENTS = 32  # more files than this in the table are put together at the end of a run
 _OLD = timedelta(hours=1)  # after this, files that no version of the table needs any more are removed
 
@@ -180,18 +181,22 @@ class Store:
                 self.table.optimize(cleanup_older_than=_OLD)
 
     def build_index(self) -> None:
-        """An approximate index (IVF, product quantization) for large stores; results are scored again exactly."""
-        from lancedb.index import IvfPq
+        """An approximate index (IVF with RaBitQ codes) for large stores; the rows that it finds are scored exactly.
+
+        Product quantization in its place was not built after 200 s for 100,000 rows on two busy cores; this took 11 s.
+        """
+        from lancedb.index import IvfRq
 
         rows = self.table.count_rows()
-        if rows < 256 * 16:
+        if rows < 16 * _PARTITION:
             raise ValueError(f"{self.folder}: has {rows} rows; an index is worth building from about 100,000 on")
         with _locked(self.folder):
             self.refresh()
-            partitions = max(16, min(4096, rows // 4096))
-            sub_vectors = max(1, self.settings.embed_dim // 8)
-            config = IvfPq(
-                distance_type="dot", num_partitions=partitions, num_sub_vectors=sub_vectors, max_iterations=20
+            config = IvfRq(
+                distance_type="dot",
+                num_partitions=max(16, min(4096, rows // 16 // _PARTITION)),
+                sample_rate=64,
+                max_iterations=15,
             )
             self.table.create_index("vector", config=config, replace=True)
 
@@ -206,7 +211,7 @@ class Store:
         if where:
             query = query.where(where, prefilter=True)
         if self.indexed:
-            query = query.nprobes(32).refine_factor(4)
+            query = query.nprobes(64).refine_factor(4)
         return query.to_arrow()
 
     def patches(self, rows: Sequence[int]) -> dict[int, Any]:

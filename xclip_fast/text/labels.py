@@ -56,3 +56,26 @@ def candidates(
         which = [name for name, index in zip(classes, truth_of_class, strict=True) if index == twice]
         raise ValueError(f"classes {', '.join(map(repr, which))} are all the label {names[twice]!r}; one class wanted")
     return names, texts, truth_of_class
+
+
+def same_texts(texts: Sequence[str], context_length: int) -> list[tuple[str, str]]:
+    """Pairs of texts that are one text to the model: the same ``context_length`` tokens, without case."""
+    from .tokenizer import tokenize
+
+    first: dict[tuple[int, ...], str] = {}
+    pairs = []
+    for text, row in zip(texts, tokenize(list(texts), context_length).tolist(), strict=True):
+        if (other := first.get(tuple(row))) is not None:
+            pairs.append((other, text))
+        first.setdefault(tuple(row), text)
+    return pairs
+
+
+def refuse_same_texts(texts: Sequence[str], context_length: int) -> None:
+    """Raises ValueError if two labels are one text to the model: their probabilities would be halved in silence."""
+    if pairs := same_texts(texts, context_length):
+        named = "; ".join(f"{a!r:.80} and {b!r:.80}" for a, b in pairs[:3])
+        raise ValueError(
+            f"labels that are the same text to the model, which reads {context_length} tokens without case: {named}. "
+            "Leave one of each out, or write texts that differ"
+        )

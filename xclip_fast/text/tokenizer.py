@@ -1,15 +1,17 @@
 """CLIP's byte-pair tokenizer on the `tokenizers` library.
 
-The ids equal those of `transformers.CLIPTokenizer`: NFC, runs of white space to one space, lower case, CLIP's word
-pattern, bytes, merges. OpenAI's own tokenizer first repairs broken Unicode (ftfy) and unescapes HTML entities; Hugging
-Face's does neither, and neither do we: unescape a label list yourself if it came from a web page.
+The ids equal those of OpenAI's tokenizer, with which X-CLIP was trained: text is cleaned (`clean`), then NFC, runs of
+white space to one space, lower case, CLIP's word pattern, bytes, merges. `transformers.CLIPTokenizer` gives the same
+ids for text that needs no cleaning; it resolves neither HTML entities nor curly quotes.
 """
 
 from __future__ import annotations
 
 import functools
 import gzip
-from collections.abc import Sequence
+import html
+import logging
+from collections.abc import Callable, Sequence
 from importlib.resources import files
 from typing import TYPE_CHECKING
 
@@ -18,6 +20,8 @@ import torch
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+
+log = logging.getLogger("xclip_fast")
 
 SOT = 49406
 """Id of the start-of-text token."""
@@ -72,6 +76,41 @@ def tokenizer() -> Tokenizer:
     return result
 
 
+# What ftfy makes of these, where it is not installed.
+_COMMON = str.maketrans(
+    {
+        **dict.fromkeys("\u2018\u2019\u201a\u201b\u02bc", "'"),
+        **dict.fromkeys("\u201c\u201d\u201e\u201f", '"'),
+        **{"\ufb00": "ff", "\ufb01": "fi", "\ufb02": "fl", "\ufb03": "ffi", "\ufb04": "ffl", "\ufb06": "st"},
+        **{chr(0xFEE0 + code): chr(code) for code in range(0x21, 0x7F)},  # full-width letters
+        "\u3000": " ",
+        "\ufeff": None,
+    }
+)
+
+
+def clean(text: str) -> str:
+    """The text as OpenAI's tokenizer cleans it: broken Unicode repaired by ftfy, HTML entities resolved.
+
+    Without ftfy, the common cases are done here: curly quotes, ligatures, full-width letters, a byte order mark. What
+    remains different then is text in a wrong encoding (mojibake).
+    """
+    if text.isascii():
+        return html.unescape(html.unescape(text)) if "&" in text else text
+    fix = _ftfy()
+    text = text.translate(_COMMON) if fix is None else fix(text)
+    return html.unescape(html.unescape(text))
+
+
+@functools.cache
+def _ftfy() -> Callable[[str], str] | None:
+    try:
+        from ftfy import fix_text
+    except ImportError:
+        return None
+    return fix_text
+
+
 def tokenize(texts: str | Sequence[str], context_length: int = CONTEXT_LENGTH, pad: bool = False) -> torch.Tensor:
     """Token ids of one text or of several: int64 (K, L).
 
@@ -91,12 +130,18 @@ def tokenize(texts: str | Sequence[str], context_length: int = CONTEXT_LENGTH, p
     if context_length < 2:
         raise ValueError(f"context_length is {context_length}; it must hold at least the start and end tokens (2)")
     try:
-        encodings = tokenizer().encode_batch_fast(batch, add_special_tokens=False)
+        encodings = tokenizer().encode_batch_fast([clean(text) for text in batch], add_special_tokens=False)
     except (TypeError, UnicodeEncodeError):
         for index, text in enumerate(batch):
             if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
                 raise ValueError(f"text {index} is no valid Unicode (a lone surrogate): {text!r:.80}") from None
         raise
+    long = [index for index, encoding in enumerate(encodings) if len(encoding.ids) > context_length - 2]
+    if long:
+        log.warning(
+            "%d of %d texts have more than %d tokens and are cut, the first: %.60r (%d tokens)",
+            *(len(long), len(batch), context_length, batch[long[0]], len(encodings[long[0]].ids) + 2),
+        )
     rows = [[SOT, *encoding.ids[: context_length - 2], EOT] for encoding in encodings]
     tokens_KL = np.zeros((len(rows), context_length if pad else max(map(len, rows))), np.int64)
     for tokens_L, row in zip(tokens_KL, rows, strict=True):

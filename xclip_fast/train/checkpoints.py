@@ -61,9 +61,7 @@ def numbers(checkpoint: Path) -> dict[str, Any]:
         raise ValueError(f"{error}; delete that folder to go on from the one before it") from error
 
 
-def state(
-    model: nn.Module, optimizer: torch.optim.Optimizer, average: Mapping[str, Tensor] | None
-) -> dict[str, Tensor]:
+def state(model: nn.Module, optimizer: torch.optim.Optimizer, ema: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
     """Every tensor of the run under its name; tensors alone, so that nothing in the files is pickled code."""
     tensors: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
@@ -74,7 +72,7 @@ def state(
     fixed = getattr(model, "fixed_KE", None)  # the frozen labels' features: a resumed run uses the same
     if fixed is not None:
         tensors["labels"] = fixed
-    return tensors | {f"average.{name}": value for name, value in (average or {}).items()}
+    return tensors | {f"ema.{name}": value for name, value in (ema or {}).items()}
 
 
 def load(checkpoint: Path, tensors: dict[str, Tensor]) -> None:

@@ -11,6 +11,8 @@ import copy
 import dataclasses
 import difflib
 import math
+import os
+import reprlib
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +20,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..config import TextConfig, VisionConfig, XCLIPConfig, variant
+from ..data.transforms import TrainTransform
+from ..files import require_regular
 
+ALIASES = 20  # in a YAML file, at most
+YAML_BYTES = 1 << 20  # of a YAML file, at most
 CONFIGS = Path(__file__).parents[1] / "configs"  # the shipped ones
 
 # What may differ from the run that a checkpoint belongs to: where things lie, how fast they run, what is shown.
@@ -54,16 +60,17 @@ class DataConfig:
     shots_seed: int = 0
     frames: int | None = None  # T; None: the model's
     size: int | None = None  # pixels of a side; None: the model's
-    sampling: Literal["sparse", "dense"] = "sparse"
-    stride: int = 1  # of dense sampling
-    scales: tuple[float, ...] = (1.0, 0.875, 0.75, 0.66)
-    flip: float = 0.5
-    jitter_probability: float = 0.8
-    brightness: float = 0.4
-    contrast: float = 0.4
-    saturation: float = 0.2
-    hue: float = 0.1
-    grey: float = 0.2
+    # the rest of the picture's preparation: as in data.transforms.TrainTransform, which has the defaults
+    sampling: Literal["sparse", "dense"] = TrainTransform.sampling
+    stride: int = TrainTransform.stride  # of dense sampling
+    scales: tuple[float, ...] = TrainTransform.scales
+    flip: float = TrainTransform.flip
+    jitter_probability: float = TrainTransform.jitter_probability
+    brightness: float = TrainTransform.brightness
+    contrast: float = TrainTransform.contrast
+    saturation: float = TrainTransform.saturation
+    hue: float = TrainTransform.hue
+    grey: float = TrainTransform.grey
     workers: int | None = None  # None: the loader's choice
     cache: str | None = None  # folder of decoded frames, for small data
     cache_bytes: int | None = None
@@ -73,8 +80,9 @@ class DataConfig:
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
     optimizer: Literal["adamw", "apex"] = "adamw"  # apex: FusedAdam of NVIDIA's apex
+    schedule: Literal["released", "cosine"] = "released"  # optim.released_learning_rate, cosine_learning_rate
     lr: float = 8e-6
-    new_lr_factor: float = 10.0  # of parameters that an image CLIP has not
+    new_lr_factor: float = 10.0  # of parameters that an image CLIP does not have
     final_lr_factor: float = 0.01
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = 1e-8
@@ -148,8 +156,6 @@ def load(config: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     Raises:
         ConfigError: no such file, no YAML, an unknown key, a value of a wrong type or out of range.
     """
-    import yaml
-
     path = Path(config)
     if not path.is_file():
         path = CONFIGS / (path.name if path.suffix in (".yaml", ".yml") else f"{path.name}.yaml")
@@ -161,8 +167,10 @@ def load(config: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
                 + (f" (near: {', '.join(near)})" if near else f"; shipped are {', '.join(known)}")
             )
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeError, yaml.YAMLError) as error:
+        if require_regular(path) > YAML_BYTES:
+            raise ConfigError(f"{path}: has more than {YAML_BYTES} bytes; this is not a configuration")
+        values = _yaml(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read as YAML: {error}") from error
     values = {} if values is None else values
     if not isinstance(values, dict):
@@ -172,14 +180,45 @@ def load(config: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
         if not separator or not key:
             raise ConfigError(f"override {override!r}: key=value wanted, such as optim.lr=1e-5")
         try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"override {override!r}: {text!r} is no YAML value: {error}") from error
+            value = _yaml(text)
+        except ValueError as error:
+            raise ConfigError(f"override {override!r:.200}: {text!r:.200} is no YAML value: {error}") from error
         _set(values, key, value)
     try:
         return from_dict(values)
     except ConfigError as error:
         raise ConfigError(f"{path.name}: {error}") from error
+
+
+def _yaml(text: str) -> Any:
+    """The value of a YAML text. Few aliases are allowed: a small text of many stands for an endless value.
+
+    Raises:
+        ValueError: if it is not YAML, or has too many aliases.
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        aliases = 0
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                self.aliases += 1
+                if self.aliases > ALIASES:
+                    raise ValueError(f"it has more than {ALIASES} aliases (*name); write the values out")
+            return super().compose_node(parent, index)
+
+    try:
+        return yaml.load(text, Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from error
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _short(value: Any) -> str:
+    """A value as an error shows it."""
+    return reprlib.repr(value)
 
 
 def shipped() -> list[str]:
@@ -188,7 +227,7 @@ def shipped() -> list[str]:
 
 
 def from_dict(values: Mapping[str, Any]) -> TrainConfig:
-    """The configuration that plain values say; what they do not say has its default."""
+    """Builds the configuration from plain values. Missing keys take their defaults."""
     config = _build(TrainConfig, values, "")
     _check(config)
     return config
@@ -233,7 +272,7 @@ def model_config(config: ModelConfig, base: XCLIPConfig | None = None) -> XCLIPC
 
 
 def accumulation(config: OptimConfig, world: int) -> tuple[int, int]:
-    """(videos at once on a device, parts of a step) for a total of ``batch_size`` over ``world`` processes.
+    """(videos at once on a device, ``grad_accum_steps``) for a total of ``batch_size`` over ``world`` processes.
 
     Raises:
         ConfigError: if the total does not divide by the number of processes.
@@ -245,8 +284,8 @@ def accumulation(config: OptimConfig, world: int) -> tuple[int, int]:
             f"optim.batch_size: {config.batch_size} videos a step do not divide over {world} processes; "
             f"give {' or '.join(str(size) for size in near)}, or another number of processes"
         )
-    parts = next(parts for parts in range(1, share + 1) if share % parts == 0 and share // parts <= config.device_batch)
-    return share // parts, parts
+    size = next(size for size in range(min(share, config.device_batch), 0, -1) if share % size == 0)
+    return size, share // size
 
 
 def _set(values: dict[str, Any], key: str, value: Any) -> None:
@@ -264,7 +303,7 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
 def _build(cls: Any, values: Any, where: str) -> Any:
     """A dataclass from plain values, checked key by key."""
     if not isinstance(values, Mapping):
-        raise ConfigError(f"{where or 'the configuration'} is {values!r}; keys and values wanted")
+        raise ConfigError(f"{where or 'the configuration'} is {_short(values)}; keys and values wanted")
     hints = typing.get_type_hints(cls)
     fields = {field.name for field in dataclasses.fields(cls)}
     values = dict(values)
@@ -293,7 +332,7 @@ def _checked_shape(values: Mapping[str, Any]) -> dict[str, Any]:
             raise _unknown(f"model.{key}", str(key), [*hints, *own])
         if key in nested:
             if not isinstance(value, Mapping):
-                raise ConfigError(f"model.{key} is {value!r}; keys and values wanted")
+                raise ConfigError(f"model.{key} is {_short(value)}; keys and values wanted")
             inner = typing.get_type_hints(nested[key])
             for name in value:
                 if name not in inner:
@@ -324,16 +363,16 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
     if origin is Literal:
         if value in inner and isinstance(value, str):
             return value
-        near = difflib.get_close_matches(str(value), inner, 1)
+        near = difflib.get_close_matches(_short(value).strip("'"), inner, 1)
         raise ConfigError(
-            f"{name} is {value!r}; one of {', '.join(inner)} wanted" + (f" (near: {near[0]})" if near else "")
+            f"{name} is {_short(value)}; one of {', '.join(inner)} wanted" + (f" (near: {near[0]})" if near else "")
         )
     if origin is tuple:
         many = len(inner) == 2 and inner[1] is Ellipsis
         if isinstance(value, (list, tuple)) and (many or len(value) == len(inner)):
             kinds = [inner[0]] * len(value) if many else inner
             return tuple(_convert(item, kind, name) for item, kind in zip(value, kinds, strict=True))
-        raise ConfigError(f"{name} is {value!r}; a list of {'' if many else f'{len(inner)} '}numbers wanted")
+        raise ConfigError(f"{name} is {_short(value)}; a list of {'' if many else f'{len(inner)} '}numbers wanted")
     if hint is float and not isinstance(value, bool):
         number: float | None = None
         if isinstance(value, (int, float)):
@@ -348,7 +387,7 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
     elif isinstance(hint, type) and isinstance(value, hint):
         return value
     wanted = {float: "a number", int: "a whole number", bool: "true or false", str: "a string"}.get(hint, str(hint))
-    raise ConfigError(f"{name} is {value!r} ({type(value).__name__}); {wanted} wanted")
+    raise ConfigError(f"{name} is {_short(value)} ({type(value).__name__}); {wanted} wanted")
 
 
 def _check(config: TrainConfig) -> None:
@@ -382,6 +421,18 @@ def _check(config: TrainConfig) -> None:
     for name, value, smallest in least:
         if value is not None and value < smallest:
             raise ConfigError(f"{name} is {value}; at least {smallest} wanted")
+    most: list[tuple[str, int | None, int]] = [
+        ("optim.batch_size", optim.batch_size, 1 << 20),
+        ("optim.device_batch", optim.device_batch, 1 << 16),
+        ("validation.batch_size", config.validation.batch_size, 1 << 16),
+        ("validation.clips", config.validation.clips, 1024),
+        ("optim.epochs", optim.epochs, 10**6),
+        ("data.workers", data.workers, max(64, 4 * (os.cpu_count() or 1))),
+        ("data.frames", data.frames, 1024),
+    ]
+    for name, value, largest in most:
+        if value is not None and value > largest:
+            raise ConfigError(f"{name} is {value}; at most {largest} is accepted on this machine")
     shares: list[tuple[str, float | None]] = [
         ("mixing.switch", mixing.switch),
         ("mixing.probability", mixing.probability),

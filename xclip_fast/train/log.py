@@ -132,16 +132,16 @@ def report(folder: Path, config: TrainConfig, about: Mapping[str, Any]) -> Path:
         ]
     lines.append("")
     if validations:
-        best = max(validations, key=lambda record: record[config.checkpoint.metric] or 0.0)
+        best = max(validations, key=lambda record: rank(record, config.checkpoint.metric))
         lines += [
             "## Validation",
             "",
-            "| epoch | step | top-1 | top-5 | videos | not read | |",
-            "|---|---|---|---|---|---|---|",
+            "| epoch | step | top-1 | top-5 | loss | videos | not read | |",
+            "|---|---|---|---|---|---|---|---|",
         ]
         lines += [
             f"| {record['epoch']} | {record['step']} | {_percent(record['top1'])} | {_percent(record['top5'])} "
-            f"| {record['predicted']} | {record['failed']} | {'best ' * (record is best)}|"
+            f"| {_loss(record)} | {record['predicted']} | {record['failed']} | {'best ' * (record is best)}|"
             for record in validations
         ]
         lines.append("")
@@ -162,6 +162,7 @@ def _draw(path: Path, steps: list[dict[str, Any]], validations: list[dict[str, A
         log.warning("no curves: matplotlib is not installed (pip install 'xclip-fast[plot]')")
         return False
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(10, 6), layout="constrained")
     panels = figure.subplots(2, 2, sharex=True).flat
@@ -172,7 +173,7 @@ def _draw(path: Path, steps: list[dict[str, Any]], validations: list[dict[str, A
         strict=True,
     ):
         if key == "top1":
-            panel.plot(x, [100 * record["hits"] for record in steps], color="0.7", label=batches)
+            panel.plot(x, [100 * record["correct"] for record in steps], color="0.7", label=batches)
             if validations:
                 y = [100 * (record["top1"] or 0.0) for record in validations]
                 panel.plot([record["step"] for record in validations], y, "o-", label="validation")
@@ -181,6 +182,7 @@ def _draw(path: Path, steps: list[dict[str, Any]], validations: list[dict[str, A
             panel.plot(x, [record[key] for record in steps])
         panel.set_title(name, loc="left", fontsize=10)
         panel.spines[["top", "right"]].set_visible(False)
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True))  # shared by all: there is no step 1.5
     figure.supxlabel("step", fontsize=10)
     figure.savefig(path, dpi=120)
     return True
@@ -189,8 +191,10 @@ def _draw(path: Path, steps: list[dict[str, Any]], validations: list[dict[str, A
 def _sentence(record: Mapping[str, Any]) -> str:
     if record["kind"] == "validation":
         return (
-            f"epoch {record['epoch']}: top-1 {_percent(record['top1'])}, top-5 {_percent(record['top5'])} "
-            f"of {record['predicted']} videos" + (f", {record['failed']} not read" if record["failed"] else "")
+            f"epoch {record['epoch']}: top-1 {_percent(record['top1'])}"
+            + ("" if record["top5"] is None else f", top-5 {_percent(record['top5'])}")
+            + f", loss {_loss(record)} of {record['predicted']} videos"
+            + (f", {record['failed']} not read" if record["failed"] else "")
         )
     loss = "-" if record["loss"] is None else f"{record['loss']:.4f}"
     left = (
@@ -202,6 +206,16 @@ def _sentence(record: Mapping[str, Any]) -> str:
         f"loss {loss}  lr {record['lr']:.2e}  {record['clips_per_second']:.1f} clips/s  data wait "
         f"{100 * record['data_wait']:.0f} %  {record['memory'] / 2**30:.1f} GiB  {left} left"
     )
+
+
+def rank(record: Mapping[str, Any], metric: str) -> tuple[float, float]:
+    """What decides which validation is the best: the larger one. Among equal accuracies the smaller loss decides."""
+    loss = record["loss"]
+    return record[metric] or 0.0, -math.inf if loss is None else -loss
+
+
+def _loss(record: Mapping[str, Any]) -> str:
+    return "-" if record["loss"] is None else f"{record['loss']:.4f}"
 
 
 def _percent(share: float | None) -> str:

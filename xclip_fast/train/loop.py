@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import math
 import signal
@@ -39,7 +40,9 @@ from .checkpoints import Checkpoints, SaveError
 from .config import ConfigError, TrainConfig
 from .metrics import Diverged, Measured, Meter
 from .output_dir import output_folder
-from .setup import SHAPE, Data, Objective, Place, build_model, processes, read_data, spread, whole_model
+from .setup import SHAPE, Data, Objective, Process, build_model, gather_full_model, parallelize, processes, read_data
+
+FEW_STEPS = 100  # below, a run says that it hardly trains
 
 
 def main(config: str, overrides: Sequence[str] = (), *, fresh: bool = False) -> Path:
@@ -60,21 +63,21 @@ def train(config: TrainConfig, *, fresh: bool = False) -> Path:
         ConfigError: before the first step, for whatever does not fit.
         Diverged, SaveError: as they say.
     """
-    with processes(config.device) as place, contextlib.ExitStack() as held:
-        return _train(config, place, fresh, held)
+    with processes(config.device) as process, contextlib.ExitStack() as held:
+        return _train(config, process, fresh, held)
 
 
-def _train(config: TrainConfig, place: Place, fresh: bool, held: contextlib.ExitStack) -> Path:
+def _train(config: TrainConfig, process: Process, fresh: bool, held: contextlib.ExitStack) -> Path:
     # 1. What there is: data, model, and a checkpoint to go on from, if the output folder has one.
-    device, rank, world = place.device, place.rank, place.world
-    batch_size, parts = train_config.accumulation(config.optim, world)
+    device, rank, world = process.device, process.rank, process.world
+    batch_size, grad_accum_steps = train_config.accumulation(config.optim, world)
     data = read_data(config)
-    folder, resume = output_folder(config, fresh, place, held)
+    folder, resume = output_folder(config, fresh, process, held)
     model = build_model(config, data, folder, resumed=resume is not None).to(device)
     optim.freeze(model, config.train_towers, config.optim.also_new)
-    objective = Objective(model, data.texts, config, device)
-    loader = training_loader(config, data, model, batch_size, place)
-    epoch_steps = math.ceil(len(loader) / parts)
+    objective = Objective(model, data.texts, device, bf16=config.precision == "bf16", templates=config.text_templates)
+    loader = training_loader(config, data, model, batch_size, process)
+    epoch_steps = math.ceil(len(loader) / grad_accum_steps)
     steps = epoch_steps * config.optim.epochs
     warmup = round(epoch_steps * config.optim.warmup_epochs)
     last = min(steps, config.stop_after or steps)
@@ -89,10 +92,16 @@ def _train(config: TrainConfig, place: Place, fresh: bool, held: contextlib.Exit
         (folder / SHAPE).write_text(json.dumps(model.config.to_dict(), indent=1) + "\n", encoding="utf-8")
 
     # 2. Processes, optimizer, moving average; and their state, if this run goes on.
-    net = spread(objective, config, place)
+    net = parallelize(
+        objective,
+        process,
+        strategy=config.strategy,
+        compiled=config.compile,
+        recompute=config.activation_checkpointing,
+    )
     optimizer = optim.optimizer(objective, config.optim)
-    average = optim.start_average(objective) if config.optim.ema is not None else None
-    tensors = training_checkpoint.state(objective, optimizer, average)
+    ema = optim.start_ema(objective) if config.optim.ema is not None else None
+    tensors = training_checkpoint.state(objective, optimizer, ema)
     checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep_last)
     counted: dict[str, Any] = {
         "step": 0,
@@ -110,10 +119,15 @@ def _train(config: TrainConfig, place: Place, fresh: bool, held: contextlib.Exit
     records = training_log.Log(folder, config.log, steps, silent=rank > 0)
     records.say(
         f"{f'going on after step {step}' if step else 'starting'}, {steps} steps of {config.optim.batch_size} videos "
-        f"({batch_size} x {parts} parts x {world} processes), {len(data.train.usable)} videos, "
+        f"({batch_size} x {grad_accum_steps} parts x {world} processes), {len(data.train.usable)} videos, "
         f"{len(data.texts)} classes"
     )
-    meter = Meter(config, records, data, place, step, steps, epoch_steps)
+    if steps < FEW_STEPS and not step:
+        records.say(
+            f"note: {steps} steps at a learning rate of {config.optim.lr:g} change little: a step of AdamW moves a "
+            "weight by about the rate. If accuracy stays as it is, raise optim.lr or optim.epochs"
+        )
+    meter = Meter(config, records, data, process, step, steps, epoch_steps)
 
     def save() -> None:
         nonlocal saved
@@ -124,34 +138,32 @@ def _train(config: TrainConfig, place: Place, fresh: bool, held: contextlib.Exit
 
     # 3. The loop: an epoch, a step, a part of a step.
     try:
-        with asked_to_end(meter):
+        with handle_signals(meter):
             while step < last and not meter.stop:
                 epoch, done = divmod(step, epoch_steps)
-                loader.load_state_dict(loader.state_dict() | {"epoch": epoch, "batches": done * parts})
+                loader.seek(epoch, done * grad_accum_steps)
                 batches = iter(loader)
-                for place_in_epoch in range(done, min(epoch_steps, done + last - step)):
+                for step_in_epoch in range(done, min(epoch_steps, done + last - step)):
                     torch.manual_seed(step_seed(config.seed, step, rank))  # for drop path
-                    share = optim.factor(step, steps, warmup, config.optim.final_lr_factor)
-                    optim.set_rate(optimizer, share)
-                    measured = Measured(step, share * config.optim.lr)
-                    count = min(parts, len(loader) - place_in_epoch * parts)
+                    measured = Measured(step, optim.set_rate(optimizer, config.optim, step, steps, warmup))
+                    count = min(grad_accum_steps, len(loader) - step_in_epoch * grad_accum_steps)
                     for part in range(count):
                         batch = measured.wait(batches)
                         key = (config.seed, step, part * world + rank)
                         frames, targets_BK = mixing.mix(batch.frames, batch.labels, len(data.texts), config.mixing, key)
                         with reduce_gradients(net, part == count - 1):
-                            losses_B, hits_B = net(frames, targets_BK)
+                            losses_B, correct_B = net(frames, targets_BK)
                             # over the rows there should be: a short batch weighs less, and processes may differ
                             (losses_B.sum() * (world / config.optim.batch_size)).backward()
-                        measured.add(losses_B, hits_B, batch.samples)
+                        measured.add(losses_B, correct_B, batch.samples)
                     if config.strategy == "fsdp2":
                         optim.reduce_scalars(objective, world)
                     if config.optim.clip_grad is not None:
                         measured.norm = optim.clip_gradients(objective.parameters(), config.optim.clip_grad)
                     optimizer.step()
                     optimizer.zero_grad(set_to_none=True)
-                    if average is not None and config.optim.ema is not None:
-                        optim.update_average(average, objective, config.optim.ema, step)
+                    if ema is not None and config.optim.ema is not None:
+                        optim.update_ema(ema, objective, config.optim.ema, step)
                     step += 1
                     meter.take(measured.send(device, world, meter.wishes()))
                     every = config.checkpoint.every_steps
@@ -169,11 +181,11 @@ def _train(config: TrainConfig, place: Place, fresh: bool, held: contextlib.Exit
                     records.say(f"epoch {epoch + 1}: {loader.report.summary()}")
                     loader.quarantined().write(folder / f"quarantined{rank or ''}.jsonl")
                 if data.val is not None and ((epoch + 1) % config.validation.every_epochs == 0 or step == steps):
-                    whole = whole_model(objective, average, device)
+                    whole = gather_full_model(objective, ema, device)
                     found = validate(whole, data, config)
                     records.write({"kind": "validation", "step": step, "epoch": epoch + 1, **found})
-                    score = found[config.checkpoint.metric] or 0.0
-                    if best is None or score > best["score"]:
+                    score = training_log.rank(found, config.checkpoint.metric)
+                    if best is None or score > tuple(best["score"]):
                         best = {"score": score, "epoch": epoch + 1, "step": step}
                         keep(whole, folder / "best", trained, found | best, rank)
                     del whole
@@ -193,12 +205,12 @@ def _train(config: TrainConfig, place: Place, fresh: bool, held: contextlib.Exit
         loader.close()
     if meter.stop:
         print(f"ended by a signal after step {step}, saved; start it again to go on", file=sys.stderr)
-        raise SystemExit(128 + signal.SIGTERM)
+        raise SystemExit(128 + (meter.signal or signal.SIGTERM))
     if step < steps:  # stop_after
         return folder
 
     # 5. What remains: weights and a report.
-    whole = whole_model(objective, average, device)
+    whole = gather_full_model(objective, ema, device)
     keep(whole, folder / "last", trained, {"step": step}, rank)
     if data.val is None:
         keep(whole, folder / "best", trained, {"step": step}, rank)
@@ -232,51 +244,46 @@ def reduce_gradients(net: nn.Module, now: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def asked_to_end(meter: Meter) -> Iterator[None]:
-    """SIGTERM (a scheduler that takes its machine back) ends the run after a checkpoint."""
+def handle_signals(meter: Meter) -> Iterator[None]:
+    """SIGTERM (from a scheduler) and Ctrl-C end the run after a checkpoint. A second signal ends it at once."""
+    before: dict[int, Any] = {}
 
-    def handle(*_: Any) -> None:
-        meter.signalled = True
+    def handle(number: int, _: Any) -> None:
+        meter.signal = number
+        for each, handler in before.items():
+            signal.signal(each, handler)
+        print("ending after a checkpoint; once more ends at once, without one", file=sys.stderr)
 
     try:
-        before = signal.signal(signal.SIGTERM, handle)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            before[number] = signal.signal(number, handle)
     except ValueError:  # not in the main thread
         yield
         return
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
-def training_loader(config: TrainConfig, data: Data, model: XCLIP, batch_size: int, place: Place) -> Any:
+def training_loader(config: TrainConfig, data: Data, model: XCLIP, batch_size: int, process: Process) -> Any:
     from ..data.loader.loader import loader
     from ..data.transforms import TrainTransform
 
     chosen = config.data
-    transform = TrainTransform(
-        frames=chosen.frames or model.config.num_frames,
-        size=model.config.vision.image_size,
-        sampling=chosen.sampling,
-        stride=chosen.stride,
-        scales=chosen.scales,
-        flip=chosen.flip,
-        jitter_probability=chosen.jitter_probability,
-        brightness=chosen.brightness,
-        contrast=chosen.contrast,
-        saturation=chosen.saturation,
-        hue=chosen.hue,
-        grey=chosen.grey,
-    )
+    own: dict[str, Any] = {"frames": chosen.frames or model.config.num_frames, "size": model.config.vision.image_size}
+    names = [field.name for field in dataclasses.fields(TrainTransform) if field.name not in own]
+    transform = TrainTransform(**own, **{name: getattr(chosen, name) for name in names})
     return loader(
         data.train,
         transform,
         batch_size,
-        device=place.device,
+        device=process.device,
         seed=config.seed,
         shuffle=True,
-        rank=place.rank,
-        world=place.world,
+        rank=process.rank,
+        world=process.world,
         max_bad=chosen.max_bad,
         **loading(config),
     )
@@ -316,8 +323,14 @@ def validate(model: XCLIP, data: Data, config: TrainConfig) -> dict[str, Any]:
         dtype=torch.bfloat16 if config.precision == "bf16" else None,
         **loading(config),
     )
-    found = {key: value for key in ("top1", "top5") if math.isfinite(value := getattr(result, key))}
-    return {"top1": None, "top5": None} | found | {"predicted": len(result.predictions), "failed": len(result.failed)}
+    # of five classes or fewer, the five best are always right
+    keys = ("top1", "top5", "loss") if len(result.labels) > 5 else ("top1", "loss")
+    found = {key: value for key in keys if math.isfinite(value := getattr(result, key))}
+    return (
+        {"top1": None, "top5": None, "loss": None}
+        | found
+        | {"predicted": len(result.predictions), "failed": len(result.failed)}
+    )
 
 
 def keep(model: XCLIP, folder: Path, trained: Trained, about: dict[str, Any], rank: int) -> None:

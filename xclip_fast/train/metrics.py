@@ -19,7 +19,7 @@ from . import log as training_log
 from .config import TrainConfig
 
 if TYPE_CHECKING:
-    from .setup import Data, Place
+    from .setup import Data, Process
 
 LAG = 4  # steps until a step's measurements are read
 
@@ -43,16 +43,16 @@ class Measured:
         self.waited += time.perf_counter() - before
         return batch
 
-    def add(self, losses_B: Tensor, hits_B: Tensor, samples_B: Tensor) -> None:
-        self.parts.append((losses_B.detach(), hits_B, samples_B))
+    def add(self, losses_B: Tensor, correct_B: Tensor, samples_B: Tensor) -> None:
+        self.parts.append((losses_B.detach(), correct_B, samples_B))
 
     def send(self, device: torch.device, world: int, wishes: tuple[bool, bool]) -> Measured:
         """Start the copies; sums are over all processes, so that all of them decide alike."""
-        losses, hits, samples = (torch.cat(column) for column in zip(*self.parts, strict=True))
+        losses, correct, samples = (torch.cat(column) for column in zip(*self.parts, strict=True))
         self.parts.clear()
         norm = losses.new_zeros(()) if self.norm is None else self.norm.to(device) / world
         known = torch.tensor([len(losses), *wishes], dtype=torch.float32, pin_memory=device.type == "cuda")
-        sums = torch.cat([torch.stack([losses.sum(), hits.sum(), norm]), known.to(device, non_blocking=True)])
+        sums = torch.cat([torch.stack([losses.sum(), correct.sum(), norm]), known.to(device, non_blocking=True)])
         if world > 1:
             dist.all_reduce(sums)
         self.sums, self.losses, self.samples = (_to_host(values) for values in (sums, losses, samples))
@@ -77,15 +77,16 @@ class Meter:
         config: TrainConfig,
         records: training_log.Log,
         data: Data,
-        place: Place,
+        process: Process,
         step: int,
         steps: int,
         epoch: int,
     ) -> None:
-        self.config, self.records, self.data, self.place = config, records, data, place
+        self.config, self.records, self.data, self.process = config, records, data, process
         self.step, self.steps, self.epoch_steps = step, steps, epoch
         self.pending: collections.deque[Measured] = collections.deque()
-        self.save = self.stop = self.asked = self.signalled = False
+        self.save = self.stop = self.asked = False
+        self.signal = 0  # the number of the signal that asks to end
         self.saved_at = self.begun = time.monotonic()
         self.spent, self.counted = 0.0, 0  # seconds and steps so far, without what is not training
         self.restart()
@@ -93,16 +94,16 @@ class Meter:
     def restart(self) -> None:
         """Begin a new interval: what was done since the last step is not training."""
         self.begun = time.monotonic()
-        self.loss = self.hits = self.rows = self.waited = self.norm = 0.0
+        self.loss = self.correct = self.rows = self.waited = self.norm = 0.0
         self.n = 0
 
     def wishes(self) -> tuple[bool, bool]:
         """(save, stop) that this process would like; they travel with a step's measurements."""
         minutes = self.config.checkpoint.every_minutes
-        if minutes and self.place.rank == 0 and not self.asked and time.monotonic() - self.saved_at > 60 * minutes:
+        if minutes and self.process.rank == 0 and not self.asked and time.monotonic() - self.saved_at > 60 * minutes:
             self.asked = True
-            return True, self.signalled
-        return False, self.signalled
+            return True, self.signal > 0
+        return False, self.signal > 0
 
     def saved(self) -> None:
         self.save = self.asked = False
@@ -120,11 +121,12 @@ class Meter:
     def _read(self, measured: Measured) -> None:
         if measured.event is not None:
             measured.event.synchronize()
-        loss, hits, norm, rows, save, stop = measured.sums.tolist()
+        loss, correct, norm, rows, save, stop = measured.sums.tolist()
         self.save, self.stop = self.save or save > 0, self.stop or stop > 0
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise Diverged(self._diverged(measured, loss, norm))
-        self.loss, self.hits, self.rows, self.norm = self.loss + loss, self.hits + hits, self.rows + rows, norm
+        self.loss, self.correct, self.rows = self.loss + loss, self.correct + correct, self.rows + rows
+        self.norm = norm
         self.waited, self.n, self.step = self.waited + measured.waited, self.n + 1, measured.step + 1
         if self.step % self.config.log.every and self.step % self.epoch_steps and self.step != self.steps:
             return
@@ -135,11 +137,11 @@ class Meter:
             "step": self.step,
             "epoch": measured.step // self.epoch_steps + 1,
             "loss": self.loss / max(1.0, self.rows),
-            "hits": self.hits / max(1.0, self.rows),
+            "correct": self.correct / max(1.0, self.rows),
             "lr": measured.rate,
             "clips_per_second": self.rows / elapsed,
             "data_wait": min(1.0, self.waited / elapsed),
-            "memory": training_log.memory(self.place.device),
+            "memory": training_log.memory(self.process.device),
             "eta": (self.steps - self.step) * self.spent / self.counted,
         }
         self.records.write(record | ({} if self.config.optim.clip_grad is None else {"norm": self.norm}))
@@ -150,8 +152,8 @@ class Meter:
         bad = ~measured.losses.isfinite()
         rows = measured.samples[bad if bad.any() else ...].tolist()
         everywhere: list[Any] = [(bool(bad.any()), rows)]
-        if self.place.world > 1:
-            everywhere = [None] * self.place.world
+        if self.process.world > 1:
+            everywhere = [None] * self.process.world
             dist.all_gather_object(everywhere, (bool(bad.any()), rows))
         guilty = [row for has, found in everywhere for row in found if has] or [
             r for _, found in everywhere for r in found

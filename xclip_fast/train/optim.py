@@ -82,18 +82,39 @@ def optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     return made
 
 
-def factor(step: int, steps: int, warmup: int, last: float) -> float:
-    """The share of the full learning rate in ``step`` (counted from 0) of ``steps``: a line from 0 over ``warmup``
-    steps, then half a cosine down to ``last``."""
+def released_learning_rate(step: int, total: int, warmup: int, base: float, low: float) -> float:
+    """The learning rate of the released X-CLIP pipeline in ``step`` (counted from 0) of ``total``.
+
+    A line from 0 over ``warmup`` steps, then half a cosine from ``base`` to ``low``. The cosine counts from step 0, not
+    from the end of the warm-up: there the rate falls at once to what the cosine has by then.
+    """
     if step < warmup:
-        return (step + 1) / (warmup + 1)
-    done = (step - warmup) / max(1, steps - 1 - warmup)
-    return last + (1 - last) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+        return base * step / warmup
+    return low + (base - low) * 0.5 * (1 + math.cos(math.pi * min(step, total) / total))
 
 
-def set_rate(made: torch.optim.Optimizer, share: float) -> None:
+def cosine_learning_rate(step: int, total: int, warmup: int, base: float, low: float) -> float:
+    """A line over ``warmup`` steps, whose first step trains, then half a cosine from ``base`` to ``low``: no jump."""
+    if step < warmup:
+        return base * (step + 1) / (warmup + 1)
+    done = (step - warmup) / max(1, total - 1 - warmup)
+    return low + (base - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def set_rate(made: torch.optim.Optimizer, config: OptimConfig, step: int, total: int, warmup: int) -> float:
+    """Set the learning rate of every group for ``step``; returns that of inherited parameters.
+
+    Both schedules end at ``final_lr_factor``: of ``lr`` for all groups as released, of each group's own rate otherwise.
+    """
+
+    def rate(base: float) -> float:
+        if config.schedule == "released":
+            return released_learning_rate(step, total, warmup, base, config.final_lr_factor * config.lr)
+        return cosine_learning_rate(step, total, warmup, base, config.final_lr_factor * base)
+
     for group in made.param_groups:
-        group["lr"] = share * group["peak_lr"]
+        group["lr"] = rate(group["peak_lr"])
+    return rate(config.lr)
 
 
 def set_step(made: torch.optim.Optimizer, step: int) -> None:
@@ -145,17 +166,17 @@ def _square(tensors: list[Tensor]) -> Tensor:
     return torch.stack(torch._foreach_norm(tensors)).float().square().sum()
 
 
-def start_average(model: nn.Module) -> dict[str, Tensor]:
+def start_ema(model: nn.Module) -> dict[str, Tensor]:
     """The moving average of the trained parameters, at first a copy."""
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 @torch.no_grad()
-def update_average(average: Mapping[str, Tensor], model: nn.Module, decay: float, step: int) -> None:
-    """One step: average = d average + (1 - d) weights, with d = min(decay, (1 + step) / (10 + step)), which forgets
+def update_ema(ema: Mapping[str, Tensor], model: nn.Module, decay: float, step: int) -> None:
+    """One step: ema = d ema + (1 - d) weights, with d = min(decay, (1 + step) / (10 + step)), which forgets
     the start sooner."""
     weights = dict(model.named_parameters())
     decay = min(decay, (1 + step) / (10 + step))
-    kept: Any = [getattr(value, "_local_tensor", value) for value in average.values()]
-    new: Any = [getattr(weights[name], "_local_tensor", weights[name]).detach() for name in average]
+    kept: Any = [getattr(value, "_local_tensor", value) for value in ema.values()]
+    new: Any = [getattr(weights[name], "_local_tensor", weights[name]).detach() for name in ema]
     torch._foreach_lerp_(kept, new, 1 - decay)

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from . import checkpoints as training_checkpoint
 from . import config as train_config
 from .config import ConfigError, TrainConfig
-from .setup import Place
+from .setup import Process
 
 log = logging.getLogger("xclip_fast")
 
@@ -24,7 +24,7 @@ CONFIG, LOCK = "config.yaml", ".lock"  # in the output folder
 
 
 def output_folder(
-    config: TrainConfig, fresh: bool, place: Place, held: contextlib.ExitStack
+    config: TrainConfig, fresh: bool, process: Process, held: contextlib.ExitStack
 ) -> tuple[Path, Path | None]:
     """The folder of this run and the checkpoint to go on from, the same in every process.
 
@@ -34,14 +34,14 @@ def output_folder(
         ConfigError: if another run is in the folder, or it has checkpoints of another configuration.
     """
     found: list[Any] = [None]
-    if place.rank == 0:
+    if process.rank == 0:
         try:
             found = [_output_folder(config, fresh, held)]
         except ConfigError as error:
             found = [error]
         except OSError as error:
             found = [ConfigError(f"output: {config.output}: {error}; give a folder that can be written")]
-    if place.world > 1:
+    if process.world > 1:
         dist.broadcast_object_list(found)
     if isinstance(found[0], ConfigError):
         raise found[0]

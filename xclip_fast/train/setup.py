@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ..config import XCLIPConfig
 from ..evaluate.sample_lists import few_shot
 from ..model import XCLIP
-from ..text.labels import readable
+from ..text.labels import readable, refuse_same_texts
 from ..text.templates import TEMPLATES
 from ..text.tokenizer import tokenize
 from ..weights import checkpoint
@@ -38,7 +38,7 @@ SHAPE = "model.json"  # of the model, in the output folder
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class Process:
     """Where this process computes, and which one of how many it is."""
 
     device: torch.device
@@ -47,7 +47,7 @@ class Place:
 
 
 @contextlib.contextmanager
-def processes(device: str) -> Iterator[Place]:
+def processes(device: str) -> Iterator[Process]:
     """Join the processes that torchrun started; without it, there is one."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -57,11 +57,10 @@ def processes(device: str) -> Iterator[Place]:
     if kind == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device is {device}, and torch sees no CUDA device; use cpu, or a CUDA build of torch")
     if dist.is_initialized():  # by whoever calls
-        place = torch.device(device)
-        yield Place(place, dist.get_rank(), dist.get_world_size())
+        yield Process(torch.device(device), dist.get_rank(), dist.get_world_size())
         return
     if "RANK" not in os.environ:
-        yield Place(torch.device(device))
+        yield Process(torch.device(device))
         return
     if kind == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -73,7 +72,7 @@ def processes(device: str) -> Iterator[Place]:
     backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=datetime.timedelta(minutes=30))
     try:
-        yield Place(torch.device(device), rank, world)
+        yield Process(torch.device(device), rank, world)
     finally:
         dist.destroy_process_group()
 
@@ -226,16 +225,9 @@ def _check_fit(config: TrainConfig, shape: XCLIPConfig, data: Data) -> None:
         raise ConfigError("text_templates is true, and the model has a linear head or learnt vectors; set it to false")
     if shape.num_classes is None:
         try:
-            tokens_KL = tokenize(list(data.texts), shape.label_tokens)
+            refuse_same_texts(data.texts, shape.label_tokens)
         except ValueError as error:
-            raise ConfigError(f"the labels: {error}") from error
-        first: dict[tuple[int, ...], str] = {}
-        for text, row in zip(data.texts, tokens_KL.tolist(), strict=True):
-            if (other := first.setdefault(tuple(row), text)) is not text:
-                raise ConfigError(
-                    f"the labels: {other!r:.80} and {text!r:.80} of two classes are the same text to the model (it "
-                    f"reads {shape.label_tokens} tokens); give data.labels a file of texts that differ"
-                )
+            raise ConfigError(f"the labels: {error}; data.labels takes a file of texts") from error
 
 
 class Objective(nn.Module):
@@ -244,11 +236,13 @@ class Objective(nn.Module):
     Text features that no gradient reaches are computed once, here; others in every step, packed.
     """
 
-    def __init__(self, model: XCLIP, texts: Sequence[str], config: TrainConfig, device: torch.device) -> None:
+    def __init__(
+        self, model: XCLIP, texts: Sequence[str], device: torch.device, *, bf16: bool = False, templates: bool = False
+    ) -> None:
         super().__init__()
         self.model = model
-        self.autocast = config.precision == "bf16"
-        self.templates = config.text_templates
+        self.autocast = bf16
+        self.templates = templates
         self.texts = list(texts)
         self.tokens_KL = None if model.head is not None else tokenize(self.texts, model.config.label_tokens)
         self.fixed_KE: Tensor | None = None
@@ -273,15 +267,19 @@ class Objective(nn.Module):
         return self.model.encode_text(self.tokens_KL)
 
 
-def spread(objective: Objective, config: TrainConfig, place: Place) -> nn.Module:
-    """The objective under DDP or FSDP2 where there are several processes, compiled if that is asked for.
+def parallelize(
+    objective: Objective, process: Process, *, strategy: str = "ddp", compiled: bool = False, recompute: bool = False
+) -> nn.Module:
+    """The objective under DDP or FSDP2 where there are several processes, ``compiled`` if that is asked for.
+
+    ``recompute``: activations are checkpointed, so that each block is compiled alone.
 
     torch.compile takes the video tower: what follows it is small, and packed labels have no fixed shape.
     """
     model: Any = objective.model
-    sharded = config.strategy == "fsdp2" and dist.is_initialized()
-    if config.compile:
-        if sharded or config.activation_checkpointing:
+    sharded = strategy == "fsdp2" and dist.is_initialized()
+    if compiled:
+        if sharded or recompute:
             torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)  # drop path differs
             for block in model.visual.transformer.resblocks:
                 block.compile()
@@ -290,12 +288,12 @@ def spread(objective: Objective, config: TrainConfig, place: Place) -> nn.Module
     if not dist.is_initialized():
         return objective
     if not sharded:
-        ids = [place.device.index] if place.device.type == "cuda" else None
+        ids = [process.device.index] if process.device.type == "cuda" else None
         return nn.parallel.DistributedDataParallel(objective, device_ids=ids, gradient_as_bucket_view=True)
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    mesh = init_device_mesh(place.device.type, (place.world,))
+    mesh = init_device_mesh(process.device.type, (process.world,))
     towers = [model.visual, *([] if model.text is None else [model.text])]
     for tower in towers:
         for block in tower.transformer.resblocks:
@@ -304,12 +302,12 @@ def spread(objective: Objective, config: TrainConfig, place: Place) -> nn.Module
     return fully_shard(objective, mesh=mesh, ignored_params=scalars)  # type: ignore[return-value]
 
 
-def whole_model(objective: Objective, average: dict[str, Tensor] | None, device: torch.device) -> XCLIP:
+def gather_full_model(objective: Objective, ema: dict[str, Tensor] | None, device: torch.device) -> XCLIP:
     """The model to validate and to keep: with the averaged weights, if there are any, and gathered, if sharded.
 
     Weights that are whole and not averaged are shared, not copied. Every process has to call this.
     """
-    averaged = {name.removeprefix("model."): value for name, value in (average or {}).items()}
+    averaged = {name.removeprefix("model."): value for name, value in (ema or {}).items()}
     weights: dict[str, Tensor] = {}
     for name, own in objective.model.state_dict().items():
         value: Any = averaged.get(name, own)

@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -89,20 +90,38 @@ def read(path: str | os.PathLike[str], config: XCLIPConfig | None = None, *, dro
     return _interpret(*_load(Path(path), drop_config), config=config)
 
 
+def find_weights(path: str | os.PathLike[str]) -> Path:
+    """The file of weights at ``path``, a file or a folder.
+
+    Raises:
+        CheckpointError: if there is none. It says where they are, or how to download them.
+    """
+    path = Path(path)
+    if not path.exists():
+        name = (
+            path.as_posix()
+            if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path.as_posix())
+            else "microsoft/xclip-base-patch16"
+        )
+        raise CheckpointError(
+            f"{path}: no such file or folder. Weights are read from disk. To download a model from the Hugging Face "
+            f"Hub: hf download {name} --local-dir {name.rpartition('/')[2]}"
+        )
+    if not path.is_dir():
+        return path
+    if found := [path / name for name in _WEIGHTS if (path / name).exists()]:
+        return found[0]
+    if any((path / "best" / name).exists() for name in _WEIGHTS):
+        raise CheckpointError(f"{path} is the output folder of a training. Its weights are in {path / 'best'}")
+    if (path / "config.yaml").exists():
+        raise CheckpointError(f"{path} is the output folder of a training that has no weights yet")
+    raise CheckpointError(f"{path}: no weights in this folder. It needs one of {', '.join(_WEIGHTS)}")
+
+
 def _load(path: Path, drop_config: bool = False) -> tuple[dict[str, Any], Path, dict[str, Any], dict[str, Any]]:
     """State dict, where it is from, configuration and preprocessor configuration (empty if there is none)."""
-    if not path.exists():
-        raise CheckpointError(
-            f"{path}: no such file or folder. Weights are read from disk; fetch them first, for example with "
-            "`hf download microsoft/xclip-base-patch16 --local-dir xclip-base-patch16`"
-        )
-    if path.is_dir():
-        folder, found = path, [path / name for name in _WEIGHTS if (path / name).exists()]
-        if not found:
-            raise CheckpointError(f"{path}: no weights in this folder; one of {', '.join(_WEIGHTS)} is wanted")
-        weights = found[0]
-    else:
-        folder, weights = path.parent, path
+    weights = find_weights(path)
+    folder = weights.parent
     load = _read_shards if weights.suffix == ".json" else _read_file
     values, preprocessor = {}, {}
     if weights.name in _WEIGHTS:  # the configuration beside such a file belongs to it

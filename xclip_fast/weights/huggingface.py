@@ -184,7 +184,7 @@ def _normalization(processor: Mapping[str, Any], config: XCLIPConfig, where: obj
 
 def short_side(size: int) -> int:
     """The short side that a frame is resized to before a square of ``size`` is cropped from it: 256 for 224."""
-    return round(size * 256 / 224)
+    return int(256 / 224 * size)
 
 
 def _side(value: Any, default: Any) -> Any:

@@ -18,8 +18,8 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any, Literal
 
 import numpy as np
@@ -28,10 +28,12 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 
 from ..sampling import Sampling, frame_indices
+from ..threads import Job, Threads
 from ..transforms import TestTransform, View, apply_frame
 from .picture import EXACT_COLOUR, Upright
 from .plan import Plan, by_plan, make_plan, still_fits
-from .reading import ReadError, Source, VideoError, all_frames, as_source, log, open_video
+from .reading import ReadError, Source, VideoError, all_frames, as_source, limit, log, open_video, too_slow
+from .times import frame_times
 from .windows import Video, Window, decode_span, decode_windows
 
 __all__ = [
@@ -198,32 +200,45 @@ def decode_many(
     """`decode` of each path, in order, by a pool of threads (PyAV gives up the GIL); default one thread per core.
 
     At most two results per worker wait in memory. A bad file raises its VideoError at its place in the order or, with
-    `errors="return"`, stands there instead of the frames.
+    `errors="return"`, stands there instead of the frames. A file whose decoding does not go on for
+    XCLIP_FAST_MAX_SECONDS (environment variable, default 120) is a bad file; its thread is left behind.
     """
     if errors not in ("raise", "return"):
         raise ValueError(f"errors is {errors!r}; it must be 'raise' or 'return'")
     if workers is None:
         workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
-    waiting: deque[Future[torch.Tensor]] = deque()
+    seconds = limit("XCLIP_FAST_MAX_SECONDS")
+    pool = Threads(workers, "decode", lambda: None, seconds)
+    waiting: deque[tuple[Source, Job]] = deque()
 
     def finished() -> torch.Tensor | VideoError:
+        source, job = waiting.popleft()
         try:
-            return waiting.popleft().result()
-        except VideoError as error:
-            if errors == "raise":
-                raise
-            return error
+            return pool.result(job)
+        except TimeoutError:
+            error: VideoError = too_slow(source)
+        except VideoError as bad:
+            error = bad
+        except MemoryError as bad:
+            error = ReadError(f"{source}: not enough memory to decode it")
+            error.__cause__ = bad
+        if errors == "raise":
+            raise error
+        return error
+
+    def work(source: Source) -> Callable[[Any], torch.Tensor]:
+        return lambda _: decode(source, frames, sampling, size=size, stride=stride)
 
     try:
         for path in paths:
-            waiting.append(pool.submit(decode, path, frames, sampling, size=size, stride=stride))
+            source = as_source(path)
+            waiting.append((source, pool.submit(Job(work(source)))))
             if len(waiting) >= 2 * workers:
                 yield finished()
         while waiting:
             yield finished()
     finally:
-        pool.shutdown(cancel_futures=True)
+        pool.close(patience=1)
 
 
 def probe(path: Video) -> VideoInfo:
@@ -243,9 +258,10 @@ def probe(path: Video) -> VideoInfo:
         if plan is not None and first.pts != plan.pts[0]:
             plan = None  # what the packets promise is not what a decode yields
         height, width = Upright()(first, np.empty((first.height, first.width, 1))).shape[:2]
-        times = plan.pts if plan else [first.pts, *(frame.pts for frame in frames)]
-        count, known = len(times), [time for time in times if time is not None]
-        span = (max(known) - min(known)) * (stream.time_base or 0) if known else 0
+        base = stream.time_base or Fraction(1, 90000)
+        step = max(1, round(1 / ((stream.average_rate or 25) * base)))
+        times = plan.pts if plan else frame_times([first.pts, *(frame.pts for frame in frames)], step)
+        count, span = len(times), (times[-1] - times[0]) * base
         # The span of n frames is n - 1 intervals; the last frame lasts as long as the others did on average.
         rate = (count - 1) / span if span else stream.average_rate or 25
         duration = float(count / rate)
@@ -311,7 +327,7 @@ def _pick(
             raise VideoError(f"{source}: no frame can be decoded ({stream.codec_context.codec.canonical_name})")
     try:
         last = pick(total)[-1]
-    except VideoError as error:
+    except (VideoError, IndexError) as error:
         if plan is not None and total < len(plan.pts):
             raise VideoError(
                 f"{source}: is damaged: only {total} of its {len(plan.pts)} frames can be decoded"

@@ -23,6 +23,7 @@ from av.stream import Disposition
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
+from ..threads import progress
 from .video import printable
 
 if TYPE_CHECKING:
@@ -80,7 +81,12 @@ def as_source(path: str | os.PathLike[str] | Source) -> Source:
     return path if isinstance(path, Source) else Source(os.fspath(path))
 
 
-_DEFAULTS = {"XCLIP_FAST_MAX_PIXELS": 2**26, "XCLIP_FAST_MAX_LEADING_PACKETS": 4096, "XCLIP_FAST_MAX_FRAMES": 2**22}
+_DEFAULTS = {
+    "XCLIP_FAST_MAX_PIXELS": 2**26,  # of one frame
+    "XCLIP_FAST_MAX_FRAMES": 2**22,  # of one video
+    "XCLIP_FAST_MAX_LEADING_PACKETS": 4096,  # before the first frame
+    "XCLIP_FAST_MAX_SECONDS": 120,  # without a packet
+}
 
 
 def limit(name: str) -> int:
@@ -91,6 +97,15 @@ def limit(name: str) -> int:
     if not given.isdecimal() or int(given) < 1:
         raise ValueError(f"{name} is {given!r}; a whole number of at least 1 is wanted")
     return min(int(given), 2**62)
+
+
+def too_slow(source: Source | str) -> VideoError:
+    """The error of a file whose decoding hangs."""
+    seconds = limit("XCLIP_FAST_MAX_SECONDS")
+    return VideoError(
+        f"{source}: decoding did not go on for {seconds} seconds; the environment variable XCLIP_FAST_MAX_SECONDS "
+        "allows more"
+    )
 
 
 class File:
@@ -208,7 +223,7 @@ def open_video(path: str | os.PathLike[str] | Source, threads: int = 1) -> Itera
     try:
         try:
             with _opened(source, file) as container:
-                yield container, _video_stream(source, container, threads)
+                yield container, _video_stream(source, file, container, threads)
         except (av.FFmpegError, OSError, MemoryError) as error:
             if lacks_memory(error):
                 raise ReadError(f"{source}: not enough memory to decode it") from error
@@ -243,8 +258,10 @@ def _opened(source: Source, file: File) -> Iterator[InputContainer]:
         container.close()
 
 
-def _video_stream(source: Source, container: InputContainer, threads: int) -> VideoStream:
+def _video_stream(source: Source, file: File, container: InputContainer, threads: int) -> VideoStream:
     if is_picture(container):
+        if _is_animated_webp(file):
+            raise VideoError(f"{source}: is an animated WebP, which FFmpeg cannot decode; convert it to mp4")
         raise VideoError(f"{source}: is a picture, not a video")
     videos = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
     if not videos or container.format.name == "tty":  # FFmpeg "plays" any text as a terminal session
@@ -275,6 +292,12 @@ def is_picture(container: InputContainer) -> bool:
     return still or name == "image2" or name.endswith("_pipe")
 
 
+def _is_animated_webp(file: File) -> bool:
+    file.seek(0)
+    head = file.read(21)
+    return head[:4] == b"RIFF" and head[8:16] == b"WEBPVP8X" and bool(head[20] & 2)
+
+
 def reason(error: BaseException) -> str:
     """FFmpeg's own words, without number and file name."""
     return getattr(error, "strerror", None) or str(error)
@@ -299,6 +322,7 @@ def packets_of(container: InputContainer, stream: VideoStream) -> Iterator[av.Pa
                 log.warning("%s: %s; using the frames before that", name_of(container), reason(error))
                 return
             if packet.size:  # PyAV ends with an empty packet
+                progress()
                 yield packet
     finally:
         packets.close()  # type: ignore[attr-defined]  # left to the garbage collector, PyAV leaks 150 bytes

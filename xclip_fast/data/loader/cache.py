@@ -1,8 +1,10 @@
 """Decoded videos kept on disk, so that a small data set is decoded once.
 
 Each video is one `.npy` file of all its frames, uint8 (F, H, W, 3), full size, read by memory mapping: a view touches
-only the frames it needs. The file's name is a hash of what identifies the content: the video's path, its place in a tar
-shard, its size and time of change now (not when it was indexed), and the version of the decoder.
+only the frames it needs. A CRC-32 of each frame stands behind them. Each process checks a frame when it first reads it;
+a file with a wrong frame is thrown away and made again. The file's name is a hash of what identifies the content: the
+video's path, its place in a tar shard, its size and time of change now (not when it was indexed), and the version of
+the decoder.
 
 Files are written under another name and then renamed, so several processes may fill one folder. They may pass its limit
 by one video each, because they look at what is there only every few seconds.
@@ -18,6 +20,7 @@ import os
 import shutil
 import threading
 import time
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -58,6 +61,7 @@ class FrameCache:
         self._told: set[str] = set()
         self._cannot: set[str] = set()  # what cannot be decoded from end to end; some of its frames may be
         self._broken = False
+        self._checked: dict[str, np.ndarray] = {}  # by file: which frames were found right, bool (F,)
 
     def __reduce__(self) -> tuple[type[FrameCache], tuple[str, int]]:
         return FrameCache, (os.fspath(self.folder), self.limit)
@@ -71,13 +75,13 @@ class FrameCache:
         from ..transforms import apply
 
         frames = self._frames(source, video)
-        if frames is None:
+        if frames is None or not self._sound(frames, np.concatenate([view.frames for view in views])):
             decode_views(source, views, out=out)
             return
         for view, out_TSSC in zip(views, out, strict=True):
             apply(view, frames[view.frames], out_TSSC)
 
-    def _frames(self, source: Source, video: Video) -> np.ndarray | None:
+    def _frames(self, source: Source, video: Video) -> np.memmap | None:
         """All frames of the video, (F, H, W, 3), mapped from the cache; None if they are not to be had from it."""
         try:
             path = self.folder / f"{_key(source)}.npy"
@@ -92,6 +96,24 @@ class FrameCache:
         if self._write(path, source, shape):
             return _mapped(path, shape)
         return None
+
+    def _sound(self, frames: np.memmap, numbers: np.ndarray) -> bool:
+        """Whether these frames are as they were written. If not, the file is thrown away."""
+        path = Path(str(frames.filename))
+        checked = self._checked.setdefault(path.name, np.zeros(len(frames), bool))
+        try:
+            sums = np.fromfile(path, "<u4", offset=int(frames.offset) + frames.size)
+        except OSError:  # another process has just thrown it away
+            return False
+        for number in np.unique(numbers[~checked[numbers]]).tolist():
+            if zlib.crc32(frames[number]) != sums[number]:
+                self._note("damaged", f"{path}: frame {number} is damaged; the video is decoded again. Check the disk")
+                del self._checked[path.name]
+                with contextlib.suppress(OSError):
+                    path.unlink()
+                return False
+            checked[number] = True
+        return True
 
     def _room(self, size: int, source: Source) -> bool:
         if size > _LARGEST:
@@ -112,6 +134,7 @@ class FrameCache:
         from ..decode.decoder import VideoError, decode_frames
 
         part = path.with_name(f".{path.stem}.{os.getpid()}.{threading.get_ident()}.part")
+        sums: list[int] = []
         step = max(1, _CHUNK // max(1, math.prod(shape[1:])))
         try:
             with open(part, "xb") as file:
@@ -125,7 +148,10 @@ class FrameCache:
                     if frames.shape[1:] != shape[1:]:
                         self._cannot.add(path.name)
                         return False
-                    file.write(np.ascontiguousarray(frames).data)  # turned pictures keep their order in memory
+                    frames = np.ascontiguousarray(frames)  # turned pictures keep their order in memory
+                    file.write(frames.data)
+                    sums += [zlib.crc32(frame) for frame in frames]
+                file.write(np.array(sums, "<u4").tobytes())
             os.replace(part, path)
             return True
         except OSError as error:
@@ -172,13 +198,16 @@ def _header(shape: tuple[int, ...]) -> bytes:
     return file.getvalue()
 
 
-def _mapped(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
+def _mapped(path: Path, shape: tuple[int, ...]) -> np.memmap | None:
     """The array in this file, or None if it isn't there, isn't whole or isn't this one."""
     # Not np.load: it parses the header as Python, which several threads at once cannot do under Python 3.11.
     header = _header(shape)
     try:
         with open(path, "rb") as file:
-            if file.read(len(header)) != header or os.fstat(file.fileno()).st_size != len(header) + math.prod(shape):
+            if (
+                file.read(len(header)) != header
+                or os.fstat(file.fileno()).st_size != len(header) + math.prod(shape) + 4 * shape[0]
+            ):
                 return None
             return np.memmap(file, np.uint8, "r", len(header), shape)
     except (OSError, ValueError):

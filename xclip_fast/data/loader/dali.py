@@ -29,10 +29,10 @@ from ..decode.decoder import VideoError, decode_views
 from ..decode.video import DamagedPlan
 from ..manifest.manifest import Manifest
 from ..sampling import sample_rng
+from ..threads import Job, Threads
 from ..transforms import View
 from .batches import Batch
 from .dali_graph import inputs_of, make_pipeline, read_encoded
-from .threads import Job, Threads
 
 __all__ = ["Batch", "dali_batches", "missing", "supported"]
 

@@ -199,6 +199,18 @@ class Loader:
         """
         return {**self._identity(), "epoch": self._epoch, "batches": self._consumed, "bad": dict(self.report.bad)}
 
+    def seek(self, epoch: int, batch: int) -> None:
+        """The next iteration begins with this batch of this epoch, both counted from 0.
+
+        Raises:
+            ValueError: if the epoch is negative, or has fewer batches.
+        """
+        if not 0 <= batch <= len(self):
+            raise ValueError(f"batch is {batch}; an epoch has {len(self)} batches")
+        self.epoch = epoch
+        self._start = self._consumed = batch
+        self._new_report(self._batches(epoch)[:batch])
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there at the next iteration. Raises ValueError if anything differs that decides what comes."""
         for name, here in self._identity().items():
@@ -207,12 +219,8 @@ class Loader:
                     f"this state belongs to other data or another order: its {name} is {state.get(name)!r}, here it is "
                     f"{here!r}. Resume with what it was saved with, or start a new run"
                 )
-        if not 0 <= state["batches"] <= len(self):
-            raise ValueError(f"the state stands at batch {state['batches']} of an epoch of {len(self)}")
-        self.epoch = state["epoch"]
-        self._start = self._consumed = state["batches"]
         self._enter({int(row): reason for row, reason in state.get("bad", {}).items()})
-        self._new_report(self._batches(self._epoch)[: self._start])
+        self.seek(state["epoch"], state["batches"])
 
     def quarantined(self) -> Manifest:
         """The manifest with the videos found bad marked as such: written to a file, for the next run."""

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
 import posixpath
 import re
+import stat
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -66,6 +69,7 @@ class Request:
 
 def lines_of(path: Path) -> list[tuple[int, str]]:
     """The lines of a text file that are not blank, with their numbers. Bytes that are not UTF-8 stay as they are."""
+    _check_list(path)
     text = path.read_bytes().decode("utf-8", "surrogateescape").removeprefix("\ufeff")
     if "\0" in text:
         raise ValueError(f"{path}: is not a text file")
@@ -75,13 +79,33 @@ def lines_of(path: Path) -> list[tuple[int, str]]:
 
 
 def csv_of(path: Path) -> list[tuple[int, list[str]]]:
-    """The rows of a csv file, each with the number of its last line."""
+    """The rows of a csv file, each with the number of its last line. The first line tells the separator: the one of
+    comma, semicolon and tab that it has most of outside quotes."""
+    _check_list(path)
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        reader = csv.reader(file)
-        try:
-            return [(reader.line_num, row) for row in reader if row]
-        except csv.Error as error:
-            raise ValueError(f"{path}, line {reader.line_num}: is not csv ({error})") from error
+        text = file.read()
+    first = next((line for line in text.splitlines() if line.strip()), "")
+    bare = re.sub(r'"[^"]*"', "", first)
+    separator = max(",;\t", key=bare.count)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
+    try:
+        return [(reader.line_num, row) for row in reader if row]
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num}: is not csv ({error})") from error
+
+
+_LONGEST_LIST = 1 << 30  # bytes
+
+
+def _check_list(path: Path) -> None:
+    """Raises ValueError for what is no file of text: a pipe would wait for ever, a device never end."""
+    status = os.stat(path)
+    if stat.S_ISDIR(status.st_mode):
+        raise ValueError(f"{path}: is a folder; a file is wanted here")
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError(f"{path}: is not a regular file")
+    if status.st_size > _LONGEST_LIST:
+        raise ValueError(f"{path}: has {status.st_size} bytes, too many for a list")
 
 
 def is_folder(entry: os.DirEntry[str]) -> bool:
@@ -151,11 +175,16 @@ def class_numbers(
 
 
 class Place:
-    """Paths as a list has them, to paths below the root. For a file that is not there, a copy in mp4 stands in."""
+    """Paths as a list has them, to paths below the root.
+
+    For a video that is not there, its copy in mp4 stands in, or the file whose name differs in its Unicode composition
+    only: macOS writes an accent apart from its letter.
+    """
 
     def __init__(self, request: Request) -> None:
         root = request.folder if request.root is None else request.root
         self.roots = dict.fromkeys((os.path.abspath(root), os.path.realpath(root)))
+        self._spelled: dict[str, dict[str, str]] = {}  # folder -> composed name -> name
 
     def entry(self, path: str, label: int | None) -> Entry:
         below = posixpath.normpath(path.replace(os.sep, "/"))
@@ -170,7 +199,37 @@ class Place:
         )
 
     def _there(self, path: str) -> str:
-        """The path, or if only `transcode` has made something of that name, the copy's."""
+        """The path; or that of another spelling, or of the copy that `transcode` made of a video of that name."""
         root = next(iter(self.roots))
-        copy = posixpath.splitext(path)[0] + ".mp4"
-        return copy if not os.path.lexists(f"{root}/{path}") and os.path.isfile(f"{root}/{copy}") else path
+        if os.path.lexists(f"{root}/{path}"):
+            return path
+        names = [path]
+        if VIDEO_NAME.fullmatch(posixpath.basename(path)):
+            names.append(posixpath.splitext(path)[0] + ".mp4")
+        for name in names:
+            if os.path.isfile(f"{root}/{name}"):
+                return name
+            if not name.isascii():
+                other = self._other_spelling(root, name)
+                if other is not None:
+                    return other
+        return path
+
+    def _other_spelling(self, root: str, path: str) -> str | None:
+        """The path below the root that differs from this one in its Unicode composition only, if there is one."""
+        found = ""
+        for part in path.split("/"):
+            if os.path.lexists(f"{root}/{found}{part}"):
+                found += f"{part}/"
+                continue
+            if found not in self._spelled:
+                try:
+                    inside = os.listdir(f"{root}/{found}")
+                except OSError:
+                    inside = []
+                self._spelled[found] = {unicodedata.normalize("NFC", name): name for name in inside}
+            name = self._spelled[found].get(unicodedata.normalize("NFC", part))
+            if name is None:
+                return None
+            found += f"{name}/"
+        return found.rstrip("/")

@@ -10,6 +10,7 @@ A manifest is a text file of JSON lines. The first line is a header, and each li
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import logging
@@ -28,6 +29,7 @@ from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 import numpy as np
 
 from ..decode.video import DamagedPlan, Video, one_line, printable, video_name
+from ..parts import lock, remove_unlocked
 from .listing import Entry
 from .probing import file_status, look_all, real_folder
 from .sources import Labels, read_source
@@ -71,6 +73,8 @@ class Manifest:
         Raises ValueError for a file that is not a manifest, naming the line, and OSError if it cannot be read.
         """
         path = Path(path)
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder, not a manifest. To make one of it: xclip-fast index {path}")
         with open(path, "rb") as file:
             header = _header(path, file.readline())
             videos = tuple(_rows(path, enumerate(file, 2), len(header["classes"])))
@@ -92,6 +96,7 @@ class Manifest:
         part = path.with_name(f".{path.name[:200]}.{os.getpid()}.{threading.get_ident()}.part")
         try:
             with open(part, "x", encoding="ascii") as file:
+                lock(file)
                 file.write(_dump({"xclip_fast_manifest": self.version, "root": self._stored_root(path)}, self.classes))
                 file.writelines(_line(video) for video in self.videos)
                 file.flush()
@@ -276,11 +281,12 @@ def index(
             reuse = (*reuse, Manifest.read(out))
         except ValueError as error:
             raise ValueError(f"{error}. It would be overwritten: move it away, or choose another place") from None
+    partial = out.with_name(f"{out.name}.partial")
+    _check_writable(out, partial)
     listing = read_source(source, labels=labels, split=split, root=root, format=format, follow_links=follow_links)
     for note in listing.notes:
         log.warning("%s", note)
 
-    partial = out.with_name(f"{out.name}.partial")
     home = str(listing.root)
     real_folder.cache_clear()
     wanted = {_key(home, entry): entry for entry in listing.entries}  # a list may name a video twice
@@ -303,11 +309,40 @@ def index(
                 done += 1
                 if progress:
                     progress(done, len(facts))
-    videos = (replace(facts[_key(home, entry)], label=entry.label) for entry in listing.entries)
+    classes = len(listing.classes)
+    videos = (_readable(replace(facts[_key(home, entry)], label=entry.label), classes) for entry in listing.entries)
     manifest = Manifest(listing.root, listing.classes, tuple(videos))
     manifest.write(out)
     partial.unlink(missing_ok=True)
     return manifest
+
+
+def _check_writable(out: Path, partial: Path) -> None:
+    """Says before the work if the manifest cannot be written; removes what killed runs left of this manifest."""
+    there = partial.exists()
+    try:
+        with open(partial, "a", encoding="ascii"):
+            pass
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"the manifest cannot be written here ({error.strerror}); give it another place: --out FILE",
+            os.fspath(out),
+        ) from error
+    if not there:
+        partial.unlink()
+    for part in out.parent.glob(f".{glob.escape(out.name[:200])}.*.part"):
+        remove_unlocked(part)
+
+
+def _readable(video: Video, classes: int) -> Video:
+    """The row, or one with an error in place of facts that `Manifest.read` would refuse."""
+    try:
+        _video(json.loads(_line(video)))
+        _check(video, classes)
+    except ValueError as error:
+        return Video(video.path, member=video.member, error=one_line(f"cannot be listed: {error}"))
+    return video
 
 
 _Key = tuple[str, str | None, int | None]
@@ -422,9 +457,11 @@ def _on_the_cpu(videos: Sequence[Video]) -> str:
     chosen = np.random.default_rng(0).permutation(len(videos))[:5000]
     reasons = Counter(reason.split(":")[0] for row in chosen if (reason := supported(videos[row])) is not None)
     shares = ", ".join(f"{reason} {count / len(chosen):.1%}" for reason, count in reasons.most_common())
+    if not shares:
+        return "a GPU with NVIDIA DALI can decode all of them"
     about = "about " if len(chosen) < len(videos) else ""
     total = reasons.total() / len(chosen)
-    return f"decoded on the CPU even where there is a GPU: {about}{total:.1%}{f' ({shares})' if shares else ''}"
+    return f"a GPU with NVIDIA DALI can decode {about}{1 - total:.1%}; the CPU decodes the rest ({shares})"
 
 
 def _counts(things: Iterable[str]) -> str:

@@ -25,7 +25,19 @@ from .listing import VIDEO_NAME, Entry, Listing, Request
 
 _LABEL_SUFFIXES = ("cls", "json", "txt")  # the first that says something counts
 _LONGEST_LABEL = 65536  # bytes
+_EXTENSIONS = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 _COMPRESSED = {b"\x1f\x8b": "gzip -d", b"BZh": "bzip2 -d", b"\xfd7zXZ": "xz -d", b"\x28\xb5\x2f\xfd": "zstd -d"}
+
+
+class _Member(tarfile.TarInfo):
+    """A header whose size cannot be is a damaged one: `tarfile` goes backwards at a negative size, without end."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Member:
+        member = super().frombuf(buf, encoding, errors)
+        if member.size < 0 or (member.type in _EXTENSIONS and member.size > _LONGEST_LABEL):
+            raise tarfile.InvalidHeaderError(f"a size of {member.size} bytes")  # type: ignore[attr-defined]
+        return member
 
 
 @dataclass
@@ -50,7 +62,7 @@ def read_shards(request: Request) -> Listing:
         labels = _top_folders(samples)
     number_of, classes = _classes(request, labels, samples)
     entries = [
-        replace(entry, label=None if label is None else number_of[label], error=entry.error or sample.error)
+        replace(entry, label=None if label is None else number_of.get(label), error=entry.error or sample.error)
         for sample, label in zip(samples, labels, strict=True)
         for entry in sample.videos
     ]
@@ -100,12 +112,18 @@ def _read(folder: Path, name: str) -> list[_Sample]:
         for magic, tool in _COMPRESSED.items():
             if start.startswith(magic):
                 raise ValueError(f"{path}: is compressed, and cannot be read in place; uncompress it first: {tool}")
-        with tarfile.open(path, "r:") as tar:
-            while (member := tar.next()) is not None:
+        at = -1
+        with tarfile.open(path, "r:", tarinfo=_Member) as tar:
+            while tar.offset > at and (member := tar.next()) is not None:
+                at = member.offset
                 tar.members = []  # type: ignore[attr-defined]  # or it keeps every header
                 _take(tar, member, name, length, samples)
+            if tar.offset <= at:
+                raise tarfile.TarError(f"the member at byte {at} has a size that cannot be")
             reason = _after(path, tar.offset, length)
-    except (OSError, tarfile.TarError) as error:
+    except (OSError, tarfile.TarError, ValueError, OverflowError) as error:
+        if isinstance(error, ValueError) and "is compressed" in str(error):
+            raise
         reason = f"cannot be read to its end ({getattr(error, 'strerror', None) or error})"
     if reason:
         samples["/"] = _Sample([Entry(name, error=f"the tar file {reason}")])
@@ -143,6 +161,8 @@ def _take(tar: tarfile.TarFile, member: tarfile.TarInfo, shard: str, length: int
 
 
 def _member(member: tarfile.TarInfo, shard: str, length: int) -> Entry:
+    if member.size < 0:
+        return Entry(shard, member=member.name, offset=0, error=f"has a size of {member.size} bytes, which cannot be")
     entry = Entry(shard, member=member.name, offset=member.offset_data, size=member.size)
     if not member.isfile():
         kind = "link" if member.issym() or member.islnk() else "device or pipe"
@@ -150,7 +170,7 @@ def _member(member: tarfile.TarInfo, shard: str, length: int) -> Entry:
     if member.issparse():
         return replace(entry, error="is stored in pieces (a sparse file); make the tar anew without --sparse")
     if member.offset_data + member.size > length:
-        return replace(entry, error="is cut off: the tar file ends before it does")
+        return replace(entry, size=0, error="is cut off: the tar file ends before it does")
     if not member.size:
         return replace(entry, error="is empty (zero bytes)")
     return entry
@@ -191,6 +211,7 @@ def _classes(
     names = sorted({label for label in labels if isinstance(label, str)})
     classes = request.classes or tuple(names)
     known: dict[int | str, int] = {name: number for number, name in enumerate(classes)}
+    wrong: list[str] = []
     for label, sample in zip(labels, samples, strict=True):
         where = f"{request.path}: {sample.videos[0].path}:{sample.videos[0].member}"
         if isinstance(label, int) and request.classes is None:
@@ -200,5 +221,8 @@ def _classes(
         elif isinstance(label, str) and label not in known and label.replace("_", " ") in known:
             known[label] = known[label.replace("_", " ")]
         elif label is not None and label not in known:
-            raise ValueError(f"{where}: label {label!r} is not one of the {len(classes)} classes")
+            sample.error = sample.error or f"its label {label!r} is not one of the {len(classes)} classes"
+            wrong.append(f"{where}: label {label!r} is not one of the {len(classes)} classes")
+    if wrong and len(wrong) == sum(label is not None for label in labels):
+        raise ValueError(wrong[0])
     return known, classes

@@ -44,15 +44,16 @@ from __future__ import annotations
 
 import os
 import re
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from .listing import VIDEO_NAME, Entry, Listing, Place, Request, class_numbers, csv_of, is_folder, lines_of, walk
+from .labels import Labels, read_labels
+from .listing import VIDEO_NAME, Entry, Listing, Place, Request, class_numbers, is_folder, lines_of, walk
 from .official import HMDB_LIST, hmdb51, kinetics, ucf101
 from .shards import read_shards
 
-Labels = str | os.PathLike[str] | Sequence[str]
+# The path is all before the last field, which is the id.
+_LINE = re.compile(r"[ \t]*(.*[^\s,;])(?:[ \t]*[,;][ \t]*|[ \t]+)([+-]?\d+)[ \t\r]*", re.DOTALL)
 
 _SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "validate", "test", "testing"}
 
@@ -94,46 +95,6 @@ def read_source(
     return listing
 
 
-def read_labels(labels: Labels) -> tuple[str, ...]:
-    """The names of the classes; the place of a name is its id. See `read_source`."""
-    if not isinstance(labels, (str, os.PathLike)):
-        names = list(labels)
-        where = "labels"
-    else:
-        path, where = Path(labels), str(labels)
-        names = _csv_names(path) if path.suffix.lower() == ".csv" else [name.strip() for _, name in lines_of(path)]
-    if not names:
-        raise ValueError(f"{where}: has no names of classes")
-    twice = [name for name, count in Counter(names).items() if count > 1]
-    if twice:
-        raise ValueError(f"{where}: the class {twice[0]!r} is there twice; names of classes must differ")
-    return tuple(names)
-
-
-def _csv_names(path: Path) -> list[str]:
-    rows = csv_of(path)
-    head = [cell.strip().lower() for cell in rows[0][1]] if rows else []
-    if "name" in head:
-        rows, name_at, id_at = rows[1:], head.index("name"), head.index("id") if "id" in head else None
-    elif len(head) == 2 and head[0].isdecimal():
-        name_at, id_at = 1, 0
-    else:
-        raise ValueError(f"{path}, line 1: wanted the header id,name; got {','.join(head)!r}")
-    names: dict[int, str] = {}
-    for place, (number, row) in enumerate(rows):
-        try:
-            key, name = place if id_at is None else int(row[id_at]), row[name_at].strip()
-        except (IndexError, ValueError):
-            raise ValueError(f"{path}, line {number}: wanted a whole number and a name; got {row}") from None
-        if key in names:
-            raise ValueError(f"{path}, line {number}: the id {key} is there twice")
-        names[key] = name
-    if sorted(names) != list(range(len(names))):
-        missing = next(key for key in range(len(names)) if key not in names)
-        raise ValueError(f"{path}: ids must count from 0 without gaps; {missing} is missing of {len(names)}")
-    return [names[key] for key in sorted(names)]
-
-
 def _kind(path: Path) -> str:
     """The format, by content."""
     if path.is_dir():
@@ -147,6 +108,8 @@ def _kind(path: Path) -> str:
         return "folder" if any(map(is_folder, names)) else "flat"
     if not path.exists() and re.search(r"\{.*\}", path.name):
         return "tar"
+    if path.exists() and not path.is_file():  # a pipe would wait for ever
+        raise ValueError(f"{path}: is not a regular file")
     with open(path, "rb") as file:
         start = file.read(65536)
     if start[257:262] == b"ustar" or re.search(r"\.(tar|tgz)(\.|$)", path.name):
@@ -160,10 +123,10 @@ def _kind(path: Path) -> str:
         return "kinetics"
     if (path.parent / "classInd.txt").exists() and re.match(r"(train|test)list", path.name):
         return "ucf101"
-    if path.suffix.lower() == ".csv":
+    if path.suffix.lower() in (".csv", ".tsv") and not (VIDEO_NAME.fullmatch(first.strip()) or _LINE.fullmatch(first)):
         raise ValueError(
             f"{path}: of csv files, only those of Kinetics are known, whose header has youtube_id; this one has "
-            f"{first.strip()[:80]!r}. Other lists have a line per video: its path, a space, and its label's id"
+            f"{first.strip()[:80]!r}. Other lists have a line per video: its path and its label's id"
         )
     return "lines"
 
@@ -175,22 +138,24 @@ def _folder(request: Request) -> Listing:
     tops = sorted(
         entry.name for entry in os.scandir(request.folder) if not entry.name.startswith(".") and is_folder(entry)
     )
-    loose = [entry.path for entry in found if "/" not in entry.path and entry.path not in tops]
-    if loose:
+    loose = [entry for entry in found if "/" not in entry.path and entry.path not in tops]
+    found = [entry for entry in found if entry not in loose]
+    if len(loose) > len(found):
         raise ValueError(
-            f"{request.path}: has folders, of a class each, and also {len(loose)} videos outside of them "
-            f"({loose[0]!a}); move these, or read all without classes: format='flat'"
+            f"{request.path}: has {len(found)} videos in folders of a class each, and {len(loose)} outside of them "
+            f"({loose[0].path!a}); move these into folders, or read all without classes: --format flat"
         )
     if len(tops) > 0 and {top.lower() for top in tops} <= _SPLIT_NAMES:
         raise ValueError(
-            f"{request.path}: its folders are splits ({', '.join(tops)}), not classes; say which one: split={tops[0]!r}"
+            f"{request.path}: its folders are splits ({', '.join(tops)}), not classes; say which one: --split {tops[0]}"
         )
     number_of, classes = class_numbers(request, tops, [top.replace("_", " ") for top in tops])
     used = {entry.path.split("/", 1)[0] for entry in found}
     notes += [f"{request.path}: the folder of class {top!r} holds no video" for top in tops if top not in used]
     numbers = [number_of[entry.path.split("/", 1)[0]] for entry in found]
-    entries = (Entry(entry.path, label, error=entry.error) for entry, label in zip(found, numbers, strict=True))
-    return request.listing(classes, entries, notes)
+    entries = [Entry(entry.path, label, error=entry.error) for entry, label in zip(found, numbers, strict=True)]
+    entries += [Entry(entry.path, error="lies outside of the folders of the classes") for entry in loose]
+    return request.listing(classes, sorted(entries, key=lambda entry: entry.path), notes)
 
 
 def _needs_folder(request: Request) -> None:
@@ -214,12 +179,18 @@ def _lines(request: Request) -> Listing:
     numbered = lines_of(request.path)
     bare = [VIDEO_NAME.fullmatch(line.strip()) is not None for _, line in numbered]
     for (number, line), alone in zip(numbered, bare, strict=True):
-        match = re.fullmatch(r"(.*\S)[ \t]+([+-]?\d+)[ \t]*", line, re.DOTALL)
+        match = _LINE.fullmatch(line)
         where = f"{request.path}, line {number}"
         if alone != bare[0] or (match is None and not alone):
             raise ValueError(f"{where}: wanted a path, a space and the id of a label; got {line[:200]!r}")
-        label = None if alone else _known_id(int(match[2]), request.classes, where)  # type: ignore[index]
-        entries.append(place.entry(line.strip() if alone else match[1], label))  # type: ignore[index]
+        if match is None or alone:
+            entries.append(place.entry(line.strip(), None))
+            continue
+        path = match[1].strip('"')
+        more = re.match(r"(.*?\.\w+)[ \t,;]+[+-]?[\d.]+$", path)
+        if more and VIDEO_NAME.fullmatch(more[1]) and not VIDEO_NAME.fullmatch(path):
+            raise ValueError(f"{where}: wanted two fields, a path and the id of a label; got a third: {line[:200]!r}")
+        entries.append(place.entry(path, _known_id(int(match[2]), request.classes, where)))
     return request.listing(request.classes or (), entries)
 
 

@@ -1,4 +1,4 @@
-"""One video encoded anew, frame for frame, so that it decodes fast (see transcode.py)."""
+"""One video encoded anew, frame for frame, so that it decodes fast (see transcoder.py)."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from av.video.stream import VideoStream
 
 from ..decode.picture import Upright
 from ..decode.reading import Source, VideoError, open_video, reason
+from ..decode.times import frame_times
 
 PRESETS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow", "placebo")
 _BT601 = 6  # FFmpeg's AVCOL_SPC_SMPTE170M
@@ -74,11 +75,11 @@ class Settings:
 
 def reencode(
     source: str, path: Path, settings: Settings, stopped: Callable[[], bool] = lambda: False
-) -> tuple[list[str], list[Fraction]]:
-    """Encode every frame of `source` that decodes into the MP4 file `path`.
+) -> tuple[list[str], Clock]:
+    """Encode every frame of `source` that decodes into the MP4 file `path`, at even times.
 
-    Returns what is damaged in the source, if anything, and the time of each frame in seconds, the first at 0. Raises
-    VideoError where there is nothing to encode, CannotWrite for what FFmpeg says of the copy, Stopped once `stopped()`.
+    Returns what is damaged in the source, if anything, and the times of its frames, for `finish`. Raises VideoError
+    where there is nothing to encode, CannotWrite for what FFmpeg says of the copy, Stopped once `stopped()`.
     """
     damage: list[str] = []
     shown = Source(source)
@@ -87,15 +88,16 @@ def reencode(
         first = next(frames, None)
         if first is None:
             raise VideoError("; ".join([f"{shown}: no frame can be decoded", *damage]))
-        clock = _Clock(first, stream)
+        clock = Clock(first, stream)
         convert, size = _converter(str(shown), first, settings.short_side)
         with writing(path) as copy:
             rate = stream.average_rate or Fraction(25)
-            output = copy.add_stream("libx264", rate=rate if 1 <= rate <= 1000 else 25, options=settings.options())
+            rate = rate if 1 <= rate <= 1000 else Fraction(25)
+            output = copy.add_stream("libx264", rate=rate, options=settings.options())
             context = output.codec_context
             context.width, context.height, context.pix_fmt = *size, "yuv420p"
             context.thread_count = 1  # the same bytes on any machine; other files keep the other cores busy
-            context.time_base = clock.unit
+            context.time_base = 1 / rate
             context.colorspace, context.color_range = _BT601, ColorRange.MPEG
             context.color_primaries, context.color_trc = first.color_primaries, first.color_trc  # not converted
             if stream.sample_aspect_ratio:
@@ -104,30 +106,38 @@ def reencode(
             frame: VideoFrame | None = first
             while frame is not None:
                 picture = convert(frame)
-                picture.pts, picture.duration, picture.time_base = *clock.tick(frame), clock.unit
+                picture.pts, picture.duration, picture.time_base = len(clock.given), 1, 1 / rate
+                clock.add(frame)
                 picture.pict_type = 0  # the encoder decides
                 with _writing_errors():
                     copy.mux(output.encode(picture))
                 frame = next(frames, None)
             with _writing_errors():
                 copy.mux(output.encode(None))
-    return damage, [time * clock.unit for time in clock.times]
+    return damage, clock
 
 
-def add_note(path: Path, copy: Path, note: str) -> None:
-    """The same packets with `note` as the comment, and the index before them."""
+def finish(path: Path, copy: Path, clock: Clock, note: str) -> None:
+    """The same packets at the frames' times, with `note` as the comment, and the index before them."""
+    times = clock.times()
+    left = iter(zip(times, [*times[1:], times[-1] + clock.last], strict=True))
     with av.open(f"file:{path}") as source, writing(copy, movflags="+faststart") as container:
         container.metadata["comment"] = note
         output = container.add_stream_from_template(source.streams.video[0])
+        output.time_base = clock.unit
         for packet in source.demux(video=0):
             if packet.size:
-                packet.stream = output
+                time, after = next(left, (0, 0))  # without B frames, packets come in the frames' order
+                packet.stream, packet.time_base = output, clock.unit
+                packet.pts = packet.dts = time
+                packet.duration = after - time
                 with _writing_errors():
                     container.mux(packet)
 
 
-def check(path: Path, times: list[Fraction]) -> None:
-    """Raise VideoError unless the file holds a packet for each of these times, in seconds."""
+def check(path: Path, clock: Clock) -> None:
+    """Raise VideoError unless the file holds a packet for each frame, at its time."""
+    times = [time * clock.unit for time in clock.times()]
     try:
         with av.open(f"file:{path}") as container:
             found = [p.pts * p.time_base for p in container.demux(video=0) if p.size and p.pts is not None]
@@ -197,8 +207,12 @@ def _frames(
         damage.append(f"{patched} of {count} frames are patched up by the decoder")
 
 
-class _Clock:
-    """Presentation times of the frames, from 0 at the first, each later than the one before."""
+class Clock:
+    """The times of a video's frames, collected in the order in which the decoder gives them.
+
+    `given`: in units of `unit` seconds, None where a frame has no time. `step`: between frames of the average rate.
+    `last`: how long the last frame is shown.
+    """
 
     def __init__(self, first: VideoFrame, stream: VideoStream) -> None:
         base = first.time_base or stream.time_base or Fraction(1, 90000)
@@ -206,26 +220,16 @@ class _Clock:
         self.unit = Fraction(1, min(base.denominator, _FINEST))
         self._scale = base / self.unit
         rate = stream.average_rate or Fraction(25)
-        self._step = max(1, round(1 / (rate * self.unit)))
-        self._start: int | None = None
-        self.times: list[int] = []
+        self.step = max(1, round(1 / (rate * self.unit)))
+        self.last = self.step
+        self.given: list[int | None] = []
 
-    def tick(self, frame: VideoFrame) -> tuple[int, int]:
-        """Time and duration of the next frame."""
-        before = self.times[-1] if self.times else -self._step
-        if frame.pts is None:  # some AVI files, bare streams
-            time = before + self._step
-        else:
-            given = round(frame.pts * self._scale)
-            if self._start is None:
-                self._start = given
-            time = given - self._start
-            if time <= before - self._step:  # the clock was set back: joined recordings
-                self._start = given - before - self._step
-                time = before + self._step
-            time = max(time, before + 1)
-        self.times.append(time)
-        return time, round((frame.duration or 0) * self._scale) or self._step
+    def add(self, frame: VideoFrame) -> None:
+        self.given.append(None if frame.pts is None else round(frame.pts * self._scale))
+        self.last = round((frame.duration or 0) * self._scale) or self.step
+
+    def times(self) -> list[int]:
+        return frame_times(self.given, self.step)
 
 
 def _converter(

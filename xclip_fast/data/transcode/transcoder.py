@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import threading
@@ -23,12 +24,8 @@ import av
 
 from ..decode.reading import Source, VideoError
 from ..manifest.listing import VIDEO_NAME
-from .reencode import CannotWrite, Settings, add_note, check, reencode
-
-try:
-    import fcntl
-except ImportError:  # not on Windows: what a killed run leaves there stays until somebody removes it
-    fcntl = None  # type: ignore[assignment]
+from ..parts import lock, remove_unlocked
+from .reencode import CannotWrite, Settings, check, finish, reencode
 
 _PARTS = ".transcoding"  # files being written, in the out folder; each is locked by the run that writes it
 _MAKER = "xclip-fast transcode"
@@ -74,10 +71,11 @@ def transcode(
     `a/b.avi` becomes `out/a/b.mp4`, relative to the folder given, or to `root` (default: the files' common folder). In
     a folder, hidden files and folders, symbolic links to folders, and `out` itself are passed over.
 
-    A copy appears when it is whole, so a run can be killed and started again: a copy at least as new as its source and
-    made with the same settings is skipped, an older one is made anew. A file that this did not make, or made with other
-    settings, is replaced only with `overwrite`; a source never, by whatever name or link. `crf` is x264's quality (18:
-    hard to tell from the source, 23: visibly softer), `preset` its effort. `purpose` sets `keyframe_every` where that
+    A copy appears when it is whole, so a run can be killed and started again: a copy made of the same content with the
+    same settings is skipped. A source that was replaced, also by one of equal size, is copied anew. A file of another
+    origin, or made with other settings, is replaced only with `overwrite`; a source never, by whatever name or link.
+    `crf` is x264's quality (18: hard to tell from the source, 23: visibly softer), `preset` its effort. `purpose` sets
+    `keyframe_every` where that
     is not given: 12 for "any", 1 for "training" (every frame decodes by itself, for two to three times the bytes).
     `workers` is the number of threads (default: one per core). `progress(done, total)` is called after each
     source.
@@ -116,13 +114,14 @@ def transcode(
         if there and not overwrite:
             made = _made(target)
             if made is None:
-                return "failed", f"{shown}: {goal} is there and not a copy made by this; overwrite replaces it"
+                return "failed", f"{shown}: {goal} is there and not a copy made by this; --overwrite replaces it"
             if made["settings"] != asdict(settings):
                 changed = ", ".join(f"{key} {value}" for key, value in made["settings"].items())
-                return "failed", f"{shown}: {goal} was made with other settings ({changed}); overwrite replaces it"
+                return "failed", f"{shown}: {goal} was made with other settings ({changed}); --overwrite replaces it"
             status = os.stat(name)
-            newer = target.stat().st_mtime_ns >= status.st_mtime_ns or made["mtime_ns"] == status.st_mtime_ns
-            if newer and made["size"] == status.st_size:
+            if made["size"] == status.st_size and (
+                made["mtime_ns"] == status.st_mtime_ns or made.get("digest") == _digest(name)
+            ):
                 return "skipped", made["damage"]
         return "done", _copy(name, target, parts, settings, stop)
 
@@ -244,14 +243,21 @@ def _made(target: Path) -> dict[str, Any] | None:
     return made if isinstance(made, dict) and {"settings", "size", "mtime_ns", "damage"} <= made.keys() else None
 
 
+def _digest(name: str) -> str:
+    """Of a file's content: a source that was only touched or moved need not be copied again."""
+    digest = hashlib.blake2b(digest_size=16)
+    with open(name, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def _clear(parts: Path) -> None:
     """Remove the files of runs that were killed: those on which nobody holds the lock any more."""
-    if fcntl is None or not parts.is_dir():
-        return
-    for part in parts.glob("*.part.mp4"):
-        with contextlib.suppress(OSError), open(part, "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            part.unlink()
+    if parts.is_symlink():
+        raise ValueError(f"{parts}: is a link; files being written would lie elsewhere. Remove it")
+    for part in parts.glob("*.part.mp4") if parts.is_dir() else ():
+        remove_unlocked(part)
 
 
 @contextlib.contextmanager
@@ -265,9 +271,7 @@ def _part(parts: Path) -> Iterator[tuple[Path, int]]:
         except FileNotFoundError:  # another run ended and removed the folder
             continue
         try:
-            if fcntl is not None:
-                with contextlib.suppress(OSError):  # some network file systems have no locks
-                    fcntl.flock(descriptor, fcntl.LOCK_EX)
+            lock(descriptor)
             if path.exists():  # or a run that just started took it for a dead one's
                 yield path, descriptor
                 return
@@ -281,16 +285,17 @@ def _copy(name: str, target: Path, parts: Path, settings: Settings, stop: thread
     source = os.stat(name)
     with _part(parts) as (draft, _), _part(parts) as (whole, descriptor):
         try:
-            found, times = reencode(name, draft, settings, stop.is_set)
+            found, clock = reencode(name, draft, settings, stop.is_set)
             damage = "; ".join(found) or None
             made = {"settings": asdict(settings), "size": source.st_size, "mtime_ns": source.st_mtime_ns}
+            made["digest"] = _digest(name)
             # What is damaged is known only now, and its note stands before the packets.
-            add_note(draft, whole, f"{_MAKER}: {json.dumps(made | {'damage': damage})}")
+            finish(draft, whole, clock, f"{_MAKER}: {json.dumps(made | {'damage': damage})}")
         except CannotWrite as error:
             if error.errno in _HOPELESS:
                 raise OSError(error.errno, os.strerror(error.errno), os.fspath(target)) from error
             raise VideoError(f"{Source(name)}: cannot be encoded as H.264 ({error})") from error
-        check(whole, times)
+        check(whole, clock)
         os.fsync(descriptor)
         now = os.stat(name)
         if (now.st_size, now.st_mtime_ns) != (source.st_size, source.st_mtime_ns):

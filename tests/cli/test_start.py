@@ -1,0 +1,79 @@
+"""The start of the command line: quick, quiet when interrupted, and plain about checkpoints that are none."""
+
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import xclip_fast
+
+COMMAND = [sys.executable, "-m", "xclip_fast"]
+
+
+def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=120, cwd=cwd)
+
+
+def seconds(*arguments: str) -> float:
+    """Of the processor, the best of three: the machine may be busy."""
+    took = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, *arguments], check=True, capture_output=True, timeout=120)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        took.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    return min(took)
+
+
+def test_help_imports_in_less_than_a_third_of_a_second() -> None:
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", *COMMAND[1:], "--help"], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0
+    names = {line.split("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert "typer" in names
+    assert not names & {"torch", "numpy", "av", "transformers"}
+    assert seconds(*COMMAND[1:], "--help") - seconds("-c", "pass") < 0.3
+
+
+def test_version_and_completion() -> None:
+    done = run("--version")
+    assert (done.returncode, done.stdout) == (0, f"xclip-fast {xclip_fast.__version__}\n")
+    assert "--install-completion" in run("--help").stdout
+
+
+def test_an_interrupt_while_starting_prints_no_traceback(tmp_path: Path) -> None:
+    (tmp_path / "typer.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from xclip_fast.__main__ import main; main()"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "importing\n"
+    process.send_signal(signal.SIGINT)
+    _, complaint = process.communicate(timeout=60)
+    assert complaint == ""
+    assert process.returncode == -signal.SIGINT
+
+
+NAMED = {
+    "classify -c runs/mine clip.mp4": "the output folder of a training. Its weights are in runs/mine/best",
+    "classify -c runs/new clip.mp4": "runs/new is the output folder of a training that has no weights yet",
+    "classify -c nothing clip.mp4": "nothing: no such file or folder",
+    "classify -c microsoft/xclip-base-patch32 a.mp4": "hf download microsoft/xclip-base-patch32 --local-dir",
+    "evaluate runs/mine/best videos": "videos is a folder, not a manifest. To make one of it: xclip-fast index videos",
+}
+
+
+@pytest.mark.parametrize("command", NAMED)
+def test_what_is_no_checkpoint_or_manifest_is_named(tmp_path: Path, command: str) -> None:
+    for name in ("runs/mine/best", "runs/new", "videos"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "runs/mine/best/model.safetensors").touch()
+    (tmp_path / "runs/new/config.yaml").touch()
+    done = run(*command.split(), cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert NAMED[command] in done.stderr
+    assert "label" not in done.stderr
