@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .kernels import backend
     from .model import XCLIP
     from .nn import FastCCTBlock, VideoFeatures
+    from .search import Index
     from .text.tokenizer import tokenize
 
 # Where each public name lives. It is imported at its first use, so that `xclip-fast --help` does not wait for torch.
@@ -18,6 +19,7 @@ _HOMES = {
     "VARIANTS": "config",
     "XCLIP": "model",
     "FastCCTBlock": "nn",
+    "Index": "search",
     "TextConfig": "config",
     "VideoFeatures": "nn",
     "VisionConfig": "config",
@@ -32,6 +34,7 @@ __all__ = [
     "VARIANTS",
     "XCLIP",
     "FastCCTBlock",
+    "Index",
     "TextConfig",
     "VideoFeatures",
     "VisionConfig",

@@ -329,6 +329,12 @@ def test_filters_by_time(tmp_path, weights, videos):
     assert Filters(after=1, before=2).sql() == '"end" > 1.0 AND start < 2.0'
 
 
+def test_it_is_public():
+    import xclip_fast
+
+    assert xclip_fast.Index is Index
+
+
 def test_search_by_example(tmp_path, weights, videos):
     index = open_index(tmp_path, weights)
     index.add(videos)

@@ -16,7 +16,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from ..console import complain
-from . import data, predict, search, tools, train
+from . import data, embed, predict, search, tools, train
 
 app = typer.Typer(
     help="X-CLIP video recognition: classify, embed and search video files; train and evaluate.",
@@ -44,7 +44,7 @@ def common(
     """X-CLIP video recognition: classify, embed and search video files; train and evaluate."""
 
 
-for room in (predict, search, data, train, tools):
+for room in (predict, embed, search, data, train, tools):
     app.add_typer(room.commands)
 
 

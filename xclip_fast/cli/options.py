@@ -175,3 +175,23 @@ def load_model(checkpoint: Path | None, variant: str | None, random_weights: boo
         return XCLIP.from_pretrained(checkpoint, config=shape)
     print("warning: random weights: the answers mean nothing", file=sys.stderr)
     return XCLIP(shape or config.VARIANTS["B/16-8f"]).eval()
+
+
+def stored_weights(
+    place: Path, checkpoint: Path | None, variant: str | None, random_weights: bool
+) -> tuple[Path | None, str | None]:
+    """The checkpoint and variant that a store or a file of features was made with, unless others are given."""
+    from ..search.feature_file import FeatureFile
+    from ..search.store import Store
+
+    if checkpoint is not None:
+        return checkpoint, variant
+    if place.is_dir():
+        made_with = Store.open(place).settings
+        stored, shape = made_with.checkpoint, made_with.variant
+    else:
+        metadata = FeatureFile(place).metadata
+        stored, shape = metadata["checkpoint"], metadata["variant"]
+    if not random_weights and not stored:
+        raise ValueError(f"{place}: made with random weights; to use it nevertheless, add --random-weights")
+    return (None if random_weights else Path(stored)), variant or shape or None
