@@ -105,6 +105,10 @@ def installed(package: str) -> bool:
         return False
 
 
+# what torch.compiler.assume_constant_result does, which would import the compiler with this package
+installed._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 class Part:
     """A part with its candidates in order of preference."""
 
