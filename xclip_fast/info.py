@@ -281,7 +281,7 @@ def _parts(block: Block, dtype: torch.dtype) -> dict[str, dict[str, Any]]:
 
 
 def typical_arguments(device: str, dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
-    """Each op's arguments in one block of B/16 with one video of 8 frames, uninitialised, by the op's name."""
+    """Each op's arguments in one block of B/16 with one video of 8 frames, uninitialized, by the op's name."""
     frames, tokens, width, labels = 8, 197, 768, 16
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:

@@ -25,7 +25,7 @@ MARGIN = 2.0
 
 
 def mode(model: Any) -> str | None:
-    """What ``model`` is quantised to, or None."""
+    """What ``model`` is quantized to, or None."""
     return "fp8" if any(getattr(block, "fp8", None) is not None for block in _blocks(model)) else None
 
 
@@ -34,7 +34,7 @@ def quantize(model: Any, wanted: str, calibration: Tensor | Iterable[Tensor]) ->
     if wanted not in MODES:
         raise ValueError(f"mode {wanted!r} given; {' or '.join(map(repr, MODES))} wanted")
     if mode(model):
-        raise RuntimeError(f"the model is quantised to {mode(model)} already: dequantize() it, to calibrate it again")
+        raise RuntimeError(f"the model is quantized to {mode(model)} already: dequantize() it, to calibrate it again")
     blocks = _blocks(model)
     if not all(isinstance(block, FastCCTBlock) for block in blocks):
         raise ValueError(

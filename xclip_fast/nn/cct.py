@@ -121,7 +121,7 @@ class FastCCTBlock(nn.Module):
 
     Shape:
         (L, B * T, D) -> (L, B * T, D), or with ``batch_first`` (B * T, L, D) -> (B * T, L, D); the T frames of
-        a video are neighbours.
+        a video are neighbors.
     """
 
     fp8: Fp8Weights | None  # what XCLIP.quantize puts there; it may be used in evaluation mode only
@@ -172,7 +172,7 @@ class FastCCTBlock(nn.Module):
 
         Raises:
             ValueError: if x is not of that shape, or B * T is not a multiple of T.
-            RuntimeError: if it is quantised, and in training mode or asked for gradients.
+            RuntimeError: if it is quantized, and in training mode or asked for gradients.
         """
         frames = self.num_frames if num_frames is None else num_frames
         if isinstance(x, Stream):
@@ -192,7 +192,7 @@ class FastCCTBlock(nn.Module):
 
     def _run(self, stream: Stream, frames: int) -> Stream:
         if self.fp8 is not None and self.training:
-            raise RuntimeError("a quantised block is for inference only: call eval(), or dequantize() to train it")
+            raise RuntimeError("a quantized block is for inference only: call eval(), or dequantize() to train it")
         drop = self.draw_drop_scales(stream.x, frames)
         if not self.is_plain():
             y_LFD = self._call_modules(stream.x[:, :-1].transpose(0, 1), frames, drop)

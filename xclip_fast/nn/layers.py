@@ -1,4 +1,4 @@
-"""What the towers share: the parameters of a block under their released names, and the plain pre-norm block."""
+"""The plain pre-norm block of the towers, and how parameters are initialized."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def run_block(block: nn.Module, recompute: bool, x: Any, *args: Any) -> Any:
 
 
 def init_block(block: Any, width: int, layers: int) -> None:
-    """CLIP's initialisation of a block's ``attn`` and ``mlp``: residual branches shrink with depth."""
+    """CLIP's initialization of a block's ``attn`` and ``mlp``: residual branches shrink with depth."""
     residual_std = (2 * layers * width) ** -0.5
     nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
     nn.init.normal_(block.attn.out_proj.weight, std=residual_std)
@@ -134,7 +134,7 @@ def init_block(block: Any, width: int, layers: int) -> None:
 
 
 def init_linear(module: nn.Module) -> None:
-    """The initialisation of new, not inherited, parts: truncated normal of 0.02, biases 0."""
+    """The initialization of new, not inherited, parts: truncated normal of 0.02, biases 0."""
     for child in module.modules():
         if isinstance(child, nn.Linear):
             nn.init.trunc_normal_(child.weight, std=0.02)
@@ -154,7 +154,7 @@ def drop_path_scale(batch: int, probability: float, like: Tensor) -> Tensor:
 class WithoutInit(TorchFunctionMode):
     """While it is active, ``torch.nn.init`` leaves tensors as they are: for parameters that a checkpoint will replace.
 
-    On the meta device initialisation computes nothing, but it imports torch's compiler, which takes seconds.
+    On the meta device initialization computes nothing, but it imports torch's compiler, which takes seconds.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

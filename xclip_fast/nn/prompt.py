@@ -28,7 +28,7 @@ class PromptLayer(nn.Module):
         self.mlp = Mlp(width, names=("0", "1", "3"))  # the released numbering, in which 2 is a dropout
 
     def forward(self, text: Tensor, patches_BNE: Tensor) -> Tensor:
-        """text (K, E), shared by the videos, or (B, K, E); patches (B, N, E), normalised. Returns (B, K, E)."""
+        """text (K, E), shared by the videos, or (B, K, E); patches (B, N, E), normalized. Returns (B, K, E)."""
         attention, norm = self.cross_attn, self.norm1
         if not is_plain(self._modules, eps=norm.eps):
             text_BKE = text + attention(norm(text), patches_BNE)
@@ -52,7 +52,7 @@ class PromptLayer(nn.Module):
 class VideoSpecificPrompt(nn.Module):
     """alpha times the prompts of equation 10.
 
-    The first layer's normalised text and its query are the same for every video and computed once.
+    The first layer's normalized text and its query are the same for every video and computed once.
 
     Args:
         width: E. layers, heads: of the generator. alpha: initial value of the learnt scale (E,).

@@ -157,7 +157,7 @@ class TextEncoder(nn.Module):
         self._cache[key] = features_KE
         if len(self._cache) > CACHED_LABEL_SETS:
             self._cache.popitem(last=False)
-        return features_KE.clone()  # the caller may normalise it in place
+        return features_KE.clone()  # the caller may normalize it in place
 
     def _encode_packed(self, tokens_KL: Tensor, vectors_PW: Tensor | None = None) -> Tensor:
         if tokens_KL.shape[0] > LABELS_AT_ONCE:  # attention pads to the longest of them
