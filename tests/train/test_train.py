@@ -598,6 +598,10 @@ def test_the_command_says_what_stopped_it(
 
 
 def test_a_checkpoint_s_damaged_numbers_are_named(tmp_path: Path) -> None:
+    for text in ("{}", '{"step": "a"}', '{"step": 1, "best": {"score": 3}}'):
+        (tmp_path / "progress.json").write_text(text)
+        with pytest.raises(ValueError, match=r"progress.json: is damaged.*delete that folder"):
+            training_checkpoint.numbers(tmp_path)
     (tmp_path / "progress.json").write_text("{")
     with pytest.raises(ValueError, match=r"progress.json: is not JSON.*delete that folder"):
         training_checkpoint.numbers(tmp_path)

@@ -1,4 +1,4 @@
-"""What an evaluation from the command line needs around it: processes, precision, the model."""
+"""Around an evaluation from the command line: processes, precision, the model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def named(result: Evaluation, checkpoint: str | os.PathLike[str], manifest: str | os.PathLike[str]) -> Evaluation:
-    """The result with the names of what it is of."""
+    """Returns the evaluation result together with model and manifest names."""
     return dataclasses.replace(
         result,
         model={"checkpoint": os.fspath(checkpoint), **result.model},

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..files import write_text
 from ..model import XCLIP
 from ..text.templates import TEMPLATES
 from ..weights import checkpoint
@@ -89,7 +90,7 @@ def _train(config: TrainConfig, process: Process, fresh: bool, held: contextlib.
         config.text_templates,
     )
     if rank == 0:
-        (folder / SHAPE).write_text(json.dumps(model.config.to_dict(), indent=1) + "\n", encoding="utf-8")
+        write_text(folder / SHAPE, json.dumps(model.config.to_dict(), indent=1) + "\n")
 
     # 2. Processes, optimizer, moving average; and their state, if this run goes on.
     net = parallelize(
@@ -295,7 +296,11 @@ def loading(config: TrainConfig) -> dict[str, Any]:
 
 
 def resumed(checkpoint: Path, now: dict[str, Any]) -> dict[str, Any]:
-    """What the checkpoint counted, if it belongs to the same data."""
+    """The counters of a checkpoint.
+
+    Raises:
+        ConfigError: if it was trained on other data.
+    """
     counted = training_checkpoint.numbers(checkpoint)
     for key, what in (("data", "other training videos or classes"), ("epoch_steps", "another number of videos")):
         if counted[key] != now[key]:

@@ -1,4 +1,4 @@
-"""What the steps of a training run measure: how it gets to the host without a wait, and what is made of it.
+"""The measurements of training steps: copied to the host without waiting, summed up, written as log records.
 
 B videos of a batch.
 """
@@ -29,7 +29,7 @@ class Diverged(ValueError):
 
 
 class Measured:
-    """What a step measures, on its way from the device to the host."""
+    """The measurements of one step, on their way from the device to the host."""
 
     def __init__(self, step: int, rate: float) -> None:
         self.step, self.rate, self.waited = step, rate, 0.0

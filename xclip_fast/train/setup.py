@@ -1,4 +1,4 @@
-"""What a training run starts from: its processes, its data, its model. What does not fit is refused here.
+"""The start of a training run: its processes, data and model, checked against each other.
 
 B videos, T frames, S side in pixels, K labels, E embedding.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
-import json
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 
 from ..config import XCLIPConfig
 from ..evaluate.sample_lists import few_shot
+from ..files import read_json
 from ..model import XCLIP
 from ..text.labels import readable, refuse_same_texts
 from ..text.templates import TEMPLATES
@@ -189,7 +189,10 @@ def build_model(config: TrainConfig, data: Data, folder: Path, resumed: bool) ->
     torch.manual_seed(config.seed)  # the same new parameters in every process
     settings = config.model
     if resumed:
-        shape = XCLIPConfig.from_dict(json.loads((folder / SHAPE).read_text(encoding="utf-8")))
+        try:
+            shape = XCLIPConfig.from_dict(read_json(folder / SHAPE))
+        except (ValueError, OSError) as error:
+            raise ConfigError(f"{folder / SHAPE}: {error}; start over with --fresh") from error
         model = XCLIP(shape)
     elif settings.init is None:
         shape = train_config.model_config(settings)
