@@ -59,7 +59,7 @@ class ReadError(VideoError):
 
 @dataclass(frozen=True)
 class Source:
-    """Where a video is: a file, or with `offset` and `size` (bytes) a member of an uncompressed tar file.
+    """The place of a video: a file, or with `offset` and `size` (bytes) a member of an uncompressed tar file.
 
     `plan`: one made before (`probe`), to save reading all packets. `size` without `offset` is the size the file had
     then; if it has another now, or does not behave as planned, it is planned anew. Give it: without, an mp4 is known by
@@ -286,7 +286,7 @@ def _video_stream(source: Source, file: File, container: InputContainer, threads
 
 
 def is_picture(container: InputContainer) -> bool:
-    """Whether this is a file format of still pictures, which FFmpeg would play as a video of one frame."""
+    """True for formats of still pictures. FFmpeg plays them as videos of one frame."""
     name = container.format.name
     still = container.metadata.get("major_brand") in ("avif", "heic", "heix", "mif1")  # they share MP4's form
     return still or name == "image2" or name.endswith("_pipe")
@@ -340,7 +340,7 @@ def all_frames(container: InputContainer, stream: VideoStream) -> Iterator[Video
         except av.FFmpegError as error:
             if lacks_memory(error):
                 raise
-            log.info("%s: %s; packet passed over", name_of(container), reason(error))
+            log.info("%s: %s; packet skipped", name_of(container), reason(error))
             frames = []
         if silent >= 0 and not frames and packet is not None:
             silent += 1
