@@ -43,7 +43,7 @@ LOADED_FILES, LOADED_BATCH = 64, 8
 LOADER_WORKERS: int | None = None  # the loader's own choice
 MOST_ROUNDS = 20
 NEAR = (
-    3.0  # levels, on average over a frame: other libraries convert colours in their own way; the next frame is far off
+    3.0  # levels, on average over a frame: other libraries convert colors in their own way; the next frame is far off
 )
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 
 from xclip_fast.data.decode.decoder import Source, decode_frames
-from xclip_fast.data.decode.picture import EXACT_COLOUR
+from xclip_fast.data.decode.picture import EXACT_COLOR
 
 FULL, STORED, PLANNED, SEEKING = "full decode", "ours, stored plan", "ours, first sight", "seek for each frame"
 OPENCV, OPENCV_SEEKING = "OpenCV, full", "OpenCV, seeking"
@@ -24,7 +24,7 @@ EXACT, APPROXIMATE = "TorchCodec, exact", "TorchCodec, approximate"
 
 def converter() -> Callable[[av.VideoFrame], np.ndarray]:
     """Frames to RGB, as exactly as ours, so that the pixels may be compared and the work is the same."""
-    convert = functools.partial(VideoReformatter().reformat, format="rgb24", interpolation=EXACT_COLOUR, threads=1)
+    convert = functools.partial(VideoReformatter().reformat, format="rgb24", interpolation=EXACT_COLOR, threads=1)
     return lambda frame: convert(frame).to_ndarray()
 
 

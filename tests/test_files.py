@@ -140,6 +140,18 @@ PREPARE = textwrap.dedent(f"""
 """)
 
 
+def test_a_text_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "x.json"
+    files.write_text(path, "1\n")
+    (tmp_path / ".x.json.part").write_text("of a killed run")
+    files.write_text(path, "2\n")
+    assert (path.read_text(), os.listdir(tmp_path)) == ("2\n", ["x.json"])
+    (tmp_path / ".x.json.part").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"x\.json: could not be written, no space left"):
+        files.write_text(path, "3" * 10_000)
+    assert (path.read_text(), os.listdir(tmp_path)) == ("2\n", ["x.json"])
+
+
 def test_what_is_no_regular_file(tmp_path):
     os.mkfifo(tmp_path / "fifo")
     for path, kind in ((tmp_path / "fifo", "a pipe"), ("/dev/zero", "a device"), (tmp_path, "a folder")):

@@ -22,7 +22,7 @@ def frames(batch: int = 2, count: int = 3, size: int = 32) -> Tensor:
     return torch.randint(0, 256, (batch, count, size, size, 3), dtype=torch.uint8)
 
 
-def normalised(video: Tensor, config: XCLIPConfig) -> Tensor:
+def normalized(video: Tensor, config: XCLIPConfig) -> Tensor:
     mean, std = torch.tensor(config.image_mean), torch.tensor(config.image_std)
     return ((video / 255 - mean) / std).permute(0, 1, 4, 2, 3)
 
@@ -75,7 +75,7 @@ def test_whole_model_equals_the_paper_written_out(tiny_model: XCLIP) -> None:
     """Float64, concatenated messages, padded text, a projection per frame, prompts per video."""
     model = tiny_model.double()
     video = frames()
-    pixels = normalised(video, model.config).double().flatten(0, 1)
+    pixels = normalized(video, model.config).double().flatten(0, 1)
     visual = model.visual
     x = visual.conv1(pixels).flatten(2).transpose(1, 2)
     x = torch.cat([visual.class_embedding.expand(len(x), 1, -1), x], 1) + visual.positional_embedding
@@ -113,7 +113,7 @@ def test_whole_model_equals_the_paper_written_out(tiny_model: XCLIP) -> None:
     logits = model.logit_scale.exp() * F.cosine_similarity(v[:, None], c_hat, dim=-1)
 
     features = model.encode_video(video)
-    torch.testing.assert_close(features.video, v, rtol=1e-5, atol=1e-5)  # float32 constants of the normalisation
+    torch.testing.assert_close(features.video, v, rtol=1e-5, atol=1e-5)  # float32 constants of the normalization
     torch.testing.assert_close(features.patches, z, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(model.encode_text(LABELS), c)
     torch.testing.assert_close(model(video, LABELS), logits, rtol=1e-5, atol=1e-5)
@@ -132,11 +132,11 @@ def plain_transformer(blocks: torch.nn.ModuleList, x: Tensor, mask: Tensor | Non
     return x
 
 
-def test_uint8_frames_equal_normalised_float(tiny_model: XCLIP) -> None:
+def test_uint8_frames_equal_normalized_float(tiny_model: XCLIP) -> None:
     video = frames()
     torch.testing.assert_close(
         tiny_model.encode_video(video),
-        tiny_model.encode_video(normalised(video, tiny_model.config)),
+        tiny_model.encode_video(normalized(video, tiny_model.config)),
         rtol=1e-5,
         atol=1e-5,
     )
@@ -215,10 +215,10 @@ def test_empty_batch_in_training_with_drop_path() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"num_frames": "8"}, "wrong kind"),
+        ({"num_frames": "8"}, "a whole number wanted"),
         ({"vision": None}, "an object with keys is wanted"),
-        ({"embed_dim": None}, "wrong kind"),
-        ({"vision": {"patch_size": 0}}, "wrong kind"),
+        ({"embed_dim": None}, "a whole number wanted"),
+        ({"vision": {"patch_size": 0}}, "must be at least 1"),
         ({"image_mean": [1]}, "three numbers wanted"),
         ({"image_std": [0, 0, 0]}, "must be above 0"),
         ({"mit_layers": -1}, "must be at least 0"),

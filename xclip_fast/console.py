@@ -1,4 +1,4 @@
-"""What a command says: answers on standard output, everything else on standard error.
+"""Output of the commands: answers on standard output, everything else on standard error.
 
 Answers are tables on a terminal and tab-separated lines in a pipe; a bar shows progress, on a terminal only.
 """

@@ -62,6 +62,22 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     return values
 
 
+def write_text(path: str | os.PathLike[str], text: str, *, errors: str = "strict") -> None:
+    """Write a text file whole or not at all. What a kill leaves behind, ``.NAME.part``, the next write replaces."""
+    path = Path(path)
+    part = path.with_name(f".{path.name}.part")
+    try:
+        part.write_text(text, encoding="utf-8", errors=errors, newline="")
+        os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OSError(
+                f"{path}: could not be written, no space left on the disk; make room and start again"
+            ) from error
+        raise
+
+
 def refuse_inflated(file: BinaryIO, size: int) -> None:
     """Refuse a ZIP archive that unpacks to more bytes than it has, and rewind it. Other content passes.
 

@@ -21,9 +21,9 @@ from .inference import fp8 as quantization
 from .inference.cuda_graphs import GraphedVideoTower
 from .kernels._linear import linear
 from .kernels.patch_embed import constants
-from .nn.cct import FastCCTBlock
+from .nn.cct import FastCCTBlock, Stream, with_spare_row
 from .nn.features import VideoFeatures
-from .nn.layers import TransformerBlock, WithoutInit, attend, init_block, init_linear, run_block
+from .nn.layers import TransformerBlock, WithoutInit, init_block, init_linear, run_block
 from .nn.mit import MultiFrameIntegration
 from .nn.parts import is_plain, layer_norm
 from .nn.prompt import VideoSpecificPrompt
@@ -56,7 +56,7 @@ class VisionTower(nn.Module):
         self._init(vision)
 
     def forward(self, frames: Tensor, num_frames: int) -> Tensor:
-        """uint8 (F, H, W, 3) or normalised (F, 3, H, W), F = B * num_frames, to tokens (F, L, D)."""
+        """uint8 (F, H, W, 3) or normalized (F, 3, H, W), F = B * num_frames, to tokens (F, L, D)."""
         with kernels.cpu.workspace():
             return self._forward(frames, num_frames)
 
@@ -77,10 +77,15 @@ class VisionTower(nn.Module):
                 self.config.image_std,
                 self.ln_pre.eps,
             )
-        given = (num_frames,) if self.config.vision.cross_frame else (attend, None, x_FLD.shape[0] // num_frames)
+        if not self.config.vision.cross_frame:
+            plain = (False, None, 0, None, x_FLD.shape[0] // num_frames)
+            for block in self.transformer.resblocks:
+                x_FLD = run_block(block, self.recompute, x_FLD, *plain)
+            return x_FLD
+        stream = Stream(with_spare_row(x_FLD))
         for block in self.transformer.resblocks:
-            x_FLD = run_block(block, self.recompute, x_FLD, *given)
-        return x_FLD
+            stream = run_block(block, self.recompute, stream, num_frames)
+        return stream.x[:, :-1]
 
     def _embed(self, frames: Tensor) -> Tensor:
         """Equation 4 without CLIP's LayerNorm behind it, by calling the convolution: the ViTs of Table 10."""
@@ -105,9 +110,9 @@ class VisionTower(nn.Module):
 
 
 class XCLIP(nn.Module):
-    """X-CLIP with random weights; ``XCLIP.from_pretrained`` reads anybody's.
+    """X-CLIP with random weights. ``XCLIP.from_pretrained`` loads weights.
 
-    Parts that an ablated config (see ``XCLIPConfig``) does without are None.
+    Parts that an ablated config (see ``XCLIPConfig``) does not have are None.
 
     Args:
         config: the shape; ``VARIANTS["B/16-8f"]`` and its kin, or a variant's name.
@@ -166,7 +171,7 @@ class XCLIP(nn.Module):
 
         Args:
             video: as for ``encode_video``.
-            text: as for ``encode_text``; nothing where a linear head stands in its place (``num_classes``).
+            text: as for ``encode_text``. None for a model with a linear head (``num_classes``).
 
         Returns:
             (B, K), float32 (or float64): exp(logit_scale) cos(v, c_hat), equation 3; or the head's (B, num_classes).
@@ -179,7 +184,7 @@ class XCLIP(nn.Module):
         """Videos to features (equations 4 to 9).
 
         Args:
-            video: uint8 (B, T, H, W, 3) as decoded, or normalised float (B, T, 3, H, W); H = W = the image size.
+            video: uint8 (B, T, H, W, 3) as decoded, or normalized float (B, T, 3, H, W); H = W = the image size.
                 Another T than the config's works: the temporal embedding is interpolated, and logged once.
 
         Returns:
@@ -230,7 +235,7 @@ class XCLIP(nn.Module):
         return self.text(tokenize(text, self.config.label_tokens), *vectors)
 
     def encode_text_ensemble(self, labels: str | Sequence[str], templates: Sequence[str] = TEMPLATES) -> Tensor:
-        """Labels to the mean of their normalised features over sentences (the ensemble of Table 9).
+        """Labels to the mean of their normalized features over sentences (the ensemble of Table 9).
 
         Args:
             labels: K strings, or one. templates: sentences with ``{}`` in the label's place.
@@ -321,9 +326,9 @@ class XCLIP(nn.Module):
         bfloat16 is wanted: in other dtypes, and on other devices, float8 is emulated, which is slow.
 
         The model's own weights stay beside their float8 copies, which take half of a bfloat16 weight's memory more:
-        ``state_dict`` and ``save_pretrained`` know and write only the former. So quantising is not saved; it
+        ``state_dict`` and ``save_pretrained`` know and write only the former. So quantizing is not saved; it
         survives ``to`` (the copies keep their dtypes), copying and ``torch.compile``. Weights changed in place are not
-        noticed: ``dequantize`` and quantise again.
+        noticed: ``dequantize`` and quantize again.
 
         Args:
             mode: "fp8".
@@ -337,7 +342,7 @@ class XCLIP(nn.Module):
             ValueError: if there is no such mode, no calibration video or one of a wrong shape, something is not
                 finite, or the vision tower is an ablated one without cross-frame communication or quick_gelu.
             TypeError: if ``calibration`` is neither a tensor nor an iterable of tensors.
-            RuntimeError: if the model is quantised already.
+            RuntimeError: if the model is quantized already.
         """
         quantization.quantize(self, mode, calibration)
         return self
@@ -346,7 +351,7 @@ class XCLIP(nn.Module):
         """Undo ``quantize``: the model computes as before, to the last bit.
 
         Returns:
-            the model itself. One that is not quantised stays as it is.
+            the model itself. One that is not quantized stays as it is.
         """
         quantization.dequantize(self)
         return self
@@ -357,7 +362,7 @@ class XCLIP(nn.Module):
         return quantization.mode(self)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As of every module; a quantised model refuses it (RuntimeError), for its copies would be of old weights."""
+        """As of every module; a quantized model refuses it (RuntimeError), for its copies would be of old weights."""
         quantization.refuse_change(self, "load_state_dict")
         return super().load_state_dict(*args, **kwargs)
 
@@ -373,12 +378,11 @@ class XCLIP(nn.Module):
         """A model with the weights of ``path``, in evaluation mode.
 
         Args:
-            path: what it is, is seen from its content: our own folder or file (safetensors and JSON), a Hugging
+            path: recognized by its content: our own folder or file (safetensors and JSON), a Hugging
                 Face X-CLIP folder, a VideoX ``.pth``, or an image CLIP (OpenAI, open_clip, Hugging Face) or ViT
                 (timm), from which ``expand_from`` starts an X-CLIP.
-            config: the shape, where the checkpoint does not say it or another is wanted (an image CLIP says
-                neither frames nor prompt layers; the default has 8 frames). An ablated one (``XCLIPConfig``) starts
-                from an image CLIP too; a whole X-CLIP has to be of just that config.
+            config: the shape, if the checkpoint does not say it. An image CLIP says neither frames nor prompt layers;
+                the default has 8 frames. An ablated config starts from an image CLIP only.
             device, dtype: of the parameters; by default the CPU and the checkpoint's own dtype.
 
         Raises:
@@ -394,7 +398,9 @@ class XCLIP(nn.Module):
             model = cls(found.config).expand_from(found)
             if new := sorted({name.split(".")[0] for name in model.state_dict() if name not in found.state}):
                 kind = "image CLIP" if found.kind == "clip" else "image ViT"
-                logger.warning("%s is an %s; what it has not starts untrained: %s", path, kind, ", ".join(new))
+                logger.warning(
+                    "%s is an %s. Parameters missing from it are randomly initialized: %s", path, kind, ", ".join(new)
+                )
         return model.to(device=device, dtype=dtype).eval()
 
     def save_pretrained(
@@ -407,7 +413,7 @@ class XCLIP(nn.Module):
         """Write weights and config into ``folder``, atomically.
 
         Args:
-            folder: made if it does not exist; its other files stay.
+            folder: created if it does not exist. Its other files stay.
             layout: ``"huggingface"`` is what ``transformers.XCLIPModel.from_pretrained`` reads.
             overwrite: replace a checkpoint that is there already.
 
@@ -435,7 +441,7 @@ class XCLIP(nn.Module):
 
         Raises:
             checkpoint.CheckpointError: if widths, layers or vocabulary differ.
-            RuntimeError: if the model is quantised.
+            RuntimeError: if the model is quantized.
         """
         quantization.refuse_change(self, "expand_from")
         checkpoint.expand(self, clip, part)
@@ -444,7 +450,7 @@ class XCLIP(nn.Module):
     def _check_features(self, video_features: VideoFeatures, text_features: Tensor | None) -> None:
         E = self.config.embed_dim
         if not isinstance(video_features, VideoFeatures):
-            raise TypeError(f"video_features is a {type(video_features).__name__}; what encode_video returns is wanted")
+            raise TypeError(f"video_features is a {type(video_features).__name__}; the result of encode_video wanted")
         video_BE, patches_BNE = video_features
         if video_BE.dim() != 2 or video_BE.shape[1] != E:
             raise ValueError(f"video features of shape {tuple(video_BE.shape)} given; (B, {E}) wanted, of this model")
@@ -453,7 +459,7 @@ class XCLIP(nn.Module):
                 raise ValueError("text features given, but this model has a linear head (num_classes): leave them out")
             return
         if not isinstance(text_features, Tensor):
-            raise TypeError(f"text_features is a {type(text_features).__name__}; what encode_text returns is wanted")
+            raise TypeError(f"text_features is a {type(text_features).__name__}; the result of encode_text wanted")
         if text_features.dim() != 2 or text_features.shape[1] != E or not text_features.is_floating_point():
             raise ValueError(
                 f"text features of shape {tuple(text_features.shape)} {text_features.dtype} given; floating (K, {E}) "
@@ -472,7 +478,7 @@ class XCLIP(nn.Module):
         if video.dtype == torch.uint8:
             wanted, right = "uint8 (B, T, H, W, 3)", video.dim() == 5 and video.shape[2:] == (size, size, 3)
         else:
-            wanted = "float (B, T, 3, H, W), normalised"
+            wanted = "float (B, T, 3, H, W), normalized"
             right = video.is_floating_point() and video.dim() == 5 and video.shape[2:] == (3, size, size)
         if not right or video.shape[1] == 0:
             raise ValueError(

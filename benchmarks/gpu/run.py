@@ -208,7 +208,8 @@ class Runner:
             one.log.unlink()
         if not one.ended:
             return None
-        self._add(one, {"contender": one.contender, "note": one.ended})
+        known = {key: value for key, value in one.case.options.items() if isinstance(value, (str, int))}
+        self._add(one, {**known, "contender": one.contender, "note": one.ended})
         again = one.contender and len(one.without) + 1 < TRIES and time.monotonic() < deadline - 1
         if not again:
             return None

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import math
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -573,3 +574,36 @@ def test_a_training_cell_that_fails_costs_that_cell(training, tmp_path, monkeypa
     code, report = training_run(training, tmp_path, "--recompute", "yes,no", "--no-peers")
     assert code == 1
     assert [row["note"] for row in report["rows"]] == ["failed: OutOfResources: out of resource: shared memory", ""]
+
+
+def test_peers_are_drawn_over_hugging_face(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    plot_peers = importlib.import_module("plot_peers")
+    row = {"variant": "B/16-8f", "precision": "fp32", "batch": 1, "work": "tower"}
+    speeds = {"Hugging Face": 2.0, "OpenVINO": 3.0, "xclip-fast": 4.0, "ONNX Runtime": None}
+    rows = [row | {"contender": name, "views_per_second": speed} for name, speed in speeds.items()]
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps({"rows": rows, "environment": {"device": "some CPU", "threads": 2}}))
+    found = plot_peers.speeds([json.loads(path.read_text())], "tower")
+    assert found == {"B/16-8f fp32": {"Hugging Face": 1.0, "OpenVINO": 1.5, "xclip-fast": 2.0}}
+    if importlib.util.find_spec("matplotlib"):
+        assert plot_peers.main([str(path), "--out", str(tmp_path / "peers.svg")]) == 0
+        drawn = (tmp_path / "peers.svg").read_text()
+        assert "xclip-fast" in drawn
+        assert "2.00" in drawn
+    with pytest.raises(SystemExit):
+        plot_peers.main([str(path), "--work", "encoded", "--out", str(tmp_path / "none.svg")])
+    assert "no row of work 'encoded'" in capsys.readouterr().err
+
+
+def test_cold_start_adds_up(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    cold_start = importlib.import_module("cold_start")
+    marks = [(time.time() + second, second / 2) for second in range(1, 7)]
+    answer = types.SimpleNamespace(stdout=json.dumps(marks))
+    monkeypatch.setattr(cold_start.subprocess, "run", lambda *args, **kwargs: answer)
+    assert cold_start.main(["checkpoint", "clip.mp4", "--runs", "2", "--json", str(tmp_path / "out.json")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["seconds", *cold_start.PARTS, "total"]
+    assert lines[2].split()[1:] == ["1.00", "17%", "0.50", "17%"]
+    assert len(json.loads((tmp_path / "out.json").read_text())["runs"]) == 2

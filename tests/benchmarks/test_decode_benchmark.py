@@ -89,7 +89,7 @@ def test_wrong_frames_are_not_timed(bench, tmp_path, monkeypatch):
     assert code == 0
     assert "outputs differ" in row["note"]
     assert "seconds" not in row
-    assert row["largest_mean_difference"] > bench.NEAR  # so that a peer's inexact colours don't hide a wrong frame
+    assert row["largest_mean_difference"] > bench.NEAR  # so that a peer's inexact colors don't hide a wrong frame
     monkeypatch.setattr(bench.decoders, "decode_frames", late)
     assert quick_run(bench, tmp_path, *options)[0] == 1
 

@@ -103,11 +103,11 @@ def test_routing(facts, plan, why):
     assert found == why if why is None else why in (found or ""), found
 
 
-def test_routing_by_colour():
+def test_routing_by_color():
     good = replace(GOOD, packed=pack_plan(PLAN))
     assert dali.supported(replace(good, colorspace=1)) is None
-    assert "BT.709" in dali.supported(replace(good, colorspace=1), exact_colour=True)
-    assert "number 9" in dali.supported(replace(good, colorspace=9), exact_colour=True)
+    assert "BT.709" in dali.supported(replace(good, colorspace=1), exact_color=True)
+    assert "number 9" in dali.supported(replace(good, colorspace=9), exact_color=True)
     assert "interlaced" in dali.supported(replace(good, interlaced=True))
 
 
@@ -165,10 +165,10 @@ def test_frames_are_asked_for_once():
     assert inputs["start"].tolist() == [[1, 2], [0, 0]]
     assert inputs["shape"].tolist() == [[30, 40], [9, 9]]
     assert inputs["flip"].tolist() == [0, 1]
-    assert inputs["colour"].tolist() == [np.eye(3, 4).tolist()] * 2
+    assert inputs["color"].tolist() == [np.eye(3, 4).tolist()] * 2
 
 
-def test_colour_correction_leaves_grey_alone():
+def test_color_correction_leaves_grey_alone():
     assert np.allclose(dali_graph.CORRECTION.sum(axis=1), 1)
     # A red of BT.709 (Y' 0.2126, Cr 0.5, Cb by definition), decoded as BT.601 and corrected, is red again.
     ycc = np.array([0.2126, -0.2126 / (2 * (1 - 0.0722)), 0.5])
@@ -457,7 +457,7 @@ def test_a_frame_that_is_not_there_is_an_error(folder):
     ],
 )
 def test_views_agree_with_the_torch_ones(manifest, transform, draws):
-    """From the file to the pixels. Either rounds once with colours, and then a level apart is a tie; without them the
+    """From the file to the pixels. Either rounds once with colors, and then a level apart is a tie; without them the
     resize here is in fixed point, up to a level from the exact value."""
     for number in (0, 1, 3):
         video = manifest.videos[number]
@@ -467,12 +467,12 @@ def test_views_agree_with_the_torch_ones(manifest, transform, draws):
             for epoch in range(draws)
         ]
         got = run_dali([encoded] * draws, drawn)
-        coloured = [views[0].colour is not None for views in drawn]
-        assert draws == 1 or len(set(coloured)) == 2
-        for views, parts, colours in zip(drawn, got if len(drawn[0]) > 1 else got[:, None], coloured, strict=True):
+        colored = [views[0].color is not None for views in drawn]
+        assert draws == 1 or len(set(colored)) == 2
+        for views, parts, colors in zip(drawn, got if len(drawn[0]) > 1 else got[:, None], colored, strict=True):
             difference = np.abs(decode_views(manifest.source(number), views).astype(int) - parts)
             assert difference.max() <= 1
-            assert not colours or (difference > 0).mean() < 1e-3
+            assert not colors or (difference > 0).mean() < 1e-3
 
 
 @needs_dali
@@ -538,7 +538,7 @@ def test_tar_members(manifest, tmp_path):
 def test_bt709_is_corrected(tmp_path):
     """A clip tagged BT.709: what DALI decodes by the wrong matrix comes out like the CPU path's."""
     clip = render("moving right", 2, frames=8, size=(128, 128))
-    clip = (clip * 0.8 + 20).astype(np.uint8)  # no colour that the wrong matrix would cut off
+    clip = (clip * 0.8 + 20).astype(np.uint8)  # no color that the wrong matrix would cut off
     write_clip(tmp_path / "a.webm", clip, codec="libvpx-vp9", colorspace="bt709", crf=10)
     view = whole([1, 6])
     wanted = decode_views(tmp_path / "a.webm", [view])[0].astype(int)
@@ -639,7 +639,7 @@ def test_gpu_agrees_with_the_cpu_path(gpu_manifest, transform):
         assert batch.frames.is_cuda
         for number, frames in zip(batch.samples.tolist(), batch.frames.cpu().numpy(), strict=True):
             difference = np.abs(expected(gpu_manifest, transform, number, 1).astype(int) - frames)
-            # They may differ in how they enlarge the colour planes, which shows at edges and which colours amplify.
+            # They may differ in how they enlarge the color planes, which shows at edges and which colors amplify.
             assert difference.mean() < 4, (number, gpu_manifest.videos[number].codec)
             assert np.quantile(difference, 0.99) < 24
     assert set(routes.values()) == {None}

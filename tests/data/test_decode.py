@@ -164,11 +164,11 @@ def test_real_footage(name, footage, monkeypatch):
 
 
 def exact_rgb(frame):
-    """BT.601 in limited range by the book, in float64: colour samples lie on even columns, between rows."""
+    """BT.601 in limited range by the book, in float64: color samples lie on even columns, between rows."""
     planes = [np.frombuffer(plane, np.uint8).reshape(plane.height, -1)[:, : plane.width] for plane in frame.planes]
-    y, *colours = (plane.astype(np.float64) for plane in planes)
+    y, *colors = (plane.astype(np.float64) for plane in planes)
     up = []
-    for c in colours:
+    for c in colors:
         if c.shape != y.shape:
             rows, columns = (np.arange(y.shape[0]) - 0.5) / 2, np.arange(y.shape[1]) / 2
             c = np.stack([np.interp(columns, np.arange(c.shape[1]), row) for row in c])
@@ -179,10 +179,10 @@ def exact_rgb(frame):
 
 
 @pytest.mark.parametrize("pix_fmt", ["yuv420p", "yuv444p"])
-def test_colours_are_exact(tmp_path, pix_fmt):
+def test_colors_are_exact(tmp_path, pix_fmt):
     path = tmp_path / "a.mp4"
     clip = noisy(6, (64, 96)).astype(np.float64)
-    clip = np.clip((clip - 60) * [2, 1.5, 3], 0, 255).astype(np.uint8)  # strong colours, some of them cut off
+    clip = np.clip((clip - 60) * [2, 1.5, 3], 0, 255).astype(np.uint8)  # strong colors, some of them cut off
     write_clip(path, clip, pix_fmt=pix_fmt, crf=1)
     with av.open(str(path)) as container:
         exact = np.stack([exact_rgb(frame) for frame in container.decode(video=0)])
@@ -295,7 +295,7 @@ def test_rotation_by_metadata(name, clip, tmp_path):
     assert (info.height, info.width) == expected.shape[1:3]
     if degrees is not None:
         assert info.rotation == degrees
-    # Resize and turn commute but for the rounding; the crop is exactly centred in both for these even sides.
+    # Resize and turn commute but for the rounding; the crop is exactly centerd in both for these even sides.
     difference = decode(path, 4, size=112).numpy().astype(int) - turn(decode(clip, 4, size=112).numpy())
     assert abs(difference).max() <= 1
 

@@ -170,7 +170,7 @@ def test_odd_names_survive(tmp_path, clip):
         ('{"path": "a.mp4", "offset": -1}', "line 3: offset is -1"),
         ('{"path": "a.mp4", "packed": 5}', "line 3: packed is 5"),
         ('{"path": "a.mp4", "duration": "a"}', "line 3: duration is 'a'"),
-        ('{"path": "a.mp4", "what": 1}', "line 3: 'what' is nothing"),
+        ('{"path": "a.mp4", "what": 1}', "line 3: 'what' is not a field"),
         ('{"label": 1}', "line 3: .*path"),
         ('{"path": "a', "line 3"),
         ("[]", "line 3"),

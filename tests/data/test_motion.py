@@ -29,8 +29,8 @@ def test_the_labels_say_what_happens():
         for axis, label in ((1, "moving right"), (0, "moving down")):
             clip = render(label, 3, index, frames=9)
             mask = lit(clip, clip.min(0))
-            centres = np.array([np.argwhere(frame)[:, axis].mean() for frame in mask])
-            assert (np.diff(centres) > 0).all(), label
+            centers = np.array([np.argwhere(frame)[:, axis].mean() for frame in mask])
+            assert (np.diff(centers) > 0).all(), label
         clip = render("growing", 3, index, frames=9)
         areas = (clip.max(-1) > 120).sum((1, 2))
         assert (np.diff(areas) > 0).all()

@@ -21,7 +21,7 @@ def test_short_videos_repeat_frames_evenly():
         assert frame_indices(4, 8, sampling, stride=3).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
-def test_dense_is_one_centred_window():
+def test_dense_is_one_centerd_window():
     assert frame_indices(300, 8, "dense").tolist() == list(range(146, 154))
     assert frame_indices(300, 8, "dense", stride=4).tolist() == list(range(135, 164, 4))
     assert frame_indices(20, 8, "dense", stride=4).tolist() == [2, 4, 6, 8, 10, 12, 14, 16]  # 4 does not fit, 2 does

@@ -211,7 +211,7 @@ def test_absolute_paths_below_the_root_are_fine(tmp_path):
         ("a.mp4 0 1\n", "line 1: wanted two fields.*got a third"),
         ("a b.mp4 30 1\n", "line 1: wanted two fields.*got a third"),
         ("a.mp4,0.5,1\n", "line 1: wanted two fields.*got a third"),
-        ("\n \n", "names no video"),
+        ("\n \n", "has no video"),
         ("a\0b 1\n", "is not a list of videos"),
     ],
 )
@@ -617,7 +617,7 @@ def test_what_is_no_list(tmp_path):
     with pytest.raises(FileNotFoundError):
         read_source(tmp_path / "no.txt")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="names no video"):
+    with pytest.raises(ValueError, match="has no video"):
         read_source(tmp_path / "empty")
 
 

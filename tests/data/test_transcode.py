@@ -185,7 +185,7 @@ def test_any_codec(source, tmp_path, suffix, codec, options):
 
 
 @pytest.mark.parametrize(("space", "levels"), [(1, 1), (1, 2), (9, 1), (5, 2)])
-def test_colours_become_bt601(source, tmp_path, space, levels):
+def test_colors_become_bt601(source, tmp_path, space, levels):
     """Whatever the source's matrix and range, a decoder that knows only BT.601 in limited range is right."""
     path = source / "clip.mkv"
     clip = textured(3)

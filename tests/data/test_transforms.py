@@ -1,4 +1,4 @@
-"""Views: where they may lie, how often, in what colours; and their execution against float64 references."""
+"""Views: where they may lie, how often, in what colors; and their execution against float64 references."""
 
 import colorsys
 from collections import Counter
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from xclip_fast.data.sampling import frame_indices, sample_rng
-from xclip_fast.data.transforms import TestTransform, TrainTransform, View, apply, apply_frame, jitter, recolour
+from xclip_fast.data.transforms import TestTransform, TrainTransform, View, apply, apply_frame, jitter, recolor
 
 SIZES = [(340, 256), (256, 340), (224, 224), (1920, 1080), (97, 71), (5, 3), (2, 2), (1, 1), (1, 900), (2048, 1)]
 
@@ -86,7 +86,7 @@ def test_the_five_positions_and_ten_shapes_are_equally_likely():
     assert len(shapes) == 10
     assert all(220 < count < 380 for count in shapes.values())
     where = Counter(
-        "centre" if 0 < left < 1000 - width else (left > 0, top > 0)
+        "center" if 0 < left < 1000 - width else (left > 0, top > 0)
         for left, top, width, height in (view.crop for view in views)
         if height < 900
     )
@@ -98,15 +98,15 @@ def test_the_five_positions_and_ten_shapes_are_equally_likely():
 def test_training_probabilities():
     plain = TrainTransform(jitter_probability=0, grey=0)
     assert 0.46 < np.mean([view.flip for view in drawn(plain, 2000)]) < 0.54
-    assert all(view.colour is None for view in drawn(plain, 50))
+    assert all(view.color is None for view in drawn(plain, 50))
     views = drawn(TrainTransform(), 2000)
-    grey = np.mean([view.colour is not None and np.ptp(view.colour, axis=0).max() == 0 for view in views])
-    none = np.mean([view.colour is None for view in views])
+    grey = np.mean([view.color is not None and np.ptp(view.color, axis=0).max() == 0 for view in views])
+    none = np.mean([view.color is None for view in views])
     assert 0.17 < grey < 0.23  # every row the same: all three channels are
     assert 0.13 < none < 0.19  # 0.2 x 0.8
     for view in views[:50]:
-        assert view.colour is None or (view.colour.dtype == np.float32 and view.colour.shape == (3, 4))
-    assert all(view.colour is not None for view in drawn(TrainTransform(jitter_probability=1), 50))
+        assert view.color is None or (view.color.dtype == np.float32 and view.color.shape == (3, 4))
+    assert all(view.color is not None for view in drawn(TrainTransform(jitter_probability=1), 50))
     assert not any(view.flip for view in drawn(TrainTransform(flip=0), 50))
     assert all(view.flip for view in drawn(TrainTransform(flip=1), 50))
 
@@ -128,11 +128,11 @@ def test_one_setting_shifts_no_other():
             assert one.crop == other.crop or "scales" in change
             assert one.flip == other.flip or "flip" in change
             if not change.keys() & {"jitter_probability", "grey", "hue", "brightness"}:
-                assert np.array_equal(one.colour, other.colour)
+                assert np.array_equal(one.color, other.color)
     # The picture part is the same for every sampling and frame count.
     for one, other in zip(views, drawn(replace(base, sampling="dense", frames=3), 40), strict=True):
         assert (one.crop, one.flip) == (other.crop, other.flip)
-        assert np.array_equal(one.colour, other.colour)
+        assert np.array_equal(one.color, other.color)
 
 
 def test_views_depend_on_the_generator_alone():
@@ -151,7 +151,7 @@ def test_views_depend_on_the_generator_alone():
     assert one.frames.tolist() == [26, 149, 152, 281]
     assert one.crop == (0, 0, 224, 224)
     assert one.flip
-    assert one.colour[0].tolist() == pytest.approx([1.05652666, 0.05856303, 0.15425615, -30.5015602])
+    assert one.color[0].tolist() == pytest.approx([1.05652666, 0.05856303, 0.15425615, -30.5015602])
 
 
 def test_jitter_is_the_four_changes_in_any_order():
@@ -170,7 +170,7 @@ def test_jitter_is_the_four_changes_in_any_order():
         assert np.allclose(jitter(1, 1, 0.3, 0.2, order)[:, :3] @ grey, grey)
 
 
-def test_hue_turns_the_way_of_the_colour_circle():
+def test_hue_turns_the_way_of_the_color_circle():
     """As in HSV: red goes towards yellow for a positive turn, towards magenta for a negative one."""
     for turn in (0.05, -0.05, 0.1):
         rgb = jitter(1, 1, 1, turn, np.arange(4))[:, :3] @ [0.6, 0.3, 0.3]
@@ -189,36 +189,36 @@ def test_jitter_ranges():
     ):
         found = []
         for view in drawn(TrainTransform(**{**off, name: part}), 300):
-            matrix = view.colour.astype(np.float64)
+            matrix = view.color.astype(np.float64)
             factor = matrix[0, 0] - matrix[1, 0]  # each is factor x identity, plus the same in every row
             assert np.allclose(matrix[:, 3], (1 - factor) * 127.5 if name == "contrast" else 0, atol=1e-3)
             found.append(factor)
         assert low - 1e-6 <= min(found) < low + 0.03 * (high - low)
         assert high - 0.03 * (high - low) < max(found) <= high + 1e-6
-    assert all(view.colour is None for view in drawn(TrainTransform(**off), 20))  # every factor is 1: nothing to do
+    assert all(view.color is None for view in drawn(TrainTransform(**off), 20))  # every factor is 1: nothing to do
 
 
 def test_grey_is_luma_in_all_channels():
     picture = np.random.default_rng(0).integers(0, 256, (6, 7, 3), np.uint8)
     (view,) = drawn(TrainTransform(jitter_probability=0, grey=1), 1)
     out = np.empty_like(picture)
-    recolour(picture, view.colour, out)
+    recolor(picture, view.color, out)
     assert np.array_equal(out, np.repeat(np.rint(picture @ [0.299, 0.587, 0.114])[..., None], 3, -1))
     views = drawn(TrainTransform(jitter_probability=1, grey=1), 20)
-    assert all(np.ptp(view.colour, axis=0).max() == 0 for view in views)  # grey comes after the jitter
+    assert all(np.ptp(view.color, axis=0).max() == 0 for view in views)  # grey comes after the jitter
 
 
-def test_colours_round_once_half_to_even_and_are_cut():
+def test_colors_round_once_half_to_even_and_are_cut():
     picture = np.array([[[0, 1, 2], [3, 4, 255], [200, 101, 7]]], np.uint8)
     out = np.empty_like(picture)
-    recolour(picture, np.array([[0.5, 0, 0, 0], [0, 2, 0, -3], [0, 0, 1.5, 0]], np.float32), out)
+    recolor(picture, np.array([[0.5, 0, 0, 0], [0, 2, 0, -3], [0, 0, 1.5, 0]], np.float32), out)
     assert out.tolist() == [[[0, 0, 3], [2, 5, 255], [100, 199, 10]]]  # 1.5 -> 2, 10.5 -> 10, -1 -> 0, 382 -> 255
     rng = np.random.default_rng(0)
     picture = rng.integers(0, 256, (40, 50, 3), np.uint8)
     out = np.empty_like(picture)
     for view in drawn(TrainTransform(jitter_probability=1), 30):
-        recolour(picture, view.colour, out)
-        exact = picture @ view.colour[:, :3].T.astype(np.float64) + view.colour[:, 3]
+        recolor(picture, view.color, out)
+        exact = picture @ view.color[:, :3].T.astype(np.float64) + view.color[:, 3]
         assert np.abs(np.clip(exact, 0, 255) - out).max() <= 0.5001
 
 
@@ -230,7 +230,7 @@ def test_colours_round_once_half_to_even_and_are_cut():
 def test_apply_against_float64(box, size):
     frames = np.random.default_rng(1).integers(0, 256, (2, 256, 340, 3), np.uint8)
     left, top, width, height = box
-    colour = jitter(1.2, 0.8, 1.1, 0.05, np.array([2, 0, 3, 1])).astype(np.float32)
+    color = jitter(1.2, 0.8, 1.1, 0.05, np.array([2, 0, 3, 1])).astype(np.float32)
     plain = apply(View(np.arange(2), box, size), frames)
     assert plain.shape == (2, size, size, 3)
     assert plain.dtype == np.uint8
@@ -238,10 +238,10 @@ def test_apply_against_float64(box, size):
         exact = reference_resize(frame[top : top + height, left : left + width], size)
         assert np.abs(picture - exact).max() <= 1.001
     assert np.array_equal(apply(View(np.arange(2), box, size, flip=True), frames), plain[:, :, ::-1])
-    coloured = apply(View(np.arange(2), box, size, flip=True, colour=colour), frames)
-    for frame, picture in zip(frames, coloured, strict=True):
+    colored = apply(View(np.arange(2), box, size, flip=True, color=color), frames)
+    for frame, picture in zip(frames, colored, strict=True):
         exact = reference_resize(frame[top : top + height, left : left + width], size)[:, ::-1]
-        exact = np.clip(exact @ colour[:, :3].T.astype(np.float64) + colour[:, 3], 0, 255)
+        exact = np.clip(exact @ color[:, :3].T.astype(np.float64) + color[:, 3], 0, 255)
         assert np.abs(picture - exact).max() <= 0.5005  # rounded once
 
 
@@ -270,7 +270,7 @@ def test_test_views():
     assert view.crop == (0, 0, 340, 256)
     assert (view.scaled, view.corner) == ((340, 256), (58, 16))  # at a short side of 256 nothing is resized
     assert view.frames.tolist() == frame_indices(300, 8).tolist()
-    assert (view.flip, view.colour, view.size, view.drawn_from) == (False, None, 224, (300, 340, 256))
+    assert (view.flip, view.color, view.size, view.drawn_from) == (False, None, 224, (300, 340, 256))
     frame = np.random.default_rng(0).integers(0, 256, (1, 256, 340, 3), np.uint8)
     assert np.array_equal(apply(view, frame)[0], frame[0, 16:240, 58:282])
     (view,) = TestTransform(8, 336).crops_of(1280, 720)
@@ -314,7 +314,7 @@ def test_test_crops_are_cut_from_the_resized_frame(shape, crops):
                 out = np.empty((size, size, 3), np.uint8)
                 apply_frame(replace(view, flip=flip), frame, out)
                 assert np.abs(out - expected).max() <= 1.001
-                apply_frame(replace(view, flip=flip, colour=np.eye(3, 4, dtype=np.float32)), frame, out)
+                apply_frame(replace(view, flip=flip, color=np.eye(3, 4, dtype=np.float32)), frame, out)
                 assert np.abs(out - expected).max() <= 0.501
 
 

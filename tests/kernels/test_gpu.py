@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from xclip_fast.kernels import BackendError, _cuda
+from xclip_fast.kernels import _overlap as overlap
 
 from xclip_fast import VARIANTS, XCLIP, FastCCTBlock, VideoFeatures, backend, tokenize
-from xclip_fast.nn import overlap
 
 pytestmark = pytest.mark.gpu
 LABELS = ["riding a bike", "swimming", "playing the accordion while walking", "yoga"]
@@ -213,7 +213,7 @@ def test_compiled_model_gives_the_same_numbers() -> None:
 
 @pytest.mark.parametrize("backend_name", ["cuda", "library", "reference"])
 @pytest.mark.parametrize("name", ["B/32-8f", "B/16-8f", "L/14-8f"])
-def test_quantised_model_stays_close(name: str, backend_name: str) -> None:
+def test_quantized_model_stays_close(name: str, backend_name: str) -> None:
     model, tokens = shallow(name).bfloat16(), tokenize(LABELS).cuda()
     video = frames(model, 4)
     with torch.inference_mode():
@@ -233,7 +233,7 @@ def test_quantised_model_stays_close(name: str, backend_name: str) -> None:
     assert F.cosine_similarity(got_logits, exact_logits).min() >= 0.99
 
 
-def test_quantised_tower_is_captured_in_a_cuda_graph() -> None:
+def test_quantized_tower_is_captured_in_a_cuda_graph() -> None:
     model = shallow("B/16-8f").bfloat16()
     video = frames(model, 1)
     with torch.inference_mode():

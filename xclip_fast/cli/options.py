@@ -1,4 +1,4 @@
-"""What the commands share: options, and what their values mean."""
+"""Options that several commands have, and the meaning of their values."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def render(
 
     # Every clip draws the same numbers in the same order, whatever its kind.
     background_HWC = _background(rng, height, width)
-    colour = np.array(rng.uniform((130, 130, 130), (255, 255, 255)))
+    color = np.array(rng.uniform((130, 130, 130), (255, 255, 255)))
     shape = int(rng.integers(3))
     radius = rng.uniform(0.1, 0.18) * unit
     start, end, across, span = rng.uniform((0, 0.75, 0, np.pi / 2), (0.25, 1, 1, 3 * np.pi / 2))
@@ -71,7 +71,7 @@ def render(
     clip = np.empty((frames, height, width, 3), np.uint8)
     for frame, phase in enumerate(np.linspace(0, 1, frames)):
         along = start + (end - start) * phase
-        x, y, r, ink = inside(across, width), inside(across, height), radius, colour
+        x, y, r, ink = inside(across, width), inside(across, height), radius, color
         if kind == "moving right":
             x = inside(along, width)
         elif kind == "moving down":
@@ -91,7 +91,7 @@ def render(
 
 
 def _background(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """A dark, smooth, still picture: 5 x 5 random colours, interpolated. float (height, width, 3)."""
+    """A dark, smooth, still picture: 5 x 5 random colors, interpolated. float (height, width, 3)."""
     grid = rng.uniform(10, 90, (5, 5, 3))
     for axis, length in ((0, height), (1, width)):
         place = np.linspace(0, 4, length)

@@ -1,4 +1,4 @@
-"""Which videos of an epoch in which order, and which frames of a video. Plain arithmetic; nothing here opens a file."""
+"""The order of videos in an epoch, and the frames that are taken of a video. Nothing here opens a file."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ class Threads:
         return job
 
     def result(self, job: Job) -> Any:
-        """What the work returned or raised; TimeoutError if it hangs. Hung jobs that come before it count too."""
+        """Returns or raises what the job did. Raises TimeoutError if it hangs, or if hung jobs block it."""
         while not job.future.done():
             self.check()
             wait([job.future], timeout=min(0.5, self.limit / 4))

@@ -1,6 +1,6 @@
-"""Which frames and which part of the picture a model sees, and in what colours. One description, two executions.
+"""Views: the frames, the part of the picture and the colors that a model sees. The CPU and the GPU execute them.
 
-A `View` says everything: frame numbers, a box of whole pixels, a size, a mirror, a colour matrix. A transform draws
+A `View` says everything: frame numbers, a box of whole pixels, a size, a mirror, a color matrix. A transform draws
 views from a video's frame count and size alone, so they can be drawn before the file is opened; `apply` executes a view
 on decoded frames here, the GPU pipeline executes the same one there.
 
@@ -27,19 +27,19 @@ Box = tuple[int, int, int, int]
 LUMA = (0.299, 0.587, 0.114)
 _YIQ = np.array([LUMA, (0.595716, -0.274453, -0.321263), (0.211456, -0.522591, 0.311135)])
 _RGB = np.linalg.inv(_YIQ)
-_GREY = np.tile(_YIQ[0], (3, 1))
+_GRAY = np.tile(_YIQ[0], (3, 1))
 _STRIP = 56  # rows
 _LONGEST = 16  # a longer resized side, in sizes of the view, is not resized as a whole
-_MIDDLE = 127.5  # mid grey: what a change of contrast leaves alone
+_MIDDLE = 127.5  # mid gray: what a change of contrast leaves alone
 
 
 @dataclass(frozen=True, eq=False)
 class View:
-    """What one view takes from a video: uint8 (T, size, size, 3).
+    """The part of a video that one view shows: uint8 (T, size, size, 3).
 
     `frames`: frame numbers, int64 (T,). `crop`: the box that is resized to `scaled`, (width, height), by default
     (size, size). `corner`: (left, top) of the square of `size` in the resized box. `flip`: mirrored left to right
-    after that. `colour`: float32 (3, 4), the map `matrix @ rgb + offset` on levels from 0 to 255; None leaves them.
+    after that. `color`: float32 (3, 4), the map `matrix @ rgb + offset` on levels from 0 to 255; None leaves them.
     `drawn_from`: (frames, width, height) of the video that the view was drawn for; `decode_views` refuses another.
     """
 
@@ -47,7 +47,7 @@ class View:
     crop: Box
     size: int
     flip: bool = False
-    colour: np.ndarray | None = None
+    color: np.ndarray | None = None
     drawn_from: tuple[int, int, int] | None = None
     scaled: tuple[int, int] | None = None
     corner: tuple[int, int] = (0, 0)
@@ -63,9 +63,9 @@ class TrainTransform:
     """The training recipe of the paper. Each call of `views` draws one view.
 
     `frames`, `sampling`, `stride`: as in `frame_indices`. `scales`: sizes of the crop as shares of the short side,
-    drawn for width and height apart, at most one step of the list from each other; it lies in a corner or the centre.
+    drawn for width and height apart, at most one step of the list from each other; it lies in a corner or the center.
     `flip`, `jitter_probability`, `grey`: probabilities. `brightness`, `contrast`, `saturation`: factors are drawn from
-    [1 - x, 1 + x] (not under 0); `hue`: turns of the colour circle, from [-x, x], at most 0.5.
+    [1 - x, 1 + x] (not under 0); `hue`: turns of the color circle, from [-x, x], at most 0.5.
     """
 
     random: ClassVar[bool] = True
@@ -109,10 +109,10 @@ class TrainTransform:
         i, j = pairs[int(u[0] * len(pairs))]
         across, down = _share(self.scales[i], short), _share(self.scales[j], short)
         box = (*_place(int(u[1] * 5), width - across, height - down), across, down)
-        colour = self._colour(u[4:]) if u[3] < self.jitter_probability else np.eye(3, 4)
+        color = self._color(u[4:]) if u[3] < self.jitter_probability else np.eye(3, 4)
         if u[12] < self.grey:
-            colour = _GREY @ colour
-        changed = not np.array_equal(colour, np.eye(3, 4))
+            color = _GRAY @ color
+        changed = not np.array_equal(color, np.eye(3, 4))
         frames = frame_indices(total, self.frames, self.sampling, stride=self.stride, rng=rng)
         return [
             View(
@@ -120,12 +120,12 @@ class TrainTransform:
                 box,
                 self.size,
                 bool(u[2] < self.flip),
-                colour.astype(np.float32) if changed else None,
+                color.astype(np.float32) if changed else None,
                 (total, width, height),
             )
         ]
 
-    def _colour(self, u: np.ndarray) -> np.ndarray:
+    def _color(self, u: np.ndarray) -> np.ndarray:
         """The four changes, in the order that four numbers give, as one float64 (3, 4)."""
         bright, strong, vivid = (
             max(0.0, 1 - part) + (1 + part - max(0.0, 1 - part)) * draw
@@ -193,7 +193,7 @@ def jitter(brightness: float, contrast: float, saturation: float, hue: float, or
     steps = (
         (brightness * eye, none),
         (contrast * eye, np.full(3, (1 - contrast) * _MIDDLE)),
-        (saturation * eye + (1 - saturation) * _GREY, none),
+        (saturation * eye + (1 - saturation) * _GRAY, none),
         (_RGB @ turn @ _YIQ if hue else eye, none),
     )
     matrix, offset = eye, none
@@ -225,14 +225,14 @@ def apply_frame(view: View, frame_HWC: np.ndarray, out_SSC: np.ndarray) -> None:
     box_HWC = frame_HWC[top : top + height, left : left + width]
     if box_HWC.shape[:2] != (height, width):
         raise ValueError(f"crop {view.crop} leaves the frame of {frame_HWC.shape[1]}x{frame_HWC.shape[0]} pixels")
-    if view.colour is not None:
-        _apply_with_colour(view, view.colour, box_HWC, out_SSC)
+    if view.color is not None:
+        _apply_with_color(view, view.color, box_HWC, out_SSC)
         return
     (across, down), (x, y) = view.resized, view.corner
     if (width, height) == (across, down):
         picture_SSC = box_HWC[y : y + view.size, x : x + view.size]
     elif max(across, down) > _LONGEST * view.size:  # a picture a few pixels wide
-        _apply_with_colour(view, np.eye(3, 4, dtype=np.float32), box_HWC, out_SSC)
+        _apply_with_color(view, np.eye(3, 4, dtype=np.float32), box_HWC, out_SSC)
         return
     else:
         picture_SSC = _resized(box_HWC, across, down, x, y, view.size)
@@ -273,8 +273,8 @@ def _part(length: int, scaled: int, start: int, size: int) -> tuple[int, int, in
     return skip * length // scaled, skip, end
 
 
-def _apply_with_colour(view: View, colour: np.ndarray, box_HWC: np.ndarray, out_SSC: np.ndarray) -> None:
-    """Resize, mirror and colour a box in float32, rounded once: colours would amplify the error of a rounded resize.
+def _apply_with_color(view: View, color: np.ndarray, box_HWC: np.ndarray, out_SSC: np.ndarray) -> None:
+    """Resize, mirror and color a box in float32, rounded once: colors would amplify the error of a rounded resize.
 
     NumPy, for torch would share the work out to all cores from every decoding thread; a strip of R rows at a time, so
     that what is in between stays in the cache.
@@ -295,7 +295,7 @@ def _apply_with_colour(view: View, colour: np.ndarray, box_HWC: np.ndarray, out_
         x_CRS -= before_CRS
         x_CRS *= across
         x_CRS += before_CRS
-        recolour(x_CRS.transpose(1, 2, 0), colour, out_SSC[rows])
+        recolor(x_CRS.transpose(1, 2, 0), color, out_SSC[rows])
 
 
 def _taps(length: int, scaled: int, start: int, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -306,15 +306,15 @@ def _taps(length: int, scaled: int, start: int, size: int) -> tuple[np.ndarray, 
     return low, np.minimum(low + 1, length - 1), (at - low).astype(np.float32)
 
 
-def recolour(picture_HWC: np.ndarray, colour: np.ndarray, out_HWC: np.ndarray) -> None:
-    """colour[:, :3] @ rgb + colour[:, 3] of each pixel, in float32, rounded half to even and cut to 0..255 once.
+def recolor(picture_HWC: np.ndarray, color: np.ndarray, out_HWC: np.ndarray) -> None:
+    """color[:, :3] @ rgb + color[:, 3] of each pixel, in float32, rounded half to even and cut to 0..255 once.
 
     `picture_HWC`: uint8 or float32. `out_HWC`: uint8.
     """
     # NumPy, plane by plane: half the time of a matrix product, and no BLAS that may be set to a lower precision.
     r, g, b = np.ascontiguousarray(picture_HWC.transpose(2, 0, 1)).astype(np.float32, copy=False)
     part = np.empty_like(r)
-    for channel, (red, green, blue, offset) in enumerate(colour.astype(np.float32)):
+    for channel, (red, green, blue, offset) in enumerate(color.astype(np.float32)):
         level = r * red
         level += np.multiply(g, green, out=part)
         level += np.multiply(b, blue, out=part)
@@ -328,7 +328,7 @@ def _share(scale: float, short: int) -> int:
 
 
 def _place(position: int, spare_x: int, spare_y: int) -> tuple[int, int]:
-    """(left, top) in one of the four corners (0 to 3) or the centre (4), with this much room."""
+    """(left, top) in one of the four corners (0 to 3) or the center (4), with this much room."""
     if position == 4:
         return spare_x // 2, spare_y // 2
     return spare_x * (position % 2), spare_y * (position // 2)

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..files import write_text
+from ..processes import find_device, join_processes
 from ..text.labels import readable
 from ..weights.recipe import Trained
 from .sample_lists import draw_classes, few_shot, new_classes, read_classes, read_draws, write_draws, write_samples
@@ -235,8 +237,8 @@ def main(
     """
     from ..console import Bar
     from ..data.manifest.manifest import Manifest
-    from .report import write
-    from .setup import load, named, processes
+    from .report import reserved, write
+    from .setup import load, named
 
     if protocol not in PROTOCOLS:
         raise ValueError(f"protocol {protocol!r}: one of {', '.join(PROTOCOLS)} wanted")
@@ -259,37 +261,31 @@ def main(
         if not draws and kinetics400 is not None:
             chosen = kinetics600_draws(videos[0].classes, read_classes(kinetics400), seed)
     trained = Trained.read(checkpoint)
-    if out is not None:
-        Path(out).mkdir(parents=True, exist_ok=True)
-        if not os.access(out, os.W_OK | os.X_OK):
-            raise PermissionError(f"{out}: cannot be written; choose another folder")
     settings |= trained.choose(*(settings.get(name) for name in ("frames", "sampling", "stride", "templates")))
-    with processes(device) as (place, rank):
-        model = load(checkpoint, variant, place, dtype)
-        with Bar(hidden=rank > 0) as bar:
+    with join_processes(find_device(device)) as process, reserved(None if process.rank else out, overwrite):
+        model = load(checkpoint, variant, process.device, dtype)
+        with Bar(hidden=process.rank > 0) as bar:
             settings = {"progress": bar.update, **settings}
             if chosen:
                 results = over_draws(model, videos[0], chosen, **settings)
             else:
                 results = over_splits(model, videos, trained=trained if what.table == 5 else None, **settings)
-    if rank:
-        return None
-    sources = list(manifests) if len(manifests) == len(results) else [manifests[0]] * len(results)
-    results = [named(*each) for each in zip(results, [checkpoint] * len(results), sources, strict=True)]
-    report = _report(protocol, results, shots, None if draws or not chosen else seed)
-    show(report)
-    if out is not None:
-        folder = Path(out)
-        folder.mkdir(parents=True, exist_ok=True)
-        for number, result in enumerate(results, 1):
-            write(result, folder / f"part{number}", overwrite=overwrite)
-        if chosen:
-            write_draws(chosen, folder / "draws.json", about={"protocol": protocol, "seed": report["seed"]})
-        part = folder / f".protocol.{os.getpid()}.part"
-        part.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(part, folder / "protocol.json")
-        _note(f"written: {out}")
-    return report
+        if process.rank:
+            return None
+        sources = list(manifests) if len(manifests) == len(results) else [manifests[0]] * len(results)
+        results = [named(*each) for each in zip(results, [checkpoint] * len(results), sources, strict=True)]
+        report = _report(protocol, results, shots, None if draws or not chosen else seed)
+        show(report)
+        if out is not None:
+            folder = Path(out)
+            folder.mkdir(parents=True, exist_ok=True)
+            for number, result in enumerate(results, 1):
+                write(result, folder / f"part{number}", overwrite=overwrite)
+            if chosen:
+                write_draws(chosen, folder / "draws.json", about={"protocol": protocol, "seed": report["seed"]})
+            write_text(folder / "protocol.json", json.dumps(report, indent=1, allow_nan=False) + "\n")
+            _note(f"written: {out}")
+        return report
 
 
 def _report(protocol: str, results: Sequence[Evaluation], shots: int | None, seed: int | None) -> dict[str, Any]:

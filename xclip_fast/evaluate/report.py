@@ -75,14 +75,15 @@ def reserved(folder: str | os.PathLike[str] | None, overwrite: bool) -> Iterator
         return
     target = Path(os.path.realpath(folder))
     home = target if target.is_dir() else target.parent
-    try:
-        check_folder(folder, overwrite)
-        home.mkdir(parents=True, exist_ok=True)
-        with locked(home / f".{target.name}.evaluating", folder):
+    with contextlib.ExitStack() as held:
+        try:
             check_folder(folder, overwrite)
-            yield
-    except PermissionError as error:
-        raise PermissionError(f"{folder}: cannot be written ({error.strerror}); choose another folder") from error
+            home.mkdir(parents=True, exist_ok=True)
+            held.enter_context(locked(home / f".{target.name}.evaluating", folder))
+        except PermissionError as error:
+            raise PermissionError(f"{folder}: cannot be written ({error.strerror}); choose another folder") from error
+        check_folder(folder, overwrite)  # again: another evaluation may have ended meanwhile
+        yield
 
 
 def check_folder(folder: str | os.PathLike[str], overwrite: bool) -> None:
@@ -99,7 +100,7 @@ def check_folder(folder: str | os.PathLike[str], overwrite: bool) -> None:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """What ran it: the device's name and the versions."""
+    """The device's name and the versions of the packages, for the summary."""
     import torch
 
     from .. import __version__

@@ -1,4 +1,4 @@
-"""What an evaluation found out."""
+"""The result of an evaluation: predictions, confusion matrix, accuracies."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Prediction:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """The outcome. Accuracies are fractions of the ``counted`` videos, NaN if there is none."""
+    """The result of an evaluation. Accuracies are fractions of the ``counted`` videos, NaN if there is none."""
 
     labels: tuple[str, ...]  # K
     videos: int  # m: rows of the manifest; predictions + failed

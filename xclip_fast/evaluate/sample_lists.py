@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..data.sampling import sample_rng
+from ..files import write_text
 from ..text.labels import plain_name
 
 if TYPE_CHECKING:
@@ -77,10 +78,10 @@ def write_samples(
         writer = csv.writer(text)
         writer.writerow(("path", "member", "label"))
         writer.writerows((each["path"], each["member"] or "", each["label"] or "") for each in samples)
-        _write(path, text.getvalue())
+        write_text(path, text.getvalue(), errors="surrogateescape")
     elif path.suffix == ".json":
         header = {"kind": SAMPLES, **(about or {}), "data": manifest.fingerprint, "count": len(samples)}
-        _write(path, json.dumps({**header, "samples": samples}, indent=1) + "\n")
+        write_text(path, json.dumps({**header, "samples": samples}, indent=1) + "\n")
     else:
         raise ValueError(f"{path}: .json, .csv or .jsonl wanted")
 
@@ -115,7 +116,7 @@ def write_draws(
 ) -> None:
     """Write the classes of each draw as JSON."""
     content = {"kind": DRAWS, **(about or {}), "draws": [list(names) for names in draws]}
-    _write(Path(path), json.dumps(content, indent=1) + "\n")
+    write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def read_draws(paths: Sequence[str | os.PathLike[str]]) -> list[list[str]]:
@@ -177,13 +178,3 @@ def _json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: is not JSON: {error}") from error
-
-
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_text(text, encoding="utf-8", errors="surrogateescape", newline="")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""What the video tower gives for B videos of N patches; E is the embedding size."""
+"""The result of the video tower for B videos of N patches; E is the embedding size."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 class VideoFeatures(NamedTuple):
-    """What the video tower knows of B videos."""
+    """Features of B videos."""
 
     video: Tensor  # (B, E)
-    patches: Tensor  # (B, N, E), averaged over the frames; (B, 0, E) where no prompt asks for them
+    patches: Tensor  # (B, N, E), averaged over the frames; (B, 0, E) if the model has no prompts

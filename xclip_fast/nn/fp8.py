@@ -37,7 +37,7 @@ class Fp8Weights(nn.Module):
         for name, weight in (("qkv", qkv), ("fc", fc), ("projection", projection)):
             weight8, scale = kernels.quantize_weight(weight)
             if not scale.isfinite().all():
-                raise ValueError(f"the weight {name} holds NaN or infinity: it cannot be quantised")
+                raise ValueError(f"the weight {name} holds NaN or infinity: it cannot be quantized")
             self.register_buffer(name, weight8, persistent=False)
             self.register_buffer(f"{name}_scale", scale, persistent=False)
         self.projection_scale *= hidden_scale

@@ -5,12 +5,14 @@ B videos, N patches, K labels, E embedding size.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from .. import kernels
 from ..kernels._linear import linear
-from .layers import feed_forward, init_linear
+from .layers import init_linear
 from .parts import CrossAttention, Mlp, is_plain, layer_norm
 
 
@@ -26,7 +28,7 @@ class PromptLayer(nn.Module):
         self.mlp = Mlp(width, names=("0", "1", "3"))  # the released numbering, in which 2 is a dropout
 
     def forward(self, text: Tensor, patches_BNE: Tensor) -> Tensor:
-        """text (K, E), shared by the videos, or (B, K, E); patches (B, N, E), normalised. Returns (B, K, E)."""
+        """text (K, E), shared by the videos, or (B, K, E); patches (B, N, E), normalized. Returns (B, K, E)."""
         attention, norm = self.cross_attn, self.norm1
         if not is_plain(self._modules, eps=norm.eps):
             text_BKE = text + attention(norm(text), patches_BNE)
@@ -35,17 +37,22 @@ class PromptLayer(nn.Module):
         query, key, value = (
             (layer.weight, layer.bias) for layer in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
-        asked = kernels.ln_linear(text, norm.weight, norm.bias, *query, norm.eps)
+        asked = linear(kernels.layer_norm(text, norm.weight, norm.bias, norm.eps), *query)
         mixed_BKE = attention.attend(asked, linear(patches_BNE, *key), linear(patches_BNE, *value))
         text_BKE = text.expand(patches_BNE.shape[0], -1, -1)
-        text_BKE = kernels.linear_residual(mixed_BKE, attention.proj.weight, attention.proj.bias, text_BKE)
-        return feed_forward(text_BKE, self.norm3, self.mlp[0], self.mlp[2])
+        text_BKE = text_BKE + linear(mixed_BKE, attention.proj.weight, attention.proj.bias)
+        modules: tuple[Any, ...] = (self.norm3, self.mlp[0], self.mlp[2])
+        ln, fc, projection = ((module.weight, module.bias) for module in modules)
+        if kernels.cpu.takes(text_BKE, *ln, *fc, *projection):
+            return kernels.cpu.feed_forward(text_BKE, ln, fc, projection, norm.eps)
+        hidden = kernels.quick_gelu(linear(kernels.layer_norm(text_BKE, *ln, norm.eps), *fc))
+        return text_BKE + linear(hidden, *projection)
 
 
 class VideoSpecificPrompt(nn.Module):
     """alpha times the prompts of equation 10.
 
-    The first layer's normalised text and its query are the same for every video and computed once.
+    The first layer's normalized text and its query are the same for every video and computed once.
 
     Args:
         width: E. layers, heads: of the generator. alpha: initial value of the learnt scale (E,).

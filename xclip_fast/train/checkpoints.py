@@ -55,10 +55,18 @@ def latest(folder: Path) -> Path | None:
 
 def numbers(checkpoint: Path) -> dict[str, Any]:
     """The run's counters when the checkpoint was written: step, best and so on."""
+    path = checkpoint / _NUMBERS
     try:
-        return read_json(checkpoint / _NUMBERS)
+        found = read_json(path)
+        best = found.get("best")
+        scored = best is None or (
+            isinstance(best, dict) and isinstance(best.get("score"), list) and len(best["score"]) == 2
+        )
+        if not (isinstance(found.get("step"), int) and found["step"] >= 0 and scored):
+            raise ValueError(f"{path}: is damaged: its step or its best score is missing or of a wrong kind")
     except ValueError as error:
         raise ValueError(f"{error}; delete that folder to go on from the one before it") from error
+    return found
 
 
 def state(model: nn.Module, optimizer: torch.optim.Optimizer, ema: Mapping[str, Tensor] | None) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""What a training run says of itself: JSON lines, TensorBoard, a bar or lines on the terminal, a report at the end."""
+"""The log of a training run: JSON lines, TensorBoard, a progress bar or lines on the terminal, a report at the end."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import importlib.util
 import json
 import logging
 import math
-import os
 import sys
 import time
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ..files import write_text
 from .config import LogConfig, TrainConfig, to_yaml
 
 log = logging.getLogger("xclip_fast")
@@ -88,9 +88,7 @@ def cut(folder: Path, step: int) -> None:
     if not path.exists():
         return
     kept = [json.dumps(record) + "\n" for record in records(folder) if record["step"] <= step]
-    part = path.with_name(f".{FILE}.{os.getpid()}")
-    part.write_text("".join(kept), encoding="utf-8")
-    part.replace(path)
+    write_text(path, "".join(kept))
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
@@ -151,7 +149,7 @@ def report(folder: Path, config: TrainConfig, about: Mapping[str, Any]) -> Path:
         lines += ["![Loss, learning rate, accuracy and speed by step](curves.png)", ""]
     lines += ["## Configuration", "", "```yaml", to_yaml(config).rstrip(), "```", ""]
     path = folder / "report.md"
-    path.write_text("\n".join(lines), encoding="utf-8")
+    write_text(path, "\n".join(lines))
     return path
 
 

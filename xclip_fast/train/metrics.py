@@ -1,4 +1,4 @@
-"""What the steps of a training run measure: how it gets to the host without a wait, and what is made of it.
+"""The measurements of training steps: copied to the host without waiting, summed up, written as log records.
 
 B videos of a batch.
 """
@@ -19,7 +19,8 @@ from . import log as training_log
 from .config import TrainConfig
 
 if TYPE_CHECKING:
-    from .setup import Data, Process
+    from ..processes import Process
+    from .setup import Data
 
 LAG = 4  # steps until a step's measurements are read
 
@@ -29,7 +30,7 @@ class Diverged(ValueError):
 
 
 class Measured:
-    """What a step measures, on its way from the device to the host."""
+    """The measurements of one step, on their way from the device to the host."""
 
     def __init__(self, step: int, rate: float) -> None:
         self.step, self.rate, self.waited = step, rate, 0.0

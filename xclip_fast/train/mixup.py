@@ -1,6 +1,6 @@
 """Mixup, cutmix and label smoothing of a batch, on its device.
 
-What is drawn is a function of the key alone, by NumPy's Philox on the host: no state to save, nothing to wait for.
+The random numbers depend on the key alone (NumPy's Philox, on the host): there is no state to save.
 Mixup: Zhang et al., ICLR 2018; cutmix: Yun et al., ICCV 2019; the numbers are those of the X-CLIP paper's supplement.
 B videos, T frames, K classes.
 """

@@ -26,9 +26,9 @@ def is_new(name: str, also: Iterable[str] = ()) -> bool:
 
 
 def freeze(model: nn.Module, towers: Towers, also_new: Iterable[str] = ()) -> None:
-    """Say which parameters are trained (Table 7): new ones always, the inherited ones of the towers named.
+    """Set which parameters are trained (Table 7): new ones always, inherited ones only in the named towers.
 
-    The scale of the similarity counts to the text tower, as in the released code.
+    The scale of the similarity belongs to the text tower, as in the released code.
     """
     for name, parameter in model.named_parameters():
         tower = "visual" if _VISUAL.match(name) else "text"
@@ -118,7 +118,7 @@ def set_rate(made: torch.optim.Optimizer, config: OptimConfig, step: int, total:
 
 
 def set_step(made: torch.optim.Optimizer, step: int) -> None:
-    """Where an optimizer counts its steps outside the tensors of its state (apex), say how many there were."""
+    """Set the step count of an optimizer that keeps it outside its state tensors (apex)."""
     for group in made.param_groups:
         if type(made).__name__ == "FusedAdam":
             group["step"] = step

@@ -13,10 +13,11 @@ from typing import Any
 
 import torch.distributed as dist
 
+from ..files import write_text
+from ..processes import Process
 from . import checkpoints as training_checkpoint
 from . import config as train_config
 from .config import ConfigError, TrainConfig
-from .setup import Process
 
 log = logging.getLogger("xclip_fast")
 
@@ -66,9 +67,7 @@ def _output_folder(config: TrainConfig, fresh: bool, held: contextlib.ExitStack)
                 + "\n  ".join(changed)
                 + "\ngive the old values to go on with it, another output folder, or --fresh to start over beside it"
             )
-    part = folder / f".{CONFIG}.{os.getpid()}"
-    part.write_text(train_config.to_yaml(config), encoding="utf-8")
-    part.replace(folder / CONFIG)
+    write_text(folder / CONFIG, train_config.to_yaml(config))
     return folder, resume
 
 

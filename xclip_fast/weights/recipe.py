@@ -1,4 +1,4 @@
-"""What a checkpoint was trained with that its weights do not say: the classes' texts, and how frames are taken."""
+"""``trained.json``: the class texts and the frame sampling that a checkpoint was trained with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which videos NVIDIA DALI 2 decodes right. Imports nothing of DALI."""
+"""The videos that NVIDIA DALI 2 decodes correctly. Does not import DALI."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BT601, BT709 = (2, 4, 5, 6), 1  # FFmpeg's AVColorSpace; 2: not stated, which al
 
 
 def missing() -> str | None:
-    """Why DALI cannot be used here, or None. Imports nothing."""
+    """The reason why DALI cannot be used here, or None. Does not import it."""
     try:
         found = importlib.util.find_spec("nvidia.dali") is not None
     except ModuleNotFoundError:
@@ -29,8 +29,8 @@ def require() -> None:
         raise ImportError(why)
 
 
-def supported(video: Video, *, gpu: bool = True, exact_colour: bool = False, largest_file: int = 1 << 28) -> str | None:
-    """Why this video must be decoded on the CPU, or None if DALI gives its frames by their right numbers and colours.
+def supported(video: Video, *, gpu: bool = True, exact_color: bool = False, largest_file: int = 1 << 28) -> str | None:
+    """The reason why this video must be decoded on the CPU, or None if DALI gives its right frames and colors.
 
     `gpu=False` asks about DALI's CPU operators (VP9 and MJPEG), which the tests run. `largest_file`: in bytes.
     """
@@ -56,9 +56,9 @@ def supported(video: Video, *, gpu: bool = True, exact_colour: bool = False, lar
     if video.size > largest_file:
         return f"large file: {video.size} bytes, and it would be read whole"
     if video.colorspace not in (*BT601, BT709):
-        return f"colour matrix: number {video.colorspace} of FFmpeg, and only BT.601 and BT.709 are known"
-    if exact_colour and video.colorspace == BT709:
-        return "colour matrix: BT.709, and exact colours are asked for"
+        return f"color matrix: number {video.colorspace} of FFmpeg, and only BT.601 and BT.709 are known"
+    if exact_color and video.colorspace == BT709:
+        return "color matrix: BT.709, and exact colors are asked for"
     if plan is None:
         return "its packets do not tell its frames"
     # DALI numbers the packets by their pts, leaving out negative ones, and takes hidden ones for frames.
@@ -75,7 +75,7 @@ def supported(video: Video, *, gpu: bool = True, exact_colour: bool = False, lar
 
 
 def container(head: bytes) -> str | None:
-    """Why a file with these first bytes must be decoded on the CPU: MP4 and Matroska seek by exact time, others not."""
+    """The reason why a file with these first bytes is for the CPU, or None. MP4 and Matroska seek by exact time."""
     if head[4:8] in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip") or head[:4] == b"\x1aE\xdf\xa3":
         return None
     return "neither MP4 nor Matroska"

@@ -5,7 +5,7 @@ decoding the whole file (`plan.py`). Where the packets cannot tell the frames (o
 damaged, the file is decoded from end to end instead: slower, the same answer. (Damage elsewhere is not seen; frames are
 then numbered by their packets.)
 
-Colours are converted to 8-bit RGB as the stream's matrix and range say, rounded once, the colour planes enlarged
+Colors are converted to 8-bit RGB as the stream's matrix and range say, rounded once, the color planes enlarged
 bilinearly: what NVIDIA DALI's CPU decoder gives, bit for bit. High dynamic range is not tone-mapped. Rotation and
 mirroring by metadata are applied, the pixel aspect ratio is not (as in the readers that X-CLIP was trained with).
 The PyAV wheel bundles FFmpeg with GPL encoders (x264, x265): mind that if you redistribute it.
@@ -30,9 +30,9 @@ from av.video.reformatter import VideoReformatter
 from ..sampling import Sampling, frame_indices
 from ..threads import Job, Threads
 from ..transforms import TestTransform, View, apply_frame
-from .picture import EXACT_COLOUR, Upright
+from .picture import EXACT_COLOR, Upright
 from .plan import Plan, by_plan, make_plan, still_fits
-from .reading import ReadError, Source, VideoError, all_frames, as_source, limit, log, open_video, too_slow
+from .reading import ReadError, Source, VideoError, all_frames, as_source, limit, log, no_frame, open_video, too_slow
 from .times import frame_times
 from .windows import Video, Window, decode_span, decode_windows
 
@@ -54,7 +54,9 @@ __all__ = [
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What `probe` finds. `width` and `height` are as displayed, after `rotation` (degrees clockwise: 0, 90, 180, 270);
+    """The facts that `probe` finds.
+
+    `width` and `height` are as displayed, after `rotation` (degrees clockwise: 0, 90, 180, 270);
     `frames` counts the frames there are, whatever the header says; `duration` is in seconds; `fps` is the average.
     `plan` is for `Source`; None where the packets do not tell the frames. `colorspace` is the first frame's matrix in
     FFmpeg's numbers (1: BT.709, 2: not stated, 5 and 6: BT.601, 9: BT.2020); `interlaced`: it holds two fields."""
@@ -89,7 +91,7 @@ def decode(
     `start`, `end`: only the frames with start <= time < end, in seconds from the first frame; by default all.
 
     `sampling`, `stride` and `rng` are those of `frame_indices`; a video with fewer frames than asked repeats them. The
-    picture is the paper's test view, `TestTransform`: the centre of a short side of size * 256 / 224, the same pixels
+    picture is the paper's test view, `TestTransform`: the center of a short side of size * 256 / 224, the same pixels
     as in an evaluation. `threads` is for the decoder of this one file; with many files give them a thread each instead
     (`decode_many`). Raises VideoError, also for a `start` after the end of the video.
     """
@@ -254,7 +256,7 @@ def probe(path: Video) -> VideoInfo:
         frames = all_frames(container, stream)
         first = next(frames, None)
         if first is None:
-            raise VideoError(f"{source}: no frame can be decoded ({codec})")
+            raise no_frame(source, stream)
         if plan is not None and first.pts != plan.pts[0]:
             plan = None  # what the packets promise is not what a decode yields
         height, width = Upright()(first, np.empty((first.height, first.width, 1))).shape[:2]
@@ -300,7 +302,7 @@ def _pick(
         return sorted(places)
 
     def take(number: int, frame: VideoFrame) -> None:
-        rgb = reformatter.reformat(frame, format="rgb24", interpolation=EXACT_COLOUR, threads=1)
+        rgb = reformatter.reformat(frame, format="rgb24", interpolation=EXACT_COLOR, threads=1)
         use(upright(frame, rgb.to_ndarray()), places[number])
 
     failed = None
@@ -314,7 +316,7 @@ def _pick(
                 if numbers and by_plan(container, stream, source.plan, numbers, take):
                     return
                 failed = source.plan if numbers else None
-        log.info("%s: is not as its stored plan says; planning it anew", source)
+        log.info("%s: does not match its stored plan; planning it again", source)
     with open_video(source, threads) as (container, stream):
         plan = make_plan(container, stream)
         if plan is not None:
@@ -324,7 +326,7 @@ def _pick(
     with open_video(source, threads) as (container, stream):
         total = sum(1 for _ in all_frames(container, stream))
         if not total:
-            raise VideoError(f"{source}: no frame can be decoded ({stream.codec_context.codec.canonical_name})")
+            raise no_frame(source, stream)
     try:
         last = pick(total)[-1]
     except (VideoError, IndexError) as error:

@@ -1,4 +1,4 @@
-"""Whether an H.264 stream may code the two fields of an interlaced frame as pictures of their own."""
+"""Tells whether an H.264 stream may code the two fields of an interlaced frame as separate pictures."""
 
 from __future__ import annotations
 

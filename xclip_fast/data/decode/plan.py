@@ -31,7 +31,7 @@ _MPEG4_PICTURE = b"\0\0\1\xb6"
 
 @dataclass(frozen=True)
 class Plan:
-    """What the packets tell: each frame's pts, in order of display; the number of the keyframe to start from to get it;
+    """Facts read from the packets: each frame's pts, in order of display; the keyframe to start from to get it;
     and the (pts, dts) of each keyframe, in order of decoding. Times are in units of the stream's time base."""
 
     pts: list[int]
@@ -40,7 +40,7 @@ class Plan:
 
 
 def can_plan(container: InputContainer, stream: VideoStream) -> bool:
-    """Whether packets and frames match one to one, as far as the kinds of container and codec tell."""
+    """True if packets and frames match one to one, as far as container and codec tell."""
     codec = stream.codec_context.codec.canonical_name
     formats = container.format.name.split(",")
     if codec not in _CODECS or _CONTAINERS.isdisjoint(formats):
@@ -114,7 +114,7 @@ def _holds_one_picture(packet: av.Packet) -> bool:
 
 
 def still_fits(plan: Plan, source: Source, container: InputContainer, stream: VideoStream) -> bool:
-    """Whether the file can still be the one that the plan was made of, as far as that is seen without reading it."""
+    """False if the file is not the one that the plan was made of. Does not read the file through."""
     if not can_plan(container, stream) or not plan.pts:
         return False
     if source.size is not None:  # of a tar member, `open_video` has compared it with the archive's own entry

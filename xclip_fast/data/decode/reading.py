@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("xclip_fast.data.decode")
 
-# FFmpeg's demuxers that read one file and open nothing else. Pictures are in it to be told from videos.
+# FFmpeg's demuxers that read one file and open nothing else. Pictures are among them, so that an error can name them.
 _FORMATS = (
     "3dostr,amv,apng,asf,av1,avi,avs2,avs3,cavsvideo,dirac,dv,evc,flv,gif,gxf,h261,h263,h264,hevc,ingenient,ipu,"
     "ivf,live_flv,m4v,matroska,mjpeg,mjpeg_2000,mov,mpeg,mpegts,mpegtsraw,mpegvideo,mpjpeg,mxf,nsv,nut,nuv,obu,ogg,rm,"
@@ -59,7 +59,7 @@ class ReadError(VideoError):
 
 @dataclass(frozen=True)
 class Source:
-    """Where a video is: a file, or with `offset` and `size` (bytes) a member of an uncompressed tar file.
+    """The place of a video: a file, or with `offset` and `size` (bytes) a member of an uncompressed tar file.
 
     `plan`: one made before (`probe`), to save reading all packets. `size` without `offset` is the size the file had
     then; if it has another now, or does not behave as planned, it is planned anew. Give it: without, an mp4 is known by
@@ -285,8 +285,20 @@ def _video_stream(source: Source, file: File, container: InputContainer, threads
     return stream
 
 
+def no_frame(source: Source, stream: VideoStream) -> VideoError:
+    """The error of a video that gives no frame."""
+    context = stream.codec_context
+    why = context.codec.canonical_name
+    if not context.width * context.height:  # FFmpeg keeps no size that is above the limit
+        why += (
+            f"; its picture size is missing, or above {limit('XCLIP_FAST_MAX_PIXELS')} pixels, which the environment "
+            "variable XCLIP_FAST_MAX_PIXELS raises"
+        )
+    return VideoError(f"{source}: no frame can be decoded ({why})")
+
+
 def is_picture(container: InputContainer) -> bool:
-    """Whether this is a file format of still pictures, which FFmpeg would play as a video of one frame."""
+    """True for formats of still pictures. FFmpeg plays them as videos of one frame."""
     name = container.format.name
     still = container.metadata.get("major_brand") in ("avif", "heic", "heix", "mif1")  # they share MP4's form
     return still or name == "image2" or name.endswith("_pipe")
@@ -340,7 +352,7 @@ def all_frames(container: InputContainer, stream: VideoStream) -> Iterator[Video
         except av.FFmpegError as error:
             if lacks_memory(error):
                 raise
-            log.info("%s: %s; packet passed over", name_of(container), reason(error))
+            log.info("%s: %s; packet skipped", name_of(container), reason(error))
             frames = []
         if silent >= 0 and not frames and packet is not None:
             silent += 1

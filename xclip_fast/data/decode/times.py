@@ -37,7 +37,7 @@ def frame_times(given: Sequence[int | None], step: int) -> list[int]:
 
 
 def _is_restart(times: Sequence[int], start: int, place: int, latest: int, step: int) -> bool:
-    """Whether the clock was set back at `place`: further than B frames go, or to times that are taken already."""
+    """True if the clock was set back at `place`: further than B frames go, or to times that are taken already."""
     if latest - times[place] > _REORDER * step:
         return True
     ahead = times[place : place + _REORDER]

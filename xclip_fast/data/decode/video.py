@@ -1,4 +1,4 @@
-"""What is known of one video: a row of a manifest."""
+"""One video: a row of a manifest."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Video:
 
     @property
     def plan(self) -> Plan | None:
-        """Which keyframe each frame needs, or None where the file has to be decoded from end to end.
+        """The decoding plan, or None if the file must be decoded from end to end.
 
         Raises DamagedPlan.
         """

@@ -23,9 +23,9 @@ from av.video.stream import VideoStream
 
 from ..sampling import Sampling, frame_indices
 from ..transforms import TestTransform, apply_frame
-from .picture import EXACT_COLOUR, Upright
+from .picture import EXACT_COLOR, Upright
 from .plan import Plan, make_plan, planned_frames, still_fits
-from .reading import Source, VideoError, all_frames, as_source, log, open_video
+from .reading import Source, VideoError, all_frames, as_source, log, no_frame, open_video
 
 Video = str | os.PathLike[str] | Source
 
@@ -148,7 +148,7 @@ def decode_spans(
         base = float(stream.time_base or 0)
         known = [math.nan if frame.pts is None else frame.pts * base for frame in all_frames(container, stream)]
         if not known:
-            raise VideoError(f"{source}: no frame can be decoded ({stream.codec_context.codec.canonical_name})")
+            raise no_frame(source, stream)
     times = np.array(known, np.float64)
     if not (np.diff(times, prepend=times[0]) >= 0).all():  # unknown times, or a clock that was set back
         times = np.arange(len(known)) / rate
@@ -219,7 +219,7 @@ class _Job:
         held: dict[int, np.ndarray] = {}  # frames (S, S, 3) that a window still needs
         place = 0
         for number, frame in frames:
-            rgb = reformatter.reformat(frame, format="rgb24", interpolation=EXACT_COLOUR, threads=1)
+            rgb = reformatter.reformat(frame, format="rgb24", interpolation=EXACT_COLOR, threads=1)
             picture_HWC = upright(frame, rgb.to_ndarray())
             height, width = picture_HWC.shape[:2]
             view = self.test.crops_of(width, height)[0]

@@ -1,4 +1,4 @@
-"""What a loader gives: batches, and a report of what came and what could not be read.
+"""The output of a loader: batches, and a report of the videos that came and those that could not be read.
 
 Sizes: B videos, V views, T frames, S pixels a side.
 """
@@ -28,7 +28,7 @@ class DataError(ValueError):
 
 @dataclass
 class Report:
-    """What came of an epoch, on one rank.
+    """The outcome of an epoch, on one rank.
 
     `total`: the videos that should have come, those that the index knows to be bad included; all ranks' add up to the
     manifest's rows. `delivered`: those that did, up to now. `bad`: row -> reason, of the whole manifest as far as this

@@ -98,7 +98,7 @@ class FrameCache:
         return None
 
     def _sound(self, frames: np.memmap, numbers: np.ndarray) -> bool:
-        """Whether these frames are as they were written. If not, the file is thrown away."""
+        """True if these frames are as they were written. If not, the file is removed."""
         path = Path(str(frames.filename))
         checked = self._checked.setdefault(path.name, np.zeros(len(frames), bool))
         try:

@@ -1,12 +1,12 @@
 """Batches decoded and cropped on the GPU with NVIDIA DALI 2: H.264 and HEVC by the decoder chip, the rest by kernels.
 
-What DALI is known to decode right goes to it; `supported` says why a video does not. Those videos, and the ones of a
-run that failed, are decoded on the CPU by `decode_views`, and take their places in the batch. So the samples, their
-order, frames, boxes, mirrors and colours are those of the CPU path. By DALI's CPU operators the pixels are within a
-level of it. NVDEC may enlarge the colour planes in another way, which would show at sharp edges of colour.
+DALI decodes the videos that it is known to decode correctly; `supported` gives the reason for each other one. Those
+videos, and the ones of a run that failed, are decoded on the CPU by `decode_views` and take their places in the batch.
+So the samples, their order, frames, boxes, mirrors and colors are those of the CPU path. The pixels of DALI's CPU
+operators are within a level of it. NVDEC may enlarge the color planes in another way, which shows at sharp edges of
+color.
 
-What NVDEC hides cannot be seen from here: it patches up damage inside a file without a word, where the CPU path would
-decode that file again from end to end.
+NVDEC conceals damage inside a file silently. The CPU path decodes such a file again from end to end.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _GIVE_UP = 5  # runs in a row that fail without a bad file among them: it is DAL
 
 
 class Transform(Protocol):
-    """What `TrainTransform` and `TestTransform` are. With an attribute `random` that is False, `rng` is None."""
+    """The interface of `TrainTransform` and `TestTransform`. If `random` is False, `rng` is None."""
 
     def views(self, total: int, width: int, height: int, rng: Any) -> list[View]: ...
 
@@ -61,7 +61,7 @@ def dali_batches(
     workers: int | None = None,
     time_limit: float = 60.0,
     memory: int = 2 << 30,
-    exact_colour: bool = False,
+    exact_color: bool = False,
     routes: MutableMapping[int, str | None] | None = None,
     on_bad: Callable[[int, str], None] | None = None,
 ) -> Iterator[Batch]:
@@ -70,7 +70,7 @@ def dali_batches(
     `ahead` batches are under way while one is used; `streams` pipelines of `threads` decoders each take turns;
     `workers` threads read files and decode what DALI cannot. A run of a pipeline holds at most `memory` bytes of
     full-size frames; larger batches are split. `routes` keeps, from one epoch to the next, why a row is decoded on the
-    CPU (None: it is not). `exact_colour`: BT.709 on the CPU, see `dali_graph`.
+    CPU (None: it is not). `exact_color`: BT.709 on the CPU, see `dali_graph`.
 
     A video that cannot be decoded is left out of its batch and told to `on_bad(row, reason)`, which may raise to stop.
     When a run fails, or does not end within `time_limit` seconds, its samples are decoded on the CPU; a hung pipeline
@@ -105,7 +105,7 @@ def dali_batches(
         device=device,
         like=like,
         memory=memory,
-        exact_colour=exact_colour,
+        exact_color=exact_color,
         readers=Threads(workers or cores, "video reader", lambda: None, time_limit),
         engines=Threads(streams, "dali", lambda: _Pipe(make), time_limit),
         routes={} if routes is None else routes,
@@ -151,7 +151,7 @@ class _Epoch:
     device: torch.device
     like: list[View]
     memory: int
-    exact_colour: bool
+    exact_color: bool
     readers: Threads
     engines: Threads
     routes: MutableMapping[int, str | None]
@@ -174,7 +174,7 @@ class _Epoch:
         for place, row in enumerate(rows.tolist()):
             video = self.manifest.videos[row]
             if row not in self.routes:
-                why = supported(video, gpu=self.device.type == "cuda", exact_colour=self.exact_colour)
+                why = supported(video, gpu=self.device.type == "cuda", exact_color=self.exact_color)
                 self.routes[row] = None
                 if why is not None:
                     self.route(row, why)
@@ -323,7 +323,7 @@ class _Epoch:
 
 
 def _first_line(error: Exception) -> str:
-    """What DALI says is wrong, without where in the graph and what it means for the pipeline."""
+    """DALI's reason alone, without the place in the graph and the advice."""
     text = str(error)
     _, found, rest = text.rpartition("encountered:")
     lines = (line.strip() for line in (rest if found else text).splitlines())

@@ -1,8 +1,8 @@
 """The NVIDIA DALI 2 pipeline that decodes videos and cuts views.
 
 DALI (2.4) converts every video to RGB by the BT.601 matrix. For one that is tagged BT.709 a linear map of the result
-gives what its own matrix would have given, and is part of the sample's colour matrix here. What the wrong matrix had
-cut off at 0 or 255 stays wrong: strongly saturated colours. Over all RGB colours the largest channel's error is 1 level
+gives what its own matrix would have given, and is part of the sample's color matrix here. What the wrong matrix had
+cut off at 0 or 255 stays wrong: strongly saturated colors. Over all RGB colors the largest channel's error is 1 level
 in the middle and 8 at the 90th percentile (11 and 22 if nothing is done), 37 at worst.
 """
 
@@ -30,12 +30,12 @@ def _matrix(red: float, blue: float) -> np.ndarray:
 CORRECTION = _matrix(0.2126, 0.0722) @ np.linalg.inv(_matrix(0.299, 0.114))
 
 
-def colour_of(view: View, colorspace: int) -> np.ndarray:
-    """float32 (3, 4): the view's colour matrix on what DALI decodes."""
-    colour = np.eye(3, 4) if view.colour is None else view.colour.astype(np.float64)
+def color_of(view: View, colorspace: int) -> np.ndarray:
+    """float32 (3, 4): the view's color matrix on what DALI decodes."""
+    color = np.eye(3, 4) if view.color is None else view.color.astype(np.float64)
     if colorspace == BT709:
-        colour = np.column_stack([colour[:, :3] @ CORRECTION, colour[:, 3]])
-    return colour.astype(np.float32)
+        color = np.column_stack([color[:, :3] @ CORRECTION, color[:, 3]])
+    return color.astype(np.float32)
 
 
 def make_pipeline(*, views: int, size: int, batch_size: int, threads: int, device_id: int | None) -> Any:
@@ -68,7 +68,7 @@ def make_pipeline(*, views: int, size: int, batch_size: int, threads: int, devic
         scaled = fn.external_source(name="scaled", ndim=2, dtype=types.FLOAT)
         corner = fn.external_source(name="corner", ndim=2, dtype=types.INT32)
         flip = fn.external_source(name="flip", ndim=1, dtype=types.INT32)
-        colour = fn.external_source(name="colour", ndim=3, dtype=types.FLOAT)
+        color = fn.external_source(name="color", ndim=3, dtype=types.FLOAT)
         video = fn.decoders.video(
             encoded,
             device="cpu" if device_id is None else "mixed",
@@ -84,8 +84,8 @@ def make_pipeline(*, views: int, size: int, batch_size: int, threads: int, devic
             x = fn.resize(x, size=scaled[view], interp_type=types.INTERP_LINEAR, antialias=False, dtype=types.FLOAT)
             x = fn.slice(x, corner[view], [size, size], axis_names="WH")
             x = fn.flip(x, horizontal=flip[view])
-            # Rounded once, at the end: a rounding before the colours would be off by what they amplify.
-            done.append(fn.cast(fn.coord_transform(x, MT=colour[view]), dtype=types.UINT8))
+            # Rounded once, at the end: a rounding before the colors would be off by what they amplify.
+            done.append(fn.cast(fn.coord_transform(x, MT=color[view]), dtype=types.UINT8))
         return done[0] if views == 1 else fn.stack(*done, axis=0)
 
     return graph()
@@ -104,7 +104,7 @@ def inputs_of(encoded: np.ndarray, views: Sequence[View], colorspace: int) -> di
         "scaled": np.array([view.resized[::-1] for view in views], np.float32),
         "corner": np.array([view.corner for view in views], np.int32),
         "flip": np.array([view.flip for view in views], np.int32),
-        "colour": np.stack([colour_of(view, colorspace) for view in views]),
+        "color": np.stack([color_of(view, colorspace) for view in views]),
     }
 
 

@@ -1,6 +1,6 @@
 """Batches of decoded videos for training and evaluation: one function, `loader`.
 
-Which videos make up a batch, which frames of them, which crops and colours: all follows from (seed, epoch, row) alone.
+Which videos make up a batch, which frames of them, which crops and colors: all follows from (seed, epoch, row) alone.
 So an epoch is the same with any number of workers, on any number of ranks with the same global batch, and after a
 resume at any batch. Every usable video comes exactly once an epoch. One that cannot be decoded makes its batch shorter
 and is named in the report; nothing stands in for it.
@@ -193,7 +193,7 @@ class Loader:
         return generator
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the consumer is: what it needs to go on with the batch after the last that it got. Plain data.
+        """The state to resume from: the next batch is the one after the last that the consumer got. Plain data.
 
         The same on all ranks, but for `bad`. It fits any number of ranks with the same global batch.
         """
@@ -212,11 +212,11 @@ class Loader:
         self._new_report(self._batches(epoch)[:batch])
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there at the next iteration. Raises ValueError if anything differs that decides what comes."""
+        """Resumes from a saved state. Raises ValueError if it is of another dataset, seed, batch size or transform."""
         for name, here in self._identity().items():
             if state.get(name) != here:
                 raise ValueError(
-                    f"this state belongs to other data or another order: its {name} is {state.get(name)!r}, here it is "
+                    f"this state belongs to another dataset or order: its {name} is {state.get(name)!r}, here it is "
                     f"{here!r}. Resume with what it was saved with, or start a new run"
                 )
         self._enter({int(row): reason for row, reason in state.get("bad", {}).items()})
@@ -377,7 +377,7 @@ def _moved(parts: tuple[torch.Tensor, ...], device: torch.device, stream: torch.
 
 
 def _no_dali(device: torch.device, own: bool) -> str | None:
-    """Why DALI is not used, or None."""
+    """The reason why DALI is not used, or None."""
     if device.type != "cuda":
         return f"it is for CUDA devices, and the device is {device}"
     if own:

@@ -72,7 +72,7 @@ class Result(NamedTuple):
 
 
 class Table:
-    """What each thread of each worker is decoding, in shared memory: it outlives the worker.
+    """The video that each thread of each worker is decoding. It lies in shared memory and outlives the worker.
 
     `cells`: int64 (workers, threads, 2), the row or -1, and since when (monotonic ns, one clock for all processes).
     `counts`: int64 (1 + workers,): the turn that is wanted, and how many videos each worker has begun.
@@ -176,7 +176,7 @@ class Decoder:
 
         row, video = int(task.rows[place]), task.manifest.videos[place]
         if min(video.frames, video.width, video.height) < 1:
-            return "nothing is known of it: index the data again"
+            return "the manifest has no facts about it: index the data again"
         rng = sample_rng(self.seed, task.epoch, row) if getattr(self.transform, "random", True) else None
         source = None
         try:
@@ -450,7 +450,7 @@ def check_shared_memory(batch: int, workers: int, prefetch: int) -> None:
 
 
 def context() -> Any:
-    """How processes are started: never by forking this one, which may use CUDA and have threads.
+    """The multiprocessing context. It never forks this process, which may use CUDA and have threads.
 
     With a fork server, workers start in milliseconds, also after a crash, and their death does not raise an error in
     whatever this process is doing at that moment, as that of its own children would (by torch's signal handler).
@@ -467,7 +467,7 @@ def _same(result: Result) -> Result:
 
 
 def _settle(worker: int) -> None:
-    """What a new process does first."""
+    """Sets up a new worker process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; the parent ends these
     # A PyAV frame whose side data was looked at refers to itself, so only the collector frees it, and the collector
     # counts objects, not megabytes. Without all that was imported, it is so quick that it may run every few videos.

@@ -1,4 +1,4 @@
-"""What every reader of lists shares: what it was asked for, what it answers, and how files are found and named."""
+"""Shared by all readers of lists: the request, the listing, and how files are found and named."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pathlib import Path
 VIDEO_NAME = re.compile(
     r"[^.].*\.(3gp|avi|flv|m2ts|m4v|mkv|mov|mp4|mpe?g|mts|ogv|ts|webm|wmv)", re.IGNORECASE | re.DOTALL
 )
-"""What the name of a video file looks like; names that begin with a dot are passed over."""
+"""The names of video files. Names that begin with a dot are skipped."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Listing:
-    """What a source names, in its order. `root` has no symbolic links; `notes` are for people (what was left out)."""
+    """The videos of a source, in its order. `root` has no symbolic links. `notes` say what was left out."""
 
     root: Path
     classes: tuple[str, ...]
@@ -48,7 +48,7 @@ class Listing:
 
 @dataclass(frozen=True)
 class Request:
-    """What was asked for. `path` is the folder or list; `classes` come from the labels given; `root` as given."""
+    """The arguments of one reading. `path` is the folder or list, `classes` come from the labels."""
 
     path: Path
     classes: tuple[str, ...] | None = None
@@ -109,7 +109,7 @@ def _check_list(path: Path) -> None:
 
 
 def is_folder(entry: os.DirEntry[str]) -> bool:
-    """Whether to look for videos inside: not in what is named like a video itself."""
+    """True for a folder to look into. A folder with a video's name is not one."""
     try:
         return entry.is_dir() and not VIDEO_NAME.fullmatch(entry.name)
     except OSError:  # a link to itself
@@ -152,7 +152,7 @@ def walk(root: Path, follow_links: bool) -> tuple[list[Entry], list[str]]:
     others.pop(".jsonl", None)
     others.pop(".partial", None)
     kinds = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(9))
-    notes = [f"{root}: left out what is not named like a video: {kinds}"] if others else []
+    notes = [f"{root}: skipped files without a video's suffix: {kinds}"] if others else []
     return sorted(found, key=lambda entry: entry.path), notes
 
 

@@ -1,4 +1,4 @@
-"""What there is to train on: the videos of a data set with what one pass over the files found out about each.
+"""The manifest: the videos of a data set and the facts that one pass over the files found.
 
 A manifest is a text file of JSON lines. The first line is a header, and each line after it is a video:
 
@@ -112,7 +112,7 @@ class Manifest:
         return str(root)
 
     def source(self, row: int) -> Source:
-        """What the decoder opens for this row. Raises ValueError for a row with an error."""
+        """The source that the decoder opens for this row. Raises ValueError for a row with an error."""
         from ..decode.reading import Source
 
         video = self.videos[row]
@@ -206,11 +206,11 @@ def _rows(path: Path, lines: Iterable[tuple[int, bytes]], classes: int) -> Itera
 
 def _video(row: Any) -> Video:
     if not isinstance(row, dict) or "path" not in row:
-        raise ValueError("wanted a JSON object with the path of a video and what is known of it")
+        raise ValueError("wanted a JSON object with the path of a video and its facts")
     for name, value in row.items():
         kinds = _KINDS.get(name)
         if kinds is None:
-            raise ValueError(f"{name!r} is nothing that a manifest knows of a video; it may be of a newer version")
+            raise ValueError(f"{name!r} is not a field of a manifest's row; the file may be of a newer version")
         if type(value) not in kinds:
             wanted = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
             raise ValueError(f"{name} is {value!r}; wanted is {wanted}")
@@ -227,7 +227,7 @@ def _check(video: Video, classes: int) -> None:
 
 
 def leaves(path: str) -> bool:
-    """Whether a path, by its spelling alone, may lead out of the folder it is meant for."""
+    """True if a path, by its spelling alone, may lead out of its folder."""
     return os.path.isabs(path) or ".." in PurePosixPath(path).parts
 
 
@@ -353,7 +353,7 @@ def _key(root: str, video: Video | Entry) -> _Key:
 
 
 def default_out(source: Path, split: str | None) -> Path:
-    """Where ``index`` writes, unless told otherwise."""
+    """The default place of the manifest that ``index`` writes."""
     if source.is_dir():
         if split is not None and not (source / split).is_dir():
             return source / f"{split}.manifest.jsonl"
@@ -382,7 +382,7 @@ def _known(reuse: Sequence[str | os.PathLike[str] | Manifest], partial: Path) ->
                 video = Video(**row)
                 known[_key(root, video)] = video
         except (ValueError, TypeError):
-            log.info("%s: passed over a line that was not finished", partial)
+            log.info("%s: skipped an unfinished line", partial)
     return known
 
 
@@ -417,7 +417,7 @@ def _unchanged(root: str, wanted: Video, row: Video, follow_links: bool) -> bool
 
 
 def summary(manifest: Manifest) -> str:
-    """What is in a manifest, for people: some lines of text."""
+    """A few lines of text about a manifest, for people."""
     good = [video for video in manifest.videos if video.error is None]
     seconds = sum(video.duration for video in good)
     total, bad = len(manifest.videos), len(manifest.videos) - len(good)
@@ -430,9 +430,9 @@ def summary(manifest: Manifest) -> str:
         lines.append(f"codecs: {_counts(f'{video.codec} {video.pix_fmt}' for video in good)}")
         lines.append(f"sizes: {_counts(f'{video.width}x{video.height}' for video in good)}")
         lines.append(_on_the_cpu(good))
-    unlabelled = sum(video.label is None for video in manifest.videos)
-    if manifest.classes and unlabelled:
-        lines.append(f"without a label: {unlabelled}")
+    unlabeled = sum(video.label is None for video in manifest.videos)
+    if manifest.classes and unlabeled:
+        lines.append(f"without a label: {unlabeled}")
     used = {video.label for video in good}
     empty = [name for number, name in enumerate(manifest.classes) if number not in used]
     if empty:
@@ -451,7 +451,7 @@ def summary(manifest: Manifest) -> str:
 
 
 def _on_the_cpu(videos: Sequence[Video]) -> str:
-    """How many videos the GPU path leaves to the CPU, and why. Of very many, some thousands stand for all."""
+    """The share of videos that a GPU can decode, and why not the others. Of over 5000, a random 5000 are counted."""
     from ..decode.dali_support import supported
 
     chosen = np.random.default_rng(0).permutation(len(videos))[:5000]

@@ -103,7 +103,7 @@ def _words(name: str) -> str:
 
 
 def _first_with(folder: Path, classes: Sequence[str], *names: str) -> str:
-    """Where the class folders are: beside the lists or, as the archives unpack, in a folder of these names."""
+    """The folder of the class folders: beside the lists or, as the archives unpack, in a folder of these names."""
     places = [folder, folder.parent, *(base / name for name in names for base in (folder.parent, folder))]
     return str(next((place for place in places if any((place / each).is_dir() for each in classes)), folder))
 

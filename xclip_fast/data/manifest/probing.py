@@ -42,7 +42,7 @@ def look(root: str, row: Video, follow_links: bool) -> Video:
         return replace(row, error=text, mtime_ns=0 if passing else row.mtime_ns)
     except FileNotFoundError:
         return replace(row, error="no such file", mtime_ns=0)
-    except Exception as error:  # whatever one odd file in a million brings up, the others are to be looked at
+    except Exception as error:  # one odd file in a million must not stop the others
         text = one_line(getattr(error, "strerror", None) or f"{type(error).__name__}: {error}")
         return replace(row, error=text, mtime_ns=0)
     if (after.st_mtime_ns, after.st_size) != (before.st_mtime_ns, before.st_size):
@@ -58,7 +58,7 @@ def _probe(source: Any) -> Any:
 
 
 def file_status(root: str, path: str, follow_links: bool) -> os.stat_result:
-    """What the file system says of the file below the root. Raises VideoError if links lead out of the root."""
+    """The file's status. Raises VideoError if links lead out of the root."""
     from ..decode.reading import VideoError
 
     whole = os.path.join(root, path)
@@ -170,7 +170,7 @@ def _give(worker: _Worker, job: tuple[int, Video] | None, timeout: float) -> Non
 def _serve(connection: Connection, root: str, follow_links: bool, timeout: float, parent: int) -> None:
     """Answer rows until the other end closes, or its process is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process
-    logging.disable(logging.WARNING)  # what matters stands in the row
+    logging.disable(logging.WARNING)  # the row says what matters
     try:
         while os.getppid() == parent:
             if connection.poll(1):

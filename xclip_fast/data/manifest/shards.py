@@ -131,7 +131,7 @@ def _read(folder: Path, name: str) -> list[_Sample]:
 
 
 def _after(path: Path, offset: int, length: int) -> str | None:
-    """What is wrong with the place where reading stopped, which `tarfile` does without a word at a damaged header."""
+    """The reason why reading stopped before the end, or None. `tarfile` stops silently at a damaged header."""
     with open(path, "rb") as file:
         file.seek(offset)
         rest = file.read(1 << 20)

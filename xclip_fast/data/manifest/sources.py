@@ -11,7 +11,7 @@ flat: a folder of videos without classes.
     data/002.mp4
 
 lines: a path and the id of its label on each line, with names of the classes from a csv of id,name. The path is all
-before the last field, so it may hold spaces. A list of paths alone is unlabelled.
+before the last field, so it may hold spaces. A list of paths alone is unlabeled.
 
     riding a bike/001.mp4 12
     archery/indoors/007.webm 3
@@ -91,7 +91,7 @@ def read_source(
         raise ValueError(f"{path}: has no split {split!r}: there is no such folder in it (read as: {kind})")
     listing = READERS[kind](request)
     if not listing.entries:
-        raise ValueError(f"{path}: names no video{f' in split {split!r}' if split else ''} (read as: {kind})")
+        raise ValueError(f"{path}: has no video{f' in split {split!r}' if split else ''} (read as: {kind})")
     return listing
 
 
@@ -173,7 +173,7 @@ def _flat(request: Request) -> Listing:
 
 
 def _lines(request: Request) -> Listing:
-    """A path and the id of its label on each line. The path may hold spaces. Lines of paths alone are unlabelled."""
+    """A path and the id of its label on each line. The path may hold spaces. Lines of paths alone are unlabeled."""
     entries: list[Entry] = []
     place = Place(request)
     numbered = lines_of(request.path)

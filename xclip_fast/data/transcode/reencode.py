@@ -41,7 +41,7 @@ class Stopped(Exception):
 
 @dataclass(frozen=True)
 class Settings:
-    """How the copies are encoded. Stored in each, so that a later run knows what it finds."""
+    """How the copies are encoded. Each copy stores its settings for later runs."""
 
     short_side: int = 256
     keyframe_every: int = 12
@@ -281,5 +281,5 @@ def _upright_size(frame: VideoFrame, upright: Upright) -> tuple[int, int]:
 
 
 def _turned(frame: VideoFrame, upright: Upright) -> bool:
-    """Whether display swaps width and height."""
+    """True if display swaps width and height."""
     return upright(frame, np.empty((1, 2, 1))).shape[0] == 2

@@ -1,7 +1,7 @@
 """Copies of videos that decode fast: small, a keyframe every few frames, no B frames, nothing exotic.
 
 Training reads a few frames of each video, again and again. From such a copy it decodes a fraction of what the original
-asks for, and a GPU's decoder takes it whatever the original was: H.264, 4:2:0, 8 bits, upright, BT.601 colours in
+asks for, and a GPU's decoder takes it whatever the original was: H.264, 4:2:0, 8 bits, upright, BT.601 colors in
 limited range, closed groups of pictures, the index at the front. Frame i of the copy is frame i of the source, at the
 same time from the first one on. Audio and metadata are left out.
 """
@@ -38,7 +38,7 @@ KEYFRAME_EVERY: dict[str, int] = {"any": 12, "training": 1}
 
 @dataclass
 class Summary:
-    """What became of each source, by its path as given: every source is in exactly one of `done`, `skipped` (there
+    """The outcome for each source, by its path as given. Each is in exactly one of `done`, `skipped` (there
     already) and `failed` (with the reason). `damaged` are those of the first two whose copy holds less than the source
     once did: every frame that decodes, and what was wrong."""
 
@@ -103,7 +103,7 @@ def transcode(
     stop = threading.Event()
 
     def one(name: str, target: Path) -> tuple[str, str | None]:
-        """What became of this source: the name of a field of Summary, and the damage or the reason."""
+        """The outcome for one source: the name of a field of Summary, and the damage or the reason."""
         shown, goal = str(Source(name)), str(Source(str(target)))
         rivals = [str(Source(other)) for other in by_target[target] if other != name]
         if rivals:
@@ -225,7 +225,7 @@ def _identity(path: str | Path) -> tuple[int, int] | None:
 
 
 def _made(target: Path) -> dict[str, Any] | None:
-    """What an earlier run wrote into its copy: its "settings", the "size" and "mtime_ns" of the source, and the
+    """The note of an earlier run in its copy: its "settings", the "size" and "mtime_ns" of the source, and the
     "damage" in it. None if no such run made the file."""
     try:
         options = {"protocol_whitelist": "file"}
