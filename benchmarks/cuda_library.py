@@ -4,7 +4,7 @@
 
 The bar is the bare cuBLAS product of the same shape in bfloat16 (``torch.mm``), on top of which an epilogue should cost
 nothing: `of bare` is a contender's time over it. Beside it: cuBLAS with torch's passes, the same under torch.compile
-(which takes most of this program's time: --no-compile), the op with Triton's kernels, and for 8 bits
+(which takes most of this program's time: --no-compile), and for 8 bits
 ``torch._scaled_mm``. All results of a contender are checked against float32 first; a wrong one is named and not timed,
 and the exit code is 1. Medians, with cold caches.
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,8 +23,9 @@ import measuring
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from xclip_fast.kernels import _cuda
-from xclip_fast.kernels._dispatch import OPS, backend
+from xclip_fast.kernels import _cuda, own_linear
+from xclip_fast.kernels.cct_block.example import message_block
+from xclip_fast.kernels.cct_block.reference import message_key_value
 from xclip_fast.kernels.quick_gelu import quick_gelu_reference as quick_gelu
 
 # tokens of one frame, of one video of 8 frames, of 8 and 32 videos: B/32, B/16 and L/14
@@ -50,25 +52,18 @@ def normal(*shape: int, scale: float = 1.0) -> Tensor:
     return (torch.randn(shape, device=DEVICE) * scale).to(DTYPE)
 
 
-def half_case(name: str, plain: Callable[..., Any], ours: Callable[[str], Any], *args: Tensor, op: Any = None) -> Case:
-    """``plain`` in torch on x, W and the other arguments; ``ours`` on a tile; and ``op``, a call of an op."""
+def half_case(name: str, plain: Callable[..., Any], ours: Callable[[str], Any], *args: Tensor) -> Case:
+    """``plain`` in torch on x, W and the other arguments; ``ours`` on a tile."""
     x, w, *_ = args
     wide = [arg.float() for arg in args]
     contenders: dict[str, Call] = {"torch": lambda: plain(*args), "torch.compile": compiled(plain, args)}
     contenders |= {f"ours, {tile}": lambda tile=tile: ours(tile) for tile in TILES}  # type: ignore[misc]
-    if op is not None:
-        contenders |= {f"the op, {name}": lambda name=name: asked(name, op) for name in ("cuda", "triton")}  # type: ignore[misc]
     return Case(name, (len(x), *w.shape), lambda: torch.mm(x, w.T), lambda: plain(*wide), contenders)
 
 
 def compiled(call: Callable[..., Any], args: tuple[Any, ...]) -> Call:
     once = torch.compile(call, mode="max-autotune-no-cudagraphs", dynamic=False)
     return lambda: once(*args)
-
-
-def asked(name: str, call: Call) -> Any:
-    with backend(name):
-        return call()
 
 
 def norm_case(M: int, N: int, D: int, activation: bool, keep: bool = False) -> Case:
@@ -87,8 +82,7 @@ def norm_case(M: int, N: int, D: int, activation: bool, keep: bool = False) -> C
         return result if keep else result[0]
 
     name = "fc1 with u" if keep else "fc1" if activation else "qkv"
-    op = None if keep else lambda: OPS["ln_linear"](x, gamma, beta, w, bias, EPS, activation)
-    return half_case(name, plain, ours, x, w, bias, gamma, beta, op=op)
+    return half_case(name, plain, ours, x, w, bias, gamma, beta)
 
 
 def residual_case(M: int, D: int, K: int, statistics: bool) -> Case:
@@ -107,12 +101,8 @@ def residual_case(M: int, D: int, K: int, statistics: bool) -> Case:
             return _cuda.linear_residual_statistics(h, w, bias, residual, None, EPS, tile=tile)
         return _cuda.linear_residual(h, w, bias, residual, tile=tile)
 
-    def op() -> Any:
-        result = OPS["linear_residual"](h, w, bias, residual, None, EPS, statistics)
-        return result if statistics else result[0]
-
     name = ("out" if K == D else "fc2") + (" with statistics" if statistics else "")
-    return half_case(name, plain, ours, h, w, bias, residual, op=op)
+    return half_case(name, plain, ours, h, w, bias, residual)
 
 
 def slope_case(M: int, D: int, sums: bool) -> Case:
@@ -174,16 +164,18 @@ def message_case(frames: int, D: int) -> Case:
     biases = [normal(n * D) for n in sizes]
     norms = [1 + normal(D, scale=0.1), normal(D), 1 + normal(D, scale=0.1), normal(D)]
     x, everything = normal(frames, D), torch.cat(weights)
-    fc, qkv, out, kv = zip(weights, biases, strict=True)
-    args = (x, frames, *fc, *norms[:2], *qkv, *out, *norms[2:], *kv, D // 64, EPS, None)
-    op = OPS["message_kv"]
+    given = (x, frames, weights, biases, norms)
+
+    def plain(x: Tensor, frames: int, *parts: list[Tensor]) -> Tensor:
+        block = message_block(x, frames, *parts, EPS)
+        return message_key_value(block, functools.partial(own_linear, block))
 
     def exact() -> Tensor:
-        return op.reference(*(arg.float() if isinstance(arg, Tensor) else arg for arg in args)).flatten(1)
+        wide = ([tensor.float() for tensor in part] for part in given[2:])
+        return plain(x.float(), frames, *wide)
 
-    contenders: dict[str, Call] = {"torch": lambda: op.reference(*args).flatten(1)}
-    contenders["torch.compile"] = compiled(lambda *given: op.reference(*given).flatten(1), args)
-    contenders["the op, triton"] = lambda: asked("triton", lambda: op(*args)).flatten(1)
+    contenders: dict[str, Call] = {"torch": lambda: plain(*given)}
+    contenders["torch.compile"] = compiled(plain, given)
     for blocks in (0, 32, 64, 96, 128):
 
         def ours(blocks: int = blocks) -> Tensor:

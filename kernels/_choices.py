@@ -34,8 +34,11 @@ def order(name: str, architecture: int, sizes: dict[str, Any]) -> tuple[str, ...
 
 def forget() -> None:
     """Read the tables again at the next call."""
-    for cached in (_rows, _order, _tables.rows):
+    for cached in (_rows, _order, _tables.rows, *kept):
         cached.cache_clear()
+
+
+kept: list[Any] = []  # functools caches of what was chosen by the tables
 
 
 @functools.cache

@@ -17,6 +17,7 @@ import importlib.util
 import inspect
 import logging
 import os
+import typing
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -27,7 +28,9 @@ from . import _choices
 
 logger = logging.getLogger("xclip_fast")
 
-BACKENDS = ("reference", "triton", "cuda", "library", "onednn", "sdpa", "flash_attn", "xformers", "apex")
+# of ops, and of the parts of a block (cct_block)
+BACKENDS: tuple[str, ...] = ("reference", "fused", "triton", "cuda", "library", "onednn")
+BACKENDS += ("cudnn", "flash", "efficient", "flash_attn", "flash_attn_3", "flash_attn_4", "xformers", "apex")
 OPS: dict[str, "Op"] = {}
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 FLOAT8 = torch.float8_e4m3fn
@@ -60,6 +63,7 @@ class Backend:
     refuse: Callable[..., str | None] | None = None
     # takes some shapes only and computes no gradients: asked for, it is the first choice, not the only one
     partial: bool = False
+    parts: tuple[str, ...] = ()  # backends of its parts: who asks for one of these asks for this one
 
     def refusal(self, args: tuple[Any, ...], trained: bool = False) -> str | None:
         """Why this backend does not take ``args``, or None if it does; ``trained``: gradients are wanted."""
@@ -80,54 +84,29 @@ class Backend:
         return self.refuse(*args) if self.refuse else None
 
 
-# ops made of matrix products
-_PRODUCTS = {"causal_attention_packed", "diffusion_attention", "linear_residual", "ln_linear", "message_kv", "mlp"}
-
-
-def _in_float32(args: tuple[Any, ...]) -> bool:
-    """Whether the products are computed in float32: nothing is in half precision, nor will be by autocast."""
-    tensors = [arg for arg in args if isinstance(arg, Tensor) and arg.is_floating_point()]
-    return not torch.is_autocast_enabled(tensors[0].device.type) and all(t.dtype == torch.float32 for t in tensors)
-
-
-_INSTALLED = frozenset(name for name in ("triton", "flash_attn", "xformers") if importlib.util.find_spec(name))
+_INSTALLED = frozenset(name for name in ("triton",) if importlib.util.find_spec(name))
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 off_gpu = INTERPRETED  # whether Triton's kernels take tensors that are on no GPU, if they are asked for
 
 
-def triton_backend(
-    op: str, refuse: Callable[..., str | None] | None = None, *, library: tuple[str, ...] = ()
-) -> Backend:
+def triton_backend(op: str, refuse: Callable[..., str | None] | None = None) -> Backend:
     """The backend of ``kernels/triton/<op>.py``, imported at its first call: half and single precision, CUDA from
-    compute capability 8.0, or, if asked for, any device in Triton's interpreter.
+    compute capability 8.0, or, if asked for, any device in Triton's interpreter."""
 
-    ``library`` makes it the backend of that name, whose products are torch's and the rest Triton's: it names those of
-    the file's ``forward`` and ``backward`` that take a ``product``.
-    """
-    name = "library" if library else "triton"
-
-    def call(function: str, *args: Any) -> Any:
-        module = importlib.import_module(f"{__package__}.triton.{op}")
-        if function in library:
-            product = importlib.import_module(f"{__package__}.triton.library").product
-            return getattr(module, function)(*args, product=product)
-        return getattr(module, function)(*args)
+    def module() -> Any:
+        return importlib.import_module(f"{__package__}.triton.{op}")
 
     def refuse_elsewhere(*args: Any) -> str | None:
         first = next(arg for arg in args if isinstance(arg, Tensor))
-        if first.device.type != "cuda" and not (off_gpu and _forced == name):
-            where = f"TRITON_INTERPRET=1 and backend {name} run it slowly anywhere"
+        if first.device.type != "cuda" and not (off_gpu and _forced == "triton"):
+            where = "TRITON_INTERPRET=1 and backend triton run it slowly anywhere"
             return f"device {first.device.type} is not cuda ({where})"
-        if library and INTERPRETED and torch.bfloat16 in {arg.dtype for arg in args if isinstance(arg, Tensor)}:
-            return "Triton's interpreter does not compute in bfloat16"
-        if op in _PRODUCTS and not library and _forced != name and _in_float32(args):
-            return "exact float32 products use no tensor cores: left to the library unless triton is asked for"
         return refuse(*args) if refuse else None
 
     return Backend(
-        name,
-        forward=lambda save, *args: call("forward", save, *args),
-        backward=lambda grads, saved, needs, *args: call("backward", grads, saved, needs, *args),
+        "triton",
+        forward=lambda save, *args: module().forward(save, *args),
+        backward=lambda grads, saved, needs, *args: module().backward(grads, saved, needs, *args),
         dtypes=(torch.float32, torch.bfloat16, torch.float16),
         capability=8,
         package="triton",
@@ -200,7 +179,9 @@ class Op:
         self.sizes = sizes
         self.differentiable = differentiable
         self.backends = (*backends, Backend("reference", reference, dtypes=dtypes))
-        self.names = tuple(candidate.name for candidate in self.backends)
+        self.names = tuple(name for candidate in self.backends for name in (candidate.name, *candidate.parts))
+        returned = inspect.signature(reference, eval_str=True).return_annotation
+        self.outputs = len(typing.get_args(returned)) or 1
         parameters = list(inspect.signature(reference).parameters)
         self.autocast = tuple(parameters.index(name) for name in autocast)
         OPS[self.name] = self
@@ -216,7 +197,7 @@ class Op:
         measured: tuple[str, ...] = ()
         candidates = self.backends
         if _checked(_forced) in self.names:
-            candidates = tuple(candidate for candidate in candidates if candidate.name == _forced)
+            candidates = tuple(each for each in candidates if _forced in (each.name, *each.parts))
             if candidates[0].partial:
                 candidates += tuple(candidate for candidate in self.backends if candidate.name != _forced)
             elif _forced == "library":
@@ -286,8 +267,7 @@ class Op:
             outputs = _Kernel.apply(chosen, *args)
         else:
             outputs = chosen.forward(False, *args)[0]
-        saved = len(self.saved(*args)) if trained and self.saved and torch.compiler.is_compiling() else 0
-        outputs = tuple(outputs[: len(outputs) - saved])
+        outputs = tuple(outputs[: self.outputs])
         return outputs if len(outputs) > 1 else outputs[0]
 
     def _lowered(self, args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -23,8 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ._arguments import Block
 from ._dispatch import forced_backend
-from ._linear import NATIVE_ON_CPU
+from ._linear import NATIVE_ON_CPU, linear
+from .attention import attention_reference
 from .quick_gelu import SLOPE
 
 HIDDEN_BYTES = 24 << 20  # of the widest intermediate: rows are computed in parts of this size, which caches hold
@@ -98,61 +100,63 @@ def uses_onednn(dtype: torch.dtype) -> bool:
     return NATIVE_ON_CPU[dtype] if dtype in NATIVE_ON_CPU else _has_avx512()
 
 
-def cross_frame_attention(
-    x_FLD: Tensor,
-    frames: int,
-    heads: int,
-    message_fc: Sequence[Tensor],
-    message_ln: Sequence[Tensor],
-    fusion: Sequence[Tensor],
-    ln_1: Sequence[Tensor],
-    diffusion: Sequence[Tensor],
-    eps: float,
-) -> Tensor:
-    """x + IFA(LN_1([x, m]))[:L], with m from CFA (equations 7 and 8).
+def block(b: Block) -> Tensor:
+    """A whole block (equations 7 to 9), or its rows that are asked for."""
+    z = cross_frame_attention(b) if b.frames else self_attention(b)
+    fc, projection = (b.fc_weight, b.fc_bias), (b.projection_weight, b.projection_bias)
+    return feed_forward(z, (b.ln_2_weight, b.ln_2_bias), fc, projection, b.eps, b.activation)
 
-    Args:
-        x_FLD: (F, L, D), F = B * frames, one of float32, bfloat16 and float16, as all weights.
-        frames: T. heads: H.
-        message_fc, message_ln, ln_1: weight and bias.
-        fusion, diffusion: in_weight (3D, D), in_bias (3D,), out_weight (D, D), out_bias (D,).
-        eps: of both LayerNorms.
 
-    Returns:
-        (F, L, D), new.
-    """
-    count, length, width = x_FLD.shape
-    products = _Products(x_FLD.dtype)
+def cross_frame_attention(b: Block) -> Tensor:
+    """x + IFA(LN_1([x, m])) with m from CFA (equations 7 and 8), (F, S, D) with the spare row, new."""
+    count, length, width = b.x.shape
+    products = _Products(b.x.dtype)
     wide = products.dtype
 
-    def attend(qkv: Tensor, queries: int | None = None) -> Tensor:
-        query, key, value = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        return F.scaled_dot_product_attention(query[:, :, :queries], key, value).transpose(1, 2).flatten(-2)
+    def attend(qkv: Tensor) -> Tensor:
+        query, key, value = qkv.unflatten(-1, (3, b.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(-2)
 
-    def norm(rows: Tensor, parameters: Sequence[Tensor]) -> Tensor:
-        weight, bias = (parameter.to(wide) for parameter in parameters)
-        return F.layer_norm(rows, (width,), weight, bias, eps)
+    def norm(rows: Tensor, weight: Any, bias: Any) -> Tensor:
+        return F.layer_norm(rows, (width,), weight.to(wide), bias.to(wide), b.eps)
+
+    def product(rows: Tensor, weight: Any, bias: Any) -> Tensor:
+        return F.linear(rows, weight.to(wide), bias.to(wide))
 
     # m = x_class Wm + bm, then m + CFA(LN_m(m)) over the frames of a video
-    m_FD = F.linear(x_FLD[:, 0].to(wide), *(parameter.to(wide) for parameter in message_fc))
-    in_weight, in_bias, out_weight, out_bias = (parameter.to(wide) for parameter in fusion)
-    qkv = F.linear(norm(m_FD, message_ln), in_weight, in_bias)
-    m_FD = m_FD + F.linear(attend(qkv.unflatten(0, (-1, frames))).flatten(0, 1), out_weight, out_bias)
-    message_FD = norm(m_FD, ln_1)
-    del in_weight, out_weight
+    m_FD = product(b.x[:, 0].to(wide), b.message_fc_weight, b.message_fc_bias)
+    qkv = product(norm(m_FD, b.message_ln_weight, b.message_ln_bias), b.message_in_weight, b.message_in_bias)
+    mixed = attend(qkv.unflatten(0, (-1, b.frames))).flatten(0, 1)
+    m_FD = m_FD + product(mixed, b.message_out_weight, b.message_out_bias)
+    message_FD = norm(m_FD, b.ln_1_weight, b.ln_1_bias)
 
-    # the message is a row more for the projection, a key and a value for attention, and no query
-    in_weight, in_bias, out_weight, out_bias = (products.widened(parameter) for parameter in diffusion)
-    y_FLD = x_FLD.new_empty(x_FLD.shape)
-    for part in _parts(count, HIDDEN_BYTES // (4 * 4 * width * (length + 1))):
-        x = x_FLD[part].to(wide)
-        normed = _buffer("normed", len(x) * (length + 1), width, wide).view(len(x), length + 1, width)
-        normed[:, :length] = norm(x, ln_1)
-        normed[:, length] = message_FD[part]
-        qkv = products.linear(normed.view(-1, width), in_weight, in_bias).view(len(x), length + 1, 3 * width)
-        mixed = attend(qkv, length).reshape(-1, width)
-        products.add_linear(y_FLD[part].view(-1, width), x.reshape(-1, width), mixed, out_weight, out_bias)
-    return y_FLD
+    # the message takes the spare row's place in the projection
+    in_weight, in_bias = products.widened(b.in_weight), products.widened(b.in_bias)
+    out_weight, out_bias = products.widened(b.out_weight), products.widened(b.out_bias)
+    y_FSD = b.x.new_empty(b.x.shape)
+    for part in _parts(count, HIDDEN_BYTES // (4 * 4 * width * length)):
+        x = b.x[part].to(wide)
+        normed = norm(x, b.ln_1_weight, b.ln_1_bias)
+        normed[:, -1] = message_FD[part]
+        qkv = products.linear(normed.view(-1, width), in_weight, in_bias).view(len(x), length, 3 * width)
+        mixed = attend(qkv).reshape(-1, width)
+        products.add_linear(y_FSD[part].view(-1, width), x.reshape(-1, width), mixed, out_weight, out_bias)
+    return y_FSD
+
+
+def self_attention(b: Block) -> Tensor:
+    """x + attention(LN_1(x)), or its rows that are asked for, of a block without a message."""
+    width = b.x.shape[-1]
+    qkv = linear(F.layer_norm(b.x, (width,), b.ln_1_weight, b.ln_1_bias, b.eps), b.in_weight, b.in_bias)
+    heads = qkv.unflatten(-1, (3, b.heads, -1))
+    if b.offsets is None:
+        mixed = attention_reference(heads, b.causal).flatten(-2)
+    else:
+        mixed = causal_attention_packed(heads, b.offsets.diff()).flatten(-2)
+    x = b.x
+    if b.rows is not None:
+        x, mixed = x.reshape(-1, width)[b.rows], mixed.reshape(-1, width)[b.rows]
+    return x + linear(mixed, b.out_weight, b.out_bias)
 
 
 def feed_forward(
@@ -231,9 +235,9 @@ def patch_embed(
 
 
 def causal_attention_packed(qkv_S3HC: Tensor, lengths: Tensor) -> Tensor:
-    """``kernels.causal_attention_packed`` of labels that are sorted by length, (K,): nothing is padded.
+    """Causal attention of packed labels of these lengths, (K,): nothing is padded.
 
-    Labels of one length are one call on views. Returns (S, H, C).
+    Labels of one length beside each other are one call on views. Returns (S, H, C).
     """
     mixed, start = [], 0
     for length, count in zip(*(each.tolist() for each in lengths.unique_consecutive(return_counts=True)), strict=True):

@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._dispatch import Op, triton_backend
+from ._dispatch import Backend, Op, triton_backend
+from ._parts import UNMEASURED, installed
 
 WIDEST_ROW = 2048  # kernels hold a row in registers
 
@@ -25,9 +26,30 @@ def row_statistics_like(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(shape, dtype=torch.float32), x.new_empty(shape, dtype=torch.float32)
 
 
+def _apex(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    from apex.normalization.fused_layer_norm import fused_layer_norm_affine
+
+    y: Tensor = fused_layer_norm_affine(x, weight, bias, (x.shape[-1],), eps)
+    return y
+
+
+def _refuse_apex(x: Tensor, *_: object) -> str | None:
+    """NVIDIA's apex is not the package of that name on PyPI, which has no kernels."""
+    if not installed("apex.normalization"):
+        return "NVIDIA's apex is not installed (build it from github.com/NVIDIA/apex; PyPI's apex is another package)"
+    return None if x.is_cuda else f"device {x.device.type} is not cuda"
+
+
 _op = Op(
     layer_norm_reference,
     triton_backend("layer_norm", refuse_rows),
+    Backend(
+        "apex",
+        _apex,
+        dtypes=(torch.float32, torch.bfloat16, torch.float16),
+        unasked=UNMEASURED,
+        refuse=_refuse_apex,
+    ),
     saved=lambda x, *_: row_statistics_like(x),
     sizes=lambda x, *_: {"m": x.shape[:-1].numel(), "k": x.shape[-1]},
 )

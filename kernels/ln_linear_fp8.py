@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from . import _cuda, _fp8
-from ._cuda_ops import UNMEASURED
 from ._dispatch import Backend, Op
+from ._parts import UNMEASURED
 
 
 def ln_linear_fp8_reference(

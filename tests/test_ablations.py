@@ -17,7 +17,7 @@ from xclip_fast import XCLIP, TextConfig, VisionConfig, XCLIPConfig, backend, ke
 from xclip_fast.flops import count
 from xclip_fast.nn import layers
 from xclip_fast.nn import text as text_module
-from xclip_fast.nn.layers import TransformerBlock, attend
+from xclip_fast.nn.layers import TransformerBlock
 from xclip_fast.text.templates import TEMPLATES, fill
 from xclip_fast.weights.checkpoint import CheckpointError, shapes
 from xclip_fast.weights.layouts import is_new
@@ -164,9 +164,9 @@ def test_drop_path_of_a_plain_block_drops_whole_videos(monkeypatch: pytest.Monke
     z = torch.cat([x[:3], x[3:] + 2 * mixed[3:]])  # the three frames of a video share its luck
     u = block.mlp.c_fc(block.ln_2(z))
     y = block.mlp.c_proj(u * torch.sigmoid(1.702 * u))
-    torch.testing.assert_close(block(x, attend, None, 2), torch.cat([z[:3] + 2 * y[:3], z[3:]]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(block(x, samples=2), torch.cat([z[:3] + 2 * y[:3], z[3:]]), rtol=1e-4, atol=1e-5)
     assert not drawn
-    block.eval()(x, attend)  # draws nothing
+    block.eval()(x)  # draws nothing
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from xclip_fast.kernels._dispatch import OPS, Backend
+from xclip_fast.kernels._parts import PARTS
 
 from xclip_fast import backend, info
 
@@ -27,13 +28,16 @@ def test_collect_is_json_and_covers_every_op():
     assert json.loads(json.dumps(found)) == found
     assert found["versions"]["torch"]["version"] == torch.__version__
     assert found["versions"]["av"]["version"]
-    assert set(found["ops"]) == set(OPS)
-    for op, places in found["ops"].items():
-        choice = places["cpu"]
+    assert {name for name in found["ops"] if not name.startswith(" ")} == set(OPS)
+    assert {name.strip() for name in found["ops"]} - set(OPS) == set(PARTS)
+    for op in OPS:
+        choice = found["ops"][op]["cpu"]
         assert choice["chosen"] in choice["backends"]
         assert choice["backends"][choice["chosen"]] is None
         assert choice["backends"]["reference"] is None, op
-    assert found["ops"]["diffusion_attention"]["cpu"]["chosen"] == "sdpa"
+    assert found["ops"]["cct_block"]["cpu"]["chosen"] == "reference"
+    attention = found["ops"]["  attention"]["cpu"]["backends"]
+    assert "flash-attn" in attention["flash_attn"] or "not measured" in attention["flash_attn"]
     assert bool(found["cuda"]["devices"]) == torch.cuda.is_available()
     assert (found["cuda"]["reason"] is None) == torch.cuda.is_available()
 
@@ -44,18 +48,13 @@ def test_typical_arguments_are_what_the_ops_take(dtype):
     arguments = info.typical_arguments("cpu", dtype)
     assert set(arguments) == set(OPS)
     shapes = {
-        "message_kv": (8, 2, 12, 64),
-        "ln_linear": (8, 197, 2304),
+        "cct_block": (8, 198, 768),
         "ln_linear_fp8": (8, 197, 2304),
-        "linear_residual": (8, 197, 768),
-        "mlp": (8, 197, 768),
         "mlp_fp8": (8, 197, 768),
-        "diffusion_attention": (8, 197, 12, 64),
         "patch_embed": (8, 197, 768),
         "layer_norm": (8, 197, 768),
         "quick_gelu": (8, 197, 768),
         "cosine_logits": (1, 16),
-        "causal_attention_packed": (80, 8, 64),
     }
     with torch.inference_mode():
         for name, args in arguments.items():
@@ -65,7 +64,7 @@ def test_typical_arguments_are_what_the_ops_take(dtype):
 
 
 def test_refusals_and_the_forced_backend_are_told(monkeypatch, capsys):
-    op, other = OPS["quick_gelu"], OPS["mlp"]
+    op, other = OPS["quick_gelu"], OPS["cct_block"]
     gpu_only = Backend("triton", op.reference, device_types=("cuda",))
     monkeypatch.setattr(op, "backends", (gpu_only, op.backends[-1]))
     monkeypatch.setattr(op, "names", ("triton", "reference"))
@@ -78,7 +77,7 @@ def test_refusals_and_the_forced_backend_are_told(monkeypatch, capsys):
         found = info.collect()
         assert found["forced_backend"] == "triton"
         assert found["ops"]["quick_gelu"]["cpu"]["chosen"] is None  # forced, and refused
-        assert found["ops"]["mlp"]["cpu"]["chosen"] == "reference"  # has no such backend
+        assert found["ops"]["cct_block"]["cpu"]["chosen"] == "reference"  # has no such backend
         info.show()
     out = capsys.readouterr().out
     lines = out.splitlines()
@@ -159,8 +158,8 @@ def test_a_gpu_that_others_have_filled(monkeypatch, capsys):
     monkeypatch.setattr(info, "typical_arguments", arguments)
     found = info.collect()
     assert [device["index"] for device in found["cuda"]["devices"]] == [0, 1]
-    assert list(found["ops"]["mlp"]) == ["cpu", "cuda:0"]  # one of each kind
-    choice = found["ops"]["mlp"]["cuda:0"]
+    assert list(found["ops"]["cct_block"]) == ["cpu", "cuda:0"]  # one of each kind
+    choice = found["ops"]["cct_block"]["cuda:0"]
     assert (choice["dtype"], choice["chosen"]) == ("bfloat16", None)
     assert choice["backends"]["reference"] == "cuda:0 cannot be used: CUDA out of memory."
     info.show()
@@ -182,4 +181,4 @@ def test_as_a_module_in_a_pipe():
     assert process.stderr == ""
     assert "\x1b" not in process.stdout
     assert any(line.split("\t")[1:3] == ["torch", torch.__version__] for line in process.stdout.splitlines())
-    assert any(line.split("\t")[:2] == ["ops", "mlp"] for line in process.stdout.splitlines() if line)
+    assert any(line.split("\t")[:2] == ["ops", "cct_block"] for line in process.stdout.splitlines() if line)

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from . import kernels
-from .nn.cct import AttentionWeights, DropScales, FastCCTBlock, cct_attention
-from .nn.layers import drop_path_scale, feed_forward
+from .nn.cct import Attention, DropScales, FastCCTBlock, Stream, cct_block, with_spare_row
+from .nn.layers import drop_path_scale
 from .nn.parts import PLAIN, Kinds, find_change
 
 logger = logging.getLogger("xclip_fast")
@@ -154,8 +154,8 @@ def _compute(module: nn.Module, parts: _Parts, style: _Style, x: Tensor) -> Tens
     if x_FLD.shape[0] % parts.frames:
         raise ValueError(f"{x_FLD.shape[0]} frames given, which are not whole videos of {parts.frames} frames")
     drop = style.drops(parts, x_FLD) if module.training else DropScales()
-    x_FLD = cct_attention(
-        x_FLD,
+    stream = cct_block(
+        Stream(with_spare_row(x_FLD)),
         parts.frames,
         parts.heads,
         parts.message_fc,
@@ -163,10 +163,13 @@ def _compute(module: nn.Module, parts: _Parts, style: _Style, x: Tensor) -> Tens
         _weights(parts.fusion),
         parts.ln_1,
         _weights(parts.diffusion),
+        parts.ln_2,
+        parts.fc,
+        parts.projection,
         drop,
     )
-    x_FLD = feed_forward(x_FLD, parts.ln_2, parts.fc, parts.projection, drop.feed_forward)
-    return x_FLD if style.batch_first else x_FLD.transpose(0, 1)
+    y_FLD = stream.x[:, :-1]
+    return y_FLD if style.batch_first else y_FLD.transpose(0, 1)
 
 
 @functools.cache
@@ -218,17 +221,17 @@ def _refuse_call(
     return trial.reason
 
 
-def _weights(attention: Any) -> AttentionWeights:
+def _weights(attention: Any) -> Attention:
     """An attention's weights with q, k and v packed. Where they come apart they are packed at every call: a kept copy
     would go stale, since not every change of a weight (a fused optimizer's, say) leaves a trace."""
     out = attention.out_proj
     if isinstance(attention, nn.MultiheadAttention):
         assert attention.in_proj_weight is not None
         assert attention.in_proj_bias is not None
-        return AttentionWeights(attention.in_proj_weight, attention.in_proj_bias, out.weight, out.bias)
+        return Attention(attention.in_proj_weight, attention.in_proj_bias, out)
     linears = (attention.q_proj, attention.k_proj, attention.v_proj)
     weight, bias = (torch.cat([getattr(linear, name) for linear in linears]) for name in ("weight", "bias"))
-    return AttentionWeights(weight, bias, out.weight, out.bias)
+    return Attention(weight, bias, out)
 
 
 def _refuse_block(module: nn.Module, parts: _Parts) -> str | None:

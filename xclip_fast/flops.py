@@ -140,7 +140,7 @@ def _video(config: XCLIPConfig, batch: int, frames: int, paper: bool) -> Iterato
     D, N, F, layers = vision.width, vision.patches, batch * frames, vision.layers
     L = N + 1
     messages = int(vision.cross_frame)
-    queries = L + messages if paper else L  # the paper's way, the message asks too
+    rows = L + messages  # the paper's way the message asks too; ours has a spare row that goes through all of a block
     yield Product("patch_embed", F * N, 3 * vision.patch_size**2, D)
     if messages:
         yield Product("message_kv", F, D, D, layers)  # message token
@@ -149,10 +149,10 @@ def _video(config: XCLIPConfig, batch: int, frames: int, paper: bool) -> Iterato
         yield Product("message_kv", F, D, D, layers)
         if not paper:
             yield Product("message_kv", F, D, 2 * D, layers)
-    yield Product("ln_linear", F * queries, D, 3 * D, layers)
-    yield from _attention("diffusion_attention", queries, L + messages, D, vision.heads, F * layers)
-    yield Product("linear_residual", F * queries, D, D, layers)
-    yield from _feed_forward("mlp", F * L, D, layers)
+    yield Product("ln_linear", F * rows, D, 3 * D, layers)
+    yield from _attention("diffusion_attention", rows, rows, D, vision.heads, F * layers)
+    yield Product("linear_residual", F * rows, D, D, layers)
+    yield from _feed_forward("mlp", F * (L if paper else rows), D, layers)
     yield Product("frame_projection", F, D, E)
     yield from _block("mit", F, E, config.mit_layers)
     assert config.mit_heads is not None

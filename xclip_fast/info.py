@@ -18,7 +18,10 @@ from typing import Any
 import torch
 
 from .console import print_rows
-from .kernels import BackendError, _cuda, _dispatch, _linear
+from .kernels import BackendError, Block, _cuda, _dispatch, _linear
+from .kernels._parts import PARTS
+from .kernels.cct_block.example import example
+from .kernels.cct_block.fused import case_of
 
 # Name as shown, module, distributions that bring it, how to get it (empty: it comes with xclip-fast).
 _PACKAGES = (
@@ -246,9 +249,10 @@ def _ops(places: list[tuple[str, torch.dtype]]) -> dict[str, dict[str, Any]]:
         try:
             arguments = typical_arguments(device, dtype)
         except RuntimeError as error:  # a device that others have filled, or may use alone
-            for name, op in _dispatch.OPS.items():
-                backends = dict.fromkeys(op.names, f"{device} cannot be used: {_first_line(error)}")
-                found[name][device] = {"dtype": _dtype_name(dtype), "chosen": None, "backends": backends}
+            names = {name: op.names for name, op in _dispatch.OPS.items()}
+            for name, backends in {**names, **{f"  {name}": part.names for name, part in PARTS.items()}}.items():
+                unusable = dict.fromkeys(backends, f"{device} cannot be used: {_first_line(error)}")
+                found.setdefault(name, {})[device] = {"dtype": _dtype_name(dtype), "chosen": None, "backends": unusable}
             continue
         for name, op in _dispatch.OPS.items():
             args = arguments[name]
@@ -259,39 +263,44 @@ def _ops(places: list[tuple[str, torch.dtype]]) -> dict[str, dict[str, Any]]:
             measured = op.measured(args)
             reasons = {candidate.name: op.refusal(candidate, args, measured) for candidate in op.backends}
             found[name][device] = {"dtype": _dtype_name(dtype), "chosen": chosen, "backends": reasons}
+        for name, part in _parts(Block(*arguments["cct_block"]), dtype).items():
+            found.setdefault(name, {})[device] = part
+    return found
+
+
+def _parts(block: Block, dtype: torch.dtype) -> dict[str, dict[str, Any]]:
+    """What each part of a block would run on, if the block runs as one."""
+    case = case_of(block, False)
+    found = {}
+    for name, part in PARTS.items():
+        labels = name == "packed_attention"
+        reasons = part.refusals(case._replace(packed=True, causal=True, length=12, frames=0) if labels else case)
+        chosen = next((candidate for candidate, reason in reasons.items() if reason is None), None)
+        found[f"  {name}"] = {"dtype": _dtype_name(dtype), "chosen": chosen, "backends": reasons}
     return found
 
 
 def typical_arguments(device: str, dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
     """Each op's arguments in one block of B/16 with one video of 8 frames, uninitialized, by the op's name."""
-    frames, tokens, width, heads, labels = 8, 197, 768, 12, 16
+    frames, tokens, width, labels = 8, 197, 768, 16
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, device=device, dtype=dtype)
 
     x, norm, bias = empty(frames, tokens, width), (empty(width), empty(width)), empty(width)
-    up, down = (empty(4 * width, width), empty(4 * width)), (empty(width, 4 * width), bias)
-    square, packed = (empty(width, width), bias), (empty(3 * width, width), empty(3 * width))
     packed8, up8, down8 = (
-        (empty(*weight.shape, dtype=torch.float8_e4m3fn), empty(len(weight), dtype=torch.float32), shift)
-        for weight, shift in (packed, up, down)
+        (empty(*shape, dtype=torch.float8_e4m3fn), empty(shape[0], dtype=torch.float32), empty(shape[0]))
+        for shape in ((3 * width, width), (4 * width, width), (width, 4 * width))
     )
-    key_value = (empty(2 * width, width), empty(2 * width))
-    offsets = torch.arange(labels + 1, device=device) * 5
     patch = (empty(width, 3, 16, 16), bias, empty(tokens, width), *norm)
     return {
-        "message_kv": (x[:, 0], frames, *square, *norm, *packed, *square, *norm, *key_value, heads, 1e-5, None),
-        "ln_linear": (x, *norm, *packed, 1e-5, False),
+        "cct_block": tuple(example(frames, tokens + 1, width, frames, device=device, dtype=dtype)),
         "ln_linear_fp8": (x, *norm, *packed8, 1e-5),
-        "linear_residual": (x, *square, x, None, 1e-5, False),
-        "mlp": (x, *norm, *up, *down, 1e-5, None),
         "mlp_fp8": (x, *norm, *up8, *down8, 1.0, 1e-5),
-        "diffusion_attention": (empty(frames, tokens, 3, heads, 64), empty(frames, 2, heads, 64)),
         "patch_embed": (empty(frames, 224, 224, 3, dtype=torch.uint8), *patch, [0.5] * 3, [0.25] * 3, 1e-5),
         "layer_norm": (x, *norm, 1e-5),
         "quick_gelu": (x,),
         "cosine_logits": (empty(1, 512), empty(1, labels, 512), empty(dtype=torch.float32)),
-        "causal_attention_packed": (empty(labels * 5, 3, 8, 64), offsets, 5),
     }
 
 

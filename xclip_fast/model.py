@@ -21,9 +21,9 @@ from .inference import fp8 as quantization
 from .inference.cuda_graphs import GraphedVideoTower
 from .kernels._linear import linear
 from .kernels.patch_embed import constants
-from .nn.cct import FastCCTBlock
+from .nn.cct import FastCCTBlock, Stream, with_spare_row
 from .nn.features import VideoFeatures
-from .nn.layers import TransformerBlock, WithoutInit, attend, init_block, init_linear, run_block
+from .nn.layers import TransformerBlock, WithoutInit, init_block, init_linear, run_block
 from .nn.mit import MultiFrameIntegration
 from .nn.parts import is_plain, layer_norm
 from .nn.prompt import VideoSpecificPrompt
@@ -77,10 +77,15 @@ class VisionTower(nn.Module):
                 self.config.image_std,
                 self.ln_pre.eps,
             )
-        given = (num_frames,) if self.config.vision.cross_frame else (attend, None, x_FLD.shape[0] // num_frames)
+        if not self.config.vision.cross_frame:
+            plain = (False, None, 0, None, x_FLD.shape[0] // num_frames)
+            for block in self.transformer.resblocks:
+                x_FLD = run_block(block, self.recompute, x_FLD, *plain)
+            return x_FLD
+        stream = Stream(with_spare_row(x_FLD))
         for block in self.transformer.resblocks:
-            x_FLD = run_block(block, self.recompute, x_FLD, *given)
-        return x_FLD
+            stream = run_block(block, self.recompute, stream, num_frames)
+        return stream.x[:, :-1]
 
     def _embed(self, frames: Tensor) -> Tensor:
         """Equation 4 without CLIP's LayerNorm behind it, by calling the convolution: the ViTs of Table 10."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -112,15 +113,31 @@ def sizes(job: Job, tokens: int, frames: int, heads: int) -> Iterator[Row]:
             yield {**base, **row}
 
 
+class _Ours(torch.autograd.Function):
+    """The kernel of the attention part, differentiated by its own backward."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor) -> Tensor:
+        from xclip_fast.kernels.triton import attention
+
+        out, saved = attention.forward(qkv.requires_grad, qkv)
+        ctx.save_for_backward(qkv, out, *saved)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> Tensor:
+        from xclip_fast.kernels.triton import attention
+
+        qkv, out, *saved = ctx.saved_tensors
+        return attention.backward(dout, qkv, out, saved)
+
+
 def ours(job: Job, frames: int, tokens: int, heads: int, backward: bool) -> Iterator[Row]:
     """Triton's kernel at each tile; backward takes its own tiles from the table, so it is timed at the first only."""
-    from xclip_fast.kernels._dispatch import OPS, backend
     from xclip_fast.kernels.triton import _launch
 
-    whole = packed(job, frames, tokens, heads)
-    exact = exactly(whole)[:, :tokens]
-    qkv = whole[:, :tokens].contiguous().requires_grad_(backward)
-    message = whole[:, tokens, 1:].contiguous()
+    qkv = packed(job, frames, tokens, heads).requires_grad_(backward)
+    exact = exactly(qkv.detach())
     tiles = TILES[:2] if job.tiny else TILES
     for use in (None,) if backward else (None, *tiles):
         name = "xclip-fast triton" + (f" {use['BLOCK_M']}x{use['BLOCK_N']}" if use else "")
@@ -128,11 +145,9 @@ def ours(job: Job, frames: int, tokens: int, heads: int, backward: bool) -> Iter
         key = f"{name} {use} {row['direction']}"
 
         def call(use: dict[str, Any] | None = use) -> Tensor:
-            with backend("triton"):
-                if use is None:
-                    return OPS["diffusion_attention"](qkv, message)
-                with _launch.forced_tile("diffusion_attention", use):
-                    return OPS["diffusion_attention"](qkv, message)
+            with contextlib.nullcontext() if use is None else _launch.forced_tile("attention", use):
+                out: Tensor = _Ours.apply(qkv)
+                return out
 
         with job.trying(key, row):
             if key in job.without:

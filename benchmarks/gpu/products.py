@@ -82,9 +82,9 @@ def plain(product: str, x: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor, 
 
 
 def triton_call(product: str, given: Operands) -> Callable[[], Any]:
+    from xclip_fast.kernels.triton.fold import fold
     from xclip_fast.kernels.triton.gemm import gemm
     from xclip_fast.kernels.triton.layer_norm import row_statistics
-    from xclip_fast.kernels.triton.ln_linear import fold
 
     x, weight, bias, gamma, beta, residual = given
     if product in ("out", "fc2"):

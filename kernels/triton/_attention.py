@@ -1,4 +1,4 @@
-"""What both attentions and their backward passes share: softmax in one tile, a frame's last tile, tile arithmetic."""
+"""What both attentions and their backward passes share: softmax in one tile, tile arithmetic."""
 
 from typing import Any
 
@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..attention import ONE_TILE
 from ._launch import cdiv, next_power_of_2, tile
 
 LOG2_E = 1.4426950408889634
@@ -36,21 +37,6 @@ def attend_tile_backward(q, k, v, do, seen, scale):
     return p.to(q.dtype), ds.to(q.dtype)
 
 
-@triton.jit
-def last_tile(
-    at_ptr,  # the frame's and head's keys or values in qkv, (L, C)
-    message_ptr,  # the frame's and head's key or value of the message, (C,)
-    row,
-    channel,
-    stride_l,
-    L: tl.constexpr,
-):
-    """Rows ``row`` of the L keys or values with the message as row L and zeros behind it."""
-    rest = tl.load(at_ptr + row.to(tl.int64)[:, None] * stride_l + channel[None, :], mask=row[:, None] < L, other=0.0)
-    message = tl.load(message_ptr + channel).to(rest.dtype)
-    return tl.where(row[:, None] == L, message[None, :], rest)
-
-
 def channels_contiguous(x: Tensor) -> Tensor:
     """x itself if the channels of a head are neighbours, as in every view of a packed projection; else a copy."""
     return x if x.stride(-1) == 1 else x.contiguous()
@@ -61,11 +47,16 @@ def power_of_two(rows: int) -> int:
     return max(16, next_power_of_2(rows)) if rows else 0
 
 
-def frame_tile(op: str, qkv: Tensor) -> tuple[dict[str, Any], int, int]:
-    """A kernel's tile with what follows from it for L tokens, and its numbers of query and of key blocks."""
+def fits_one_tile(qkv: Tensor) -> bool:
+    """Whether the backward kernel holds a sequence in one tile: it needs nothing saved then."""
+    return qkv.shape[1] <= ONE_TILE[qkv.element_size()]
+
+
+def sequence_tile(op: str, qkv: Tensor) -> tuple[dict[str, Any], int, int]:
+    """A kernel's tile with what follows from it for S rows, and its numbers of query and of key blocks."""
     length = qkv.shape[1]
     use = tile(op, qkv.device, length=length, bytes=qkv.element_size())
-    full = length // use["BLOCK_N"]
-    last = power_of_two(length + 1 - full * use["BLOCK_N"])
+    full = (length - 1) // use["BLOCK_N"]
+    last = power_of_two(length - full * use["BLOCK_N"])
     rest = power_of_two(length % use["BLOCK_M"])
     return {**use, "FULL": full, "LAST": last, "REST": rest}, cdiv(length, use["BLOCK_M"]), full + 1

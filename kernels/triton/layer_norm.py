@@ -1,10 +1,12 @@
-"""LayerNorm of rows: a whole row in registers, statistics in float32 (mean, then the centred variance).
+"""LayerNorm of rows, with what a block has to do to its residual stream in the same pass: the branch added before it,
+and in backward the gradient past the branch, its copy in the products' dtype and the sums of its columns.
 
-M rows of D channels. x may have any row stride; everything written is contiguous.
+M rows of D channels, a whole row in registers, statistics in float32 (mean, then the centered variance). x may have any
+row stride; everything written is contiguous.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -15,17 +17,22 @@ from ._launch import cdiv, launch, next_power_of_2, processors, tile
 from .gemm import rows_of
 
 
-@triton.jit(do_not_specialize=["M"])
-def _normalise_kernel(
+@triton.jit(do_not_specialize=["M", "sample_rows"])
+def layer_norm_fwd_kernel(
     x_ptr,  # (M, D), rows x_row apart
+    product_ptr,  # (M, D) or None: x is x + s (product + product_bias), and written to z
+    product_bias_ptr,  # (D,) or None
+    drop_ptr,  # (M / sample_rows,) or None: s
+    z_ptr,  # (M, D), with product
     weight_ptr,  # (D,)
     bias_ptr,  # (D,)
-    y_ptr,  # (M, D) or None: statistics alone
+    y_ptr,  # (M, D) or None: no LayerNorm of it
     mean_ptr,  # (M,) float32 or None: not wanted
     rstd_ptr,  # (M,) float32, with mean
     M,
     D,
     x_row,
+    sample_rows,
     eps,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,  # >= D, a power of two
@@ -34,6 +41,16 @@ def _normalise_kernel(
     columns = tl.arange(0, BLOCK_D)
     inside = (rows < M)[:, None] & (columns < D)[None, :]
     x = tl.load(x_ptr + rows[:, None].to(tl.int64) * x_row + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+    if product_ptr is not None:
+        at = rows[:, None].to(tl.int64) * D + columns[None, :]
+        product = tl.load(product_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        if product_bias_ptr is not None:
+            product += tl.load(product_bias_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)[None, :]
+        if drop_ptr is not None:
+            product *= tl.load(drop_ptr + rows // sample_rows, mask=rows < M, other=0.0).to(tl.float32)[:, None]
+        z = (x + product).to(z_ptr.dtype.element_ty)
+        tl.store(z_ptr + at, z, mask=inside)
+        x = z.to(tl.float32)  # as stored
     mean = tl.sum(x, 1) / D
     off = tl.where(inside, x - mean[:, None], 0.0)
     rstd = 1.0 / tl.sqrt(tl.sum(off * off, 1) / D + eps)
@@ -47,8 +64,8 @@ def _normalise_kernel(
         tl.store(y_ptr + rows[:, None].to(tl.int64) * D + columns[None, :], y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["M"])
-def _backward_kernel(
+@triton.jit(do_not_specialize=["M", "sample_rows"])
+def layer_norm_bwd_kernel(
     x_ptr,  # (M, D), rows x_row apart
     mean_ptr,  # (M,)
     rstd_ptr,  # (M,)
@@ -58,13 +75,19 @@ def _backward_kernel(
     extra_ptr,  # (M, D), rows extra_row apart, or None: added to dx
     dx_ptr,  # (M, D)
     normed_ptr,  # (M, D) or None: the forward's result, recomputed
+    first_ptr,  # (M / length, D) or None: added to the first of every ``length`` rows of dx
+    drop_ptr,  # (M / sample_rows,) or None: s
+    low_ptr,  # (M, D) or None: s dx
     part_dweight_ptr,  # (programs, D) float32
     part_dbias_ptr,  # (programs, D) float32
+    part_low_ptr,  # (programs, D) float32 or None: column sums of s dx
     M,
     D,
     x_row,
     dy_row,
     extra_row,
+    length,
+    sample_rows,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -75,6 +98,8 @@ def _backward_kernel(
         bias = tl.load(bias_ptr + columns, mask=in_columns, other=0.0).to(tl.float32)[None, :]
     dweight = tl.zeros((BLOCK_D,), dtype=tl.float32)
     dbias = tl.zeros((BLOCK_D,), dtype=tl.float32)
+    if part_low_ptr is not None:
+        low_sums = tl.zeros((BLOCK_D,), dtype=tl.float32)
     for block in range(tl.program_id(0), tl.cdiv(M, ROWS), tl.num_programs(0)):
         rows = block * ROWS + tl.arange(0, ROWS)
         inside = (rows < M)[:, None] & in_columns[None, :]
@@ -96,40 +121,102 @@ def _backward_kernel(
         dx = rstd * (g - tl.sum(g, 1)[:, None] / D - x_hat * projection)
         if extra_ptr is not None:
             dx += tl.load(extra_ptr + wide * extra_row + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+        if first_ptr is not None:
+            is_first = inside & (rows % length == 0)[:, None]
+            first_at = first_ptr + (rows // length)[:, None].to(tl.int64) * D + columns[None, :]
+            dx += tl.load(first_at, mask=is_first, other=0.0).to(tl.float32)
         tl.store(dx_ptr + wide * D + columns[None, :], dx.to(dx_ptr.dtype.element_ty), mask=inside)
+        if drop_ptr is not None:
+            dx *= tl.load(drop_ptr + rows // sample_rows, mask=rows < M, other=0.0).to(tl.float32)[:, None]
+        if low_ptr is not None:
+            tl.store(low_ptr + wide * D + columns[None, :], dx.to(low_ptr.dtype.element_ty), mask=inside)
+        if part_low_ptr is not None:
+            low_sums += tl.sum(tl.where(inside, dx, 0.0), 0)
     at = tl.program_id(0).to(tl.int64) * D + columns
     tl.store(part_dweight_ptr + at, dweight, mask=in_columns)
     tl.store(part_dbias_ptr + at, dbias, mask=in_columns)
+    if part_low_ptr is not None:
+        tl.store(part_low_ptr + at, low_sums, mask=in_columns)
 
 
-def _normalise(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype | None, statistics: bool
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+class Branch(NamedTuple):
+    """What is added to the residual stream: s (product + bias)."""
+
+    product: Tensor  # (M, D), contiguous
+    bias: Tensor | None = None  # (D,)
+    drop_scale: Tensor | None = None  # (B,), M a multiple of B: s of each sample
+
+
+def normalise(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    dtype: torch.dtype | None,
+    statistics: bool = False,
+    branch: Branch | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """One pass over x (M, D), any row stride.
+
+    Args:
+        dtype: of LN(x); None: not wanted.
+        statistics: the mean and 1 / sqrt(variance + eps) of each row are wanted.
+        branch: added to x first.
+
+    Returns:
+        x, or x + branch in x's dtype (M, D); LN of it (M, D); mean and rstd (M,) float32; None for what is not wanted.
+    """
     M, D = x.shape
+    z = None if branch is None else torch.empty(M, D, dtype=x.dtype, device=x.device)
     y = None if dtype is None else torch.empty(M, D, dtype=dtype, device=x.device)
     mean, rstd = (torch.empty(M, dtype=torch.float32, device=x.device) if statistics else None for _ in range(2))
+    product, product_bias, drop_scale = branch or (None, None, None)
     config = tile("layer_norm", x.device, d=D)
-    grid = (cdiv(M, config["ROWS"]),)
-    size = next_power_of_2(D)
-    launch(_normalise_kernel, grid, x, weight, bias, y, mean, rstd, M, D, x.stride(0), eps, BLOCK_D=size, **config)
-    return y, mean, rstd
+    launch(
+        layer_norm_fwd_kernel,
+        (cdiv(M, config["ROWS"]),),
+        x,
+        product,
+        product_bias,
+        drop_scale,
+        z,
+        weight,
+        bias,
+        y,
+        mean,
+        rstd,
+        M,
+        D,
+        x.stride(0),
+        _sample_rows(M, drop_scale),
+        eps,
+        BLOCK_D=next_power_of_2(D),
+        **config,
+    )
+    return x if z is None else z, y, mean, rstd
 
 
 def row_statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Mean and 1 / sqrt(variance + eps) of each row of x (M, D), any row stride: (M,) float32 each."""
-    _, mean, rstd = _normalise(x, None, None, eps, None, True)
+    _, _, mean, rstd = normalise(x, None, None, eps, None, True)
     assert mean is not None
     assert rstd is not None
     return mean, rstd
 
 
-def normalise(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype, statistics: bool = False
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """LN(x) of x (M, D), any row stride, in ``dtype``; with its mean and rstd if ``statistics``."""
-    y, mean, rstd = _normalise(x, weight, bias, eps, dtype, statistics)
-    assert y is not None
-    return y, mean, rstd
+def _sample_rows(rows: int, drop_scale: Tensor | None) -> int:
+    return 1 if drop_scale is None else rows // max(drop_scale.shape[0], 1)
+
+
+class LayerNormGrads(NamedTuple):
+    """What ``normalise_backward`` writes; None for what was not wanted."""
+
+    dx: Tensor  # (M, D), in x's dtype
+    dweight: Tensor  # (D,), in the weight's dtype
+    dbias: Tensor  # (D,), too
+    normed: Tensor | None  # (M, D): LN(x)
+    low: Tensor | None  # (M, D): s dx in the products' dtype
+    sums: Tensor | None  # (D,), too: the column sums of s dx
 
 
 def normalise_backward(
@@ -139,28 +226,34 @@ def normalise_backward(
     rstd: Tensor,
     weight: Tensor,
     *,
-    extra: Tensor | None = None,
     bias: Tensor | None = None,
     normed_dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    extra: Tensor | None = None,
+    first: Tensor | None = None,
+    length: int = 1,
+    drop_scale: Tensor | None = None,
+    low_dtype: torch.dtype | None = None,
+) -> LayerNormGrads:
     """The gradients of LN(x) in one pass over dy and x (M, D), any row strides.
 
     Args:
         mean, rstd: of x's rows, as the forward saved them.
-        extra: (M, D), added to dx: the gradient that reaches x past the LayerNorm.
         bias, normed_dtype: given, LN(x) is recomputed in that dtype on the way.
-
-    Returns:
-        dx (M, D) in x's dtype, dweight and dbias (D,) float32, LN(x) or None.
+        extra: (M, D), added to dx: the gradient that reaches x past the LayerNorm.
+        first, length: (M / length, D), added to the first of every ``length`` rows of dx.
+        drop_scale, low_dtype: given low_dtype, s dx is written in that dtype (unless that is dx itself) and its columns
+            are summed: the gradient of the branch that was added to x.
     """
     M, D = x.shape
     dx = torch.empty(M, D, dtype=x.dtype, device=x.device)
     normed = None if normed_dtype is None else torch.empty(M, D, dtype=normed_dtype, device=x.device)
+    same = drop_scale is None and low_dtype == x.dtype
+    low = None if low_dtype is None or same else torch.empty(M, D, dtype=low_dtype, device=x.device)
     config = tile("layer_norm_backward", x.device, d=D)
     programs = min(cdiv(M, config["ROWS"]), config["OCCUPANCY"] * processors(x.device))
-    parts = torch.empty(2, programs, D, dtype=torch.float32, device=x.device)
+    parts = torch.empty(2 if low_dtype is None else 3, programs, D, dtype=torch.float32, device=x.device)
     launch(
-        _backward_kernel,
+        layer_norm_bwd_kernel,
         (programs,),
         x,
         mean,
@@ -171,24 +264,31 @@ def normalise_backward(
         extra,
         dx,
         normed,
+        first,
+        drop_scale,
+        low,
         parts[0],
         parts[1],
+        None if low_dtype is None else parts[2],
         M,
         D,
         x.stride(0),
         dy.stride(0),
         0 if extra is None else extra.stride(0),
+        length,
+        _sample_rows(M, drop_scale),
         BLOCK_D=next_power_of_2(D),
         **{name: value for name, value in config.items() if name != "OCCUPANCY"},
     )
-    dweight, dbias = parts.sum(1)
-    return dx, dweight, dbias, normed
+    dweight, dbias, *sums = parts.sum(1).to(weight.dtype)
+    return LayerNormGrads(dx, dweight, dbias, normed, dx if same else low, sums[0] if sums else None)
 
 
 def forward(
     save: bool, x: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    y, mean, rstd = normalise(rows_of(x), weight.contiguous(), bias.contiguous(), eps, x.dtype, save)
+    _, y, mean, rstd = normalise(rows_of(x), weight.contiguous(), bias.contiguous(), eps, x.dtype, save)
+    assert y is not None
     saved = () if mean is None or rstd is None else (mean, rstd)
     return (y.view(x.shape),), saved
 
@@ -203,6 +303,6 @@ def backward(
     eps: float,
 ) -> list[Tensor]:
     mean, rstd = saved
-    dx, dweight, dbias, _ = normalise_backward(rows_of(grads[0]), rows_of(x), mean, rstd, weight.contiguous())
+    dx, dweight, dbias, *_ = normalise_backward(rows_of(grads[0]), rows_of(x), mean, rstd, weight.contiguous())
     result = (dx.view(x.shape), dweight.to(weight.dtype), dbias.to(bias.dtype))
     return [gradient for gradient, need in zip(result, needs, strict=False) if need]

@@ -1,11 +1,12 @@
-"""message_kv in five launches: message token; LN_m and QKV; attention over T; output and residual; LN_1, key and value.
+"""The message path in five launches: message token; LN_m and QKV; attention over T; output and residual; LN_1, key
+and value.
 
 B videos, T frames, F = B T rows, D width, H heads of C channels. F is small, so the GEMMs stream their weights: low
 tiles, many of them along the weight's rows, each normalising its own few rows. Backward recomputes LN(.) and the
 attention from m, qkv and the residual's result, all of F rows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,14 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._linear import linear
 from ._launch import cdiv, launch, next_power_of_2, tile
-from .gemm import rows_of
 from .layer_norm import normalise_backward
 
 
 @triton.jit(do_not_specialize=["M"])
-def _rows_kernel(
+def message_rows_kernel(
     x_ptr,  # (M, K), rows x_row apart
     weight_ptr,  # (N, K), rows weight_row apart
     bias_ptr,  # (N,)
@@ -30,12 +29,13 @@ def _rows_kernel(
     rstd_ptr,  # (M,) float32, with mean
     residual_ptr,  # (M, N) or None
     drop_ptr,  # (M / frames,) or None
-    y_ptr,  # (M, N)
+    y_ptr,  # (M, N), rows y_row apart
     M,
     N,
     K,
     x_row,
     weight_row,
+    y_row,
     frames,
     eps,
     EVEN_K: tl.constexpr,  # K is a multiple of BLOCK_K
@@ -92,7 +92,8 @@ def _rows_kernel(
         acc *= tl.load(drop_ptr + rows // frames, mask=rows < M, other=0.0).to(tl.float32)[:, None]
     if residual_ptr is not None:
         acc += tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y_ptr + at, acc.to(y_ptr.dtype.element_ty), mask=inside)
+    y_at = y_ptr + rows[:, None].to(tl.int64) * y_row + columns[None, :]
+    tl.store(y_at, acc.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -105,7 +106,7 @@ def _probabilities(query, key, t, frames, scale):
 
 
 @triton.jit
-def _attention_kernel(
+def message_attention_fwd_kernel(
     qkv_ptr,  # (F, 3, H, C)
     mixed_ptr,  # (F, H, C)
     frames,
@@ -132,7 +133,7 @@ def _attention_kernel(
 
 
 @triton.jit
-def _attention_backward_kernel(
+def message_attention_bwd_kernel(
     qkv_ptr,  # (F, 3, H, C)
     dmixed_ptr,  # (F, H, C)
     dqkv_ptr,  # (F, 3, H, C)
@@ -188,30 +189,33 @@ def _rows(
     residual: Tensor | None = None,
     drop_scale: Tensor | None = None,
     frames: int = 1,
+    to: Tensor | None = None,
 ) -> Tensor:
-    """residual + s (LN(x) W^T + b) in the weight's dtype; LN's (mean, rstd) go into ``statistics`` (2, M)."""
+    """residual + s (LN(x) W^T + b) in the weight's dtype, written ``to`` rows of any stride if given; LN's (mean, rstd)
+    go into ``statistics`` (2, M)."""
     (rows, depth), columns = x.shape, weight.shape[0]
-    y = weight.new_empty(rows, columns)
+    y = weight.new_empty(rows, columns) if to is None else to
     options = tile("message_kv", x.device, rows=rows, bytes=weight.element_size())
     norm_weight, norm_bias, eps = norm or (None, None, 0.0)
     launch(
-        _rows_kernel,
+        message_rows_kernel,
         (cdiv(rows, options["BLOCK_M"]) * cdiv(columns, options["BLOCK_N"]),),
         x,
         weight,
-        bias.contiguous(),
-        None if norm_weight is None else norm_weight.contiguous(),
-        None if norm_bias is None else norm_bias.contiguous(),
+        bias,
+        norm_weight,
+        norm_bias,
         None if statistics is None else statistics[0],
         None if statistics is None else statistics[1],
         residual,
-        None if drop_scale is None else drop_scale.contiguous(),
+        drop_scale,
         y,
         rows,
         columns,
         depth,
         x.stride(0),
         weight.stride(0),
+        y.stride(0),
         frames,
         eps,
         EVEN_K=depth % options["BLOCK_K"] == 0,
@@ -238,135 +242,79 @@ def _attend(name: str, kernel: Any, tensors: tuple[Tensor, ...], frames: int, he
     )
 
 
-def forward(
-    save: bool,
-    class_tokens: Tensor,
-    frames: int,
-    fc_weight: Tensor,
-    fc_bias: Tensor,
-    message_ln_weight: Tensor,
-    message_ln_bias: Tensor,
-    qkv_weight: Tensor,
-    qkv_bias: Tensor,
-    out_weight: Tensor,
-    out_bias: Tensor,
-    ln_1_weight: Tensor,
-    ln_1_bias: Tensor,
-    kv_weight: Tensor,
-    kv_bias: Tensor,
-    heads: int,
-    eps: float,
-    drop_scale: Tensor | None,
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    rows, width = class_tokens.shape
-    videos = rows // frames
-    if rows != videos * frames or (drop_scale is not None and drop_scale.shape != (videos,)):
-        given = "" if drop_scale is None else f" and drop path factors {tuple(drop_scale.shape)}"
+def forward(save: bool, b: Any) -> tuple[Callable[[Tensor], None], tuple[Tensor, ...]]:
+    (count, _, width), frames = b.x.shape, b.frames
+    videos = count // frames
+    if count != videos * frames or (b.drop_fusion is not None and b.drop_fusion.shape != (videos,)):
+        given = "" if b.drop_fusion is None else f" and drop path factors {tuple(b.drop_fusion.shape)}"
         raise ValueError(
-            f"{rows} class tokens of {frames} frames a video{given} do not fit: there must be a multiple of {frames} "
-            "of the first, and a factor for each video"
+            f"{count} frames, {frames} a video{given} do not fit: there must be a multiple of {frames} of the first, "
+            "and a factor for each video"
         )
-    x = rows_of(class_tokens)
-    fc_weight, qkv_weight, out_weight, kv_weight = map(rows_of, (fc_weight, qkv_weight, out_weight, kv_weight))
-    statistics = x.new_empty(4, rows, dtype=torch.float32) if save else None
+    statistics = b.x.new_empty(4, count, dtype=torch.float32) if save else None
     first, second = (None, None) if statistics is None else (statistics[:2], statistics[2:])
-    # m = x_class Wm + bm; qkv = LN_m(m) W + b; m + s (attention Wo + bo); LN_1(.) [Wk, Wv] + b
-    message = _rows(x, fc_weight, fc_bias)
-    qkv = _rows(message, qkv_weight, qkv_bias, norm=(message_ln_weight, message_ln_bias, eps), statistics=first)
+    # m = x_class Wm + bm; qkv = LN_m(m) W + b; m + s (attention Wo + bo)
+    message = _rows(b.x[:, 0], b.message_fc_weight, b.message_fc_bias)
+    norm = (b.message_ln_weight, b.message_ln_bias, b.eps)
+    qkv = _rows(message, b.message_in_weight, b.message_in_bias, norm=norm, statistics=first)
     mixed = torch.empty_like(message)
-    _attend("message_kv_attention", _attention_kernel, (qkv, mixed), frames, heads)
-    fused = _rows(mixed, out_weight, out_bias, residual=message, drop_scale=drop_scale, frames=frames)
-    kv = _rows(fused, kv_weight, kv_bias, norm=(ln_1_weight, ln_1_bias, eps), statistics=second)
-    saved = () if statistics is None else (message, qkv, fused, statistics)
-    return (kv.view(rows, 2, heads, width // heads),), saved
+    _attend("message_kv_attention", message_attention_fwd_kernel, (qkv, mixed), frames, b.heads)
+    out = (b.message_out_weight, b.message_out_bias)
+    fused = _rows(mixed, *out, residual=message, drop_scale=b.drop_fusion, frames=frames)
+
+    def write(key_value: Tensor) -> None:
+        # LN_1(.) [Wk, Wv] + b
+        norm = (b.ln_1_weight, b.ln_1_bias, b.eps)
+        _rows(fused, b.in_weight[width:], b.in_bias[width:], norm=norm, statistics=second, to=key_value)
+
+    return write, () if statistics is None else (message, qkv, fused, statistics)
 
 
-def backward(
-    grads: Sequence[Any],
-    saved: Sequence[Tensor],
-    needs: Sequence[bool],
-    class_tokens: Tensor,
-    frames: int,
-    fc_weight: Tensor,
-    fc_bias: Tensor,
-    message_ln_weight: Tensor,
-    message_ln_bias: Tensor,
-    qkv_weight: Tensor,
-    qkv_bias: Tensor,
-    out_weight: Tensor,
-    out_bias: Tensor,
-    ln_1_weight: Tensor,
-    ln_1_bias: Tensor,
-    kv_weight: Tensor,
-    kv_bias: Tensor,
-    heads: int,
-    eps: float,
-    drop_scale: Tensor | None,
-) -> list[Tensor]:
+def backward(dkv: Tensor, saved: Sequence[Tensor], wanted: set[str], b: Any) -> tuple[dict[str, Tensor], Tensor]:
     message, qkv, fused, (mean, rstd, mean_1, rstd_1) = saved
-    rows, dtype = message.shape[0], message.dtype
-    tensors: tuple[Any, ...] = (
-        class_tokens,
-        frames,
-        fc_weight,
-        fc_bias,
-        message_ln_weight,
-        message_ln_bias,
-        qkv_weight,
-        qkv_bias,
-    )
-    tensors += (out_weight, out_bias, ln_1_weight, ln_1_bias, kv_weight, kv_bias, heads, eps, drop_scale)
-    gradients: list[Tensor | None] = [None] * len(tensors)
+    dtype, width, frames = message.dtype, message.shape[1], b.frames
+    given: dict[str, Tensor] = {}
 
-    def parameters(at: int, dy: Tensor, x: Any) -> None:
-        """The gradients of the weight and the bias, arguments ``at`` and ``at + 1``, of y = x W^T + b."""
-        if needs[at]:
-            gradients[at] = linear(dy.T, x.T)
-        if needs[at + 1]:
-            gradients[at + 1] = dy.sum(0, dtype=torch.float32)
+    def parameters(name: str, dy: Tensor, x: Tensor) -> None:
+        """The gradients of the weight and the bias of y = x W^T + b."""
+        if f"{name}_weight" in wanted:
+            given[f"{name}_weight"] = torch.mm(dy.T, x)
+        if f"{name}_bias" in wanted:
+            given[f"{name}_bias"] = dy.sum(0)
 
     # [k_m, v_m] = LN_1(.) [Wk, Wv] + b
-    dkv = grads[0].reshape(rows, kv_weight.shape[0]).to(dtype)
-    dfused, gradients[10], gradients[11], normed = normalise_backward(
-        linear(dkv, kv_weight.T),
+    dfused, given["ln_1_weight"], given["ln_1_bias"], normed, *_ = normalise_backward(
+        torch.mm(dkv, b.in_weight[width:]),
         fused,
         mean_1,
         rstd_1,
-        ln_1_weight.contiguous(),
-        bias=ln_1_bias.contiguous(),
+        b.ln_1_weight,
+        bias=b.ln_1_bias,
         normed_dtype=dtype,
     )
-    parameters(12, dkv, normed)
+    assert normed is not None
+    parameters("in", dkv, normed)
     # m + s (attention Wo + bo)
     dbranch = dfused
-    if drop_scale is not None:
-        dbranch = (dfused.view(-1, frames, dfused.shape[1]) * drop_scale[:, None, None].to(dtype)).view_as(dfused)
+    if b.drop_fusion is not None:
+        dbranch = (dfused.view(-1, frames, width) * b.drop_fusion[:, None, None].to(dtype)).view_as(dfused)
     dqkv, mixed = torch.empty_like(qkv), torch.empty_like(message)
-    dmixed = linear(dbranch, out_weight.T).contiguous()
-    attention = (qkv, dmixed, dqkv, mixed)
-    _attend("message_kv_attention_backward", _attention_backward_kernel, attention, frames, heads)
-    parameters(8, dbranch, mixed)
-    if needs[16] and drop_scale is not None:
-        branch = linear(mixed, out_weight, out_bias.to(dtype))
-        gradients[16] = (branch.float() * dfused.float()).sum(1).view(-1, frames).sum(1)
+    attention = (qkv, torch.mm(dbranch, b.message_out_weight), dqkv, mixed)
+    _attend("message_kv_attention_backward", message_attention_bwd_kernel, attention, frames, b.heads)
+    parameters("message_out", dbranch, mixed)
     # qkv = LN_m(m) W + b, and the residual
-    dmessage, gradients[4], gradients[5], normed = normalise_backward(
-        linear(dqkv, qkv_weight.T),
+    dmessage, given["message_ln_weight"], given["message_ln_bias"], normed, *_ = normalise_backward(
+        torch.mm(dqkv, b.message_in_weight),
         message,
         mean,
         rstd,
-        message_ln_weight.contiguous(),
+        b.message_ln_weight,
         extra=dfused,
-        bias=message_ln_bias.contiguous(),
+        bias=b.message_ln_bias,
         normed_dtype=dtype,
     )
-    parameters(6, dqkv, normed)
+    assert normed is not None
+    parameters("message_in", dqkv, normed)
     # m = x_class Wm + bm
-    parameters(2, dmessage, class_tokens.to(dtype))
-    if needs[0]:
-        gradients[0] = linear(dmessage, fc_weight.T)
-    return [
-        gradient.to(given.dtype).contiguous()
-        for gradient, need, given in zip(gradients, needs, tensors, strict=True)
-        if need and gradient is not None and isinstance(given, Tensor)
-    ]
+    parameters("message_fc", dmessage, b.x[:, 0].to(dtype))
+    return given, torch.mm(dmessage, b.message_fc_weight)

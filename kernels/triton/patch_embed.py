@@ -275,7 +275,7 @@ def backward(
     count, down, across = _grid(frames, weight, position)
     width, _, patch, _ = weight.shape
     levels = frames.dtype == torch.uint8
-    dtokens, dln_weight, dln_bias, _ = normalise_backward(
+    dtokens, dln_weight, dln_bias, *_ = normalise_backward(
         rows_of(grads[0]), tokens.view(-1, width), row_mean.view(-1), row_rstd.view(-1), ln_weight.contiguous()
     )
     dtokens = dtokens.view(tokens.shape)

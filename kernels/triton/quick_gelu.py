@@ -27,7 +27,7 @@ def quick_gelu_slope(u):
 
 
 @triton.jit
-def _forward_kernel(
+def quick_gelu_fwd_kernel(
     x_ptr,  # (size,)
     y_ptr,  # (size,)
     size,
@@ -39,7 +39,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def _backward_kernel(
+def quick_gelu_bwd_kernel(
     x_ptr,  # (size,)
     dy_ptr,  # (size,)
     dx_ptr,  # (size,)
@@ -52,19 +52,19 @@ def _backward_kernel(
     tl.store(dx_ptr + at, (dy * quick_gelu_slope(u)).to(dx_ptr.dtype.element_ty), mask=at < size)
 
 
-def quick_gelu_rows(x: Tensor) -> Tensor:
-    """quick_gelu of x, which is contiguous."""
-    y = torch.empty_like(x)
-    launch(_forward_kernel, (cdiv(x.numel(), BLOCK),), x, y, x.numel(), BLOCK=BLOCK)
+def quick_gelu(x: Tensor, to: Tensor | None = None) -> Tensor:
+    """quick_gelu of a contiguous tensor; ``to``: where to, which may be x itself."""
+    y = torch.empty_like(x) if to is None else to
+    launch(quick_gelu_fwd_kernel, (cdiv(x.numel(), BLOCK),), x, y, x.numel(), BLOCK=BLOCK)
     return y
 
 
 def forward(save: bool, x: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    return (quick_gelu_rows(x.contiguous()),), ()
+    return (quick_gelu(x.contiguous()),), ()
 
 
 def backward(grads: Sequence[Any], saved: Sequence[Tensor], needs: Sequence[bool], x: Tensor) -> list[Tensor]:
     x, dy = x.contiguous(), grads[0].contiguous()
     dx = torch.empty_like(x)
-    launch(_backward_kernel, (cdiv(x.numel(), BLOCK),), x, dy, dx, x.numel(), BLOCK=BLOCK)
+    launch(quick_gelu_bwd_kernel, (cdiv(x.numel(), BLOCK),), x, dy, dx, x.numel(), BLOCK=BLOCK)
     return [dx]

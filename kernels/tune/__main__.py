@@ -47,7 +47,7 @@ def merge(path: Path, rows: dict[str, list[dict[str, Any]]]) -> None:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m xclip_fast.kernels.tune", description=__doc__)
     parser.add_argument("--backends", action="store_true", help="the backends of the ops instead of Triton's tiles")
-    known = sorted({*tiles.WORK, *backends.WORK, *backends.TILE_WORK})
+    known = sorted({*tiles.WORK, *backends.WORK, *backends.SLOTS, *backends.TILE_WORK})
     parser.add_argument("--op", action="append", choices=known, help="one table only; may be repeated")
     parser.add_argument("--model", choices=list(SHAPES), default="B/16", help="whose shapes (default: B/16)")
     parser.add_argument("--batch", type=int, nargs="+", default=BATCHES, help="numbers of videos (default: 1 32)")
@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
     if importlib.util.find_spec("triton") is None:
         print("error: tuning times with Triton, which is not installed (pip install triton)", file=sys.stderr)
         return 1
-    work: Any = {**backends.TILE_WORK, **backends.WORK} if options.backends else tiles.WORK
+    work: Any = {**backends.TILE_WORK, **backends.SLOTS, **backends.WORK} if options.backends else tiles.WORK
     measure = backends.measure if options.backends else tiles.measure
     if options.backends:
         table = _choices.TABLE

@@ -9,6 +9,7 @@ import datetime
 import functools
 import importlib.metadata
 import importlib.util
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,7 +18,10 @@ import torch
 from torch import Tensor
 
 from .. import _choices, _cuda
+from .._arguments import Block
 from .._dispatch import OPS, Op, backend
+from ..cct_block import fused
+from ..cct_block.example import example
 from ..quick_gelu import quick_gelu_reference
 from .shapes import Shape, boundaries
 from .tiles import failures, milliseconds
@@ -48,45 +52,8 @@ def _is(**sizes: int) -> dict[str, list[int]]:
 # ---- the arguments, in float32
 
 
-def _ln_linear(shape: Shape, batches: tuple[int, ...]) -> Iterator[Case]:
-    width, every = shape.width, shape.rows(batches)
-    for m in every:
-        where = {"m": boundaries(every, m), **_is(n=3 * width, k=width, activation=0)}
-        yield where, (_normal(m, width), *_norm(width), *_linear(3 * width, width), EPS, False)
-
-
-def _linear_residual(shape: Shape, batches: tuple[int, ...]) -> Iterator[Case]:
-    width, every = shape.width, shape.rows(batches)
-    for m in every:
-        where = {"m": boundaries(every, m), **_is(n=width, k=width, statistics=0)}
-        yield where, (_normal(m, width), *_linear(width, width), _normal(m, width), None, EPS, False)
-
-
-def _mlp(shape: Shape, batches: tuple[int, ...]) -> Iterator[Case]:
-    width, every = shape.width, shape.rows(batches)
-    for m in every:
-        linears = (*_linear(4 * width, width), *_linear(width, 4 * width))
-        yield {"m": boundaries(every, m), **_is(k=width)}, (_normal(m, width), *_norm(width), *linears, EPS, None)
-
-
 def _frames(shape: Shape, batches: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(shape.frames * batch for batch in batches)
-
-
-def _message_kv(shape: Shape, batches: tuple[int, ...]) -> Iterator[Case]:
-    width, frames = shape.width, shape.frames
-    for m in _frames(shape, batches):
-        cfa = (*_linear(3 * width, width), *_linear(width, width))
-        ifa = (*_norm(width), *_linear(2 * width, width))
-        args = (_normal(m, width), frames, *_linear(width, width), *_norm(width), *cfa, *ifa, width // 64, EPS, None)
-        yield {"m": boundaries(_frames(shape, batches), m), **_is(k=width, frames=frames)}, args
-
-
-def _diffusion_attention(shape: Shape, batches: tuple[int, ...]) -> Iterator[Case]:
-    length, heads = shape.tokens, shape.width // 64
-    for m in _frames(shape, batches):
-        where = {"m": boundaries(_frames(shape, batches), m), **_is(length=length, heads=heads, channels=64)}
-        yield where, (_normal(m, length, 3, heads, 64), _normal(m, 2, heads, 64))
 
 
 def _patch_embed(shape: Shape, batches: tuple[int, ...]) -> Iterator[Case]:
@@ -105,14 +72,26 @@ def _layer_norm(shape: Shape, batches: tuple[int, ...]) -> Iterator[Case]:
 
 
 WORK: dict[str, Callable[[Shape, tuple[int, ...]], Iterator[Case]]] = {
-    "ln_linear": _ln_linear,
-    "linear_residual": _linear_residual,
-    "mlp": _mlp,
-    "message_kv": _message_kv,
-    "diffusion_attention": _diffusion_attention,
     "patch_embed": _patch_embed,
     "layer_norm": _layer_norm,
 }
+
+
+# part -> the slots of a block's plan that it fills
+SLOTS = {
+    "norm_linear": ("qkv", "fc"),
+    "linear_residual": ("out", "projection"),
+    "message_kv": ("message",),
+    "attention": ("attention",),
+}
+
+
+def _blocks(shape: Shape, batches: tuple[int, ...]) -> Iterator[tuple[dict[str, list[Any]], Block]]:
+    """Where a row holds, and a block to measure it with: a candidate is timed in its place, beside the others."""
+    width, length, every = shape.width, shape.tokens + 1, _frames(shape, batches)
+    for m in every:
+        where = {"m": boundaries(every, m), **_is(length=length, k=width, heads=width // 64, frames=shape.frames)}
+        yield where, example(m, length, width, shape.frames, device=DEVICE)
 
 
 def _norm_linear(x: Tensor, weight: Tensor, bias: Tensor, tile: str) -> list[Tensor]:
@@ -213,10 +192,42 @@ def _contests(
     if name in TILE_WORK:
         yield from _tile_contests(name, shape, batches)
         return
+    where: dict[str, list[Any]]
     for training in (False, True):
+        if name in SLOTS:
+            for (bounds, block), slot in itertools.product(_blocks(shape, batches), SLOTS[name]):
+                with backend("fused"):
+                    own = fused.slots(fused.case_of(block, training))[slot][2]
+                where = {"dtype": [_name(DTYPE)] * 2, "training": [training] * 2, **bounds, **_is(**own)}
+                yield where, functools.partial(_part_contest, name, slot, training, where, tuple(block), say)
+            continue
         for sizes, args in WORK[name](shape, batches):
-            where: dict[str, list[Any]] = {"dtype": [_name(DTYPE)] * 2, "training": [training] * 2, **sizes}
+            where = {"dtype": [_name(DTYPE)] * 2, "training": [training] * 2, **sizes}
             yield where, functools.partial(_op_contest, name, training, where, args, say)
+
+
+def _part_contest(
+    name: str, slot: str, training: bool, where: dict[str, list[Any]], args: tuple[Any, ...], say: Callable[[str], None]
+) -> Contest:
+    op, given = OPS["cct_block"], _cast(args, DTYPE, training)
+    cotangent = torch.randn_like(_run(op, given, None)[0]) if training else None
+    if cotangent is not None:
+        cotangent[:, -1] = 0  # nobody reads the spare row
+    exact = _run(op, _cast(given, torch.float64, training), None if cotangent is None else cotangent.double())
+    with backend("fused"):
+        case = fused.case_of(Block(*given), training)
+    contenders: dict[str, Results] = {}
+    for candidate in fused.slots(case)[slot][0].candidates:
+        if refused := candidate.refusal(case):
+            say(f"{name} {where}: {candidate.name} refuses: {refused}")
+        else:
+            contenders[candidate.name] = functools.partial(_swapped, slot, op, given, cotangent, candidate.name)
+    return contenders, exact, _run(op, given, cotangent)
+
+
+def _swapped(slot: str, op: Op, args: tuple[Any, ...], cotangent: Tensor | None, name: str) -> list[Tensor]:
+    with fused.swap(slot, name):
+        return _run(op, args, cotangent, "fused")
 
 
 def _op_contest(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .._linear import linear
-from ..diffusion_attention import ONE_TILE, diffusion_attention_reference
+from ..attention import ONE_TILE, attention_reference
 from ..quick_gelu import quick_gelu_reference
 from .shapes import LENGTHS, Shape, boundaries
 
@@ -158,29 +158,28 @@ ATTENTION = [
 
 
 def attention_work(op: str, shape: Shape, batches: tuple[int, ...]) -> Iterator[Work]:
-    from ..triton import diffusion_attention
+    from ..triton import attention
 
-    length, heads, backward = shape.tokens, shape.width // 64, op != "diffusion_attention"
+    length, heads, backward = shape.tokens + 1, shape.width // 64, op != "attention"
     candidates = attention_candidates(length, op.endswith("dk_dv"))
-    if backward and length < ONE_TILE:
+    if backward and length <= ONE_TILE[2]:
         return  # it has a kernel without tiles
     frames = shape.frames * max(batches)
-    qkv, message = _normal(frames, length, 3, heads, 64), _normal(frames, 2, heads, 64)
-    where = {"length": boundaries(tuple(sorted({*LENGTHS, length})), length), "bytes": [2, 2]}
+    qkv = _normal(frames, length, 3, heads, 64)
+    where = {"length": boundaries(tuple(sorted({*(each + 1 for each in LENGTHS), length})), length), "bytes": [2, 2]}
     some = slice(min(frames, 16))  # what is compared: scores of all frames would not fit
 
     def right() -> Tensor:
-        q, m = qkv[some].float().requires_grad_(backward), message[some].float()
-        y = diffusion_attention_reference(q, m)
-        return torch.autograd.grad(y, q, grads[0][some].float())[0] if backward else y
+        given = qkv[some].float().requires_grad_(backward)
+        y = attention_reference(given)
+        return torch.autograd.grad(y, given, dout[some].float())[0] if backward else y
 
     if not backward:
-        yield where, candidates, functools.partial(diffusion_attention.forward, False, qkv, message), right
+        yield where, candidates, functools.partial(attention.forward, False, qkv), right
         return
-    outputs, saved = diffusion_attention.forward(True, qkv, message)
-    grads = [torch.randn_like(outputs[0])]
-    call = functools.partial(diffusion_attention.backward, grads, saved, [True, True], qkv, message)
-    yield where, candidates, call, right
+    out, saved = attention.forward(True, qkv)
+    dout = torch.randn_like(out)
+    yield where, candidates, functools.partial(attention.backward, dout, qkv, out, saved), right
 
 
 def attention_candidates(length: int, keys_outside: bool) -> list[dict[str, Any]]:
@@ -191,7 +190,7 @@ def attention_candidates(length: int, keys_outside: bool) -> list[dict[str, Any]
         return size - rest + (max(16, 1 << (rest - 1).bit_length()) if rest else 0)
 
     def computed(use: dict[str, Any]) -> tuple[int, int]:
-        queries, keys = padded(length, use["BLOCK_M"]), padded(length + 1, use["BLOCK_N"])
+        queries, keys = padded(length, use["BLOCK_M"]), padded(length, use["BLOCK_N"])
         return queries * keys, -use["BLOCK_N" if keys_outside else "BLOCK_M"]
 
     return sorted(ATTENTION, key=computed)[:TRIED]
@@ -201,10 +200,7 @@ def attention_candidates(length: int, keys_outside: bool) -> list[dict[str, Any]
 
 
 WORK: dict[str, Callable[[Shape, tuple[int, ...]], Iterator[Work]]] = {
-    **{
-        op: functools.partial(attention_work, op)
-        for op in ("diffusion_attention", "diffusion_attention_dq", "diffusion_attention_dk_dv")
-    },
+    **{op: functools.partial(attention_work, op) for op in ("attention", "attention_dq", "attention_dk_dv")},
     "gemm": gemm_work,  # last: it takes the most, and has the time that the others leave
 }
 

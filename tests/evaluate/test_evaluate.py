@@ -459,10 +459,10 @@ def test_manifest_without_labels(tiny_model, manifest):
 
 
 def test_unknown_devices_are_refused():
-    from xclip_fast.evaluate.setup import processes
+    from xclip_fast.processes import find_device
 
-    with pytest.raises(ValueError, match="device 'tpu': auto, cpu, cuda or cuda:N wanted"), processes("tpu"):
-        pass
+    with pytest.raises(ValueError, match="device is 'tpu'; auto, cpu, cuda or cuda:N wanted"):
+        find_device("tpu")
 
 
 def test_an_output_that_cannot_be_written_is_refused_before_the_work(checkpoint, folder, tmp_path, monkeypatch):

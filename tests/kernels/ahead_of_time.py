@@ -7,6 +7,7 @@ kernel for the architecture, and prints one JSON object a kernel: name, configur
 instructions. Not in the interpreter: TRITON_INTERPRET must be unset.
 """
 
+import importlib
 import json
 import re
 import subprocess
@@ -21,8 +22,12 @@ import triton
 from fake_gpu import Launch, fake_gpu
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from xclip_fast.kernels._dispatch import OPS
+from xclip_fast.kernels._arguments import LOWERED
+from xclip_fast.kernels.cct_block import fused
+from xclip_fast.kernels.cct_block.example import example
 from xclip_fast.kernels.triton import quantize
+
+from xclip_fast import kernels
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 EPS = 1e-5
@@ -46,30 +51,13 @@ def cases(
     """
     wide = stream or dtype
 
-    def linear(out: int, width: int) -> tuple[Tensor, Tensor]:
-        return meta(out, width, dtype=dtype), meta(out, dtype=wide)
-
     frames, size = 8 * batch, patch * int((length - 1) ** 0.5)
     x = meta(frames, length, width, dtype=wide)
-    narrow = meta(frames, length, width, dtype=dtype)
     hidden = meta(frames, length, 4 * width, dtype=dtype)
-    drop = meta(batch, dtype=torch.float32)
-    packed = linear(3 * width, width)
     yield "quick_gelu", (hidden,)
     yield "layer_norm", (x, *norm(width, wide), EPS)
-    yield "ln_linear", (x, *norm(width, wide), *packed, EPS, False)
-    yield "ln_linear", (x, *norm(width, wide), *linear(4 * width, width), EPS, True)
-    yield "ln_linear", (x[:, 0], *norm(width, wide), meta(width, 512, dtype=dtype).T, None, EPS, False)
-    yield "linear_residual", (narrow, *linear(width, width), x, None, EPS, False)
-    yield "linear_residual", (narrow, *linear(width, width), x, drop, EPS, True)
-    yield "mlp", (x, *norm(width, wide), *linear(4 * width, width), *linear(width, 4 * width), EPS, drop)
-    yield (
-        "diffusion_attention",
-        (meta(frames, length, 3, heads, 64, dtype=dtype), meta(frames, 2, heads, 64, dtype=dtype)),
-    )
-    message = (*linear(width, width), *norm(width, wide), *packed, *linear(width, width))
-    kv = (*norm(width, wide), *linear(2 * width, width))
-    yield "message_kv", (x[:, 0], 8, *message, *kv, heads, EPS, None)
+    for drops in (False, True):
+        yield "cct_block", block(example(frames, length + 1, width, 8, drops=drops, device="meta", dtype=wide), dtype)
     for pixels in (
         meta(frames, size, size, 3, dtype=torch.uint8),
         meta(frames, 3, size, size, dtype=wide),
@@ -79,9 +67,25 @@ def cases(
         yield "patch_embed", (pixels, *embedding, position, *norm(width, wide), [0.5] * 3, [0.2] * 3, EPS)
     embed = 512 if width == 768 else 768
     yield "cosine_logits", (meta(batch, embed, dtype=wide), meta(batch, 400, embed, dtype=wide), meta(dtype=wide))
-    offsets = meta(401, dtype=torch.int64)
     for longest in (12, 77):
-        yield "causal_attention_packed", (meta(2400, 3, embed // 64, 64, dtype=dtype), offsets, longest)
+        text = example(0, 0, embed, labels=[longest] * 40, device="meta", dtype=wide)
+        yield "cct_block", block(text, dtype)
+
+
+def block(given: kernels.Block, dtype: torch.dtype) -> tuple[Any, ...]:
+    """A block's arguments with the weights of products in this dtype."""
+    return tuple(
+        given._replace(**{name: getattr(given, name).to(dtype) for name in LOWERED if getattr(given, name) is not None})
+    )
+
+
+def refused(op: str, args: tuple[Any, ...], arch: int) -> bool:
+    """Whether these are labels that do not fit in a tile."""
+    if op != "cct_block" or not kernels.Block(*args).longest:
+        return False
+    return kernels.Block(*args).longest > (
+        32 if kernels.Block(*args).in_weight.dtype == torch.float32 else 64 if arch < 90 else 128
+    )
 
 
 SHAPES = {  # width, heads, tokens of a frame, patch
@@ -102,21 +106,24 @@ PLAN = [
 ]
 
 
-LIBRARY = ("ln_linear", "linear_residual", "mlp")  # the ops whose products torch's library computes by default
-
-
-def run(op: str, args: tuple[Any, ...], name: str = "triton") -> None:
-    """A backend's forward without gradients, with them, and backward: all gradients but that of drop path factors."""
-    no_gradient = {"linear_residual": 4, "mlp": 8, "message_kv": 16}.get(op)
-    needs = [
-        isinstance(arg, Tensor) and arg.dtype.is_floating_point and index != no_gradient
-        for index, arg in enumerate(args)
-    ]
-    backend = next(each for each in OPS[op].backends if each.name == name)
-    assert backend.backward is not None
-    backend.forward(False, *args)
-    outputs, saved = backend.forward(True, *args)
-    backend.backward([torch.empty_like(out) for out in outputs], saved, needs, *args)
+def run(op: str, args: tuple[Any, ...]) -> None:
+    """Forward without gradients, forward with them, backward: every gradient but that of drop path factors."""
+    if op == "cct_block":
+        needs = [
+            isinstance(arg, Tensor) and arg.is_floating_point() and not name.startswith("drop")
+            for name, arg in zip(kernels.Block._fields, args, strict=True)
+        ]
+        for backend in ("triton", "library"):  # both ways to compute products
+            with kernels.backend(backend):
+                fused.forward(False, *args)
+                outputs, saved = fused.forward(True, *args)
+                fused.backward([torch.empty_like(outputs[0])], saved, needs, *args)
+        return
+    module = importlib.import_module(f"xclip_fast.kernels.triton.{op}")
+    needs = [isinstance(arg, Tensor) and arg.dtype.is_floating_point for arg in args]
+    module.forward(False, *args)
+    outputs, saved = module.forward(True, *args)
+    module.backward([torch.empty_like(out) for out in outputs], saved, needs, *args)
 
 
 def launches(arch: int) -> dict[str, Launch]:
@@ -127,16 +134,16 @@ def launches(arch: int) -> dict[str, Launch]:
             if stream is not None and arch != 90:
                 continue
             for op, args in cases(dtype, *SHAPES[shape], batch, stream):
-                if dtype == torch.float16 and op not in ("mlp", "diffusion_attention"):
+                if dtype == torch.float16 and op != "cct_block":
                     continue  # the same code and tiles as bfloat16
-                if op == "causal_attention_packed" and args[2] > 64 and (arch < 90 or dtype == torch.float32):
-                    continue  # the op refuses it
+                if refused(op, args, arch):
+                    continue
                 before = len(recorded)
-                if op == "mlp" and arch >= 90 and dtype == torch.bfloat16:
-                    quantize.layer_norm_fp8(args[0].view(-1, args[0].shape[-1]), *args[1:3], EPS)
-                    quantize.quick_gelu_fp8(args[0], 0.1)
-                for name in ("triton", "library") if op in LIBRARY else ("triton",):
-                    run(op, args, name)
+                if op == "quick_gelu" and arch >= 90 and dtype == torch.bfloat16:
+                    x = meta(8 * batch * SHAPES[shape][2], SHAPES[shape][0], dtype=stream or dtype)
+                    quantize.layer_norm_fp8(x, *norm(SHAPES[shape][0], stream or dtype), EPS)
+                    quantize.quick_gelu_fp8(x, 0.1)
+                run(op, args)
                 where = f"{op} {shape} {dtype} in {stream or dtype} B={batch}"
                 for launch in recorded[before:]:
                     distinct.setdefault(id(launch.source), (f"{len(distinct)} {where}", launch))

@@ -16,8 +16,11 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from xclip_fast.kernels import _choices, _cuda, _dispatch, _tables
+from xclip_fast.kernels import _choices, _cuda, _dispatch, _parts, _tables
 from xclip_fast.kernels._dispatch import INTERPRETED, OPS, Backend, Op
+from xclip_fast.kernels._parts import PARTS, Case
+from xclip_fast.kernels.cct_block import fused
+from xclip_fast.kernels.cct_block.products import NORM_LINEAR
 from xclip_fast.kernels.tune import __main__ as tune
 from xclip_fast.kernels.tune import backends as tune_backends
 from xclip_fast.kernels.tune import tiles as tune_tiles
@@ -53,22 +56,31 @@ def row(*order: str, arch: int = 90, **where: Any) -> dict[str, Any]:
     return {"arch": arch, "where": where, "milliseconds": dict(reversed(medians.items()))}
 
 
-def ln_linear(m: int = 6, dtype: torch.dtype = torch.bfloat16, grad: bool = False, n: int = 96) -> tuple[Any, ...]:
-    x, norm, weight = (torch.randn(*shape, dtype=dtype) for shape in ((2, m // 2, 64), (64,), (n, 64)))
-    return x, norm, norm, weight.requires_grad_(grad), None, 1e-5, False
+def kind(m: int = 6, dtype: torch.dtype = torch.bfloat16, training: bool = False, **more: Any) -> Case:
+    """A kind of call of a block 64 wide, on the GPU that the CPU plays."""
+    given: dict[str, Any] = {
+        "device": torch.device("cpu"),
+        "dtype": dtype,
+        "stream": dtype,
+        "sequences": m,
+        "length": 5,
+    }
+    given |= {"rows": 5 * m, "heads": 1, "channels": 64, "width": 64, "hidden": 256, "training": training}
+    return Case(**{**given, "forced": kernels.forced_backend(), **more})
 
 
-def chosen(*args: Any, op: str = "ln_linear", **options: Any) -> str:
-    return OPS[op].choose(args, **options).name
+def chosen(given: Case, n: int = 192) -> str:
+    """The backend of the projection."""
+    found = NORM_LINEAR.choose(given, n=n, k=64, activation=0)
+    return found if isinstance(found, str) else found.name
 
 
 # ---- reading
 
 
 def test_without_a_table_nothing_changes(write: Write) -> None:
-    assert chosen(*ln_linear()) == "reference"
-    cuda = next(each for each in OPS["ln_linear"].backends if each.name == "cuda")
-    assert "not measured here" in (OPS["ln_linear"].refusal(cuda, ln_linear()) or "")
+    assert chosen(kind()) == "library"
+    assert "not measured on this GPU" in (NORM_LINEAR.refusals(kind())["cuda"] or "")
 
 
 def cuda_arguments(dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
@@ -82,63 +94,70 @@ def cuda_arguments(dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
     return {name: tuple(on_cuda(arg) for arg in args) for name, args in every.items()}
 
 
-LIBRARY = {
-    "ln_linear": "library",
-    "linear_residual": "library",
-    "mlp": "library",
-    "diffusion_attention": "sdpa",
-}
-PASSES = {"message_kv", "patch_embed", "layer_norm", "quick_gelu", "cosine_logits", "causal_attention_packed"}
+PASSES = {"patch_embed", "layer_norm", "quick_gelu", "cosine_logits"}
 
 
-@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("installed", [True, False])
 def test_nothing_unmeasured_replaces_the_library(
-    installed: bool, trained: bool, write: Write, monkeypatch: pytest.MonkeyPatch
+    installed: bool, training: bool, write: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a Hopper without a table: products by cuBLAS, attention by torch's choice, Triton for the passes alone."""
+    """On a Hopper without a table: products by cuBLAS, attention by cuDNN, Triton for the passes and the messages."""
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(major=9, minor=0))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.backends.cuda, "SDPAParams", lambda *_: None)
+    for name in ("cudnn", "flash", "efficient"):
+        monkeypatch.setattr(torch.backends.cuda, f"can_use_{name}_attention", lambda *_: True)
+    empty = torch.empty
+    monkeypatch.setattr(
+        torch,
+        "empty",
+        lambda *a, **o: empty(*a, **{**o, "device": "meta"} if "cuda" in str(o.get("device")) else o),
+    )
     monkeypatch.setattr(_dispatch, "INTERPRETED", False)
+    monkeypatch.setattr(_dispatch, "off_gpu", False)
     monkeypatch.setattr(_dispatch, "_INSTALLED", {"triton"} if installed else set())
+    monkeypatch.setattr(_parts, "installed", lambda package: installed and package == "triton")
+    monkeypatch.setattr(fused, "installed", lambda package: installed and package == "triton")
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         arguments = cuda_arguments(dtype)
-        found = {name: chosen(*args, op=name, trained=trained) for name, args in arguments.items() if "fp8" not in name}
-        wanted = LIBRARY | dict.fromkeys(PASSES, "triton")
-        if dtype == torch.float32:
-            wanted |= {"message_kv": "reference", "causal_attention_packed": "sdpa"}
+        for name in PASSES:
+            op = OPS[name]
+            assert op.choose(arguments[name], training).name == ("triton" if installed else "reference")
+        block = kernels.Block(*arguments["cct_block"])
+        with torch.set_grad_enabled(training):
+            found = fused._find_plan(fused.case_of(block, training))
         if not installed:
-            wanted = dict.fromkeys(found, "reference") | {
-                name: "sdpa" for name in ("diffusion_attention", "causal_attention_packed")
-            }
-        assert found == wanted, dtype
-    if installed:  # a measurement says otherwise
-        write("ln_linear", row("triton", "library"))
-        assert chosen(*arguments["ln_linear"]) == "library"  # float32
-        assert chosen(*cuda_arguments(torch.bfloat16)["ln_linear"]) == "triton"
+            assert "triton is not installed" in str(found)
+            continue
+        assert isinstance(found, fused.Plan)
+        attention = "efficient" if dtype == torch.float32 else "cudnn"
+        names = [candidate.name for candidate in found if candidate is not None]
+        assert names == ["library", "triton", attention, "library", "library", "library"]
 
 
 def test_a_row_holds_for_its_class_alone(write: Write) -> None:
-    write("ln_linear", row("cuda", "reference", m=[5, 8], n=[96, 96], dtype=["bfloat16"] * 2, training=[False] * 2))
-    assert chosen(*ln_linear()) == "cuda"
-    assert chosen(*ln_linear(8)) == "cuda"
-    assert chosen(*ln_linear(4)) == "reference"
-    assert chosen(*ln_linear(10)) == "reference"
-    assert chosen(*ln_linear(n=104)) == "reference"
-    assert chosen(*ln_linear(dtype=torch.float16)) == "reference"
-    assert chosen(*ln_linear(), trained=True) == "reference"
+    write("norm_linear", row("cuda", "library", m=[5, 8], n=[192, 192], dtype=["bfloat16"] * 2, training=[False] * 2))
+    assert chosen(kind()) == "cuda"
+    assert chosen(kind(8)) == "cuda"
+    assert chosen(kind(4)) == "library"
+    assert chosen(kind(10)) == "library"
+    assert chosen(kind(), n=104) == "library"
+    assert chosen(kind(dtype=torch.float16)) == "library"
+    assert chosen(kind(training=True)) == "library"
 
 
 def test_the_fastest_that_takes_the_arguments(write: Write) -> None:
-    write("ln_linear", row("triton", "cuda", "reference"))
-    assert chosen(*ln_linear()) == "cuda"  # triton does not run here
-    assert chosen(*ln_linear(n=97)) == "reference"  # and the library takes multiples of 8
-    write("ln_linear", row("reference", "cuda"))
-    assert chosen(*ln_linear()) == "reference"
-    write("ln_linear", row("cuda", "a backend of another version"))
-    assert chosen(*ln_linear()) == "cuda"
-    write("ln_linear", row("a backend of another version"))
-    assert chosen(*ln_linear()) == "reference"
+    write("norm_linear", row("triton", "cuda", "library"))
+    assert chosen(kind()) == "cuda"  # triton does not run here
+    assert chosen(kind(width=100)) == "library"  # and the CUDA library takes multiples of 8
+    write("norm_linear", row("library", "cuda"))
+    assert chosen(kind()) == "library"
+    write("norm_linear", row("cuda", "a backend of another version"))
+    assert chosen(kind()) == "cuda"
+    write("norm_linear", row("a backend of another version"))
+    assert chosen(kind()) == "library"
 
 
 def test_training_has_rows_of_its_own(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,77 +176,62 @@ def test_training_has_rows_of_its_own(write: Write, monkeypatch: pytest.MonkeyPa
 
 
 def test_other_architectures_and_other_places(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    write("ln_linear", row("cuda", arch=80), row("cuda", arch=100))
-    assert chosen(*ln_linear()) == "reference"
-    write("ln_linear", row("cuda"))
-    assert chosen(*ln_linear()) == "cuda"
+    write("norm_linear", row("cuda", arch=80), row("cuda", arch=100))
+    assert chosen(kind()) == "library"
+    write("norm_linear", row("cuda"))
+    assert chosen(kind()) == "cuda"
     monkeypatch.setattr(_choices, "architecture", lambda x: None)
-    assert chosen(*ln_linear()) == "reference"
+    assert chosen(kind()) == "library"
 
 
 def test_the_users_table_comes_before_the_shipped_one(write: Write) -> None:
-    write("ln_linear", row("cuda"), shipped=True)
-    assert chosen(*ln_linear()) == "cuda"
-    write("ln_linear", row("reference", m=[6, 6]))
-    assert chosen(*ln_linear()) == "reference"
-    assert chosen(*ln_linear(8)) == "cuda"
+    write("norm_linear", row("cuda"), shipped=True)
+    assert chosen(kind()) == "cuda"
+    write("norm_linear", row("library", m=[6, 6]))
+    assert chosen(kind()) == "library"
+    assert chosen(kind(8)) == "cuda"
 
 
 def test_what_was_measured_in_another_way_does_not_count(write: Write) -> None:
-    write("ln_linear", row("cuda"))
-    half = ln_linear()
-    assert chosen(half[0].float(), *half[1:]) == "reference"  # a float32 residual stream
-    with torch.autocast("cpu", torch.bfloat16):
-        assert chosen(*half) == "reference"
+    write("norm_linear", row("cuda"))
+    assert chosen(kind(stream=torch.float32)) == "library"  # as under autocast
 
 
 def test_what_is_asked_for_wins(write: Write) -> None:
-    write("ln_linear", row("cuda", "reference"))
-    with kernels.backend("reference"):
-        assert chosen(*ln_linear()) == "reference"
-    with kernels.backend("sdpa"):  # which this op has not: its choice stays automatic
-        assert chosen(*ln_linear()) == "cuda"
-    write("ln_linear", row("reference"))
+    write("norm_linear", row("cuda", "library"))
+    with kernels.backend("library"):
+        assert chosen(kind()) == "library"
+    with kernels.backend("xformers"):  # which this part does not have: its choice stays automatic
+        assert chosen(kind()) == "cuda"
+    write("norm_linear", row("library"))
     with kernels.backend("cuda"):
-        assert chosen(*ln_linear()) == "cuda"
+        assert chosen(kind()) == "cuda"
 
 
-def test_a_trace_does_not_ask(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    write("ln_linear", row("cuda"))
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert chosen(*ln_linear()) == "reference"
+def test_a_trace_does_not_ask(write: Write) -> None:
+    write("norm_linear", row("cuda"))
+    assert chosen(kind(traced=True)) == "library"
 
 
-def test_a_graph_that_saves_for_backward_gets_a_kernel(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Though the table says that torch's own calls are faster: the registered op has no other backward."""
-    write("ln_linear", row("reference", "cuda"))
-    assert chosen(*ln_linear(), trained=True) == "reference"
-    assert chosen(*ln_linear(), trained=True, kernels=True) == "cuda"
-    op, asked = OPS["ln_linear"], []
-    real = op.choose
-    monkeypatch.setattr(Op, "choose", lambda self, *args, **options: asked.append(options) or real(*args, **options))
-    monkeypatch.setattr(_cuda, "norm_linear", lambda x, weight, *_, **__: (x.new_zeros(len(x), len(weight)), None))
-    monkeypatch.setattr(_cuda, "row_statistics", lambda x, eps: (x[:, 0].float(), x[:, 0].float()))
-    for name in ("norm_linear", "row_statistics"):
-        monkeypatch.setattr(f"xclip_fast.kernels._cuda_ops.{name}", getattr(_cuda, name))
-    y, *saved = op.registered_saving(*ln_linear(grad=True))
-    y.backward(torch.ones_like(y))
-    assert asked == [{"trained": True, "kernels": True}] * 2
-    assert len(saved) == 2
+def test_a_plan_is_kept_until_the_tables_change(write: Write) -> None:
+    given = kind(interpreted=True, forced="fused", dtype=torch.float16)
+    first = fused.plan(given)
+    assert fused.plan(given) is first
+    write("norm_linear", row("cuda"))
+    second = fused.plan(given)
+    assert isinstance(first, fused.Plan)
+    assert isinstance(second, fused.Plan)
+    assert (first.qkv.name, second.qkv.name, second.out.name) == ("library", "cuda", "library")
 
 
-def test_a_cpu_pays_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No size is taken where nothing was measured."""
-    op = OPS["ln_linear"]
-    monkeypatch.setattr(op, "sizes", lambda *_: pytest.fail("sizes were asked for"))
-    assert op.measured(ln_linear()) == ()
+def test_a_cpu_has_no_architecture() -> None:
     assert _choices.architecture(torch.zeros(1)) is None
 
 
 def test_info_tells_what_is_taken(write: Write) -> None:
-    write("mlp", row("cuda", dtype=["float32"] * 2))
-    assert "not measured here" in info.collect()["ops"]["ln_linear"]["cpu"]["backends"]["cuda"]
-    assert "float32 is not bfloat16" in info.collect()["ops"]["mlp"]["cpu"]["backends"]["cuda"]
+    assert "not measured on this GPU" in info.collect()["ops"]["  norm_linear"]["cpu"]["backends"]["cuda"]
+    write("norm_linear", row("cuda", dtype=["float32"] * 2))
+    assert "float32 is not among" in info.collect()["ops"]["  norm_linear"]["cpu"]["backends"]["cuda"]
 
 
 def test_tiles_of_the_library(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,11 +278,16 @@ def test_rows_are_measured_where_the_ops_look_for_them(monkeypatch: pytest.Monke
             found = sizes(*args)
             assert set(found) == set(where), name
             assert _tables.holds({"where": where}, found), (name, where, found)
+    assert set(tune_backends.SLOTS) == set(PARTS) - {"packed_attention"}  # which has one candidate
+    for where, block in tune_backends._blocks(TINY, BATCHES):
+        case = fused.case_of(block, False)
+        for _, _, own in fused.slots(case).values():
+            assert _tables.holds({"where": where}, {**case.sizes(), **own, "k": case.width})
 
 
 TINY = Shape(width=64, tokens=5, image=16, patch=8, frames=2)
 FOREVER = float("inf")
-MLP = ["--backends", "--op", "mlp", "--batch", "1", "3"]  # 10 and 30 rows
+NORM = ["--backends", "--op", "layer_norm", "--batch", "1", "3"]  # 10 and 30 rows
 
 
 @pytest.fixture
@@ -300,40 +309,40 @@ def give(monkeypatch: pytest.MonkeyPatch, op: Op, *added: Backend) -> None:
 
 
 def test_what_is_measured_is_chosen(small: dict[str, float], monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    op = OPS["mlp"]
+    op = OPS["layer_norm"]
     give(monkeypatch, op, Backend("library", op.reference), Backend("apex", op.reference))
     small.update(reference=0.3, library=0.1, apex=0.2)
-    assert tune.main(MLP) == 0
+    assert tune.main(NORM) == 0
     path = _tables.user_table("choices.json")
-    rows = json.loads(path.read_text())["mlp"]
+    rows = json.loads(path.read_text())["layer_norm"]
     assert len(rows) == 2 * 2  # two heights, with and without gradients
     assert rows[0]["where"] == {"dtype": ["bfloat16"] * 2, "training": [False] * 2, "m": [0, 17], "k": [64, 64]}
     assert rows[0]["milliseconds"] == {"library": 0.1, "apex": 0.2, "reference": 0.3}
     assert rows[0]["measured"]["device"] == "a made-up GPU"
     assert set(rows[0]["measured"]) == {"device", "torch", "triton", "library", "date"}
     assert "library 0.1000 ms, apex 0.2000 ms" in capsys.readouterr().out
-    args = next(tune_backends._mlp(TINY, (1,)))[1]
+    args = next(tune_backends._layer_norm(TINY, (1,)))[1]
     half = tune_backends._cast(args, torch.bfloat16)
-    assert chosen(*half, op="mlp") == "library"
+    assert op.choose(half).name == "library"
     small.update(library=0.5)
-    assert tune.main(MLP) == 0  # measured anew: in place of the old rows
-    assert len(json.loads(path.read_text())["mlp"]) == 4
-    assert chosen(*half, op="mlp") == "apex"
+    assert tune.main(NORM) == 0  # measured anew: in place of the old rows
+    assert len(json.loads(path.read_text())["layer_norm"]) == 4
+    assert op.choose(half).name == "apex"
     assert [file.name for file in path.parent.iterdir()] == ["choices.json"]  # nothing half-written is left
 
 
 def wrong_forward(x: Tensor, *rest: Any) -> Tensor:
-    y: Tensor = OPS["mlp"].reference(x, *rest)
+    y: Tensor = OPS["layer_norm"].reference(x, *rest)
     return torch.cat([y[:-1], 1.1 * y[-1:]])  # one row
 
 
 def wrong_gradient(x: Tensor, *rest: Any) -> Tensor:
-    y: Tensor = OPS["mlp"].reference(x, *rest)
+    y: Tensor = OPS["layer_norm"].reference(x, *rest)
     return 1.1 * y - 0.1 * y.detach()
 
 
 def nan(x: Tensor, *rest: Any) -> Tensor:
-    return OPS["mlp"].reference(x, *rest).index_fill(0, torch.tensor([1]), torch.nan)
+    return OPS["layer_norm"].reference(x, *rest).index_fill(0, torch.tensor([1]), torch.nan)
 
 
 def failing(*_: Any) -> Tensor:
@@ -347,11 +356,11 @@ def failing(*_: Any) -> Tensor:
 def test_what_is_wrong_is_left_out(
     forward: Any, left_out: set[bool], small: dict[str, float], monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    give(monkeypatch, OPS["mlp"], Backend("library", forward))
+    give(monkeypatch, OPS["layer_norm"], Backend("library", forward))
     small.update(reference=0.3, library=0.1)
-    code = tune.main(MLP)
+    code = tune.main(NORM)
     said = capsys.readouterr()
-    for found in json.loads(_tables.user_table("choices.json").read_text())["mlp"]:
+    for found in json.loads(_tables.user_table("choices.json").read_text())["layer_norm"]:
         assert ("library" not in found["milliseconds"]) == (found["where"]["training"][0] in left_out)
         assert "reference" in found["milliseconds"]
     if forward is failing:
@@ -363,6 +372,21 @@ def test_what_is_wrong_is_left_out(
         assert f"{2 * len(left_out)} backends or tiles" in said.err
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="on a GPU, gpu_check measures them")
+@pytest.mark.parametrize("part", sorted(tune_backends.SLOTS))
+def test_every_part_can_be_measured(part: str, small: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In its place in a block."""
+    monkeypatch.setattr(tune_backends, "DTYPE", torch.float16)
+    monkeypatch.setattr(_cuda, "refuse_device", lambda *_: "no such device")
+    small.update(dict.fromkeys(kernels._dispatch.BACKENDS, 1.0))
+    said: list[str] = []
+    rows, wrong = tune_backends.measure(part, TINY, (1,), FOREVER, said.append)
+    assert (wrong, len(rows)) == (0, 2 * len(tune_backends.SLOTS[part]))
+    wanted = {"message_kv": {"triton"}, "attention": {"triton", "reference"}}.get(part, {"library", "triton"})
+    assert all(set(found["milliseconds"]) == wanted for found in rows)
+    assert any("cuda refuses" in line for line in said) == ("cuda" in PARTS[part].names)
+
+
 @pytest.mark.parametrize("op", sorted(tune_backends.WORK))
 def test_every_op_can_be_measured(op: str, small: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton's kernels too, where its interpreter runs them: in float16, because bfloat16 comes out wrong there."""
@@ -372,7 +396,7 @@ def test_every_op_can_be_measured(op: str, small: dict[str, float], monkeypatch:
     said: list[str] = []
     rows, wrong = tune_backends.measure(op, TINY, (1, 3), FOREVER, said.append)
     assert (wrong, len(rows)) == (0, 2 * 2)
-    usable = set(OPS[op].names) - {"cuda"} - (set() if INTERPRETED else {"triton"})
+    usable = set(OPS[op].names) - {"cuda", "apex"} - (set() if INTERPRETED else {"triton"})
     assert all(set(found["milliseconds"]) == usable for found in rows)
     assert any("cuda refuses: no such device" in line for line in said) == ("cuda" in OPS[op].names)
 
@@ -437,17 +461,17 @@ class Clock:
 
 def test_measuring_ends_in_time(small: dict[str, float], monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """Each op has its share; what was measured until then is written, and what was not is said."""
-    for op in (OPS["mlp"], OPS["layer_norm"]):
+    for op in (OPS["patch_embed"], OPS["layer_norm"]):
         give(monkeypatch, op, Backend("library", op.reference))
     clock = Clock(monkeypatch, tune_backends, seconds=1)
-    arguments = ["--backends", "--op", "mlp", "--op", "layer_norm", "--batch", "1", "2", "3"]
+    arguments = ["--backends", "--op", "patch_embed", "--op", "layer_norm", "--batch", "1", "2", "3"]
     assert tune.main([*arguments, "--seconds", "6"]) == 0
     assert clock.now <= 7
     table = json.loads(_tables.user_table("choices.json").read_text())
-    assert {name: len(rows) > 0 for name, rows in table.items()} == {"mlp": True, "layer_norm": True}
+    assert {name: len(rows) > 0 for name, rows in table.items()} == {"patch_embed": True, "layer_norm": True}
     assert "the time is over" in capsys.readouterr().out
     clock.now, before = 0.0, table
-    assert tune.main(["--backends", "--op", "mlp", "--seconds", "0"]) == 0
+    assert tune.main(["--backends", "--op", "layer_norm", "--seconds", "0"]) == 0
     assert json.loads(_tables.user_table("choices.json").read_text()) == before
 
 
@@ -458,7 +482,7 @@ def test_no_memory_for_the_reference_is_said(
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(tune_backends, "_op_contest", contest)
-    assert tune.main(MLP) == 0
+    assert tune.main(NORM) == 0
     assert "is not measured: CUDA out of memory" in capsys.readouterr().out
 
 
@@ -489,7 +513,7 @@ def test_every_tile_table_can_be_measured(op: str, small: dict[str, float], monk
     launching.forget()
     right = tune_tiles._right
     monkeypatch.setattr(tune_tiles, "_right", lambda *given, **options: 2 * right(*given, **options))
-    monkeypatch.setattr(tune_tiles, "diffusion_attention_reference", lambda q, m: 2 * q[:, :, 0])
+    monkeypatch.setattr(tune_tiles, "attention_reference", lambda qkv: 2 * qkv[:, :, 0])
     rows, wrong = tune_tiles.measure(op, shape, (1,), FOREVER, said.append)
     assert rows == []
     assert wrong == (10 if op == "gemm" else 2)

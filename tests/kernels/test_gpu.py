@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from xclip_fast.kernels import BackendError, _cuda
+from xclip_fast.kernels import _overlap as overlap
 
 from xclip_fast import VARIANTS, XCLIP, FastCCTBlock, VideoFeatures, backend, tokenize
-from xclip_fast.nn import overlap
 
 pytestmark = pytest.mark.gpu
 LABELS = ["riding a bike", "swimming", "playing the accordion while walking", "yoga"]

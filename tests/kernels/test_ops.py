@@ -6,7 +6,6 @@ Triton's kernels run here in Triton's interpreter where there is no GPU (float32
 
 import contextlib
 import itertools
-import math
 import os
 import subprocess
 import sys
@@ -17,7 +16,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from xclip_fast.kernels._dispatch import FLOAT8, INTERPRETED, OPS, Backend, BackendError, Op, _in_float32
+from xclip_fast.kernels._dispatch import FLOAT8, INTERPRETED, OPS, Backend, BackendError, Op
+from xclip_fast.kernels.cct_block.example import example
 
 from xclip_fast import kernels
 
@@ -50,23 +50,6 @@ def mlp8_case(x: Tensor, largest: float) -> tuple[Any, ...]:
     return x, *norm_parameters(), *linear8(4 * WIDTH), *linear8(WIDTH, 4 * WIDTH, scale), scale, EPS
 
 
-def packed_case(lengths: list[int]) -> tuple[Any, ...]:
-    offsets = F.pad(torch.tensor(lengths, dtype=torch.int64).cumsum(0), (1, 0)).int()
-    return normal(sum(lengths), 3, HEADS, 64), offsets, max(lengths, default=0)
-
-
-def message_case(batch: int, frames: int, drop_scale: Tensor | None = None) -> tuple[Any, ...]:
-    parameters = (
-        *linear_parameters(WIDTH),
-        *norm_parameters(),
-        *linear_parameters(3 * WIDTH),
-        *linear_parameters(WIDTH),
-        *norm_parameters(),
-        *linear_parameters(2 * WIDTH),
-    )
-    return normal(batch * frames, WIDTH), frames, *parameters, HEADS, EPS, drop_scale
-
-
 def patch_case(frames: Tensor, patch: int = 8) -> tuple[Any, ...]:
     size = frames.shape[2]
     tokens = (size // patch) ** 2 + 1
@@ -84,8 +67,10 @@ def patch_case(frames: Tensor, patch: int = 8) -> tuple[Any, ...]:
     )
 
 
-def drop() -> Tensor:
-    return torch.tensor([0.0, 1.25], dtype=torch.float64)
+def block_case(
+    count: int = 0, length: int = 0, frames: int = 0, *, width: int = WIDTH, **given: Any
+) -> tuple[Any, ...]:
+    return tuple(example(count, length, width, frames, dtype=torch.float64, **given))
 
 
 # op name, case name -> arguments in float64 (made inside the test, after seeding)
@@ -97,48 +82,19 @@ CASES: dict[tuple[str, str], Callable[[], tuple[Any, ...]]] = {
         EPS,
     ),
     ("quick_gelu", "wide range"): lambda: (normal(33, 65, scale=4),),
-    ("ln_linear", "plain"): lambda: (normal(3, 17, WIDTH), *norm_parameters(), *linear_parameters(96), EPS, False),
-    ("ln_linear", "activation"): lambda: (normal(50, WIDTH), *norm_parameters(), *linear_parameters(96), EPS, True),
-    ("ln_linear", "no bias"): lambda: (
-        normal(50, WIDTH),
-        *norm_parameters(),
-        linear_parameters(96)[0],
-        None,
-        EPS,
-        False,
-    ),
-    ("linear_residual", "plain"): lambda: (
-        normal(4, 7, 96),
-        *linear_parameters(WIDTH, 96),
-        normal(4, 7, WIDTH),
-        None,
-        EPS,
-        False,
-    ),
-    ("linear_residual", "drop path, statistics"): lambda: (
-        normal(4, 7, 96),
-        *linear_parameters(WIDTH, 96),
-        normal(4, 7, WIDTH),
-        drop(),
-        EPS,
-        True,
-    ),
-    ("mlp", "plain"): lambda: (
-        normal(4, 7, WIDTH),
-        *norm_parameters(),
-        *linear_parameters(4 * WIDTH),
-        *linear_parameters(WIDTH, 4 * WIDTH),
-        EPS,
-        None,
-    ),
-    ("mlp", "drop path"): lambda: (
-        normal(4, 7, WIDTH),
-        *norm_parameters(),
-        *linear_parameters(4 * WIDTH),
-        *linear_parameters(WIDTH, 4 * WIDTH),
-        EPS,
-        drop(),
-    ),
+    ("cct_block", "message"): lambda: block_case(6, 6, 3),
+    ("cct_block", "message, drop path"): lambda: block_case(4, 10, 2, drops=True),
+    ("cct_block", "message, T=1, L=2"): lambda: block_case(2, 3, 1),
+    ("cct_block", "message, T=5"): lambda: block_case(5, 4, 5),
+    ("cct_block", "message, T=64"): lambda: block_case(64, 3, 64),
+    ("cct_block", "message, L=50"): lambda: block_case(2, 51, 1),
+    ("cct_block", "message, L=197"): lambda: block_case(1, 198, 1),
+    ("cct_block", "plain, drop path"): lambda: block_case(4, 7, drops=True),
+    ("cct_block", "head size 80"): lambda: block_case(2, 5, 1, width=160, heads=2),
+    ("cct_block", "gelu"): lambda: block_case(2, 5, 2, activation="gelu"),
+    ("cct_block", "causal, some rows"): lambda: block_case(3, 6, causal=True, rows=torch.tensor([2, 7, 13])),
+    ("cct_block", "packed"): lambda: block_case(labels=[3, 1, 12, 5, 5]),
+    ("cct_block", "packed, some rows"): lambda: block_case(labels=[3, 1, 4], rows=torch.tensor([2, 3, 7])),
     ("ln_linear_fp8", "plain"): lambda: (normal(3, 17, WIDTH), *norm_parameters(), *linear8(96), EPS),
     ("ln_linear_fp8", "outlier channels, no bias"): lambda: (
         normal(50, WIDTH) + 50 * F.one_hot(torch.tensor(3), WIDTH),
@@ -152,39 +108,15 @@ CASES: dict[tuple[str, str], Callable[[], tuple[Any, ...]]] = {
     ("cosine_logits", "three videos"): lambda: (normal(3, 64), normal(3, 11, 64), torch.tensor(2.3).double()),
     ("patch_embed", "uint8"): lambda: patch_case(torch.randint(0, 256, (3, 24, 24, 3), dtype=torch.uint8)),
     ("patch_embed", "float"): lambda: patch_case(normal(3, 3, 24, 24)),
-    **{
-        ("diffusion_attention", f"L={length}"): lambda length=length, frames=frames: (
-            normal(frames, length, 3, HEADS, 64),
-            normal(frames, 2, HEADS, 64),
-        )
-        for length, frames in ((1, 3), (2, 3), (50, 3), (197, 1), (257, 1), (577, 1))
-    },
-    ("diffusion_attention", "head size 80"): lambda: (normal(2, 17, 3, HEADS, 80), normal(2, 2, HEADS, 80)),
-    **{("message_kv", f"T={frames}"): lambda frames=frames: message_case(2, frames) for frames in (1, 3, 5, 64)},
-    ("message_kv", "drop path"): lambda: message_case(2, 3, drop()),
-    ("causal_attention_packed", "unequal"): lambda: packed_case([3, 1, 12, 5, 5]),
-    ("causal_attention_packed", "one label"): lambda: packed_case([77]),
 }
 EMPTY: dict[str, Callable[[], tuple[Any, ...]]] = {
     "layer_norm": lambda: (normal(0, WIDTH), *norm_parameters(), EPS),
     "quick_gelu": lambda: (normal(0, 4),),
-    "ln_linear": lambda: (normal(0, 5, WIDTH), *norm_parameters(), *linear_parameters(96), EPS, True),
-    "linear_residual": lambda: (normal(0, 96), *linear_parameters(WIDTH, 96), normal(0, WIDTH), None, EPS, True),
-    "mlp": lambda: (
-        normal(0, 7, WIDTH),
-        *norm_parameters(),
-        *linear_parameters(256),
-        *linear_parameters(WIDTH, 256),
-        EPS,
-        None,
-    ),
+    "cct_block": lambda: block_case(0, 5, 3),
     "ln_linear_fp8": lambda: (normal(0, 5, WIDTH), *norm_parameters(), *linear8(96), EPS),
     "mlp_fp8": lambda: mlp8_case(normal(0, 7, WIDTH), 1.0),
-    "diffusion_attention": lambda: (normal(0, 50, 3, HEADS, 64), normal(0, 2, HEADS, 64)),
-    "message_kv": lambda: message_case(0, 3),
     "patch_embed": lambda: patch_case(torch.zeros(0, 24, 24, 3, dtype=torch.uint8)),
     "cosine_logits": lambda: (normal(0, 64), normal(0, 5, 64), torch.tensor(1.0).double()),
-    "causal_attention_packed": lambda: packed_case([]),
 }
 
 
@@ -198,7 +130,11 @@ def cast(args: tuple[Any, ...], dtype: torch.dtype, grad: bool = False) -> tuple
         if arg.dtype == FLOAT8:
             return arg
         # a drop path factor has no gradient
-        return arg.to(dtype).requires_grad_(grad and arg.shape != (2,)) if arg.is_floating_point() else arg
+        return (
+            arg.to(dtype).requires_grad_(grad and not (arg.dim() == 1 and len(arg) <= 4))
+            if arg.is_floating_point()
+            else arg
+        )
 
     return tuple(one(arg) for arg in args)
 
@@ -210,6 +146,8 @@ def run(function: Callable[..., Any], args: tuple[Any, ...]) -> list[Tensor]:
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     generator = torch.Generator().manual_seed(1)
     cotangents = [torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out) for out in outputs]
+    if len(args) == len(kernels.Block._fields) and kernels.Block(*args).frames:
+        cotangents[0][:, -1] = 0  # nobody reads the spare row
     inputs = [arg for arg in args if isinstance(arg, Tensor) and arg.requires_grad]
     kept = [index for index, out in enumerate(outputs) if out.requires_grad]
     grads: Any = ()
@@ -231,12 +169,14 @@ def error(got: list[Tensor], exact: list[Tensor]) -> list[float]:
 def usable(op: Op, args: tuple[Any, ...]) -> list[str]:
     """The backends that take these arguments here."""
     names = []
-    for candidate in op.backends:
+    for name in op.names:
         low = torch.bfloat16 in {getattr(arg, "dtype", None) for arg in args}
-        garbage = candidate.name == "triton" and INTERPRETED and low
-        with kernels.backend(candidate.name):
-            if not garbage and candidate.refusal(args) is None:
-                names.append(candidate.name)
+        garbage = INTERPRETED and low and (name == "triton" or (op.name == "cct_block" and name != "reference"))
+        if garbage or (name == "library" and INTERPRETED and op.name == "cct_block"):  # as "fused"
+            continue
+        with kernels.backend(name), contextlib.suppress(BackendError):
+            op.choose(args)
+            names.append(name)
     return names
 
 
@@ -291,9 +231,10 @@ def test_opcheck_with_kernels(name: str) -> None:
     op, args = OPS[name], cast(CASES[name, FIRST_CASES[name]](), torch.float32, grad=True)
     if "triton" not in usable(op, args):
         pytest.skip(f"no triton kernel of {name} here")
-    for backend in {"triton", "library"} & set(op.names):
-        with kernels.backend(backend):
-            torch.library.opcheck(op.registered_saving, args)
+    if name == "cct_block":
+        args = tuple(kernels.Block(*args)._replace(backend="triton"))  # as when a graph is traced
+    with kernels.backend("triton"):
+        torch.library.opcheck(op.registered_saving, args)
 
 
 @pytest.mark.parametrize("name", sorted(FIRST_CASES))
@@ -331,20 +272,20 @@ def test_strided_input_gives_the_same(case: tuple[str, str]) -> None:
             return arg
         return torch.stack([arg, arg], dim=-1)[..., 0]
 
-    for got, wanted in zip(
-        run(OPS[case[0]], tuple(strided(arg) for arg in args)), run(OPS[case[0]], args), strict=True
-    ):
-        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+    for name in ("auto", "fused"):
+        if name == "fused" and (name not in usable(OPS[case[0]], args) or case[1] != "message, drop path"):
+            continue
+        with kernels.backend(name):
+            given = run(OPS[case[0]], tuple(strided(arg) for arg in args))
+            for got, wanted in zip(given, run(OPS[case[0]], args), strict=True):
+                torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="on a GPU the architecture itself decides")
-@pytest.mark.parametrize(
-    "case", [("ln_linear", "activation"), ("linear_residual", "drop path, statistics"), ("mlp", "plain")]
-)
-def test_tensor_descriptors_give_the_same_as_pointers(case: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensor_descriptors_give_the_same_as_pointers(monkeypatch: pytest.MonkeyPatch) -> None:
     """The path of sm_90: the GEMM loads and stores its tiles through descriptors."""
     gemm = pytest.importorskip("xclip_fast.kernels.triton.gemm", reason="triton is not installed (pip install triton)")
-    op, args = OPS[case[0]], cast(CASES[case](), torch.float16)
+    op, args = OPS["cct_block"], cast(CASES["cct_block", "message, drop path"](), torch.float16)
     with kernels.backend("triton"):
         pointers = run(op, args)
         monkeypatch.setattr(gemm, "arch", lambda device: 90)
@@ -357,12 +298,12 @@ def test_tensor_descriptors_give_the_same_as_pointers(case: tuple[str, str], mon
         torch.testing.assert_close(got, wanted, rtol=1e-2, atol=1e-2)
 
 
-@pytest.mark.parametrize("name", ["rows", "outlier channels"])
-def test_folded_layer_norm_is_as_exact(name: str) -> None:
+@pytest.mark.parametrize("outliers", [0.0, 50.0])
+def test_folded_layer_norm_is_as_exact(outliers: float) -> None:
     """What large M takes: LayerNorm in the GEMM's epilogue, with an outlier channel that raw x does not hide."""
     launching = pytest.importorskip("xclip_fast.kernels.triton._launch", reason="triton is not installed")
-    op, x = OPS["ln_linear"], CASES["layer_norm", name]()[0].reshape(-1, WIDTH)
-    args = cast((x, *norm_parameters(), *linear_parameters(96), EPS, True), torch.float16)
+    op, args = OPS["cct_block"], CASES["cct_block", "message"]()
+    args = cast((args[0] + outliers * F.one_hot(torch.tensor(3), WIDTH), *args[1:]), torch.float16)
     exact = run(op.reference, cast(args, torch.float64))
     baseline = error(run(op.reference, args), exact)
     with kernels.backend("triton"), launching.forced_tile("ln_linear", {"FOLD": True}), poisoned_memory():
@@ -371,18 +312,33 @@ def test_folded_layer_norm_is_as_exact(name: str) -> None:
         assert got <= 2 * limit + 4 * torch.finfo(torch.float16).eps
 
 
-@pytest.mark.parametrize(
-    "case", [("ln_linear", "activation"), ("linear_residual", "drop path, statistics"), ("mlp", "plain")]
-)
-def test_kernels_keep_a_float32_residual_under_autocast(case: tuple[str, str]) -> None:
-    op, args = OPS[case[0]], cast(CASES[case](), torch.float32)
+def test_statistics_go_from_block_to_block() -> None:
+    """The block behind takes them instead of reading its rows, and they are those of the rows."""
+    launching = pytest.importorskip("xclip_fast.kernels.triton._launch", reason="triton is not installed")
+    first = kernels.Block(*cast(CASES["cct_block", "message"](), torch.float16))
+    with kernels.backend("triton"), launching.forced_tile("ln_linear", {"FOLD": True}), torch.no_grad():
+        y, statistics = kernels.cct_block(first._replace(statistics=True))
+        assert statistics is not None
+        rows = y.float().flatten(0, 1)
+        torch.testing.assert_close(statistics[0], rows.mean(1), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(statistics[1], rows.var(1, correction=0).add(EPS).rsqrt(), rtol=1e-3, atol=1e-3)
+        wanted = kernels.cct_block(first._replace(x=y))[0]
+        torch.testing.assert_close(
+            kernels.cct_block(first._replace(x=y, mean=statistics[0], rstd=statistics[1]))[0], wanted
+        )
+        wrong = kernels.cct_block(first._replace(x=y, mean=statistics[0] + 1, rstd=statistics[1]))[0]
+        assert (wrong - wanted).abs().max() > 0.01
+
+
+def test_kernels_keep_a_float32_residual_under_autocast() -> None:
+    op, args = OPS["cct_block"], cast(CASES["cct_block", "message, drop path"](), torch.float32)
     if "triton" not in usable(op, args):
         pytest.skip("triton is not installed (pip install triton)")
     low = torch.float16  # the interpreter has no bfloat16
     with torch.autocast(DEVICE, low):
         with kernels.backend("reference"):
             wanted = run(op, args)
-        for name in ("triton", "library"):
+        for name in ("fused", "triton"):
             with kernels.backend(name):
                 got = run(op, args)
             for a, b in zip(got, wanted, strict=True):
@@ -391,17 +347,6 @@ def test_kernels_keep_a_float32_residual_under_autocast(case: tuple[str, str]) -
 
 
 # ---- references against independent torch
-
-
-def test_diffusion_attention_is_attention_over_the_concatenated_sequence() -> None:
-    qkv, message = normal(2, 6, 3, HEADS, 64), normal(2, 2, HEADS, 64)
-    query, key, value = (
-        torch.cat([qkv[:, :, i], extra[:, None]], 1)
-        for i, extra in enumerate((torch.zeros_like(message[:, 0]), message[:, 0], message[:, 1]))
-    )
-    scores = torch.einsum("flhc,fmhc->fhlm", query, key) / math.sqrt(64)
-    wanted = torch.einsum("fhlm,fmhc->flhc", scores.softmax(-1), value)[:, :6]
-    torch.testing.assert_close(kernels.diffusion_attention(qkv, message), wanted)
 
 
 @pytest.mark.parametrize("kind", [torch.uint8, torch.float64])
@@ -417,13 +362,12 @@ def test_patch_embed_is_a_convolution_of_normalised_frames(kind: torch.dtype) ->
     torch.testing.assert_close(kernels.patch_embed(frames, *args[1:]), wanted)
 
 
-def test_causal_attention_packed_is_each_label_alone() -> None:
-    qkv, offsets, longest = packed_case([3, 1, 7])
-    got = kernels.causal_attention_packed(qkv, offsets, longest)
-    for start, end in itertools.pairwise(offsets):
-        query, key, value = qkv[start:end].permute(1, 2, 0, 3)
-        wanted = F.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(0, 1)
-        torch.testing.assert_close(got[start:end], wanted)
+def test_packed_sequences_are_each_label_alone() -> None:
+    packed = example(0, 0, WIDTH, labels=[3, 1, 7], dtype=torch.float64)
+    got, _ = kernels.cct_block(packed)
+    for start, end in itertools.pairwise(packed.offsets.tolist()):
+        alone = packed._replace(x=packed.x[None, start:end], offsets=None, longest=0)
+        torch.testing.assert_close(got[start:end], kernels.cct_block(alone)[0][0])
 
 
 def test_cosine_logits_is_scaled_cosine_similarity() -> None:
@@ -432,27 +376,17 @@ def test_cosine_logits_is_scaled_cosine_similarity() -> None:
     torch.testing.assert_close(kernels.cosine_logits(video, text, torch.tensor(10.0).double().log()), wanted)
 
 
-def test_linear_residual_statistics_normalise_the_result() -> None:
-    args = CASES["linear_residual", "plain"]()[:4]
-    y, mean, rstd = kernels.linear_residual_statistics(*args)
-    torch.testing.assert_close(y, kernels.linear_residual(*args))
-    wanted = F.layer_norm(y, (WIDTH,), eps=EPS)
-    torch.testing.assert_close((y - mean[..., None]) * rstd[..., None], wanted, rtol=1e-5, atol=1e-5)
-
-
 def test_drop_path_acts_on_whole_samples() -> None:
-    x, weight, bias, residual = CASES["linear_residual", "plain"]()[:4]
-    scale = torch.tensor([0.0, 2.0], dtype=torch.float64)
-    y = kernels.linear_residual(x, weight, bias, residual, scale)
-    torch.testing.assert_close(y[:2], residual[:2])
-    torch.testing.assert_close(y[2:], residual[2:] + 2 * F.linear(x[2:], weight, bias))
+    block = example(4, 5, WIDTH, dtype=torch.float64)
+    nothing = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    y, _ = kernels.cct_block(block._replace(drop_attention=nothing, drop_feed_forward=nothing))
+    torch.testing.assert_close(y[:2], block.x[:2])
+    torch.testing.assert_close(y[2:], kernels.cct_block(block)[0][2:])
 
 
 def test_half_precision_linear_rounds_once_on_cpu() -> None:
     x, (weight, bias) = normal(64, WIDTH).bfloat16(), (p.bfloat16() for p in linear_parameters(96))
     exact = F.linear(x.double(), weight.double(), bias.double())
-    got = kernels.ln_linear(x, torch.ones(WIDTH).bfloat16(), torch.zeros(WIDTH).bfloat16(), weight, bias)
-    assert got.dtype == torch.bfloat16
     from xclip_fast.kernels._linear import linear
 
     assert (linear(x, weight, bias).double() - exact).abs().max() <= exact.abs().max() * 2**-8
@@ -462,23 +396,30 @@ def test_half_precision_linear_rounds_once_on_cpu() -> None:
 
 
 def test_backend_is_forced_and_restored() -> None:
-    op, args = OPS["diffusion_attention"], CASES["diffusion_attention", "L=50"]()
-    assert op.choose(args).name == "sdpa"
-    with kernels.backend("reference"):
-        assert op.choose(args).name == "reference"
-        with pytest.raises(BackendError), kernels.backend("auto"):
-            op(args[0].to(torch.complex64), args[1])
-        assert op.choose(args).name == "reference"
-    assert op.choose(args).name == "sdpa"
+    op, args = OPS["cct_block"], cast(CASES["cct_block", "message"](), torch.float32)
+    assert op.choose(args).name == "reference"
+    with kernels.backend("fused"):
+        with contextlib.suppress(BackendError):  # Triton is not installed, or not interpreted
+            assert op.choose(args).name == "fused"
+        with pytest.raises(BackendError), kernels.backend("reference"):
+            op(args[0].to(torch.complex64), *args[1:])
+    assert op.choose(args).name == "reference"
+
+
+def test_a_part_that_cannot_be_had_is_a_reason() -> None:
+    args = cast(CASES["cct_block", "message"](), torch.float16)
+    for name, reason in (("flash_attn", "flash_attn is not installed"), ("cudnn", "device cpu is not cuda")):
+        with kernels.backend(name), pytest.raises(BackendError, match=reason):
+            OPS["cct_block"](*args)
 
 
 def test_forced_backend_that_an_op_lacks_leaves_the_choice_automatic() -> None:
-    with kernels.backend("sdpa"):
+    with kernels.backend("cudnn"):
         assert OPS["quick_gelu"].choose((normal(3),)).name == "reference"
 
 
 def test_unknown_backend_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"'tpu'.*auto, reference, triton"), kernels.backend("tpu"):
+    with pytest.raises(ValueError, match=r"'tpu'.*auto, reference, fused, triton"), kernels.backend("tpu"):
         pass
 
 
@@ -500,14 +441,6 @@ def test_environment_variable_is_checked() -> None:
             check=False,
         )
         assert wanted in done.stdout + done.stderr
-
-
-def test_float32_products_are_left_to_the_library_but_not_under_autocast() -> None:
-    args = cast(CASES["ln_linear", "plain"](), torch.float32)
-    assert _in_float32(args)
-    assert not _in_float32((args[0], *cast(args[1:], torch.float16)))  # a float32 residual stream
-    with torch.autocast(DEVICE, torch.bfloat16):
-        assert not _in_float32(args)
 
 
 def test_refusals_carry_every_reason() -> None:

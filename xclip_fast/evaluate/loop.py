@@ -25,11 +25,12 @@ from torch import Tensor
 from .. import flops
 from ..config import VARIANTS, XCLIPConfig
 from ..console import Bar
+from ..processes import find_device, join_processes
 from ..text.labels import candidates, plain_name, refuse_same_texts
 from ..weights.recipe import Trained
 from .report import check_folder, environment, reserved, write
 from .result import Evaluation, Prediction, show
-from .setup import load, named, processes
+from .setup import load, named
 
 if TYPE_CHECKING:
     from ..data.manifest.manifest import Manifest
@@ -417,11 +418,11 @@ def main(
             "result is zero-shot",
             *(manifest, len(videos.classes), videos.classes[0], len(known), next(iter(trained.labels))),
         )
-    with processes(device) as (place, rank), reserved(out if rank == 0 else None, overwrite):
-        model = load(checkpoint, variant, place, dtype)
+    with join_processes(find_device(device)) as process, reserved(None if process.rank else out, overwrite):
+        model = load(checkpoint, variant, process.device, dtype)
         if labels is None and videos.classes:
             labels = trained.texts(videos.classes, model.config.num_classes is not None)
-        with Bar(hidden=rank > 0) as bar:
+        with Bar(hidden=process.rank > 0) as bar:
             result = run(
                 model,
                 videos,
@@ -433,7 +434,7 @@ def main(
                 workers=workers,
                 progress=bar.update,
             )
-        if rank:
+        if process.rank:
             return None
         result = named(result, checkpoint, manifest)
         show(result)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..files import write_text
+from ..processes import find_device, join_processes
 from ..text.labels import readable
 from ..weights.recipe import Trained
 from .sample_lists import draw_classes, few_shot, new_classes, read_classes, read_draws, write_draws, write_samples
@@ -237,7 +238,7 @@ def main(
     from ..console import Bar
     from ..data.manifest.manifest import Manifest
     from .report import reserved, write
-    from .setup import load, named, processes
+    from .setup import load, named
 
     if protocol not in PROTOCOLS:
         raise ValueError(f"protocol {protocol!r}: one of {', '.join(PROTOCOLS)} wanted")
@@ -261,15 +262,15 @@ def main(
             chosen = kinetics600_draws(videos[0].classes, read_classes(kinetics400), seed)
     trained = Trained.read(checkpoint)
     settings |= trained.choose(*(settings.get(name) for name in ("frames", "sampling", "stride", "templates")))
-    with processes(device) as (place, rank), reserved(out if rank == 0 else None, overwrite):
-        model = load(checkpoint, variant, place, dtype)
-        with Bar(hidden=rank > 0) as bar:
+    with join_processes(find_device(device)) as process, reserved(None if process.rank else out, overwrite):
+        model = load(checkpoint, variant, process.device, dtype)
+        with Bar(hidden=process.rank > 0) as bar:
             settings = {"progress": bar.update, **settings}
             if chosen:
                 results = over_draws(model, videos[0], chosen, **settings)
             else:
                 results = over_splits(model, videos, trained=trained if what.table == 5 else None, **settings)
-        if rank:
+        if process.rank:
             return None
         sources = list(manifests) if len(manifests) == len(results) else [manifests[0]] * len(results)
         results = [named(*each) for each in zip(results, [checkpoint] * len(results), sources, strict=True)]

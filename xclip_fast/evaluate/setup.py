@@ -1,12 +1,9 @@
-"""Around an evaluation from the command line: processes, precision, the model."""
+"""Around an evaluation from the command line: processes, the model."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
-import re
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -39,28 +36,3 @@ def load(checkpoint: str | os.PathLike[str], variant: str | None, device: torch.
     torch.manual_seed(0)  # what the checkpoint does not hold is the same in every run and process
     shape = None if variant is None else config_of(variant)
     return XCLIP.from_pretrained(checkpoint, config=shape, device=device, dtype=wanted)
-
-
-@contextlib.contextmanager
-def processes(device: str) -> Iterator[tuple[torch.device, int]]:
-    """The device of this process and its rank; under torchrun the processes are joined while the block lasts."""
-    import torch.distributed as dist
-
-    world, local = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
-        raise ValueError(f"device {device!r}: auto, cpu, cuda or cuda:N wanted")
-    place = torch.device(f"cuda:{local}" if device == "cuda" else device)
-    if place.type == "cuda":
-        if not torch.cuda.is_available():
-            raise ValueError(f"device {device}: torch sees no CUDA device; use cpu, or install a CUDA build of torch")
-        torch.cuda.set_device(place)
-    ours = world > 1 and not dist.is_initialized()
-    if ours:
-        dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
-    try:
-        yield place, dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-    finally:
-        if ours:
-            dist.destroy_process_group()

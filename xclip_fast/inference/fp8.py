@@ -14,7 +14,8 @@ from torch import Tensor
 
 from .. import kernels
 from ..kernels._fp8 import LARGEST
-from ..nn.cct import DropScales, FastCCTBlock
+from ..kernels._linear import linear
+from ..nn.cct import FastCCTBlock
 from ..nn.fp8 import Fp8Weights
 
 MODES = ("fp8",)
@@ -115,10 +116,11 @@ def _observed(model: Any) -> Iterator[list[Tensor]]:
     seen = [torch.zeros(()) for _ in blocks]
 
     def observe(index: int, block: FastCCTBlock, args: tuple[Any, ...]) -> None:
-        x_FLD, frames = args
+        stream, frames = args
         norm, fc = block.ln_2, block.mlp.c_fc
-        z_FLD = block.attend(x_FLD, frames, DropScales())
-        hidden = kernels.ln_linear(z_FLD, norm.weight, norm.bias, fc.weight, fc.bias, norm.eps, activation=True)
+        z_FLD = block.diffuse(stream.x, frames)[:, :-1]  # what stands in the spare row is not read
+        hidden = linear(kernels.layer_norm(z_FLD, norm.weight, norm.bias, norm.eps), fc.weight, fc.bias)
+        hidden = kernels.quick_gelu(hidden)
         seen[index] = hidden.abs().amax() if hidden.numel() else hidden.new_zeros(())
 
     with contextlib.ExitStack() as hooks:

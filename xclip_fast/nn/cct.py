@@ -5,16 +5,23 @@ B videos, T frames, F = B T, L tokens of a frame (class token first), D width, H
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import kernels
 from .fp8 import Fp8Weights
-from .layers import drop_path_scale, feed_forward
-from .overlap import side_by_side
+from .layers import drop_path_scale
 from .parts import Mlp, add_branch, is_plain, self_attention
+
+
+class Stream(NamedTuple):
+    """The residual stream between blocks, with a spare row for the message behind the L rows of every frame."""
+
+    x: Tensor  # (F, L + 1, D)
+    statistics: kernels.Statistics | None = None  # of its rows, where the block before left them
 
 
 class DropScales(NamedTuple):
@@ -25,67 +32,75 @@ class DropScales(NamedTuple):
     feed_forward: Tensor | None = None
 
 
-class AttentionWeights(NamedTuple):
-    """An attention's packed projection (3D, D), (3D,) and output projection (D, D), (D,)."""
+def with_spare_row(x_FLD: Tensor) -> Tensor:
+    """(F, L, D) to (F, L + 1, D) with zeros in the last row."""
+    return F.pad(x_FLD, (0, 0, 0, 1))
+
+
+class Attention(NamedTuple):
+    """An attention's packed projection (3D, D), (3D,) and its output layer."""
 
     in_weight: Tensor
     in_bias: Tensor
-    out_weight: Tensor
-    out_bias: Tensor
+    out: Any
 
 
-def cct_attention(
-    x_FLD: Tensor,
+def cct_block(
+    stream: Stream,
     frames: int,
     heads: int,
-    message_fc: nn.Linear,
+    message_fc: Any,
     message_ln: nn.LayerNorm,
-    fusion: AttentionWeights,
+    fusion: Attention,
     ln_1: nn.LayerNorm,
-    diffusion: AttentionWeights,
+    diffusion: Attention,
+    ln_2: nn.LayerNorm,
+    fc: Any,
+    projection: Any,
     drop: DropScales,
-    fp8: Fp8Weights | None = None,
-) -> Tensor:
-    """x + IFA(LN_1([x, m]))[:L] with m from CFA (equations 7 and 8), x (F, L, D) -> (F, L, D).
+    activation: str = "quick_gelu",
+) -> Stream:
+    """A block (equations 7 to 9) on the parameters of its modules; their epsilons must be one.
 
-    The message joins as a key and a value only, so nothing is concatenated and no row is thrown away. Its path and the
-    projection of the frames' tokens depend on x alone. With ``fp8`` that projection takes its weight from there.
+    The message joins as a key and a value only, so nothing is concatenated and no row is thrown away.
     """
-    width = x_FLD.shape[-1]
-    if fp8 is None and drop.fusion is None and drop.diffusion is None and message_ln.eps == ln_1.eps:
-        message_fc_wb, message_ln_wb, ln_1_wb = ((part.weight, part.bias) for part in (message_fc, message_ln, ln_1))
-        if kernels.cpu.takes(x_FLD, *message_fc_wb, *message_ln_wb, *fusion, *ln_1_wb, *diffusion):
-            return kernels.cpu.cross_frame_attention(
-                x_FLD, frames, heads, message_fc_wb, message_ln_wb, fusion, ln_1_wb, diffusion, ln_1.eps
-            )
-
-    def message() -> Tensor:
-        return kernels.message_kv(
-            x_FLD[:, 0],
-            frames,
-            message_fc.weight,
-            message_fc.bias,
-            message_ln.weight,
-            message_ln.bias,
-            *fusion,
-            ln_1.weight,
-            ln_1.bias,
-            diffusion.in_weight[width:],
-            diffusion.in_bias[width:],
-            heads,
-            ln_1.eps,
-            drop.fusion,
+    mean, rstd = stream.statistics or (None, None)
+    x, statistics = kernels.cct_block(
+        kernels.Block(
+            x=stream.x,
+            ln_1_weight=ln_1.weight,
+            ln_1_bias=ln_1.bias,
+            in_weight=diffusion.in_weight,
+            in_bias=diffusion.in_bias,
+            out_weight=diffusion.out.weight,
+            out_bias=diffusion.out.bias,
+            ln_2_weight=ln_2.weight,
+            ln_2_bias=ln_2.bias,
+            fc_weight=fc.weight,
+            fc_bias=fc.bias,
+            projection_weight=projection.weight,
+            projection_bias=projection.bias,
+            heads=heads,
+            eps=ln_1.eps,
+            activation=activation,
+            message_fc_weight=message_fc.weight,
+            message_fc_bias=message_fc.bias,
+            message_ln_weight=message_ln.weight,
+            message_ln_bias=message_ln.bias,
+            message_in_weight=fusion.in_weight,
+            message_in_bias=fusion.in_bias,
+            message_out_weight=fusion.out.weight,
+            message_out_bias=fusion.out.bias,
+            frames=frames,
+            drop_fusion=drop.fusion,
+            drop_attention=drop.diffusion,
+            drop_feed_forward=drop.feed_forward,
+            mean=mean,
+            rstd=rstd,
+            statistics=True,
         )
-
-    def projection() -> Tensor:
-        norm, bias = (ln_1.weight, ln_1.bias), diffusion.in_bias
-        if fp8 is None:
-            return kernels.ln_linear(x_FLD, *norm, diffusion.in_weight, bias, ln_1.eps)
-        return kernels.ln_linear_fp8(x_FLD, *norm, fp8.qkv, fp8.qkv_scale, bias, ln_1.eps)
-
-    message_F2HC, qkv = side_by_side(x_FLD, message, projection)
-    mixed = kernels.diffusion_attention(qkv.unflatten(-1, (3, heads, width // heads)), message_F2HC)
-    return kernels.linear_residual(mixed.flatten(-2), diffusion.out_weight, diffusion.out_bias, x_FLD, drop.diffusion)
+    )
+    return Stream(x, statistics)
 
 
 class FastCCTBlock(nn.Module):
@@ -144,21 +159,24 @@ class FastCCTBlock(nn.Module):
         self.ln_2 = nn.LayerNorm(d_model, layer_norm_eps)
         self.register_module("fp8", None)
 
-    def forward(self, x: Tensor, num_frames: int | None = None) -> Tensor:
+    def forward(self, x: Any, num_frames: int | None = None) -> Any:
         """Tokens through the block.
 
         Args:
-            x: (L, B * T, D), or (B * T, L, D) with ``batch_first``; floating.
+            x: (L, B * T, D), or (B * T, L, D) with ``batch_first``; floating. Or a ``Stream``, which has the spare row
+                already: what goes from block to block.
             num_frames: T of this call, if not the block's own.
 
         Returns:
-            of x's shape and dtype.
+            of x's shape and dtype; a ``Stream`` for a ``Stream``.
 
         Raises:
             ValueError: if x is not of that shape, or B * T is not a multiple of T.
             RuntimeError: if it is quantized, and in training mode or asked for gradients.
         """
         frames = self.num_frames if num_frames is None else num_frames
+        if isinstance(x, Stream):
+            return self._run(x, frames)
         width = self.width
         layout = "(B * T, L, D)" if self.batch_first else "(L, B * T, D)"
         if x.dim() != 3 or x.shape[-1] != width:
@@ -169,46 +187,78 @@ class FastCCTBlock(nn.Module):
                 f"{x_FLD.shape[0]} frames in all are not whole videos of {frames}: pass num_frames, or check "
                 f"batch_first={self.batch_first}, which takes {layout}"
             )
+        y_FLD = self._run(Stream(with_spare_row(x_FLD)), frames).x[:, :-1]
+        return y_FLD if self.batch_first else y_FLD.transpose(0, 1)
+
+    def _run(self, stream: Stream, frames: int) -> Stream:
         if self.fp8 is not None and self.training:
             raise RuntimeError("a quantized block is for inference only: call eval(), or dequantize() to train it")
-        drop = self.draw_drop_scales(x_FLD, frames)
+        drop = self.draw_drop_scales(stream.x, frames)
         if not self.is_plain():
-            y_LFD = self._call_modules(x_FLD.transpose(0, 1), frames, drop)
-            return y_LFD.transpose(0, 1) if self.batch_first else y_LFD
-        x_FLD = self.attend(x_FLD, frames, drop)
-        fc, projection, norm = self.mlp.c_fc, self.mlp.c_proj, self.ln_2
+            y_LFD = self._call_modules(stream.x[:, :-1].transpose(0, 1), frames, drop)
+            return Stream(with_spare_row(y_LFD.transpose(0, 1)))
+        norm, fc, projection = self.ln_2, self.mlp.c_fc, self.mlp.c_proj
         if self.fp8 is None:
-            x_FLD = feed_forward(x_FLD, norm, fc, projection, drop.feed_forward, self.activation)
-        else:
-            x_FLD = kernels.mlp_fp8(
-                x_FLD,
-                norm.weight,
-                norm.bias,
-                self.fp8.fc,
-                self.fp8.fc_scale,
-                fc.bias,
-                self.fp8.projection,
-                self.fp8.projection_scale,
-                projection.bias,
-                self.fp8.hidden_scale,
-                norm.eps,
+            return cct_block(
+                stream,
+                frames,
+                self.heads,
+                self.message_fc,
+                self.message_ln,
+                _attention(self.message_attn),
+                self.ln_1,
+                _attention(self.attn),
+                norm,
+                fc,
+                projection,
+                drop,
+                self.activation,
             )
-        return x_FLD if self.batch_first else x_FLD.transpose(0, 1)
+        fp8 = self.fp8
+        z = self.diffuse(stream.x, frames)
+        norm_2 = (norm.weight, norm.bias)
+        first, second = (fp8.fc, fp8.fc_scale, fc.bias), (fp8.projection, fp8.projection_scale, projection.bias)
+        return Stream(kernels.mlp_fp8(z, *norm_2, *first, *second, fp8.hidden_scale, norm.eps))
 
-    def attend(self, x_FLD: Tensor, frames: int, drop: DropScales) -> Tensor:
-        """The block up to its FFN: (F, L, D) -> (F, L, D)."""
-        return cct_attention(
-            x_FLD,
-            frames,
+    def diffuse(self, x_FSD: Tensor, frames: int) -> Tensor:
+        """The block up to its FFN (F, S, D), for inference; with ``fp8`` the projection takes its weight from there."""
+        message, attention, norm = self.message_attn, self.attn, self.ln_1
+        block = kernels.Block(
+            x_FSD,
+            norm.weight,
+            norm.bias,
+            attention.in_proj_weight,
+            attention.in_proj_bias,
+            attention.out_proj.weight,
+            attention.out_proj.bias,
+            self.ln_2.weight,
+            self.ln_2.bias,
+            self.mlp.c_fc.weight,
+            self.mlp.c_fc.bias,
+            self.mlp.c_proj.weight,
+            self.mlp.c_proj.bias,
             self.heads,
-            self.message_fc,
-            self.message_ln,
-            _attention_weights(self.message_attn),
-            self.ln_1,
-            _attention_weights(self.attn),
-            drop,
-            self.fp8,
+            norm.eps,
+            self.activation,
+            self.message_fc.weight,
+            self.message_fc.bias,
+            self.message_ln.weight,
+            self.message_ln.bias,
+            message.in_proj_weight,
+            message.in_proj_bias,
+            message.out_proj.weight,
+            message.out_proj.bias,
+            frames,
         )
+        fp8, bias = self.fp8, attention.in_proj_bias
+
+        def project() -> Tensor:
+            if fp8 is None:
+                normed = kernels.layer_norm(x_FSD, norm.weight, norm.bias, norm.eps)
+                return kernels.own_linear(block, "in", normed)
+            return kernels.ln_linear_fp8(x_FSD, norm.weight, norm.bias, fp8.qkv, fp8.qkv_scale, bias, norm.eps)
+
+        return kernels.diffuse(block, project)
 
     def is_plain(self) -> bool:
         """Whether the block computes from the parameters of its parts; see ``parts.is_plain``."""
@@ -223,13 +273,12 @@ class FastCCTBlock(nn.Module):
         x_LFD = add_branch(x_LFD, self_attention(self.attn, normed)[:-1], drop.diffusion, dim=1)
         return add_branch(x_LFD, self.mlp(self.ln_2(x_LFD)), drop.feed_forward, dim=1)
 
-    def draw_drop_scales(self, x_FLD: Tensor, frames: int) -> DropScales:
+    def draw_drop_scales(self, x: Tensor, frames: int) -> DropScales:
         """Fresh drop path factors for each video and branch; none outside training."""
         if not self.training or self.drop_path == 0.0:
             return DropScales()
-        return DropScales(*(drop_path_scale(x_FLD.shape[0] // frames, self.drop_path, x_FLD) for _ in range(3)))
+        return DropScales(*(drop_path_scale(x.shape[0] // frames, self.drop_path, x) for _ in range(3)))
 
 
-def _attention_weights(attention: nn.MultiheadAttention) -> AttentionWeights:
-    out = attention.out_proj
-    return AttentionWeights(attention.in_proj_weight, attention.in_proj_bias, out.weight, out.bias)
+def _attention(attention: nn.MultiheadAttention) -> Attention:
+    return Attention(attention.in_proj_weight, attention.in_proj_bias, attention.out_proj)

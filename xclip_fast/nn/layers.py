@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -39,28 +37,54 @@ class TransformerBlock(nn.Module):
         self.ln_2 = nn.LayerNorm(width, eps)
 
     def forward(
-        self, x: Tensor, attention: Callable[[Tensor], Tensor], rows: Any = None, samples: int | None = None
+        self,
+        x: Tensor,
+        causal: bool = False,
+        offsets: Tensor | None = None,
+        longest: int = 0,
+        rows: Tensor | None = None,
+        samples: int | None = None,
     ) -> Tensor:
         """A block, or what is read of its output.
 
         Args:
-            x: (..., D).
-            attention: maps the packed projection (..., 3, H, D / H) to (..., H, D / H).
-            rows: an index into x; only these rows are taken past the attention and returned. None: all.
+            x: (F, S, D), or (M, D) with ``offsets``.
+            causal: no row of a sequence sees a later one.
+            offsets: (K + 1,) integer: x holds K causal sequences of unequal length, one after another; sequence k owns
+                rows offsets[k] to offsets[k + 1] - 1. longest: rows of the longest.
+            rows: (R,) integer: only these of all rows are taken past the attention, and returned (R, D). None: all.
             samples: the number of samples in x's first dimension, for drop path; None: each of its rows is one.
         """
-        norm = self.ln_1
         if not self.is_plain():
-            y = self._call_modules(x, attention is not attend, samples)
-            return y if rows is None else y[rows]
-        qkv = kernels.ln_linear(x, norm.weight, norm.bias, self.attn.in_proj_weight, self.attn.in_proj_bias, norm.eps)
-        mixed = attention(qkv.unflatten(-1, (3, self.heads, -1))).flatten(-2)
-        if rows is not None:
-            x, mixed = x[rows], mixed[rows]
+            y = self._call_modules(x, causal, samples)
+            return y if rows is None else y.flatten(0, 1)[rows]
         drop = self._draw_drop_scales(x, samples)
-        out = self.attn.out_proj
-        x = kernels.linear_residual(mixed, out.weight, out.bias, x, drop[0])
-        return feed_forward(x, self.ln_2, self.mlp.c_fc, self.mlp.c_proj, drop[1], self.activation)
+        attention, fc, projection = self.attn, self.mlp.c_fc, self.mlp.c_proj
+        block = kernels.Block(
+            x=x,
+            ln_1_weight=self.ln_1.weight,
+            ln_1_bias=self.ln_1.bias,
+            in_weight=attention.in_proj_weight,
+            in_bias=attention.in_proj_bias,
+            out_weight=attention.out_proj.weight,
+            out_bias=attention.out_proj.bias,
+            ln_2_weight=self.ln_2.weight,
+            ln_2_bias=self.ln_2.bias,
+            fc_weight=fc.weight,
+            fc_bias=fc.bias,
+            projection_weight=projection.weight,
+            projection_bias=projection.bias,
+            heads=self.heads,
+            eps=self.ln_1.eps,
+            activation=self.activation,
+            drop_attention=drop[0],
+            drop_feed_forward=drop[1],
+            causal=causal,
+            offsets=offsets,
+            longest=longest,
+            rows=rows,
+        )
+        return kernels.cct_block(block)[0]
 
     def is_plain(self) -> bool:
         """Whether the block computes from the parameters of its parts; see ``parts.is_plain``."""
@@ -84,33 +108,7 @@ class TransformerBlock(nn.Module):
         return drop_path_scale(count, self.drop_path, x), drop_path_scale(count, self.drop_path, x)
 
 
-def attend(qkv: Tensor) -> Tensor:
-    """Every row of a sequence over all of them: (B, S, 3, H, C) to (B, S, H, C)."""
-    query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
-
-
-def feed_forward(
-    x: Tensor,
-    norm: nn.LayerNorm,
-    fc: Any,
-    projection: Any,
-    drop_scale: Tensor | None = None,
-    activation: str = "quick_gelu",
-) -> Tensor:
-    """``kernels.mlp`` on the parameters of a LayerNorm and of two linear layers; with "gelu", its parts."""
-    parts = (norm.weight, norm.bias), (fc.weight, fc.bias), (projection.weight, projection.bias)
-    if drop_scale is None and kernels.cpu.takes(x, *(parameter for part in parts for parameter in part)):
-        return kernels.cpu.feed_forward(x, *parts, norm.eps, activation)
-    if activation == "gelu":
-        u = kernels.ln_linear(x, norm.weight, norm.bias, fc.weight, fc.bias, norm.eps)
-        return kernels.linear_residual(F.gelu(u), projection.weight, projection.bias, x, drop_scale)
-    return kernels.mlp(
-        x, norm.weight, norm.bias, fc.weight, fc.bias, projection.weight, projection.bias, norm.eps, drop_scale
-    )
-
-
-def run_block(block: nn.Module, recompute: bool, x: Tensor, *args: Any) -> Tensor:
+def run_block(block: nn.Module, recompute: bool, x: Any, *args: Any) -> Any:
     """``block(x, *args)``; with ``recompute`` only x is kept for backward, which runs the block again.
 
     Random numbers (drop path) and the backend are those of the first run.
@@ -123,8 +121,7 @@ def run_block(block: nn.Module, recompute: bool, x: Tensor, *args: Any) -> Tenso
     if not torch.compiler.is_compiling():  # traced, a block is one graph and its backend settled
         forced = kernels.forced_backend()
         options["context_fn"] = lambda: (contextlib.nullcontext(), kernels.backend(forced))
-    result: Tensor = checkpoint(lambda tokens: block(tokens, *args), x, **options)
-    return result
+    return checkpoint(lambda tokens: block(tokens, *args), x, **options)
 
 
 def init_block(block: Any, width: int, layers: int) -> None:

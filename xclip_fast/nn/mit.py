@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import TransformerBlock, attend, init_linear
+from .layers import TransformerBlock, init_linear
 
 logger = logging.getLogger("xclip_fast")
 
@@ -38,7 +38,7 @@ class MultiFrameIntegration(nn.Module):
     def forward(self, h_BTE: Tensor) -> Tensor:
         x_BTE = h_BTE + self._position(h_BTE.shape[1])
         for block in self.resblocks:
-            x_BTE = block(x_BTE, attend)
+            x_BTE = block(x_BTE)
         if self.residual:
             x_BTE = x_BTE + h_BTE
         return x_BTE.mean(1)

@@ -5,12 +5,14 @@ B videos, N patches, K labels, E embedding size.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from .. import kernels
 from ..kernels._linear import linear
-from .layers import feed_forward, init_linear
+from .layers import init_linear
 from .parts import CrossAttention, Mlp, is_plain, layer_norm
 
 
@@ -35,11 +37,16 @@ class PromptLayer(nn.Module):
         query, key, value = (
             (layer.weight, layer.bias) for layer in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
-        asked = kernels.ln_linear(text, norm.weight, norm.bias, *query, norm.eps)
+        asked = linear(kernels.layer_norm(text, norm.weight, norm.bias, norm.eps), *query)
         mixed_BKE = attention.attend(asked, linear(patches_BNE, *key), linear(patches_BNE, *value))
         text_BKE = text.expand(patches_BNE.shape[0], -1, -1)
-        text_BKE = kernels.linear_residual(mixed_BKE, attention.proj.weight, attention.proj.bias, text_BKE)
-        return feed_forward(text_BKE, self.norm3, self.mlp[0], self.mlp[2])
+        text_BKE = text_BKE + linear(mixed_BKE, attention.proj.weight, attention.proj.bias)
+        modules: tuple[Any, ...] = (self.norm3, self.mlp[0], self.mlp[2])
+        ln, fc, projection = ((module.weight, module.bias) for module in modules)
+        if kernels.cpu.takes(text_BKE, *ln, *fc, *projection):
+            return kernels.cpu.feed_forward(text_BKE, ln, fc, projection, norm.eps)
+        hidden = kernels.quick_gelu(linear(kernels.layer_norm(text_BKE, *ln, norm.eps), *fc))
+        return text_BKE + linear(hidden, *projection)
 
 
 class VideoSpecificPrompt(nn.Module):

@@ -6,7 +6,6 @@ K labels, S tokens of all labels, W width, E embedding size.
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -185,13 +184,8 @@ class TextEncoder(nn.Module):
             x_SW = torch.where(inside_S1, vectors_PW[vector_S.clamp(0, vectors_PW.shape[0] - 1)], x_SW)
         x_SW = x_SW + self.positional_embedding[place_S]
 
-        def attention(qkv_S3HC: Tensor) -> Tensor:
-            if kernels.cpu.takes(qkv_S3HC):
-                return kernels.cpu.causal_attention_packed(qkv_S3HC, lengths_K)
-            return kernels.causal_attention_packed(qkv_S3HC, offsets, longest)
-
         ends = offsets[1:][order_K.argsort().to(device)] - 1
-        return self._project(self._through(x_SW, attention, ends))
+        return self._project(self._through(x_SW, (True, offsets, longest), ends))
 
     def _encode_trimmed(self, tokens_KL: Tensor, vectors_PW: Tensor | None = None) -> Tensor:
         """By calling modules, which see padded labels (longest, K, W); hooks want every call, so nothing is kept."""
@@ -209,15 +203,20 @@ class TextEncoder(nn.Module):
             x_KLW = torch.cat([x_KLW[:, :1], inside_KPW, x_KLW[:, 1 + vectors_PW.shape[0] :]], 1)
         x_KLW = x_KLW + self.positional_embedding[: tokens_KL.shape[1]]
         end_K = tokens_KL.argmax(1)
-        ends = torch.arange(end_K.shape[0], device=end_K.device), end_K
-        return self._project(self._through(x_KLW, _causal_attention_padded, ends))
+        ends_K = torch.arange(end_K.shape[0], device=end_K.device) * tokens_KL.shape[1] + end_K
+        return self._project(self._through(x_KLW, (True, None, 0), ends_K))
 
-    def _through(self, x: Tensor, attention: Callable[[Tensor], Tensor], ends: Any) -> Tensor:
-        """All blocks, to the end-of-text rows (K, W): of the last one, nothing else is read, nor computed."""
+    def _through(self, x: Tensor, sequences: tuple[bool, Tensor | None, int], ends_K: Tensor) -> Tensor:
+        """All blocks, to the end-of-text rows (K, W): of the last one, nothing else is read, nor computed.
+
+        Args:
+            sequences: whether they are causal, the offsets of packed ones, and the longest of these.
+            ends_K: each label's end among all rows of x.
+        """
         last = len(self.transformer.resblocks) - 1
         with kernels.cpu.workspace():
             for index, block in enumerate(self.transformer.resblocks):
-                x = run_block(block, self.recompute, x, attention, ends if index == last else None)
+                x = run_block(block, self.recompute, x, *sequences, ends_K if index == last else None)
         return x
 
     def _check_room(self, longest: int, vectors_PW: Tensor | None) -> None:
@@ -241,8 +240,3 @@ def _with_places(tokens_KL: Tensor, count: int) -> Tensor:
     """``count`` zeros behind the first token, where vectors take their places; the ends stay the largest numbers."""
     places = tokens_KL.new_zeros(tokens_KL.shape[0], count)
     return torch.cat([tokens_KL[:, :1], places, tokens_KL[:, 1:]], 1)
-
-
-def _causal_attention_padded(qkv_KL3HC: Tensor) -> Tensor:
-    query, key, value = qkv_KL3HC.permute(2, 0, 3, 1, 4).unbind(0)
-    return F.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2)

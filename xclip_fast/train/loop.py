@@ -28,6 +28,7 @@ from torch import nn
 
 from ..files import write_text
 from ..model import XCLIP
+from ..processes import Process, find_device, join_processes
 from ..text.templates import TEMPLATES
 from ..weights import checkpoint
 from ..weights.recipe import FILE as TRAINED
@@ -41,7 +42,7 @@ from .checkpoints import Checkpoints, SaveError
 from .config import ConfigError, TrainConfig
 from .metrics import Diverged, Measured, Meter
 from .output_dir import output_folder
-from .setup import SHAPE, Data, Objective, Process, build_model, gather_full_model, parallelize, processes, read_data
+from .setup import SHAPE, Data, Objective, build_model, gather_full_model, parallelize, read_data
 
 FEW_STEPS = 100  # below, a run says that it hardly trains
 
@@ -64,7 +65,11 @@ def train(config: TrainConfig, *, fresh: bool = False) -> Path:
         ConfigError: before the first step, for whatever does not fit.
         Diverged, SaveError: as they say.
     """
-    with processes(config.device) as process, contextlib.ExitStack() as held:
+    try:
+        device = find_device(config.device)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    with join_processes(device) as process, contextlib.ExitStack() as held:
         return _train(config, process, fresh, held)
 
 
@@ -140,6 +145,7 @@ def _train(config: TrainConfig, process: Process, fresh: bool, held: contextlib.
     # 3. The loop: an epoch, a step, a part of a step.
     try:
         with handle_signals(meter):
+            told_bad: set[int] = set()
             while step < last and not meter.stop:
                 epoch, done = divmod(step, epoch_steps)
                 loader.seek(epoch, done * grad_accum_steps)
@@ -178,7 +184,8 @@ def _train(config: TrainConfig, process: Process, fresh: bool, held: contextlib.
                 if meter.stop or step % epoch_steps:
                     break
                 meter.read_all()
-                if loader.report.bad:
+                if loader.report.bad.keys() - told_bad:  # once, not after every epoch
+                    told_bad = set(loader.report.bad)
                     records.say(f"epoch {epoch + 1}: {loader.report.summary()}")
                     loader.quarantined().write(folder / f"quarantined{rank or ''}.jsonl")
                 if data.val is not None and ((epoch + 1) % config.validation.every_epochs == 0 or step == steps):

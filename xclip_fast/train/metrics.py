@@ -19,7 +19,8 @@ from . import log as training_log
 from .config import TrainConfig
 
 if TYPE_CHECKING:
-    from .setup import Data, Process
+    from ..processes import Process
+    from .setup import Data
 
 LAG = 4  # steps until a step's measurements are read
 

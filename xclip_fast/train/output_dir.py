@@ -14,10 +14,10 @@ from typing import Any
 import torch.distributed as dist
 
 from ..files import write_text
+from ..processes import Process
 from . import checkpoints as training_checkpoint
 from . import config as train_config
 from .config import ConfigError, TrainConfig
-from .setup import Process
 
 log = logging.getLogger("xclip_fast")
 

@@ -5,12 +5,8 @@ B videos, T frames, S side in pixels, K labels, E embedding.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import datetime
-import os
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +20,7 @@ from ..config import XCLIPConfig
 from ..evaluate.sample_lists import few_shot
 from ..files import read_json
 from ..model import XCLIP
+from ..processes import Process
 from ..text.labels import readable, refuse_same_texts
 from ..text.templates import TEMPLATES
 from ..text.tokenizer import tokenize
@@ -35,46 +32,6 @@ if TYPE_CHECKING:
     from ..data.manifest.manifest import Manifest
 
 SHAPE = "model.json"  # of the model, in the output folder
-
-
-@dataclasses.dataclass(frozen=True)
-class Process:
-    """Where this process computes, and which one of how many it is."""
-
-    device: torch.device
-    rank: int = 0
-    world: int = 1
-
-
-@contextlib.contextmanager
-def processes(device: str) -> Iterator[Process]:
-    """Join the processes that torchrun started; without it, there is one."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    kind = device.partition(":")[0]
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
-        raise ConfigError(f"device is {device!r}; auto, cpu, cuda or cuda:N wanted")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device is {device}, and torch sees no CUDA device; use cpu, or a CUDA build of torch")
-    if dist.is_initialized():  # by whoever calls
-        yield Process(torch.device(device), dist.get_rank(), dist.get_world_size())
-        return
-    if "RANK" not in os.environ:
-        yield Process(torch.device(device))
-        return
-    if kind == "cuda":
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(device)
-    # After an elastic restart the store still has what the processes of before wrote into it: read none of that.
-    store, rank, world = next(dist.rendezvous("env://"))
-    store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-    # gloo beside nccl for checkpoints; others may wait while the first process writes the best weights
-    backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=datetime.timedelta(minutes=30))
-    try:
-        yield Process(torch.device(device), rank, world)
-    finally:
-        dist.destroy_process_group()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,9 +3,6 @@
 S tokens in all, K labels, H heads, C channels of a head.
 """
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -16,7 +13,7 @@ from ._launch import launch, tile
 
 
 @triton.jit
-def _forward_kernel(
+def packed_attention_fwd_kernel(
     qkv_ptr,  # (S, 3, H, C), C contiguous
     offsets_ptr,  # (K + 1,)
     out_ptr,  # (S, H, C)
@@ -44,7 +41,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def _backward_kernel(
+def packed_attention_bwd_kernel(
     qkv_ptr,  # (S, 3, H, C), C contiguous
     offsets_ptr,  # (K + 1,)
     dout_ptr,  # (S, H, C)
@@ -79,14 +76,13 @@ def _backward_kernel(
     tl.store(to + HEADS * C, dk.to(dqkv_ptr.dtype.element_ty), mask=inside)
 
 
-def forward(save: bool, qkv: Tensor, offsets: Tensor, longest: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    if qkv.dim() != 4 or qkv.shape[1] != 3 or offsets.dim() != 1 or offsets.shape[0] < 1:
-        raise ValueError(f"qkv {tuple(qkv.shape)}, offsets {tuple(offsets.shape)} given; (S, 3, H, C), (K + 1,) wanted")
+def forward(qkv: Tensor, offsets: Tensor, longest: int) -> Tensor:
+    """(M, 3, H, C), offsets (K + 1,) -> (M, H, C)."""
     qkv, offsets = channels_contiguous(qkv), offsets.contiguous()
-    tokens, _, heads, channels = qkv.shape
-    out = qkv.new_empty(tokens, heads, channels)
+    rows, _, heads, channels = qkv.shape
+    out = qkv.new_empty(rows, heads, channels)
     launch(
-        _forward_kernel,
+        packed_attention_fwd_kernel,
         ((offsets.shape[0] - 1) * heads,),
         qkv,
         offsets,
@@ -97,21 +93,20 @@ def forward(save: bool, qkv: Tensor, offsets: Tensor, longest: int) -> tuple[tup
         C=channels,
         **tile("causal_attention_packed", qkv.device, longest=longest, bytes=qkv.element_size()),
     )
-    return (out,), ()
+    return out
 
 
-def backward(
-    grads: Sequence[Any], saved: Sequence[Tensor], needs: Sequence[bool], qkv: Tensor, offsets: Tensor, longest: int
-) -> list[Tensor]:
+def backward(dout: Tensor, qkv: Tensor, offsets: Tensor, longest: int) -> Tensor:
+    """dqkv (M, 3, H, C)."""
     qkv, offsets = channels_contiguous(qkv), offsets.contiguous()
     heads, channels = qkv.shape[2:]
     dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     launch(
-        _backward_kernel,
+        packed_attention_bwd_kernel,
         ((offsets.shape[0] - 1) * heads,),
         qkv,
         offsets,
-        grads[0].contiguous(),
+        dout.contiguous(),
         dqkv,
         *qkv.stride()[:3],
         channels**-0.5 * LOG2_E,
@@ -120,4 +115,4 @@ def backward(
         C=channels,
         **tile("causal_attention_packed_backward", qkv.device, longest=longest, bytes=qkv.element_size()),
     )
-    return [dqkv]
+    return dqkv

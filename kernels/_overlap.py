@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+One = TypeVar("One")
+Other = TypeVar("Other")
 
-def side_by_side(x: Tensor, one: Callable[[], Tensor], other: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+
+def side_by_side(x: Tensor, one: Callable[[], One], other: Callable[[], Other]) -> tuple[One, Other]:
     """(one(), other()), where neither reads what the other writes and both start from x.
 
     While x's GPU captures a CUDA graph (without gradients), ``one`` goes on a side stream, so that in every replay the

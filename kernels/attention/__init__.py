@@ -1,0 +1,151 @@
+"""Attention over the rows of a packed projection, for every FlashAttention there is.
+
+F sequences (frames), S rows of each, H heads of C channels. In a cross-frame communication block row S - 1 is the
+spare one: its key and value are the message's (equation 8), its query is dead.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .._dispatch import FLOATS
+from .._parts import UNMEASURED, Candidate, Case, Part
+from . import libraries
+
+# rows of a sequence that fit in one tile of the backward kernel, by bytes of a number: nothing is saved for it then
+ONE_TILE = {2: 64, 4: 32}
+TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def attention_reference(qkv_FS3HC: Tensor, causal: bool = False) -> Tensor:
+    """softmax(q k^T / sqrt(C)) v by torch: (F, S, 3, H, C) -> (F, S, H, C). ``causal``: no row sees a later one."""
+    query, key, value = qkv_FS3HC.permute(2, 0, 3, 1, 4).unbind(0)
+    return F.scaled_dot_product_attention(query, key, value, is_causal=causal).transpose(1, 2)
+
+
+def packed_reference(qkv_M3HC: Tensor, offsets: Tensor, longest: int) -> Tensor:
+    """Causal attention of each label over itself.
+
+    Args:
+        qkv_M3HC: (M, 3, H, C), the rows of all labels, one label after another.
+        offsets: (K + 1,), integer: label k owns rows offsets[k] to offsets[k + 1] - 1; offsets[K] = M.
+        longest: rows of the longest label.
+
+    Returns:
+        (M, H, C).
+    """
+    rows, labels = qkv_M3HC.shape[0], offsets.shape[0] - 1
+    offsets, device = offsets.long(), qkv_M3HC.device
+    label_M = torch.repeat_interleave(torch.arange(labels, device=device), offsets.diff(), output_size=rows)
+    place_M = torch.arange(rows, device=device) - offsets[label_M]
+    # padding stands behind a label's last token, where causal attention never looks
+    padded = qkv_M3HC.new_zeros(labels, longest, *qkv_M3HC.shape[1:]).index_put((label_M, place_M), qkv_M3HC)
+    return attention_reference(padded, causal=True)[label_M, place_M]
+
+
+# A candidate's forward(save, qkv (F, S, 3, H, C), causal) returns (out (F, S, H, C), what its backward wants beside);
+# backward(dout, qkv, out, saved, causal) returns dqkv (F, S, 3, H, C), contiguous.
+
+
+def _plain_forward(save: bool, qkv: Tensor, causal: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
+    return attention_reference(qkv, causal), ()
+
+
+def _plain_backward(dout: Tensor, qkv: Tensor, out: Tensor, saved: tuple[Tensor, ...], causal: bool) -> Tensor:
+    query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    dout, scale = dout.transpose(1, 2), qkv.shape[-1] ** -0.5
+    scores = (query * scale) @ key.transpose(-1, -2)
+    if causal:
+        scores.masked_fill_(torch.ones(scores.shape[-2:], dtype=torch.bool, device=qkv.device).triu(1), float("-inf"))
+    p = scores.softmax(-1)
+    # dv = p^T do;  ds = p (do v^T - rowsum(p do v^T));  dq = ds k / sqrt(C);  dk = ds^T q / sqrt(C)
+    dp = dout @ value.transpose(-1, -2)
+    ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * scale
+    dqkv = (ds @ key, ds.transpose(-1, -2) @ query, p.transpose(-1, -2) @ dout)
+    return torch.stack([each.transpose(1, 2) for each in dqkv], 2)
+
+
+def _triton_forward(save: bool, qkv: Tensor, causal: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
+    from ..triton import attention
+
+    return attention.forward(save, qkv)
+
+
+def _triton_backward(dout: Tensor, qkv: Tensor, out: Tensor, saved: tuple[Tensor, ...], causal: bool) -> Tensor:
+    from ..triton import attention
+
+    return attention.backward(dout, qkv, out, saved)
+
+
+def _triton_saved(qkv: Tensor) -> tuple[Tensor, ...]:
+    return () if qkv.shape[1] <= ONE_TILE[qkv.element_size()] else libraries.log_sum_exp(qkv)
+
+
+def _refuse_triton(case: Case) -> str | None:
+    if case.causal:
+        return "the kernel has no causal mask"
+    return None if case.channels in (16, 32, 64) else f"head size {case.channels} is not 16, 32 or 64"
+
+
+ATTENTION = Part(
+    "attention",
+    libraries.CUDNN,
+    libraries.FLASH,
+    libraries.FLASH_ATTN_3,
+    libraries.FLASH_ATTN_4,
+    libraries.FLASH_ATTN,
+    libraries.XFORMERS,
+    Candidate(
+        "triton",
+        _triton_forward,
+        _triton_backward,
+        dtypes=TRITON_DTYPES,
+        capability=8,
+        package="triton",
+        opt_in=UNMEASURED,
+        refuse=_refuse_triton,
+        saved=_triton_saved,
+    ),
+    libraries.EFFICIENT,
+    Candidate("reference", _plain_forward, _plain_backward, dtypes=FLOATS, device_types=(), saved=lambda qkv: ()),
+)
+
+
+def _packed_forward(qkv: Tensor, offsets: Tensor, longest: int) -> Tensor:
+    from ..triton import packed_attention
+
+    return packed_attention.forward(qkv, offsets, longest)
+
+
+def _packed_backward(dout: Tensor, qkv: Tensor, offsets: Tensor, longest: int) -> Tensor:
+    from ..triton import packed_attention
+
+    return packed_attention.backward(dout, qkv, offsets, longest)
+
+
+def _refuse_packed(case: Case) -> str | None:
+    if case.channels not in (16, 32, 64):
+        return f"head size {case.channels} is not 16, 32 or 64"
+    # what fits in one tile of the kernel without spilling registers
+    limit, where = 128, "in a tile"
+    if case.dtype == torch.float32:
+        limit, where = 32, "in float32"
+    elif case.device.type == "cuda" and torch.cuda.get_device_capability(case.device)[0] < 9:
+        limit, where = 64, "before compute capability 9.0"
+    return None if case.length <= limit else f"the longest label has {case.length} tokens, more than {limit} {where}"
+
+
+# forward(qkv (M, 3, H, C), offsets, longest) -> (M, H, C); backward(dout, qkv, offsets, longest) -> dqkv
+PACKED_ATTENTION = Part(
+    "packed_attention",
+    Candidate(
+        "triton",
+        _packed_forward,
+        _packed_backward,
+        dtypes=TRITON_DTYPES,
+        capability=8,
+        package="triton",
+        refuse=_refuse_packed,
+        saved=lambda qkv: (),
+    ),
+)

@@ -1,0 +1,84 @@
+"""Arguments of a block: written once, for tests, benchmarks, tuning and ``xclip-fast info``."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._arguments import Block
+
+
+def example(
+    count: int,
+    length: int,
+    width: int,
+    frames: int = 0,
+    *,
+    labels: Sequence[int] = (),
+    drops: bool = False,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    **given: Any,
+) -> Block:
+    """Random arguments of the size that they have in a trained model.
+
+    Args:
+        count, length, width: x is (count, length, width); with frames the last row of a sequence is the spare one.
+        frames: T, for a block with a message; 0: without.
+        labels: rows of packed causal sequences, in place of count and length.
+        drops: with drop path factors, 0 and 1.25 in turn, of each video (or sequence).
+        device, dtype: "meta" costs nothing.
+        given: other arguments, heads of 64 channels unless they say so.
+    """
+
+    def normal(*shape: int, scale: float = 1.0) -> Tensor:
+        return torch.randn(shape, device=device, dtype=dtype) * scale
+
+    def linear(name: str, columns: int, inner: int) -> dict[str, Tensor]:
+        return {f"{name}_weight": normal(columns, inner, scale=inner**-0.5), f"{name}_bias": normal(columns, scale=0.1)}
+
+    def norm(name: str) -> dict[str, Tensor]:
+        return {f"{name}_weight": 1 + normal(width, scale=0.1), f"{name}_bias": normal(width, scale=0.1)}
+
+    made: dict[str, Any] = {"heads": width // 64, "x": normal(count, length, width)}
+    if labels:
+        ends = torch.tensor([0, *labels]).cumsum(0)
+        made |= {"x": normal(sum(labels), width), "offsets": ends.to(device), "longest": max(labels), "causal": True}
+    made |= {**norm("ln_1"), **linear("in", 3 * width, width), **linear("out", width, width)}
+    made |= {**norm("ln_2"), **linear("fc", 4 * width, width), **linear("projection", width, 4 * width)}
+    if frames:
+        made |= {"frames": frames, **linear("message_fc", width, width), **norm("message_ln")}
+        made |= {**linear("message_in", 3 * width, width), **linear("message_out", width, width)}
+    if drops:
+        samples = count // frames if frames else count
+        factor = torch.arange(samples, device=device, dtype=dtype) % 2 * 1.25
+        made |= {"drop_attention": factor, "drop_feed_forward": 1.25 - factor}
+        made |= {"drop_fusion": factor} if frames else {}
+    return Block(**{**made, **given})
+
+
+def message_block(
+    x: Tensor, frames: int, weights: Sequence[Tensor], biases: Sequence[Tensor], norms: Sequence[Tensor], eps: float
+) -> Block:
+    """A block whose message path has these parameters, as the CUDA library's ``message_kv`` takes them: x (F, D) class
+    tokens; message token, CFA's QKV and output, IFA's key and value; weight and bias of LN_m and LN_1."""
+    fc, qkv, out, kv = weights
+    width = x.shape[1]
+    queries = torch.zeros(width, width, dtype=kv.dtype, device=kv.device), torch.zeros_like(biases[0])
+    return example(len(x), 1, width, frames, device=x.device, dtype=x.dtype)._replace(
+        x=x[:, None],
+        eps=eps,
+        message_fc_weight=fc,
+        message_fc_bias=biases[0],
+        message_ln_weight=norms[0],
+        message_ln_bias=norms[1],
+        message_in_weight=qkv,
+        message_in_bias=biases[1],
+        message_out_weight=out,
+        message_out_bias=biases[2],
+        ln_1_weight=norms[2],
+        ln_1_bias=norms[3],
+        in_weight=torch.cat([queries[0], kv]),
+        in_bias=torch.cat([queries[1], biases[3]]),
+    )

@@ -1,0 +1,80 @@
+"""A block in plain differentiable torch: fallback on any device and dtype, oracle of the tests, peer of benchmarks."""
+
+import functools
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .._arguments import Block
+from .._linear import linear
+from ..attention import attention_reference, packed_reference
+from ..layer_norm import layer_norm_reference
+from ..quick_gelu import quick_gelu_reference
+
+Linears = Callable[[str, Tensor], Tensor]
+
+
+def cct_block_reference(*args: object) -> tuple[Tensor, Tensor, Tensor]:
+    b = Block(*args)  # type: ignore[arg-type]
+    y = composed(b)
+    nothing = y.new_empty(0, dtype=torch.float32)  # row statistics would cost a pass
+    return y, nothing, torch.empty_like(nothing)
+
+
+def composed(b: Block, linears: Linears | None = None) -> Tensor:
+    """The block out of torch's parts.
+
+    Args:
+        linears: computes the linear layers by the name of their weight ("fc", "out", "message_fc", ...); by default
+            those of the block itself.
+    """
+    apply = linears or functools.partial(own_linear, b)
+    qkv = linear(layer_norm_reference(b.x, b.ln_1_weight, b.ln_1_bias, b.eps), b.in_weight, b.in_bias)
+    x = diffuse(b, qkv, apply)
+    # z + FFN(LN_2(z))
+    hidden = apply("fc", layer_norm_reference(x, b.ln_2_weight, b.ln_2_bias, b.eps))
+    hidden = quick_gelu_reference(hidden) if b.activation == "quick_gelu" else F.gelu(hidden)
+    return x + scale_samples(apply("projection", hidden), b.drop_feed_forward)
+
+
+def own_linear(b: Block, name: str, x: Tensor) -> Tensor:
+    """The linear layer of a block whose weight has this name."""
+    return linear(x, getattr(b, f"{name}_weight"), getattr(b, f"{name}_bias"))
+
+
+def diffuse(b: Block, qkv: Tensor, apply: Linears) -> Tensor:
+    """z = x + IFA(LN_1([x, m])) for the projection of LN_1(x), (F, S, 3D), whose spare row is written."""
+    x, width = b.x, b.x.shape[-1]
+    if b.frames:
+        # the message is a key and a value, in place of the spare row's
+        qkv[:, -1, width:] = message_key_value(b, apply)
+    qkv = qkv.unflatten(-1, (3, b.heads, width // b.heads))
+    if b.offsets is None:
+        mixed = attention_reference(qkv, b.causal).flatten(-2)
+    else:
+        mixed = packed_reference(qkv, b.offsets, b.longest).flatten(-2)
+    if b.rows is not None:
+        x, mixed = x.reshape(-1, width)[b.rows], mixed.reshape(-1, width)[b.rows]
+    return x + scale_samples(apply("out", mixed), b.drop_attention)
+
+
+def message_key_value(b: Block, apply: Linears) -> Tensor:
+    """Each frame's message as key and value (F, 2D): [k_m, v_m] = LN_1(m) [Wk, Wv] + b."""
+    width = b.x.shape[-1]
+    # m = x_class Wm + bm
+    m_FD = apply("message_fc", b.x[:, 0])
+    # m = m + CFA(LN_m(m)): attention over the T messages of one video
+    normed = F.layer_norm(m_FD, (width,), b.message_ln_weight, b.message_ln_bias, b.eps)
+    qkv = apply("message_in", normed)
+    mixed = attention_reference(qkv.view(-1, b.frames, 3, b.heads, width // b.heads)).reshape(-1, width)
+    m_FD = m_FD + scale_samples(apply("message_out", mixed), b.drop_fusion)
+    return linear(layer_norm_reference(m_FD, b.ln_1_weight, b.ln_1_bias, b.eps), b.in_weight[width:], b.in_bias[width:])
+
+
+def scale_samples(x: Tensor, scale_B: Tensor | None) -> Tensor:
+    """x (B * anything, ...) with each of the B samples multiplied by its drop path scale (None: x itself)."""
+    if scale_B is None or x.numel() == 0:
+        return x
+    return (x.reshape(scale_B.shape[0], -1) * scale_B[:, None].to(x.dtype)).reshape(x.shape)

@@ -1,0 +1,145 @@
+"""Attention of every row of a packed projection over the rows of its sequence: forward.
+
+F sequences, S rows of each, H heads, C channels of a head. The keys of a sequence are FULL tiles of BLOCK_N and one
+last tile of width LAST, which holds what is left and is never empty; queries are full tiles of BLOCK_M and a rest of
+REST rows.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._attention import LOG2_E, channels_contiguous, fits_one_tile, sequence_tile
+from ._launch import launch
+from .attention_backward import backward
+
+__all__ = ["backward", "forward"]
+
+
+@triton.jit
+def _attend_rows(
+    q_ptr,  # this sequence's and head's queries, (S, C)
+    out_ptr,  # (S, C), row stride HEADS C
+    lse_ptr,  # (S,)
+    first,  # row
+    stride_s,
+    stride_3,
+    scale,
+    looped,
+    S: tl.constexpr,
+    HEADS: tl.constexpr,
+    C: tl.constexpr,
+    ROWS: tl.constexpr,
+    MASKED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    FULL: tl.constexpr,
+    LAST: tl.constexpr,
+    SAVE: tl.constexpr,
+):
+    """Rows first to first + ROWS - 1 of the output: softmax from tile to tile, starting with the last."""
+    row, channel = first + tl.arange(0, ROWS), tl.arange(0, C)
+    inside = row[:, None] < S if MASKED else None
+    q = tl.load(q_ptr + row.to(tl.int64)[:, None] * stride_s + channel[None, :], mask=inside)
+    k_ptr = q_ptr + stride_3
+    v_ptr = k_ptr + stride_3
+
+    key = FULL * BLOCK_N + tl.arange(0, LAST)
+    at_last = key.to(tl.int64)[:, None] * stride_s + channel[None, :]
+    k_last = tl.load(k_ptr + at_last, mask=key[:, None] < S, other=0.0)
+    v_last = tl.load(v_ptr + at_last, mask=key[:, None] < S, other=0.0)
+    # scores in powers of two: scale holds log2(e)
+    s_last = tl.dot(q, tl.trans(k_last), input_precision="ieee") * scale
+    s_last = tl.where(key[None, :] < S, s_last, float("-inf"))
+    m_i = tl.max(s_last, 1)
+    p_last = tl.exp2(s_last - m_i[:, None])
+    l_i = tl.sum(p_last, 1)
+    acc = tl.dot(p_last.to(v_last.dtype), v_last, input_precision="ieee")
+
+    at = tl.arange(0, BLOCK_N).to(tl.int64)[:, None] * stride_s + channel[None, :]
+    step = tl.full((), BLOCK_N, tl.int64) * stride_s
+    if FULL > 0:
+        for _ in range(0, looped, BLOCK_N):
+            k = tl.load(k_ptr + at)
+            v = tl.load(v_ptr + at)
+            k_ptr += step
+            v_ptr += step
+            s = tl.dot(q, tl.trans(k), input_precision="ieee")
+            higher = tl.maximum(m_i, tl.max(s, 1) * scale)
+            p = tl.exp2(s * scale - higher[:, None])
+            alpha = tl.exp2(m_i - higher)
+            l_i = l_i * alpha + tl.sum(p, 1)
+            acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
+            m_i = higher
+
+    out = (acc / l_i[:, None]).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + row[:, None] * (HEADS * C) + channel[None, :], out, mask=inside)
+    if SAVE:
+        tl.store(lse_ptr + row, m_i + tl.log2(l_i), mask=row < S if MASKED else None)
+
+
+@triton.jit
+def attention_fwd_kernel(
+    qkv_ptr,  # (F, S, 3, H, C), C contiguous
+    out_ptr,  # (F, S, H, C)
+    lse_ptr,  # (F, H, S): log2 of the sum of the exponentials
+    stride_f,
+    stride_s,
+    stride_3,
+    stride_h,
+    scale,  # log2(e) / sqrt(C)
+    looped,  # FULL BLOCK_N, unknown to the compiler, which would unroll a short loop and take more registers
+    S: tl.constexpr,
+    HEADS: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    REST: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    FULL: tl.constexpr,
+    LAST: tl.constexpr,
+    SAVE: tl.constexpr,
+):
+    blocks: tl.constexpr = (S + BLOCK_M - 1) // BLOCK_M
+    full: tl.constexpr = 0 if REST == BLOCK_M else S // BLOCK_M  # one width, one code: masked
+    block = tl.program_id(0) % blocks
+    head = tl.program_id(0) // blocks % HEADS
+    sequence = (tl.program_id(0) // (blocks * HEADS)).to(tl.int64)
+    q_ptr = qkv_ptr + sequence * stride_f + head * stride_h
+    out_ptr += (sequence * S * HEADS + head) * C
+    lse_ptr += (sequence * HEADS + head) * S
+    if full > 0 and block < full:
+        _attend_rows(
+            q_ptr, out_ptr, lse_ptr, block * BLOCK_M, stride_s, stride_3, scale, looped,
+            S, HEADS, C, BLOCK_M, False, BLOCK_N, FULL, LAST, SAVE,
+        )  # fmt: skip
+    if REST > 0 and block >= full:
+        _attend_rows(
+            q_ptr, out_ptr, lse_ptr, block * BLOCK_M, stride_s, stride_3, scale, looped,
+            S, HEADS, C, REST, True, BLOCK_N, FULL, LAST, SAVE,
+        )  # fmt: skip
+
+
+def forward(save: bool, qkv: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """(F, S, 3, H, C) -> (F, S, H, C), and, if ``save``, log2 of the sum of each row's exponentials."""
+    qkv = channels_contiguous(qkv)
+    count, length, _, heads, channels = qkv.shape
+    save = save and not fits_one_tile(qkv)
+    out = qkv.new_empty(count, length, heads, channels)
+    lse = qkv.new_empty((count, heads, length) if save else 1, dtype=torch.float32)
+    use, blocks, _ = sequence_tile("attention", qkv)
+    launch(
+        attention_fwd_kernel,
+        (count * heads * blocks,),
+        qkv,
+        out,
+        lse,
+        *qkv.stride()[:4],
+        channels**-0.5 * LOG2_E,
+        use["FULL"] * use["BLOCK_N"],
+        S=length,
+        HEADS=heads,
+        C=channels,
+        SAVE=save,
+        **use,
+    )
+    return out, (lse,) if save else ()
