@@ -12,6 +12,7 @@ import math
 import os
 import pickle
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -607,3 +608,17 @@ def test_a_checkpoint_s_damaged_numbers_are_named(tmp_path: Path) -> None:
     (tmp_path / "progress.json").write_text("{")
     with pytest.raises(ValueError, match=r"progress.json: is not JSON.*delete that folder"):
         training_checkpoint.numbers(tmp_path)
+
+
+def test_a_bad_video_is_told_once_and_stops_nothing(
+    videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One of 20 is 5 %; the notice came after every epoch."""
+    shutil.copytree(videos / "train", tmp_path / "train")
+    shutil.copy(videos / "train.jsonl", tmp_path)
+    lost, *_ = sorted((tmp_path / "train").glob("*/*.mp4"))
+    lost.write_bytes(b"")
+    folder = run(tmp_path, tmp_path / "out", data__max_bad=0.01)
+    told = capsys.readouterr()
+    assert (told.out + told.err).count("could not be read") == 1
+    assert (folder / "quarantined.jsonl").exists()

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ..inference.batches import Reading
     from ..model import XCLIP
 
-_LARGE = 300_000  # moments: from here on an index pays
+_LARGE = 100_000  # moments: from here on an index pays
 PARQUET = ".parquet"
 _PLAIN = "holds no patches: plain cosine, without video-specific prompts"
 Paths = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]

@@ -195,6 +195,7 @@ class Store:
             config = IvfRq(
                 distance_type="dot",
                 num_partitions=max(16, min(4096, rows // 16 // _PARTITION)),
+                num_bits=4,  # with 1, over half of the ten best of random vectors; with 4, all
                 sample_rate=64,
                 max_iterations=15,
             )

@@ -145,6 +145,7 @@ def _train(config: TrainConfig, process: Process, fresh: bool, held: contextlib.
     # 3. The loop: an epoch, a step, a part of a step.
     try:
         with handle_signals(meter):
+            told_bad: set[int] = set()
             while step < last and not meter.stop:
                 epoch, done = divmod(step, epoch_steps)
                 loader.seek(epoch, done * grad_accum_steps)
@@ -183,7 +184,8 @@ def _train(config: TrainConfig, process: Process, fresh: bool, held: contextlib.
                 if meter.stop or step % epoch_steps:
                     break
                 meter.read_all()
-                if loader.report.bad:
+                if loader.report.bad.keys() - told_bad:  # once, not after every epoch
+                    told_bad = set(loader.report.bad)
                     records.say(f"epoch {epoch + 1}: {loader.report.summary()}")
                     loader.quarantined().write(folder / f"quarantined{rank or ''}.jsonl")
                 if data.val is not None and ((epoch + 1) % config.validation.every_epochs == 0 or step == steps):

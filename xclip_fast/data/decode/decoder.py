@@ -32,7 +32,7 @@ from ..threads import Job, Threads
 from ..transforms import TestTransform, View, apply_frame
 from .picture import EXACT_COLOR, Upright
 from .plan import Plan, by_plan, make_plan, still_fits
-from .reading import ReadError, Source, VideoError, all_frames, as_source, limit, log, open_video, too_slow
+from .reading import ReadError, Source, VideoError, all_frames, as_source, limit, log, no_frame, open_video, too_slow
 from .times import frame_times
 from .windows import Video, Window, decode_span, decode_windows
 
@@ -256,7 +256,7 @@ def probe(path: Video) -> VideoInfo:
         frames = all_frames(container, stream)
         first = next(frames, None)
         if first is None:
-            raise VideoError(f"{source}: no frame can be decoded ({codec})")
+            raise no_frame(source, stream)
         if plan is not None and first.pts != plan.pts[0]:
             plan = None  # what the packets promise is not what a decode yields
         height, width = Upright()(first, np.empty((first.height, first.width, 1))).shape[:2]
@@ -326,7 +326,7 @@ def _pick(
     with open_video(source, threads) as (container, stream):
         total = sum(1 for _ in all_frames(container, stream))
         if not total:
-            raise VideoError(f"{source}: no frame can be decoded ({stream.codec_context.codec.canonical_name})")
+            raise no_frame(source, stream)
     try:
         last = pick(total)[-1]
     except (VideoError, IndexError) as error:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("xclip_fast.data.decode")
 
-# FFmpeg's demuxers that read one file and open nothing else. Pictures are in it to be told from videos.
+# FFmpeg's demuxers that read one file and open nothing else. Pictures are among them, so that an error can name them.
 _FORMATS = (
     "3dostr,amv,apng,asf,av1,avi,avs2,avs3,cavsvideo,dirac,dv,evc,flv,gif,gxf,h261,h263,h264,hevc,ingenient,ipu,"
     "ivf,live_flv,m4v,matroska,mjpeg,mjpeg_2000,mov,mpeg,mpegts,mpegtsraw,mpegvideo,mpjpeg,mxf,nsv,nut,nuv,obu,ogg,rm,"
@@ -283,6 +283,18 @@ def _video_stream(source: Source, file: File, container: InputContainer, threads
     if threads != 1:
         stream.thread_type = "AUTO"
     return stream
+
+
+def no_frame(source: Source, stream: VideoStream) -> VideoError:
+    """The error of a video that gives no frame."""
+    context = stream.codec_context
+    why = context.codec.canonical_name
+    if not context.width * context.height:  # FFmpeg keeps no size that is above the limit
+        why += (
+            f"; its picture size is missing, or above {limit('XCLIP_FAST_MAX_PIXELS')} pixels, which the environment "
+            "variable XCLIP_FAST_MAX_PIXELS raises"
+        )
+    return VideoError(f"{source}: no frame can be decoded ({why})")
 
 
 def is_picture(container: InputContainer) -> bool:

@@ -25,7 +25,7 @@ from ..sampling import Sampling, frame_indices
 from ..transforms import TestTransform, apply_frame
 from .picture import EXACT_COLOR, Upright
 from .plan import Plan, make_plan, planned_frames, still_fits
-from .reading import Source, VideoError, all_frames, as_source, log, open_video
+from .reading import Source, VideoError, all_frames, as_source, log, no_frame, open_video
 
 Video = str | os.PathLike[str] | Source
 
@@ -148,7 +148,7 @@ def decode_spans(
         base = float(stream.time_base or 0)
         known = [math.nan if frame.pts is None else frame.pts * base for frame in all_frames(container, stream)]
         if not known:
-            raise VideoError(f"{source}: no frame can be decoded ({stream.codec_context.codec.canonical_name})")
+            raise no_frame(source, stream)
     times = np.array(known, np.float64)
     if not (np.diff(times, prepend=times[0]) >= 0).all():  # unknown times, or a clock that was set back
         times = np.arange(len(known)) / rate
