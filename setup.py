@@ -13,9 +13,11 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.editable_wheel import editable_wheel
 
 ROOT = Path(__file__).resolve().parent
 BUILD = ROOT / "build" / "cuda"
@@ -104,6 +106,33 @@ class BuildLibrary(build_ext):
         part.replace(target)
 
 
+def link_stubs(stubs: Path) -> None:
+    shutil.rmtree(stubs, ignore_errors=True)
+    for root, package in ((ROOT / "xclip_fast", Path()), (ROOT / "kernels", Path("kernels"))):
+        for source in root.rglob("*.py"):
+            link = stubs / "xclip_fast-stubs" / package / source.relative_to(root).with_suffix(".pyi")
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(source)
+
+
+class EditableWheel(editable_wheel):
+    """An editable install that mypy and Pyright see, too: they do not run setuptools' finder.
+
+    They take a package's types from a folder ``xclip_fast-stubs`` (PEP 561), which Python itself cannot import. Each of
+    our modules has a link there. A module that is added later has one after the next install.
+    """
+
+    def _run_build_commands(self, dist_name: str, unpacked: str, *folders: Any) -> Any:
+        stubs = ROOT / "build" / "stubs"
+        try:
+            link_stubs(stubs)
+        except OSError as error:
+            print(f"xclip-fast: type checkers will not see this install: {error}", file=sys.stderr)
+        else:
+            Path(unpacked, "xclip_fast_stubs.pth").write_text(f"{stubs}\n", encoding="utf-8")
+        return super()._run_build_commands(dist_name, unpacked, *folders)
+
+
 if WISH not in ("", "0", "1"):
     raise SystemExit(f"XCLIP_FAST_CUDA={WISH}: it is 0, 1 or not set")
 NVCC = find_nvcc() if WISH != "0" and sys.platform == "linux" else None
@@ -123,6 +152,6 @@ setup(
         "xclip_fast.kernels.triton": ["*.json"],
     },
     ext_modules=[Extension("xclip_fast.kernels.libxclip_fast", [], optional=True)] if NVCC else [],
-    cmdclass={"build_ext": BuildLibrary},
+    cmdclass={"build_ext": BuildLibrary, "editable_wheel": EditableWheel},
     setup_requires=["nvidia-cutlass>=4.2,<5"] if NVCC and find_cutlass() is None else [],
 )

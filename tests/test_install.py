@@ -192,3 +192,29 @@ def test_a_machine_that_refuses_compute_sanitizer_is_not_an_error_of_ours():
     assert module.sanitizer_refusal(found) is None
     assert module.sanitizer_refusal(found + refused) is None
     assert module.sanitizer_refusal("AssertionError") is None
+
+
+def test_type_checkers_see_an_editable_install(tmp_path: Path) -> None:
+    """mypy on a user's file. It does not run the finder of setuptools, which an editable install relies on."""
+    pytest.importorskip("mypy")
+    installed = [path for path in map(Path, sys.path) if (path / "xclip_fast_stubs.pth").exists()]
+    if not installed:
+        pytest.skip("xclip-fast is not installed in editable mode here: pip install -e .")
+    (tmp_path / "user.py").write_text(
+        "import xclip_fast\n"
+        "from xclip_fast.kernels import layer_norm\n"
+        "from xclip_fast.text.labels import readable\n"
+        "reveal_type(xclip_fast.XCLIP.from_pretrained('weights'))\n"
+        "reveal_type(layer_norm)\n"
+        "readable(3)\n"
+    )
+    (tmp_path / "mypy.ini").write_text("[mypy]\n[mypy-torch.*]\nfollow_imports = skip\n")  # or it reads all of torch
+    arguments = ["--config-file", "mypy.ini", "--python-executable", sys.executable, "--no-incremental", "user.py"]
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", *arguments], capture_output=True, text=True, cwd=tmp_path, timeout=300
+    )
+    said = done.stdout
+    assert 'user.py:4: note: Revealed type is "xclip_fast.model.XCLIP"' in said
+    assert 'user.py:5: note: Revealed type is "def (x: ' in said
+    assert 'user.py:6: error: Argument 1 to "readable" has incompatible type "int"' in said
+    assert "user.py:2: error" not in said
