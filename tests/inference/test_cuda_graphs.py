@@ -114,8 +114,9 @@ def frames(model: XCLIP, batch: int, count: int | None = None) -> Tensor:
 
 
 def same(got: VideoFeatures, wanted: VideoFeatures) -> bool:
+    """Up to rounding: the played graph records torch's calls, and outside of it a CPU has passes of its own."""
     assert isinstance(got, VideoFeatures)
-    return all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+    return all(torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in zip(got, wanted, strict=True))
 
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
