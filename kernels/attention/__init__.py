@@ -10,10 +10,9 @@ from torch import Tensor
 
 from .._dispatch import FLOATS
 from .._parts import UNMEASURED, Candidate, Case, Part
+from ..triton import ONE_TILE
 from . import libraries
 
-# rows of a sequence that fit in one tile of the backward kernel, by bytes of a number: nothing is saved for it then
-ONE_TILE = {2: 64, 4: 32}
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from .._linear import linear
-from ..attention import ONE_TILE, attention_reference
+from ..attention import attention_reference
 from ..quick_gelu import quick_gelu_reference
+from ..triton import ONE_TILE
 from .shapes import LENGTHS, Shape, boundaries
 
 DEVICE = "cuda"

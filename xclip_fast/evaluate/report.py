@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..console import plain
 from ..files import locked, staged
 
 if TYPE_CHECKING:
@@ -181,7 +182,7 @@ def _confusion_png(evaluation: Evaluation, path: Path, notes: list[str]) -> None
 
 def _short(label: str) -> str:
     """The label as matplotlib can draw it: no unprintable character, no formula (between dollar signs), not long."""
-    label = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in label)
+    label = plain(label)
     return (label if len(label) <= 32 else label[:31] + "…").replace("$", r"\$")
 
 

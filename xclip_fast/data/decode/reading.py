@@ -23,8 +23,8 @@ from av.stream import Disposition
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
+from ...console import plain
 from ..threads import progress
-from .video import printable
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -73,7 +73,7 @@ class Source:
 
     def __str__(self) -> str:
         """For people: unprintable characters escaped, so that it fits on a line and any terminal."""
-        name = printable(self.path)
+        name = plain(self.path)
         return name if self.offset is None else f"{name} (byte {self.offset})"
 
 
@@ -367,4 +367,4 @@ def all_frames(container: InputContainer, stream: VideoStream) -> Iterator[Video
 
 
 def name_of(container: InputContainer) -> str:
-    return printable(container.name.removeprefix("file:"))
+    return plain(container.name.removeprefix("file:"))

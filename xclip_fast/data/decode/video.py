@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ...console import plain
+
 if TYPE_CHECKING:  # plan imports PyAV, which a manifest can do without
     from .plan import Plan
 
@@ -55,18 +57,11 @@ class Video:
 
 def video_name(video: Video) -> str:
     """A video's name for people: see `Manifest.name`."""
-    return printable(video.path if video.member is None else f"{video.path}:{video.member}")
-
-
-def printable(text: str) -> str:
-    """The text with what cannot be printed written as escapes: a name may hold line ends, or bytes that are no text."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return plain(video.path if video.member is None else f"{video.path}:{video.member}")
 
 
 def one_line(reason: str) -> str:
-    return printable(" ".join(reason.split())) or "unknown reason"
+    return plain(" ".join(reason.split())) or "unknown reason"
 
 
 def pack_plan(plan: Plan) -> str:

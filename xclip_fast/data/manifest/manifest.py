@@ -28,7 +28,8 @@ from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 import numpy as np
 
-from ..decode.video import DamagedPlan, Video, one_line, printable, video_name
+from ...console import plain
+from ..decode.video import DamagedPlan, Video, one_line, video_name
 from ..parts import lock, remove_unlocked
 from .listing import Entry
 from .probing import file_status, look_all, real_folder
@@ -223,7 +224,7 @@ def _check(video: Video, classes: int) -> None:
     if video.label is not None and not 0 <= video.label < classes:
         raise ValueError(f"label {video.label} is not one of the {classes} classes")
     if video.error is None and (video.path.startswith("/") or ".." in video.path) and leaves(video.path):
-        raise ValueError(f"{printable(video.path)} leads out of the root folder")
+        raise ValueError(f"{plain(video.path)} leads out of the root folder")
 
 
 def leaves(path: str) -> bool:
@@ -423,7 +424,7 @@ def summary(manifest: Manifest) -> str:
     total, bad = len(manifest.videos), len(manifest.videos) - len(good)
     hours, rest = divmod(round(seconds), 3600)
     lines = [
-        f"{total} videos, {len(manifest.classes)} classes, in {printable(str(manifest.root))}",
+        f"{total} videos, {len(manifest.classes)} classes, in {plain(str(manifest.root))}",
         f"{len(good)} usable: {sum(video.frames for video in good)} frames, {hours} h {rest // 60} min {rest % 60} s",
     ]
     if good:
@@ -471,4 +472,4 @@ def _counts(things: Iterable[str]) -> str:
 
 
 def _some(names: Sequence[str]) -> str:
-    return ", ".join(map(printable, names[:3])) + (", ..." if len(names) > 3 else "")
+    return ", ".join(map(plain, names[:3])) + (", ..." if len(names) > 3 else "")
