@@ -139,7 +139,8 @@ NVCC = find_nvcc() if WISH != "0" and sys.platform == "linux" else None
 if WISH == "1" and NVCC is None:
     raise SystemExit("XCLIP_FAST_CUDA=1, but nvcc is not on the PATH, in CUDA_HOME or in /usr/local/cuda/bin")
 
-KERNELS = {f"xclip_fast.{folder}".replace("/", "."): folder for folder in ("kernels", "kernels/triton", "kernels/tune")}
+FOLDERS = sorted(str(file.parent.relative_to(ROOT)) for file in (ROOT / "kernels").rglob("__init__.py"))
+KERNELS = {f"xclip_fast.{folder}".replace("/", "."): folder for folder in FOLDERS}
 
 setup(
     packages=[*find_packages(include=["xclip_fast*"]), *KERNELS],

@@ -140,9 +140,8 @@ class Part:
         """Every candidate in order, each with the reason why it is not taken, or None."""
         candidates, measured = self.order(case, **sizes)
         return {
-            candidate.name: candidate.opt_in
-            if candidate.opt_in and candidate.name not in (case.forced, *measured)
-            else candidate.refusal(case)
+            candidate.name: candidate.refusal(case)
+            or (None if candidate.name in (case.forced, *measured) else candidate.opt_in or None)
             for candidate in candidates
         }
 

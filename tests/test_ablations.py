@@ -335,8 +335,10 @@ def test_every_ablation_starts_from_an_image_clip(tmp_path, name: str, caplog: p
             new.add(key.split(".")[0])
         else:
             assert torch.equal(tensor, clip[key]), key
-    said = [record.getMessage() for record in caplog.records if "untrained" in record.getMessage()]
-    assert [message.split("untrained: ")[1].split(", ") for message in said] == ([sorted(new)] if new else [])
+    said = [record.getMessage() for record in caplog.records if "randomly initialized" in record.getMessage()]
+    assert [message.split("randomly initialized: ")[1].split(", ") for message in said] == (
+        [sorted(new)] if new else []
+    )
 
 
 def test_a_whole_xclip_does_not_become_an_ablation_silently(tmp_path) -> None:

@@ -492,7 +492,9 @@ class XCLIP(nn.Module):
         """Refuses NaN and pixels from 0 to 255. On a GPU, where it waits for the values, at the first call only."""
         if type(video) is not Tensor or torch.compiler.is_compiling() or video.device.type not in ("cpu", "cuda"):
             return
-        if torch._C._functorch.peek_interpreter_stack() is not None or video.numel() == 0:
+        if torch._C._functorch.peek_interpreter_stack() is not None or torch._C._len_torch_dispatch_stack() > 0:
+            return  # values that are not there, or a mode that records what is computed
+        if video.numel() == 0:
             return
         if video.is_cuda:
             if self._checked_range or torch.cuda.is_current_stream_capturing():

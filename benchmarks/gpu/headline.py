@@ -33,11 +33,11 @@ from throughput import (
     quantized,
 )
 from torch import Tensor
+from xclip_fast.kernels import _overlap as overlap
 
 import xclip_fast
 from xclip_fast import flops
 from xclip_fast.config import VARIANTS, TextConfig, VisionConfig, XCLIPConfig
-from xclip_fast.nn import overlap
 
 from .case import Job, Row
 

@@ -99,8 +99,8 @@ def test_what_the_cases_are_forked_from_starts_no_cuda(check):
 
 def test_a_failed_test_marks_its_op_and_backend(check):
     names_in = importlib.import_module("gpu.suite").names_in
-    assert names_in("tests/kernels/test_ops.py::test_forward[dtype0-ln_linear-triton]") == {
-        "op": "ln_linear",
+    assert names_in("tests/kernels/test_ops.py::test_forward[dtype0-cct_block-triton]") == {
+        "op": "cct_block",
         "contender": "triton",
     }
     assert names_in("tests/nn/test_cct.py::test_block") == {}

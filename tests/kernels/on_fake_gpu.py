@@ -415,7 +415,7 @@ def test_tuning_compiles_and_times_little(name: str, monkeypatch: pytest.MonkeyP
             rows, wrong = tiles.measure(op, SHAPES[name], BATCHES, float("inf"), lambda line: None)
             assert wrong == 0
             short = SHAPES[name].tokens < 64  # it has a backward without tiles
-            assert len(rows) == (10 if op == "gemm" else 0 if short and op != "diffusion_attention" else 1)
+            assert len(rows) == (10 if op == "gemm" else 0 if short and op != "attention" else 1)
     compiled = len({id(launch.source) for launch in launches})
     assert compiled + 0.05 * len(timed) < 50, (compiled, len(timed))
     products = [use["gemm"] for use in timed if "gemm" in use]
