@@ -119,8 +119,8 @@ x = torch.randn(6, 5, 128, requires_grad=True)
 block(x).sum().backward()
 assert x.grad.isfinite().all()
 for op, places in info.collect()["ops"].items():
-    alone = list(places["cpu"]["backends"]) == ["triton"]  # a part that a plan without Triton does not have
-    assert places["cpu"]["chosen"] in ((None,) if alone else ("reference", "sdpa", "onednn")), (op, places["cpu"])
+    part = op.startswith(" ")  # of the block; a plan without Triton does without some
+    assert part or places["cpu"]["chosen"] in ("reference", "sdpa", "onednn"), (op, places["cpu"])
     for name, reason in places["cpu"]["backends"].items():
         assert name != "triton" or "triton is not installed" in reason, (op, name, reason)
 with kernels.backend("library"):
