@@ -33,7 +33,9 @@ def tests(job: Job, files: list[str], select: str, workers: int) -> Iterator[Row
         results = Path(folder) / "results"
         results.touch()
         path = os.pathsep.join([str(ROOT / "benchmarks"), *filter(None, [os.environ.get("PYTHONPATH")])])
-        environment = {**os.environ, "PYTHONPATH": path, "GPU_CHECK_RESULTS": str(results)}
+        # pytest's own variables would make this run a worker of the one that it is started in
+        outside = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+        environment = {**outside, "PYTHONPATH": path, "GPU_CHECK_RESULTS": str(results)}
         environment |= {"GPU_CHECK_TEST_SECONDS": str(SECONDS), "XCLIP_FAST_REQUIRE_GPU": str(int(not job.tiny))}
         if not job.tiny:
             environment.pop("TRITON_INTERPRET", None)
