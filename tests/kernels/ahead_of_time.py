@@ -4,7 +4,8 @@
 
 runs the launchers of kernels/triton on meta tensors, on a GPU that is not there (fake_gpu.py), compiles each distinct
 kernel for the architecture, and prints one JSON object a kernel: name, configuration, registers, stack, shared memory,
-instructions. Without ``--all`` a kernel is left out that another one contains (``heaviest``). Not in the interpreter: TRITON_INTERPRET must be unset.
+instructions. Without ``--all`` a kernel is left out that another one contains (``heaviest``). Not in the interpreter:
+TRITON_INTERPRET must be unset.
 """
 
 import importlib
