@@ -191,7 +191,7 @@ def _subclass(original: Any, style: _Style) -> type[nn.Module]:
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         parts = style.parts(self)
-        x = args[0] if args else kwargs.get("hidden_states")
+        x: Any = args[0] if args else kwargs.get("hidden_states")
         reason = "its parts have changed" if parts is None else _refuse_call(self, parts, style, args, kwargs)
         if parts is None or reason is not None:
             if not torch.compiler.is_compiling():
