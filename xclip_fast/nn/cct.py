@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .. import kernels
 from .fp8 import Fp8Weights
-from .layers import drop_path_scale
+from .layers import Attention, drop_path_scale
 from .parts import Mlp, add_branch, is_plain, self_attention
 
 
@@ -35,14 +35,6 @@ class DropScales(NamedTuple):
 def with_spare_row(x_FLD: Tensor) -> Tensor:
     """(F, L, D) to (F, L + 1, D) with zeros in the last row."""
     return F.pad(x_FLD, (0, 0, 0, 1))
-
-
-class Attention(NamedTuple):
-    """An attention's packed projection (3D, D), (3D,) and its output layer."""
-
-    in_weight: Tensor
-    in_bias: Tensor
-    out: Any
 
 
 def cct_block(
