@@ -9,19 +9,20 @@ import functools
 import inspect
 import logging
 import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from . import kernels
 from .block_styles import STYLES, Call, Parts, Style
-from .nn.cct import Attention, DropScales, FastCCTBlock, Stream, cct_block, with_spare_row
+from .nn.cct import Attention, DropScales, FastCCTBlock, Stream, cct_block
 from .nn.layers import TransformerBlock, plain_block
-from .nn.parts import PLAIN, Kinds, find_change
+from .nn.parts import PLAIN, Kinds, find_change, is_watched
 
 logger = logging.getLogger("xclip_fast")
 
@@ -44,6 +45,10 @@ def accelerate(model: Model) -> Model:
     Every call looks at the block as it is then. With a hook on a part, an adapter, another norm, activation or epsilon,
     under ``torch.func`` transforms, or when the call asks for what ours does not compute (attention weights, a mask
     other than a causal one, dropout), the block computes by its own forward, which is logged once.
+
+    X-CLIP's encoder (Hugging Face's, or the released code's ``Sequential``) hands the blocks a residual stream with a
+    spare row for the message, which is added once. With a hook on a whole block, with gradient checkpointing, or when
+    hidden states are asked for, every block takes and returns plain tokens, and adds the row itself.
 
     Raises:
         ValueError: if no block can be swapped. Single blocks that cannot are left as they are, with a logged reason.
@@ -82,6 +87,8 @@ def accelerate(model: Model) -> Model:
         )
     for reason in reasons:
         logger.warning("left as it is: %s", reason)
+    for module in model.modules():
+        _swap_tower(module)
     return model
 
 
@@ -122,7 +129,7 @@ def _find_change(module: nn.Module, parts: Parts, style: Style, kinds: Kinds) ->
     if module._parameters:
         return "it has parameters of its own"
     eps = getattr(parts.ln_1, "eps", None)
-    if reason := find_change(module._modules, kinds, parts.heads, eps, style.batch_first(module)):
+    if reason := find_change(module._modules, kinds, parts.heads, eps, style.is_batch_first(module)):
         return reason
     if reason := _find_another_part(module, parts):
         return reason
@@ -172,19 +179,17 @@ def _find_change_in_open_clip(attention: Any) -> str | None:
     return None if attention.scale == attention.head_dim**-0.5 else "an attention has another scale"
 
 
-def _compute(module: nn.Module, parts: Parts, style: Style, activation: str, x: Tensor, causal: bool = False) -> Tensor:
-    batch_first = style.batch_first(module)
-    x_FLD = x if batch_first else x.transpose(0, 1)
-    if x_FLD.shape[0] % parts.frames:
-        raise ValueError(f"{x_FLD.shape[0]} frames given, which are not whole videos of {parts.frames} frames")
-    drop = style.drops(parts, x_FLD) if module.training else DropScales()
-    attention = _weights(parts.attention)
+def _compute(module: nn.Module, parts: Parts, style: Style, activation: str, x: Any, causal: bool = False) -> Any:
+    """Tokens in the layout of the block to tokens, or a Stream to a Stream."""
     if not style.has_message:
+        batch_first = style.is_batch_first(module)
+        x_FLD = x if batch_first else x.transpose(0, 1)
+        drop = style.drops(parts, x_FLD) if module.training else DropScales()
         y_FLD = plain_block(
             x_FLD,
             parts.heads,
             parts.ln_1,
-            attention,
+            _weights(parts.attention),
             parts.ln_2,
             parts.fc,
             parts.projection,
@@ -193,24 +198,27 @@ def _compute(module: nn.Module, parts: Parts, style: Style, activation: str, x: 
             causal=causal,
         )
         return y_FLD if batch_first else y_FLD.transpose(0, 1)
+    stream = x if isinstance(x, Stream) else style.stream(x)
+    frames = stream.x.shape[0]
+    if frames % parts.frames:
+        raise ValueError(f"{frames} frames given, which are not whole videos of {parts.frames} frames")
     assert parts.message_ln is not None
     stream = cct_block(
-        Stream(with_spare_row(x_FLD)),
+        stream,
         parts.frames,
         parts.heads,
         parts.message_fc,
         parts.message_ln,
         _weights(parts.message_attention),
         parts.ln_1,
-        attention,
+        _weights(parts.attention),
         parts.ln_2,
         parts.fc,
         parts.projection,
-        drop,
+        style.drops(parts, stream.x) if module.training else DropScales(),
         activation,
     )
-    y_FLD = stream.x[:, :-1]
-    return y_FLD if batch_first else y_FLD.transpose(0, 1)
+    return stream if isinstance(x, Stream) else style.tokens(stream)
 
 
 @functools.cache
@@ -219,27 +227,86 @@ def _subclass(original: Any, style: Style) -> type[nn.Module]:
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         parts = style.parts(self)
+        x: Any = args[0] if args else kwargs.get("hidden_states")
         plan = "its parts have changed" if parts is None else _read_call(self, parts, style, args, kwargs)
         if parts is None or isinstance(plan, str):
             if not torch.compiler.is_compiling():
                 _log_fallback(original.__name__, str(plan))
-            return original.forward(self, *args, **kwargs)
+            if not isinstance(x, Stream):
+                return original.forward(self, *args, **kwargs)
+            y = original.forward(self, style.tokens(x), *args[1:], **kwargs)
+            return (style.stream(y[0]), *y[1:]) if isinstance(y, tuple) else style.stream(y)
         call, trial = plan
-        y = _compute(self, parts, style, trial.activation, args[0] if args else kwargs["hidden_states"], call.causal)
+        y = _compute(self, parts, style, trial.activation, x, call.causal)
         return (y,) if trial.returns_tuple else y
 
+    return _derived(original, style, _subclass, forward, _block_style=style)
+
+
+@functools.cache
+def _tower_subclass(original: Any, style: Style) -> type[nn.Module]:
+    """``original`` whose blocks hand the stream on with its spare row and its statistics."""
+
+    def forward(self: nn.Module, x: Any = None, *args: Any, **kwargs: Any) -> Any:
+        x = kwargs.pop("inputs_embeds", None) if x is None else x
+        blocks = list(_blocks(self))
+        if not _shares_stream(self, blocks, style, kwargs):
+            return original.forward(self, x, *args, **kwargs)
+        # it passes what it is given from block to block
+        result = original.forward(self, style.stream(x), *args, **kwargs)
+        if isinstance(result, Stream):
+            return style.tokens(result)
+        result.last_hidden_state = style.tokens(result.last_hidden_state)
+        return result
+
+    return _derived(original, style, _tower_subclass, forward)
+
+
+def _derived(original: Any, style: Style, made_by: Any, forward: Callable[..., Any], **more: Any) -> type[nn.Module]:
     def reduce(self: nn.Module, protocol: object) -> tuple[Any, ...]:
-        return _rebuild, (original, style.name), dict(self.__dict__)
+        return _rebuild, (original, style.name, made_by.__name__), dict(self.__dict__)
 
     body = {"forward": forward, "__reduce_ex__": reduce, "_accelerated_from": original, "__doc__": original.__doc__}
-    return type(original.__name__, (original,), body)
+    return type(original.__name__, (original,), {**body, **more})
 
 
-def _rebuild(original: Any, style_name: str) -> nn.Module:
-    """An empty block for copy and pickle, which cannot find a class made at run time."""
+def _rebuild(original: Any, style_name: str, made_by: str) -> nn.Module:
+    """An empty module for copy and pickle, which cannot find a class made at run time."""
     style = next(style for style in STYLES if style.name == style_name)
-    swapped = _subclass(original, style)
+    swapped = {maker.__name__: maker for maker in (_subclass, _tower_subclass)}[made_by](original, style)
     return swapped.__new__(swapped)
+
+
+def _blocks(tower: nn.Module) -> Iterable[nn.Module]:
+    layers = getattr(tower, "layers", None)
+    return layers if isinstance(layers, nn.ModuleList) else tower.children()
+
+
+def _swap_tower(tower: nn.Module) -> None:
+    """Lets the blocks of a tower share one stream, if it is a tower of blocks that were swapped."""
+    kind: Any = type(tower)
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    style = next((style for style in STYLES if style.tower == name), None)
+    if style is not None and _are_swapped(list(_blocks(tower)), style):
+        tower.__class__ = _tower_subclass(kind, style)
+
+
+def _are_swapped(blocks: Sequence[nn.Module], style: Style) -> bool:
+    return len(blocks) > 0 and all(getattr(type(block), "_block_style", None) is style for block in blocks)
+
+
+def _shares_stream(tower: Any, blocks: Sequence[nn.Module], style: Style, kwargs: Mapping[str, Any]) -> bool:
+    """Whether nothing but these blocks sees their tokens in this call."""
+    config = getattr(tower, "config", None)
+    asked = [
+        given.get(f"output_{name}")
+        for name in ("hidden_states", "attentions")
+        for given in (kwargs, getattr(config, "__dict__", {}))
+    ]
+    if any(asked) or kwargs.get("return_dict") is False:
+        return False
+    saves = tower.training and any(getattr(each, "gradient_checkpointing", False) for each in (tower, *blocks))
+    return not saves and not any(is_watched(block) for block in blocks) and _are_swapped(blocks, style)
 
 
 def _read_call(
@@ -317,7 +384,7 @@ def _try_out(module: nn.Module, parts: Parts, style: Style, activation: str, fla
     tokens = 3 if mask is None else mask.shape[-1]
     x = torch.randn(2 * parts.frames, tokens, like.shape[0], generator=torch.Generator().manual_seed(0))
     x = x.to(parts.fc.weight)
-    x = x if style.batch_first(module) else x.transpose(0, 1)
+    x = x if style.is_batch_first(module) else x.transpose(0, 1)
     required = [p for p in inspect.signature(forward).parameters.values() if p.default is p.empty][1:]
     masks = [None] * (sum(p.kind is p.POSITIONAL_OR_KEYWORD for p in required) - 1)
     flags = {"is_causal": True} if flag else {}

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .nn.cct import DropScales
+from .nn.cct import DropScales, Stream
 from .nn.layers import drop_path_scale
 
 
@@ -53,10 +53,11 @@ class Style:
 
     name: str
     paths: Mapping[str, str]
-    batch_first: Callable[[Any], bool]
+    batch_first: bool | None  # None: as the attention of the block is
     drops: Callable[[Parts, Tensor], DropScales]
     read_call: Callable[[Any, tuple[Any, ...], dict[str, Any]], Call | str]  # str: why the call is not ours
     has_flag: bool = False  # is_causal=True may be given
+    tower: str = ""  # the class that calls such blocks one after another and does nothing else, as module.name
 
     def parts(self, module: nn.Module) -> Parts | None:
         """The parts of a block of this kind; None if ``module`` is no such block."""
@@ -69,6 +70,20 @@ class Style:
     @property
     def has_message(self) -> bool:
         return "message_fc" in self.paths
+
+    def is_batch_first(self, module: Any) -> bool:
+        """Whether this block takes (F, L, D). open_clip's own attention, which is no torch module, does."""
+        if self.batch_first is not None:
+            return self.batch_first
+        return module.attn.batch_first if isinstance(module.attn, nn.MultiheadAttention) else True
+
+    def stream(self, x: Tensor) -> Stream:
+        """Tokens as blocks with a message take them."""
+        return Stream(x if self.batch_first else x.transpose(0, 1))
+
+    def tokens(self, stream: Stream) -> Tensor:
+        """Tokens as blocks with a message return them."""
+        return stream.tokens() if self.batch_first else stream.tokens().transpose(0, 1)
 
 
 # --- Hugging Face
@@ -161,18 +176,13 @@ def _openai_call(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         return Call()
     if not isinstance(masks[0], Tensor) or masks[0].dtype == torch.bool:
         return "an attention mask that is not added to the scores is given"
-    length = x.shape[1] if _openai_batch_first(module) else x.shape[0]
+    length = x.shape[1] if _OPENAI_STYLE.is_batch_first(module) else x.shape[0]
     return Call(causal=True) if _is_causal(masks[0], length) else "an attention mask that is not causal is given"
 
 
 @functools.cache
 def _argument_names(kind: Any) -> tuple[str, ...]:
     return tuple(inspect.signature(getattr(kind, "_accelerated_from", kind).forward).parameters)[1:]
-
-
-def _openai_batch_first(module: Any) -> bool:
-    """open_clip's own attention, which is no torch module, takes batches first."""
-    return module.attn.batch_first if isinstance(module.attn, nn.MultiheadAttention) else True
 
 
 _causal_masks: dict[tuple[Any, ...], tuple[Any, bool]] = {}
@@ -222,35 +232,38 @@ _OPENAI = {
 }
 _MESSAGE = {"message_fc": "message_fc", "message_ln": "message_ln", "message_attention": "message_attn"}
 
+_OPENAI_STYLE = Style(
+    name="the ResidualAttentionBlock of OpenAI's CLIP and open_clip",
+    paths=_OPENAI,
+    batch_first=None,
+    drops=_released_drops,
+    read_call=_openai_call,
+)
 # a block is of the first style that has all its parts
 STYLES = (
     Style(
         name="Hugging Face's XCLIPVisionEncoderLayer",
         paths={**_MESSAGE, **_HUGGINGFACE, "frames": "num_frames"},
-        batch_first=lambda module: True,
+        batch_first=True,
         drops=_huggingface_drops,
         read_call=_huggingface_call,
+        tower="transformers.models.x_clip.modeling_x_clip.XCLIPVisionEncoder",
     ),
     Style(
         name="the released CrossFramelAttentionBlock",
         paths={**_MESSAGE, **_OPENAI, "frames": "T"},
-        batch_first=lambda module: False,
+        batch_first=False,
         drops=_released_drops,
         read_call=_released_call,
+        tower="torch.nn.modules.container.Sequential",
     ),
     Style(
         name="the encoder layers of Hugging Face's CLIP, SigLIP and X-CLIP",
         paths=_HUGGINGFACE,
-        batch_first=lambda module: True,
+        batch_first=True,
         drops=_huggingface_drops,
         read_call=_huggingface_call,
         has_flag=True,
     ),
-    Style(
-        name="the ResidualAttentionBlock of OpenAI's CLIP and open_clip",
-        paths=_OPENAI,
-        batch_first=_openai_batch_first,
-        drops=_released_drops,
-        read_call=_openai_call,
-    ),
+    _OPENAI_STYLE,
 )

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .. import kernels
-from .parts import Mlp, add_branch, is_plain, self_attention
+from .parts import Mlp, add_branch, is_plain_block, self_attention
 
 
 class Attention(NamedTuple):
@@ -80,6 +80,8 @@ class TransformerBlock(nn.Module):
         activation: of the FFN, "quick_gelu" or "gelu".
     """
 
+    is_plain = is_plain_block
+
     def __init__(
         self, width: int, heads: int, eps: float, *, drop_path: float = 0.0, activation: str = "quick_gelu"
     ) -> None:
@@ -131,10 +133,6 @@ class TransformerBlock(nn.Module):
             longest=longest,
             rows=rows,
         )
-
-    def is_plain(self) -> bool:
-        """Whether the block computes from the parameters of its parts; see ``parts.is_plain``."""
-        return is_plain(self._modules, heads=self.heads, eps=self.ln_1.eps, activation=self.activation)
 
     def _call_modules(self, x_BSD: Tensor, causal: bool, samples: int | None) -> Tensor:
         """The block by calling its parts, which see tokens in the released layout (S, B, D)."""
