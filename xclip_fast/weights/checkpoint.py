@@ -1,4 +1,4 @@
-"""Read and write weights: our own files, Hugging Face, VideoX, OpenAI CLIP and open_clip, timm's ViTs.
+"""Read and write weights: our own files, Hugging Face, VideoX, ViFi-CLIP, ActionCLIP, image CLIPs, timm's ViTs.
 
 The content of a file says what it is, not its name. Nothing here runs code that comes with a checkpoint (pickles.py).
 """
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..config import XCLIPConfig
 from ..files import read_json, require_regular, staged
-from . import timm_vit
+from . import neighbors, open_clip, timm_vit
 from .huggingface import config_from_huggingface, config_to_huggingface, warn_of_heads
 from .layouts import (
     CheckpointError,
@@ -33,6 +33,7 @@ from .layouts import (
     to_huggingface,
     to_ours,
 )
+from .open_clip import config_from_open_clip
 from .pickles import own, read_torch
 from .recipe import FILE as TRAINED
 from .recipe import Trained
@@ -51,10 +52,9 @@ _WEIGHTS = (  # the weight files of a folder; the first that is there is read
     "model.safetensors.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
-    "open_clip_model.safetensors",
-    "open_clip_pytorch_model.bin",
+    *open_clip.WEIGHTS,
 )
-_TEXT = ("text.", "logit_scale")  # what belongs to the text tower, in our names
+_TEXT = ("text.", "logit_scale", "logit_bias")  # what belongs to the text tower, in our names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Checkpoint:
 
     config: XCLIPConfig
     state: State
-    kind: str  # "xclip_fast", "huggingface", "videox", "clip" or "timm"
+    kind: str  # "xclip_fast", "huggingface", "videox", "vificlip", "actionclip", "clip" or "timm"
 
     @property
     def complete(self) -> bool:
@@ -71,23 +71,32 @@ class Checkpoint:
         return self.kind not in ("clip", "timm")
 
 
-def read(path: str | os.PathLike[str], config: XCLIPConfig | None = None, *, drop_config: bool = False) -> Checkpoint:
+def read(
+    path: str | os.PathLike[str],
+    config: XCLIPConfig | None = None,
+    *,
+    drop_config: bool = False,
+    clip: Start | None = None,
+) -> Checkpoint:
     """The weights and configuration at ``path``.
 
     Args:
-        path: a folder (ours, Hugging Face X-CLIP or CLIP, sharded or not) or a file (safetensors, VideoX ``.pth``,
-            OpenAI CLIP or open_clip, TorchScript archive included, a ViT of timm's). Names don't matter, except inside
-            a folder.
+        path: a folder (ours, Hugging Face X-CLIP or CLIP, sharded or not, open_clip's) or a file (safetensors, VideoX
+            ``.pth``, ViFi-CLIP, ActionCLIP, OpenAI CLIP or open_clip, TorchScript archive included, a ViT of timm's).
+            Names don't matter, except inside a folder.
         config: taken instead of the one that is found or inferred from shapes. An image CLIP's has, by default, 8
             frames and the mean and deviation that the released X-CLIP recipe uses (ImageNet's, not CLIP's own).
         drop_config: leave out pickled objects of unknown classes (VideoX's training configuration, for one), which are
             otherwise an error. Nothing of them is run.
+        clip: the image CLIP that a ViFi-CLIP started from, for the token embedding that its file lacks; as for
+            ``clip_state``.
 
     Raises:
         CheckpointError: if nothing is there, the file is damaged or holds pickled objects beside the weights, it is no
             X-CLIP or CLIP, or keys are missing, unexpected or misshapen (all are listed).
     """
-    return _interpret(*_load(Path(path), drop_config), config=config)
+    embedding_VW = None if clip is None else clip_state(clip).state.get("text.token_embedding.weight")
+    return _interpret(*_load(Path(path), drop_config), config=config, embedding_VW=embedding_VW)
 
 
 def find_weights(path: str | os.PathLike[str]) -> Path:
@@ -125,7 +134,8 @@ def _load(path: Path, drop_config: bool = False) -> tuple[dict[str, Any], Path, 
     load = _read_shards if weights.suffix == ".json" else _read_file
     values, preprocessor = {}, {}
     if weights.name in _WEIGHTS:  # the configuration beside such a file belongs to it
-        values = _read_json(folder / "config.json")
+        values = _read_json(folder / open_clip.FILE) if weights.name in open_clip.WEIGHTS else {}
+        values = values or _read_json(folder / "config.json")
         preprocessor = _read_processor(folder)
     return load(weights, drop_config), path, values, preprocessor
 
@@ -196,13 +206,14 @@ def convert(
     *,
     drop_config: bool = False,
     overwrite: bool = False,
+    clip: Start | None = None,
 ) -> None:
     """Read an X-CLIP from ``source`` in any layout and write it to ``folder``; see ``read`` and ``write``.
 
     The ``trained.json`` of the source (class texts, frames, sampling) goes with the weights.
     """
     trained = Trained.read(source)
-    found = read(source, drop_config=drop_config)
+    found = read(source, drop_config=drop_config, clip=clip)
     if not found.complete:
         raise CheckpointError(f"{source}: an image CLIP, not an X-CLIP; XCLIP.from_pretrained starts an X-CLIP from it")
     beside = {TRAINED: None if trained == Trained() else trained.to_json()}
@@ -231,7 +242,8 @@ def clip_state(clip: Start, config: XCLIPConfig | None = None, part: Part = "bot
     elif isinstance(clip, nn.Module):
         described: Any = getattr(clip, "config", None)
         values = described.to_dict() if hasattr(described, "to_dict") else {}
-        found = _interpret(clip.state_dict(), type(clip).__name__, values, config=config, part=part)
+        gelu = open_clip.has_gelu(clip)
+        found = _interpret(clip.state_dict(), type(clip).__name__, values, config=config, part=part, gelu=gelu)
     elif isinstance(clip, Mapping):
         found = _interpret(clip, "state dict", config=config, part=part)
     else:
@@ -266,13 +278,23 @@ def _interpret(
     config: XCLIPConfig | None = None,
     kind: str | None = None,
     part: Part = "both",
+    embedding_VW: Tensor | None = None,
+    gelu: bool | None = None,
 ) -> Checkpoint:
+    """``embedding_VW``: for a ViFi-CLIP. ``gelu``: whether the module that the state is of computes exact GELU."""
+    given = neighbor = None
     if kind is None:
         state = unwrap(state, where)
-        ours, kind = to_ours(state, where)
+        neighbor = neighbors.kind_of(state)
+        ours, kind = to_ours(neighbors.rename(state, where) if neighbor else state, where)
     else:  # of our names already
         ours = dict(state)
-    given = None
+    if neighbor == "vificlip":
+        neighbors.add_token_embedding(ours, state, embedding_VW, where)
+    elif embedding_VW is not None:
+        raise CheckpointError(f"{where}: clip is for ViFi-CLIP files, which lack the token embedding; this is none")
+    if neighbor is not None:
+        kind, ours, given = neighbor, neighbors.one_dtype(ours), neighbors.infer(ours, neighbor, where)
     if _FORMAT in values:
         if values[_FORMAT] != 1:
             raise CheckpointError(f"{where}: of format {values[_FORMAT]}; this version of xclip-fast reads format 1")
@@ -283,11 +305,20 @@ def _interpret(
             raise CheckpointError(f"{where}: {error}") from error
     elif values.get("model_type") in ("xclip", "clip"):
         given = config_from_huggingface(values, preprocessor, where)
+    elif "model_cfg" in values:
+        given = config_from_open_clip(values, where)
+    elif kind == "clip" and gelu is not None:
+        given = _with_gelu(infer_config(ours, where)) if gelu else None
     elif kind == "clip" and "token_embedding.weight" in state and "context_length" not in state:
         # open_clip's, then: OpenAI's own files carry the length, and have quick GELU
-        log.warning("%s: weights alone don't tell CLIP's activation; quick GELU (OpenAI's) is taken, not GELU", where)
+        log.warning(
+            "%s: weights alone don't tell CLIP's activation; quick GELU (OpenAI's) is taken, not GELU, which most of "
+            "open_clip's own models have: %s beside the weights tells",
+            where,
+            open_clip.FILE,
+        )
     if given and config:
-        _check_heads(given, config, where, part)
+        _check_same(given, config, where, part)
     if given and not config and kind == "huggingface":
         warn_of_heads(given, where)
     config = config or given or infer_config(ours, where, timm=kind == "timm")
@@ -308,15 +339,22 @@ def _interpret(
     return Checkpoint(config, ours, kind)
 
 
-def _check_heads(given: XCLIPConfig, config: XCLIPConfig, where: object, part: Part) -> None:
-    """Other heads than the checkpoint's fit its shapes, and compute something else."""
-    visual = part != "text" and given.vision.heads != config.vision.heads
-    text = part != "visual" and config.num_classes is None and given.text.heads != config.text.heads
-    if visual or text:
-        raise CheckpointError(
-            f"{where}: has {given.vision.heads} heads in the vision and {given.text.heads} in the text tower; "
-            f"{config.vision.heads} and {config.text.heads} are wanted"
-        )
+def _check_same(given: XCLIPConfig, config: XCLIPConfig, where: object, part: Part) -> None:
+    """Other heads or activations than the checkpoint's fit its shapes, and compute something else."""
+    for name, said in (("heads", "{} heads"), ("activation", "the activation {}")):
+        has, wanted = ([getattr(tower, name) for tower in (each.vision, each.text)] for each in (given, config))
+        visual = part != "text" and has[0] != wanted[0]
+        text = part != "visual" and config.num_classes is None and has[1] != wanted[1]
+        if visual or text:
+            raise CheckpointError(
+                f"{where}: has {said.format(has[0])} in the vision and {said.format(has[1])} in the text tower; "
+                f"{wanted[0]} and {wanted[1]} are wanted"
+            )
+
+
+def _with_gelu(config: XCLIPConfig) -> XCLIPConfig:
+    towers = {name: dataclasses.replace(getattr(config, name), activation="gelu") for name in ("vision", "text")}
+    return dataclasses.replace(config, **towers)
 
 
 def _fit_positions(position_LD: Tensor, tokens: int) -> Tensor:
