@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from ..config import TextConfig, VisionConfig, XCLIPConfig, variant
+from ..config import SwinConfig, TextConfig, VisionConfig, XCLIPConfig, variant
 from ..data.transforms import TrainTransform
 from ..files import require_regular
 
@@ -323,7 +323,7 @@ def _build(cls: Any, values: Any, where: str) -> Any:
 
 def _checked_shape(values: Mapping[str, Any]) -> dict[str, Any]:
     """Keys of ``XCLIPConfig``, checked but not completed: the variant says the rest."""
-    nested = {"vision": VisionConfig, "text": TextConfig}
+    nested = {"vision": (VisionConfig, SwinConfig), "text": (TextConfig,)}
     own = [field.name for field in dataclasses.fields(ModelConfig) if field.name != "shape"]
     shape: dict[str, Any] = {}
     for key, value in values.items():
@@ -333,7 +333,10 @@ def _checked_shape(values: Mapping[str, Any]) -> dict[str, Any]:
         if key in nested:
             if not isinstance(value, Mapping):
                 raise ConfigError(f"model.{key} is {_short(value)}; keys and values wanted")
-            inner = typing.get_type_hints(nested[key])
+            inner: dict[str, Any] = {}
+            for cls in nested[key]:
+                names = {field.name for field in dataclasses.fields(cls)}
+                inner |= {name: hint for name, hint in typing.get_type_hints(cls).items() if name in names}
             for name in value:
                 if name not in inner:
                     raise _unknown(f"model.{key}.{name}", str(name), inner)
