@@ -372,7 +372,7 @@ def test_both_towers_of_x_clip():
     )
     config.prompt_num_attention_heads = 1
     theirs = randomise(transformers.XCLIPModel(config)).eval()
-    ours = swapped(theirs, 5)
+    ours = swapped(theirs, 6)  # five layers and the encoder of frames
     given = {"input_ids": labels(), "pixel_values": images(6).unflatten(0, (2, 3))}
     with torch.no_grad():
         assert_close(ours(**given).logits_per_video, theirs(**given).logits_per_video)

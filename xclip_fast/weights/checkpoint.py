@@ -11,7 +11,6 @@ import json
 import logging
 import math
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 
 from ..config import XCLIPConfig
 from ..files import read_json, require_regular, staged
-from . import neighbors, open_clip, timm_vit
+from . import hub, neighbors, open_clip, timm_vit
 from .huggingface import config_from_huggingface, config_to_huggingface, warn_of_heads
 from .layouts import (
     CheckpointError,
@@ -46,8 +45,9 @@ log = logging.getLogger("xclip_fast")
 Layout = Literal["xclip_fast", "huggingface"]
 Part = Literal["both", "visual", "text"]
 Start = str | os.PathLike[str] | Mapping[str, Tensor] | nn.Module | Any  # of an expansion; Any: a Checkpoint
+MODEL_TYPE = "xclip_fast"  # what transformers finds it by, see ``huggingface.register``
 _FORMAT = "xclip_fast_format"  # the key that marks a config.json as ours; its value is the version
-_WEIGHTS = (  # the weight files of a folder; the first that is there is read
+WEIGHTS = (  # the weight files of a folder; the first that is there is read
     "model.safetensors",
     "model.safetensors.index.json",
     "pytorch_model.bin",
@@ -81,9 +81,9 @@ def read(
     """The weights and configuration at ``path``.
 
     Args:
-        path: a folder (ours, Hugging Face X-CLIP or CLIP, sharded or not, open_clip's) or a file (safetensors, VideoX
-            ``.pth``, ViFi-CLIP, ActionCLIP, OpenAI CLIP or open_clip, TorchScript archive included, a ViT of timm's).
-            Names don't matter, except inside a folder.
+        path: a folder (ours, Hugging Face X-CLIP or CLIP, sharded or not, open_clip's), the name of one on the Hugging
+            Face Hub ("org/name"), or a file (safetensors, VideoX ``.pth``, ViFi-CLIP, ActionCLIP, OpenAI CLIP or
+            open_clip, TorchScript archive included, a ViT of timm's). Names don't matter, except inside a folder.
         config: taken instead of the one that is found or inferred from shapes. An image CLIP's has, by default, 8
             frames and the mean and deviation that the released X-CLIP recipe uses (ImageNet's, not CLIP's own).
         drop_config: leave out pickled objects of unknown classes (VideoX's training configuration, for one), which are
@@ -99,32 +99,38 @@ def read(
     return _interpret(*_load(Path(path), drop_config), config=config, embedding_VW=embedding_VW)
 
 
+def own_config(values: Mapping[str, Any]) -> XCLIPConfig:
+    """The config in our own ``config.json``. Unknown keys are a ``ValueError`` that names them."""
+    return XCLIPConfig.from_dict({name: value for name, value in values.items() if name not in (_FORMAT, "model_type")})
+
+
+def read_config(path: str | os.PathLike[str]) -> XCLIPConfig:
+    """The config of a folder that ``write`` wrote, without its weights."""
+    return own_config(_read_json(hub.locate(path) / "config.json"))
+
+
+def read_huggingface_config(values: Mapping[str, Any], path: str | os.PathLike[str]) -> XCLIPConfig:
+    """The config of a Hugging Face X-CLIP of these values, and of the image processor at ``path`` ("": none)."""
+    processor = _read_processor(hub.locate(path)) if str(path) else {}
+    return config_from_huggingface(values, processor, path or "the model")
+
+
 def find_weights(path: str | os.PathLike[str]) -> Path:
-    """The file of weights at ``path``, a file or a folder.
+    """The file of weights at ``path``: a file, a folder, or the name of a repository on the Hugging Face Hub.
 
     Raises:
         CheckpointError: if there is none. It says where they are, or how to download them.
     """
-    path = Path(path)
-    if not path.exists():
-        name = (
-            path.as_posix()
-            if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path.as_posix())
-            else "microsoft/xclip-base-patch16"
-        )
-        raise CheckpointError(
-            f"{path}: no such file or folder. Weights are read from disk. To download a model from the Hugging Face "
-            f"Hub: hf download {name} --local-dir {name.rpartition('/')[2]}"
-        )
+    path = hub.locate(path, WEIGHTS)
     if not path.is_dir():
         return path
-    if found := [path / name for name in _WEIGHTS if (path / name).exists()]:
+    if found := [path / name for name in WEIGHTS if (path / name).exists()]:
         return found[0]
-    if any((path / "best" / name).exists() for name in _WEIGHTS):
+    if any((path / "best" / name).exists() for name in WEIGHTS):
         raise CheckpointError(f"{path} is the output folder of a training. Its weights are in {path / 'best'}")
     if (path / "config.yaml").exists():
         raise CheckpointError(f"{path} is the output folder of a training that has no weights yet")
-    raise CheckpointError(f"{path}: no weights in this folder. It needs one of {', '.join(_WEIGHTS)}")
+    raise CheckpointError(f"{path}: no weights in this folder. It needs one of {', '.join(WEIGHTS)}")
 
 
 def _load(path: Path, drop_config: bool = False) -> tuple[dict[str, Any], Path, dict[str, Any], dict[str, Any]]:
@@ -133,7 +139,7 @@ def _load(path: Path, drop_config: bool = False) -> tuple[dict[str, Any], Path, 
     folder = weights.parent
     load = _read_shards if weights.suffix == ".json" else _read_file
     values, preprocessor = {}, {}
-    if weights.name in _WEIGHTS:  # the configuration beside such a file belongs to it
+    if weights.name in WEIGHTS:  # the configuration beside such a file belongs to it
         values = _read_json(folder / open_clip.FILE) if weights.name in open_clip.WEIGHTS else {}
         values = values or _read_json(folder / "config.json")
         preprocessor = _read_processor(folder)
@@ -167,7 +173,7 @@ def write(
 
     folder = Path(folder)
     check_keys(shapes(config), state, "write")
-    there = [name for name in (*_WEIGHTS, "config.json") if (folder / name).exists()]
+    there = [name for name in (*WEIGHTS, "config.json") if (folder / name).exists()]
     if there and not overwrite:
         raise FileExistsError(
             f"{folder} holds a checkpoint ({', '.join(there)}); choose another folder, or replace it with --overwrite "
@@ -179,7 +185,7 @@ def write(
         files = {"config.json": model, "preprocessor_config.json": preprocessor} | _tokenizer_files(config)
         state = to_huggingface(state)
     elif layout == "xclip_fast":
-        files = {"config.json": {_FORMAT: 1, **config.to_dict()}}
+        files = {"config.json": {_FORMAT: 1, "model_type": MODEL_TYPE, **config.to_dict()}}
     else:
         raise ValueError(f"layout {layout!r}; choose 'xclip_fast' or 'huggingface'")
     texts = {
@@ -300,7 +306,7 @@ def _interpret(
             raise CheckpointError(f"{where}: of format {values[_FORMAT]}; this version of xclip-fast reads format 1")
         kind = "xclip_fast"  # an ablated one may look like an image CLIP
         try:
-            given = XCLIPConfig.from_dict({name: value for name, value in values.items() if name != _FORMAT})
+            given = own_config(values)
         except ValueError as error:
             raise CheckpointError(f"{where}: {error}") from error
     elif values.get("model_type") in ("xclip", "clip"):

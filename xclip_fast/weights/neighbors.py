@@ -40,24 +40,25 @@ _NAMES = (
 )
 
 
-def kind_of(state: Mapping[str, Tensor]) -> str | None:
+def kind_of(state: Mapping[Any, Any]) -> str | None:
     """ "vificlip", "actionclip", or None for any other state dict."""
     if "image_encoder.conv1.weight" in state:
         return "vificlip"
-    return "actionclip" if any(name.startswith(FUSION) for name in state) else None
+    return "actionclip" if any(str(name).startswith(FUSION) for name in state) else None
 
 
-def rename(state: Mapping[str, Tensor], where: object) -> State:
+def rename(state: Mapping[Any, Any], where: object) -> dict[str, Any]:
     """Their names to those of VideoX.
 
     Raises:
         CheckpointError: of a variant that is not covered, by its name.
     """
     for pattern, title in _REFUSED:
-        if found := [name for name in state if re.match(pattern, name)]:
+        if found := [name for name in state if re.match(pattern, str(name))]:
             raise CheckpointError(f"{where}: {title} is not covered; it has {len(found)} keys such as {found[0]}")
-    renamed: State = {}
-    for name, tensor in state.items():
+    renamed: dict[str, Any] = {}
+    for theirs, tensor in state.items():
+        name = str(theirs)
         if name == f"{FUSION}mean" or name.startswith("prompt_learner."):  # embedded texts of its own classes
             continue
         for pattern, ours in _NAMES:
