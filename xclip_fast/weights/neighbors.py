@@ -63,7 +63,8 @@ def rename(state: Mapping[Any, Any], where: object) -> dict[str, Any]:
             continue
         for pattern, ours in _NAMES:
             name = re.sub(f"^{pattern}", ours, name)
-        renamed[name] = tensor[None] if name == "mit.positional_embedding" else tensor
+        lone = name == "mit.positional_embedding" and isinstance(tensor, Tensor)
+        renamed[name] = tensor[None] if lone else tensor
     return renamed
 
 
@@ -80,7 +81,7 @@ def add_token_embedding(ours: State, theirs: Mapping[Any, Any], embedding_VW: Te
             "from_pretrained(..., clip='ViT-B-16.pt')"
         )
     known_KLW = theirs.get("prompt_learner.complete_text_embeddings", theirs.get("prompt_learner.token_prefix"))
-    if isinstance(known_KLW, Tensor) and known_KLW.ndim == 3 and known_KLW.shape[-1] == embedding_VW.shape[1]:
+    if isinstance(known_KLW, Tensor) and known_KLW.numel() and known_KLW.shape[2:] == embedding_VW.shape[1:]:
         start_W = embedding_VW[-2].float()  # of the start-of-text token
         if (known_KLW[0, 0].float() - start_W).abs().max() > 1e-2 * start_W.abs().max():
             raise CheckpointError(f"{where}: its texts were embedded by another CLIP than the one that clip names")
