@@ -237,8 +237,8 @@ def _infer_apart(parts: Parts, activation: str, x_FLD: Tensor, causal: bool) -> 
     if not kernels.cpu.takes(x_FLD, *ln_1, *ln_2, *query, *key, *value, *out, *fc, *projection):
         return None
     normed = F.layer_norm(x_FLD, x_FLD.shape[-1:], *ln_1, parts.ln_1.eps)
-    heads = (linear(normed, *each).unflatten(-1, (parts.heads, -1)).transpose(1, 2) for each in (query, key, value))
-    mixed = F.scaled_dot_product_attention(*heads, is_causal=causal).transpose(1, 2).flatten(2)
+    q, k, v = (linear(normed, *each).unflatten(-1, (parts.heads, -1)).transpose(1, 2) for each in (query, key, value))
+    mixed = F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).flatten(2)
     return kernels.cpu.feed_forward(x_FLD + linear(mixed, *out), ln_2, fc, projection, parts.ln_2.eps, activation)
 
 
@@ -367,7 +367,7 @@ def _weights(attention: Any) -> Attention:
     return Attention(weight, bias, out)
 
 
-_ACTIVATIONS = {
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "quick_gelu": kernels.quick_gelu,
     "gelu": F.gelu,
     "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),

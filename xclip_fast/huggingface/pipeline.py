@@ -32,18 +32,19 @@ class ZeroShotVideoClassificationPipeline(Pipeline):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.is_ours = isinstance(self.model, XCLIPFastModel)
+        model: Any = self.model
+        self.is_ours = isinstance(model, XCLIPFastModel)
         if self.is_ours:
-            self.prepare = XCLIPFastProcessor(self.model.xclip.config, Trained.read(self.model.name_or_path or None))
+            self.prepare = XCLIPFastProcessor(model.xclip.config, Trained.read(model.name_or_path or None))
             return
-        if self.model.config.model_type != "xclip":
+        if model.config.model_type != "xclip":
             raise ValueError(
-                f"{type(self.model).__name__} is no X-CLIP; a folder of XCLIP.save_pretrained, or an X-CLIP of Hugging "
+                f"{type(model).__name__} is no X-CLIP; a folder of XCLIP.save_pretrained, or an X-CLIP of Hugging "
                 "Face's, is wanted"
             )
-        accelerate(self.model)
-        values = self.model.config.to_dict()
-        self.prepare = XCLIPFastProcessor(checkpoint.read_huggingface_config(values, self.model.name_or_path))
+        accelerate(model)
+        config = checkpoint.read_huggingface_config(model.config.to_dict(), model.name_or_path or "")
+        self.prepare = XCLIPFastProcessor(config)
 
     def __call__(self, videos: Video, candidate_labels: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """Args:

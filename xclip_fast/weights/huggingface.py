@@ -74,7 +74,7 @@ def _config_from_huggingface(values: Mapping[str, Any], processor: Mapping[str, 
     if clip:
         vision |= {"mit_hidden_size": E, "mit_intermediate_size": 4 * E, "mit_num_attention_heads": None}
     acts = {"text": text["hidden_act"], "vision": vision["hidden_act"]}
-    wanted = [
+    wanted: list[tuple[str, Any, Any]] = [
         (f"{part}_config.hidden_act", act, "quick_gelu")
         for part, act in acts.items()
         if not (clip and act in ACTIVATIONS)
