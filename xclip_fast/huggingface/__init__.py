@@ -17,13 +17,13 @@ def register() -> None:
     Hugging Face's X-CLIPs (whose blocks it accelerates), or with the name of either on the Hub.
 
     Raises:
-        ImportError: without the package transformers.
+        ImportError: without the package transformers, or with one before version 5.
     """
     try:
-        from transformers import AutoConfig, AutoModel, AutoProcessor
+        from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedConfig  # noqa: F401  # since 5
         from transformers.pipelines import PIPELINE_REGISTRY
     except ImportError as error:
-        raise ImportError("xclip_fast.huggingface needs transformers: pip install transformers") from error
+        raise ImportError("xclip_fast.huggingface needs transformers 5: pip install 'transformers>=5'") from error
     from .models import XCLIPFastConfig, XCLIPFastModel, XCLIPFastProcessor
     from .pipeline import ZeroShotVideoClassificationPipeline
 
