@@ -236,9 +236,9 @@ def plot(points: Sequence[Point], path: Path) -> None:
         series: dict[tuple[str, str, bool], list[Point]] = {}
         for point in points:
             series.setdefault((point.origin, point.data, point.decoded), []).append(point)
-        colours = iter(["#1f5fa8", "#c2571a", "#2d8a4e", "#8a3d9c", "#a8891f", "#4c4c4c"] * (1 + len(series) // 6))
+        colors = iter(["#1f5fa8", "#c2571a", "#2d8a4e", "#8a3d9c", "#a8891f", "#4c4c4c"] * (1 + len(series) // 6))
         for (origin, data, decoded), members in series.items():
-            colour = "grey" if origin == PAPER else next(colours)
+            color = "gray" if origin == PAPER else next(colors)
             label = {
                 PAPER: "paper: Table 1, Kinetics-400, one V100",
                 MEASURED: f"measured here: {data}" + ("" if members[0].comparable else " (not comparable)"),
@@ -247,8 +247,8 @@ def plot(points: Sequence[Point], path: Path) -> None:
             if decoded:
                 label += "; views/s with decoding"
             marker = {PAPER: "o", MEASURED: "D", MIXED: "^"}[origin]
-            fill = "none" if decoded or origin == MIXED else colour
-            style: dict[str, Any] = {"marker": marker, "color": colour, "markerfacecolor": fill}
+            fill = "none" if decoded or origin == MIXED else color
+            style: dict[str, Any] = {"marker": marker, "color": color, "markerfacecolor": fill}
             for axes, cost in ((left, "gflops"), (right, "views_per_second")):
                 if axes is left and origin == MIXED:
                     continue  # there it would be the paper's point
@@ -268,7 +268,7 @@ def plot(points: Sequence[Point], path: Path) -> None:
                         xytext=(across, up),
                         ha="left" if across > 0 else "right",
                         fontsize=7.5,
-                        color=colour,
+                        color=color,
                     )
         left.set(xscale="log", xlabel="GFLOPs of all views of a video (multiply-adds)", ylabel="top-1 accuracy, %")
         right.set(xscale="log", xlabel="views per second")

@@ -70,7 +70,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--clips", type=int, default=1, help="different clips of each kind, where they are generated")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="of the loader")
     parser.add_argument("--seconds", type=float, default=120.0, help="time to stay within, roughly")
-    parser.add_argument("--json", type=Path, help="write every raw timing here")
+    parser.add_argument("--json", type=Path, help="write the rows here: quartiles of the times, ratios")
     args = parser.parse_args(argv)
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -194,8 +194,8 @@ def file_rows(cell: Cell, paths: list[Path], plans: dict[Path, Source], seconds:
         if row["contender"] not in times:
             continue
         (mine, cpu), (full, full_cpu) = (zip(*times[name], strict=True) for name in (row["contender"], FULL))
-        row |= {"seconds": mine, "cpu_seconds": cpu, "n": len(mine), "median_s": statistics.median(mine)}
-        row["clips_per_second"] = len(paths) / row["median_s"]
+        row |= {"seconds": measuring.quartiles(mine), "cpu_seconds": measuring.quartiles(cpu), "n": len(mine)}
+        row["clips_per_second"] = len(paths) / statistics.median(mine)
         row["frames_per_second"] = frames * row["clips_per_second"]
         row["ratio_to_full"], row["cpu_ratio_to_full"] = ratio(full, mine), ratio(full_cpu, cpu)
     return rows
@@ -273,7 +273,7 @@ def run_loaders(rows: list[dict[str, Any]], loaders: dict[str, Any], device: str
         mine = rates.get(row["contender"])
         if not mine:
             continue
-        row |= {"n": len(mine), "rates": mine, "clips_per_second": statistics.median(mine)}
+        row |= {"n": len(mine), "rates": measuring.quartiles(mine), "clips_per_second": statistics.median(mine)}
         row["frames_per_second"] = row["frames"] * row["clips_per_second"]
         if row["contender"] != LOADER:
             row["largest_mean_difference"] = (firsts[row["contender"]] - firsts[LOADER]).abs().mean().item()

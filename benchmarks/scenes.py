@@ -56,8 +56,8 @@ def texture(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
     spectrum = np.fft.rfft2(rng.normal(size=(3, height, width))) / np.maximum(frequency, 1 / width) ** 1.25
     noise = np.fft.irfft2(spectrum, (height, width)).transpose(1, 2, 0)
-    grey = noise[..., :1] + 0.4 * noise[..., 1:2] * np.array([1, -1, 0.5])  # color varies less than brightness
-    return np.clip(120 + 45 * grey / grey.std(), 0, 255).astype(np.float32)
+    gray = noise[..., :1] + 0.4 * noise[..., 1:2] * np.array([1, -1, 0.5])  # color varies less than brightness
+    return np.clip(120 + 45 * gray / gray.std(), 0, 255).astype(np.float32)
 
 
 def film(name: str) -> Path | None:

@@ -653,14 +653,14 @@ def plot(report: dict[str, Any], path: Path) -> None:
     for name, points in series.items():
         gflops = {variant: flops.count(VARIANTS[variant]).total / 1e9 for variant in points}
         order = sorted(points, key=gflops.__getitem__)
-        style: dict[str, Any] = {"linestyle": ":", "color": "grey"} if name.startswith("paper") else {}
+        style: dict[str, Any] = {"linestyle": ":", "color": "gray"} if name.startswith("paper") else {}
         if not style and not name.startswith(OURS):
             style |= {"linestyle": "--", "marker": "x"}
         style.setdefault("marker", "o")
         axes.plot([gflops[n] for n in order], [points[n] for n in order], label=name, **style)
     for variant, speed in series["paper, one V100"].items():
         place = (flops.count(VARIANTS[variant]).total / 1e9, speed)
-        axes.annotate(variant, place, textcoords="offset points", xytext=(4, 5), fontsize=8, color="grey")
+        axes.annotate(variant, place, textcoords="offset points", xytext=(4, 5), fontsize=8, color="gray")
     labels = report["labels"]["count"]
     axes.set(
         xscale="log", yscale="log", xlabel="GFLOPs of a view, as in the paper's Table 1", ylabel="views per second"

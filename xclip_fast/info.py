@@ -210,6 +210,21 @@ def _cpu() -> dict[str, Any]:
     }
 
 
+def environment(device: str | torch.device) -> dict[str, Any]:
+    """The device's name and the versions of the packages, for the files of an evaluation or a benchmark."""
+    from . import __version__
+
+    cpu = _cpu_model()
+    return {
+        "device": torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else cpu,
+        "cpu": cpu,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "xclip_fast": __version__,
+        **{name: _distribution_version(name) for name in ("torch", "triton", "transformers", "numpy", "av")},
+    }
+
+
 def _cpu_model() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():

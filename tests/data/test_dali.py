@@ -168,7 +168,7 @@ def test_frames_are_asked_for_once():
     assert inputs["color"].tolist() == [np.eye(3, 4).tolist()] * 2
 
 
-def test_color_correction_leaves_grey_alone():
+def test_color_correction_leaves_gray_alone():
     assert np.allclose(dali_graph.CORRECTION.sum(axis=1), 1)
     # A red of BT.709 (Y' 0.2126, Cr 0.5, Cb by definition), decoded as BT.601 and corrected, is red again.
     ycc = np.array([0.2126, -0.2126 / (2 * (1 - 0.0722)), 0.5])

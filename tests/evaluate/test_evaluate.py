@@ -475,7 +475,10 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(checkpoint,
     (tmp_path / "file").write_text("")
     with pytest.raises(NotADirectoryError):
         main(checkpoint, folder / "manifest.jsonl", out=tmp_path / "file" / "out")
-    with report.reserved(tmp_path / "out", False), pytest.raises(FileExistsError, match="another process is writing"):
+    with (
+        report.reserved(tmp_path / "out", False),
+        pytest.raises(FileExistsError, match=r"another process \(\d+ on .*\) is writing"),
+    ):
         main(checkpoint, folder / "manifest.jsonl", out=tmp_path / "out", overwrite=True)
     assert os.listdir(tmp_path) == ["file"]
 

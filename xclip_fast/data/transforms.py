@@ -64,7 +64,7 @@ class TrainTransform:
 
     `frames`, `sampling`, `stride`: as in `frame_indices`. `scales`: sizes of the crop as shares of the short side,
     drawn for width and height apart, at most one step of the list from each other; it lies in a corner or the center.
-    `flip`, `jitter_probability`, `grey`: probabilities. `brightness`, `contrast`, `saturation`: factors are drawn from
+    `flip`, `jitter_probability`, `gray`: probabilities. `brightness`, `contrast`, `saturation`: factors are drawn from
     [1 - x, 1 + x] (not under 0); `hue`: turns of the color circle, from [-x, x], at most 0.5.
     """
 
@@ -80,14 +80,14 @@ class TrainTransform:
     contrast: float = 0.4
     saturation: float = 0.2
     hue: float = 0.1
-    grey: float = 0.2
+    gray: float = 0.2
 
     def __post_init__(self) -> None:
         _check_sizes(self.frames, self.size, self.sampling, self.stride)
         object.__setattr__(self, "scales", tuple(self.scales))
         if not self.scales or not all(0 < scale <= 1 for scale in self.scales):
             raise ValueError(f"scales is {self.scales}; each must lie in (0, 1], and there must be one at least")
-        for name in ("flip", "jitter_probability", "grey"):
+        for name in ("flip", "jitter_probability", "gray"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; a probability from 0 to 1 is wanted")
         for name in ("brightness", "contrast", "saturation"):
@@ -110,7 +110,7 @@ class TrainTransform:
         across, down = _share(self.scales[i], short), _share(self.scales[j], short)
         box = (*_place(int(u[1] * 5), width - across, height - down), across, down)
         color = self._color(u[4:]) if u[3] < self.jitter_probability else np.eye(3, 4)
-        if u[12] < self.grey:
+        if u[12] < self.gray:
             color = _GRAY @ color
         changed = not np.array_equal(color, np.eye(3, 4))
         frames = frame_indices(total, self.frames, self.sampling, stride=self.stride, rng=rng)

@@ -28,7 +28,7 @@ from ..console import Bar
 from ..processes import find_device, join_processes
 from ..text.labels import candidates, plain_name, refuse_same_texts
 from ..weights.recipe import Trained
-from .report import check_folder, environment, reserved, write
+from .report import check_folder, reserved, write
 from .result import Evaluation, Prediction, show
 from .setup import load, named
 
@@ -78,7 +78,7 @@ def evaluate(
         device, dtype: by default the model's own. Another device moves the model there; float16 or bfloat16 for a
             model in float32 means autocast, and its parameters stay as they are.
         workers: as for ``data.loader.loader``, which also takes the rest of the arguments (``loading``).
-        distributed: where ``torch.distributed`` is initialised, each process takes its part of the videos and all get
+        distributed: where ``torch.distributed`` is initialized, each process takes its part of the videos and all get
             the whole result; False: this process does it all.
         progress: called with the videos done and all videos of this process.
 
@@ -90,6 +90,7 @@ def evaluate(
 
     from ..data.loader.loader import loader
     from ..data.transforms import TestTransform
+    from ..info import environment
 
     names, texts, truth_of_class = candidates(manifest.classes, labels)
     _check_head(model.config, names, templates)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import importlib.metadata
 import json
 import logging
 import os
-import platform
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,8 +17,6 @@ from ..console import plain
 from ..files import locked, staged
 
 if TYPE_CHECKING:
-    import torch
-
     from .loop import Evaluation
 
 logger = logging.getLogger("xclip_fast")
@@ -100,23 +96,6 @@ def check_folder(folder: str | os.PathLike[str], overwrite: bool) -> None:
         raise FileExistsError(f"{folder}: holds {', '.join(there)} already; choose another folder or add --overwrite")
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    """The device's name and the versions of the packages, for the summary."""
-    import torch
-
-    from .. import __version__
-    from ..info import _cpu_model
-
-    versions: dict[str, str | None] = {}
-    for package in ("torch", "numpy", "av"):
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_model()
-    return {"device": name, "xclip_fast": __version__, "python": platform.python_version(), **versions}
-
-
 def _write_csv(path: Path, rows: Iterable[Sequence[Any]]) -> None:
     with open(path, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
         csv.writer(file).writerows(rows)
@@ -162,21 +141,21 @@ def _confusion_png(evaluation: Evaluation, path: Path, notes: list[str]) -> None
         figure = Figure(figsize=(side + room + 1.0, side + room), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
-        colours = matplotlib.colormaps["Blues"].with_extremes(bad="0.93")
-        picture = axes.imshow(share_KK, cmap=colours, vmin=0, vmax=100, interpolation="nearest")
+        colors = matplotlib.colormaps["Blues"].with_extremes(bad="0.93")
+        picture = axes.imshow(share_KK, cmap=colors, vmin=0, vmax=100, interpolation="nearest")
         if named:
             axes.set_xticks(range(K), names, rotation=90)
             axes.set_yticks(range(K), names)
             axes.tick_params(length=0)
         if K <= COUNTS_UP_TO:
             for row, column in np.argwhere(count_KK > 0):
-                colour = "white" if share_KK[row, column] > 55 else "black"
-                axes.text(column, row, str(count_KK[row, column]), ha="center", va="center", color=colour)
+                color = "white" if share_KK[row, column] > 55 else "black"
+                axes.text(column, row, str(count_KK[row, column]), ha="center", va="center", color=color)
         axes.set(xlabel="prediction" if named else "prediction (number of the label)", ylabel="truth")
         views = f"{evaluation.clips} x {evaluation.crops} views" if evaluation.views > 1 else "1 view"
         top1 = "-" if np.isnan(evaluation.top1) else f"{100 * evaluation.top1:.1f} %"
         axes.set_title(f"top-1 {top1} of {evaluation.counted} videos, {K} labels, {views}")
-        figure.colorbar(picture, ax=axes, label="% of the truth's videos (grey: none)", fraction=0.046, pad=0.03)
+        figure.colorbar(picture, ax=axes, label="% of the truth's videos (gray: none)", fraction=0.046, pad=0.03)
         figure.savefig(path, dpi=120, bbox_inches="tight")
 
 

@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..files import read_json, refuse_inflated
+from ..files import read_json, refuse_inflated, sync
 
 _COMPLETE = re.compile(r"step-(\d{8,})")
 _PART = re.compile(r"\.step-\d{8,}\.part")
@@ -254,7 +254,7 @@ class Checkpoints:
         if target.exists():  # of the same step: from before a resume
             shutil.rmtree(target)
         part.replace(target)
-        _sync(self.folder)
+        sync(self.folder)
         for old in complete(self.folder)[: -self.keep_last]:
             # renamed first: a half deleted folder must not look whole
             shutil.rmtree(old.replace(old.with_name(f".{old.name}.part")))
@@ -297,13 +297,3 @@ def _reason(error: BaseException) -> str:
     lines = str(found[0]).strip().splitlines() or [type(found[0]).__name__]
     hint = " (is the disk full?)" if "inline_container" in lines[0] or "StreamWriter" in lines[0] else ""
     return f"{lines[0]}{hint}"
-
-
-def _sync(folder: Path) -> None:
-    """Make a rename last through a loss of power, where the system knows how."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ..weights import layouts
-from .config import ConfigError, OptimConfig
+from .config import OptimConfig
+from .schema import ConfigError
 
 Towers = Literal["visual", "text", "both", "none"]
 _VISUAL = re.compile(r"visual\.")

@@ -67,7 +67,7 @@ class Checkpoint:
 
     @property
     def complete(self) -> bool:
-        """False for an image CLIP or ViT: ``expand`` puts it into a freshly initialised X-CLIP."""
+        """False for an image CLIP or ViT: ``expand`` puts it into a freshly initialized X-CLIP."""
         return self.kind not in ("clip", "timm")
 
 
@@ -245,7 +245,7 @@ def expand(model: Any, clip: Start, part: Part = "both") -> None:
     """Put an image CLIP into an X-CLIP, in place (paper, section 3.2, "Initialization").
 
     IFA (``attn``), its norms, the FFN, the embeddings, the projections and the text tower inherit; CFA (``message_*``),
-    MIT and the prompts keep the initialisation they have.
+    MIT and the prompts keep the initialization they have.
 
     Args:
         model: an ``XCLIP``. clip, part: as for ``clip_state``.
