@@ -27,7 +27,7 @@ def plain(text: str) -> str:
 def print_rows(
     title: str | None, header: Sequence[str], rows: Sequence[Sequence[str]], *, header_in_pipe: bool = False
 ) -> None:
-    """Prints a table on a terminal, and in a pipe a line for each row: the title, if any, then the cells, tab-separated.
+    """Prints a table on a terminal, and in a pipe a line for each row: title, if any, and cells, separated by tabs.
 
     ``header_in_pipe``: in a pipe, too, the first line is the header.
     """
