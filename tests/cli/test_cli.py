@@ -158,7 +158,7 @@ def test_label_strings(capsys):
     assert options.parse_labels("swimming") == ["swimming"]
     assert capsys.readouterr().err == ""
     assert options.parse_labels("a,b,a,a") == ["a", "b"]
-    assert "2 labels are repetitions" in capsys.readouterr().err
+    assert "2 repeated labels are left out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

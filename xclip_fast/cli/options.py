@@ -87,7 +87,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, one object on 
 Top = Annotated[int, typer.Option(min=1, help="Number of answers to print.")]
 EvalBatchSize = Annotated[int | None, typer.Option(min=1, help="Views in a batch. Default: 64 on a GPU, 8 on a CPU.")]
 EvalWorkers = Annotated[
-    int | None, typer.Option(min=0, help="Decoding processes; 0: decode in this one. Default: one for each core.")
+    int | None, typer.Option(min=0, help="Decoding processes; 0: decode in this one. Default: by the number of cores.")
 ]
 Weights = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Weights, a file or folder.", show_default=False)]
 Html = Annotated[Path | None, typer.Option(metavar="FILE", help="Also write a web page with pictures.")]
