@@ -23,7 +23,7 @@ def embed(
     videos: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[VIDEO...]",
+            metavar="VIDEO",
             help="Video files, folders, globs in quotes, lists of paths (.txt, .jsonl), URLs, or - to read paths "
             "from standard input.",
             show_default=False,
@@ -100,7 +100,7 @@ def embed(
             int(_embed_file(inputs, out, model, placed, checkpoint, variant, patches, overwrite, chosen, run) or failed)
         )
     if not given and not imported and not index:
-        raise typer.BadParameter("no videos given", param_hint="VIDEO...")
+        raise typer.BadParameter("no videos given", param_hint="VIDEO")
     from ..search.feature_file import import_features
     from ..search.parquet import ParquetFolder
     from ..search.store import Store, is_store

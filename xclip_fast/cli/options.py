@@ -22,7 +22,7 @@ CHUNK = 1024  # labels at once: bounds memory, whatever their number
 Videos = Annotated[
     list[str],
     typer.Argument(
-        metavar="VIDEO...",
+        metavar="VIDEO",
         help="Video files, folders, globs in quotes, lists of paths (.txt, .jsonl), URLs, or - to read paths from "
         "standard input.",
         show_default=False,
@@ -73,7 +73,7 @@ Actors = Annotated[int | None, typer.Option(min=1, help="Models on the cluster. 
 Decoders = Annotated[
     int | None, typer.Option(min=1, help="Files decoded at once on the cluster. Default: by its CPUs.")
 ]
-MaxBytes = Annotated[int, typer.Option(min=1, help="Give up on a remote file that is larger.")]
+MaxBytes = Annotated[int, typer.Option(min=1, help="Give up on a remote file that is larger.", show_default="2 GiB")]
 MaxSeconds = Annotated[float, typer.Option(min=0.1, help="Give up on a remote file that takes longer to copy.")]
 Frames = Annotated[
     int | None, typer.Option(min=1, max=1024, help="Frames that the model sees of a video. Default: the checkpoint's.")
@@ -128,7 +128,7 @@ def find_videos(given: Sequence[str]) -> tuple[Inputs, bool]:
     from ..data.inputs import find_videos as find
 
     if "" in given:
-        raise typer.BadParameter("a name is empty", param_hint="VIDEO...")
+        raise typer.BadParameter("a name is empty", param_hint="VIDEO")
     inputs = find(given)
     failed = False
     for line in inputs.empty:

@@ -25,7 +25,7 @@ def search(
         Path, typer.Argument(metavar="STORE", help="Store or feature file that `embed` wrote.", show_default=False)
     ],
     queries: Annotated[
-        list[str] | None, typer.Argument(metavar="[QUERY...]", help="Text to look for.", show_default=False)
+        list[str] | None, typer.Argument(metavar="QUERY", help="Text to look for.", show_default=False)
     ] = None,
     like: Annotated[
         list[str] | None, typer.Option(metavar="VIDEO", help="Look for moments like this video. May be repeated.")

@@ -22,9 +22,7 @@ def train(
     ],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(
-            metavar="KEY=VALUE...", help="Values over the file's, such as optim.lr=1e-5.", show_default=False
-        ),
+        typer.Argument(metavar="KEY=VALUE", help="Values over the file's, such as optim.lr=1e-5.", show_default=False),
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over in a new folder instead of resuming.")] = False,
 ) -> None:
@@ -114,9 +112,7 @@ def protocol(
     checkpoint: opt.Weights,
     manifests: Annotated[
         list[Path],
-        typer.Argument(
-            metavar="MANIFEST...", help="Test splits: three for zero-shot HMDB-51 and UCF-101, otherwise one."
-        ),
+        typer.Argument(metavar="MANIFEST", help="Test splits: three for zero-shot HMDB-51 and UCF-101, otherwise one."),
     ],
     shots: Annotated[int | None, typer.Option(min=1, help="Training videos of each class, for few-shot.")] = None,
     draws: Annotated[

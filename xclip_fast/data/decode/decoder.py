@@ -15,7 +15,6 @@ Every function here takes a path or a `Source` (with a stored plan, or a member 
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -28,7 +27,7 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 
 from ..sampling import Sampling, frame_indices
-from ..threads import Job, Threads
+from ..threads import Job, Threads, usable_cores
 from ..transforms import TestTransform, View, apply_frame
 from .picture import EXACT_COLOR, Upright
 from .plan import Plan, by_plan, make_plan, still_fits
@@ -208,7 +207,7 @@ def decode_many(
     if errors not in ("raise", "return"):
         raise ValueError(f"errors is {errors!r}; it must be 'raise' or 'return'")
     if workers is None:
-        workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        workers = usable_cores()
     seconds = limit("XCLIP_FAST_MAX_SECONDS")
     pool = Threads(workers, "decode", lambda: None, seconds)
     waiting: deque[tuple[Source, Job]] = deque()

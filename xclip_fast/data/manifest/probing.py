@@ -18,6 +18,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from ..decode.video import Video, one_line, pack_plan
+from ..threads import usable_cores
 
 _FACTS = ("frames", "width", "height", "codec", "pix_fmt", "rotation", "duration", "fps", "colorspace", "interlaced")
 
@@ -102,7 +103,7 @@ def look_all(
         yield from ((number, look(root, row, follow_links)) for number, row in enumerate(rows))
         return
     if workers is None:
-        workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        workers = usable_cores()
     crew = [_start(root, follow_links, timeout) for _ in range(min(workers, len(rows)))]
     waiting = iter(enumerate(rows))
     try:

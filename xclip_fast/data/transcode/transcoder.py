@@ -25,6 +25,7 @@ import av
 from ..decode.reading import Source, VideoError
 from ..manifest.listing import VIDEO_NAME
 from ..parts import lock, remove_unlocked
+from ..threads import usable_cores
 from .reencode import CannotWrite, Settings, check, finish, reencode
 
 _PARTS = ".transcoding"  # files being written, in the out folder; each is locked by the run that writes it
@@ -126,7 +127,7 @@ def transcode(
         return "done", _copy(name, target, parts, settings, stop)
 
     if workers is None:
-        workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        workers = usable_cores()
     waiting: dict[Future[tuple[str, str | None]], str] = {}
     left = iter(names.items())
     pool = ThreadPoolExecutor(workers, thread_name_prefix="transcode")
