@@ -68,7 +68,7 @@ def test_few_shot_does_not_depend_on_the_order(many):
 
 
 def test_few_shot_refusals(many):
-    with pytest.raises(ValueError, match="12 usable videos of every class wanted: walk has 11, ride bike has 11"):
+    with pytest.raises(ValueError, match="12 usable videos of each class wanted: walk has 11, ride bike has 11"):
         few_shot(many, 12)
     with pytest.raises(ValueError, match="shots 0"):
         few_shot(many, 0)
@@ -123,7 +123,7 @@ def test_renamed_classes_are_told(caplog):
     old = [f"doing thing {number}" for number in range(400)]
     draws = protocols.kinetics600_draws([*old[:370], *(f"new {number}" for number in range(230))], old)
     assert [len(names) for names in draws] == [160] * 3
-    assert "230 classes of 600 have no namesake among Kinetics-400's 400, where the paper counts 220" in caplog.text
+    assert "230 classes of 600 are not among Kinetics-400's 400 by name. The paper counts 220" in caplog.text
     with pytest.raises(ValueError, match="only 30 new classes"):
         protocols.kinetics600_draws([*old, *(f"new {number}" for number in range(30))], old)
 

@@ -394,7 +394,7 @@ def test_refused_before_the_first_step(videos: Path, tmp_path: Path) -> None:
     refused("is a folder; make a manifest of it with `xclip-fast index", data__train=str(videos / "train"))
     refused("data.train is missing", data__train=None)
     refused("model.init: there is no nowhere.pt", model__init="nowhere.pt")
-    refused("data.shots: 3 usable videos of every class wanted", data__shots=3)
+    refused("data.shots: 3 usable videos of each class wanted", data__shots=3)
     refused(
         "nothing is left to train",
         train_towers="none",

@@ -1,8 +1,8 @@
-"""The paper's zero-shot and few-shot protocols, and what it reports for them (Tables 3 to 5).
+"""The paper's zero-shot and few-shot protocols, and the paper's results (Tables 3 to 5).
 
-Zero-shot: a model trained on Kinetics-400 alone, tested on HMDB-51 and UCF-101 (mean over the three test splits) and on
-Kinetics-600 (mean over three draws of 160 of the 220 classes that Kinetics-400 has not). Few-shot: a model trained on K
-videos of each class, tested on the first test split. One view of 32 frames in all of them.
+Zero-shot: a model trained on Kinetics-400 alone is tested on HMDB-51 and UCF-101 (mean over the three test splits) and
+on Kinetics-600 (mean over three draws of 160 of the 220 classes that are not in Kinetics-400). Few-shot: a model
+trained on K videos of each class is tested on the first test split. All protocols take one view of 32 frames.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SHOTS = (2, 4, 8, 16)
 
 @dataclasses.dataclass(frozen=True)
 class Reported:
-    """A number of the paper, in %; ``std`` None where it gives none."""
+    """A number of the paper, in %. ``std`` is None if the paper gives none."""
 
     mean: float
     std: float | None = None
@@ -83,7 +83,7 @@ PAPER_TABLE5: dict[str, dict[str, tuple[float, float, float, float]]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-    """What a protocol evaluates: how many parts its mean is over, and where the paper's numbers stand."""
+    """A protocol: its data set, the number of parts that its mean is over, and the paper's table."""
 
     title: str
     dataset: str
@@ -101,7 +101,7 @@ PROTOCOLS = {
 
 
 def paper(protocol: str, shots: int | None = None) -> dict[str, dict[str, Reported]]:
-    """The paper's rows for a protocol: method to ``{"top1": ...}`` and, for Kinetics-600, ``"top5"``."""
+    """The paper's rows for a protocol: from method to ``{"top1": ...}``, for Kinetics-600 also ``"top5"``."""
     row = PROTOCOLS[protocol]
     if row.table == 3:
         return {method: {"top1": found[row.dataset]} for method, found in PAPER_TABLE3.items()}
@@ -115,7 +115,7 @@ def paper(protocol: str, shots: int | None = None) -> dict[str, dict[str, Report
 
 
 def mean_std(values: Sequence[float]) -> tuple[float, float]:
-    """Mean, and the deviation of the sample (divided by n - 1); NaN for a single value, of which there is none."""
+    """Mean and standard deviation of a sample (divided by n - 1). A single value has the deviation NaN."""
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")
 
 
@@ -126,9 +126,9 @@ def over_splits(
     trained: Trained | None = None,
     **settings: Any,
 ) -> list[Evaluation]:
-    """``evaluate`` on each test split, its classes as words.
+    """``evaluate`` on each test split, with class names as words.
 
-    ``trained``: of a checkpoint trained on these very classes, whose texts or outputs are taken as it names them.
+    ``trained``: the recipe of a checkpoint that was trained on these classes; it gives the texts or the outputs' names.
     ``settings`` go to ``evaluate``.
     """
     from .loop import evaluate
@@ -143,7 +143,7 @@ def over_splits(
 
 
 def over_draws(model: XCLIP, manifest: Manifest, draws: Sequence[Sequence[str]], **settings: Any) -> list[Evaluation]:
-    """``evaluate`` on the videos of each draw's classes, with these alone to choose from.
+    """``evaluate`` on the videos of each draw's classes. The labels to choose from are these classes.
 
     Raises:
         ValueError: if the manifest has no videos of a drawn class.
@@ -163,7 +163,7 @@ def over_draws(model: XCLIP, manifest: Manifest, draws: Sequence[Sequence[str]],
         if missing := [name for index, name in enumerate(names) if index not in seen]:
             raise ValueError(
                 f"draw {number}: no videos of {len(missing)} of its {len(names)} classes: "
-                f"{', '.join(map(repr, missing[:5]))}; other spellings, or another data set?"
+                f"{', '.join(map(repr, missing[:5]))}; check the spelling and the data set"
             )
         results.append(evaluate(model, manifest.select(rows), labels=list(names), **settings))
     return results
@@ -177,11 +177,11 @@ def sample(
     seed: int = 0,
     overwrite: bool = False,
 ) -> int:
-    """Draw the few-shot training videos of a manifest into ``out`` (see ``write_samples``); how many they are."""
+    """Draws few-shot training videos of a manifest into ``out`` (see ``write_samples``). Returns their number."""
     from ..data.manifest.manifest import Manifest
 
     if os.path.exists(out) and not overwrite:
-        raise FileExistsError(f"{out}: is there already; choose another name or add --overwrite")
+        raise FileExistsError(f"{out}: already exists; choose another name or add --overwrite")
     videos = Manifest.read(manifest)
     rows = few_shot(videos, shots, seed)
     write_samples(videos, rows, out, about={"protocol": "few-shot", "shots": shots, "seed": seed})
@@ -189,19 +189,19 @@ def sample(
 
 
 def kinetics600_draws(classes: Sequence[str], kinetics400: Sequence[str], seed: int = 0) -> list[list[str]]:
-    """Three draws of 160 of the classes that Kinetics-400 has not; logs a warning if these are not 220."""
+    """Three draws of 160 of the classes that are not in Kinetics-400. Logs a warning if these are not 220."""
     new = new_classes(classes, kinetics400)
     if len(new) != NEW_CLASSES:
         logger.warning(
-            "%d classes of %d have no namesake among Kinetics-400's %d, where the paper counts %d: classes that were "
-            "only renamed may be among them; released lists are taken instead with draws=[...]",
+            "%d classes of %d are not among Kinetics-400's %d by name. The paper counts %d: some may only be renamed. "
+            "Give released class lists with --draws (draws=[...])",
             len(new),
             len(classes),
             len(kinetics400),
             NEW_CLASSES,
         )
     if len(new) < DRAWN:
-        raise ValueError(f"only {len(new)} new classes, and {DRAWN} are to be drawn; is this Kinetics-600's list?")
+        raise ValueError(f"only {len(new)} new classes, and a draw has {DRAWN}; is this the list of Kinetics-600?")
     return draw_classes(new, DRAWN, DRAWS, seed)
 
 
@@ -221,19 +221,19 @@ def main(
     dtype: str = "auto",
     **settings: Any,
 ) -> dict[str, Any] | None:
-    """Run a protocol on a checkpoint and print the result beside the paper's.
+    """Runs a protocol on a checkpoint and prints the result beside the paper's.
 
     Args:
         protocol: one of ``PROTOCOLS``.
         manifests: of HMDB-51 and UCF-101 the test splits (zero-shot: three, few-shot: the first); of Kinetics-600 one.
         out: a folder for the evaluation of every part (``evaluate.write``), the draws and ``protocol.json``.
-        shots: of the few-shot protocols: how many the checkpoint was trained on.
-        draws: of Kinetics-600: files of released class lists (``read_draws``). Without them the draws come from
+        shots: for few-shot, the training videos of each class.
+        draws: for Kinetics-600, files of released class lists (``read_draws``). Without them, classes are drawn by
             ``kinetics400`` (a file of its class names, see ``read_classes``) and ``seed``.
         variant, device, dtype, settings: as for ``evaluate.main``.
 
     Returns:
-        what ``protocol.json`` holds; None in all processes but the first.
+        the content of ``protocol.json``; None in all processes but the first.
     """
     from ..console import Bar
     from ..data.manifest.manifest import Manifest
@@ -249,11 +249,13 @@ def main(
             f"{protocol} takes {wanted} manifest{'s' if wanted > 1 else ''}, and {len(manifests)} are given"
         )
     if what.table == 5 and shots is None:
-        raise ValueError(f"{protocol} wants to know how many shots the checkpoint was trained on: shots=2")
+        raise ValueError(f"{protocol} needs the number of training videos of each class: --shots 2 (shots=2)")
     if what.table == 4 and not draws and kinetics400 is None:
-        raise ValueError(f"{protocol} wants the class list of Kinetics-400 (kinetics400=FILE), or files of draws")
+        raise ValueError(
+            f"{protocol} needs the class names of Kinetics-400 (--kinetics400 FILE, kinetics400=), or --draws (draws=)"
+        )
     if out is not None and (Path(out) / "protocol.json").exists() and not overwrite:
-        raise FileExistsError(f"{out}: holds protocol.json already; choose another folder or add --overwrite")
+        raise FileExistsError(f"{out}: already holds protocol.json; choose another folder or add --overwrite")
     videos = [Manifest.read(path) for path in manifests]
     chosen: list[list[str]] = []
     if what.table == 4:
@@ -322,7 +324,7 @@ def _report(protocol: str, results: Sequence[Evaluation], shots: int | None, see
 
 
 def show(report: dict[str, Any]) -> None:
-    """Print a report: this checkpoint's row, then the paper's; tabs between the cells where it is no terminal."""
+    """Prints a report: the row of this checkpoint, then the paper's. In a pipe, tabs separate the cells."""
     names = ["top1", "top5"] if report["paper_table"] == 4 else ["top1"]
 
     def cell(found: dict[str, Any]) -> str:
@@ -344,11 +346,12 @@ def show(report: dict[str, Any]) -> None:
         for cells in [head, *rows]:
             print("\t".join(cells))
     parts = ", ".join("-" if value is None else f"{value:.1f}" for value in report["top1"]["parts"])
-    _note(f"top-1 of the parts: {parts}; {report['frames']} frames, {report['views']} view(s)")
+    views = f"{report['views']} view{'s' * (report['views'] > 1)}"
+    _note(f"top-1 of the parts: {parts}; {report['frames']} frames, {views}")
     if sum(report["failed"]):
         _note(f"{sum(report['failed'])} of {sum(report['videos'])} videos could not be evaluated")
     if report["frames"] != FRAMES or report["views"] != 1:
-        _note(f"the paper has {FRAMES} frames and 1 view")
+        _note(f"the paper tests with {FRAMES} frames and 1 view")
     if not report["paper"]:
         _note(f"the paper has no row for {report['shots']} shots, only for {', '.join(map(str, SHOTS))}")
 

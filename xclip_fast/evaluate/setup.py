@@ -1,4 +1,4 @@
-"""Around an evaluation from the command line: processes, the model."""
+"""The model and the names of an evaluation from the command line."""
 
 from __future__ import annotations
 
@@ -33,6 +33,6 @@ def load(checkpoint: str | os.PathLike[str], variant: str | None, device: torch.
     if dtype not in ("auto", *known):
         raise ValueError(f"dtype {dtype!r}: auto, float32, bfloat16 or float16 wanted")
     wanted = automatic_dtype(device) if dtype == "auto" else known[dtype]
-    torch.manual_seed(0)  # what the checkpoint does not hold is the same in every run and process
+    torch.manual_seed(0)  # parameters missing from the checkpoint are the same in every run and process
     shape = None if variant is None else config_of(variant)
     return XCLIP.from_pretrained(checkpoint, config=shape, device=device, dtype=wanted)

@@ -71,7 +71,7 @@ def file_status(root: str, path: str, follow_links: bool) -> os.stat_result:
         real = real_folder(os.path.dirname(whole))
     if not follow_links and real != root and not real.startswith(os.path.join(root, "")):
         raise VideoError(
-            f"is reached by a link out of the root folder, to {real}; --follow-links (follow_links=True) allows it"
+            f"is a link that leads out of the root folder, to {real}; --follow-links (follow_links=True) allows it"
         )
     return status
 
