@@ -97,7 +97,7 @@ class Threads:
         for thread, (other, begun) in list(self.running.items()):
             since = max(begun, _progress.get(thread.ident or 0, 0.0))
             if now - since > self.limit and thread in self.threads:
-                late = TimeoutError(f"decoding did not go on for {self.limit:g} seconds")
+                late = TimeoutError(f"decoding did not advance for {self.limit:g} seconds")
                 if other.finish(error=late):
                     self.threads.remove(thread)
                     self._add()
