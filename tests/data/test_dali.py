@@ -354,7 +354,7 @@ def test_a_hung_pipeline_is_left_behind(stand, manifest):
     assert time.monotonic() - start < 10
     assert [batch.samples.tolist() for batch in got] == [[0, 1], [3], [1]]
     assert np.array_equal(got[0].frames[0], expected(manifest, TestTransform(frames=2, size=8), 0))
-    assert "did not go on for 0.4 seconds" in routes[0]
+    assert "did not advance for 0.4 seconds" in routes[0]
     assert routes[3] is None
     release.set()
     hung[0].join(5)
@@ -373,7 +373,7 @@ def test_a_hung_file_is_a_bad_one(stand, manifest, monkeypatch):
     batch = next(stand(manifest, [np.array([0, 2])], on_bad=told.__setitem__, time_limit=0.4))
     release.set()
     assert batch.samples.tolist() == [0]
-    assert "did not go on" in told[2]
+    assert "did not advance" in told[2]
 
 
 def test_threads_find_hung_jobs_that_come_before():
