@@ -504,7 +504,7 @@ def test_the_loss_is_that_of_the_averaged_probabilities(tiny_model, manifest):
 
 
 def test_labels_that_are_one_text_are_refused(tiny_model, manifest):
-    with pytest.raises(ValueError, match="same text to the model"):
+    with pytest.raises(ValueError, match="same text for the model"):
         evaluate(tiny_model, manifest, labels={name: "the same" for name in manifest.classes}, workers=0)
 
 

@@ -406,7 +406,7 @@ def test_refused_before_the_first_step(videos: Path, tmp_path: Path) -> None:
     refused("text_templates is true", text_templates=True)
     (tmp_path / "labels.txt").write_text("\n".join(["One Thing", *"abcdefgh", "one  thing"]))
     refused(
-        "same text to the model.*'One Thing' and 'one  thing'.*data.labels",
+        "same text for the model.*'One Thing' and 'one  thing'.*data.labels",
         data__labels=str(tmp_path / "labels.txt"),
         model__num_classes=None,
     )

@@ -141,7 +141,7 @@ def test_choices() -> None:
         ("{", "correct it, or delete it"),
         ('{"frame": 3}', "unexpected keyword argument 'frame'"),
         ("[]", "correct it, or delete it"),
-        ('{"labels": ["a"]}', "labels is .*; an object of class and text wanted"),
+        ('{"labels": ["a"]}', "labels is .*; an object from class to text wanted"),
         ('{"frames": 0}', "frames is 0; a number of at least 1, or null wanted"),
         ('{"sampling": "some"}', "sampling is 'some'; sparse or dense wanted"),
         ('{"stride": true}', "stride is True; a number of at least 1 wanted"),
