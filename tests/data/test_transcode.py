@@ -549,7 +549,7 @@ def test_a_copy_that_lost_frames_is_noticed(source, tmp_path, monkeypatch):
 
     monkeypatch.setattr(module, "finish", shorten)
     summary = transcode(source, tmp_path / "out")
-    assert "holds 1 frames instead of 3" in summary.failed[str(source / "clip.mp4")]
+    assert "has 1 frames instead of 3" in summary.failed[str(source / "clip.mp4")]
     assert os.listdir(tmp_path / "out") == []
 
 
