@@ -116,7 +116,7 @@ def show(result: Evaluation) -> None:
         ("videos", f"{len(result.predictions)} of {result.videos}, {result.counted} counted"),
         ("labels", str(len(result.labels))),
         ("views", f"{result.clips} x {result.crops} of {result.frames} frames, {result.model['sampling']}"),
-        ("GFLOPs", f"{result.model['gflops_per_view']:.4g} a view, {result.views} views"),
+        ("GFLOPs", f"{result.model['gflops_per_view']:.4g} a view, {result.views} view{'s' * (result.views > 1)}"),
         ("views/s", f"{result.views_per_second:.3g} on {result.environment['device']}, decoding included"),
     ]
     if sys.stdout.isatty():
