@@ -230,7 +230,7 @@ def test_zero_shot_over_three_splits(data, settings, tmp_path, capsys):
     assert f"this checkpoint, measured\t{mean:.1f} ± {std:.1f}\n" in said.out
     assert "X-CLIP-B/16, paper\t44.6 ± 5.2\n" in said.out
     assert "the paper tests with 32 frames and 1 view" in said.err
-    with pytest.raises(FileExistsError, match=r"holds protocol\.json already"):
+    with pytest.raises(FileExistsError, match=r"already holds protocol\.json"):
         protocols.main("zero-shot-hmdb51", data / "model", splits, out=out, **settings)
 
 
