@@ -275,7 +275,7 @@ def test_refusals(data):
         ("zero-shot", [], {}, "one of zero-shot-hmdb51"),
         ("zero-shot-ucf101", ["a"], {}, "takes 3 manifests, and 1 are given"),
         ("few-shot-ucf101", ["a"], {}, "needs the number of training videos"),
-        ("zero-shot-kinetics600", ["a"], {}, "class list of Kinetics-400"),
+        ("zero-shot-kinetics600", ["a"], {}, "needs the class names of Kinetics-400"),
     ):
         with pytest.raises(ValueError, match=said):
             protocols.main(name, data / "model", manifests, **options)

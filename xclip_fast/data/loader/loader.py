@@ -150,7 +150,7 @@ class Loader:
     ) -> None:
         self.manifest, self.batch_size, self.device = manifest, batch_size, device
         self.decoder: Literal["dali", "cpu"] = "dali" if dali else "cpu"
-        self._workers, self._max_bad = workers, max_bad
+        self.workers, self._max_bad = workers, max_bad
         self._shuffle, self._rank, self._world, self._drop_last = shuffle, rank, world, drop_last
         self._usable = manifest.usable
         self._epoch, self._start, self._consumed = 0, 0, 0
@@ -227,7 +227,7 @@ class Loader:
     def close(self) -> None:
         """Ends the iteration and the workers. Both start again when they are needed."""
         self._end()
-        self._workers.close()
+        self.workers.close()
 
     def _end(self) -> None:
         iteration = None if self._active is None else self._active()
@@ -235,7 +235,7 @@ class Loader:
             iteration.close()
 
     def _identity(self) -> dict[str, Any]:
-        make = self._workers.decoder
+        make = self.workers.decoder
         kind = type(make.transform)
         known = dataclasses.is_dataclass(kind)
         return {
@@ -254,7 +254,7 @@ class Loader:
         return f"{self.manifest.fingerprint} {usable.hexdigest()}"
 
     def _batches(self, epoch: int) -> list[np.ndarray]:
-        order = epoch_order(len(self._usable), self._workers.decoder.seed, epoch, self._shuffle)
+        order = epoch_order(len(self._usable), self.workers.decoder.seed, epoch, self._shuffle)
         return epoch_batches(self._usable[order], self.batch_size, self._rank, self._world, self._drop_last)
 
     def _new_report(self, done: list[np.ndarray]) -> None:
@@ -281,7 +281,7 @@ class Loader:
             return Task(turn, number, epoch, rows, self.manifest.select(rows))
 
         copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        results = self._workers.results(
+        results = self.workers.results(
             range(len(batches)),
             lambda turn, number: task(turn, number, self._good(batches[number])),
             lambda turn, row: task(turn, -1, np.array([row], np.int64)),
@@ -302,7 +302,7 @@ class Loader:
     def _on_gpu(self, epoch: int, batches: list[np.ndarray]) -> Generator[Batch, None, None]:
         from .dali import dali_batches
 
-        make = self._workers.decoder
+        make = self.workers.decoder
         items: Any = dali_batches(
             self.manifest,
             make.transform,
@@ -310,8 +310,8 @@ class Loader:
             seed=make.seed,
             epoch=epoch,
             device=self.device,
-            workers=max(1, self._workers.workers) * make.threads,
-            time_limit=self._workers.timeout,
+            workers=max(1, self.workers.workers) * make.threads,
+            time_limit=self.workers.timeout,
             routes=self._routes,
             on_bad=self._bad,
         )

@@ -270,7 +270,7 @@ class Workers:
             except RuntimeError as error:
                 if "timed out" not in str(error):
                     raise
-            if any(not worker.is_alive() for worker in self._processes):
+            if any(not worker.is_alive() for worker in self.processes):
                 raise RuntimeError("a worker died")
             if any(self.table.busy(worker, self.timeout) for worker in range(self.workers)):
                 raise RuntimeError(f"a worker has decoded one video for more than {self.timeout:g} s")
@@ -282,7 +282,7 @@ class Workers:
                 raise RuntimeError(f"the workers have done nothing for {time.monotonic() - quiet:.0f} s")
 
     @property
-    def _processes(self) -> list[Any]:
+    def processes(self) -> list[Any]:
         return getattr(self._batches, "_workers", [])
 
     def _start(self) -> DataLoader[Any]:
@@ -311,9 +311,9 @@ class Workers:
     ) -> bool:
         """Ends all workers and looks for the video that is to blame. Returns False if this found nothing."""
         suspects: list[int] = []
-        for number, process in enumerate(self._processes):
+        for number, process in enumerate(self.processes):
             suspects += self.table.busy(number, 0.0 if not process.is_alive() else self.timeout)
-        codes = [process.exitcode for process in self._processes if process.exitcode]
+        codes = [process.exitcode for process in self.processes if process.exitcode]
         self._kill()
         self.restarts += 1
         reason = f"{one_line(str(error))}{f' ({_exit(codes[0])})' if codes else ''}"
@@ -376,12 +376,12 @@ class Workers:
                 self._kill()
 
     def _kill(self) -> None:
-        for process in self._processes:
+        for process in self.processes:
             process.kill()
         self._shut_down()
 
     def _shut_down(self) -> None:
-        batches, processes = self._batches, self._processes
+        batches, processes = self._batches, self.processes
         self._batches = self._loader = None
         if batches is not None:
             batches._shutdown_workers()  # a pending error still refers to it, so it would not be deleted now
@@ -397,7 +397,7 @@ class Workers:
         end = time.monotonic() + 1.0
         while time.monotonic() < end and any(self.table.busy(worker) for worker in range(self.workers)):
             time.sleep(0.01)
-        for worker, process in enumerate(self._processes):
+        for worker, process in enumerate(self.processes):
             if self.table.busy(worker):
                 process.kill()
         self._shut_down()
