@@ -20,8 +20,8 @@ import torch
 from .console import print_rows
 from .kernels import BackendError, Block, _cuda, _dispatch, _linear
 from .kernels._parts import PARTS
-from .kernels.cct_block.example import example
 from .kernels.cct_block.fused import case_of
+from .kernels.example import Maker, Sizes
 
 # Name as shown, module, distributions that bring it, how to get it (empty: it comes with xclip-fast).
 _PACKAGES = (
@@ -296,27 +296,9 @@ def _parts(block: Block, dtype: torch.dtype) -> dict[str, dict[str, Any]]:
 
 
 def typical_arguments(device: str, dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
-    """Each op's arguments in one block of B/16 with one video of 8 frames, uninitialized, by the op's name."""
-    frames, tokens, width, labels = 8, 197, 768, 16
-
-    def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
-        return torch.empty(shape, device=device, dtype=dtype)
-
-    x, norm, bias = empty(frames, tokens, width), (empty(width), empty(width)), empty(width)
-    packed8, up8, down8 = (
-        (empty(*shape, dtype=torch.float8_e4m3fn), empty(shape[0], dtype=torch.float32), empty(shape[0]))
-        for shape in ((3 * width, width), (4 * width, width), (width, 4 * width))
-    )
-    patch = (empty(width, 3, 16, 16), bias, empty(tokens, width), *norm)
-    return {
-        "cct_block": tuple(example(frames, tokens + 1, width, frames, device=device, dtype=dtype)),
-        "ln_linear_fp8": (x, *norm, *packed8, 1e-5),
-        "mlp_fp8": (x, *norm, *up8, *down8, 1.0, 1e-5),
-        "patch_embed": (empty(frames, 224, 224, 3, dtype=torch.uint8), *patch, [0.5] * 3, [0.25] * 3, 1e-5),
-        "layer_norm": (x, *norm, 1e-5),
-        "quick_gelu": (x,),
-        "cosine_logits": (empty(1, 512), empty(1, labels, 512), empty(dtype=torch.float32)),
-    }
+    """Each op's arguments for one video of 8 frames in B/16, uninitialized, by the op's name."""
+    make = Maker(device, dtype, empty=True)
+    return {name: op.example(Sizes(), make) for name, op in _dispatch.OPS.items()}
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

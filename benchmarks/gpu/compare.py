@@ -11,21 +11,15 @@ import torch
 from ops import test_ops
 from torch import Tensor
 from xclip_fast.kernels._dispatch import OPS, backend
+from xclip_fast.kernels.example import TINY, Maker, Sizes
 
-TINY = {"B": 2, "T": 2, "K": 3, "D": 64, "H": 1, "N": 4, "E": 64, "F": 4, "L": 5, "C": 64, "P": 8}
 FP8_LIMIT = 0.03  # two ways to round to 8 bits differ by a step of it here and there
 
 
-def arguments(op: str, videos: int, frames: int, tiny: bool) -> list[Any]:
-    """An op's arguments at the sizes of B/16 (or tiny), in float32 on the device."""
-    sizes = TINY if tiny else {"B": videos, "T": frames, "F": videos * frames}
-    if tiny:
-        small = test_ops.CONFIG.vision
-        vision = type(small)(image_size=16, patch_size=8, width=64, layers=1, heads=1)
-        config = type(test_ops.CONFIG)(vision=vision, text=test_ops.CONFIG.text, embed_dim=64, num_frames=2)
-        sizes = {**sizes, "CONFIG": config, "DEVICE": "cpu"}
-    vars(test_ops).update(sizes)
-    return list(test_ops.CASES[op]())
+def arguments(op: str, videos: int, frames: int, device: str, tiny: bool) -> list[Any]:
+    """An op's arguments at the sizes of B/16 with 400 labels (or tiny ones), in float32."""
+    sizes = TINY if tiny else Sizes(videos=videos, frames=frames, labels=400)
+    return list(OPS[op].example(sizes, Maker(device)))
 
 
 def results(op: str, args: Sequence[Any], name: str, cotangent: Tensor | None = None) -> list[Tensor]:

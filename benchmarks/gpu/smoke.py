@@ -17,8 +17,9 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 def op(job: Job, op: str, backend: str) -> Iterator[Row]:
     """One op on one backend: two videos, and one video of an odd number of frames."""
-    from xclip_fast.kernels._dispatch import FLOAT8, OPS, BackendError
+    from xclip_fast.kernels._dispatch import OPS, BackendError
     from xclip_fast.kernels._dispatch import backend as forced
+    from xclip_fast.kernels.example import FLOAT8
 
     from . import compare
 
@@ -35,7 +36,7 @@ def op(job: Job, op: str, backend: str) -> Iterator[Row]:
                 if f"{name} {direction}" in job.without:
                     continue
                 for videos, frames in ((2, 8), (1, 3)):
-                    args = compare.arguments(op, videos, frames, job.tiny)
+                    args = compare.arguments(op, videos, frames, job.device, job.tiny)
                     given = compare.wanting(args, dtype, grad)
                     try:
                         with forced(backend):

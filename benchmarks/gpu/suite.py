@@ -55,9 +55,9 @@ def tests(job: Job, files: list[str], select: str, workers: int) -> Iterator[Row
 
 def names_in(test: str) -> Row:
     """The op and the backend that a test's name holds, if it does."""
-    from xclip_fast.kernels._dispatch import BACKENDS, OPS
+    from xclip_fast.kernels._dispatch import OPS, backends
 
     inside = test.split("[", 1)[-1].rstrip("]").replace(" ", "-").split("-") if "[" in test else []
     ops = [op for op in sorted(OPS, key=len, reverse=True) if op in inside or f"test_{op}" in test]
-    backends = [name for name in BACKENDS if name in inside]
-    return {**({"op": ops[0]} if ops else {}), **({"contender": backends[0]} if backends else {})}
+    named = [name for name in backends() if name in inside]
+    return {**({"op": ops[0]} if ops else {}), **({"contender": named[0]} if named else {})}

@@ -125,7 +125,10 @@ def test_refusals(script, tmp_path, capsys):
     for given, said in (
         ([str(tmp_path / "empty")], "no summary.json in this folder"),
         ([str(tmp_path / "none.json")], "cannot be read"),
-        ([store(tmp_path / "x.json", {"kind": "other"})], "is neither the summary of an evaluation nor a result of throughput.py"),
+        (
+            [store(tmp_path / "x.json", {"kind": "other"})],
+            "is neither the summary of an evaluation nor a result of throughput.py",
+        ),
         (["--plot", str(tmp_path)], "--plot"),
         (["--nonsense"], "unrecognized arguments"),
     ):

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from xclip_fast.kernels._dispatch import OPS
 
 from xclip_fast.config import VARIANTS
 
@@ -511,13 +510,6 @@ def test_json_is_whole_or_not_there(measuring, tmp_path):
         measuring.write_json(path, {"a": object()})
     assert json.loads(path.read_text()) == {"a": 1}
     assert [file.name for file in tmp_path.iterdir()] == ["out.json"]
-
-
-def test_every_op_has_a_benchmark():
-    spec = importlib.util.spec_from_file_location("ops_benchmark", FOLDER / "ops" / "test_ops.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    assert set(module.CASES) == set(OPS)
 
 
 def test_order_of_frames_is_counted_apart(monkeypatch):
