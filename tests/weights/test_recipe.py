@@ -177,7 +177,7 @@ def test_a_linear_head_answers_with_its_classes(home: Path, tmp_path: Path, caps
     with pytest.raises(SystemExit) as left:
         cli.main(["classify", str(video), "-c", str(tmp_path / "head"), "--labels", "a,b"])
     assert left.value.code == 1
-    assert "must name its 3 outputs in order (2 given)" in capsys.readouterr().err
+    assert "the names of its 3 outputs in order (2 given)" in capsys.readouterr().err
 
 
 def test_convert_takes_it_along(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
