@@ -155,7 +155,10 @@ class Unknown:
 
 def test_unknown_objects_are_left_out_when_asked(tmp_path):
     torch.save({"model": root_text(random_state()), "extra": Unknown()}, tmp_path / "x")
-    with pytest.raises(CheckpointError, match=r"pickled \S+Unknown beside the weights.*--drop-config` and use the new folder. It runs no"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"pickled \S+Unknown beside the weights.*--drop-config` and use the new folder. It runs no",
+    ):
         checkpoint.read(tmp_path / "x")
     same(checkpoint.read(tmp_path / "x", drop_config=True).state, random_state())
 
