@@ -18,7 +18,8 @@ from xclip_fast.data.decode.decoder import decode_views
 from xclip_fast.data.manifest.manifest import Manifest, index
 from xclip_fast.data.motion import render, write_clip
 from xclip_fast.data.transforms import TestTransform
-from xclip_fast.evaluate.loop import NOT_A_NUMBER, Prediction, evaluate, main, write
+from xclip_fast.evaluate import Prediction, evaluate, main, write
+from xclip_fast.evaluate.loop import NOT_A_NUMBER
 from xclip_fast.weights.recipe import Trained
 
 CLASSES = ("growing", "moving left", "moving right", "red then blue", "turning clockwise", "blue then red")
@@ -466,20 +467,19 @@ def test_unknown_devices_are_refused():
 
 
 def test_an_output_that_cannot_be_written_is_refused_before_the_work(checkpoint, folder, tmp_path, monkeypatch):
-    from xclip_fast.evaluate import loop, report
+    from xclip_fast.evaluate import report
 
     def worked(*_, **__):
         raise AssertionError("evaluated")
 
-    monkeypatch.setattr(loop, "evaluate", worked)
     (tmp_path / "file").write_text("")
     with pytest.raises(NotADirectoryError):
-        main(checkpoint, folder / "manifest.jsonl", out=tmp_path / "file" / "out")
+        main(checkpoint, folder / "manifest.jsonl", out=tmp_path / "file" / "out", run=worked)
     with (
         report.reserved(tmp_path / "out", False),
         pytest.raises(FileExistsError, match=r"another process \(\d+ on .*\) is writing"),
     ):
-        main(checkpoint, folder / "manifest.jsonl", out=tmp_path / "out", overwrite=True)
+        main(checkpoint, folder / "manifest.jsonl", out=tmp_path / "out", overwrite=True, run=worked)
     assert os.listdir(tmp_path) == ["file"]
 
     def denied(*_):

@@ -67,7 +67,7 @@ def evaluate(
 
     A video's probabilities are averaged over its views. Videos that cannot be read are named.
     """
-    from ..evaluate import loop as evaluation
+    from .. import evaluate as evaluation
 
     opt.set_threads(threads)
     run: Callable[..., Any] = evaluation.evaluate

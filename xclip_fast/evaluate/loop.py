@@ -10,38 +10,24 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import logging
 import math
-import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from .. import flops
 from ..config import VARIANTS, XCLIPConfig
-from ..console import Bar
-from ..processes import find_device, join_processes
-from ..text.labels import candidates, plain_name, refuse_same_texts
-from ..weights.recipe import Trained
-from .report import check_folder, reserved, write
-from .result import Evaluation, Prediction, show
-from .setup import load, named
+from ..text.labels import candidates, refuse_same_texts
+from .predict import Answer, predictions, scorer
+from .result import Evaluation, Prediction
 
 if TYPE_CHECKING:
     from ..data.manifest.manifest import Manifest
-    from ..data.sampling import Sampling
     from ..model import XCLIP
 
-__all__ = ["Evaluation", "Prediction", "evaluate", "main", "write"]
-
-log = logging.getLogger("xclip_fast")
-
-LABELS_AT_ONCE = 1024  # bounds the prompts' memory, whatever K
 NOT_A_NUMBER = "the answer is not a number; try --dtype float32"
 
 
@@ -131,8 +117,8 @@ def evaluate(
     problem: Exception | None = None
     try:
         with _evaluating(model, place, dtype):
-            score = _scorer(model, texts, templates)
-            for row, answer in _predictions(score, batches, chunk, len(names), least, truth_of_class):
+            score = scorer(model, texts, templates)
+            for row, answer in predictions(score, batches, chunk, len(names), least, truth_of_class):
                 if answer is None:
                     failed[row] = NOT_A_NUMBER
                 else:
@@ -194,86 +180,6 @@ def _evaluating(model: XCLIP, device: torch.device, dtype: torch.dtype | None) -
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-def _scorer(model: XCLIP, texts: list[str], templates: Sequence[str] | None) -> Callable[[Tensor], Tensor]:
-    """A function from frames uint8 (n, T, S, S, 3) to logits (n, K). The text is encoded here, once."""
-    if model.config.num_classes is not None:
-        return model
-    text_KE = model.encode_text_ensemble(texts, templates) if templates else model.encode_text(texts)
-    parts = text_KE.split(LABELS_AT_ONCE)
-
-    def score(frames: Tensor) -> Tensor:
-        found = model.encode_video(frames)
-        return torch.cat([model.similarity(found, part_KE) for part_KE in parts], dim=1)
-
-    return score
-
-
-class Answer(NamedTuple):
-    """The model's answer for one video."""
-
-    best: list[int]  # the most probable labels, at most five
-    values: list[float]  # their probabilities
-    loss: float  # -log of the true label's probability; NaN if it is not among the labels
-
-
-def _predictions(
-    score: Callable[[Tensor], Tensor], batches: Any, chunk: int, labels: int, least: int, truth_of_class: list[int]
-) -> Iterator[tuple[int, Answer | None]]:
-    """(row, answer) of each video; None for an answer that is not finite.
-
-    ``least``: the least number of forwards in a batch. The batches of some processes may be shorter or empty, but all
-    processes must run the same number of forwards: a sharded model gathers its weights in each.
-    """
-    waiting: Iterator[tuple[int, Answer | None]] | None = None
-    truth_C: Tensor | None = None
-    for batch in batches:
-        frames = batch.frames.unsqueeze(1) if batch.frames.dim() == 5 else batch.frames
-        count, views = frames.shape[:2]
-        flat = frames.flatten(0, 1)
-        forwards = max(least, -(-len(flat) // chunk))
-        logits = [score(flat[i * chunk : (i + 1) * chunk]).float() for i in range(forwards)]
-        if not count:
-            continue
-        logits_BVK = torch.cat(logits).unflatten(0, (count, views))
-        if logits_BVK.shape[-1] != labels:
-            raise ValueError(f"the model gave {logits_BVK.shape[-1]} logits for a video; {labels} wanted")
-        finite_B = logits_BVK.isfinite().flatten(1).all(1)
-        probabilities_BK = logits_BVK.softmax(-1).mean(1)
-        # stable: of equal values the first label wins, on every device
-        values, order = probabilities_BK.sort(dim=-1, descending=True, stable=True)
-        if truth_C is None:  # -1 for a class without a label; the last entry is for videos without a class
-            truth_C = torch.tensor([*truth_of_class, -1], device=logits_BVK.device)
-        truth_B = truth_C[batch.labels.to(truth_C.device)]
-        loss_B = -probabilities_BK.gather(1, truth_B.clamp(min=0)[:, None])[:, 0].log()
-        loss_B = loss_B.masked_fill(truth_B < 0, float("nan"))
-        current = _read_back(batch.samples, order[:, :5], values[:, :5], finite_B, loss_B)
-        if waiting:  # one batch late, so that the device never waits for the CPU
-            yield from waiting
-        waiting = current
-    if waiting:
-        yield from waiting
-
-
-def _read_back(*results: Tensor) -> Iterator[tuple[int, Answer | None]]:
-    """Starts the copies to the CPU. Iterating waits for them, and not for later work of the device."""
-    copies = [result.to("cpu", non_blocking=True) for result in results]
-    done = None
-    if results[0].is_cuda:
-        done = torch.cuda.Event()
-        done.record()
-    return _rows(done, *copies)
-
-
-def _rows(
-    done: torch.cuda.Event | None, samples: Tensor, order: Tensor, values: Tensor, finite: Tensor, losses: Tensor
-) -> Iterator[tuple[int, Answer | None]]:
-    if done is not None:
-        done.synchronize()
-    columns = (samples, order, values, losses, finite)
-    for row, best, probabilities, loss, fine in zip(*(column.tolist() for column in columns), strict=True):
-        yield row, Answer(best, probabilities, loss) if fine else None
 
 
 def _gather(
@@ -374,72 +280,3 @@ def _about_model(
         "gflops_per_view_run": (actual.total - actual.text) / 1e9,
         "config": config.to_dict(),
     }
-
-
-def main(
-    checkpoint: str | os.PathLike[str],
-    manifest: str | os.PathLike[str],
-    *,
-    out: str | os.PathLike[str] | None = None,
-    overwrite: bool = False,
-    clips: int = 1,
-    crops: int = 1,
-    frames: int | None = None,
-    sampling: Sampling | None = None,
-    stride: int | None = None,
-    labels: Sequence[str] | Mapping[str, str] | None = None,
-    templates: Sequence[str] | bool | None = None,
-    variant: str | None = None,
-    batch_size: int | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
-    workers: int | None = None,
-    run: Callable[..., Evaluation] = evaluate,
-) -> Evaluation | None:
-    """Reads a checkpoint and a manifest, calls ``evaluate``, prints the figures and writes the files into ``out``.
-
-    The arguments are those of ``evaluate``. ``frames``, ``sampling``, ``stride``, ``labels`` and ``templates`` default
-    to the values of the training (``weights.recipe.Trained``); ``templates`` may also be True or False. Under torchrun
-    each process takes its part of the videos. The first process prints and writes; the others return None. ``run``
-    replaces ``evaluate``, as on a cluster (``scale.evaluation``).
-
-    Raises:
-        FileExistsError: before anything is computed, if ``out`` holds an evaluation and ``overwrite`` is not set.
-    """
-    from ..data.manifest.manifest import Manifest
-
-    if out is not None:
-        check_folder(out, overwrite)
-    videos = Manifest.read(manifest)
-    trained = Trained.read(checkpoint)
-    known = {plain_name(name) for name in trained.labels}
-    if known and videos.classes and not known & {plain_name(name) for name in videos.classes}:
-        log.warning(
-            "%s: the checkpoint was not trained on any of its %d classes (%s, ...), but on %d others (%s, ...). The "
-            "result is zero-shot",
-            *(manifest, len(videos.classes), videos.classes[0], len(known), next(iter(trained.labels))),
-        )
-    with join_processes(find_device(device)) as process, reserved(None if process.rank else out, overwrite):
-        model = load(checkpoint, variant, process.device, dtype)
-        if labels is None and videos.classes:
-            labels = trained.texts(videos.classes, model.config.num_classes is not None)
-        with Bar(hidden=process.rank > 0) as bar:
-            result = run(
-                model,
-                videos,
-                clips=clips,
-                crops=crops,
-                **trained.choose(frames, sampling, stride, templates),
-                labels=labels,
-                batch_size=batch_size,
-                workers=workers,
-                progress=bar.update,
-            )
-        if process.rank:
-            return None
-        result = named(result, checkpoint, manifest)
-        show(result)
-        if out is not None:
-            write(result, out, overwrite=overwrite)
-            print(f"written: {out}", file=sys.stderr)
-        return result

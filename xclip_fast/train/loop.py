@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import json
 import math
 import signal
@@ -40,14 +39,24 @@ from . import log as training_log
 from . import mixup as mixing
 from . import optim
 from .checkpoints import Checkpoints, SaveError
-from .config import DataConfig, TrainConfig
+from .config import TrainConfig
 from .metrics import Diverged, Measured, Meter
 from .output_dir import output_folder
 from .schema import ConfigError
-from .setup import SHAPE, Data, Objective, build_model, gather_full_model, parallelize, read_data, resume_model
+from .setup import (
+    SHAPE,
+    Data,
+    Objective,
+    build_model,
+    gather_full_model,
+    loading,
+    parallelize,
+    read_data,
+    resume_model,
+    training_loader,
+)
 
 if TYPE_CHECKING:
-    from ..config import XCLIPConfig
     from ..data.manifest.manifest import Manifest
 
 FEW_STEPS = 100  # a shorter run says that it hardly trains
@@ -298,35 +307,6 @@ def handle_signals(meter: Meter) -> Iterator[None]:
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)
-
-
-def training_loader(
-    data: DataConfig, seed: int, manifest: Manifest, shape: XCLIPConfig, batch_size: int, process: Process
-) -> Any:
-    from ..data.loader.loader import loader
-    from ..data.transforms import TrainTransform
-
-    own: dict[str, Any] = {"frames": data.frames or shape.num_frames, "size": shape.vision.image_size}
-    names = [field.name for field in dataclasses.fields(TrainTransform) if field.name not in own]
-    transform = TrainTransform(**own, **{name: getattr(data, name) for name in names})
-    return loader(
-        manifest,
-        transform,
-        batch_size,
-        device=process.device,
-        seed=seed,
-        shuffle=True,
-        rank=process.rank,
-        world=process.world,
-        max_bad=data.max_bad,
-        **loading(data),
-    )
-
-
-def loading(data: DataConfig) -> dict[str, Any]:
-    """The loader's arguments that a training and a validation share, without those that are None."""
-    chosen = {name: getattr(data, name) for name in ("workers", "cache", "cache_bytes")}
-    return {name: value for name, value in chosen.items() if value is not None}
 
 
 def resumed(checkpoint: Path, now: dict[str, Any]) -> dict[str, Any]:

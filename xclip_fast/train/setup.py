@@ -200,6 +200,35 @@ def _check_fit(shape: XCLIPConfig, texts: Sequence[str], size: int | None, templ
             raise ConfigError(f"the labels: {error}; data.labels takes a file of texts") from error
 
 
+def training_loader(
+    data: DataConfig, seed: int, manifest: Manifest, shape: XCLIPConfig, batch_size: int, process: Process
+) -> Any:
+    from ..data.loader.loader import loader
+    from ..data.transforms import TrainTransform
+
+    own: dict[str, Any] = {"frames": data.frames or shape.num_frames, "size": shape.vision.image_size}
+    names = [field.name for field in dataclasses.fields(TrainTransform) if field.name not in own]
+    transform = TrainTransform(**own, **{name: getattr(data, name) for name in names})
+    return loader(
+        manifest,
+        transform,
+        batch_size,
+        device=process.device,
+        seed=seed,
+        shuffle=True,
+        rank=process.rank,
+        world=process.world,
+        max_bad=data.max_bad,
+        **loading(data),
+    )
+
+
+def loading(data: DataConfig) -> dict[str, Any]:
+    """The loader's arguments that a training and a validation share, without those that are None."""
+    chosen = {name: getattr(data, name) for name in ("workers", "cache", "cache_bytes")}
+    return {name: value for name, value in chosen.items() if value is not None}
+
+
 class Objective(nn.Module):
     """The model, its labels and the loss as one module for DDP or FSDP2.
 

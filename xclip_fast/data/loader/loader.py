@@ -29,7 +29,8 @@ from ..sampling import epoch_batches, epoch_order, sample_rng
 from ..threads import cores_of_rank
 from .batches import Batch, DataError, Report
 from .cache import FrameCache
-from .workers import Decode, Decoder, Task, Workers, check_shared_memory
+from .tasks import Decode, Decoder, Task
+from .workers import Workers, check_shared_memory
 
 log = logging.getLogger(__name__)
 
