@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from xclip_fast.kernels._linear import NATIVE_ON_CPU
 
-from xclip_fast import info
+from xclip_fast import XCLIP, TextConfig, VisionConfig, XCLIPConfig, info
 from xclip_fast.files import write_text
 from xclip_fast.flops import Product
 
@@ -201,6 +201,23 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
         return json.dumps(value, allow_nan=False)
 
     write_text(path, "{\n" + ",\n".join(f" {json.dumps(key)}: {lines(content[key])}" for key in content) + "\n}\n")
+
+
+def append_json(path: Path | None, content: Mapping[str, Any]) -> None:
+    """Print the content as a line of JSON, and append it to the file, if there is one."""
+    line = json.dumps(content)
+    print(line)
+    if path:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+
+def small_model(image_size: int = 64, patch_size: int = 16) -> XCLIP:
+    """A small model of 8 frames with random weights, for the benchmarks that measure what is around a model."""
+    torch.manual_seed(0)
+    vision = VisionConfig(image_size=image_size, patch_size=patch_size, width=128, layers=2, heads=2)
+    text = TextConfig(width=64, layers=2, heads=1)
+    return XCLIP(XCLIPConfig(vision=vision, text=text, embed_dim=64, num_frames=8)).eval()
 
 
 def quartiles(values: Sequence[float]) -> list[float]:

@@ -112,7 +112,7 @@ def test_a_package_that_does_not_import_is_told_so(site):
     [
         (["apex/__init__.py", "apex/normalization/__init__.py"], "NVIDIA's, but built without its CUDA extensions"),
         (["apex/__init__.py", "apex/normalization/__init__.py", "fused_layer_norm_cuda.py"], "NVIDIA's"),
-        (["apex/__init__.py", "apex/models.py"], "PyPI's apex, an unrelated package: not NVIDIA's, and not used"),
+        (["apex/__init__.py", "apex/models.py"], "PyPI's apex, an unrelated package; xclip-fast does not use it"),
     ],
 )
 def test_the_two_apexes_are_told_apart(site, files, note):
@@ -139,7 +139,7 @@ def test_why_there_is_no_cuda_device(monkeypatch):
     assert info.collect_cuda() == {"devices": [], "reason": "Found no NVIDIA driver on your system."}
     monkeypatch.setattr(torch.cuda, "init", lambda: None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert info.collect_cuda() == {"devices": [], "reason": "the driver shows no device"}
+    assert info.collect_cuda() == {"devices": [], "reason": "the driver reports no device"}
 
 
 def test_a_gpu_that_others_have_filled(monkeypatch, capsys):

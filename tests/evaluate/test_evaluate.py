@@ -462,7 +462,7 @@ def test_manifest_without_labels(tiny_model, manifest):
 def test_unknown_devices_are_refused():
     from xclip_fast.processes import find_device
 
-    with pytest.raises(ValueError, match="device is 'tpu'; auto, cpu, cuda or cuda:N wanted"):
+    with pytest.raises(ValueError, match="device is 'tpu', not auto, cpu, cuda or cuda:N"):
         find_device("tpu")
 
 
