@@ -113,7 +113,7 @@ def triton_backend(op: str, refuse: Callable[..., str | None] | None = None) -> 
 
 def backends() -> tuple[str, ...]:
     """The names of all backends: those of the ops, those of the parts of a block, and onednn (cpu.py)."""
-    return tuple(dict.fromkeys([*(name for op in OPS.values() for name in op.names), "onednn"]))
+    return tuple(sorted({"onednn", *(name for op in OPS.values() for name in op.names)}))
 
 
 def _checked(name: str) -> str:
