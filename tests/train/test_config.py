@@ -110,7 +110,7 @@ def test_refusals(values: dict, message: str) -> None:
 
 
 def test_files_that_are_not_there_or_not_yaml(tmp_path) -> None:
-    with pytest.raises(ConfigError, match="near: k400-b16-8f"):
+    with pytest.raises(ConfigError, match="similar names: k400-b16-8f"):
         train_config.load("k400-b16-f8")
     (tmp_path / "a.yaml").write_text("optim: [")
     with pytest.raises(ConfigError, match="cannot be read as YAML"):

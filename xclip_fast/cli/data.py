@@ -94,9 +94,9 @@ def transcode(
 ) -> None:
     """Copy videos into a form that decodes fast.
 
-    Copies are H.264 and upright, with a short side of at most 256 and a keyframe every 12 frames. They have the frames
-    of the source. Training reads a few frames of each video again and again; from a copy this costs a fraction.
-    Sources are never changed. A killed run goes on.
+    Copies are H.264 and upright, with a short side of at most 256 and a keyframe every 12 frames. They keep all
+    frames. Training reads a few frames of each video again and again, and from a copy this takes a fraction of the
+    time. Sources are never changed. A killed run goes on.
     """
     from ..data.transcode.transcoder import transcode as run
 

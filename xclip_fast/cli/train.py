@@ -18,17 +18,23 @@ commands = typer.Typer()
 def train(
     config: Annotated[
         str,
-        typer.Argument(metavar="CONFIG", help="YAML file, or the name of a shipped configuration.", show_default=False),
+        typer.Argument(
+            metavar="CONFIG",
+            help="YAML file, or a configuration of the package, such as template, motion or k400-b16-8f.",
+            show_default=False,
+        ),
     ],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="KEY=VALUE", help="Values over the file's, such as optim.lr=1e-5.", show_default=False),
+        typer.Argument(
+            metavar="KEY=VALUE", help="Values in place of the file's, such as optim.lr=1e-5.", show_default=False
+        ),
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over in a new folder instead of resuming.")] = False,
 ) -> None:
     """Train or fine-tune a model.
 
-    Run the same command again to resume a run. On several GPUs:
+    The same command resumes a run that was stopped. On several GPUs:
     torchrun --nproc-per-node 8 -m xclip_fast.train CONFIG KEY=VALUE...
     """
     from ..train.loop import main as run
@@ -39,7 +45,9 @@ def train(
 @commands.command()
 def evaluate(
     checkpoint: opt.Weights,
-    manifest: Annotated[Path, typer.Argument(metavar="MANIFEST", help="Manifest of `index`.", show_default=False)],
+    manifest: Annotated[
+        Path, typer.Argument(metavar="MANIFEST", help="Manifest that `index` wrote.", show_default=False)
+    ],
     clips: Annotated[int, typer.Option(min=1, help="Temporal views of a video. The paper tests with 4.")] = 1,
     crops: Annotated[int, typer.Option(help="Spatial views, 1 or 3. The paper tests with 3.")] = 1,
     labels: Annotated[

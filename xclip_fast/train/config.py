@@ -161,8 +161,8 @@ def load(config: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
             known = shipped()
             near = difflib.get_close_matches(str(config), known, 3)
             raise ConfigError(
-                f"{config}: no such file, and no shipped configuration"
-                + (f" (near: {', '.join(near)})" if near else f"; shipped are {', '.join(known)}")
+                f"{config}: neither a file nor a configuration of the package"
+                + (f"; similar names: {', '.join(near)}" if near else f"; the package has {', '.join(known)}")
             )
     try:
         if require_regular(path) > YAML_BYTES:
