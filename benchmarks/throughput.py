@@ -603,7 +603,7 @@ def print_table(report: dict[str, Any]) -> None:
         print("Times are processor times: waiting for other programs does not count.")
     elif load > BUSY * cores:
         print(f"Busy machine: the load average before this run was {load:.1f} on {cores} cores.")
-        print("Times are longer than on an idle machine, and ratios scatter. Run it again alone.")
+        print("Times are longer than on an idle machine, and ratios vary. Run it again alone.")
     for note in notes:
         print(note)
 

@@ -516,4 +516,4 @@ def test_classes_that_training_did_not_know_are_told(checkpoint, folder, tmp_pat
     with caplog.at_level("WARNING", "xclip_fast"):
         main(tmp_path / "c", folder / "manifest.jsonl", workers=0, dtype="float32")
     assert "was not trained on any of its" in caplog.text
-    assert "(cooking, ...); the result is zero-shot" in caplog.text
+    assert "(cooking, ...). The result is zero-shot" in caplog.text
