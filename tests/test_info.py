@@ -124,7 +124,7 @@ def test_the_two_apexes_are_told_apart(site, files, note):
 
 def test_no_apex():
     if not info._exists("apex"):
-        assert "NVIDIA's is built from its sources" in info._versions()["apex"]["note"]
+        assert "build NVIDIA's from its sources" in info._versions()["apex"]["note"]
 
 
 def test_why_there_is_no_cuda_device(monkeypatch):
