@@ -75,16 +75,16 @@ class QuickGELU(nn.Module):
         return x * torch.sigmoid(1.702 * x)
 
 
-class CastingNorm(nn.LayerNorm):
-    """Both libraries norm in float32 and cast back."""
-
-    def forward(self, x):
-        return super().forward(x.float()).to(x.dtype) if x.dtype == torch.float16 else super().forward(x)
-
-
 def mlp(width, activation):
     layers = {"c_fc": nn.Linear(width, 4 * width), "gelu": activation(), "c_proj": nn.Linear(4 * width, width)}
     return nn.Sequential(OrderedDict(layers))
+
+
+class OpenAINorm(nn.LayerNorm):
+    """Both libraries norm in float32 and cast back."""
+
+    def forward(self, x):
+        return super().forward(x.float()).to(x.dtype)
 
 
 class OpenAIBlock(nn.Module):
@@ -93,9 +93,9 @@ class OpenAIBlock(nn.Module):
     def __init__(self, mask=None, activation=QuickGELU):
         super().__init__()
         self.attn = nn.MultiheadAttention(WIDTH, HEADS)
-        self.ln_1 = CastingNorm(WIDTH)
+        self.ln_1 = OpenAINorm(WIDTH)
         self.mlp = mlp(WIDTH, activation)
-        self.ln_2 = CastingNorm(WIDTH)
+        self.ln_2 = OpenAINorm(WIDTH)
         self.attn_mask = mask
 
     def forward(self, x):
@@ -131,10 +131,10 @@ class OpenClipBlock(nn.Module):
 
     def __init__(self, attention=OpenClipAttention, activation=nn.GELU):
         super().__init__()
-        self.ln_1 = CastingNorm(WIDTH)
+        self.ln_1 = OpenAINorm(WIDTH)
         self.attn = attention()
         self.ls_1 = nn.Identity()
-        self.ln_2 = CastingNorm(WIDTH)
+        self.ln_2 = OpenAINorm(WIDTH)
         self.mlp = mlp(WIDTH, activation)
         self.ls_2 = nn.Identity()
 
@@ -352,6 +352,17 @@ def test_huggingface_siglip():
         assert_close(*(layer(tokens(2, 5), None, is_causal=True) for layer in layers))
 
 
+def test_half_precision_with_norms_in_float32():
+    """As OpenAI's CLIP comes on a GPU."""
+    theirs = randomise(Stack(OpenAIBlock(), OpenAIBlock())).half()
+    for block in theirs.resblocks:
+        block.ln_1.float()
+        block.ln_2.float()
+    ours = swapped(theirs, 2)
+    with torch.no_grad():
+        assert_close(ours(tokens(5, 2).half()).float(), theirs(tokens(5, 2).half()).float(), 1e-2)
+
+
 def test_towers_alone_and_hidden_states():
     theirs = clip().vision_model
     ours = swapped(theirs, 2)
@@ -372,7 +383,7 @@ def test_both_towers_of_x_clip():
     )
     config.prompt_num_attention_heads = 1
     theirs = randomise(transformers.XCLIPModel(config)).eval()
-    ours = swapped(theirs, 5)
+    ours = swapped(theirs, 6)  # five layers and the encoder of frames
     given = {"input_ids": labels(), "pixel_values": images(6).unflatten(0, (2, 3))}
     with torch.no_grad():
         assert_close(ours(**given).logits_per_video, theirs(**given).logits_per_video)

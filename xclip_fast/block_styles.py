@@ -166,7 +166,8 @@ def _released_call(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 def _openai_call(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | str:
     """The mask is an attribute of the block (OpenAI), or an argument (open_clip)."""
     x, *others = args if args else (None,)
-    given = dict(zip(_argument_names(type(module))[1:], others, strict=False)) | kwargs
+    kind: Any = type(module)
+    given = dict(zip(_argument_names(kind)[1:], others, strict=False)) | kwargs
     masks = [mask for mask in (given.pop("attn_mask", None), getattr(module, "attn_mask", None)) if mask is not None]
     if x is None or any(value is not None for value in given.values()) or len(masks) > 1:
         return "more than the tokens and an attention mask is given"

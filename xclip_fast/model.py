@@ -30,7 +30,7 @@ from .nn.text import TextEncoder
 from .nn.vit import VisionTower
 from .text.templates import TEMPLATES, fill
 from .text.tokenizer import tokenize
-from .weights import checkpoint
+from .weights import checkpoint, hub
 
 logger = logging.getLogger("xclip_fast")
 
@@ -316,9 +316,10 @@ class XCLIP(nn.Module):
         """A model with the weights of ``path``, in evaluation mode.
 
         Args:
-            path: recognized by its content: our own folder or file (safetensors and JSON), a Hugging
-                Face X-CLIP folder, a VideoX ``.pth``, a ViFi-CLIP or ActionCLIP file, or an image CLIP (OpenAI,
-                open_clip, Hugging Face) or ViT (timm), from which ``expand_from`` starts an X-CLIP.
+            path: "org/name" on the Hugging Face Hub, or a path, recognized by its content: our own folder or file
+                (safetensors and JSON), a Hugging Face X-CLIP folder, a VideoX ``.pth``, a ViFi-CLIP or ActionCLIP
+                file, or an image CLIP (OpenAI, open_clip, Hugging Face) or ViT (timm), from which ``expand_from``
+                starts an X-CLIP.
             config: the shape, if the checkpoint does not say it. An image CLIP says neither frames nor prompt layers;
                 the default has 8 frames. An ablated config starts from an image CLIP only.
             clip: the image CLIP that a ViFi-CLIP started from, whose token embedding its file lacks.
@@ -360,6 +361,24 @@ class XCLIP(nn.Module):
             FileExistsError: if a checkpoint is there and ``overwrite`` is not set.
         """
         checkpoint.write(self.state_dict(), self.config, folder, layout=layout, overwrite=overwrite)
+
+    def push_to_hub(
+        self, name: str, *, layout: Literal["xclip_fast", "huggingface"] = "xclip_fast", **options: Any
+    ) -> str:
+        """Put weights and config into a repository of the Hugging Face Hub, made if it does not exist.
+
+        Args:
+            name: "org/name". layout: as for ``save_pretrained``.
+            options: ``private``, ``token`` and ``message`` (of the commit).
+
+        Returns:
+            the address of the commit.
+
+        Raises:
+            ImportError: without the package huggingface_hub.
+            OSError: if the Hub refuses it or cannot be reached.
+        """
+        return hub.upload(lambda folder: self.save_pretrained(folder, layout=layout), name, **options)
 
     def expand_from(
         self,

@@ -40,29 +40,31 @@ _NAMES = (
 )
 
 
-def kind_of(state: Mapping[str, Tensor]) -> str | None:
+def kind_of(state: Mapping[Any, Any]) -> str | None:
     """ "vificlip", "actionclip", or None for any other state dict."""
     if "image_encoder.conv1.weight" in state:
         return "vificlip"
-    return "actionclip" if any(name.startswith(FUSION) for name in state) else None
+    return "actionclip" if any(str(name).startswith(FUSION) for name in state) else None
 
 
-def rename(state: Mapping[str, Tensor], where: object) -> State:
+def rename(state: Mapping[Any, Any], where: object) -> dict[str, Any]:
     """Their names to those of VideoX.
 
     Raises:
         CheckpointError: of a variant that is not covered, by its name.
     """
     for pattern, title in _REFUSED:
-        if found := [name for name in state if re.match(pattern, name)]:
+        if found := [name for name in state if re.match(pattern, str(name))]:
             raise CheckpointError(f"{where}: {title} is not covered; it has {len(found)} keys such as {found[0]}")
-    renamed: State = {}
-    for name, tensor in state.items():
+    renamed: dict[str, Any] = {}
+    for theirs, tensor in state.items():
+        name = str(theirs)
         if name == f"{FUSION}mean" or name.startswith("prompt_learner."):  # embedded texts of its own classes
             continue
         for pattern, ours in _NAMES:
             name = re.sub(f"^{pattern}", ours, name)
-        renamed[name] = tensor[None] if name == "mit.positional_embedding" else tensor
+        lone = name == "mit.positional_embedding" and isinstance(tensor, Tensor)
+        renamed[name] = tensor[None] if lone else tensor
     return renamed
 
 
@@ -79,7 +81,7 @@ def add_token_embedding(ours: State, theirs: Mapping[Any, Any], embedding_VW: Te
             "from_pretrained(..., clip='ViT-B-16.pt')"
         )
     known_KLW = theirs.get("prompt_learner.complete_text_embeddings", theirs.get("prompt_learner.token_prefix"))
-    if isinstance(known_KLW, Tensor) and known_KLW.ndim == 3 and known_KLW.shape[-1] == embedding_VW.shape[1]:
+    if isinstance(known_KLW, Tensor) and known_KLW.numel() and known_KLW.shape[2:] == embedding_VW.shape[1:]:
         start_W = embedding_VW[-2].float()  # of the start-of-text token
         if (known_KLW[0, 0].float() - start_W).abs().max() > 1e-2 * start_W.abs().max():
             raise CheckpointError(f"{where}: its texts were embedded by another CLIP than the one that clip names")
