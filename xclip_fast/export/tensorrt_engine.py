@@ -28,7 +28,7 @@ def refusal() -> str | None:
 
 
 def build(graph: Graph, onnx: Path, path: Path) -> None:
-    """Build an engine from the ONNX file of a graph and write it. Its precision is the file's: a strongly typed network.
+    """Build an engine from the ONNX file of a graph and write it. Its precision is the file's (strongly typed).
 
     Raises:
         ValueError: if TensorRT cannot take the graph; with what it says.
