@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import logging
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -138,6 +139,13 @@ def _open_openvino(path: Path, graph: Graph, threads: int | None, dtype: torch.d
     return run
 
 
+def _write_tensorrt(graph: Graph, program: Program, path: Path, dtype: torch.dtype) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        onnx = Path(folder) / ONNX.files[0].format(graph.name)
+        ONNX.write(graph, program, onnx, dtype)
+        tensorrt_engine.build(graph, onnx, path)
+
+
 TORCH = Format("torch", "PyTorch", ("{}.pt2",), (), (torch.float32, *_HALF), _write_torch, _open_torch)
 ONNX = Format(
     "onnx",
@@ -163,7 +171,7 @@ TENSORRT = Format(
     ("{}.plan",),
     ("tensorrt", "onnx", "onnxscript"),
     (torch.float32, *_HALF),
-    tensorrt_engine.write,
+    _write_tensorrt,
     tensorrt_engine.open_engine,
     tensorrt_engine.refusal,
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .formats import Program, Run
+    from .formats import Run
     from .graphs import Graph
 
 # An engine is tuned for the second size of each axis and takes no more than the third, for which it reserves memory.
@@ -28,36 +27,31 @@ def refusal() -> str | None:
     )
 
 
-def write(graph: Graph, program: Program, path: Path, dtype: torch.dtype) -> None:
-    """Build the engine of a traced graph and write it. Its precision is the graph's own (a strongly typed network).
+def build(graph: Graph, onnx: Path, path: Path) -> None:
+    """Build an engine from the ONNX file of a graph and write it. Its precision is the file's (strongly typed).
 
     Raises:
         ValueError: if TensorRT cannot take the graph; with what it says.
     """
     import tensorrt as trt
 
-    from .formats import ONNX
-
     logger = trt.Logger(trt.Logger.ERROR)
     builder = trt.Builder(logger)
     typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)  # the only kind from TensorRT 11 on
     network = builder.create_network(0 if typed is None else 1 << int(typed))
     parser = trt.OnnxParser(network, logger)
-    with tempfile.TemporaryDirectory() as folder:
-        onnx = Path(folder) / ONNX.files[0].format(graph.name)
-        ONNX.write(graph, program, onnx, dtype)
-        if not parser.parse_from_file(str(onnx)):
-            reasons = "; ".join(str(parser.get_error(index)) for index in range(parser.num_errors))
-            raise ValueError(f"TensorRT cannot read {onnx.name}: {reasons}")
-        config, profile = builder.create_builder_config(), builder.create_optimization_profile()
-        for name, example, axes in zip(graph.inputs, graph.example(2, 3), graph.axes, strict=True):
-            shapes = [list(example.shape) for _ in range(3)]
-            for axis, kind in axes.items():
-                for shape, size in zip(shapes, SIZES[kind], strict=True):
-                    shape[axis] = min(size, graph.most[kind])
-            profile.set_shape(name, *map(tuple, shapes))
-        config.add_optimization_profile(profile)
-        plan = builder.build_serialized_network(network, config)  # reads the weights beside the ONNX file
+    if not parser.parse_from_file(str(onnx)):
+        reasons = "; ".join(str(parser.get_error(index)) for index in range(parser.num_errors))
+        raise ValueError(f"TensorRT cannot read {onnx.name}: {reasons}")
+    config, profile = builder.create_builder_config(), builder.create_optimization_profile()
+    for name, example, axes in zip(graph.inputs, graph.example(2, 3), graph.axes, strict=True):
+        shapes = [list(example.shape) for _ in range(3)]
+        for axis, kind in axes.items():
+            for shape, size in zip(shapes, SIZES[kind], strict=True):
+                shape[axis] = min(size, graph.most[kind])
+        profile.set_shape(name, *map(tuple, shapes))
+    config.add_optimization_profile(profile)
+    plan = builder.build_serialized_network(network, config)  # reads the weights beside the ONNX file
     if plan is None:
         raise ValueError(f"TensorRT built no engine of {graph.name}; its log on standard error says why")
     path.write_bytes(memoryview(plan))
