@@ -111,7 +111,7 @@ def _check_keys(
     ``partial``: nested dataclasses stay dicts of the given keys. ``also``: keys that the hint of an unknown key may
     name, too.
     """
-    hints = {}
+    hints: dict[str, Any] = {}
     for cls in classes:
         annotations = typing.get_type_hints(cls, include_extras=True)
         hints |= {field.name: annotations[field.name] for field in dataclasses.fields(cls)}
