@@ -116,7 +116,7 @@ def failure(error: BaseException) -> str:
 
 
 def measure(contenders: dict[str, Callable[[], Any]], device: str, seconds: float) -> dict[str, dict[str, Any]]:
-    """Time the contenders in turn (A B A B ...), within about ``seconds``.
+    """Time the contenders in turn (A B C, B C A, ...), within about ``seconds``.
 
     Returns:
         of each contender ``output``, ``peak_memory``, ``seconds`` of every timed call and the number of ``warm_ups``
@@ -154,8 +154,11 @@ def measure(contenders: dict[str, Callable[[], Any]], device: str, seconds: floa
         if done and time.perf_counter() - begin + round_seconds > seconds:
             break
         before = time.perf_counter()
-        for name, call in live.items():
-            pending[name].append(timed(call, device))
+        names = list(live)
+        for name in names[done % len(names) :] + names[: done % len(names)]:
+            if device == "cpu":
+                time.sleep(0.05)  # an engine's threads go on spinning after its call, on the cores of the next
+            pending[name].append(timed(live[name], device))
         round_seconds = time.perf_counter() - before
     for name, waits in pending.items():
         results[name]["seconds"] = [wait() for wait in waits]
