@@ -122,6 +122,9 @@ def measure(contenders: dict[str, Callable[[], Any]], device: str, seconds: floa
         output = tuple(part.clone() for part in output) if isinstance(output, tuple) else output.clone()
         results[name] = {"output": output, "peak_memory": peak, "seconds": [], "warm_ups": 1, "first": first}
     live = {name: contenders[name] for name, result in results.items() if "first" in result}
+    if not live:
+        return results
+    names = list(live)
     round_seconds = sum(results[name]["first"] for name in live)
     if time.perf_counter() - begin + round_seconds > seconds:
         for name, call in live.items():
@@ -139,7 +142,6 @@ def measure(contenders: dict[str, Callable[[], Any]], device: str, seconds: floa
         if done and time.perf_counter() - begin + round_seconds > seconds:
             break
         before = time.perf_counter()
-        names = list(live)
         for name in names[done % len(names) :] + names[: done % len(names)]:
             if device == "cpu":
                 time.sleep(0.05)  # an engine's threads go on spinning after its call, on the cores of the next
