@@ -148,9 +148,9 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     (tmp_path / ".x.json.writing").touch()
     files.write_text(path, "2\n")
     assert (path.read_text(), os.listdir(tmp_path)) == ("2\n", ["x.json"])
-    with pytest.raises(OSError, match=r"x\.json: could not be written, no space left"), files.replaced(path) as part:
-        part.write_text("3")
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with pytest.raises(OSError, match=r"x\.json: could not be written, no space left"), files.replaced(path):
+        raise full
     with files.replaced(path), pytest.raises(FileExistsError, match="another process"):
         files.write_text(path, "4\n")
     assert (path.read_text(), os.listdir(tmp_path)) == ("2\n", ["x.json"])

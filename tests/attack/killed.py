@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import importlib
 import io
 import os
 import pickle
@@ -350,6 +351,9 @@ def attack(command: Command, folder: Path, count: int, act: str) -> tuple[int, i
 def main() -> None:
     name, folder, count = sys.argv[1], Path(os.path.realpath(sys.argv[2])), int(sys.argv[3])
     torch.set_num_threads(1)
+    for module in ("matplotlib.figure", "matplotlib.backends.backend_agg", "pyarrow.parquet", "lancedb"):
+        with contextlib.suppress(ImportError):  # once, not in every process
+            importlib.import_module(module)
     (folder / "data").mkdir()
     status, told = forked(lambda: prepare(folder / "data"))
     assert status == 0, told
