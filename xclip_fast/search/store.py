@@ -8,6 +8,7 @@ on the same file. Vectors have length 1 and half precision, so a dot product is 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -336,17 +337,23 @@ def _connect(folder: Path) -> Any:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """One process at a time commits."""
-    if fcntl is None:
-        yield
-        return
-    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+    """One process at a time commits. Raises OSError if the disk is full."""
+    descriptor = -1
     try:
-        with contextlib.suppress(OSError):  # some network file systems have no locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if fcntl is not None:
+            descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+            with contextlib.suppress(OSError):  # some network file systems have no locks
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
+    except (OSError, RuntimeError, ValueError) as error:  # LanceDB has no exception of its own for it
+        if os.strerror(errno.ENOSPC) not in str(error):
+            raise
+        raise OSError(
+            f"{folder}: no space left on the disk; make room and run it again. What was stored before is unchanged"
+        ) from error
     finally:
-        os.close(descriptor)
+        if descriptor >= 0:
+            os.close(descriptor)
 
 
 def _quoted(paths: Sequence[str]) -> str:
