@@ -1,8 +1,8 @@
 """Kills a writing command at its changes to files, one after another, or fills the disk there; run by test_kills.py.
 
-    LD_PRELOAD=file_events.so python tests/attack/killed.py COMMAND FOLDER COUNT
+    LD_PRELOAD=file_events.so python tests/attack/killed.py FOLDER COMMAND=COUNT...
 
-COUNT changes, spread over the run, or all of them (0). After each kill every file in its place is whole; the same
+COUNT changes of each command, spread over the run, or all of them (0). After each kill every file in its place is whole; the same
 command run again gives what an unbroken run gives, and leaves nothing beside it. Where the disk is full, the command
 ends with an error that says so. Prints how many were tried.
 """
@@ -205,7 +205,7 @@ class Embed(Command):
 
 class EmbedParquet(Embed):
     name = "rows.parquet"
-    extra = ()
+    extra = (".writing",)
 
     def content(self, out: Path) -> Content:
         import pyarrow.parquet as pq
@@ -295,7 +295,8 @@ def hidden(folder: Path, extra: tuple[str, ...]) -> list[str]:
     return [
         path.relative_to(folder).as_posix()
         for path in folder.rglob("*")
-        if (path.name.startswith(".") and path.name not in extra) or path.name.endswith(".partial")
+        if ((path.name.startswith(".") and path.name not in extra) or path.name.endswith(".partial"))
+        and "moments.lance" not in path.parts  # LanceDB's own
     ]
 
 
@@ -349,7 +350,7 @@ def attack(command: Command, folder: Path, count: int, act: str) -> tuple[int, i
 
 
 def main() -> None:
-    name, folder, count = sys.argv[1], Path(os.path.realpath(sys.argv[2])), int(sys.argv[3])
+    folder = Path(os.path.realpath(sys.argv[1]))
     torch.set_num_threads(1)
     for module in ("matplotlib.figure", "matplotlib.backends.backend_agg", "pyarrow.parquet", "lancedb"):
         with contextlib.suppress(ImportError):  # once, not in every process
@@ -357,10 +358,19 @@ def main() -> None:
     (folder / "data").mkdir()
     status, told = forked(lambda: prepare(folder / "data"))
     assert status == 0, told
-    for act in ACTS:
-        (folder / act).mkdir()
-        tried, changes = attack(COMMANDS[name](folder / "data"), folder / act, count, act)
-        print(f"{name} {act}: {tried} tried of {changes} changes", flush=True)
+    failed = False
+    for given in sys.argv[2:]:
+        name, _, count = given.partition("=")
+        for act in ACTS:
+            out = folder / f"{name}-{act}"
+            out.mkdir()
+            try:
+                tried, changes = attack(COMMANDS[name](folder / "data"), out, int(count), act)
+                print(f"{name} {act}: {tried} tried of {changes} changes", flush=True)
+            except AssertionError as error:
+                failed = True
+                print(f"{name} {act}: FAILED: {error}", flush=True)
+    raise SystemExit(failed)
 
 
 if __name__ == "__main__":

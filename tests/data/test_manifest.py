@@ -178,8 +178,11 @@ def test_odd_names_survive(tmp_path, clip):
 def test_damaged_manifests(line, message, tmp_path):
     path = tmp_path / "m.jsonl"
     path.write_text('{"xclip_fast_manifest":2,"root":".","classes":["a","b"]}\n{"path":"ok.mp4"}\n' + line)
-    with pytest.raises(ValueError, match=message):
-        Manifest.read(path)
+    manifest = Manifest.read(path)
+    assert (len(manifest), manifest.usable.tolist()) == (2, [0])
+    assert re.search(message.replace("line 3: ", "line 3 of the manifest is damaged: "), manifest.bad[1])
+    with pytest.raises(ValueError, match="cannot be used: line 3"):
+        manifest.source(1)
 
 
 @pytest.mark.parametrize("text", ["", "hello", "[]", "{}", "\xff", '{"xclip_fast_manifest": 1, "root": 3}'])
