@@ -13,6 +13,7 @@ from torch.nn.utils import prune
 
 from xclip_fast import XCLIP, FastCCTBlock, TextConfig, VisionConfig, XCLIPConfig, accelerate, acceleration
 from xclip_fast.acceleration import _log_fallback
+from xclip_fast.nn import cct
 
 FRAMES, WIDTH, HEADS = 3, 128, 2
 
@@ -115,6 +116,63 @@ def test_released_blocks_give_the_same_outputs_and_gradients():
     for (name, wanted), (same, got) in zip(theirs.named_parameters(), ours.named_parameters(), strict=True):
         assert name == same
         assert_close(got.grad, wanted.grad, 1e-3)
+
+
+@pytest.fixture
+def pads(monkeypatch):
+    """The shapes of streams that were given a spare row."""
+    seen, pad = [], cct.F.pad
+    monkeypatch.setattr(cct.F, "pad", lambda x, by: seen.append(tuple(x.shape)) or pad(x, by))
+    return seen
+
+
+def test_a_tower_pads_its_stream_once(pads):
+    theirs, ours = both(released(blocks=3))
+    x, y = tokens().requires_grad_(), tokens().requires_grad_()
+    pads.clear()
+    (ours(y) * tokens(seed=2)).sum().backward()
+    assert pads == [(2 * FRAMES, 5, WIDTH)]
+    (theirs(x) * tokens(seed=2)).sum().backward()
+    assert_close(y.grad, x.grad, 1e-3)
+    with torch.no_grad():
+        assert_close(ours[1:](tokens()), theirs[1:](tokens()))
+        assert len(pads) == 2
+        for model in (theirs, ours):
+            model.append(nn.LayerNorm(WIDTH))  # no block: it takes plain tokens
+        assert_close(ours(tokens()), theirs(tokens()))
+        assert len(pads) == 5
+
+    theirs, ours = both(huggingface(num_hidden_layers=3))
+    pads.clear()
+    with torch.no_grad():
+        assert_close(ours(**inputs()).logits_per_video, theirs(**inputs()).logits_per_video)
+        assert len(pads) == 1
+        (logits, *_), (wanted, *_) = (model(**inputs(), return_dict=False) for model in (ours, theirs))
+        assert_close(logits, wanted)
+
+
+def test_a_hook_on_a_whole_block_sees_plain_tokens(pads):
+    theirs, ours = both(huggingface(num_hidden_layers=3))
+    shapes = []
+    for model in (theirs, ours):
+        layers(model)[1].register_forward_pre_hook(lambda module, args: (args[0] * 1.5, *args[1:]))
+        layers(model)[2].register_forward_hook(lambda module, args, out: shapes.append(out.shape) or out + 1)
+    pads.clear()
+    with torch.no_grad():
+        assert_close(ours(**inputs()).logits_per_video, theirs(**inputs()).logits_per_video)
+    assert shapes == [(2 * FRAMES, 5, WIDTH)] * 2
+    assert len(pads) == 3
+
+
+def test_blocks_that_compute_as_before_share_the_stream(pads):
+    """The middle one has an adapter."""
+    theirs, ours = both(released(blocks=3))
+    for model in (theirs, ours):
+        PARTS["adapter"](model[1])
+    with torch.no_grad():
+        pads.clear()
+        assert_close(ours(tokens()), theirs(tokens()))
+    assert len(pads) == 2
 
 
 def test_parameters_keys_and_modes_stay(caplog):

@@ -10,7 +10,7 @@ import functools
 import inspect
 import logging
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from . import kernels
-from .nn.cct import Attention, DropScales, FastCCTBlock, Stream, cct_block, with_spare_row
+from .nn.cct import Attention, DropScales, FastCCTBlock, Stream, cct_block
 from .nn.layers import drop_path_scale
-from .nn.parts import PLAIN, Kinds, find_change
+from .nn.parts import PLAIN, Kinds, find_change, is_watched
 
 logger = logging.getLogger("xclip_fast")
 
@@ -52,6 +52,15 @@ class _Style:
     batch_first: bool
     drops: Callable[[_Parts, Tensor], DropScales]
     refuse_call: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], str | None]
+    tower: str  # the class that calls such blocks one after another and does nothing else, as module.name
+
+    def stream(self, x: Tensor) -> Stream:
+        """Tokens as such blocks take them."""
+        return Stream(x if self.batch_first else x.transpose(0, 1))
+
+    def tokens(self, stream: Stream) -> Tensor:
+        """Tokens as such blocks return them."""
+        return stream.tokens() if self.batch_first else stream.tokens().transpose(0, 1)
 
     def parts(self, module: nn.Module) -> _Parts | None:
         """The parts of a block of this kind; None if ``module`` is no such block."""
@@ -77,6 +86,10 @@ def accelerate(model: Model) -> Model:
     Every call looks at the block as it is then. With a hook on a part, an adapter, another norm, activation or epsilon,
     under ``torch.func`` transforms, or when the call asks for what ours does not compute (attention weights, a mask,
     dropout), the block computes by its own forward, which is logged once.
+
+    The encoder (Hugging Face's, or the released code's ``Sequential``) hands the blocks a residual stream with a spare
+    row for the message, which is added once. With a hook on a whole block, with gradient checkpointing, or when hidden
+    states are asked for, every block takes and returns plain tokens, and adds the row itself.
 
     Raises:
         ValueError: if no block can be swapped. Single blocks that cannot are left as they are, with a logged reason.
@@ -110,6 +123,8 @@ def accelerate(model: Model) -> Model:
         )
     for reason in reasons:
         logger.warning("left as it is: %s", reason)
+    for module in model.modules():
+        _swap_tower(module)
     return model
 
 
@@ -149,13 +164,13 @@ def _find_change(module: nn.Module, parts: _Parts, kinds: Kinds) -> str | None:
     return None
 
 
-def _compute(module: nn.Module, parts: _Parts, style: _Style, x: Tensor) -> Tensor:
-    x_FLD = x if style.batch_first else x.transpose(0, 1)
-    if x_FLD.shape[0] % parts.frames:
-        raise ValueError(f"{x_FLD.shape[0]} frames given, which are not whole videos of {parts.frames} frames")
-    drop = style.drops(parts, x_FLD) if module.training else DropScales()
-    stream = cct_block(
-        Stream(with_spare_row(x_FLD)),
+def _compute(module: nn.Module, parts: _Parts, style: _Style, stream: Stream) -> Stream:
+    frames = stream.x.shape[0]
+    if frames % parts.frames:
+        raise ValueError(f"{frames} frames given, which are not whole videos of {parts.frames} frames")
+    drop = style.drops(parts, stream.x) if module.training else DropScales()
+    return cct_block(
+        stream,
         parts.frames,
         parts.heads,
         parts.message_fc,
@@ -168,8 +183,6 @@ def _compute(module: nn.Module, parts: _Parts, style: _Style, x: Tensor) -> Tens
         parts.projection,
         drop,
     )
-    y_FLD = stream.x[:, :-1]
-    return y_FLD if style.batch_first else y_FLD.transpose(0, 1)
 
 
 @functools.cache
@@ -178,26 +191,87 @@ def _subclass(original: Any, style: _Style) -> type[nn.Module]:
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         parts = style.parts(self)
+        x: Any = args[0] if args else kwargs.get("hidden_states")
         reason = "its parts have changed" if parts is None else _refuse_call(self, parts, style, args, kwargs)
         if parts is None or reason is not None:
             if not torch.compiler.is_compiling():
                 _log_fallback(original.__name__, str(reason))
-            return original.forward(self, *args, **kwargs)
-        y = _compute(self, parts, style, args[0] if args else kwargs["hidden_states"])
+            if not isinstance(x, Stream):
+                return original.forward(self, *args, **kwargs)
+            y = original.forward(self, style.tokens(x), *args[1:], **kwargs)
+            return (style.stream(y[0]), *y[1:]) if isinstance(y, tuple) else style.stream(y)
+        stream = x if isinstance(x, Stream) else style.stream(x)
+        stream = _compute(self, parts, style, stream)
+        y = stream if isinstance(x, Stream) else style.tokens(stream)
         return (y,) if self.__dict__["_trial"].returns_tuple else y
 
+    return _derived(original, style, _subclass, forward, _block_style=style)
+
+
+@functools.cache
+def _tower_subclass(original: Any, style: _Style) -> type[nn.Module]:
+    """``original`` whose blocks hand the stream on with its spare row and its statistics."""
+
+    def forward(self: nn.Module, x: Any = None, *args: Any, **kwargs: Any) -> Any:
+        x = kwargs.pop("inputs_embeds", None) if x is None else x
+        blocks = list(_blocks(self))
+        if not _shares_stream(self, blocks, style, kwargs):
+            return original.forward(self, x, *args, **kwargs)
+        # it passes what it is given from block to block
+        result = original.forward(self, style.stream(x), *args, **kwargs)
+        if isinstance(result, Stream):
+            return style.tokens(result)
+        result.last_hidden_state = style.tokens(result.last_hidden_state)
+        return result
+
+    return _derived(original, style, _tower_subclass, forward)
+
+
+def _derived(original: Any, style: _Style, made_by: Any, forward: Callable[..., Any], **more: Any) -> type[nn.Module]:
     def reduce(self: nn.Module, protocol: object) -> tuple[Any, ...]:
-        return _rebuild, (original, style.name), dict(self.__dict__)
+        return _rebuild, (original, style.name, made_by.__name__), dict(self.__dict__)
 
     body = {"forward": forward, "__reduce_ex__": reduce, "_accelerated_from": original, "__doc__": original.__doc__}
-    return type(original.__name__, (original,), body)
+    return type(original.__name__, (original,), {**body, **more})
 
 
-def _rebuild(original: Any, style_name: str) -> nn.Module:
-    """An empty block for copy and pickle, which cannot find a class made at run time."""
+def _rebuild(original: Any, style_name: str, made_by: str) -> nn.Module:
+    """An empty module for copy and pickle, which cannot find a class made at run time."""
     style = next(style for style in _STYLES if style.name == style_name)
-    swapped = _subclass(original, style)
+    swapped = {maker.__name__: maker for maker in (_subclass, _tower_subclass)}[made_by](original, style)
     return swapped.__new__(swapped)
+
+
+def _blocks(tower: nn.Module) -> Iterable[nn.Module]:
+    layers = getattr(tower, "layers", None)
+    return layers if isinstance(layers, nn.ModuleList) else tower.children()
+
+
+def _swap_tower(tower: nn.Module) -> None:
+    """Lets the blocks of a tower share one stream, if it is a tower of blocks that were swapped."""
+    kind: Any = type(tower)
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    style = next((style for style in _STYLES if style.tower == name), None)
+    if style is not None and _are_swapped(list(_blocks(tower)), style):
+        tower.__class__ = _tower_subclass(kind, style)
+
+
+def _are_swapped(blocks: Sequence[nn.Module], style: _Style) -> bool:
+    return len(blocks) > 0 and all(getattr(type(block), "_block_style", None) is style for block in blocks)
+
+
+def _shares_stream(tower: Any, blocks: Sequence[nn.Module], style: _Style, kwargs: Mapping[str, Any]) -> bool:
+    """Whether nothing but these blocks sees their tokens in this call."""
+    config = getattr(tower, "config", None)
+    asked = [
+        given.get(f"output_{name}")
+        for name in ("hidden_states", "attentions")
+        for given in (kwargs, getattr(config, "__dict__", {}))
+    ]
+    if any(asked) or kwargs.get("return_dict") is False:
+        return False
+    saves = tower.training and any(getattr(each, "gradient_checkpointing", False) for each in (tower, *blocks))
+    return not saves and not any(is_watched(block) for block in blocks) and _are_swapped(blocks, style)
 
 
 def _refuse_call(
@@ -265,7 +339,7 @@ def _try_out(module: nn.Module, parts: _Parts, style: _Style) -> _Trial:
         module.eval()
         with torch.no_grad():
             theirs = forward(module, x, *masks)
-            ours = _compute(module, parts, style, x)
+            ours = style.tokens(_compute(module, parts, style, style.stream(x)))
     except (RuntimeError, TypeError, ValueError) as error:
         return _Trial(types, reason=f"it failed on a small input: {error}")
     finally:
@@ -356,6 +430,7 @@ _STYLES = (
         batch_first=True,
         drops=_huggingface_drops,
         refuse_call=_refuse_huggingface_call,
+        tower="transformers.models.x_clip.modeling_x_clip.XCLIPVisionEncoder",
     ),
     _Style(
         name="the released CrossFramelAttentionBlock",
@@ -374,5 +449,6 @@ _STYLES = (
         batch_first=False,
         drops=_released_drops,
         refuse_call=_refuse_released_call,
+        tower="torch.nn.modules.container.Sequential",
     ),
 )

@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import shutil
+import socket
 import stat
 import zipfile
 from collections.abc import Collection, Iterator, Mapping
@@ -108,9 +109,9 @@ def replaced(path: str | os.PathLike[str]) -> Iterator[Path]:
             try:
                 yield scratch / path.name
                 if (scratch / path.name).exists():
-                    _sync(scratch / path.name)
+                    sync(scratch / path.name)
                     os.replace(scratch / path.name, path)
-                    _sync(path.parent)
+                    sync(path.parent)
             finally:
                 remove(scratch)
     except OSError as error:
@@ -192,7 +193,13 @@ def _beside(target: Path) -> bool:
 
 @contextlib.contextmanager
 def locked(path: Path, folder: str | os.PathLike[str]) -> Iterator[None]:
-    """Holds a lock file while the block lasts. The system forgets the lock when this process ends, however it ends."""
+    """Holds the lock file ``path`` while the block lasts. The lock ends with this process, even if it is killed.
+
+    Systems and file systems without such locks (Windows, some network file systems) lock nothing.
+
+    Raises:
+        FileExistsError: if another process holds it. The message names ``folder``, the process and its machine.
+    """
     try:
         import fcntl
     except ImportError:  # Windows: two writers are not kept apart
@@ -203,9 +210,10 @@ def locked(path: Path, folder: str | os.PathLike[str]) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            owner = os.read(handle, 200).decode(errors="replace") or "just started"
             os.close(handle)
             raise FileExistsError(
-                f"{folder}: another process is writing to it; wait until it ends, or choose another place"
+                f"{folder}: another process ({owner}) is writing to it; wait until it ends, or choose another place"
             ) from None
         except OSError as error:
             log.warning("%s is not locked against other writers: %s", folder, error)
@@ -213,6 +221,8 @@ def locked(path: Path, folder: str | os.PathLike[str]) -> Iterator[None]:
             if os.path.samestat(os.fstat(handle), os.stat(path)):
                 break
         os.close(handle)  # the process before removed it between our two calls
+    os.truncate(handle, 0)
+    os.write(handle, f"{os.getpid()} on {socket.gethostname()}".encode())
     try:
         yield
     finally:
@@ -222,10 +232,10 @@ def locked(path: Path, folder: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def _replace(part: Path, target: Path, owned: Collection[str], last: str) -> None:
-    _sync(part)
+    sync(part)
     if not target.exists():
         part.rename(target)
-        _sync(target.parent)
+        sync(target.parent)
         return
     if part.parent != target:
         for entry in list(os.scandir(target)):  # the user's own files are never away
@@ -233,7 +243,7 @@ def _replace(part: Path, target: Path, owned: Collection[str], last: str) -> Non
                 _link(Path(entry.path), part / entry.name)
         part.chmod(stat.S_IMODE(target.stat().st_mode))
         if _exchange(part, target):
-            _sync(target.parent)
+            sync(target.parent)
             return
     for name in [last, *owned]:
         if name in owned:
@@ -241,7 +251,7 @@ def _replace(part: Path, target: Path, owned: Collection[str], last: str) -> Non
     for entry in sorted(os.scandir(part), key=lambda entry: entry.name == last):
         if entry.name in owned:
             os.replace(entry.path, target / entry.name)
-    _sync(target)
+    sync(target)
 
 
 def _settle(part: Path, target: Path, owned: Collection[str]) -> None:
@@ -277,8 +287,8 @@ def _exchange(a: Path, b: Path) -> bool:
     return rename is not None and rename(here, os.fsencode(a), here, os.fsencode(b), _EXCHANGE) == 0
 
 
-def _sync(path: Path) -> None:
-    """Make what was written to a file or a folder last through a loss of power, where the system knows how."""
+def sync(path: Path) -> None:
+    """Makes a file, or the renames in a folder, survive a loss of power, on POSIX systems."""
     if os.name == "posix":
         handle = os.open(path, os.O_RDONLY)
         try:

@@ -21,11 +21,11 @@ from .inference import fp8 as quantization
 from .inference.cuda_graphs import GraphedVideoTower
 from .kernels._linear import linear
 from .kernels.patch_embed import constants
-from .nn.cct import FastCCTBlock, Stream, with_spare_row
+from .nn.cct import FastCCTBlock, Stream
 from .nn.features import VideoFeatures
 from .nn.layers import TransformerBlock, WithoutInit, init_block, init_linear, run_block
 from .nn.mit import MultiFrameIntegration
-from .nn.parts import is_plain, layer_norm
+from .nn.parts import is_plain, is_watched, layer_norm
 from .nn.prompt import VideoSpecificPrompt
 from .nn.text import TextEncoder, Transformer
 from .text.templates import TEMPLATES, fill
@@ -82,10 +82,12 @@ class VisionTower(nn.Module):
             for block in self.transformer.resblocks:
                 x_FLD = run_block(block, self.recompute, x_FLD, *plain)
             return x_FLD
-        stream = Stream(with_spare_row(x_FLD))
-        for block in self.transformer.resblocks:
+        blocks = self.transformer.resblocks
+        stream: Any = x_FLD if any(is_watched(block) for block in blocks) else Stream(x_FLD)
+        for block in blocks:
             stream = run_block(block, self.recompute, stream, num_frames)
-        return stream.x[:, :-1]
+        result: Tensor = stream.tokens() if isinstance(stream, Stream) else stream
+        return result
 
     def _embed(self, frames: Tensor) -> Tensor:
         """Equation 4 without CLIP's LayerNorm behind it, by calling the convolution: the ViTs of Table 10."""

@@ -2,9 +2,9 @@
 
     LD_PRELOAD=file_events.so python tests/attack/killed.py FOLDER COMMAND=COUNT...
 
-COUNT changes of each command, spread over the run, or all of them (0). After each kill every file in its place is whole; the same
-command run again gives what an unbroken run gives, and leaves nothing beside it. Where the disk is full, the command
-ends with an error that says so. Prints how many were tried.
+COUNT changes of each command, spread over the run, or all of them (0). After each kill every file in its place is
+whole; the same command run again gives what an unbroken run gives, and leaves nothing beside it. Where the disk is
+full, the command ends with an error that says so. Prints how many were tried.
 """
 
 from __future__ import annotations

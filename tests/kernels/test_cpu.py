@@ -16,7 +16,7 @@ from xclip_fast.kernels import cpu
 import xclip_fast
 from xclip_fast import FastCCTBlock, kernels
 from xclip_fast.config import VARIANTS
-from xclip_fast.nn.cct import Stream, with_spare_row
+from xclip_fast.nn.cct import Stream
 
 
 def random_block(width=64, heads=2, frames=3, activation="quick_gelu", seed=0):
@@ -255,7 +255,7 @@ def test_normalized_pixels_are_the_same_as_levels(model):
 def test_passes_over_memory_of_a_block():
     """The calls of one block that read as much as its stream, in order. docs/performance.md names them."""
     block, x = random_block(), torch.randn(12, 60, 64)
-    stream = Stream(with_spare_row(x), None)
+    stream = Stream(Stream(x).with_spare_row(), True)
     with torch.no_grad(), cpu.workspace():
         block(stream)
         with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:

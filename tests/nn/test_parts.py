@@ -78,6 +78,19 @@ def test_a_hook_on_any_part_acts() -> None:
             assert torch.equal(model(video, LABELS), wanted)
 
 
+def test_a_hook_on_a_whole_block_sees_and_changes_tokens() -> None:
+    model, video, seen = make_model(), make_video(), []
+    with torch.no_grad():
+        wanted = model(video, LABELS)
+        block = model.visual.transformer.resblocks[1]
+        handle = block.register_forward_hook(lambda module, args, out: seen.extend([args[0].shape, out.shape]))
+        torch.testing.assert_close(model(video, LABELS), wanted, rtol=1e-9, atol=1e-9)
+        assert seen == [(6, 5, 64)] * 2
+        handle.remove()
+        block.register_forward_pre_hook(lambda module, args: (2 * args[0], *args[1:]))
+        assert (model(video, LABELS) - wanted).abs().max() > 1e-6
+
+
 class Lora(nn.Module):
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()

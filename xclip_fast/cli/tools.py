@@ -15,11 +15,13 @@ commands = typer.Typer()
 
 
 @commands.command()
-def flops(as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with the parts.")] = False) -> None:
-    """Count multiply-adds, beside the paper's.
+def flops(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with the parts of each sum.")] = False,
+) -> None:
+    """Count the multiply-adds of each variant.
 
-    In 10^9 for one video: Table 1's number, ours counted the paper's way, what really runs here with 1 and with 400
-    labels, and what 400 labels cost where each is padded to 77 tokens.
+    In 10^9 for one video: the paper's number (Table 1), ours counted the paper's way, the ones that this package runs
+    with 1 and with 400 labels, and those for 400 labels that are padded to 77 tokens.
     """
     from ..flops import table
 
@@ -35,16 +37,16 @@ def flops(as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with
 @commands.command()
 def convert(
     source: Annotated[
-        Path, typer.Argument(metavar="SOURCE", help="A checkpoint of any layout, file or folder.", show_default=False)
+        Path, typer.Argument(metavar="SOURCE", help="Checkpoint in any layout, file or folder.", show_default=False)
     ],
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder to write.", show_default=False)],
-    layout: Annotated[Literal["xclip_fast", "huggingface"], typer.Option(help="Whose names and files.")] = "xclip_fast",
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder to write.", show_default=False)],
+    layout: Annotated[Literal["xclip_fast", "huggingface"], typer.Option(help="Layout of the result.")] = "xclip_fast",
     drop_config: Annotated[
         bool, typer.Option("--drop-config", help="Leave out a pickled training configuration.")
     ] = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Rewrite a checkpoint as safetensors."""
+    """Convert a checkpoint to safetensors."""
     from ..weights import checkpoint
 
     checkpoint.convert(source, folder, layout, drop_config=drop_config, overwrite=overwrite)

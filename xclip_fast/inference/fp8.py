@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import kernels
 from ..kernels._fp8 import LARGEST
 from ..kernels._linear import linear
-from ..nn.cct import FastCCTBlock
+from ..nn.cct import FastCCTBlock, Stream
 from ..nn.fp8 import Fp8Weights
 
 MODES = ("fp8",)
@@ -116,9 +116,11 @@ def _observed(model: Any) -> Iterator[list[Tensor]]:
     seen = [torch.zeros(()) for _ in blocks]
 
     def observe(index: int, block: FastCCTBlock, args: tuple[Any, ...]) -> None:
-        stream, frames = args
+        x_FLD, frames = args
         norm, fc = block.ln_2, block.mlp.c_fc
-        z_FLD = block.diffuse(stream.x, frames)[:, :-1]  # what stands in the spare row is not read
+        z_FLD = block.diffuse(Stream(x_FLD).with_spare_row(), frames)[
+            :, :-1
+        ]  # what stands in the spare row is not read
         hidden = linear(kernels.layer_norm(z_FLD, norm.weight, norm.bias, norm.eps), fc.weight, fc.bias)
         hidden = kernels.quick_gelu(hidden)
         seen[index] = hidden.abs().amax() if hidden.numel() else hidden.new_zeros(())

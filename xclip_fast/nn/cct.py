@@ -14,14 +14,26 @@ from torch import Tensor, nn
 from .. import kernels
 from .fp8 import Fp8Weights
 from .layers import drop_path_scale
-from .parts import Mlp, add_branch, is_plain, self_attention
+from .parts import Mlp, add_branch, is_plain_block, self_attention
 
 
 class Stream(NamedTuple):
-    """The residual stream between blocks, with a spare row for the message behind the L rows of every frame."""
+    """The residual stream between blocks, with or without the spare row for the message behind the L rows of a frame.
 
-    x: Tensor  # (F, L + 1, D)
+    The first block that wants the row adds it, and later blocks find it there. So it is added once, not in every block.
+    """
+
+    x: Tensor  # (F, L, D), or (F, L + 1, D) with the spare row
+    spare: bool = False
     statistics: kernels.Statistics | None = None  # of its rows, where the block before left them
+
+    def tokens(self) -> Tensor:
+        """(F, L, D)."""
+        return self.x[:, :-1] if self.spare else self.x
+
+    def with_spare_row(self) -> Tensor:
+        """(F, L + 1, D); a new last row holds zeros."""
+        return self.x if self.spare else F.pad(self.x, (0, 0, 0, 1))
 
 
 class DropScales(NamedTuple):
@@ -30,11 +42,6 @@ class DropScales(NamedTuple):
     fusion: Tensor | None = None
     diffusion: Tensor | None = None
     feed_forward: Tensor | None = None
-
-
-def with_spare_row(x_FLD: Tensor) -> Tensor:
-    """(F, L, D) to (F, L + 1, D) with zeros in the last row."""
-    return F.pad(x_FLD, (0, 0, 0, 1))
 
 
 class Attention(NamedTuple):
@@ -67,7 +74,7 @@ def cct_block(
     mean, rstd = stream.statistics or (None, None)
     x, statistics = kernels.cct_block(
         kernels.Block(
-            x=stream.x,
+            x=stream.with_spare_row(),
             ln_1_weight=ln_1.weight,
             ln_1_bias=ln_1.bias,
             in_weight=diffusion.in_weight,
@@ -100,7 +107,7 @@ def cct_block(
             statistics=True,
         )
     )
-    return Stream(x, statistics)
+    return Stream(x, True, statistics)
 
 
 class FastCCTBlock(nn.Module):
@@ -124,6 +131,7 @@ class FastCCTBlock(nn.Module):
         a video are neighbors.
     """
 
+    is_plain = is_plain_block
     fp8: Fp8Weights | None  # what XCLIP.quantize puts there; it may be used in evaluation mode only
 
     def __init__(
@@ -163,8 +171,8 @@ class FastCCTBlock(nn.Module):
         """Tokens through the block.
 
         Args:
-            x: (L, B * T, D), or (B * T, L, D) with ``batch_first``; floating. Or a ``Stream``, which has the spare row
-                already: what goes from block to block.
+            x: (L, B * T, D), or (B * T, L, D) with ``batch_first``; floating. Or a ``Stream``, which towers hand from
+                block to block.
             num_frames: T of this call, if not the block's own.
 
         Returns:
@@ -187,7 +195,7 @@ class FastCCTBlock(nn.Module):
                 f"{x_FLD.shape[0]} frames in all are not whole videos of {frames}: pass num_frames, or check "
                 f"batch_first={self.batch_first}, which takes {layout}"
             )
-        y_FLD = self._run(Stream(with_spare_row(x_FLD)), frames).x[:, :-1]
+        y_FLD = self._run(Stream(x_FLD), frames).tokens()
         return y_FLD if self.batch_first else y_FLD.transpose(0, 1)
 
     def _run(self, stream: Stream, frames: int) -> Stream:
@@ -195,8 +203,7 @@ class FastCCTBlock(nn.Module):
             raise RuntimeError("a quantized block is for inference only: call eval(), or dequantize() to train it")
         drop = self.draw_drop_scales(stream.x, frames)
         if not self.is_plain():
-            y_LFD = self._call_modules(stream.x[:, :-1].transpose(0, 1), frames, drop)
-            return Stream(with_spare_row(y_LFD.transpose(0, 1)))
+            return Stream(self._call_modules(stream.tokens().transpose(0, 1), frames, drop).transpose(0, 1))
         norm, fc, projection = self.ln_2, self.mlp.c_fc, self.mlp.c_proj
         if self.fp8 is None:
             return cct_block(
@@ -215,10 +222,10 @@ class FastCCTBlock(nn.Module):
                 self.activation,
             )
         fp8 = self.fp8
-        z = self.diffuse(stream.x, frames)
+        z = self.diffuse(stream.with_spare_row(), frames)
         norm_2 = (norm.weight, norm.bias)
         first, second = (fp8.fc, fp8.fc_scale, fc.bias), (fp8.projection, fp8.projection_scale, projection.bias)
-        return Stream(kernels.mlp_fp8(z, *norm_2, *first, *second, fp8.hidden_scale, norm.eps))
+        return Stream(kernels.mlp_fp8(z, *norm_2, *first, *second, fp8.hidden_scale, norm.eps), True)
 
     def diffuse(self, x_FSD: Tensor, frames: int) -> Tensor:
         """The block up to its FFN (F, S, D), for inference; with ``fp8`` the projection takes its weight from there."""
@@ -259,10 +266,6 @@ class FastCCTBlock(nn.Module):
             return kernels.ln_linear_fp8(x_FSD, norm.weight, norm.bias, fp8.qkv, fp8.qkv_scale, bias, norm.eps)
 
         return kernels.diffuse(block, project)
-
-    def is_plain(self) -> bool:
-        """Whether the block computes from the parameters of its parts; see ``parts.is_plain``."""
-        return is_plain(self._modules, heads=self.heads, eps=self.ln_1.eps, activation=self.activation)
 
     def _call_modules(self, x_LFD: Tensor, frames: int, drop: DropScales) -> Tensor:
         """Equations 7 to 9 by calling the parts, which see tokens in the released layout."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .. import kernels
-from .parts import Mlp, add_branch, is_plain, self_attention
+from .parts import Mlp, add_branch, is_plain_block, self_attention
 
 
 class TransformerBlock(nn.Module):
@@ -23,6 +23,8 @@ class TransformerBlock(nn.Module):
         drop_path: probability that a sample skips a residual branch in training.
         activation: of the FFN, "quick_gelu" or "gelu".
     """
+
+    is_plain = is_plain_block
 
     def __init__(
         self, width: int, heads: int, eps: float, *, drop_path: float = 0.0, activation: str = "quick_gelu"
@@ -85,10 +87,6 @@ class TransformerBlock(nn.Module):
             rows=rows,
         )
         return kernels.cct_block(block)[0]
-
-    def is_plain(self) -> bool:
-        """Whether the block computes from the parameters of its parts; see ``parts.is_plain``."""
-        return is_plain(self._modules, heads=self.heads, eps=self.ln_1.eps, activation=self.activation)
 
     def _call_modules(self, x_BSD: Tensor, causal: bool, samples: int | None) -> Tensor:
         """The block by calling its parts, which see tokens in the released layout (S, B, D)."""

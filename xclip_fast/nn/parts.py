@@ -83,6 +83,7 @@ PLAIN: dict[str, Kinds] = {
 _WITHOUT_BIAS = ("q_proj", "k_proj", "v_proj")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _CAPTURES = "transformers.utils.output_capturing"  # its hooks do nothing unless attention weights are asked for
+_UNWRAPS = "torch.distributed."
 _TENSORS = (nn.Parameter, Tensor, type(None))
 
 
@@ -104,6 +105,21 @@ def is_plain(
     if reason is not None and not torch.compiler.is_compiling():
         _log_change(reason)
     return reason is None
+
+
+def is_plain_block(block: Any) -> bool:
+    """Whether the block computes from the parameters of its parts; see ``is_plain``."""
+    return is_plain(block._modules, heads=block.heads, eps=block.ln_1.eps, activation=block.activation)
+
+
+def is_watched(block: nn.Module) -> bool:
+    """Whether something beside its callers sees what goes into a whole block or out of it, as hooks do.
+
+    Such blocks take and return plain tensors. Hooks of torch.distributed (FSDP) look for tensors inside of anything.
+    """
+    state = block.__dict__
+    hooks = (hook for kind in _HOOKS for hook in state[kind].values())
+    return "forward" in state or any(not getattr(hook, "__module__", "").startswith(_UNWRAPS) for hook in hooks)
 
 
 def find_change(

@@ -1,6 +1,6 @@
 """Read and write weights: our own files, Hugging Face, VideoX, OpenAI CLIP and open_clip, timm's ViTs.
 
-The content of a file says what it is, not its name. Nothing here runs code that comes with a checkpoint (pickles.py).
+The content of a file decides its layout, not its name. Nothing here runs code from a checkpoint (pickles.py).
 """
 
 from __future__ import annotations
@@ -43,9 +43,11 @@ log = logging.getLogger("xclip_fast")
 
 Layout = Literal["xclip_fast", "huggingface"]
 Part = Literal["both", "visual", "text"]
-Start = str | os.PathLike[str] | Mapping[str, Tensor] | nn.Module | Any  # of an expansion; Any: a Checkpoint
+Start = (
+    str | os.PathLike[str] | Mapping[str, Tensor] | nn.Module | Any
+)  # an image CLIP to start from; Any: a Checkpoint
 _FORMAT = "xclip_fast_format"  # the key that marks a config.json as ours; its value is the version
-_WEIGHTS = (  # the weight files of a folder; the first that is there is read
+_WEIGHTS = (  # the weight files of a folder; the first one found is read
     "model.safetensors",
     "model.safetensors.index.json",
     "pytorch_model.bin",
@@ -53,12 +55,12 @@ _WEIGHTS = (  # the weight files of a folder; the first that is there is read
     "open_clip_model.safetensors",
     "open_clip_pytorch_model.bin",
 )
-_TEXT = ("text.", "logit_scale")  # what belongs to the text tower, in our names
+_TEXT = ("text.", "logit_scale")  # the text tower, in our names
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """Weights under the names of ``XCLIP.state_dict()``, on the CPU, in the dtype they were stored in."""
+    """Weights with the names of ``XCLIP.state_dict()``, on the CPU, in their stored dtype."""
 
     config: XCLIPConfig
     state: State
@@ -66,7 +68,7 @@ class Checkpoint:
 
     @property
     def complete(self) -> bool:
-        """False for an image CLIP or ViT: ``expand`` puts it into a freshly initialised X-CLIP."""
+        """False for an image CLIP or ViT: ``expand`` puts it into a freshly initialized X-CLIP."""
         return self.kind not in ("clip", "timm")
 
 
@@ -75,16 +77,16 @@ def read(path: str | os.PathLike[str], config: XCLIPConfig | None = None, *, dro
 
     Args:
         path: a folder (ours, Hugging Face X-CLIP or CLIP, sharded or not) or a file (safetensors, VideoX ``.pth``,
-            OpenAI CLIP or open_clip, TorchScript archive included, a ViT of timm's). Names don't matter, except inside
-            a folder.
-        config: taken instead of the one that is found or inferred from shapes. An image CLIP's has, by default, 8
-            frames and the mean and deviation that the released X-CLIP recipe uses (ImageNet's, not CLIP's own).
-        drop_config: leave out pickled objects of unknown classes (VideoX's training configuration, for one), which are
-            otherwise an error. Nothing of them is run.
+            OpenAI CLIP or open_clip, TorchScript archive included, a ViT of timm). Only the files of a folder need
+            certain names.
+        config: replaces the config that is found or inferred from shapes. For an image CLIP the default has 8 frames,
+            and the mean and standard deviation of the released X-CLIP recipe (ImageNet's, not CLIP's).
+        drop_config: leave out pickled objects of unknown classes, such as VideoX's training configuration. Otherwise
+            they are an error. None of their code runs.
 
     Raises:
-        CheckpointError: if nothing is there, the file is damaged or holds pickled objects beside the weights, it is no
-            X-CLIP or CLIP, or keys are missing, unexpected or misshapen (all are listed).
+        CheckpointError: if there is no file, the file is damaged or holds pickled objects beside the weights, it is
+            neither an X-CLIP nor a CLIP, or keys are missing, unexpected or misshapen (all are listed).
     """
     return _interpret(*_load(Path(path), drop_config), config=config)
 
@@ -93,7 +95,7 @@ def find_weights(path: str | os.PathLike[str]) -> Path:
     """The file of weights at ``path``, a file or a folder.
 
     Raises:
-        CheckpointError: if there is none. It says where they are, or how to download them.
+        CheckpointError: if there is none. The message says where the weights are, or how to download them.
     """
     path = Path(path)
     if not path.exists():
@@ -118,7 +120,7 @@ def find_weights(path: str | os.PathLike[str]) -> Path:
 
 
 def _load(path: Path, drop_config: bool = False) -> tuple[dict[str, Any], Path, dict[str, Any], dict[str, Any]]:
-    """State dict, where it is from, configuration and preprocessor configuration (empty if there is none)."""
+    """State dict, its path, configuration and preprocessor configuration (both empty if missing)."""
     weights = find_weights(path)
     folder = weights.parent
     load = _read_shards if weights.suffix == ".json" else _read_file
@@ -138,18 +140,18 @@ def write(
     overwrite: bool = False,
     beside: Mapping[str, str | None] = MappingProxyType({}),
 ) -> None:
-    """Write ``XCLIP.state_dict()`` as safetensors with its configuration, all files in one step (``files.staged``).
+    """Writes ``XCLIP.state_dict()`` as safetensors with its configuration, all files in one step (``files.staged``).
 
     Args:
-        folder: made if it does not exist; its other files stay as they are.
+        folder: made if it does not exist. Its other files stay.
         layout: "xclip_fast", or "huggingface" for ``transformers.XCLIPModel.from_pretrained`` and ``AutoProcessor``.
-        overwrite: replace a checkpoint that is there.
+        overwrite: replace an existing checkpoint.
         beside: further text files that belong to these weights, by name. None: a file of that name is removed.
 
     Raises:
-        CheckpointError: if the weights don't fit the configuration, or the layout cannot hold it.
-        FileExistsError: if a checkpoint is there and ``overwrite`` is not set.
-        OSError: if the folder cannot be written; what was there stays.
+        CheckpointError: if the weights do not fit the configuration, or the layout cannot hold it.
+        FileExistsError: if the folder holds a checkpoint and ``overwrite`` is not set.
+        OSError: if the folder cannot be written. Its old content stays.
     """
     folder = Path(folder)
     check_keys(shapes(config), state, "write")
@@ -188,29 +190,31 @@ def convert(
     drop_config: bool = False,
     overwrite: bool = False,
 ) -> None:
-    """Read an X-CLIP from ``source`` in any layout and write it to ``folder``; see ``read`` and ``write``.
+    """Reads an X-CLIP from ``source`` in any layout and writes it to ``folder``; see ``read`` and ``write``.
 
     The ``trained.json`` of the source (class texts, frames, sampling) goes with the weights.
     """
     trained = Trained.read(source)
     found = read(source, drop_config=drop_config)
     if not found.complete:
-        raise CheckpointError(f"{source}: an image CLIP, not an X-CLIP; XCLIP.from_pretrained starts an X-CLIP from it")
+        raise CheckpointError(
+            f"{source}: is an image CLIP, not an X-CLIP; XCLIP.from_pretrained starts an X-CLIP from it"
+        )
     beside = {TRAINED: None if trained == Trained() else trained.to_json()}
     write(found.state, found.config, folder, layout, overwrite=overwrite, beside=beside)
 
 
 def clip_state(clip: Start, config: XCLIPConfig | None = None, part: Part = "both") -> Checkpoint:
-    """An image CLIP, or a ViT of timm's, in our names.
+    """An image CLIP, or a ViT of timm, in our names.
 
     Args:
-        clip: a path, a state dict, or a module of OpenAI's, open_clip's or Hugging Face's CLIP or timm's ViT.
-        config: of the X-CLIP it is for; by default the CLIP's own. Position embeddings of another grid are
-            interpolated to it, and a text tower that it has not is left out; everything else has to fit.
-        part: the tower that is wanted, "visual", "text" (the temperature with it) or "both".
+        clip: a path, a state dict, or a module: OpenAI's, open_clip's or Hugging Face's CLIP, or timm's ViT.
+        config: of the X-CLIP to start; by default the CLIP's own. Position embeddings are interpolated to its grid. A
+            text tower is left out if the config has none. All other weights must fit.
+        part: the tower to take, "visual", "text" (with the logit scale) or "both".
 
     Raises:
-        CheckpointError: if it is no image CLIP or ViT, or does not fit.
+        CheckpointError: if it is not an image CLIP or ViT, or does not fit.
     """
     if part not in ("both", "visual", "text"):
         raise ValueError(f"part {part!r}; choose 'both', 'visual' or 'text'")
@@ -228,15 +232,15 @@ def clip_state(clip: Start, config: XCLIPConfig | None = None, part: Part = "bot
     else:
         found = _interpret(*_load(Path(clip)), config=config, part=part)
     if found.complete:
-        raise CheckpointError("an image CLIP is wanted to start from, and this is a whole X-CLIP: use from_pretrained")
+        raise CheckpointError("this is a whole X-CLIP, and an image CLIP is wanted; use from_pretrained")
     return found
 
 
 def expand(model: Any, clip: Start, part: Part = "both") -> None:
-    """Put an image CLIP into an X-CLIP, in place (paper, section 3.2, "Initialization").
+    """Copies an image CLIP into an X-CLIP, in place (paper, section 3.2, "Initialization").
 
-    IFA (``attn``), its norms, the FFN, the embeddings, the projections and the text tower inherit; CFA (``message_*``),
-    MIT and the prompts keep the initialisation they have.
+    IFA (``attn``), its norms, the FFN, the embeddings, the projections and the text tower get the CLIP's weights. CFA
+    (``message_*``), MIT and the prompts keep their initialization.
 
     Args:
         model: an ``XCLIP``. clip, part: as for ``clip_state``.
@@ -261,12 +265,12 @@ def _interpret(
     if kind is None:
         state = unwrap(state, where)
         ours, kind = to_ours(state, where)
-    else:  # of our names already
+    else:  # already in our names
         ours = dict(state)
     given = None
     if _FORMAT in values:
         if values[_FORMAT] != 1:
-            raise CheckpointError(f"{where}: of format {values[_FORMAT]}; this version of xclip-fast reads format 1")
+            raise CheckpointError(f"{where}: has format {values[_FORMAT]}; this version of xclip-fast reads format 1")
         kind = "xclip_fast"  # an ablated one may look like an image CLIP
         try:
             given = XCLIPConfig.from_dict({name: value for name, value in values.items() if name != _FORMAT})
@@ -275,8 +279,8 @@ def _interpret(
     elif values.get("model_type") in ("xclip", "clip"):
         given = config_from_huggingface(values, preprocessor, where)
     elif kind == "clip" and "token_embedding.weight" in state and "context_length" not in state:
-        # open_clip's, then: OpenAI's own files carry the length, and have quick GELU
-        log.warning("%s: weights alone don't tell CLIP's activation; quick GELU (OpenAI's) is taken, not GELU", where)
+        # a file of open_clip: OpenAI's own files hold the context length and use quick GELU
+        log.warning("%s: the weights alone do not tell CLIP's activation. OpenAI's quick GELU is used, not GELU", where)
     if given and config:
         _check_heads(given, config, where, part)
     if given and not config and kind == "huggingface":
@@ -294,13 +298,13 @@ def _interpret(
         wanted = {name: shape for name, shape in wanted.items() if not name.startswith(left_out)}
         refused = timm_vit.refusal(config) if kind == "timm" else None
         if not ours or refused:
-            raise CheckpointError(f"{where}: {refused or f'nothing of it is left to start the {part} tower from'}")
+            raise CheckpointError(f"{where}: {refused or f'it has no weights for the {part} tower'}")
     check_keys(wanted, ours, where)
     return Checkpoint(config, ours, kind)
 
 
 def _check_heads(given: XCLIPConfig, config: XCLIPConfig, where: object, part: Part) -> None:
-    """Other heads than the checkpoint's fit its shapes, and compute something else."""
+    """Refuses other numbers of heads than the checkpoint's: they fit its shapes but compute something else."""
     visual = part != "text" and given.vision.heads != config.vision.heads
     text = part != "visual" and config.num_classes is None and given.text.heads != config.text.heads
     if visual or text:
@@ -311,7 +315,7 @@ def _check_heads(given: XCLIPConfig, config: XCLIPConfig, where: object, part: P
 
 
 def _fit_positions(position_LD: Tensor, tokens: int) -> Tensor:
-    """Position embeddings of a class token and a square grid, for another grid (bicubic)."""
+    """Interpolates position embeddings of a class token and a square grid to another grid (bicubic)."""
     old, new = math.isqrt(position_LD.shape[0] - 1), math.isqrt(tokens - 1)
     if old == new or old * old + 1 != position_LD.shape[0]:
         return position_LD
@@ -332,7 +336,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_processor(folder: Path) -> dict[str, Any]:
-    """The image processor's values in a Hugging Face folder: ``processor_config.json`` of transformers 5, or before."""
+    """The values of the image processor in a Hugging Face folder, as transformers 5 or earlier versions store them."""
     values = _read_json(folder / "processor_config.json")
     for name in ("image_processor", "video_processor"):
         if isinstance(values.get(name), dict):
@@ -343,18 +347,20 @@ def _read_processor(folder: Path) -> dict[str, Any]:
 def _read_shards(index: Path, drop_config: bool) -> dict[str, Any]:
     shards = _read_json(index).get("weight_map", {})
     if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
-        raise CheckpointError(f"{index}: weight_map is no object of names of tensors and files")
+        raise CheckpointError(f"{index}: weight_map must be an object from tensor names to file names")
     names = sorted(set(shards.values()))
     if bad := [name for name in names if Path(name).name != name or not (index.parent / name).exists()] or not names:
-        raise CheckpointError(f"{index}: its shards are not all in the folder: {bad if names else 'it names none'}")
+        raise CheckpointError(
+            f"{index}: {f'these shards are not in the folder: {bad}' if names else 'it names no shards'}"
+        )
     return {name: tensor for shard in names for name, tensor in _read_file(index.parent / shard, drop_config).items()}
 
 
 def _read_file(path: Path, drop_config: bool) -> dict[str, Any]:
-    """The state dict of one file, in whatever names it has.
+    """The state dict of one file, with the names that it has.
 
     Raises:
-        CheckpointError: whatever its bytes are; with the file's name.
+        CheckpointError: if the file is damaged or of another kind, whatever its bytes are.
         OSError: if the file cannot be read.
     """
     from safetensors.torch import load_file
@@ -375,16 +381,16 @@ def _read_file(path: Path, drop_config: bool) -> dict[str, Any]:
             return own(unwrap(found, path), path)
     except CheckpointError:
         raise
-    except Exception as error:  # the readers raise whatever damaged bytes make of them
+    except Exception as error:  # damaged bytes raise errors of many kinds in the readers
         if isinstance(error, OSError) and error.errno is not None:
             raise
         said = str(error).strip().split("\n")[0] or type(error).__name__
-        raise CheckpointError(f"{path}: damaged or incomplete; fetch it again ({said})") from error
-    raise CheckpointError(f"{path}: neither a safetensors nor a PyTorch file (it begins with {head!r})")
+        raise CheckpointError(f"{path}: is damaged or incomplete; download it again ({said})") from error
+    raise CheckpointError(f"{path}: is neither a safetensors nor a PyTorch file (it begins with {head!r})")
 
 
 def _tokenizer_files(config: XCLIPConfig) -> dict[str, Any]:
-    """What ``transformers`` needs for CLIP's tokenizer, if the text tower has CLIP's vocabulary."""
+    """The files of CLIP's tokenizer for ``transformers``, if the text tower has CLIP's vocabulary."""
     from ..text.tokenizer import vocabulary
 
     tokens, merges = vocabulary()
