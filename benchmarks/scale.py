@@ -11,6 +11,7 @@ plain `embed`, and that each run embeds only what the runs before left unfinishe
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import logging
 import os
 import re
@@ -51,7 +52,9 @@ def main() -> None:
             result = run(Path(folder), options.clips, options.broken)
     finally:
         s3.stop()
-    measuring.append_json(options.json, {"benchmark": "scale", **result})
+    versions = {name: importlib.metadata.version(name) for name in ("ray", "lancedb", "moto")}
+    environment = measuring.environment("cpu") | versions
+    measuring.append_json(options.json, {"benchmark": "scale", "environment": environment, **result})
 
 
 def run(folder: Path, clips: int, broken: float) -> dict[str, Any]:
