@@ -77,11 +77,12 @@ def run(folder: Path, clips: int, broken: float) -> dict[str, Any]:
         # Kill the driver when about a third is written.
         first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         begun = time.perf_counter()
-        while _count(store) < clips // 3 and first.poll() is None:
+        while len(_known(store)) < clips // 3 and first.poll() is None:
             time.sleep(0.5)
         first.send_signal(signal.SIGKILL)
         first.wait()
-        result |= {"driver_killed_after_s": _since(begun), "files_written_before": _count(store)}
+        before = _known(store)
+        result |= {"driver_killed_after_s": _since(begun), "files_written_before": len(before)}
         print(result, file=sys.stderr)
         time.sleep(3)  # until its actors have ended
         # Kill an actor of the second run.
@@ -90,7 +91,7 @@ def run(folder: Path, clips: int, broken: float) -> dict[str, Any]:
         killed = 0
         while second.poll() is None and not killed:
             time.sleep(0.5)
-            if _count(store) > result["files_written_before"]:
+            if len(_known(store)) > len(before):
                 killed = _kill_an_actor(cluster)
         out, err = second.communicate()
         result |= {
@@ -100,8 +101,8 @@ def run(folder: Path, clips: int, broken: float) -> dict[str, Any]:
         }
         added = re.search(r"(\d+) added", out)
         assert added, err
-        again = int(added[1]) + sum(name in err for name in bad)
-        result["files_embedded_again"] = again - (clips + ON_S3 - result["files_written_before"])
+        result["files_of_the_second_run"] = int(added[1]) + len(set(bad) - before)
+        assert result["files_of_the_second_run"] == clips + ON_S3 - len(before), "other files than those left"
         named = [name for name in bad if name in err]
         result |= {"exit_code": second.returncode, "broken_named": len(named)}
         print(result, file=sys.stderr)
@@ -149,10 +150,13 @@ def _make_clips(folder: Path, clips: int, broken: float) -> list[str]:
     return bad
 
 
-def _count(store: Path) -> int:
+def _known(store: Path) -> set[str]:
+    """The names of the files in the store."""
     from xclip_fast.search.store import Store
 
-    return len(Store.open(store).known()) if (store / "moments.lance" / "_versions").exists() else 0
+    if not (store / "moments.lance" / "_versions").exists():
+        return set()
+    return {os.path.basename(path) if not path.startswith("s3:") else path for path in Store.open(store).known()}
 
 
 def _vectors(store: Path) -> dict[str, np.ndarray]:
