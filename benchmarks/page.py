@@ -44,10 +44,10 @@ def main() -> None:
         page.write()
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        dialogs: list[object] = []
+        dialogs: list[str] = []
         for name, scheme, width in (("light", "light", 1000), ("dark", "dark", 1000), ("narrow", "light", 400)):
             view = browser.new_page(color_scheme=scheme, viewport={"width": width, "height": 660})  # type: ignore[arg-type]
-            view.on("dialog", dialogs.append)
+            view.on("dialog", lambda dialog: dialogs.append(dialog.message))
             view.goto((options.out / "page.html").absolute().as_uri())
             view.get_by_role("button").nth(1).hover()
             view.wait_for_timeout(1000)
