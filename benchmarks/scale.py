@@ -65,8 +65,9 @@ def run(folder: Path, clips: int, broken: float) -> dict[str, Any]:
     result: dict[str, Any] = {"clips": clips, "broken": len(bad), "on_s3": ON_S3, "make_s": _since(begun)}
     weights = folder / "weights"
     measuring.small_model().save_pretrained(weights)
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
-    cluster.add_node(num_cpus=2)
+    node = {"num_cpus": 2, "node_ip_address": "127.0.0.1"}
+    cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
+    cluster.add_node(**node)
     try:
         store = folder / "store"
         command = [
@@ -97,7 +98,7 @@ def run(folder: Path, clips: int, broken: float) -> dict[str, Any]:
         result |= {
             "second_run_s": _since(begun),
             "actor_killed": bool(killed),
-            "second_run": out.strip().split(": ", 1)[-1],
+            "second_run": out.strip().splitlines()[-1].split(": ", 1)[-1],  # above it, Ray tells of the actor,
         }
         added = re.search(r"(\d+) added", out)
         assert added, err
@@ -108,7 +109,7 @@ def run(folder: Path, clips: int, broken: float) -> dict[str, Any]:
         print(result, file=sys.stderr)
         begun = time.perf_counter()
         third = subprocess.run(command, capture_output=True, text=True)
-        result |= {"third_run_s": _since(begun), "third_run": third.stdout.strip()}
+        result |= {"third_run_s": _since(begun), "third_run": third.stdout.strip().splitlines()[-1].split(": ", 1)[-1]}
     finally:
         cluster.shutdown()
     begun = time.perf_counter()
