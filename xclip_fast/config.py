@@ -32,6 +32,11 @@ LARGEST = {
 }
 
 
+PAIRS = (
+    1 << 28
+)  # of tokens in the windows of all blocks of a Swin, whose masks take a byte each; X-Florence has 5 million
+
+
 def _check_numbers(where: str, config: object, optional: tuple[str, ...] = ()) -> None:
     """Refuses numbers that have a wrong type, are not finite, or are too large. Turns whole numbers of float fields
     into floats.
@@ -176,6 +181,12 @@ class SwinConfig:
             raise ValueError(
                 f"vision: windows of {self.window} do not tile the grids of {self.grids} tokens a side of images of "
                 f"{self.image_size}; Swin has 7 at 224, and CoSwin here 12 at 384"
+            )
+        pairs = sum(d * (grid * min(self.window, grid)) ** 2 for d, grid in zip(self.depths, self.grids, strict=True))
+        if pairs > PAIRS:
+            raise ValueError(
+                f"vision: {pairs} pairs of tokens in windows of {self.window} of images of {self.image_size}; at most "
+                f"{PAIRS} are accepted"
             )
         if not 0.0 <= self.drop_path < 1.0:
             raise ValueError(f"vision: drop_path {self.drop_path} must be at least 0 and below 1")

@@ -247,6 +247,7 @@ def test_own_folder_and_huggingface(tmp_path: Path) -> None:
         ({"depths": (2, 0)}, "whole numbers of at least 1"),
         ({"widths": (32, 96), "convolutional": False}, "twice the one before"),
         ({"drop_path": 1.0}, "below 1"),
+        ({"image_size": 8192, "window": 1024}, "at most 268435456"),
     ],
 )
 def test_shapes_that_do_not_fit(changes: dict[str, Any], message: str) -> None:
