@@ -1,6 +1,6 @@
 """For a rehearsal: the launches of the GPU run at their real shapes, bound by Triton's own launcher, and not run.
 
-``launches`` runs this file in a process without Triton's interpreter; tests/kernels/fake_gpu.py is the GPU that is not
+``launches`` runs this file in a process without Triton's interpreter; xclip_fast/fake_gpu.py is the GPU that is not
 there. It prints a JSON row for each part.
 """
 
@@ -13,14 +13,10 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from .case import Job, Row
-
-TESTS = Path(__file__).resolve().parents[2] / "tests" / "kernels"
-
 
 def launches(job: Job) -> Iterator[Row]:
     """What this file prints, in a process of its own."""
@@ -42,11 +38,9 @@ def main() -> None:
 
     import xclip_fast
     from xclip_fast.config import VARIANTS
+    from xclip_fast.fake_gpu import fake_gpu
 
     from . import attention, products
-
-    sys.path.insert(0, str(TESTS))
-    from fake_gpu import fake_gpu
 
     def say(row: Row, count: int) -> None:
         print(json.dumps({"contender": "triton", "direction": "launches", "launches": count, **row}), flush=True)

@@ -79,7 +79,7 @@ def _efficient_backward(dout: Tensor, qkv: Tensor, out: Tensor, saved: Saved, ca
 def _refuse_sdpa(usable: str) -> Callable[[Case], str | None]:
     def refuse(case: Case) -> str | None:
         """Torch's own answer, asked once a kind of call with tensors of its sizes."""
-        if case.traced:  # sizes may be symbols, and what is taken must not depend on them
+        if case.traced or case.interpreted > 1:  # sizes may be symbols, and what is taken must not depend on them
             return None if case.channels % 8 == 0 and case.channels <= 256 else f"head size {case.channels}"
         shape = (case.sequences, case.length, 3, case.heads, case.channels)
         qkv = torch.empty(shape, dtype=case.dtype, device=case.device, requires_grad=case.training)

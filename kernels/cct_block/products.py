@@ -4,7 +4,7 @@ M rows, D width, I columns summed, O columns out.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,9 @@ from torch import Tensor
 from .. import _cuda
 from .._cast import cast, kept
 from .._parts import HALF, UNMEASURED, Candidate, Case, Part
+
+if TYPE_CHECKING:
+    from ..triton.layer_norm import Spare
 
 # Rows from which LayerNorm is folded into the CUDA library's product: with fewer, folding the weight costs more than
 # it saves. Not measured.
@@ -36,20 +39,24 @@ class Norm(NamedTuple):
     eps: float
 
 
-# A candidate of "norm_linear": forward(save, x (M, D), Normed, Norm, weight (O, D), bias (O,), activation) returns
-# y = act(LN(x) W^T + b) (M, O), what the activation was applied to if ``save``, and Normed with statistics if ``save``.
+# A candidate of "norm_linear": forward(save, x (M, D), Normed, Norm, weight (O, D), bias (O,), activation, spare)
+# returns y = act(LN(x) W^T + b) (M, O), what the activation was applied to if ``save``, and Normed with statistics if
+# ``save``. spare takes the place of rows of x if x is normalized first, which is when the Normed returned holds rows.
 # activation: "", "quick_gelu" or "gelu". backward(dy, weight2, u, activation, keep) returns du = (dy W2) act'(u), the
 # sums of its columns, and act(u) if ``keep``.
 # A candidate of "linear_residual": forward(a (M, I), weight (D, I), bias (D,), x (M, D), drop_scale, Norm or None,
-# normed dtype or None, statistics) returns x + s (a W^T + b) and Normed of it.
+# normed dtype or None, statistics, later) returns z = x + s (a W^T + b) and Normed of it. later (D,) is added to the z
+# that is returned, not to the one that is normalized; it is given to the library alone.
 
 
-def _normed(save: bool, x: Tensor, known: Normed, norm: Norm, dtype: torch.dtype) -> Normed:
+def _normed(
+    save: bool, x: Tensor, known: Normed, norm: Norm, dtype: torch.dtype, spare: "Spare | None" = None
+) -> Normed:
     from ..triton.layer_norm import normalise
 
     if known.rows is not None and (known.mean is not None or not save):
         return known
-    _, rows, mean, rstd = normalise(x, norm.weight, norm.bias, norm.eps, dtype, save)
+    _, rows, mean, rstd = normalise(x, norm.weight, norm.bias, norm.eps, dtype, save, spare=spare)
     return Normed(rows, mean, rstd)
 
 
@@ -62,9 +69,16 @@ def _activate(save: bool, u: Tensor, activation: str) -> Tensor:
 
 
 def _library_norm_linear(
-    save: bool, x: Tensor, known: Normed, norm: Norm, weight: Tensor, bias: Tensor, activation: str
+    save: bool,
+    x: Tensor,
+    known: Normed,
+    norm: Norm,
+    weight: Tensor,
+    bias: Tensor,
+    activation: str,
+    spare: "Spare | None" = None,
 ) -> tuple[Tensor, Tensor | None, Normed]:
-    known = _normed(save, x, known, norm, weight.dtype)
+    known = _normed(save, x, known, norm, weight.dtype, spare)
     assert known.rows is not None
     y = torch.addmm(cast(bias, weight.dtype), known.rows, weight.T)
     return (_activate(save, y, activation), y, known) if activation else (y, None, known)
@@ -91,18 +105,26 @@ def _library_residual(
     norm: Norm | None,
     dtype: torch.dtype | None,
     statistics: bool,
+    later: Tensor | None = None,
 ) -> tuple[Tensor, Normed]:
     from ..triton.layer_norm import Branch, normalise
 
     # product, then one pass: bias, drop path, residual, LayerNorm, statistics
-    branch = Branch(torch.mm(a, weight.T), bias, drop_scale)
+    branch = Branch(torch.mm(a, weight.T), bias, drop_scale, later)
     ln_weight, ln_bias, eps = norm or (None, None, 0.0)
     z, rows, mean, rstd = normalise(x, ln_weight, ln_bias, eps, dtype if norm else None, statistics, branch)
     return z, Normed(rows, mean, rstd)
 
 
 def _triton_norm_linear(
-    save: bool, x: Tensor, known: Normed, norm: Norm, weight: Tensor, bias: Tensor, activation: str
+    save: bool,
+    x: Tensor,
+    known: Normed,
+    norm: Norm,
+    weight: Tensor,
+    bias: Tensor,
+    activation: str,
+    spare: "Spare | None" = None,
 ) -> tuple[Tensor, Tensor | None, Normed]:
     from ..triton._launch import tile
     from ..triton.fold import fold
@@ -119,7 +141,7 @@ def _triton_norm_linear(
         folded, sums, shift = kept("fold", fold, weight, norm.weight, norm.bias, bias)
         y, *u = gemm(x, folded, bias=shift, norm=(mean, rstd, sums), activation=bool(activation), keep=keep)
         return y, u[0] if keep else None, Normed(None, mean, rstd)
-    known = _normed(save, x, known, norm, weight.dtype)
+    known = _normed(save, x, known, norm, weight.dtype, spare)
     assert known.rows is not None
     y, *u = gemm(known.rows, weight, bias=bias, activation=bool(activation), keep=keep)
     return y, u[0] if keep else None, known
@@ -153,7 +175,14 @@ def _triton_residual(
 
 
 def _cuda_norm_linear(
-    save: bool, x: Tensor, known: Normed, norm: Norm, weight: Tensor, bias: Tensor, activation: str
+    save: bool,
+    x: Tensor,
+    known: Normed,
+    norm: Norm,
+    weight: Tensor,
+    bias: Tensor,
+    activation: str,
+    spare: "Spare | None" = None,
 ) -> tuple[Tensor, Tensor | None, Normed]:
     keep = bool(activation) and save
     if known.rows is None and x.dtype == weight.dtype and x.shape[0] >= FOLD_FROM:
@@ -163,7 +192,7 @@ def _cuda_norm_linear(
         folded, sums, shift = kept("cuda fold", _cuda.fold, weight, norm.weight, norm.bias, bias)
         y, u = _cuda.norm_linear(x, folded, shift, (mean, rstd, sums), activation=bool(activation), keep=keep)
         return y, u, Normed(None, mean, rstd)
-    known = _normed(save, x, known, norm, weight.dtype)
+    known = _normed(save, x, known, norm, weight.dtype, spare)
     assert known.rows is not None
     y, u = _cuda.norm_linear(known.rows, weight, bias, activation=bool(activation), keep=keep)
     return y, u, known
