@@ -16,7 +16,7 @@ from . import _choices
 HALF = (torch.bfloat16, torch.float16)
 UNMEASURED = (
     "not measured on this GPU, so taken only if asked for (XCLIP_FAST_BACKEND or backend(...)); "
-    "python -m xclip_fast.kernels.tune --backends measures"
+    "xclip-fast tune measures"
 )
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from .case import Job, Row
 
+
 def launches(job: Job) -> Iterator[Row]:
     """What this file prints, in a process of its own."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

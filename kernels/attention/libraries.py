@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._parts import UNMEASURED, Candidate, Case
+from .._parts import HALF, UNMEASURED, Candidate, Case
 
 Saved = tuple[Tensor, ...]
 aten = torch.ops.aten
@@ -91,30 +91,21 @@ def _refuse_sdpa(usable: str) -> Callable[[Case], str | None]:
     return refuse
 
 
-CUDNN = Candidate(
-    "cudnn",
-    _cudnn_forward,
-    _cudnn_backward,
-    capability=9,
-    refuse=_refuse_sdpa("can_use_cudnn_attention"),
-    saved=lambda qkv: _cudnn_forward(True, qkv, False)[1],
-)
-FLASH = Candidate(
-    "flash",
-    _flash_forward,
-    _flash_backward,
-    capability=8,
-    refuse=_refuse_sdpa("can_use_flash_attention"),
-    saved=lambda qkv: _flash_forward(True, qkv, False)[1],
-)
-EFFICIENT = Candidate(
-    "efficient",
-    _efficient_forward,
-    _efficient_backward,
-    dtypes=(torch.float32, torch.float16, torch.bfloat16),
-    refuse=_refuse_sdpa("can_use_efficient_attention"),
-    saved=lambda qkv: _efficient_forward(True, qkv, False)[1],
-)
+def _sdpa(name: str, forward: Any, backward: Any, capability: int, *more: torch.dtype) -> Candidate:
+    return Candidate(
+        name,
+        forward,
+        backward,
+        dtypes=(*HALF, *more),
+        capability=capability,
+        refuse=_refuse_sdpa(f"can_use_{name}_attention"),
+        saved=lambda qkv: forward(True, qkv, False)[1],
+    )
+
+
+CUDNN = _sdpa("cudnn", _cudnn_forward, _cudnn_backward, 9)
+FLASH = _sdpa("flash", _flash_forward, _flash_backward, 8)
+EFFICIENT = _sdpa("efficient", _efficient_forward, _efficient_backward, 0, torch.float32)
 
 
 # ---- flash-attn and xformers

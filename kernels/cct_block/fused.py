@@ -18,7 +18,7 @@ from ..attention import ATTENTION, PACKED_ATTENTION
 from ..layer_norm import WIDEST_ROW
 from ..message_kv import MESSAGE
 from . import reference
-from .products import LINEAR_RESIDUAL, NORM_LINEAR, Norm, Normed
+from .products import LINEAR_RESIDUAL, NORM_LINEAR, Layer, Norm, Normed, Target
 
 
 class Plan(NamedTuple):
@@ -182,8 +182,8 @@ def forward(save: bool, *args: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor, .
     p, x, (norm_1, norm_2) = _plan_of(b, save), _rows(b.x), _norms(b)
 
     def project(spare: Any) -> tuple[Tensor, Normed]:
-        known = Normed(None, b.mean, b.rstd)
-        qkv, _, known = p.qkv.forward(save, x, known, norm_1, b.in_weight, b.in_bias, "", spare)
+        layer = Layer(norm_1, b.in_weight, b.in_bias)
+        qkv, _, known = p.qkv.forward(save, x, Normed(None, b.mean, b.rstd), layer, spare)
         return qkv, known
 
     qkv, known_1, message_saved = _with_message(save, b, p, project)
@@ -193,13 +193,13 @@ def forward(save: bool, *args: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor, .
     dtype, later = b.in_weight.dtype, b.projection_bias if in_place else None
     z, known_2, mixed, attention_saved = _diffuse(save, b, p, qkv, dtype, later)
     # y = z + FFN(LN_2(z))
-    h, u, known_2 = p.fc.forward(save, z, known_2, norm_2, b.fc_weight, b.fc_bias, b.activation)
+    h, u, known_2 = p.fc.forward(save, z, known_2, Layer(norm_2, b.fc_weight, b.fc_bias, b.activation))
     leave = b.statistics and b.rows is None and p.qkv.name != "library"  # who reads its rows anyway has no use for them
     if in_place:
         y, left, leave = torch.addmm(z, h, b.projection_weight.T, out=z), Normed(), False
     else:
-        projection = (b.projection_weight, b.projection_bias, z, b.drop_feed_forward)
-        y, left = p.projection.forward(h, *projection, norm_1 if leave else None, None, leave)
+        target = Target(z, b.drop_feed_forward, norm_1 if leave else None, None, leave)
+        y, left = p.projection.forward(h, b.projection_weight, b.projection_bias, target)
     y = y.view(b.x.shape if b.rows is None else z.shape)
     outputs = (y, left.mean, left.rstd)
     if not leave:
@@ -248,8 +248,8 @@ def _diffuse(
     if b.rows is not None:
         mixed_rows, x = mixed_rows[b.rows], x[b.rows]
     norm = Norm(b.ln_2_weight, b.ln_2_bias, b.eps) if dtype else None
-    more = () if later is None else (later,)
-    z, known = p.out.forward(mixed_rows, b.out_weight, b.out_bias, x, b.drop_attention, norm, dtype, save, *more)
+    target = Target(x, b.drop_attention, norm, dtype, save, later)
+    z, known = p.out.forward(mixed_rows, b.out_weight, b.out_bias, target)
     return z, known, mixed, saved
 
 

@@ -39,14 +39,31 @@ class Norm(NamedTuple):
     eps: float
 
 
-# A candidate of "norm_linear": forward(save, x (M, D), Normed, Norm, weight (O, D), bias (O,), activation, spare)
-# returns y = act(LN(x) W^T + b) (M, O), what the activation was applied to if ``save``, and Normed with statistics if
-# ``save``. spare takes the place of rows of x if x is normalized first, which is when the Normed returned holds rows.
-# activation: "", "quick_gelu" or "gelu". backward(dy, weight2, u, activation, keep) returns du = (dy W2) act'(u), the
-# sums of its columns, and act(u) if ``keep``.
-# A candidate of "linear_residual": forward(a (M, I), weight (D, I), bias (D,), x (M, D), drop_scale, Norm or None,
-# normed dtype or None, statistics, later) returns z = x + s (a W^T + b) and Normed of it. later (D,) is added to the z
-# that is returned, not to the one that is normalized; it is given to the library alone.
+class Layer(NamedTuple):
+    """act(LN(x) W^T + b)."""
+
+    norm: Norm
+    weight: Tensor  # (O, D)
+    bias: Tensor  # (O,)
+    activation: str = ""  # "", "quick_gelu" or "gelu"
+
+
+class Target(NamedTuple):
+    """What a product is added to, and what is wanted of the sum z = x + s (a W^T + b)."""
+
+    x: Tensor  # (M, D)
+    drop_scale: Tensor | None = None  # s of each sample
+    norm: Norm | None = None  # LN(z), where that costs nothing, in dtype
+    dtype: torch.dtype | None = None
+    statistics: bool = False
+    later: Tensor | None = None  # (D,): added to the z that is returned, not to what is normalized; library only
+
+
+# A candidate of "norm_linear": forward(save, x (M, D), Normed, Layer, spare) returns y (M, O), what the activation was
+# applied to if ``save``, and Normed with statistics if ``save``. spare takes the place of rows of x if x is normalized
+# first, which is when the Normed returned holds rows. backward(dy, weight2, u, activation, keep) returns du = (dy W2)
+# act'(u), the sums of its columns, and act(u) if ``keep``.
+# A candidate of "linear_residual": forward(a (M, I), weight (D, I), bias (D,), Target) returns z and Normed of it.
 
 
 def _normed(
@@ -69,15 +86,9 @@ def _activate(save: bool, u: Tensor, activation: str) -> Tensor:
 
 
 def _library_norm_linear(
-    save: bool,
-    x: Tensor,
-    known: Normed,
-    norm: Norm,
-    weight: Tensor,
-    bias: Tensor,
-    activation: str,
-    spare: "Spare | None" = None,
+    save: bool, x: Tensor, known: Normed, layer: Layer, spare: "Spare | None" = None
 ) -> tuple[Tensor, Tensor | None, Normed]:
+    norm, weight, bias, activation = layer
     known = _normed(save, x, known, norm, weight.dtype, spare)
     assert known.rows is not None
     y = torch.addmm(cast(bias, weight.dtype), known.rows, weight.T)
@@ -96,36 +107,20 @@ def _library_slope(
     return scaled(dh, weight.dtype, slope_at=u, keep=keep)
 
 
-def _library_residual(
-    a: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    x: Tensor,
-    drop_scale: Tensor | None,
-    norm: Norm | None,
-    dtype: torch.dtype | None,
-    statistics: bool,
-    later: Tensor | None = None,
-) -> tuple[Tensor, Normed]:
+def _library_residual(a: Tensor, weight: Tensor, bias: Tensor, to: Target) -> tuple[Tensor, Normed]:
     from ..triton.layer_norm import Branch, normalise
 
     # product, then one pass: bias, drop path, residual, LayerNorm, statistics
-    branch = Branch(torch.mm(a, weight.T), bias, drop_scale, later)
-    ln_weight, ln_bias, eps = norm or (None, None, 0.0)
-    z, rows, mean, rstd = normalise(x, ln_weight, ln_bias, eps, dtype if norm else None, statistics, branch)
+    branch = Branch(torch.mm(a, weight.T), bias, to.drop_scale, to.later)
+    ln_weight, ln_bias, eps = to.norm or (None, None, 0.0)
+    z, rows, mean, rstd = normalise(to.x, ln_weight, ln_bias, eps, to.dtype if to.norm else None, to.statistics, branch)
     return z, Normed(rows, mean, rstd)
 
 
 def _triton_norm_linear(
-    save: bool,
-    x: Tensor,
-    known: Normed,
-    norm: Norm,
-    weight: Tensor,
-    bias: Tensor,
-    activation: str,
-    spare: "Spare | None" = None,
+    save: bool, x: Tensor, known: Normed, layer: Layer, spare: "Spare | None" = None
 ) -> tuple[Tensor, Tensor | None, Normed]:
+    norm, weight, bias, activation = layer
     from ..triton._launch import tile
     from ..triton.fold import fold
     from ..triton.gemm import gemm
@@ -156,34 +151,19 @@ def _triton_slope(
     return du, rest[-1], rest[0] if keep else None
 
 
-def _triton_residual(
-    a: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    x: Tensor,
-    drop_scale: Tensor | None,
-    norm: Norm | None,
-    dtype: torch.dtype | None,
-    statistics: bool,
-) -> tuple[Tensor, Normed]:
+def _triton_residual(a: Tensor, weight: Tensor, bias: Tensor, to: Target) -> tuple[Tensor, Normed]:
     from ..triton.gemm import gemm
 
-    eps = norm.eps if norm else 0.0
-    wanted = eps if statistics or norm else None
-    z, *found = gemm(a, weight, bias=bias, residual=x, drop_scale=drop_scale, statistics_eps=wanted)
+    eps = to.norm.eps if to.norm else 0.0
+    wanted = eps if to.statistics or to.norm else None
+    z, *found = gemm(a, weight, bias=bias, residual=to.x, drop_scale=to.drop_scale, statistics_eps=wanted)
     return z, Normed(None, *found)
 
 
 def _cuda_norm_linear(
-    save: bool,
-    x: Tensor,
-    known: Normed,
-    norm: Norm,
-    weight: Tensor,
-    bias: Tensor,
-    activation: str,
-    spare: "Spare | None" = None,
+    save: bool, x: Tensor, known: Normed, layer: Layer, spare: "Spare | None" = None
 ) -> tuple[Tensor, Tensor | None, Normed]:
+    norm, weight, bias, activation = layer
     keep = bool(activation) and save
     if known.rows is None and x.dtype == weight.dtype and x.shape[0] >= FOLD_FROM:
         mean, rstd = known.mean, known.rstd
@@ -206,24 +186,15 @@ def _cuda_slope(
     return du, sums, _activate(True, u, activation) if keep else None
 
 
-def _cuda_residual(
-    a: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    x: Tensor,
-    drop_scale: Tensor | None,
-    norm: Norm | None,
-    dtype: torch.dtype | None,
-    statistics: bool,
-) -> tuple[Tensor, Normed]:
+def _cuda_residual(a: Tensor, weight: Tensor, bias: Tensor, to: Target) -> tuple[Tensor, Normed]:
     scale = None
-    if drop_scale is not None:
-        samples = drop_scale.shape[0]
-        scale = drop_scale.float()[:, None].expand(samples, x.shape[0] // samples).reshape(-1)
-    if norm is None and not statistics:
-        return _cuda.linear_residual(a, weight, bias, x, scale), Normed()
-    eps = norm.eps if norm else 0.0
-    z, mean, rstd = _cuda.linear_residual_statistics(a, weight, bias, x, scale, eps)
+    if to.drop_scale is not None:
+        samples = to.drop_scale.shape[0]
+        scale = to.drop_scale.float()[:, None].expand(samples, to.x.shape[0] // samples).reshape(-1)
+    if to.norm is None and not to.statistics:
+        return _cuda.linear_residual(a, weight, bias, to.x, scale), Normed()
+    eps = to.norm.eps if to.norm else 0.0
+    z, mean, rstd = _cuda.linear_residual_statistics(a, weight, bias, to.x, scale, eps)
     return z, Normed(None, mean, rstd)
 
 

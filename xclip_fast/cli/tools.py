@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from ..console import plain, print_rows
+from ..console import Bar, plain, print_rows
 from .options import Overwrite
 
 commands = typer.Typer()
@@ -71,6 +71,27 @@ def _predict(gpu: str, variants: list[str], batches: list[int], as_json: bool) -
         cells.append(tuple(cell))
     print(f"{gpu}: {GPUS[gpu]}", file=sys.stderr)
     print_rows(None, header, cells, header_in_pipe=True)
+
+
+@commands.command()
+def tune(
+    model: Annotated[Literal["B/32", "B/16", "L/14", "L/14@336"], typer.Option(help="Whose shapes.")] = "B/16",
+    seconds: Annotated[float, typer.Option(help="Begin nothing after that long.", min=0)] = 60.0,
+) -> None:
+    """Measure on this GPU which kernels are the fastest, for later runs.
+
+    First the tiles of the Triton kernels, then the backends. Every contender is compared with a reference before it is
+    timed. The winners go to ~/.cache/xclip_fast.
+    """
+    from ..kernels.tune.__main__ import main
+
+    code = 0
+    for number, more in enumerate(([], ["--backends"])):
+        with Bar() as bar:
+            code |= main(["--model", model, "--seconds", str(seconds / 2), *more], bar.update)
+        if code and not number:
+            break
+    raise typer.Exit(code)
 
 
 @commands.command()
