@@ -9,21 +9,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import cdiv, launch
+from ._quick_gelu import quick_gelu_value
+from .column_sums import scaled
 
 BLOCK = 1024
-
-
-@triton.jit
-def quick_gelu_value(u):
-    """u sigmoid(1.702 u), float32 in and out."""
-    return u * tl.sigmoid(1.702 * u)
-
-
-@triton.jit
-def quick_gelu_slope(u):
-    """d quick_gelu / du = s + 1.702 u s (1 - s) with s = sigmoid(1.702 u), float32 in and out."""
-    s = tl.sigmoid(1.702 * u)
-    return s + 1.702 * u * s * (1.0 - s)
 
 
 @triton.jit
@@ -50,8 +39,6 @@ def forward(save: bool, x: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ..
 
 
 def backward(grads: Sequence[Any], saved: Sequence[Tensor], needs: Sequence[bool], x: Tensor) -> list[Tensor]:
-    from .column_sums import scaled  # it imports this file
-
     width = x.shape[-1] if x.dim() else 1
     dy, u = grads[0].contiguous().view(-1, width), x.contiguous().view(-1, width)
     return [scaled(dy, x.dtype, slope_at=u)[0].view(x.shape)]

@@ -1,17 +1,20 @@
 """NVIDIA's apex where it is installed: a stand-in with the signatures of its fused LayerNorm and Adam."""
 
 import dataclasses
+import importlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
-from xclip_fast.kernels import layer_norm as module
 
 from xclip_fast import kernels
 from xclip_fast.train import optim
 from xclip_fast.train.config import ConfigError, OptimConfig
+
+module = importlib.import_module("xclip_fast.kernels.layer_norm")
 
 # as published: apex/normalization/fused_layer_norm.py and apex/optimizers/fused_adam.py
 LAYER_NORM = """
@@ -54,8 +57,13 @@ class FusedAdam(torch.optim.Optimizer):
 """
 
 
+def forget() -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "apex"]:
+        del sys.modules[name]
+
+
 @pytest.fixture
-def apex(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def apex(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name, text in (("normalization/fused_layer_norm", LAYER_NORM), ("optimizers/__init__", FUSED_ADAM)):
         file = tmp_path / "apex" / f"{name}.py"
         file.parent.mkdir(parents=True)
@@ -63,8 +71,9 @@ def apex(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (file.parent / "__init__.py").touch()
     (tmp_path / "apex" / "__init__.py").touch()
     monkeypatch.syspath_prepend(str(tmp_path))
-    for name in [name for name in sys.modules if name.partition(".")[0] == "apex"]:
-        monkeypatch.delitem(sys.modules, name)
+    forget()
+    yield
+    forget()
 
 
 @pytest.mark.usefixtures("apex")
