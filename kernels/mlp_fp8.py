@@ -8,7 +8,7 @@ from torch import Tensor
 from . import _cuda, _fp8
 from ._dispatch import Backend, Op
 from ._parts import UNMEASURED
-from ._quick_gelu import quick_gelu_reference
+from .quick_gelu import quick_gelu_reference
 
 
 def mlp_fp8_reference(
