@@ -3,24 +3,26 @@
     python benchmarks/accuracy_flops.py                                        # the paper's points alone
     python benchmarks/accuracy_flops.py runs/ throughput.json --plot out.png --markdown out.md
 
-Takes, in any order, what `xclip-fast evaluate --out` wrote (summary.json, its folder, or a folder of such folders) and
-what `benchmarks/throughput.py --json` wrote. Each row says where its figures come from, and accuracies on anything but
-400 classes are marked, as they cannot be held against the paper's.
+The arguments are, in any order, results of `xclip-fast evaluate --out` (summary.json, its folder, or a folder of such
+folders) and of `benchmarks/throughput.py --json`. Each row names the source of its figures. Accuracies on other numbers
+of classes than 400 are marked, because they cannot be compared with the paper's.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
 import json
-import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
+
+import arguments
+from arguments import fail
 
 from xclip_fast.config import PAPER_TABLE1, VARIANTS
+from xclip_fast.files import write_text
 
 PAPER_VIEWS = (4, 3)
 PAPER_CLASSES = 400
@@ -32,7 +34,7 @@ V100 = "one V100 (paper)"
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """A model and how it is tested. Accuracies in %; GFLOPs are 10^9 multiply-adds, as in the paper's Table 1."""
+    """A model and its test. Accuracies are in %. GFLOPs are 10^9 multiply-adds, as in the paper's Table 1."""
 
     origin: str  # PAPER, MEASURED or MIXED
     model: str
@@ -44,7 +46,7 @@ class Point:
     data: str
     gflops_per_view: float
     views_per_second: float | None = None
-    speed: str = ""  # what was timed, on what
+    speed: str = ""  # device and precision of the timing
     comparable: bool = True
     decoded: bool = False  # the speed includes decoding
 
@@ -52,11 +54,6 @@ class Point:
     def gflops(self) -> float:
         """Of all views of a video."""
         return self.gflops_per_view * self.clips * self.crops
-
-
-def fail(message: str) -> NoReturn:
-    print(f"accuracy_flops.py: error: {message}", file=sys.stderr)
-    raise SystemExit(2)
 
 
 def paper_points() -> list[Point]:
@@ -95,12 +92,12 @@ def read(paths: Iterable[Path]) -> tuple[list[tuple[Path, dict[str, Any]]], list
             elif isinstance(content, dict) and {"rows", "environment"} <= content.keys():
                 speeds += [row | {"device": content["environment"]["device"]} for row in content["rows"]]
             else:
-                fail(f"{file}: neither an evaluation's summary nor a throughput run")
+                fail(f"{file}: is neither the summary of an evaluation nor a result of throughput.py")
     return evaluations, speeds
 
 
 def fastest(speeds: Sequence[dict[str, Any]], variant: str | None, dtype: str | None = None) -> dict[str, Any] | None:
-    """The run of ours with most views/s, labels cached; in this precision if one is given."""
+    """Our fastest run with cached labels; in this precision if one is given."""
     rows = [
         row
         for row in speeds
@@ -190,7 +187,7 @@ def notes(points: Sequence[Point]) -> list[str]:
     if not any(point.origin == MEASURED for point in points):
         found.append("No accuracy was measured here: every accuracy is the paper's (Table 1, Kinetics-400).")
     if any(not point.comparable for point in points):
-        found.append(f"*: not on {PAPER_CLASSES} classes, so it cannot be held against the paper's accuracies.")
+        found.append(f"*: not on {PAPER_CLASSES} classes, so it cannot be compared with the paper's accuracies.")
     if any(point.origin == MIXED for point in points):
         found.append(f'"{MIXED}": no accuracy was measured for these; the speed is of the same variant here.')
     return found
@@ -236,9 +233,9 @@ def plot(points: Sequence[Point], path: Path) -> None:
         series: dict[tuple[str, str, bool], list[Point]] = {}
         for point in points:
             series.setdefault((point.origin, point.data, point.decoded), []).append(point)
-        colours = iter(["#1f5fa8", "#c2571a", "#2d8a4e", "#8a3d9c", "#a8891f", "#4c4c4c"] * (1 + len(series) // 6))
+        colors = iter(["#1f5fa8", "#c2571a", "#2d8a4e", "#8a3d9c", "#a8891f", "#4c4c4c"] * (1 + len(series) // 6))
         for (origin, data, decoded), members in series.items():
-            colour = "grey" if origin == PAPER else next(colours)
+            color = "gray" if origin == PAPER else next(colors)
             label = {
                 PAPER: "paper: Table 1, Kinetics-400, one V100",
                 MEASURED: f"measured here: {data}" + ("" if members[0].comparable else " (not comparable)"),
@@ -247,8 +244,8 @@ def plot(points: Sequence[Point], path: Path) -> None:
             if decoded:
                 label += "; views/s with decoding"
             marker = {PAPER: "o", MEASURED: "D", MIXED: "^"}[origin]
-            fill = "none" if decoded or origin == MIXED else colour
-            style: dict[str, Any] = {"marker": marker, "color": colour, "markerfacecolor": fill}
+            fill = "none" if decoded or origin == MIXED else color
+            style: dict[str, Any] = {"marker": marker, "color": color, "markerfacecolor": fill}
             for axes, cost in ((left, "gflops"), (right, "views_per_second")):
                 if axes is left and origin == MIXED:
                     continue  # there it would be the paper's point
@@ -268,7 +265,7 @@ def plot(points: Sequence[Point], path: Path) -> None:
                         xytext=(across, up),
                         ha="left" if across > 0 else "right",
                         fontsize=7.5,
-                        color=colour,
+                        color=color,
                     )
         left.set(xscale="log", xlabel="GFLOPs of all views of a video (multiply-adds)", ylabel="top-1 accuracy, %")
         right.set(xscale="log", xlabel="views per second")
@@ -288,17 +285,12 @@ def plot(points: Sequence[Point], path: Path) -> None:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = fail  # type: ignore[method-assign]
+    parser = arguments.parser(__doc__)
     parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="evaluations and throughput runs")
     parser.add_argument("--markdown", type=Path, help="write the table here")
     parser.add_argument("--plot", type=Path, help="draw here (needs matplotlib)")
     args = parser.parse_args(argv)
-    for option, path in (("--markdown", args.markdown), ("--plot", args.plot)):
-        if path and (path.is_dir() or not path.absolute().parent.is_dir()):
-            fail(f"{option} {path}: a file in an existing folder wanted")
-    if args.plot and importlib.util.find_spec("matplotlib") is None:
-        fail("--plot needs matplotlib: pip install matplotlib, or pip install 'xclip-fast[plot]'")
+    arguments.check_outputs(markdown=args.markdown, plot=args.plot)
     return args
 
 
@@ -309,9 +301,7 @@ def main(argv: list[str] | None = None) -> int:
     points = [*paper_points(), *measured, *mixed_points(speeds, measured)]
     print_table(points)
     if args.markdown:
-        part = args.markdown.with_name(f".{args.markdown.name}.{os.getpid()}")
-        part.write_text(markdown(points), encoding="utf-8")
-        part.replace(args.markdown)
+        write_text(args.markdown, markdown(points))
     if args.plot:
         plot(points, args.plot)
     return 0

@@ -2,13 +2,12 @@
 
     python benchmarks/cold_start.py CHECKPOINT CLIP.mp4 --labels "riding a bike,swimming" --runs 5
 
-Every run is a fresh process that does what the command does. Files are in the page cache after the first run, which
-does not count. Without a checkpoint at hand, `--random VARIANT` writes one with random weights first.
+Every run is a new process that does the work of the command. The first run fills the page cache and does not count.
+`--random VARIANT` first writes a checkpoint with random weights.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import statistics
@@ -17,6 +16,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+import arguments
 
 PARTS = ("start", "imports", "weights", "labels", "decode", "model")
 CHILD = """
@@ -44,7 +45,7 @@ print(json.dumps(marks))
 
 
 def one_run(checkpoint: str, clip: str, labels: str) -> dict[str, tuple[float, float]]:
-    """Seconds of each part in a fresh process: passed, and of the processor (of all threads)."""
+    """(wall seconds, processor seconds of all threads) of each part in a new process."""
     begin = time.time(), 0.0
     given = [sys.executable, "-c", CHILD, checkpoint, clip, labels]
     marks = [begin, *json.loads(subprocess.run(given, capture_output=True, text=True, check=True).stdout)]
@@ -53,7 +54,7 @@ def one_run(checkpoint: str, clip: str, labels: str) -> dict[str, tuple[float, f
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments.parser(__doc__)
     parser.add_argument("checkpoint", nargs="?")
     parser.add_argument("clip", nargs="?")
     parser.add_argument("--labels", default="riding a bike,swimming")

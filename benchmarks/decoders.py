@@ -1,6 +1,6 @@
-"""The contenders of decode.py: ways to get a few frames out of a video file.
+"""The contenders of decode.py: ways to decode a few frames of a video file.
 
-Each takes a file and sorted frame numbers and gives uint8 (n, H, W, 3), RGB, on one thread.
+Each takes a file and sorted frame numbers and returns uint8 RGB (n, H, W, 3), on one thread.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ EXACT, APPROXIMATE = "TorchCodec, exact", "TorchCodec, approximate"
 
 
 def converter() -> Callable[[av.VideoFrame], np.ndarray]:
-    """Frames to RGB, as exactly as ours, so that the pixels may be compared and the work is the same."""
+    """Converts frames to RGB with our settings, so that the pixels and the work can be compared."""
     convert = functools.partial(VideoReformatter().reformat, format="rgb24", interpolation=EXACT_COLOR, threads=1)
     return lambda frame: convert(frame).to_ndarray()
 
 
 def full_decode(path: Path, numbers: Sequence[int]) -> np.ndarray:
-    """Decode all frames, convert those that are wanted."""
+    """Decode all frames and convert those asked for."""
     wanted, to_rgb = set(numbers), converter()
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
@@ -38,7 +38,7 @@ def full_decode(path: Path, numbers: Sequence[int]) -> np.ndarray:
 
 
 def seek_for_each(path: Path, numbers: Sequence[int]) -> np.ndarray:
-    """For each frame a seek to the keyframe before it, and decoding up to it: the usual loop."""
+    """For each frame, seek to the keyframe before it and decode up to it: the usual loop."""
     found, to_rgb = [], converter()
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
@@ -80,7 +80,7 @@ def torchcodec(path: Path, numbers: Sequence[int], mode: str) -> np.ndarray:
 
 
 def contenders_of(plans: dict[Path, Source]) -> Iterator[tuple[str, Callable[..., np.ndarray] | str]]:
-    """By name, what to call; or why it is not there."""
+    """Each contender's name, and its function or why it cannot run."""
     yield FULL, full_decode
     yield PLANNED, decode_frames
     yield STORED, lambda path, numbers: decode_frames(plans[path], numbers)
@@ -96,8 +96,8 @@ def contenders_of(plans: dict[Path, Source]) -> Iterator[tuple[str, Callable[...
                 importlib.import_module(module)
             except (ImportError, OSError, RuntimeError) as error:
                 cause: BaseException = error
-                while cause.__cause__ or cause.__context__:  # the last says what is missing
+                while cause.__cause__ or cause.__context__:  # the innermost one says what is missing
                     cause = cause.__cause__ or cause.__context__ or cause
-                note = f"does not load here: {(str(cause) or type(cause).__name__).splitlines()[0]}"
+                note = f"cannot be imported: {(str(cause) or type(cause).__name__).splitlines()[0]}"
         for name, call in entries.items():
             yield name, note or call

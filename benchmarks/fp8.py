@@ -1,10 +1,10 @@
-"""What float8 costs in accuracy: a checkpoint's answers in float32, in bfloat16 and quantised, on video files.
+"""What float8 costs in accuracy: a checkpoint's answers to video files in float32, bfloat16 and float8.
 
     python benchmarks/fp8.py CHECKPOINT CALIBRATION.jsonl TEST.jsonl
 
-Calibrates on some videos of one manifest and answers those of the other, among its classes. What bfloat16
-changes is the measure for what float8 does. On a CPU the arithmetic is emulated: the accuracy is the scheme's, and
-nothing is timed.
+Calibrates on some videos of the first manifest and classifies those of the second among its classes. Compare what
+float8 changes with what bfloat16 changes. On a CPU the float8 arithmetic is emulated, with the same accuracy; nothing
+is timed.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def answers(model: XCLIP, manifest: Manifest, texts: list[str], args: argparse.N
 
 
 def compare(exact: Tensor, found: Tensor, labels: Tensor) -> dict[str, float]:
-    """How ``found`` differs from ``exact``; accuracies are shares of the videos."""
+    """How ``found`` differs from ``exact``; accuracies are fractions."""
     cosine = F.cosine_similarity(found, exact, dim=1)
     return {
         "top-1": (found.argmax(1) == labels).float().mean().item(),
@@ -58,16 +58,20 @@ def compare(exact: Tensor, found: Tensor, labels: Tensor) -> dict[str, float]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path, help="what XCLIP.from_pretrained reads")
+    parser.add_argument("checkpoint", type=Path, help="checkpoint, as XCLIP.from_pretrained takes it")
     parser.add_argument("calibration", type=Path, help="manifest of videos to calibrate on")
-    parser.add_argument("test", type=Path, help="manifest of videos to answer")
-    parser.add_argument("--calibration-videos", type=int, default=64, help="how many (default 64)")
-    parser.add_argument("--sampling", default="sparse", help="of frames (default sparse)")
-    parser.add_argument("--stride", type=int, default=1, help="of frames, where the sampling is dense")
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--workers", type=int, help="of the loader; 0: none")
+    parser.add_argument("test", type=Path, help="manifest of videos to classify")
+    parser.add_argument(
+        "--calibration-videos", type=int, default=64, help="number of videos to calibrate on (default 64)"
+    )
+    parser.add_argument("--sampling", default="sparse", help="sparse or dense (default sparse)")
+    parser.add_argument(
+        "--stride", type=int, default=1, help="frames between the frames of a clip, with dense sampling (default 1)"
+    )
+    parser.add_argument("--batch-size", type=int, default=16, help="videos in a batch (default 16)")
+    parser.add_argument("--workers", type=int, help="worker processes of the loader; 0: decode in this process")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--json", type=Path, help="file for the results")
     args = parser.parse_args(argv)
     model = XCLIP.from_pretrained(args.checkpoint, device=args.device, dtype=torch.float32)
     test, calibration = Manifest.read(args.test), Manifest.read(args.calibration)

@@ -1,11 +1,12 @@
-"""Puts what gpu_check.py needs on a bare machine into one folder: ``make gpu-bundle``.
+"""Makes a folder with all that gpu_check.py needs on another machine: ``make gpu-bundle``.
 
     python benchmarks/gpu_bundle.py dist/gpu-bundle
     (on the machine, in that folder)  python3 benchmarks/gpu_check.py --out DIR
 
-The folder holds the tree's files, the CUDA library (kernels/libxclip_fast.so), its check program (check/), the same
-library with CUTLASS's trace, which says why a launch failed (traced/), and wheels of av for Python 3.12 (wheels/).
-Nothing is built there. Here nvcc, cmake and CUTLASS's headers build the library; without them it is left out, and said.
+The folder holds the repository's files, the CUDA library (kernels/libxclip_fast.so), its check program (check/), the
+library with CUTLASS's trace, which says why a launch failed (traced/), and wheels of av for Python 3.12 (wheels/), so
+that nothing is built on that machine. Building the library here takes nvcc, cmake and CUTLASS's headers; without them
+the script leaves it out and says so.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 MOST_BYTES = 60 << 20
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
-LEFT_OUT = ("benchmarks/results/", "docs/")  # large, and read by nothing there
+LEFT_OUT = ("benchmarks/results/", "docs/")  # large, and nothing there reads them
 
 
 def copy_tree(to: Path) -> None:
@@ -70,14 +71,16 @@ def add_wheels(to: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="made anew; an older bundle in its place is replaced")
-    parser.add_argument("--work", type=Path, default=ROOT / "build" / "gpu-bundle", help="for the builds; kept")
-    parser.add_argument("--no-library", action="store_true", help="without the CUDA library")
-    parser.add_argument("--no-wheels", action="store_true", help="without the wheels of av")
+    parser.add_argument("folder", type=Path, help="folder of the bundle; an older bundle there is replaced")
+    parser.add_argument(
+        "--work", type=Path, default=ROOT / "build" / "gpu-bundle", help="folder of the builds, which is kept"
+    )
+    parser.add_argument("--no-library", action="store_true", help="leave out the CUDA library")
+    parser.add_argument("--no-wheels", action="store_true", help="leave out the wheels of av")
     args = parser.parse_args(argv)
     if args.folder.exists():
         if not (args.folder / "benchmarks" / "gpu_check.py").exists():
-            parser.error(f"{args.folder} exists and is no bundle: name another folder")
+            parser.error(f"{args.folder} exists and is not a bundle: choose another folder")
         shutil.rmtree(args.folder)
     args.folder.mkdir(parents=True)
     copy_tree(args.folder)

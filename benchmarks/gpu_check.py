@@ -1,13 +1,13 @@
-"""Everything that a GPU should be asked, in order of value, in minutes, on a bare machine without a network.
+"""All checks and benchmarks of a GPU, the most valuable first: minutes on a machine without network access.
 
     python benchmarks/gpu_check.py --out DIR                    # all stages
     python benchmarks/gpu_check.py --out DIR --stages machine,smoke,headline
-    python benchmarks/gpu_check.py --out DIR --rehearse         # on a CPU, tiny: every stage must give its rows
+    python benchmarks/gpu_check.py --out DIR --rehearse         # on a CPU at tiny sizes
 
-Every case runs in a process of its own with a time limit, and every row goes to DIR/rows.jsonl at once, so a crash, a
-hang or a wrong result costs that case alone. DIR gets rows.jsonl, log.txt (the end of each case's output), table.txt
-and choices.json. It runs from an install, or from a bare copy of the repository (``make gpu-bundle``), for which it
-lays the package out itself. README.md beside this file lists the stages.
+Each case runs in its own process with a time limit, and each row goes to DIR/rows.jsonl at once, so a crash, a hang or
+a wrong result costs only that case. The script also writes log.txt (the end of each case's output), table.txt and
+choices.json. It works with an installed package or in a bare copy of the repository (``make gpu-bundle``). README.md
+in this folder lists the stages.
 """
 
 from __future__ import annotations
@@ -36,36 +36,42 @@ FAULTS = ("kill", "hang", "wrong")
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="the folder for the results; made if it is missing")
-    parser.add_argument("--stages", default=",".join(STAGE_NAMES), help=f"some of {', '.join(STAGE_NAMES)}")
-    parser.add_argument("--cases", default="", help="comma-separated: only cases whose name holds one of these")
-    parser.add_argument("--seconds", type=float, help="the most that any stage may take (default: each stage's own)")
-    parser.add_argument("--rehearse", action="store_true", help="on the CPU, tiny, with Triton's interpreter")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
+    parser.add_argument(
+        "--stages",
+        default=",".join(STAGE_NAMES),
+        help=f"comma-separated: some of {', '.join(STAGE_NAMES)} (default: all)",
+    )
+    parser.add_argument("--cases", default="", help="comma-separated: run only cases whose name contains one of these")
+    parser.add_argument("--seconds", type=float, help="time limit of each stage (default: its own)")
+    parser.add_argument(
+        "--rehearse", action="store_true", help="run on the CPU at tiny sizes, with Triton's interpreter"
+    )
     parser.add_argument(
         "--break",
         dest="faults",
         action="append",
         default=[],
         metavar="CASE=HOW",
-        help=f"with --rehearse: {', '.join(FAULTS)}; what the first contender of a case does",
+        help=f"with --rehearse: let the first contender of this case fail, as {', '.join(FAULTS)}",
     )
     args = parser.parse_args(argv)
     args.stages = [name.strip() for name in args.stages.split(",")]
     if unknown := [name for name in args.stages if name not in STAGE_NAMES]:
-        parser.error(f"--stages: {', '.join(map(repr, unknown))}; some of {', '.join(STAGE_NAMES)} wanted")
+        parser.error(f"--stages: {', '.join(map(repr, unknown))}; the stages are {', '.join(STAGE_NAMES)}")
     if args.seconds is not None and not args.seconds > 0:
-        parser.error(f"--seconds {args.seconds}: a positive time wanted")
+        parser.error(f"--seconds {args.seconds}: give a positive time")
     if args.faults and not args.rehearse:
         parser.error("--break is for rehearsals: add --rehearse")
     pairs = [fault.rsplit("=", 1) for fault in args.faults]
     if any(len(pair) != 2 or pair[1] not in FAULTS for pair in pairs):
-        parser.error(f"--break {' '.join(args.faults)}: CASE=HOW wanted, HOW one of {', '.join(FAULTS)}")
+        parser.error(f"--break {' '.join(args.faults)}: give CASE=HOW, with HOW one of {', '.join(FAULTS)}")
     args.faults = {case: how for case, how in pairs}
     return args
 
 
 def lay_out(site: Path) -> None:
-    """Put the package, as pip would, and the wheels that travel with it into a folder; nothing is built."""
+    """Copy the package into a folder as pip would, and install the bundle's wheels there; nothing is built."""
     shutil.copytree(ROOT / "xclip_fast", site / "xclip_fast", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "kernels", site / "xclip_fast" / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
     for wheel in sorted((ROOT / "wheels").glob("*.whl")):
@@ -75,22 +81,22 @@ def lay_out(site: Path) -> None:
                 [*pip, "--target", str(site), str(wheel)], capture_output=True, text=True, check=False
             )
             if done.returncode:
-                print(f"{wheel.name} is not installed: {done.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
+                print(f"{wheel.name} was not installed: {done.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
 
 
 def prepare(scratch: Path, rehearse: bool) -> None:
-    """The environment of every case: where the package is, and one cache for what Triton and Inductor compile."""
+    """Set the environment of all cases: the path of the package, and shared caches of Triton and Inductor."""
     paths = [str(HERE)]
     if importlib.util.find_spec("xclip_fast") is None:
         lay_out(scratch / "site")
         paths.append(str(scratch / "site"))
     sys.path[:0] = [path for path in paths if path not in sys.path]
     os.environ["PYTHONPATH"] = os.pathsep.join([*paths, *filter(None, [os.environ.get("PYTHONPATH")])])
-    os.chdir(scratch)  # a new Python looks here first: not into a tree whose package is not laid out
+    os.chdir(scratch)  # Python imports from the current folder first: not from a bare copy
     os.environ["TRITON_CACHE_DIR"] = str(scratch / "triton")
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(scratch / "inductor")
-    os.environ["XDG_CACHE_HOME"] = str(scratch / "cache")  # no table that was measured before decides here
-    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # asking whether there is a GPU must not start CUDA before a fork
+    os.environ["XDG_CACHE_HOME"] = str(scratch / "cache")  # ignore tables that were measured before
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # cuda.is_available() must not start CUDA before a fork
     os.environ.setdefault("OMP_NUM_THREADS", "1" if rehearse else "4")
     if rehearse:
         os.environ["TRITON_INTERPRET"] = "1"
@@ -98,7 +104,7 @@ def prepare(scratch: Path, rehearse: bool) -> None:
 
 
 def write_results(out: Path, rows: list[dict], seconds: dict[str, float]) -> None:  # type: ignore[type-arg]
-    """The table and, from the rows of the stage "table", choices.json; printed as well."""
+    """Write and print the table; write choices.json from the rows of the stage "table"."""
     from gpu import report
 
     text = "\n".join(report.lines(rows, seconds))
@@ -141,7 +147,7 @@ def run(args: argparse.Namespace, scratch: Path) -> int:
     try:
         runner.run("machine", STAGES["machine"](args.rehearse)[:1], 60.0)
         if not stamp(rows):  # this CUDA does not start in a forked process
-            say("the first case failed; cases are started anew instead of forked, which takes longer")
+            say("the first case failed: from now on each case is a new process instead of a fork, which takes longer")
             runner.start_anew()
             runner.run("machine", STAGES["machine"](args.rehearse)[:1], 60.0)
             stamp(rows)
@@ -160,12 +166,12 @@ def run(args: argparse.Namespace, scratch: Path) -> int:
         write_results(args.out, rows.all, seconds)
     empty = [stage for stage in plans if not any(good(row) for row in rows.all if row["stage"] == stage)]
     if empty:
-        print(f"error: no figure came from {', '.join(empty)}", file=sys.stderr)
+        print(f"error: no results from {', '.join(empty)}", file=sys.stderr)
     return 1 if empty or any(map(trouble, rows.all)) else 0
 
 
 def plan(args: argparse.Namespace) -> dict[str, list[Case]]:
-    """The cases of each stage that is asked for; the first of all, "versions", runs anyway."""
+    """The cases of the chosen stages, without "versions", which always runs first."""
     parts = [part.strip() for part in args.cases.split(",")]
     plans = {}
     for stage in STAGE_NAMES:
@@ -181,7 +187,7 @@ def good(row: dict[str, object]) -> bool:
 
 
 def stamp(rows: Rows) -> bool:
-    """Every later row carries the device and the versions that the first case found, if it did."""
+    """Add the device and the versions that the first case found to all later rows; False if it found none."""
     for row in rows.all:
         if "environment" in row:
             known = row["environment"]

@@ -1,4 +1,4 @@
-"""Made-up action labels for the benchmarks: as many different ones as wanted, the same ones each time."""
+"""Generated action labels for the benchmarks: any number of different ones, the same in each run."""
 
 from __future__ import annotations
 

@@ -1,21 +1,19 @@
-"""What the benchmarks share: timing, memory, the GEMM limits, the machine's description, atomic JSON."""
+"""Shared by the benchmarks: timing, memory, GEMM limits, the description of the machine, atomic JSON."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import datetime
-import importlib.metadata
 import json
 import math
 import os
-import platform
 import shlex
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,25 +21,17 @@ import torch
 import torch.nn.functional as F
 from xclip_fast.kernels._linear import NATIVE_ON_CPU
 
-import xclip_fast
+from xclip_fast import XCLIP, TextConfig, VisionConfig, XCLIPConfig, info
+from xclip_fast.files import write_text
 from xclip_fast.flops import Product
 
 SWIN_WARM_UPS, SWIN_RUNS = 50, 30  # the procedure of the paper's Table 1
 CPU_RUNS = 10
-clock = time.perf_counter  # of timed calls on a CPU; time.process_time counts what this process alone computed
+clock = time.perf_counter  # for timed calls on a CPU; time.process_time leaves out what other processes compute
 
 
 def environment(device: str) -> dict[str, Any]:
-    versions: dict[str, str | None] = {}
-    for package in ("torch", "triton", "transformers", "numpy", "av"):
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
-    cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
+    """The machine, the packages, the commit and the command, for a file of results."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
     try:
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
@@ -49,14 +39,9 @@ def environment(device: str) -> dict[str, Any]:
         written = Path(__file__).with_name("COMMIT")  # in a bundle, which has no git
         commit = written.read_text().strip() if written.exists() else None
     return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else cpu,
-        "cpu": cpu,
+        **info.environment(device),
         "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "native_bf16": device == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported(),
-        "python": platform.python_version(),
-        "xclip_fast": xclip_fast.__version__,
-        **versions,
+        "native_bf16": device == "cuda" or NATIVE_ON_CPU[torch.bfloat16],
         "commit": commit,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": shlex.join(["python", *sys.argv]),
@@ -65,7 +50,7 @@ def environment(device: str) -> dict[str, Any]:
 
 
 def timed(call: Callable[[], Any], device: str) -> Callable[[], float]:
-    """Run ``call``; the result gives its seconds and, on a GPU, waits for them."""
+    """Runs ``call``. The result, when it is called, waits for the GPU, if any, and returns the seconds."""
     if device == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
@@ -84,7 +69,7 @@ def timed(call: Callable[[], Any], device: str) -> Callable[[], float]:
 
 
 def peak_memory(call: Callable[[], Any], device: str) -> tuple[Any, int | None]:
-    """The result of ``call`` and the bytes it took at its peak above what was taken before; None if unknown."""
+    """The result of ``call``, and its peak memory in bytes above the memory in use before; None if it is unknown."""
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -93,7 +78,7 @@ def peak_memory(call: Callable[[], Any], device: str) -> tuple[Any, int | None]:
         torch.cuda.synchronize()
         return result, torch.cuda.max_memory_allocated() - before
     with contextlib.suppress(AttributeError, OSError):
-        ctypes.CDLL(None).malloc_trim(0)  # give back what earlier calls left, or it would hide growth
+        ctypes.CDLL(None).malloc_trim(0)  # memory that earlier calls freed would hide growth
     try:
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak, VmHWM
     except OSError:  # not Linux, or not allowed
@@ -109,18 +94,18 @@ def resident(field: str) -> int:
 
 
 def failure(error: BaseException) -> str:
-    """One line for a row's note. Triton's own errors (OutOfResources, CompilationError) are no RuntimeErrors."""
+    """The error as one line for a row's note. Triton's errors are not RuntimeErrors, so their type is named."""
     said = str(error).strip().splitlines()
     name = "" if type(error) is RuntimeError and said else f"{type(error).__name__}: " if said else type(error).__name__
     return f"failed: {name}{said[0] if said else ''}"
 
 
 def measure(contenders: dict[str, Callable[[], Any]], device: str, seconds: float) -> dict[str, dict[str, Any]]:
-    """Time the contenders in turn (A B A B ...), within about ``seconds``.
+    """Times the contenders in turn (A B A B ...) for about ``seconds`` in all.
 
     Returns:
-        of each contender ``output``, ``peak_memory``, ``seconds`` of every timed call and the number of ``warm_ups``
-        before them; or a ``note`` that says how it failed. Where no second call fits, the first one counts.
+        for each contender ``output``, ``peak_memory``, the ``seconds`` of every timed call and the number of
+        ``warm_ups``; or a ``note`` that says how it failed. If there is no time for a second call, the first counts.
     """
     runs, warm_ups = (SWIN_RUNS, SWIN_WARM_UPS) if device == "cuda" else (CPU_RUNS, 1)
     begin = time.perf_counter()
@@ -169,9 +154,9 @@ def gemm_seconds(rows: int, inner: int, columns: int, dtype: torch.dtype, device
 
 
 def limit_seconds(rows: int, inner: int, columns: int, dtype: torch.dtype, device: str, seconds: float = 1.0) -> float:
-    """As ``gemm_seconds``, by the faster of torch's own choice and, on a CPU, oneDNN with a packed weight.
+    """As ``gemm_seconds``. On a CPU it is the faster of torch's choice and oneDNN with a packed weight.
 
-    In float32 if the CPU has no instructions for ``dtype``.
+    A CPU without instructions for ``dtype`` computes in float32.
     """
     if device != "cpu":
         return gemm_seconds(rows, inner, columns, dtype, device, seconds)
@@ -198,7 +183,7 @@ def gemm_rate(dtype: torch.dtype, device: str) -> float:
 
 
 def own_gemms(products: Iterable[Product], dtype: torch.dtype, device: str) -> float:
-    """Seconds of the bare GEMMs of the model's own shapes, one after another: attention and all else for nothing."""
+    """Seconds of the bare GEMMs of the model's own shapes, one after another, without attention and the rest."""
     shapes: dict[tuple[int, int, int], int] = {}
     for product in products:
         if product.weight:
@@ -207,11 +192,35 @@ def own_gemms(products: Iterable[Product], dtype: torch.dtype, device: str) -> f
     return sum(times * limit_seconds(*shape, dtype, device, 0.3) for shape, times in shapes.items())
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write whole or not at all."""
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        part.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes the file whole or not at all, with one line for each key and for each row of a list."""
+
+    def lines(value: Any) -> str:
+        if isinstance(value, list) and value:
+            return "[\n  " + ",\n  ".join(json.dumps(row, allow_nan=False) for row in value) + "\n ]"
+        return json.dumps(value, allow_nan=False)
+
+    write_text(path, "{\n" + ",\n".join(f" {json.dumps(key)}: {lines(content[key])}" for key in content) + "\n}\n")
+
+
+def append_json(path: Path | None, content: Mapping[str, Any]) -> None:
+    """Print the content as a line of JSON, and append it to the file, if there is one."""
+    line = json.dumps(content)
+    print(line)
+    if path:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+
+def small_model(image_size: int = 64, patch_size: int = 16) -> XCLIP:
+    """A small model of 8 frames with random weights, for the benchmarks that measure what is around a model."""
+    torch.manual_seed(0)
+    vision = VisionConfig(image_size=image_size, patch_size=patch_size, width=128, layers=2, heads=2)
+    text = TextConfig(width=64, layers=2, heads=1)
+    return XCLIP(XCLIPConfig(vision=vision, text=text, embed_dim=64, num_frames=8)).eval()
+
+
+def quartiles(values: Sequence[float]) -> list[float]:
+    """First quartile, median, third quartile, to six digits."""
+    found = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
+    return [float(f"{value:.6g}") for value in found]

@@ -1,12 +1,12 @@
-"""What each part of X-CLIP is for: the paper's component ablation (Table 6) on clips that only their order tells apart.
+"""The effect of each part of X-CLIP: the component ablation (Table 6) on clips that differ in their order alone.
 
     python benchmarks/motion.py
 
-The classes of the motion clips come in pairs, and one class of a pair is the other played backwards: with the order of
-its frames lost, a clip fits both. Writes the clips as mp4 files, indexes them, trains each model from random weights
-through the real loader and loop (`xclip_fast/configs/motion.yaml`), and tests it on clips that were not trained on.
-Everything stays in the work folder; what is there already is not made again. The models are trained two at a time, each
-on one core.
+The classes of the motion clips come in pairs. One class of a pair is the other played backwards, so a model that
+ignores the order of the frames cannot tell them apart. The script writes the clips as mp4 files, indexes them, trains
+each model from random weights with the real loader and training loop (`xclip_fast/configs/motion.yaml`), and tests it
+on other clips. All files stay in the work folder and are not made again. Two models are trained at a time, each on one
+core.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import measuring
 
 from xclip_fast.data.manifest.manifest import Manifest
 
-# Each row has what the row before it has.
+# Each row adds a part to the row before it.
 MODELS = {
     "CLIP-Mean": ["model.vision.cross_frame=false", "model.mit_layers=0", "model.prompt=none"],
     "+ cross-frame communication": ["model.mit_layers=0", "model.prompt=none"],
@@ -34,7 +34,7 @@ MODELS = {
 
 
 def by_order(confusion: Any) -> tuple[float, float]:
-    """Share of clips put into the right pair of classes; and of these, the share with the right order (chance: 1/2)."""
+    """The share of clips in the right pair of classes, and the share of those with the right order (chance: 1/2)."""
     pairs = confusion.reshape(5, 2, 5, 2).diagonal(axis1=0, axis2=2)  # (2, 2, 5): truth, prediction, pair
     in_pair = int(pairs.sum())
     return in_pair / int(confusion.sum()), int(pairs[0, 0].sum() + pairs[1, 1].sum()) / max(1, in_pair)
@@ -54,16 +54,18 @@ def test(checkpoint: Path, manifest: Path) -> dict[str, float]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("runs/motion-ablation"), help="folder for clips and runs")
-    parser.add_argument("--clips", type=int, default=1000, help="training clips a class (default 1000)")
-    parser.add_argument("--test-clips", type=int, default=100, help="test clips a class (default 100)")
-    parser.add_argument("--seed", type=int, default=0, help="of clips and weights (default 0)")
-    parser.add_argument("--models", default=",".join(MODELS), help="which rows, between commas (default: all)")
+    parser.add_argument("--clips", type=int, default=1000, help="training clips of each class (default 1000)")
+    parser.add_argument("--test-clips", type=int, default=100, help="test clips of each class (default 100)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of clips and weights (default 0)")
+    parser.add_argument("--models", default=",".join(MODELS), help="rows, comma-separated (default: all)")
     parser.add_argument("--json", type=Path, help="write the figures here")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the training, such as optim.epochs=5")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="training configuration, such as optim.epochs=5"
+    )
     args = parser.parse_args()
     names = args.models.split(",")
     if unknown := [name for name in names if name not in MODELS]:
-        parser.error(f"no such model: {', '.join(unknown)}; there are: {', '.join(MODELS)}")
+        parser.error(f"unknown: {', '.join(unknown)}; the models are {', '.join(MODELS)}")
     begin = time.perf_counter()
     data = args.work / "data"
     given = ["--clips", str(args.clips), "--test-clips", str(args.test_clips), "--seed", str(args.seed)]

@@ -1,4 +1,4 @@
-"""Makes a page of results from generated clips, and pictures of it in a real browser, in light and dark.
+"""Writes a page of search results for generated clips, and screenshots of it in a browser, light and dark.
 
     apt-get install chromium && pip install playwright
     python benchmarks/page.py --out pictures            # page.html, page-light.png, page-dark.png, page-narrow.png
@@ -13,9 +13,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
-import torch
+import measuring
 
-from xclip_fast import XCLIP, TextConfig, VisionConfig, XCLIPConfig
 from xclip_fast.data.motion import CLASSES, render, write_clip
 from xclip_fast.search import Index
 from xclip_fast.search.page import Page
@@ -23,7 +22,7 @@ from xclip_fast.search.page import Page
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="a folder")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the page and the screenshots")
     options = parser.parse_args()
     from playwright.sync_api import sync_playwright
 
@@ -36,11 +35,7 @@ def main() -> None:
         odd = folder / "<script>alert(1)<"
         odd.mkdir()
         write_clip(odd / "script>.mp4", render("growing", 50, frames=36, size=(320, 180)), 12)
-        torch.manual_seed(0)
-        vision = VisionConfig(image_size=64, patch_size=16, width=128, layers=2, heads=2)
-        text = TextConfig(width=64, layers=2, heads=1)
-        model = XCLIP(XCLIPConfig(vision=vision, text=text, embed_dim=64, num_frames=8)).eval()
-        index = Index.open(folder / "store", model=model)
+        index = Index.open(folder / "store", model=measuring.small_model())
         index.add(folder)
         page = Page(options.out / "page.html", overwrite=True, random_weights=True)
         page.add_hits("something that grows", index.search("something that grows", top=6))
@@ -55,7 +50,7 @@ def main() -> None:
             view.wait_for_timeout(1000)
             view.screenshot(path=options.out / f"page-{name}.png")
         browser.close()
-    print(f"{options.out}: page.html and three pictures of it")
+    print(f"{options.out}: page.html and three screenshots")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Draw the speed of each contender over ours, from what throughput.py wrote with --json.
+"""Draws the speed of each contender over Hugging Face's, from JSON files of throughput.py.
 
     python benchmarks/plot_peers.py benchmarks/results/cpu-*.json --work tower --out docs/cpu-peers.svg
 
@@ -64,9 +64,10 @@ def main(argv: list[str] | None = None) -> int:
     reports = [json.loads(path.read_text(encoding="utf-8")) for path in args.results]
     groups = speeds(reports, args.work)
     if not groups:
-        parser.error(f"no row of work {args.work!r} beside {ORDER[0]} in {', '.join(map(str, args.results))}")
+        parser.error(f"no row of work {args.work!r} together with {ORDER[0]} in {', '.join(map(str, args.results))}")
     environment = reports[-1]["environment"]
-    title = f"{environment['device']}, {environment['threads']} threads, one video, {args.work}"
+    threads = f"{environment['threads']} thread{'s' * (environment['threads'] > 1)}"
+    title = f"{environment['device']}, {threads}, one video, {args.work}"
     draw(groups, title, args.out)
     return 0
 

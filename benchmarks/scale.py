@@ -3,15 +3,14 @@
     pip install 'xclip-fast[ray]' s3fs 'moto[server]'
     python benchmarks/scale.py --clips 2000
 
-S3 is played by moto on 127.0.0.1. Checks that each file is in the store once, that errors are named, that vectors
-equal those of plain `embed`, and that after a SIGKILL of the driver, and one of an actor, only what was unfinished is
-embedded again. Prints one JSON object.
+moto serves S3 on 127.0.0.1. The script kills the driver, runs the command again and kills an actor, then runs it once
+more. It checks that each file is in the store once, that the errors name their files, that the vectors equal those of
+plain `embed`, and that each run embeds only what the runs before left unfinished. Prints one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import re
@@ -23,6 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import measuring
 import numpy as np
 
 BUCKET, ON_S3 = "clips", 50
@@ -30,8 +30,8 @@ BUCKET, ON_S3 = "clips", 50
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--clips", type=int, default=2000)
-    parser.add_argument("--broken", type=float, default=0.02, help="share")
+    parser.add_argument("--clips", type=int, default=2000, help="number of clips (default 2000)")
+    parser.add_argument("--broken", type=float, default=0.02, help="share of broken files (default 0.02)")
     parser.add_argument("--json", type=Path, help="append the result to this file")
     options = parser.parse_args()
     from moto.server import ThreadedMotoServer
@@ -48,13 +48,10 @@ def main() -> None:
     }
     try:
         with tempfile.TemporaryDirectory(prefix="xclip-scale-") as folder:
-            line = json.dumps({"benchmark": "scale", **run(Path(folder), options.clips, options.broken)})
+            result = run(Path(folder), options.clips, options.broken)
     finally:
         s3.stop()
-    print(line)
-    if options.json:
-        with open(options.json, "a", encoding="utf-8") as file:
-            file.write(line + "\n")
+    measuring.append_json(options.json, {"benchmark": "scale", **result})
 
 
 def run(folder: Path, clips: int, broken: float) -> dict[str, Any]:
@@ -63,7 +60,8 @@ def run(folder: Path, clips: int, broken: float) -> dict[str, Any]:
     begun = time.perf_counter()
     bad = _make_clips(folder, clips, broken)
     result: dict[str, Any] = {"clips": clips, "broken": len(bad), "on_s3": ON_S3, "make_s": _since(begun)}
-    weights = _weights(folder)
+    weights = folder / "weights"
+    measuring.small_model().save_pretrained(weights)
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
     cluster.add_node(num_cpus=2)
     try:
@@ -73,7 +71,7 @@ def run(folder: Path, clips: int, broken: float) -> dict[str, Any]:
             *("--out", str(store), "-c", str(weights), "--device", "cpu", "--dtype", "float32"),
             *("--ray", "--address", cluster.address, "--actors", "2", "--decoders", "2"),
         ]
-        # The driver is killed when about a third is written.
+        # Kill the driver when about a third is written.
         first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         begun = time.perf_counter()
         while _count(store) < clips // 3 and first.poll() is None:
@@ -82,8 +80,8 @@ def run(folder: Path, clips: int, broken: float) -> dict[str, Any]:
         first.wait()
         result |= {"driver_killed_after_s": _since(begun), "files_written_before": _count(store)}
         print(result, file=sys.stderr)
-        time.sleep(3)  # its actors end
-        # In the second run an actor is killed.
+        time.sleep(3)  # until its actors have ended
+        # Kill an actor of the second run.
         begun = time.perf_counter()
         second = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         killed = 0
@@ -115,7 +113,7 @@ def run(folder: Path, clips: int, broken: float) -> dict[str, Any]:
     subprocess.run(plain, capture_output=True, text=True)
     result["plain_embed_s"] = _since(begun)
     ours, theirs = (_vectors(path) for path in (store, folder / "plain"))
-    assert ours.keys() == theirs.keys(), "other files than plain embed"
+    assert ours.keys() == theirs.keys(), "the files differ from those of plain embed"
     assert len(ours) == clips + ON_S3 - len(bad)
     worst = max(float(np.abs(ours[key] - theirs[key]).max()) for key in ours)
     return {**result, "moments": len(ours), "each_once": True, "largest_difference": worst}
@@ -148,19 +146,6 @@ def _make_clips(folder: Path, clips: int, broken: float) -> list[str]:
     return bad
 
 
-def _weights(folder: Path) -> Path:
-    import torch
-
-    from xclip_fast import XCLIP, TextConfig, VisionConfig, XCLIPConfig
-
-    vision = VisionConfig(image_size=64, patch_size=16, width=128, layers=2, heads=2)
-    torch.manual_seed(0)
-    XCLIP(
-        XCLIPConfig(vision=vision, text=TextConfig(width=64, layers=2, heads=1), embed_dim=64, num_frames=8)
-    ).save_pretrained(folder / "weights")
-    return folder / "weights"
-
-
 def _count(store: Path) -> int:
     from xclip_fast.search.store import Store
 
@@ -171,12 +156,12 @@ def _vectors(store: Path) -> dict[str, np.ndarray]:
     from xclip_fast.search.store import Store
 
     found = Store.open(store).table.search().where("error IS NULL").select(["path", "vector"]).to_arrow().to_pylist()
-    assert len(found) == len({row["path"] for row in found}), "a file is there twice"
+    assert len(found) == len({row["path"] for row in found}), "a file has two rows"
     return {row["path"]: np.array(row["vector"], np.float32) for row in found}
 
 
 def _kill_an_actor(cluster: Any) -> int:
-    """SIGKILL to one process of this cluster that holds a model."""
+    """Kill one process of this cluster that holds a model (SIGKILL); return its pid, or 0 if there is none."""
     nodes = {
         process.process.pid
         for node in cluster.list_all_nodes()

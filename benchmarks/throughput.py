@@ -3,8 +3,8 @@
     python benchmarks/throughput.py                        # defaults: minutes on a CPU, everything on a GPU
     python benchmarks/throughput.py --variants B/16-8f --precisions bf16 --seconds 600 --json out.json --plot out.png
 
-Each row is one kind of work on one batch of videos against K labels. README.md beside this file says how each is
-measured and what the columns mean.
+Each row is one kind of work on one batch of videos and K labels. README.md beside this file explains the measurement
+and the columns.
 """
 
 from __future__ import annotations
@@ -25,10 +25,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import arguments
 import cpu_engines
 import measuring
 import torch
 import torch.nn.functional as F
+from arguments import fail
 from labels import MOST, label_list
 from torch import Tensor
 
@@ -37,68 +39,61 @@ from xclip_fast import flops
 from xclip_fast.config import PAPER_TABLE1, VARIANTS
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2, "fp16": 1e-2}  # of outputs against the peer's: the same random weights
-WORKS = {  # in the order they run: the longest last, when the weights are warm
+TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2, "fp16": 1e-2}  # between outputs of the same random weights
+WORKS = {  # in this order: the longest last, when the weights are warm
     "tower": "video tower",
     "cached": "labels cached",
     "files": "from mp4 files",
     "encoded": "labels encoded",
 }
 OURS, GRAPHED, FP8 = "xclip-fast", "xclip-fast graph", "xclip-fast fp8"
-DECODING, COMPUTING = "decoding alone", "model alone"  # of "from mp4 files", where both go on at once
+DECODING, COMPUTING = "decoding alone", "model alone"  # of "from mp4 files", in which both run at once
 EAGER, COMPILED = "Hugging Face", "HF compiled"
-GRAPHED_UP_TO = 8  # videos: beyond, launches hide behind the GPU's work, and a graph only keeps memory
+GRAPHED_UP_TO = 8  # videos; with more, the GPU's work hides the launches and a graph only takes memory
 HF_INSTALLED = importlib.util.find_spec("transformers") is not None
 AV_INSTALLED = importlib.util.find_spec("av") is not None
-COMPILE_SECONDS = {"cuda": 150.0, "cpu": 60.0}  # what the compiled peer must have left before its compilation starts
+COMPILE_SECONDS = {"cuda": 150.0, "cpu": 60.0}  # the least time left for a compilation to start
 ENGINES = {name.lower().replace(" ", ""): name for name in cpu_engines.PACKAGES}  # "openvino": "OpenVINO"
-ENGINE_SECONDS = 45.0  # what an engine must have left before its conversion starts
-BUSY = 0.25  # load average per core, before the run, from which on other work disturbs it
+ENGINE_SECONDS = 45.0  # the least time left for an engine's conversion to start
+BUSY = 0.25  # load average per core before the run; above it, other programs disturb the run
 COMPILED_BATCH = 32  # the compiled peer runs at the batch size nearest to this
 GPU_BATCHES = (1, 8, 32, 64, 128, 256, 512)  # until throughput grows by less than SATURATED
 SATURATED = 1.05
-FP8_COSINE = 0.99  # of its outputs with those in bfloat16; less is an error, not float8 (fp8.py measures accuracy)
+FP8_COSINE = 0.99  # of outputs in float8 and bfloat16; less is an error (fp8.py measures accuracy)
 NOT_RUN = "not run: a forward would take longer than --seconds leaves (the JSON holds the estimates)"
-BATCHES_A_CALL = 4  # of "from mp4 files": one batch alone could not be decoded ahead
+BATCHES_A_CALL = 4  # of "from mp4 files": a single batch could not be decoded ahead
 CLIP_FRAMES, CLIP_SIZE = 96, (256, 340)  # of the generated mp4 files
 
 
-def fail(message: str) -> NoReturn:
-    print(f"throughput.py: error: {message}", file=sys.stderr)
-    raise SystemExit(2)
-
-
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = fail  # type: ignore[method-assign]  # one line, not the usage as well
+    parser = arguments.parser(__doc__)
     parser.add_argument("--variants", default="auto", help=f"comma-separated, of {', '.join(VARIANTS)}")
     parser.add_argument("--precisions", default="auto", help=f"comma-separated, of {', '.join(PRECISIONS)}")
     parser.add_argument(
         "--batch-sizes", default="auto", help="comma-separated; auto: 1 on a CPU, up to saturation on a GPU"
     )
-    parser.add_argument("--labels", default="400", help="their number K, or a text file with one a line (default 400)")
+    parser.add_argument(
+        "--labels", default="400", help="number K of labels, or a text file with one on each line (default 400)"
+    )
     parser.add_argument("--works", default=",".join(WORKS), help=f"comma-separated, of {', '.join(WORKS)}")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--threads", type=int, help="of the CPU")
     parser.add_argument(
         "--processor-time",
         action="store_true",
-        help="on a busy CPU: time what the process itself computed, on one thread (implies --threads 1)",
+        help="for a busy CPU: measure the processor time of the process, on one thread (implies --threads 1)",
     )
-    parser.add_argument("--seconds", type=float, help="time to stay within (default: 130 on a CPU, unbounded on a GPU)")
+    parser.add_argument("--seconds", type=float, help="time limit (default: 130 on a CPU, none on a GPU)")
     parser.add_argument("--compile", action="store_true", help="also Hugging Face's model under torch.compile")
     parser.add_argument(
         "--engines", default="", help=f"also Hugging Face's video tower in these, on a CPU: {', '.join(ENGINES)}"
     )
-    parser.add_argument("--fp8", action="store_true", help="also ours quantised to float8, beside bf16 (see README.md)")
+    parser.add_argument("--fp8", action="store_true", help="also ours quantized to float8, beside bf16 (see README.md)")
     parser.add_argument("--backend", default="auto", help="of xclip-fast's ops (see xclip-fast info)")
     parser.add_argument("--json", type=Path, help="write every raw timing here")
     parser.add_argument("--plot", type=Path, help="draw throughput against FLOPs here (needs matplotlib)")
     args = parser.parse_args(argv)
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    elif args.device == "cuda" and not torch.cuda.is_available():
-        fail("--device cuda: torch sees no CUDA device; run with --device cpu, or install a CUDA build of torch")
+    args.device = arguments.device(args.device)
     gpu = args.device == "cuda"
     args.variants = chosen("--variants", args.variants, list(PAPER_TABLE1) if gpu else ["B/32-8f", "B/16-8f"], VARIANTS)
     args.precisions = chosen("--precisions", args.precisions, ["bf16", "fp16"] if gpu else ["fp32", "bf16"], PRECISIONS)
@@ -125,11 +120,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             pass
     except ValueError as error:
         fail(f"--backend: {error}")
-    for option, path in (("--json", args.json), ("--plot", args.plot)):
-        if path and (path.is_dir() or not path.absolute().parent.is_dir()):
-            fail(f"{option} {path}: a file in an existing folder wanted")
-    if args.plot and importlib.util.find_spec("matplotlib") is None:
-        fail("--plot needs matplotlib: pip install matplotlib, or pip install 'xclip-fast[plot]'")
+    arguments.check_outputs(json=args.json, plot=args.plot)
     return args
 
 
@@ -142,7 +133,7 @@ def chosen(option: str, given: str, default: list[str], known: Any) -> list[str]
 
 
 def batch_sizes(given: str, gpu: bool) -> tuple[list[int], bool]:
-    """The sizes to run, and whether to stop once throughput stops growing."""
+    """The batch sizes, and whether to stop when throughput stops growing."""
     if given == "auto":
         return (list(GPU_BATCHES), True) if gpu else ([1], False)
     try:
@@ -170,7 +161,7 @@ def read_labels(given: str) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One group of rows: the contenders of one work."""
+    """One group of rows: the contenders in one kind of work."""
 
     variant: str
     precision: str
@@ -178,7 +169,7 @@ class Cell:
     work: str
 
     def work_products(self, lengths: list[int]) -> list[flops.Product]:
-        """The matrix products of ours."""
+        """The matrix products of our forward."""
         products = flops.products(VARIANTS[self.variant], labels=lengths, batch=self.batch, counting="actual")
         left_out = {"encoded": (), "tower": ("text", "prompts", "similarity")}.get(self.work, ("text",))
         return [product for product in products if product.part not in left_out]
@@ -189,7 +180,7 @@ class Cell:
         theirs = flops.count(VARIANTS[self.variant], labels=len(lengths), batch=self.batch)
         peer = {"encoded": theirs.total, "tower": theirs.video, "files": 0}.get(self.work, theirs.total - theirs.text)
         ours *= 2 * BATCHES_A_CALL if self.work == "files" else 1  # with the model alone
-        # ours computes in float32 where a CPU has no instructions for the precision
+        # ours computes in float32 on a CPU without instructions for the precision
         return 2.2 * ours / max(rates[self.precision], rates.get("fp32", 0)), 2.2 * peer / rates[self.precision]
 
 
@@ -202,12 +193,12 @@ def huggingface(model: xclip_fast.XCLIP) -> torch.nn.Module:
         model.save_pretrained(folder, layout="huggingface")
         hf = transformers.XCLIPModel.from_pretrained(folder).eval()
         for parameter in hf.parameters():
-            parameter.data = parameter.data.clone()  # into memory: a mapped file would be read in the first timed call
+            parameter.data = parameter.data.clone()  # into memory: the first timed call would read a mapped file
     return hf
 
 
 def hf_video(hf: Any, video: Tensor) -> tuple[Tensor, Tensor]:
-    """The video half of ``XCLIPModel.forward``: ``get_video_features`` and the patch features that labels ask."""
+    """The video half of ``XCLIPModel.forward``: ``get_video_features`` and the patch features for the prompts."""
     batch, frames = video.shape[:2]
     tokens = hf.vision_model(pixel_values=video.flatten(0, 1))
     features = hf.mit(hf.visual_projection(tokens[1]).unflatten(0, (batch, frames)))[1]
@@ -216,7 +207,7 @@ def hf_video(hf: Any, video: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def hf_cached(hf: Any, video: Tensor, text_KE: Tensor) -> Tensor:
-    """What ``XCLIPModel.forward`` does once the labels' features are known."""
+    """``XCLIPModel.forward`` from the features of the labels on."""
     features, patches = hf_video(hf, video)
     text = text_KE.expand(len(features), -1, -1)
     text = text + hf.prompts_generator(text, patches)
@@ -233,7 +224,7 @@ def contenders_of(
     compiled: bool,
     engines: Sequence[str] = (),
 ) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """The same work for each contender, by name; without those that are None."""
+    """(name, call) of each contender for the same work, without the absent ones."""
     work, batch = cell.work, cell.batch
     config, device, dtype = model.config, model.logit_scale.device, model.logit_scale.dtype
     frames, size = config.num_frames, config.vision.image_size
@@ -244,7 +235,7 @@ def contenders_of(
         for one in ours.values():
             one.encode_text(tokens)
     if work == "files":
-        # every file counts as one video, as often as the batches need
+        # files are repeated to fill the batches; each counts as one video
         paths = list(itertools.islice(itertools.cycle(files), BATCHES_A_CALL * batch))
         videos = decoded(paths, frames, size)
         yield OURS, lambda: from_files(model, paths, tokens, batch)
@@ -270,7 +261,7 @@ def contenders_of(
     if work == "tower":
         peer: Callable[[], Any] = functools.partial(hf_video, hf, pixels)
     elif work == "cached":
-        # the features from our encoder, whose equality the "encoded" row checks: theirs takes long
+        # features from our encoder, because theirs takes long; the "encoded" row checks that they are equal
         peer = functools.partial(hf_cached, hf, pixels, model.encode_text(tokens))
     else:
         peer = lambda: hf(input_ids=padded, pixel_values=pixels).logits_per_video  # noqa: E731
@@ -278,7 +269,7 @@ def contenders_of(
     if compiled:
         torch._dynamo.reset()
         compiled_peer = torch.compile(peer, mode="max-autotune" if device.type == "cuda" else "default")
-        with contextlib.suppress(Exception):  # compile now, not in a timed call; an error comes again, and is noted
+        with contextlib.suppress(Exception):  # compiled now, not in a timed call; an error comes again and is noted
             compiled_peer()
         yield COMPILED, compiled_peer
     for name in engines if work == "tower" else ():
@@ -286,7 +277,7 @@ def contenders_of(
             try:
                 with torch.inference_mode(False):  # its tensors cannot be traced
                     engine = cpu_engines.build(name, Tower(hf), pixels.float().clone(), dtype)
-            except Exception as error:  # noted in its row, as if the call had failed
+            except Exception as error:  # noted in its row, as a failed call
                 engine = functools.partial(reraise, error)
             yield name, engine
 
@@ -311,7 +302,7 @@ def has_graphs(device: torch.device) -> bool:
 
 
 def forgetful(model: xclip_fast.XCLIP, video: Tensor, tokens: Tensor) -> Tensor:
-    """A forward that encodes its labels, seen before or not."""
+    """A forward that encodes its labels, also known ones."""
     model.text.forget()
     return model(video, tokens)
 
@@ -353,7 +344,7 @@ def largest_error(ours: Any, theirs: Any) -> float:
 
 
 def quantized(model: xclip_fast.XCLIP) -> xclip_fast.XCLIP:
-    """A copy in float8, calibrated on random frames, which is what is timed."""
+    """A copy in float8, calibrated on random frames, as the timed input."""
     config, device = model.config, model.logit_scale.device
     size = config.vision.image_size
     video = torch.randint(256, (4, config.num_frames, size, size, 3), dtype=torch.uint8, device=device)
@@ -361,16 +352,16 @@ def quantized(model: xclip_fast.XCLIP) -> xclip_fast.XCLIP:
 
 
 def least_cosine(ours: Any, theirs: Any) -> float:
-    """The least over the videos of a batch, and over the outputs if there are several."""
+    """The least cosine over the videos of a batch and over several outputs."""
     if isinstance(ours, tuple):
         return min(least_cosine(*pair) for pair in zip(ours, theirs, strict=True))
     return F.cosine_similarity(ours.float().flatten(1), theirs.float().flatten(1)).min().item()
 
 
 def ratios(peer: str, theirs: list[float], mine: list[float]) -> dict[str, dict[str, float]]:
-    """How many times faster mine is than the peer: of the medians, and the extremes of calls made in the same turn.
+    """How many times faster mine is than the peer: by medians, and the extremes of calls in the same turn.
 
-    Empty for a single pair, which says nothing.
+    Empty for a single pair, which is no measurement.
     """
     pairs = [a / b for a, b in zip(theirs, mine, strict=False)]
     if len(pairs) < 2:
@@ -380,9 +371,9 @@ def ratios(peer: str, theirs: list[float], mine: list[float]) -> dict[str, dict[
 
 
 def plan(costs: dict[Cell, tuple[float, float]], seconds: float) -> dict[Cell, tuple[float, float]]:
-    """The seconds of a warm-up and a run, ours and the peer's, in each cell that fits into ``seconds``, else 0.
+    """(ours, peer): the seconds of a warm-up and a run in each cell that fits into ``seconds``; 0 for other cells.
 
-    Precision by precision: ours first, then the peer where it costs least.
+    For each precision, ours is planned first, then the peer in order of cost.
     """
     planned = {cell: (0.0, 0.0) for cell in costs}
     for precision in dict.fromkeys(cell.precision for cell in costs):
@@ -392,7 +383,7 @@ def plan(costs: dict[Cell, tuple[float, float]], seconds: float) -> dict[Cell, t
                 planned[cell] = (2 * costs[cell][0], 0.0)
                 seconds -= planned[cell][0]
         for cell in sorted(cells, key=lambda cell: costs[cell][1]):
-            # one call of a slow peer is worth having: measure() takes its first
+            # a single call of a slow peer counts: measure() takes the first
             if planned[cell][0] and 1.1 * costs[cell][1] <= seconds:
                 planned[cell] = (planned[cell][0], 1.1 * costs[cell][1])
                 seconds -= planned[cell][1]
@@ -400,10 +391,10 @@ def plan(costs: dict[Cell, tuple[float, float]], seconds: float) -> dict[Cell, t
 
 
 def compiled_cells(cells: list[Cell]) -> set[Cell]:
-    """The one cell of each variant in which Hugging Face's model is compiled.
+    """The cell of each variant in which Hugging Face's model is compiled.
 
-    It is in the first precision, on the tower where that is asked for, at the batch size nearest to COMPILED_BATCH.
-    Compiling again for every batch size and work would take most of the time.
+    It has the first precision, the tower if that is measured, and the batch size nearest to COMPILED_BATCH. Compiling
+    for every batch size and work would take most of the time.
     """
 
     def rank(cell: Cell) -> tuple[bool, int]:
@@ -417,7 +408,7 @@ def compiled_cells(cells: list[Cell]) -> set[Cell]:
 def rows_of(
     cell: Cell, results: dict[str, dict[str, Any]], lengths: list[int], rate: float, device: str
 ) -> list[dict[str, Any]]:
-    """JSON rows of one cell, ours with their ratios."""
+    """The JSON rows of one cell. Rows of ours have the ratios."""
     rows: list[dict[str, Any]] = []
     ours = results[OURS].get("seconds", [])
     paper = PAPER_TABLE1.get(cell.variant)
@@ -437,11 +428,11 @@ def rows_of(
             if cosine >= FP8_COSINE:
                 row["ratios"] = ratios(OURS, ours, result["seconds"])
             elif ours:
-                row["note"] = f"outputs differ from bf16's: a cosine of {cosine:.5f}, below {FP8_COSINE}: no ratio"
+                row["note"] = f"outputs differ from those in bf16, cosine {cosine:.5f} below {FP8_COSINE}: no ratio"
             continue
         if name != OURS:
             error = math.nan
-            if ours:  # decoding has frames as its output
+            if ours:  # decoding gives frames
                 error = 0.0 if name == DECODING else largest_error(results[OURS]["output"], result["output"])
             row["largest_error"] = error if math.isfinite(error) else None
             if error <= TOLERANCE[cell.precision]:
@@ -459,24 +450,23 @@ def rows_of(
         row["flop_per_s"] = 2 * row["multiply_adds"] / row["median_s"]
         row["share_of_gemm"] = row["flop_per_s"] / rate
         if cell.work != "files":
-            known = rows[0].get("own_gemms_s")  # by the other of ours
+            known = rows[0].get("own_gemms_s")  # of the other row of ours
             row["own_gemms_s"] = known or measuring.own_gemms(products, PRECISIONS[cell.precision], device)
             row["share_of_own_gemms"] = row["own_gemms_s"] / row["median_s"]
     return rows
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Everything that was asked for, as the content of the JSON."""
+    """Runs all cells. Returns the content of the JSON."""
     deadline = time.perf_counter() + args.seconds
     if args.threads:
         torch.set_num_threads(args.threads)
     measuring.clock = time.process_time if args.processor_time else time.perf_counter
     torch.manual_seed(0)
-    environment = measuring.environment(args.device) | {
-        "clock": measuring.clock.__name__
-    }  # the load before this run adds to it
+    # before the run, which adds to the load average
+    environment = measuring.environment(args.device) | {"clock": measuring.clock.__name__}
     lengths = (xclip_fast.tokenize(args.labels).argmax(1) + 1).tolist()
-    # on a CPU also float32, in which ours computes where the CPU has no instructions for the precision
+    # on a CPU also float32, in which ours computes without instructions for the precision
     rated = dict.fromkeys([*args.precisions, *(["fp32"] if args.device == "cpu" else [])])
     rates = {precision: measuring.gemm_rate(PRECISIONS[precision], args.device) for precision in rated}
     cells = [
@@ -486,9 +476,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if work in args.works
     ]
     costs = {cell: cell.estimate(lengths, rates) for cell in cells}
-    if args.fp8:  # a second one of ours
+    if args.fp8:  # ours runs twice
         costs |= {cell: (2 * costs[cell][0], costs[cell][1]) for cell in cells if cell.precision == "bf16"}
-    planned = plan(costs, 0.75 * (deadline - time.perf_counter()))  # the rest is for building the models
+    planned = plan(costs, 0.75 * (deadline - time.perf_counter()))  # the rest of the time builds the models
     to_compile = compiled_cells(cells) if args.compile else set()
     rows: list[dict[str, Any]] = []
     report = {
@@ -521,7 +511,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 try:
                     group = measured(cell, args, model, peer, files, compiles, allotted, lengths, rates[cell.precision])
                     group += absent_engines(cell, args.engines, group)
-                except Exception as error:  # as when memory runs out before the first call: the other cells go on
+                except Exception as error:  # for example, too little memory; the other cells go on
                     group = [blank(cell, OURS, 0.0) | {"note": measuring.failure(error)}]
                 model.clear_graphs()
                 if cell.work != "files" and not peer:
@@ -565,7 +555,7 @@ def measured(
 
 
 def absent_engines(cell: Cell, asked: list[str], group: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of the engines that were asked for and have none in ``group``, with the reason."""
+    """Rows with the reason for engines that are missing in ``group``."""
     rows = []
     for name in (ENGINES[name] for name in asked if cell.work == "tower"):
         if all(row["contender"] != name for row in group):
@@ -577,7 +567,7 @@ def absent_engines(cell: Cell, asked: list[str], group: list[dict[str, Any]]) ->
 
 
 def blank(cell: Cell, contender: str, cost: float) -> dict[str, Any]:
-    """The row of a contender that did not run, and why."""
+    """The row of a contender that did not run, with the reason."""
     note = f"not run: {cost:.3g} s"
     if contender == EAGER and not HF_INSTALLED:
         note = "not installed: pip install 'xclip-fast[hf]'"
@@ -587,9 +577,10 @@ def blank(cell: Cell, contender: str, cost: float) -> dict[str, Any]:
 
 
 def print_table(report: dict[str, Any]) -> None:
-    """A group of lines for each cell, at most 79 columns wide. The JSON has the rest."""
+    """Prints a group of lines for each cell, at most 79 columns wide. The JSON has the rest."""
     environment, rows = report["environment"], report["rows"]
-    print(f"{environment['device']}, {environment['threads']} threads, {report['labels']['count']} labels")
+    threads = environment["threads"]
+    print(f"{environment['device']}, {threads} thread{'s' * (threads > 1)}, {report['labels']['count']} labels")
     notes: dict[str, None] = {}
     for key, group in itertools.groupby(rows, key=lambda row: [row[name] for name in Cell.__dataclass_fields__]):
         variant, precision, batch, work = key
@@ -609,16 +600,16 @@ def print_table(report: dict[str, Any]) -> None:
     print()
     cores, load = environment["cores"], (environment["load_average"] or [0.0])[0]
     if environment["clock"] == "process_time":
-        print("Times are of the processor: waiting for other programs does not count.")
+        print("Times are processor times: waiting for other programs does not count.")
     elif load > BUSY * cores:
         print(f"Busy machine: the load average before this run was {load:.1f} on {cores} cores.")
-        print("Times are longer than on an idle one and ratios scatter. Run it again alone.")
+        print("Times are longer than on an idle machine, and ratios vary. Run it again alone.")
     for note in notes:
         print(note)
 
 
 def speed_over(row: dict[str, Any], group: list[dict[str, Any]]) -> str:
-    """The ratio to print in a row: how many times faster ours is than a peer, or a variant of ours than its peer."""
+    """The ratio in a row: how many times faster ours is than a peer, or a variant of ours than its peer."""
     ours, name = group[0].get("ratios", {}), row["contender"]
     if name == OURS:
         return ""
@@ -636,7 +627,7 @@ def shown(value: float | None, form: str, unit: float = 1.0) -> str:
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
-    """Views/s against the FLOPs of Table 1's counting, both logarithmic: the paper's points, and this run's best."""
+    """Plots views/s over Table 1's FLOPs, both logarithmic: the paper's points and this run's best."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -653,14 +644,14 @@ def plot(report: dict[str, Any], path: Path) -> None:
     for name, points in series.items():
         gflops = {variant: flops.count(VARIANTS[variant]).total / 1e9 for variant in points}
         order = sorted(points, key=gflops.__getitem__)
-        style: dict[str, Any] = {"linestyle": ":", "color": "grey"} if name.startswith("paper") else {}
+        style: dict[str, Any] = {"linestyle": ":", "color": "gray"} if name.startswith("paper") else {}
         if not style and not name.startswith(OURS):
             style |= {"linestyle": "--", "marker": "x"}
         style.setdefault("marker", "o")
         axes.plot([gflops[n] for n in order], [points[n] for n in order], label=name, **style)
     for variant, speed in series["paper, one V100"].items():
         place = (flops.count(VARIANTS[variant]).total / 1e9, speed)
-        axes.annotate(variant, place, textcoords="offset points", xytext=(4, 5), fontsize=8, color="grey")
+        axes.annotate(variant, place, textcoords="offset points", xytext=(4, 5), fontsize=8, color="gray")
     labels = report["labels"]["count"]
     axes.set(
         xscale="log", yscale="log", xlabel="GFLOPs of a view, as in the paper's Table 1", ylabel="views per second"

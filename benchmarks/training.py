@@ -4,8 +4,8 @@
     python benchmarks/training.py --variants B/16-8f --batch-size 32 --text frozen,trained --compile --json out.json
     python benchmarks/training.py --table7                 # also the memory case of the paper's Table 7
 
-A step is forward, backward and fused AdamW on one resident batch against K labels: weights in float32, under autocast
-if the precision says so. README.md beside this file says how each number is come by.
+A step is forward, backward and fused AdamW on one resident batch and K labels, with weights in float32, and autocast in
+half precision. README.md beside this file explains each number.
 """
 
 from __future__ import annotations
@@ -25,10 +25,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import arguments
 import measuring
 import torch
 import torch.nn.functional as F
-from throughput import COMPILED, EAGER, OURS, PRECISIONS, chosen, fail, hf_cached, huggingface, read_labels, shown
+from arguments import fail
+from throughput import COMPILED, EAGER, OURS, PRECISIONS, chosen, hf_cached, huggingface, read_labels, shown
 from torch import Tensor, nn
 
 import xclip_fast
@@ -36,7 +38,7 @@ from xclip_fast import flops
 from xclip_fast.config import VARIANTS
 from xclip_fast.train import optim
 
-TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}  # of the first loss against the peer's: the same weights and videos
+TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}  # between the first losses, with the same weights and videos
 TEXT = {"frozen": "visual", "trained": "both"}  # the towers that are trained
 PAPER_TABLE7 = {"both": 22, "visual": 6, "text": 20, "none": 4}  # GB, 2 videos of 8 frames, one V100
 PART_RUNS = 5
@@ -44,12 +46,13 @@ HF_INSTALLED = importlib.util.find_spec("transformers") is not None
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = fail  # type: ignore[method-assign]
+    parser = arguments.parser(__doc__)
     parser.add_argument("--variants", default="auto", help=f"comma-separated, of {', '.join(VARIANTS)}")
     parser.add_argument("--precisions", default="auto", help="comma-separated, of fp32, bf16")
-    parser.add_argument("--batch-size", type=int, help="videos a step (default: 1 on a CPU, 32 on a GPU)")
-    parser.add_argument("--labels", default="400", help="their number K, or a text file with one a line (default 400)")
+    parser.add_argument("--batch-size", type=int, help="videos in a step (default: 1 on a CPU, 32 on a GPU)")
+    parser.add_argument(
+        "--labels", default="400", help="number K of labels, or a text file with one on each line (default 400)"
+    )
     parser.add_argument("--text", default="auto", help="comma-separated, of frozen, trained: the text tower")
     parser.add_argument("--recompute", default="auto", help="comma-separated, of no, yes: activation checkpointing")
     parser.add_argument("--no-peers", action="store_true", help="ours alone")
@@ -57,14 +60,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--table7", action="store_true", help="the memory case of Table 7 (default on a GPU)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--threads", type=int, help="of the CPU")
-    parser.add_argument("--seconds", type=float, help="for the timed steps (default: 100 on a CPU, unbounded on a GPU)")
+    parser.add_argument(
+        "--seconds", type=float, help="time limit of the timed steps (default: 100 on a CPU, none on a GPU)"
+    )
     parser.add_argument("--backend", default="auto", help="of xclip-fast's ops (see xclip-fast info)")
     parser.add_argument("--json", type=Path, help="write every raw timing here")
     args = parser.parse_args(argv)
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    elif args.device == "cuda" and not torch.cuda.is_available():
-        fail("--device cuda: torch sees no CUDA device; run with --device cpu, or install a CUDA build of torch")
+    args.device = arguments.device(args.device)
     gpu = args.device == "cuda"
     args.variants = chosen("--variants", args.variants, ["B/16-8f", "L/14-8f"] if gpu else ["B/32-8f"], VARIANTS)
     args.precisions = chosen("--precisions", args.precisions, ["bf16"] if gpu else ["fp32"], TOLERANCE)
@@ -76,8 +78,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args.labels = read_labels(args.labels)
     args.seconds = args.seconds or (math.inf if gpu else 100.0)
     args.table7 |= gpu
-    if args.json and (args.json.is_dir() or not args.json.absolute().parent.is_dir()):
-        fail(f"--json {args.json}: a file in an existing folder wanted")
+    arguments.check_outputs(json=args.json)
     return args
 
 
@@ -92,8 +93,10 @@ class Cell:
     recompute: bool
 
     def multiply_adds(self, lengths: list[int]) -> int:
-        """Of one step of ours: each product forward, and once more for each gradient that is wanted of it.
-        Recomputation is not counted: it is no work that the step asks for."""
+        """Multiply-adds of our step: each product once in forward, and once for each gradient.
+
+        Recomputation does not count: the step itself does not need it.
+        """
         total = 0
         for product in flops.products(VARIANTS[self.variant], labels=lengths, batch=self.batch, counting="actual"):
             if product.part == "text" and self.towers not in ("text", "both"):

@@ -25,15 +25,12 @@ import torch
 from torch import Tensor
 
 from . import _choices
+from .example import Maker, Sizes
 
 logger = logging.getLogger("xclip_fast")
 
-# of ops, and of the parts of a block (cct_block)
-BACKENDS: tuple[str, ...] = ("reference", "fused", "triton", "cuda", "library", "onednn")
-BACKENDS += ("cudnn", "flash", "efficient", "flash_attn", "flash_attn_3", "flash_attn_4", "xformers", "apex")
 OPS: dict[str, "Op"] = {}
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-FLOAT8 = torch.float8_e4m3fn
 
 
 class BackendError(RuntimeError):
@@ -116,9 +113,14 @@ def triton_backend(op: str, refuse: Callable[..., str | None] | None = None) -> 
     )
 
 
+def backends() -> tuple[str, ...]:
+    """The names of all backends: those of the ops, those of the parts of a block, and onednn (cpu.py)."""
+    return tuple(sorted({"onednn", *(name for op in OPS.values() for name in op.names)}))
+
+
 def _checked(name: str) -> str:
-    if name != "auto" and name not in BACKENDS:
-        raise ValueError(f"no backend is called {name!r}; choose one of auto, {', '.join(BACKENDS)}")
+    if name != "auto" and name not in backends():
+        raise ValueError(f"no backend is called {name!r}; choose one of auto, {', '.join(backends())}")
     return name
 
 
@@ -135,7 +137,7 @@ def backend(name: str) -> Iterator[None]:
     """Force a backend for every op that has it, in this process, until the block ends.
 
     Args:
-        name: ``"auto"`` or one of ``BACKENDS``. An op without that backend keeps the automatic choice.
+        name: ``"auto"`` or one of ``backends()``. An op without that backend keeps the automatic choice.
 
     Raises:
         ValueError: if there is no such backend. An op that has the backend but cannot use it for its arguments
@@ -157,6 +159,8 @@ class Op:
     Args:
         reference: its name, without ``_reference``, is the op's.
         backends: the others; the reference comes last.
+        example: makes the op's arguments from ``example.Sizes`` and ``example.Maker``. Tests, benchmarks and ``info``
+            call the op with them.
         saved: for kernels: the tensors (as empty ones) that ``forward(True, *args)`` saves.
         autocast: the arguments that kernels take in the dtype of an enclosing ``torch.autocast``. Plain torch calls
             obey autocast themselves.
@@ -169,6 +173,7 @@ class Op:
         self,
         reference: Callable[..., Any],
         *backends: Backend,
+        example: Callable[[Sizes, Maker], tuple[Any, ...]],
         saved: Callable[..., tuple[Tensor, ...]] | None = None,
         autocast: tuple[str, ...] = (),
         sizes: Callable[..., dict[str, int]] | None = None,
@@ -177,6 +182,7 @@ class Op:
     ) -> None:
         self.name = reference.__name__.removesuffix("_reference")
         self.reference = reference
+        self.example = example
         self.saved = saved
         self.sizes = sizes
         self.differentiable = differentiable

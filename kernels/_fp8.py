@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _cuda, _dispatch
-from ._dispatch import FLOAT8, FLOATS, forced_backend
+from ._dispatch import FLOATS, forced_backend
+from .example import FLOAT8, Maker
 from .layer_norm import WIDEST_ROW
 from .quick_gelu import quick_gelu
 
@@ -110,6 +111,14 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
         the weight / scale in e4m3 (O, I), and the scale (O,), float32: the channel's largest value / 448.
     """
     return quantize_rows(weight.detach().float())
+
+
+def example_linear(make: Maker, out: int, inner: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Weight in float8, its scales, and the bias of a linear layer."""
+    weight, bias = make.linear(out, inner)
+    if make.empty:
+        return weight.to(FLOAT8), bias.float(), bias
+    return *quantize_weight(weight), bias
 
 
 # ---- what the backends refuse

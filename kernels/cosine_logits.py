@@ -21,7 +21,16 @@ def _saved(video: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
     return tuple(video.new_empty(size, dtype=torch.float32) for size in (shape, shape[:1], shape))
 
 
-_op = Op(cosine_logits_reference, triton_backend("cosine_logits"), saved=_saved)
+_op = Op(
+    cosine_logits_reference,
+    triton_backend("cosine_logits"),
+    example=lambda sizes, make: (
+        make.normal(sizes.videos, sizes.embed),
+        make.normal(sizes.videos, sizes.labels, sizes.embed),
+        make.normal(),
+    ),
+    saved=_saved,
+)
 
 
 def cosine_logits(video: Tensor, text: Tensor, scale: Tensor) -> Tensor:

@@ -50,6 +50,11 @@ _op = Op(
         unasked=UNMEASURED,
         refuse=_refuse_apex,
     ),
+    example=lambda sizes, make: (
+        make.normal(sizes.sequences, sizes.tokens, sizes.width),
+        *make.norm(sizes.width),
+        1e-5,
+    ),
     saved=lambda x, *_: row_statistics_like(x),
     sizes=lambda x, *_: {"m": x.shape[:-1].numel(), "k": x.shape[-1]},
 )

@@ -67,6 +67,12 @@ _op = Op(
         dtypes=_fp8.OPERANDS,
         refuse=lambda x, _gamma, _beta, weight8, *_: _fp8.refuse_library(x, weight8),
     ),
+    example=lambda sizes, make: (
+        make.normal(sizes.sequences, sizes.tokens, sizes.width),
+        *make.norm(sizes.width),
+        *_fp8.example_linear(make, 3 * sizes.width, sizes.width),
+        1e-5,
+    ),
     dtypes=_fp8.OPERANDS,
     differentiable=False,
 )

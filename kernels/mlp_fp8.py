@@ -8,6 +8,7 @@ from torch import Tensor
 from . import _cuda, _fp8
 from ._dispatch import Backend, Op
 from ._parts import UNMEASURED
+from .example import Maker, Sizes
 from .quick_gelu import quick_gelu_reference
 
 
@@ -78,6 +79,16 @@ def _weights(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     return x, rest[2], rest[5]
 
 
+def _example(sizes: Sizes, make: Maker) -> tuple[Any, ...]:
+    width, scale = sizes.width, 8.0 / 448  # for quick_gelu up to 8
+    weight, weight_scale, bias = _fp8.example_linear(make, width, 4 * width)
+    x = make.normal(sizes.sequences, sizes.tokens, width)
+    return (
+        *(x, *make.norm(width), *_fp8.example_linear(make, 4 * width, width)),
+        *(weight, weight_scale * scale, bias, scale, 1e-5),
+    )
+
+
 _op = Op(
     mlp_fp8_reference,
     Backend(
@@ -94,6 +105,7 @@ _op = Op(
         dtypes=_fp8.OPERANDS,
         refuse=lambda *args: _fp8.refuse_library(*_weights(*args)),
     ),
+    example=_example,
     dtypes=_fp8.OPERANDS,
     differentiable=False,
 )

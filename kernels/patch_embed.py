@@ -12,6 +12,7 @@ from torch import Tensor
 from . import cpu
 from ._dispatch import Op, triton_backend
 from ._linear import linear
+from .example import Maker, Sizes
 from .layer_norm import layer_norm_reference
 
 
@@ -69,9 +70,21 @@ def _saved(frames: Tensor, weight: Tensor, class_embedding: Tensor, position: Te
     return tokens, *(weight.new_empty(shape[:2], dtype=torch.float32) for _ in range(2))
 
 
+def _example(sizes: Sizes, make: Maker) -> tuple[Any, ...]:
+    width, patch = sizes.width, sizes.patch
+    weight, class_embedding = make.linear(width, 3 * patch * patch)
+    return (
+        make.levels(sizes.sequences, sizes.image, sizes.image, 3),
+        weight.view(width, 3, patch, patch),
+        *(class_embedding, make.normal(sizes.tokens, width), *make.norm(width)),
+        *([0.485, 0.456, 0.406], [0.229, 0.224, 0.225], 1e-5),
+    )
+
+
 _op = Op(
     patch_embed_reference,
     triton_backend("patch_embed", refuse=_refuse),
+    example=_example,
     saved=_saved,
     autocast=("weight",),
     sizes=lambda frames, weight, class_embedding, position, *_: {

@@ -15,7 +15,12 @@ def quick_gelu_reference(x: Tensor) -> Tensor:
     return gate.sigmoid_().mul_(x)  # the same numbers without two more tensors: on a CPU, fresh pages cost the most
 
 
-_op = Op(quick_gelu_reference, triton_backend("quick_gelu"), saved=lambda x: ())
+_op = Op(
+    quick_gelu_reference,
+    triton_backend("quick_gelu"),
+    example=lambda sizes, make: (make.normal(sizes.sequences, sizes.tokens, 4 * sizes.width),),
+    saved=lambda x: (),
+)
 
 
 def quick_gelu(x: Tensor) -> Tensor:

@@ -1,10 +1,10 @@
-"""The console's entry point, and ``python -m xclip_fast``."""
+"""The entry point of ``xclip-fast`` and of ``python -m xclip_fast``."""
 
 import signal
 
 
 def main() -> None:
-    """Runs the command line. Ctrl-C while it is still being imported ends the process without a traceback."""
+    """Runs the command line. Ctrl-C during its import ends the process without a traceback."""
     before = signal.signal(signal.SIGINT, signal.SIG_DFL)
     from .cli.main import main as run
 

@@ -10,24 +10,28 @@ import dataclasses
 import math
 from typing import Any
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)  # what the released X-CLIP weights were trained with, not CLIP's own
+IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of the released X-CLIP weights, which do not use CLIP's own mean
 IMAGENET_STD = (0.229, 0.224, 0.225)
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 PROMPTS = ("video", "vectors", "none")
 ACTIVATIONS = ("quick_gelu", "gelu")
 
 
-# The largest value of each size that a file may ask for: far above any model of this kind, far below what hangs.
+# The largest value of each size that a file may ask for: far above any real model, far below sizes that hang.
 LARGEST = {
     **dict.fromkeys(("layers", "mit_layers", "prompt_layers", "heads", "mit_heads", "prompt_heads"), 1024),
     **dict.fromkeys(("width", "embed_dim", "image_size", "patch_size", "context_length", "num_frames"), 65_536),
+    "mit_positions": 65_536,
     **dict.fromkeys(("vocab_size", "num_classes", "prompt_vectors"), 10_000_000),
 }
 
 
 def _check_numbers(where: str, config: object, optional: tuple[str, ...] = ()) -> None:
-    """Refuse numbers of a wrong type, that are not finite, or too large; whole numbers become floats where those stand.
+    """Refuses numbers that have a wrong type, are not finite, or are too large. Turns whole numbers of float fields
+    into floats.
 
     ``optional``: fields that may be None.
     """
@@ -38,12 +42,12 @@ def _check_numbers(where: str, config: object, optional: tuple[str, ...] = ()) -
             continue
         if isinstance(value, bool) or not isinstance(value, int if kind == "int" else int | float):
             wanted = "a whole number" if kind == "int" else "a number"
-            hint = "; YAML takes 1e-6 for text: write 1.0e-6" if kind == "float" and isinstance(value, str) else ""
+            hint = "; YAML reads 1e-6 as text: write 1.0e-6" if kind == "float" and isinstance(value, str) else ""
             raise ValueError(
                 f"{where}{field.name} is {str(value)[:40]!r} ({type(value).__name__}); {wanted} wanted{hint}"
             )
         if kind == "int" and value > LARGEST.get(field.name, value):
-            raise ValueError(f"{where}{field.name} is {value}; at most {LARGEST[field.name]} is accepted")
+            raise ValueError(f"{where}{field.name} is {value}; at most {LARGEST[field.name]} wanted")
         if kind == "float":
             if not math.isfinite(value):
                 raise ValueError(f"{where}{field.name} is {value}; a finite number wanted")
@@ -74,9 +78,9 @@ def _check_eps(name: str, value: float) -> None:
 class VisionConfig:
     """The cross-frame communication transformer (paper, section 3.2).
 
-    The last four describe other encoders than X-CLIP's. ``cross_frame=False``: plain blocks without messages, as an
-    image CLIP has (the baseline of Table 6). ``activation="gelu"``, ``pre_norm=False`` (no LayerNorm before the first
-    block) and ``layer_norm_eps=1e-6``: the ViTs pretrained on images alone (Table 10).
+    The last four fields describe other encoders than X-CLIP's. ``cross_frame=False``: plain blocks without messages, as
+    in an image CLIP (the baseline of Table 6). ``activation="gelu"``, ``pre_norm=False`` (no LayerNorm before the first
+    block) and ``layer_norm_eps=1e-6``: the ViTs that were pretrained on images alone (Table 10).
     """
 
     image_size: int = 224
@@ -88,7 +92,7 @@ class VisionConfig:
     cross_frame: bool = True
     activation: str = "quick_gelu"
     pre_norm: bool = True
-    layer_norm_eps: float | None = None  # of the blocks and around them; None: the model's
+    layer_norm_eps: float | None = None  # of the whole tower; None: the model's
 
     def __post_init__(self) -> None:
         _check_numbers("vision: ", self, ("layer_norm_eps",))
@@ -118,16 +122,18 @@ class VisionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
-    """CLIP's causal text encoder (paper, section 3.3)."""
+    """CLIP's causal text encoder (paper, section 3.3); most of open_clip's own models have ``activation="gelu"``."""
 
     vocab_size: int = 49408
     context_length: int = 77
     width: int = 512
     layers: int = 12
     heads: int = 8
+    activation: str = "quick_gelu"
 
     def __post_init__(self) -> None:
         _check_numbers("text: ", self)
+        _check_choice("text: activation", self.activation, ACTIVATIONS)
         _check_heads("text", self.width, self.heads)
         for name, least in (("layers", 1), ("width", 1), ("vocab_size", 1), ("context_length", 2)):
             if getattr(self, name) < least:
@@ -138,15 +144,18 @@ class TextConfig:
 class XCLIPConfig:
     """A whole X-CLIP.
 
-    ``mit_heads`` and ``prompt_heads`` default to E / 64, as in the released code. ``mit_residual`` keeps the
-    outer residual of the multi-frame transformer that the released weights need; ``False`` gives equation 6
-    of the paper to the letter.
+    ``mit_heads`` and ``prompt_heads`` default to E / 64, as in the released code. ``mit_residual`` is the outer
+    residual of the multi-frame transformer, which the released weights need. ``False`` gives the paper's equation 6.
 
-    The ablations of section 4.5 are switches: ``vision.cross_frame=False``, ``mit_layers=0`` (the video is the mean of
-    its frames) and ``prompt="none"`` together are CLIP-Mean, and one after the other switched on give Table 6.
-    ``prompt="vectors"`` (Table 9) learns ``prompt_vectors`` context vectors that stand before the words of every label.
-    ``num_classes`` (Table 8) puts a linear head in the place of text: there is nothing to prompt then, and ``prompt``
-    is "none". For Table 10 see ``VisionConfig``.
+    The ablations of section 4.5 are switches. ``vision.cross_frame=False``, ``mit_layers=0`` (the video is the mean of
+    its frames) and ``prompt="none"`` together are CLIP-Mean; switched on one after the other, they give Table 6.
+    ``prompt="vectors"`` (Table 9) learns ``prompt_vectors`` context vectors before the words of every label.
+    ``num_classes`` (Table 8) replaces the text by a linear head; ``prompt`` is then "none". For Table 10 see
+    ``VisionConfig``.
+
+    Others' models on the same parts: ``mit_positions`` is the length of a temporal embedding of which T frames use the
+    first T (ActionCLIP: 77); with None it has ``num_frames`` and is interpolated to others. ``mit_eps`` is the epsilon
+    of MIT's LayerNorms, if not the model's. ``logit_bias``, a learnt number, is added to the logits (SigLIP's loss).
     """
 
     vision: VisionConfig = VisionConfig()
@@ -156,12 +165,15 @@ class XCLIPConfig:
     mit_layers: int = 1
     mit_heads: int | None = None
     mit_residual: bool = True
+    mit_positions: int | None = None
+    mit_eps: float | None = None
     prompt_layers: int = 2
     prompt_heads: int | None = None
     prompt_alpha: float = 0.1
     layer_norm_eps: float = 1e-5
     logit_scale: float = math.log(1 / 0.07)  # the initial value, as a logarithm
-    temporal_std: float = 0.02  # initial spread of the temporal embedding; from scratch, order shows with more
+    logit_bias: float | None = None  # the initial value; None: without
+    temporal_std: float = 0.02  # initial standard deviation of the temporal embedding; from scratch a larger one helps
     image_mean: tuple[float, float, float] = IMAGENET_MEAN
     image_std: tuple[float, float, float] = IMAGENET_STD
     prompt: str = "video"  # "video" (section 3.3), "vectors" or "none"
@@ -169,7 +181,7 @@ class XCLIPConfig:
     num_classes: int | None = None
 
     def __post_init__(self) -> None:
-        _check_numbers("", self, ("mit_heads", "prompt_heads", "num_classes"))
+        _check_numbers("", self, ("mit_heads", "prompt_heads", "num_classes", "mit_positions", "mit_eps", "logit_bias"))
         if self.embed_dim < 1:
             raise ValueError(f"embed_dim {self.embed_dim} must be at least 1")
         for name in ("mit_heads", "prompt_heads"):
@@ -180,7 +192,7 @@ class XCLIPConfig:
             given = getattr(self, name)
             right = isinstance(given, list | tuple) and len(given) == 3
             if not right or not all(isinstance(value, int | float) and math.isfinite(value) for value in given):
-                raise ValueError(f"{name} is {str(given)[:80]!r}; three numbers wanted, one a channel")
+                raise ValueError(f"{name} is {str(given)[:80]!r}; three numbers wanted, one for each channel")
             object.__setattr__(self, name, tuple(float(value) for value in given))
         if not self.temporal_std > 0:
             raise ValueError(f"temporal_std {self.temporal_std} must be above 0")
@@ -192,6 +204,9 @@ class XCLIPConfig:
         _check_choice("prompt", self.prompt, PROMPTS)
         _check_switch("mit_residual", self.mit_residual)
         _check_eps("layer_norm_eps", self.layer_norm_eps)
+        _check_eps("mit_eps", self.mit_eps or 0.0)
+        if self.mit_positions is not None and self.mit_positions < self.num_frames:
+            raise ValueError(f"mit_positions {self.mit_positions} must be at least num_frames {self.num_frames}")
         if self.num_classes is not None:
             if self.num_classes < 1:
                 raise ValueError(f"num_classes {self.num_classes} must be at least 1, or None for labels as text")
@@ -206,21 +221,21 @@ class XCLIPConfig:
 
     @property
     def vision_eps(self) -> float:
-        """Added to the variances of the vision tower's LayerNorms."""
+        """Epsilon of the vision tower's LayerNorms."""
         return self.layer_norm_eps if self.vision.layer_norm_eps is None else self.vision.layer_norm_eps
 
     @property
     def label_tokens(self) -> int:
-        """Tokens a label may have, start and end included: the text context without the learnt vectors."""
+        """The most tokens of a label, with start and end: the text context without the learned vectors."""
         return self.text.context_length - (self.prompt_vectors if self.prompt == "vectors" else 0)
 
     def to_dict(self) -> dict[str, Any]:
-        """A plain dictionary that ``from_dict`` reads back (JSON-ready)."""
+        """A plain dictionary for JSON. ``from_dict`` reads it back."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> XCLIPConfig:
-        """The config that ``to_dict`` wrote. Unknown keys are a ``ValueError`` that names them."""
+        """The config from a dictionary of ``to_dict``. Raises ValueError for unknown keys and names them."""
         values = dict(values)
         vision = _from_fields(VisionConfig, "vision", values.pop("vision", {}))
         text = _from_fields(TextConfig, "text", values.pop("text", {}))
@@ -237,7 +252,7 @@ def _from_fields(cls: Any, where: str, values: dict[str, Any]) -> Any:
     try:
         return cls(**values)
     except (TypeError, ZeroDivisionError) as error:
-        raise ValueError(f"{where} config holds a value of a wrong kind: {error}") from error
+        raise ValueError(f"{where} config has a value of a wrong type: {error}") from error
 
 
 def _variant(patch: int, frames: int, *, large: bool = False, image_size: int = 224) -> XCLIPConfig:
@@ -266,7 +281,7 @@ VARIANTS: dict[str, XCLIPConfig] = {
 
 @dataclasses.dataclass(frozen=True)
 class PaperRow:
-    """What Table 1 says of one variant on Kinetics-400 (accuracy in %, 4 x 3 views)."""
+    """The row of Table 1 for one variant on Kinetics-400 (accuracy in %, 4 x 3 views)."""
 
     top1: float
     top5: float
@@ -285,8 +300,8 @@ PAPER_TABLE1: dict[str, PaperRow] = {
 
 
 def variant(name: str) -> XCLIPConfig:
-    """The config of a variant by name; a ``ValueError`` that lists the names if there is none such."""
+    """The config of a variant by name. Raises ValueError with the known names for another name."""
     try:
         return VARIANTS[name]
     except KeyError:
-        raise ValueError(f"no variant is called {name!r}; the names are {', '.join(VARIANTS)}") from None
+        raise ValueError(f"no variant is called {name!r}; known are {', '.join(VARIANTS)}") from None

@@ -1,6 +1,6 @@
-"""Output of the commands: answers on standard output, everything else on standard error.
+"""Output of the commands: answers go to standard output, everything else to standard error.
 
-Answers are tables on a terminal and tab-separated lines in a pipe; a bar shows progress, on a terminal only.
+An answer is a table on a terminal and tab-separated lines in a pipe. Progress bars appear on a terminal only.
 """
 
 from __future__ import annotations
@@ -12,22 +12,25 @@ from typing import Any
 
 
 def complain(error: object, bar: Bar | None = None) -> bool:
-    """One line on standard error; True, for ``failed |= complain(...)``."""
+    """Prints one line on standard error. Returns True, for ``failed |= complain(...)``."""
     message = " ".join(line.strip() for line in str(error).splitlines()) or type(error).__name__
-    with bar.aside() if bar else contextlib.nullcontext():
+    with contextlib.nullcontext() if bar is None else bar.aside():
         print(f"error: {plain(message)}", file=sys.stderr, flush=True)
     return True
 
 
 def plain(text: str) -> str:
-    """Text without control characters: a file's name may hold tabs, newlines, or what commands a terminal."""
+    """Text without control characters: a file's name may hold tabs, newlines, or escape sequences for a terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def print_rows(
     title: str | None, header: Sequence[str], rows: Sequence[Sequence[str]], *, header_in_pipe: bool = False
 ) -> None:
-    """A table on a terminal; otherwise a line for each row, its cells and first the title between tabs."""
+    """Prints a table on a terminal, and in a pipe a line for each row: title, if any, and cells, separated by tabs.
+
+    ``header_in_pipe``: in a pipe, too, the first line is the header.
+    """
     if not sys.stdout.isatty():
         for row in [header, *rows] if header_in_pipe else rows:
             print("\t".join(plain(cell) for cell in ([title] if title else []) + list(row)), flush=True)
@@ -43,23 +46,31 @@ def print_rows(
 
 
 class Bar:
-    """A progress bar on standard error while the block lasts; nothing if that is no terminal."""
+    """A progress bar on standard error while the block lasts. If standard error is not a terminal, it does nothing.
 
-    def __init__(self, total: int | None = None, *, hidden: bool = False) -> None:
+    ``name``: of what it counts. With ``text=True`` it shows the text of ``update`` in the place of the remaining time.
+    """
+
+    def __init__(self, total: int | None = None, *, name: str = "videos", text: bool = False, hidden: bool = False):
         self._progress: Any = None
         if sys.stderr.isatty() and not hidden:
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+            last = TextColumn("{task.fields[text]}") if text else TimeRemainingColumn()
             # redirected, what we print would land on standard error
             self._progress = Progress(
-                *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()),
+                *(TextColumn("{task.description}"), BarColumn(20 if text else 40), MofNCompleteColumn(), last),
                 console=Console(stderr=True),
                 transient=True,
                 redirect_stdout=False,
                 redirect_stderr=False,
             )
-            self._task = self._progress.add_task("videos", total=total)
+            self._task = self._progress.add_task(name, total=total, text="")
+
+    def __bool__(self) -> bool:
+        """Whether there is a bar to see."""
+        return self._progress is not None
 
     def __enter__(self) -> Bar:
         if self._progress:
@@ -71,7 +82,7 @@ class Bar:
             self._progress.stop()
 
     def begin(self, total: int) -> None:
-        """The total is known now."""
+        """Set the total."""
         if self._progress:
             self._progress.update(self._task, total=total)
 
@@ -79,14 +90,14 @@ class Bar:
         if self._progress:
             self._progress.advance(self._task)
 
-    def update(self, done: int, total: int) -> None:
+    def update(self, done: int, total: int, text: str = "") -> None:
         """For functions that take ``progress(done, total)``."""
         if self._progress:
-            self._progress.update(self._task, completed=done, total=total)
+            self._progress.update(self._task, completed=done, total=total, text=text)
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:
-        """Without the bar on the screen: for printing."""
+        """Take the bar off the screen while the block prints."""
         self.__exit__()
         yield
         self.__enter__()

@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import shutil
+import socket
 import stat
 import zipfile
 from collections.abc import Collection, Iterator
@@ -147,7 +148,13 @@ def _beside(target: Path) -> bool:
 
 @contextlib.contextmanager
 def locked(path: Path, folder: str | os.PathLike[str]) -> Iterator[None]:
-    """Holds a lock file while the block lasts. The system forgets the lock when this process ends, however it ends."""
+    """Holds the lock file ``path`` while the block lasts. The lock ends with this process, even if it is killed.
+
+    Systems and file systems without such locks (Windows, some network file systems) lock nothing.
+
+    Raises:
+        FileExistsError: if another process holds it. The message names ``folder``, the process and its machine.
+    """
     try:
         import fcntl
     except ImportError:  # Windows: two writers are not kept apart
@@ -158,9 +165,10 @@ def locked(path: Path, folder: str | os.PathLike[str]) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            owner = os.read(handle, 200).decode(errors="replace") or "just started"
             os.close(handle)
             raise FileExistsError(
-                f"{folder}: another process is writing to it; wait until it ends, or choose another folder"
+                f"{folder}: another process ({owner}) is writing to it; wait until it ends, or choose another folder"
             ) from None
         except OSError as error:
             log.warning("%s is not locked against other writers: %s", folder, error)
@@ -168,6 +176,8 @@ def locked(path: Path, folder: str | os.PathLike[str]) -> Iterator[None]:
             if os.path.samestat(os.fstat(handle), os.stat(path)):
                 break
         os.close(handle)  # the process before removed it between our two calls
+    os.truncate(handle, 0)
+    os.write(handle, f"{os.getpid()} on {socket.gethostname()}".encode())
     try:
         yield
     finally:
@@ -177,10 +187,10 @@ def locked(path: Path, folder: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def _replace(part: Path, target: Path, owned: Collection[str], last: str) -> None:
-    _sync(part)
+    sync(part)
     if not target.exists():
         part.rename(target)
-        _sync(target.parent)
+        sync(target.parent)
         return
     if part.parent != target:
         for entry in list(os.scandir(target)):  # the user's own files are never away
@@ -188,7 +198,7 @@ def _replace(part: Path, target: Path, owned: Collection[str], last: str) -> Non
                 _link(Path(entry.path), part / entry.name)
         part.chmod(stat.S_IMODE(target.stat().st_mode))
         if _exchange(part, target):
-            _sync(target.parent)
+            sync(target.parent)
             return
     for name in [last, *owned]:
         if name in owned:
@@ -196,7 +206,7 @@ def _replace(part: Path, target: Path, owned: Collection[str], last: str) -> Non
     for entry in sorted(os.scandir(part), key=lambda entry: entry.name == last):
         if entry.name in owned:
             os.replace(entry.path, target / entry.name)
-    _sync(target)
+    sync(target)
 
 
 def _settle(part: Path, target: Path, owned: Collection[str]) -> None:
@@ -230,8 +240,8 @@ def _exchange(a: Path, b: Path) -> bool:
     return rename is not None and rename(here, os.fsencode(a), here, os.fsencode(b), _EXCHANGE) == 0
 
 
-def _sync(folder: Path) -> None:
-    """Make what was written to a folder last through a loss of power, where the system knows how."""
+def sync(folder: Path) -> None:
+    """Makes renames in a folder survive a loss of power, on POSIX systems."""
     if os.name == "posix":
         handle = os.open(folder, os.O_RDONLY)
         try:

@@ -1,7 +1,7 @@
-"""Multiply-adds of an X-CLIP from its config: the paper's way, and as this package really runs.
+"""Multiply-adds of an X-CLIP from its config, counted the paper's way and as this package computes.
 
-The unit is one multiply-add, as in the paper's Table 1 (its "FLOPs"); torch's counter gives two for each. Only matrix
-products count. No torch here: this is arithmetic on the sizes.
+The unit is one multiply-add, as in the paper's Table 1 (its "FLOPs"); torch's counter counts two for each. Only matrix
+products count. It is arithmetic on the sizes, without torch.
 
 B videos, T frames, F = B T, N patches, L = N + 1, D width, K labels, S tokens of all labels, W text width, E embedding.
 """
@@ -21,7 +21,7 @@ LABEL_TOKENS = 5  # of the labels in ``table``: start, three word pieces ("playi
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-    """``times`` products of (rows, inner) by (inner, columns) matrices; ``weight``: the second is a parameter."""
+    """``times`` products of (rows, inner) and (inner, columns) matrices. ``weight``: the second is a parameter."""
 
     part: str
     rows: int
@@ -54,7 +54,7 @@ class Flops:
 
     @property
     def video(self) -> int:
-        """The video tower: everything that no label touches."""
+        """The video tower: all parts without labels."""
         return self.total - self.text - self.prompts - self.similarity
 
     @property
@@ -84,15 +84,15 @@ def count(
     Args:
         config: the shape of the model.
         frames: T of each video; by default the config's.
-        labels: K, the number of labels, each filling the text context (77 tokens), or the K token counts (start and
-            end included, as ``tokenize`` gives them). A model with ``num_classes`` has none: they do not count.
+        labels: K, the number of labels that each fill the text context (77 tokens); or the K token counts, with start
+            and end, as ``tokenize`` gives them. They do not count in a model with ``num_classes``.
         batch: B.
         counting: ``"paper"``: the released computation, with the message as a full token of the sequence, labels padded
             to the context, and patches projected frame by frame (one video and one label give Table 1).
-            ``"actual"``: what a forward of ``XCLIP`` runs without cached text: the message as key and value only, one
-            projection of the mean patches, the first prompt layer's query once for the batch, and labels packed
-            (their attention pads to the longest label, as every backend here does), past the last attention of
-            which only the end-of-text rows go. Learnt vectors count as tokens.
+            ``"actual"``: the computation of ``XCLIP`` without cached text: the message as key and value only, one
+            projection of the mean patches, the first prompt layer's query once for the batch, and packed labels (their
+            attention pads to the longest label, as every backend does). After the last attention of the labels only
+            their end-of-text rows are computed. Learned vectors count as tokens.
 
     Raises:
         ValueError: if a size is below 1, a label has more tokens than the context, or ``counting`` is another word.

@@ -1,6 +1,6 @@
-"""What works here and why the rest does not: ``xclip-fast info [--json]``.
+"""What this machine has, which backend each op would use here, and why not the others: ``xclip-fast info [--json]``.
 
-``collect`` gathers plain data, ``show`` prints it. Nothing here fails because something is missing: that is its theme.
+``collect`` gathers plain data and ``show`` prints it. A missing package or device never raises: it is reported.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ import torch
 from .console import print_rows
 from .kernels import BackendError, Block, _cuda, _dispatch, _linear
 from .kernels._parts import PARTS
-from .kernels.cct_block.example import example
 from .kernels.cct_block.fused import case_of
+from .kernels.example import Maker, Sizes
 
-# Name as shown, module, distributions that bring it, how to get it (empty: it comes with xclip-fast).
+# Name as shown, module, distributions that contain it, how to install it (empty: xclip-fast requires it).
 _PACKAGES = (
     ("triton", "triton", ("triton", "pytorch-triton", "triton-windows"), "pip install 'xclip-fast[gpu]'"),
     ("transformers", "transformers", ("transformers",), "pip install 'xclip-fast[hf]'"),
@@ -40,8 +40,8 @@ _PACKAGES = (
     ("safetensors", "safetensors", ("safetensors",), ""),
     ("numpy", "numpy", ("numpy",), ""),
 )
-_UNTRIED = {"transformers"}  # pure Python and slow to import: its metadata is enough
-_INSTRUCTIONS = {  # torch's questions about the CPU
+_NOT_IMPORTED = {"transformers"}  # pure Python and slow to import: its metadata is enough
+_INSTRUCTIONS = {  # torch's functions that tell
     "AVX2": "_is_avx2_supported",
     "AVX512": "_is_avx512_supported",
     "AVX512-BF16": "_is_avx512_bf16_supported",
@@ -54,10 +54,10 @@ def collect() -> dict[str, Any]:
     """Everything ``show`` prints, as JSON-ready data.
 
     Returns:
-        ``python``, ``platform``; ``versions``: name -> ``{version, note}``, version None for what is missing;
-        ``cpu``; ``cuda``: ``{devices, reason}``, the reason None if there are devices; ``forced_backend``;
-        ``ops``: op -> device -> ``{dtype, chosen, backends}``, where ``backends`` says of each why it refuses
-        typical arguments (B/16, 8 frames), None if it takes them.
+        ``python``; ``platform``; ``versions``: name -> ``{version, note}``, with version None for what is missing;
+        ``cpu``; ``cuda``: ``{devices, reason}``, with reason None if there are devices; ``forced_backend``;
+        ``ops``: op -> device -> ``{dtype, chosen, backends}``, where ``backends`` gives for each backend why it refuses
+        typical arguments (B/16, 8 frames), or None if it takes them.
     """
     cuda = collect_cuda()
     places: list[tuple[str, torch.dtype]] = [("cpu", torch.float32)]
@@ -99,21 +99,15 @@ def show(as_json: bool = False) -> None:
 
     table("Versions", [(name, item["version"] or "-", item["note"]) for name, item in found["versions"].items()])
     cpu, cuda = found["cpu"], found["cuda"]
-    devices = [
-        (
-            "cpu",
-            cpu["model"],
-            f"{cpu['threads']} threads, {', '.join(cpu['instructions']) or 'no vector instructions known'}; "
-            + ", ".join(
-                f"{dtype} {'native' if on else 'GEMMs in float32'}" for dtype, on in cpu["native_gemm"].items()
-            ),
-        )
-    ]
+    products = [f"{dtype} {'native' if on else 'products in float32'}" for dtype, on in cpu["native_gemm"].items()]
+    instructions = ", ".join(cpu["instructions"]) or "no vector instructions known"
+    threads = f"{cpu['threads']} thread" + "s" * (cpu["threads"] != 1)
+    devices = [("cpu", cpu["model"], f"{threads}, {instructions}; {', '.join(products)}")]
     for gpu in cuda["devices"]:
         size = f"sm_{gpu['capability'].replace('.', '')}, {gpu['memory_gib']} GiB, {gpu['multiprocessors']} SMs"
         devices.append((f"cuda:{gpu['index']}", gpu["name"], size))
     if cuda["reason"]:
-        devices.append(("cuda", "no CUDA device", cuda["reason"]))
+        devices.append(("cuda", "none", cuda["reason"]))
     table("Devices", devices)
     places = list(next(iter(found["ops"].values())))
     rows = []
@@ -140,7 +134,7 @@ def _versions() -> dict[str, dict[str, str | None]]:
     found: dict[str, dict[str, str | None]] = {
         "xclip_fast": {"version": __version__, "note": str(Path(__file__).parent)},
         "torch": {"version": torch.__version__, "note": ""},
-        "CUDA": {"version": torch.version.cuda, "note": "that torch is built for" if torch.version.cuda else ""},
+        "CUDA": {"version": torch.version.cuda, "note": "that this torch is built for" if torch.version.cuda else ""},
     }
     if torch.version.cuda is None:
         hip = getattr(torch.version, "hip", None)
@@ -149,7 +143,7 @@ def _versions() -> dict[str, dict[str, str | None]]:
     version = None if library is None else f"interface {_cuda.ABI}"
     found["CUDA library"] = {"version": version, "note": reason or str(_cuda.path())}
     for name, module, distributions, install in _PACKAGES:
-        found[name] = _package(module, distributions, install, name not in _UNTRIED)
+        found[name] = _package(module, distributions, install, name not in _NOT_IMPORTED)
     found["apex"] = _apex()
     return found
 
@@ -164,7 +158,7 @@ def _package(module: str, distributions: tuple[str, ...], install: str, try_it: 
         try:
             loaded = importlib.import_module(module)
             version = version or getattr(loaded, "__version__", None)
-        except Exception as error:  # a binary wheel built for another torch can raise anything
+        except Exception as error:  # a wheel built for another torch can raise anything
             note = f"installed, but its import fails: {type(error).__name__}: {_first_line(error)}"
     return {"version": version or "unknown", "note": note}
 
@@ -179,22 +173,22 @@ def _distribution_version(name: str) -> str | None:
 def _exists(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except (ImportError, ValueError):  # its parent is missing, or something stands in for it
+    except (ImportError, ValueError):  # its parent package is missing, or a stub of it is in sys.modules
         return False
 
 
 def _apex() -> dict[str, str | None]:
-    """NVIDIA's apex, told from PyPI's package of that name by what is inside, without importing either."""
+    """NVIDIA's apex or PyPI's unrelated package of that name; the files inside tell them apart, without an import."""
     spec = importlib.util.find_spec("apex") if _exists("apex") else None
     if spec is None:
         return {
             "version": None,
-            "note": "not installed; NVIDIA's is built from its sources (`pip install apex` is not it)",
+            "note": "not installed; build NVIDIA's from its sources (`pip install apex` installs another package)",
         }
     version = _distribution_version("apex") or "unknown"
     places = [Path(place) for place in spec.submodule_search_locations or ()]
     if not any((place / "normalization").is_dir() for place in places):
-        return {"version": version, "note": "PyPI's apex, an unrelated package: not NVIDIA's, and not used"}
+        return {"version": version, "note": "PyPI's apex, an unrelated package; xclip-fast does not use it"}
     built = _exists("fused_layer_norm_cuda")
     return {"version": version, "note": "NVIDIA's" + ("" if built else ", but built without its CUDA extensions")}
 
@@ -210,6 +204,21 @@ def _cpu() -> dict[str, Any]:
     }
 
 
+def environment(device: str | torch.device) -> dict[str, Any]:
+    """The device's name and the versions of the packages, for the files of an evaluation or a benchmark."""
+    from . import __version__
+
+    cpu = _cpu_model()
+    return {
+        "device": torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else cpu,
+        "cpu": cpu,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "xclip_fast": __version__,
+        **{name: _distribution_version(name) for name in ("torch", "triton", "transformers", "numpy", "av")},
+    }
+
+
 def _cpu_model() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
@@ -221,7 +230,7 @@ def _cpu_model() -> str:
 
 
 def collect_cuda() -> dict[str, Any]:
-    """``devices``, and ``reason``: why there are none, or None."""
+    """The CUDA ``devices``, and the ``reason`` why there are none (None if there are some)."""
     if torch.version.cuda is None:
         return {"devices": [], "reason": "this torch is built without CUDA"}
     try:
@@ -229,7 +238,7 @@ def collect_cuda() -> dict[str, Any]:
         devices = [_device(index) for index in range(torch.cuda.device_count())]
     except (RuntimeError, AssertionError) as error:  # no driver, an old driver, no visible device
         return {"devices": [], "reason": _first_line(error)}
-    return {"devices": devices, "reason": None if devices else "the driver shows no device"}
+    return {"devices": devices, "reason": None if devices else "the driver reports no device"}
 
 
 def _device(index: int) -> dict[str, Any]:
@@ -248,7 +257,7 @@ def _ops(places: list[tuple[str, torch.dtype]]) -> dict[str, dict[str, Any]]:
     for device, dtype in places:
         try:
             arguments = typical_arguments(device, dtype)
-        except RuntimeError as error:  # a device that others have filled, or may use alone
+        except RuntimeError as error:  # its memory is full, or another process has it for itself
             names = {name: op.names for name, op in _dispatch.OPS.items()}
             for name, backends in {**names, **{f"  {name}": part.names for name, part in PARTS.items()}}.items():
                 unusable = dict.fromkeys(backends, f"{device} cannot be used: {_first_line(error)}")
@@ -269,7 +278,7 @@ def _ops(places: list[tuple[str, torch.dtype]]) -> dict[str, dict[str, Any]]:
 
 
 def _parts(block: Block, dtype: torch.dtype) -> dict[str, dict[str, Any]]:
-    """What each part of a block would run on, if the block runs as one."""
+    """The backend of each part of a block, where the block runs fused."""
     case = case_of(block, False)
     found = {}
     for name, part in PARTS.items():
@@ -281,27 +290,9 @@ def _parts(block: Block, dtype: torch.dtype) -> dict[str, dict[str, Any]]:
 
 
 def typical_arguments(device: str, dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
-    """Each op's arguments in one block of B/16 with one video of 8 frames, uninitialized, by the op's name."""
-    frames, tokens, width, labels = 8, 197, 768, 16
-
-    def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
-        return torch.empty(shape, device=device, dtype=dtype)
-
-    x, norm, bias = empty(frames, tokens, width), (empty(width), empty(width)), empty(width)
-    packed8, up8, down8 = (
-        (empty(*shape, dtype=torch.float8_e4m3fn), empty(shape[0], dtype=torch.float32), empty(shape[0]))
-        for shape in ((3 * width, width), (4 * width, width), (width, 4 * width))
-    )
-    patch = (empty(width, 3, 16, 16), bias, empty(tokens, width), *norm)
-    return {
-        "cct_block": tuple(example(frames, tokens + 1, width, frames, device=device, dtype=dtype)),
-        "ln_linear_fp8": (x, *norm, *packed8, 1e-5),
-        "mlp_fp8": (x, *norm, *up8, *down8, 1.0, 1e-5),
-        "patch_embed": (empty(frames, 224, 224, 3, dtype=torch.uint8), *patch, [0.5] * 3, [0.25] * 3, 1e-5),
-        "layer_norm": (x, *norm, 1e-5),
-        "quick_gelu": (x,),
-        "cosine_logits": (empty(1, 512), empty(1, labels, 512), empty(dtype=torch.float32)),
-    }
+    """Each op's arguments for one video of 8 frames in B/16, uninitialized, by the op's name."""
+    make = Maker(device, dtype, empty=True)
+    return {name: op.example(Sizes(), make) for name, op in _dispatch.OPS.items()}
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

@@ -1,4 +1,4 @@
-"""Stage 5: a frame's attention over its L tokens and the message: every library, and ours at each tile."""
+"""Stage 5: the attention of each frame over its L tokens and the message: every library, and ours at each tile size."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ SDPA = ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
 
 
 def packed(job: Job, frames: int, tokens: int, heads: int) -> Tensor:
-    """(F, L + 1, 3, H, C): queries, keys and values of the tokens, the message's in the spare row."""
+    """Queries, keys and values (F, L + 1, 3, H, C) of the tokens; the spare row holds the message's."""
     return torch.randn(frames, tokens + 1, 3, heads, 64, device=job.device).to(job.dtype)
 
 
 def library_calls(qkv: Tensor) -> Iterator[tuple[str, Callable[[], Tensor]]]:
-    """Each library on strided views of the packed tensor, as the block holds it: nothing is copied."""
+    """Each library on strided views of the packed tensor, as in a block, without copies."""
     q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # (F, H, L + 1, C)
     for name in SDPA:
         kernel = getattr(torch.nn.attention.SDPBackend, name)
@@ -44,7 +44,7 @@ def library_calls(qkv: Tensor) -> Iterator[tuple[str, Callable[[], Tensor]]]:
 
 
 def libraries(job: Job, frames: int, tokens: int, heads: int, backward: bool = False) -> Iterator[Row]:
-    """The libraries' rows, forward, or forward and backward."""
+    """The rows of the libraries: forward, or forward and backward."""
     qkv = packed(job, frames, tokens, heads).requires_grad_(backward)
     exact = exactly(qkv.detach())
     for name, call in library_calls(qkv):
@@ -69,7 +69,7 @@ def exactly(qkv: Tensor) -> Tensor:
 
 
 def timed(job: Job, row: Row, call: Callable[[], Tensor], exact: Tensor, leaf: Tensor) -> Row:
-    """A row with its error and time; with gradients if the leaf wants them."""
+    """The row with its error and time; with backward if the leaf requires gradients."""
     backward = leaf.requires_grad
     with torch.set_grad_enabled(backward):
         got = job.wrong(call())
@@ -86,7 +86,7 @@ def timed(job: Job, row: Row, call: Callable[[], Tensor], exact: Tensor, leaf: T
 
 
 def sizes(job: Job, tokens: int, frames: int, heads: int) -> Iterator[Row]:
-    """One number of tokens: libraries and ours, forward, then forward and backward."""
+    """The libraries and ours at one number of tokens: forward, then forward and backward."""
     if job.tiny:
         tokens, frames, heads = 17, 4, 2
     base: Row = {"op": "attention", "tokens": tokens, "frames": frames, "precision": job.precision}
@@ -101,7 +101,7 @@ def sizes(job: Job, tokens: int, frames: int, heads: int) -> Iterator[Row]:
 
 
 class _Ours(torch.autograd.Function):
-    """The kernel of the attention part, differentiated by its own backward."""
+    """The Triton kernel with its own backward pass."""
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor) -> Tensor:
@@ -120,7 +120,7 @@ class _Ours(torch.autograd.Function):
 
 
 def ours(job: Job, frames: int, tokens: int, heads: int, backward: bool) -> Iterator[Row]:
-    """Triton's kernel at each tile; backward takes its own tiles from the table, so it is timed at the first only."""
+    """The Triton kernel at each tile size; backward takes its tile sizes from the table, so it is timed only once."""
     from xclip_fast.kernels.triton import _launch
 
     qkv = packed(job, frames, tokens, heads).requires_grad_(backward)

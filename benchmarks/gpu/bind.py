@@ -1,7 +1,7 @@
-"""For a rehearsal: the launches of the GPU run at their real shapes, bound by Triton's own launcher, and not run.
+"""For a rehearsal: the launches of the GPU run at their real shapes, checked by Triton's launcher but not executed.
 
-``launches`` runs this file in a process without Triton's interpreter; xclip_fast/fake_gpu.py is the GPU that is not
-there. It prints a JSON row for each part.
+``launches`` runs this file in a process without Triton's interpreter, on the fake GPU of xclip_fast/fake_gpu.py. The
+process prints a row of JSON for each part.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .case import Job, Row
 
 
 def launches(job: Job) -> Iterator[Row]:
-    """What this file prints, in a process of its own."""
+    """The rows of this file, run in another process."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "gpu.bind"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)

@@ -1,7 +1,7 @@
-"""One case of gpu_check.py, and its side of the talk with the runner.
+"""One case of gpu_check.py, in its own process, and its side of the pipe to the runner.
 
-A case is a generator of rows. It runs in a process of its own, forked from a server that has imported torch already, so
-its start costs a fraction of a second. Rows go to the runner as they come: a crash loses only what follows it.
+A case is a generator of rows. Its process is forked from a server that has imported torch already, so it starts within
+a fraction of a second. Each row goes to the runner at once: a crash loses only the rows after it.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ Row = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What to run.
+    """A case to run.
 
     Attributes:
         name: unique in its stage.
-        work: "module:function" of this folder.
+        work: its function, as "module:function" in this folder.
         options: keyword arguments of that function.
         seconds: its time limit.
-        together: nothing is timed, so it runs beside others of its kind.
-        early: it starts with the first stage, prepares beside the others, and waits for its turn (``Job.turn``).
+        together: it times nothing, so it runs together with others of this kind.
+        early: it starts with the first stage, prepares in the background and waits for its turn (``Job.turn``).
     """
 
     name: str
@@ -42,13 +42,13 @@ class Case:
 
 
 class Job:
-    """What a case's function gets: the device, the clock, and a line to the runner.
+    """What a case's function gets: the device, the time left and the connection to the runner.
 
     Args:
         pipe: to the runner.
-        rehearse: run on the CPU, tiny.
-        without: contenders that ended an earlier try of this case.
-        fault: "kill", "hang" or "wrong": what to do to the first contender, to rehearse it. "" for nothing.
+        rehearse: run on the CPU at tiny sizes.
+        without: contenders that ended earlier tries of this case.
+        fault: "kill", "hang" or "wrong", to rehearse that the first contender fails like this; "" for none.
         seconds: the time limit.
     """
 
@@ -66,7 +66,7 @@ class Job:
         return self.end - time.monotonic()
 
     def at(self, contender: str) -> None:
-        """Say what runs next: if this process dies, the runner tries the case again without it."""
+        """Announce the next contender: if this process dies, the runner runs the case again without it."""
         self.contender = contender
         self.pipe.send(("at", contender))
         fault = self.fault if contender and not self.without else ""
@@ -77,7 +77,7 @@ class Job:
 
     @contextlib.contextmanager
     def trying(self, contender: str, row: Row) -> Iterator[None]:
-        """Note a contender's exception in its row and go on, unless the GPU is lost to this process."""
+        """Write a contender's exception into its row and go on, unless this process can no longer use the GPU."""
         import measuring
 
         self.at(contender)
@@ -91,7 +91,7 @@ class Job:
         self.at("")
 
     def lost(self) -> bool:
-        """Whether an error of the GPU makes every later call of this process fail."""
+        """Whether a GPU error makes every later call of this process fail."""
         import torch
 
         if self.device != "cuda":
@@ -103,19 +103,19 @@ class Job:
         return False
 
     def wrong(self, result: Any) -> Any:
-        """A result as it is; falsified if that is rehearsed."""
+        """The result, or a false one if that fault is rehearsed."""
         if self.fault != "wrong":
             return result
         self.fault = ""
         return tuple(1.5 * part for part in result) if isinstance(result, (tuple, list)) else 1.5 * result
 
     def turn(self) -> None:
-        """Wait until the runner has come to this case; an early one prepares before."""
+        """Wait for the turn of this case; an early case prepares before."""
         self._ask("turn")
 
     @contextlib.contextmanager
     def quiet(self) -> Iterator[None]:
-        """Nothing else runs inside: the runner stops the case that prepares in the background."""
+        """A block in which nothing else runs: the runner pauses the case that prepares in the background."""
         self._ask("quiet")
         try:
             yield
@@ -127,7 +127,7 @@ class Job:
         self.pipe.recv()
 
     def measure(self, contenders: dict[str, Callable[[], Any]], seconds: float) -> dict[str, dict[str, Any]]:
-        """``measuring.measure`` of the contenders, in turn; each is announced before its first call."""
+        """``measuring.measure``, with each contender announced before its first call."""
         import measuring
 
         announced: set[str] = set()
@@ -145,12 +145,12 @@ class Job:
         with self.quiet():
             found = measuring.measure(calls, self.device, min(seconds, self.left()))
         if self.lost():
-            raise RuntimeError(f"the GPU was lost at {self.contender}")
+            raise RuntimeError(f"{self.contender} left the GPU unusable")
         self.at("")
         return found
 
     def milliseconds(self, call: Callable[[], Any]) -> float:
-        """Median time of one call, caches cold; on a CPU the time of one call."""
+        """The median time of a call with cold caches; on a CPU the time of one call."""
         if self.device == "cpu":
             begin = time.perf_counter()
             call()
@@ -164,9 +164,9 @@ class Job:
 def live(
     case: Case, pipe: Connection, log: str, rehearse: bool, without: tuple[str, ...], fault: str, seconds: float
 ) -> None:
-    """The whole life of a case, in its own process: its output goes to ``log``, its rows through the pipe."""
+    """Run a case in this process: its output goes to ``log``, its rows through the pipe."""
     with contextlib.suppress(OSError):
-        os.setsid()  # so that the runner can end what it starts as well
+        os.setsid()  # so that the runner can also kill what the case starts
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)

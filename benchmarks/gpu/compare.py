@@ -1,4 +1,4 @@
-"""What counts as right: the rule of the tests, on any op, with every gradient."""
+"""Whether a result is right: the rule of the tests, for any op and all its gradients."""
 
 from __future__ import annotations
 
@@ -11,25 +11,19 @@ import torch
 from ops import test_ops
 from torch import Tensor
 from xclip_fast.kernels._dispatch import OPS, backend
+from xclip_fast.kernels.example import TINY, Maker, Sizes
 
-TINY = {"B": 2, "T": 2, "K": 3, "D": 64, "H": 1, "N": 4, "E": 64, "F": 4, "L": 5, "C": 64, "P": 8}
-FP8_LIMIT = 0.03  # two ways to round to 8 bits differ by a step of it here and there
+FP8_LIMIT = 0.03  # two ways to round to 8 bits differ by a step in places
 
 
-def arguments(op: str, videos: int, frames: int, tiny: bool) -> list[Any]:
-    """An op's arguments at the sizes of B/16 (or tiny), in float32 on the device."""
-    sizes = TINY if tiny else {"B": videos, "T": frames, "F": videos * frames}
-    if tiny:
-        small = test_ops.CONFIG.vision
-        vision = type(small)(image_size=16, patch_size=8, width=64, layers=1, heads=1)
-        config = type(test_ops.CONFIG)(vision=vision, text=test_ops.CONFIG.text, embed_dim=64, num_frames=2)
-        sizes = {**sizes, "CONFIG": config, "DEVICE": "cpu"}
-    vars(test_ops).update(sizes)
-    return list(test_ops.CASES[op]())
+def arguments(op: str, videos: int, frames: int, device: str, tiny: bool) -> list[Any]:
+    """An op's arguments in float32, at the sizes of B/16 with 400 labels or at tiny ones."""
+    sizes = TINY if tiny else Sizes(videos=videos, frames=frames, labels=400)
+    return list(OPS[op].example(sizes, Maker(device)))
 
 
 def results(op: str, args: Sequence[Any], name: str, cotangent: Tensor | None = None) -> list[Tensor]:
-    """The first output of a backend, and for a cotangent every gradient."""
+    """The first output of a backend; with a cotangent, also every gradient."""
     leaves = [arg for arg in args if isinstance(arg, Tensor) and arg.requires_grad]
     with backend(name), torch.set_grad_enabled(cotangent is not None):
         output = test_ops.first(op, OPS[op](*args) if name != "reference" else OPS[op].reference(*args))
@@ -40,7 +34,7 @@ def results(op: str, args: Sequence[Any], name: str, cotangent: Tensor | None = 
 
 
 def wanting(args: Sequence[Any], dtype: torch.dtype, grad: bool) -> list[Any]:
-    """The arguments in a dtype, as leaves."""
+    """The arguments in a dtype, as leaves of autograd."""
     cast = test_ops.cast(args, dtype)
     return [
         arg.detach().requires_grad_(grad) if isinstance(arg, Tensor) and arg.dtype == dtype else arg for arg in cast
@@ -48,16 +42,16 @@ def wanting(args: Sequence[Any], dtype: torch.dtype, grad: bool) -> list[Any]:
 
 
 def error(got: Tensor, exact: Tensor) -> float:
-    """The largest difference, relative to the largest value; NaN anywhere is NaN."""
+    """The largest difference relative to the largest value; NaN if there is any NaN."""
     if exact.numel() == 0:
         return 0.0 if got.shape == exact.shape else math.nan
     return float((got.double() - exact.double()).abs().max() / exact.double().abs().max().clamp(min=1e-30))
 
 
 def judge(got: list[Tensor], exact: list[Tensor], baseline: list[Tensor], fp8: bool = False) -> tuple[float, float]:
-    """The error of the worst result and its limit: err <= 2 err(torch in the same dtype) + 4 eps. Wrong if over it.
+    """The error of the worst result, and its limit: 2 err(torch in the same dtype) + 4 eps.
 
-    A missing result counts as wrong: its error is infinite.
+    A missing result has an infinite error.
     """
     if len(got) != len(exact):
         return math.inf, 0.0
@@ -71,7 +65,7 @@ def judge(got: list[Tensor], exact: list[Tensor], baseline: list[Tensor], fp8: b
 
 
 def poison(device: str) -> None:
-    """Leave NaN in the memory that the next allocations get: what a kernel does not write shows."""
+    """Fill memory that the next allocations get with NaN, so that what a kernel fails to write shows."""
     if device == "cuda":
         with contextlib.suppress(torch.OutOfMemoryError):
             kept = [torch.full((size,), math.nan, device=device) for size in (*[1 << 10] * 64, *[1 << 22] * 8, 1 << 28)]

@@ -1,4 +1,4 @@
-"""Stage 8: a trainer on video files: how much of its time it waits for data."""
+"""Stage 8: a training on video files, and how much of its time it waits for data."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ def data_wait(job: Job) -> Iterator[Row]:
 def train_on_files(
     folder: Path, clips: int = 60, size: tuple[int, int] = (256, 340), overrides: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """How a trainer fares with video files: B/16 8f on H.264 of 340x256 with a keyframe every 12, 50 steps of 32.
+    """Train B/16 8f for 50 steps of 32 on H.264 files of 340x256 with a keyframe every 12 frames.
 
-    The share of the time that it waited for data, and clips/s, after the first ten steps. `clips` files are made and
-    each stands in the manifest often, so that an epoch is long; they are in the page cache, so no disk is measured.
+    Returns the share of the time that it waited for data, and clips/s, after the first ten steps. The manifest names
+    each of the ``clips`` files many times, so that an epoch is long. They are in the page cache: no disk is measured.
     """
     from xclip_fast.data.decode.dali_support import missing
     from xclip_fast.data.manifest import index

@@ -1,6 +1,6 @@
-"""Stage 3: the figures that count, ours beside Hugging Face's model and the limit, in one process a case.
+"""Stage 3: the main figures: ours, Hugging Face's model and the limit, measured in the same process.
 
-The limit is measured beside them: the bare products of the model's own shapes, and the fastest library attention.
+The limit is the time of the matrix products of the model alone, and of the fastest library's attention.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from .case import Job, Row
 
 UNFORKED = f"{GRAPHED}, one after the other"
 Calls = dict[str, Callable[[], Any]]
-OUTSIDE = {"tower": ("text", "prompts", "similarity"), "whole": ("text",)}  # parts that a work leaves out
+OUTSIDE = {"tower": ("text", "prompts", "similarity"), "whole": ("text",)}  # parts that the work does not include
 
 
 def config_of(job: Job, variant: str) -> XCLIPConfig:
@@ -63,7 +63,7 @@ def labels_of(job: Job) -> list[str]:
 
 
 def build(job: Job, variant: str) -> xclip_fast.XCLIP:
-    """A model with random weights, made on the device: on the CPU that would take seconds."""
+    """A model with random weights, made on the device, since that takes seconds on the CPU."""
     torch.manual_seed(0)
     with torch.device(job.device):
         model = xclip_fast.XCLIP(config_of(job, variant))
@@ -84,7 +84,7 @@ def under(name: str, call: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def peer_of(job: Job, model: xclip_fast.XCLIP, video: Tensor, kind: str) -> Callable[[], Any]:
-    """Hugging Face's model with the same weights, doing the same work on normalized pixels."""
+    """Hugging Face's model with the same weights and the same work, on normalized pixels."""
     hf: Any = huggingface(model).to(job.device, job.dtype)
     config = model.config
     mean, deviation = (torch.tensor(v, device=job.device) for v in (config.image_mean, config.image_std))
@@ -105,7 +105,7 @@ def work_of(job: Job, model: xclip_fast.XCLIP, video: Tensor, kind: str) -> Call
 
 
 def limit_seconds(job: Job, model: xclip_fast.XCLIP, batch: int, kind: str) -> tuple[float, float]:
-    """Seconds of the bare products of a work's own shapes, and of its blocks' attention by the fastest of SDPA."""
+    """Seconds of the matrix products of the work, and of the attention of its blocks by the fastest kernel of SDPA."""
     from . import attention
 
     config = model.config
@@ -125,7 +125,7 @@ def limit_seconds(job: Job, model: xclip_fast.XCLIP, batch: int, kind: str) -> t
 
 
 def rows_of(job: Job, found: dict[str, dict[str, Any]], base: Row, truth: str, limit: float) -> Iterator[Row]:
-    """A row for each contender: its median, its ratio to the peer, its time over the limit; or why there is none."""
+    """A row for each contender: its median, and its time relative to ours and to the limit; or why there is none."""
     ours = found.get(OURS, {}).get("seconds")
     right = found.get(truth, {}).get("output")
     for name, result in found.items():
@@ -145,7 +145,7 @@ def rows_of(job: Job, found: dict[str, dict[str, Any]], base: Row, truth: str, l
             row["error"] = largest_error(output, right)
             row["right"] = row["error"] <= TOLERANCE[job.precision]
         if row.get("right") is False:
-            yield {**row, "note": f"WRONG beside {truth}: {row.get('error', row.get('cosine')):.3g}; no ratio"}
+            yield {**row, "note": f"WRONG compared with {truth}: {row.get('error', row.get('cosine')):.3g}; no ratio"}
             continue
         if name not in (EAGER, COMPILED) and limit:
             row |= {"limit_ms": 1e3 * limit, "over_limit": median / limit}
@@ -163,7 +163,7 @@ def inference(
     graph: bool = False,
     fp8: bool = False,
 ) -> Iterator[Row]:
-    """The video tower or the whole model (labels encoded before): ours, each backend, Hugging Face eager."""
+    """The video tower or the whole model (with encoded labels): ours, each backend, Hugging Face eager."""
     model = build(job, variant)
     video = videos(job, model, batch)
     for kind in kinds:
@@ -200,8 +200,8 @@ def inference(
 
 
 def graphs(job: Job, model: xclip_fast.XCLIP, video: Tensor) -> Calls:
-    """The tower from a CUDA graph, and from one whose message path runs after the projection instead of beside it."""
-    if job.device == "cpu":  # what a rehearsal has in place of graphs
+    """The tower as a CUDA graph, and as one whose message path runs after the projection instead of in parallel."""
+    if job.device == "cpu":  # a rehearsal has no graphs
         return dict.fromkeys((GRAPHED, UNFORKED), functools.partial(model.encode_video, video))
     graphed = model.graphed(*video.shape[:2])
     plain = type(graphed)(model, *video.shape[:2])
@@ -211,7 +211,7 @@ def graphs(job: Job, model: xclip_fast.XCLIP, video: Tensor) -> Calls:
 
 
 def compiled(job: Job, variant: str, batch: int) -> Iterator[Row]:
-    """Ours beside Hugging Face's tower under torch.compile: it is compiled in the background, from the start on."""
+    """Ours and Hugging Face's tower under torch.compile, which is compiled in the background before."""
     model = build(job, variant)
     video = videos(job, model, batch)
     base: Row = {"op": "tower", "variant": named(job, variant), "batch": batch, "precision": job.precision}
@@ -234,13 +234,15 @@ def compiled(job: Job, variant: str, batch: int) -> Iterator[Row]:
 
 
 def step(job: Job, variant: str, batch: int, backends: tuple[str, ...] = ()) -> Iterator[Row]:
-    """A training step, the text tower frozen: forward, backward, fused AdamW; weights in float32, autocast."""
+    """A training step with a frozen text tower: forward, backward, fused AdamW; weights in float32 and autocast."""
     cell, contenders = training_contenders(job, variant, batch, HF_INSTALLED)
     base: Row = {"op": "training step", "variant": named(job, variant), "batch": batch, "precision": job.precision}
     products = flops.products(VARIANTS[cell.variant], labels=[4] * len(labels_of(job)), batch=batch, counting="actual")
     forward = [product for product in products if product.part != "text"]
     with job.quiet():
-        gemms = 3 * measuring.own_gemms(forward, job.dtype, job.device)  # forward, and a product for each gradient
+        gemms = 3 * measuring.own_gemms(
+            forward, job.dtype, job.device
+        )  # forward, and a product for each of two gradients
     yield {**base, "contender": "limit", "ms": 1e3 * gemms}
     ours = contenders[OURS]
     calls: Calls = {OURS: ours.step} | {f"{OURS} {name}": under(name, ours.step) for name in backends}
@@ -280,7 +282,7 @@ def training_contenders(
 
 
 def once(job: Job, variant: str, batch: int, backend: str, kind: str) -> Row:
-    """One call of a headline's work on a backend, beside the reference's in the same precision."""
+    """One call of a headline's work on a backend, compared with the reference in the same precision."""
     begin = time.perf_counter()
     if kind == "training step":
         _, contenders = training_contenders(job, variant, batch, False)
@@ -306,5 +308,5 @@ def once(job: Job, variant: str, batch: int, backend: str, kind: str) -> Row:
         error = largest_error(job.wrong(got), right)
         found = {"error": error, "limit": TOLERANCE[job.precision], "right": error <= TOLERANCE[job.precision]}
     if not found["right"]:
-        found["note"] = f"WRONG beside the reference: {found.get('error', found.get('cosine')):.3g}"
+        found["note"] = f"WRONG compared with the reference: {found.get('error', found.get('cosine')):.3g}"
     return {**found, "seconds": time.perf_counter() - begin}

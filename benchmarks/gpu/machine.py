@@ -1,4 +1,4 @@
-"""Stage 1: what machine this is, and its two ceilings, memory and matrix products."""
+"""Stage 1: the machine, and its speed limits: memory and matrix products."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .case import Job, Row
 
 
 def versions(job: Job) -> Iterator[Row]:
-    """The row whose device and versions every other row carries."""
+    """The device and the versions; every other row gets the main ones."""
     from xclip_fast.kernels import _cuda
 
     row = measuring.environment(job.device)
@@ -35,7 +35,7 @@ def versions(job: Job) -> Iterator[Row]:
 
 
 def ceilings(job: Job) -> Iterator[Row]:
-    """A large copy on the device, counting bytes read and written, and a large product of random data."""
+    """A large copy on the device (bytes read and written) and large products of random matrices."""
     size = 1 << (20 if job.tiny else 32)
     data = torch.randint(256, (2, size // 8), dtype=torch.int64, device=job.device)
     ms = job.milliseconds(functools.partial(data[0].copy_, data[1]))

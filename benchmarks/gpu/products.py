@@ -1,7 +1,7 @@
-"""Stage 4: the four products of a block with their real epilogues: cuBLAS, each Triton tile, each CUTLASS tile.
+"""Stage 4: the four products of a block of B/16 with their epilogues: cuBLAS, each Triton tile, each CUTLASS tile.
 
-qkv = LN(x) W + b; out = x + h W + b with row statistics; fc1 = quick_gelu(LN(x) W + b); fc2 as out. M rows, N columns,
-K summed, of B/16.
+qkv = LN(x) W + b; out = x + h W + b with row statistics; fc1 = quick_gelu(LN(x) W + b); fc2 like out. A product sums
+over K and has M rows and N columns.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .case import Job, Row
 EPS = 1e-5
 SHAPES = {"qkv": (2304, 768), "out": (768, 768), "fc1": (3072, 768), "fc2": (768, 3072)}  # N, K
 TINY = {"qkv": (192, 64), "out": (64, 64), "fc1": (256, 64), "fc2": (64, 256)}
-ROWS = (1576, 12608, 50432)  # one video, 8 and 32, of 8 frames of 197 tokens
+ROWS = (1576, 12608, 50432)  # 1, 8 and 32 videos of 8 frames of 197 tokens
 CUTLASS = ("auto", "small", "square", "wide")
 
 
@@ -28,7 +28,7 @@ def tile(m: int, n: int, k: int, warps: int, stages: int, subtiles: int, flatten
 
 
 TILES = (
-    tile(128, 128, 64, 4, 3, 4, False, 2),  # two programs a processor: one multiplies while the other stores
+    tile(128, 128, 64, 4, 3, 4, False, 2),  # two programs on an SM: one multiplies while the other stores
     tile(128, 128, 64, 4, 3, 4, True, 2),
     tile(128, 128, 64, 8, 3, 4, False, 2),
     tile(128, 128, 64, 8, 4, 4, False),
@@ -46,7 +46,7 @@ TILES = (
 
 
 class Operands(NamedTuple):
-    """Of one product: x (M, K), W (N, K), the residual (M, N), in half precision; the vectors too."""
+    """The operands of a product: x (M, K), W (N, K), the residual (M, N) and the vectors, in half precision."""
 
     x: Tensor
     weight: Tensor
@@ -72,7 +72,7 @@ def quick_gelu(u: Tensor) -> Tensor:
 
 
 def plain(product: str, x: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor, residual: Tensor) -> Any:
-    """By torch: the product is cuBLAS's, the rest its own passes. With the row statistics where they are wanted."""
+    """The product in torch (cuBLAS and separate passes), with the row statistics where the product has them."""
     if product in ("qkv", "fc1"):
         u = F.linear(F.layer_norm(x, gamma.shape, gamma, beta, EPS), weight, bias)
         return (quick_gelu(u),) if product == "fc1" else (u,)
@@ -106,7 +106,7 @@ def cutlass_call(product: str, given: Operands, use: str) -> Callable[[], Any]:
 
 
 def contenders(job: Job, product: str, given: Operands) -> Iterator[tuple[str, Row, Callable[[], Callable[[], Any]]]]:
-    """Name, what goes into its row, and what makes its call."""
+    """Each contender's name, entries for its row, and function that makes its call."""
     from xclip_fast.kernels import _cuda
 
     yield "cuBLAS alone", {"kind": "bare"}, lambda: lambda: F.linear(given.x, given.weight)
@@ -132,7 +132,7 @@ def forced(use: Row | None, call: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def compile_tiles(job: Job, product: str, numbers: list[int]) -> Iterator[Row]:
-    """Compile a product's kernels with some of the tiles, several cases at a time; the timed cases find them."""
+    """Compile the kernels of a product with some of the tile sizes, for the timed cases."""
     given = operands(job, product, 24 if job.tiny else ROWS[0])
     for number in numbers:
         use = TILES[number]
@@ -145,7 +145,7 @@ def compile_tiles(job: Job, product: str, numbers: list[int]) -> Iterator[Row]:
 
 
 def product(job: Job, product: str, rows: int) -> Iterator[Row]:
-    """Every contender at one shape: its error, its time, and that over the bare product's."""
+    """Each contender at one shape: its error, its time, and its time relative to the product alone."""
     from xclip_fast.kernels import _cuda
 
     from . import compare

@@ -1,4 +1,4 @@
-"""The short table at the end of a run, from its rows."""
+"""The short table of a run, made from its rows."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from .case import Row
 
-QUIET_NOTES = ("refused:", "skipped")  # nothing went wrong
+QUIET_NOTES = ("refused:", "skipped")  # notes of rows that are fine
 
 
 def trouble(row: Row) -> bool:
@@ -17,7 +17,7 @@ def trouble(row: Row) -> bool:
 
 
 def wrong(rows: Iterable[Row]) -> list[str]:
-    """The op and backend of every wrong result, once."""
+    """The op and backend of each wrong result, without repeats."""
     names = [
         f"{row.get('op', '')} {row.get('contender', '')}".strip() or str(row.get("test", row.get("case")))
         for row in rows
@@ -27,7 +27,7 @@ def wrong(rows: Iterable[Row]) -> list[str]:
 
 
 def lines(rows: list[Row], seconds: dict[str, float]) -> Iterator[str]:
-    """The table: a stage after the other, what went wrong last."""
+    """The table: one stage after the other, then the rows with trouble."""
     by_stage: dict[str, list[Row]] = {}
     for row in rows:
         by_stage.setdefault(row["stage"], []).append(row)
@@ -91,7 +91,7 @@ def _every(rows: list[Row]) -> Iterator[str]:
 
 
 def _best(rows: list[Row], group: tuple[str, ...], kind: str) -> Iterator[str]:
-    """Of each group the fastest contender of each kind."""
+    """The fastest contender of each kind in each group."""
     groups: dict[tuple[Any, ...], dict[str, Row]] = {}
     for row in rows:
         if "ms" in row and not trouble(row):

@@ -1,4 +1,4 @@
-"""Runs cases, each in a process of its own with a time limit, and keeps every row as it comes."""
+"""Runs cases, each in its own process with a time limit, and writes each row at once."""
 
 from __future__ import annotations
 
@@ -18,16 +18,23 @@ from typing import Any
 
 from .case import Case, Row, live
 
-LOG_BYTES = 6000  # of a case's output that are kept, the end of it
-PRELOADED = ("torch", "numpy", "measuring", "xclip_fast", "triton.language", "gpu.case")  # they start no CUDA
-HANG_SECONDS = 8.0  # the limit of a case that hangs in a rehearsal
-PATIENCE = 3  # of a rehearsal, whose times mean nothing and whose machine may be busy
-TRIES = 4  # of a case, each without the contender that ended the one before
+LOG_BYTES = 6000  # of the end of a case's output that are kept
+PRELOADED = (
+    "torch",
+    "numpy",
+    "measuring",
+    "xclip_fast",
+    "triton.language",
+    "gpu.case",
+)  # importing them does not start CUDA
+HANG_SECONDS = 8.0  # time limit of a case that hangs in a rehearsal
+PATIENCE = 3  # factor of the time limits in a rehearsal, on a machine that may be busy
+TRIES = 4  # of a case, each without the contenders that ended the earlier ones
 
 
 @dataclasses.dataclass
 class _Process:
-    """A case that runs."""
+    """A running case."""
 
     case: Case
     stage: str
@@ -38,16 +45,16 @@ class _Process:
     without: tuple[str, ...]
     began: float
     contender: str = ""
-    ended: str | None = None  # "" if it went well, else why not
-    waits: bool = False  # for its turn
+    ended: str | None = None  # None while it runs, "" if it finished, else why it did not
+    waits: bool = False  # it has asked for its turn
 
 
 class Rows:
-    """The rows of a run: appended to a file, flushed and synced at once."""
+    """The rows of a run, each written to the file at once."""
 
     def __init__(self, path: Path) -> None:
         self.all: list[Row] = []
-        self.stamp: Row = {}  # goes into every row
+        self.stamp: Row = {}  # added to every row
         self.begin = time.monotonic()
         self._file = path.open("a", encoding="utf-8")
 
@@ -64,15 +71,15 @@ class Rows:
 
 
 class Runner:
-    """Runs the cases of a stage, in order; those that may run together side by side.
+    """Runs the cases of a stage in order, or several at a time where they time nothing.
 
     Args:
-        rows: where the rows go.
+        rows: takes the rows.
         scratch: a folder for the cases' output while they run.
         log: the file that keeps the end of each case's output.
-        rehearse: on the CPU.
+        rehearse: run on the CPU.
         faults: case name -> "kill", "hang" or "wrong", to rehearse them.
-        say: prints a line.
+        say: prints a line of progress.
     """
 
     def __init__(
@@ -87,15 +94,15 @@ class Runner:
         self._number = 0
 
     def start_anew(self) -> None:
-        """From now on a case is a new process, not a fork of one that has imported torch."""
+        """From now on start each case as a new process instead of a fork."""
         self.context = multiprocessing.get_context("spawn")
 
     def start_early(self, stage: str, case: Case) -> None:
-        """Start a case now whose turn comes with its stage."""
+        """Start a case before its stage; it waits for its turn."""
         self.early[case.name] = self._start(stage, case, time.monotonic() + 3600, ())
 
     def run(self, stage: str, cases: list[Case], seconds: float) -> None:
-        """Run a stage within about ``seconds``: what does not fit gets a row that says so."""
+        """Run a stage within about ``seconds``; a case that does not fit gets a row that says so."""
         deadline = time.monotonic() + seconds
         waiting, running = list(cases), []
         while waiting or running:
@@ -113,7 +120,7 @@ class Runner:
                     running.append(again)
 
     def stop(self) -> None:
-        """End what still runs, as the early case of a stage that was left out."""
+        """End the early cases that still run, as those of a stage that was left out."""
         for one in self.early.values():
             self._kill(one)
         self.early.clear()
@@ -129,7 +136,7 @@ class Runner:
         if one is None:
             return self._start(stage, case, ends, ())
         one.ends, one.began = ends, time.monotonic()
-        if one.waits:  # else it is told when it asks
+        if one.waits:  # else it gets its answer when it asks
             one.waits = False
             self._reply(one)
         else:
@@ -155,7 +162,7 @@ class Runner:
         return _Process(case, stage, process, mine, log, ends, without, now)
 
     def _listen(self, running: list[_Process], deadline: float) -> None:
-        """Take what the cases say, until one has ended or its time is over."""
+        """Take messages of the cases, until one has ended or is out of time."""
         everyone = [*running, *self.early.values()]
         if not everyone:
             return
@@ -168,7 +175,7 @@ class Runner:
                 one.ended = f"stopped after {time.monotonic() - one.began:.0f} s"
                 self._kill(one)
         for name, one in list(self.early.items()):
-            if one.ended is not None:  # before its turn; its row says so then
+            if one.ended is not None:  # it ended before its turn: write its row
                 del self.early[name]
                 self._finish(one, 0.0)
 
@@ -196,9 +203,9 @@ class Runner:
             one.ended = "" if what == "done" else given
 
     def _finish(self, one: _Process, deadline: float) -> _Process | None:
-        """Clean up after a case; start it again without the contender that ended it, if there is time."""
+        """Clean up after a case; if there is time, start it again without the contender that ended it."""
         self._kill(one)
-        for early in self.early.values():  # it may have died in a quiet moment
+        for early in self.early.values():  # the case may have ended while they were paused
             self._signal(early, signal.SIGCONT)
         if one.log.exists():
             text = one.log.read_bytes()[-LOG_BYTES:].decode(errors="replace")
@@ -233,10 +240,10 @@ class Runner:
             one.pipe.send(None)
 
     def _signal(self, one: _Process, number: int) -> None:
-        """To the case and what it started; ``live`` gave them a group of their own."""
+        """Send a signal to the case and the processes it started: ``live`` made them a process group."""
         try:
             os.killpg(one.process.pid, number)
-        except ProcessLookupError:  # it has not come so far as to make its group
+        except ProcessLookupError:  # it has not made its group yet
             with contextlib.suppress(ProcessLookupError):
                 os.kill(one.process.pid, number)
 
@@ -247,7 +254,7 @@ class Runner:
 
 
 def short(row: Row) -> str:
-    """A row in a few words, for the lines that say how far a run is."""
+    """A row in a few words, for the lines of progress."""
     names = [str(row[key]) for key in ("op", "product", "contender", "dtype", "direction", "tile") if row.get(key)]
     figures = [f"{key} {row[key]:.4g}" for key in ("ms", "error", "over_limit") if isinstance(row.get(key), float)]
     return " ".join([*names, *figures, str(row.get("note") or "")]).strip()[:150] or "done"

@@ -1,6 +1,6 @@
-"""Stage 2: is it right? Every op, backend, dtype and direction, several at a time; and the headline's models, once.
+"""Stage 2: whether the results are right: each op, backend, dtype and direction, and each model of the headline once.
 
-It also compiles the kernels that the headline launches, into the cache that all cases share.
+It also compiles the kernels of the headline, into the cache that all cases share.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def op(job: Job, op: str, backend: str) -> Iterator[Row]:
-    """One op on one backend: two videos, and one video of an odd number of frames."""
-    from xclip_fast.kernels._dispatch import FLOAT8, OPS, BackendError
+    """One op on one backend: two videos, then one video with an odd number of frames."""
+    from xclip_fast.kernels._dispatch import OPS, BackendError
     from xclip_fast.kernels._dispatch import backend as forced
+    from xclip_fast.kernels.example import FLOAT8
 
     from . import compare
 
@@ -35,7 +36,7 @@ def op(job: Job, op: str, backend: str) -> Iterator[Row]:
                 if f"{name} {direction}" in job.without:
                     continue
                 for videos, frames in ((2, 8), (1, 3)):
-                    args = compare.arguments(op, videos, frames, job.tiny)
+                    args = compare.arguments(op, videos, frames, job.device, job.tiny)
                     given = compare.wanting(args, dtype, grad)
                     try:
                         with forced(backend):
@@ -67,7 +68,7 @@ def op(job: Job, op: str, backend: str) -> Iterator[Row]:
 
 
 def model(job: Job, variant: str, batch: int, backend: str, kind: str) -> Iterator[Row]:
-    """A headline model once, for its kernels' sake, beside the reference in the same precision."""
+    """One call of a headline's model, compared with the reference in the same precision; it compiles the kernels."""
     from . import headline
 
     row: Row = {"op": kind, "variant": variant, "batch": batch, "contender": backend, "precision": job.precision}

@@ -1,6 +1,6 @@
-"""What each stage runs, in order of value, and how long it may take.
+"""The cases of each stage and the time limits, the most valuable stage first.
 
-benchmarks/README.md computes how long each takes on a GPU.
+benchmarks/README.md estimates how long each takes on a GPU.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from .case import Case
 
 ROOT = Path(__file__).resolve().parents[2]
-SECONDS = {  # of a stage: the first four fit into 380 s
+SECONDS = {  # limit of each stage; 380 s for the first four
     "machine": 30.0,
     "smoke": 70.0,
     "headline": 190.0,
@@ -22,7 +22,7 @@ SECONDS = {  # of a stage: the first four fit into 380 s
     "table": 60.0,
     "files": 60.0,
 }
-BACKENDS = ("reference", "library", "triton", "cuda")  # each asked for, beside the default
+BACKENDS = ("reference", "library", "triton", "cuda")  # each is forced, in addition to the default
 
 
 def machine(rehearse: bool) -> list[Case]:
@@ -53,7 +53,7 @@ def smoke(rehearse: bool) -> list[Case]:
         models = [("tower", "triton"), ("training step", "triton"), *models[-3:]]
         cases.append(Case("launches", "bind:launches", {}, 100, together=True))
     for kind, name in models:
-        # several steps of 32 at a time would not fit into the memory of an H100
+        # several steps of 32 at a time do not fit into the memory of an H100
         batch = 1 if rehearse or kind == "graph" else 8 if kind == "training step" and name != "auto" else 32
         options = {"variant": "B/16-8f", "batch": batch, "backend": name, "kind": kind}
         cases.append(Case(f"{kind} {name}", "smoke:model", options, 60, together=True))

@@ -1,4 +1,4 @@
-"""Stage 6: the GPU tests, in parallel. A test that fails marks its op and backend; none stops the others."""
+"""Stage 6: the GPU tests, in parallel. A failed test marks its op and backend and does not stop the others."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from pathlib import Path
 from .case import Job, Row
 
 ROOT = Path(__file__).resolve().parents[2]
-SECONDS = 60  # of a test
-# the package is not to be taken from the current folder, where a bare tree has it without its kernels
+SECONDS = 60  # limit of a test
+# Not from the current folder, whose package has no kernels if it is a bare copy of the repository.
 PYTEST = "import sys; sys.path.remove(''); import pytest; sys.exit(pytest.main(sys.argv[1:]))"
 
 
 def tests(job: Job, files: list[str], select: str, workers: int) -> Iterator[Row]:
-    """A row for each test, as it ends."""
+    """A row for each test, when it ends."""
     if importlib.util.find_spec("pytest") is None:
         yield {"note": "not run: pytest is not installed"}
         return
@@ -33,7 +33,7 @@ def tests(job: Job, files: list[str], select: str, workers: int) -> Iterator[Row
         results = Path(folder) / "results"
         results.touch()
         path = os.pathsep.join([str(ROOT / "benchmarks"), *filter(None, [os.environ.get("PYTHONPATH")])])
-        # pytest's own variables would make this run a worker of the one that it is started in
+        # with the variables of a pytest around this one, this run would be its worker
         outside = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
         environment = {**outside, "PYTHONPATH": path, "GPU_CHECK_RESULTS": str(results)}
         environment |= {"GPU_CHECK_TEST_SECONDS": str(SECONDS), "XCLIP_FAST_REQUIRE_GPU": str(int(not job.tiny))}
@@ -54,10 +54,10 @@ def tests(job: Job, files: list[str], select: str, workers: int) -> Iterator[Row
 
 
 def names_in(test: str) -> Row:
-    """The op and the backend that a test's name holds, if it does."""
-    from xclip_fast.kernels._dispatch import BACKENDS, OPS
+    """The op and the backend that a test's name contains, if any."""
+    from xclip_fast.kernels._dispatch import OPS, backends
 
     inside = test.split("[", 1)[-1].rstrip("]").replace(" ", "-").split("-") if "[" in test else []
     ops = [op for op in sorted(OPS, key=len, reverse=True) if op in inside or f"test_{op}" in test]
-    backends = [name for name in BACKENDS if name in inside]
-    return {**({"op": ops[0]} if ops else {}), **({"contender": backends[0]} if backends else {})}
+    named = [name for name in backends() if name in inside]
+    return {**({"op": ops[0]} if ops else {}), **({"contender": named[0]} if named else {})}

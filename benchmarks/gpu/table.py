@@ -1,6 +1,6 @@
-"""Stage 7: the rows of choices.json for this GPU: each op's backends at the shapes of B/16, right ones only.
+"""Stage 7: the rows of choices.json for this GPU: the right backends of each op at the shapes of B/16.
 
-They are what ``python -m xclip_fast.kernels.tune --backends --batch 1 8 32`` writes: those of inference first.
+``python -m xclip_fast.kernels.tune --backends --batch 1 8 32`` writes the same. Inference comes first.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from .case import Job, Row
 
 
 def op(job: Job, op: str) -> Iterator[Row]:
-    """A row for each shape of one op: milliseconds by backend, in the form of the table."""
+    """A row for each shape of an op: the milliseconds of each backend, as in choices.json."""
     from xclip_fast.kernels import _choices
     from xclip_fast.kernels.tune import backends
     from xclip_fast.kernels.tune.shapes import SHAPES, Shape

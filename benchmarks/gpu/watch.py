@@ -1,4 +1,4 @@
-"""A pytest plugin: each test's result goes to a file at once, and a test that hangs ends its worker, not the run."""
+"""A pytest plugin: writes each test's result to a file at once; a test that hangs ends its worker, not the run."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import pytest
 
 RESULTS = os.environ.get("GPU_CHECK_RESULTS", "")
 SECONDS = float(os.environ.get("GPU_CHECK_TEST_SECONDS", "60"))
-_lost = False  # to an error of the GPU: every later test of this process would fail
+_lost = False  # whether a GPU error makes every later test of this process fail
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Of the process that collects the results: the only one, or xdist's controller."""
+    """Write the result, in the process that collects them: the only one, or xdist's controller."""
     if not RESULTS or "PYTEST_XDIST_WORKER" in os.environ or (report.when != "call" and report.outcome == "passed"):
         return
     found = {"test": report.nodeid, "outcome": report.outcome, "seconds": round(report.duration, 2)}
@@ -31,10 +31,10 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """End this process if the test takes too long (xdist starts another), or if the GPU is lost to it."""
+    """End this process if the test takes too long or the GPU is lost; xdist starts another."""
     if "PYTEST_XDIST_WORKER" not in os.environ:
         return (yield)
-    timer = threading.Timer(SECONDS, os._exit, (4,))  # a hang inside CUDA hears no signal
+    timer = threading.Timer(SECONDS, os._exit, (4,))  # a hang inside CUDA ignores signals
     timer.start()
     try:
         return (yield)

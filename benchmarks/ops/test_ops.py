@@ -6,64 +6,19 @@ One video of 8 frames and 100 labels on a CPU, 32 videos and 400 labels on a GPU
 its reason, and one that disagrees with the reference is a failure: no timing of a wrong answer.
 """
 
-import math
-
 import pytest
 import torch
-from xclip_fast.kernels import quantize_weight
-from xclip_fast.kernels._dispatch import FLOAT8, OPS, BackendError, backend
-from xclip_fast.kernels.cct_block.example import example
-
-from xclip_fast.config import IMAGENET_MEAN, IMAGENET_STD, VARIANTS
+import xclip_fast.kernels  # noqa: F401  which defines the ops
+from xclip_fast.kernels._dispatch import OPS, BackendError, backend
+from xclip_fast.kernels.example import FLOAT8, Maker, Sizes
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 DTYPES = [torch.bfloat16, torch.float16, torch.float32] if GPU else [torch.float32, torch.bfloat16]
-CONFIG = VARIANTS["B/16-8f"]
-B, T, K = (32, 8, 400) if GPU else (1, 8, 100)
-D, H, N, E = CONFIG.vision.width, CONFIG.vision.heads, CONFIG.vision.patches, CONFIG.embed_dim
-F, L, C, P = B * T, N + 1, D // H, CONFIG.vision.patch_size
-EPS = CONFIG.layer_norm_eps
-NOT_DIFFERENTIABLE = {"patch_embed"}  # as far as uint8 frames go
+B, K = (32, 400) if GPU else (1, 100)
+SIZES = Sizes(videos=B, labels=K)
+NOT_DIFFERENTIABLE = {"patch_embed"}  # with uint8 frames
 NOT_DIFFERENTIABLE |= {name for name, op in OPS.items() if not op.differentiable}
-
-
-def rand(*shape):
-    return torch.randn(shape, device=DEVICE)
-
-
-def weight(rows, columns):
-    return rand(rows, columns) / math.sqrt(columns)
-
-
-def weight8(rows, columns):
-    return quantize_weight(weight(rows, columns))
-
-
-def mlp_fp8():
-    scale = 8.0 / 448  # for quick_gelu up to 8
-    narrow8, narrow_scale = weight8(D, 4 * D)
-    wide8 = (*weight8(4 * D, D), rand(4 * D))
-    return rand(F, L, D), rand(D), rand(D), *wide8, narrow8, narrow_scale * scale, rand(D), scale, EPS
-
-
-def patch_embed():
-    frames = torch.randint(256, (F, CONFIG.vision.image_size, CONFIG.vision.image_size, 3), device=DEVICE)
-    kernel = weight(D, 3 * P * P).view(D, 3, P, P)
-    embeddings = rand(D), rand(L, D), rand(D), rand(D)
-    return frames.to(torch.uint8), kernel, *embeddings, list(IMAGENET_MEAN), list(IMAGENET_STD), EPS
-
-
-# the arguments of each op, in float32
-CASES = {
-    "cct_block": lambda: tuple(example(F, L + 1, D, T, device=DEVICE)),
-    "cosine_logits": lambda: (rand(B, E), rand(B, K, E), torch.tensor(4.6, device=DEVICE)),
-    "layer_norm": lambda: (rand(F, N, D), rand(D), rand(D), EPS),
-    "ln_linear_fp8": lambda: (rand(F, L, D), rand(D), rand(D), *weight8(3 * D, D), rand(3 * D), EPS),
-    "mlp_fp8": mlp_fp8,
-    "patch_embed": patch_embed,
-    "quick_gelu": lambda: (rand(F, L, 4 * D),),
-}
 ROWS = [(op, name) for op in OPS for name in OPS[op].names]
 
 
@@ -91,8 +46,8 @@ def test_op(benchmark, op, name, direction, dtype):
     if differentiated and op in NOT_DIFFERENTIABLE:
         pytest.skip("its input is uint8, or it is for inference only")
     torch.manual_seed(0)
-    args = cast(CASES[op](), dtype)
-    with backend(name):  # some are taken only where they are asked for
+    args = cast(OPS[op].example(SIZES, Maker(DEVICE)), dtype)
+    with backend(name):  # some are used only if they are forced
         try:
             OPS[op].choose(tuple(args), differentiated)
         except BackendError as refused:

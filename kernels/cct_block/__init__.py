@@ -14,6 +14,7 @@ from .. import cpu
 from .._arguments import LOWERED, Block
 from .._dispatch import Backend, Op, forced_backend
 from . import fused
+from .example import example
 from .fused import diffuse
 from .reference import cct_block_reference, composed, own_linear
 
@@ -32,6 +33,17 @@ cct_block_reference.__signature__ = inspect.Signature(  # type: ignore[attr-defi
 _op = Op(
     cct_block_reference,
     Backend("fused", fused.forward, fused.backward, refuse=fused.refuse, parts=fused.PART_NAMES),
+    example=lambda sizes, make: tuple(
+        example(
+            sizes.sequences,
+            sizes.tokens + 1,
+            sizes.width,
+            sizes.frames,
+            device=make.device,
+            dtype=make.dtype,
+            empty=make.empty,
+        )
+    ),
     saved=fused.saved_like,
     autocast=LOWERED,
 )

@@ -1,4 +1,4 @@
-"""Arguments of a block: written once, for tests, benchmarks, tuning and ``xclip-fast info``."""
+"""Example arguments of a block, for tests, benchmarks, tuning and ``xclip-fast info``."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .._arguments import Block
+from ..example import Maker
 
 
 def example(
@@ -19,32 +20,36 @@ def example(
     drops: bool = False,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
+    empty: bool = False,
     **given: Any,
 ) -> Block:
-    """Random arguments of the size that they have in a trained model.
+    """Random arguments with the magnitudes of a trained model.
 
     Args:
         count, length, width: x is (count, length, width); with frames the last row of a sequence is the spare one.
         frames: T, for a block with a message; 0: without.
         labels: rows of packed causal sequences, in place of count and length.
         drops: with drop path factors, 0 and 1.25 in turn, of each video (or sequence).
-        device, dtype: "meta" costs nothing.
-        given: other arguments, heads of 64 channels unless they say so.
+        device, dtype, empty: as for ``Maker``.
+        given: further arguments. Heads have 64 channels by default.
     """
-
-    def normal(*shape: int, scale: float = 1.0) -> Tensor:
-        return torch.randn(shape, device=device, dtype=dtype) * scale
+    make = Maker(device, dtype, empty=empty)
 
     def linear(name: str, columns: int, inner: int) -> dict[str, Tensor]:
-        return {f"{name}_weight": normal(columns, inner, scale=inner**-0.5), f"{name}_bias": normal(columns, scale=0.1)}
+        return dict(zip((f"{name}_weight", f"{name}_bias"), make.linear(columns, inner), strict=True))
 
     def norm(name: str) -> dict[str, Tensor]:
-        return {f"{name}_weight": 1 + normal(width, scale=0.1), f"{name}_bias": normal(width, scale=0.1)}
+        return dict(zip((f"{name}_weight", f"{name}_bias"), make.norm(width), strict=True))
 
-    made: dict[str, Any] = {"heads": width // 64, "x": normal(count, length, width)}
+    made: dict[str, Any] = {"heads": width // 64, "x": make.normal(count, length, width)}
     if labels:
         ends = torch.tensor([0, *labels]).cumsum(0)
-        made |= {"x": normal(sum(labels), width), "offsets": ends.to(device), "longest": max(labels), "causal": True}
+        made |= {
+            "x": make.normal(sum(labels), width),
+            "offsets": ends.to(device),
+            "longest": max(labels),
+            "causal": True,
+        }
     made |= {**norm("ln_1"), **linear("in", 3 * width, width), **linear("out", width, width)}
     made |= {**norm("ln_2"), **linear("fc", 4 * width, width), **linear("projection", width, 4 * width)}
     if frames:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _cuda
+from .._arguments import GELUS
 from .._cast import cast, kept
 from .._parts import HALF, UNMEASURED, Candidate, Case, Part
 
@@ -45,7 +46,7 @@ class Layer(NamedTuple):
     norm: Norm
     weight: Tensor  # (O, D)
     bias: Tensor  # (O,)
-    activation: str = ""  # "", "quick_gelu" or "gelu"
+    activation: str = ""  # "", "quick_gelu" or one of GELUS
 
 
 class Target(NamedTuple):
@@ -78,8 +79,8 @@ def _normed(
 
 
 def _activate(save: bool, u: Tensor, activation: str) -> Tensor:
-    if activation == "gelu":
-        return F.gelu(u)
+    if activation in GELUS:
+        return F.gelu(u, approximate=GELUS[activation])
     from ..triton.quick_gelu import quick_gelu
 
     return quick_gelu(u, None if save else u)
@@ -99,9 +100,9 @@ def _library_slope(
     dy: Tensor, weight: Tensor, u: Tensor, activation: str, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     dh = torch.mm(dy, weight)
-    if activation == "gelu":
-        du = torch.ops.aten.gelu_backward(dh, u)
-        return du, du.sum(0, dtype=torch.float32), F.gelu(u) if keep else None
+    if activation in GELUS:
+        du = torch.ops.aten.gelu_backward(dh, u, approximate=GELUS[activation])
+        return du, du.sum(0, dtype=torch.float32), _activate(True, u, activation) if keep else None
     from ..triton.column_sums import scaled
 
     return scaled(dh, weight.dtype, slope_at=u, keep=keep)
@@ -199,7 +200,7 @@ def _cuda_residual(a: Tensor, weight: Tensor, bias: Tensor, to: Target) -> tuple
 
 
 def _refuse_float32(case: Case) -> str | None:
-    if case.activation == "gelu":
+    if case.activation in GELUS:
         return "its epilogue has quick_gelu only"
     if case.dtype == torch.float32 and case.forced != "triton":
         return "exact float32 products use no tensor cores: left to the library unless it is asked for"
@@ -207,7 +208,7 @@ def _refuse_float32(case: Case) -> str | None:
 
 
 def _refuse_cuda(case: Case) -> str | None:
-    if case.activation == "gelu":
+    if case.activation in GELUS:
         return "its epilogue has quick_gelu only"
     if case.stream != case.dtype:
         return f"a residual stream of {case.stream} beside weights of {case.dtype}"

@@ -98,7 +98,7 @@ def test_measured_beside_the_paper(script, tmp_path, capsys):
     assert (many["GFLOPs"], many["views/s"], many["on"]) == ("1739", "12.5", "a GPU, fp16, decoding included")
     four = measured["my/model", "1 x 1"]
     assert (four["top-1 %"], four["top-5 %"]) == (r"82.3 \*", "-")
-    assert "cannot be held against the paper's" in said
+    assert "cannot be compared with the paper's" in said
     mixed = [row for row in rows if row["origin"].startswith("accuracy: paper")]
     assert [(row["model"], row["top-1 %"], row["views/s"]) for row in mixed] == [("B/32-8f", "80.4", "3000")]
 
@@ -125,7 +125,10 @@ def test_refusals(script, tmp_path, capsys):
     for given, said in (
         ([str(tmp_path / "empty")], "no summary.json in this folder"),
         ([str(tmp_path / "none.json")], "cannot be read"),
-        ([store(tmp_path / "x.json", {"kind": "other"})], "neither an evaluation's summary nor a throughput run"),
+        (
+            [store(tmp_path / "x.json", {"kind": "other"})],
+            "is neither the summary of an evaluation nor a result of throughput.py",
+        ),
         (["--plot", str(tmp_path)], "--plot"),
         (["--nonsense"], "unrecognized arguments"),
     ):

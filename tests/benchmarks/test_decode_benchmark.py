@@ -44,13 +44,16 @@ def test_every_contender_gives_the_same_frames(bench, tmp_path, capsys):
             assert row["largest_mean_difference"] == 0
             assert row["note"] == ""
         if "seconds" in row:
-            assert row["n"] == len(row["seconds"]) == 2
+            assert row["n"] == 2
+            for key in ("seconds", "cpu_seconds"):
+                assert row[key] == sorted(row[key])
+                assert len(row[key]) == 3
+            assert row["clips_per_second"] == pytest.approx(1 / row["seconds"][1], rel=1e-4)
             assert row["frames_per_second"] == pytest.approx(frames * row["clips_per_second"])
-            assert len(row["cpu_seconds"]) == 2
             for key in ("ratio_to_full", "cpu_ratio_to_full"):
                 assert row[key]["low"] <= row[key]["high"]
         else:
-            assert row["note"].startswith(("not installed: pip install", "does not load here"))
+            assert row["note"].startswith(("not installed: pip install", "cannot be imported"))
     full = rows[12, 2, bench.FULL]
     assert full["ratio_to_full"]["median"] == 1
     clips = {clip["keyframe_every"]: clip for clip in report["clips"]}
@@ -72,7 +75,8 @@ def test_loader_is_measured(bench, tmp_path, monkeypatch):
     assert code == 0
     pyav, dali = report["rows"]
     assert pyav["clips_per_second"] > 0
-    assert pyav["n"] == len(pyav["rates"])
+    assert pyav["n"] >= 1
+    assert pyav["rates"][1] == pytest.approx(pyav["clips_per_second"], rel=1e-4)
     assert dali["note"].startswith("not run: DALI")
 
 

@@ -159,7 +159,7 @@ def test_the_table_shows_the_best_of_each_kind_and_names_what_is_wrong(check):
     ("options", "said"),
     [
         (["--stages", "smoke,magic"], "'magic'"),
-        (["--seconds", "0"], "a positive time wanted"),
+        (["--seconds", "0"], "give a positive time"),
         (["--break", "a=kill"], "add --rehearse"),
         (["--rehearse", "--break", "a=eat"], "one of kill, hang, wrong"),
     ],
@@ -203,7 +203,7 @@ def test_a_bundle_is_laid_out_as_pip_would_and_nothing_is_built(tmp_path, monkey
     command = [sys.executable, "benchmarks/gpu_check.py", "--rehearse", "--out", "out", "--cases", "overhead,pytest"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
     assert done.returncode == 0, done.stderr
-    assert "started anew" not in done.stderr
+    assert "restarted" not in done.stderr
     assert len((folder / "out" / "rows.jsonl").read_text().splitlines()) > 10
     assert bundle.main([str(folder), "--no-library", "--no-wheels"]) == 0  # in place of the old one
     other = tmp_path / "mine"

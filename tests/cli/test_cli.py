@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from xclip_fast import VARIANTS, XCLIP, TextConfig, VideoFeatures, VisionConfig, XCLIPConfig, flops
 from xclip_fast.cli import main as cli
-from xclip_fast.cli import options, predict
+from xclip_fast.cli import options
 from xclip_fast.data.decode.decoder import decode
 from xclip_fast.data.motion import CLASSES, render, write_clip
 
@@ -158,7 +158,7 @@ def test_label_strings(capsys):
     assert options.parse_labels("swimming") == ["swimming"]
     assert capsys.readouterr().err == ""
     assert options.parse_labels("a,b,a,a") == ["a", "b"]
-    assert "2 labels are repetitions" in capsys.readouterr().err
+    assert "2 repeated labels are left out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def test_label_strings(capsys):
         ("l.csv", b"a,b\nc,d\n", "a column called name"),
         ("l.csv", b"id,name\n0,a\n1,b,c\n", "line 3: has 3 columns"),
         ("l.txt", b"\xff\xfe\x00a", "text"),
-        ("l.json", b'["a"]', "a .txt, a .csv or a .tsv"),
+        ("l.json", b'["a"]', ".txt, .csv or .tsv"),
         ("missing.txt", None, "No such file"),
         (".txt", None, "holds no label"),
     ],
@@ -234,7 +234,7 @@ def test_without_weights_it_refuses_or_warns(home, run, monkeypatch):
         (["frobnicate"], 2, "frobnicate"),
         (["classify", "--labels", "a", "-c", "{home}/a"], 2, "VIDEO"),
         (["classify", "{clip}", "-c", "{home}/a"], 2, "--labels"),
-        (["classify", "", "--labels", "a", "-c", "{home}/a"], 2, "empty name"),
+        (["classify", "", "--labels", "a", "-c", "{home}/a"], 2, "a name is empty"),
         (["classify", "{clip}", "--labels", "a", "-c", "{home}/a", "--top", "0"], 2, "--top"),
         (["classify", "{clip}", "--labels", "a", "-c", "{home}/a", "--frames", "0"], 2, "--frames"),
         (["classify", "{clip}", "--labels", "a", "-c", "{home}/a", "--batch-size", "x"], 2, "--batch-size"),
@@ -402,7 +402,7 @@ def test_answers_that_are_no_numbers_are_errors(home, run, tmp_path):
 def test_many_labels_are_taken_in_parts(home, run, monkeypatch):
     arguments = ("classify", clips(home)[0], "--labels", ",".join(LABELS), "-c", home / "a", "--top", 6)
     whole = run(*arguments)
-    monkeypatch.setattr(predict, "CHUNK", 4)
+    monkeypatch.setattr(options, "CHUNK", 4)
     assert run(*arguments) == whole
     assert whole[0] == 0
 
@@ -414,9 +414,9 @@ def test_errors_of_the_machine_are_lines_and_bugs_are_not(home, run, monkeypatch
         (ModuleNotFoundError("No module named 'av'"), "error: No module named 'av'\n"),
         (MemoryError(), "error: MemoryError\n"),
     ):
-        monkeypatch.setattr(predict, "load_model", lambda *_, error=error: (_ for _ in ()).throw(error))
+        monkeypatch.setattr(options, "load_model", lambda *_, error=error: (_ for _ in ()).throw(error))
         assert run(*arguments) == (1, "", line)
-    monkeypatch.setattr(predict, "load_model", lambda *_: (_ for _ in ()).throw(RuntimeError("a bug")))
+    monkeypatch.setattr(options, "load_model", lambda *_: (_ for _ in ()).throw(RuntimeError("a bug")))
     with pytest.raises(RuntimeError, match="a bug"):
         cli.main([str(argument) for argument in arguments])
 

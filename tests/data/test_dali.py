@@ -168,7 +168,7 @@ def test_frames_are_asked_for_once():
     assert inputs["color"].tolist() == [np.eye(3, 4).tolist()] * 2
 
 
-def test_color_correction_leaves_grey_alone():
+def test_color_correction_leaves_gray_alone():
     assert np.allclose(dali_graph.CORRECTION.sum(axis=1), 1)
     # A red of BT.709 (Y' 0.2126, Cr 0.5, Cb by definition), decoded as BT.601 and corrected, is red again.
     ycc = np.array([0.2126, -0.2126 / (2 * (1 - 0.0722)), 0.5])
@@ -354,7 +354,7 @@ def test_a_hung_pipeline_is_left_behind(stand, manifest):
     assert time.monotonic() - start < 10
     assert [batch.samples.tolist() for batch in got] == [[0, 1], [3], [1]]
     assert np.array_equal(got[0].frames[0], expected(manifest, TestTransform(frames=2, size=8), 0))
-    assert "did not go on for 0.4 seconds" in routes[0]
+    assert "did not advance for 0.4 seconds" in routes[0]
     assert routes[3] is None
     release.set()
     hung[0].join(5)
@@ -373,7 +373,7 @@ def test_a_hung_file_is_a_bad_one(stand, manifest, monkeypatch):
     batch = next(stand(manifest, [np.array([0, 2])], on_bad=told.__setitem__, time_limit=0.4))
     release.set()
     assert batch.samples.tolist() == [0]
-    assert "did not go on" in told[2]
+    assert "did not advance" in told[2]
 
 
 def test_threads_find_hung_jobs_that_come_before():

@@ -40,7 +40,7 @@ def test_folders_globs_and_files(folder):
     nothing = find_videos(["none", "x*.mp4"])
     assert nothing.paths == []
     assert nothing.empty == ["none: no video file in this folder", "x*.mp4: no file matches"]
-    with pytest.raises(ValueError, match="empty name"):
+    with pytest.raises(ValueError, match="a name is empty"):
         find_videos([""])
 
 

@@ -287,7 +287,7 @@ def test_bad_files_are_named_and_do_not_stop_the_others(source, tmp_path):
     assert "empty (zero bytes)" in summary.failed[str(source / "empty.mp4")]
     assert "audio" in summary.failed[str(source / "sound.mkv")]
     assert "no such file" in summary.failed[missing].lower()
-    assert str(summary) == "1 transcoded, 0 there already, 5 failed"
+    assert str(summary) == "1 transcoded, 0 exist already, 5 failed"
     assert sorted(os.listdir(tmp_path / "out")) == ["good.mp4"]
     again = transcode(source, tmp_path / "out")
     assert (len(again.skipped), len(again.failed)) == (1, 4)
@@ -435,7 +435,7 @@ def test_a_file_of_others_is_not_replaced(source, tmp_path):
     before = theirs.read_bytes().replace("Caf\u00e9".encode(), "Caf\u00e9!".encode("latin-1"))  # no UTF-8
     theirs.write_bytes(before)
     summary = transcode(source, tmp_path / "out")
-    assert "not a copy made by this" in summary.failed[str(source / "clip.mkv")]
+    assert "is not a copy by xclip-fast" in summary.failed[str(source / "clip.mkv")]
     assert theirs.read_bytes() == before
     assert len(transcode(source, tmp_path / "out", overwrite=True).done) == 1
     assert probe(theirs).frames == 3
@@ -549,7 +549,7 @@ def test_a_copy_that_lost_frames_is_noticed(source, tmp_path, monkeypatch):
 
     monkeypatch.setattr(module, "finish", shorten)
     summary = transcode(source, tmp_path / "out")
-    assert "holds 1 frames instead of 3" in summary.failed[str(source / "clip.mp4")]
+    assert "has 1 frames instead of 3" in summary.failed[str(source / "clip.mp4")]
     assert os.listdir(tmp_path / "out") == []
 
 

@@ -29,19 +29,19 @@ def reference_resize(box_HWC, *sizes):
 def reference_jitter(rgb, brightness, contrast, saturation, hue, order):
     """The four changes one by one on levels, float64 (..., 3). Hue turns the (I, Q) plane, as complex numbers."""
     for step in order:
-        grey = (0.299 * rgb[..., 0] + 0.587 * rgb[..., 1] + 0.114 * rgb[..., 2])[..., None]
+        gray = (0.299 * rgb[..., 0] + 0.587 * rgb[..., 1] + 0.114 * rgb[..., 2])[..., None]
         if step == 0:
             rgb = rgb * brightness
         elif step == 1:
             rgb = 127.5 + (rgb - 127.5) * contrast
         elif step == 2:
-            rgb = grey + (rgb - grey) * saturation
+            rgb = gray + (rgb - gray) * saturation
         else:
             i = 0.595716 * rgb[..., 0] - 0.274453 * rgb[..., 1] - 0.321263 * rgb[..., 2]
             q = 0.211456 * rgb[..., 0] - 0.522591 * rgb[..., 1] + 0.311135 * rgb[..., 2]
             turned = (i + 1j * q) * np.exp(-2j * np.pi * hue)
             i, q = turned.real, turned.imag
-            y = grey[..., 0]
+            y = gray[..., 0]
             rgb = np.stack(
                 [y + 0.9563 * i + 0.6210 * q, y - 0.2721 * i - 0.6474 * q, y - 1.1070 * i + 1.7046 * q], axis=-1
             )
@@ -96,13 +96,13 @@ def test_the_five_positions_and_ten_shapes_are_equally_likely():
 
 
 def test_training_probabilities():
-    plain = TrainTransform(jitter_probability=0, grey=0)
+    plain = TrainTransform(jitter_probability=0, gray=0)
     assert 0.46 < np.mean([view.flip for view in drawn(plain, 2000)]) < 0.54
     assert all(view.color is None for view in drawn(plain, 50))
     views = drawn(TrainTransform(), 2000)
-    grey = np.mean([view.color is not None and np.ptp(view.color, axis=0).max() == 0 for view in views])
+    gray = np.mean([view.color is not None and np.ptp(view.color, axis=0).max() == 0 for view in views])
     none = np.mean([view.color is None for view in views])
-    assert 0.17 < grey < 0.23  # every row the same: all three channels are
+    assert 0.17 < gray < 0.23  # every row the same: all three channels are
     assert 0.13 < none < 0.19  # 0.2 x 0.8
     for view in views[:50]:
         assert view.color is None or (view.color.dtype == np.float32 and view.color.shape == (3, 4))
@@ -112,12 +112,12 @@ def test_training_probabilities():
 
 
 def test_one_setting_shifts_no_other():
-    base = TrainTransform(jitter_probability=1, grey=0)
+    base = TrainTransform(jitter_probability=1, gray=0)
     views = drawn(base, 40)
     for change in (
         {"flip": 0.9},
         {"jitter_probability": 0.0},
-        {"grey": 1.0},
+        {"gray": 1.0},
         {"hue": 0.5},
         {"brightness": 0.0},
         {"scales": (1.0, 0.5)},
@@ -127,7 +127,7 @@ def test_one_setting_shifts_no_other():
             assert np.array_equal(one.frames, other.frames)
             assert one.crop == other.crop or "scales" in change
             assert one.flip == other.flip or "flip" in change
-            if not change.keys() & {"jitter_probability", "grey", "hue", "brightness"}:
+            if not change.keys() & {"jitter_probability", "gray", "hue", "brightness"}:
                 assert np.array_equal(one.color, other.color)
     # The picture part is the same for every sampling and frame count.
     for one, other in zip(views, drawn(replace(base, sampling="dense", frames=3), 40), strict=True):
@@ -165,9 +165,9 @@ def test_jitter_is_the_four_changes_in_any_order():
         assert np.abs(rgb @ matrix[:, :3].T + matrix[:, 3] - expected).max() < 0.3  # the inverse has four digits
     same = jitter(1, 1, 1, 0, np.arange(4))
     assert np.allclose(same, np.eye(3, 4), atol=1e-12)
-    grey = np.full(3, 90.0)
-    for order in (np.arange(4), np.array([3, 2, 1, 0])):  # neither hue nor saturation touches grey
-        assert np.allclose(jitter(1, 1, 0.3, 0.2, order)[:, :3] @ grey, grey)
+    gray = np.full(3, 90.0)
+    for order in (np.arange(4), np.array([3, 2, 1, 0])):  # neither hue nor saturation touches gray
+        assert np.allclose(jitter(1, 1, 0.3, 0.2, order)[:, :3] @ gray, gray)
 
 
 def test_hue_turns_the_way_of_the_color_circle():
@@ -180,7 +180,7 @@ def test_hue_turns_the_way_of_the_color_circle():
 
 def test_jitter_ranges():
     """One change at a time: the factor read back from the matrix fills its range and no more."""
-    off = {"brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0, "grey": 0.0, "jitter_probability": 1.0}
+    off = {"brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0, "gray": 0.0, "jitter_probability": 1.0}
     for name, part, low, high in (
         ("brightness", 0.4, 0.6, 1.4),
         ("brightness", 1.7, 0.0, 2.7),
@@ -198,14 +198,14 @@ def test_jitter_ranges():
     assert all(view.color is None for view in drawn(TrainTransform(**off), 20))  # every factor is 1: nothing to do
 
 
-def test_grey_is_luma_in_all_channels():
+def test_gray_is_luma_in_all_channels():
     picture = np.random.default_rng(0).integers(0, 256, (6, 7, 3), np.uint8)
-    (view,) = drawn(TrainTransform(jitter_probability=0, grey=1), 1)
+    (view,) = drawn(TrainTransform(jitter_probability=0, gray=1), 1)
     out = np.empty_like(picture)
     recolor(picture, view.color, out)
     assert np.array_equal(out, np.repeat(np.rint(picture @ [0.299, 0.587, 0.114])[..., None], 3, -1))
-    views = drawn(TrainTransform(jitter_probability=1, grey=1), 20)
-    assert all(np.ptp(view.color, axis=0).max() == 0 for view in views)  # grey comes after the jitter
+    views = drawn(TrainTransform(jitter_probability=1, gray=1), 20)
+    assert all(np.ptp(view.color, axis=0).max() == 0 for view in views)  # gray comes after the jitter
 
 
 def test_colors_round_once_half_to_even_and_are_cut():
@@ -337,7 +337,7 @@ def test_bad_settings():
         ({"frames": 0}, "frames is 0"),
         ({"sampling": "all"}, "sampling is 'all'"),
         ({"flip": 1.5}, "flip is 1.5; a probability"),
-        ({"grey": -1}, "grey is -1"),
+        ({"gray": -1}, "gray is -1"),
         ({"hue": 0.6}, "hue is 0.6; it must lie from 0 to 0.5"),
         ({"contrast": -0.1}, "contrast is -0.1"),
         ({"brightness": float("nan")}, "brightness is nan"),

@@ -88,7 +88,7 @@ def test_parts_that_make_no_sense(clip, start, end):
 
 
 def test_a_start_after_the_end_names_the_length(clip):
-    with pytest.raises(VideoError, match=r"lasts 9\.000 seconds; the start asked for is 12"):
+    with pytest.raises(VideoError, match=r"lasts 9\.000 seconds, and the start is 12"):
         decode(clip, start=12)
 
 

@@ -12,10 +12,12 @@ import pytest
 import torch
 
 from xclip_fast import XCLIP, TextConfig, VisionConfig, XCLIPConfig
+from xclip_fast.config import CLIP_MEAN, CLIP_STD
 from xclip_fast.data.manifest.manifest import Manifest, Video, index
 from xclip_fast.data.motion import render, write_clip
 from xclip_fast.evaluate import protocols
-from xclip_fast.evaluate.protocols import PAPER_TABLE3, PAPER_TABLE4, PAPER_TABLE5, PROTOCOLS, paper, readable
+from xclip_fast.evaluate.paper import PAPER_TABLE3, PAPER_TABLE4, PAPER_TABLE5, PROTOCOLS, paper_rows
+from xclip_fast.evaluate.protocols import readable
 from xclip_fast.evaluate.sample_lists import (
     draw_classes,
     few_shot,
@@ -25,6 +27,7 @@ from xclip_fast.evaluate.sample_lists import (
     write_draws,
     write_samples,
 )
+from xclip_fast.weights import checkpoint
 
 
 @pytest.fixture
@@ -68,7 +71,7 @@ def test_few_shot_does_not_depend_on_the_order(many):
 
 
 def test_few_shot_refusals(many):
-    with pytest.raises(ValueError, match="12 usable videos of every class wanted: walk has 11, ride bike has 11"):
+    with pytest.raises(ValueError, match="12 usable videos of each class wanted: walk has 11, ride bike has 11"):
         few_shot(many, 12)
     with pytest.raises(ValueError, match="shots 0"):
         few_shot(many, 0)
@@ -123,7 +126,7 @@ def test_renamed_classes_are_told(caplog):
     old = [f"doing thing {number}" for number in range(400)]
     draws = protocols.kinetics600_draws([*old[:370], *(f"new {number}" for number in range(230))], old)
     assert [len(names) for names in draws] == [160] * 3
-    assert "230 classes of 600 have no namesake among Kinetics-400's 400, where the paper counts 220" in caplog.text
+    assert "230 classes of 600 are not among Kinetics-400's 400 by name. The paper counts 220" in caplog.text
     with pytest.raises(ValueError, match="only 30 new classes"):
         protocols.kinetics600_draws([*old, *(f"new {number}" for number in range(30))], old)
 
@@ -173,9 +176,9 @@ def test_the_papers_tables_agree_with_the_gains_printed_in_them():
         best = [max(PAPER_TABLE5[other][data][n] for other in single) for n in range(4)]
         gains = [round(ours - theirs, 1) for ours, theirs in zip(PAPER_TABLE5[method][data], best, strict=True)]
         assert gains == list(printed)
-    assert str(paper("zero-shot-hmdb51")["X-CLIP-B/16"]["top1"]) == "44.6 ± 5.2"
-    assert str(paper("few-shot-ucf101", 8)["X-CLIP-B/16"]["top1"]) == "88.3"
-    assert paper("few-shot-ucf101", 3) == {}
+    assert str(paper_rows("zero-shot-hmdb51")["X-CLIP-B/16"]["top1"]) == "44.6 ± 5.2"
+    assert str(paper_rows("few-shot-ucf101", 8)["X-CLIP-B/16"]["top1"]) == "88.3"
+    assert paper_rows("few-shot-ucf101", 3) == {}
 
 
 NAMES = ("GrowingShape", "moving_left", "moving right", "red then blue")
@@ -229,8 +232,8 @@ def test_zero_shot_over_three_splits(data, settings, tmp_path, capsys):
     mean, std = report["top1"]["mean"], report["top1"]["std"]
     assert f"this checkpoint, measured\t{mean:.1f} ± {std:.1f}\n" in said.out
     assert "X-CLIP-B/16, paper\t44.6 ± 5.2\n" in said.out
-    assert "the paper has 32 frames and 1 view" in said.err
-    with pytest.raises(FileExistsError, match=r"holds protocol\.json already"):
+    assert "the paper tests with 32 frames and 1 view" in said.err
+    with pytest.raises(FileExistsError, match=r"already holds protocol\.json"):
         protocols.main("zero-shot-hmdb51", data / "model", splits, out=out, **settings)
 
 
@@ -270,12 +273,54 @@ def test_few_shot_command_and_report(data, settings, tmp_path, capsys):
     assert "X-CLIP-B/16, paper\t53.0\n" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("kind", ["ViFi-CLIP", "ActionCLIP"])
+def test_protocols_on_files_of_others(data, settings, tmp_path, kind):
+    """As on the same weights in our own layout."""
+    vision = VisionConfig(image_size=32, patch_size=8, width=64, layers=1, heads=1, cross_frame=False)
+    fusion = {"mit_layers": 0}
+    if kind == "ActionCLIP":
+        fusion = {
+            "mit_layers": 6,
+            "mit_positions": 77,
+            "mit_eps": 1e-12,
+            "image_mean": CLIP_MEAN,
+            "image_std": CLIP_STD,
+        }
+    torch.manual_seed(1)
+    model = XCLIP(XCLIPConfig(vision, TextConfig(width=64, layers=1, heads=1), 64, prompt="none", **fusion))
+    model.save_pretrained(tmp_path / "ours")
+    state = {name.removeprefix("text."): value for name, value in model.state_dict().items()}
+    torch.save({name: value for name, value in state.items() if not name.startswith("mit.")}, tmp_path / "clip.pt")
+    if kind == "ViFi-CLIP":
+        clip, theirs = tmp_path / "clip.pt", {"logit_scale": state.pop("logit_scale")}
+        for name, value in state.items():
+            tower = "image_encoder." if name.startswith("visual.") else "text_encoder."
+            theirs[tower + name.removeprefix("visual.")] = value
+        del theirs["text_encoder.token_embedding.weight"]
+        torch.save({"model": theirs}, tmp_path / "theirs.pth")
+    else:
+        clip, inside = None, {name.removeprefix("mit."): value for name, value in state.items() if name[:4] == "mit."}
+        positions = inside.pop("positional_embedding")[0]
+        inside = {f"transformer.{name}": value for name, value in inside.items()}
+        saved = {"model_state_dict": torch.load(tmp_path / "clip.pt"), "fusion_model_state_dict": inside}
+        inside["frame_position_embeddings.weight"] = positions
+        torch.save(saved, tmp_path / "theirs.pth")
+    checkpoint.convert(tmp_path / "theirs.pth", tmp_path / "theirs", clip=clip)
+    splits = [data / f"split{split}.jsonl" for split in range(3)]
+    for protocol, manifests, shots in (("zero-shot-ucf101", splits, None), ("few-shot-ucf101", splits[:1], 2)):
+        wanted, found = (
+            protocols.main(protocol, tmp_path / name, manifests, frames=3, shots=shots, **settings)
+            for name in ("ours", "theirs")
+        )
+        assert found["top1"] == wanted["top1"]
+
+
 def test_refusals(data):
     for name, manifests, options, said in (
         ("zero-shot", [], {}, "one of zero-shot-hmdb51"),
         ("zero-shot-ucf101", ["a"], {}, "takes 3 manifests, and 1 are given"),
-        ("few-shot-ucf101", ["a"], {}, "how many shots"),
-        ("zero-shot-kinetics600", ["a"], {}, "class list of Kinetics-400"),
+        ("few-shot-ucf101", ["a"], {}, "needs the number of training videos"),
+        ("zero-shot-kinetics600", ["a"], {}, "needs the class names of Kinetics-400"),
     ):
         with pytest.raises(ValueError, match=said):
             protocols.main(name, data / "model", manifests, **options)

@@ -379,7 +379,7 @@ def test_every_part_can_be_measured(part: str, small: dict[str, float], monkeypa
     """In its place in a block."""
     monkeypatch.setattr(tune_backends, "DTYPE", torch.float16)
     monkeypatch.setattr(_cuda, "refuse_device", lambda *_: "no such device")
-    small.update(dict.fromkeys(kernels._dispatch.BACKENDS, 1.0))
+    small.update(dict.fromkeys(kernels._dispatch.backends(), 1.0))
     said: list[str] = []
     rows, wrong = tune_backends.measure(part, TINY, (1,), FOREVER, said.append)
     assert (wrong, len(rows)) == (0, 2 * len(tune_backends.SLOTS[part]))
@@ -393,7 +393,7 @@ def test_every_op_can_be_measured(op: str, small: dict[str, float], monkeypatch:
     """Triton's kernels too, where its interpreter runs them: in float16, because bfloat16 comes out wrong there."""
     monkeypatch.setattr(tune_backends, "DTYPE", torch.float16)
     monkeypatch.setattr(_cuda, "refuse_device", lambda *_: "no such device")
-    small.update(dict.fromkeys(kernels._dispatch.BACKENDS, 1.0))
+    small.update(dict.fromkeys(kernels._dispatch.backends(), 1.0))
     said: list[str] = []
     rows, wrong = tune_backends.measure(op, TINY, (1, 3), FOREVER, said.append)
     assert (wrong, len(rows)) == (0, 2 * 2)

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from xclip_fast.kernels import _cuda, _fp8
-from xclip_fast.kernels._dispatch import FLOAT8, INTERPRETED, OPS
+from xclip_fast.kernels._dispatch import INTERPRETED, OPS
+from xclip_fast.kernels.example import FLOAT8
 
 from xclip_fast import kernels
 

@@ -14,7 +14,7 @@ def test_labels_that_are_one_text() -> None:
         ("Swim", "swim"),
         (f"{long}a", f"{long}b"),
     ]
-    with pytest.raises(ValueError, match="same text to the model, which reads 77 tokens without case: 'Swim' and"):
+    with pytest.raises(ValueError, match="same text for the model, which reads 77 tokens without case: 'Swim' and"):
         refuse_same_texts(["Swim", "swim"], 77)
     with pytest.raises(ValueError, match="'swim' and 'swim'"):
         refuse_same_texts(["swim"] * 2, 77)
@@ -27,5 +27,5 @@ def test_a_text_that_is_cut_is_told(caplog: pytest.LogCaptureFixture) -> None:
         assert not caplog.records
         tokenize(["short", "word " * 76, "word " * 90])
     (said,) = [record.getMessage() for record in caplog.records]
-    assert said.startswith("2 of 3 texts have more than 77 tokens and are cut, the first: 'word word")
+    assert said.startswith("2 of 3 texts have more than 77 tokens and are cut; the first is 'word word")
     assert said.endswith("(78 tokens)")

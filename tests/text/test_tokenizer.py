@@ -152,7 +152,7 @@ def test_bad_input():
         tokenize([None])
     with pytest.raises(ValueError, match="context_length is 1"):
         tokenize("a", context_length=1)
-    with pytest.raises(ValueError, match="text 1 is no valid Unicode"):
+    with pytest.raises(ValueError, match="text 1 is not valid Unicode"):
         tokenize(["fine", "bad \ud800 text"])
 
 

@@ -35,8 +35,9 @@ from xclip_fast.train import log as training_log
 from xclip_fast.train import mixup as mixing
 from xclip_fast.train import optim
 from xclip_fast.train.checkpoints import Checkpoints, complete, latest
-from xclip_fast.train.config import ConfigError, from_dict
+from xclip_fast.train.config import DataConfig, from_dict
 from xclip_fast.train.loop import Diverged, SaveError, train
+from xclip_fast.train.schema import ConfigError
 from xclip_fast.train.setup import read_data
 from xclip_fast.weights.recipe import Trained
 
@@ -391,9 +392,9 @@ def test_refused_before_the_first_step(videos: Path, tmp_path: Path) -> None:
     refused("model.num_classes is 400, and the data has 10 classes", model__num_classes=400)
     refused("data.train: there is no file .*missing.jsonl", data__train=str(tmp_path / "missing.jsonl"))
     refused("is a folder; make a manifest of it with `xclip-fast index", data__train=str(videos / "train"))
-    refused("no training videos named", data__train=None)
+    refused("data.train is missing", data__train=None)
     refused("model.init: there is no nowhere.pt", model__init="nowhere.pt")
-    refused("data.shots: 3 usable videos of every class wanted", data__shots=3)
+    refused("data.shots: 3 usable videos of each class wanted", data__shots=3)
     refused(
         "nothing is left to train",
         train_towers="none",
@@ -405,7 +406,7 @@ def test_refused_before_the_first_step(videos: Path, tmp_path: Path) -> None:
     refused("text_templates is true", text_templates=True)
     (tmp_path / "labels.txt").write_text("\n".join(["One Thing", *"abcdefgh", "one  thing"]))
     refused(
-        "same text to the model.*'One Thing' and 'one  thing'.*data.labels",
+        "same text for the model.*'One Thing' and 'one  thing'.*data.labels",
         data__labels=str(tmp_path / "labels.txt"),
         model__num_classes=None,
     )
@@ -439,7 +440,7 @@ def test_a_folder_is_one_run_s(videos: Path, tmp_path: Path) -> None:
             assert other.stdout is not None
             assert other.stdout.readline() == b"training\n"
             log = (tmp_path / "out" / "log.jsonl").read_bytes()
-            said = rf"another run \(process {other.pid} on .*\) is writing to .*out; wait .*or --fresh"
+            said = rf"another process \({other.pid} on .*\) is writing to it; wait .*--fresh"
             for _ in range(2):  # being refused takes nothing from the first
                 with pytest.raises(ConfigError, match=said):
                     run(videos, tmp_path / "out")
@@ -489,11 +490,11 @@ def test_torchrun_starts_again_what_was_killed(videos: Path, tmp_path: Path) -> 
 
 
 def test_held_out_and_few_shot_videos(videos: Path, tmp_path: Path) -> None:
-    data = read_data(from_dict(settings(videos, tmp_path, data__val_fraction=0.3)))
+    data = read_data(DataConfig(train=str(videos / "train.jsonl"), val_fraction=0.3), seed=0)
     assert data.val is not None
     assert sorted(data.val.labels) == sorted(data.train.labels) == list(range(CLASSES))
     assert not {v.path for v in data.val.videos} & {v.path for v in data.train.videos}
-    few = read_data(from_dict(settings(videos, tmp_path, data__shots=1)))
+    few = read_data(DataConfig(train=str(videos / "train.jsonl"), shots=1), seed=0)
     assert sorted(few.train.labels) == list(range(CLASSES))
 
 

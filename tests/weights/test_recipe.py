@@ -9,12 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from xclip_fast import XCLIP
+from xclip_fast import XCLIP, evaluate
 from xclip_fast.cli import main as cli
 from xclip_fast.data.decode.decoder import decode
 from xclip_fast.data.manifest.manifest import Manifest, index
 from xclip_fast.data.motion import write_dataset
-from xclip_fast.evaluate import loop as evaluate
 from xclip_fast.text.templates import TEMPLATES
 from xclip_fast.train import config as train_config
 from xclip_fast.train.loop import train
@@ -141,7 +140,7 @@ def test_choices() -> None:
         ("{", "correct it, or delete it"),
         ('{"frame": 3}', "unexpected keyword argument 'frame'"),
         ("[]", "correct it, or delete it"),
-        ('{"labels": ["a"]}', "labels is .*; an object of class and text wanted"),
+        ('{"labels": ["a"]}', "labels is .*; an object from class to text wanted"),
         ('{"frames": 0}', "frames is 0; a number of at least 1, or null wanted"),
         ('{"sampling": "some"}', "sampling is 'some'; sparse or dense wanted"),
         ('{"stride": true}', "stride is True; a number of at least 1 wanted"),
@@ -177,7 +176,7 @@ def test_a_linear_head_answers_with_its_classes(home: Path, tmp_path: Path, caps
     with pytest.raises(SystemExit) as left:
         cli.main(["classify", str(video), "-c", str(tmp_path / "head"), "--labels", "a,b"])
     assert left.value.code == 1
-    assert "must name its 3 outputs in order (2 given)" in capsys.readouterr().err
+    assert "the names of its 3 outputs in order (2 given)" in capsys.readouterr().err
 
 
 def test_convert_takes_it_along(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,31 +16,38 @@ commands = typer.Typer()
 @commands.command()
 def index(
     source: Annotated[
-        Path, typer.Argument(metavar="DIR|LIST", help="A folder of videos, a list, or tar shards.", show_default=False)
+        Path, typer.Argument(metavar="DIR|LIST", help="Folder of videos, list, or tar shards.", show_default=False)
     ],
-    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Default: beside the data.")] = None,
-    labels: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Class names: a csv of id,name or one name a line.")
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Manifest to write. Default: beside the data.")
     ] = None,
-    split: Annotated[str | None, typer.Option(help="Which part: val, train1, test3, or a subfolder.")] = None,
-    root: Annotated[Path | None, typer.Option(metavar="DIR", help="What a list's paths are relative to.")] = None,
+    labels: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Class names: a .csv with id,name, or one name on each line.")
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Part of the data: val, train1, test3, or a subfolder.")] = None,
+    root: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder that the paths of a list are relative to.")
+    ] = None,
     form: Annotated[
         str | None,
-        typer.Option("--format", help="folder, flat, lines, kinetics, ucf101, hmdb51 or tar; default: by content."),
+        typer.Option("--format", help="folder, flat, lines, kinetics, ucf101, hmdb51 or tar. Default: by content."),
     ] = None,
     reuse: Annotated[
-        list[Path] | None, typer.Option(metavar="FILE", help="Another manifest of the same files. May be repeated.")
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="Take over facts from a manifest of the same files. May be repeated."),
     ] = None,
     follow_links: Annotated[
-        bool, typer.Option("--follow-links", help="Symbolic links may lead out of the data folder.")
+        bool, typer.Option("--follow-links", help="Allow symbolic links that lead out of the data folder.")
     ] = False,
-    timeout: Annotated[float, typer.Option(metavar="SECONDS", help="A file that takes longer is given up.")] = 120,
-    workers: Annotated[int | None, typer.Option(min=0, help="Processes that read; default: one per core.")] = None,
+    timeout: Annotated[float, typer.Option(metavar="SECONDS", help="Give up on a file that takes longer.")] = 120,
+    workers: Annotated[
+        int | None, typer.Option(min=0, help="Reading processes; 0: read in this one. Default: one for each core.")
+    ] = None,
 ) -> None:
-    """Look at every video of a data set once and write a manifest.
+    """Read every video of a data set once and write a manifest.
 
-    A second run looks only at what is new or changed, and a killed one goes on. Videos that cannot be used are listed
-    with the reason.
+    A second run reads only new and changed files. A killed run goes on. The manifest lists unusable videos with the
+    reason.
     """
     from ..data.manifest import manifest
 
@@ -66,26 +73,30 @@ def index(
 
 @commands.command()
 def transcode(
-    source: Annotated[Path, typer.Argument(metavar="DIR|VIDEO", help="What to copy.", show_default=False)],
-    out: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where the copies go.", show_default=False)],
-    short_side: Annotated[int, typer.Option(min=16, help="Pixels; smaller videos keep their size.")] = 256,
+    source: Annotated[Path, typer.Argument(metavar="DIR|VIDEO", help="Folder or file to copy.", show_default=False)],
+    out: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder for the copies.", show_default=False)],
+    short_side: Annotated[
+        int, typer.Option(min=16, help="Short side in pixels. Smaller videos keep their size.")
+    ] = 256,
     purpose: Annotated[
         Literal["any", "training"],
-        typer.Option("--for", help="training: every frame a keyframe, fastest for few frames; any: one in 12."),
+        typer.Option(
+            "--for", help="any: every 12th frame is a keyframe. training: every frame is, best for few frames."
+        ),
     ] = "any",
     keyframe_every: Annotated[
-        int | None, typer.Option(min=1, help="Frames from one keyframe to the next; default: by --for.")
+        int | None, typer.Option(min=1, help="Frames from one keyframe to the next. Default: by --for.")
     ] = None,
-    crf: Annotated[float, typer.Option(min=0, max=51, help="x264's quality; lower is better and larger.")] = 20,
-    preset: Annotated[str, typer.Option(help="x264's effort.")] = "veryfast",
-    workers: Annotated[int | None, typer.Option(min=1, max=256, help="Threads; default: one per core.")] = None,
+    crf: Annotated[float, typer.Option(min=0, max=51, help="Quality of x264; lower is better and larger.")] = 20,
+    preset: Annotated[str, typer.Option(help="Preset of x264, its effort.")] = "veryfast",
+    workers: Annotated[int | None, typer.Option(min=1, max=256, help="Threads. Default: one for each core.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace copies made with other settings.")] = False,
 ) -> None:
     """Copy videos into a form that decodes fast.
 
-    H.264, short side at most 256, a keyframe every 12 frames, upright; frame for frame the same. Training reads a few
-    frames of each video again and again, which then costs a fraction: with --for training, every frame is a keyframe.
-    Sources are never touched; a killed run goes on.
+    Copies are H.264 and upright, with a short side of at most 256 and a keyframe every 12 frames. They keep all
+    frames. Training reads a few frames of each video again and again, and from a copy this takes a fraction of the
+    time. Sources are never changed. A killed run goes on.
     """
     from ..data.transcode.transcoder import transcode as run
 
@@ -112,15 +123,18 @@ def transcode(
 
 @commands.command()
 def motion(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Gets train and test in it.", show_default=False)],
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="Folder that gets train/ and test/.", show_default=False)
+    ],
     clips: Annotated[int, typer.Option(min=1, help="Training clips of each of the ten classes.")] = 1000,
     test_clips: Annotated[int, typer.Option(min=1, help="Test clips of each class.")] = 100,
-    size: Annotated[int, typer.Option(min=16, help="Pixels of a side.")] = 64,
-    seed: Annotated[int, typer.Option(min=0, help="Other clips with another.")] = 0,
+    size: Annotated[int, typer.Option(min=16, help="Width and height in pixels.")] = 64,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the random clips.")] = 0,
 ) -> None:
-    """Generate clips whose classes differ in the order of their frames.
+    """Generate small clips to try training on.
 
-    Small mp4 files with manifests, to try training on: `xclip-fast train motion` takes them from data/motion.
+    The classes differ in the order of their frames. The command writes mp4 files and manifests. `xclip-fast train
+    motion` reads them from data/motion.
     """
     from ..data.manifest import manifest
     from ..data.motion import CLASSES, write_dataset

@@ -8,33 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..console import Bar, complain, plain
-from .options import (
-    Actors,
-    Address,
-    BatchSize,
-    Checkpoint,
-    Decoders,
-    Device,
-    DType,
-    Frames,
-    FrameStride,
-    MaxBytes,
-    MaxSeconds,
-    OnRay,
-    Overwrite,
-    RandomWeights,
-    Sampled,
-    Stride,
-    Threads,
-    Variant,
-    Window,
-    Workers,
-    device_and_dtype,
-    find_videos,
-    load_model,
-    set_threads,
-    stored_weights,
-)
+from . import options as opt
 
 if TYPE_CHECKING:
     from ..data.inputs import Inputs
@@ -49,57 +23,62 @@ def embed(
     videos: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[VIDEO...]",
-            help="Files, folders, quoted globs, lists (.txt, .jsonl), addresses; - for paths on standard input.",
+            metavar="VIDEO",
+            help="Video files, folders, globs in quotes, lists of paths (.txt, .jsonl), URLs, or - to read paths "
+            "from standard input.",
             show_default=False,
         ),
     ] = None,
     out: Annotated[
         Path,
-        typer.Option(metavar="STORE", help="A folder that grows; NAME.parquet; or NAME.safetensors, for small sets."),
-    ] = ...,  # type: ignore[assignment]  # typer's mark of an option that must be given
-    checkpoint: Checkpoint = None,
-    variant: Variant = None,
-    random_weights: RandomWeights = False,
-    window: Window = None,
-    stride: Stride = None,
+        typer.Option(
+            metavar="STORE", help="Folder of the store. Or NAME.parquet, or NAME.safetensors for a small set."
+        ),
+    ] = ...,  # type: ignore[assignment]  # typer's mark of a required option
+    checkpoint: opt.Checkpoint = None,
+    variant: opt.Variant = None,
+    random_weights: opt.RandomWeights = False,
+    window: opt.Window = None,
+    stride: opt.Stride = None,
     patches: Annotated[
         bool | None,
-        typer.Option("--patches/--no-patches", help="Patch features too, for prompts; default: as the store, or none."),
+        typer.Option(
+            "--patches/--no-patches", help="Also store patch features, for better ranking. Default: as the store."
+        ),
     ] = None,
     root: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Store paths relative to this folder; default: absolute.")
+        Path | None, typer.Option(metavar="DIR", help="Store paths relative to this folder. Default: absolute.")
     ] = None,
-    digest: Annotated[bool, typer.Option("--digest", help="Compare contents, not times of change.")] = False,
-    retry: Annotated[bool, typer.Option("--retry", help="Try failed files again that did not change.")] = False,
+    digest: Annotated[bool, typer.Option("--digest", help="Find changed files by content, not by time.")] = False,
+    retry: Annotated[bool, typer.Option("--retry", help="Try unchanged files again that failed before.")] = False,
     imported: Annotated[
-        list[Path] | None, typer.Option("--import", metavar="FILE", help="Take over features from a .safetensors file.")
+        list[Path] | None, typer.Option("--import", metavar="FILE", help="Add the features of a .safetensors file.")
     ] = None,
-    index: Annotated[bool, typer.Option("--index", help="Build a vector index: for 100,000 moments and more.")] = False,
-    overwrite: Overwrite = False,
-    device: Device = "auto",
-    dtype: DType = "auto",
-    frames: Frames = None,
-    sampling: Sampled = None,
-    frame_stride: FrameStride = None,
-    max_bytes: MaxBytes = 2 << 30,
-    max_seconds: MaxSeconds = 600,
-    batch_size: BatchSize = None,
-    workers: Workers = None,
-    threads: Threads = None,
-    ray: OnRay = False,
-    address: Address = None,
-    actors: Actors = None,
-    decoders: Decoders = None,
+    index: Annotated[bool, typer.Option("--index", help="Build a vector index, for 100,000 moments or more.")] = False,
+    overwrite: opt.Overwrite = False,
+    device: opt.Device = "auto",
+    dtype: opt.DType = "auto",
+    frames: opt.Frames = None,
+    sampling: opt.Sampled = None,
+    frame_stride: opt.FrameStride = None,
+    max_bytes: opt.MaxBytes = 2 << 30,
+    max_seconds: opt.MaxSeconds = 600,
+    batch_size: opt.BatchSize = None,
+    workers: opt.Workers = None,
+    threads: opt.Threads = None,
+    ray: opt.OnRay = False,
+    address: opt.Address = None,
+    actors: opt.Actors = None,
+    decoders: opt.Decoders = None,
 ) -> None:
-    """Store features of videos, for search.
+    """Store features of videos for search.
 
-    Adds what is new, embeds again what changed, drops what is gone from the given folders. It may be stopped at any
-    time and run again. Videos longer than 30 s are cut into moments of 10 s, one every 5 s; with --window, every video
-    longer than the window. What a store was made with is kept in it.
+    Run it again at any time: it adds new videos, embeds changed ones again, and removes those that are gone from the
+    given folders. A stopped run goes on. Videos longer than 30 s are cut into moments of 10 s, one every 5 s. The store
+    keeps the settings that it was made with.
     """
     given = videos or []
-    set_threads(threads)
+    opt.set_threads(threads)
     if out.suffix == _FILE:
         refused = {
             "--window": window,
@@ -111,25 +90,25 @@ def embed(
         }
         for option, value in refused.items():
             if value:
-                raise typer.BadParameter(f"needs a store; {out} is a file", param_hint=option)
-        inputs, failed = find_videos(given)
-        model = load_model(checkpoint, variant, random_weights)
+                raise typer.BadParameter(f"works with a store only; {out} is a file", param_hint=option)
+        inputs, failed = opt.find_videos(given)
+        model = opt.load_model(checkpoint, variant, random_weights)
         chosen = {"frames": frames, "sampling": sampling, "stride": frame_stride}
-        placed = device_and_dtype(device, dtype)
+        placed = opt.device_and_dtype(device, dtype)
         run = {"batch_size": batch_size, "workers": workers}
         raise typer.Exit(
             int(_embed_file(inputs, out, model, placed, checkpoint, variant, patches, overwrite, chosen, run) or failed)
         )
     if not given and not imported and not index:
-        raise typer.BadParameter("none given", param_hint="VIDEO...")
+        raise typer.BadParameter("no videos given", param_hint="VIDEO")
     from ..search.feature_file import import_features
     from ..search.parquet import ParquetFolder
     from ..search.store import Store, is_store
 
     if is_store(out):
-        checkpoint, variant = stored_weights(out, checkpoint, variant, random_weights)
-    target = device_and_dtype(device, dtype)
-    model = load_model(checkpoint, variant, random_weights)
+        checkpoint, variant = opt.stored_weights(out, checkpoint, variant, random_weights)
+    target = opt.device_and_dtype(device, dtype)
+    model = opt.load_model(checkpoint, variant, random_weights)
     from ..search.index import Index, open_store
 
     store = open_store(
@@ -148,12 +127,12 @@ def embed(
     opened = Index(store, model.to(**target), None if root is None else str(root))
     failed = False
     if isinstance(store, ParquetFolder) and (imported or index):
-        raise typer.BadParameter(f"needs a store; {out} holds Parquet files", param_hint="--import, --index")
+        raise typer.BadParameter(f"works with a store only; {out} holds Parquet files", param_hint="--import, --index")
     for file in imported or ():
         assert isinstance(store, Store)
         print(f"{plain(str(out))}: {import_features(store, file)} videos of {plain(str(file))} imported")
     if given:
-        inputs, failed = find_videos(given)
+        inputs, failed = opt.find_videos(given)
         from ..data.remote import Limits
 
         limits = Limits(max_bytes, max_seconds)
@@ -202,7 +181,7 @@ def _embed_file(
     chosen: dict[str, Any],
     run: dict[str, int | None],
 ) -> bool:
-    """Everything into one file; whether something failed."""
+    """Writes the features of all videos into one file. Returns True if something failed."""
     from ..config import VARIANTS
     from ..inference.batches import Reading, answers
     from ..search.feature_file import check_out, fingerprint, write_features

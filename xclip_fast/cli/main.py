@@ -1,8 +1,8 @@
 """The command line: ``xclip-fast classify | embed | search | index | transcode | train | evaluate | ...``.
 
-Answers go to standard output: tables on a terminal, tab-separated lines in a pipe, JSON if asked for. Everything else
-goes to standard error. Exit codes: 0, 1 where something failed, 2 for wrong arguments, 130 after Ctrl-C. What a command
-needs it imports itself, so that ``--help`` is quick.
+Answers go to standard output: tables on a terminal, tab-separated lines in a pipe, JSON with ``--json``. Everything
+else goes to standard error. Exit codes: 0, 1 if something failed, 2 for wrong arguments, 130 after Ctrl-C. Commands
+import torch and the rest of the package inside their functions, so that ``--help`` is quick.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ for room in (predict, embed, search, data, train, tools):
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """The console's entry point: runs a command and leaves with its exit code; errors are a line, not a traceback."""
+    """Runs a command and exits with its exit code. An error is one line, not a traceback."""
     logging.basicConfig(format="warning: %(message)s", level=logging.WARNING)
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 -- closed by the caller
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
-    for stream in (sys.stdout, sys.stderr):  # a label that the terminal cannot show is no reason to stop
+    for stream in (sys.stdout, sys.stderr):  # a label that the terminal cannot show must not stop the run
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             app(args=None if arguments is None else list(arguments))
         finally:
             sys.stdout.flush()
-    except BrokenPipeError:  # who read our output has gone; nothing may complain at exit either
+    except BrokenPipeError:  # the reader of our output has gone; Python must not complain at exit either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError, ImportError, MemoryError) as error:
         complain(error)
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 
 def _expected(error: RuntimeError) -> bool:
-    """Is it the machine's or the user's doing: memory that is short, a device that fails, a backend that refuses?"""
+    """Whether the cause is the machine or the user: too little memory, a device that fails, a backend that refuses."""
     from ..kernels import BackendError
 
     words = ("out of memory", "not enough memory", "can't allocate memory", "CUDA error")

@@ -1,4 +1,4 @@
-"""Options that several commands have, and the meaning of their values."""
+"""Options that several commands share, and functions that read their values."""
 
 from __future__ import annotations
 
@@ -17,64 +17,85 @@ if TYPE_CHECKING:
     from ..model import XCLIP
     from ..weights.recipe import Trained
 
-CHUNK = 1024  # labels or stored videos at once: bounds memory, whatever their number
+CHUNK = 1024  # labels at once: bounds memory, whatever their number
 
 Videos = Annotated[
     list[str],
     typer.Argument(
-        metavar="VIDEO...",
-        help="Files, folders, quoted globs, lists (.txt, .jsonl), addresses; - for paths on standard input.",
+        metavar="VIDEO",
+        help="Video files, folders, globs in quotes, lists of paths (.txt, .jsonl), URLs, or - to read paths from "
+        "standard input.",
         show_default=False,
     ),
 ]
 Checkpoint = Annotated[
     Path | None,
     typer.Option(
-        "--checkpoint", "-c", metavar="PATH", help="Weights: ours, Hugging Face's, VideoX's or an image CLIP's."
+        "--checkpoint",
+        "-c",
+        metavar="PATH",
+        help="Weights, a file or folder: of xclip-fast, Hugging Face or VideoX, or an image CLIP.",
     ),
 ]
-Variant = Annotated[str | None, typer.Option(metavar="NAME", help="Shape, such as B/16-8f, if not the checkpoint's.")]
-RandomWeights = Annotated[bool, typer.Option("--random-weights", help="Go without a checkpoint; answers mean nothing.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Variant = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Model shape, such as B/16-8f. Default: the checkpoint's.")
+]
+RandomWeights = Annotated[
+    bool, typer.Option("--random-weights", help="Use random weights, for a trial. The answers mean nothing.")
+]
+Device = Annotated[str, typer.Option(help="Device of the model: auto, cpu, cuda or cuda:N.")]
 DType = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"],
-    typer.Option(help="Precision; auto is bfloat16 where the hardware has matrix instructions for it."),
+    typer.Option(help="Precision. auto: bfloat16 if the hardware has matrix instructions for it, else float32."),
 ]
 Templates = Annotated[
     bool | None,
-    typer.Option("--templates/--no-templates", help="Average each label over 16 sentences; default: as trained."),
+    typer.Option("--templates/--no-templates", help="Average each label over 16 sentences. Default: as in training."),
 ]
 Sampled = Annotated[
-    Literal["sparse", "dense"] | None, typer.Option(help="How frames are taken; default: as trained, or sparse.")
+    Literal["sparse", "dense"] | None,
+    typer.Option(help="sparse: frames over the whole video; dense: consecutive ones. Default: as in training."),
 ]
 FrameStride = Annotated[
-    int | None, typer.Option(min=1, help="Frames between frames of a dense view; default: as trained.")
+    int | None, typer.Option(min=1, help="With --sampling dense, take every Nth frame. Default: as in training.")
 ]
-Window = Annotated[float | None, typer.Option(metavar="SECONDS", help="Length of a moment of a long video.")]
+Window = Annotated[float | None, typer.Option(metavar="SECONDS", help="Cut longer videos into moments of this length.")]
 Stride = Annotated[
-    float | None, typer.Option(metavar="SECONDS", help="From one moment's start to the next; default: half a window.")
+    float | None,
+    typer.Option(metavar="SECONDS", help="From the start of a moment to the next. Default: half of --window."),
 ]
-OnRay = Annotated[bool, typer.Option("--ray", help="Spread the work with Ray, over the machines of a cluster.")]
+OnRay = Annotated[bool, typer.Option("--ray", help="Spread the work over a Ray cluster.")]
 Address = Annotated[
-    str | None, typer.Option(metavar="ADDRESS", help="Of a running Ray cluster, or auto; default: this machine alone.")
+    str | None,
+    typer.Option(metavar="ADDRESS", help="Address of a running Ray cluster, or auto. Default: this machine alone."),
 ]
-Actors = Annotated[int | None, typer.Option(min=1, help="Models on the cluster; default: one per GPU.")]
-Decoders = Annotated[int | None, typer.Option(min=1, help="Files decoded at once on the cluster; default: by CPUs.")]
-MaxBytes = Annotated[int, typer.Option(min=1, help="A remote file that is larger is given up.")]
-MaxSeconds = Annotated[float, typer.Option(min=0.1, help="A remote file that takes longer to copy is given up.")]
-Frames = Annotated[int | None, typer.Option(min=1, max=1024, help="Frames of a video; default: the checkpoint's.")]
-BatchSize = Annotated[int | None, typer.Option(min=1, help="Videos at once; default: 16 on a GPU, 1 on a CPU.")]
-Workers = Annotated[int | None, typer.Option(min=1, max=256, help="Decoding threads; default: one per core.")]
+Actors = Annotated[int | None, typer.Option(min=1, help="Models on the cluster. Default: one for each GPU.")]
+Decoders = Annotated[
+    int | None, typer.Option(min=1, help="Files decoded at once on the cluster. Default: by its CPUs.")
+]
+MaxBytes = Annotated[int, typer.Option(min=1, help="Give up on a remote file that is larger.", show_default="2 GiB")]
+MaxSeconds = Annotated[float, typer.Option(min=0.1, help="Give up on a remote file that takes longer to copy.")]
+Frames = Annotated[
+    int | None, typer.Option(min=1, max=1024, help="Frames that the model sees of a video. Default: the checkpoint's.")
+]
+BatchSize = Annotated[int | None, typer.Option(min=1, help="Videos in a batch. Default: 16 on a GPU, 1 on a CPU.")]
+Workers = Annotated[int | None, typer.Option(min=1, max=256, help="Decoding threads. Default: one for each core.")]
 Threads = Annotated[
-    int | None, typer.Option(min=1, max=1024, help="Threads of the model on a CPU; default: one per core.")
+    int | None, typer.Option(min=1, max=1024, help="CPU threads of the model. Default: one for each core.")
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")]
-Top = Annotated[int, typer.Option(min=1, help="How many to print.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, one object on each line.")]
+Top = Annotated[int, typer.Option(min=1, help="Number of answers to print.")]
+EvalBatchSize = Annotated[int | None, typer.Option(min=1, help="Views in a batch. Default: 64 on a GPU, 8 on a CPU.")]
+EvalWorkers = Annotated[
+    int | None, typer.Option(min=0, help="Decoding processes; 0: decode in this one. Default: by the number of cores.")
+]
+Weights = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Weights, a file or folder.", show_default=False)]
+Html = Annotated[Path | None, typer.Option(metavar="FILE", help="Also write a web page with pictures.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing output.")]
 
 
 def parse_labels(given: str) -> list[str]:
-    """The labels of ``--labels``: without blanks around them, empty ones and repetitions."""
+    """The labels of ``--labels``, stripped, without empty ones and repetitions."""
 
     def bad(message: str) -> typer.BadParameter:
         return typer.BadParameter(message, param_hint="--labels")
@@ -90,7 +111,7 @@ def parse_labels(given: str) -> list[str]:
         except ValueError as error:
             raise bad(str(error)) from error
     elif suffix and "," not in given and os.path.isfile(given):
-        raise bad(f"{given}: a file of labels is a .txt, a .csv or a .tsv")
+        raise bad(f"{given}: a file of labels ends in .txt, .csv or .tsv")
     else:
         found = given.split(",")
     stripped = [label for name in found if (label := name.strip())]
@@ -98,16 +119,16 @@ def parse_labels(given: str) -> list[str]:
     if not labels:
         raise bad(f"{given!r} holds no label")
     if len(labels) < len(stripped):
-        print(f"note: {len(stripped) - len(labels)} labels are repetitions, taken once", file=sys.stderr)
+        print(f"note: {len(stripped) - len(labels)} repeated labels are left out", file=sys.stderr)
     return labels
 
 
 def find_videos(given: Sequence[str]) -> tuple[Inputs, bool]:
-    """The files that are meant; and whether a folder or glob has none."""
+    """The video files of the arguments, and whether a folder or glob holds none."""
     from ..data.inputs import find_videos as find
 
     if "" in given:
-        raise typer.BadParameter("an empty name", param_hint="VIDEO...")
+        raise typer.BadParameter("a name is empty", param_hint="VIDEO")
     inputs = find(given)
     failed = False
     for line in inputs.empty:
@@ -125,7 +146,7 @@ def device_and_dtype(device: str, dtype: str) -> dict[str, Any]:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, index = device.partition(":")
     if kind not in ("cpu", "cuda") or (index and not (kind == "cuda" and index.isdecimal())):
-        raise typer.BadParameter(f"{device!r} is none of auto, cpu, cuda, cuda:N", param_hint="--device")
+        raise typer.BadParameter(f"{device!r} is not auto, cpu, cuda or cuda:N", param_hint="--device")
     if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
         from ..info import collect_cuda
 
@@ -139,7 +160,7 @@ def device_and_dtype(device: str, dtype: str) -> dict[str, Any]:
 
 
 def set_threads(threads: int | None) -> None:
-    """Lets torch compute with ``threads`` threads of the CPU; None: as it chose."""
+    """Sets the number of CPU threads of torch; None leaves torch's default."""
     if threads is not None:
         import torch
 
@@ -147,7 +168,7 @@ def set_threads(threads: int | None) -> None:
 
 
 def read_recipe(checkpoint: Path | None) -> Trained:
-    """What the checkpoint was trained with; a checkpoint without weights is refused before anything else."""
+    """The recipe that the checkpoint was trained with. Raises an error if the checkpoint has no weights."""
     from ..weights.checkpoint import find_weights
     from ..weights.recipe import Trained
 
@@ -157,9 +178,13 @@ def read_recipe(checkpoint: Path | None) -> Trained:
 
 
 def load_model(checkpoint: Path | None, variant: str | None, random_weights: bool) -> XCLIP:
-    """The model on the CPU, in the checkpoint's own precision."""
+    """The model on the CPU, in the checkpoint's precision."""
     if (checkpoint is None) != random_weights:
-        why = "not with --random-weights" if checkpoint else "no weights given; for trials, --random-weights needs none"
+        why = (
+            "cannot go with --random-weights"
+            if checkpoint
+            else "missing; for a trial without weights: --random-weights"
+        )
         raise typer.BadParameter(why, param_hint="--checkpoint")
     import torch
 
@@ -170,7 +195,7 @@ def load_model(checkpoint: Path | None, variant: str | None, random_weights: boo
         shape = None if variant is None else config.variant(variant)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--variant") from error
-    torch.manual_seed(0)  # what the checkpoint does not hold is the same in every run
+    torch.manual_seed(0)  # parameters missing from the checkpoint are the same in every run
     if checkpoint is not None:
         return XCLIP.from_pretrained(checkpoint, config=shape)
     print("warning: random weights: the answers mean nothing", file=sys.stderr)
@@ -180,7 +205,7 @@ def load_model(checkpoint: Path | None, variant: str | None, random_weights: boo
 def stored_weights(
     place: Path, checkpoint: Path | None, variant: str | None, random_weights: bool
 ) -> tuple[Path | None, str | None]:
-    """The checkpoint and variant that a store or a file of features was made with, unless others are given."""
+    """The given checkpoint and variant; without them, those that a store or a feature file was made with."""
     from ..search.feature_file import FeatureFile
     from ..search.store import Store
 
@@ -193,5 +218,5 @@ def stored_weights(
         metadata = FeatureFile(place).metadata
         stored, shape = metadata["checkpoint"], metadata["variant"]
     if not random_weights and not stored:
-        raise ValueError(f"{place}: made with random weights; to use it nevertheless, add --random-weights")
+        raise ValueError(f"{place}: was made with random weights; to use it all the same, add --random-weights")
     return (None if random_weights else Path(stored)), variant or shape or None

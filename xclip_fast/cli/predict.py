@@ -5,45 +5,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..console import Bar, complain, print_rows
-from .options import (
-    CHUNK,
-    Actors,
-    Address,
-    AsJson,
-    BatchSize,
-    Checkpoint,
-    Decoders,
-    Device,
-    DType,
-    Frames,
-    FrameStride,
-    MaxBytes,
-    MaxSeconds,
-    OnRay,
-    Overwrite,
-    RandomWeights,
-    Sampled,
-    Stride,
-    Templates,
-    Threads,
-    Top,
-    Variant,
-    Videos,
-    Window,
-    Workers,
-    device_and_dtype,
-    find_videos,
-    load_model,
-    parse_labels,
-    read_recipe,
-    set_threads,
-)
+from . import options as opt
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,44 +23,45 @@ commands = typer.Typer()
 
 @commands.command()
 def classify(
-    videos: Videos,
+    videos: opt.Videos,
     labels: Annotated[
         str | None,
         typer.Option(
-            help="'a,b,c', a .txt with one a line, or a .csv (one column, or id,name); default: as trained.",
+            help="'a,b,c', a .txt with one label on each line, or a .csv (one column, or id,name). "
+            "Default: as in training.",
             show_default=False,
         ),
     ] = None,
-    checkpoint: Checkpoint = None,
-    variant: Variant = None,
-    random_weights: RandomWeights = False,
-    top: Top = 5,
-    as_json: AsJson = False,
-    device: Device = "auto",
-    dtype: DType = "auto",
-    templates: Templates = None,
-    frames: Frames = None,
-    sampling: Sampled = None,
-    frame_stride: FrameStride = None,
-    window: Window = None,
-    stride: Stride = None,
-    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page with pictures too.")] = None,
-    overwrite: Overwrite = False,
-    max_bytes: MaxBytes = 2 << 30,
-    max_seconds: MaxSeconds = 600,
-    batch_size: BatchSize = None,
-    workers: Workers = None,
-    threads: Threads = None,
-    ray: OnRay = False,
-    address: Address = None,
-    actors: Actors = None,
-    decoders: Decoders = None,
+    checkpoint: opt.Checkpoint = None,
+    variant: opt.Variant = None,
+    random_weights: opt.RandomWeights = False,
+    top: opt.Top = 5,
+    as_json: opt.AsJson = False,
+    device: opt.Device = "auto",
+    dtype: opt.DType = "auto",
+    templates: opt.Templates = None,
+    frames: opt.Frames = None,
+    sampling: opt.Sampled = None,
+    frame_stride: opt.FrameStride = None,
+    window: opt.Window = None,
+    stride: opt.Stride = None,
+    html: opt.Html = None,
+    overwrite: opt.Overwrite = False,
+    max_bytes: opt.MaxBytes = 2 << 30,
+    max_seconds: opt.MaxSeconds = 600,
+    batch_size: opt.BatchSize = None,
+    workers: opt.Workers = None,
+    threads: opt.Threads = None,
+    ray: opt.OnRay = False,
+    address: opt.Address = None,
+    actors: opt.Actors = None,
+    decoders: opt.Decoders = None,
 ) -> None:
-    """Name what happens in videos.
+    """Classify videos with labels of your own.
 
-    Prints the most probable of the labels for each video; in a pipe, lines of video, rank, label and probability
-    between tabs. With --window, for each part of a video, with its start and end in seconds. A video that cannot be
-    read is reported, the others are still answered, and the exit code is 1.
+    Prints the most probable labels of each video. In a pipe, each line holds video, rank, label and probability,
+    separated by tabs. With --window it answers for each moment of a video and prints the start and end in seconds.
+    A video that cannot be read is reported. The others are still classified, and the exit code is 1.
     """
     import torch
 
@@ -101,29 +69,29 @@ def classify(
     from ..inference.batches import Answer, Reading, answers
     from ..text.labels import refuse_same_texts
 
-    trained = read_recipe(checkpoint)
-    names = list(trained.labels.values()) if labels is None else parse_labels(labels)
+    trained = opt.read_recipe(checkpoint)
+    names = list(trained.labels.values()) if labels is None else opt.parse_labels(labels)
     if not names:
         raise typer.BadParameter(
-            "none given, and the checkpoint does not say which it was trained with", param_hint="--labels"
+            "missing; the checkpoint does not say which labels it was trained with", param_hint="--labels"
         )
     chosen = trained.choose(frames, sampling, frame_stride, templates)
     sentences = chosen.pop("templates")
-    inputs, failed = find_videos(videos)
-    set_threads(threads)
-    target = device_and_dtype(device, dtype)
-    model = load_model(checkpoint, variant, random_weights).to(**target)
+    inputs, failed = opt.find_videos(videos)
+    opt.set_threads(threads)
+    target = opt.device_and_dtype(device, dtype)
+    model = opt.load_model(checkpoint, variant, random_weights).to(**target)
     outputs = model.config.num_classes
     if outputs is not None and (sentences or outputs != len(names)):
         raise ValueError(
-            f"the model has a linear head and reads no text; --labels must name its {outputs} outputs in order "
-            f"({len(names)} given), without --templates"
+            f"the model has a linear head and reads no text: give --labels with the names of its {outputs} outputs in "
+            f"order ({len(names)} given), and leave out --templates"
         )
     if outputs is None:
         refuse_same_texts(names, model.config.label_tokens)
 
     if stride is not None and window is None:
-        raise typer.BadParameter("wants --window too", param_hint="--stride")
+        raise typer.BadParameter("works only together with --window", param_hint="--stride")
     page = None
     if html is not None:
         from ..search.page import Page
@@ -141,7 +109,7 @@ def classify(
     with torch.inference_mode(), Bar(len(inputs.paths)) as bar:
         text: Sequence[Tensor | None] = [None]
         if outputs is None:
-            chunks = [names[i : i + CHUNK] for i in range(0, len(names), CHUNK)]
+            chunks = [names[i : i + opt.CHUNK] for i in range(0, len(names), opt.CHUNK)]
             text = [
                 model.encode_text_ensemble(chunk, sentences) if sentences else model.encode_text(chunk)
                 for chunk in chunks
@@ -179,7 +147,7 @@ def classify(
 def _print_labels(
     item: Answer, ranked: Sequence[tuple[str, float]], as_json: bool, with_times: bool, random_weights: bool
 ) -> None:
-    """One moment's labels: an object a line, or rows."""
+    """Prints the labels of one moment, as a JSON object or as rows."""
     times = {"start": round(item.start, 3), "end": round(item.end, 3)} if with_times else {}
     if as_json:
         labels = [{"label": label, "probability": value} for label, value in ranked]

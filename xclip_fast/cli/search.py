@@ -11,19 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..console import complain, plain, print_rows
-from .options import (
-    AsJson,
-    Checkpoint,
-    Device,
-    DType,
-    Overwrite,
-    RandomWeights,
-    Top,
-    Variant,
-    device_and_dtype,
-    load_model,
-    stored_weights,
-)
+from . import options as opt
 
 if TYPE_CHECKING:
     from ..search.query import Hit
@@ -34,53 +22,57 @@ commands = typer.Typer()
 @commands.command()
 def search(
     store: Annotated[
-        Path, typer.Argument(metavar="STORE", help="What embed wrote: a folder or a file.", show_default=False)
+        Path, typer.Argument(metavar="STORE", help="Store or feature file that `embed` wrote.", show_default=False)
     ],
     queries: Annotated[
-        list[str] | None, typer.Argument(metavar="[QUERY...]", help="What to look for.", show_default=False)
+        list[str] | None, typer.Argument(metavar="QUERY", help="Text to look for.", show_default=False)
     ] = None,
     like: Annotated[
-        list[str] | None, typer.Option(metavar="VIDEO", help="Look for videos like this one. May be repeated.")
+        list[str] | None, typer.Option(metavar="VIDEO", help="Look for moments like this video. May be repeated.")
     ] = None,
     interactive: Annotated[
-        bool, typer.Option("--interactive", "-i", help="Read queries from standard input, one a line.")
+        bool, typer.Option("--interactive", "-i", help="Read queries from standard input, one on each line.")
     ] = False,
-    checkpoint: Checkpoint = None,
-    variant: Variant = None,
-    random_weights: RandomWeights = False,
-    top: Top = 10,
-    as_json: AsJson = False,
+    checkpoint: opt.Checkpoint = None,
+    variant: opt.Variant = None,
+    random_weights: opt.RandomWeights = False,
+    top: opt.Top = 10,
+    as_json: opt.AsJson = False,
     path: Annotated[
-        str | None, typer.Option(metavar="GLOB", help="Only paths that match, or that hold this text.")
+        str | None, typer.Option(metavar="GLOB", help="Only paths that match this glob or contain this text.")
     ] = None,
-    after: Annotated[float | None, typer.Option(metavar="SECONDS", help="Only what goes on after this time.")] = None,
-    before: Annotated[float | None, typer.Option(metavar="SECONDS", help="Only what begins before it.")] = None,
+    after: Annotated[
+        float | None, typer.Option(metavar="SECONDS", help="Only moments that end after this time.")
+    ] = None,
+    before: Annotated[
+        float | None, typer.Option(metavar="SECONDS", help="Only moments that begin before this time.")
+    ] = None,
     merge: Annotated[
-        bool, typer.Option("--merge/--no-merge", help="Neighboring windows of one moment are one answer.")
+        bool, typer.Option("--merge/--no-merge", help="Join overlapping moments of a video into one answer.")
     ] = True,
-    root: Annotated[Path | None, typer.Option(metavar="DIR", help="Where the videos are now, if moved.")] = None,
-    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page with pictures too.")] = None,
-    clips: Annotated[Path | None, typer.Option(metavar="DIR", help="Cut the moments out, as mp4 files.")] = None,
-    overwrite: Overwrite = False,
-    device: Device = "auto",
-    dtype: DType = "auto",
+    root: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of the videos, if they have moved.")] = None,
+    html: opt.Html = None,
+    clips: Annotated[Path | None, typer.Option(metavar="DIR", help="Also cut the moments out as mp4 files.")] = None,
+    overwrite: opt.Overwrite = False,
+    device: opt.Device = "auto",
+    dtype: opt.DType = "auto",
 ) -> None:
-    """Search stored videos by text, or by example.
+    """Search stored videos by text or by example.
 
-    Prints the moments most similar to each query: rank, score, start and end in seconds, path. The score is a cosine;
-    it orders the moments of one query and is no probability. Without --checkpoint, the weights that the store was made
-    with are read again.
+    Prints the moments most similar to each query: rank, score, start and end in seconds, path. The score is a cosine
+    similarity. It orders the moments of one query; it is not a probability. Without --checkpoint, search loads the
+    weights that the store was made with.
     """
     texts = queries or []
     if any(not text.strip() for text in texts):
         raise typer.BadParameter("the query is empty", param_hint="QUERY")
     if not texts and not like and not interactive:
-        raise typer.BadParameter("none given; or use --like or --interactive", param_hint="QUERY")
+        raise typer.BadParameter("missing; give a text, --like VIDEO or --interactive", param_hint="QUERY")
     from ..search.index import Index, open_moments
 
-    checkpoint, variant = stored_weights(store, checkpoint, variant, random_weights)
-    target = device_and_dtype(device, dtype)
-    model = load_model(checkpoint, variant, random_weights)
+    checkpoint, variant = opt.stored_weights(store, checkpoint, variant, random_weights)
+    target = opt.device_and_dtype(device, dtype)
+    model = opt.load_model(checkpoint, variant, random_weights)
     moments = open_moments(store, model, checkpoint)
     searcher = Index(moments, model.to(**target), None if root is None else str(root))
     if searcher.note:
@@ -120,7 +112,7 @@ def search(
 
 
 def _typed() -> Iterator[str]:
-    """Queries from standard input, until it ends or an empty line is typed at a terminal."""
+    """Reads queries from standard input until it ends, or until an empty line at a terminal."""
     asks = sys.stdin.isatty()
     while True:
         if asks:
@@ -133,7 +125,7 @@ def _typed() -> Iterator[str]:
 
 
 def _print_hits(title: str | None, hits: list[Hit], as_json: bool, random_weights: bool) -> None:
-    """One query's answers; with a title, they name the query."""
+    """Prints the answers to one query. ``title``: the query, if there are several."""
     if as_json:
         for hit in hits:
             query = {} if title is None else {"query": title}

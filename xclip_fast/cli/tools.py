@@ -22,16 +22,16 @@ def flops(
     gpu: Annotated[Literal["h100", "h200", "a100"], typer.Option(help="The GPU of --time.")] = "h100",
     variants: Annotated[str, typer.Option(help="The models of --time.")] = "B/16-8f,L/14-8f",
     batches: Annotated[str, typer.Option(help="The numbers of videos of --time.")] = "1,32,256",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with the parts.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with the parts of each sum.")] = False,
 ) -> None:
-    """Count multiply-adds, beside the paper's, or predict times.
+    """Count the multiply-adds of each variant, or predict its time on a GPU.
 
-    In 10^9 for one video: Table 1's number, ours counted the paper's way, what really runs here with 1 and with 400
-    labels, and what 400 labels cost where each is padded to 77 tokens.
+    In 10^9 for one video: the paper's number (Table 1), ours counted the paper's way, the ones that this package runs
+    with 1 and with 400 labels, and those for 400 labels that are padded to 77 tokens.
 
-    With --time, milliseconds of videos against 400 encoded labels in bfloat16: "limit" is the bare products and
-    attention. "library" is what a GPU chooses for which nothing was measured, "triton" our products. Every launch is
-    recorded, and divided by a ceiling. It is a computation, not a measurement.
+    With --time, milliseconds for videos against 400 encoded labels in bfloat16. "limit" is the bare products and
+    attention. "library" is what a GPU chooses before anything is measured on it, "triton" the products of Triton. Every
+    launch is recorded, and divided by a ceiling. Nothing is measured.
     """
     if time:
         _predict(gpu, variants.split(","), [int(batch) for batch in batches.split(",")], as_json)
@@ -87,7 +87,7 @@ def tune(
 
     code = 0
     for number, more in enumerate(([], ["--backends"])):
-        with Bar() as bar:
+        with Bar(name="tables") as bar:
             code |= main(["--model", model, "--seconds", str(seconds / 2), *more], bar.update)
         if code and not number:
             break
@@ -97,19 +97,23 @@ def tune(
 @commands.command()
 def convert(
     source: Annotated[
-        Path, typer.Argument(metavar="SOURCE", help="A checkpoint of any layout, file or folder.", show_default=False)
+        Path, typer.Argument(metavar="SOURCE", help="Checkpoint in any layout, file or folder.", show_default=False)
     ],
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder to write.", show_default=False)],
-    layout: Annotated[Literal["xclip_fast", "huggingface"], typer.Option(help="Whose names and files.")] = "xclip_fast",
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder to write.", show_default=False)],
+    layout: Annotated[Literal["xclip_fast", "huggingface"], typer.Option(help="Layout of the result.")] = "xclip_fast",
     drop_config: Annotated[
         bool, typer.Option("--drop-config", help="Leave out a pickled training configuration.")
     ] = False,
+    clip: Annotated[
+        Path | None,
+        typer.Option(help="For a ViFi-CLIP: the OpenAI CLIP it started from, whose token embedding its file lacks."),
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Rewrite a checkpoint as safetensors."""
+    """Convert a checkpoint to safetensors."""
     from ..weights import checkpoint
 
-    checkpoint.convert(source, folder, layout, drop_config=drop_config, overwrite=overwrite)
+    checkpoint.convert(source, folder, layout, drop_config=drop_config, overwrite=overwrite, clip=clip)
     print(f"{plain(str(folder))}: written in the layout {layout}")
 
 

@@ -9,22 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..console import plain
-from .options import (
-    Actors,
-    Address,
-    Device,
-    DType,
-    Frames,
-    FrameStride,
-    OnRay,
-    Overwrite,
-    Sampled,
-    Templates,
-    Threads,
-    Variant,
-    parse_labels,
-    set_threads,
-)
+from . import options as opt
 
 commands = typer.Typer()
 
@@ -32,16 +17,25 @@ commands = typer.Typer()
 @commands.command()
 def train(
     config: Annotated[
-        str, typer.Argument(metavar="CONFIG", help="A YAML file, or the name of a shipped one.", show_default=False)
+        str,
+        typer.Argument(
+            metavar="CONFIG",
+            help="YAML file, or a configuration of the package, such as template, motion or k400-b16-8f.",
+            show_default=False,
+        ),
     ],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="KEY=VALUE...", help="Such as optim.lr=1e-5.", show_default=False)
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY=VALUE", help="Values in place of the file's, such as optim.lr=1e-5.", show_default=False
+        ),
     ] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Start over in a new folder instead of going on.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start over in a new folder instead of resuming.")] = False,
 ) -> None:
-    """Train or fine-tune.
+    """Train or fine-tune a model.
 
-    On several GPUs: torchrun --nproc-per-node 8 -m xclip_fast.train CONFIG KEY=VALUE...
+    The same command resumes a run that was stopped. On several GPUs:
+    torchrun --nproc-per-node 8 -m xclip_fast.train CONFIG KEY=VALUE...
     """
     from ..train.loop import main as run
 
@@ -50,36 +44,40 @@ def train(
 
 @commands.command()
 def evaluate(
-    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Weights.", show_default=False)],
-    manifest: Annotated[Path, typer.Argument(metavar="MANIFEST", help="What `index` wrote.", show_default=False)],
-    clips: Annotated[int, typer.Option(min=1, help="Views in time; the paper's test has 4.")] = 1,
-    crops: Annotated[int, typer.Option(help="Views in space, 1 or 3; the paper's test has 3.")] = 1,
+    checkpoint: opt.Weights,
+    manifest: Annotated[
+        Path, typer.Argument(metavar="MANIFEST", help="Manifest that `index` wrote.", show_default=False)
+    ],
+    clips: Annotated[int, typer.Option(min=1, help="Temporal views of a video. The paper tests with 4.")] = 1,
+    crops: Annotated[int, typer.Option(help="Spatial views, 1 or 3. The paper tests with 3.")] = 1,
     labels: Annotated[
-        str | None, typer.Option(help="Labels to choose from (as for classify); default: the manifest's classes.")
+        str | None, typer.Option(help="Labels to choose from, as for classify. Default: the manifest's classes.")
     ] = None,
-    templates: Templates = None,
-    out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="For predictions, confusion and summary.")] = None,
-    overwrite: Overwrite = False,
-    variant: Variant = None,
-    frames: Frames = None,
-    sampling: Sampled = None,
-    frame_stride: FrameStride = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Views at once.")] = None,
-    device: Device = "auto",
-    dtype: DType = "auto",
-    workers: Annotated[int | None, typer.Option(min=0, help="Decoding processes; 0: none.")] = None,
-    threads: Threads = None,
-    ray: OnRay = False,
-    address: Address = None,
-    actors: Actors = None,
+    templates: opt.Templates = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Folder for predictions, confusion matrix and summary.")
+    ] = None,
+    overwrite: opt.Overwrite = False,
+    variant: opt.Variant = None,
+    frames: opt.Frames = None,
+    sampling: opt.Sampled = None,
+    frame_stride: opt.FrameStride = None,
+    batch_size: opt.EvalBatchSize = None,
+    device: opt.Device = "auto",
+    dtype: opt.DType = "auto",
+    workers: opt.EvalWorkers = None,
+    threads: opt.Threads = None,
+    ray: opt.OnRay = False,
+    address: opt.Address = None,
+    actors: opt.Actors = None,
 ) -> None:
     """Measure accuracy on the videos of a manifest.
 
-    Softmax is averaged over the views. Every video is accounted for: those that could not be read are named.
+    A video's probabilities are averaged over its views. Videos that cannot be read are named.
     """
-    from ..evaluate import loop as evaluation
+    from .. import evaluate as evaluation
 
-    set_threads(threads)
+    opt.set_threads(threads)
     run: Callable[..., Any] = evaluation.evaluate
     if ray:
         from ..scale.cluster import ClusterOptions
@@ -97,7 +95,7 @@ def evaluate(
         frames=frames,
         sampling=sampling,
         stride=frame_stride,
-        labels=None if labels is None else parse_labels(labels),
+        labels=None if labels is None else opt.parse_labels(labels),
         templates=templates,
         variant=variant,
         batch_size=batch_size,
@@ -119,31 +117,35 @@ def protocol(
             show_default=False,
         ),
     ],
-    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Weights.", show_default=False)],
+    checkpoint: opt.Weights,
     manifests: Annotated[
         list[Path],
-        typer.Argument(metavar="MANIFEST...", help="The test splits: zero-shot three, otherwise one."),
+        typer.Argument(metavar="MANIFEST", help="Test splits: three for zero-shot HMDB-51 and UCF-101, otherwise one."),
     ],
-    shots: Annotated[int | None, typer.Option(min=1, help="How many the checkpoint was trained on.")] = None,
+    shots: Annotated[int | None, typer.Option(min=1, help="Training videos of each class, for few-shot.")] = None,
     draws: Annotated[
-        list[Path] | None, typer.Option(metavar="FILE", help="A released class list of a draw. May be repeated.")
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="File with the classes of a released draw. May be repeated."),
     ] = None,
     kinetics400: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Kinetics-400's class names, to draw new ones of Kinetics-600.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Class names of Kinetics-400, to find the new ones of Kinetics-600."),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the draws.")] = 0,
-    out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="For everything that was found.")] = None,
-    overwrite: Overwrite = False,
-    variant: Variant = None,
-    frames: Frames = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Views at once.")] = None,
-    device: Device = "auto",
-    dtype: DType = "auto",
-    workers: Annotated[int | None, typer.Option(min=0, help="Decoding processes; 0: none.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the draws.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Folder for the report and all predictions.")
+    ] = None,
+    overwrite: opt.Overwrite = False,
+    variant: opt.Variant = None,
+    frames: opt.Frames = None,
+    batch_size: opt.EvalBatchSize = None,
+    device: opt.Device = "auto",
+    dtype: opt.DType = "auto",
+    workers: opt.EvalWorkers = None,
 ) -> None:
     """Run a zero-shot or few-shot protocol of the paper.
 
-    Prints mean and deviation beside the paper's figures (Tables 3 to 5).
+    Prints the mean and the standard deviation beside the paper's figures (Tables 3 to 5).
     """
     from ..evaluate import protocols
 
@@ -168,15 +170,15 @@ def protocol(
 
 @commands.command("few-shot")
 def few_shot(
-    manifest: Annotated[Path, typer.Argument(metavar="MANIFEST", help="The training videos.", show_default=False)],
-    shots: Annotated[int, typer.Option(min=1, help="Videos a class; the paper has 2, 4, 8 and 16.")],
-    out: Annotated[
-        Path, typer.Option(metavar="FILE", help=".jsonl: a manifest to train on; .json, .csv: a list to keep.")
+    manifest: Annotated[
+        Path, typer.Argument(metavar="MANIFEST", help="Manifest of the training videos.", show_default=False)
     ],
-    seed: Annotated[int, typer.Option(min=0, help="Of the draw.")] = 0,
-    overwrite: Overwrite = False,
+    shots: Annotated[int, typer.Option(min=1, help="Videos of each class. The paper has 2, 4, 8 and 16.")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help=".jsonl: a manifest to train on. .json or .csv: a list.")],
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the draw.")] = 0,
+    overwrite: opt.Overwrite = False,
 ) -> None:
-    """Draw K videos of each class."""
+    """Draw a few training videos of each class."""
     from ..evaluate import protocols
 
     drawn = protocols.sample(manifest, shots, out, seed=seed, overwrite=overwrite)

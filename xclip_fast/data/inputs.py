@@ -1,4 +1,4 @@
-"""Which videos a command line means: files, folders, globs, lists, standard input, addresses."""
+"""The videos that a command line names: files, folders, globs, lists, standard input, URLs."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from .remote import is_remote, remote_files
 
 @dataclass
 class Inputs:
-    """What was given, spelled out.
+    """The videos of a command line.
 
-    `paths`: the videos in the given order, a folder's sorted; what was given twice is there twice. `folders`: the
-    folders that were listed, local or remote, so that a store can tell what is gone from them. `empty`: one line for
-    each folder, glob or list without a video.
+    `paths`: the videos in the given order, those of a folder sorted; a name that was given twice occurs twice.
+    `folders`: the given folders, local or remote, in which a store looks for removed videos. `empty`: one line for each
+    folder, glob or list without a video.
     """
 
     paths: list[str] = field(default_factory=list)
@@ -28,23 +28,22 @@ class Inputs:
 
 
 def find_videos(given: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> Inputs:
-    """Spells out what each name means.
+    """The videos of each name.
 
-    A folder means the video files in it and in its folders, without hidden ones. A name with `*`, `?` or `[` that is no
-    file means the files that match it (`**`: any folders). `-` means the paths on standard input, one a line, or
-    separated by NUL bytes. A `.txt` file means the paths in it, one a line, relative to the file's folder; a `.jsonl`
-    file is a manifest. `http://`, `https://`, `s3://` and the other schemes of fsspec mean remote files, and remote
-    folders or globs where the scheme can list them.
+    A folder stands for the video files in it and in its subfolders, without hidden ones. A name with `*`, `?` or `[`
+    that is not a file stands for the files that match it (`**`: any folders). `-` stands for the paths on standard
+    input, one on each line or separated by NUL bytes. A `.txt` file stands for the paths in it, one on each line,
+    relative to the file's folder. A `.jsonl` file is a manifest. `http://`, `https://`, `s3://` and the other schemes
+    of fsspec name remote files. If the scheme can list, they may also name remote folders and globs.
 
-    A name that was given itself stays, whatever it is: reading it says what is wrong. Raises ValueError for an empty
-    name.
+    Any other name is kept as a path; reading it gives the error. Raises ValueError for an empty name.
     """
     found = Inputs()
     names = [given] if isinstance(given, (str, os.PathLike)) else given
     for name in [os.fspath(each) for each in names]:
         before = len(found.paths)
         if not name:
-            raise ValueError("an empty name was given; a video file or folder is wanted")
+            raise ValueError("a name is empty; a video file or folder is wanted")
         if name == "-":
             found.paths += [path for path in _standard_input() if path]
             kind = "paths on standard input"

@@ -1,4 +1,4 @@
-"""Files in the making. They are locked while the run that writes them lives: the next run sees what is left over."""
+"""Unfinished files. The run that writes a file locks it, so the next run can tell leftovers of killed runs."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Remote videos, through fsspec: `https://`, `s3://`, `gs://` and its other schemes.
 
-A remote file is copied to an anonymous temporary file while it is read. Its name on the server never becomes a path on
-this machine.
+A remote file is copied to a temporary file while it is read. Its name on the server never becomes a path on this
+machine.
 """
 
 from __future__ import annotations
@@ -22,29 +22,29 @@ _CHUNK = 1 << 20  # bytes
 
 @dataclass(frozen=True)
 class Limits:
-    """What reading one remote file may take: `size` in bytes, `seconds` in all."""
+    """Limits for copying one remote file: `size` in bytes, `seconds` in all."""
 
     size: int = 2 << 30
     seconds: float = 600.0
 
 
 def is_remote(path: str) -> bool:
-    """Whether this is an address, such as s3://bucket/key, and not a path."""
+    """Whether a name is a URL, such as s3://bucket/key, and not a path."""
     return _SCHEME.match(path) is not None
 
 
 def remote_files(address: str) -> list[str] | None:
-    """The files that a remote folder (with a final "/") or glob holds, sorted; None for the address of one file.
+    """The files in a remote folder (with a final "/") or of a glob, sorted; None for the URL of one file.
 
-    Raises ValueError where the scheme cannot list, OSError where the server refuses.
+    Raises ValueError if the scheme cannot list, and VideoError if the server refuses.
     """
     scheme = address.partition("://")[0].lower()
-    web = scheme in ("http", "https")  # "?" is part of an address there, and folders cannot be listed
+    web = scheme in ("http", "https")  # "?" is part of a web URL, and web folders cannot be listed
     is_glob = not web and any(sign in address for sign in "*?[")
     if not is_glob and not address.endswith("/"):
         return None
     if web:
-        raise ValueError(f"{_shown(address)}: a folder of a web server cannot be listed; give the files' addresses")
+        raise ValueError(f"{_shown(address)}: a folder of a web server cannot be listed; give the URLs of the files")
     with _errors(address):
         filesystem, path = _open(address)
         found = filesystem.glob(path) if is_glob else filesystem.find(path)
@@ -52,7 +52,7 @@ def remote_files(address: str) -> list[str] | None:
 
 
 def describe(address: str) -> tuple[int, str]:
-    """Size in bytes (0 if the server does not say) and what changes when the file does. Raises VideoError."""
+    """Size in bytes (0 if unknown), and a stamp that changes with the file. Raises VideoError."""
     with _errors(address):
         filesystem, path = _open(address)
         info = filesystem.info(path)
@@ -62,7 +62,7 @@ def describe(address: str) -> tuple[int, str]:
 
 @contextlib.contextmanager
 def local_copy(address: str, limits: Limits | None = None) -> Iterator[str]:
-    """The path of a temporary copy, which is removed after the block. Raises VideoError, also past a limit."""
+    """The path of a temporary copy, which is removed after the block. Raises VideoError, also beyond a limit."""
     limits = limits or Limits()
     end = time.monotonic() + limits.seconds
     with tempfile.NamedTemporaryFile(prefix="xclip-fast-") as copy:
@@ -90,7 +90,9 @@ def _open(address: str) -> tuple[Any, str]:
     try:
         from fsspec.core import url_to_fs
     except ImportError as error:
-        raise ImportError("remote files need fsspec: pip install 'xclip-fast[remote]'") from error
+        raise ImportError(
+            "fsspec, which reads remote files, is not installed: pip install 'xclip-fast[remote]'"
+        ) from error
     options: dict[str, Any] = {}
     if address.lower().startswith(("http://", "https://")):
         import aiohttp
@@ -98,13 +100,13 @@ def _open(address: str) -> tuple[Any, str]:
         options["client_kwargs"] = {"timeout": aiohttp.ClientTimeout(sock_connect=30, sock_read=60)}
     filesystem, path = url_to_fs(address, **options)
     if getattr(filesystem, "protocol", None) in ("file", ("file", "local")) or "::" in address:
-        raise ValueError(f"{_shown(address)}: is not a remote file; give the path itself")
+        raise ValueError(f"{_shown(address)}: is not a remote file; give the path")
     return filesystem, path
 
 
 @contextlib.contextmanager
 def _errors(address: str) -> Iterator[None]:
-    """What a server answers comes out as a VideoError; a missing package stays an ImportError."""
+    """Turns errors of a server into VideoErrors. A missing package stays an ImportError."""
     try:
         yield
     except (VideoError, ImportError):
@@ -117,7 +119,7 @@ def _errors(address: str) -> Iterator[None]:
 
 
 def _shown(address: str) -> str:
-    """The address without a password or a signature in it, for people."""
+    """The URL without password and signature, for people."""
     scheme, _, rest = address.partition("://")
     host, slash, path = rest.partition("/")
     return f"{scheme}://{host.rpartition('@')[2]}{slash}{path.partition('?')[0]}"

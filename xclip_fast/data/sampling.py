@@ -1,4 +1,4 @@
-"""The order of videos in an epoch, and the frames that are taken of a video. Nothing here opens a file."""
+"""The order of videos in an epoch, and the sampled frames of a video. Nothing here opens a file."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ Sampling = Literal["sparse", "dense"]
 def sample_rng(seed: int, epoch: int, sample: int) -> np.random.Generator:
     """The random numbers of one sample in one epoch: the same on every worker, in any order, after any resume.
 
-    Philox in counter mode: the seed is the key and (sample, epoch) the upper half of the counter, so two samples never
-    share numbers. All three must lie in [0, 2**64).
+    Philox in counter mode: the seed is the key and (sample, epoch) is the upper half of the counter, so two samples
+    never share numbers. All three values must be in [0, 2**64).
     """
     for name, value in (("seed", seed), ("epoch", epoch), ("sample", sample)):
         if not 0 <= value < 2**64:
@@ -35,15 +35,16 @@ def frame_indices(
     """Frame numbers, int64 (frames,), never decreasing, each in [0, total).
 
     sparse: one frame of each of `frames` equal segments: the middle one, or with `rng` a random one (the paper's
-    training frames). dense: `frames` frames `stride` apart from one window, in the middle of the video or with `rng`
-    anywhere. A window longer than the video takes the largest stride that fits. A video of fewer than `frames` frames
-    repeats frames evenly, under either sampling.
+    training frames). dense: `frames` frames that are `stride` apart, from one window in the middle of the video, or
+    with `rng` at a random place. If the window is longer than the video, the largest stride that fits is taken. A video
+    of fewer than `frames` frames repeats frames evenly, with either sampling.
 
-    Without `rng` there can be several views in time; `clip` is the number of one of `clips`. sparse: each segment is
-    cut into `clips` parts, and a view takes the middle of its part of each. dense: the windows are evenly spread.
+    Without `rng` there may be several views in time; `clip` is the number of one of `clips`. sparse: each segment is
+    cut into `clips` parts, and a view takes the middle of its part of each segment. dense: the windows are evenly
+    spread.
 
-    Raises ValueError for an unknown `sampling`, for `total`, `frames`, `stride` or `clips` under 1, for a `clip` that
-    is not one of `clips`, and for several clips together with `rng`.
+    Raises ValueError for an unknown `sampling`, for `total`, `frames`, `stride` or `clips` below 1, for a `clip` out of
+    range, and for several clips together with `rng`.
     """
     if sampling not in get_args(Sampling):
         raise ValueError(f"sampling is {sampling!r}; it must be one of {', '.join(get_args(Sampling))}")
@@ -68,10 +69,10 @@ def frame_indices(
 
 
 def epoch_order(samples: int, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
-    """The order of the samples 0 to `samples` - 1 in one epoch, int64 (samples,): a permutation, the same everywhere.
+    """A permutation of 0 to `samples` - 1 for one epoch, int64 (samples,), the same on every machine.
 
-    Sorted by raw numbers of Philox (key (seed, 1), which `sample_rng` never uses), not by NumPy's shuffle, so that it
-    stays the same under other versions of NumPy. Raises ValueError for a negative count, or a key outside [0, 2**64).
+    It sorts raw numbers of Philox (key (seed, 1), which `sample_rng` never uses) instead of NumPy's shuffle, so it is
+    the same in other versions of NumPy. Raises ValueError for a negative count, or a seed or epoch outside [0, 2**64).
     """
     for name, value in (("seed", seed), ("epoch", epoch)):
         if not 0 <= value < 2**64:
@@ -89,13 +90,13 @@ def epoch_batches(
 ) -> list[np.ndarray]:
     """The batches of one rank: of each batch_size * world samples of `order`, every `world`-th, from `rank` on.
 
-    Whatever the world, batches of the same global size hold the same samples. All ranks get the same number of batches;
-    in the last one a rank may have fewer samples than `batch_size`, even none, but nothing is padded or repeated: every
-    sample comes once, on one rank. `drop_last` leaves out a last global batch that is not full.
+    Global batches of the same size hold the same samples with any number of ranks. All ranks get the same number of
+    batches. In the last batch a rank may have fewer samples than `batch_size`, even none. Nothing is padded or
+    repeated: every sample comes once, on one rank. `drop_last` leaves out the last global batch if it is not full.
     """
     if batch_size < 1 or not 0 <= rank < world:
         raise ValueError(
-            f"batch_size is {batch_size}, rank {rank} of world {world}; wanted: batch_size >= 1, 0 <= rank < world"
+            f"batch_size is {batch_size}, rank {rank} of world {world}; batch_size >= 1 and 0 <= rank < world wanted"
         )
     step = batch_size * world
     end = len(order) - len(order) % step if drop_last else len(order)

@@ -1,7 +1,8 @@
-"""Threads that can be left behind."""
+"""Threads that can be left behind, and the number of cores for them."""
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -10,11 +11,21 @@ from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from typing import Any
 
-_progress: dict[int, float] = {}  # thread -> when it last went on
+_progress: dict[int, float] = {}  # thread -> the time of its last call of `progress`
+
+
+def usable_cores() -> int:
+    """The number of CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cores_of_rank() -> int:
+    """This process's share of the usable cores, if torchrun started several processes on this machine."""
+    return max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def progress() -> None:
-    """Says that the calling thread is not stuck: a long video takes its time. Costs a tenth of a microsecond."""
+    """Tells that the calling thread is not stuck, as in a long video. Costs a tenth of a microsecond."""
     _progress[threading.get_ident()] = time.monotonic()
 
 
@@ -27,7 +38,7 @@ class Job:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def finish(self, value: Any = None, error: BaseException | None = None) -> bool:
-        """Settle the future, unless it is: a thread that was given up may come back. Says whether it was not."""
+        """Settles the future. Returns False if it was settled before: a thread that was given up may come back."""
         with self.lock:
             if self.future.done():
                 return False
@@ -41,15 +52,15 @@ class Job:
 class Threads:
     """Daemon threads that take jobs in order, each with a state of its own.
 
-    Unlike in a thread pool, a thread that hangs is left behind and another one started: nothing waits for it, not even
-    the interpreter at its end. `limit`: seconds that a job may take without a call of `progress`.
+    Unlike in a thread pool, a thread that hangs is left behind and replaced. Nothing waits for it, not even the
+    interpreter at its end. `limit`: seconds that a job may take without a call of `progress`.
     """
 
     def __init__(self, count: int, name: str, state: Callable[[], Any], limit: float) -> None:
         self.name, self.state, self.limit = name, state, limit
         self.jobs: SimpleQueue[Job | None] = SimpleQueue()
         self.threads: list[threading.Thread] = []
-        self.running: dict[threading.Thread, tuple[Job, float]] = {}  # and when it was begun
+        self.running: dict[threading.Thread, tuple[Job, float]] = {}  # with the time of its start
         for _ in range(count):
             self._add()
 
@@ -74,25 +85,25 @@ class Threads:
         return job
 
     def result(self, job: Job) -> Any:
-        """Returns or raises what the job did. Raises TimeoutError if it hangs, or if hung jobs block it."""
+        """The job's result, or its error. Raises TimeoutError if the job hangs, or if hung jobs block it."""
         while not job.future.done():
             self.check()
             wait([job.future], timeout=min(0.5, self.limit / 4))
         return job.future.result()
 
     def check(self) -> None:
-        """Gives up the jobs that are stuck: their futures get a TimeoutError, and other threads take their place."""
+        """Gives up jobs that are stuck: their futures get a TimeoutError, and new threads take their place."""
         now = time.monotonic()
         for thread, (other, begun) in list(self.running.items()):
             since = max(begun, _progress.get(thread.ident or 0, 0.0))
             if now - since > self.limit and thread in self.threads:
-                late = TimeoutError(f"decoding did not go on for {self.limit:g} seconds")
+                late = TimeoutError(f"decoding did not advance for {self.limit:g} seconds")
                 if other.finish(error=late):
                     self.threads.remove(thread)
                     self._add()
 
     def close(self, patience: float = 5) -> None:
-        """Drop what is not begun, and wait this many seconds at most for the threads to end."""
+        """Drops the jobs that have not begun, and waits at most `patience` seconds for the threads to end."""
         try:
             while True:
                 self.jobs.get_nowait()

@@ -1,13 +1,13 @@
-"""Views: the frames, the part of the picture and the colors that a model sees. The CPU and the GPU execute them.
+"""Views: the frames, the part of the picture and the colors that a model sees.
 
-A `View` says everything: frame numbers, a box of whole pixels, a size, a mirror, a color matrix. A transform draws
-views from a video's frame count and size alone, so they can be drawn before the file is opened; `apply` executes a view
-on decoded frames here, the GPU pipeline executes the same one there.
+A `View` is complete: frame numbers, a box of whole pixels, a size, a mirror, a color matrix. A transform draws views
+from the frame count and size of a video alone, so views are drawn before the file is opened. `apply` executes a view on
+decoded frames on the CPU. The GPU pipeline executes the same views.
 
-A test view is the released one: the whole frame is resized, then cropped. Training follows the released X-CLIP recipe
-(short side 256, multi-scale crop, flip, color jitter, gray) with two changes. Its two resizes are one box and one
-resize. The jitter is one linear map for all frames of a video (contrast turns about mid gray, hue in YIQ); the released
-code draws it anew for every frame.
+A test view is that of the released code: the whole frame is resized, then cropped. Training follows the released X-CLIP
+recipe (short side 256, multi-scale crop, flip, color jitter, gray) with two changes. Its two resizes are one box and
+one resize. The jitter is one linear map for all frames of a video (contrast turns about mid gray, hue in YIQ); the
+released code draws it anew for every frame.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ _YIQ = np.array([LUMA, (0.595716, -0.274453, -0.321263), (0.211456, -0.522591, 0
 _RGB = np.linalg.inv(_YIQ)
 _GRAY = np.tile(_YIQ[0], (3, 1))
 _STRIP = 56  # rows
-_LONGEST = 16  # a longer resized side, in sizes of the view, is not resized as a whole
-_MIDDLE = 127.5  # mid gray: what a change of contrast leaves alone
+_LONGEST = 16  # if a resized side is longer, in sizes of the view, the picture is not resized as a whole
+_MIDDLE = 127.5  # mid gray, which a change of contrast keeps
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,9 +38,9 @@ class View:
     """The part of a video that one view shows: uint8 (T, size, size, 3).
 
     `frames`: frame numbers, int64 (T,). `crop`: the box that is resized to `scaled`, (width, height), by default
-    (size, size). `corner`: (left, top) of the square of `size` in the resized box. `flip`: mirrored left to right
-    after that. `color`: float32 (3, 4), the map `matrix @ rgb + offset` on levels from 0 to 255; None leaves them.
-    `drawn_from`: (frames, width, height) of the video that the view was drawn for; `decode_views` refuses another.
+    (size, size). `corner`: (left, top) of the square of `size` in the resized box. `flip`: the square is mirrored left
+    to right. `color`: float32 (3, 4), the map `matrix @ rgb + offset` on levels from 0 to 255; None changes nothing.
+    `drawn_from`: (frames, width, height) of the view's video; `decode_views` refuses others.
     """
 
     frames: np.ndarray
@@ -62,10 +62,10 @@ class View:
 class TrainTransform:
     """The training recipe of the paper. Each call of `views` draws one view.
 
-    `frames`, `sampling`, `stride`: as in `frame_indices`. `scales`: sizes of the crop as shares of the short side,
-    drawn for width and height apart, at most one step of the list from each other; it lies in a corner or the center.
-    `flip`, `jitter_probability`, `grey`: probabilities. `brightness`, `contrast`, `saturation`: factors are drawn from
-    [1 - x, 1 + x] (not under 0); `hue`: turns of the color circle, from [-x, x], at most 0.5.
+    `frames`, `sampling`, `stride`: as in `frame_indices`. `scales`: sizes of the crop as shares of the short side. One
+    is drawn for the width and one for the height, at most one step of the list apart. The crop lies in a corner or the
+    center. `flip`, `jitter_probability`, `gray`: probabilities. `brightness`, `contrast`, `saturation`: x of factors
+    drawn from [1 - x, 1 + x] (at least 0). `hue`: x of turns of the color circle drawn from [-x, x], at most 0.5.
     """
 
     random: ClassVar[bool] = True
@@ -80,14 +80,14 @@ class TrainTransform:
     contrast: float = 0.4
     saturation: float = 0.2
     hue: float = 0.1
-    grey: float = 0.2
+    gray: float = 0.2
 
     def __post_init__(self) -> None:
         _check_sizes(self.frames, self.size, self.sampling, self.stride)
         object.__setattr__(self, "scales", tuple(self.scales))
         if not self.scales or not all(0 < scale <= 1 for scale in self.scales):
-            raise ValueError(f"scales is {self.scales}; each must lie in (0, 1], and there must be one at least")
-        for name in ("flip", "jitter_probability", "grey"):
+            raise ValueError(f"scales is {self.scales}; at least one number in (0, 1] wanted, and no other")
+        for name in ("flip", "jitter_probability", "gray"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; a probability from 0 to 1 is wanted")
         for name in ("brightness", "contrast", "saturation"):
@@ -99,8 +99,8 @@ class TrainTransform:
     def views(self, total: int, width: int, height: int, rng: np.random.Generator) -> list[View]:
         """One random view of a video of `total` frames of this displayed size.
 
-        The first 13 numbers of `rng` are drawn whatever the settings and the video; frame numbers come after them. So
-        another probability or another range shifts nothing else.
+        The first 13 numbers of `rng` are always drawn, and the frame numbers after them. So another probability or
+        range does not change the other values.
         """
         _check_video(total, width, height)
         u = rng.random(13)
@@ -110,7 +110,7 @@ class TrainTransform:
         across, down = _share(self.scales[i], short), _share(self.scales[j], short)
         box = (*_place(int(u[1] * 5), width - across, height - down), across, down)
         color = self._color(u[4:]) if u[3] < self.jitter_probability else np.eye(3, 4)
-        if u[12] < self.grey:
+        if u[12] < self.gray:
             color = _GRAY @ color
         changed = not np.array_equal(color, np.eye(3, 4))
         frames = frame_indices(total, self.frames, self.sampling, stride=self.stride, rng=rng)
@@ -126,7 +126,7 @@ class TrainTransform:
         ]
 
     def _color(self, u: np.ndarray) -> np.ndarray:
-        """The four changes, in the order that four numbers give, as one float64 (3, 4)."""
+        """The four color changes as one float64 (3, 4). Four random numbers give their order."""
         bright, strong, vivid = (
             max(0.0, 1 - part) + (1 + part - max(0.0, 1 - part)) * draw
             for part, draw in zip((self.brightness, self.contrast, self.saturation), u[:3], strict=True)
@@ -138,8 +138,9 @@ class TrainTransform:
 class TestTransform:
     """The paper's test views: `clips` views in time, `crops` in space.
 
-    One crop: the whole frame is resized to a short side of 256 / 224 * size, and the center square of `size` is taken.
-    Three: the short side becomes `size`, and the squares lie at the start, center and end of the long side.
+    One crop: the frame is resized to a short side of 256 / 224 * size, and the center square of `size` is taken. Three
+    crops: the frame is resized to a short side of `size`, and the squares lie at the start, center and end of the long
+    side.
     """
 
     __test__: ClassVar[bool] = False  # pytest would collect it for its name
@@ -172,7 +173,7 @@ class TestTransform:
         ]
 
     def views(self, total: int, width: int, height: int, rng: np.random.Generator | None = None) -> list[View]:
-        """clips x crops views of a video of `total` frames of this displayed size, clips outer. `rng` is not used."""
+        """clips x crops views of a video of `total` frames of this displayed size, clip by clip. `rng` is not used."""
         _check_video(total, width, height)
         crops, found = self.crops_of(width, height), []
         for clip in range(self.clips):
@@ -184,8 +185,8 @@ class TestTransform:
 def jitter(brightness: float, contrast: float, saturation: float, hue: float, order: np.ndarray) -> np.ndarray:
     """The map of these factors and this turn of hue, float64 (3, 4), on levels from 0 to 255.
 
-    `order`: in which the four are done (a permutation of 0 to 3). Nothing is cut off between them, unlike in the usual
-    four separate steps.
+    `order`: the order of the four changes, a permutation of 0 to 3. Unlike four separate steps, nothing is cut off
+    between them.
     """
     angle = -2 * np.pi * hue  # the hue circle runs red, yellow, green; the angle in the (I, Q) plane runs the other way
     turn = np.array([[1, 0, 0], [0, np.cos(angle), -np.sin(angle)], [0, np.sin(angle), np.cos(angle)]])
@@ -205,10 +206,10 @@ def jitter(brightness: float, contrast: float, saturation: float, hue: float, or
 def apply(view: View, frames_THWC: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
     """The view of these full-size frames: uint8 (T, H, W, 3) in, uint8 (T, size, size, 3) out.
 
-    The frames are those that `view.frames` names, in its order. Crop, bilinear resize (half-pixel centers, no
-    antialiasing, edges of the box repeated: OpenCV's INTER_LINEAR), the square at `corner`, flip, color. With colors
-    all of it is rounded once, at the end, to half a level from the exact value; without, it is at most one level from
-    it.
+    The frames are those of `view.frames`, in that order. The steps are crop, bilinear resize (half-pixel centers, no
+    antialiasing, edges of the box repeated: OpenCV's INTER_LINEAR), the square at `corner`, flip, color. With a color
+    map the result is rounded once, at the end, and within half a level of the exact value. Without one it is within one
+    level.
     """
     if out is None:
         out = np.empty((len(frames_THWC), view.size, view.size, 3), np.uint8)
@@ -218,13 +219,13 @@ def apply(view: View, frames_THWC: np.ndarray, out: np.ndarray | None = None) ->
 
 
 def apply_frame(view: View, frame_HWC: np.ndarray, out_SSC: np.ndarray) -> None:
-    """`apply` for one frame. Frame by frame, so that no more than one full-size frame needs to be kept."""
+    """`apply` for one frame, so that only one full-size frame needs to be in memory."""
     left, top, width, height = view.crop
     if left < 0 or top < 0 or width < 1 or height < 1:
         raise ValueError(f"crop {view.crop} is not a box of at least one pixel")
     box_HWC = frame_HWC[top : top + height, left : left + width]
     if box_HWC.shape[:2] != (height, width):
-        raise ValueError(f"crop {view.crop} leaves the frame of {frame_HWC.shape[1]}x{frame_HWC.shape[0]} pixels")
+        raise ValueError(f"crop {view.crop} goes beyond the frame of {frame_HWC.shape[1]}x{frame_HWC.shape[0]} pixels")
     if view.color is not None:
         _apply_with_color(view, view.color, box_HWC, out_SSC)
         return
@@ -247,9 +248,9 @@ def _resized(box_HWC: np.ndarray, across: int, down: int, x: int, y: int, size: 
     height, width = box_HWC.shape[:2]
     left, skip_x, right = _part(width, across, x, size)
     top, skip_y, bottom = _part(height, down, y, size)
-    # torch would copy a box that is not contiguous on all cores, the last thing decoding threads need; turned and
-    # read-only memory it does not take at all. Its bilinear resize of bytes works in fixed point on the calling
-    # thread, at most one level from the exact value, and several times faster than in float.
+    # torch would copy a box that is not contiguous with all cores, which decoding threads must not do. It refuses
+    # turned and read-only memory. Its bilinear resize of bytes works in fixed point on the calling thread, within one
+    # level of the exact value, and several times faster than in float.
     part_HWC = box_HWC[top:bottom, left:right]
     part_HWC = np.ascontiguousarray(part_HWC) if part_HWC.flags.writeable else part_HWC.copy()
     x_1CHW = torch.from_numpy(part_HWC)[None].permute(0, 3, 1, 2)
@@ -260,10 +261,10 @@ def _resized(box_HWC: np.ndarray, across: int, down: int, x: int, y: int, size: 
 
 
 def _part(length: int, scaled: int, start: int, size: int) -> tuple[int, int, int]:
-    """Of `length` pixels resized to `scaled`, those that the pixels from `start` to `start + size` need.
+    """The source pixels, of `length` resized to `scaled`, for the resized pixels from `start` to `start + size`.
 
-    Returns the first of them, the number of resized pixels left out before `start`, and the end. A resized pixel falls
-    at the same place between its neighbors only where the first is a whole number of periods from the edge.
+    Returns the first of them, the number of resized pixels before it, and the end. The first must be a whole number of
+    periods from the edge: only then do resized pixels lie at the same places between their neighbors.
     """
     period = scaled // math.gcd(length, scaled)
     skip = start // period * period
@@ -274,10 +275,10 @@ def _part(length: int, scaled: int, start: int, size: int) -> tuple[int, int, in
 
 
 def _apply_with_color(view: View, color: np.ndarray, box_HWC: np.ndarray, out_SSC: np.ndarray) -> None:
-    """Resize, mirror and color a box in float32, rounded once: colors would amplify the error of a rounded resize.
+    """Resizes, mirrors and colors a box in float32 and rounds once: colors would amplify the error of a rounded resize.
 
-    NumPy, for torch would share the work out to all cores from every decoding thread; a strip of R rows at a time, so
-    that what is in between stays in the cache.
+    NumPy is used because torch would use all cores from every decoding thread. Strips of R rows keep the intermediate
+    values in the cache.
     """
     (wide, tall), (x, y) = view.resized, view.corner
     low, high, down = _taps(box_HWC.shape[0], tall, y, view.size)
@@ -299,19 +300,21 @@ def _apply_with_color(view: View, color: np.ndarray, box_HWC: np.ndarray, out_SS
 
 
 def _taps(length: int, scaled: int, start: int, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of `size` pixels from `start` on, of `length` resized to `scaled`: the two that each lies between, and how far it
-    is on the way (size,)."""
+    """The taps of `size` resized pixels from `start` on, of `length` pixels resized to `scaled`, each (size,).
+
+    Returns the source pixel before each, the one after it, and the weight of the latter.
+    """
     at = np.clip((np.arange(start, start + size) + 0.5) * (length / scaled) - 0.5, 0, length - 1)
     low = at.astype(np.int64)
     return low, np.minimum(low + 1, length - 1), (at - low).astype(np.float32)
 
 
 def recolor(picture_HWC: np.ndarray, color: np.ndarray, out_HWC: np.ndarray) -> None:
-    """color[:, :3] @ rgb + color[:, 3] of each pixel, in float32, rounded half to even and cut to 0..255 once.
+    """color[:, :3] @ rgb + color[:, 3] of each pixel, in float32, rounded half to even and clipped to 0..255 once.
 
     `picture_HWC`: uint8 or float32. `out_HWC`: uint8.
     """
-    # NumPy, plane by plane: half the time of a matrix product, and no BLAS that may be set to a lower precision.
+    # NumPy, plane by plane: half the time of a matrix product, and no BLAS with a lower precision.
     r, g, b = np.ascontiguousarray(picture_HWC.transpose(2, 0, 1)).astype(np.float32, copy=False)
     part = np.empty_like(r)
     for channel, (red, green, blue, offset) in enumerate(color.astype(np.float32)):
@@ -328,7 +331,7 @@ def _share(scale: float, short: int) -> int:
 
 
 def _place(position: int, spare_x: int, spare_y: int) -> tuple[int, int]:
-    """(left, top) in one of the four corners (0 to 3) or the center (4), with this much room."""
+    """(left, top) in one of the four corners (0 to 3) or the center (4), for the spare pixels in x and y."""
     if position == 4:
         return spare_x // 2, spare_y // 2
     return spare_x * (position % 2), spare_y * (position // 2)

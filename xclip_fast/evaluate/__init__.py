@@ -1,6 +1,7 @@
 """Accuracy on the videos of a manifest, and the paper's protocols."""
 
-from .loop import evaluate, main
+from .command import main
+from .loop import evaluate
 from .report import write
 from .result import Evaluation, Prediction
 

@@ -1,7 +1,7 @@
-"""How good a model is on a data set: one or many views, top-1 and top-5, per class, no video passed over.
+"""The accuracy of a model on a data set: one or many views, top-1 and top-5, per class, every video accounted for.
 
-Every row of the manifest ends up either with a prediction or named as failed, with the reason. A video's probabilities
-are the mean over its views of each view's softmax (paper, section 4; released code).
+Every row of the manifest gets a prediction or is named as failed, with the reason. A video's probabilities are the mean
+over its views of each view's softmax (paper, section 4; released code).
 
 Sizes: B videos of a batch, V views, T frames, S side in pixels, K labels, E embedding.
 """
@@ -10,39 +10,25 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import logging
 import math
-import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from .. import flops
 from ..config import VARIANTS, XCLIPConfig
-from ..console import Bar
-from ..processes import find_device, join_processes
-from ..text.labels import candidates, plain_name, refuse_same_texts
-from ..weights.recipe import Trained
-from .report import check_folder, environment, reserved, write
-from .result import Evaluation, Prediction, show
-from .setup import load, named
+from ..text.labels import candidates, refuse_same_texts
+from .predict import Answer, predictions, scorer
+from .result import Evaluation, Prediction
 
 if TYPE_CHECKING:
     from ..data.manifest.manifest import Manifest
-    from ..data.sampling import Sampling
     from ..model import XCLIP
 
-__all__ = ["Evaluation", "Prediction", "evaluate", "main", "write"]
-
-log = logging.getLogger("xclip_fast")
-
-LABELS_AT_ONCE = 1024  # bounds the prompts' memory, whatever K
-NOT_A_NUMBER = "the model's answer is not a number; try float32"
+NOT_A_NUMBER = "the answer is not a number; try --dtype float32"
 
 
 def evaluate(
@@ -64,32 +50,33 @@ def evaluate(
     progress: Callable[[int, int], None] | None = None,
     **loading: Any,
 ) -> Evaluation:
-    """Predict every video of the manifest and count.
+    """Predicts every video of the manifest and counts the correct predictions.
 
     Args:
-        model: put into evaluation mode while this runs, then back as it was.
+        model: put into evaluation mode for the run, and afterwards back as it was.
         clips, crops: temporal clips, and spatial crops (1 or 3) of each; the paper's many-view test is 4 x 3.
         frames: T of a view; by default the model's. sampling, stride: as for ``data.sampling.frame_indices``.
-        labels: what to choose from. By default the manifest's classes. A sequence: these labels, of which a video's
-            class is the one of the same name (``plain_name``); videos of other classes are predicted and not counted.
-            A mapping: from class to the text that stands for it. With a linear head: its outputs' names, in order.
+        labels: the labels to choose from, by default the manifest's classes. A sequence: these labels. A video's class
+            is the label of the same name (``plain_name``); videos of other classes are predicted and not counted.
+            A mapping: from each class to its text. With a linear head: the names of its outputs, in order.
         templates: sentences with ``{}``; the text features are the mean over them (``encode_text_ensemble``).
         batch_size: views (not videos) at once; by default 64 on a GPU, 8 on a CPU.
-        device, dtype: by default the model's own. Another device moves the model there; float16 or bfloat16 for a
-            model in float32 means autocast, and its parameters stay as they are.
-        workers: as for ``data.loader.loader``, which also takes the rest of the arguments (``loading``).
-        distributed: where ``torch.distributed`` is initialised, each process takes its part of the videos and all get
-            the whole result; False: this process does it all.
-        progress: called with the videos done and all videos of this process.
+        device, dtype: by default the model's own. Another device moves the model there. float16 or bfloat16 for a
+            model in float32 means autocast: its parameters stay float32.
+        workers: as for ``data.loader.loader``, which also takes the remaining arguments (``loading``).
+        distributed: if ``torch.distributed`` is initialized, each process takes its part of the videos, and all return
+            the whole result. False: this process takes all videos.
+        progress: called with (videos done, all videos of this process).
 
     Raises:
-        ValueError: if there is nothing to evaluate (no video can be read), the labels don't fit the classes or the
-            head, or an argument is out of its range.
+        ValueError: if no video can be read, the labels do not fit the classes or the head, or an argument is out of
+            range.
     """
     import torch.distributed as dist
 
     from ..data.loader.loader import loader
     from ..data.transforms import TestTransform
+    from ..info import environment
 
     names, texts, truth_of_class = candidates(manifest.classes, labels)
     _check_head(model.config, names, templates)
@@ -119,7 +106,7 @@ def evaluate(
         world=world,
         drop_last=False,
         workers=workers,
-        **{"max_bad": 1.0, **loading},  # a video that fails is named here, not a reason to stop
+        **{"max_bad": 1.0, **loading},  # a video that fails is named, and stops nothing
     )
     chunk = min(batch_size, videos_at_once * clips * crops)
     least = -(-videos_at_once * clips * crops // chunk) if world > 1 else 0
@@ -130,8 +117,8 @@ def evaluate(
     problem: Exception | None = None
     try:
         with _evaluating(model, place, dtype):
-            score = _scorer(model, texts, templates)
-            for row, answer in _predictions(score, batches, chunk, len(names), least, truth_of_class):
+            score = scorer(model, texts, templates)
+            for row, answer in predictions(score, batches, chunk, len(names), least, truth_of_class):
                 if answer is None:
                     failed[row] = NOT_A_NUMBER
                 else:
@@ -144,7 +131,7 @@ def evaluate(
     except Exception as error:
         if world == 1:
             raise
-        problem = error  # the others wait for this process: they must hear of it
+        problem = error  # the other processes wait for this one and must hear of it
     finally:
         batches.close()
     seconds = time.perf_counter() - start
@@ -172,18 +159,18 @@ def _check_head(config: XCLIPConfig, names: Sequence[str], templates: Sequence[s
     if outputs != len(names):
         raise ValueError(
             f"the model's linear head has {outputs} outputs and there are {len(names)} labels; evaluate it on the "
-            "classes it was trained on, or give labels=[...] with the names of its outputs in order"
+            "classes it was trained on, or name its outputs in order with --labels (labels=[...])"
         )
     if templates:
-        raise ValueError("templates given, but the model has a linear head and reads no text; leave them out")
+        raise ValueError("the model has a linear head and reads no text; leave out --templates (templates=)")
 
 
 @contextlib.contextmanager
 def _evaluating(model: XCLIP, device: torch.device, dtype: torch.dtype | None) -> Iterator[None]:
-    """Evaluation mode, no gradients, autocast if ``dtype`` asks for it; afterwards every module as it was."""
+    """Evaluation mode without gradients, with autocast if ``dtype`` needs it. Afterwards every module is as before."""
     own = next(model.parameters()).dtype
     if dtype is not None and dtype != own and (own != torch.float32 or dtype not in (torch.float16, torch.bfloat16)):
-        raise ValueError(f"dtype {dtype} asked of a model in {own}: call model.to({dtype}) first")
+        raise ValueError(f"dtype {dtype} does not fit a model in {own}; call model.to({dtype}) first")
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     autocast = contextlib.nullcontext() if dtype in (None, own) else torch.autocast(device.type, dtype)
@@ -195,90 +182,10 @@ def _evaluating(model: XCLIP, device: torch.device, dtype: torch.dtype | None) -
             module.training = mode
 
 
-def _scorer(model: XCLIP, texts: list[str], templates: Sequence[str] | None) -> Callable[[Tensor], Tensor]:
-    """From frames uint8 (n, T, S, S, 3) to logits (n, K). The text is encoded here, once."""
-    if model.config.num_classes is not None:
-        return model
-    text_KE = model.encode_text_ensemble(texts, templates) if templates else model.encode_text(texts)
-    parts = text_KE.split(LABELS_AT_ONCE)
-
-    def score(frames: Tensor) -> Tensor:
-        found = model.encode_video(frames)
-        return torch.cat([model.similarity(found, part_KE) for part_KE in parts], dim=1)
-
-    return score
-
-
-class Answer(NamedTuple):
-    """What the model says of one video."""
-
-    best: list[int]  # the most probable labels, at most five
-    values: list[float]  # their probabilities
-    loss: float  # -log of the true label's probability; NaN if it is not among the labels
-
-
-def _predictions(
-    score: Callable[[Tensor], Tensor], batches: Any, chunk: int, labels: int, least: int, truth_of_class: list[int]
-) -> Iterator[tuple[int, Answer | None]]:
-    """Each video's row, and the answer for it (None if the model gave no numbers).
-
-    ``least``: forwards of a batch. With several processes a batch may be shorter here than there, or empty, but the
-    number of forwards must be the same: a sharded model gathers its weights in each.
-    """
-    waiting: Iterator[tuple[int, Answer | None]] | None = None
-    truth_C: Tensor | None = None
-    for batch in batches:
-        frames = batch.frames.unsqueeze(1) if batch.frames.dim() == 5 else batch.frames
-        count, views = frames.shape[:2]
-        flat = frames.flatten(0, 1)
-        forwards = max(least, -(-len(flat) // chunk))
-        logits = [score(flat[i * chunk : (i + 1) * chunk]).float() for i in range(forwards)]
-        if not count:
-            continue
-        logits_BVK = torch.cat(logits).unflatten(0, (count, views))
-        if logits_BVK.shape[-1] != labels:
-            raise ValueError(f"the model gave {logits_BVK.shape[-1]} logits a video; one for each of {labels} wanted")
-        finite_B = logits_BVK.isfinite().flatten(1).all(1)
-        probabilities_BK = logits_BVK.softmax(-1).mean(1)
-        # stable: among equals the first label wins, on every device
-        values, order = probabilities_BK.sort(dim=-1, descending=True, stable=True)
-        if truth_C is None:  # -1, for a class without a label, and last, for a video without a class
-            truth_C = torch.tensor([*truth_of_class, -1], device=logits_BVK.device)
-        truth_B = truth_C[batch.labels.to(truth_C.device)]
-        loss_B = -probabilities_BK.gather(1, truth_B.clamp(min=0)[:, None])[:, 0].log()
-        loss_B = loss_B.masked_fill(truth_B < 0, float("nan"))
-        current = _read_back(batch.samples, order[:, :5], values[:, :5], finite_B, loss_B)
-        if waiting:  # one batch late, so that the device never waits for us
-            yield from waiting
-        waiting = current
-    if waiting:
-        yield from waiting
-
-
-def _read_back(*results: Tensor) -> Iterator[tuple[int, Answer | None]]:
-    """Start the copies to the CPU now; iterating waits for them, and not for what the device was given since."""
-    copies = [result.to("cpu", non_blocking=True) for result in results]
-    done = None
-    if results[0].is_cuda:
-        done = torch.cuda.Event()
-        done.record()
-    return _rows(done, *copies)
-
-
-def _rows(
-    done: torch.cuda.Event | None, samples: Tensor, order: Tensor, values: Tensor, finite: Tensor, losses: Tensor
-) -> Iterator[tuple[int, Answer | None]]:
-    if done is not None:
-        done.synchronize()
-    columns = (samples, order, values, losses, finite)
-    for row, best, probabilities, loss, fine in zip(*(column.tolist() for column in columns), strict=True):
-        yield row, Answer(best, probabilities, loss) if fine else None
-
-
 def _gather(
     world: int, answers: dict[int, Any], failed: dict[int, str], seconds: float, problem: Exception | None
 ) -> tuple[dict[int, Any], dict[int, str], float]:
-    """What all processes found; if one of them failed, all raise."""
+    """The results of all processes together. If one process failed, all raise an error."""
     import torch.distributed as dist
 
     parts: list[Any] = [None] * world
@@ -352,7 +259,7 @@ def _about_model(
 ) -> dict[str, Any]:
     config = model.config
     shape = dataclasses.replace(config, num_frames=frames)
-    # what says how to start and to train is not part of a variant
+    # initialization and drop path are not part of a variant
     plain = dataclasses.replace(
         shape,
         logit_scale=XCLIPConfig.logit_scale,
@@ -368,77 +275,8 @@ def _about_model(
         "templates": len(templates or ()),
         "dtype": str(dtype or next(model.parameters()).dtype).removeprefix("torch."),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        # of one view: counted as in the paper's Table 1, and what runs here with the labels encoded before
+        # of one view: counted as in the paper's Table 1; then as run here, with encoded labels
         "gflops_per_view": flops.count(config, frames=frames).total / 1e9,
         "gflops_per_view_run": (actual.total - actual.text) / 1e9,
         "config": config.to_dict(),
     }
-
-
-def main(
-    checkpoint: str | os.PathLike[str],
-    manifest: str | os.PathLike[str],
-    *,
-    out: str | os.PathLike[str] | None = None,
-    overwrite: bool = False,
-    clips: int = 1,
-    crops: int = 1,
-    frames: int | None = None,
-    sampling: Sampling | None = None,
-    stride: int | None = None,
-    labels: Sequence[str] | Mapping[str, str] | None = None,
-    templates: Sequence[str] | bool | None = None,
-    variant: str | None = None,
-    batch_size: int | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
-    workers: int | None = None,
-    run: Callable[..., Evaluation] = evaluate,
-) -> Evaluation | None:
-    """Read a checkpoint and a manifest, ``evaluate``, print the figures, write the files into ``out``.
-
-    The arguments are those of ``evaluate``. Of ``frames``, ``sampling``, ``stride``, ``labels`` and ``templates`` those
-    left out are as the checkpoint was trained (``trained.Trained``); ``templates`` may be True or False, too. Under
-    torchrun each process takes its part of the videos; the first prints and writes, the others return None. ``run``
-    takes the place of ``evaluate``, as on a cluster (``scale.evaluation``).
-
-    Raises:
-        FileExistsError: before anything is computed, if ``out`` holds an evaluation and ``overwrite`` is not set.
-    """
-    from ..data.manifest.manifest import Manifest
-
-    if out is not None:
-        check_folder(out, overwrite)
-    videos = Manifest.read(manifest)
-    trained = Trained.read(checkpoint)
-    known = {plain_name(name) for name in trained.labels}
-    if known and videos.classes and not known & {plain_name(name) for name in videos.classes}:
-        log.warning(
-            "%s: none of its %d classes (%s, ...) is among the %d that the checkpoint was trained on (%s, ...); the "
-            "result is zero-shot",
-            *(manifest, len(videos.classes), videos.classes[0], len(known), next(iter(trained.labels))),
-        )
-    with join_processes(find_device(device)) as process, reserved(None if process.rank else out, overwrite):
-        model = load(checkpoint, variant, process.device, dtype)
-        if labels is None and videos.classes:
-            labels = trained.texts(videos.classes, model.config.num_classes is not None)
-        with Bar(hidden=process.rank > 0) as bar:
-            result = run(
-                model,
-                videos,
-                clips=clips,
-                crops=crops,
-                **trained.choose(frames, sampling, stride, templates),
-                labels=labels,
-                batch_size=batch_size,
-                workers=workers,
-                progress=bar.update,
-            )
-        if process.rank:
-            return None
-        result = named(result, checkpoint, manifest)
-        show(result)
-        if out is not None:
-            write(result, out, overwrite=overwrite)
-            print(f"written: {out}", file=sys.stderr)
-        return result

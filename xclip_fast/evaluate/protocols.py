@@ -1,8 +1,8 @@
-"""The paper's zero-shot and few-shot protocols, and what it reports for them (Tables 3 to 5).
+"""The paper's zero-shot and few-shot protocols, and the paper's results (Tables 3 to 5).
 
-Zero-shot: a model trained on Kinetics-400 alone, tested on HMDB-51 and UCF-101 (mean over the three test splits) and on
-Kinetics-600 (mean over three draws of 160 of the 220 classes that Kinetics-400 has not). Few-shot: a model trained on K
-videos of each class, tested on the first test split. One view of 32 frames in all of them.
+Zero-shot: a model trained on Kinetics-400 alone is tested on HMDB-51 and UCF-101 (mean over the three test splits) and
+on Kinetics-600 (mean over three draws of 160 of the 220 classes that are not in Kinetics-400). Few-shot: a model
+trained on K videos of each class is tested on the first test split. All protocols take one view of 32 frames.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from ..files import write_text
 from ..processes import find_device, join_processes
 from ..text.labels import readable
 from ..weights.recipe import Trained
+from .paper import DRAWS, PROTOCOLS, SHOTS, Reported, paper_rows
 from .sample_lists import draw_classes, few_shot, new_classes, read_classes, read_draws, write_draws, write_samples
 
 if TYPE_CHECKING:
@@ -31,91 +32,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("xclip_fast")
 
-NEW_CLASSES, DRAWN, DRAWS, FRAMES = 220, 160, 3, 32
-SHOTS = (2, 4, 8, 16)
-
-
-@dataclasses.dataclass(frozen=True)
-class Reported:
-    """A number of the paper, in %; ``std`` None where it gives none."""
-
-    mean: float
-    std: float | None = None
-
-    def __str__(self) -> str:
-        return f"{self.mean:.1f}" if self.std is None else f"{self.mean:.1f} ± {self.std:.1f}"
-
-
-# Table 3, "Zero-shot performances on HMDB51 and UCF101": top-1.
-PAPER_TABLE3: dict[str, dict[str, Reported]] = {
-    "MTE": {"hmdb51": Reported(19.7, 1.6), "ucf101": Reported(15.8, 1.3)},
-    "ASR": {"hmdb51": Reported(21.8, 0.9), "ucf101": Reported(24.4, 1.0)},
-    "ZSECOC": {"hmdb51": Reported(22.6, 1.2), "ucf101": Reported(15.1, 1.7)},
-    "UR": {"hmdb51": Reported(24.4, 1.6), "ucf101": Reported(17.5, 1.6)},
-    "TS-GCN": {"hmdb51": Reported(23.2, 3.0), "ucf101": Reported(34.2, 3.1)},
-    "E2E": {"hmdb51": Reported(32.7), "ucf101": Reported(48.0)},
-    "ER-ZSAR": {"hmdb51": Reported(35.3, 4.6), "ucf101": Reported(51.8, 2.9)},
-    "ActionCLIP": {"hmdb51": Reported(40.8, 5.4), "ucf101": Reported(58.3, 3.4)},
-    "X-CLIP-B/16": {"hmdb51": Reported(44.6, 5.2), "ucf101": Reported(72.0, 2.3)},
-    "X-Florence": {"hmdb51": Reported(48.4, 4.9), "ucf101": Reported(73.2, 4.2)},
-}
-# Table 4, "Zero-shot performance on Kinetics-600".
-PAPER_TABLE4: dict[str, dict[str, Reported]] = {
-    "DEWISE": {"top1": Reported(23.8, 0.3), "top5": Reported(51.0, 0.6)},
-    "ALE": {"top1": Reported(23.4, 0.8), "top5": Reported(50.3, 1.4)},
-    "SJE": {"top1": Reported(22.3, 0.6), "top5": Reported(48.2, 0.4)},
-    "ESZSL": {"top1": Reported(22.9, 1.2), "top5": Reported(48.3, 0.8)},
-    "DEM": {"top1": Reported(23.6, 0.7), "top5": Reported(49.5, 0.4)},
-    "GCN": {"top1": Reported(22.3, 0.6), "top5": Reported(49.7, 0.6)},
-    "ER-ZSAR": {"top1": Reported(42.1, 1.4), "top5": Reported(73.1, 0.3)},
-    "X-CLIP-B/16": {"top1": Reported(65.2, 0.4), "top5": Reported(86.1, 0.8)},
-    "X-Florence": {"top1": Reported(68.8, 0.9), "top5": Reported(88.4, 0.6)},
-}
-# Table 5, "Few-shot results. Top-1 accuracy is reported with 32 frames": for 2, 4, 8 and 16 shots.
-PAPER_TABLE5: dict[str, dict[str, tuple[float, float, float, float]]] = {
-    "TSM": {"hmdb51": (17.5, 20.9, 18.4, 31.0), "ucf101": (25.3, 47.0, 64.4, 61.0)},
-    "TimeSformer": {"hmdb51": (19.6, 40.6, 49.4, 55.4), "ucf101": (48.5, 75.6, 83.7, 89.4)},
-    "Swin-B": {"hmdb51": (20.9, 41.3, 47.9, 56.1), "ucf101": (53.3, 74.1, 85.8, 88.7)},
-    "X-CLIP-B/16": {"hmdb51": (53.0, 57.3, 62.8, 64.0), "ucf101": (76.4, 83.4, 88.3, 91.4)},
-    "X-Florence": {"hmdb51": (51.6, 57.8, 64.1, 64.2), "ucf101": (84.0, 88.5, 92.5, 94.8)},
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Protocol:
-    """What a protocol evaluates: how many parts its mean is over, and where the paper's numbers stand."""
-
-    title: str
-    dataset: str
-    parts: int  # test splits or draws
-    table: int
-
-
-PROTOCOLS = {
-    "zero-shot-hmdb51": Protocol("zero-shot HMDB-51", "hmdb51", 3, 3),
-    "zero-shot-ucf101": Protocol("zero-shot UCF-101", "ucf101", 3, 3),
-    "zero-shot-kinetics600": Protocol("zero-shot Kinetics-600", "kinetics600", DRAWS, 4),
-    "few-shot-hmdb51": Protocol("few-shot HMDB-51", "hmdb51", 1, 5),
-    "few-shot-ucf101": Protocol("few-shot UCF-101", "ucf101", 1, 5),
-}
-
-
-def paper(protocol: str, shots: int | None = None) -> dict[str, dict[str, Reported]]:
-    """The paper's rows for a protocol: method to ``{"top1": ...}`` and, for Kinetics-600, ``"top5"``."""
-    row = PROTOCOLS[protocol]
-    if row.table == 3:
-        return {method: {"top1": found[row.dataset]} for method, found in PAPER_TABLE3.items()}
-    if row.table == 4:
-        return PAPER_TABLE4
-    if shots not in SHOTS:
-        return {}
-    return {
-        method: {"top1": Reported(found[row.dataset][SHOTS.index(shots)])} for method, found in PAPER_TABLE5.items()
-    }
+NEW_CLASSES, DRAWN, FRAMES = 220, 160, 32
 
 
 def mean_std(values: Sequence[float]) -> tuple[float, float]:
-    """Mean, and the deviation of the sample (divided by n - 1); NaN for a single value, of which there is none."""
+    """Mean and standard deviation of a sample (divided by n - 1). A single value has the deviation NaN."""
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")
 
 
@@ -126,9 +47,9 @@ def over_splits(
     trained: Trained | None = None,
     **settings: Any,
 ) -> list[Evaluation]:
-    """``evaluate`` on each test split, its classes as words.
+    """``evaluate`` on each test split, with class names as words.
 
-    ``trained``: of a checkpoint trained on these very classes, whose texts or outputs are taken as it names them.
+    ``trained``: the recipe of a checkpoint that was trained on these classes; it gives the texts or the outputs' names.
     ``settings`` go to ``evaluate``.
     """
     from .loop import evaluate
@@ -143,7 +64,7 @@ def over_splits(
 
 
 def over_draws(model: XCLIP, manifest: Manifest, draws: Sequence[Sequence[str]], **settings: Any) -> list[Evaluation]:
-    """``evaluate`` on the videos of each draw's classes, with these alone to choose from.
+    """``evaluate`` on the videos of each draw's classes. The labels to choose from are these classes.
 
     Raises:
         ValueError: if the manifest has no videos of a drawn class.
@@ -163,7 +84,7 @@ def over_draws(model: XCLIP, manifest: Manifest, draws: Sequence[Sequence[str]],
         if missing := [name for index, name in enumerate(names) if index not in seen]:
             raise ValueError(
                 f"draw {number}: no videos of {len(missing)} of its {len(names)} classes: "
-                f"{', '.join(map(repr, missing[:5]))}; other spellings, or another data set?"
+                f"{', '.join(map(repr, missing[:5]))}; check the spelling and the data set"
             )
         results.append(evaluate(model, manifest.select(rows), labels=list(names), **settings))
     return results
@@ -177,11 +98,11 @@ def sample(
     seed: int = 0,
     overwrite: bool = False,
 ) -> int:
-    """Draw the few-shot training videos of a manifest into ``out`` (see ``write_samples``); how many they are."""
+    """Draws few-shot training videos of a manifest into ``out`` (see ``write_samples``). Returns their number."""
     from ..data.manifest.manifest import Manifest
 
     if os.path.exists(out) and not overwrite:
-        raise FileExistsError(f"{out}: is there already; choose another name or add --overwrite")
+        raise FileExistsError(f"{out}: already exists; choose another name or add --overwrite")
     videos = Manifest.read(manifest)
     rows = few_shot(videos, shots, seed)
     write_samples(videos, rows, out, about={"protocol": "few-shot", "shots": shots, "seed": seed})
@@ -189,19 +110,19 @@ def sample(
 
 
 def kinetics600_draws(classes: Sequence[str], kinetics400: Sequence[str], seed: int = 0) -> list[list[str]]:
-    """Three draws of 160 of the classes that Kinetics-400 has not; logs a warning if these are not 220."""
+    """Three draws of 160 of the classes that are not in Kinetics-400. Logs a warning if these are not 220."""
     new = new_classes(classes, kinetics400)
     if len(new) != NEW_CLASSES:
         logger.warning(
-            "%d classes of %d have no namesake among Kinetics-400's %d, where the paper counts %d: classes that were "
-            "only renamed may be among them; released lists are taken instead with draws=[...]",
+            "%d classes of %d are not among Kinetics-400's %d by name. The paper counts %d: some may only be renamed. "
+            "Give released class lists with --draws (draws=[...])",
             len(new),
             len(classes),
             len(kinetics400),
             NEW_CLASSES,
         )
     if len(new) < DRAWN:
-        raise ValueError(f"only {len(new)} new classes, and {DRAWN} are to be drawn; is this Kinetics-600's list?")
+        raise ValueError(f"only {len(new)} new classes, and a draw has {DRAWN}; is this the list of Kinetics-600?")
     return draw_classes(new, DRAWN, DRAWS, seed)
 
 
@@ -221,24 +142,24 @@ def main(
     dtype: str = "auto",
     **settings: Any,
 ) -> dict[str, Any] | None:
-    """Run a protocol on a checkpoint and print the result beside the paper's.
+    """Runs a protocol on a checkpoint and prints the result beside the paper's.
 
     Args:
         protocol: one of ``PROTOCOLS``.
         manifests: of HMDB-51 and UCF-101 the test splits (zero-shot: three, few-shot: the first); of Kinetics-600 one.
         out: a folder for the evaluation of every part (``evaluate.write``), the draws and ``protocol.json``.
-        shots: of the few-shot protocols: how many the checkpoint was trained on.
-        draws: of Kinetics-600: files of released class lists (``read_draws``). Without them the draws come from
+        shots: for few-shot, the training videos of each class.
+        draws: for Kinetics-600, files of released class lists (``read_draws``). Without them, classes are drawn by
             ``kinetics400`` (a file of its class names, see ``read_classes``) and ``seed``.
         variant, device, dtype, settings: as for ``evaluate.main``.
 
     Returns:
-        what ``protocol.json`` holds; None in all processes but the first.
+        the content of ``protocol.json``; None in all processes but the first.
     """
     from ..console import Bar
     from ..data.manifest.manifest import Manifest
+    from .command import load, named
     from .report import reserved, write
-    from .setup import load, named
 
     if protocol not in PROTOCOLS:
         raise ValueError(f"protocol {protocol!r}: one of {', '.join(PROTOCOLS)} wanted")
@@ -249,11 +170,13 @@ def main(
             f"{protocol} takes {wanted} manifest{'s' if wanted > 1 else ''}, and {len(manifests)} are given"
         )
     if what.table == 5 and shots is None:
-        raise ValueError(f"{protocol} wants to know how many shots the checkpoint was trained on: shots=2")
+        raise ValueError(f"{protocol} needs the number of training videos of each class: --shots 2 (shots=2)")
     if what.table == 4 and not draws and kinetics400 is None:
-        raise ValueError(f"{protocol} wants the class list of Kinetics-400 (kinetics400=FILE), or files of draws")
+        raise ValueError(
+            f"{protocol} needs the class names of Kinetics-400 (--kinetics400 FILE, kinetics400=), or --draws (draws=)"
+        )
     if out is not None and (Path(out) / "protocol.json").exists() and not overwrite:
-        raise FileExistsError(f"{out}: holds protocol.json already; choose another folder or add --overwrite")
+        raise FileExistsError(f"{out}: already holds protocol.json; choose another folder or add --overwrite")
     videos = [Manifest.read(path) for path in manifests]
     chosen: list[list[str]] = []
     if what.table == 4:
@@ -315,14 +238,14 @@ def _report(protocol: str, results: Sequence[Evaluation], shots: int | None, see
         "paper_table": what.table,
         "paper": {
             method: {name: dataclasses.asdict(value) for name, value in row.items()}
-            for method, row in paper(protocol, shots).items()
+            for method, row in paper_rows(protocol, shots).items()
         },
         "model": dict(results[0].model),
     }
 
 
 def show(report: dict[str, Any]) -> None:
-    """Print a report: this checkpoint's row, then the paper's; tabs between the cells where it is no terminal."""
+    """Prints a report: the row of this checkpoint, then the paper's. In a pipe, tabs separate the cells."""
     names = ["top1", "top5"] if report["paper_table"] == 4 else ["top1"]
 
     def cell(found: dict[str, Any]) -> str:
@@ -344,11 +267,12 @@ def show(report: dict[str, Any]) -> None:
         for cells in [head, *rows]:
             print("\t".join(cells))
     parts = ", ".join("-" if value is None else f"{value:.1f}" for value in report["top1"]["parts"])
-    _note(f"top-1 of the parts: {parts}; {report['frames']} frames, {report['views']} view(s)")
+    views = f"{report['views']} view{'s' * (report['views'] > 1)}"
+    _note(f"top-1 of the parts: {parts}; {report['frames']} frames, {views}")
     if sum(report["failed"]):
         _note(f"{sum(report['failed'])} of {sum(report['videos'])} videos could not be evaluated")
     if report["frames"] != FRAMES or report["views"] != 1:
-        _note(f"the paper has {FRAMES} frames and 1 view")
+        _note(f"the paper tests with {FRAMES} frames and 1 view")
     if not report["paper"]:
         _note(f"the paper has no row for {report['shots']} shots, only for {', '.join(map(str, SHOTS))}")
 

@@ -1,14 +1,12 @@
-"""The files of an evaluation: figures, predictions, confusion matrix, accuracy per class."""
+"""The files of an evaluation: summary, predictions, confusion matrix, accuracy of each class."""
 
 from __future__ import annotations
 
 import contextlib
 import csv
-import importlib.metadata
 import json
 import logging
 import os
-import platform
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,13 +17,11 @@ from ..console import plain
 from ..files import locked, staged
 
 if TYPE_CHECKING:
-    import torch
-
     from .loop import Evaluation
 
 logger = logging.getLogger("xclip_fast")
 
-SUMMARY = "summary.json"  # written last: a folder without it is not complete
+SUMMARY = "summary.json"  # written last: a folder without it is incomplete
 FILES = (
     SUMMARY,
     "per_class.csv",
@@ -34,19 +30,19 @@ FILES = (
     "predictions.parquet",
     "predictions.jsonl",
 )
-NAMES_UP_TO = 51  # classes, in the confusion matrix's picture (HMDB-51); more would be unreadable
+NAMES_UP_TO = 51  # classes (HMDB-51); with more, names in the picture would be unreadable
 COUNTS_UP_TO = 15
 
 
 def write(evaluation: Evaluation, folder: str | os.PathLike[str], *, overwrite: bool = False) -> list[Path]:
     """Write ``FILES`` into the folder and return their paths.
 
-    ``predictions.parquet`` needs pyarrow and is ``predictions.jsonl`` without it; ``confusion.png`` needs matplotlib
-    and is left out without it; ``notes`` in the summary say so. All files appear in one step (``files.staged``); other
-    files in the folder stay.
+    Without pyarrow, ``predictions.jsonl`` takes the place of ``predictions.parquet``. Without matplotlib there is no
+    ``confusion.png``. The ``notes`` in the summary say so. All files appear in one step (``files.staged``). Other files
+    in the folder stay.
 
     Raises:
-        FileExistsError: if an evaluation is there already and ``overwrite`` is not set.
+        FileExistsError: if the folder holds an evaluation and ``overwrite`` is not set.
     """
     folder = Path(folder)
     check_folder(folder, overwrite)
@@ -65,11 +61,11 @@ def write(evaluation: Evaluation, folder: str | os.PathLike[str], *, overwrite: 
 
 @contextlib.contextmanager
 def reserved(folder: str | os.PathLike[str] | None, overwrite: bool) -> Iterator[None]:
-    """While the block lasts, no other evaluation writes to the folder. None: nothing is reserved.
+    """Reserves the folder while the block lasts: no other evaluation may write to it. None reserves nothing.
 
     Raises:
-        FileExistsError: if another evaluation has reserved the folder, or one is there and ``overwrite`` is not set.
-        OSError: if the folder cannot be written: before the work, not after it.
+        FileExistsError: if another evaluation has reserved the folder, or if it holds one and ``overwrite`` is not set.
+        OSError: if the folder cannot be written.
     """
     if folder is None:
         yield
@@ -88,33 +84,16 @@ def reserved(folder: str | os.PathLike[str] | None, overwrite: bool) -> Iterator
 
 
 def check_folder(folder: str | os.PathLike[str], overwrite: bool) -> None:
-    """Raise FileExistsError if an evaluation must not go there, NotADirectoryError if it cannot."""
+    """Raises FileExistsError if the folder holds an evaluation, NotADirectoryError if it cannot be a folder."""
     folder = Path(folder)
     above = next((parent for parent in folder.parents if parent.exists()), None)
     if above is not None and not above.is_dir():
-        raise NotADirectoryError(f"{folder}: {above} is a file; choose a folder that can be made")
+        raise NotADirectoryError(f"{folder}: {above} is a file; choose another folder")
     if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"{folder}: is a file; a folder for the evaluation's files wanted")
+        raise NotADirectoryError(f"{folder}: is a file; give a folder")
     there = [name for name in FILES if (folder / name).exists()]
     if there and not overwrite:
-        raise FileExistsError(f"{folder}: holds {', '.join(there)} already; choose another folder or add --overwrite")
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """The device's name and the versions of the packages, for the summary."""
-    import torch
-
-    from .. import __version__
-    from ..info import _cpu_model
-
-    versions: dict[str, str | None] = {}
-    for package in ("torch", "numpy", "av"):
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_model()
-    return {"device": name, "xclip_fast": __version__, "python": platform.python_version(), **versions}
+        raise FileExistsError(f"{folder}: already holds {', '.join(there)}; choose another folder or add --overwrite")
 
 
 def _write_csv(path: Path, rows: Iterable[Sequence[Any]]) -> None:
@@ -135,7 +114,7 @@ def _per_class(evaluation: Evaluation, path: Path) -> None:
 
 
 def _confusion_csv(evaluation: Evaluation, path: Path) -> None:
-    """A row for each truth, a column for each prediction."""
+    """One row for each true label, one column for each predicted label."""
     rows = [("truth \\ prediction", *evaluation.labels)]
     rows += [(label, *counts) for label, counts in zip(evaluation.labels, evaluation.confusion.tolist(), strict=True)]
     _write_csv(path, rows)
@@ -145,7 +124,7 @@ def _confusion_png(evaluation: Evaluation, path: Path, notes: list[str]) -> None
     try:
         import matplotlib
     except ImportError:
-        notes.append("no confusion.png: it needs matplotlib: pip install 'xclip-fast[plot]'")
+        notes.append("no confusion.png: matplotlib is not installed (pip install 'xclip-fast[plot]')")
         return
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -156,32 +135,32 @@ def _confusion_png(evaluation: Evaluation, path: Path, notes: list[str]) -> None
     K = len(labels)
     named = K <= NAMES_UP_TO
     names = [_short(label) for label in labels]
-    side = max(3.5, 0.19 * K) if named else 8.0  # of the matrix, in inches; names take their room beside it
+    side = max(3.5, 0.19 * K) if named else 8.0  # of the matrix, in inches; names need room beside it
     room = 0.5 + (0.07 * max(map(len, names)) if named else 0.3)
     with matplotlib.rc_context({"font.size": 8}):
         figure = Figure(figsize=(side + room + 1.0, side + room), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
-        colours = matplotlib.colormaps["Blues"].with_extremes(bad="0.93")
-        picture = axes.imshow(share_KK, cmap=colours, vmin=0, vmax=100, interpolation="nearest")
+        colors = matplotlib.colormaps["Blues"].with_extremes(bad="0.93")
+        picture = axes.imshow(share_KK, cmap=colors, vmin=0, vmax=100, interpolation="nearest")
         if named:
             axes.set_xticks(range(K), names, rotation=90)
             axes.set_yticks(range(K), names)
             axes.tick_params(length=0)
         if K <= COUNTS_UP_TO:
             for row, column in np.argwhere(count_KK > 0):
-                colour = "white" if share_KK[row, column] > 55 else "black"
-                axes.text(column, row, str(count_KK[row, column]), ha="center", va="center", color=colour)
-        axes.set(xlabel="prediction" if named else "prediction (number of the label)", ylabel="truth")
+                color = "white" if share_KK[row, column] > 55 else "black"
+                axes.text(column, row, str(count_KK[row, column]), ha="center", va="center", color=color)
+        axes.set(xlabel="prediction" if named else "prediction (number of the label)", ylabel="true label")
         views = f"{evaluation.clips} x {evaluation.crops} views" if evaluation.views > 1 else "1 view"
         top1 = "-" if np.isnan(evaluation.top1) else f"{100 * evaluation.top1:.1f} %"
         axes.set_title(f"top-1 {top1} of {evaluation.counted} videos, {K} labels, {views}")
-        figure.colorbar(picture, ax=axes, label="% of the truth's videos (grey: none)", fraction=0.046, pad=0.03)
+        figure.colorbar(picture, ax=axes, label="% of the true label's videos (gray: none)", fraction=0.046, pad=0.03)
         figure.savefig(path, dpi=120, bbox_inches="tight")
 
 
 def _short(label: str) -> str:
-    """The label as matplotlib can draw it: no unprintable character, no formula (between dollar signs), not long."""
+    """The label for matplotlib: short, without unprintable characters, and with dollar signs that start no formula."""
     label = plain(label)
     return (label if len(label) <= 32 else label[:31] + "…").replace("$", r"\$")
 
@@ -201,7 +180,7 @@ def _predictions(evaluation: Evaluation, folder: Path, notes: list[str]) -> None
         import pyarrow as pa
         import pyarrow.parquet
     except ImportError:
-        notes.append("predictions.jsonl, not Parquet: that needs pyarrow: pip install 'xclip-fast[train]'")
+        notes.append("predictions.jsonl instead of Parquet: pyarrow is not installed (pip install 'xclip-fast[train]')")
         with open(folder / "predictions.jsonl", "w", encoding="ascii") as file:
             for row in zip(*columns.values(), strict=True):
                 file.write(json.dumps(dict(zip(columns, row, strict=True))) + "\n")
@@ -224,7 +203,7 @@ def _predictions(evaluation: Evaluation, folder: Path, notes: list[str]) -> None
 
 
 def _text(values: Any) -> Any:
-    """The values with strings that are valid UTF-8: a class's name may come from a file's name, which need not be."""
+    """The values with all strings as valid UTF-8. A class name may come from a file name, which need not be UTF-8."""
     if isinstance(values, list):
         return [_text(value) for value in values]
     return values.encode("utf-8", "backslashreplace").decode() if isinstance(values, str) else values

@@ -12,12 +12,12 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """What the model says of one video."""
+    """The model's prediction for one video."""
 
     sample: int  # row of the manifest
     path: str
-    label: str | None  # the truth; None where the manifest has none
-    counted: bool  # the truth is one of the labels asked for
+    label: str | None  # the true label; None if the manifest has none
+    counted: bool  # the true label is one of the labels to choose from
     top: tuple[tuple[str, float], ...]  # the min(5, K) most probable labels, best first
 
 
@@ -28,9 +28,9 @@ class Evaluation:
     labels: tuple[str, ...]  # K
     videos: int  # m: rows of the manifest; predictions + failed
     predictions: tuple[Prediction, ...]  # n, in the manifest's order
-    failed: Mapping[int, str]  # row: what is wrong with it
+    failed: Mapping[int, str]  # row: reason
     failed_names: Mapping[int, str]
-    confusion: np.ndarray  # int64 (K, K): truth, prediction
+    confusion: np.ndarray  # int64 (K, K): true label, prediction
     top5_hits: int  # of the min(5, K) most probable
     loss: float  # mean of -log of the true label's probability over the counted videos; NaN if there is none
     clips: int
@@ -55,12 +55,12 @@ class Evaluation:
 
     @property
     def top5(self) -> float:
-        """With K labels, fewer than five, the top K: then it is 1, and says nothing."""
+        """With fewer than five labels all of them are in the top 5, so it is 1."""
         return self.top5_hits / self.counted if self.counted else float("nan")
 
     @property
     def per_class(self) -> np.ndarray:
-        """Top-1 accuracy of each label's videos, float64 (K,), NaN where there are none."""
+        """Top-1 accuracy of each label's videos, float64 (K,); NaN for a label without videos."""
         count_K = self.confusion.sum(1)
         return np.where(count_K > 0, self.confusion.diagonal() / np.maximum(count_K, 1), np.nan)
 
@@ -75,7 +75,7 @@ class Evaluation:
         return len(self.predictions) * self.views / self.seconds if self.seconds else float("nan")
 
     def summary(self) -> dict[str, Any]:
-        """The figures, JSON-ready; NaN is None. Accuracies in fractions."""
+        """The figures for JSON. NaN becomes None. Accuracies are fractions."""
 
         def number(value: float) -> float | None:
             return None if np.isnan(value) else float(value)
@@ -108,15 +108,15 @@ class Evaluation:
 
 
 def show(result: Evaluation) -> None:
-    """Print the figures: a table on a terminal, otherwise lines of name and value with a tab between."""
+    """Prints the figures: a table on a terminal, otherwise lines of name, tab and value."""
     rows = [
         ("top-1", percent(result.top1)),
-        *([("top-5", percent(result.top5))] if len(result.labels) > 5 else []),  # else it is 100 %, and says nothing
+        *([("top-5", percent(result.top5))] if len(result.labels) > 5 else []),  # else it is 100 %
         ("mean class accuracy", percent(result.mean_class_accuracy)),
-        ("videos", f"{len(result.predictions)} of {result.videos}, {result.counted} with a label that counts"),
+        ("videos", f"{len(result.predictions)} of {result.videos}, {result.counted} counted"),
         ("labels", str(len(result.labels))),
         ("views", f"{result.clips} x {result.crops} of {result.frames} frames, {result.model['sampling']}"),
-        ("GFLOPs", f"{result.model['gflops_per_view']:.4g} a view, {result.views} views"),
+        ("GFLOPs", f"{result.model['gflops_per_view']:.4g} a view, {result.views} view{'s' * (result.views > 1)}"),
         ("views/s", f"{result.views_per_second:.3g} on {result.environment['device']}, decoding included"),
     ]
     if sys.stdout.isatty():

@@ -1,7 +1,7 @@
-"""Which videos and which classes a protocol takes: drawn from a seed and written out.
+"""The videos and the classes that a protocol draws from a seed, and the files of such draws.
 
-A list that is written out names its videos by path and its classes by name, so that it still says the same after the
-data set was indexed again or the order of its classes changed.
+A file names videos by path and classes by name. So it stays valid after the data set is indexed again, or after the
+order of its classes changes.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ SAMPLES, DRAWS = "xclip_fast samples", "xclip_fast draws"
 def few_shot(manifest: Manifest, shots: int, seed: int = 0) -> np.ndarray:
     """Rows of ``shots`` random videos of every class, int64, ascending (paper, section 4.4).
 
-    The choice in a class depends on the seed, the class's name and its videos' paths alone; fewer shots of the same
-    seed are among the more. Videos that cannot be read are not chosen.
+    The choice in a class depends on the seed, the name of the class and the paths of its videos alone. With the same
+    seed, a draw of fewer shots is part of a draw of more. Videos that cannot be read are not chosen.
 
     Raises:
         ValueError: if a class has fewer usable videos, or the manifest has no classes.
@@ -40,7 +40,7 @@ def few_shot(manifest: Manifest, shots: int, seed: int = 0) -> np.ndarray:
     if shots < 1:
         raise ValueError(f"shots {shots}: at least 1 wanted")
     if not manifest.classes:
-        raise ValueError("the manifest has no classes, so there is nothing to draw from each of")
+        raise ValueError("the manifest has no classes to draw from; index the videos with labels")
     rows_of: list[list[int]] = [[] for _ in manifest.classes]
     for row in manifest.usable.tolist():
         label = manifest.videos[row].label
@@ -49,11 +49,11 @@ def few_shot(manifest: Manifest, shots: int, seed: int = 0) -> np.ndarray:
     few = [f"{name} has {len(rows)}" for name, rows in zip(manifest.classes, rows_of, strict=True) if len(rows) < shots]
     if few:
         more = f", and {len(few) - 5} more" if len(few) > 5 else ""
-        raise ValueError(f"{shots} usable videos of every class wanted: {', '.join(few[:5])}{more}")
+        raise ValueError(f"{shots} usable videos of each class wanted: {', '.join(few[:5])}{more}")
     chosen: list[int] = []
     for name, rows in zip(manifest.classes, rows_of, strict=True):
         rows.sort(key=lambda row: _name(manifest, row))
-        # a name's checksum, not its number: the draw survives another order of the classes
+        # the checksum of the name, not its number: the order of the classes does not matter
         order = sample_rng(seed, 0, zlib.crc32(name.encode("utf-8", "surrogatepass"))).permutation(len(rows))
         chosen += [rows[index] for index in order[:shots]]
     return np.array(sorted(chosen), np.int64)
@@ -62,7 +62,7 @@ def few_shot(manifest: Manifest, shots: int, seed: int = 0) -> np.ndarray:
 def write_samples(
     manifest: Manifest, rows: Iterable[int], path: str | os.PathLike[str], *, about: Mapping[str, Any] | None = None
 ) -> None:
-    """Write which videos were drawn: ``.json`` (with ``about``), ``.csv``, or ``.jsonl``, a manifest of them alone."""
+    """Writes the drawn videos as ``.json`` (with ``about``), ``.csv``, or ``.jsonl``: a manifest of these videos."""
     path = Path(path)
     found = [int(row) for row in rows]
     if path.suffix == ".jsonl":
@@ -87,10 +87,10 @@ def write_samples(
 
 
 def new_classes(larger: Sequence[str], smaller: Sequence[str], renamed: Mapping[str, str] | None = None) -> list[str]:
-    """The classes of ``larger`` that ``smaller`` does not have, under any spelling (``plain_name``), in order.
+    """The classes of ``larger`` that ``smaller`` does not have in any spelling (``plain_name``), in order.
 
-    ``renamed``: names of ``larger`` for what ``smaller`` has under another name. Kinetics-600 renamed some of
-    Kinetics-400's classes; the 220 new ones of the paper are those that remain after that.
+    ``renamed``: from names in ``larger`` to other names of the same class in ``smaller``. Kinetics-600 renamed some
+    classes of Kinetics-400; the paper's 220 new classes are those that remain without them.
     """
     known = {plain_name(name) for name in smaller}
     other = {plain_name(new): plain_name(old) for new, old in (renamed or {}).items()}
@@ -98,9 +98,9 @@ def new_classes(larger: Sequence[str], smaller: Sequence[str], renamed: Mapping[
 
 
 def draw_classes(classes: Sequence[str], size: int = 160, draws: int = 3, seed: int = 0) -> list[list[str]]:
-    """``draws`` times ``size`` of the classes, at random (Kinetics-600, supplement of the paper).
+    """``draws`` random draws of ``size`` classes each (Kinetics-600, supplement of the paper).
 
-    They depend on the seed and the names alone, not on the names' order.
+    They depend on the seed and the names alone, not on the order of the names.
     """
     names = sorted(classes)
     if not 1 <= size <= len(names) or draws < 1:
@@ -114,13 +114,13 @@ def draw_classes(classes: Sequence[str], size: int = 160, draws: int = 3, seed: 
 def write_draws(
     draws: Sequence[Sequence[str]], path: str | os.PathLike[str], *, about: Mapping[str, Any] | None = None
 ) -> None:
-    """Write the classes of each draw as JSON."""
+    """Writes the classes of each draw as JSON."""
     content = {"kind": DRAWS, **(about or {}), "draws": [list(names) for names in draws]}
     write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def read_draws(paths: Sequence[str | os.PathLike[str]]) -> list[list[str]]:
-    """The draws in a file that ``write_draws`` wrote (or a JSON list of lists), or one from each ``read_classes``."""
+    """The draws of each file: those of ``write_draws``, those of a JSON list of lists, or one by ``read_classes``."""
     found: list[list[str]] = []
     for path in map(Path, paths):
         content = _json(path) if path.suffix == ".json" else None
@@ -134,8 +134,11 @@ def read_draws(paths: Sequence[str | os.PathLike[str]]) -> list[list[str]]:
 
 
 def read_classes(path: str | os.PathLike[str]) -> list[str]:
-    """Class names: a manifest's, a CSV's (one column, ``id,name``, or one headed name, label or class), a JSON list's
-    or keys', or the lines of a text file, each with or without a number before it."""
+    """The class names of a file.
+
+    The file is a manifest, a CSV (one column, ``id,name``, or a column called name, label or class), a JSON list or
+    object (its keys), or a text file with one name on each line, with or without a number before it.
+    """
     path = Path(path)
     if path.suffix == ".jsonl":
         from ..data.manifest.manifest import Manifest
@@ -162,7 +165,7 @@ def _column(path: Path) -> list[str]:
     heads = [cell.strip().lower() for cell in rows[0]] if rows else []
     column = next((heads.index(head) for head in ("name", "label", "class") if head in heads), None)
     if column is None and len(heads) > 2:
-        raise ValueError(f"{path}: its first line wants a column called name, label or class")
+        raise ValueError(f"{path}: the first line must have a column called name, label or class")
     first = 0 if column is None else 1
     column = len(heads) - 1 if column is None else column
     return [row[column] for row in rows[first:] if len(row) > column]

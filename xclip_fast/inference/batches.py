@@ -6,7 +6,6 @@ Memory is bounded by the batch and by `_AHEAD` windows of each file in work, wha
 from __future__ import annotations
 
 import contextlib
-import os
 import queue
 import threading
 from collections import deque
@@ -22,7 +21,7 @@ from ..data.decode.reading import VideoError, as_source, limit, too_slow
 from ..data.decode.windows import Span, Window, check_windows, decode_spans, window_spans
 from ..data.remote import Limits, is_remote, local_copy
 from ..data.sampling import Sampling
-from ..data.threads import Job, Threads, progress
+from ..data.threads import Job, Threads, progress, usable_cores
 
 if TYPE_CHECKING:
     from ..model import XCLIP
@@ -158,7 +157,7 @@ def _decode_ahead(
 ) -> Generator[tuple[str, Window | ValueError | None], None, None]:
     """Each path in order: its windows, then None or what is wrong. A path is taken from `paths` when it is due."""
     if workers is None:
-        workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        workers = usable_cores()
     threads = max(1, workers // len(paths)) if isinstance(paths, Sequence) and paths else 1  # for one file's decoder
     stop = threading.Event()
 

@@ -1,4 +1,4 @@
-"""Class names as data sets spell them, and which label of a list is meant."""
+"""Class names as data sets spell them, and the label of a list that each of them means."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections.abc import Mapping, Sequence
 
 
 def readable(name: str) -> str:
-    """A class name as words: underscores are blanks, and ``ApplyEyeMakeup`` is "Apply Eye Makeup"."""
+    """A class name as words: underscores become blanks, and ``ApplyEyeMakeup`` becomes "Apply Eye Makeup"."""
     words = " ".join(name.replace("_", " ").split())
     return words if " " in words else re.sub(r"(?<=[a-z])(?=[A-Z])", " ", words)
 
 
 def plain_name(name: str) -> str:
-    """A class name without what lists of classes differ in: case, blanks, underscores, punctuation.
+    """A class name for comparison, without case, blanks, underscores and punctuation.
 
-    ``ApplyEyeMakeup``, ``apply_eye_makeup`` and ``Apply Eye Makeup`` are one. A name of punctuation alone stays.
+    ``ApplyEyeMakeup``, ``apply_eye_makeup`` and ``Apply Eye Makeup`` are the same. A name of punctuation alone stays.
     """
     return "".join(letter for letter in name.casefold() if letter.isalnum()) or name
 
@@ -23,7 +23,7 @@ def plain_name(name: str) -> str:
 def candidates(
     classes: Sequence[str], labels: Sequence[str] | Mapping[str, str] | None
 ) -> tuple[tuple[str, ...], list[str], list[int]]:
-    """The labels' names, the texts that stand for them, and for each class the index of its label, -1 for none."""
+    """The names of the labels, their texts, and for each class the index of its label (-1 for none)."""
     if isinstance(labels, str):
         raise ValueError(f"labels {labels!r} is one string; a list of strings wanted")
     names = tuple(classes if labels is None else labels)
@@ -32,7 +32,7 @@ def candidates(
     if not names or repeated:
         what = f"{', '.join(map(repr, repeated[:3]))} more than once" if repeated else "none"
         where = "the manifest's classes" if labels is None else "labels"
-        raise ValueError(f"{where}: {what}; at least one name wanted, and each once (labels=[...] gives others)")
+        raise ValueError(f"{where}: {what}; at least one name wanted, and each name once (--labels, labels=[...])")
     if labels is None:
         return names, texts, list(range(len(names)))
     exact = {name: index for index, name in enumerate(names)}
@@ -43,23 +43,27 @@ def candidates(
     for name in classes:
         found = [exact[name]] if name in exact else loose.get(plain_name(name), [])
         if len(found) > 1:
-            raise ValueError(f"class {name!r} could be {' or '.join(repr(names[i]) for i in found)}; spell it the same")
+            raise ValueError(
+                f"class {name!r} could be {' or '.join(repr(names[i]) for i in found)}; spell it like one of them"
+            )
         truth_of_class.append(found[0] if found else -1)
     taken = [index for index in truth_of_class if index >= 0]
     if classes and not taken:
         raise ValueError(
             f"none of the {len(classes)} classes ({', '.join(classes[:3])}, ...) is among the {len(names)} labels "
-            f"({', '.join(names[:3])}, ...); name them the same, or give a mapping from class to text"
+            f"({', '.join(names[:3])}, ...); spell them alike, or give a mapping from class to text"
         )
     twice = next((index for index in taken if taken.count(index) > 1), None) if len(set(taken)) < len(taken) else None
     if twice is not None:
         which = [name for name, index in zip(classes, truth_of_class, strict=True) if index == twice]
-        raise ValueError(f"classes {', '.join(map(repr, which))} are all the label {names[twice]!r}; one class wanted")
+        raise ValueError(
+            f"classes {', '.join(map(repr, which))} all match the label {names[twice]!r}; one class wanted"
+        )
     return names, texts, truth_of_class
 
 
 def same_texts(texts: Sequence[str], context_length: int) -> list[tuple[str, str]]:
-    """Pairs of texts that are one text to the model: the same ``context_length`` tokens, without case."""
+    """Pairs of texts that are the same for the model: the same first ``context_length`` tokens, without case."""
     from .tokenizer import tokenize
 
     first: dict[tuple[int, ...], str] = {}
@@ -72,10 +76,10 @@ def same_texts(texts: Sequence[str], context_length: int) -> list[tuple[str, str
 
 
 def refuse_same_texts(texts: Sequence[str], context_length: int) -> None:
-    """Raises ValueError if two labels are one text to the model: their probabilities would be halved in silence."""
+    """Raises ValueError if two labels are the same text for the model: each would get half of the probability."""
     if pairs := same_texts(texts, context_length):
         named = "; ".join(f"{a!r:.80} and {b!r:.80}" for a, b in pairs[:3])
         raise ValueError(
-            f"labels that are the same text to the model, which reads {context_length} tokens without case: {named}. "
-            "Leave one of each out, or write texts that differ"
+            f"labels that are the same text for the model, which reads {context_length} tokens without case: {named}. "
+            "Leave out one of each, or write different texts"
         )

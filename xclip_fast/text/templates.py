@@ -1,4 +1,4 @@
-"""Sentences to put a label into: the prompt ensemble of Table 9 (paper, section 4.5)."""
+"""Sentences around a label: the prompt ensemble of Table 9 (paper, section 4.5)."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def fill(labels: Sequence[str], templates: Sequence[str] = TEMPLATES) -> list[st
     """Every label in every template: all sentences of the first label, then of the next.
 
     Raises:
-        ValueError: if there is no template, or one has not exactly one ``{}``.
+        ValueError: if there is no template, or a template does not have exactly one ``{}``.
     """
     if isinstance(templates, str) or not templates:
         raise ValueError(
-            f"templates {templates!r} given; a sequence of sentences with {{}} in the label's place wanted"
+            f"templates is {templates!r}; a sequence of sentences wanted, with {{}} in the place of the label"
         )
     if wrong := [template for template in templates if template.count("{}") != 1]:
-        raise ValueError(f"templates without exactly one {{}} in the label's place: {wrong}")
+        raise ValueError(f"each template needs exactly one {{}}, in the place of the label; these differ: {wrong}")
     return [template.replace("{}", label) for label in labels for template in templates]

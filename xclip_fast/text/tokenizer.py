@@ -1,8 +1,8 @@
 """CLIP's byte-pair tokenizer on the `tokenizers` library.
 
-The ids equal those of OpenAI's tokenizer, with which X-CLIP was trained: text is cleaned (`clean`), then NFC, runs of
-white space to one space, lower case, CLIP's word pattern, bytes, merges. `transformers.CLIPTokenizer` gives the same
-ids for text that needs no cleaning; it resolves neither HTML entities nor curly quotes.
+The ids equal those of OpenAI's tokenizer, with which X-CLIP was trained. The steps are cleaning (`clean`), NFC, one
+space for each run of white space, lower case, CLIP's word pattern, bytes, merges. `transformers.CLIPTokenizer` gives
+the same ids for text that needs no cleaning; it does not resolve HTML entities or curly quotes.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ CONTEXT_LENGTH = 77
 """Positions of CLIP's text encoder."""
 
 _SOT_TEXT, _EOT_TEXT = "<|startoftext|>", "<|endoftext|>"
-_MERGES = 49152 - 256 - 2  # CLIP cuts the table of merges here
+_MERGES = 49152 - 256 - 2  # CLIP uses so many merges of the table
 _WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
 def _byte_letters() -> list[str]:
-    """The letter that stands for each byte, in vocabulary order: printable bytes as themselves, then the other 68."""
+    """The letter for each byte, in vocabulary order: printable bytes as themselves, then the other 68."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     return [chr(byte) for byte in printable] + [chr(256 + n) for n in range(256 - len(printable))]
 
@@ -71,12 +71,12 @@ def tokenizer() -> Tokenizer:
         ]
     )
     result.decoder = decoders.ByteLevel()
-    # A special token written out in a text is that token, as in Hugging Face's tokenizer.
+    # A special token that is spelled out in a text becomes that token, as in Hugging Face's tokenizer.
     result.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in (_SOT_TEXT, _EOT_TEXT)])
     return result
 
 
-# What ftfy makes of these, where it is not installed.
+# The results of ftfy for these letters, for systems without ftfy.
 _COMMON = str.maketrans(
     {
         **dict.fromkeys("\u2018\u2019\u201a\u201b\u02bc", "'"),
@@ -92,8 +92,8 @@ _COMMON = str.maketrans(
 def clean(text: str) -> str:
     """The text as OpenAI's tokenizer cleans it: broken Unicode repaired by ftfy, HTML entities resolved.
 
-    Without ftfy, the common cases are done here: curly quotes, ligatures, full-width letters, a byte order mark. What
-    remains different then is text in a wrong encoding (mojibake).
+    Without ftfy, the common cases are handled here: curly quotes, ligatures, full-width letters, a byte order mark.
+    Text in a wrong encoding (mojibake) then gets other ids than OpenAI's.
     """
     if text.isascii():
         return html.unescape(html.unescape(text)) if "&" in text else text
@@ -114,19 +114,19 @@ def _ftfy() -> Callable[[str], str] | None:
 def tokenize(texts: str | Sequence[str], context_length: int = CONTEXT_LENGTH, pad: bool = False) -> torch.Tensor:
     """Token ids of one text or of several: int64 (K, L).
 
-    Every row is start-of-text, the words, end-of-text, then zeros. L is the longest row's length, or `context_length`
-    when `pad`. A text that does not fit loses its tail, never its end-of-text token. Zeros (OpenAI's padding) leave the
-    end-of-text token where `argmax` finds it.
+    Every row is start-of-text, the words, end-of-text, then zeros. L is the length of the longest row, or with `pad`
+    the `context_length`. A text that is too long loses its tail, but not its end-of-text token. With zeros as padding,
+    like OpenAI's, `argmax` finds the end-of-text token.
 
-    Raises TypeError for anything but strings, ValueError for an empty list, for a `context_length` under 2, or for a
-    text that is no valid Unicode.
+    Raises TypeError for other values than strings, ValueError for an empty list, for a `context_length` below 2, or for
+    a text that is not valid Unicode.
     """
     batch = [texts] if isinstance(texts, str) else list(texts)
     if not batch:
         raise ValueError("tokenize got an empty list; give at least one text")
     for index, text in enumerate(batch):
         if not isinstance(text, str):
-            raise TypeError(f"tokenize wants strings; item {index} is {type(text).__name__}: {text!r:.80}")
+            raise TypeError(f"tokenize takes strings; item {index} is {type(text).__name__}: {text!r:.80}")
     if context_length < 2:
         raise ValueError(f"context_length is {context_length}; it must hold at least the start and end tokens (2)")
     try:
@@ -134,12 +134,12 @@ def tokenize(texts: str | Sequence[str], context_length: int = CONTEXT_LENGTH, p
     except (TypeError, UnicodeEncodeError):
         for index, text in enumerate(batch):
             if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
-                raise ValueError(f"text {index} is no valid Unicode (a lone surrogate): {text!r:.80}") from None
+                raise ValueError(f"text {index} is not valid Unicode (a lone surrogate): {text!r:.80}") from None
         raise
     long = [index for index, encoding in enumerate(encodings) if len(encoding.ids) > context_length - 2]
     if long:
         log.warning(
-            "%d of %d texts have more than %d tokens and are cut, the first: %.60r (%d tokens)",
+            "%d of %d texts have more than %d tokens and are cut; the first is %.60r (%d tokens)",
             *(len(long), len(batch), context_length, batch[long[0]], len(encodings[long[0]].ids) + 2),
         )
     rows = [[SOT, *encoding.ids[: context_length - 2], EOT] for encoding in encodings]

@@ -1,10 +1,10 @@
-"""Checkpoints of a training run: everything a resumed run needs to go on as if it had not stopped.
+"""Checkpoints of a training run. A run that resumes from one gives the weights of an unbroken run.
 
-A checkpoint is a folder ``step-00001234``. It holds tensors (weights, optimizer, moving average), written by
-``torch.distributed.checkpoint`` from a thread while training goes on, and two JSON files: where each tensor lies
-(``index.json``) and the run's counters (``progress.json``). Nothing in it is pickled Python. It is written as
-``.step-00001234.part`` and renamed when it is complete, so a folder of that name is always a whole one. The number of
-processes and the strategy may change between saving and reading.
+A checkpoint is a folder ``step-00001234``. It holds the tensors (weights, optimizer, moving average), which
+``torch.distributed.checkpoint`` writes from a thread while training goes on, and two JSON files: the place of each
+tensor (``index.json``) and the run's counters (``progress.json``). It holds no pickled Python. It is written as
+``.step-00001234.part`` and renamed when it is complete, so a folder of its final name is whole. The number of processes
+and the strategy may change between saving and reading.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..files import read_json, refuse_inflated
+from ..files import read_json, refuse_inflated, sync
 
 _COMPLETE = re.compile(r"step-(\d{8,})")
 _PART = re.compile(r"\.step-\d{8,}\.part")
 _NUMBERS = "progress.json"
-_INDEX = "index.json"  # in the place of torch's pickled .metadata
+_INDEX = "index.json"  # instead of torch's pickled .metadata
 _DATA = re.compile(r"__\d+_\d+\.distcp")  # the files of tensors
 
 
-# One process without a group is no mistake here.
+# A single process needs no process group.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
 class SaveError(OSError):
-    """A checkpoint could not be written; the message says why, and which one is the last good."""
+    """A checkpoint could not be written. The message gives the reason and the last good checkpoint."""
 
 
 def complete(folder: Path) -> list[Path]:
-    """The whole checkpoints in a folder, oldest first."""
+    """The complete checkpoints in a folder, oldest first."""
     found = [path for path in folder.glob("step-*") if _COMPLETE.fullmatch(path.name) and (path / _NUMBERS).exists()]
     return sorted(found, key=lambda path: int(path.name[5:]))
 
@@ -54,7 +54,7 @@ def latest(folder: Path) -> Path | None:
 
 
 def numbers(checkpoint: Path) -> dict[str, Any]:
-    """The run's counters when the checkpoint was written: step, best and so on."""
+    """The run's counters at the time of the checkpoint: step, best and so on."""
     path = checkpoint / _NUMBERS
     try:
         found = read_json(path)
@@ -63,31 +63,31 @@ def numbers(checkpoint: Path) -> dict[str, Any]:
             isinstance(best, dict) and isinstance(best.get("score"), list) and len(best["score"]) == 2
         )
         if not (isinstance(found.get("step"), int) and found["step"] >= 0 and scored):
-            raise ValueError(f"{path}: is damaged: its step or its best score is missing or of a wrong kind")
+            raise ValueError(f"{path}: is damaged: its step or its best score is missing or has a wrong type")
     except ValueError as error:
         raise ValueError(f"{error}; delete that folder to go on from the one before it") from error
     return found
 
 
 def state(model: nn.Module, optimizer: torch.optim.Optimizer, ema: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-    """Every tensor of the run under its name; tensors alone, so that nothing in the files is pickled code."""
+    """Every tensor of the run by its name. There is nothing but tensors, so the files hold no pickled code."""
     tensors: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         tensors[f"model.{name}"] = parameter.detach()
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
                 tensors[f"optimizer.{name}.{key}"] = value
-    fixed = getattr(model, "fixed_KE", None)  # the frozen labels' features: a resumed run uses the same
+    fixed = getattr(model, "fixed_KE", None)  # features of frozen labels; a resumed run uses the same
     if fixed is not None:
         tensors["labels"] = fixed
     return tensors | {f"ema.{name}": value for name, value in (ema or {}).items()}
 
 
 def load(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
-    """Read a checkpoint into the tensors of ``state``, in place. No code in the files runs.
+    """Reads a checkpoint into the tensors of ``state``, in place. No code in the files runs.
 
     Raises:
-        ValueError: if it is damaged, or does not hold these tensors.
+        ValueError: if the checkpoint is damaged or does not hold these tensors.
     """
     import torch.distributed.checkpoint as dcp
 
@@ -101,9 +101,9 @@ def load(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
             return part
 
     try:
-        _read_index(checkpoint)  # dcp.load would say less of what is wrong with it
+        _read_index(checkpoint)  # it has better errors than dcp.load
         dcp.load(tensors, storage_reader=Reader(checkpoint), no_dist=not dist.is_initialized())
-    except (Exception, dcp.api.CheckpointException) as error:  # whatever damaged bytes make of torch's readers
+    except (Exception, dcp.api.CheckpointException) as error:  # damaged bytes raise errors of many kinds
         raise ValueError(
             f"{checkpoint}: cannot be read into this model ({_reason(error)}); delete that folder to go on from the "
             "one before it, or start over with --fresh"
@@ -111,7 +111,7 @@ def load(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def _write_index(folder: Path, metadata: Any, written: Any) -> None:
-    """Where each tensor of a checkpoint lies, as JSON: per tensor its dtype, its size, and its chunks."""
+    """Writes the dtype, the size and the chunks of each tensor of a checkpoint as JSON."""
     places = {result.index: result.storage_data for results in written for result in results}
     tensors = {}
     for name, found in metadata.state_dict_metadata.items():
@@ -143,7 +143,7 @@ def _read_index(checkpoint: Path) -> Any:
     )
 
     if not (checkpoint / _INDEX).is_file():
-        raise ValueError(f"there is no {_INDEX}; it is incomplete, or another version of xclip-fast wrote it")
+        raise ValueError(f"{_INDEX} is missing; the checkpoint is incomplete, or of another version of xclip-fast")
     values = read_json(checkpoint / _INDEX)
     tensors: dict[str, Any] = {}
     places: dict[Any, Any] = {}
@@ -157,7 +157,9 @@ def _read_index(checkpoint: Path) -> Any:
                 offsets, shape = torch.Size(chunk["offsets"]), torch.Size(chunk["sizes"])
                 file, start, count = chunk["file"], chunk["start"], chunk["bytes"]
                 if not (start >= 0 and count > 0 and start + count <= sizes.get(file, -1)):
-                    raise ValueError(f"{_INDEX}: {name} lies in {file!r} at {start}, {count} bytes: that is not there")
+                    raise ValueError(
+                        f"{_INDEX}: {name} should be {count} bytes at {start} in {file!r}; they are missing"
+                    )
                 chunks.append(ChunkStorageMetadata(offsets, shape))
                 places[_key(name, offsets)] = _StorageInfo(file, start, count)
             properties = TensorProperties(dtype=_dtype(about["dtype"]))
@@ -191,12 +193,12 @@ def _writer(folder: Path) -> Any:
 
 
 class Checkpoints:
-    """Writes checkpoints below ``folder``, one at a time, and deletes old ones. Every process calls every method."""
+    """Writes checkpoints into ``folder``, one at a time, and deletes old ones. Every process must call every method."""
 
     def __init__(self, folder: Path, keep_last: int) -> None:
         self.folder, self.keep_last = folder, keep_last
         self.rank = dist.get_rank() if dist.is_initialized() else 0
-        # a group of its own: the thread must not mix its messages with those of the training
+        # a group of its own: the thread's messages must not mix with those of the training
         self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self.pending: tuple[Future[Any], Path, dict[str, Any]] | None = None
         if self.rank == 0:
@@ -206,9 +208,9 @@ class Checkpoints:
                     shutil.rmtree(left_over)
 
     def save(self, tensors: dict[str, Tensor], counted: Mapping[str, Any]) -> None:
-        """Copy the tensors and write them in the background; waits for the save before, if that is not done.
+        """Copies the tensors and writes them in the background. If the last save is not finished, it waits for it.
 
-        ``counted`` has the ``step``, and whatever else ``numbers`` should give back (JSON).
+        ``counted``: the ``step`` and other values (JSON) that ``numbers`` gives back.
         """
         import torch.distributed.checkpoint as dcp
 
@@ -223,15 +225,15 @@ class Checkpoints:
         self.pending = (future, part, dict(counted))
 
     def poll(self) -> None:
-        """Complete the save under way if it has been written; does not wait."""
+        """Completes the pending save if its files are written. Does not wait."""
         if self.pending and self.pending[0].done():
             self.finish()
 
     def finish(self) -> None:
-        """Wait for the save under way, and complete it.
+        """Waits for the pending save and completes it.
 
         Raises:
-            SaveError: if it failed; what was complete before stays.
+            SaveError: if it failed. Earlier checkpoints stay.
         """
         import torch.distributed.checkpoint as dcp
 
@@ -242,7 +244,7 @@ class Checkpoints:
             future.result()
             if self.rank == 0:
                 self._complete(part, counted)
-        except (Exception, dcp.api.CheckpointException) as error:  # the thread has many ways to fail; all mean this
+        except (Exception, dcp.api.CheckpointException) as error:  # the thread may raise many kinds of errors
             raise self._failed(part, error) from error
 
     def _complete(self, part: Path, counted: dict[str, Any]) -> None:
@@ -251,12 +253,12 @@ class Checkpoints:
             file.flush()
             os.fsync(file.fileno())
         target = self.folder / part.name.removeprefix(".").removesuffix(".part")
-        if target.exists():  # of the same step: from before a resume
+        if target.exists():  # of the same step, from before a resume
             shutil.rmtree(target)
         part.replace(target)
-        _sync(self.folder)
+        sync(self.folder)
         for old in complete(self.folder)[: -self.keep_last]:
-            # renamed first: a half deleted folder must not look whole
+            # renamed first: a half deleted folder must not look complete
             shutil.rmtree(old.replace(old.with_name(f".{old.name}.part")))
 
     def _failed(self, part: Path, error: BaseException) -> SaveError:
@@ -269,12 +271,12 @@ class Checkpoints:
         )
         return SaveError(
             f"checkpoint {part.name.removeprefix('.').removesuffix('.part')} could not be written: {why}. "
-            f"The last good one is {last or 'none'}" + ("; make room and start again, it goes on from there" * full)
+            f"The last good one is {last or 'none'}" + ("; make room and run the same command to go on" * full)
         )
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An error, what it came from, and what torch collected in it from the processes."""
+    """An error, its causes, and the errors of all processes that torch collected in it."""
     while error is not None:
         yield error
         failures = getattr(error, "failures", None)
@@ -284,7 +286,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _is_full(error: BaseException) -> bool:
-    """Whether it comes from a full disk."""
+    """Whether a full disk is the cause."""
     return any(
         getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(cause)
         for cause in _causes(error)
@@ -292,18 +294,8 @@ def _is_full(error: BaseException) -> bool:
 
 
 def _reason(error: BaseException) -> str:
-    """One line: of what the processes said, the first."""
+    """The first error of the processes as one line."""
     found = [cause for cause in _causes(error) if not hasattr(cause, "failures")] or [error]
     lines = str(found[0]).strip().splitlines() or [type(found[0]).__name__]
     hint = " (is the disk full?)" if "inline_container" in lines[0] or "StreamWriter" in lines[0] else ""
     return f"{lines[0]}{hint}"
-
-
-def _sync(folder: Path) -> None:
-    """Make a rename last through a loss of power, where the system knows how."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

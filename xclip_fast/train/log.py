@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ..console import Bar
 from ..files import write_text
 from .config import LogConfig, TrainConfig, to_yaml
 
@@ -23,25 +24,22 @@ FILE = "log.jsonl"
 
 
 class Log:
-    """Takes records (plain numbers with a ``kind``, ``train`` or ``validation``, and a ``step``) and shows them.
+    """Shows and stores records: plain numbers with a ``kind`` (``train`` or ``validation``) and a ``step``.
 
-    Only the first process has one that does anything.
+    ``silent``: it does nothing, as in all processes but the first.
     """
 
     def __init__(self, folder: Path, config: LogConfig, steps: int, *, silent: bool = False) -> None:
         self.folder, self.steps, self.silent = folder, steps, silent
         self.file: Any = None
         self.board: Any = None
-        self.bar: Any = None
+        self.bar = Bar(steps, name="training", text=True, hidden=silent or not config.progress)
         if silent:
             return
         self.file = (folder / FILE).open("a", encoding="utf-8")
         if config.tensorboard is not False:
             self.board = _tensorboard(folder / "tensorboard", wanted=config.tensorboard is True)
-        if config.progress and sys.stderr.isatty():
-            self.bar = _bar()
-            self.task = self.bar.add_task("training", total=steps, text="")
-            self.bar.start()
+        self.bar.__enter__()
 
     def write(self, record: Mapping[str, Any]) -> None:
         if self.silent:
@@ -60,22 +58,19 @@ class Log:
         if not self.bar:
             self.say(f"step {record['step']}/{self.steps}  {text}")
         elif record["kind"] == "train":
-            self.bar.update(self.task, completed=record["step"], text=text)
+            self.bar.update(record["step"], self.steps, text)
         else:
             self.say(text)
 
     def say(self, text: str) -> None:
-        """A line for people, on standard error."""
+        """Prints a line for people on standard error."""
         if self.silent:
             return
-        if self.bar:
-            self.bar.console.print(text, markup=False, highlight=False)
-        else:
+        with self.bar.aside():
             print(text, file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        if self.bar:
-            self.bar.stop()
+        self.bar.__exit__()
         if self.board:
             self.board.close()
         if self.file:
@@ -83,7 +78,7 @@ class Log:
 
 
 def cut(folder: Path, step: int) -> None:
-    """Drop the records after ``step``: a resumed run writes them again."""
+    """Drops the records after ``step``: a resumed run writes them again."""
     path = folder / FILE
     if not path.exists():
         return
@@ -92,7 +87,7 @@ def cut(folder: Path, step: int) -> None:
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
-    """All records so far. A line that a kill cut short is left out."""
+    """All records so far, without a last line that a kill cut short."""
     found = []
     for line in (folder / FILE).read_text(encoding="utf-8").splitlines():
         try:
@@ -103,7 +98,7 @@ def records(folder: Path) -> list[dict[str, Any]]:
 
 
 def memory(device: torch.device) -> int:
-    """Bytes: the most that was allocated on a GPU, or the most this process had."""
+    """The peak memory in bytes: allocated by torch on a GPU, or resident in this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import resource
@@ -113,7 +108,7 @@ def memory(device: torch.device) -> int:
 
 
 def report(folder: Path, config: TrainConfig, about: Mapping[str, Any]) -> Path:
-    """Write ``report.md``, with curves as ``curves.png`` where matplotlib is installed; returns its path."""
+    """Writes ``report.md`` and returns its path. If matplotlib is installed, ``curves.png`` is written beside it."""
     found = records(folder)
     steps = [record for record in found if record["kind"] == "train"]
     validations = [record for record in found if record["kind"] == "validation"]
@@ -125,8 +120,8 @@ def report(folder: Path, config: TrainConfig, about: Mapping[str, Any]) -> Path:
         lines += [
             f"| loss, first and last | {steps[0]['loss']:.4f}, {steps[-1]['loss']:.4f} |",
             f"| clips/s, median | {rates[len(rates) // 2]:.1f} |",
-            f"| waiting for data | {100 * sum(waits) / len(waits):.0f} % |",
-            f"| memory, most | {max(record['memory'] for record in steps) / 2**30:.2f} GiB |",
+            f"| share of time waiting for data | {100 * sum(waits) / len(waits):.0f} % |",
+            f"| peak memory | {max(record['memory'] for record in steps) / 2**30:.2f} GiB |",
         ]
     lines.append("")
     if validations:
@@ -134,7 +129,7 @@ def report(folder: Path, config: TrainConfig, about: Mapping[str, Any]) -> Path:
         lines += [
             "## Validation",
             "",
-            "| epoch | step | top-1 | top-5 | loss | videos | not read | |",
+            "| epoch | step | top-1 | top-5 | loss | videos | unreadable | |",
             "|---|---|---|---|---|---|---|---|",
         ]
         lines += [
@@ -175,12 +170,12 @@ def _draw(path: Path, steps: list[dict[str, Any]], validations: list[dict[str, A
             if validations:
                 y = [100 * (record["top1"] or 0.0) for record in validations]
                 panel.plot([record["step"] for record in validations], y, "o-", label="validation")
-            panel.legend(frameon=False, loc="lower right")  # where accuracy is not, if it rises
+            panel.legend(frameon=False, loc="lower right")  # free of curves if accuracy rises
         else:
             panel.plot(x, [record[key] for record in steps])
         panel.set_title(name, loc="left", fontsize=10)
         panel.spines[["top", "right"]].set_visible(False)
-    panel.xaxis.set_major_locator(MaxNLocator(integer=True))  # shared by all: there is no step 1.5
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True))  # shared by all panels: there is no step 1.5
     figure.supxlabel("step", fontsize=10)
     figure.savefig(path, dpi=120)
     return True
@@ -192,7 +187,7 @@ def _sentence(record: Mapping[str, Any]) -> str:
             f"epoch {record['epoch']}: top-1 {_percent(record['top1'])}"
             + ("" if record["top5"] is None else f", top-5 {_percent(record['top5'])}")
             + f", loss {_loss(record)} of {record['predicted']} videos"
-            + (f", {record['failed']} not read" if record["failed"] else "")
+            + (f", {record['failed']} unreadable" if record["failed"] else "")
         )
     loss = "-" if record["loss"] is None else f"{record['loss']:.4f}"
     left = (
@@ -207,7 +202,7 @@ def _sentence(record: Mapping[str, Any]) -> str:
 
 
 def rank(record: Mapping[str, Any], metric: str) -> tuple[float, float]:
-    """What decides which validation is the best: the larger one. Among equal accuracies the smaller loss decides."""
+    """The sort key of validations, the best last: by accuracy, then by the smaller loss."""
     loss = record["loss"]
     return record[metric] or 0.0, -math.inf if loss is None else -loss
 
@@ -218,14 +213,6 @@ def _loss(record: Mapping[str, Any]) -> str:
 
 def _percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.1f} %"
-
-
-def _bar() -> Any:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-    columns = (BarColumn(20), MofNCompleteColumn(), TextColumn("{task.fields[text]}"))
-    return Progress(*columns, console=Console(stderr=True))
 
 
 def _tensorboard(folder: Path, *, wanted: bool) -> Any:

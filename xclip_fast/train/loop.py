@@ -3,8 +3,9 @@
     python -m xclip_fast.train config.yaml data.train=train.jsonl optim.lr=1e-5
     torchrun --nproc-per-node 8 -m xclip_fast.train config.yaml
 
-A step never waits for the device: what it measured is copied to pinned memory and read a few steps later. Every
-random number is a function of (seed, step, process) or (seed, epoch, video), so a resumed run is the unbroken one.
+A step never waits for the device: its measurements are copied to pinned memory and read a few steps later. Every
+random number depends on (seed, step, process) or (seed, epoch, video) alone. So a resumed run gives the same weights as
+an unbroken one.
 
 B videos of a batch, T frames, S side in pixels, K labels.
 """
@@ -13,14 +14,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import json
 import math
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -39,16 +39,31 @@ from . import log as training_log
 from . import mixup as mixing
 from . import optim
 from .checkpoints import Checkpoints, SaveError
-from .config import ConfigError, TrainConfig
+from .config import TrainConfig
 from .metrics import Diverged, Measured, Meter
 from .output_dir import output_folder
-from .setup import SHAPE, Data, Objective, build_model, gather_full_model, parallelize, read_data
+from .schema import ConfigError
+from .setup import (
+    SHAPE,
+    Data,
+    Objective,
+    build_model,
+    gather_full_model,
+    loading,
+    parallelize,
+    read_data,
+    resume_model,
+    training_loader,
+)
 
-FEW_STEPS = 100  # below, a run says that it hardly trains
+if TYPE_CHECKING:
+    from ..data.manifest.manifest import Manifest
+
+FEW_STEPS = 100  # a shorter run says that it hardly trains
 
 
 def main(config: str, overrides: Sequence[str] = (), *, fresh: bool = False) -> Path:
-    """Train as a YAML file (or a shipped configuration) and ``key=value`` overrides say; returns the output folder."""
+    """Train by a YAML file (or a shipped configuration) and ``key=value`` overrides. Returns the output folder."""
     return train(train_config.load(config, overrides), fresh=fresh)
 
 
@@ -56,14 +71,15 @@ def train(config: TrainConfig, *, fresh: bool = False) -> Path:
     """One training run, from the start or from the newest checkpoint in the output folder.
 
     Args:
-        fresh: start over, in a new folder beside an output folder that is taken.
+        fresh: start over. If the output folder is taken, the run gets a new folder beside it.
 
     Returns:
-        the output folder: ``best`` and ``last`` hold weights for ``XCLIP.from_pretrained``.
+        the output folder. Its folders ``best`` and ``last`` hold weights for ``XCLIP.from_pretrained``.
 
     Raises:
-        ConfigError: before the first step, for whatever does not fit.
-        Diverged, SaveError: as they say.
+        ConfigError: before the first step, if the configuration, the data and the weights do not fit each other.
+        Diverged: if the loss or the gradient is not finite.
+        SaveError: if a checkpoint or the weights cannot be written.
     """
     try:
         device = find_device(config.device)
@@ -74,15 +90,21 @@ def train(config: TrainConfig, *, fresh: bool = False) -> Path:
 
 
 def _train(config: TrainConfig, process: Process, fresh: bool, held: contextlib.ExitStack) -> Path:
-    # 1. What there is: data, model, and a checkpoint to go on from, if the output folder has one.
+    # 1. Data, model, and the checkpoint to go on from, if the output folder has one.
     device, rank, world = process.device, process.rank, process.world
     batch_size, grad_accum_steps = train_config.accumulation(config.optim, world)
-    data = read_data(config)
+    data = read_data(config.data, config.seed)
     folder, resume = output_folder(config, fresh, process, held)
-    model = build_model(config, data, folder, resumed=resume is not None).to(device)
+    if resume is not None:
+        model = resume_model(folder, config.seed)
+    else:
+        size, templates = config.data.size, config.text_templates
+        model = build_model(config.model, data.texts, seed=config.seed, size=size, templates=templates)
+    model.checkpoint_activations(config.activation_checkpointing)
+    model.to(device).train()
     optim.freeze(model, config.train_towers, config.optim.also_new)
     objective = Objective(model, data.texts, device, bf16=config.precision == "bf16", templates=config.text_templates)
-    loader = training_loader(config, data, model, batch_size, process)
+    loader = training_loader(config.data, config.seed, data.train, model.config, batch_size, process)
     epoch_steps = math.ceil(len(loader) / grad_accum_steps)
     steps = epoch_steps * config.optim.epochs
     warmup = round(epoch_steps * config.optim.warmup_epochs)
@@ -97,7 +119,7 @@ def _train(config: TrainConfig, process: Process, fresh: bool, held: contextlib.
     if rank == 0:
         write_text(folder / SHAPE, json.dumps(model.config.to_dict(), indent=1) + "\n")
 
-    # 2. Processes, optimizer, moving average; and their state, if this run goes on.
+    # 2. Processes, optimizer, moving average. A resumed run reads their state.
     net = parallelize(
         objective,
         process,
@@ -125,24 +147,36 @@ def _train(config: TrainConfig, process: Process, fresh: bool, held: contextlib.
     records = training_log.Log(folder, config.log, steps, silent=rank > 0)
     records.say(
         f"{f'going on after step {step}' if step else 'starting'}, {steps} steps of {config.optim.batch_size} videos "
-        f"({batch_size} x {grad_accum_steps} parts x {world} processes), {len(data.train.usable)} videos, "
+        f"({batch_size} videos x {grad_accum_steps} accumulation steps x {world} processes), "
+        f"{len(data.train.usable)} videos, "
         f"{len(data.texts)} classes"
     )
     if steps < FEW_STEPS and not step:
         records.say(
-            f"note: {steps} steps at a learning rate of {config.optim.lr:g} change little: a step of AdamW moves a "
-            "weight by about the rate. If accuracy stays as it is, raise optim.lr or optim.epochs"
+            f"note: {steps} steps at a learning rate of {config.optim.lr:g} change little, because a step of AdamW "
+            "moves a weight by about the learning rate. If accuracy does not rise, raise optim.lr or optim.epochs"
         )
-    meter = Meter(config, records, data, process, step, steps, epoch_steps)
+    meter = Meter(
+        records,
+        process,
+        data.train.name,
+        step=step,
+        steps=steps,
+        epoch_steps=epoch_steps,
+        log_every=config.log.every,
+        save_minutes=config.checkpoint.every_minutes,
+        with_norm=config.optim.clip_grad is not None,
+    )
+    settings = validation_settings(config, data)
 
     def save() -> None:
         nonlocal saved
-        meter.read_all()  # nothing is kept of a run whose loss is no longer a number
+        meter.read_all()  # raises Diverged: a run whose loss is not finite saves nothing
         checkpoints.save(tensors, counted | {"step": step, "best": best})
         saved = step
         meter.saved()
 
-    # 3. The loop: an epoch, a step, a part of a step.
+    # 3. Epochs, steps, accumulation steps.
     try:
         with handle_signals(meter):
             told_bad: set[int] = set()
@@ -160,7 +194,7 @@ def _train(config: TrainConfig, process: Process, fresh: bool, held: contextlib.
                         frames, targets_BK = mixing.mix(batch.frames, batch.labels, len(data.texts), config.mixing, key)
                         with reduce_gradients(net, part == count - 1):
                             losses_B, correct_B = net(frames, targets_BK)
-                            # over the rows there should be: a short batch weighs less, and processes may differ
+                            # divided by the full batch size: a short batch weighs less, and processes may differ
                             (losses_B.sum() * (world / config.optim.batch_size)).backward()
                         measured.add(losses_B, correct_B, batch.samples)
                     if config.strategy == "fsdp2":
@@ -190,7 +224,7 @@ def _train(config: TrainConfig, process: Process, fresh: bool, held: contextlib.
                     loader.quarantined().write(folder / f"quarantined{rank or ''}.jsonl")
                 if data.val is not None and ((epoch + 1) % config.validation.every_epochs == 0 or step == steps):
                     whole = gather_full_model(objective, ema, device)
-                    found = validate(whole, data, config)
+                    found = validate(whole, data.val, settings)
                     records.write({"kind": "validation", "step": step, "epoch": epoch + 1, **found})
                     score = training_log.rank(found, config.checkpoint.metric)
                     if best is None or score > tuple(best["score"]):
@@ -212,12 +246,12 @@ def _train(config: TrainConfig, process: Process, fresh: bool, held: contextlib.
         records.close()
         loader.close()
     if meter.stop:
-        print(f"ended by a signal after step {step}, saved; start it again to go on", file=sys.stderr)
+        print(f"ended by a signal and saved after step {step}; run the same command to go on", file=sys.stderr)
         raise SystemExit(128 + (meter.signal or signal.SIGTERM))
     if step < steps:  # stop_after
         return folder
 
-    # 5. What remains: weights and a report.
+    # 5. The last weights and a report.
     whole = gather_full_model(objective, ema, device)
     keep(whole, folder / "last", trained, {"step": step}, rank)
     if data.val is None:
@@ -240,7 +274,7 @@ def step_seed(seed: int, step: int, rank: int) -> int:
 
 @contextlib.contextmanager
 def reduce_gradients(net: nn.Module, now: bool) -> Iterator[None]:
-    """Gradients are summed over processes with a step's last part alone."""
+    """Sums gradients over the processes in the last accumulation step alone."""
     target: Any = net
     if isinstance(net, nn.parallel.DistributedDataParallel) and not now:
         with net.no_sync():
@@ -260,7 +294,7 @@ def handle_signals(meter: Meter) -> Iterator[None]:
         meter.signal = number
         for each, handler in before.items():
             signal.signal(each, handler)
-        print("ending after a checkpoint; once more ends at once, without one", file=sys.stderr)
+        print("saving a checkpoint, then ending; a second signal ends at once, without a checkpoint", file=sys.stderr)
 
     try:
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -275,38 +309,11 @@ def handle_signals(meter: Meter) -> Iterator[None]:
             signal.signal(each, handler)
 
 
-def training_loader(config: TrainConfig, data: Data, model: XCLIP, batch_size: int, process: Process) -> Any:
-    from ..data.loader.loader import loader
-    from ..data.transforms import TrainTransform
-
-    chosen = config.data
-    own: dict[str, Any] = {"frames": chosen.frames or model.config.num_frames, "size": model.config.vision.image_size}
-    names = [field.name for field in dataclasses.fields(TrainTransform) if field.name not in own]
-    transform = TrainTransform(**own, **{name: getattr(chosen, name) for name in names})
-    return loader(
-        data.train,
-        transform,
-        batch_size,
-        device=process.device,
-        seed=config.seed,
-        shuffle=True,
-        rank=process.rank,
-        world=process.world,
-        max_bad=chosen.max_bad,
-        **loading(config),
-    )
-
-
-def loading(config: TrainConfig) -> dict[str, Any]:
-    chosen = {name: getattr(config.data, name) for name in ("workers", "cache", "cache_bytes")}
-    return {name: value for name, value in chosen.items() if value is not None}
-
-
 def resumed(checkpoint: Path, now: dict[str, Any]) -> dict[str, Any]:
-    """The counters of a checkpoint.
+    """The counters of a checkpoint. ``now``: those of this run at its start.
 
     Raises:
-        ConfigError: if it was trained on other data.
+        ConfigError: if the checkpoint was trained on other data.
     """
     counted = training_checkpoint.numbers(checkpoint)
     for key, what in (("data", "other training videos or classes"), ("epoch_steps", "another number of videos")):
@@ -315,27 +322,28 @@ def resumed(checkpoint: Path, now: dict[str, Any]) -> dict[str, Any]:
     return counted
 
 
-def validate(model: XCLIP, data: Data, config: TrainConfig) -> dict[str, Any]:
-    """Accuracy on the validation videos; each process takes its part of them."""
+def validation_settings(config: TrainConfig, data: Data) -> dict[str, Any]:
+    """The arguments of ``evaluate`` that a run's validations share."""
+    return {
+        "clips": config.validation.clips,
+        "crops": config.validation.crops,
+        "frames": config.data.frames,
+        "sampling": config.data.sampling,
+        "stride": config.data.stride,
+        "labels": dict(zip(data.train.classes, data.texts, strict=True)),
+        "templates": TEMPLATES if config.text_templates else None,
+        "batch_size": config.validation.batch_size or config.optim.device_batch,
+        "dtype": torch.bfloat16 if config.precision == "bf16" else None,
+        **loading(config.data),
+    }
+
+
+def validate(model: XCLIP, videos: Manifest, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Top-1, top-5 and loss on the videos, as a log record has them. Each process takes its part of the videos."""
     from ..evaluate.loop import evaluate
 
-    assert data.val is not None
-    headless = model.config.num_classes is None
-    result = evaluate(
-        model,
-        data.val,
-        clips=config.validation.clips,
-        crops=config.validation.crops,
-        frames=config.data.frames,
-        sampling=config.data.sampling,
-        stride=config.data.stride,
-        labels=dict(zip(data.val.classes, data.texts, strict=True)) if headless else None,
-        templates=TEMPLATES if config.text_templates else None,
-        batch_size=config.validation.batch_size or config.optim.device_batch,
-        dtype=torch.bfloat16 if config.precision == "bf16" else None,
-        **loading(config),
-    )
-    # of five classes or fewer, the five best are always right
+    result = evaluate(model, videos, **settings)
+    # with five classes or fewer, top-5 is always 100 %
     keys = ("top1", "top5", "loss") if len(result.labels) > 5 else ("top1", "loss")
     found = {key: value for key in keys if math.isfinite(value := getattr(result, key))}
     return (
@@ -346,7 +354,7 @@ def validate(model: XCLIP, data: Data, config: TrainConfig) -> dict[str, Any]:
 
 
 def keep(model: XCLIP, folder: Path, trained: Trained, about: dict[str, Any], rank: int) -> None:
-    """Weights for ``XCLIP.from_pretrained``, with what they were trained with."""
+    """Writes weights for ``XCLIP.from_pretrained``, with the recipe that they were trained with."""
     if rank:
         return
     try:

@@ -1,4 +1,4 @@
-"""The measurements of training steps: copied to the host without waiting, summed up, written as log records.
+"""The measurements of training steps. They are copied to the host without waiting, summed, and logged.
 
 B videos of a batch.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import collections
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,17 +16,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import log as training_log
-from .config import TrainConfig
 
 if TYPE_CHECKING:
     from ..processes import Process
-    from .setup import Data
 
-LAG = 4  # steps until a step's measurements are read
+LAG = 4  # steps from a measurement to its reading
 
 
 class Diverged(ValueError):
-    """The loss or the gradient is no longer a number; the message names the step and the videos."""
+    """The loss or the gradient is not finite. The message names the step and the videos."""
 
 
 class Measured:
@@ -48,7 +46,7 @@ class Measured:
         self.parts.append((losses_B.detach(), correct_B, samples_B))
 
     def send(self, device: torch.device, world: int, wishes: tuple[bool, bool]) -> Measured:
-        """Start the copies; sums are over all processes, so that all of them decide alike."""
+        """Start the copies. Sums are over all processes, so all processes decide alike."""
         losses, correct, samples = (torch.cat(column) for column in zip(*self.parts, strict=True))
         self.parts.clear()
         norm = losses.new_zeros(()) if self.norm is None else self.norm.to(device) / world
@@ -71,36 +69,50 @@ def _to_host(values: Tensor) -> Tensor:
 
 
 class Meter:
-    """Reads what steps measured, ``LAG`` steps late; writes the records; notes what the processes agreed on."""
+    """Reads measurements ``LAG`` steps late and writes the records.
+
+    ``save`` and ``stop`` say what all processes agreed on.
+
+    Args:
+        name_of: the name of a training video, by its row.
+        step: steps done before. steps: of the whole run. epoch_steps: of one epoch.
+        log_every: steps from one record to the next.
+        save_minutes: minutes from one checkpoint to the next that ``wishes`` asks for; None: it asks for none.
+        with_norm: records have the gradient's norm.
+    """
 
     def __init__(
         self,
-        config: TrainConfig,
         records: training_log.Log,
-        data: Data,
         process: Process,
+        name_of: Callable[[int], str],
+        *,
         step: int,
         steps: int,
-        epoch: int,
+        epoch_steps: int,
+        log_every: int,
+        save_minutes: float | None,
+        with_norm: bool,
     ) -> None:
-        self.config, self.records, self.data, self.process = config, records, data, process
-        self.step, self.steps, self.epoch_steps = step, steps, epoch
+        self.records, self.process, self.name_of = records, process, name_of
+        self.step, self.steps, self.epoch_steps = step, steps, epoch_steps
+        self.log_every, self.save_minutes, self.with_norm = log_every, save_minutes, with_norm
         self.pending: collections.deque[Measured] = collections.deque()
         self.save = self.stop = self.asked = False
         self.signal = 0  # the number of the signal that asks to end
         self.saved_at = self.begun = time.monotonic()
-        self.spent, self.counted = 0.0, 0  # seconds and steps so far, without what is not training
+        self.spent, self.counted = 0.0, 0  # seconds and steps of training so far
         self.restart()
 
     def restart(self) -> None:
-        """Begin a new interval: what was done since the last step is not training."""
+        """Begin a new interval. The time since the last step (a validation, a checkpoint) does not count."""
         self.begun = time.monotonic()
         self.loss = self.correct = self.rows = self.waited = self.norm = 0.0
         self.n = 0
 
     def wishes(self) -> tuple[bool, bool]:
-        """(save, stop) that this process would like; they travel with a step's measurements."""
-        minutes = self.config.checkpoint.every_minutes
+        """(save, stop) as this process wants them. They travel with a step's measurements."""
+        minutes = self.save_minutes
         if minutes and self.process.rank == 0 and not self.asked and time.monotonic() - self.saved_at > 60 * minutes:
             self.asked = True
             return True, self.signal > 0
@@ -129,7 +141,7 @@ class Meter:
         self.loss, self.correct, self.rows = self.loss + loss, self.correct + correct, self.rows + rows
         self.norm = norm
         self.waited, self.n, self.step = self.waited + measured.waited, self.n + 1, measured.step + 1
-        if self.step % self.config.log.every and self.step % self.epoch_steps and self.step != self.steps:
+        if self.step % self.log_every and self.step % self.epoch_steps and self.step != self.steps:
             return
         elapsed = max(measured.sent - self.begun, 1e-9)
         self.spent, self.counted = self.spent + elapsed, self.counted + self.n
@@ -145,7 +157,7 @@ class Meter:
             "memory": training_log.memory(self.process.device),
             "eta": (self.steps - self.step) * self.spent / self.counted,
         }
-        self.records.write(record | ({} if self.config.optim.clip_grad is None else {"norm": self.norm}))
+        self.records.write(record | ({"norm": self.norm} if self.with_norm else {}))
         self.restart()
         self.begun = measured.sent
 
@@ -159,7 +171,7 @@ class Meter:
         guilty = [row for has, found in everywhere for row in found if has] or [
             r for _, found in everywhere for r in found
         ]
-        names = ", ".join(f"{row} ({self.data.train.name(row)})" for row in guilty[:8])
+        names = ", ".join(f"{row} ({self.name_of(row)})" for row in guilty[:8])
         what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
         return (
             f"step {measured.step + 1}: {what}; videos of that step: {names}"

@@ -1,7 +1,7 @@
 """Mixup, cutmix and label smoothing of a batch, on its device.
 
-The random numbers depend on the key alone (NumPy's Philox, on the host): there is no state to save.
-Mixup: Zhang et al., ICLR 2018; cutmix: Yun et al., ICCV 2019; the numbers are those of the X-CLIP paper's supplement.
+The random numbers depend on the key alone (NumPy's Philox, on the host), so there is no state to save.
+Mixup: Zhang et al., ICLR 2018. Cutmix: Yun et al., ICCV 2019. The defaults are those of the X-CLIP paper's supplement.
 B videos, T frames, K classes.
 """
 
@@ -16,18 +16,18 @@ from torch import Tensor
 
 from .config import MixingConfig
 
-_STREAM = 0x6D6978  # keeps these numbers apart from the sampler's, which has the same seed
+_STREAM = 0x6D6978  # other numbers than the sampler's, which has the same seed
 
 
 class Draw(NamedTuple):
-    """How a batch is mixed with itself reversed."""
+    """How a batch is mixed with the same batch in reverse order."""
 
-    share: float  # of its own label; 1: not mixed
-    box: tuple[int, int, int, int] | None  # left, top, right, bottom of what cutmix pastes; None: mixup
+    share: float  # weight of the own label; 1: not mixed
+    box: tuple[int, int, int, int] | None  # (left, top, right, bottom) that cutmix pastes; None: mixup
 
 
 def draw(config: MixingConfig, size: tuple[int, int], key: tuple[int, int, int]) -> Draw:
-    """What happens to the batch of ``key`` = (seed, step, part), of ``size`` = (height, width)."""
+    """How the batch of ``key`` = (seed, step, part) is mixed. ``size``: (height, width)."""
     seed, step, part = key
     counter = np.array([0, 0, part, step], np.uint64)
     rng = np.random.Generator(np.random.Philox(key=np.array([seed, _STREAM], np.uint64), counter=counter))
@@ -48,10 +48,10 @@ def draw(config: MixingConfig, size: tuple[int, int], key: tuple[int, int, int])
 def mix(
     frames: Tensor, labels_B: Tensor, classes: int, config: MixingConfig, key: tuple[int, int, int]
 ) -> tuple[Tensor, Tensor]:
-    """Videos mixed with those of the batch in reverse order, and what the model should answer.
+    """Mixes the videos with those of the batch in reverse order. Returns them with their targets.
 
     Args:
-        frames: uint8 (B, T, H, W, 3); mixup rounds to whole levels, so the model still takes bytes. B may be 0.
+        frames: uint8 (B, T, H, W, 3). B may be 0. Mixup rounds to whole levels, so that the frames stay uint8.
         labels_B: int64 (B,), each in [0, classes).
         key: (seed, step, part of the step); the same key gives the same result.
 

@@ -1,4 +1,4 @@
-"""The optimizer of the recipe: which parameters are trained, their groups, the schedule, clipping, the moving average.
+"""The optimizer of the recipe: trained parameters, groups, schedule, gradient clipping, moving average.
 
 Source: the paper's supplement and section 4.5 (Table 7).
 """
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ..weights import layouts
-from .config import ConfigError, OptimConfig
+from .config import OptimConfig
+from .schema import ConfigError
 
 Towers = Literal["visual", "text", "both", "none"]
 _VISUAL = re.compile(r"visual\.")
@@ -26,9 +27,9 @@ def is_new(name: str, also: Iterable[str] = ()) -> bool:
 
 
 def freeze(model: nn.Module, towers: Towers, also_new: Iterable[str] = ()) -> None:
-    """Set which parameters are trained (Table 7): new ones always, inherited ones only in the named towers.
+    """Sets which parameters are trained (Table 7): new ones always, inherited ones only in the given towers.
 
-    The scale of the similarity belongs to the text tower, as in the released code.
+    The logit scale belongs to the text tower, as in the released code.
     """
     for name, parameter in model.named_parameters():
         tower = "visual" if _VISUAL.match(name) else "text"
@@ -36,13 +37,16 @@ def freeze(model: nn.Module, towers: Towers, also_new: Iterable[str] = ()) -> No
 
 
 def groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
-    """Parameter groups: new parameters at ``new_lr_factor`` times the rate; no weight decay on those of one dimension
-    or none and on position embeddings. Each group has its full rate as ``peak_lr``."""
+    """Parameter groups. ``peak_lr`` of a group is its full learning rate.
+
+    New parameters have ``new_lr_factor`` times the rate. Parameters with fewer than two dimensions and position
+    embeddings have no weight decay.
+    """
     found: dict[tuple[bool, bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             decays = parameter.dim() > 1 and not name.endswith("positional_embedding")
-            # one fused kernel takes either sharded tensors or whole ones
+            # a fused kernel takes only sharded tensors or only whole ones
             key = (is_new(name, config.also_new), decays, hasattr(parameter, "to_local"))
             found.setdefault(key, []).append(parameter)
     if not found:
@@ -61,7 +65,7 @@ def groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
 
 
 def optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """AdamW with its state in place, so that a checkpoint can be read into it."""
+    """AdamW with its state allocated, so that a checkpoint can be read into it."""
     options: dict[str, Any] = {"lr": 0.0, "betas": config.betas, "eps": config.eps}
     if config.optimizer == "apex":
         try:
@@ -83,10 +87,10 @@ def optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
 
 
 def released_learning_rate(step: int, total: int, warmup: int, base: float, low: float) -> float:
-    """The learning rate of the released X-CLIP pipeline in ``step`` (counted from 0) of ``total``.
+    """The learning rate of the released X-CLIP pipeline at ``step`` (counted from 0) of ``total``.
 
-    A line from 0 over ``warmup`` steps, then half a cosine from ``base`` to ``low``. The cosine counts from step 0, not
-    from the end of the warm-up: there the rate falls at once to what the cosine has by then.
+    It rises linearly from 0 over ``warmup`` steps, then follows half a cosine from ``base`` to ``low``. The cosine
+    counts from step 0, not from the end of the warm-up, so there the rate drops to the cosine's value.
     """
     if step < warmup:
         return base * step / warmup
@@ -94,7 +98,7 @@ def released_learning_rate(step: int, total: int, warmup: int, base: float, low:
 
 
 def cosine_learning_rate(step: int, total: int, warmup: int, base: float, low: float) -> float:
-    """A line over ``warmup`` steps, whose first step trains, then half a cosine from ``base`` to ``low``: no jump."""
+    """A linear rise over ``warmup`` steps, above 0 from the first, then half a cosine from ``base`` to ``low``."""
     if step < warmup:
         return base * (step + 1) / (warmup + 1)
     done = (step - warmup) / max(1, total - 1 - warmup)
@@ -102,9 +106,10 @@ def cosine_learning_rate(step: int, total: int, warmup: int, base: float, low: f
 
 
 def set_rate(made: torch.optim.Optimizer, config: OptimConfig, step: int, total: int, warmup: int) -> float:
-    """Set the learning rate of every group for ``step``; returns that of inherited parameters.
+    """Sets the learning rate of every group for ``step``. Returns the rate of inherited parameters.
 
-    Both schedules end at ``final_lr_factor``: of ``lr`` for all groups as released, of each group's own rate otherwise.
+    The released schedule ends at ``final_lr_factor * lr`` for all groups, the other one at ``final_lr_factor`` times
+    the group's own rate.
     """
 
     def rate(base: float) -> float:
@@ -118,14 +123,14 @@ def set_rate(made: torch.optim.Optimizer, config: OptimConfig, step: int, total:
 
 
 def set_step(made: torch.optim.Optimizer, step: int) -> None:
-    """Set the step count of an optimizer that keeps it outside its state tensors (apex)."""
+    """Sets the step count of an optimizer that keeps it outside of its state tensors (apex)."""
     for group in made.param_groups:
         if type(made).__name__ == "FusedAdam":
             group["step"] = step
 
 
 def reduce_scalars(model: nn.Module, world: int) -> None:
-    """Mean over the processes of the gradients of parameters without a dimension, which FSDP2 leaves alone."""
+    """Averages the gradients of scalar parameters over the processes. FSDP2 leaves them out."""
     for parameter in model.parameters():
         if parameter.dim() == 0 and parameter.grad is not None and world > 1:
             torch.distributed.all_reduce(parameter.grad)
@@ -133,9 +138,9 @@ def reduce_scalars(model: nn.Module, world: int) -> None:
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], largest: float) -> Tensor:
-    """Scale all gradients down so that their norm is at most ``largest``; nothing is read back.
+    """Scales all gradients so that their norm is at most ``largest``, without a synchronization.
 
-    Parameters may be sharded (DTensor), whole, or some of each. Returns the norm before, float32 ().
+    Parameters may be sharded (DTensor), whole, or mixed. Returns the norm before the scaling, float32 ().
     """
     sharded: list[Tensor] = []
     whole: list[Tensor] = []
@@ -167,14 +172,16 @@ def _square(tensors: list[Tensor]) -> Tensor:
 
 
 def start_ema(model: nn.Module) -> dict[str, Tensor]:
-    """The moving average of the trained parameters, at first a copy."""
+    """The initial moving average: a copy of the trained parameters."""
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 @torch.no_grad()
 def update_ema(ema: Mapping[str, Tensor], model: nn.Module, decay: float, step: int) -> None:
-    """One step: ema = d ema + (1 - d) weights, with d = min(decay, (1 + step) / (10 + step)), which forgets
-    the start sooner."""
+    """One step: ema = d ema + (1 - d) weights, with d = min(decay, (1 + step) / (10 + step)).
+
+    The smaller d of the first steps makes the average forget the initial weights sooner.
+    """
     weights = dict(model.named_parameters())
     decay = min(decay, (1 + step) / (10 + step))
     kept: Any = [getattr(value, "_local_tensor", value) for value in ema.values()]

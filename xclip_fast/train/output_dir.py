@@ -1,25 +1,21 @@
-"""The output folder of a training run: which one, whose it is, and whether a run in it goes on."""
+"""The output folder of a training run: which folder, its lock, and the checkpoint in it to go on from."""
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import re
-import socket
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from ..files import write_text
+from ..files import locked, write_text
 from ..processes import Process
 from . import checkpoints as training_checkpoint
 from . import config as train_config
-from .config import ConfigError, TrainConfig
-
-log = logging.getLogger("xclip_fast")
+from .config import TrainConfig
+from .schema import ConfigError
 
 CONFIG, LOCK = "config.yaml", ".lock"  # in the output folder
 
@@ -27,9 +23,9 @@ CONFIG, LOCK = "config.yaml", ".lock"  # in the output folder
 def output_folder(
     config: TrainConfig, fresh: bool, process: Process, held: contextlib.ExitStack
 ) -> tuple[Path, Path | None]:
-    """The folder of this run and the checkpoint to go on from, the same in every process.
+    """The folder of this run and the checkpoint to go on from. Every process gets the same.
 
-    Until ``held`` is closed no other run gets the folder.
+    No other run gets the folder until ``held`` is closed.
 
     Raises:
         ConfigError: if another run is in the folder, or it has checkpoints of another configuration.
@@ -52,27 +48,30 @@ def output_folder(
 def _output_folder(config: TrainConfig, fresh: bool, held: contextlib.ExitStack) -> tuple[Path, Path | None]:
     folder = Path(config.output)
     if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"output: {folder} is a file; a folder wanted")
+        raise ConfigError(f"output: {folder} is a file; give a folder")
     if fresh:
         again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
         folder = _numbered(folder, last=again)
     folder.mkdir(parents=True, exist_ok=True)
-    held.enter_context(_locked(folder))
+    try:
+        held.enter_context(locked(folder / LOCK, folder))
+    except FileExistsError as error:
+        raise ConfigError(f"output: {error}, or start over beside it with --fresh") from error
     resume = training_checkpoint.latest(folder / "checkpoints") if (folder / "checkpoints").is_dir() else None
     if resume is not None:
         old = train_config.load(folder / CONFIG)
         if changed := train_config.differences(old, config):
             raise ConfigError(
-                f"{folder} holds checkpoints of another configuration; what differs:\n  "
+                f"{folder} holds checkpoints of another configuration. These keys differ:\n  "
                 + "\n  ".join(changed)
-                + "\ngive the old values to go on with it, another output folder, or --fresh to start over beside it"
+                + "\ngive the old values to go on, choose another output folder, or start over beside it with --fresh"
             )
     write_text(folder / CONFIG, train_config.to_yaml(config))
     return folder, resume
 
 
 def _numbered(folder: Path, *, last: bool) -> Path:
-    """The first name of folder, folder-2, folder-3, ... that is free, or the last that is not."""
+    """The first free name of folder, folder-2, folder-3, ...; ``last``: the last one that is taken."""
     if not folder.exists() or (not last and not any(folder.iterdir())):
         return folder
     taken = [1]
@@ -81,32 +80,3 @@ def _numbered(folder: Path, *, last: bool) -> Path:
             taken.append(int(number[1]))
     number_ = max(taken) + (0 if last else 1)
     return folder if number_ == 1 else folder.with_name(f"{folder.name}-{number_}")
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """No other run may take the folder meanwhile. The system forgets the lock when this process ends, however it ends.
-
-    Where there are no such locks (Windows, some network file systems), a line says so and nothing is locked.
-    """
-    try:
-        import fcntl
-    except ImportError:
-        log.warning("%s is not locked: this system has no fcntl", folder)
-        yield
-        return
-    with open(folder / LOCK, "a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise ConfigError(
-                f"output: another run ({file.read().strip() or 'just started'}) is writing to {folder}; "
-                "wait for it to end, or give another output folder, or --fresh for a new one beside it"
-            ) from None
-        except OSError as error:
-            log.warning("%s is not locked against other runs: %s", folder, error)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
-        yield

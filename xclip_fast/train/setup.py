@@ -1,4 +1,4 @@
-"""The start of a training run: its processes, data and model, checked against each other.
+"""The start of a training run: data and model, checked against each other, and the module that is trained.
 
 B videos, T frames, S side in pixels, K labels, E embedding.
 """
@@ -25,31 +25,35 @@ from ..text.labels import readable, refuse_same_texts
 from ..text.templates import TEMPLATES
 from ..text.tokenizer import tokenize
 from ..weights import checkpoint
+from ..weights.hub import is_name
 from . import config as train_config
-from .config import ConfigError, TrainConfig
+from .config import DataConfig, ModelConfig
+from .schema import ConfigError
 
 if TYPE_CHECKING:
     from ..data.manifest.manifest import Manifest
 
-SHAPE = "model.json"  # of the model, in the output folder
+SHAPE = "model.json"  # the model's shape, in the output folder
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
     train: Manifest
     val: Manifest | None
-    texts: tuple[str, ...]  # K, what stands for each class
+    texts: tuple[str, ...]  # K, the text of each class
 
 
-def read_data(config: TrainConfig) -> Data:
-    """Both manifests, checked against each other; few-shot and held-out videos chosen.
+def read_data(data: DataConfig, seed: int) -> Data:
+    """Read both manifests, check them against each other, and choose few-shot and held-out videos.
 
     Raises:
-        ConfigError: if a file is missing, or there is nothing to train on or nothing to tell apart.
+        ConfigError: if a file is missing or damaged, has no usable video, or has videos without labels; if the classes
+            of the two manifests differ.
     """
-    data = config.data
     if data.train is None:
-        raise ConfigError("data.train: no training videos named; give the manifest that `xclip-fast index` writes")
+        raise ConfigError(
+            "data.train is missing; give the manifest of the training videos, which `xclip-fast index` writes"
+        )
     train = _manifest("data.train", data.train)
     val = None if data.val is None else _manifest("data.val", data.val)
     _check_labels("data.train", data.train, train)
@@ -63,7 +67,7 @@ def read_data(config: TrainConfig) -> Data:
                 + "; index both with the same list of classes"
             )
     elif data.val_fraction:
-        train, val = _hold_out(train, data.val_fraction, config.seed)
+        train, val = _hold_out(train, data.val_fraction, seed)
     if data.shots is not None:
         try:
             train = train.select(few_shot(train, data.shots, data.shots_seed))
@@ -108,7 +112,7 @@ def _check_labels(key: str, path: str, manifest: Manifest) -> None:
 
 
 def _hold_out(manifest: Manifest, fraction: float, seed: int) -> tuple[Manifest, Manifest]:
-    """(rest, held out): of each class this share, at least one video where there are two."""
+    """Returns (rest, held out). Each class with two videos or more gives this share, at least one."""
     from ..data.sampling import epoch_order
 
     held: list[int] = []
@@ -118,7 +122,9 @@ def _hold_out(manifest: Manifest, fraction: float, seed: int) -> tuple[Manifest,
         if count > 0:
             held += rows[epoch_order(len(rows), seed, label, True)[:count]].tolist()
     if not held:
-        raise ConfigError(f"data.val_fraction is {fraction}, and no class has two videos to hold one out; set it to 0")
+        raise ConfigError(
+            f"data.val_fraction is {fraction}, and no class has the two videos that this needs; set it to 0"
+        )
     chosen = set(held)
     return manifest.select(row for row in range(len(manifest)) if row not in chosen), manifest.select(sorted(held))
 
@@ -132,68 +138,102 @@ def _read_labels(path: str, classes: Sequence[str]) -> list[str]:
     if len(labels) != len(classes):
         raise ConfigError(
             f"data.labels: {path} has {len(labels)} lines, and the data {len(classes)} classes "
-            f"({', '.join(classes[:3])}, ...); one line a class wanted, in that order"
+            f"({', '.join(classes[:3])}, ...); one line for each class wanted, in that order"
         )
     return labels
 
 
-def build_model(config: TrainConfig, data: Data, folder: Path, resumed: bool) -> XCLIP:
-    """The model in float32 on the CPU: from ``model.init``, from random weights, or, where a checkpoint follows, empty.
+def build_model(
+    settings: ModelConfig, texts: Sequence[str], *, seed: int, size: int | None = None, templates: bool = False
+) -> XCLIP:
+    """The model in float32 on the CPU, from ``model.init`` or with random weights.
+
+    ``texts``: the text of each class. ``size``: ``data.size``. ``templates``: ``text_templates``.
 
     Raises:
-        ConfigError: if the head, the labels or the frames do not fit.
+        ConfigError: if the weights cannot be read, or the model's shape does not fit the labels or the size.
     """
-    torch.manual_seed(config.seed)  # the same new parameters in every process
-    settings = config.model
-    if resumed:
-        try:
-            shape = XCLIPConfig.from_dict(read_json(folder / SHAPE))
-        except (ValueError, OSError) as error:
-            raise ConfigError(f"{folder / SHAPE}: {error}; start over with --fresh") from error
-        model = XCLIP(shape)
-    elif settings.init is None:
+    torch.manual_seed(seed)  # the same new parameters in every process
+    if settings.init is None:
         shape = train_config.model_config(settings)
-        _check_fit(config, shape, data)
-        model = XCLIP(shape)
-    else:
-        if not Path(settings.init).exists():
-            raise ConfigError(f"model.init: there is no {settings.init}; give a checkpoint, or null for random weights")
-        try:
-            base = None if settings.variant else checkpoint.read(settings.init).config
-            shape = train_config.model_config(settings, base)
-            _check_fit(config, shape, data)
-            model = XCLIP.from_pretrained(settings.init, config=shape, dtype=torch.float32)
-            if settings.init_text is not None:
-                model.expand_from(settings.init_text, part="text")
-        except (checkpoint.CheckpointError, OSError) as error:
-            raise ConfigError(f"model.init: {error}") from error
-    if config.activation_checkpointing:
-        model.checkpoint_activations(True)
-    return model.train()
+        _check_fit(shape, texts, size, templates)
+        return XCLIP(shape)
+    if not Path(settings.init).exists() and not is_name(settings.init):
+        raise ConfigError(f"model.init: there is no {settings.init}; give a checkpoint, or null for random weights")
+    try:
+        base = None if settings.variant else checkpoint.read(settings.init).config
+        shape = train_config.model_config(settings, base)
+        _check_fit(shape, texts, size, templates)
+        model = XCLIP.from_pretrained(settings.init, config=shape, dtype=torch.float32)
+        if settings.init_text is not None:
+            model.expand_from(settings.init_text, part="text")
+    except (checkpoint.CheckpointError, OSError) as error:
+        raise ConfigError(f"model.init: {error}") from error
+    return model
 
 
-def _check_fit(config: TrainConfig, shape: XCLIPConfig, data: Data) -> None:
-    if shape.num_classes is not None and shape.num_classes != len(data.texts):
+def resume_model(folder: Path, seed: int) -> XCLIP:
+    """The model of the run in an output folder, with random weights: its checkpoint is read into it.
+
+    Raises:
+        ConfigError: if the folder's ``model.json`` is missing or damaged.
+    """
+    torch.manual_seed(seed)
+    try:
+        return XCLIP(XCLIPConfig.from_dict(read_json(folder / SHAPE)))
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"{folder / SHAPE}: {error}; start over with --fresh") from error
+
+
+def _check_fit(shape: XCLIPConfig, texts: Sequence[str], size: int | None, templates: bool) -> None:
+    if shape.num_classes is not None and shape.num_classes != len(texts):
         raise ConfigError(
-            f"model.num_classes is {shape.num_classes}, and the data has {len(data.texts)} classes; make them equal"
+            f"model.num_classes is {shape.num_classes}, and the data has {len(texts)} classes; make them equal"
         )
-    if config.data.size is not None and config.data.size != shape.vision.image_size:
-        raise ConfigError(
-            f"data.size is {config.data.size}, and the model takes {shape.vision.image_size}; leave data.size out"
-        )
-    if config.text_templates and (shape.num_classes is not None or shape.prompt == "vectors"):
-        raise ConfigError("text_templates is true, and the model has a linear head or learnt vectors; set it to false")
+    if size is not None and size != shape.vision.image_size:
+        raise ConfigError(f"data.size is {size}, and the model takes {shape.vision.image_size}; leave data.size out")
+    if templates and (shape.num_classes is not None or shape.prompt == "vectors"):
+        raise ConfigError("text_templates is true, and the model has a linear head or learned vectors; set it to false")
     if shape.num_classes is None:
         try:
-            refuse_same_texts(data.texts, shape.label_tokens)
+            refuse_same_texts(texts, shape.label_tokens)
         except ValueError as error:
             raise ConfigError(f"the labels: {error}; data.labels takes a file of texts") from error
 
 
-class Objective(nn.Module):
-    """The model with its labels and loss, as one module for DDP and FSDP2 to wrap.
+def training_loader(
+    data: DataConfig, seed: int, manifest: Manifest, shape: XCLIPConfig, batch_size: int, process: Process
+) -> Any:
+    from ..data.loader.loader import loader
+    from ..data.transforms import TrainTransform
 
-    Text features that no gradient reaches are computed once, here; others in every step, packed.
+    own: dict[str, Any] = {"frames": data.frames or shape.num_frames, "size": shape.vision.image_size}
+    names = [field.name for field in dataclasses.fields(TrainTransform) if field.name not in own]
+    transform = TrainTransform(**own, **{name: getattr(data, name) for name in names})
+    return loader(
+        manifest,
+        transform,
+        batch_size,
+        device=process.device,
+        seed=seed,
+        shuffle=True,
+        rank=process.rank,
+        world=process.world,
+        max_bad=data.max_bad,
+        **loading(data),
+    )
+
+
+def loading(data: DataConfig) -> dict[str, Any]:
+    """The loader's arguments that a training and a validation share, without those that are None."""
+    chosen = {name: getattr(data, name) for name in ("workers", "cache", "cache_bytes")}
+    return {name: value for name, value in chosen.items() if value is not None}
+
+
+class Objective(nn.Module):
+    """The model, its labels and the loss as one module for DDP or FSDP2.
+
+    Text features without a gradient are computed once, here. Others are computed in every step.
     """
 
     def __init__(
@@ -211,8 +251,10 @@ class Objective(nn.Module):
             self.fixed_KE = None if features_KE.requires_grad else features_KE.to(device)
 
     def forward(self, frames: Tensor, targets_BK: Tensor) -> tuple[Tensor, Tensor]:
-        """frames uint8 (B, T, S, S, 3), targets float32 (B, K) to (cross entropy, whether the largest is right),
-        both float32 (B,)."""
+        """Returns (cross entropy, 1 if the largest logit is the largest target), both float32 (B,).
+
+        frames: uint8 (B, T, S, S, 3). targets_BK: float32 (B, K).
+        """
         with torch.autocast(frames.device.type, torch.bfloat16, enabled=self.autocast):
             found = self.model.encode_video(frames)
             text_KE = None if self.model.head is not None else self._text() if self.fixed_KE is None else self.fixed_KE
@@ -230,11 +272,10 @@ class Objective(nn.Module):
 def parallelize(
     objective: Objective, process: Process, *, strategy: str = "ddp", compiled: bool = False, recompute: bool = False
 ) -> nn.Module:
-    """The objective under DDP or FSDP2 where there are several processes, ``compiled`` if that is asked for.
+    """Wraps the objective in DDP or FSDP2 if there are several processes; ``compiled`` compiles the video tower.
 
-    ``recompute``: activations are checkpointed, so that each block is compiled alone.
-
-    torch.compile takes the video tower: what follows it is small, and packed labels have no fixed shape.
+    The rest of the model is small, and packed labels have no fixed shape. ``recompute``: activations are checkpointed,
+    so each block is compiled alone.
     """
     model: Any = objective.model
     sharded = strategy == "fsdp2" and dist.is_initialized()
@@ -263,9 +304,9 @@ def parallelize(
 
 
 def gather_full_model(objective: Objective, ema: dict[str, Tensor] | None, device: torch.device) -> XCLIP:
-    """The model to validate and to keep: with the averaged weights, if there are any, and gathered, if sharded.
+    """The model to validate and to keep: with averaged weights if there are any, and gathered if they are sharded.
 
-    Weights that are whole and not averaged are shared, not copied. Every process has to call this.
+    Other weights are shared with the objective, not copied. Every process must call this.
     """
     averaged = {name.removeprefix("model."): value for name, value in (ema or {}).items()}
     weights: dict[str, Tensor] = {}

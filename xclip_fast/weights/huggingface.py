@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..config import VARIANTS, TextConfig, VisionConfig, XCLIPConfig
+from ..config import ACTIVATIONS, VARIANTS, TextConfig, VisionConfig, XCLIPConfig
 from .layouts import CheckpointError
 
 log = logging.getLogger("xclip_fast")
@@ -43,7 +43,7 @@ _HF_VISION = {
 
 def _hf_part(values: Mapping[str, Any], part: str, defaults: dict[str, Any]) -> dict[str, Any]:
     found = {**defaults, **(values.get(part) or {})}
-    if (old := values.get(f"{part}_dict")) is not None:  # the older key, defaults included, wins in transformers too
+    if (old := values.get(f"{part}_dict")) is not None:  # the older key with its defaults wins, as in transformers
         found |= {**defaults, **old}
     for name in ("image_size", "patch_size"):
         if isinstance(found.get(name), list | tuple) and len(set(found[name])) == 1:
@@ -55,15 +55,14 @@ def config_from_huggingface(values: Mapping[str, Any], processor: Mapping[str, A
     """The config of a Hugging Face X-CLIP or CLIP from its ``config.json`` and its image processor's values.
 
     Raises:
-        CheckpointError: if a value is of a wrong type, or the model computes something that X-CLIP here does not
-            (another activation, for one).
+        CheckpointError: if a value has a wrong type, or the model differs from X-CLIP, for example in its activation.
     """
     try:
         return _config_from_huggingface(values, processor, where)
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"{where}: its configuration holds a value that does not fit: {error}") from error
+        raise CheckpointError(f"{where}: its configuration has a value that does not fit: {error}") from error
 
 
 def _config_from_huggingface(values: Mapping[str, Any], processor: Mapping[str, Any], where: object) -> XCLIPConfig:
@@ -73,9 +72,13 @@ def _config_from_huggingface(values: Mapping[str, Any], processor: Mapping[str, 
     E = values.get("projection_dim", 512)
     if clip:
         vision |= {"mit_hidden_size": E, "mit_intermediate_size": 4 * E, "mit_num_attention_heads": None}
-    wanted = [
-        ("text_config.hidden_act", text["hidden_act"], "quick_gelu"),
-        ("vision_config.hidden_act", vision["hidden_act"], "quick_gelu"),
+    acts = {"text": text["hidden_act"], "vision": vision["hidden_act"]}
+    wanted: list[tuple[str, Any, Any]] = [
+        (f"{part}_config.hidden_act", act, "quick_gelu")
+        for part, act in acts.items()
+        if not (clip and act in ACTIVATIONS)
+    ]
+    wanted += [
         ("prompt_hidden_act", values.get("prompt_hidden_act", "quick_gelu"), "quick_gelu"),
         ("text_config.intermediate_size", text["intermediate_size"], 4 * text["hidden_size"]),
         ("vision_config.intermediate_size", vision["intermediate_size"], 4 * vision["hidden_size"]),
@@ -84,9 +87,9 @@ def _config_from_huggingface(values: Mapping[str, Any], processor: Mapping[str, 
         ("vision_config.num_channels", vision["num_channels"], 3),
         ("vision_config.layer_norm_eps", vision["layer_norm_eps"], text["layer_norm_eps"]),
     ]
-    refused = [f"{name} is {got!r}, X-CLIP here has {want!r}" for name, got, want in wanted if got != want]
+    refused = [f"{name} is {got!r}; {want!r} wanted" for name, got, want in wanted if got != want]
     if refused:
-        raise CheckpointError(f"{where}: a model of another kind\n  " + "\n  ".join(refused))
+        raise CheckpointError(f"{where}: is a model of another kind\n  " + "\n  ".join(refused))
     config = XCLIPConfig(
         vision=VisionConfig(
             image_size=vision["image_size"],
@@ -95,6 +98,7 @@ def _config_from_huggingface(values: Mapping[str, Any], processor: Mapping[str, 
             layers=vision["num_hidden_layers"],
             heads=vision["num_attention_heads"],
             drop_path=vision["drop_path_rate"],
+            activation=acts["vision"],
         ),
         text=TextConfig(
             vocab_size=text["vocab_size"],
@@ -102,6 +106,7 @@ def _config_from_huggingface(values: Mapping[str, Any], processor: Mapping[str, 
             width=text["hidden_size"],
             layers=text["num_hidden_layers"],
             heads=text["num_attention_heads"],
+            activation=acts["text"],
         ),
         embed_dim=E,
         num_frames=vision["num_frames"],
@@ -118,9 +123,9 @@ def _config_from_huggingface(values: Mapping[str, Any], processor: Mapping[str, 
 
 
 def warn_of_heads(config: XCLIPConfig, where: object) -> None:
-    """Warn if MIT and prompts have other numbers of heads than in the released code: the outputs differ.
+    """Logs a warning if MIT and prompts have other numbers of heads than in the released code: the outputs differ.
 
-    Hugging Face's conversions of the large models are such: 8 heads where the released code has 12.
+    Hugging Face's conversions of the large models have 8 heads; the released code has 12.
     """
     plain = dataclasses.replace(config, mit_heads=None, prompt_heads=None)
     odd = [name for name in ("mit_heads", "prompt_heads") if getattr(config, name) != getattr(plain, name)]
@@ -129,8 +134,8 @@ def warn_of_heads(config: XCLIPConfig, where: object) -> None:
     near = dataclasses.replace(plain, logit_scale=XCLIPConfig.logit_scale)
     variant = next((name for name, row in VARIANTS.items() if row == near), None)
     log.warning(
-        "%s: %s, as its configuration says; the released code has E / 64 = %d, and its outputs differ. To compute as "
-        "the released code does: %s, or convert the VideoX file instead",
+        "%s: %s, by its configuration. The released code has E / 64 = %d heads, so its outputs differ. To compute like "
+        "the released code, give %s, or convert the VideoX file",
         where,
         " and ".join(f"{name} is {getattr(config, name)}" for name in odd),
         plain.mit_heads,
@@ -141,9 +146,9 @@ def warn_of_heads(config: XCLIPConfig, where: object) -> None:
 
 
 def _normalization(processor: Mapping[str, Any], config: XCLIPConfig, where: object) -> dict[str, Any]:
-    """``image_mean`` and ``image_std`` as a Hugging Face image processor has them, its rescaling included.
+    """``image_mean`` and ``image_std`` of a Hugging Face image processor, with its rescaling.
 
-    What else it does to the picture is compared with what ``decode`` does; a logged line names the differences.
+    Other differences to the pictures of ``decode`` are logged.
     """
     if not processor:
         return {}
@@ -199,14 +204,15 @@ def config_to_huggingface(config: XCLIPConfig, dtype: torch.dtype) -> tuple[dict
     ablated = [
         f"{where}{name}={getattr(given, name)!r}"
         for where, given, like, names in (
-            ("", config, plain, ("mit_residual", "prompt", "num_classes")),
+            ("", config, plain, ("mit_residual", "mit_positions", "mit_eps", "prompt", "num_classes", "logit_bias")),
+            ("text.", config.text, plain.text, ("activation",)),
             ("vision.", config.vision, plain.vision, ("cross_frame", "activation", "pre_norm", "layer_norm_eps")),
         )
         for name in names
         if getattr(given, name) != getattr(like, name)
     ] + (["mit_layers=0"] if config.mit_layers == 0 else [])
     if ablated:
-        raise CheckpointError(f"Hugging Face's X-CLIP cannot do {', '.join(ablated)}; write layout='xclip_fast'")
+        raise CheckpointError(f"Hugging Face's X-CLIP has no {', '.join(ablated)}; use the layout xclip_fast")
     E = config.embed_dim
     towers = []
     for tower in (config.vision, config.text):
@@ -225,7 +231,7 @@ def config_to_huggingface(config: XCLIPConfig, dtype: torch.dtype) -> tuple[dict
     model |= {"prompt_num_attention_heads": config.prompt_heads, "prompt_hidden_act": "quick_gelu"}
     model |= {"logit_scale_init_value": config.logit_scale, "torch_dtype": str(dtype).removeprefix("torch.")}
     size = config.vision.image_size
-    # VideoMAE's takes a video, a list of frames, and gives (B, T, 3, S, S), which XCLIPModel wants
+    # VideoMAE's processor turns a list of frames into (B, T, 3, S, S), as XCLIPModel needs
     preprocessor: dict[str, Any] = {"image_processor_type": "VideoMAEImageProcessor"}
     preprocessor |= {"processor_class": "XCLIPProcessor", "do_normalize": True, "do_rescale": True}
     preprocessor |= {"image_mean": config.image_mean, "image_std": config.image_std, "resample": 2}

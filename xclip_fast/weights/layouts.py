@@ -1,7 +1,7 @@
-"""The layouts weights come in: names, shapes and configurations, translated to ours and back.
+"""The layouts of weights: names, shapes and configurations, translated to ours and back.
 
-Ours are VideoX's names with the text tower under ``text.``. Between them and Hugging Face's stands one table, used in
-both directions.
+Our names are VideoX's with the text tower under ``text.``. One table translates between them and Hugging Face's names,
+in both directions.
 """
 
 from __future__ import annotations
@@ -24,11 +24,10 @@ State = dict[str, Tensor]
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be read or does not fit; the message says which, what was wanted and what to do."""
+    """A checkpoint that cannot be read or does not fit. The message says which, what was wanted and what to do."""
 
 
-# (ours, Hugging Face); # is a layer number, * the rest of the name. Where two rows share our name, the first is
-# written.
+# (ours, Hugging Face). # is a layer number, * the rest of the name. If two rows share our name, the first is written.
 _LAYERS = (
     ("visual.transformer.resblocks.#.", "vision_model.encoder.layers.#."),
     ("text.transformer.resblocks.#.", "text_model.encoder.layers.#."),
@@ -50,7 +49,7 @@ _NAMES = (
     ("visual.positional_embedding", "vision_model.embeddings.position_embedding.weight"),
     ("visual.conv1.weight", "vision_model.embeddings.patch_embedding.weight"),
     ("visual.ln_pre.*", "vision_model.pre_layernorm.*"),
-    ("visual.ln_pre.*", "vision_model.pre_layrnorm.*"),  # so spelt in Hugging Face's CLIP
+    ("visual.ln_pre.*", "vision_model.pre_layrnorm.*"),  # spelled so in Hugging Face's CLIP
     ("visual.ln_post.*", "vision_model.post_layernorm.*"),
     ("visual.proj", "visual_projection.weight"),
     ("text.token_embedding.weight", "text_model.embeddings.token_embedding.weight"),
@@ -62,12 +61,12 @@ _NAMES = (
     ("prompts_visual_proj", "prompts_visual_projection"),
     ("prompts_generator.norm.*", "prompts_generator.layernorm.*"),
 )
-_TRANSPOSED = ("visual.proj", "text.text_projection")  # a Linear's weight there, a (in, out) matrix here
+_TRANSPOSED = ("visual.proj", "text.text_projection")  # the weight of a Linear there, an (in, out) matrix here
 _ROOT_TEXT = re.compile(r"(token_embedding|positional_embedding|transformer|ln_final|text_projection)(\.|\Z)")
 NOT_WEIGHTS = re.compile(r"(.*\.)?(position_ids|attn_mask|input_resolution|context_length|vocab_size)\Z")
 _SPLIT = re.compile(r"(.*\b(?:message_)?attn)\.([qkv])_proj\.(weight|bias)\Z")
 _PACKED = re.compile(r"(.*\b(?:message_)?attn)\.in_proj_(weight|bias)\Z")
-_NEW_IN_XCLIP = re.compile(r".*\.message_|mit\.|prompts_|head\.")  # what an image CLIP has not
+_NEW_IN_XCLIP = re.compile(r".*\.message_|mit\.|prompts_|head\.")  # not in an image CLIP
 
 
 def _rules(source: int) -> list[tuple[re.Pattern[str], str]]:
@@ -84,14 +83,14 @@ _FROM_OURS, _FROM_HF = _rules(0), _rules(1)
 
 
 def to_ours(state: Mapping[Any, Any], where: object) -> tuple[State, str]:
-    """A state dict in any layout to our names, and its kind ("xclip_fast", "huggingface", "videox", "clip" or "timm").
+    """Translates a state dict to our names. Returns it with its kind: xclip_fast, huggingface, videox, clip or timm.
 
     Raises:
         CheckpointError: if it is neither an X-CLIP nor an image CLIP with a vision transformer.
     """
     found = {name: value for name, value in state.items() if not NOT_WEIGHTS.match(str(name))}
     if strange := [name for name, value in found.items() if not (isinstance(name, str) and isinstance(value, Tensor))]:
-        raise CheckpointError(f"{where}: not a state dict: {strange[:5]} are not names of tensors")
+        raise CheckpointError(f"{where}: is not a state dict: {strange[:5]} are not names of tensors")
     if any(name.startswith("vision_model.") for name in found):
         kind, found = "huggingface", from_huggingface(found)
     elif "visual.conv1.weight" in found:
@@ -101,20 +100,20 @@ def to_ours(state: Mapping[Any, Any], where: object) -> tuple[State, str]:
         kind, found = "timm", timm_vit.to_ours(found)
     else:
         raise CheckpointError(
-            f"{where}: neither an X-CLIP nor a CLIP with a vision transformer, nor a ViT of timm's: no key is "
+            f"{where}: is neither an X-CLIP nor a CLIP with a vision transformer, nor a ViT of timm: no key is "
             "visual.conv1.weight or patch_embed.proj.weight, and none starts with vision_model.; it has "
             f"{len(found)} keys, such as {list(found)[:5]}"
         )
     if kind != "timm" and not any(is_new(name) for name in found):
         kind = "clip"
-    scale = found.get("logit_scale")
-    if scale is not None and scale.numel() == 1:  # of shape (1,) under some wrappers
-        found["logit_scale"] = scale.reshape(())
+    for name in ("logit_scale", "logit_bias"):
+        if name in found and found[name].numel() == 1:  # of shape (1,) under some wrappers
+            found[name] = found[name].reshape(())
     return {name: value.detach().contiguous() for name, value in found.items()}, kind
 
 
 def is_new(name: str) -> bool:
-    """Whether a parameter is new in an X-CLIP (message, MIT, prompts, linear head), in no image CLIP: our names."""
+    """Whether a parameter, in our names, is new in an X-CLIP: message, MIT, prompts or linear head."""
     return _NEW_IN_XCLIP.match(name) is not None
 
 
@@ -122,11 +121,11 @@ def _rename(name: str, rules: list[tuple[re.Pattern[str], str]]) -> str:
     for pattern, template in rules:
         if match := pattern.match(name):
             return match.expand(template)
-    return name  # names the table does not hold are the same in both, or foreign: check_keys tells
+    return name  # not in the table: the same in both, or unknown, which check_keys reports
 
 
 def from_huggingface(state: Mapping[str, Tensor]) -> State:
-    """Hugging Face's names, of X-CLIP or CLIP, to ours: packs q, k and v, transposes the two projections."""
+    """Translates Hugging Face's names, of X-CLIP or CLIP, to ours. Packs q, k and v; transposes two projections."""
     found: State = {}
     parts: dict[tuple[str, str], dict[str, Tensor]] = {}
     for theirs, tensor in state.items():
@@ -138,13 +137,13 @@ def from_huggingface(state: Mapping[str, Tensor]) -> State:
     for (attention, kind), qkv in parts.items():
         if len(qkv) == 3:
             found[f"{attention}.in_proj_{kind}"] = torch.cat([qkv[part] for part in "qkv"])
-        else:  # left as it is: check_keys lists it with what is missing
+        else:  # kept: check_keys lists it with the missing ones
             found |= {f"{attention}.{part}_proj.{kind}": tensor for part, tensor in qkv.items()}
     return found
 
 
 def to_huggingface(state: Mapping[str, Tensor]) -> State:
-    """Our names to those of ``transformers.XCLIPModel``."""
+    """Translates our names to those of ``transformers.XCLIPModel``."""
     found: State = {}
     for name, tensor in state.items():
         if match := _PACKED.match(name):
@@ -170,7 +169,7 @@ def _layer_shapes(prefix: str, layers: int, width: int, *, messages: bool = Fals
 
 
 def shapes(config: XCLIPConfig, *, only_clip: bool = False) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of an ``XCLIP`` state dict; with ``only_clip`` those that an image CLIP has too."""
+    """Names and shapes of an ``XCLIP`` state dict. ``only_clip``: those that an image CLIP also has."""
     vision, text, D, W, E = config.vision, config.text, config.vision.width, config.text.width, config.embed_dim
     expected: dict[str, tuple[int, ...]] = {
         "visual.class_embedding": (D,),
@@ -188,12 +187,14 @@ def shapes(config: XCLIPConfig, *, only_clip: bool = False) -> dict[str, tuple[i
             "text.text_projection": (W, E),
             "logit_scale": (),
         }
+        if config.logit_bias is not None:
+            expected["logit_bias"] = ()
         expected |= _layer_shapes("text.transformer.resblocks", text.layers, W)
         norms["text.ln_final"] = W
     else:
         expected |= {"head.weight": (config.num_classes, E), "head.bias": (config.num_classes,)}
     if config.mit_layers:
-        expected["mit.positional_embedding"] = (1, config.num_frames, E)
+        expected["mit.positional_embedding"] = (1, config.mit_positions or config.num_frames, E)
         expected |= _layer_shapes("mit.resblocks", config.mit_layers, E)
     if config.prompt == "vectors":
         expected["prompts_vectors"] = (config.prompt_vectors, W)
@@ -214,10 +215,10 @@ def shapes(config: XCLIPConfig, *, only_clip: bool = False) -> dict[str, tuple[i
 def check_keys(
     expected: Mapping[str, Tensor | tuple[int, ...]], state: Mapping[str, Tensor], where: object = "state dict"
 ) -> None:
-    """Compare a state dict with what is expected of it, names to tensors or shapes.
+    """Compares a state dict with the expected names, given with tensors or shapes.
 
     Raises:
-        CheckpointError: that lists every missing, unexpected and misshapen key; layers share a line.
+        CheckpointError: lists every missing, unexpected and misshapen key. Equal keys of layers share a line.
     """
     wanted = {name: tuple(like.shape if isinstance(like, Tensor) else like) for name, like in expected.items()}
     wrong = [
@@ -245,9 +246,9 @@ def _listed(keys: list[tuple[str, str]], most: int = 40) -> str:
 
 
 def infer_config(state: Mapping[str, Tensor], where: object, *, timm: bool = False) -> XCLIPConfig:
-    """The config of a state dict in our names, from its shapes alone: head size 64, epsilon 1e-5, quick GELU.
+    """Infers a config from the shapes of a state dict in our names, with head size 64, epsilon 1e-5 and quick GELU.
 
-    An image CLIP gets what an X-CLIP has by default; a ViT of timm's beside that GELU and its own epsilon.
+    An image CLIP gets the defaults of an X-CLIP for the rest. A ViT of timm has GELU and its own epsilon.
     """
     textual = not timm and ("text.token_embedding.weight" in state or "head.weight" not in state)
     needed = ["visual.conv1.weight", "visual.positional_embedding"]
@@ -256,14 +257,14 @@ def infer_config(state: Mapping[str, Tensor], where: object, *, timm: bool = Fal
     elif textual:
         needed += ["text.token_embedding.weight", "text.positional_embedding", "text.text_projection"]
     if missing := [name for name in needed if name not in state or state[name].ndim < 2]:
-        raise CheckpointError(f"{where}: no configuration comes with it, and to infer one these are missing: {missing}")
+        raise CheckpointError(f"{where}: has no configuration, and one cannot be inferred without {missing}")
     D, _, _, P = state["visual.conv1.weight"].shape
     W = state["text.token_embedding.weight"].shape[1] if textual else 512
     tokens = state["visual.positional_embedding"].shape[0]
     if D > 1024 or D % 64 or W % 64 or math.isqrt(tokens - 1) ** 2 != tokens - 1:
         raise CheckpointError(
-            f"{where}: widths {D} and {W} with {tokens} tokens a frame don't tell the number of heads or the image "
-            "size (heads are of 64 up to width 1024 only); pass config=XCLIPConfig(...)"
+            f"{where}: the number of heads or the image size cannot be inferred from widths {D} and {W} and {tokens} "
+            "tokens in a frame (head size 64 holds up to width 1024); pass config=XCLIPConfig(...)"
         )
 
     def count(prefix: str) -> int:
@@ -271,7 +272,7 @@ def infer_config(state: Mapping[str, Tensor], where: object, *, timm: bool = Fal
 
     given: dict[str, Any] = {}
     other: dict[str, Any] = {"activation": "gelu", "layer_norm_eps": timm_vit.EPS} if timm else {}
-    if any(is_new(name) for name in state):  # an X-CLIP, or an ablated one; else what an image CLIP will be
+    if any(is_new(name) for name in state):  # an X-CLIP, perhaps ablated; an image CLIP keeps the defaults
         other["cross_frame"] = any(".message_" in name for name in state)
         given["mit_layers"] = count("mit.resblocks.")
         given["prompt_layers"] = count("prompts_generator.decoder.")
@@ -290,6 +291,8 @@ def infer_config(state: Mapping[str, Tensor], where: object, *, timm: bool = Fal
         V = state["text.token_embedding.weight"].shape[0]
         given["text"] = TextConfig(V, context, width=W, layers=text_layers, heads=W // 64)
         given["embed_dim"] = state["text.text_projection"].shape[1]
+        if "logit_bias" in state:
+            given["logit_bias"] = float(state["logit_bias"])
     elif not timm:
         given |= {"num_classes": state["head.weight"].shape[0], "embed_dim": state["visual.proj"].shape[1]}
     return XCLIPConfig(**given)

@@ -1,8 +1,8 @@
 """Weight files that are pickles: ``torch.save`` archives and TorchScript archives, read without running their code.
 
-A ``torch.save`` file goes through torch's ``weights_only`` reader. Classes that it does not know are replaced by
-stand-ins, which do nothing: harmless ones always, all others when the caller says so. A TorchScript archive goes
-through a reader of our own, which knows tensors alone.
+torch's ``weights_only`` reader reads a ``torch.save`` file. Classes that it does not know are replaced by stand-ins
+that do nothing: harmless classes always, others only if the caller allows it. A reader of our own, which knows nothing
+but tensors, reads a TorchScript archive.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ SLACK = 64 << 20  # bytes by which the tensors of a file may exceed the file: sh
 
 
 class _Empty:
-    """Stands for a class that is never imported: whatever is made of it is an empty OrderedDict."""
+    """Stands for a class that is never imported. Its objects are empty OrderedDicts."""
 
     def __new__(cls, *args: object) -> Any:
         return OrderedDict()
 
 
 class _Blank:
-    """Stands for a class whose pickled state is no dictionary (a NumPy array); the state is dropped."""
+    """Stands for a class whose pickled state is not a dictionary (a NumPy array). The state is dropped."""
 
     def __init__(self, *args: object) -> None: ...
 
     def __setstate__(self, state: object) -> None: ...
 
 
-# What training scripts keep beside the weights, by exact name.
+# Classes that training scripts store beside the weights, by exact name.
 _BUILTINS = (
     *("list", "dict", "set", "frozenset", "tuple", "int", "float", "str", "bool", "complex", "bytearray"),
     *("object", "slice", "range"),
@@ -67,13 +67,14 @@ _HARMLESS: dict[str, type] = {
 
 
 def read_torch(path: Path, drop_config: bool) -> Any:
-    """What a ``torch.save`` file holds; a TorchScript archive's state dict. Tensors may lie in the mapped file.
+    """The content of a ``torch.save`` file, or the state dict of a TorchScript archive. Tensors may lie in the mapped
+    file.
 
     Args:
         drop_config: replace pickled objects of unknown classes by stand-ins instead of refusing the file.
 
     Raises:
-        CheckpointError: if the file holds objects of unknown classes, or unpacks to more than its size.
+        CheckpointError: if the file holds objects of unknown classes, or unpacks to more bytes than it has.
     """
     size = require_regular(path)
     zipped = zipfile.is_zipfile(path)
@@ -95,38 +96,42 @@ def read_torch(path: Path, drop_config: bool) -> Any:
         except pickle.UnpicklingError as error:
             if (found := re.search(r"GLOBAL (\S+)", str(error))) is None:
                 detail = str(error).split("WeightsUnpickler error:")[-1].strip().split("\n")[0]
-                raise CheckpointError(f"{path}: damaged or incomplete, or more than tensors: {detail}") from error
+                raise CheckpointError(
+                    f"{path}: is damaged or incomplete, or holds more than tensors: {detail}"
+                ) from error
             name = found[1] if "." in found[1] else f"builtins.{found[1]}"
             if "is blocked" in str(error) or name in left_out or len(left_out) == 100:
-                raise CheckpointError(f"{path}: holds a pickled {name}, which does not belong into weights") from error
+                raise CheckpointError(
+                    f"{path}: holds a pickled {name}, which does not belong in a file of weights"
+                ) from error
             if not drop_config:
                 raise CheckpointError(
-                    f"{path}: holds a pickled {name} beside the weights. Leave such objects out with `xclip-fast "
-                    f"convert {path} NEW_FOLDER --drop-config`, which runs no code of the file, and use the new folder"
+                    f"{path}: holds a pickled {name} beside the weights. To leave such objects out, run `xclip-fast "
+                    f"convert {path} NEW_FOLDER --drop-config` and use the new folder. It runs no code of the file"
                 ) from error
             left_out.append(name)
-        except (TypeError, ValueError):  # a state that is no dictionary
+        except (TypeError, ValueError):  # a state that is not a dictionary
             if not left_out or (other := next(kinds, None)) is None:
                 raise
             kind = other
 
 
 def own(state: dict[Any, Any], path: Path) -> dict[Any, Any]:
-    """Copies of the tensors, out of the mapped file, which may be large with optimizer state, or be replaced.
+    """Copies the tensors out of the mapped file, which may be replaced, or be large because of optimizer state.
 
     Raises:
-        CheckpointError: if they take far more memory than the file has bytes (expanded from few numbers).
+        CheckpointError: if the tensors take far more memory than the file has bytes (expanded from few numbers).
     """
     total = sum(value.numel() * value.element_size() for value in state.values() if isinstance(value, Tensor))
     size = path.stat().st_size
     if total > 2 * size + SLACK:
-        raise CheckpointError(f"{path}: its {size} bytes hold tensors of {total} bytes; this is no file of weights")
+        raise CheckpointError(f"{path}: its {size} bytes hold tensors of {total} bytes; this is not a file of weights")
     return {name: value.clone() if isinstance(value, Tensor) else value for name, value in state.items()}
 
 
-# Python's own unpickler, not the one in C: there, a few bytes can ask for gigabytes (the index of a memo)
+# Python's unpickler, not the one in C, in which a few bytes can ask for gigabytes (the index of a memo)
 class _TorchScriptReader(pickle._Unpickler):
-    """Reads the tensors of a TorchScript archive, which is how OpenAI publishes CLIP; its code is not looked at."""
+    """Reads the tensors of a TorchScript archive, the form of OpenAI's CLIP, without its code."""
 
     def __init__(self, archive: zipfile.ZipFile) -> None:
         data = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
@@ -142,7 +147,7 @@ class _TorchScriptReader(pickle._Unpickler):
             return OrderedDict
         if module == "torch" and name.endswith("Storage"):
             return name
-        raise pickle.UnpicklingError(f"GLOBAL {module}.{name} does not belong into a TorchScript archive of CLIP")
+        raise pickle.UnpicklingError(f"GLOBAL {module}.{name} does not belong in a TorchScript archive of CLIP")
 
     def persistent_load(self, saved: Any) -> Tensor:
         _, storage, key, _, _ = saved

@@ -6,20 +6,20 @@ import dataclasses
 import json
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, get_args
 
 from ..data.sampling import Sampling
 from ..files import read_json
 from ..text.labels import plain_name, readable
 from ..text.templates import TEMPLATES
+from .hub import cached
 
 FILE = "trained.json"  # beside the weights
 
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """``trained.json``, which training writes beside the weights that it keeps.
+    """The content of ``trained.json``, which training writes beside the weights.
 
     Attributes:
         labels: the texts of the classes, by class, in the order of the training data (and of a linear head's outputs).
@@ -39,12 +39,14 @@ class Trained:
 
     @classmethod
     def read(cls, checkpoint: str | os.PathLike[str] | None) -> Trained:
-        """Of a folder with weights; without that file (other people's weights, none), the defaults.
+        """Reads the file of a folder with weights, or of the local copy of one on the Hub.
+
+        If there is no file or no checkpoint, returns the defaults.
 
         Raises:
             ValueError: if the file is damaged.
         """
-        path = Path(checkpoint or "") / FILE
+        path = cached(checkpoint or "") / FILE
         if checkpoint is None or not path.is_file():
             return cls()
         try:
@@ -53,7 +55,7 @@ class Trained:
             said = str(error).removeprefix(f"{path}: ")
             raise ValueError(f"{path}: {said}; correct it, or delete it and give the options yourself") from error
         for name, fits, wanted in (
-            ("labels", _is_texts(found.labels), "an object of class and text"),
+            ("labels", _is_texts(found.labels), "an object from class to text"),
             ("frames", found.frames is None or _is_count(found.frames), "a number of at least 1, or null"),
             ("sampling", found.sampling in get_args(Sampling), " or ".join(get_args(Sampling))),
             ("stride", _is_count(found.stride), "a number of at least 1"),
@@ -64,11 +66,10 @@ class Trained:
         return found
 
     def texts(self, classes: Sequence[str], linear_head: bool) -> list[str] | dict[str, str] | None:
-        """The ``labels`` of ``evaluate``: each of these classes with the text it was trained with, or its name as words
-        where training did not know it.
+        """The ``labels`` of ``evaluate``: each class with its text in training, or its name as words if it is new.
 
-        For a linear head the names of its outputs in order; None if they are not known: then the classes' order must be
-        that of the training.
+        For a linear head it returns the names of the outputs in order. If they are not known it returns None; then the
+        classes must have the order of the training.
         """
         if linear_head:
             return list(self.labels) or None
@@ -82,9 +83,9 @@ class Trained:
         stride: int | None = None,
         templates: bool | Sequence[str] | None = None,
     ) -> dict[str, Any]:
-        """``frames``, ``sampling``, ``stride`` and ``templates`` (sentences or None) as given, or else as trained.
+        """``frames``, ``sampling``, ``stride`` and ``templates`` (sentences or None); missing ones are as trained.
 
-        A stride belongs to its sampling: with another sampling than the trained one it is 1.
+        With another sampling than the trained one, the default stride is 1.
         """
         if templates is None:
             templates = self.templates

@@ -1,7 +1,8 @@
-"""The ViTs that timm publishes, in our names: what Table 10 of the paper starts from instead of an image CLIP.
+"""The ViTs of timm in our names. Table 10 of the paper starts from them instead of an image CLIP.
 
-``vit_base_patch16_224`` and its kin: a class token, learnt positions, pre-norm blocks with GELU, LayerNorm epsilon
-1e-6. The file says neither activation nor epsilon, nor the mean and deviation of its images: the config does.
+They are ``vit_base_patch16_224`` and similar: a class token, learned positions, pre-norm blocks with GELU, LayerNorm
+epsilon 1e-6. The config gives the activation, the epsilon, and the mean and standard deviation of the images; the file
+holds none of them.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from ..config import XCLIPConfig
 
 log = logging.getLogger("xclip_fast")
 
-EPS = 1e-6  # of all but timm's own CLIP towers
+EPS = 1e-6  # of all but timm's CLIP towers
 
 _NAMES = (
     (r"blocks\.(\d+)\.norm([12])\.(weight|bias)", r"visual.transformer.resblocks.\1.ln_\2.\3"),
@@ -28,7 +29,7 @@ _NAMES = (
     (r"norm_pre\.(weight|bias)", r"visual.ln_pre.\1"),
     (r"norm\.(weight|bias)", r"visual.ln_post.\1"),
 )
-_CLASSIFIER = re.compile(r"(head|pre_logits)\.")  # what stands behind the features
+_CLASSIFIER = re.compile(r"(head|pre_logits)\.")  # after the features
 
 
 def is_timm(state: Mapping[str, Tensor]) -> bool:
@@ -37,9 +38,9 @@ def is_timm(state: Mapping[str, Tensor]) -> bool:
 
 
 def to_ours(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """timm's names to ours, without the classifier. Names that no ViT of this kind has are kept, to be listed.
+    """Translates timm's names to ours, without the classifier. Unknown names are kept, so that they get listed.
 
-    The patch embedding's bias goes into the positions of the patches, where it is added too.
+    The bias of the patch embedding is added to the position embeddings of the patches.
     """
     found: dict[str, Tensor] = {}
     for theirs, tensor in state.items():
@@ -56,12 +57,10 @@ def to_ours(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def refusal(config: XCLIPConfig) -> str | None:
-    """Why a ViT of timm's cannot start the vision tower of this config, or None."""
+    """The reason why a ViT of timm cannot start the vision tower of this config, or None."""
     vision = config.vision
     if not vision.pre_norm and vision.activation != "gelu":
-        return (
-            f"timm's ViTs compute gelu, and the config says vision.activation={vision.activation!r}: set it to 'gelu'"
-        )
+        return f"timm's ViTs have the activation gelu, and vision.activation is {vision.activation!r}; set it to 'gelu'"
     if not vision.pre_norm and config.vision_eps != EPS:
         log.warning(
             "timm's ViTs have LayerNorm epsilon %g, the config %g: set vision.layer_norm_eps", EPS, config.vision_eps

@@ -1,7 +1,7 @@
-"""Find the weights inside what training frameworks put around them: nested dictionaries, and prefixes of names.
+"""Finds the weights inside the wrappers of training frameworks: nested dictionaries, and prefixes of names.
 
-Nothing here is a list of frameworks. The weights are where a name that every X-CLIP, CLIP or ViT has ends a key; what
-stands before it is the prefix of all of them.
+It knows no list of frameworks. It looks for a key that ends with a name that every X-CLIP, CLIP or ViT has. The part of
+the key before that name is the prefix of all weights.
 """
 
 from __future__ import annotations
@@ -11,15 +11,25 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from .layouts import NOT_WEIGHTS
 
+FUSION = (
+    "fusion_model."  # what the names of ActionCLIP's second model start with here; FUSION + "mean": it has no weights
+)
+
 log = logging.getLogger("xclip_fast")
 
-# The patch embedding: every layout has one, under one of these names.
-_ANCHORS = ("visual.conv1.weight", "vision_model.embeddings.patch_embedding.weight", "patch_embed.proj.weight")
-# A segment that a wrapper adds inside a name (_orig_mod, _fsdp_wrapped_module, module): none of ours looks like that.
+# The patch embedding, which every layout has under one of these names.
+_ANCHORS = (
+    "visual.conv1.weight",
+    "vision_model.embeddings.patch_embedding.weight",
+    "patch_embed.proj.weight",
+    "image_encoder.conv1.weight",  # of ViFi-CLIP
+)
+# A segment that a wrapper adds inside a name (_orig_mod, _fsdp_wrapped_module, module). Our names have none like it.
 _ADDED = re.compile(r"(?:^|(?<=\.))(?:_\w+|module)\.")
 _FRONT = re.compile(r"(?:(?:_\w+|module)\.)*")
 _DEPTH = 4  # of nested dictionaries
@@ -27,10 +37,10 @@ _AVERAGED = re.compile(r"ema|averag|teacher|shadow", re.IGNORECASE)
 
 
 def unwrap(content: Mapping[Any, Any], where: object) -> dict[Any, Any]:
-    """The state dict inside ``content``, its names without prefixes; ``content`` itself where no model is found.
+    """The state dict inside ``content``, with names without prefixes; ``content`` itself if it holds no model.
 
-    If several models are inside, the plain one is taken before an averaged one, then the outermost, then the first. A
-    logged line names the others. What is no tensor of the model is left out.
+    Of several models, a plain one is preferred to an averaged one, then the outermost, then the first. A logged line
+    names the others. Other values than tensors of the model are left out.
     """
     found = list(_models(content))
     if not found:
@@ -49,8 +59,11 @@ def unwrap(content: Mapping[Any, Any], where: object) -> dict[Any, Any]:
             kept[own] = value
         else:
             left_out.append(str(name))
+    if isinstance(fusion := content.get("fusion_model_state_dict"), Mapping):  # ActionCLIP's, beside its CLIP
+        named = {_ADDED.sub("", str(name)): value for name, value in fusion.items()}
+        kept |= {FUSION + name: value for name, value in (named or {"mean": torch.empty(0)}).items()}
     if left_out:
-        log.info("%s: not part of the model, left out: %s", where, ", ".join(left_out[:5]))
+        log.info("%s: left out, because they are not part of the model: %s", where, ", ".join(left_out[:5]))
     return kept
 
 

@@ -8,14 +8,17 @@ from .video import DamagedPlan, Video
 
 INSTALL = "pip install nvidia-dali-cuda130"
 
-# DALI's GPU decoder counts pictures as they are decoded, so codecs with hidden ones (VP9, AV1) may come out shifted.
-_CODECS = {True: {"h264": 64, "hevc": 144}, False: {"vp9": 1, "mjpeg": 1}}  # on a GPU or not: shortest side in pixels
-_LONGEST_SIDE = 4096  # of H.264 in every NVDEC
-BT601, BT709 = (2, 4, 5, 6), 1  # FFmpeg's AVColorSpace; 2: not stated, which all readers take for BT.601
+# DALI's GPU decoder counts decoded pictures, so the frames of codecs with hidden pictures (VP9, AV1) may be shifted.
+_CODECS = {
+    True: {"h264": 64, "hevc": 144},
+    False: {"vp9": 1, "mjpeg": 1},
+}  # with a GPU or without: shortest side in pixels
+_LONGEST_SIDE = 4096  # that every NVDEC takes of H.264
+BT601, BT709 = (2, 4, 5, 6), 1  # FFmpeg's AVColorSpace; 2: not stated, which all readers treat as BT.601
 
 
 def missing() -> str | None:
-    """The reason why DALI cannot be used here, or None. Does not import it."""
+    """The reason why DALI cannot be used here, or None. Does not import DALI."""
     try:
         found = importlib.util.find_spec("nvidia.dali") is not None
     except ModuleNotFoundError:
@@ -32,7 +35,7 @@ def require() -> None:
 def supported(video: Video, *, gpu: bool = True, exact_color: bool = False, largest_file: int = 1 << 28) -> str | None:
     """The reason why this video must be decoded on the CPU, or None if DALI gives its right frames and colors.
 
-    `gpu=False` asks about DALI's CPU operators (VP9 and MJPEG), which the tests run. `largest_file`: in bytes.
+    `gpu=False`: for DALI's CPU operators (VP9 and MJPEG), which the tests run. `largest_file`: in bytes.
     """
     codecs = _CODECS[gpu]
     if video.error is not None:
@@ -42,9 +45,9 @@ def supported(video: Video, *, gpu: bool = True, exact_color: bool = False, larg
     except DamagedPlan as error:
         return f"damaged: {error}"
     if video.codec not in codecs:
-        return f"codec: {video.codec or 'unknown'}, and only {' and '.join(codecs)} are known to come out right"
+        return f"codec: {video.codec or 'unknown'}, and DALI is known to be right for {' and '.join(codecs)} only"
     if video.pix_fmt not in ("yuv420p", "yuvj420p"):
-        return f"pixel format: {video.pix_fmt}, and only 8 bits of 4:2:0 are decoded"
+        return f"pixel format: {video.pix_fmt}, and DALI decodes 8-bit 4:2:0 only"
     if video.rotation:
         return f"rotation: {video.rotation} degrees"
     if video.interlaced:
@@ -54,28 +57,28 @@ def supported(video: Video, *, gpu: bool = True, exact_color: bool = False, larg
     if min(video.width, video.height) < codecs[video.codec] or max(video.width, video.height) > _LONGEST_SIDE:
         return f"size: {video.width}x{video.height} has a side outside {codecs[video.codec]} to {_LONGEST_SIDE} pixels"
     if video.size > largest_file:
-        return f"large file: {video.size} bytes, and it would be read whole"
+        return f"large file: {video.size} bytes, and DALI reads a file whole"
     if video.colorspace not in (*BT601, BT709):
-        return f"color matrix: number {video.colorspace} of FFmpeg, and only BT.601 and BT.709 are known"
+        return f"color matrix: number {video.colorspace} of FFmpeg, which is neither BT.601 nor BT.709"
     if exact_color and video.colorspace == BT709:
-        return "color matrix: BT.709, and exact colors are asked for"
+        return "color matrix: BT.709, with exact colors wanted"
     if plan is None:
-        return "its packets do not tell its frames"
-    # DALI numbers the packets by their pts, leaving out negative ones, and takes hidden ones for frames.
+        return "its packets do not match its frames"
+    # DALI numbers the packets by their pts, without negative ones, and counts hidden ones as frames.
     if plan.pts[0] < 0 or not {key for key, _ in plan.keyframes} <= set(plan.pts):
         return "an edit list hides frames"
-    # It seeks to a keyframe by pts. The demuxer goes by dts, and would land on a later keyframe if that came early.
+    # DALI seeks a keyframe by pts. The demuxer seeks by dts and would land on a later keyframe whose dts comes early.
     if any(dts <= pts for (pts, _), (_, dts) in zip(plan.keyframes, plan.keyframes[1:], strict=False)):
         return "keyframes too close to each other to seek to"
-    # Frames shown before their HEVC keyframe are dropped by NVDEC after a seek, and their times go to the frames after
-    # them. They show in the delay of that keyframe's pts. (H.264 is sought at IDR frames only: none come before one.)
+    # After a seek, NVDEC drops frames that are shown before their HEVC keyframe, and gives their times to later frames.
+    # Such frames delay the keyframe's pts. (H.264 is sought at IDR frames only, which have no such frames.)
     if video.codec == "hevc" and len({pts - dts for pts, dts in plan.keyframes}) > 1:
         return "HEVC with open groups of pictures"
     return None
 
 
 def container(head: bytes) -> str | None:
-    """The reason why a file with these first bytes is for the CPU, or None. MP4 and Matroska seek by exact time."""
+    """The reason why a file with these first bytes needs the CPU, or None. MP4 and Matroska seek by exact time."""
     if head[4:8] in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip") or head[:4] == b"\x1aE\xdf\xa3":
         return None
     return "neither MP4 nor Matroska"

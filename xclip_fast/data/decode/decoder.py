@@ -1,21 +1,20 @@
-"""Frames out of video files, on PyAV.
+"""Frames of video files, decoded with PyAV.
 
-Frame `i` of a video is the i-th that decoding the whole file gives, and the pixels are exactly those, mostly without
-decoding the whole file (`plan.py`). Where the packets cannot tell the frames (odd containers) or a frame on the way is
-damaged, the file is decoded from end to end instead: slower, the same answer. (Damage elsewhere is not seen; frames are
-then numbered by their packets.)
+Frame `i` is the i-th frame of a decode of the whole file, pixel for pixel, mostly without decoding the whole file
+(`plan.py`). If the packets do not match the frames (odd containers), or a frame on the way is damaged, the whole file
+is decoded: slower, with the same result. (Damage elsewhere in the file is not noticed; frames are then numbered by
+packets.)
 
-Colors are converted to 8-bit RGB as the stream's matrix and range say, rounded once, the color planes enlarged
-bilinearly: what NVIDIA DALI's CPU decoder gives, bit for bit. High dynamic range is not tone-mapped. Rotation and
-mirroring by metadata are applied, the pixel aspect ratio is not (as in the readers that X-CLIP was trained with).
-The PyAV wheel bundles FFmpeg with GPL encoders (x264, x265): mind that if you redistribute it.
+Colors are converted to 8-bit RGB by the matrix and range of the stream and rounded once. Color planes are enlarged
+bilinearly. The result is that of NVIDIA DALI's CPU decoder, bit for bit. High dynamic range is not tone-mapped.
+Rotation and mirroring by metadata are applied. The pixel aspect ratio is not, as in the readers of X-CLIP's training.
+The PyAV wheel bundles FFmpeg with GPL encoders (x264, x265); mind that if you redistribute it.
 
 Every function here takes a path or a `Source` (with a stored plan, or a member of a tar file).
 """
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -28,7 +27,7 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 
 from ..sampling import Sampling, frame_indices
-from ..threads import Job, Threads
+from ..threads import Job, Threads, usable_cores
 from ..transforms import TestTransform, View, apply_frame
 from .picture import EXACT_COLOR, Upright
 from .plan import Plan, by_plan, make_plan, still_fits
@@ -56,10 +55,11 @@ __all__ = [
 class VideoInfo:
     """The facts that `probe` finds.
 
-    `width` and `height` are as displayed, after `rotation` (degrees clockwise: 0, 90, 180, 270);
-    `frames` counts the frames there are, whatever the header says; `duration` is in seconds; `fps` is the average.
-    `plan` is for `Source`; None where the packets do not tell the frames. `colorspace` is the first frame's matrix in
-    FFmpeg's numbers (1: BT.709, 2: not stated, 5 and 6: BT.601, 9: BT.2020); `interlaced`: it holds two fields."""
+    `width` and `height` are as displayed, after `rotation` (degrees clockwise: 0, 90, 180, 270). `frames` is the number
+    of real frames, which the header may misstate. `duration` is in seconds; `fps` is the average. `plan` is for
+    `Source`; None if the packets do not match the frames. `colorspace` is the matrix of the first frame in FFmpeg's
+    numbers (1: BT.709, 2: not stated, 5 and 6: BT.601, 9: BT.2020). `interlaced`: the first frame holds two fields.
+    """
 
     frames: int
     width: int
@@ -90,10 +90,10 @@ def decode(
 
     `start`, `end`: only the frames with start <= time < end, in seconds from the first frame; by default all.
 
-    `sampling`, `stride` and `rng` are those of `frame_indices`; a video with fewer frames than asked repeats them. The
-    picture is the paper's test view, `TestTransform`: the center of a short side of size * 256 / 224, the same pixels
-    as in an evaluation. `threads` is for the decoder of this one file; with many files give them a thread each instead
-    (`decode_many`). Raises VideoError, also for a `start` after the end of the video.
+    `sampling`, `stride` and `rng` are those of `frame_indices`; a video with fewer frames than wanted repeats them. The
+    picture is the paper's test view, `TestTransform`: the center square after a resize to a short side of
+    size * 256 / 224, with the pixels of an evaluation. `threads`: of the decoder of this file. For many files use
+    `decode_many`, which gives each file one thread. Raises VideoError, also for a `start` after the end of the video.
     """
     if start is not None or end is not None:
         span = decode_span(
@@ -106,7 +106,7 @@ def decode(
 
     def choose(total: int) -> np.ndarray:
         if rng is not None:
-            rng.bit_generator.state = state  # asked again, after a plan failed, it draws the same
+            rng.bit_generator.state = state  # called again after a failed plan, it draws the same
         return frame_indices(total, frames, sampling, stride=stride, rng=rng)
 
     def draw(picture_HWC: np.ndarray, places: list[int]) -> None:
@@ -120,9 +120,9 @@ def decode(
 
 
 def decode_frames(path: Video, indices: Sequence[int] | np.ndarray, *, threads: int = 1) -> np.ndarray:
-    """The frames of these numbers, in this order, full size: uint8 (n, H, W, 3), RGB.
+    """The frames with these numbers, in this order, full size: uint8 (n, H, W, 3), RGB.
 
-    Raises VideoError for a bad file or one whose picture size changes, IndexError for a frame that is not there.
+    Raises VideoError for a bad file or a picture size that changes, and IndexError for a number out of range.
     """
     source = as_source(path)
     wanted = [int(index) for index in indices]
@@ -132,7 +132,7 @@ def decode_frames(path: Video, indices: Sequence[int] | np.ndarray, *, threads: 
 
     def choose(total: int) -> list[int]:
         if not 0 <= min(wanted) <= max(wanted) < total:
-            raise IndexError(f"{source}: has frames 0 to {total - 1}; asked for {min(wanted)} to {max(wanted)}")
+            raise IndexError(f"{source}: has frames 0 to {total - 1}; frames {min(wanted)} to {max(wanted)} are wanted")
         return wanted
 
     def keep(picture_HWC: np.ndarray, places: list[int]) -> None:
@@ -146,21 +146,23 @@ def decode_frames(path: Video, indices: Sequence[int] | np.ndarray, *, threads: 
 
 
 def decode_views(path: Video, views: Sequence[View], *, out: np.ndarray | None = None, threads: int = 1) -> np.ndarray:
-    """Several views of one video: uint8 (V, T, S, S, 3), RGB. Each frame is decoded once, however many views want it.
+    """Several views of one video: uint8 (V, T, S, S, 3), RGB. Each frame is decoded once, also for several views.
 
-    The views must agree in their number of frames and size. `out`: where to write them, uint8 of that shape. One
-    full-size frame at a time is held. Raises VideoError for a bad file, also for one that no longer has the frame count
-    and size that the views were drawn for.
+    All views must have the same number of frames and the same size. `out`: array for the result, uint8 of that shape.
+    One full-size frame at a time is kept in memory. Raises VideoError for a bad file, and for a file whose frame count
+    or size is not that of the views.
     """
     source = as_source(path)
     if not views or len({(len(view.frames), view.size) for view in views}) > 1:
-        raise ValueError(f"{source}: wants one view at least, all of one frame count and size; got {len(views)} views")
+        raise ValueError(
+            f"{source}: at least one view wanted, all with one frame count and size; got {len(views)} views"
+        )
     numbers = np.concatenate([view.frames for view in views])
     shape = (len(views), len(views[0].frames), views[0].size, views[0].size, 3)
     if out is None:
         out = np.empty(shape, np.uint8)
     if out.shape != shape or out.dtype != np.uint8:
-        raise ValueError(f"{source}: out is {out.dtype} {out.shape}; wanted is uint8 {shape}")
+        raise ValueError(f"{source}: out is {out.dtype} {out.shape}; uint8 {shape} wanted")
     drawn = {view.drawn_from for view in views if view.drawn_from is not None}
     counts = {count for count, _, _ in drawn} or ({len(source.plan.pts)} if source.plan else set())
 
@@ -182,7 +184,7 @@ def decode_views(path: Video, views: Sequence[View], *, out: np.ndarray | None =
                 )
             left, top, across, down = view.crop
             if left + across > width or top + down > height:
-                raise VideoError(f"{source}: a frame has {width}x{height} pixels; the crop {view.crop} leaves it")
+                raise VideoError(f"{source}: a frame has {width}x{height} pixels; the crop {view.crop} goes beyond it")
             apply_frame(view, picture_HWC, out[number, step])
 
     _pick(source, choose, draw, threads)
@@ -199,16 +201,16 @@ def decode_many(
     workers: int | None = None,
     errors: Literal["raise", "return"] = "raise",
 ) -> Iterator[torch.Tensor | VideoError]:
-    """`decode` of each path, in order, by a pool of threads (PyAV gives up the GIL); default one thread per core.
+    """`decode` of each path, in order, by a pool of threads; by default one for each core (PyAV releases the GIL).
 
-    At most two results per worker wait in memory. A bad file raises its VideoError at its place in the order or, with
-    `errors="return"`, stands there instead of the frames. A file whose decoding does not go on for
+    At most two results for each worker wait in memory. A bad file raises its VideoError in its turn. With
+    `errors="return"` the VideoError is yielded instead of the frames. A file whose decoding stops for
     XCLIP_FAST_MAX_SECONDS (environment variable, default 120) is a bad file; its thread is left behind.
     """
     if errors not in ("raise", "return"):
         raise ValueError(f"errors is {errors!r}; it must be 'raise' or 'return'")
     if workers is None:
-        workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        workers = usable_cores()
     seconds = limit("XCLIP_FAST_MAX_SECONDS")
     pool = Threads(workers, "decode", lambda: None, seconds)
     waiting: deque[tuple[Source, Job]] = deque()
@@ -244,7 +246,7 @@ def decode_many(
 
 
 def probe(path: Video) -> VideoInfo:
-    """Size, codec, timing, true frame count, and the plan. Decodes one frame, or all where packets cannot be counted.
+    """Size, codec, timing, true frame count and plan. Decodes one frame, or all if the packets do not match the frames.
 
     Raises VideoError.
     """
@@ -258,13 +260,13 @@ def probe(path: Video) -> VideoInfo:
         if first is None:
             raise no_frame(source, stream)
         if plan is not None and first.pts != plan.pts[0]:
-            plan = None  # what the packets promise is not what a decode yields
+            plan = None  # the packets do not match the decoded frames
         height, width = Upright()(first, np.empty((first.height, first.width, 1))).shape[:2]
         base = stream.time_base or Fraction(1, 90000)
         step = max(1, round(1 / ((stream.average_rate or 25) * base)))
         times = plan.pts if plan else frame_times([first.pts, *(frame.pts for frame in frames)], step)
         count, span = len(times), (times[-1] - times[0]) * base
-        # The span of n frames is n - 1 intervals; the last frame lasts as long as the others did on average.
+        # n frames span n - 1 intervals; the last frame lasts as long as the others on average.
         rate = (count - 1) / span if span else stream.average_rate or 25
         duration = float(count / rate)
         return VideoInfo(
@@ -288,9 +290,10 @@ def _pick(
     use: Callable[[np.ndarray, list[int]], None],
     threads: int,
 ) -> None:
-    """Call `use(frame (H, W, 3), its places in the answer of choose)` for each frame that `choose(frame count)` names.
+    """Calls `use(frame (H, W, 3), places)` for each frame number in `choose(frame count)`.
 
-    After a plan that failed on the way, frames are handed out again from the first.
+    `places`: the positions of that number in the answer of `choose`. If a plan fails on the way, the calls start over
+    from the first frame.
     """
     reformatter, upright = VideoReformatter(), Upright()
     places: dict[int, list[int]] = {}
@@ -312,7 +315,7 @@ def _pick(
                 try:
                     numbers = pick(len(source.plan.pts))
                 except (IndexError, VideoError):
-                    numbers = []  # if the file itself has too few or too many frames, it is said below
+                    numbers = []  # the errors of a wrong frame count come below
                 if numbers and by_plan(container, stream, source.plan, numbers, take):
                     return
                 failed = source.plan if numbers else None
@@ -322,7 +325,7 @@ def _pick(
         if plan is not None:
             if plan != failed and by_plan(container, stream, plan, pick(len(plan.pts)), take):
                 return
-            log.info("%s: seeking did not give the frames its packets promise; decoding it from end to end", source)
+            log.info("%s: seeking did not give the frames of its packets; decoding the whole file", source)
     with open_video(source, threads) as (container, stream):
         total = sum(1 for _ in all_frames(container, stream))
         if not total:

@@ -1,4 +1,4 @@
-"""Tells whether an H.264 stream may code the two fields of an interlaced frame as separate pictures."""
+"""Checks whether an H.264 stream may code the two fields of an interlaced frame as separate pictures."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ _HIGH_PROFILES = {44, 83, 86, 100, 110, 118, 122, 128, 134, 135, 138, 139, 244}
 
 
 def may_hold_fields(extradata: bytes | None) -> bool:
-    """False if every sequence parameter set in the stream's header says `frame_mbs_only_flag` (H.264, 7.4.2.1.1).
+    """False if every sequence parameter set in the stream's header has `frame_mbs_only_flag` (H.264, 7.4.2.1.1).
 
-    Without that flag a packet may hold one field, so that two packets make a frame. True where it cannot be told.
+    Without that flag a packet may hold one field, and two packets make a frame. True if the header is unclear.
     """
     try:
         flags = [_frames_only(unit) for unit in _parameter_sets(extradata or b"")]

@@ -1,4 +1,4 @@
-"""A decoded frame as the picture to be shown: exact colors, upright."""
+"""A decoded frame as a picture for display: exact colors, upright."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import Interpolation
 
 EXACT_COLOR = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
-"""Flags for swscale: its RGB is then within half a level of the exact value. Its default is a level too dark and does
-not interpolate colors; it takes an eighth of the time, which is 0.2 ms less for a frame of 340x256."""
+"""Flags for swscale that bring its RGB within half a level of the exact value. The default is a level too dark and does
+not interpolate colors. It takes an eighth of the time: 0.2 ms less for a frame of 340x256."""
 
 
 class Upright:
-    """Pictures of one video (H, W, C) as they are to be shown: the nearest quarter turn and mirroring to its matrix.
+    """Turns pictures of one video (H, W, C) upright: by the quarter turn and mirroring nearest to its display matrix.
 
-    In PyAV a frame and its side data hold each other: one that was asked for them stays in memory until the garbage
-    collector comes. So they are read from the first frame, and where the rotation changes.
+    In PyAV a frame and its side data refer to each other. After a read of the side data, the frame stays in memory
+    until the garbage collector runs. So the side data are read only at the first frame and when the rotation changes.
     """
 
     def __init__(self) -> None:
@@ -30,7 +30,7 @@ class Upright:
             self._rotation = frame.rotation
             try:
                 data = frame.side_data.get("DISPLAYMATRIX")
-            except ValueError:  # there is side data of a kind that PyAV has no name for, as EXIF: mirroring is not seen
+            except ValueError:  # side data of a kind that PyAV does not know, such as EXIF: mirroring is not seen
                 turn = np.deg2rad(frame.rotation)
                 matrix = np.array([np.cos(turn), -np.sin(turn), 0, np.sin(turn), np.cos(turn)])
                 self._matrix = np.rint(matrix * 65536).astype(np.int64) if frame.rotation else None

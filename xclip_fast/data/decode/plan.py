@@ -1,8 +1,8 @@
-"""The plan that gets single frames out of one video file.
+"""The plan for decoding single frames of one video file.
 
-Reading the packets without decoding them tells, for each frame, the keyframe to start from. With that plan a frame
-costs one seek and the frames since its keyframe, less those that nothing refers to. A plan can be stored and used
-again; then the packets need not be read through, which takes the whole file.
+The packets tell, without decoding, the keyframe from which each frame can be decoded. With that plan a frame costs one
+seek and the decoding of the frames since its keyframe, without those that no other frame refers to. A plan can be
+stored and used again. Otherwise all packets of the file must be read.
 """
 
 from __future__ import annotations
@@ -22,17 +22,20 @@ from av.video.stream import VideoStream
 from .fields import may_hold_fields
 from .reading import Source, VideoError, lacks_memory, limit, name_of, packets_of
 
-# Codecs with one packet per frame, in containers that keep presentation times. Others are decoded from end to end.
+# Codecs with one packet for each frame, in containers that keep presentation times. Other files are decoded whole.
 _CODECS = {"av1", "h264", "hevc", "mjpeg", "mpeg4", "vp9"}
 _CONTAINERS = {"avi", "flv", "matroska", "mov", "mpegts"}
-_SKIP_UNREFERENCED = {"h264", "hevc", "mpeg4"}  # VP9 and AV1 carry entropy state across frames that show nothing else
+_SKIP_UNREFERENCED = {"h264", "hevc", "mpeg4"}  # VP9 and AV1 need skipped frames for their entropy state
 _MPEG4_PICTURE = b"\0\0\1\xb6"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Facts read from the packets: each frame's pts, in order of display; the keyframe to start from to get it;
-    and the (pts, dts) of each keyframe, in order of decoding. Times are in units of the stream's time base."""
+    """Facts from the packets. Times are in units of the stream's time base.
+
+    pts: of each frame, in order of display. start: for each frame, the number of the keyframe to decode from.
+    keyframes: (pts, dts) of each keyframe, in order of decoding.
+    """
 
     pts: list[int]
     start: list[int]
@@ -40,7 +43,7 @@ class Plan:
 
 
 def can_plan(container: InputContainer, stream: VideoStream) -> bool:
-    """True if packets and frames match one to one, as far as container and codec tell."""
+    """Whether packets and frames match one to one, by the container and the codec."""
     codec = stream.codec_context.codec.canonical_name
     formats = container.format.name.split(",")
     if codec not in _CODECS or _CONTAINERS.isdisjoint(formats):
@@ -50,10 +53,10 @@ def can_plan(container: InputContainer, stream: VideoStream) -> bool:
 
 
 def make_plan(container: InputContainer, stream: VideoStream, verify: bool = False) -> Plan | None:
-    """Reads all packets, decodes none. None where packets and frames need not match one to one.
+    """The plan from all packets, without decoding. None if packets and frames may not match one to one.
 
-    A packet of interlaced H.264 may be a frame or one of its two fields. `verify` decodes such a stream, and gives the
-    plan if every packet gave the frame that it stands for. Without `verify` such a stream has no plan.
+    A packet of interlaced H.264 may be a frame or one of its two fields. `verify` decodes such a stream and returns the
+    plan if every packet gives one frame. Without `verify` such a stream has no plan.
 
     Raises VideoError for more than XCLIP_FAST_MAX_FRAMES packets.
     """
@@ -79,7 +82,7 @@ def make_plan(container: InputContainer, stream: VideoStream, verify: bool = Fal
             return None
         if packet.is_keyframe:
             keyframes.append((packet.pts, packet.pts if packet.dts is None else packet.dts))
-        # With an open group of pictures, frames shown before their keyframe need the keyframe before that.
+        # In an open group of pictures, frames shown before their keyframe need the previous keyframe.
         start = len(keyframes) - 1
         while start >= 0 and keyframes[start][0] > packet.pts:
             start -= 1
@@ -97,7 +100,7 @@ def make_plan(container: InputContainer, stream: VideoStream, verify: bool = Fal
 
 
 def _times(context: VideoCodecContext, packet: av.Packet | None) -> list[int | None]:
-    """When the frames are shown that the decoder gives for this packet."""
+    """The times of the frames that the decoder gives for this packet."""
     try:
         return [frame.pts for frame in context.decode(packet)]
     except av.FFmpegError as error:
@@ -107,20 +110,20 @@ def _times(context: VideoCodecContext, packet: av.Packet | None) -> list[int | N
 
 
 def _holds_one_picture(packet: av.Packet) -> bool:
-    """False for MPEG-4 packets of two pictures ("packed bitstream") and for the few bytes that say "as before"."""
+    """False for an MPEG-4 packet of two pictures ("packed bitstream"), and for one that only repeats a picture."""
     data = bytes(packet)
     at = data.find(_MPEG4_PICTURE)
     return data.count(_MPEG4_PICTURE) == 1 and (len(data) > 12 or (data + b"\0")[at + 4] >> 6 == 2)  # 2: a B picture
 
 
 def still_fits(plan: Plan, source: Source, container: InputContainer, stream: VideoStream) -> bool:
-    """False if the file is not the one that the plan was made of. Does not read the file through."""
+    """False if the plan belongs to another file. Does not read the whole file."""
     if not can_plan(container, stream) or not plan.pts:
         return False
-    if source.size is not None:  # of a tar member, `open_video` has compared it with the archive's own entry
+    if source.size is not None:  # `open_video` has compared a tar member with the archive's header
         return source.offset is not None or os.stat(source.path).st_size == source.size
     if "mov" in container.format.name.split(",") and len(stream.index_entries):
-        # mp4 lists all samples in front (a fragmented one only some, and is planned anew each time).
+        # mp4 lists all samples at the front. (Fragmented mp4 lists some of them and gets a new plan each time.)
         entries = [(entry.timestamp, entry.is_keyframe, entry.is_discard) for entry in stream.index_entries]
         shown = sum(not hidden for _, _, hidden in entries)
         return shown == len(plan.pts) and [time for time, key, _ in entries if key] == [
@@ -136,7 +139,7 @@ def by_plan(
     numbers: Sequence[int],
     take: Callable[[int, VideoFrame], None],
 ) -> bool:
-    """Hand the frames of these sorted numbers to `take`. False if the file does not behave as planned."""
+    """Passes the frames of these sorted numbers to `take`. Returns False if the file does not follow the plan."""
     frames = planned_frames(container, stream, plan, numbers)
     while True:
         try:
@@ -148,7 +151,7 @@ def by_plan(
 def planned_frames(
     container: InputContainer, stream: VideoStream, plan: Plan, numbers: Sequence[int]
 ) -> Generator[tuple[int, VideoFrame], None, bool]:
-    """Yields the frames of these sorted numbers. Returns False if the file does not behave as planned."""
+    """Yields the frames of these sorted numbers. Returns False if the file does not follow the plan."""
     context = stream.codec_context
     skips = context.codec.canonical_name in _SKIP_UNREFERENCED
     for start, group in groupby(numbers, plan.start.__getitem__):
@@ -159,23 +162,23 @@ def planned_frames(
             packet = next(packets, None)
             shown = packet is not None and not packet.is_discard
             if packet is not None and shown and not _among(plan.pts, packet.pts):
-                return False  # a frame that the plan knows nothing of: the numbers after it would be wrong
+                return False  # a frame that is not in the plan: later numbers would be wrong
             wanted = packet is not None and shown and packet.pts in targets
             if skips:
-                # "Unreferenced" frames may be left out on the way; asked for themselves, they are decoded.
+                # Frames that no other frame refers to are skipped, unless they are wanted themselves.
                 context.skip_frame = "DEFAULT" if wanted else "NONREF"
             try:
                 frames = context.decode(packet)
                 to_send -= wanted
                 if not to_send and packet is not None and targets.keys() - {frame.pts for frame in frames}:
-                    frames += context.decode(None)  # no need to feed it packets until it gives the last
+                    frames += context.decode(None)  # flushed, so that it needs no further packets
             except av.FFmpegError as error:
                 if lacks_memory(error):
                     raise
                 return False
             for frame in frames:
                 if frame.pts is None or (frame.is_corrupt and frame.pts >= plan.keyframes[start][0]):
-                    return False  # how damage is patched up depends on all that was decoded before
+                    return False  # the concealment of damage depends on all earlier frames
                 if frame.pts in targets:
                     yield targets.pop(frame.pts), frame
             if packet is None:
@@ -193,7 +196,7 @@ def _among(times: Sequence[int], time: int | None) -> bool:
 
 
 def _packets_from(container: InputContainer, stream: VideoStream, plan: Plan, start: int) -> Iterator[av.Packet]:
-    """Packets from this keyframe on. None at all if the container cannot be brought there."""
+    """The packets from this keyframe on. No packets if the container cannot seek there."""
     order = {pts: number for number, (pts, _) in enumerate(plan.keyframes)}
     target = plan.keyframes[start][0]
     # Some containers seek by presentation time, some by decoding time.

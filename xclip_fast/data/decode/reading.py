@@ -1,7 +1,7 @@
-"""Opening one video file and reading its packets and frames, within stated bounds.
+"""Opens one video file and reads its packets and frames, within fixed limits.
 
-FFmpeg reads through `File`, so that a failed read (a broken disk, a network share that went away) is never taken for
-the end of the file. FFmpeg is given one open file and a list of formats: it opens no other file and no network address.
+FFmpeg reads through `File`, so a failed read (a broken disk, a lost network share) is never taken for the end of the
+file. FFmpeg gets one open file and a list of formats. It opens no other file and no network address.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("xclip_fast.data.decode")
 
-# FFmpeg's demuxers that read one file and open nothing else. Pictures are among them, so that an error can name them.
+# FFmpeg's demuxers that read one file and open nothing else. Pictures are among them, for a better error.
 _FORMATS = (
     "3dostr,amv,apng,asf,av1,avi,avs2,avs3,cavsvideo,dirac,dv,evc,flv,gif,gxf,h261,h263,h264,hevc,ingenient,ipu,"
     "ivf,live_flv,m4v,matroska,mjpeg,mjpeg_2000,mov,mpeg,mpegts,mpegtsraw,mpegvideo,mpjpeg,mxf,nsv,nut,nuv,obu,ogg,rm,"
@@ -50,20 +50,20 @@ RETRIES = (0.1, 0.4, 1.0)  # seconds to wait before each new try
 
 
 class VideoError(ValueError):
-    """A video file that cannot be used. One line: the file and what is wrong with it."""
+    """A video file that cannot be used. The message is one line: the file and the reason."""
 
 
 class ReadError(VideoError):
-    """A file that could not be read this time: an I/O error or lack of memory. It tells nothing about the video."""
+    """A file that could not be read this time: a read error or too little memory. The video itself may be good."""
 
 
 @dataclass(frozen=True)
 class Source:
     """The place of a video: a file, or with `offset` and `size` (bytes) a member of an uncompressed tar file.
 
-    `plan`: one made before (`probe`), to save reading all packets. `size` without `offset` is the size the file had
-    then; if it has another now, or does not behave as planned, it is planned anew. Give it: without, an mp4 is known by
-    its index, but of other containers a changed file of equal timing would pass, with the frames of those times.
+    `plan`: an earlier plan (`probe`), which saves reading all packets. `size` without `offset` is the file's size at
+    that time. If the size has changed, or the file does not follow the plan, a new plan is made. Give the size: without
+    it, an mp4 is checked by its index, but a changed file of another container with the same times is not noticed.
     """
 
     path: str
@@ -72,7 +72,7 @@ class Source:
     plan: Plan | None = field(default=None, repr=False)
 
     def __str__(self) -> str:
-        """For people: unprintable characters escaped, so that it fits on a line and any terminal."""
+        """The name for people, on one line, with unprintable characters escaped."""
         name = plain(self.path)
         return name if self.offset is None else f"{name} (byte {self.offset})"
 
@@ -90,7 +90,7 @@ _DEFAULTS = {
 
 
 def limit(name: str) -> int:
-    """The bound of this name: the environment variable, or its default. Raises ValueError for a value below 1."""
+    """The limit of this name: the environment variable or its default. Raises ValueError for a value below 1."""
     given = os.environ.get(name, "").strip()
     if not given:
         return _DEFAULTS[name]
@@ -103,23 +103,23 @@ def too_slow(source: Source | str) -> VideoError:
     """The error of a file whose decoding hangs."""
     seconds = limit("XCLIP_FAST_MAX_SECONDS")
     return VideoError(
-        f"{source}: decoding did not go on for {seconds} seconds; the environment variable XCLIP_FAST_MAX_SECONDS "
+        f"{source}: decoding did not advance for {seconds} seconds; the environment variable XCLIP_FAST_MAX_SECONDS "
         "allows more"
     )
 
 
 class File:
-    """The bytes of a source, for FFmpeg to read. `error` is the first read that failed for good, or None.
+    """The bytes of a source, which FFmpeg reads. `error` is the first read error that retries did not mend, or None.
 
     Raises VideoError for a source that is not a regular file with bytes in it, and ReadError if it cannot be opened.
     """
 
     def __init__(self, source: Source) -> None:
-        self.name = f"file:{source.path}"  # a suffix helps FFmpeg to tell formats apart
+        self.name = f"file:{source.path}"  # the suffix helps FFmpeg to find the format
         self.error: OSError | None = None
         self._source, self._at, self._descriptor = source, 0, -1
         if "\0" in source.path:
-            raise VideoError(f"{source}: no file can have this name")
+            raise VideoError(f"{source}: is not a possible file name")
         try:
             status = self._open()
         except (FileNotFoundError, NotADirectoryError):
@@ -151,12 +151,12 @@ class File:
         return os.fstat(descriptor)
 
     def _check_member(self, source: Source, length: int) -> None:
-        """Refuses a tar member that is no longer where it was."""
+        """Refuses a tar member that has moved."""
         if source.size is None or source.offset is None or source.offset < 0 or source.size < 0:
             raise ValueError(f"{source}: a member of a tar file needs an offset and a size; got size {source.size}")
         if source.offset + source.size > length:
             raise VideoError(
-                f"{source}: the tar file ends before this member does; it is cut off, or changed: index it again"
+                f"{source}: the tar file ends before this member; it is cut off or has changed. Index it again"
             )
         try:
             self._start, self._length = max(0, source.offset - 512), 512
@@ -164,14 +164,16 @@ class File:
         except OSError as error:
             raise ReadError(f"{source}: cannot be read ({error.strerror})") from error
         self._at = 0
-        digits = header[124:136].strip(b"\0 ")  # octal; other forms, for huge members, are taken as they are
+        digits = header[124:136].strip(b"\0 ")  # octal; other forms, for huge members, are not checked
         if header[257:262] == b"ustar" and digits.isdigit() and int(digits, 8) != source.size:
-            raise VideoError(f"{source}: the tar file has another member in this place; it has changed: index it again")
+            raise VideoError(
+                f"{source}: the tar file has another member at this place, so it has changed. Index it again"
+            )
 
     def read(self, count: int) -> bytes:
-        """Up to `count` bytes; none at the end. Passing errors are tried again, the file opened anew each time."""
+        """Up to `count` bytes; none at the end. After a passing error the file is opened and read again."""
         count = min(count, self._length - self._at)
-        if count <= 0 or self.error is not None:  # the first failure is told once
+        if count <= 0 or self.error is not None:  # the first failure is reported once
             return b""
         for wait in (*RETRIES, None):
             try:
@@ -208,15 +210,15 @@ class File:
 
 
 def _refuse(url: str, flags: int, options: dict[str, Any]) -> Any:
-    raise PermissionError(errno.EACCES, "it names other files, and they are not opened", url)
+    raise PermissionError(errno.EACCES, "it refers to other files, which are not opened", url)
 
 
 @contextmanager
 def open_video(path: str | os.PathLike[str] | Source, threads: int = 1) -> Iterator[tuple[InputContainer, VideoStream]]:
     """The container and its video stream.
 
-    Every error of FFmpeg or of the file inside leaves as a VideoError. A read that failed, whatever FFmpeg made of it,
-    is a ReadError; so is a lack of memory.
+    Every error of FFmpeg or of the file in the block becomes a VideoError. A failed read becomes a ReadError, whatever
+    error FFmpeg raises for it. So does a lack of memory.
     """
     source = as_source(path)
     file = File(source)
@@ -238,10 +240,10 @@ def open_video(path: str | os.PathLike[str] | Source, threads: int = 1) -> Itera
 @contextmanager
 def _opened(source: Source, file: File) -> Iterator[InputContainer]:
     options = {"protocol_whitelist": "none", "format_whitelist": _FORMATS, "fflags": "+discardcorrupt"}
-    # While it looks for the streams, FFmpeg may decode a frame.
+    # FFmpeg may decode a frame while it looks for the streams.
     options["max_pixels"] = str(limit("XCLIP_FAST_MAX_PIXELS"))
     try:
-        # Titles are in any encoding.
+        # Titles may be in any encoding.
         container: Any = av.open(
             file, "r", options=options, metadata_errors="replace", buffer_size=_BUFFER, io_open=_refuse
         )
@@ -250,7 +252,7 @@ def _opened(source: Source, file: File) -> Iterator[InputContainer]:
             raise
         why = reason(error)
         if isinstance(error, av.error.ArgumentError):
-            why = "its format holds no video, or names other files"
+            why = "its format holds no video, or refers to other files"
         raise VideoError(f"{source}: cannot be opened as a video ({why})") from error
     try:
         yield container
@@ -275,7 +277,7 @@ def _video_stream(source: Source, file: File, container: InputContainer, threads
     most = limit("XCLIP_FAST_MAX_PIXELS")
     if context.width * context.height > most:
         raise VideoError(
-            f"{source}: a frame has {context.width}x{context.height} pixels, more than the {most} that are decoded; "
+            f"{source}: a frame has {context.width}x{context.height} pixels, more than the limit of {most}; "
             "the environment variable XCLIP_FAST_MAX_PIXELS allows more"
         )
     context.options = {"max_pixels": str(most)}
@@ -289,18 +291,18 @@ def no_frame(source: Source, stream: VideoStream) -> VideoError:
     """The error of a video that gives no frame."""
     context = stream.codec_context
     why = context.codec.canonical_name
-    if not context.width * context.height:  # FFmpeg keeps no size that is above the limit
+    if not context.width * context.height:  # FFmpeg drops a size above the limit
         why += (
-            f"; its picture size is missing, or above {limit('XCLIP_FAST_MAX_PIXELS')} pixels, which the environment "
-            "variable XCLIP_FAST_MAX_PIXELS raises"
+            f"; its picture size is missing, or above the limit of {limit('XCLIP_FAST_MAX_PIXELS')} pixels; the "
+            "environment variable XCLIP_FAST_MAX_PIXELS allows more"
         )
     return VideoError(f"{source}: no frame can be decoded ({why})")
 
 
 def is_picture(container: InputContainer) -> bool:
-    """True for formats of still pictures. FFmpeg plays them as videos of one frame."""
+    """Whether the format is one of still pictures. FFmpeg plays them as videos of one frame."""
     name = container.format.name
-    still = container.metadata.get("major_brand") in ("avif", "heic", "heix", "mif1")  # they share MP4's form
+    still = container.metadata.get("major_brand") in ("avif", "heic", "heix", "mif1")  # they look like MP4
     return still or name == "image2" or name.endswith("_pipe")
 
 
@@ -311,7 +313,7 @@ def _is_animated_webp(file: File) -> bool:
 
 
 def reason(error: BaseException) -> str:
-    """FFmpeg's own words, without number and file name."""
+    """FFmpeg's message, without number and file name."""
     return getattr(error, "strerror", None) or str(error)
 
 
@@ -320,7 +322,7 @@ def lacks_memory(error: BaseException) -> bool:
 
 
 def packets_of(container: InputContainer, stream: VideoStream) -> Iterator[av.Packet]:
-    """The stream's packets up to the end of the file, or to where it cannot be read further."""
+    """The stream's packets, up to the end of the file or to a place that cannot be read."""
     packets = container.demux(stream)
     try:
         while True:
@@ -331,17 +333,17 @@ def packets_of(container: InputContainer, stream: VideoStream) -> Iterator[av.Pa
             except av.FFmpegError as error:
                 if lacks_memory(error):
                     raise
-                log.warning("%s: %s; using the frames before that", name_of(container), reason(error))
+                log.warning("%s: %s; the frames before that are used", name_of(container), reason(error))
                 return
             if packet.size:  # PyAV ends with an empty packet
                 progress()
                 yield packet
     finally:
-        packets.close()  # type: ignore[attr-defined]  # left to the garbage collector, PyAV leaks 150 bytes
+        packets.close()  # type: ignore[attr-defined]  # without this PyAV leaks 150 bytes
 
 
 def all_frames(container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
-    """Every frame, by decoding from end to end. A packet that fails to decode is passed over.
+    """Every frame of the file, in order. A packet that fails to decode is skipped.
 
     Raises VideoError if no frame comes out of XCLIP_FAST_MAX_LEADING_PACKETS packets.
     """

@@ -1,19 +1,19 @@
-"""When the frames of a video are shown, where its own times do not just rise."""
+"""The times of a video's frames, also if the times in the file are missing or go backwards."""
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
 
-_REORDER = 32  # frames: more than any codec shows out of order
+_REORDER = 32  # frames; no codec reorders more
 
 
 def frame_times(given: Sequence[int | None], step: int) -> list[int]:
-    """When each frame is shown, from 0 at the first, each later than the one before.
+    """The time of each frame, from 0 at the first, always rising.
 
-    `given`: the frames' times in the order of display; None for unknown: `step` after the one before (some AVI files,
-    bare streams). AVI keeps no times of display, so that those of B frames go back and forth: they are sorted. Where a
-    clock was really set back (joined recordings), the times go on from there.
+    `given`: the times of the frames in order of display. None is an unknown time (some AVI files, bare streams); it
+    becomes `step` after the previous one. AVI keeps no display times, so those of B frames go back and forth; they are
+    sorted. If the clock was really set back (joined recordings), the times go on from the last one.
     """
     filled: list[int] = []
     for time in given:
@@ -37,7 +37,7 @@ def frame_times(given: Sequence[int | None], step: int) -> list[int]:
 
 
 def _is_restart(times: Sequence[int], start: int, place: int, latest: int, step: int) -> bool:
-    """True if the clock was set back at `place`: further than B frames go, or to times that are taken already."""
+    """Whether the clock was set back at `place`: further than B frames go, or to times that are already taken."""
     if latest - times[place] > _REORDER * step:
         return True
     ahead = times[place : place + _REORDER]

@@ -17,14 +17,14 @@ if TYPE_CHECKING:  # plan imports PyAV, which a manifest can do without
 
 @dataclass(frozen=True, slots=True)
 class Video:
-    """One row: a video file, or a member of a tar shard, and what is known of it.
+    """One row: the facts about a video file or a member of a tar shard.
 
-    `path` is relative to the manifest's root, with "/" between folders; for a member of a tar it is the shard's, and
-    `member` and `offset` (bytes) say where in the shard. `size` is in bytes (the member's, in a shard); `mtime_ns` is
-    the file's. `label` counts in the manifest's classes, None where unknown. `width` and `height` are as displayed,
-    after `rotation` (degrees clockwise); `duration` is in seconds; `fps` is the average; `colorspace` is FFmpeg's
-    number (1: BT.709, 2: not stated); `interlaced`: a frame holds two fields. `packed` is the decoding plan,
-    compressed; `plan` gives it. With an `error` (one line) the rest may be missing.
+    `path` is relative to the manifest's root, with "/" between folders. For a member of a tar it is the path of the
+    shard; `member` and `offset` (bytes) give the place in it. `size` is in bytes (of the member, in a shard);
+    `mtime_ns` is the file's. `label` is an index into the manifest's classes, or None. `width` and `height` are as
+    displayed, after `rotation` (degrees clockwise); `duration` is in seconds; `fps` is the average; `colorspace` is
+    FFmpeg's number (1: BT.709, 2: not stated); `interlaced`: a frame holds two fields. `packed` is the compressed
+    decoding plan; `plan` unpacks it. A row with an `error` (one line) may lack the other facts.
     """
 
     path: str
@@ -48,7 +48,7 @@ class Video:
 
     @property
     def plan(self) -> Plan | None:
-        """The decoding plan, or None if the file must be decoded from end to end.
+        """The decoding plan, or None if the whole file must be decoded.
 
         Raises DamagedPlan.
         """
@@ -65,7 +65,7 @@ def one_line(reason: str) -> str:
 
 
 def pack_plan(plan: Plan) -> str:
-    """A plan as a short string: differences, which mostly repeat, compressed. 300 frames take about 100 characters."""
+    """A plan as a short string of compressed differences. 300 frames take about 100 characters."""
     numbers = [len(plan.pts), len(plan.keyframes)]
     keys, decoded = [key for key, _ in plan.keyframes], [dts - key for key, dts in plan.keyframes]
     columns = [np.diff(np.array(column, np.int64), prepend=0) for column in (plan.pts, plan.start, keys, decoded)]
@@ -74,7 +74,7 @@ def pack_plan(plan: Plan) -> str:
 
 
 _LONGEST_PLAN = 2**23
-"""Frames, and keyframes, of a stored plan at most: 77 hours at 30 a second, 134 MB."""
+"""The most frames, and keyframes, of a stored plan: 77 hours at 30 a second, 134 MB."""
 
 
 class DamagedPlan(ValueError):
@@ -82,9 +82,9 @@ class DamagedPlan(ValueError):
 
 
 def unpack_plan(packed: str, frames: int | None = None) -> Plan:
-    """The plan that `pack_plan` packed, of `frames` frames if the number is known. Raises DamagedPlan for another.
+    """The plan from the string of `pack_plan`. `frames`: its number of frames, if known. Raises DamagedPlan.
 
-    A few bytes may unpack to gigabytes: no more is unpacked than the plan's length says, up to 2**23 frames.
+    A few bytes may unpack to gigabytes. No more is unpacked than the stated length, up to 2**23 frames.
     """
     from .plan import Plan
 
@@ -92,10 +92,10 @@ def unpack_plan(packed: str, frames: int | None = None) -> Plan:
         data = base64.b64decode(packed, validate=True)
         stated = np.frombuffer(zlib.decompressobj().decompress(data, 16), "<i8")
         if len(stated) != 2 or not all(0 < number <= _LONGEST_PLAN for number in stated.tolist()):
-            raise ValueError("the length it states cannot be")
+            raise ValueError("it states an impossible length")
         count, keys = stated.tolist()
         if frames not in (None, count):
-            raise ValueError(f"it is of {count} frames, and the video has {frames}")
+            raise ValueError(f"it has {count} frames, and the video has {frames}")
         length = 8 * (2 + 2 * count + 2 * keys)
         whole = zlib.decompressobj()
         numbers = np.frombuffer(whole.decompress(data, length + 1), np.uint8)
@@ -104,7 +104,7 @@ def unpack_plan(packed: str, frames: int | None = None) -> Plan:
         columns = np.split(numbers.view("<i8")[2:], [count, 2 * count, 2 * count + keys])
         pts, start, key, dts = (column.cumsum() for column in columns)
         if start.min() < 0 or start.max() >= keys or (np.diff(pts) <= 0).any():
-            raise ValueError("its numbers cannot be")
+            raise ValueError("it holds impossible numbers")
     except (ValueError, zlib.error) as error:
         raise DamagedPlan(f"its decoding plan in the manifest is damaged ({error}); index again") from error
     return Plan(pts.tolist(), start.tolist(), list(zip(key.tolist(), (key + dts).tolist(), strict=True)))

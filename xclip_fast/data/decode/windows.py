@@ -1,7 +1,7 @@
-"""Parts of videos by time: one span of a video, or windows that slide over all of it.
+"""Parts of videos by time: one span of a video, or windows that slide over the whole video.
 
-A film of any length is planned once and decoded in one pass. Each frame is decoded once, however many windows show it,
-and only the frames of the windows that are not complete yet are held.
+A film of any length is planned once and decoded in one pass. Each frame is decoded once, also if several windows show
+it. Only the frames of incomplete windows are kept in memory.
 
 Times are seconds from the first frame.
 """
@@ -30,9 +30,9 @@ from .reading import Source, VideoError, all_frames, as_source, log, no_frame, o
 Video = str | os.PathLike[str] | Source
 
 Span = tuple[float, float]
-"""(start, end) in seconds; the frames with start <= time < end."""
+"""(start, end) in seconds: the frames with start <= time < end."""
 
-_ROUNDING = 1e-4  # seconds: a frame this much before a span's start or end counts as at it
+_ROUNDING = 1e-4  # seconds; a frame this little before a span's start or end counts as at it
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,9 +59,9 @@ def decode_windows(
     """Windows of `window` seconds, one every `stride` seconds (default: half a window), in order of time.
 
     A video of at most `whole_below` seconds (default: `window`) is one window. The last window ends with the video and
-    may be shorter. `frames`, `sampling`, `size` and `threads` are those of `decode`, for each window by itself;
-    `frame_stride` is its `stride`. Memory does not grow with the video's length, except for the
-    list of frame times (about 100 bytes a frame).
+    may be shorter. `frames`, `sampling`, `size` and `threads` are those of `decode`, for each window; `frame_stride` is
+    its `stride`. Memory does not grow with the video's length, except for the list of frame times (about 100 bytes for
+    each frame).
 
     Raises ValueError for a window or stride that is not positive, and VideoError for a bad file.
     """
@@ -82,11 +82,11 @@ def decode_span(
     """One part of a video, as `decode` describes it. `options` are those of `decode_spans`."""
     begin = 0.0 if start is None else start
     if not 0 <= begin < (math.inf if end is None else end):
-        raise ValueError(f"start is {start} and end is {end} seconds; wanted: 0 <= start < end")
+        raise ValueError(f"start is {start} and end is {end} seconds; 0 <= start < end wanted")
 
     def spans(duration: float) -> list[Span]:
         if begin >= duration:
-            raise VideoError(f"{source}: lasts {duration:.3f} seconds; the start asked for is {begin:g}")
+            raise VideoError(f"{source}: lasts {duration:.3f} seconds, and the start is {begin:g}")
         return [(begin, duration if end is None else min(end, duration))]
 
     parts = decode_spans(source, spans, frames, sampling, **options)
@@ -97,7 +97,7 @@ def decode_span(
 
 
 def check_windows(window: float, stride: float, whole_below: float) -> None:
-    """Raises ValueError unless these can cut a video into windows."""
+    """Raises ValueError if a video cannot be cut into windows of these values."""
     for name, value in (("window", window), ("stride", stride)):
         if not 0 < value < math.inf:
             raise ValueError(f"{name} is {value} seconds; it must be positive")
@@ -126,9 +126,9 @@ def decode_spans(
     rng: np.random.Generator | None = None,
     threads: int = 1,
 ) -> Generator[Window, None, None]:
-    """The parts of a video that `spans(duration in seconds)` names, sorted by time.
+    """The parts of a video in `spans(duration in seconds)`, which are sorted by time.
 
-    A span without a frame of its own shows the frame before it. Raises VideoError.
+    A span without a frame shows the frame before it. Raises VideoError.
     """
     job = _Job(source, spans, frames, sampling, size, stride, rng)
     if source.plan is not None:
@@ -142,7 +142,7 @@ def decode_spans(
         if plan is not None and plan != source.plan and (yield from job.by_plan(container, stream, plan)):
             return
     if plan is not None:
-        log.info("%s: seeking did not give the frames its packets promise; decoding it from end to end", source)
+        log.info("%s: seeking did not give the frames of its packets; decoding the whole file", source)
     with open_video(source, threads) as (container, stream):
         rate = float(stream.average_rate or 25)
         base = float(stream.time_base or 0)
@@ -157,7 +157,7 @@ def decode_spans(
 
 
 class _Job:
-    """Which windows of one video are wanted, and how many have been given out already."""
+    """The wanted windows of one video, and the number of those that have been yielded."""
 
     def __init__(
         self,
@@ -173,12 +173,12 @@ class _Job:
         self.frames, self.sampling, self.size, self.stride = frames, sampling, size, stride
         self.test = TestTransform(frames, size, sampling=sampling, stride=stride)
         self.state = rng.bit_generator.state if rng is not None else {}
-        self.given = 0  # after a plan failed on the way, these are not given again
+        self.given = 0  # after a failed plan, these are not yielded again
 
     def wanted(self, times: np.ndarray) -> list[tuple[Span, np.ndarray]]:
         """The spans with the frame numbers (T,) of each."""
         if self.rng is not None:
-            self.rng.bit_generator.state = self.state  # asked again, it draws the same
+            self.rng.bit_generator.state = self.state  # called again, it draws the same
         times = times - times[0]
         interval = times[-1] / (len(times) - 1) if len(times) > 1 and times[-1] > 0 else 0.04
         found = []
@@ -193,7 +193,7 @@ class _Job:
         return found
 
     def by_plan(self, container: InputContainer, stream: VideoStream, plan: Plan) -> Generator[Window, None, bool]:
-        """Returns False if the file does not behave as planned."""
+        """Returns False if the file does not follow the plan."""
         times = np.array(plan.pts, np.float64) * float(stream.time_base or 0)
         wanted = self.wanted(times)[self.given :]
         numbers = sorted({int(number) for _, each in wanted for number in each})
@@ -207,7 +207,7 @@ class _Job:
         return worked != [False]
 
     def emit(self, times: np.ndarray, frames: Iterable[tuple[int, VideoFrame]]) -> Iterator[Window]:
-        """Gives the windows of frames that come with their numbers, from the first one on."""
+        """The windows from numbered frames that begin with the first frame."""
         wanted = self.wanted(times)[self.given :]
         numbers = {int(number) for _, each in wanted for number in each}
         yield from self._windows(wanted, ((number, frame) for number, frame in frames if number in numbers))

@@ -1,4 +1,4 @@
-"""The output of a loader: batches, and a report of the videos that came and those that could not be read.
+"""The output of a loader: batches, and a report of delivered and unreadable videos.
 
 Sizes: B videos, V views, T frames, S pixels a side.
 """
@@ -14,8 +14,11 @@ _SHOWN = 10  # bad videos listed in a summary or an error
 
 
 class Batch(NamedTuple):
-    """frames: uint8 (B, T, S, S, 3), or (B, V, T, S, S, 3) of a transform with several views, RGB. labels: int64 (B,),
-    -1 where unknown. samples: int64 (B,), rows of the manifest. B may be 0."""
+    """One batch. B may be 0.
+
+    frames: uint8 (B, T, S, S, 3), RGB; (B, V, T, S, S, 3) if the transform has several views. labels: int64 (B,), -1
+    if unknown. samples: int64 (B,), rows of the manifest.
+    """
 
     frames: torch.Tensor
     labels: torch.Tensor
@@ -23,16 +26,16 @@ class Batch(NamedTuple):
 
 
 class DataError(ValueError):
-    """Too much of the data cannot be used."""
+    """Too many videos cannot be read."""
 
 
 @dataclass
 class Report:
-    """The outcome of an epoch, on one rank.
+    """The outcome of an epoch on one rank.
 
-    `total`: the videos that should have come, those that the index knows to be bad included; all ranks' add up to the
-    manifest's rows. `delivered`: those that did, up to now. `bad`: row -> reason, of the whole manifest as far as this
-    rank knows; it stays from epoch to epoch. `names`: row -> file, of the bad ones.
+    `total`: this rank's videos, with those that the index lists as bad. The totals of all ranks add up to the rows of
+    the manifest. `delivered`: the videos delivered so far. `bad`: row -> reason, for every bad video that this rank
+    knows; it is kept from epoch to epoch. `names`: row -> file, for the bad videos.
     """
 
     total: int
@@ -41,7 +44,7 @@ class Report:
     names: dict[int, str] = field(default_factory=dict)
 
     def summary(self) -> str:
-        """ "n of m videos", and which could not be read."""
+        """ "n of m videos", and the unreadable ones by name."""
         text = f"{self.delivered} of {self.total} videos"
         if self.bad:
             text += f"; {len(self.bad)} could not be read: {self.listed()}"

@@ -1,13 +1,12 @@
 """Decoded videos kept on disk, so that a small data set is decoded once.
 
-Each video is one `.npy` file of all its frames, uint8 (F, H, W, 3), full size, read by memory mapping: a view touches
-only the frames it needs. A CRC-32 of each frame stands behind them. Each process checks a frame when it first reads it;
-a file with a wrong frame is thrown away and made again. The file's name is a hash of what identifies the content: the
-video's path, its place in a tar shard, its size and time of change now (not when it was indexed), and the version of
-the decoder.
+Each video is one `.npy` file of all its frames, uint8 (F, H, W, 3), full size, read by memory mapping: a view reads
+only the frames it needs. A CRC-32 of each frame follows the frames. Each process checks a frame when it first reads it.
+A file with a wrong frame is deleted and made again. The name of the file is a hash of the video's path, its place in a
+tar shard, its present size and time of change (not those in the index), and the version of the decoder.
 
-Files are written under another name and then renamed, so several processes may fill one folder. They may pass its limit
-by one video each, because they look at what is there only every few seconds.
+Files are written under another name and then renamed, so several processes may fill one folder. Each process looks at
+the folder's size only every few seconds, so each may exceed the limit by one video.
 """
 
 from __future__ import annotations
@@ -32,19 +31,19 @@ if TYPE_CHECKING:
     from ..decode.video import Video
     from ..transforms import View
 
-_CHUNK = 2**26  # bytes of frames decoded at a time
-_LARGEST = 2**30  # bytes of one decoded video; a longer one would take minutes before its first frame is seen
-_PIXELS = 2  # raised whenever the decoder comes to give other pixels
+_CHUNK = 2**26  # bytes of frames that are decoded at once
+_LARGEST = 2**30  # bytes of one decoded video; a larger one would take minutes until its first frame
+_PIXELS = 2  # version; it grows when the decoder gives other pixels
 _LOOK_EVERY = 10.0  # seconds between two looks at the size of the folder
-_STALE = 3600.0  # seconds after which an unfinished file was left by a process that was killed
+_STALE = 3600.0  # seconds; an older unfinished file belongs to a killed process
 
 
 class FrameCache:
     """A folder of decoded videos that holds at most `limit` bytes.
 
-    The default limit is what the folder holds already and half of what is free on its disk. Once it is full, videos
-    that are not in it are decoded as without it; none is thrown out (every epoch wants all of them, so no choice would
-    be better than those that came first). `notes` collects what a person should know, each once.
+    The default limit is the present size of the folder plus half of the free space on its disk. If the cache is full,
+    other videos are decoded every time. No video is evicted: every epoch reads all of them, so none is a better choice
+    than the first ones. `notes` collects messages for people, each once.
     """
 
     def __init__(self, folder: str | os.PathLike[str], limit: int | None = None) -> None:
@@ -59,17 +58,17 @@ class FrameCache:
         self.limit = limit
         self.notes: list[str] = []
         self._told: set[str] = set()
-        self._cannot: set[str] = set()  # what cannot be decoded from end to end; some of its frames may be
+        self._cannot: set[str] = set()  # files of videos that cannot be decoded to their end
         self._broken = False
-        self._checked: dict[str, np.ndarray] = {}  # by file: which frames were found right, bool (F,)
+        self._checked: dict[str, np.ndarray] = {}  # by file: frames whose checksum is right, bool (F,)
 
     def __reduce__(self) -> tuple[type[FrameCache], tuple[str, int]]:
         return FrameCache, (os.fspath(self.folder), self.limit)
 
     def decode_views(self, source: Source, views: Sequence[View], *, video: Video, out: np.ndarray) -> None:
-        """`decode.decode_views` with the same pixels, from the cache where the video is in it or still fits.
+        """The same pixels as `decode.decode_views`, from the cache if the video is in it or still fits.
 
-        `video`: what the manifest knows of the source. Raises VideoError.
+        `video`: the source's row of the manifest. Raises VideoError.
         """
         from ..decode.decoder import decode_views
         from ..transforms import apply
@@ -82,10 +81,10 @@ class FrameCache:
             apply(view, frames[view.frames], out_TSSC)
 
     def _frames(self, source: Source, video: Video) -> np.memmap | None:
-        """All frames of the video, (F, H, W, 3), mapped from the cache; None if they are not to be had from it."""
+        """All frames of the video, (F, H, W, 3), mapped from the cache; None if the cache does not have them."""
         try:
             path = self.folder / f"{_key(source)}.npy"
-        except OSError:  # no such file: the decoder knows best what to say
+        except OSError:  # no such file: the decoder has the better error
             return None
         shape = (video.frames, video.height, video.width, 3)
         stored = _mapped(path, shape)
@@ -98,12 +97,12 @@ class FrameCache:
         return None
 
     def _sound(self, frames: np.memmap, numbers: np.ndarray) -> bool:
-        """True if these frames are as they were written. If not, the file is removed."""
+        """Whether these frames have their checksums. If not, the file is removed."""
         path = Path(str(frames.filename))
         checked = self._checked.setdefault(path.name, np.zeros(len(frames), bool))
         try:
             sums = np.fromfile(path, "<u4", offset=int(frames.offset) + frames.size)
-        except OSError:  # another process has just thrown it away
+        except OSError:  # another process has just deleted it
             return False
         for number in np.unique(numbers[~checked[numbers]]).tolist():
             if zlib.crc32(frames[number]) != sums[number]:
@@ -124,13 +123,13 @@ class FrameCache:
                 self._used, self._looked = self._look(), time.monotonic()
             if self._used + size > self.limit:
                 self._note("full", f"{self.folder}: the cache is full ({self.limit / 2**30:.2f} GiB); other videos are "
-                           "decoded every time. Give it more (cache_bytes) or empty it")  # fmt: skip
+                           "decoded every time. Raise cache_bytes, or empty the folder")  # fmt: skip
                 return False
             self._used += size
             return True
 
     def _write(self, path: Path, source: Source, shape: tuple[int, ...]) -> bool:
-        """Decode the whole video into this file. False if it cannot be decoded as the manifest says, or written."""
+        """Decodes the whole video into this file. False if decoding does not match the manifest, or writing fails."""
         from ..decode.decoder import VideoError, decode_frames
 
         part = path.with_name(f".{path.stem}.{os.getpid()}.{threading.get_ident()}.part")
@@ -156,14 +155,14 @@ class FrameCache:
             return True
         except OSError as error:
             self._broken = True
-            self._note("broken", f"{self.folder}: cannot be written to ({error.strerror or error}); going on without")
+            self._note("broken", f"{self.folder}: cannot be written to ({error.strerror or error}); the cache is off")
             return False
         finally:
             with contextlib.suppress(OSError):  # the disk's fault, not the video's
                 part.unlink(missing_ok=True)
 
     def _look(self) -> int:
-        """The bytes in the folder. Leftovers of processes that were killed are removed."""
+        """The bytes in the folder. Files that killed processes left are removed."""
         used = 0
         with os.scandir(self.folder) as entries:
             for entry in entries:
@@ -199,7 +198,7 @@ def _header(shape: tuple[int, ...]) -> bytes:
 
 
 def _mapped(path: Path, shape: tuple[int, ...]) -> np.memmap | None:
-    """The array in this file, or None if it isn't there, isn't whole or isn't this one."""
+    """The array in this file, or None if the file is missing, incomplete or of another shape."""
     # Not np.load: it parses the header as Python, which several threads at once cannot do under Python 3.11.
     header = _header(shape)
     try:

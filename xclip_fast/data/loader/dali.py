@@ -1,10 +1,9 @@
 """Batches decoded and cropped on the GPU with NVIDIA DALI 2: H.264 and HEVC by the decoder chip, the rest by kernels.
 
-DALI decodes the videos that it is known to decode correctly; `supported` gives the reason for each other one. Those
-videos, and the ones of a run that failed, are decoded on the CPU by `decode_views` and take their places in the batch.
-So the samples, their order, frames, boxes, mirrors and colors are those of the CPU path. The pixels of DALI's CPU
-operators are within a level of it. NVDEC may enlarge the color planes in another way, which shows at sharp edges of
-color.
+DALI decodes only videos that it is known to decode correctly. `supported` gives the reason for the others: they are
+decoded on the CPU by `decode_views` and take their places in the batch, as do the videos of a failed run. So the
+samples, their order, frames, boxes, mirrors and colors are those of the CPU path. The pixels of DALI's CPU operators
+differ from it by at most one level. NVDEC may enlarge the color planes in another way, which shows at sharp edges.
 
 NVDEC conceals damage inside a file silently. The CPU path decodes such a file again from end to end.
 """
@@ -29,7 +28,7 @@ from ..decode.decoder import VideoError, decode_views
 from ..decode.video import DamagedPlan
 from ..manifest.manifest import Manifest
 from ..sampling import sample_rng
-from ..threads import Job, Threads
+from ..threads import Job, Threads, cores_of_rank
 from ..transforms import View
 from .batches import Batch
 from .dali_graph import inputs_of, make_pipeline, read_encoded
@@ -38,7 +37,7 @@ __all__ = ["Batch", "dali_batches", "missing", "supported"]
 
 log = logging.getLogger(__name__)
 
-_GIVE_UP = 5  # runs in a row that fail without a bad file among them: it is DALI that is broken then
+_GIVE_UP = 5  # failed runs in a row without a bad file: then DALI itself is broken
 
 
 class Transform(Protocol):
@@ -67,24 +66,23 @@ def dali_batches(
 ) -> Iterator[Batch]:
     """The batches of these rows of the manifest, in this order, decoded by DALI. `device="cpu"`: by its CPU operators.
 
-    `ahead` batches are under way while one is used; `streams` pipelines of `threads` decoders each take turns;
-    `workers` threads read files and decode what DALI cannot. A run of a pipeline holds at most `memory` bytes of
-    full-size frames; larger batches are split. `routes` keeps, from one epoch to the next, why a row is decoded on the
-    CPU (None: it is not). `exact_color`: BT.709 on the CPU, see `dali_graph`.
+    While one batch is used, `ahead` further ones are prepared. `streams` pipelines of `threads` decoders each take
+    turns. `workers` threads read files and decode the videos that DALI cannot. A run of a pipeline holds at most
+    `memory` bytes of full-size frames; larger batches are split. `routes` is kept from epoch to epoch: row -> the
+    reason for the CPU, or None for DALI. `exact_color`: BT.709 is decoded on the CPU, see `dali_graph`.
 
-    A video that cannot be decoded is left out of its batch and told to `on_bad(row, reason)`, which may raise to stop.
-    When a run fails, or does not end within `time_limit` seconds, its samples are decoded on the CPU; a hung pipeline
-    is left behind, and another one built. If none of the samples is to blame, they stay with the CPU from then on.
+    A video that cannot be decoded is left out of its batch and passed to `on_bad(row, reason)`, which may raise an
+    error to stop. If a run fails or takes longer than `time_limit` seconds, its samples are decoded on the CPU. A hung
+    pipeline is left behind and replaced. If all samples of a failed run are good, they stay on the CPU.
 
-    A batch may be DALI's own memory, taken over without a copy: it is freed when the tensor is and the device has
-    finished what was queued by then. Raises ImportError without DALI, and RuntimeError if DALI fails on good files.
+    A batch may be DALI's own memory without a copy. It is freed together with the tensor, after the device has finished
+    the work queued by then. Raises ImportError without DALI, and RuntimeError if DALI fails on good files.
     """
     require()
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    cores = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    cores = cores_of_rank()
     random = getattr(transform, "random", True)
     todo = deque(np.asarray(rows, np.int64) for rows in batches)
     like = transform.views(64, 64, 64, sample_rng(0, 0, 0) if random else None)
@@ -124,7 +122,7 @@ def dali_batches(
 
 @dataclass(eq=False)
 class _Sample:
-    """A row made ready: what DALI takes, or the views as decoded on the CPU, uint8 (V, T, S, S, 3)."""
+    """A prepared row: the inputs of DALI, or the views as decoded on the CPU, uint8 (V, T, S, S, 3)."""
 
     inputs: dict[str, np.ndarray] | None = None
     pixels_VTSSC: np.ndarray | None = None
@@ -132,7 +130,7 @@ class _Sample:
 
 @dataclass(eq=False)
 class _Pending:
-    """A batch under way: a job per row, and the runs of DALI as (places in the batch, job)."""
+    """A batch in preparation: a job for each row, and the runs of DALI as (places in the batch, job)."""
 
     rows: np.ndarray
     samples: list[Job]
@@ -160,7 +158,7 @@ class _Epoch:
     failures: int = 0
 
     def route(self, row: int, why: str) -> None:
-        """Note that the row goes to the CPU, and log the first of each kind of reason."""
+        """Send the row to the CPU. The first of each kind of reason is logged."""
         self.routes[row] = why
         kind = why.split(":")[0]
         level = logging.DEBUG if kind in self.kinds else logging.WARNING
@@ -168,7 +166,7 @@ class _Epoch:
         log.log(level, "%s: decoded on the CPU: %s", self.manifest.name(row), why)
 
     def begin(self, rows: np.ndarray) -> _Pending:
-        """Hand out the rows of a batch."""
+        """Start the jobs of a batch."""
         pending, room = _Pending(rows, []), self.memory
         groups: list[list[int]] = [[]]
         for place, row in enumerate(rows.tolist()):
@@ -210,8 +208,8 @@ class _Epoch:
                 why = container(encoded[:8].tobytes())
                 if why is None:
                     return _Sample(inputs_of(encoded, self.views(row), video.colorspace))
-            except OSError as error:  # the CPU decoder says what is wrong, if anything is
-                why = f"cannot be read as it was indexed: {error}"
+            except OSError as error:  # the CPU decoder has the better error, if the file is bad
+                why = f"has changed since it was indexed: {error}"
             self.route(row, why)
         return self.decode(row)
 
@@ -223,11 +221,11 @@ class _Epoch:
         return _Sample(pixels_VTSSC=decode_views(source, self.views(row)))
 
     def decode_when_ready(self, samples: list[Job]) -> Job:
-        """A job of the engines that is handed out when the last of these is done."""
+        """A job of the engines that starts when the last of these samples is ready."""
         left, lock = len(samples), threading.Lock()
 
         def decode(pipe: _Pipe) -> Any:
-            """The views of those samples that are for DALI: a DALI tensor (n, ...)."""
+            """The views of the samples that DALI decodes: a DALI tensor (n, ...)."""
             done = [None if job.future.exception() else job.future.result().inputs for job in samples]
             ready = [inputs for inputs in done if inputs is not None]
             return pipe.run({name: [inputs[name] for inputs in ready] for name in ready[0]}) if ready else None
@@ -247,7 +245,7 @@ class _Epoch:
         return job
 
     def finish(self, pending: _Pending) -> Batch:
-        """Wait for a batch, mend what failed, and put it together."""
+        """Wait for a batch, decode failed samples on the CPU, and assemble it."""
         bad: dict[int, str] = {}
         pixels: dict[int, np.ndarray] = {}
         parts: list[tuple[list[int], torch.Tensor]] = []
@@ -283,7 +281,7 @@ class _Epoch:
     ) -> None:
         """Decode the samples of a failed run on the CPU."""
         why = f"DALI failed: {_first_line(error)}"
-        log.warning("a run of %d videos is decoded on the CPU: %s", len(places), why)
+        log.warning("a batch of %d videos is decoded on the CPU: %s", len(places), why)
         rows = [int(pending.rows[place]) for place in places]
         jobs = [self.readers.submit(Job(partial(self.decode, row))) for row in rows]
         for place, job in zip(places, jobs, strict=True):
@@ -296,8 +294,8 @@ class _Epoch:
         self.failures += 1
         if self.failures >= _GIVE_UP:
             raise RuntimeError(
-                f"DALI failed {self.failures} times in a row on videos that the CPU decodes; load with decoder='cpu', "
-                f"or repair DALI. The last error: {error}"
+                f"DALI failed {self.failures} times in a row on videos that the CPU decodes; use decoder='cpu', or "
+                f"repair DALI. The last error: {error}"
             ) from error
 
     def assemble(
@@ -323,7 +321,7 @@ class _Epoch:
 
 
 def _first_line(error: Exception) -> str:
-    """DALI's reason alone, without the place in the graph and the advice."""
+    """DALI's reason, without the place in the graph and the advice."""
     text = str(error)
     _, found, rest = text.rpartition("encountered:")
     lines = (line.strip() for line in (rest if found else text).splitlines())
@@ -332,7 +330,7 @@ def _first_line(error: Exception) -> str:
 
 @dataclass
 class _Pipe:
-    """A pipeline that is built when first needed, and anew when it may be dead: when two runs of it failed in a row."""
+    """A pipeline. It is built when first needed, and again if two of its runs fail in a row: then it may be dead."""
 
     make: Callable[[], Any]
     pipeline: Any = None
@@ -349,7 +347,7 @@ class _Pipe:
                 result = self.pipeline.run(**inputs)[0].as_tensor()
                 self.failed = False
                 return result
-            except (RuntimeError, MemoryError):  # all that DALI raises for what happens in its operators
+            except (RuntimeError, MemoryError):  # the errors that DALI raises for its operators
                 if fresh or not self.failed:
                     self.failed = True
                     raise

@@ -1,9 +1,9 @@
 """The NVIDIA DALI 2 pipeline that decodes videos and cuts views.
 
-DALI (2.4) converts every video to RGB by the BT.601 matrix. For one that is tagged BT.709 a linear map of the result
-gives what its own matrix would have given, and is part of the sample's color matrix here. What the wrong matrix had
-cut off at 0 or 255 stays wrong: strongly saturated colors. Over all RGB colors the largest channel's error is 1 level
-in the middle and 8 at the 90th percentile (11 and 22 if nothing is done), 37 at worst.
+DALI (2.4) converts every video to RGB by the BT.601 matrix. For a video tagged BT.709, a linear map turns the result
+into that of its own matrix; the map is part of the sample's color matrix. Values that the wrong matrix cut off at 0 or
+255 stay wrong: those of strongly saturated colors. Over all RGB colors the largest channel's error has a median of 1
+level, a 90th percentile of 8 and a maximum of 37. Without the map the median is 11 and the 90th percentile 22.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ def _matrix(red: float, blue: float) -> np.ndarray:
     return np.array([[1, 0, r], [1, -b * blue / green, -r * red / green], [1, b, 0]])
 
 
-# RGB that was made with the BT.601 matrix to what BT.709 would have given; for full and limited range alike.
+# From RGB by the BT.601 matrix to RGB by the BT.709 matrix, for full and limited range alike.
 CORRECTION = _matrix(0.2126, 0.0722) @ np.linalg.inv(_matrix(0.299, 0.114))
 
 
 def color_of(view: View, colorspace: int) -> np.ndarray:
-    """float32 (3, 4): the view's color matrix on what DALI decodes."""
+    """float32 (3, 4): the color matrix of the view for frames as DALI decodes them."""
     color = np.eye(3, 4) if view.color is None else view.color.astype(np.float64)
     if colorspace == BT709:
         color = np.column_stack([color[:, :3] @ CORRECTION, color[:, 3]])
@@ -39,15 +39,15 @@ def color_of(view: View, colorspace: int) -> np.ndarray:
 
 
 def make_pipeline(*, views: int, size: int, batch_size: int, threads: int, device_id: int | None) -> Any:
-    """The DALI pipeline, not built yet. `device_id=None`: the same graph of CPU operators.
+    """The DALI pipeline, not built yet. `device_id=None`: the same graph with CPU operators.
 
-    Fed by `run(**inputs)` with a list of arrays per input, one array per sample (U: different frames of the sample):
+    `run(**inputs)` takes for each input a list with one array for each sample (U: different frames of the sample):
     encoded uint8 (bytes,), frames int32 (U,) ascending, order int32 (V, T) into those; start, shape and corner int32
     (V, 2) as (x, y); scaled float32 (V, 2) as (height, width); flip int32 (V,), color float32 (V, 3, 4).
-    Gives uint8 (T, S, S, 3) per sample, (V, T, S, S, 3) for V > 1.
+    The output is uint8 (T, S, S, 3) for each sample, (V, T, S, S, 3) for V > 1.
 
-    The union of all views' frames is decoded once, and each view is a branch: three crops of four clips would otherwise
-    decode and seek three times over.
+    The frames of all views are decoded once, and each view is a branch of the graph. Otherwise three crops of a clip
+    would decode it three times.
     """
     require()
     from nvidia.dali import fn, pipeline_def, types
@@ -57,7 +57,7 @@ def make_pipeline(*, views: int, size: int, batch_size: int, threads: int, devic
         num_threads=threads,
         device_id=device_id,
         prefetch_queue_depth=1,  # several pipelines run side by side instead
-        exec_dynamic=True,  # outputs are owned by whoever holds them, and a failed run does not end the pipeline
+        exec_dynamic=True,  # outputs belong to their holder, and a failed run does not end the pipeline
     )
     def graph() -> Any:
         encoded = fn.external_source(name="encoded", ndim=1, dtype=types.UINT8)
@@ -73,7 +73,7 @@ def make_pipeline(*, views: int, size: int, batch_size: int, threads: int, devic
             encoded,
             device="cpu" if device_id is None else "mixed",
             frames=frames,
-            pad_mode="none",  # a frame that is not there is an error, not a copy of another
+            pad_mode="none",  # a missing frame is an error, not a copy of another
             build_index=True,
             affine=False,  # pinned threads of several processes would share the first cores
         )
@@ -84,7 +84,7 @@ def make_pipeline(*, views: int, size: int, batch_size: int, threads: int, devic
             x = fn.resize(x, size=scaled[view], interp_type=types.INTERP_LINEAR, antialias=False, dtype=types.FLOAT)
             x = fn.slice(x, corner[view], [size, size], axis_names="WH")
             x = fn.flip(x, horizontal=flip[view])
-            # Rounded once, at the end: a rounding before the colors would be off by what they amplify.
+            # Rounded once, at the end: the colors would amplify an earlier rounding.
             done.append(fn.cast(fn.coord_transform(x, MT=color[view]), dtype=types.UINT8))
         return done[0] if views == 1 else fn.stack(*done, axis=0)
 
@@ -92,7 +92,7 @@ def make_pipeline(*, views: int, size: int, batch_size: int, threads: int, devic
 
 
 def inputs_of(encoded: np.ndarray, views: Sequence[View], colorspace: int) -> dict[str, np.ndarray]:
-    """One sample's inputs to `make_pipeline`."""
+    """The inputs of one sample for `make_pipeline`."""
     frames, order = np.unique(np.stack([view.frames for view in views]), return_inverse=True)
     boxes = np.array([view.crop for view in views], np.int32)
     return {
@@ -111,17 +111,17 @@ def inputs_of(encoded: np.ndarray, views: Sequence[View], colorspace: int) -> di
 def read_encoded(path: str, offset: int | None, size: int) -> np.ndarray:
     """The bytes of a file, or of a member of a tar: uint8 (size,).
 
-    Read rather than mapped: a file that shrinks under a map kills the process. Raises OSError, also for a file of
-    another size than `size`.
+    The file is read, not mapped: a file that shrinks under a map kills the process. Raises OSError, also if the file
+    does not have `size` bytes.
     """
-    if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
+    if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait forever
         raise OSError(f"{path}: is not a regular file")
     with open(path, "rb", buffering=0) as file:
         length = os.fstat(file.fileno()).st_size
         if offset is None and length != size:
-            raise OSError(f"{path}: no longer has the {size} bytes that it had when indexed")
+            raise OSError(f"{path}: no longer has the {size} bytes that it had in the index")
         if (offset or 0) + size > length:
-            raise OSError(f"{path}: ends at byte {length}, before the video that was indexed in it")
+            raise OSError(f"{path}: ends at byte {length}, before the end of the indexed video")
         file.seek(offset or 0)
         encoded, done = np.empty(size, np.uint8), 0
         room = memoryview(encoded)  # type: ignore[arg-type]

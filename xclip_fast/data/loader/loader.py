@@ -1,9 +1,9 @@
 """Batches of decoded videos for training and evaluation: one function, `loader`.
 
-Which videos make up a batch, which frames of them, which crops and colors: all follows from (seed, epoch, row) alone.
-So an epoch is the same with any number of workers, on any number of ranks with the same global batch, and after a
-resume at any batch. Every usable video comes exactly once an epoch. One that cannot be decoded makes its batch shorter
-and is named in the report; nothing stands in for it.
+The videos of a batch, their frames, crops and colors depend on (seed, epoch, row) alone. So an epoch is the same with
+any number of workers, on any number of ranks with the same global batch, and after a resume at any batch. Every usable
+video comes exactly once an epoch. A video that cannot be decoded makes its batch shorter and is named in the report. No
+other video replaces it.
 
 Sizes: B videos, V views, T frames, S pixels a side.
 """
@@ -26,9 +26,11 @@ import torch
 
 from ..manifest.manifest import Manifest
 from ..sampling import epoch_batches, epoch_order, sample_rng
+from ..threads import cores_of_rank
 from .batches import Batch, DataError, Report
 from .cache import FrameCache
-from .workers import Decode, Decoder, Task, Workers, check_shared_memory
+from .tasks import Decode, Decoder, Task
+from .workers import Workers, check_shared_memory
 
 log = logging.getLogger(__name__)
 
@@ -56,39 +58,37 @@ def loader(
     timeout: float = 60.0,
     decode: Decode | None = None,
 ) -> Loader:
-    """The best loader for this machine: NVIDIA DALI for a CUDA device where it is installed, else PyAV in processes.
+    """The fastest loader for this machine: NVIDIA DALI on a CUDA device if it is installed, else PyAV in processes.
 
     Args:
-        manifest: the videos (`manifest.index`), or the file of one.
-        transform: `TrainTransform`, `TestTransform` or another object with `views`, best a dataclass: what it prints
-            tells one from another when a run is resumed. With `random = False` it gets no random numbers.
+        manifest: the videos, or the path of their manifest (`manifest.index`).
+        transform: `TrainTransform`, `TestTransform` or another object with `views`, best a dataclass: a resumed run
+            compares the `repr`. With `random = False` it gets no random numbers.
         batch_size: videos of a batch on this rank.
-        device: where the batches go; "auto": CUDA if there is one.
-        decoder: "dali" or "cpu" to insist on one.
-        rank, world: this process's share: of each batch_size * world videos, every world-th.
-        drop_last: leave out a last batch that is not full; without it, it is shorter, on some ranks perhaps empty.
-        workers, threads: processes, and threads in each; by default two threads for each of this process's cores (the
-            machine's cores over LOCAL_WORLD_SIZE), four to a process. workers=0: threads of this process, without
-            prefetching, and without protection from files that crash or hang the decoder.
-        prefetch: batches that each worker has ready or in the making, at most. Bounds the memory.
-        cache, cache_bytes: folder of decoded frames and its limit in bytes; see `FrameCache`.
-        max_bad: share of the usable videos that may turn out bad before DataError is raised; one always may, unless
-            it is 0. Videos that the index found bad are never tried and don't count. An evaluation may take 1.0 and
-            say "n of m" (`Report.summary`).
-        timeout: seconds that one video may take. Longer means that the decoder hangs.
-        decode: another function than `decode.decode_views`; with it nothing is cached.
+        device: of the batches; "auto": CUDA if there is one.
+        decoder: "dali" or "cpu" allows only that one.
+        rank, world: this process takes every world-th of each batch_size * world videos, from number `rank` on.
+        drop_last: leave out the last batch if it is not full. Otherwise it is shorter, on some ranks perhaps empty.
+        workers, threads: processes, and threads in each. By default there are two threads for each core of this process
+            (the machine's cores over LOCAL_WORLD_SIZE), four in a process. workers=0 decodes in threads of this
+            process, without prefetching and without protection from files that crash or hang the decoder.
+        prefetch: the most batches that each worker prepares in advance. It bounds the memory.
+        cache, cache_bytes: folder for decoded frames and its limit in bytes; see `FrameCache`.
+        max_bad: share of the usable videos that may be unreadable; more raise DataError. One unreadable video is always
+            allowed unless it is 0. Videos that the index lists as bad are never tried and do not count. An evaluation
+            may take 1.0 and report "n of m" (`Report.summary`).
+        timeout: seconds that one video may take before the decoder counts as hung.
+        decode: a function in the place of `decode.decode_views`. Its frames are not cached.
 
     Raises:
-        ValueError: for a bad argument. ImportError: for decoder="dali" without DALI. DataError: see `max_bad`.
-        RuntimeError: if /dev/shm cannot hold a batch.
+        ValueError: for a bad argument. ImportError: for decoder="dali" without DALI. RuntimeError: if /dev/shm cannot
+        hold a batch. Iterating raises DataError; see `max_bad`.
     """
     if not isinstance(manifest, Manifest):
         manifest = Manifest.read(manifest)
     place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     if place.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            f"device is {str(device)!r}, and torch sees no CUDA device here; device='auto' takes what there is"
-        )
+        raise ValueError(f"device is {str(device)!r}, and torch sees no CUDA device; use device='auto' or 'cpu'")
     counts = [("batch_size", batch_size, 1), ("prefetch", prefetch, 1), ("world", world, 1)]
     counts += [("workers", 0 if workers is None else workers, 0), ("threads", 1 if threads is None else threads, 1)]
     for name, value, least in counts:
@@ -129,11 +129,10 @@ def loader(
 
 
 class Loader:
-    """Iterating gives the batches of one epoch, then `epoch` is one more; see `loader`. Its length is in batches.
+    """Iterating gives the batches of one epoch and then raises `epoch` by one; see `loader`. Its length is in batches.
 
-    An iteration that is broken off leaves `epoch` as it is, and the next one starts that epoch over, unless the state
-    taken by `state_dict` is loaded. A new iteration ends the one before. Workers live as long as the loader, or until
-    `close`.
+    If an iteration is broken off, `epoch` stays, and the next iteration starts that epoch over, unless a state of
+    `state_dict` is loaded. A new iteration ends the one before. Workers live as long as the loader, or until `close`.
     """
 
     def __init__(
@@ -152,14 +151,14 @@ class Loader:
     ) -> None:
         self.manifest, self.batch_size, self.device = manifest, batch_size, device
         self.decoder: Literal["dali", "cpu"] = "dali" if dali else "cpu"
-        self._workers, self._max_bad = workers, max_bad
+        self.workers, self._max_bad = workers, max_bad
         self._shuffle, self._rank, self._world, self._drop_last = shuffle, rank, world, drop_last
         self._usable = manifest.usable
         self._epoch, self._start, self._consumed = 0, 0, 0
         self._active: weakref.ref[Generator[Batch, None, None]] | None = None
-        self._routes: dict[int, str | None] = {}  # which videos DALI leaves to the CPU, and why
+        self._routes: dict[int, str | None] = {}  # row -> the reason why the CPU decodes it, or None
         self._told: set[str] = set()
-        self._reasons: dict[tuple[str, str | None], str] = {}  # of videos found bad: (path, member) -> reason
+        self._reasons: dict[tuple[str, str | None], str] = {}  # of bad videos: (path, member) -> reason
         self._distinct = len({self._identify(row) for row in self._usable.tolist()})
         self.report = Report(0)
         self._enter(manifest.bad, check=False)
@@ -169,7 +168,7 @@ class Loader:
 
     @property
     def epoch(self) -> int:
-        """The epoch that the next iteration gives, or the one under way. May be set."""
+        """The epoch of the present or next iteration. It may be set."""
         return self._epoch
 
     @epoch.setter
@@ -193,14 +192,14 @@ class Loader:
         return generator
 
     def state_dict(self) -> dict[str, Any]:
-        """The state to resume from: the next batch is the one after the last that the consumer got. Plain data.
+        """The state to resume from, as plain data: the next batch is the one after the last that was delivered.
 
-        The same on all ranks, but for `bad`. It fits any number of ranks with the same global batch.
+        It is the same on all ranks, except for `bad`. It fits any number of ranks with the same global batch.
         """
         return {**self._identity(), "epoch": self._epoch, "batches": self._consumed, "bad": dict(self.report.bad)}
 
     def seek(self, epoch: int, batch: int) -> None:
-        """The next iteration begins with this batch of this epoch, both counted from 0.
+        """Makes the next iteration begin with this batch of this epoch. Both count from 0.
 
         Raises:
             ValueError: if the epoch is negative, or has fewer batches.
@@ -212,24 +211,24 @@ class Loader:
         self._new_report(self._batches(epoch)[:batch])
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Resumes from a saved state. Raises ValueError if it is of another dataset, seed, batch size or transform."""
+        """Resumes a saved state. Raises ValueError if it belongs to another dataset, seed, batch size or transform."""
         for name, here in self._identity().items():
             if state.get(name) != here:
                 raise ValueError(
                     f"this state belongs to another dataset or order: its {name} is {state.get(name)!r}, here it is "
-                    f"{here!r}. Resume with what it was saved with, or start a new run"
+                    f"{here!r}. Resume with the old data and settings, or start a new run"
                 )
         self._enter({int(row): reason for row, reason in state.get("bad", {}).items()})
         self.seek(state["epoch"], state["batches"])
 
     def quarantined(self) -> Manifest:
-        """The manifest with the videos found bad marked as such: written to a file, for the next run."""
+        """The manifest with an error at every video that was found bad. Write it to a file for the next run."""
         return self.manifest.with_errors(self.report.bad)
 
     def close(self) -> None:
-        """End the iteration and the workers. Both start again when needed."""
+        """Ends the iteration and the workers. Both start again when they are needed."""
         self._end()
-        self._workers.close()
+        self.workers.close()
 
     def _end(self) -> None:
         iteration = None if self._active is None else self._active()
@@ -237,7 +236,7 @@ class Loader:
             iteration.close()
 
     def _identity(self) -> dict[str, Any]:
-        make = self._workers.decoder
+        make = self.workers.decoder
         kind = type(make.transform)
         known = dataclasses.is_dataclass(kind)
         return {
@@ -251,16 +250,16 @@ class Loader:
 
     @functools.cached_property
     def _fingerprint(self) -> str:
-        # Rows that the index found bad have no place in the order, so the order depends on which they are.
+        # Rows that the index lists as bad are not in the order, so the order depends on them.
         usable = hashlib.blake2b(self._usable.tobytes(), digest_size=8)
         return f"{self.manifest.fingerprint} {usable.hexdigest()}"
 
     def _batches(self, epoch: int) -> list[np.ndarray]:
-        order = epoch_order(len(self._usable), self._workers.decoder.seed, epoch, self._shuffle)
+        order = epoch_order(len(self._usable), self.workers.decoder.seed, epoch, self._shuffle)
         return epoch_batches(self._usable[order], self.batch_size, self._rank, self._world, self._drop_last)
 
     def _new_report(self, done: list[np.ndarray]) -> None:
-        """A new epoch's, of which these batches were delivered before (but for what is bad)."""
+        """Starts the report of an epoch in which these batches were delivered before, except for bad videos."""
         bad = self.report.bad
         rows, of_index = len(self._usable), len(self.manifest) - len(self._usable)
         step = self.batch_size * self._world
@@ -273,7 +272,7 @@ class Loader:
         start = self._on_gpu if self.decoder == "dali" else self._on_cpu
         with contextlib.closing(start(epoch, batches[first:])) as stream:
             for batch in stream:
-                self._consumed += 1  # before it is used: a state saved during the step on it is after it
+                self._consumed += 1  # before the step on it: a state saved in that step comes after it
                 self.report.delivered += len(batch.samples)
                 yield batch
         self.epoch = epoch + 1
@@ -283,7 +282,7 @@ class Loader:
             return Task(turn, number, epoch, rows, self.manifest.select(rows))
 
         copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        results = self._workers.results(
+        results = self.workers.results(
             range(len(batches)),
             lambda turn, number: task(turn, number, self._good(batches[number])),
             lambda turn, row: task(turn, -1, np.array([row], np.int64)),
@@ -304,7 +303,7 @@ class Loader:
     def _on_gpu(self, epoch: int, batches: list[np.ndarray]) -> Generator[Batch, None, None]:
         from .dali import dali_batches
 
-        make = self._workers.decoder
+        make = self.workers.decoder
         items: Any = dali_batches(
             self.manifest,
             make.transform,
@@ -312,8 +311,8 @@ class Loader:
             seed=make.seed,
             epoch=epoch,
             device=self.device,
-            workers=max(1, self._workers.workers) * make.threads,
-            time_limit=self._workers.timeout,
+            workers=max(1, self.workers.workers) * make.threads,
+            time_limit=self.workers.timeout,
             routes=self._routes,
             on_bad=self._bad,
         )
@@ -322,7 +321,7 @@ class Loader:
                 yield Batch(*item)
 
     def _good(self, rows: np.ndarray) -> np.ndarray:
-        """These rows without those of videos known to be bad. What is left out is in the report, under its own row."""
+        """These rows without the known bad videos. Those are entered in the report."""
         if not self._reasons:
             return rows
         keep = np.ones(len(rows), bool)
@@ -338,13 +337,13 @@ class Loader:
         return video.path, video.member
 
     def _bad(self, row: int, reason: str) -> None:
-        """Enter a bad video; say so the first time. Raises DataError if there are too many now."""
+        """Enters a bad video and logs it the first time. Raises DataError if there are too many."""
         if self._enter({row: reason}, check=False):
             log.warning("%s: left out: %s", self.manifest.name(row), reason)
             self._check()
 
     def _enter(self, bad: dict[int, str], check: bool = True) -> bool:
-        """Enter bad videos in the report. True if one is new."""
+        """Enters bad videos in the report. Returns True if one of them is new."""
         before = len(self._reasons)
         for row, reason in bad.items():
             self.report.bad[row] = reason
@@ -366,37 +365,36 @@ class Loader:
 
 
 def _moved(parts: tuple[torch.Tensor, ...], device: torch.device, stream: torch.cuda.Stream) -> list[torch.Tensor]:
-    """Copies on the device, made while the device computes: on a stream of their own that the current one waits for."""
+    """Copies on the device, made while the device computes, on a stream that the current one waits for."""
     with torch.cuda.stream(stream):
         copies = [part.to(device, non_blocking=True) for part in parts]
     current = torch.cuda.current_stream(device)
     current.wait_stream(stream)
     for copy in copies:
-        copy.record_stream(current)  # or its memory might be given to the next copy while it is still read
+        copy.record_stream(current)  # or the next copy might get its memory while it is still read
     return copies
 
 
 def _no_dali(device: torch.device, own: bool) -> str | None:
     """The reason why DALI is not used, or None."""
     if device.type != "cuda":
-        return f"it is for CUDA devices, and the device is {device}"
+        return f"DALI is for CUDA devices, and the device is {device}"
     if own:
-        return "frames come from a cache or a function of the caller's, on the CPU"
+        return "a cache or a decode function of the caller gives the frames, on the CPU"
     from ..decode.dali_support import missing
 
     return missing()
 
 
 def _sample_shape(transform: Any) -> tuple[int, ...]:
-    """(V, T, S, S, 3) of one sample. It does not depend on the video, so any will do to find out."""
+    """(V, T, S, S, 3) of one sample. It is the same for every video, so it is asked for any."""
     views = transform.views(64, 64, 64, sample_rng(0, 0, 0) if getattr(transform, "random", True) else None)
     return len(views), len(views[0].frames), views[0].size, views[0].size, 3
 
 
 def _shares(workers: int | None, threads: int | None) -> tuple[int, int]:
     """Processes, and threads in each, for this process's share of the machine's cores."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    cores = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    cores = cores_of_rank()
     if threads is None:
         threads = 4 if not workers else max(1, min(4, -(-2 * cores // workers)))
     return (-(-2 * cores // threads) if workers is None else workers), threads

@@ -1,4 +1,4 @@
-"""The manifest of a data set: every video, looked at once."""
+"""The manifest of a data set: the facts about every video, from one pass over the files."""
 
 from .manifest import Manifest, default_out, index, summary
 

@@ -1,10 +1,11 @@
 """Lists of class names: one reader for every command.
 
-A text file has a name a line. A csv file has commas, semicolons or tabs, as spreadsheets write them, and one of
+A text file has one name on each line. A csv file is separated by commas, semicolons or tabs, as spreadsheets write
+them. It has one of these forms:
 
-    a column with the heading name, label or class, and perhaps one with the heading id
-    no heading, and two columns: id and name
-    one column: the names
+    a header with a column name, label or class, and perhaps a column id
+    no header, and two columns: id and name
+    one column of names
 """
 
 from __future__ import annotations
@@ -24,10 +25,9 @@ _ID = {"id", "index", "label_id", "class_id"}
 
 
 def read_labels(labels: Labels) -> tuple[str, ...]:
-    """The names of the classes; the place of a name is its id. `labels`: a file as above, or the names themselves.
+    """The names of the classes, in the order of their ids. `labels`: a file as above, or the names themselves.
 
-    Raises ValueError for a file that it does not understand, for names that are there twice, and for ids that do not
-    count from 0 without gaps.
+    Raises ValueError if the file has another form, if a name occurs twice, or if the ids are not 0, 1, 2 and so on.
     """
     if not isinstance(labels, (str, os.PathLike)):
         names, where = list(labels), "labels"
@@ -38,19 +38,21 @@ def read_labels(labels: Labels) -> tuple[str, ...]:
         if any(key is not None for key in ids):
             missing = next((key for key in range(len(ids)) if key not in ids), None)
             if missing is not None:
-                raise ValueError(f"{where}: ids must count from 0 without gaps; {missing} is missing of {len(ids)}")
+                raise ValueError(
+                    f"{where}: ids must count from 0 without gaps; of {len(ids)} ids, {missing} is missing"
+                )
             rows.sort()
         names = [name for _, name in rows]
     if not names:
-        raise ValueError(f"{where}: has no names of classes")
+        raise ValueError(f"{where}: has no class names")
     twice_named = [name for name, count in Counter(names).items() if count > 1]
     if twice_named:
-        raise ValueError(f"{where}: the class {twice_named[0]!r} is there twice; names of classes must differ")
+        raise ValueError(f"{where}: the class {twice_named[0]!r} occurs twice; class names must differ")
     return tuple(names)
 
 
 def label_rows(path: str | os.PathLike[str]) -> list[tuple[int | None, str]]:
-    """(id or None, name) of each label in a file, in its order."""
+    """(id or None, name) of each label in a file, in the file's order."""
     path = Path(path)
     if path.suffix.lower() not in (".csv", ".tsv"):
         rows: list[tuple[int | None, str]] = [(None, line.strip()) for _, line in lines_of(path)]
@@ -78,7 +80,7 @@ def _csv_rows(path: Path) -> list[tuple[int | None, str]]:
         name_at = 0
     else:
         raise ValueError(
-            f"{path}, line 1: wanted the header id,name, a column called name, label or class, or one column only; "
+            f"{path}, line 1: the header id,name, a column called name, label or class, or a single column is wanted; "
             f"got {','.join(head)!r}"
         )
     found: list[tuple[int | None, str]] = []
@@ -86,14 +88,14 @@ def _csv_rows(path: Path) -> list[tuple[int | None, str]]:
     for number, row in rows:
         if len(row) != len(head):
             raise ValueError(
-                f"{path}, line {number}: has {len(row)} columns and the first line {len(head)}; put a name with a "
-                "separator in it between quotes"
+                f"{path}, line {number}: has {len(row)} columns and the first line {len(head)}; put quotes around a "
+                "name that contains the separator"
             )
         key = None if id_at is None else row[id_at]
         if not row[name_at] or (key is not None and not key.isdecimal()):
-            raise ValueError(f"{path}, line {number}: wanted a whole number and a name; got {row}")
+            raise ValueError(f"{path}, line {number}: a whole number and a name are wanted; got {row}")
         if key is not None and int(key) in seen:
-            raise ValueError(f"{path}, line {number}: the id {int(key)} is there twice")
+            raise ValueError(f"{path}, line {number}: the id {int(key)} occurs twice")
         seen.update(() if key is None else (int(key),))
         found.append((None if key is None else int(key), row[name_at]))
     return found

@@ -1,4 +1,4 @@
-"""Shared by all readers of lists: the request, the listing, and how files are found and named."""
+"""Shared by all readers of data sets: the request, the listing, and how files are found and named."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ VIDEO_NAME = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A video that a source names: where it should be (below the root, "/" between folders), and its label.
+    """A video that a source names: its path below the root, with "/" between folders, and its label.
 
-    For a member of a tar, `path` is the shard's and `offset` and `size` (bytes) are where its data lies. With an
-    `error` it is known already that it cannot be used.
+    A member of a tar file has the path of the tar file; `offset` and `size` say in bytes where its data lies. An entry
+    with an `error` cannot be used.
     """
 
     path: str
@@ -38,7 +38,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Listing:
-    """The videos of a source, in its order. `root` has no symbolic links. `notes` say what was left out."""
+    """The videos of a source, in its order. `root` has no symbolic links. `notes` tell what was left out."""
 
     root: Path
     classes: tuple[str, ...]
@@ -48,7 +48,7 @@ class Listing:
 
 @dataclass(frozen=True)
 class Request:
-    """The arguments of one reading. `path` is the folder or list, `classes` come from the labels."""
+    """The arguments of `read_source`. `path` is the folder or list. `classes` come from the labels."""
 
     path: Path
     classes: tuple[str, ...] | None = None
@@ -62,13 +62,13 @@ class Request:
         return self.path if self.path.is_dir() else self.path.parent
 
     def listing(self, classes: Sequence[str], entries: Iterable[Entry], notes: Sequence[str] = ()) -> Listing:
-        """A listing below the root that was given, or else below the folder."""
+        """A listing below the given root, or below the folder if no root was given."""
         root = os.path.realpath(self.folder if self.root is None else self.root)
         return Listing(Path(root), tuple(classes), tuple(entries), tuple(notes))
 
 
 def lines_of(path: Path) -> list[tuple[int, str]]:
-    """The lines of a text file that are not blank, with their numbers. Bytes that are not UTF-8 stay as they are."""
+    """(number, line) of every line of a text file that is not blank. Bytes that are not UTF-8 stay as they are."""
     _check_list(path)
     text = path.read_bytes().decode("utf-8", "surrogateescape").removeprefix("\ufeff")
     if "\0" in text:
@@ -79,8 +79,10 @@ def lines_of(path: Path) -> list[tuple[int, str]]:
 
 
 def csv_of(path: Path) -> list[tuple[int, list[str]]]:
-    """The rows of a csv file, each with the number of its last line. The first line tells the separator: the one of
-    comma, semicolon and tab that it has most of outside quotes."""
+    """(number of the last line, row) of every row of a csv file.
+
+    The separator is the comma, semicolon or tab: the most frequent of them in the first line outside quotes.
+    """
     _check_list(path)
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         text = file.read()
@@ -98,7 +100,7 @@ _LONGEST_LIST = 1 << 30  # bytes
 
 
 def _check_list(path: Path) -> None:
-    """Raises ValueError for what is no file of text: a pipe would wait for ever, a device never end."""
+    """Raises ValueError if the file is not regular: a pipe would wait forever, a device would never end."""
     status = os.stat(path)
     if stat.S_ISDIR(status.st_mode):
         raise ValueError(f"{path}: is a folder; a file is wanted here")
@@ -109,7 +111,7 @@ def _check_list(path: Path) -> None:
 
 
 def is_folder(entry: os.DirEntry[str]) -> bool:
-    """True for a folder to look into. A folder with a video's name is not one."""
+    """Whether an entry is a folder to look into. A folder with the name of a video is not."""
     try:
         return entry.is_dir() and not VIDEO_NAME.fullmatch(entry.name)
     except OSError:  # a link to itself
@@ -117,12 +119,12 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def walk(root: Path, follow_links: bool) -> tuple[list[Entry], list[str]]:
-    """Every video below a folder, sorted by path; and notes on what was passed over."""
+    """Every video below a folder, sorted by path, and notes on files that were left out."""
     found: list[Entry] = []
     others: Counter[str] = Counter()
     first = os.stat(root)
     folders: list[tuple[str, tuple[tuple[int, int], ...]]]
-    folders = [("", ((first.st_dev, first.st_ino),))]  # and what stands above it, to notice links that lead back
+    folders = [("", ((first.st_dev, first.st_ino),))]  # with its parents, to notice links that lead back
     while folders:
         below, above = folders.pop()
         try:
@@ -138,11 +140,11 @@ def walk(root: Path, follow_links: bool) -> tuple[list[Entry], list[str]]:
                 continue
             folder = is_folder(entry)
             if folder and entry.is_symlink() and not follow_links:
-                found.append(Entry(path, error="is a link to a folder, which is entered only with follow_links=True"))
+                found.append(Entry(path, error="is a link to a folder; --follow-links (follow_links=True) enters it"))
             elif folder:
                 status = entry.stat()
                 if (status.st_dev, status.st_ino) in above:
-                    found.append(Entry(path, error="is a link to a folder that it lies in"))
+                    found.append(Entry(path, error="is a link to one of its own parent folders"))
                 else:
                     folders.append((f"{path}/", (*above, (status.st_dev, status.st_ino))))
             elif VIDEO_NAME.fullmatch(entry.name):
@@ -152,14 +154,14 @@ def walk(root: Path, follow_links: bool) -> tuple[list[Entry], list[str]]:
     others.pop(".jsonl", None)
     others.pop(".partial", None)
     kinds = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(9))
-    notes = [f"{root}: skipped files without a video's suffix: {kinds}"] if others else []
+    notes = [f"{root}: skipped files that have no video suffix: {kinds}"] if others else []
     return sorted(found, key=lambda entry: entry.path), notes
 
 
 def class_numbers(
     request: Request, raw: Sequence[str], names: Sequence[str], where: str = ""
 ) -> tuple[dict[str, int], tuple[str, ...]]:
-    """The number of each class by its raw name; either form may stand in the labels that were given."""
+    """The number of each class by its raw name. The given labels may hold the raw names or the readable ones."""
     if request.classes is None:
         if len(set(names)) < len(names):
             names = raw  # a_b and "a b" are two classes
@@ -175,10 +177,10 @@ def class_numbers(
 
 
 class Place:
-    """Paths as a list has them, to paths below the root.
+    """Turns the paths of a list into paths below the root.
 
-    For a video that is not there, its copy in mp4 stands in, or the file whose name differs in its Unicode composition
-    only: macOS writes an accent apart from its letter.
+    A missing video is replaced by its mp4 copy, or by a file whose name differs in Unicode composition only: macOS
+    stores an accent apart from its letter.
     """
 
     def __init__(self, request: Request) -> None:
@@ -195,11 +197,13 @@ class Place:
         elif below.split("/", 1)[0] != "..":
             return Entry(self._there(below), label)
         return Entry(
-            path, label, error=f"lies outside of the root folder ({next(iter(self.roots))}); give another root"
+            path,
+            label,
+            error=f"lies outside of the root folder ({next(iter(self.roots))}); --root (root=) gives another",
         )
 
     def _there(self, path: str) -> str:
-        """The path; or that of another spelling, or of the copy that `transcode` made of a video of that name."""
+        """The path if it exists, else that of its copy by `transcode` or of another spelling, else the path."""
         root = next(iter(self.roots))
         if os.path.lexists(f"{root}/{path}"):
             return path
@@ -216,7 +220,7 @@ class Place:
         return path
 
     def _other_spelling(self, root: str, path: str) -> str | None:
-        """The path below the root that differs from this one in its Unicode composition only, if there is one."""
+        """The path of an existing file that differs from this one in Unicode composition only, or None."""
         found = ""
         for part in path.split("/"):
             if os.path.lexists(f"{root}/{found}{part}"):

@@ -16,14 +16,14 @@ _SAME_SPLIT = {"val": "validate", "valid": "validate", "validation": "validate",
 
 
 def kinetics(request: Request) -> Listing:
-    """label,youtube_id,time_start,time_end,split. The files are found by name, wherever they lie below the root."""
+    """The csv of label,youtube_id,time_start,time_end,split. Files are found by name anywhere below the root."""
     (number, head), *rows = csv_of(request.path) or [(1, [])]
     column = {name.strip().lower(): place for place, name in enumerate(head)}
     missing = [name for name in ("youtube_id", "time_start", "time_end") if name not in column]
     if missing:
-        raise ValueError(f"{request.path}, line {number}: the header of a Kinetics csv lacks {', '.join(missing)}")
+        raise ValueError(f"{request.path}, line {number}: the header of a Kinetics csv must have {', '.join(missing)}")
     if request.split is not None and "split" not in column:
-        raise ValueError(f"{request.path}: has no column split; leave split out")
+        raise ValueError(f"{request.path}: has no column split; leave --split (split=) out")
     find = _KineticsFiles(request)
     wanted = _SAME_SPLIT.get(request.split or "", request.split)
     raw = sorted({row[column["label"]] for _, row in rows if len(row) == len(head)}) if "label" in column else []
@@ -34,7 +34,7 @@ def kinetics(request: Request) -> Listing:
             cells = {name: row[place].strip() for name, place in column.items()}
             start, end = (int(float(cells[name])) for name in ("time_start", "time_end"))
         except (IndexError, ValueError):
-            raise ValueError(f"{request.path}, line {number}: wanted {','.join(head)}; got {','.join(row)!r}") from None
+            raise ValueError(f"{request.path}, line {number}: {','.join(head)} wanted; got {','.join(row)!r}") from None
         split = cells.get("split", "")
         if wanted is None or _SAME_SPLIT.get(split, split) == wanted:
             label = number_of.get(row[column["label"]]) if "label" in column else None
@@ -43,7 +43,7 @@ def kinetics(request: Request) -> Listing:
 
 
 class _KineticsFiles:
-    """The files below the root by YouTube id, of names like {id}_{start:06d}_{end:06d}.mp4 or {id}.mp4."""
+    """Finds files below the root by YouTube id. Their names are {id}_{start:06d}_{end:06d}.mp4 or {id}.mp4."""
 
     def __init__(self, request: Request) -> None:
         root = Path(request.folder if request.root is None else request.root)
@@ -74,16 +74,18 @@ def ucf101(request: Request) -> Listing:
     if path.is_dir():
         match = re.fullmatch(r"(train|test)0?([1-9])", request.split or "")
         if match is None:
-            raise ValueError(f"{path}: say which split of UCF-101: split='train1' ... 'test3'; got {request.split!r}")
+            raise ValueError(f"{path}: a split of UCF-101 is wanted, train1 to test3: --split train1 (split='train1')")
         path = path / f"{match[1]}list0{match[2]}.txt"
     elif request.split is not None:
-        raise ValueError(f"{path}: is the list of one split; leave split out, or give the folder of the lists")
+        raise ValueError(
+            f"{path}: is the list of one split; leave --split (split=) out, or give the folder of the lists"
+        )
     index = path.parent / "classInd.txt"
     raw: list[str] = []
     for number, line in lines_of(index):
         key, _, name = line.strip().partition(" ")
         if key != str(number) or not name:
-            raise ValueError(f"{index}, line {number}: wanted {number} and the name of a class; got {line!r}")
+            raise ValueError(f"{index}, line {number}: {number} and a class name wanted; got {line!r}")
         raw.append(name.strip())
     number_of, classes = class_numbers(request, raw, [_words(name) for name in raw], str(index))
     root = request.root or _first_with(path.parent, raw, "UCF-101")
@@ -92,29 +94,29 @@ def ucf101(request: Request) -> Listing:
     for number, line in lines_of(path):
         match = re.fullmatch(r"\s*((?:\S+/)?([^/\s]+)/\S.*?)(?:\s+(\d+))?\s*", line)
         if match is None or match[2] not in number_of or (match[3] and match[3] != str(raw.index(match[2]) + 1)):
-            raise ValueError(f"{path}, line {number}: wanted Class/file.avi and the id in classInd.txt; got {line!r}")
+            raise ValueError(f"{path}, line {number}: Class/file.avi and its id in classInd.txt wanted; got {line!r}")
         entries.append(place.entry(match[1], number_of[match[2]]))
     return Request(path, root=root).listing(classes, entries)
 
 
 def _words(name: str) -> str:
-    """ApplyEyeMakeup to Apply Eye Makeup."""
+    """Splits words: ApplyEyeMakeup becomes Apply Eye Makeup."""
     return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).replace("_", " ")
 
 
 def _first_with(folder: Path, classes: Sequence[str], *names: str) -> str:
-    """The folder of the class folders: beside the lists or, as the archives unpack, in a folder of these names."""
+    """The parent of the class folders: beside the lists, or a folder of one of these names, as archives unpack."""
     places = [folder, folder.parent, *(base / name for name in names for base in (folder.parent, folder))]
     return str(next((place for place in places if any((place / each).is_dir() for each in classes)), folder))
 
 
 def hmdb51(request: Request) -> Listing:
-    """A folder of <class>_test_split<N>.txt; in each, lines of a name and 1 (training), 2 (test) or 0 (neither)."""
+    """A folder of <class>_test_split<N>.txt. Each line is a name and 1 (training), 2 (test) or 0 (neither)."""
     match = re.fullmatch(r"(train|test)([1-9])", request.split or "")
     if match is None or not request.path.is_dir():
         raise ValueError(
-            f"{request.path}: HMDB-51 is read from the folder of its split files, with split='train1' ... 'test3'; "
-            f"got split={request.split!r}"
+            f"{request.path}: HMDB-51 is read from the folder of its split files, with a split from train1 to test3: "
+            "--split train1 (split='train1')"
         )
     wanted = "1" if match[1] == "train" else "2"
     found = ((HMDB_LIST.fullmatch(name), name) for name in os.listdir(request.path))
@@ -130,7 +132,7 @@ def hmdb51(request: Request) -> Listing:
         for number, line in lines_of(request.path / name):
             file, _, use = line.strip().rpartition(" ")
             if use not in ("0", "1", "2") or not file.strip():
-                raise ValueError(f"{request.path / name}, line {number}: wanted name.avi and 0, 1 or 2; got {line!r}")
+                raise ValueError(f"{request.path / name}, line {number}: name.avi and 0, 1 or 2 wanted; got {line!r}")
             if use == wanted:
                 entries.append(place.entry(file.strip() if flat else f"{each}/{file.strip()}", number_of[each]))
     return Request(request.path, root=root).listing(classes, entries)

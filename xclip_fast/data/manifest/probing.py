@@ -1,4 +1,4 @@
-"""Looking at many files once, in processes of their own: a file that crashes or hangs its reader costs one row."""
+"""Reads many files once, in worker processes. A file that crashes or hangs its worker costs one row."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from ..decode.video import Video, one_line, pack_plan
+from ..threads import usable_cores
 
 _FACTS = ("frames", "width", "height", "codec", "pix_fmt", "rotation", "duration", "fps", "colorspace", "interlaced")
 
 
 def look(root: str, row: Video, follow_links: bool) -> Video:
-    """The row with what there is to know about its file, or with an error. `root` has no symbolic links.
+    """The row with the facts about its file, or with an error. `root` has no symbolic links.
 
-    What is not a fact about the file (an I/O error, a lack of memory, an error of this program) leaves `mtime_ns` at 0:
-    the next index looks at the file again.
+    After an error that is not a fact about the file (a read error, too little memory, an error of this program)
+    `mtime_ns` is 0, and the next index looks at the file again.
     """
     from ..decode.reading import ReadError, Source, VideoError
 
@@ -70,7 +71,7 @@ def file_status(root: str, path: str, follow_links: bool) -> os.stat_result:
         real = real_folder(os.path.dirname(whole))
     if not follow_links and real != root and not real.startswith(os.path.join(root, "")):
         raise VideoError(
-            f"is reached by a link that leads out of the root folder, to {real}; follow_links=True allows it"
+            f"is a link that leads out of the root folder, to {real}; --follow-links (follow_links=True) allows it"
         )
     return status
 
@@ -84,17 +85,17 @@ def real_folder(folder: str) -> str:
 class _Worker:
     process: Any
     connection: Connection
-    number: int | None = None  # of the row it has
+    number: int | None = None  # its row
     deadline: float = 0.0
 
 
 def look_all(
     root: str, rows: Sequence[Video], *, workers: int | None, timeout: float, follow_links: bool
 ) -> Generator[tuple[int, Video], None, None]:
-    """`look` at every row, in parallel: (number of the row, row), as they are done.
+    """Calls `look` for every row, in parallel. Yields (number of the row, row) as the rows get done.
 
-    A reader that dies, or takes longer than `timeout` seconds for one file, is replaced. Its row gets an error and no
-    time of change, so that the next index looks at it again. `workers=0` looks in this process, without that safety.
+    A worker that dies, or takes longer than `timeout` seconds for one file, is replaced. Its row gets an error, and the
+    next index looks at the file again. `workers=0` reads in this process and catches neither.
     """
     import xclip_fast.data.decode  # noqa: F401  before forking, so that it is imported once
 
@@ -102,7 +103,7 @@ def look_all(
         yield from ((number, look(root, row, follow_links)) for number, row in enumerate(rows))
         return
     if workers is None:
-        workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        workers = usable_cores()
     crew = [_start(root, follow_links, timeout) for _ in range(min(workers, len(rows)))]
     waiting = iter(enumerate(rows))
     try:
@@ -123,7 +124,7 @@ def look_all(
                         worker.process.join(1)
                         failure = f"the process that read it died (exit status {worker.process.exitcode})"
                 elif time.monotonic() >= worker.deadline:
-                    failure = f"reading it took longer than {timeout:g} seconds; timeout= allows more"
+                    failure = f"reading it took longer than {timeout:g} seconds; --timeout (timeout=) allows more"
                 else:
                     continue
                 number = worker.number
@@ -156,7 +157,7 @@ def _start(root: str, follow_links: bool, timeout: float) -> _Worker:
 def _stop(worker: _Worker) -> None:
     worker.connection.close()
     worker.process.kill()
-    worker.process.join(1)  # not for ever: the kernel may hold it, in a network file system
+    worker.process.join(1)  # not forever: the kernel may hold it, in a network file system
 
 
 def _give(worker: _Worker, job: tuple[int, Video] | None, timeout: float) -> None:
@@ -168,7 +169,7 @@ def _give(worker: _Worker, job: tuple[int, Video] | None, timeout: float) -> Non
 
 
 def _serve(connection: Connection, root: str, follow_links: bool, timeout: float, parent: int) -> None:
-    """Answer rows until the other end closes, or its process is gone."""
+    """Answers rows until the other end closes or its process is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process
     logging.disable(logging.WARNING)  # the row says what matters
     try:

@@ -1,13 +1,13 @@
-"""Videos in uncompressed tar files, read in place: nothing is ever extracted.
+"""Videos in uncompressed tar files, read in place: nothing is extracted.
 
-The files of one sample share the name up to the first dot of its base name, as in WebDataset:
+The files of one sample share their name up to the first dot of the base name, as in WebDataset:
 
     clips/000017.mp4      the video (any suffix of a video)
     clips/000017.cls      its label: the id, or the name of the class
     clips/000017.json     or {"label": id or name}
     clips/000017.txt      or the name of the class as text
 
-In shards without any label the top folders are the classes, if all videos lie in folders.
+In shards without labels the top folders are the classes, if all videos lie in folders.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from pathlib import Path
 
 from .listing import VIDEO_NAME, Entry, Listing, Request
 
-_LABEL_SUFFIXES = ("cls", "json", "txt")  # the first that says something counts
+_LABEL_SUFFIXES = ("cls", "json", "txt")  # the first one with a label counts
 _LONGEST_LABEL = 65536  # bytes
 _EXTENSIONS = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 _COMPRESSED = {b"\x1f\x8b": "gzip -d", b"BZh": "bzip2 -d", b"\xfd7zXZ": "xz -d", b"\x28\xb5\x2f\xfd": "zstd -d"}
 
 
 class _Member(tarfile.TarInfo):
-    """A header whose size cannot be is a damaged one: `tarfile` goes backwards at a negative size, without end."""
+    """A header that refuses impossible sizes: at a negative size `tarfile` would go backwards without end."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Member:
@@ -48,9 +48,9 @@ class _Sample:
 
 
 def read_shards(request: Request) -> Listing:
-    """The videos in a tar file, in all of a folder, or in those of a pattern like train-{0000..0099}.tar."""
+    """The videos in a tar file, in all tar files of a folder, or in those of a pattern like train-{0000..0099}.tar."""
     if request.root is not None:
-        raise ValueError(f"{request.path}: paths in tar files are seen from the folder of the tar; leave root out")
+        raise ValueError(f"{request.path}: the root of tar files is their folder; leave --root (root=) out")
     folder, names = _shard_names(request.path)
     samples = [sample for name in names for sample in _read(folder, name)]
     labels: Sequence[int | str | None]
@@ -70,7 +70,7 @@ def read_shards(request: Request) -> Listing:
 
 
 def _shard_names(path: Path) -> tuple[Path, list[str]]:
-    """The folder of the shards, and their names in it."""
+    """The folder of the shards, and the names of the shards."""
     if path.is_dir():
         names = sorted(entry.name for entry in os.scandir(path) if re.search(r"\.(tar|tgz)(\.|$)", entry.name))
         names = [name for name in names if not name.startswith(".") and not name.endswith((".jsonl", ".partial"))]
@@ -83,7 +83,7 @@ def _shard_names(path: Path) -> tuple[Path, list[str]]:
 
 
 def _expand(pattern: str) -> Iterator[str]:
-    """Names by a pattern: {0000..0099} counts, {a,b} lists, as in a shell."""
+    """The names of a pattern: {0000..0099} counts and {a,b} lists, as in a shell."""
     parts = re.split(r"\{([^{}]*)\}", pattern)
     choices: list[Sequence[str]] = []
     for place, part in enumerate(parts):
@@ -93,7 +93,7 @@ def _expand(pattern: str) -> Iterator[str]:
         elif count:
             first, last = int(count[1]), int(count[2])
             if not first <= last < first + 1_000_000:
-                raise ValueError(f"{pattern}: {{{part}}} does not count upwards, or too far")
+                raise ValueError(f"{pattern}: {{{part}}} must count upwards, by at most a million")
             choices.append([f"{number:0{len(count[1])}d}" for number in range(first, last + 1)])
         else:
             choices.append(part.split(","))
@@ -103,7 +103,7 @@ def _expand(pattern: str) -> Iterator[str]:
 
 
 def _read(folder: Path, name: str) -> list[_Sample]:
-    """The samples of one shard, in its order. What is wrong with the shard itself is a row, too."""
+    """The samples of one shard, in its order. An error of the shard itself is a row, too."""
     path = folder / name
     samples: dict[str, _Sample] = {}
     try:
@@ -111,7 +111,7 @@ def _read(folder: Path, name: str) -> list[_Sample]:
             start, length = file.read(6), os.fstat(file.fileno()).st_size
         for magic, tool in _COMPRESSED.items():
             if start.startswith(magic):
-                raise ValueError(f"{path}: is compressed, and cannot be read in place; uncompress it first: {tool}")
+                raise ValueError(f"{path}: is compressed and cannot be read in place; uncompress it first: {tool}")
         at = -1
         with tarfile.open(path, "r:", tarinfo=_Member) as tar:
             while tar.offset > at and (member := tar.next()) is not None:
@@ -119,7 +119,7 @@ def _read(folder: Path, name: str) -> list[_Sample]:
                 tar.members = []  # type: ignore[attr-defined]  # or it keeps every header
                 _take(tar, member, name, length, samples)
             if tar.offset <= at:
-                raise tarfile.TarError(f"the member at byte {at} has a size that cannot be")
+                raise tarfile.TarError(f"the member at byte {at} has an impossible size")
             reason = _after(path, tar.offset, length)
     except (OSError, tarfile.TarError, ValueError, OverflowError) as error:
         if isinstance(error, ValueError) and "is compressed" in str(error):
@@ -138,8 +138,8 @@ def _after(path: Path, offset: int, length: int) -> str | None:
     if offset >= length or (len(rest) < 512 and not any(rest)):
         return "ends without an end mark: it may have been cut off"
     if any(rest[:512]):
-        return f"is damaged or cut off at byte {offset}; what follows is not read"
-    return "goes on after its end mark, which is not read: were files put together with cat?" if any(rest) else None
+        return f"is damaged or cut off at byte {offset}; the rest is not read"
+    return "goes on after its end mark. That part is not read: were files joined with cat?" if any(rest) else None
 
 
 def _take(tar: tarfile.TarFile, member: tarfile.TarInfo, shard: str, length: int, samples: dict[str, _Sample]) -> None:
@@ -162,15 +162,15 @@ def _take(tar: tarfile.TarFile, member: tarfile.TarInfo, shard: str, length: int
 
 def _member(member: tarfile.TarInfo, shard: str, length: int) -> Entry:
     if member.size < 0:
-        return Entry(shard, member=member.name, offset=0, error=f"has a size of {member.size} bytes, which cannot be")
+        return Entry(shard, member=member.name, offset=0, error=f"has an impossible size of {member.size} bytes")
     entry = Entry(shard, member=member.name, offset=member.offset_data, size=member.size)
     if not member.isfile():
         kind = "link" if member.issym() or member.islnk() else "device or pipe"
         return replace(entry, error=f"is a {kind} in the tar file, not a file")
     if member.issparse():
-        return replace(entry, error="is stored in pieces (a sparse file); make the tar anew without --sparse")
+        return replace(entry, error="is stored in pieces (a sparse file); make the tar file again without --sparse")
     if member.offset_data + member.size > length:
-        return replace(entry, size=0, error="is cut off: the tar file ends before it does")
+        return replace(entry, size=0, error="is cut off: the tar file ends before its data does")
     if not member.size:
         return replace(entry, error="is empty (zero bytes)")
     return entry
@@ -192,7 +192,7 @@ def _label(tar: tarfile.TarFile, member: tarfile.TarInfo, suffix: str) -> int | 
 
 
 def _top_folders(samples: Sequence[_Sample]) -> list[str | None]:
-    """The folder of each sample that names its class, below the folders that all of them share."""
+    """For each sample the folder that names its class, below the folders that all samples share."""
     members = [sample.videos[0].member for sample in samples]
     paths = [None if name is None else name.removeprefix("./").split("/")[:-1] for name in members]
     known = [path for path in paths if path is not None]
@@ -207,7 +207,7 @@ def _top_folders(samples: Sequence[_Sample]) -> list[str | None]:
 def _classes(
     request: Request, labels: Sequence[int | str | None], samples: Sequence[_Sample]
 ) -> tuple[dict[int | str, int], tuple[str, ...]]:
-    """The class of each label that occurs, which is an id or a name; and the names of the classes."""
+    """The class of each label that occurs (an id or a name), and the names of the classes."""
     names = sorted({label for label in labels if isinstance(label, str)})
     classes = request.classes or tuple(names)
     known: dict[int | str, int] = {name: number for number, name in enumerate(classes)}
@@ -215,7 +215,9 @@ def _classes(
     for label, sample in zip(labels, samples, strict=True):
         where = f"{request.path}: {sample.videos[0].path}:{sample.videos[0].member}"
         if isinstance(label, int) and request.classes is None:
-            raise ValueError(f"{where} has the id of a label, {label}; give the names, too (labels): a csv of id,name")
+            raise ValueError(
+                f"{where} has the id {label} for a label; give the names too, as a csv of id,name: --labels (labels=)"
+            )
         if isinstance(label, int) and 0 <= label < len(classes):
             known[label] = label
         elif isinstance(label, str) and label not in known and label.replace("_", " ") in known:

@@ -1,6 +1,6 @@
-"""Lists of videos in the forms in which data sets come: which files there are, and the class of each.
+"""The forms in which data sets come: folders, lists and tar files. The result is a list of files with their classes.
 
-folder: a folder per class; "_" in its name stands for a space; folders inside belong to the same class.
+folder: a folder for each class; "_" in its name stands for a space; folders inside belong to the same class.
 
     data/riding_a_bike/001.mp4
     data/archery/indoors/007.webm
@@ -10,14 +10,14 @@ flat: a folder of videos without classes.
     data/001.mp4
     data/002.mp4
 
-lines: a path and the id of its label on each line, with names of the classes from a csv of id,name. The path is all
-before the last field, so it may hold spaces. A list of paths alone is unlabeled.
+lines: a path and the id of its label on each line; a csv of id,name gives the names. The path is all but the last
+field, so it may contain spaces. A list of paths alone has no labels.
 
     riding a bike/001.mp4 12
     archery/indoors/007.webm 3
 
-kinetics: the official csv files. Files are found by their names, {youtube_id}_{start:06d}_{end:06d} or {youtube_id},
-in whatever folders they lie; those that are not there are listed as errors.
+kinetics: the official csv files. Videos are found by their names, {youtube_id}_{start:06d}_{end:06d} or {youtube_id},
+in any folder below the root. Missing videos are listed with an error.
 
     label,youtube_id,time_start,time_end,split
     abseiling,0347ZoDXyP0,95,105,train
@@ -37,7 +37,7 @@ tar: uncompressed tar files, one, a folder of them, or a pattern like train-{000
     000017.mp4
     000017.cls
 
-Nothing here opens a video. A file that a list names is listed whether it is there or not.
+Nothing here opens a video. A file that a list names is listed even if it is missing.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ from .listing import VIDEO_NAME, Entry, Listing, Place, Request, class_numbers, 
 from .official import HMDB_LIST, hmdb51, kinetics, ucf101
 from .shards import read_shards
 
-# The path is all before the last field, which is the id.
+# The last field is the id; the path is all before it.
 _LINE = re.compile(r"[ \t]*(.*[^\s,;])(?:[ \t]*[,;][ \t]*|[ \t]+)([+-]?\d+)[ \t\r]*", re.DOTALL)
 
 _SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "validate", "test", "testing"}
@@ -67,18 +67,18 @@ def read_source(
     format: str | None = None,
     follow_links: bool = False,
 ) -> Listing:
-    """The videos that a source names. Formats as at the top of this module; without `format` the content tells.
+    """The videos of a source. `format`: one of the forms above; by default the content decides.
 
-    labels: names of the classes: a csv of id,name, a text file with a name per line, or the names themselves.
-    split: which part: the subfolder of that name, the rows of Kinetics with it, train1 ... test3 of UCF and HMDB.
+    labels: class names: a csv of id,name, a text file with one name on each line, or the names themselves.
+    split: the part to take: a subfolder, a split in the csv of Kinetics, or train1 to test3 of UCF-101 and HMDB-51.
     root: the folder that the paths of a list are relative to (default: the folder of the list).
     follow_links: enter folders that are symbolic links.
 
-    Raises ValueError, naming file and line, for what it does not understand, and OSError for what it cannot read.
+    Raises ValueError, with file and line, for a source of another form, and OSError if the source cannot be read.
     """
     path = Path(source)
     if root is not None and not os.path.isdir(root):
-        raise ValueError(f"root is {str(root)!r}; it must be a folder that is there")
+        raise ValueError(f"root is {str(root)!r}; it must be an existing folder")
     if format is not None and format not in READERS:
         raise ValueError(f"format is {format!r}; it must be one of {', '.join(READERS)}")
     if split is not None and path.is_dir() and (path / split).is_dir() and format in (None, "folder", "flat", "tar"):
@@ -88,7 +88,7 @@ def read_source(
     )
     kind = format or _kind(path)
     if split is not None and kind not in ("kinetics", "ucf101", "hmdb51"):
-        raise ValueError(f"{path}: has no split {split!r}: there is no such folder in it (read as: {kind})")
+        raise ValueError(f"{path}: has no split {split!r}, because it has no folder of that name (read as: {kind})")
     listing = READERS[kind](request)
     if not listing.entries:
         raise ValueError(f"{path}: has no video{f' in split {split!r}' if split else ''} (read as: {kind})")
@@ -108,7 +108,7 @@ def _kind(path: Path) -> str:
         return "folder" if any(map(is_folder, names)) else "flat"
     if not path.exists() and re.search(r"\{.*\}", path.name):
         return "tar"
-    if path.exists() and not path.is_file():  # a pipe would wait for ever
+    if path.exists() and not path.is_file():  # a pipe would wait forever
         raise ValueError(f"{path}: is not a regular file")
     with open(path, "rb") as file:
         start = file.read(65536)
@@ -125,14 +125,14 @@ def _kind(path: Path) -> str:
         return "ucf101"
     if path.suffix.lower() in (".csv", ".tsv") and not (VIDEO_NAME.fullmatch(first.strip()) or _LINE.fullmatch(first)):
         raise ValueError(
-            f"{path}: of csv files, only those of Kinetics are known, whose header has youtube_id; this one has "
-            f"{first.strip()[:80]!r}. Other lists have a line per video: its path and its label's id"
+            f"{path}: is not a csv of Kinetics, whose header has youtube_id; this header is {first.strip()[:80]!r}. In "
+            "other lists each line is a path and the id of a label"
         )
     return "lines"
 
 
 def _folder(request: Request) -> Listing:
-    """A folder per class; folders inside them belong to the same class."""
+    """A folder for each class. Folders inside it belong to the same class."""
     _needs_folder(request)
     found, notes = walk(request.folder, request.follow_links)
     tops = sorted(
@@ -142,19 +142,19 @@ def _folder(request: Request) -> Listing:
     found = [entry for entry in found if entry not in loose]
     if len(loose) > len(found):
         raise ValueError(
-            f"{request.path}: has {len(found)} videos in folders of a class each, and {len(loose)} outside of them "
-            f"({loose[0].path!a}); move these into folders, or read all without classes: --format flat"
+            f"{request.path}: has {len(found)} videos in class folders and {len(loose)} outside of them "
+            f"({loose[0].path!a}); move these into folders, or read all videos without classes: --format flat"
         )
     if len(tops) > 0 and {top.lower() for top in tops} <= _SPLIT_NAMES:
         raise ValueError(
-            f"{request.path}: its folders are splits ({', '.join(tops)}), not classes; say which one: --split {tops[0]}"
+            f"{request.path}: its folders are splits ({', '.join(tops)}), not classes; choose one: --split {tops[0]}"
         )
     number_of, classes = class_numbers(request, tops, [top.replace("_", " ") for top in tops])
     used = {entry.path.split("/", 1)[0] for entry in found}
     notes += [f"{request.path}: the folder of class {top!r} holds no video" for top in tops if top not in used]
     numbers = [number_of[entry.path.split("/", 1)[0]] for entry in found]
     entries = [Entry(entry.path, label, error=entry.error) for entry, label in zip(found, numbers, strict=True)]
-    entries += [Entry(entry.path, error="lies outside of the folders of the classes") for entry in loose]
+    entries += [Entry(entry.path, error="lies outside of the class folders") for entry in loose]
     return request.listing(classes, sorted(entries, key=lambda entry: entry.path), notes)
 
 
@@ -162,7 +162,7 @@ def _needs_folder(request: Request) -> None:
     if not request.path.is_dir():
         raise ValueError(f"{request.path}: is not a folder")
     if request.root is not None:
-        raise ValueError(f"{request.path}: root is for lists; the root of a folder is the folder itself")
+        raise ValueError(f"{request.path}: the root of a folder is the folder itself; leave --root (root=) out")
 
 
 def _flat(request: Request) -> Listing:
@@ -173,7 +173,7 @@ def _flat(request: Request) -> Listing:
 
 
 def _lines(request: Request) -> Listing:
-    """A path and the id of its label on each line. The path may hold spaces. Lines of paths alone are unlabeled."""
+    """A path and the id of its label on each line. The path may contain spaces. Lines of paths alone have no label."""
     entries: list[Entry] = []
     place = Place(request)
     numbered = lines_of(request.path)
@@ -182,21 +182,23 @@ def _lines(request: Request) -> Listing:
         match = _LINE.fullmatch(line)
         where = f"{request.path}, line {number}"
         if alone != bare[0] or (match is None and not alone):
-            raise ValueError(f"{where}: wanted a path, a space and the id of a label; got {line[:200]!r}")
+            raise ValueError(f"{where}: a path, a space and the id of a label wanted; got {line[:200]!r}")
         if match is None or alone:
             entries.append(place.entry(line.strip(), None))
             continue
         path = match[1].strip('"')
         more = re.match(r"(.*?\.\w+)[ \t,;]+[+-]?[\d.]+$", path)
         if more and VIDEO_NAME.fullmatch(more[1]) and not VIDEO_NAME.fullmatch(path):
-            raise ValueError(f"{where}: wanted two fields, a path and the id of a label; got a third: {line[:200]!r}")
+            raise ValueError(f"{where}: two fields wanted, a path and the id of a label; got a third: {line[:200]!r}")
         entries.append(place.entry(path, _known_id(int(match[2]), request.classes, where)))
     return request.listing(request.classes or (), entries)
 
 
 def _known_id(label: int, classes: Sequence[str] | None, where: str) -> int:
     if classes is None:
-        raise ValueError(f"{where}: has the id of a label, {label}; give the names, too (labels): a csv of id,name")
+        raise ValueError(
+            f"{where}: has the id {label} for a label; give the names too, as a csv of id,name: --labels (labels=)"
+        )
     if not 0 <= label < len(classes):
         raise ValueError(f"{where}: label {label} is not one of the {len(classes)} classes (0 to {len(classes) - 1})")
     return label

@@ -1,4 +1,4 @@
-"""One video encoded anew, frame for frame, so that it decodes fast (see transcoder.py)."""
+"""Encodes one video again, frame for frame, so that it decodes fast (see transcoder.py)."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from ..decode.times import frame_times
 
 PRESETS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow", "placebo")
 _BT601 = 6  # FFmpeg's AVCOL_SPC_SMPTE170M
-_SAME_SHAPE = 0.02  # relative change of the aspect ratio that rounding of sides explains
+_SAME_SHAPE = 0.02  # relative change of the aspect ratio that the rounding of sides may cause
 _SCALING = Interpolation.BICUBIC | Interpolation.ACCURATE_RND  # without it, another matrix costs 3 dB
-_FINEST = 1_000_000  # ticks a second: finer clocks than this overflow what MP4 and H.264 hold
+_FINEST = 1_000_000  # ticks in a second; finer clocks overflow in MP4 and H.264
 
 
 class CannotWrite(Exception):
-    """FFmpeg's error on the side of the copy, kept apart from those of reading the source."""
+    """FFmpeg's error in writing the copy. Errors in reading the source are VideoErrors."""
 
     def __init__(self, error: Exception) -> None:
         super().__init__(reason(error))
@@ -36,12 +36,12 @@ class CannotWrite(Exception):
 
 
 class Stopped(Exception):
-    """Asked to stop; the file in hand is given up."""
+    """The run stops; the present file is given up."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How the copies are encoded. Each copy stores its settings for later runs."""
+    """The encoding of the copies. Each copy stores its settings for later runs."""
 
     short_side: int = 256
     keyframe_every: int = 12
@@ -59,14 +59,17 @@ class Settings:
             raise ValueError(f"preset is {self.preset!r}; x264 has: {', '.join(PRESETS)}")
 
     def options(self) -> dict[str, str]:
-        """For libx264. Without the loop filter and arithmetic coding decoding takes half the time, for a twelfth more
-        bytes: tune=fastdecode."""
+        """The options for libx264.
+
+        tune=fastdecode leaves out the loop filter and arithmetic coding: half the decoding time for a twelfth more
+        bytes.
+        """
         return {
             "preset": self.preset,
             "crf": str(self.crf),
             "tune": "fastdecode",
             "g": str(self.keyframe_every),
-            "sc_threshold": "0",  # no keyframes out of turn
+            "sc_threshold": "0",  # no extra keyframes
             "bf": "0",
             "flags": "+cgop",
             "a53cc": "0",
@@ -76,10 +79,10 @@ class Settings:
 def reencode(
     source: str, path: Path, settings: Settings, stopped: Callable[[], bool] = lambda: False
 ) -> tuple[list[str], Clock]:
-    """Encode every frame of `source` that decodes into the MP4 file `path`, at even times.
+    """Encodes every decodable frame of `source` into the MP4 file `path`, at even times.
 
-    Returns what is damaged in the source, if anything, and the times of its frames, for `finish`. Raises VideoError
-    where there is nothing to encode, CannotWrite for what FFmpeg says of the copy, Stopped once `stopped()`.
+    Returns the damage of the source, if any, and the times of its frames, for `finish`. Raises VideoError if there is
+    no frame, CannotWrite for FFmpeg's errors in writing, and Stopped if `stopped()` is true.
     """
     damage: list[str] = []
     shown = Source(source)
@@ -96,7 +99,7 @@ def reencode(
             output = copy.add_stream("libx264", rate=rate, options=settings.options())
             context = output.codec_context
             context.width, context.height, context.pix_fmt = *size, "yuv420p"
-            context.thread_count = 1  # the same bytes on any machine; other files keep the other cores busy
+            context.thread_count = 1  # the same bytes on any machine; the other cores encode other files
             context.time_base = 1 / rate
             context.colorspace, context.color_range = _BT601, ColorRange.MPEG
             context.color_primaries, context.color_trc = first.color_primaries, first.color_trc  # not converted
@@ -118,7 +121,7 @@ def reencode(
 
 
 def finish(path: Path, copy: Path, clock: Clock, note: str) -> None:
-    """The same packets at the frames' times, with `note` as the comment, and the index before them."""
+    """Writes the packets again at the frames' times, with `note` as the comment and the index at the front."""
     times = clock.times()
     left = iter(zip(times, [*times[1:], times[-1] + clock.last], strict=True))
     with av.open(f"file:{path}") as source, writing(copy, movflags="+faststart") as container:
@@ -136,7 +139,7 @@ def finish(path: Path, copy: Path, clock: Clock, note: str) -> None:
 
 
 def check(path: Path, clock: Clock) -> None:
-    """Raise VideoError unless the file holds a packet for each frame, at its time."""
+    """Raises VideoError if the file does not hold a packet for each frame at its time."""
     times = [time * clock.unit for time in clock.times()]
     try:
         with av.open(f"file:{path}") as container:
@@ -144,7 +147,7 @@ def check(path: Path, clock: Clock) -> None:
     except (av.FFmpegError, OSError) as error:
         raise VideoError(f"the copy cannot be read back ({reason(error)})") from error
     if found != times:
-        raise VideoError(f"the copy holds {len(found)} frames instead of {len(times)}, or others in time")
+        raise VideoError(f"the copy has {len(found)} frames instead of {len(times)}, or other times")
 
 
 @contextlib.contextmanager
@@ -153,7 +156,7 @@ def writing(path: Path, **options: str) -> Iterator[OutputContainer]:
     with contextlib.ExitStack() as stack:
         with _writing_errors():
             container = av.open(f"file:{path}", "w", format="mp4", options={"fflags": "+bitexact", **options})
-        stack.push(lambda *_: container.close() if _[0] else None)  # after an error the file is given up anyway
+        stack.push(lambda *_: container.close() if _[0] else None)  # after an error the file is discarded
         yield container
         with _writing_errors():
             container.close()
@@ -170,7 +173,7 @@ def _writing_errors() -> Iterator[None]:
 def _frames(
     container: InputContainer, stream: VideoStream, damage: list[str], stopped: Callable[[], bool]
 ) -> Iterator[VideoFrame]:
-    """Every frame that decodes, as `decode` numbers them; at the end, `damage` holds what was wrong."""
+    """Every decodable frame, numbered as by `decode`. At the end, `damage` lists the damage of the source."""
     seen = failed = patched = count = 0
     packets = container.demux(stream)
     packet: av.Packet | None
@@ -183,7 +186,7 @@ def _frames(
         except (StopIteration, av.EOFError):
             packet = None
         except av.FFmpegError as error:
-            damage.append(f"cannot be read beyond {seen} packets ({reason(error)})")
+            damage.append(f"cannot be read after {seen} packets ({reason(error)})")
             packet = None
         if packet is None or not packet.size:  # PyAV ends with an empty packet: it drains the decoder
             packet, reading = None, False
@@ -200,18 +203,18 @@ def _frames(
     size = os.path.getsize(container.name.removeprefix("file:"))
     end = max((entry.pos + entry.size for entry in stream.index_entries), default=0)
     if end > size:
-        damage.append(f"cut short: its index goes on to byte {end}, it ends at {size}")
+        damage.append(f"cut short: its index goes to byte {end}, the file ends at {size}")
     if failed:
         damage.append(f"{failed} of {seen} packets cannot be decoded")
     if patched:
-        damage.append(f"{patched} of {count} frames are patched up by the decoder")
+        damage.append(f"{patched} of {count} frames are damaged and patched by the decoder")
 
 
 class Clock:
-    """The times of a video's frames, collected in the order in which the decoder gives them.
+    """The times of a video's frames, in the order of the decoder.
 
-    `given`: in units of `unit` seconds, None where a frame has no time. `step`: between frames of the average rate.
-    `last`: how long the last frame is shown.
+    `given`: times in units of `unit` seconds, None for a frame without a time. `step`: one frame at the average rate.
+    `last`: the duration of the last frame.
     """
 
     def __init__(self, first: VideoFrame, stream: VideoStream) -> None:
@@ -235,7 +238,7 @@ class Clock:
 def _converter(
     source: str, first: VideoFrame, short_side: int
 ) -> tuple[Callable[[VideoFrame], VideoFrame], tuple[int, int]]:
-    """A function from frame to upright, small BT.601 picture in yuv420p, and the (width, height) of these."""
+    """A function from a frame to a small, upright BT.601 picture in yuv420p, and the (width, height) of its results."""
     upright = Upright()
     width, height = _upright_size(first, upright)
     scale = Fraction(min(short_side, width, height), min(width, height))
@@ -249,7 +252,7 @@ def _converter(
         now = _upright_size(frame, upright)
         if abs(now[0] * height / (now[1] * width) - 1) > _SAME_SHAPE:
             raise VideoError(
-                f"{source}: the picture changes from {width}x{height} to {now[0]}x{now[1]} on the way; a copy would be "
+                f"{source}: the picture size changes from {width}x{height} to {now[0]}x{now[1]}; a copy would be "
                 "distorted"
             )
         shown = upright.matrix(frame) is not None
@@ -266,7 +269,7 @@ def _converter(
         )
         if not shown:
             return scaled
-        # Turned with full chroma: subsampled chroma sits beside the left pixel, and would end up above, below or right.
+        # Turned with full chroma: subsampled chroma lies at the left pixel, and would end up above, below or right.
         planes_HWC = upright(frame, scaled.to_ndarray().transpose(1, 2, 0))
         shown_upright = VideoFrame.from_ndarray(np.ascontiguousarray(planes_HWC.transpose(2, 0, 1)), "yuv444p")
         shown_upright.colorspace, shown_upright.color_range = _BT601, ColorRange.MPEG
@@ -281,5 +284,5 @@ def _upright_size(frame: VideoFrame, upright: Upright) -> tuple[int, int]:
 
 
 def _turned(frame: VideoFrame, upright: Upright) -> bool:
-    """True if display swaps width and height."""
+    """Whether display swaps width and height."""
     return upright(frame, np.empty((1, 2, 1))).shape[0] == 2

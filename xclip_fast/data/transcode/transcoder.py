@@ -1,9 +1,9 @@
-"""Copies of videos that decode fast: small, a keyframe every few frames, no B frames, nothing exotic.
+"""Copies of videos that decode fast: small, with a keyframe every few frames and no B frames.
 
-Training reads a few frames of each video, again and again. From such a copy it decodes a fraction of what the original
-asks for, and a GPU's decoder takes it whatever the original was: H.264, 4:2:0, 8 bits, upright, BT.601 colors in
-limited range, closed groups of pictures, the index at the front. Frame i of the copy is frame i of the source, at the
-same time from the first one on. Audio and metadata are left out.
+Training reads a few frames of each video again and again. From such a copy it decodes a fraction of the original's
+frames, and a GPU's decoder can read every copy: H.264, 4:2:0, 8 bits, upright, BT.601 colors in limited range, closed
+groups of pictures, the index at the front. Frame i of the copy is frame i of the source, at the same time after the
+first frame. Audio and metadata are left out.
 """
 
 from __future__ import annotations
@@ -25,22 +25,25 @@ import av
 from ..decode.reading import Source, VideoError
 from ..manifest.listing import VIDEO_NAME
 from ..parts import lock, remove_unlocked
+from ..threads import usable_cores
 from .reencode import CannotWrite, Settings, check, finish, reencode
 
 _PARTS = ".transcoding"  # files being written, in the out folder; each is locked by the run that writes it
 _MAKER = "xclip-fast transcode"
-_HOPELESS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}  # no file after this one would fare better
+_HOPELESS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}  # errors that every later file would meet, too
 
 Purpose = Literal["any", "training"]
 KEYFRAME_EVERY: dict[str, int] = {"any": 12, "training": 1}
-"""Frames from one keyframe to the next, by what a copy is for. With 1, eight frames of a video cost eight frames."""
+"""Frames from one keyframe to the next, by purpose. With 1, eight frames of a video cost eight frames."""
 
 
 @dataclass
 class Summary:
-    """The outcome for each source, by its path as given. Each is in exactly one of `done`, `skipped` (there
-    already) and `failed` (with the reason). `damaged` are those of the first two whose copy holds less than the source
-    once did: every frame that decodes, and what was wrong."""
+    """The outcome for each source, by its given path.
+
+    Each source is in one of `done`, `skipped` (a copy exists already) and `failed` (with the reason). `damaged`:
+    sources of the first two that are damaged, with the damage. Their copies hold every decodable frame.
+    """
 
     done: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
@@ -48,7 +51,7 @@ class Summary:
     damaged: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        text = f"{len(self.done)} transcoded, {len(self.skipped)} there already, {len(self.failed)} failed"
+        text = f"{len(self.done)} transcoded, {len(self.skipped)} exist already, {len(self.failed)} failed"
         return text + (f"; {len(self.damaged)} from damaged sources" if self.damaged else "")
 
 
@@ -66,22 +69,23 @@ def transcode(
     purpose: Purpose = "any",
     progress: Callable[[int, int], None] | None = None,
 ) -> Summary:
-    """Write a fast copy of every video of a folder, or of these files, into the folder `out`.
+    """Writes a fast copy of every video of a folder, or of a list of files, into the folder `out`.
 
-    `a/b.avi` becomes `out/a/b.mp4`, relative to the folder given, or to `root` (default: the files' common folder). In
-    a folder, hidden files and folders, symbolic links to folders, and `out` itself are passed over.
+    `a/b.avi` becomes `out/a/b.mp4`, relative to the given folder or to `root` (default: the common folder of the
+    files). In a folder, hidden files and folders, symbolic links to folders, and `out` itself are skipped.
 
-    A copy appears when it is whole, so a run can be killed and started again: a copy made of the same content with the
-    same settings is skipped. A source that was replaced, also by one of equal size, is copied anew. A file of another
-    origin, or made with other settings, is replaced only with `overwrite`; a source never, by whatever name or link.
+    A copy appears when it is complete, so a run may be killed and started again. A copy of the same content with the
+    same settings is skipped. A source that was replaced, also by one of equal size, is copied again. A file of another
+    origin or with other settings is replaced only with `overwrite`. A source is never replaced, through no name or
+    link.
+
     `crf` is x264's quality (18: hard to tell from the source, 23: visibly softer), `preset` its effort. `purpose` sets
-    `keyframe_every` where that
-    is not given: 12 for "any", 1 for "training" (every frame decodes by itself, for two to three times the bytes).
-    `workers` is the number of threads (default: one per core). `progress(done, total)` is called after each
-    source.
+    the default of `keyframe_every`: 12 for "any", 1 for "training" (every frame decodes by itself, for two to three
+    times the bytes). `workers` is the number of threads (default: one for each core). `progress(done, total)` is called
+    after each source.
 
-    A video that cannot be used is listed with the reason and does not stop the others. Raises ValueError for arguments
-    that make no sense, FileNotFoundError for a missing folder, OSError where no file can be written (disk full).
+    A video that cannot be used is listed with the reason and does not stop the others. Raises ValueError for a bad
+    argument, FileNotFoundError for a missing folder, and OSError if no file can be written (disk full).
     """
     if purpose not in KEYFRAME_EVERY:
         raise ValueError(f"purpose is {purpose!r}; it must be one of {', '.join(KEYFRAME_EVERY)}")
@@ -114,7 +118,7 @@ def transcode(
         if there and not overwrite:
             made = _made(target)
             if made is None:
-                return "failed", f"{shown}: {goal} is there and not a copy made by this; --overwrite replaces it"
+                return "failed", f"{shown}: {goal} exists and is not a copy by xclip-fast; --overwrite replaces it"
             if made["settings"] != asdict(settings):
                 changed = ", ".join(f"{key} {value}" for key, value in made["settings"].items())
                 return "failed", f"{shown}: {goal} was made with other settings ({changed}); --overwrite replaces it"
@@ -126,7 +130,7 @@ def transcode(
         return "done", _copy(name, target, parts, settings, stop)
 
     if workers is None:
-        workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        workers = usable_cores()
     waiting: dict[Future[tuple[str, str | None]], str] = {}
     left = iter(names.items())
     pool = ThreadPoolExecutor(workers, thread_name_prefix="transcode")
@@ -147,8 +151,7 @@ def transcode(
         if error.errno in _HOPELESS:
             raise OSError(
                 error.errno,
-                f"{error.strerror}, after {finished} of {len(names)} videos; run it again once that is mended, and it "
-                "goes on from there",
+                f"{error.strerror}, after {finished} of {len(names)} videos; mend it and run the same command to go on",
                 os.fspath(out),
             ) from error
         raise
@@ -181,12 +184,12 @@ def _note(summary: Summary, name: str, future: Future[tuple[str, str | None]]) -
 def _targets(
     sources: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], out: Path, root: str | os.PathLike[str] | None
 ) -> Iterator[tuple[str, Path]]:
-    """Each source and where its copy goes."""
+    """Each source with the path of its copy."""
     if isinstance(sources, (str, os.PathLike)):
         folder = Path(sources)
         if folder.is_dir():
             if root is not None:
-                raise ValueError("root is for a list of files; a folder is its own root")
+                raise ValueError("the root of a folder is the folder itself; leave root out")
             if out.exists() and out.samefile(folder):
                 raise ValueError(f"{out} is the folder of the sources; choose another one for the copies")
             for file in _videos(folder, out):
@@ -198,7 +201,7 @@ def _targets(
     files = [Path(source) for source in sources]
     if not files:
         return
-    # Absolute, but with links in it as given: a link's name is the video's name.
+    # Absolute, but with links unresolved: the name of a link is the name of the video.
     full = [Path(os.path.abspath(file)) for file in files]
     top = Path(os.path.abspath(root) if root is not None else os.path.commonpath([file.parent for file in full]))
     for given, file in zip(files, full, strict=True):
@@ -208,7 +211,7 @@ def _targets(
 
 
 def _videos(folder: Path, out: Path) -> Iterator[Path]:
-    """The video files of a folder and of those in it, sorted; not what is hidden, nor what is in `out`."""
+    """The video files in a folder and its subfolders, sorted, without hidden ones and those in `out`."""
     mine = _identity(out)
     for here, inner, names in os.walk(folder):
         inner[:] = sorted(name for name in inner if name[0] != "." and _identity(Path(here, name)) != mine)
@@ -216,7 +219,7 @@ def _videos(folder: Path, out: Path) -> Iterator[Path]:
 
 
 def _identity(path: str | Path) -> tuple[int, int] | None:
-    """The same for every name of a file, through links of both kinds; None for no file."""
+    """The device and inode of a file, which are the same through every link; None if there is no file."""
     try:
         status = os.stat(path)
     except OSError:
@@ -225,8 +228,10 @@ def _identity(path: str | Path) -> tuple[int, int] | None:
 
 
 def _made(target: Path) -> dict[str, Any] | None:
-    """The note of an earlier run in its copy: its "settings", the "size" and "mtime_ns" of the source, and the
-    "damage" in it. None if no such run made the file."""
+    """The note that `transcode` stores in a copy: "settings", "size" and "mtime_ns" of the source, and "damage".
+
+    None for a file that is not such a copy.
+    """
     try:
         options = {"protocol_whitelist": "file"}
         with av.open(f"file:{target}", options=options, metadata_errors="replace") as container:
@@ -244,7 +249,7 @@ def _made(target: Path) -> dict[str, Any] | None:
 
 
 def _digest(name: str) -> str:
-    """Of a file's content: a source that was only touched or moved need not be copied again."""
+    """A hash of the file's content: a source that was only touched or moved need not be copied again."""
     digest = hashlib.blake2b(digest_size=16)
     with open(name, "rb") as file:
         while block := file.read(1 << 20):
@@ -253,16 +258,16 @@ def _digest(name: str) -> str:
 
 
 def _clear(parts: Path) -> None:
-    """Remove the files of runs that were killed: those on which nobody holds the lock any more."""
+    """Removes the files of killed runs: those that no process has locked."""
     if parts.is_symlink():
-        raise ValueError(f"{parts}: is a link; files being written would lie elsewhere. Remove it")
+        raise ValueError(f"{parts}: is a link, and drafts would be written elsewhere; remove it")
     for part in parts.glob("*.part.mp4") if parts.is_dir() else ():
         remove_unlocked(part)
 
 
 @contextlib.contextmanager
 def _part(parts: Path) -> Iterator[tuple[Path, int]]:
-    """A new file, locked as long as this process lives, and its descriptor. Removed at the end, if still there."""
+    """A new locked file and its descriptor. If the file still exists at the end of the block, it is removed."""
     while True:
         parts.mkdir(exist_ok=True)
         path = parts / f"{os.getpid()}-{threading.get_ident()}-{os.urandom(4).hex()}.part.mp4"
@@ -272,7 +277,7 @@ def _part(parts: Path) -> Iterator[tuple[Path, int]]:
             continue
         try:
             lock(descriptor)
-            if path.exists():  # or a run that just started took it for a dead one's
+            if path.exists():  # otherwise a new run took it for a leftover
                 yield path, descriptor
                 return
         finally:
@@ -281,7 +286,7 @@ def _part(parts: Path) -> Iterator[tuple[Path, int]]:
 
 
 def _copy(name: str, target: Path, parts: Path, settings: Settings, stop: threading.Event) -> str | None:
-    """Transcode one file. Returns what is damaged in it, if anything. Raises VideoError, OSError."""
+    """Transcodes one file. Returns its damage, if any. Raises VideoError and OSError."""
     source = os.stat(name)
     with _part(parts) as (draft, _), _part(parts) as (whole, descriptor):
         try:
@@ -289,7 +294,7 @@ def _copy(name: str, target: Path, parts: Path, settings: Settings, stop: thread
             damage = "; ".join(found) or None
             made = {"settings": asdict(settings), "size": source.st_size, "mtime_ns": source.st_mtime_ns}
             made["digest"] = _digest(name)
-            # What is damaged is known only now, and its note stands before the packets.
+            # The damage is known only now, and the note stands before the packets.
             finish(draft, whole, clock, f"{_MAKER}: {json.dumps(made | {'damage': damage})}")
         except CannotWrite as error:
             if error.errno in _HOPELESS:

@@ -1,0 +1,169 @@
+"""The work of one worker process: a task in, its decoded batch out, and a shared table of the videos in work.
+
+A task holds the rows of its videos (some hundred bytes each), so workers need no manifest.
+"""
+
+from __future__ import annotations
+
+import queue
+import time
+import traceback
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import get_worker_info
+
+from ..decode.video import DamagedPlan, one_line
+from ..manifest.manifest import Manifest
+from ..sampling import sample_rng
+from .cache import FrameCache
+
+Decode = Callable[..., Any]
+"""(source, views, *, out), as `decode.decode_views`."""
+
+
+class Task(NamedTuple):
+    """A batch to decode. `rows` are numbers in the whole manifest; `manifest` holds just these videos, in order."""
+
+    turn: int
+    number: int
+    epoch: int
+    rows: np.ndarray
+    manifest: Manifest
+
+
+class Result(NamedTuple):
+    """A batch: frames uint8 (B, V, T, S, S, 3) of `rows`, the reasons for missing rows (`bad`), and `notes` for people.
+
+    `failure` is the traceback of an error that is not a video's fault. `number` is -1 if the batch is no longer wanted.
+    """
+
+    number: int
+    frames: torch.Tensor
+    rows: np.ndarray
+    bad: dict[int, str]
+    notes: list[str]
+    failure: str | None
+
+
+class Table:
+    """The video that each thread of each worker is decoding. It lies in shared memory and outlives the worker.
+
+    `cells`: int64 (workers, threads, 2), the row or -1, and the start (monotonic ns, one clock for all processes).
+    `counts`: int64 (1 + workers,), the present turn, and the number of videos that each worker has begun.
+    """
+
+    def __init__(self, workers: int, threads: int) -> None:
+        self.cells = torch.full((workers, threads, 2), -1, dtype=torch.int64).share_memory_()
+        self.counts = torch.zeros(1 + workers, dtype=torch.int64).share_memory_()
+
+    def begin(self, worker: int, thread: int, row: int) -> None:
+        cells = self.cells.numpy()
+        cells[worker, thread, 1] = time.monotonic_ns()
+        cells[worker, thread, 0] = row
+        self.counts.numpy()[1 + worker] += 1
+
+    def end(self, worker: int, thread: int) -> None:
+        self.cells.numpy()[worker, thread, 0] = -1
+
+    def busy(self, worker: int, seconds: float = 0.0) -> list[int]:
+        """The rows that this worker has been decoding for at least so many seconds."""
+        rows, since = self.cells[worker].unbind(1)
+        return rows[(rows >= 0) & (since <= time.monotonic_ns() - int(seconds * 1e9))].tolist()
+
+    @property
+    def turn(self) -> int:
+        return int(self.counts.numpy()[0])
+
+    @turn.setter
+    def turn(self, value: int) -> None:
+        self.counts.numpy()[0] = value
+
+
+class Decoder:
+    """The dataset for torch's DataLoader: it turns a task into a result. It is pickled once for each worker."""
+
+    def __init__(
+        self,
+        transform: Any,
+        seed: int,
+        shape: tuple[int, ...],
+        threads: int,
+        workers: int,
+        cache: FrameCache | None = None,
+        decode: Decode | None = None,
+    ) -> None:
+        self.transform, self.seed, self.shape, self.threads = transform, seed, shape, threads
+        self.cache, self.decode = cache, decode
+        self.table = Table(max(1, workers), threads)
+        self._pool: ThreadPoolExecutor | None = None
+        self._slots: queue.SimpleQueue[int] = queue.SimpleQueue()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in ("_pool", "_slots")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _pool=None, _slots=queue.SimpleQueue())
+
+    def __getitem__(self, task: Task) -> Result:
+        return self.__getitems__(task)
+
+    def __getitems__(self, task: Task) -> Result:
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="decode")
+            for slot in range(self.threads):
+                self._slots.put(slot)
+        info = get_worker_info()
+        worker = info.id if info else 0
+        frames = torch.empty(len(task.rows), *self.shape, dtype=torch.uint8)
+        out, none = frames.numpy(), frames[:0]
+        try:
+            # A list, so that no thread still writes to `out` if an error leaves this function.
+            found = list(self._pool.map(lambda place: self._one(task, place, out[place], worker), range(len(out))))
+        except Exception:  # the parent raises it, with this traceback
+            return Result(task.number, none, task.rows[:0], {}, [], traceback.format_exc())
+        if None in found:
+            return Result(-1, none, task.rows[:0], {}, [], None)
+        bad = {int(row): reason for row, reason in zip(task.rows, found, strict=True) if reason}
+        notes: list[str] = []
+        if self.cache is not None:
+            notes, self.cache.notes = self.cache.notes, notes
+        if not bad:
+            return Result(task.number, frames, task.rows, bad, notes, None)
+        good = np.array([not reason for reason in found])
+        return Result(task.number, frames[torch.from_numpy(good)], task.rows[good], bad, notes, None)
+
+    def _one(self, task: Task, place: int, out: np.ndarray, worker: int) -> str | None:
+        """Decodes one video of a task. Returns "", or the reason of a failure; None if the task is no longer wanted."""
+        if self.table.turn != task.turn:
+            return None
+        slot = self._slots.get()
+        self.table.begin(worker, slot, int(task.rows[place]))
+        try:
+            return self.one(task, place, out)
+        finally:
+            self.table.end(worker, slot)
+            self._slots.put(slot)
+
+    def one(self, task: Task, place: int, out: np.ndarray) -> str:
+        """Decodes one video of a task into `out`, uint8 (V, T, S, S, 3). Returns "", or the reason of a failure."""
+        from ..decode.decoder import VideoError, decode_views
+
+        row, video = int(task.rows[place]), task.manifest.videos[place]
+        if min(video.frames, video.width, video.height) < 1:
+            return "the manifest has no facts about it; index the data again"
+        rng = sample_rng(self.seed, task.epoch, row) if getattr(self.transform, "random", True) else None
+        source = None
+        try:
+            source = task.manifest.source(place)
+            views = self.transform.views(video.frames, video.width, video.height, rng)
+            if self.decode is None and self.cache is not None:
+                self.cache.decode_views(source, views, video=video, out=out)
+            else:
+                (self.decode or decode_views)(source, views, out=out)
+        except (VideoError, DamagedPlan, IndexError, OSError, MemoryError) as error:
+            return one_line(str(error).removeprefix(f"{source}: ")) or type(error).__name__
+        return ""

@@ -1,0 +1,119 @@
+"""The evaluation of a checkpoint on a manifest, as the command line runs it: files in, figures printed, files out."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..console import Bar
+from ..inference.placement import automatic_dtype
+from ..processes import find_device, join_processes
+from ..text.labels import plain_name
+from ..weights.recipe import Trained
+from .loop import evaluate
+from .report import check_folder, reserved, write
+from .result import Evaluation, show
+
+if TYPE_CHECKING:
+    from ..data.sampling import Sampling
+    from ..model import XCLIP
+
+log = logging.getLogger("xclip_fast")
+
+
+def named(result: Evaluation, checkpoint: str | os.PathLike[str], manifest: str | os.PathLike[str]) -> Evaluation:
+    """Returns the evaluation result together with model and manifest names."""
+    return dataclasses.replace(
+        result,
+        model={"checkpoint": os.fspath(checkpoint), **result.model},
+        data={"manifest": os.fspath(manifest), **result.data},
+    )
+
+
+def load(checkpoint: str | os.PathLike[str], variant: str | None, device: torch.device, dtype: str) -> XCLIP:
+    """The checkpoint's model on the device; ``dtype`` is a name, or auto for ``automatic_dtype``."""
+    from ..config import variant as config_of
+    from ..model import XCLIP
+
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype not in ("auto", *known):
+        raise ValueError(f"dtype {dtype!r}: auto, float32, bfloat16 or float16 wanted")
+    wanted = automatic_dtype(device) if dtype == "auto" else known[dtype]
+    torch.manual_seed(0)  # parameters missing from the checkpoint are the same in every run and process
+    shape = None if variant is None else config_of(variant)
+    return XCLIP.from_pretrained(checkpoint, config=shape, device=device, dtype=wanted)
+
+
+def main(
+    checkpoint: str | os.PathLike[str],
+    manifest: str | os.PathLike[str],
+    *,
+    out: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+    clips: int = 1,
+    crops: int = 1,
+    frames: int | None = None,
+    sampling: Sampling | None = None,
+    stride: int | None = None,
+    labels: Sequence[str] | Mapping[str, str] | None = None,
+    templates: Sequence[str] | bool | None = None,
+    variant: str | None = None,
+    batch_size: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    workers: int | None = None,
+    run: Callable[..., Evaluation] = evaluate,
+) -> Evaluation | None:
+    """Reads a checkpoint and a manifest, calls ``evaluate``, prints the figures and writes the files into ``out``.
+
+    The arguments are those of ``evaluate``. ``frames``, ``sampling``, ``stride``, ``labels`` and ``templates`` default
+    to the values of the training (``weights.recipe.Trained``); ``templates`` may also be True or False. Under torchrun
+    each process takes its part of the videos. The first process prints and writes; the others return None. ``run``
+    replaces ``evaluate``, as on a cluster (``scale.evaluation``).
+
+    Raises:
+        FileExistsError: before anything is computed, if ``out`` holds an evaluation and ``overwrite`` is not set.
+    """
+    from ..data.manifest.manifest import Manifest
+
+    if out is not None:
+        check_folder(out, overwrite)
+    videos = Manifest.read(manifest)
+    trained = Trained.read(checkpoint)
+    known = {plain_name(name) for name in trained.labels}
+    if known and videos.classes and not known & {plain_name(name) for name in videos.classes}:
+        log.warning(
+            "%s: the checkpoint was not trained on any of its %d classes (%s, ...), but on %d others (%s, ...). The "
+            "result is zero-shot",
+            *(manifest, len(videos.classes), videos.classes[0], len(known), next(iter(trained.labels))),
+        )
+    with join_processes(find_device(device)) as process, reserved(None if process.rank else out, overwrite):
+        model = load(checkpoint, variant, process.device, dtype)
+        if labels is None and videos.classes:
+            labels = trained.texts(videos.classes, model.config.num_classes is not None)
+        with Bar(hidden=process.rank > 0) as bar:
+            result = run(
+                model,
+                videos,
+                clips=clips,
+                crops=crops,
+                **trained.choose(frames, sampling, stride, templates),
+                labels=labels,
+                batch_size=batch_size,
+                workers=workers,
+                progress=bar.update,
+            )
+        if process.rank:
+            return None
+        result = named(result, checkpoint, manifest)
+        show(result)
+        if out is not None:
+            write(result, out, overwrite=overwrite)
+            print(f"written: {out}", file=sys.stderr)
+        return result
