@@ -132,9 +132,8 @@ def work(name: str, given: dict[str, Any]) -> Work:
     if "attention" in name:
         products = next((count for part, count in _PRODUCTS.items() if part in name), 2)
         packed = given.get("qkv_ptr")
-        if packed is None:  # torch's: (F, H, S, C) each; backward's first argument is a gradient of the same shape
-            count, heads, length, channels = given[0].shape  # type: ignore[index]
-            summed = count * heads * length * length * channels
+        if packed is None:  # torch's: queries, keys, values (F, H, S, C); in backward a gradient comes first
+            summed = tensors[0].numel() * tensors[1 + ("backward" in name)].shape[-2]
         elif "message" in name:
             summed = packed.numel() // 3 * given["frames"]
         else:
@@ -199,6 +198,7 @@ def record(variant: str, batch: int, gpu: Gpu, *, training: bool = False, plan: 
             logits = model.similarity(model.encode_video(video), labels)
         if training:
             logits.sum().backward()
+            model.zero_grad(set_to_none=True)
 
     attention = "cudnn" if gpu.architecture >= 90 else "flash"
     with _choosing(gpu, PLANS[plan], attention) as launches:
