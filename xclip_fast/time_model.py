@@ -92,9 +92,11 @@ class Recorder(TorchDispatchMode):
         calls: name, tensors and other arguments of each launch, results included.
     """
 
-    FREE = ("empty", "new_empty", "empty_like", "empty_strided", "view", "_unsafe_view", "slice", "select", "t")
-    FREE += ("transpose", "permute", "unbind", "detach", "promote_types", "expand", "unsqueeze", "squeeze", "split")
-    FREE += ("alias", "as_strided", "_reshape_alias", "unflatten", "chunk", "split_with_sizes", "lift_fresh")
+    FREE: tuple[str, ...] = (
+        *("empty", "new_empty", "empty_like", "empty_strided", "view", "_unsafe_view", "slice", "select", "t"),
+        *("transpose", "permute", "unbind", "detach", "promote_types", "expand", "unsqueeze", "squeeze", "split"),
+        *("alias", "as_strided", "_reshape_alias", "unflatten", "chunk", "split_with_sizes", "lift_fresh"),
+    )
 
     def __init__(self, launches: list[Launch]) -> None:
         super().__init__()

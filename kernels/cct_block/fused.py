@@ -201,12 +201,12 @@ def forward(save: bool, *args: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor, .
         target = Target(z, b.drop_feed_forward, norm_1 if leave else None, None, leave)
         y, left = p.projection.forward(h, b.projection_weight, b.projection_bias, target)
     y = y.view(b.x.shape if b.rows is None else z.shape)
-    outputs = (y, left.mean, left.rstd)
+    outputs: tuple[Any, ...] = (y, left.mean, left.rstd)
     if not leave:
         outputs = (y, *(torch.empty(0, dtype=torch.float32, device=x.device) for _ in range(2)))
     if not save:
         return outputs, ()
-    statistics = (known_1.mean, known_1.rstd, known_2.mean, known_2.rstd)
+    statistics: Any = (known_1.mean, known_1.rstd, known_2.mean, known_2.rstd)
     return outputs, (qkv, mixed, z, u, *statistics, *message_saved, *attention_saved)
 
 
