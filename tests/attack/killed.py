@@ -205,7 +205,7 @@ class Embed(Command):
 
 class EmbedParquet(Embed):
     name = "rows.parquet"
-    extra = (".writing",)
+    extra = ()
 
     def content(self, out: Path) -> Content:
         import pyarrow.parquet as pq
