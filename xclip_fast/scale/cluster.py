@@ -55,9 +55,8 @@ def run(stage: VideoStage, paths: Sequence[str], options: ClusterOptions) -> Ite
     behind. A worker or an actor that dies is started again, and what it had in hand is done again.
     """
     ray = connect(options)
-    from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
+    from ray.data import ActorPoolStrategy, DataContext
 
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # a line for every run, and about its progress bars
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.target_max_block_size = 32 << 20  # bytes: a film's windows leave the decoder as they come
@@ -71,7 +70,7 @@ def run(stage: VideoStage, paths: Sequence[str], options: ClusterOptions) -> Ite
         stage.decode,
         batch_size=1,
         num_cpus=share if share != options.actor_cpus else share * 0.99,
-        compute=TaskPoolStrategy(size=decoders),
+        concurrency=decoders,
     )
     answers = windows.map_batches(
         _Actor,
