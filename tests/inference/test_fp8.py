@@ -213,7 +213,7 @@ def test_wrong_calls_leave_the_model_as_it_was(tiny_model: XCLIP) -> None:
         tiny_model.quantize("int8", calibration=video)  # type: ignore[arg-type]
     assert torch.equal(logits(tiny_model, video), before)
     tiny_model.quantize("fp8", calibration=video)
-    with pytest.raises(RuntimeError, match=r"quantized to fp8 already: dequantize\(\) it"):
+    with pytest.raises(RuntimeError, match=r"quantized to fp8 already; to calibrate it again, dequantize\(\) it"):
         tiny_model.quantize("fp8", calibration=video)
 
 
