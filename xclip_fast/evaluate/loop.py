@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .. import flops
 from ..config import VARIANTS, XCLIPConfig
-from ..inference.labels import label_scorer
+from ..inference.labels import NOT_A_NUMBER, label_scorer
 from ..text.labels import candidates, refuse_same_texts
 from .predict import Answer, predictions
 from .result import Evaluation, Prediction
@@ -29,8 +29,6 @@ from .result import Evaluation, Prediction
 if TYPE_CHECKING:
     from ..data.manifest.manifest import Manifest
     from ..model import XCLIP
-
-NOT_A_NUMBER = "the answer is not a number; try --dtype float32"
 
 
 def evaluate(

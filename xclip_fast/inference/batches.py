@@ -22,6 +22,7 @@ from ..data.decode.windows import Span, Window, check_windows, decode_spans, win
 from ..data.remote import Limits, is_remote, local_copy
 from ..data.sampling import Sampling
 from ..data.threads import Job, Threads, progress, usable_cores
+from .labels import NOT_A_NUMBER
 
 if TYPE_CHECKING:
     from ..model import XCLIP
@@ -137,7 +138,7 @@ def answers(
                 if all(part.isfinite().all() for part in own):
                     yield Answer(path, item.start, item.end, own)
                 else:
-                    failed = ValueError(f"{path}: the answer is not a number; try --dtype float32")
+                    failed = ValueError(f"{path}: {NOT_A_NUMBER}")
                 continue
             yield Finished(path, item or failed)
             failed = None

@@ -1,4 +1,4 @@
-"""From the features of videos to logits over labels."""
+"""From the features of videos to logits over labels, and the error of an answer that is not finite."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from ..model import XCLIP
     from ..nn.features import VideoFeatures
 
+NOT_A_NUMBER = "the answer is not a number; try --dtype float32"
 LABELS_AT_ONCE = 1024  # bounds the memory of the prompts, whatever the number of labels
 
 

@@ -103,6 +103,8 @@ class VideoStage:
             return {}
         import torch
 
+        from ..inference.labels import NOT_A_NUMBER
+
         number = np.asarray(batch["number"])
         real = np.flatnonzero(number >= 0)
         answers: dict[str, np.ndarray] = {}
@@ -118,7 +120,7 @@ class VideoStage:
                 answers[name] = np.zeros((len(number), *value.shape[1:]), value.dtype)
                 answers[name][rows] = value
                 bad = rows[~np.isfinite(value).reshape(len(rows), -1).all(1)]
-                errors[bad[number[bad] >= 0]] = "the answer is not a number; try --dtype float32"
+                errors[bad[number[bad] >= 0]] = NOT_A_NUMBER
         kept = {name: batch[name] for name in ("path", "number", "start", "end")}
         return {**kept, "error": errors, **answers}
 
