@@ -27,7 +27,7 @@ class Block(NamedTuple):
     projection_bias: Tensor  # (D,)
     heads: int
     eps: float = 1e-5
-    activation: str = "quick_gelu"  # or "gelu"
+    activation: str = "quick_gelu"  # or one of GELUS
     # the message path (equation 7); without it a plain pre-norm block
     message_fc_weight: Tensor | None = None  # (D, D)
     message_fc_bias: Tensor | None = None  # (D,)
@@ -53,6 +53,9 @@ class Block(NamedTuple):
     statistics: bool = False  # leave them for the next block, if they cost nothing
     backend: str = ""  # the one asked for when a graph was traced; "": ask now
 
+
+# the activations that are GELU, with torch's name of the approximation
+GELUS = {"gelu": "none", "gelu_tanh": "tanh"}
 
 # what autocast lowers: the weights of products
 LOWERED = (

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._arguments import Block
+from ._arguments import GELUS, Block
 from ._dispatch import forced_backend
 from ._linear import NATIVE_ON_CPU, linear
 from .attention import attention_reference
@@ -173,7 +173,7 @@ def feed_forward(
         x: (..., D), one of float32, bfloat16 and float16, as all weights.
         ln, fc, projection: weight and bias; W1 (F, D), W2 (D, F).
         eps: of the LayerNorm.
-        activation: "quick_gelu" or "gelu".
+        activation: "quick_gelu", "gelu" or "gelu_tanh".
 
     Returns:
         (..., D), new.
@@ -261,13 +261,13 @@ class _Products:
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor, activation: str = "") -> Tensor:
         """(M, I) to (M, O), with SiLU ("quick_gelu") or GELU behind it; it may lie in the buffer of the one before."""
         if self.onednn:
-            attribute = {"": "none", "quick_gelu": "swish", "gelu": "gelu"}[activation]
-            return _pointwise(x, weight, bias, attribute, [], "none" if activation == "gelu" else "")
+            attribute = "gelu" if activation in GELUS else {"": "none", "quick_gelu": "swish"}[activation]
+            return _pointwise(x, weight, bias, attribute, [], GELUS.get(activation, ""))
         y = torch.addmm(bias, x, weight.T, out=_buffer("wide", len(x), len(weight), x.dtype))
         if activation == "quick_gelu":
             F.silu(y, inplace=True)
-        elif activation == "gelu":
-            torch.ops.aten.gelu_(y)
+        elif activation in GELUS:
+            torch.ops.aten.gelu_(y, approximate=GELUS[activation])
         return y
 
     def add_linear(self, y: Tensor, x: Tensor, h: Tensor, weight: Tensor, bias: Tensor, alpha: float = 1.0) -> None:

@@ -12,6 +12,8 @@ from typing import Any
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of the released X-CLIP weights, which do not use CLIP's own mean
 IMAGENET_STD = (0.229, 0.224, 0.225)
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 PROMPTS = ("video", "vectors", "none")
@@ -22,6 +24,7 @@ ACTIVATIONS = ("quick_gelu", "gelu")
 LARGEST = {
     **dict.fromkeys(("layers", "mit_layers", "prompt_layers", "heads", "mit_heads", "prompt_heads"), 1024),
     **dict.fromkeys(("width", "embed_dim", "image_size", "patch_size", "context_length", "num_frames"), 65_536),
+    "mit_positions": 65_536,
     **dict.fromkeys(("vocab_size", "num_classes", "prompt_vectors"), 10_000_000),
 }
 
@@ -119,16 +122,18 @@ class VisionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
-    """CLIP's causal text encoder (paper, section 3.3)."""
+    """CLIP's causal text encoder (paper, section 3.3); most of open_clip's own models have ``activation="gelu"``."""
 
     vocab_size: int = 49408
     context_length: int = 77
     width: int = 512
     layers: int = 12
     heads: int = 8
+    activation: str = "quick_gelu"
 
     def __post_init__(self) -> None:
         _check_numbers("text: ", self)
+        _check_choice("text: activation", self.activation, ACTIVATIONS)
         _check_heads("text", self.width, self.heads)
         for name, least in (("layers", 1), ("width", 1), ("vocab_size", 1), ("context_length", 2)):
             if getattr(self, name) < least:
@@ -147,6 +152,10 @@ class XCLIPConfig:
     ``prompt="vectors"`` (Table 9) learns ``prompt_vectors`` context vectors before the words of every label.
     ``num_classes`` (Table 8) replaces the text by a linear head; ``prompt`` is then "none". For Table 10 see
     ``VisionConfig``.
+
+    Others' models on the same parts: ``mit_positions`` is the length of a temporal embedding of which T frames use the
+    first T (ActionCLIP: 77); with None it has ``num_frames`` and is interpolated to others. ``mit_eps`` is the epsilon
+    of MIT's LayerNorms, if not the model's. ``logit_bias``, a learnt number, is added to the logits (SigLIP's loss).
     """
 
     vision: VisionConfig = VisionConfig()
@@ -156,11 +165,14 @@ class XCLIPConfig:
     mit_layers: int = 1
     mit_heads: int | None = None
     mit_residual: bool = True
+    mit_positions: int | None = None
+    mit_eps: float | None = None
     prompt_layers: int = 2
     prompt_heads: int | None = None
     prompt_alpha: float = 0.1
     layer_norm_eps: float = 1e-5
     logit_scale: float = math.log(1 / 0.07)  # the initial value, as a logarithm
+    logit_bias: float | None = None  # the initial value; None: without
     temporal_std: float = 0.02  # initial standard deviation of the temporal embedding; from scratch a larger one helps
     image_mean: tuple[float, float, float] = IMAGENET_MEAN
     image_std: tuple[float, float, float] = IMAGENET_STD
@@ -169,7 +181,7 @@ class XCLIPConfig:
     num_classes: int | None = None
 
     def __post_init__(self) -> None:
-        _check_numbers("", self, ("mit_heads", "prompt_heads", "num_classes"))
+        _check_numbers("", self, ("mit_heads", "prompt_heads", "num_classes", "mit_positions", "mit_eps", "logit_bias"))
         if self.embed_dim < 1:
             raise ValueError(f"embed_dim {self.embed_dim} must be at least 1")
         for name in ("mit_heads", "prompt_heads"):
@@ -192,6 +204,9 @@ class XCLIPConfig:
         _check_choice("prompt", self.prompt, PROMPTS)
         _check_switch("mit_residual", self.mit_residual)
         _check_eps("layer_norm_eps", self.layer_norm_eps)
+        _check_eps("mit_eps", self.mit_eps or 0.0)
+        if self.mit_positions is not None and self.mit_positions < self.num_frames:
+            raise ValueError(f"mit_positions {self.mit_positions} must be at least num_frames {self.num_frames}")
         if self.num_classes is not None:
             if self.num_classes < 1:
                 raise ValueError(f"num_classes {self.num_classes} must be at least 1, or None for labels as text")

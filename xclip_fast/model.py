@@ -30,7 +30,7 @@ from .nn.prompt import VideoSpecificPrompt
 from .nn.text import TextEncoder, Transformer
 from .text.templates import TEMPLATES, fill
 from .text.tokenizer import tokenize
-from .weights import checkpoint
+from .weights import checkpoint, hub
 
 logger = logging.getLogger("xclip_fast")
 
@@ -125,6 +125,7 @@ class XCLIP(nn.Module):
     prompts_generator: VideoSpecificPrompt | None
     prompts_vectors: nn.Parameter | None
     head: nn.Linear | None
+    logit_bias: nn.Parameter | None
 
     def __init__(self, config: XCLIPConfig | str) -> None:
         super().__init__()
@@ -141,12 +142,13 @@ class XCLIP(nn.Module):
         if config.mit_layers:
             self.mit = MultiFrameIntegration(
                 embed,
-                config.num_frames,
+                config.mit_positions or config.num_frames,
                 config.mit_layers,
                 config.mit_heads,
                 config.mit_residual,
-                eps,
+                eps if config.mit_eps is None else config.mit_eps,
                 config.temporal_std,
+                interpolated=config.mit_positions is None,
             )
         self.prompts_generator = None
         if config.prompt == "video":
@@ -160,11 +162,14 @@ class XCLIP(nn.Module):
             vectors = torch.empty(config.prompt_vectors, config.text.width)
             self.prompts_vectors = nn.Parameter(nn.init.normal_(vectors, std=0.02))
         self.head = None
+        self.logit_bias = None
         if config.num_classes is not None:
             self.head = nn.Linear(embed, config.num_classes)
             init_linear(self.head)
         else:
             self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale))
+            if config.logit_bias is not None:
+                self.logit_bias = nn.Parameter(torch.tensor(config.logit_bias))
         self._checked_range = False
         self._graphed: dict[tuple[int, int], GraphedVideoTower] = {}
 
@@ -176,7 +181,8 @@ class XCLIP(nn.Module):
             text: as for ``encode_text``. None for a model with a linear head (``num_classes``).
 
         Returns:
-            (B, K), float32 (or float64): exp(logit_scale) cos(v, c_hat), equation 3; or the head's (B, num_classes).
+            (B, K), float32 (or float64): exp(logit_scale) cos(v, c_hat), equation 3, plus the ``logit_bias`` of models
+            that have one; or the head's (B, num_classes).
         """
         if self.head is None and text is None:
             raise TypeError("no text given; labels or their tokens wanted (a model with num_classes takes none)")
@@ -271,9 +277,11 @@ class XCLIP(nn.Module):
             return logits.to(torch.promote_types(logits.dtype, torch.float32))
         assert text_features is not None
         if self.prompts_generator is None:
-            return _plain_logits(video_BE, text_features, self.logit_scale)
-        c_hat_BKE = text_features + self.prompts_generator(text_features, video_features.patches)
-        return kernels.cosine_logits(video_BE, c_hat_BKE, self.logit_scale)
+            logits_BK = _plain_logits(video_BE, text_features, self.logit_scale)
+        else:
+            c_hat_BKE = text_features + self.prompts_generator(text_features, video_features.patches)
+            logits_BK = kernels.cosine_logits(video_BE, c_hat_BKE, self.logit_scale)
+        return logits_BK if self.logit_bias is None else logits_BK + self.logit_bias
 
     def graphed(self, batch: int = 1, frames: int | None = None) -> GraphedVideoTower:
         """``encode_video`` for small batches on a GPU: replayed from CUDA graphs, without launching kernel by kernel.
@@ -374,24 +382,27 @@ class XCLIP(nn.Module):
         path: str | os.PathLike[str],
         *,
         config: XCLIPConfig | str | None = None,
+        clip: str | os.PathLike[str] | None = None,
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = None,
     ) -> XCLIP:
         """A model with the weights of ``path``, in evaluation mode.
 
         Args:
-            path: recognized by its content: our own folder or file (safetensors and JSON), a Hugging
-                Face X-CLIP folder, a VideoX ``.pth``, or an image CLIP (OpenAI, open_clip, Hugging Face) or ViT
-                (timm), from which ``expand_from`` starts an X-CLIP.
+            path: "org/name" on the Hugging Face Hub, or a path, recognized by its content: our own folder or file
+                (safetensors and JSON), a Hugging Face X-CLIP folder, a VideoX ``.pth``, a ViFi-CLIP or ActionCLIP
+                file, or an image CLIP (OpenAI, open_clip, Hugging Face) or ViT (timm), from which ``expand_from``
+                starts an X-CLIP.
             config: the shape, if the checkpoint does not say it. An image CLIP says neither frames nor prompt layers;
                 the default has 8 frames. An ablated config starts from an image CLIP only.
+            clip: the image CLIP that a ViFi-CLIP started from, whose token embedding its file lacks.
             device, dtype: of the parameters; by default the CPU and the checkpoint's own dtype.
 
         Raises:
             checkpoint.CheckpointError: if the file is unreadable or no such checkpoint, or if keys are missing,
                 unexpected or misshapen; all are listed.
         """
-        found = checkpoint.read(path, variant(config) if isinstance(config, str) else config)
+        found = checkpoint.read(path, variant(config) if isinstance(config, str) else config, clip=clip)
         if found.complete:
             with torch.device("meta"), WithoutInit():
                 model = cls(found.config)
@@ -423,6 +434,24 @@ class XCLIP(nn.Module):
             FileExistsError: if a checkpoint is there and ``overwrite`` is not set.
         """
         checkpoint.write(self.state_dict(), self.config, folder, layout=layout, overwrite=overwrite)
+
+    def push_to_hub(
+        self, name: str, *, layout: Literal["xclip_fast", "huggingface"] = "xclip_fast", **options: Any
+    ) -> str:
+        """Put weights and config into a repository of the Hugging Face Hub, made if it does not exist.
+
+        Args:
+            name: "org/name". layout: as for ``save_pretrained``.
+            options: ``private``, ``token`` and ``message`` (of the commit).
+
+        Returns:
+            the address of the commit.
+
+        Raises:
+            ImportError: without the package huggingface_hub.
+            OSError: if the Hub refuses it or cannot be reached.
+        """
+        return hub.upload(lambda folder: self.save_pretrained(folder, layout=layout), name, **options)
 
     def expand_from(
         self,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import _choices, _dispatch
-from .._arguments import Block
+from .._arguments import GELUS, Block
 from .._overlap import side_by_side
 from .._parts import Candidate, Case, Part, installed
 from ..attention import ATTENTION, PACKED_ATTENTION
@@ -128,7 +128,7 @@ def slots(case: Case) -> dict[str, tuple[Part, Case, dict[str, int]]]:
     width, hidden = case.width, case.hidden
     # asked for, a backend need not have what only some blocks want
     attention = case._replace(forced="auto") if case.causal and case.forced == "triton" else case
-    fc = case._replace(forced="auto") if case.activation == "gelu" and case.forced in ("triton", "cuda") else case
+    fc = case._replace(forced="auto") if case.activation in GELUS and case.forced in ("triton", "cuda") else case
     found: dict[str, tuple[Part, Case, dict[str, int]]] = {
         "qkv": (NORM_LINEAR, case, {"n": 3 * width, "k": width, "activation": 0}),
         "attention": (PACKED_ATTENTION if case.packed else ATTENTION, attention, {}),

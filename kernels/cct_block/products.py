@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _cuda
+from .._arguments import GELUS
 from .._cast import cast, kept
 from .._parts import HALF, UNMEASURED, Candidate, Case, Part
 
@@ -38,8 +39,8 @@ class Norm(NamedTuple):
 
 # A candidate of "norm_linear": forward(save, x (M, D), Normed, Norm, weight (O, D), bias (O,), activation) returns
 # y = act(LN(x) W^T + b) (M, O), what the activation was applied to if ``save``, and Normed with statistics if ``save``.
-# activation: "", "quick_gelu" or "gelu". backward(dy, weight2, u, activation, keep) returns du = (dy W2) act'(u), the
-# sums of its columns, and act(u) if ``keep``.
+# activation: "", "quick_gelu" or one of GELUS. backward(dy, weight2, u, activation, keep) returns du = (dy W2) act'(u),
+# the sums of its columns, and act(u) if ``keep``.
 # A candidate of "linear_residual": forward(a (M, I), weight (D, I), bias (D,), x (M, D), drop_scale, Norm or None,
 # normed dtype or None, statistics) returns x + s (a W^T + b) and Normed of it.
 
@@ -54,8 +55,8 @@ def _normed(save: bool, x: Tensor, known: Normed, norm: Norm, dtype: torch.dtype
 
 
 def _activate(save: bool, u: Tensor, activation: str) -> Tensor:
-    if activation == "gelu":
-        return F.gelu(u)
+    if activation in GELUS:
+        return F.gelu(u, approximate=GELUS[activation])
     from ..triton.quick_gelu import quick_gelu
 
     return quick_gelu(u, None if save else u)
@@ -74,9 +75,9 @@ def _library_slope(
     dy: Tensor, weight: Tensor, u: Tensor, activation: str, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     dh = torch.mm(dy, weight)
-    if activation == "gelu":
-        du = torch.ops.aten.gelu_backward(dh, u)
-        return du, du.sum(0, dtype=torch.float32), F.gelu(u) if keep else None
+    if activation in GELUS:
+        du = torch.ops.aten.gelu_backward(dh, u, approximate=GELUS[activation])
+        return du, du.sum(0, dtype=torch.float32), _activate(True, u, activation) if keep else None
     from ..triton.column_sums import scaled
 
     return scaled(dh, weight.dtype, slope_at=u, keep=keep)
@@ -199,7 +200,7 @@ def _cuda_residual(
 
 
 def _refuse_float32(case: Case) -> str | None:
-    if case.activation == "gelu":
+    if case.activation in GELUS:
         return "its epilogue has quick_gelu only"
     if case.dtype == torch.float32 and case.forced != "triton":
         return "exact float32 products use no tensor cores: left to the library unless it is asked for"
@@ -207,7 +208,7 @@ def _refuse_float32(case: Case) -> str | None:
 
 
 def _refuse_cuda(case: Case) -> str | None:
-    if case.activation == "gelu":
+    if case.activation in GELUS:
         return "its epilogue has quick_gelu only"
     if case.stream != case.dtype:
         return f"a residual stream of {case.stream} beside weights of {case.dtype}"

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._arguments import Block
+from .._arguments import GELUS, Block
 from .._linear import linear
 from ..attention import attention_reference, packed_reference
 from ..layer_norm import layer_norm_reference
@@ -35,7 +35,8 @@ def composed(b: Block, linears: Linears | None = None) -> Tensor:
     x = diffuse(b, qkv, apply)
     # z + FFN(LN_2(z))
     hidden = apply("fc", layer_norm_reference(x, b.ln_2_weight, b.ln_2_bias, b.eps))
-    hidden = quick_gelu_reference(hidden) if b.activation == "quick_gelu" else F.gelu(hidden)
+    approximate = GELUS.get(b.activation)
+    hidden = quick_gelu_reference(hidden) if approximate is None else F.gelu(hidden, approximate=approximate)
     return x + scale_samples(apply("projection", hidden), b.drop_feed_forward)
 
 

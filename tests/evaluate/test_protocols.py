@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from xclip_fast import XCLIP, TextConfig, VisionConfig, XCLIPConfig
+from xclip_fast.config import CLIP_MEAN, CLIP_STD
 from xclip_fast.data.manifest.manifest import Manifest, Video, index
 from xclip_fast.data.motion import render, write_clip
 from xclip_fast.evaluate import protocols
@@ -26,6 +27,7 @@ from xclip_fast.evaluate.sample_lists import (
     write_draws,
     write_samples,
 )
+from xclip_fast.weights import checkpoint
 
 
 @pytest.fixture
@@ -269,6 +271,48 @@ def test_few_shot_command_and_report(data, settings, tmp_path, capsys):
     assert report["top1"]["std"] is None
     assert report["paper"]["X-CLIP-B/16"]["top1"]["mean"] == 53.0
     assert "X-CLIP-B/16, paper\t53.0\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["ViFi-CLIP", "ActionCLIP"])
+def test_protocols_on_files_of_others(data, settings, tmp_path, kind):
+    """As on the same weights in our own layout."""
+    vision = VisionConfig(image_size=32, patch_size=8, width=64, layers=1, heads=1, cross_frame=False)
+    fusion = {"mit_layers": 0}
+    if kind == "ActionCLIP":
+        fusion = {
+            "mit_layers": 6,
+            "mit_positions": 77,
+            "mit_eps": 1e-12,
+            "image_mean": CLIP_MEAN,
+            "image_std": CLIP_STD,
+        }
+    torch.manual_seed(1)
+    model = XCLIP(XCLIPConfig(vision, TextConfig(width=64, layers=1, heads=1), 64, prompt="none", **fusion))
+    model.save_pretrained(tmp_path / "ours")
+    state = {name.removeprefix("text."): value for name, value in model.state_dict().items()}
+    torch.save({name: value for name, value in state.items() if not name.startswith("mit.")}, tmp_path / "clip.pt")
+    if kind == "ViFi-CLIP":
+        clip, theirs = tmp_path / "clip.pt", {"logit_scale": state.pop("logit_scale")}
+        for name, value in state.items():
+            tower = "image_encoder." if name.startswith("visual.") else "text_encoder."
+            theirs[tower + name.removeprefix("visual.")] = value
+        del theirs["text_encoder.token_embedding.weight"]
+        torch.save({"model": theirs}, tmp_path / "theirs.pth")
+    else:
+        clip, inside = None, {name.removeprefix("mit."): value for name, value in state.items() if name[:4] == "mit."}
+        positions = inside.pop("positional_embedding")[0]
+        inside = {f"transformer.{name}": value for name, value in inside.items()}
+        saved = {"model_state_dict": torch.load(tmp_path / "clip.pt"), "fusion_model_state_dict": inside}
+        inside["frame_position_embeddings.weight"] = positions
+        torch.save(saved, tmp_path / "theirs.pth")
+    checkpoint.convert(tmp_path / "theirs.pth", tmp_path / "theirs", clip=clip)
+    splits = [data / f"split{split}.jsonl" for split in range(3)]
+    for protocol, manifests, shots in (("zero-shot-ucf101", splits, None), ("few-shot-ucf101", splits[:1], 2)):
+        wanted, found = (
+            protocols.main(protocol, tmp_path / name, manifests, frames=3, shots=shots, **settings)
+            for name in ("ours", "theirs")
+        )
+        assert found["top1"] == wanted["top1"]
 
 
 def test_refusals(data):

@@ -44,12 +44,16 @@ def convert(
     drop_config: Annotated[
         bool, typer.Option("--drop-config", help="Leave out a pickled training configuration.")
     ] = False,
+    clip: Annotated[
+        Path | None,
+        typer.Option(help="For a ViFi-CLIP: the OpenAI CLIP it started from, whose token embedding its file lacks."),
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Convert a checkpoint to safetensors."""
     from ..weights import checkpoint
 
-    checkpoint.convert(source, folder, layout, drop_config=drop_config, overwrite=overwrite)
+    checkpoint.convert(source, folder, layout, drop_config=drop_config, overwrite=overwrite, clip=clip)
     print(f"{plain(str(folder))}: written in the layout {layout}")
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .. import kernels
 from .fp8 import Fp8Weights
-from .layers import drop_path_scale
+from .layers import Attention, drop_path_scale
 from .parts import Mlp, add_branch, is_plain_block, self_attention
 
 
@@ -42,14 +42,6 @@ class DropScales(NamedTuple):
     fusion: Tensor | None = None
     diffusion: Tensor | None = None
     feed_forward: Tensor | None = None
-
-
-class Attention(NamedTuple):
-    """An attention's packed projection (3D, D), (3D,) and its output layer."""
-
-    in_weight: Tensor
-    in_bias: Tensor
-    out: Any
 
 
 def cct_block(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,62 @@ from torch.overrides import TorchFunctionMode
 
 from .. import kernels
 from .parts import Mlp, add_branch, is_plain_block, self_attention
+
+
+class Attention(NamedTuple):
+    """An attention's packed projection (3D, D), (3D,) and its output layer."""
+
+    in_weight: Tensor
+    in_bias: Tensor
+    out: Any
+
+
+def plain_block(
+    x: Tensor,
+    heads: int,
+    ln_1: nn.LayerNorm,
+    attention: Attention,
+    ln_2: nn.LayerNorm,
+    fc: Any,
+    projection: Any,
+    drop: tuple[Tensor | None, Tensor | None],
+    activation: str,
+    *,
+    causal: bool = False,
+    offsets: Tensor | None = None,
+    longest: int = 0,
+    rows: Tensor | None = None,
+) -> Tensor:
+    """A block without a message on the parameters of its modules; their epsilons must be one.
+
+    Args:
+        drop: drop path factors (B,) of the attention's and the FFN's branch. The others as for ``TransformerBlock``.
+    """
+    block = kernels.Block(
+        x=x,
+        ln_1_weight=ln_1.weight,
+        ln_1_bias=ln_1.bias,
+        in_weight=attention.in_weight,
+        in_bias=attention.in_bias,
+        out_weight=attention.out.weight,
+        out_bias=attention.out.bias,
+        ln_2_weight=ln_2.weight,
+        ln_2_bias=ln_2.bias,
+        fc_weight=fc.weight,
+        fc_bias=fc.bias,
+        projection_weight=projection.weight,
+        projection_bias=projection.bias,
+        heads=heads,
+        eps=ln_1.eps,
+        activation=activation,
+        drop_attention=drop[0],
+        drop_feed_forward=drop[1],
+        causal=causal,
+        offsets=offsets,
+        longest=longest,
+        rows=rows,
+    )
+    return kernels.cct_block(block)[0]
 
 
 class TransformerBlock(nn.Module):
@@ -61,32 +117,42 @@ class TransformerBlock(nn.Module):
             y = self._call_modules(x, causal, samples)
             return y if rows is None else y.flatten(0, 1)[rows]
         drop = self._draw_drop_scales(x, samples)
-        attention, fc, projection = self.attn, self.mlp.c_fc, self.mlp.c_proj
-        block = kernels.Block(
-            x=x,
-            ln_1_weight=self.ln_1.weight,
-            ln_1_bias=self.ln_1.bias,
-            in_weight=attention.in_proj_weight,
-            in_bias=attention.in_proj_bias,
-            out_weight=attention.out_proj.weight,
-            out_bias=attention.out_proj.bias,
-            ln_2_weight=self.ln_2.weight,
-            ln_2_bias=self.ln_2.bias,
-            fc_weight=fc.weight,
-            fc_bias=fc.bias,
-            projection_weight=projection.weight,
-            projection_bias=projection.bias,
-            heads=self.heads,
-            eps=self.ln_1.eps,
-            activation=self.activation,
-            drop_attention=drop[0],
-            drop_feed_forward=drop[1],
+        attention = Attention(self.attn.in_proj_weight, self.attn.in_proj_bias, self.attn.out_proj)
+        return plain_block(
+            x,
+            self.heads,
+            self.ln_1,
+            attention,
+            self.ln_2,
+            self.mlp.c_fc,
+            self.mlp.c_proj,
+            drop,
+            self.activation,
             causal=causal,
             offsets=offsets,
             longest=longest,
             rows=rows,
         )
-        return kernels.cct_block(block)[0]
+
+    def with_context(self, x_FLD: Tensor, context_CKD: Tensor) -> Tensor:
+        """The block where each token attends to K more, which are keys and values only: nothing comes out of them.
+
+        They are rows behind a frame's own, so every backend takes them; past the attention they are not computed.
+
+        Args:
+            x_FLD: tokens of F frames.
+            context_CKD: C = F, of each frame, or C = B, of each video, shared by its F / B frames; they pass the norm
+                and the projection of the tokens.
+
+        Returns:
+            (F, L, D).
+        """
+        count, length, _ = x_FLD.shape
+        context_FKD = context_CKD.repeat_interleave(count // len(context_CKD), 0)
+        x_FSD = torch.cat([x_FLD, context_FKD], 1)
+        start_F = torch.arange(0, count * x_FSD.shape[1], x_FSD.shape[1], device=x_FLD.device)
+        rows = (start_F[:, None] + torch.arange(length, device=x_FLD.device)).flatten()
+        return self(x_FSD, rows=rows, samples=len(context_CKD)).view(x_FLD.shape)
 
     def _call_modules(self, x_BSD: Tensor, causal: bool, samples: int | None) -> Tensor:
         """The block by calling its parts, which see tokens in the released layout (S, B, D)."""

@@ -21,15 +21,25 @@ class MultiFrameIntegration(nn.Module):
         width: E. frames: T of the temporal position encoding. layers, heads: of the transformer.
         residual: add the frame features to the transformer's output before pooling, as the released weights need.
         eps: of the LayerNorms. temporal_std: of the temporal position encoding, initially.
+        interpolated: how another T is met: by linear interpolation of the encoding along time; if not, by its first T.
 
     Shape:
-        (B, T, E) -> (B, E). Another T than the encoding's is met by linear interpolation along time.
+        (B, T, E) -> (B, E).
     """
 
     def __init__(
-        self, width: int, frames: int, layers: int, heads: int, residual: bool, eps: float, temporal_std: float = 0.02
+        self,
+        width: int,
+        frames: int,
+        layers: int,
+        heads: int,
+        residual: bool,
+        eps: float,
+        temporal_std: float = 0.02,
+        interpolated: bool = True,
     ) -> None:
         super().__init__()
+        self.interpolated = interpolated
         self.residual = residual
         self.positional_embedding = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, frames, width), std=temporal_std))
         self.resblocks = nn.ModuleList(TransformerBlock(width, heads, eps) for _ in range(layers))
@@ -47,6 +57,10 @@ class MultiFrameIntegration(nn.Module):
         position_1TE = self.positional_embedding
         if frames == position_1TE.shape[1]:
             return position_1TE
+        if not self.interpolated:
+            if frames > position_1TE.shape[1]:
+                raise ValueError(f"{frames} frames given; this model has positions for {position_1TE.shape[1]}")
+            return position_1TE[:, :frames]
         if not torch.compiler.is_compiling():
             _log_interpolation(position_1TE.shape[1], frames)
         return F.interpolate(position_1TE.transpose(1, 2), size=frames, mode="linear").transpose(1, 2)

@@ -77,8 +77,8 @@ _SHARED = (nn.Linear, NonDynamicallyQuantizableLinear, nn.LayerNorm, nn.Multihea
 _OURS = (Mlp, CrossAttention, Fp8Weights)
 # By the activation of a block: the modules it may compute for, with the forward that it replaces.
 PLAIN: dict[str, Kinds] = {
-    activation: {kind: kind.forward for kind in (*_SHARED, *_OURS, module)}
-    for activation, module in (("quick_gelu", QuickGELU), ("gelu", nn.GELU))
+    activation: {kind: kind.forward for kind in (*_SHARED, *_OURS, *modules)}
+    for activation, modules in (("quick_gelu", (QuickGELU,)), ("gelu", (nn.GELU,)), ("gelu_tanh", ()))
 }
 _WITHOUT_BIAS = ("q_proj", "k_proj", "v_proj")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -123,12 +123,17 @@ def is_watched(block: nn.Module) -> bool:
 
 
 def find_change(
-    parts: Mapping[str, nn.Module | None], kinds: Kinds, heads: int | None = None, eps: float | None = None
+    parts: Mapping[str, nn.Module | None],
+    kinds: Kinds,
+    heads: int | None = None,
+    eps: float | None = None,
+    batch_first: bool = False,
 ) -> str | None:
     """Why the parameters of ``parts`` do not say all that their modules compute, or None. See ``is_plain``.
 
     Args:
         kinds: the modules that are allowed, exactly, and their own ``forward``.
+        batch_first: the layout of every ``nn.MultiheadAttention``.
     """
     for name, part in parts.items():
         if part is None:
@@ -145,34 +150,36 @@ def find_change(
         for tensor in parameters.values():
             if type(tensor) not in _TENSORS:
                 return f"{name} has a parameter of type {type(tensor).__name__}"
-        if kind is nn.LayerNorm:
-            if parameters["weight"] is None or parameters["bias"] is None:
-                return f"{name} has no weight or no bias"
+        if issubclass(kind, nn.LayerNorm):
+            if parameters.get("weight") is None or parameters.get("bias") is None or len(parameters) != 2:
+                return f"{name} has no weight, no bias or more than these"
             if eps is not None and state["eps"] != eps:
                 return f"{name} has the epsilon {state['eps']} instead of {eps}"
         elif kind is nn.MultiheadAttention:
-            if reason := _find_attention_change(state, heads):
+            if reason := _find_attention_change(state, heads, batch_first):
                 return f"{name} {reason}"
         elif kind is nn.Conv2d:
             if parameters["bias"] is not None:
                 return f"{name} has a bias"
         elif "bias" in parameters and parameters["bias"] is None and name not in _WITHOUT_BIAS:
             return f"{name} has no bias"
+        elif kind is nn.Dropout and state["p"] and state["training"]:
+            return f"{name} drops values"
         elif kind is nn.GELU and state["approximate"] != "none":
             return f"{name} is approximate"
-        if (inner := state["_modules"]) and (reason := find_change(inner, kinds, heads, eps)):
+        if (inner := state["_modules"]) and (reason := find_change(inner, kinds, heads, eps, batch_first)):
             return f"{name}.{reason}"
     return None
 
 
-def _find_attention_change(state: dict[str, Any], heads: int | None) -> str | None:
+def _find_attention_change(state: dict[str, Any], heads: int | None, batch_first: bool) -> str | None:
     parameters = state["_parameters"]
     if parameters.get("in_proj_weight") is None or parameters["in_proj_bias"] is None:
         return "has keys of another width, or no bias"
     if parameters.get("bias_k") is not None or state["add_zero_attn"]:
         return "adds a key"
-    if state["batch_first"]:
-        return "is batch_first"
+    if state["batch_first"] != batch_first:
+        return f"has batch_first={state['batch_first']}"
     if heads is not None and state["num_heads"] != heads:
         return f"has {state['num_heads']} heads instead of {heads}"
     return "drops attention weights" if state["dropout"] and state["training"] else None

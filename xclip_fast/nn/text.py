@@ -43,8 +43,9 @@ class Transformer(nn.Module):
         self.resblocks = nn.ModuleList(blocks)
 
 
-_PLAIN = PLAIN["quick_gelu"] | {
-    kind: kind.forward for kind in (Transformer, nn.ModuleList, nn.Embedding, TransformerBlock)
+_PLAIN = {
+    activation: kinds | {kind: kind.forward for kind in (Transformer, nn.ModuleList, nn.Embedding, TransformerBlock)}
+    for activation, kinds in PLAIN.items()
 }
 
 
@@ -67,7 +68,9 @@ class TextEncoder(nn.Module):
         width = config.width
         self.token_embedding = nn.Embedding(config.vocab_size, width)
         self.positional_embedding = nn.Parameter(torch.empty(config.context_length, width))
-        self.transformer = Transformer([TransformerBlock(width, config.heads, eps) for _ in range(config.layers)])
+        self.transformer = Transformer(
+            [TransformerBlock(width, config.heads, eps, activation=config.activation) for _ in range(config.layers)]
+        )
         self.ln_final = nn.LayerNorm(width, eps)
         self.text_projection = nn.Parameter(torch.empty(width, embed_dim))
         self._cache: collections.OrderedDict[tuple[object, ...], Tensor] = collections.OrderedDict()
@@ -105,7 +108,7 @@ class TextEncoder(nn.Module):
             tokens_KL = _with_places(tokens_KL, vectors_PW.shape[0])
         if torch.compiler.is_compiling():
             return self._encode_padded(tokens_KL, *vectors)
-        if find_change(self._modules, _PLAIN, self.config.heads, self.ln_final.eps) is not None:
+        if find_change(self._modules, _PLAIN[self.config.activation], self.config.heads, self.ln_final.eps) is not None:
             return self._encode_trimmed(tokens_KL, *vectors)
         parameters = [*self.parameters(), *vectors]
         if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..data.inputs import Inputs, find_videos
 from ..data.remote import Limits
+from ..weights.hub import reference
 from .add import Summary, plan, readable_path, run
 from .feature_file import FeatureFile, fingerprint
 from .parquet import ParquetFolder
@@ -272,7 +273,7 @@ def open_store(
         given: dict[str, Any] = {"frames": frames, "sampling": sampling, "frame_stride": frame_stride, **times}
         given["patches"] = None if patches is None else patch_count
         changed = {name: value for name, value in given.items() if value is not None}
-        other = "" if checkpoint is None else os.path.abspath(checkpoint)
+        other = "" if checkpoint is None else reference(checkpoint)
         store.check(replace(mine, fingerprint=fingerprint(model), checkpoint=other, **changed))
         return store
     moments = Reading.moments(window, stride)
@@ -280,7 +281,7 @@ def open_store(
     chosen = Trained.read(checkpoint).choose(frames, sampling, frame_stride)  # type: ignore[arg-type]
     settings = StoreSettings(
         fingerprint(model),
-        "" if checkpoint is None else os.path.abspath(checkpoint),
+        "" if checkpoint is None else reference(checkpoint),
         next((name for name, row in VARIANTS.items() if row == config), variant or ""),
         config.embed_dim,
         chosen["frames"] or config.num_frames,

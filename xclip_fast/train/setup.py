@@ -25,6 +25,7 @@ from ..text.labels import readable, refuse_same_texts
 from ..text.templates import TEMPLATES
 from ..text.tokenizer import tokenize
 from ..weights import checkpoint
+from ..weights.hub import is_name
 from . import config as train_config
 from .config import DataConfig, ModelConfig
 from .schema import ConfigError
@@ -157,7 +158,7 @@ def build_model(
         shape = train_config.model_config(settings)
         _check_fit(shape, texts, size, templates)
         return XCLIP(shape)
-    if not Path(settings.init).exists():
+    if not Path(settings.init).exists() and not is_name(settings.init):
         raise ConfigError(f"model.init: there is no {settings.init}; give a checkpoint, or null for random weights")
     try:
         base = None if settings.variant else checkpoint.read(settings.init).config

@@ -1,4 +1,4 @@
-"""Read and write weights: our own files, Hugging Face, VideoX, OpenAI CLIP and open_clip, timm's ViTs.
+"""Read and write weights: our own files, Hugging Face, VideoX, ViFi-CLIP, ActionCLIP, image CLIPs, timm's ViTs.
 
 The content of a file decides its layout, not its name. Nothing here runs code from a checkpoint (pickles.py).
 """
@@ -11,7 +11,6 @@ import json
 import logging
 import math
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 
 from ..config import XCLIPConfig
 from ..files import read_json, require_regular, staged
-from . import timm_vit
+from . import hub, neighbors, open_clip, timm_vit
 from .huggingface import config_from_huggingface, config_to_huggingface, warn_of_heads
 from .layouts import (
     CheckpointError,
@@ -33,6 +32,7 @@ from .layouts import (
     to_huggingface,
     to_ours,
 )
+from .open_clip import config_from_open_clip
 from .pickles import own, read_torch
 from .recipe import FILE as TRAINED
 from .recipe import Trained
@@ -47,16 +47,16 @@ Part = Literal["both", "visual", "text"]
 Start = (
     str | os.PathLike[str] | Mapping[str, Tensor] | nn.Module | Any
 )  # an image CLIP to start from; Any: a Checkpoint
+MODEL_TYPE = "xclip_fast"  # what transformers finds it by, see ``huggingface.register``
 _FORMAT = "xclip_fast_format"  # the key that marks a config.json as ours; its value is the version
-_WEIGHTS = (  # the weight files of a folder; the first one found is read
+WEIGHTS = (  # the weight files of a folder; the first one found is read
     "model.safetensors",
     "model.safetensors.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
-    "open_clip_model.safetensors",
-    "open_clip_pytorch_model.bin",
+    *open_clip.WEIGHTS,
 )
-_TEXT = ("text.", "logit_scale")  # the text tower, in our names
+_TEXT = ("text.", "logit_scale", "logit_bias")  # the text tower, in our names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Checkpoint:
 
     config: XCLIPConfig
     state: State
-    kind: str  # "xclip_fast", "huggingface", "videox", "clip" or "timm"
+    kind: str  # "xclip_fast", "huggingface", "videox", "vificlip", "actionclip", "clip" or "timm"
 
     @property
     def complete(self) -> bool:
@@ -73,51 +73,66 @@ class Checkpoint:
         return self.kind not in ("clip", "timm")
 
 
-def read(path: str | os.PathLike[str], config: XCLIPConfig | None = None, *, drop_config: bool = False) -> Checkpoint:
+def read(
+    path: str | os.PathLike[str],
+    config: XCLIPConfig | None = None,
+    *,
+    drop_config: bool = False,
+    clip: Start | None = None,
+) -> Checkpoint:
     """The weights and configuration at ``path``.
 
     Args:
-        path: a folder (ours, Hugging Face X-CLIP or CLIP, sharded or not) or a file (safetensors, VideoX ``.pth``,
-            OpenAI CLIP or open_clip, TorchScript archive included, a ViT of timm). Only the files of a folder need
-            certain names.
+        path: a folder (ours, Hugging Face X-CLIP or CLIP, sharded or not, open_clip's), the name of one on the Hugging
+            Face Hub ("org/name"), or a file (safetensors, VideoX ``.pth``, ViFi-CLIP, ActionCLIP, OpenAI CLIP or
+            open_clip, TorchScript archive included, a ViT of timm). Only the files of a folder need certain names.
         config: replaces the config that is found or inferred from shapes. For an image CLIP the default has 8 frames,
             and the mean and standard deviation of the released X-CLIP recipe (ImageNet's, not CLIP's).
         drop_config: leave out pickled objects of unknown classes, such as VideoX's training configuration. Otherwise
             they are an error. None of their code runs.
+        clip: the image CLIP that a ViFi-CLIP started from, for the token embedding that its file lacks; as for
+            ``clip_state``.
 
     Raises:
         CheckpointError: if there is no file, the file is damaged or holds pickled objects beside the weights, it is
             neither an X-CLIP nor a CLIP, or keys are missing, unexpected or misshapen (all are listed).
     """
-    return _interpret(*_load(Path(path), drop_config), config=config)
+    embedding_VW = None if clip is None else clip_state(clip).state.get("text.token_embedding.weight")
+    return _interpret(*_load(Path(path), drop_config), config=config, embedding_VW=embedding_VW)
+
+
+def own_config(values: Mapping[str, Any]) -> XCLIPConfig:
+    """The config in our own ``config.json``. Unknown keys are a ``ValueError`` that names them."""
+    return XCLIPConfig.from_dict({name: value for name, value in values.items() if name not in (_FORMAT, "model_type")})
+
+
+def read_config(path: str | os.PathLike[str]) -> XCLIPConfig:
+    """The config of a folder that ``write`` wrote, without its weights."""
+    return own_config(_read_json(hub.locate(path) / "config.json"))
+
+
+def read_huggingface_config(values: Mapping[str, Any], path: str | os.PathLike[str]) -> XCLIPConfig:
+    """The config of a Hugging Face X-CLIP of these values, and of the image processor at ``path`` ("": none)."""
+    processor = _read_processor(hub.locate(path)) if str(path) else {}
+    return config_from_huggingface(values, processor, path or "the model")
 
 
 def find_weights(path: str | os.PathLike[str]) -> Path:
-    """The file of weights at ``path``, a file or a folder.
+    """The file of weights at ``path``: a file, a folder, or the name of a repository on the Hugging Face Hub.
 
     Raises:
         CheckpointError: if there is none. The message says where the weights are, or how to download them.
     """
-    path = Path(path)
-    if not path.exists():
-        name = (
-            path.as_posix()
-            if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path.as_posix())
-            else "microsoft/xclip-base-patch16"
-        )
-        raise CheckpointError(
-            f"{path}: no such file or folder. Weights are read from disk. To download a model from the Hugging Face "
-            f"Hub: hf download {name} --local-dir {name.rpartition('/')[2]}"
-        )
+    path = hub.locate(path, WEIGHTS)
     if not path.is_dir():
         return path
-    if found := [path / name for name in _WEIGHTS if (path / name).exists()]:
+    if found := [path / name for name in WEIGHTS if (path / name).exists()]:
         return found[0]
-    if any((path / "best" / name).exists() for name in _WEIGHTS):
+    if any((path / "best" / name).exists() for name in WEIGHTS):
         raise CheckpointError(f"{path} is the output folder of a training. Its weights are in {path / 'best'}")
     if (path / "config.yaml").exists():
         raise CheckpointError(f"{path} is the output folder of a training that has no weights yet")
-    raise CheckpointError(f"{path}: no weights in this folder. It needs one of {', '.join(_WEIGHTS)}")
+    raise CheckpointError(f"{path}: no weights in this folder. It needs one of {', '.join(WEIGHTS)}")
 
 
 def _load(path: Path, drop_config: bool = False) -> tuple[dict[str, Any], Path, dict[str, Any], dict[str, Any]]:
@@ -126,8 +141,9 @@ def _load(path: Path, drop_config: bool = False) -> tuple[dict[str, Any], Path, 
     folder = weights.parent
     load = _read_shards if weights.suffix == ".json" else _read_file
     values, preprocessor = {}, {}
-    if weights.name in _WEIGHTS:  # the configuration beside such a file belongs to it
-        values = _read_json(folder / "config.json")
+    if weights.name in WEIGHTS:  # the configuration beside such a file belongs to it
+        values = _read_json(folder / open_clip.FILE) if weights.name in open_clip.WEIGHTS else {}
+        values = values or _read_json(folder / "config.json")
         preprocessor = _read_processor(folder)
     return load(weights, drop_config), path, values, preprocessor
 
@@ -159,7 +175,7 @@ def write(
 
     folder = Path(folder)
     check_keys(shapes(config), state, "write")
-    there = [name for name in (*_WEIGHTS, "config.json") if (folder / name).exists()]
+    there = [name for name in (*WEIGHTS, "config.json") if (folder / name).exists()]
     if there and not overwrite:
         raise FileExistsError(
             f"{folder} holds a checkpoint ({', '.join(there)}); choose another folder, or replace it with --overwrite "
@@ -171,7 +187,7 @@ def write(
         files = {"config.json": model, "preprocessor_config.json": preprocessor} | _tokenizer_files(config)
         state = to_huggingface(state)
     elif layout == "xclip_fast":
-        files = {"config.json": {_FORMAT: 1, **config.to_dict()}}
+        files = {"config.json": {_FORMAT: 1, "model_type": MODEL_TYPE, **config.to_dict()}}
     else:
         raise ValueError(f"layout {layout!r}; choose 'xclip_fast' or 'huggingface'")
     texts = {
@@ -198,13 +214,14 @@ def convert(
     *,
     drop_config: bool = False,
     overwrite: bool = False,
+    clip: Start | None = None,
 ) -> None:
     """Reads an X-CLIP from ``source`` in any layout and writes it to ``folder``; see ``read`` and ``write``.
 
     The ``trained.json`` of the source (class texts, frames, sampling) goes with the weights.
     """
     trained = Trained.read(source)
-    found = read(source, drop_config=drop_config)
+    found = read(source, drop_config=drop_config, clip=clip)
     if not found.complete:
         raise CheckpointError(
             f"{source}: is an image CLIP, not an X-CLIP; XCLIP.from_pretrained starts an X-CLIP from it"
@@ -235,7 +252,8 @@ def clip_state(clip: Start, config: XCLIPConfig | None = None, part: Part = "bot
     elif isinstance(clip, nn.Module):
         described: Any = getattr(clip, "config", None)
         values = described.to_dict() if hasattr(described, "to_dict") else {}
-        found = _interpret(clip.state_dict(), type(clip).__name__, values, config=config, part=part)
+        gelu = open_clip.has_gelu(clip)
+        found = _interpret(clip.state_dict(), type(clip).__name__, values, config=config, part=part, gelu=gelu)
     elif isinstance(clip, Mapping):
         found = _interpret(clip, "state dict", config=config, part=part)
     else:
@@ -270,28 +288,47 @@ def _interpret(
     config: XCLIPConfig | None = None,
     kind: str | None = None,
     part: Part = "both",
+    embedding_VW: Tensor | None = None,
+    gelu: bool | None = None,
 ) -> Checkpoint:
+    """``embedding_VW``: for a ViFi-CLIP. ``gelu``: whether the module that the state is of computes exact GELU."""
+    given = neighbor = None
     if kind is None:
         state = unwrap(state, where)
-        ours, kind = to_ours(state, where)
+        neighbor = neighbors.kind_of(state)
+        ours, kind = to_ours(neighbors.rename(state, where) if neighbor else state, where)
     else:  # already in our names
         ours = dict(state)
-    given = None
+    if neighbor == "vificlip":
+        neighbors.add_token_embedding(ours, state, embedding_VW, where)
+    elif embedding_VW is not None:
+        raise CheckpointError(f"{where}: clip is for ViFi-CLIP files, which lack the token embedding; this is none")
+    if neighbor is not None:
+        kind, ours, given = neighbor, neighbors.one_dtype(ours), neighbors.infer(ours, neighbor, where)
     if _FORMAT in values:
         if values[_FORMAT] != 1:
             raise CheckpointError(f"{where}: has format {values[_FORMAT]}; this version of xclip-fast reads format 1")
         kind = "xclip_fast"  # an ablated one may look like an image CLIP
         try:
-            given = XCLIPConfig.from_dict({name: value for name, value in values.items() if name != _FORMAT})
+            given = own_config(values)
         except ValueError as error:
             raise CheckpointError(f"{where}: {error}") from error
     elif values.get("model_type") in ("xclip", "clip"):
         given = config_from_huggingface(values, preprocessor, where)
+    elif "model_cfg" in values:
+        given = config_from_open_clip(values, where)
+    elif kind == "clip" and gelu is not None:
+        given = _with_gelu(infer_config(ours, where)) if gelu else None
     elif kind == "clip" and "token_embedding.weight" in state and "context_length" not in state:
         # a file of open_clip: OpenAI's own files hold the context length and use quick GELU
-        log.warning("%s: the weights alone do not tell CLIP's activation. OpenAI's quick GELU is used, not GELU", where)
+        log.warning(
+            "%s: the weights alone do not tell CLIP's activation. OpenAI's quick GELU is used, not GELU, which most of "
+            "open_clip's own models have. A folder with %s tells it",
+            where,
+            open_clip.FILE,
+        )
     if given and config:
-        _check_heads(given, config, where, part)
+        _check_same(given, config, where, part)
     if given and not config and kind == "huggingface":
         warn_of_heads(given, where)
     config = config or given or infer_config(ours, where, timm=kind == "timm")
@@ -312,15 +349,22 @@ def _interpret(
     return Checkpoint(config, ours, kind)
 
 
-def _check_heads(given: XCLIPConfig, config: XCLIPConfig, where: object, part: Part) -> None:
-    """Refuses other numbers of heads than the checkpoint's: they fit its shapes but compute something else."""
-    visual = part != "text" and given.vision.heads != config.vision.heads
-    text = part != "visual" and config.num_classes is None and given.text.heads != config.text.heads
-    if visual or text:
-        raise CheckpointError(
-            f"{where}: has {given.vision.heads} heads in the vision and {given.text.heads} in the text tower; "
-            f"{config.vision.heads} and {config.text.heads} are wanted"
-        )
+def _check_same(given: XCLIPConfig, config: XCLIPConfig, where: object, part: Part) -> None:
+    """Other heads or activations than the checkpoint's fit its shapes, and compute something else."""
+    for name, said in (("heads", "{} heads"), ("activation", "the activation {}")):
+        has, wanted = ([getattr(tower, name) for tower in (each.vision, each.text)] for each in (given, config))
+        visual = part != "text" and has[0] != wanted[0]
+        text = part != "visual" and config.num_classes is None and has[1] != wanted[1]
+        if visual or text:
+            raise CheckpointError(
+                f"{where}: has {said.format(has[0])} in the vision and {said.format(has[1])} in the text tower; "
+                f"{wanted[0]} and {wanted[1]} are wanted"
+            )
+
+
+def _with_gelu(config: XCLIPConfig) -> XCLIPConfig:
+    towers = {name: dataclasses.replace(getattr(config, name), activation="gelu") for name in ("vision", "text")}
+    return dataclasses.replace(config, **towers)
 
 
 def _fit_positions(position_LD: Tensor, tokens: int) -> Tensor:

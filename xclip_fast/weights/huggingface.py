@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..config import VARIANTS, TextConfig, VisionConfig, XCLIPConfig
+from ..config import ACTIVATIONS, VARIANTS, TextConfig, VisionConfig, XCLIPConfig
 from .layouts import CheckpointError
 
 log = logging.getLogger("xclip_fast")
@@ -72,9 +72,13 @@ def _config_from_huggingface(values: Mapping[str, Any], processor: Mapping[str, 
     E = values.get("projection_dim", 512)
     if clip:
         vision |= {"mit_hidden_size": E, "mit_intermediate_size": 4 * E, "mit_num_attention_heads": None}
-    wanted = [
-        ("text_config.hidden_act", text["hidden_act"], "quick_gelu"),
-        ("vision_config.hidden_act", vision["hidden_act"], "quick_gelu"),
+    acts = {"text": text["hidden_act"], "vision": vision["hidden_act"]}
+    wanted: list[tuple[str, Any, Any]] = [
+        (f"{part}_config.hidden_act", act, "quick_gelu")
+        for part, act in acts.items()
+        if not (clip and act in ACTIVATIONS)
+    ]
+    wanted += [
         ("prompt_hidden_act", values.get("prompt_hidden_act", "quick_gelu"), "quick_gelu"),
         ("text_config.intermediate_size", text["intermediate_size"], 4 * text["hidden_size"]),
         ("vision_config.intermediate_size", vision["intermediate_size"], 4 * vision["hidden_size"]),
@@ -94,6 +98,7 @@ def _config_from_huggingface(values: Mapping[str, Any], processor: Mapping[str, 
             layers=vision["num_hidden_layers"],
             heads=vision["num_attention_heads"],
             drop_path=vision["drop_path_rate"],
+            activation=acts["vision"],
         ),
         text=TextConfig(
             vocab_size=text["vocab_size"],
@@ -101,6 +106,7 @@ def _config_from_huggingface(values: Mapping[str, Any], processor: Mapping[str, 
             width=text["hidden_size"],
             layers=text["num_hidden_layers"],
             heads=text["num_attention_heads"],
+            activation=acts["text"],
         ),
         embed_dim=E,
         num_frames=vision["num_frames"],
@@ -198,7 +204,8 @@ def config_to_huggingface(config: XCLIPConfig, dtype: torch.dtype) -> tuple[dict
     ablated = [
         f"{where}{name}={getattr(given, name)!r}"
         for where, given, like, names in (
-            ("", config, plain, ("mit_residual", "prompt", "num_classes")),
+            ("", config, plain, ("mit_residual", "mit_positions", "mit_eps", "prompt", "num_classes", "logit_bias")),
+            ("text.", config.text, plain.text, ("activation",)),
             ("vision.", config.vision, plain.vision, ("cross_frame", "activation", "pre_norm", "layer_norm_eps")),
         )
         for name in names

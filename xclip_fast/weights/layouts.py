@@ -106,9 +106,9 @@ def to_ours(state: Mapping[Any, Any], where: object) -> tuple[State, str]:
         )
     if kind != "timm" and not any(is_new(name) for name in found):
         kind = "clip"
-    scale = found.get("logit_scale")
-    if scale is not None and scale.numel() == 1:  # of shape (1,) under some wrappers
-        found["logit_scale"] = scale.reshape(())
+    for name in ("logit_scale", "logit_bias"):
+        if name in found and found[name].numel() == 1:  # of shape (1,) under some wrappers
+            found[name] = found[name].reshape(())
     return {name: value.detach().contiguous() for name, value in found.items()}, kind
 
 
@@ -187,12 +187,14 @@ def shapes(config: XCLIPConfig, *, only_clip: bool = False) -> dict[str, tuple[i
             "text.text_projection": (W, E),
             "logit_scale": (),
         }
+        if config.logit_bias is not None:
+            expected["logit_bias"] = ()
         expected |= _layer_shapes("text.transformer.resblocks", text.layers, W)
         norms["text.ln_final"] = W
     else:
         expected |= {"head.weight": (config.num_classes, E), "head.bias": (config.num_classes,)}
     if config.mit_layers:
-        expected["mit.positional_embedding"] = (1, config.num_frames, E)
+        expected["mit.positional_embedding"] = (1, config.mit_positions or config.num_frames, E)
         expected |= _layer_shapes("mit.resblocks", config.mit_layers, E)
     if config.prompt == "vectors":
         expected["prompts_vectors"] = (config.prompt_vectors, W)
@@ -289,6 +291,8 @@ def infer_config(state: Mapping[str, Tensor], where: object, *, timm: bool = Fal
         V = state["text.token_embedding.weight"].shape[0]
         given["text"] = TextConfig(V, context, width=W, layers=text_layers, heads=W // 64)
         given["embed_dim"] = state["text.text_projection"].shape[1]
+        if "logit_bias" in state:
+            given["logit_bias"] = float(state["logit_bias"])
     elif not timm:
         given |= {"num_classes": state["head.weight"].shape[0], "embed_dim": state["visual.proj"].shape[1]}
     return XCLIPConfig(**given)

@@ -6,13 +6,13 @@ import dataclasses
 import json
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, get_args
 
 from ..data.sampling import Sampling
 from ..files import read_json
 from ..text.labels import plain_name, readable
 from ..text.templates import TEMPLATES
+from .hub import cached
 
 FILE = "trained.json"  # beside the weights
 
@@ -39,12 +39,14 @@ class Trained:
 
     @classmethod
     def read(cls, checkpoint: str | os.PathLike[str] | None) -> Trained:
-        """Reads the file of a folder with weights. If there is no file or no checkpoint, returns the defaults.
+        """Reads the file of a folder with weights, or of the local copy of one on the Hub.
+
+        If there is no file or no checkpoint, returns the defaults.
 
         Raises:
             ValueError: if the file is damaged.
         """
-        path = Path(checkpoint or "") / FILE
+        path = cached(checkpoint or "") / FILE
         if checkpoint is None or not path.is_file():
             return cls()
         try:

@@ -11,14 +11,24 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from .layouts import NOT_WEIGHTS
 
+FUSION = (
+    "fusion_model."  # what the names of ActionCLIP's second model start with here; FUSION + "mean": it has no weights
+)
+
 log = logging.getLogger("xclip_fast")
 
 # The patch embedding, which every layout has under one of these names.
-_ANCHORS = ("visual.conv1.weight", "vision_model.embeddings.patch_embedding.weight", "patch_embed.proj.weight")
+_ANCHORS = (
+    "visual.conv1.weight",
+    "vision_model.embeddings.patch_embedding.weight",
+    "patch_embed.proj.weight",
+    "image_encoder.conv1.weight",  # of ViFi-CLIP
+)
 # A segment that a wrapper adds inside a name (_orig_mod, _fsdp_wrapped_module, module). Our names have none like it.
 _ADDED = re.compile(r"(?:^|(?<=\.))(?:_\w+|module)\.")
 _FRONT = re.compile(r"(?:(?:_\w+|module)\.)*")
@@ -49,6 +59,9 @@ def unwrap(content: Mapping[Any, Any], where: object) -> dict[Any, Any]:
             kept[own] = value
         else:
             left_out.append(str(name))
+    if isinstance(fusion := content.get("fusion_model_state_dict"), Mapping):  # ActionCLIP's, beside its CLIP
+        named = {_ADDED.sub("", str(name)): value for name, value in fusion.items()}
+        kept |= {FUSION + name: value for name, value in (named or {"mean": torch.empty(0)}).items()}
     if left_out:
         log.info("%s: left out, because they are not part of the model: %s", where, ", ".join(left_out[:5]))
     return kept
