@@ -16,9 +16,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     or autocast's dtype.
 
     Where the CPU has no instructions for a half-precision dtype, the product is computed in float32 and rounded
-    once.
+    once. A graph that is exported has the plain product: it runs elsewhere.
     """
-    if x.device.type == "cpu":
+    if x.device.type == "cpu" and not torch.compiler.is_exporting():
         autocast = torch.is_autocast_enabled("cpu")
         dtype = torch.get_autocast_dtype("cpu") if autocast else x.dtype
         if not NATIVE_ON_CPU.get(dtype, True) and (autocast or x.dtype == weight.dtype):

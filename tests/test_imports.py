@@ -21,6 +21,7 @@ FORBIDDEN = {
     "xclip_fast.weights": ("xclip_fast.model", "xclip_fast.cli"),
     "xclip_fast.train": ("xclip_fast.cli", "xclip_fast.search"),
     "xclip_fast.evaluate": ("xclip_fast.cli", "xclip_fast.search", "xclip_fast.train"),
+    "xclip_fast.export": ("xclip_fast.cli", "xclip_fast.train", "xclip_fast.evaluate", "xclip_fast.data"),
     "xclip_fast.search": ("xclip_fast.cli", "xclip_fast.train", "xclip_fast.evaluate"),
 }
 

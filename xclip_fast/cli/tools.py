@@ -1,4 +1,4 @@
-"""``flops``, ``convert`` and ``info``."""
+"""``flops``, ``convert``, ``export`` and ``info``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from ..console import plain, print_rows
-from .options import Overwrite
+from .options import Frames, Overwrite, Variant, load_model
 
 commands = typer.Typer()
 
@@ -55,6 +55,40 @@ def convert(
 
     checkpoint.convert(source, folder, layout, drop_config=drop_config, overwrite=overwrite, clip=clip)
     print(f"{plain(str(folder))}: written in the layout {layout}")
+
+
+@commands.command()
+def export(
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="CHECKPOINT", help="Weights of any layout, file or folder.", show_default=False)
+    ],
+    folder: Annotated[
+        Path | None,
+        typer.Argument(metavar="[FOLDER]", help="The folder to write; default: NAME-FORMAT here.", show_default=False),
+    ] = None,
+    format: Annotated[Literal["onnx", "openvino", "tensorrt", "torch"], typer.Option(help="Whose files.")] = "onnx",
+    dtype: Annotated[
+        Literal["float32", "float16", "bfloat16"], typer.Option(help="Precision; bfloat16 is for torch and tensorrt.")
+    ] = "float32",
+    frames: Frames = None,
+    variant: Variant = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write a model as graphs that other engines run.
+
+    The video tower, the text tower and the similarity, for any number of videos and labels. Each graph is compared with
+    the model after it is written. If one differs, nothing is written and the exit code is 1. In a pipe, lines of file,
+    bytes and the largest difference relative to the largest value.
+    """
+    import torch
+
+    from ..export import export_model
+
+    target = folder or Path(f"{checkpoint.resolve().stem}-{format}")
+    model = load_model(checkpoint, variant, random_weights=False)
+    found = export_model(model, target, format, dtype=getattr(torch, dtype), frames=frames, overwrite=overwrite)
+    rows = [(each.file, str(each.bytes), f"{each.difference:.1e}") for each in found]
+    print_rows(None, ("file", "bytes", "difference"), rows)
 
 
 @commands.command()
