@@ -1,9 +1,10 @@
 """Writes a page of search results for generated clips, and screenshots of it in a browser, light and dark.
 
     apt-get install chromium && pip install playwright
-    python benchmarks/page.py --out pictures            # page.html, page-light.png, page-dark.png, page-narrow.png
+    python benchmarks/page.py --out pictures            # page.html and three JPEG files
 
-The weights are random, so the order of the results means nothing.
+One file is called <script>alert(1)</script>.mp4: its name must be text in the page. The weights are random, so the
+order of the results means nothing.
 """
 
 from __future__ import annotations
@@ -38,17 +39,21 @@ def main() -> None:
         index = Index.open(folder / "store", model=measuring.small_model())
         index.add(folder)
         page = Page(options.out / "page.html", overwrite=True, random_weights=True)
-        page.add_hits("something that grows", index.search("something that grows", top=6))
-        page.add_hits("moving right", index.search("moving right", top=5))
+        page.add_hits(f"like {odd.name}/script>.mp4", index.search(index.features(odd / "script>.mp4"), top=3))
+        page.add_hits("moving right", index.search("moving right", top=6))
         page.write()
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        for name, scheme, width in (("light", "light", 1100), ("dark", "dark", 1100), ("narrow", "light", 400)):
-            view = browser.new_page(color_scheme=scheme, viewport={"width": width, "height": 900})  # type: ignore[arg-type]
+        dialogs: list[str] = []
+        for name, scheme, width in (("light", "light", 1000), ("dark", "dark", 1000), ("narrow", "light", 400)):
+            view = browser.new_page(color_scheme=scheme, viewport={"width": width, "height": 660})  # type: ignore[arg-type]
+            view.on("dialog", lambda dialog: dialogs.append(dialog.message))
             view.goto((options.out / "page.html").absolute().as_uri())
             view.get_by_role("button").nth(1).hover()
             view.wait_for_timeout(1000)
-            view.screenshot(path=options.out / f"page-{name}.png")
+            view.screenshot(path=options.out / f"page-{name}.jpg", type="jpeg", quality=70)
+            assert "<script>alert(1)</script>.mp4" in view.inner_text("main")
+        assert not dialogs
         browser.close()
     print(f"{options.out}: page.html and three screenshots")
 

@@ -11,6 +11,7 @@ plain `embed`, and that each run embeds only what the runs before left unfinishe
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import logging
 import os
 import re
@@ -51,7 +52,9 @@ def main() -> None:
             result = run(Path(folder), options.clips, options.broken)
     finally:
         s3.stop()
-    measuring.append_json(options.json, {"benchmark": "scale", **result})
+    versions = {name: importlib.metadata.version(name) for name in ("ray", "lancedb", "moto")}
+    environment = measuring.environment("cpu") | versions
+    measuring.append_json(options.json, {"benchmark": "scale", "environment": environment, **result})
 
 
 def run(folder: Path, clips: int, broken: float) -> dict[str, Any]:
@@ -62,8 +65,9 @@ def run(folder: Path, clips: int, broken: float) -> dict[str, Any]:
     result: dict[str, Any] = {"clips": clips, "broken": len(bad), "on_s3": ON_S3, "make_s": _since(begun)}
     weights = folder / "weights"
     measuring.small_model().save_pretrained(weights)
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
-    cluster.add_node(num_cpus=2)
+    node = {"num_cpus": 2, "node_ip_address": "127.0.0.1"}
+    cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
+    cluster.add_node(**node)
     try:
         store = folder / "store"
         command = [
@@ -74,11 +78,12 @@ def run(folder: Path, clips: int, broken: float) -> dict[str, Any]:
         # Kill the driver when about a third is written.
         first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         begun = time.perf_counter()
-        while _count(store) < clips // 3 and first.poll() is None:
+        while len(_known(store)) < clips // 3 and first.poll() is None:
             time.sleep(0.5)
         first.send_signal(signal.SIGKILL)
         first.wait()
-        result |= {"driver_killed_after_s": _since(begun), "files_written_before": _count(store)}
+        before = _known(store)
+        result |= {"driver_killed_after_s": _since(begun), "files_written_before": len(before)}
         print(result, file=sys.stderr)
         time.sleep(3)  # until its actors have ended
         # Kill an actor of the second run.
@@ -87,24 +92,24 @@ def run(folder: Path, clips: int, broken: float) -> dict[str, Any]:
         killed = 0
         while second.poll() is None and not killed:
             time.sleep(0.5)
-            if _count(store) > result["files_written_before"]:
+            if len(_known(store)) > len(before):
                 killed = _kill_an_actor(cluster)
         out, err = second.communicate()
         result |= {
             "second_run_s": _since(begun),
             "actor_killed": bool(killed),
-            "second_run": out.strip().split(": ", 1)[-1],
+            "second_run": out.strip().splitlines()[-1].split(": ", 1)[-1],  # above it, Ray tells of the actor,
         }
         added = re.search(r"(\d+) added", out)
         assert added, err
-        again = int(added[1]) + sum(name in err for name in bad)
-        result["files_embedded_again"] = again - (clips + ON_S3 - result["files_written_before"])
+        result["files_of_the_second_run"] = int(added[1]) + len(set(bad) - before)
+        assert result["files_of_the_second_run"] == clips + ON_S3 - len(before), "other files than those left"
         named = [name for name in bad if name in err]
         result |= {"exit_code": second.returncode, "broken_named": len(named)}
         print(result, file=sys.stderr)
         begun = time.perf_counter()
         third = subprocess.run(command, capture_output=True, text=True)
-        result |= {"third_run_s": _since(begun), "third_run": third.stdout.strip()}
+        result |= {"third_run_s": _since(begun), "third_run": third.stdout.strip().splitlines()[-1].split(": ", 1)[-1]}
     finally:
         cluster.shutdown()
     begun = time.perf_counter()
@@ -146,10 +151,13 @@ def _make_clips(folder: Path, clips: int, broken: float) -> list[str]:
     return bad
 
 
-def _count(store: Path) -> int:
+def _known(store: Path) -> set[str]:
+    """The names of the files in the store."""
     from xclip_fast.search.store import Store
 
-    return len(Store.open(store).known()) if (store / "moments.lance" / "_versions").exists() else 0
+    if not (store / "moments.lance" / "_versions").exists():
+        return set()
+    return {os.path.basename(path) if not path.startswith("s3:") else path for path in Store.open(store).known()}
 
 
 def _vectors(store: Path) -> dict[str, np.ndarray]:

@@ -140,15 +140,19 @@ PREPARE = textwrap.dedent(f"""
 """)
 
 
-def test_a_text_is_written_whole_or_not_at_all(tmp_path):
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     path = tmp_path / "x.json"
     files.write_text(path, "1\n")
-    (tmp_path / ".x.json.part").write_text("of a killed run")
+    (tmp_path / ".x.json.part").mkdir()
+    (tmp_path / ".x.json.part" / "x.json").write_text("of a killed run")
+    (tmp_path / ".x.json.writing").touch()
     files.write_text(path, "2\n")
     assert (path.read_text(), os.listdir(tmp_path)) == ("2\n", ["x.json"])
-    (tmp_path / ".x.json.part").symlink_to("/dev/full")
-    with pytest.raises(OSError, match=r"x\.json: could not be written, no space left"):
-        files.write_text(path, "3" * 10_000)
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with pytest.raises(OSError, match=r"x\.json: could not be written, no space left"), files.replaced(path):
+        raise full
+    with files.replaced(path), pytest.raises(FileExistsError, match="another process"):
+        files.write_text(path, "4\n")
     assert (path.read_text(), os.listdir(tmp_path)) == ("2\n", ["x.json"])
 
 

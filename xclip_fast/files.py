@@ -1,7 +1,8 @@
 """Files that are read from anybody and folders that are written whole: shared by the rooms.
 
 Reading: a file from elsewhere may be a pipe, a device, nested without end, or small on disk and endless in memory. The
-functions here refuse such files with a ``ValueError`` that names them. Writing: ``staged`` replaces a folder at once.
+functions here refuse such files with a ``ValueError`` that names them. Writing: ``replaced`` replaces a file at once,
+``staged`` a folder.
 """
 
 from __future__ import annotations
@@ -16,13 +17,17 @@ import shutil
 import socket
 import stat
 import zipfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 log = logging.getLogger("xclip_fast")
 
 JSON_BYTES = 64 << 20  # the largest JSON file that is read; a configuration or an index of shards is far smaller
+_UNFINISHED = ".unfinished"  # in a staging folder while its content is being written
 _EXCHANGE = 2  # RENAME_EXCHANGE of Linux's renameat2
 
 
@@ -64,14 +69,52 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def write_text(path: str | os.PathLike[str], text: str, *, errors: str = "strict") -> None:
-    """Write a text file whole or not at all. What a kill leaves behind, ``.NAME.part``, the next write replaces."""
-    path = Path(path)
-    part = path.with_name(f".{path.name}.part")
-    try:
+    """Write a text file, whole or not at all (``replaced``)."""
+    with replaced(path) as part:
         part.write_text(text, encoding="utf-8", errors=errors, newline="")
-        os.replace(part, path)
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file. Raises OSError where the disk refuses."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    Path(path).touch()
+    mode = stat.S_IMODE(os.stat(path).st_mode)
+    try:
+        save_file(dict(tensors), path, metadata=dict(metadata))
+        os.chmod(path, mode)  # safetensors makes it private
+    except SafetensorError as error:
+        number = errno.ENOSPC if f"code: {errno.ENOSPC}," in str(error) else errno.EIO
+        raise OSError(number, f"{os.fspath(path)}: could not be written: {error}") from error
+
+
+@contextlib.contextmanager
+def replaced(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A path to write a file to, on the same disk as ``path``. When the block ends, that file replaces ``path``.
+
+    If the block writes no file, ``path`` stays as it is. A kill at any moment leaves the old file or the new one. What
+    it leaves beside them, the next call with the same ``path`` removes.
+
+    Raises:
+        FileExistsError: if another process is writing to ``path``.
+        OSError: if the folder cannot be written, before the block runs; if the disk is full, which the message says.
+    """
+    path = Path(path)
+    scratch = path.with_name(f".{path.name[:200]}.part")  # a folder: libraries put files of their own beside theirs
+    try:
+        with locked(path.with_name(f".{path.name[:200]}.writing"), path):
+            remove(scratch)
+            scratch.mkdir()
+            try:
+                yield scratch / path.name
+                if (scratch / path.name).exists():
+                    sync(scratch / path.name)
+                    os.replace(scratch / path.name, path)
+                    sync(path.parent)
+            finally:
+                remove(scratch)
     except OSError as error:
-        part.unlink(missing_ok=True)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise OSError(
                 f"{path}: could not be written, no space left on the disk; make room and start again"
@@ -123,8 +166,10 @@ def staged(folder: str | os.PathLike[str], owned: Collection[str], last: str) ->
             if part.exists():
                 _settle(part, target, owned)
             part.mkdir()
+            (part / _UNFINISHED).touch()
             try:
                 yield part
+                (part / _UNFINISHED).unlink()
                 _replace(part, target, owned, last)
             finally:
                 if part.exists():
@@ -168,7 +213,7 @@ def locked(path: Path, folder: str | os.PathLike[str]) -> Iterator[None]:
             owner = os.read(handle, 200).decode(errors="replace") or "just started"
             os.close(handle)
             raise FileExistsError(
-                f"{folder}: another process ({owner}) is writing to it; wait until it ends, or choose another folder"
+                f"{folder}: another process ({owner}) is writing to it; wait until it ends, or choose another place"
             ) from None
         except OSError as error:
             log.warning("%s is not locked against other writers: %s", folder, error)
@@ -202,7 +247,7 @@ def _replace(part: Path, target: Path, owned: Collection[str], last: str) -> Non
             return
     for name in [last, *owned]:
         if name in owned:
-            _remove(target / name)
+            remove(target / name)
     for entry in sorted(os.scandir(part), key=lambda entry: entry.name == last):
         if entry.name in owned:
             os.replace(entry.path, target / entry.name)
@@ -211,9 +256,10 @@ def _replace(part: Path, target: Path, owned: Collection[str], last: str) -> Non
 
 def _settle(part: Path, target: Path, owned: Collection[str]) -> None:
     """Remove a staging folder, or the old content after an exchange. What is not ours goes back to the target."""
-    for entry in list(os.scandir(part)):
-        if entry.name in owned or os.path.lexists(target / entry.name) or not target.exists():
-            _remove(Path(entry.path))
+    unfinished = (part / _UNFINISHED).exists()  # then all is ours, also what a library was about to rename
+    for entry in sorted(os.scandir(part), key=lambda entry: entry.name == _UNFINISHED):
+        if unfinished or entry.name in owned or os.path.lexists(target / entry.name) or not target.exists():
+            remove(Path(entry.path))
         else:
             os.rename(entry.path, target / entry.name)
     part.rmdir()
@@ -226,7 +272,8 @@ def _link(source: Path, target: Path) -> None:
         shutil.copy2(source, target, follow_symlinks=False)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """A file, a link or a folder with all that is in it; or nothing."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -240,10 +287,10 @@ def _exchange(a: Path, b: Path) -> bool:
     return rename is not None and rename(here, os.fsencode(a), here, os.fsencode(b), _EXCHANGE) == 0
 
 
-def sync(folder: Path) -> None:
-    """Makes renames in a folder survive a loss of power, on POSIX systems."""
+def sync(path: Path) -> None:
+    """Makes a file, or the renames in a folder, survive a loss of power, on POSIX systems."""
     if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
+        handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)
         finally:

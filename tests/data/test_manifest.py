@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from xclip_fast.data import parts
 from xclip_fast.data.decode.decoder import decode_frames, probe
 from xclip_fast.data.decode.plan import Plan
 from xclip_fast.data.decode.video import pack_plan, unpack_plan
@@ -179,8 +178,11 @@ def test_odd_names_survive(tmp_path, clip):
 def test_damaged_manifests(line, message, tmp_path):
     path = tmp_path / "m.jsonl"
     path.write_text('{"xclip_fast_manifest":2,"root":".","classes":["a","b"]}\n{"path":"ok.mp4"}\n' + line)
-    with pytest.raises(ValueError, match=message):
-        Manifest.read(path)
+    manifest = Manifest.read(path)
+    assert (len(manifest), manifest.usable.tolist()) == (2, [0])
+    assert re.search(message.replace("line 3: ", "line 3 of the manifest is damaged: "), manifest.bad[1])
+    with pytest.raises(ValueError, match="cannot be used: line 3"):
+        manifest.source(1)
 
 
 @pytest.mark.parametrize("text", ["", "hello", "[]", "{}", "\xff", '{"xclip_fast_manifest": 1, "root": 3}'])
@@ -477,11 +479,38 @@ def test_a_place_that_cannot_be_written_is_said_before_the_work(data, tmp_path, 
 
 
 def test_leftovers_of_a_killed_index(data):
-    names = (".manifest.jsonl.1.2.part", ".manifest.jsonl.3.4.part", ".x.1.2.part")
-    dead, alive, other = (data / name for name in names)
-    for path in (dead, alive, other):
-        path.write_text("half")
-    with open(alive, "rb") as file:
-        parts.lock(file)
-        index(data, workers=0)
-    assert [path.exists() for path in (dead, alive, other)] == [False, True, True]
+    names = (".manifest.jsonl.part", ".manifest.jsonl.writing", ".x.part")
+    for name in (names[0], names[2]):
+        (data / name).mkdir()
+        (data / name / "manifest.jsonl").write_text("half")
+    (data / names[1]).touch()
+    index(data, workers=0)
+    assert [(data / name).exists() for name in names] == [False, False, True]
+
+
+def test_a_damaged_line_is_a_video_that_cannot_be_used(data, caplog):
+    """The others are used; index looks at it again. Before, the whole manifest was refused."""
+    whole = index(data, workers=0)
+    path = data / "manifest.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    for number, damage in (
+        (2, lambda line: line[:-9] + b"\n"),
+        (6, lambda line: b"\0" * 40 + b"\n"),
+        (7, lambda line: line.replace(b'"label":1', b'"label":7')),
+        (8, lambda line: b"[" * 100_000 + b"\n"),
+    ):
+        lines[number - 1] = damage(lines[number - 1])
+    path.write_bytes(b"".join(lines) + b"\n")
+    found = Manifest.read(path)
+    assert len(found) == len(whole)
+    damaged = {row for row, why in found.bad.items() if "of the manifest is damaged" in why}
+    assert damaged == {0, 4, 5, 6}
+    assert found.bad[5] == "line 7 of the manifest is damaged: label 7 is not one of the 2 classes"
+    assert found.videos[5].path == whole.videos[5].path
+    assert all(found.videos[row] == whole.videos[row] for row in range(len(whole)) if row not in damaged)
+    assert f"{path}, line 2: " in caplog.text
+    assert f"4 of {len(whole)} videos are left out. Index again" in caplog.text
+    assert index(data, workers=0) == whole == Manifest.read(path)
+    path.write_bytes(lines[0] + lines[1])
+    with pytest.raises(ValueError, match="line 2: "):
+        Manifest.read(path)

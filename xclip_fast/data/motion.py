@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import filecmp
 import os
-import threading
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -18,6 +17,7 @@ import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
 
+from ..files import locked
 from .sampling import sample_rng
 
 CLASSES = (
@@ -140,7 +140,7 @@ def write_clip(
     height, width = frames[0].shape[:2]
     if codec in ("libx264", "libx265") and "420" in pix_fmt and (height % 2 or width % 2):
         raise ValueError(f"{path}: {codec} needs even sides for {pix_fmt}, got {width}x{height}; use pix_fmt='yuv444p'")
-    part = path.with_name(f".{path.stem}.{os.getpid()}.{threading.get_ident()}.part{path.suffix}")
+    part = path.with_name(f".{path.stem}.part{path.suffix}")  # what a kill leaves, the next run writes over
     try:
         with av.open(part, "w") as container:
             stream = container.add_stream(codec, rate=fps, options={key: str(value) for key, value in options.items()})
@@ -175,8 +175,8 @@ def write_dataset(
     """Write `folder/<label with underscores>/<index>.mp4` for every class and index; return (path, label) pairs.
 
     A file that is there already with the same content stays as it is; with other content it raises FileExistsError,
-    unless `overwrite`. `progress(done, total)` is called after each clip; `options` go to the encoder, H.264 with the
-    preset ultrafast if they name no other.
+    unless `overwrite`; so it does if another process is writing into the folder. `progress(done, total)` is called
+    after each clip; `options` go to the encoder, H.264 with the preset ultrafast if they name no other.
     """
     if options.get("codec", "libx264") == "libx264":
         options = {"preset": "ultrafast", **options}
@@ -184,18 +184,21 @@ def write_dataset(
     for label in CLASSES:
         home = Path(folder) / label.replace(" ", "_")
         home.mkdir(parents=True, exist_ok=True)
-        for index in range(clips_per_class):
-            path = home / f"{index:05d}.mp4"
-            new = home / f".{index:05d}.{os.getpid()}.new.mp4"
-            write_clip(new, render(label, seed, index, frames=frames, size=size), **options)  # type: ignore[arg-type]
-            try:
-                if overwrite or not path.exists():
-                    os.replace(new, path)
-                elif not filecmp.cmp(new, path, shallow=False):
-                    raise FileExistsError(f"{path} holds something else; choose another folder or pass overwrite=True")
-            finally:
-                new.unlink(missing_ok=True)
-            written.append((path, label))
-            if progress:
-                progress(len(written), len(CLASSES) * clips_per_class)
+        new = home / ".new.mp4"
+        with locked(home / ".writing", home):
+            for index in range(clips_per_class):
+                path = home / f"{index:05d}.mp4"
+                write_clip(new, render(label, seed, index, frames=frames, size=size), **options)  # type: ignore[arg-type]
+                try:
+                    if overwrite or not path.exists():
+                        os.replace(new, path)
+                    elif not filecmp.cmp(new, path, shallow=False):
+                        raise FileExistsError(
+                            f"{path}: holds something else; choose another folder, or pass overwrite=True"
+                        )
+                finally:
+                    new.unlink(missing_ok=True)
+                written.append((path, label))
+                if progress:
+                    progress(len(written), len(CLASSES) * clips_per_class)
     return written

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..files import replaced, save_tensors
 from .store import Known, Store, StoreSettings, check_fingerprint
 
 if TYPE_CHECKING:
@@ -152,17 +153,14 @@ def write_features(
 
     Returns how many videos could be read, and the shape of one of their features. Without any, no file is written.
     """
-    import tempfile
-
     import torch
-    from safetensors.torch import save_file
 
     from ..inference.batches import Answer
 
     check_out(out, overwrite)
-    with tempfile.TemporaryDirectory(prefix=".writing-", dir=out.parent) as folder:  # an unwritable place fails early
-        kept: list[str] = []
-        tensors: dict[str, Tensor] = {}
+    kept: list[str] = []
+    tensors: dict[str, Tensor] = {}
+    with replaced(out) as part:  # an unwritable place fails before the work
         for item in answers:
             if not isinstance(item, Answer):
                 on_file(item.path, item.error)
@@ -174,14 +172,9 @@ def write_features(
             kept.append(item.path)
         if not kept:
             return 0, ()
-        part = Path(folder, "features")
-        save_file(
-            {name: tensor[: len(kept)] for name, tensor in tensors.items()},
-            part,
-            metadata={FORMAT: "1", "names": json.dumps(kept), **metadata},
-        )
+        found = {name: tensor[: len(kept)] for name, tensor in tensors.items()}
+        save_tensors(found, part, {FORMAT: "1", "names": json.dumps(kept), **metadata})
         check_out(out, overwrite)  # again: much time has passed
-        os.replace(part, out)
     return len(kept), tuple(tensors["video"].shape[1:])
 
 

@@ -20,6 +20,7 @@ from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoRef
 
 from ..data.decode.picture import Upright
 from ..data.decode.reading import VideoError, open_video
+from ..data.parts import lock, remove_unlocked
 from ..data.remote import is_remote, local_copy
 
 if TYPE_CHECKING:
@@ -56,9 +57,11 @@ def cut(hit: Hit, folder: Path) -> Path:
     """
     folder.mkdir(parents=True, exist_ok=True)
     stem = re.sub(r"[^\w. -]", "_", os.path.splitext(os.path.basename(hit.path))[0])[:100].lstrip(".") or "clip"
+    for left in folder.glob(".cutting-*.mp4"):
+        remove_unlocked(left)
     descriptor, draft = tempfile.mkstemp(prefix=".cutting-", suffix=".mp4", dir=folder)
-    os.close(descriptor)
     try:
+        lock(descriptor)
         with _local(hit.path) as name:
             _write(name, hit.start, hit.end if hit.end > hit.start else math.inf, draft)
         mask = os.umask(0)
@@ -75,6 +78,7 @@ def cut(hit: Hit, folder: Path) -> Path:
         raise FileExistsError(f"{folder}: too many files named {stem}")
     finally:
         os.unlink(draft)
+        os.close(descriptor)
 
 
 @contextlib.contextmanager

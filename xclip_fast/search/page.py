@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import os
-import tempfile
 from collections.abc import Sequence
 from html import escape
 from importlib import resources
@@ -13,6 +11,7 @@ from pathlib import Path
 
 from ..console import plain
 from ..data.remote import is_remote
+from ..files import replaced
 from .media import pictures
 from .query import Hit
 
@@ -142,17 +141,8 @@ class Page:
     def write(self) -> None:
         """Writes the file, whole or not at all."""
         self._check()
-        descriptor, draft = tempfile.mkstemp(prefix=".page-", dir=self.out.parent)
-        try:
-            with open(descriptor, "w", encoding="utf-8") as file:
-                file.write(self.render())
-            mask = os.umask(0)
-            os.umask(mask)
-            os.chmod(draft, 0o666 & ~mask)
-            os.replace(draft, self.out)
-        except BaseException:
-            os.unlink(draft)
-            raise
+        with replaced(self.out) as part:
+            part.write_text(self.render(), encoding="utf-8")
 
 
 def clock(seconds: float) -> str:

@@ -6,18 +6,19 @@ import contextlib
 import json
 import os
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from ..files import locked, remove, replaced
 from .store import Known, StoreSettings, check_settings, schema_of
 
 _KEY, _VERSION = b"xclip_fast_store", 1
 
 
 class ParquetFolder:
-    """A folder of `part-*.parquet`, each of which appears whole. One process at a time may write into it.
+    """A folder of `part-*.parquet`, each of which appears whole. One run at a time writes into it.
 
     Takes the place of a `Store` in `embed`: it resumes, adds, updates and drops in the same way. An update or a drop
     writes those parts again that hold the file.
@@ -25,6 +26,8 @@ class ParquetFolder:
 
     def __init__(self, folder: str | os.PathLike[str], settings: StoreSettings) -> None:
         self.folder, self.settings = Path(folder), settings
+        self._held: contextlib.ExitStack | None = None
+        self._locked_now = False
         strange = [path.name for path in self.folder.glob("*") if not _is_ours(path.name)]
         if strange or (self.folder.exists() and not self.folder.is_dir()):
             raise FileExistsError(f"{folder}: is there and holds other things; choose another name")
@@ -53,64 +56,70 @@ class ParquetFolder:
         rows = sum(len(_read(part, ["start"])) for part in self._parts())
         return len(self.known()) - failed, rows - failed, failed
 
-    def commit(self, batches: Any, paths: Sequence[str], replaced: Iterable[str]) -> set[str]:
-        """Writes one part with these rows, and takes out what they replace."""
+    def commit(self, batches: Any, paths: Sequence[str], outdated: Iterable[str]) -> set[str]:
+        """Takes out the rows of the outdated files, and writes one part with these rows."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         schema = schema_of(self.settings)
         metadata = {_KEY: json.dumps({"format": _VERSION, **asdict(self.settings)}).encode()}
-        old = self._parts()
-        with self._new_part() as draft, pq.ParquetWriter(draft, schema.with_metadata(metadata)) as writer:
+        self._lock()
+        self._take_out(set(outdated))  # first: after a kill they are missing, and added again, but never there twice
+        new = self.folder / f"part-{uuid.uuid4().hex}.parquet"
+        with replaced(new) as draft, pq.ParquetWriter(draft, schema.with_metadata(metadata)) as writer:
             for batch in batches:
                 if batch.num_rows:
                     writer.write_table(pa.Table.from_batches([batch]).replace_schema_metadata(metadata))
-        if replaced := set(replaced):
-            self._take_out(old, replaced)
         return set()
 
     def drop(self, paths: Sequence[str]) -> None:
-        self._take_out(self._parts(), set(paths))
+        self._lock()
+        self._take_out(set(paths))
 
-    def _take_out(self, parts: Sequence[Path], paths: set[str]) -> None:
+    def _take_out(self, paths: set[str]) -> None:
         import pyarrow as pa
         import pyarrow.compute as pc
         import pyarrow.parquet as pq
 
         gone = pa.array(sorted(paths))
-        for part in parts:
+        for part in self._parts() if paths else ():
             if paths.isdisjoint(_read(part, ["path"])["path"].to_pylist()):
                 continue
             table = pq.read_table(part)
             kept = table.filter(pc.invert(pc.is_in(table["path"], value_set=gone)))
             if kept.num_rows:
-                with self._new_part(part) as draft:
+                with replaced(part) as draft:
                     pq.write_table(kept, draft)
             else:
                 part.unlink()
 
-    @contextlib.contextmanager
-    def _new_part(self, part: Path | None = None) -> Iterator[Path]:
-        """A file that gets its name when it is complete."""
-        part = part or self.folder / f"part-{uuid.uuid4().hex}.parquet"
-        draft = self.folder / f".{part.name}.{os.getpid()}"
-        try:
-            yield draft
-            os.replace(draft, part)
-        finally:
-            draft.unlink(missing_ok=True)
-
     def refresh(self) -> None:
         """Nothing: only this process writes."""
 
-    def changed(self) -> bool:
-        return False
+    def _lock(self) -> None:
+        """From here to `release` no other process writes. Removes what a killed run left."""
+        if self._held is None:
+            self._held = contextlib.ExitStack()
+            self._held.enter_context(locked(self.folder / ".writing", self.folder))
+            for left in self.folder.glob(".part-*"):
+                remove(left)
+            self._locked_now = True
 
     def claim(self, path: str) -> bool:
+        """Takes the whole folder for this process. Raises FileExistsError if another one has it."""
+        self._lock()
         return True
 
+    def changed(self) -> bool:
+        """Whether another process may have written since `known`: once, when the folder has just been locked."""
+        just, self._locked_now = self._locked_now, False
+        return just
+
     def release(self, paths: Sequence[str] | None = None) -> None:
-        """Nothing: there are no claims."""
+        """Gives the folder back at the end of a run."""
+        if paths is None and self._held is not None:
+            self._held.close()
+            self._held = None
 
     def compact(self) -> None:
         """Nothing: parts stay as they are."""

@@ -6,7 +6,6 @@ The content of a file decides its layout, not its name. Nothing here runs code f
 from __future__ import annotations
 
 import dataclasses
-import errno
 import json
 import logging
 import math
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import XCLIPConfig
-from ..files import read_json, require_regular, staged
+from ..files import read_json, require_regular, save_tensors, staged
 from . import hub, neighbors, open_clip, timm_vit
 from .huggingface import config_from_huggingface, config_to_huggingface, warn_of_heads
 from .layouts import (
@@ -170,9 +169,6 @@ def write(
         FileExistsError: if the folder holds a checkpoint and ``overwrite`` is not set.
         OSError: if the folder cannot be written. Its old content stays.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     folder = Path(folder)
     check_keys(shapes(config), state, "write")
     there = [name for name in (*WEIGHTS, "config.json") if (folder / name).exists()]
@@ -197,14 +193,9 @@ def write(
     owned = {*texts, *beside, "model.safetensors", *(["processor_config.json"] if layout == "huggingface" else [])}
     with staged(folder, owned, last="model.safetensors") as part:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-        try:
-            save_file(tensors, part / "model.safetensors", metadata={"format": "pt"})
-        except SafetensorError as error:
-            number = errno.ENOSPC if f"code: {errno.ENOSPC}," in str(error) else errno.EIO
-            raise OSError(number, f"{folder}: the weights could not be written: {error}") from error
+        save_tensors(tensors, part / "model.safetensors", {"format": "pt"})
         for name, text in texts.items():
             (part / name).write_text(text, encoding="utf-8")
-        (part / "model.safetensors").chmod((part / "config.json").stat().st_mode)  # safetensors makes it private
 
 
 def convert(

@@ -10,13 +10,11 @@ A manifest is a text file of JSON lines. The first line is a header, and each li
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 import logging
 import os
 import re
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,8 +27,8 @@ from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 import numpy as np
 
 from ...console import plain
+from ...files import replaced
 from ..decode.video import DamagedPlan, Video, one_line, video_name
-from ..parts import lock, remove_unlocked
 from .listing import Entry
 from .probing import file_status, look_all, real_folder
 from .sources import Labels, read_source
@@ -71,7 +69,8 @@ class Manifest:
     def read(path: str | os.PathLike[str], root: str | os.PathLike[str] | None = None) -> Manifest:
         """The manifest in this file; `root` says where the videos are now, if not where the file says.
 
-        Raises ValueError for a file that is not a manifest, naming the line, and OSError if it cannot be read.
+        A damaged line is a video with an error, and is logged. Raises ValueError for a file that is not a manifest or
+        has no good line, and OSError if it cannot be read.
         """
         path = Path(path)
         if path.is_dir():
@@ -94,17 +93,9 @@ class Manifest:
     def write(self, path: str | os.PathLike[str]) -> None:
         """Write the file, whole or not at all. A root above or below it is stored relative to it, to be moved along."""
         path = Path(path)
-        part = path.with_name(f".{path.name[:200]}.{os.getpid()}.{threading.get_ident()}.part")
-        try:
-            with open(part, "x", encoding="ascii") as file:
-                lock(file)
-                file.write(_dump({"xclip_fast_manifest": self.version, "root": self._stored_root(path)}, self.classes))
-                file.writelines(_line(video) for video in self.videos)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
+        with replaced(path) as part, open(part, "x", encoding="ascii") as file:
+            file.write(_dump({"xclip_fast_manifest": self.version, "root": self._stored_root(path)}, self.classes))
+            file.writelines(_line(video) for video in self.videos)
 
     def _stored_root(self, path: Path) -> str:
         root, home = Path(os.path.realpath(self.root)), Path(os.path.realpath(path)).parent
@@ -196,13 +187,28 @@ def _header(path: Path, line: bytes) -> dict[str, Any]:
 
 
 def _rows(path: Path, lines: Iterable[tuple[int, bytes]], classes: int) -> Iterator[Video]:
+    """Every line's video. A damaged line is a row with an error; without a good line, the first one's is raised."""
+    first: ValueError | None = None
+    good = damaged = 0
     for number, line in lines:
+        if not line.strip():
+            continue
+        row: Any = None
         try:
-            video = _video(json.loads(line))
+            video = _video(row := json.loads(line))
             _check(video, classes)
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}: {error}") from error
+            good += 1
+        except (ValueError, RecursionError) as error:
+            first = first or ValueError(f"{path}, line {number}: {error}")
+            damaged += 1
+            name = row.get("path") if isinstance(row, dict) else None
+            reason = f"line {number} of the manifest is damaged: {error}"
+            video = Video(name if isinstance(name, str) else f"line {number}", error=one_line(reason), mtime_ns=0)
         yield video
+    if first is not None and not good:
+        raise first
+    if first is not None:
+        log.warning("%s. %d of %d videos are left out. Index again to mend it", first, damaged, good + damaged)
 
 
 def _video(row: Any) -> Video:
@@ -319,7 +325,7 @@ def index(
 
 
 def _check_writable(out: Path, partial: Path) -> None:
-    """Says before the work if the manifest cannot be written; removes what killed runs left of this manifest."""
+    """Says before the work if the manifest cannot be written."""
     there = partial.exists()
     try:
         with open(partial, "a", encoding="ascii"):
@@ -332,8 +338,6 @@ def _check_writable(out: Path, partial: Path) -> None:
         ) from error
     if not there:
         partial.unlink()
-    for part in out.parent.glob(f".{glob.escape(out.name[:200])}.*.part"):
-        remove_unlocked(part)
 
 
 def _readable(video: Video, classes: int) -> Video:

@@ -1,0 +1,377 @@
+"""Kills a writing command at its changes to files, one after another, or fills the disk there; run by test_kills.py.
+
+    LD_PRELOAD=file_events.so python tests/attack/killed.py FOLDER COMMAND=COUNT...
+
+COUNT changes of each command, spread over the run, or all of them (0). After each kill every file in its place is
+whole; the same command run again gives what an unbroken run gives, and leaves nothing beside it. Where the disk is
+full, the command ends with an error that says so. Prints how many were tried.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import importlib
+import io
+import os
+import pickle
+import shutil
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from xclip_fast import XCLIP, TextConfig, VisionConfig, XCLIPConfig
+from xclip_fast.data.manifest.manifest import Manifest, index
+from xclip_fast.data.motion import CLASSES, render, write_clip, write_dataset
+from xclip_fast.data.transcode import transcode
+from xclip_fast.evaluate.sample_lists import write_samples
+from xclip_fast.search import Index, add
+from xclip_fast.weights import checkpoint
+
+EVENTS = ctypes.CDLL(None)
+ACTS = ("kill", "full")
+Content = dict[str, Any]
+
+
+def forked(work: Callable[[], Any], arm: tuple[Path, int, int] | None = None) -> tuple[int, Any]:
+    """(exit status, what `work` returned) in a process of its own. Its changes count if it is armed."""
+    reader, writer = os.pipe()
+    process = os.fork()
+    if not process:
+        status = 1
+        with contextlib.suppress(BaseException):
+            os.close(reader)
+            sys.stderr = io.StringIO()
+            if arm:
+                EVENTS.arm(os.fsencode(arm[0]), ctypes.c_long(arm[1]), arm[2])
+            try:
+                answer = work()
+                status = 0
+            except BaseException as error:
+                answer = (type(error).__name__, str(error), traceback.format_exc())
+                status = 2
+            seen = ctypes.c_long.in_dll(EVENTS, "seen").value
+            EVENTS.arm(b"", ctypes.c_long(-1), 0)
+            with open(writer, "wb") as file:
+                pickle.dump((answer, seen), file)
+        os._exit(status)
+    os.close(writer)
+    with open(reader, "rb") as file:
+        data = file.read()
+    status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    return status, pickle.loads(data) if data else None
+
+
+def files(folder: Path) -> Content:
+    """Every file that is in its place: hidden names, and what `index` keeps to go on from, are not."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and "/." not in f"/{name}" and not name.endswith(".partial"):
+            found[name] = path.read_bytes()
+    return found
+
+
+class Command:
+    """A command on small data. `run(out)` does the work; `content(out)` is what there is, by name."""
+
+    whole = False  # are all files replaced in one step?
+    overwrites = True  # an earlier result is there
+    extra: tuple[str, ...] = ()  # hidden files that stay
+
+    def __init__(self, data: Path) -> None:
+        self.data = data
+
+    def old(self, out: Path) -> None:
+        """An earlier result."""
+
+    def run(self, out: Path) -> None:
+        raise NotImplementedError
+
+    def content(self, out: Path) -> Content:
+        return files(out)
+
+
+class IndexCommand(Command):
+    def old(self, out: Path) -> None:
+        index(self.data / "videos", out / "m.jsonl", workers=0)
+        manifest = Manifest.read(out / "m.jsonl")
+        manifest.with_errors({0: "was bad"}).write(out / "m.jsonl")
+
+    def run(self, out: Path) -> None:
+        index(self.data / "videos", out / "m.jsonl", workers=0)
+
+
+class Transcode(Command):
+    def old(self, out: Path) -> None:
+        transcode(self.data / "earlier", out, workers=1, preset="ultrafast")
+
+    def run(self, out: Path) -> None:
+        summary = transcode(self.data / "videos", out, workers=1, preset="ultrafast")
+        assert list(map(os.path.basename, summary.failed)) == ["broken.mp4"]
+
+
+class Motion(Command):
+    def run(self, out: Path) -> None:
+        write_dataset(out, 1, frames=4, size=(16, 16))
+
+
+class Convert(Command):
+    whole = True
+
+    def old(self, out: Path) -> None:
+        checkpoint.convert(self.data / "a", out / "w")
+
+    def run(self, out: Path) -> None:
+        checkpoint.convert(self.data / "b", out / "w", "huggingface", overwrite=True)
+
+
+class FewShot(Command):
+    def old(self, out: Path) -> None:
+        for suffix in ("jsonl", "json", "csv"):
+            write_samples(Manifest.read(self.data / "m.jsonl"), [0], out / f"drawn.{suffix}")
+
+    def run(self, out: Path) -> None:
+        for suffix in ("jsonl", "json", "csv"):
+            write_samples(Manifest.read(self.data / "m.jsonl"), [1, 2], out / f"drawn.{suffix}")
+
+
+class Evaluate(Command):
+    whole = True
+
+    def _write(self, out: Path, rows: list[int]) -> None:
+        from xclip_fast.evaluate.loop import evaluate
+        from xclip_fast.evaluate.report import reserved, write
+
+        with reserved(out / "e", True):
+            model = XCLIP.from_pretrained(self.data / "a")
+            result = evaluate(model, Manifest.read(self.data / "m.jsonl").select(rows), workers=0)
+            write(replace(result, seconds=1.0), out / "e", overwrite=True)
+
+    def old(self, out: Path) -> None:
+        self._write(out, [0, 1])
+
+    def run(self, out: Path) -> None:
+        self._write(out, [1, 2])
+
+
+class Embed(Command):
+    """Into a store, a commit a file. What was embedded before has changed, is gone, or is new."""
+
+    name = "store"
+    extra = (".lock", ".claims")
+
+    def _add(self, out: Path, videos: str) -> None:
+        add._SECONDS = 0.0
+        opened = Index.open(out / self.name, self.data / "a", device="cpu", dtype="float32", root=self.data / videos)
+        opened.add(self.data / videos, batch_size=1, workers=1)
+
+    def old(self, out: Path) -> None:
+        self._add(out, "earlier")
+
+    def run(self, out: Path) -> None:
+        add._SECONDS = 0.0
+        opened = Index.open(out / self.name, self.data / "a", device="cpu", dtype="float32", root=self.data / "earlier")
+        # the same root with other files in it
+        opened.root = str(self.data / "videos")
+        opened.store.settings = replace(opened.store.settings, root=opened.root)
+        opened.add(self.data / "videos", batch_size=1, workers=1)
+
+    def content(self, out: Path) -> Content:
+        from xclip_fast.search.store import Store, is_store
+
+        if not is_store(out / self.name):
+            return {}
+        return self._rows(Store.open(out / self.name).table.to_arrow().to_pylist())
+
+    def _rows(self, rows: list[dict[str, Any]]) -> Content:
+        found: Content = {}
+        for row in rows:
+            key = f"{row['path']} {row['start']:g}"
+            assert key not in found, f"{key} is there twice"
+            found[key] = (row["end"], row["error"], row["size"], str(row["vector"]))
+        by_file: Content = {}
+        for key, row in found.items():
+            by_file.setdefault(key.split()[0], []).append((key, row))
+        return {name: sorted(each) for name, each in by_file.items()}
+
+
+class EmbedParquet(Embed):
+    name = "rows.parquet"
+    extra = (".writing",)
+
+    def content(self, out: Path) -> Content:
+        import pyarrow.parquet as pq
+
+        parts = sorted((out / self.name).glob("part-*.parquet"))
+        return self._rows([row for part in parts for row in pq.read_table(part).to_pylist()])
+
+
+class EmbedFile(Command):
+    def _write(self, out: Path, videos: str) -> None:
+        from xclip_fast.inference.batches import Reading, answers
+        from xclip_fast.search.feature_file import write_features
+
+        model = XCLIP.from_pretrained(self.data / "a")
+        paths = sorted(map(str, (self.data / videos).glob("[0-9]*.mp4")))
+        found = answers(model, paths, Reading(3, 32), lambda features: features[:1], workers=1)
+        about = {"fingerprint": "0", "checkpoint": "", "variant": ""}
+        write_features(out / "x.safetensors", model, found, len(paths), metadata=about, overwrite=True)
+
+    def old(self, out: Path) -> None:
+        self._write(out, "earlier")
+
+    def run(self, out: Path) -> None:
+        self._write(out, "videos")
+
+    def content(self, out: Path) -> Content:  # the bytes of the same file differ: its metadata have no order
+        from xclip_fast.search.feature_file import FeatureFile
+
+        found = FeatureFile(out / "x.safetensors")
+        return {"x": (found.names, str(found.file.get_tensor("video").tolist()))}
+
+
+class Look(Command):
+    """`search --html --clips`."""
+
+    def run(self, out: Path) -> None:
+        from xclip_fast.search.media import cut
+        from xclip_fast.search.page import Page
+        from xclip_fast.search.query import Hit
+
+        hits = [Hit(str(self.data / "videos" / f"{n}.mp4"), 0.0, 0.2, 0.5, (0.0, 0.2)) for n in (0, 1)]
+        page = Page(out / "page.html", overwrite=True)
+        page.add_hits("a cat", hits)
+        for hit in hits:
+            if not list((out / "clips").glob(f"{Path(hit.path).stem} *")):
+                cut(hit, out / "clips")
+        page.write()
+
+
+COMMANDS: dict[str, type[Command]] = {
+    "index": IndexCommand,
+    "transcode": Transcode,
+    "motion": Motion,
+    "convert": Convert,
+    "few-shot": FewShot,
+    "evaluate": Evaluate,
+    "embed": Embed,
+    "embed-parquet": EmbedParquet,
+    "embed-safetensors": EmbedFile,
+    "search-html-clips": Look,
+}
+
+
+def prepare(data: Path) -> None:
+    """Videos, two checkpoints and a manifest, made once."""
+    config = XCLIPConfig(
+        vision=VisionConfig(image_size=32, patch_size=16, width=64, layers=1, heads=1),
+        text=TextConfig(width=64, layers=1, heads=1),
+        embed_dim=64,
+        num_frames=3,
+    )
+    for name in "ab":
+        XCLIP(config).save_pretrained(data / name)
+    for folder in ("earlier", "videos"):
+        (data / folder).mkdir()
+    for number in range(3):
+        write_clip(data / f"videos/{number}.mp4", render(CLASSES[number], 0, frames=8, size=(32, 48)))
+    (data / "videos/broken.mp4").write_text("no video\n" * 99)
+    shutil.copy2(data / "videos/0.mp4", data / "earlier/0.mp4")
+    write_clip(data / "earlier/1.mp4", render(CLASSES[4], 0, frames=10, size=(32, 48)))
+    shutil.copy2(data / "videos/0.mp4", data / "earlier/gone.mp4")
+    write_dataset(data / "motion", 1, frames=4, size=(32, 32))
+    index(data / "motion", data / "m.jsonl", workers=0)
+
+
+def hidden(folder: Path, extra: tuple[str, ...]) -> list[str]:
+    return [
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if ((path.name.startswith(".") and path.name not in extra) or path.name.endswith(".partial"))
+        and "moments.lance" not in path.parts  # LanceDB's own
+    ]
+
+
+def attack(command: Command, folder: Path, count: int, act: str) -> tuple[int, int]:
+    """(how many changes were tried, of how many)."""
+
+    def fresh(name: str) -> Path:
+        out = folder / name
+        out.mkdir()
+        status, told = forked(lambda: command.old(out))
+        assert status == 0, told
+        return out
+
+    def content(out: Path) -> Content:
+        status, told = forked(lambda: command.content(out))
+        assert status == 0, f"{out}: cannot be read: {told}"
+        return told[0]
+
+    whole = fresh("whole")
+    old = content(whole)
+    status, told = forked(lambda: command.run(whole), (whole, -1, 0))
+    assert status == 0, told
+    new, changes = content(whole), told[1]
+    assert new != old
+    assert changes > 3, changes
+    moments = range(1, changes + 1)
+    if count and count < changes:
+        moments = sorted({1 + round(at * (changes - 1) / (count - 1)) for at in range(count)})
+    for moment in moments:
+        out = fresh(f"{act}-{moment}")
+        status, told = forked(lambda out=out: command.run(out), (out, moment, 0 if act == "kill" else errno.ENOSPC))
+        where = f"change {moment} of {changes}"
+        if act == "kill":
+            assert status in (-signal.SIGKILL, 0), f"{where}: exit status {status}: {told}"
+        elif status:  # where nothing is written any more, all is well
+            kind, message, trace = told[0]
+            assert kind in ("OSError", "ValueError"), f"{where}: {kind}: {message}\n{trace}"
+            assert "no space" in message.lower(), f"{where}: {message}"
+        found = content(out)
+        if command.whole:
+            assert found in (old, new), f"{where}: neither the old nor the new state: {sorted(found)}"
+        for name, value in found.items():
+            assert value in (old.get(name), new.get(name)), f"{where}: {name} is neither the old nor the new one"
+        status, told = forked(lambda out=out: command.run(out))
+        assert status == 0, f"{where}, then run again: {told}"
+        found = content(out)
+        assert found == new, f"{where}, then run again: {sorted(found)} are there, or other contents"
+        assert not (left := hidden(out, command.extra)), f"{where}, then run again: {left} are left"
+        shutil.rmtree(out)
+    return len(moments), changes
+
+
+def main() -> None:
+    folder = Path(os.path.realpath(sys.argv[1]))
+    torch.set_num_threads(1)
+    for module in ("matplotlib.figure", "matplotlib.backends.backend_agg", "pyarrow.parquet", "lancedb"):
+        with contextlib.suppress(ImportError):  # once, not in every process
+            importlib.import_module(module)
+    (folder / "data").mkdir()
+    status, told = forked(lambda: prepare(folder / "data"))
+    assert status == 0, told
+    failed = False
+    for given in sys.argv[2:]:
+        name, _, count = given.partition("=")
+        for act in ACTS:
+            out = folder / f"{name}-{act}"
+            out.mkdir()
+            try:
+                tried, changes = attack(COMMANDS[name](folder / "data"), out, int(count), act)
+                print(f"{name} {act}: {tried} tried of {changes} changes", flush=True)
+            except AssertionError as error:
+                failed = True
+                print(f"{name} {act}: FAILED: {error}", flush=True)
+    raise SystemExit(failed)
+
+
+if __name__ == "__main__":
+    main()
