@@ -33,7 +33,7 @@ Checkpoint = Annotated[
         "--checkpoint",
         "-c",
         metavar="PATH",
-        help="Weights, a file or folder: of xclip-fast, Hugging Face or VideoX, or an image CLIP.",
+        help="Weights, a file, folder or name on the Hub: of xclip-fast, Hugging Face, VideoX, or an image CLIP.",
     ),
 ]
 Variant = Annotated[
