@@ -83,7 +83,9 @@ class Backend:
 
 _INSTALLED = frozenset(name for name in ("triton",) if importlib.util.find_spec(name))
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-off_gpu = INTERPRETED  # whether Triton's kernels take tensors that are on no GPU, if they are asked for
+# Whether Triton's kernels take tensors that are on no GPU, if they are asked for. A compute capability (90 for 9.0):
+# every choice is that of such a GPU, wherever the tensors are (xclip_fast.fake_gpu).
+off_gpu = int(INTERPRETED)
 
 
 def triton_backend(op: str, refuse: Callable[..., str | None] | None = None) -> Backend:
@@ -95,7 +97,7 @@ def triton_backend(op: str, refuse: Callable[..., str | None] | None = None) -> 
 
     def refuse_elsewhere(*args: Any) -> str | None:
         first = next(arg for arg in args if isinstance(arg, Tensor))
-        if first.device.type != "cuda" and not (off_gpu and _forced == "triton"):
+        if first.device.type != "cuda" and off_gpu <= 1 and not (off_gpu and _forced == "triton"):
             where = "TRITON_INTERPRET=1 and backend triton run it slowly anywhere"
             return f"device {first.device.type} is not cuda ({where})"
         return refuse(*args) if refuse else None

@@ -20,7 +20,7 @@ def side_by_side(x: Tensor, one: Callable[[], One], other: Callable[[], Other]) 
     two run beside each other as far as the GPU has room. Elsewhere they run one after the other: an eager launch costs
     the CPU more than the overlap could save.
     """
-    if not _is_captured(x):
+    if not is_captured(x):
         return one(), other()
     main, side = torch.cuda.current_stream(x.device), _side_stream(x.device)
     # Memory that either stream frees may be taken at once by later work of the same stream, and by no other. That is
@@ -36,7 +36,7 @@ def side_by_side(x: Tensor, one: Callable[[], One], other: Callable[[], Other]) 
     return first, second
 
 
-def _is_captured(x: Tensor) -> bool:
+def is_captured(x: Tensor) -> bool:
     """Whether work on x is recorded into a CUDA graph. With gradients, backward would have to fork and join as well."""
     if not x.is_cuda or torch.compiler.is_compiling() or torch.is_grad_enabled():
         return False

@@ -16,7 +16,7 @@ from . import _choices
 HALF = (torch.bfloat16, torch.float16)
 UNMEASURED = (
     "not measured on this GPU, so taken only if asked for (XCLIP_FAST_BACKEND or backend(...)); "
-    "python -m xclip_fast.kernels.tune --backends measures"
+    "xclip-fast tune measures"
 )
 
 
@@ -36,12 +36,13 @@ class Case(NamedTuple):
     frames: int = 0  # T; 0: a block without a message
     causal: bool = False
     packed: bool = False  # sequences of unequal length, one after another
+    windows: int = 0  # W, of the bias on the scores; 0: without
     training: bool = False
     drops: bool = False  # drop path factors are given
     activation: str = "quick_gelu"
     forced: str = ""  # the backend that is asked for
     traced: bool = False  # in a graph: nothing measured is asked
-    interpreted: bool = False  # Triton's kernels take tensors that are on no GPU
+    interpreted: int = 0  # Triton's kernels take tensors that are on no GPU (see _dispatch.off_gpu)
 
     def sizes(self) -> dict[str, Any]:
         """The numbers that the measured table bounds."""
@@ -87,11 +88,12 @@ class Candidate:
             return f"the package {self.package} is not installed ({self.install or f'pip install {self.package}'})"
         if case.dtype not in self.dtypes:
             return f"dtype {case.dtype} is not among {', '.join(str(dtype) for dtype in self.dtypes)}"
-        interpreted = self.name == "triton" and case.interpreted
+        assumed = case.interpreted > 1
+        interpreted = assumed or (self.name == "triton" and case.interpreted)
         if self.device_types and case.device.type not in self.device_types and not interpreted:
             return f"device {case.device.type} is not {' or '.join(self.device_types)}"
-        if self.capability and case.device.type == "cuda":
-            major = torch.cuda.get_device_properties(case.device).major
+        if self.capability and (assumed or case.device.type == "cuda"):
+            major = case.interpreted // 10 if assumed else torch.cuda.get_device_properties(case.device).major
             if major < self.capability:
                 return f"compute capability {major}.x is below {self.capability}.0"
         return self.refuse(case) if self.refuse else None

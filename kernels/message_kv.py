@@ -12,22 +12,23 @@ from ._parts import HALF, UNMEASURED, Candidate, Case, Part
 # Rows up to which it is one kernel of the CUDA library, whose time is that of its weights. Not measured.
 CUDA_ROWS = 64
 
-# A candidate's forward(save, block) returns a function that writes the keys and values into a view (F, 2D), any row
-# stride, and what backward wants. All but that function's work reads only the class tokens. backward(d(keys and values)
-# (F, 2D), saved, names of the arguments whose gradient is wanted, block) returns the gradients of parameters by name
-# (those of in_weight and in_bias are of their last 2D rows) and of the class tokens (F, D).
+# A candidate's forward(save, block) reads only the class tokens and returns the messages m (F, D) with their statistics
+# (triton/layer_norm.Spare), or None; a function that writes their keys and values into a view (F, 2D), any row stride,
+# for a projection that has not made them of m; and what backward wants: message token (F, D), qkv (F, 3D), m (F, D),
+# mean and 1 / sigma of LN_m and of LN_1 (4, F). backward(dm (F, D), saved, names of the arguments whose gradient is
+# wanted, block) returns the gradients of parameters by name and of the class tokens (F, D).
 
 
-def _triton_forward(save: bool, b: Any) -> tuple[Callable[[Tensor], None], tuple[Tensor, ...]]:
+def _triton_forward(save: bool, b: Any) -> tuple[Any, Callable[[Tensor], None], tuple[Tensor, ...]]:
     from .triton import message_kv
 
     return message_kv.forward(save, b)
 
 
-def _triton_backward(dkv: Tensor, saved: Any, wanted: set[str], b: Any) -> tuple[dict[str, Tensor], Tensor]:
+def _triton_backward(dm: Tensor, saved: Any, wanted: set[str], b: Any) -> tuple[dict[str, Tensor], Tensor]:
     from .triton import message_kv
 
-    return message_kv.backward(dkv, saved, wanted, b)
+    return message_kv.backward(dm, saved, wanted, b)
 
 
 def _saved(b: Any) -> tuple[Tensor, ...]:
@@ -44,7 +45,7 @@ def _refuse(case: Case) -> str | None:
     return None if case.channels <= 128 else f"heads of {case.channels} channels: at most 128"
 
 
-def _cuda_forward(save: bool, b: Any) -> tuple[Callable[[Tensor], None], tuple[Tensor, ...]]:
+def _cuda_forward(save: bool, b: Any) -> tuple[None, Callable[[Tensor], None], tuple[Tensor, ...]]:
     width = b.x.shape[-1]
     weights = (b.message_fc_weight, b.message_in_weight, b.message_out_weight, b.in_weight[width:])
     biases = (b.message_fc_bias, b.message_in_bias, b.message_out_bias, b.in_bias[width:])
@@ -54,7 +55,7 @@ def _cuda_forward(save: bool, b: Any) -> tuple[Callable[[Tensor], None], tuple[T
     def write(to: Tensor) -> None:
         to.copy_(key_value)
 
-    return write, ()
+    return None, write, ()
 
 
 def _refuse_cuda(case: Case) -> str | None:

@@ -10,24 +10,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from xclip_fast.kernels.tune.tiles import ATTENTION as TILES
 
 from .case import Job, Row
 
 SDPA = ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
-TILES = tuple(
-    {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
-    for m, n, warps, stages in (
-        (64, 32, 4, 2),
-        (64, 64, 4, 2),
-        (64, 64, 4, 3),
-        (64, 128, 4, 2),
-        (128, 32, 4, 3),
-        (128, 64, 4, 3),
-        (128, 64, 8, 2),
-        (128, 64, 8, 3),
-        (128, 128, 8, 2),
-    )
-)
 
 
 def packed(job: Job, frames: int, tokens: int, heads: int) -> Tensor:

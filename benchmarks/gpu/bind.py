@@ -1,6 +1,6 @@
 """For a rehearsal: the launches of the GPU run at their real shapes, checked by Triton's launcher but not executed.
 
-``launches`` runs this file in a process without Triton's interpreter, on the fake GPU of tests/kernels/fake_gpu.py. The
+``launches`` runs this file in a process without Triton's interpreter, on the fake GPU of xclip_fast/fake_gpu.py. The
 process prints a row of JSON for each part.
 """
 
@@ -13,13 +13,10 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from .case import Job, Row
-
-TESTS = Path(__file__).resolve().parents[2] / "tests" / "kernels"
 
 
 def launches(job: Job) -> Iterator[Row]:
@@ -42,11 +39,9 @@ def main() -> None:
 
     import xclip_fast
     from xclip_fast.config import VARIANTS
+    from xclip_fast.fake_gpu import fake_gpu
 
     from . import attention, products
-
-    sys.path.insert(0, str(TESTS))
-    from fake_gpu import fake_gpu
 
     def say(row: Row, count: int) -> None:
         print(json.dumps({"contender": "triton", "direction": "launches", "launches": count, **row}), flush=True)

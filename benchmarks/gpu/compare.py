@@ -26,19 +26,11 @@ def results(op: str, args: Sequence[Any], name: str, cotangent: Tensor | None = 
     """The first output of a backend; with a cotangent, also every gradient."""
     leaves = [arg for arg in args if isinstance(arg, Tensor) and arg.requires_grad]
     with backend(name), torch.set_grad_enabled(cotangent is not None):
-        output = test_ops.first(OPS[op](*args) if name != "reference" else OPS[op].reference(*args))
+        output = test_ops.first(op, OPS[op](*args) if name != "reference" else OPS[op].reference(*args))
         if cotangent is None:
             return [output]
         grads = torch.autograd.grad(output, leaves, cotangent.to(output.dtype), allow_unused=True)
     return [output.detach(), *(grad for grad in grads if grad is not None)]
-
-
-def cotangent(op: str, output: Tensor) -> Tensor:
-    """A random gradient of the output; zero for the spare row of a block, which nothing reads."""
-    given = torch.randn_like(output)
-    if op == "cct_block":
-        given[:, -1] = 0
-    return given
 
 
 def wanting(args: Sequence[Any], dtype: torch.dtype, grad: bool) -> list[Any]:

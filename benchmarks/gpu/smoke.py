@@ -49,7 +49,7 @@ def op(job: Job, op: str, backend: str) -> Iterator[Row]:
                         break
                     exact_args = compare.wanting(given, torch.float64, grad)
                     output = compare.results(op, given, "reference")[0]
-                    cotangent = compare.cotangent(op, output) if grad else None
+                    cotangent = torch.randn_like(output) if grad else None
                     exact = compare.results(op, exact_args, "reference", cotangent)
                     torchs = compare.results(op, given, "reference", cotangent)
                     compare.poison(job.device)

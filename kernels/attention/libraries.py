@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._parts import UNMEASURED, Candidate, Case
+from .._parts import HALF, UNMEASURED, Candidate, Case
 
 Saved = tuple[Tensor, ...]
 aten = torch.ops.aten
@@ -79,7 +79,7 @@ def _efficient_backward(dout: Tensor, qkv: Tensor, out: Tensor, saved: Saved, ca
 def _refuse_sdpa(usable: str) -> Callable[[Case], str | None]:
     def refuse(case: Case) -> str | None:
         """Torch's own answer, asked once a kind of call with tensors of its sizes."""
-        if case.traced:  # sizes may be symbols, and what is taken must not depend on them
+        if case.traced or case.interpreted > 1:  # sizes may be symbols, and what is taken must not depend on them
             return None if case.channels % 8 == 0 and case.channels <= 256 else f"head size {case.channels}"
         shape = (case.sequences, case.length, 3, case.heads, case.channels)
         qkv = torch.empty(shape, dtype=case.dtype, device=case.device, requires_grad=case.training)
@@ -91,30 +91,21 @@ def _refuse_sdpa(usable: str) -> Callable[[Case], str | None]:
     return refuse
 
 
-CUDNN = Candidate(
-    "cudnn",
-    _cudnn_forward,
-    _cudnn_backward,
-    capability=9,
-    refuse=_refuse_sdpa("can_use_cudnn_attention"),
-    saved=lambda qkv: _cudnn_forward(True, qkv, False)[1],
-)
-FLASH = Candidate(
-    "flash",
-    _flash_forward,
-    _flash_backward,
-    capability=8,
-    refuse=_refuse_sdpa("can_use_flash_attention"),
-    saved=lambda qkv: _flash_forward(True, qkv, False)[1],
-)
-EFFICIENT = Candidate(
-    "efficient",
-    _efficient_forward,
-    _efficient_backward,
-    dtypes=(torch.float32, torch.float16, torch.bfloat16),
-    refuse=_refuse_sdpa("can_use_efficient_attention"),
-    saved=lambda qkv: _efficient_forward(True, qkv, False)[1],
-)
+def _sdpa(name: str, forward: Any, backward: Any, capability: int, *more: torch.dtype) -> Candidate:
+    return Candidate(
+        name,
+        forward,
+        backward,
+        dtypes=(*HALF, *more),
+        capability=capability,
+        refuse=_refuse_sdpa(f"can_use_{name}_attention"),
+        saved=lambda qkv: forward(True, qkv, False)[1],
+    )
+
+
+CUDNN = _sdpa("cudnn", _cudnn_forward, _cudnn_backward, 9)
+FLASH = _sdpa("flash", _flash_forward, _flash_backward, 8)
+EFFICIENT = _sdpa("efficient", _efficient_forward, _efficient_backward, 0, torch.float32)
 
 
 # ---- flash-attn and xformers

@@ -6,20 +6,19 @@ M rows of the residual stream, R rows that leave the block, D width, F frames of
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import _choices, _dispatch
+from .. import _choices, _dispatch, _overlap
 from .._arguments import GELUS, Block
-from .._overlap import side_by_side
 from .._parts import Candidate, Case, Part, installed
-from ..attention import ATTENTION, PACKED_ATTENTION
+from ..attention import ATTENTION, PACKED_ATTENTION, WINDOW_ATTENTION
 from ..layer_norm import WIDEST_ROW
 from ..message_kv import MESSAGE
 from . import reference
-from .products import LINEAR_RESIDUAL, NORM_LINEAR, Norm, Normed
+from .products import LINEAR_RESIDUAL, NORM_LINEAR, Layer, Norm, Normed, Target
 
 
 class Plan(NamedTuple):
@@ -33,7 +32,7 @@ class Plan(NamedTuple):
     projection: Candidate
 
 
-PARTS = (NORM_LINEAR, LINEAR_RESIDUAL, MESSAGE, ATTENTION, PACKED_ATTENTION)
+PARTS = (NORM_LINEAR, LINEAR_RESIDUAL, MESSAGE, ATTENTION, PACKED_ATTENTION, WINDOW_ATTENTION)
 PART_NAMES = tuple(dict.fromkeys(name for part in PARTS for name in part.names if name != "reference"))
 
 
@@ -66,6 +65,7 @@ def case_of(b: Block, training: bool) -> Case:
         (1 if b.frames else 0) if b.backend else b.frames,
         b.causal,
         packed,
+        0 if b.bias is None else 1 if b.backend else b.bias.shape[0],
         training,
         any(drop is not None for drop in drops),
         b.activation,
@@ -105,7 +105,8 @@ _refusal._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def _find_plan(case: Case, swapped: tuple[tuple[str, str], ...] = ()) -> Plan | str:
     if case.rows == 0:
         return "there are no rows"
-    if case.device.type != "cuda" and not (case.interpreted and case.forced != "auto"):
+    asked = case.interpreted > 1 or (case.interpreted and case.forced != "auto")
+    if case.device.type != "cuda" and not asked:
         return f"device {case.device.type} is not cuda (TRITON_INTERPRET=1 and backend triton run it slowly anywhere)"
     if _dispatch.INTERPRETED and case.device.type != "cuda" and torch.bfloat16 in (case.dtype, case.stream):
         return "Triton's interpreter does not compute in bfloat16"
@@ -129,9 +130,11 @@ def slots(case: Case) -> dict[str, tuple[Part, Case, dict[str, int]]]:
     # asked for, a backend need not have what only some blocks want
     attention = case._replace(forced="auto") if case.causal and case.forced == "triton" else case
     fc = case._replace(forced="auto") if case.activation in GELUS and case.forced in ("triton", "cuda") else case
+    case = case._replace(activation="quick_gelu")  # it concerns fc alone
+    mixing = PACKED_ATTENTION if case.packed else WINDOW_ATTENTION if case.windows else ATTENTION
     found: dict[str, tuple[Part, Case, dict[str, int]]] = {
         "qkv": (NORM_LINEAR, case, {"n": 3 * width, "k": width, "activation": 0}),
-        "attention": (PACKED_ATTENTION if case.packed else ATTENTION, attention, {}),
+        "attention": (mixing, attention, {}),
         "out": (LINEAR_RESIDUAL, case, {"n": width, "k": width}),
         "fc": (NORM_LINEAR, fc, {"n": hidden, "k": width, "activation": 1}),
         "projection": (LINEAR_RESIDUAL, case, {"n": width, "k": hidden}),
@@ -181,51 +184,68 @@ def forward(save: bool, *args: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor, .
     b = _plain(args)
     p, x, (norm_1, norm_2) = _plan_of(b, save), _rows(b.x), _norms(b)
 
-    def project() -> tuple[Tensor, Tensor | None, Normed]:
-        known = Normed(None, b.mean, b.rstd)
-        result: tuple[Tensor, Tensor | None, Normed] = p.qkv.forward(save, x, known, norm_1, b.in_weight, b.in_bias, "")
-        return result
+    def project(spare: Any) -> tuple[Tensor, Normed]:
+        layer = Layer(norm_1, b.in_weight, b.in_bias)
+        qkv, _, known = p.qkv.forward(save, x, Normed(None, b.mean, b.rstd), layer, spare)
+        return qkv, known
 
-    (qkv, _, known_1), message_saved = _with_message(save, b, p, project)
-    z, known_2, mixed, attention_saved = _diffuse(save, b, p, qkv, b.in_weight.dtype)
+    qkv, known_1, message_saved = _with_message(save, b, p, project)
+    # the library adds its product to z in place where nobody wants z again; the bias is added when z is written
+    in_place = not save and p.out.name == p.projection.name == "library" and b.drop_feed_forward is None
+    in_place = in_place and b.x.dtype == b.projection_weight.dtype
+    dtype, later = b.in_weight.dtype, b.projection_bias if in_place else None
+    z, known_2, mixed, attention_saved = _diffuse(save, b, p, qkv, dtype, later)
     # y = z + FFN(LN_2(z))
-    h, u, known_2 = p.fc.forward(save, z, known_2, norm_2, b.fc_weight, b.fc_bias, b.activation)
-    projection = (b.projection_weight, b.projection_bias, z, b.drop_feed_forward)
+    h, u, known_2 = p.fc.forward(save, z, known_2, Layer(norm_2, b.fc_weight, b.fc_bias, b.activation))
     leave = b.statistics and b.rows is None and p.qkv.name != "library"  # who reads its rows anyway has no use for them
-    y, left = p.projection.forward(h, *projection, norm_1 if leave else None, None, leave)
+    if in_place:
+        y, left, leave = torch.addmm(z, h, b.projection_weight.T, out=z), Normed(), False
+    else:
+        target = Target(z, b.drop_feed_forward, norm_1 if leave else None, None, leave)
+        y, left = p.projection.forward(h, b.projection_weight, b.projection_bias, target)
     y = y.view(b.x.shape if b.rows is None else z.shape)
-    outputs = (y, left.mean, left.rstd)
+    outputs: tuple[Any, ...] = (y, left.mean, left.rstd)
     if not leave:
         outputs = (y, *(torch.empty(0, dtype=torch.float32, device=x.device) for _ in range(2)))
     if not save:
         return outputs, ()
-    statistics = (known_1.mean, known_1.rstd, known_2.mean, known_2.rstd)
+    statistics: Any = (known_1.mean, known_1.rstd, known_2.mean, known_2.rstd)
     return outputs, (qkv, mixed, z, u, *statistics, *message_saved, *attention_saved)
 
 
-Projected = TypeVar("Projected", bound=tuple[Any, ...])
-
-
 def _with_message(
-    save: bool, b: Block, p: Plan, project: Callable[[], Projected]
-) -> tuple[Projected, tuple[Tensor, ...]]:
-    """What ``project`` returns, the packed projection (M, 3D) first, with the messages in it; what backward wants."""
+    save: bool, b: Block, p: Plan, project: Callable[[Any], tuple[Tensor, Normed]]
+) -> tuple[Tensor, Normed, tuple[Tensor, ...]]:
+    """The packed projection (M, 3D) that ``project`` makes, with the messages' keys and values in the spare rows; what
+    is known of LN_1; what backward wants. ``project`` takes the messages in place of the spare rows, or None."""
     if p.message is None:
-        return project(), ()
-    # both read only x; the message's key and value then take the place of the spare row's
+        return *project(None), ()
     start = functools.partial(p.message.forward, save, b)
-    (write, saved), projected = side_by_side(b.x, start, project)
-    write(projected[0].view(*b.x.shape[:2], -1)[:, -1, b.x.shape[2] :])
-    return projected, saved
+    if _overlap.is_captured(b.x):  # both read only x
+        (_, write, saved), (qkv, known) = _overlap.side_by_side(b.x, start, functools.partial(project, None))
+        included = False
+    else:
+        message, write, saved = start()
+        qkv, known = project(message)
+        included = message is not None and known.rows is not None
+    if not included:
+        write(qkv.view(*b.x.shape[:2], -1)[:, -1, b.x.shape[2] :])
+    return qkv, known, saved
 
 
 def _diffuse(
-    save: bool, b: Block, p: Plan, qkv: Tensor, dtype: torch.dtype | None
+    save: bool, b: Block, p: Plan, qkv: Tensor, dtype: torch.dtype | None, later: Tensor | None = None
 ) -> tuple[Tensor, Normed, Tensor, tuple[Tensor, ...]]:
-    """z = x + IFA(LN_1([x, m])) (R, D) and what is known of LN_2(z), in ``dtype``; the attention and what it saves."""
+    """z = x + IFA(LN_1([x, m])) (R, D) and what is known of LN_2(z), in ``dtype``; the attention and what it saves.
+
+    Args:
+        later: (D,), added to the z that is returned, not to the one that is normalized; for the library alone.
+    """
     x = _rows(b.x)
     heads = qkv.view(*b.x.shape[:-1], 3, b.heads, -1)
-    if b.offsets is None:
+    if b.bias is not None:
+        mixed, saved = p.attention.forward(save, heads, b.bias)
+    elif b.offsets is None:
         mixed, saved = p.attention.forward(save, heads, b.causal)
     else:
         mixed, saved = p.attention.forward(heads, b.offsets, b.longest), ()
@@ -233,7 +253,8 @@ def _diffuse(
     if b.rows is not None:
         mixed_rows, x = mixed_rows[b.rows], x[b.rows]
     norm = Norm(b.ln_2_weight, b.ln_2_bias, b.eps) if dtype else None
-    z, known = p.out.forward(mixed_rows, b.out_weight, b.out_bias, x, b.drop_attention, norm, dtype, save)
+    target = Target(x, b.drop_attention, norm, dtype, save, later)
+    z, known = p.out.forward(mixed_rows, b.out_weight, b.out_bias, target)
     return z, known, mixed, saved
 
 
@@ -242,7 +263,7 @@ def diffuse(b: Block, project: Callable[[], Tensor]) -> Tensor:
     found = plan(case_of(b, False)) if not torch.compiler.is_compiling() else "traced"
     if isinstance(found, str):
         return reference.diffuse(b, project(), functools.partial(reference.own_linear, b))
-    (qkv,), _ = _with_message(False, b, found, lambda: (project(),))
+    qkv, *_ = _with_message(False, b, found, lambda _: (project(), Normed()))
     return _diffuse(False, b, found, qkv, None)[0].view(b.x.shape)
 
 
@@ -267,7 +288,7 @@ def saved_like(*args: Any) -> tuple[Tensor, ...]:
 
 def backward(grads: Sequence[Any], saved: Sequence[Tensor], needs: Sequence[bool], *args: Any) -> list[Tensor]:
     from ..triton.column_sums import scaled
-    from ..triton.layer_norm import normalise_backward
+    from ..triton.layer_norm import Spare, normalise_backward
 
     b = _plain(args)
     p, x, dtype = _plan_of(b, True), _rows(b.x), b.in_weight.dtype
@@ -313,23 +334,16 @@ def backward(grads: Sequence[Any], saved: Sequence[Tensor], needs: Sequence[bool
     if b.rows is not None:
         dmixed, dz = _spread(dmixed, b.rows, x), _spread(dz, b.rows, x)
     heads = qkv.view(*b.x.shape[:-1], 3, b.heads, -1)
-    if b.offsets is None:
+    if b.bias is not None:
+        dqkv, given["bias"] = p.attention.backward(dmixed.view(mixed.shape), heads, mixed, (), b.bias)
+    elif b.offsets is None:
         dqkv = p.attention.backward(dmixed.view(mixed.shape), heads, mixed, tuple(attention_saved), b.causal)
     else:
         dqkv = p.attention.backward(dmixed.view(mixed.shape), heads, b.offsets, b.longest)
     dqkv = dqkv.reshape(qkv.shape)
-    # the message's key and value stood in the spare row
-    dmessage = None
-    if p.message is not None:
-        spare = dqkv.view(*b.x.shape[:2], -1)[:, -1]
-        dmessage = spare[:, x.shape[1] :].clone(memory_format=torch.contiguous_format)
-        spare.zero_()
-    # qkv = LN_1(x) W^T + b, and x passes it; the class rows also began the messages
+    # qkv = LN_1([x, m]) W^T + b, and x passes it: the messages stood in the spare rows
     _, given["in_bias"], _ = scaled(dqkv, dtype)
-    dclass = None
-    message_grads: dict[str, Tensor] = {}
-    if dmessage is not None and p.message is not None and p.message.backward is not None:
-        message_grads, dclass = p.message.backward(dmessage, message_saved, wanted, b)
+    spare = Spare(message_saved[2], *message_saved[3][2:]) if b.frames else None
     first = normalise_backward(
         torch.mm(dqkv, b.in_weight),
         x,
@@ -339,21 +353,19 @@ def backward(grads: Sequence[Any], saved: Sequence[Tensor], needs: Sequence[bool
         bias=b.ln_1_bias,
         normed_dtype=dtype if "in_weight" in wanted else None,
         extra=dz,
-        first=dclass,
-        length=b.x.shape[1] if b.frames else 1,
+        spare=spare,
     )
-    given["x"], given["ln_1_weight"], given["ln_1_bias"] = first.dx.view(b.x.shape), first.dweight, first.dbias
+    given["x"] = dx = first.dx.view(b.x.shape)
+    given["ln_1_weight"], given["ln_1_bias"] = first.dweight, first.dbias
     if first.normed is not None:
         given["in_weight"] = torch.mm(dqkv.T, first.normed)
-    width = x.shape[1]
-    for name, more in message_grads.items():
-        if name in ("in_weight", "in_bias"):  # of the keys and values
-            if (mine := given.get(name)) is not None:
-                mine[width:].add_(more)
-        elif name in ("ln_1_weight", "ln_1_bias"):
-            given[name].add_(more)  # type: ignore[union-attr]
-        else:
-            given[name] = more
+    if p.message is not None and p.message.backward is not None:
+        # the class rows began the messages; spare rows have no gradient
+        dmessage = dx.new_empty(dx[:, -1].shape, dtype=dtype).copy_(dx[:, -1])
+        dx[:, -1].zero_()
+        message_grads, dclass = p.message.backward(dmessage, message_saved, wanted, b)
+        given |= message_grads
+        dx[:, 0].add_(dclass)
     result = []
     for name, argument, need in zip(Block._fields, b, needs, strict=True):
         gradient = given.get(name)

@@ -4,7 +4,7 @@ M rows, D width, I columns summed, O columns out.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,9 @@ from .. import _cuda
 from .._arguments import GELUS
 from .._cast import cast, kept
 from .._parts import HALF, UNMEASURED, Candidate, Case, Part
+
+if TYPE_CHECKING:
+    from ..triton.layer_norm import Spare
 
 # Rows from which LayerNorm is folded into the CUDA library's product: with fewer, folding the weight costs more than
 # it saves. Not measured.
@@ -37,20 +40,41 @@ class Norm(NamedTuple):
     eps: float
 
 
-# A candidate of "norm_linear": forward(save, x (M, D), Normed, Norm, weight (O, D), bias (O,), activation) returns
-# y = act(LN(x) W^T + b) (M, O), what the activation was applied to if ``save``, and Normed with statistics if ``save``.
-# activation: "", "quick_gelu" or one of GELUS. backward(dy, weight2, u, activation, keep) returns du = (dy W2) act'(u),
-# the sums of its columns, and act(u) if ``keep``.
-# A candidate of "linear_residual": forward(a (M, I), weight (D, I), bias (D,), x (M, D), drop_scale, Norm or None,
-# normed dtype or None, statistics) returns x + s (a W^T + b) and Normed of it.
+class Layer(NamedTuple):
+    """act(LN(x) W^T + b)."""
+
+    norm: Norm
+    weight: Tensor  # (O, D)
+    bias: Tensor  # (O,)
+    activation: str = ""  # "", "quick_gelu" or one of GELUS
 
 
-def _normed(save: bool, x: Tensor, known: Normed, norm: Norm, dtype: torch.dtype) -> Normed:
+class Target(NamedTuple):
+    """What a product is added to, and what is wanted of the sum z = x + s (a W^T + b)."""
+
+    x: Tensor  # (M, D)
+    drop_scale: Tensor | None = None  # s of each sample
+    norm: Norm | None = None  # LN(z), where that costs nothing, in dtype
+    dtype: torch.dtype | None = None
+    statistics: bool = False
+    later: Tensor | None = None  # (D,): added to the z that is returned, not to what is normalized; library only
+
+
+# A candidate of "norm_linear": forward(save, x (M, D), Normed, Layer, spare) returns y (M, O), what the activation was
+# applied to if ``save``, and Normed with statistics if ``save``. spare takes the place of rows of x if x is normalized
+# first, which is when the Normed returned holds rows. backward(dy, weight2, u, activation, keep) returns du = (dy W2)
+# act'(u), the sums of its columns, and act(u) if ``keep``.
+# A candidate of "linear_residual": forward(a (M, I), weight (D, I), bias (D,), Target) returns z and Normed of it.
+
+
+def _normed(
+    save: bool, x: Tensor, known: Normed, norm: Norm, dtype: torch.dtype, spare: "Spare | None" = None
+) -> Normed:
     from ..triton.layer_norm import normalise
 
     if known.rows is not None and (known.mean is not None or not save):
         return known
-    _, rows, mean, rstd = normalise(x, norm.weight, norm.bias, norm.eps, dtype, save)
+    _, rows, mean, rstd = normalise(x, norm.weight, norm.bias, norm.eps, dtype, save, spare=spare)
     return Normed(rows, mean, rstd)
 
 
@@ -63,9 +87,10 @@ def _activate(save: bool, u: Tensor, activation: str) -> Tensor:
 
 
 def _library_norm_linear(
-    save: bool, x: Tensor, known: Normed, norm: Norm, weight: Tensor, bias: Tensor, activation: str
+    save: bool, x: Tensor, known: Normed, layer: Layer, spare: "Spare | None" = None
 ) -> tuple[Tensor, Tensor | None, Normed]:
-    known = _normed(save, x, known, norm, weight.dtype)
+    norm, weight, bias, activation = layer
+    known = _normed(save, x, known, norm, weight.dtype, spare)
     assert known.rows is not None
     y = torch.addmm(cast(bias, weight.dtype), known.rows, weight.T)
     return (_activate(save, y, activation), y, known) if activation else (y, None, known)
@@ -83,28 +108,20 @@ def _library_slope(
     return scaled(dh, weight.dtype, slope_at=u, keep=keep)
 
 
-def _library_residual(
-    a: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    x: Tensor,
-    drop_scale: Tensor | None,
-    norm: Norm | None,
-    dtype: torch.dtype | None,
-    statistics: bool,
-) -> tuple[Tensor, Normed]:
+def _library_residual(a: Tensor, weight: Tensor, bias: Tensor, to: Target) -> tuple[Tensor, Normed]:
     from ..triton.layer_norm import Branch, normalise
 
     # product, then one pass: bias, drop path, residual, LayerNorm, statistics
-    branch = Branch(torch.mm(a, weight.T), bias, drop_scale)
-    ln_weight, ln_bias, eps = norm or (None, None, 0.0)
-    z, rows, mean, rstd = normalise(x, ln_weight, ln_bias, eps, dtype if norm else None, statistics, branch)
+    branch = Branch(torch.mm(a, weight.T), bias, to.drop_scale, to.later)
+    ln_weight, ln_bias, eps = to.norm or (None, None, 0.0)
+    z, rows, mean, rstd = normalise(to.x, ln_weight, ln_bias, eps, to.dtype if to.norm else None, to.statistics, branch)
     return z, Normed(rows, mean, rstd)
 
 
 def _triton_norm_linear(
-    save: bool, x: Tensor, known: Normed, norm: Norm, weight: Tensor, bias: Tensor, activation: str
+    save: bool, x: Tensor, known: Normed, layer: Layer, spare: "Spare | None" = None
 ) -> tuple[Tensor, Tensor | None, Normed]:
+    norm, weight, bias, activation = layer
     from ..triton._launch import tile
     from ..triton.fold import fold
     from ..triton.gemm import gemm
@@ -120,7 +137,7 @@ def _triton_norm_linear(
         folded, sums, shift = kept("fold", fold, weight, norm.weight, norm.bias, bias)
         y, *u = gemm(x, folded, bias=shift, norm=(mean, rstd, sums), activation=bool(activation), keep=keep)
         return y, u[0] if keep else None, Normed(None, mean, rstd)
-    known = _normed(save, x, known, norm, weight.dtype)
+    known = _normed(save, x, known, norm, weight.dtype, spare)
     assert known.rows is not None
     y, *u = gemm(known.rows, weight, bias=bias, activation=bool(activation), keep=keep)
     return y, u[0] if keep else None, known
@@ -135,27 +152,19 @@ def _triton_slope(
     return du, rest[-1], rest[0] if keep else None
 
 
-def _triton_residual(
-    a: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    x: Tensor,
-    drop_scale: Tensor | None,
-    norm: Norm | None,
-    dtype: torch.dtype | None,
-    statistics: bool,
-) -> tuple[Tensor, Normed]:
+def _triton_residual(a: Tensor, weight: Tensor, bias: Tensor, to: Target) -> tuple[Tensor, Normed]:
     from ..triton.gemm import gemm
 
-    eps = norm.eps if norm else 0.0
-    wanted = eps if statistics or norm else None
-    z, *found = gemm(a, weight, bias=bias, residual=x, drop_scale=drop_scale, statistics_eps=wanted)
+    eps = to.norm.eps if to.norm else 0.0
+    wanted = eps if to.statistics or to.norm else None
+    z, *found = gemm(a, weight, bias=bias, residual=to.x, drop_scale=to.drop_scale, statistics_eps=wanted)
     return z, Normed(None, *found)
 
 
 def _cuda_norm_linear(
-    save: bool, x: Tensor, known: Normed, norm: Norm, weight: Tensor, bias: Tensor, activation: str
+    save: bool, x: Tensor, known: Normed, layer: Layer, spare: "Spare | None" = None
 ) -> tuple[Tensor, Tensor | None, Normed]:
+    norm, weight, bias, activation = layer
     keep = bool(activation) and save
     if known.rows is None and x.dtype == weight.dtype and x.shape[0] >= FOLD_FROM:
         mean, rstd = known.mean, known.rstd
@@ -164,7 +173,7 @@ def _cuda_norm_linear(
         folded, sums, shift = kept("cuda fold", _cuda.fold, weight, norm.weight, norm.bias, bias)
         y, u = _cuda.norm_linear(x, folded, shift, (mean, rstd, sums), activation=bool(activation), keep=keep)
         return y, u, Normed(None, mean, rstd)
-    known = _normed(save, x, known, norm, weight.dtype)
+    known = _normed(save, x, known, norm, weight.dtype, spare)
     assert known.rows is not None
     y, u = _cuda.norm_linear(known.rows, weight, bias, activation=bool(activation), keep=keep)
     return y, u, known
@@ -178,24 +187,15 @@ def _cuda_slope(
     return du, sums, _activate(True, u, activation) if keep else None
 
 
-def _cuda_residual(
-    a: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    x: Tensor,
-    drop_scale: Tensor | None,
-    norm: Norm | None,
-    dtype: torch.dtype | None,
-    statistics: bool,
-) -> tuple[Tensor, Normed]:
+def _cuda_residual(a: Tensor, weight: Tensor, bias: Tensor, to: Target) -> tuple[Tensor, Normed]:
     scale = None
-    if drop_scale is not None:
-        samples = drop_scale.shape[0]
-        scale = drop_scale.float()[:, None].expand(samples, x.shape[0] // samples).reshape(-1)
-    if norm is None and not statistics:
-        return _cuda.linear_residual(a, weight, bias, x, scale), Normed()
-    eps = norm.eps if norm else 0.0
-    z, mean, rstd = _cuda.linear_residual_statistics(a, weight, bias, x, scale, eps)
+    if to.drop_scale is not None:
+        samples = to.drop_scale.shape[0]
+        scale = to.drop_scale.float()[:, None].expand(samples, to.x.shape[0] // samples).reshape(-1)
+    if to.norm is None and not to.statistics:
+        return _cuda.linear_residual(a, weight, bias, to.x, scale), Normed()
+    eps = to.norm.eps if to.norm else 0.0
+    z, mean, rstd = _cuda.linear_residual_statistics(a, weight, bias, to.x, scale, eps)
     return z, Normed(None, mean, rstd)
 
 

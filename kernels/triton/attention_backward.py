@@ -10,8 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._attention import LOG2_E, attend_tile_backward, channels_contiguous, fits_one_tile, power_of_two, sequence_tile
+from ._attention import LOG2_E, channels_contiguous, fits_one_tile, power_of_two, sequence_tile
 from ._launch import launch, tile
+from .packed_attention import packed_attention_bwd_kernel
 
 
 @triton.jit
@@ -240,42 +241,6 @@ def attention_dk_dv_kernel(
         )  # fmt: skip
 
 
-@triton.jit
-def attention_one_tile_bwd_kernel(
-    qkv_ptr,  # (F, S, 3, H, C), C contiguous
-    dout_ptr,  # (F, S, H, C)
-    dqkv_ptr,  # (F, S, 3, H, C)
-    stride_f,
-    stride_s,
-    stride_3,
-    stride_h,
-    scale,  # log2(e) / sqrt(C)
-    factor,  # 1 / sqrt(C)
-    S: tl.constexpr,
-    HEADS: tl.constexpr,
-    C: tl.constexpr,
-    BLOCK: tl.constexpr,  # at least S
-):
-    head, sequence = tl.program_id(0) % HEADS, (tl.program_id(0) // HEADS).to(tl.int64)
-    q_ptr = qkv_ptr + sequence * stride_f + head * stride_h
-    row, channel = tl.arange(0, BLOCK), tl.arange(0, C)
-    inside = row[:, None] < S
-    q = tl.load(q_ptr + row.to(tl.int64)[:, None] * stride_s + channel[None, :], mask=inside, other=0.0)
-    k = tl.load(q_ptr + stride_3 + row.to(tl.int64)[:, None] * stride_s + channel[None, :], mask=inside, other=0.0)
-    v_ptr = q_ptr + stride_3 + stride_3
-    v = tl.load(v_ptr + row.to(tl.int64)[:, None] * stride_s + channel[None, :], mask=inside, other=0.0)
-    at = ((sequence * S + row[:, None]) * HEADS + head) * C + channel[None, :]
-    do = tl.load(dout_ptr + at, mask=inside, other=0.0)
-    p, ds = attend_tile_backward(q, k, v, do, row[None, :] < S, scale)
-    to = dqkv_ptr + ((sequence * S + row[:, None]) * 3 * HEADS + head) * C + channel[None, :]
-    dv = tl.dot(tl.trans(p), do, input_precision="ieee").to(q.dtype)
-    tl.store(to + 2 * HEADS * C, dv, mask=inside)
-    dq = tl.dot(ds, k, input_precision="ieee") * factor
-    tl.store(to, dq.to(q.dtype), mask=inside)
-    dk = (tl.dot(tl.trans(ds), q, input_precision="ieee") * factor).to(q.dtype)
-    tl.store(to + HEADS * C, dk, mask=inside)
-
-
 def backward(dout: Tensor, qkv: Tensor, out: Tensor, saved: Sequence[Tensor]) -> Tensor:
     """dqkv (F, S, 3, H, C) of ``attention.forward``."""
     qkv, dout = channels_contiguous(qkv), dout.contiguous()
@@ -285,8 +250,8 @@ def backward(dout: Tensor, qkv: Tensor, out: Tensor, saved: Sequence[Tensor]) ->
     shape = {"S": length, "HEADS": heads, "C": channels}
     if fits_one_tile(qkv):
         use = tile("attention_one_tile_backward", qkv.device, length=length, bytes=qkv.element_size())
-        grid, block = (count * heads,), power_of_two(length)
-        launch(attention_one_tile_bwd_kernel, grid, qkv, dout, dqkv, *numbers, **shape, BLOCK=block, **use)
+        grid, shape = (count * heads,), {"HEADS": heads, "C": channels, "BLOCK": power_of_two(length)}
+        launch(packed_attention_bwd_kernel, grid, qkv, None, dout, dqkv, length, *numbers, **shape, **use)
         return dqkv
     (lse,) = saved
     delta = torch.empty_like(lse)

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import cdiv, launch, tile
-from .quick_gelu import quick_gelu_slope, quick_gelu_value
+from ._quick_gelu import quick_gelu_slope, quick_gelu_value
 
 
 @triton.jit(do_not_specialize=["M", "sample_rows"])

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import arch, cdiv, launch, next_power_of_2, processors, tile
-from .quick_gelu import quick_gelu_slope, quick_gelu_value
+from ._quick_gelu import quick_gelu_slope, quick_gelu_value
 
 
 @triton.jit

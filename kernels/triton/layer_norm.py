@@ -17,6 +17,20 @@ from ._launch import cdiv, launch, next_power_of_2, processors, tile
 from .gemm import rows_of
 
 
+@triton.jit
+def _load_rows(x_ptr, x_row, spare_ptr, rows, columns, inside, D, length):
+    """rows of x, but of ``spare`` in the last of every ``length`` rows, if it is given; float32"""
+    x_at = x_ptr + rows[:, None].to(tl.int64) * x_row + columns[None, :]
+    if spare_ptr is None:
+        x = tl.load(x_at, mask=inside, other=0.0).to(tl.float32)
+    else:
+        is_spare = (rows % length == length - 1)[:, None]
+        spare_at = spare_ptr + (rows // length)[:, None].to(tl.int64) * D + columns[None, :]
+        x = tl.load(x_at, mask=inside & ~is_spare, other=0.0).to(tl.float32)
+        x += tl.load(spare_at, mask=inside & is_spare, other=0.0).to(tl.float32)
+    return x
+
+
 @triton.jit(do_not_specialize=["M", "sample_rows"])
 def layer_norm_fwd_kernel(
     x_ptr,  # (M, D), rows x_row apart
@@ -24,14 +38,19 @@ def layer_norm_fwd_kernel(
     product_bias_ptr,  # (D,) or None
     drop_ptr,  # (M / sample_rows,) or None: s
     z_ptr,  # (M, D), with product
+    later_ptr,  # (D,) or None: added to what is written to z, and not to what is normalized
     weight_ptr,  # (D,)
     bias_ptr,  # (D,)
     y_ptr,  # (M, D) or None: no LayerNorm of it
     mean_ptr,  # (M,) float32 or None: not wanted
     rstd_ptr,  # (M,) float32, with mean
+    spare_ptr,  # (M / length, D) or None: takes the place of x in the last of every ``length`` rows
+    spare_mean_ptr,  # (M / length,) float32, with mean and spare
+    spare_rstd_ptr,  # (M / length,) float32, with mean and spare
     M,
     D,
     x_row,
+    length,
     sample_rows,
     eps,
     ROWS: tl.constexpr,
@@ -40,7 +59,7 @@ def layer_norm_fwd_kernel(
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK_D)
     inside = (rows < M)[:, None] & (columns < D)[None, :]
-    x = tl.load(x_ptr + rows[:, None].to(tl.int64) * x_row + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+    x = _load_rows(x_ptr, x_row, spare_ptr, rows, columns, inside, D, length)
     if product_ptr is not None:
         at = rows[:, None].to(tl.int64) * D + columns[None, :]
         product = tl.load(product_ptr + at, mask=inside, other=0.0).to(tl.float32)
@@ -49,14 +68,21 @@ def layer_norm_fwd_kernel(
         if drop_ptr is not None:
             product *= tl.load(drop_ptr + rows // sample_rows, mask=rows < M, other=0.0).to(tl.float32)[:, None]
         z = (x + product).to(z_ptr.dtype.element_ty)
-        tl.store(z_ptr + at, z, mask=inside)
         x = z.to(tl.float32)  # as stored
+        if later_ptr is not None:
+            later = tl.load(later_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)[None, :]
+            z = (x + later).to(z_ptr.dtype.element_ty)
+        tl.store(z_ptr + at, z, mask=inside)
     mean = tl.sum(x, 1) / D
     off = tl.where(inside, x - mean[:, None], 0.0)
     rstd = 1.0 / tl.sqrt(tl.sum(off * off, 1) / D + eps)
     if mean_ptr is not None:
         tl.store(mean_ptr + rows, mean, mask=rows < M)
         tl.store(rstd_ptr + rows, rstd, mask=rows < M)
+        if spare_ptr is not None:
+            is_spare = (rows < M) & (rows % length == length - 1)
+            tl.store(spare_mean_ptr + rows // length, mean, mask=is_spare)
+            tl.store(spare_rstd_ptr + rows // length, rstd, mask=is_spare)
     if y_ptr is not None:
         weight = tl.load(weight_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)[None, :]
         bias = tl.load(bias_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)[None, :]
@@ -75,7 +101,9 @@ def layer_norm_bwd_kernel(
     extra_ptr,  # (M, D), rows extra_row apart, or None: added to dx
     dx_ptr,  # (M, D)
     normed_ptr,  # (M, D) or None: the forward's result, recomputed
-    first_ptr,  # (M / length, D) or None: added to the first of every ``length`` rows of dx
+    spare_ptr,  # (M / length, D) or None: takes the place of x in the last of every ``length`` rows
+    spare_mean_ptr,  # (M / length,), with spare
+    spare_rstd_ptr,  # (M / length,), with spare
     drop_ptr,  # (M / sample_rows,) or None: s
     low_ptr,  # (M, D) or None: s dx
     part_dweight_ptr,  # (programs, D) float32
@@ -104,9 +132,17 @@ def layer_norm_bwd_kernel(
         rows = block * ROWS + tl.arange(0, ROWS)
         inside = (rows < M)[:, None] & in_columns[None, :]
         wide = rows[:, None].to(tl.int64)
-        mean = tl.load(mean_ptr + rows, mask=rows < M, other=0.0)[:, None]
-        rstd = tl.load(rstd_ptr + rows, mask=rows < M, other=0.0)[:, None]
-        x = tl.load(x_ptr + wide * x_row + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+        if spare_ptr is None:
+            mean = tl.load(mean_ptr + rows, mask=rows < M, other=0.0)[:, None]
+            rstd = tl.load(rstd_ptr + rows, mask=rows < M, other=0.0)[:, None]
+        else:
+            is_spare = (rows < M) & (rows % length == length - 1)
+            others = (rows < M) & ~is_spare
+            mean = tl.load(mean_ptr + rows, mask=others, other=0.0)
+            mean = (mean + tl.load(spare_mean_ptr + rows // length, mask=is_spare, other=0.0))[:, None]
+            rstd = tl.load(rstd_ptr + rows, mask=others, other=0.0)
+            rstd = (rstd + tl.load(spare_rstd_ptr + rows // length, mask=is_spare, other=0.0))[:, None]
+        x = _load_rows(x_ptr, x_row, spare_ptr, rows, columns, inside, D, length)
         dy = tl.load(dy_ptr + wide * dy_row + columns[None, :], mask=inside, other=0.0).to(tl.float32)
         x_hat = tl.where(inside, (x - mean) * rstd, 0.0)
         if normed_ptr is not None:
@@ -121,10 +157,6 @@ def layer_norm_bwd_kernel(
         dx = rstd * (g - tl.sum(g, 1)[:, None] / D - x_hat * projection)
         if extra_ptr is not None:
             dx += tl.load(extra_ptr + wide * extra_row + columns[None, :], mask=inside, other=0.0).to(tl.float32)
-        if first_ptr is not None:
-            is_first = inside & (rows % length == 0)[:, None]
-            first_at = first_ptr + (rows // length)[:, None].to(tl.int64) * D + columns[None, :]
-            dx += tl.load(first_at, mask=is_first, other=0.0).to(tl.float32)
         tl.store(dx_ptr + wide * D + columns[None, :], dx.to(dx_ptr.dtype.element_ty), mask=inside)
         if drop_ptr is not None:
             dx *= tl.load(drop_ptr + rows // sample_rows, mask=rows < M, other=0.0).to(tl.float32)[:, None]
@@ -145,6 +177,20 @@ class Branch(NamedTuple):
     product: Tensor  # (M, D), contiguous
     bias: Tensor | None = None  # (D,)
     drop_scale: Tensor | None = None  # (B,), M a multiple of B: s of each sample
+    later: Tensor | None = None  # (D,): added to the result behind the LayerNorm
+
+
+class Spare(NamedTuple):
+    """What takes the place of x's row in the last row of each of F sequences of equal length."""
+
+    rows: Tensor  # (F, D), contiguous
+    mean: Tensor | None  # (F,) float32, of these rows; forward writes them where statistics are wanted
+    rstd: Tensor | None
+
+
+def _spare(spare: Spare | None, rows: int) -> tuple[tuple[Tensor | None, ...], int]:
+    """The kernels' three arguments, and the rows of a sequence."""
+    return ((None,) * 3, 1) if spare is None else (tuple(spare), rows // spare.rows.shape[0])
 
 
 def normalise(
@@ -155,6 +201,7 @@ def normalise(
     dtype: torch.dtype | None,
     statistics: bool = False,
     branch: Branch | None = None,
+    spare: Spare | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """One pass over x (M, D), any row stride.
 
@@ -162,6 +209,7 @@ def normalise(
         dtype: of LN(x); None: not wanted.
         statistics: the mean and 1 / sqrt(variance + eps) of each row are wanted.
         branch: added to x first.
+        spare: takes the place of rows of x.
 
     Returns:
         x, or x + branch in x's dtype (M, D); LN of it (M, D); mean and rstd (M,) float32; None for what is not wanted.
@@ -170,8 +218,9 @@ def normalise(
     z = None if branch is None else torch.empty(M, D, dtype=x.dtype, device=x.device)
     y = None if dtype is None else torch.empty(M, D, dtype=dtype, device=x.device)
     mean, rstd = (torch.empty(M, dtype=torch.float32, device=x.device) if statistics else None for _ in range(2))
-    product, product_bias, drop_scale = branch or (None, None, None)
+    product, product_bias, drop_scale, later = branch or (None, None, None, None)
     config = tile("layer_norm", x.device, d=D)
+    spares, length = _spare(spare, M)
     launch(
         layer_norm_fwd_kernel,
         (cdiv(M, config["ROWS"]),),
@@ -180,14 +229,17 @@ def normalise(
         product_bias,
         drop_scale,
         z,
+        later,
         weight,
         bias,
         y,
         mean,
         rstd,
+        *spares,
         M,
         D,
         x.stride(0),
+        length,
         _sample_rows(M, drop_scale),
         eps,
         BLOCK_D=next_power_of_2(D),
@@ -229,8 +281,7 @@ def normalise_backward(
     bias: Tensor | None = None,
     normed_dtype: torch.dtype | None = None,
     extra: Tensor | None = None,
-    first: Tensor | None = None,
-    length: int = 1,
+    spare: Spare | None = None,
     drop_scale: Tensor | None = None,
     low_dtype: torch.dtype | None = None,
 ) -> LayerNormGrads:
@@ -240,7 +291,7 @@ def normalise_backward(
         mean, rstd: of x's rows, as the forward saved them.
         bias, normed_dtype: given, LN(x) is recomputed in that dtype on the way.
         extra: (M, D), added to dx: the gradient that reaches x past the LayerNorm.
-        first, length: (M / length, D), added to the first of every ``length`` rows of dx.
+        spare: took the place of rows of x; the gradient of these stands in their place in dx.
         drop_scale, low_dtype: given low_dtype, s dx is written in that dtype (unless that is dx itself) and its columns
             are summed: the gradient of the branch that was added to x.
     """
@@ -250,6 +301,7 @@ def normalise_backward(
     same = drop_scale is None and low_dtype == x.dtype
     low = None if low_dtype is None or same else torch.empty(M, D, dtype=low_dtype, device=x.device)
     config = tile("layer_norm_backward", x.device, d=D)
+    spares, length = _spare(spare, M)
     programs = min(cdiv(M, config["ROWS"]), config["OCCUPANCY"] * processors(x.device))
     parts = torch.empty(2 if low_dtype is None else 3, programs, D, dtype=torch.float32, device=x.device)
     launch(
@@ -264,7 +316,7 @@ def normalise_backward(
         extra,
         dx,
         normed,
-        first,
+        *spares,
         drop_scale,
         low,
         parts[0],

@@ -1,5 +1,5 @@
-"""The message path in five launches: message token; LN_m and QKV; attention over T; output and residual; LN_1, key
-and value.
+"""The message path in four launches: message token; LN_m and QKV; attention over T; output and residual. LN_1, key and
+value are a fifth where the projection of the frames' tokens does not make them.
 
 B videos, T frames, F = B T rows, D width, H heads of C channels. F is small, so the GEMMs stream their weights: low
 tiles, many of them along the weight's rows, each normalising its own few rows. Backward recomputes LN(.) and the
@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import cdiv, launch, next_power_of_2, tile
-from .layer_norm import normalise_backward
+from .layer_norm import Spare, normalise_backward
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -242,7 +242,7 @@ def _attend(name: str, kernel: Any, tensors: tuple[Tensor, ...], frames: int, he
     )
 
 
-def forward(save: bool, b: Any) -> tuple[Callable[[Tensor], None], tuple[Tensor, ...]]:
+def forward(save: bool, b: Any) -> tuple[Spare, Callable[[Tensor], None], tuple[Tensor, ...]]:
     (count, _, width), frames = b.x.shape, b.frames
     videos = count // frames
     if count != videos * frames or (b.drop_fusion is not None and b.drop_fusion.shape != (videos,)):
@@ -267,11 +267,12 @@ def forward(save: bool, b: Any) -> tuple[Callable[[Tensor], None], tuple[Tensor,
         norm = (b.ln_1_weight, b.ln_1_bias, b.eps)
         _rows(fused, b.in_weight[width:], b.in_bias[width:], norm=norm, statistics=second, to=key_value)
 
-    return write, () if statistics is None else (message, qkv, fused, statistics)
+    spare = Spare(fused, *((None, None) if second is None else second))
+    return spare, write, () if statistics is None else (message, qkv, fused, statistics)
 
 
-def backward(dkv: Tensor, saved: Sequence[Tensor], wanted: set[str], b: Any) -> tuple[dict[str, Tensor], Tensor]:
-    message, qkv, fused, (mean, rstd, mean_1, rstd_1) = saved
+def backward(dfused: Tensor, saved: Sequence[Tensor], wanted: set[str], b: Any) -> tuple[dict[str, Tensor], Tensor]:
+    message, qkv, _, (mean, rstd, *_) = saved
     dtype, width, frames = message.dtype, message.shape[1], b.frames
     given: dict[str, Tensor] = {}
 
@@ -282,18 +283,6 @@ def backward(dkv: Tensor, saved: Sequence[Tensor], wanted: set[str], b: Any) -> 
         if f"{name}_bias" in wanted:
             given[f"{name}_bias"] = dy.sum(0)
 
-    # [k_m, v_m] = LN_1(.) [Wk, Wv] + b
-    dfused, given["ln_1_weight"], given["ln_1_bias"], normed, *_ = normalise_backward(
-        torch.mm(dkv, b.in_weight[width:]),
-        fused,
-        mean_1,
-        rstd_1,
-        b.ln_1_weight,
-        bias=b.ln_1_bias,
-        normed_dtype=dtype,
-    )
-    assert normed is not None
-    parameters("in", dkv, normed)
     # m + s (attention Wo + bo)
     dbranch = dfused
     if b.drop_fusion is not None:

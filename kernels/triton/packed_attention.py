@@ -1,6 +1,7 @@
-"""Causal attention of packed labels: one program per label and head, the whole label in one tile.
+"""Attention of sequences that fit in one tile: one program a sequence and head. Causal over packed labels, forward and
+backward; over sequences of equal length, backward (attention.py has their forward).
 
-S tokens in all, K labels, H heads, C channels of a head.
+M rows in all, K labels, F sequences of S rows, H heads, C channels of a head.
 """
 
 import torch
@@ -42,10 +43,12 @@ def packed_attention_fwd_kernel(
 
 @triton.jit
 def packed_attention_bwd_kernel(
-    qkv_ptr,  # (S, 3, H, C), C contiguous
-    offsets_ptr,  # (K + 1,)
-    dout_ptr,  # (S, H, C)
-    dqkv_ptr,  # (S, 3, H, C)
+    qkv_ptr,  # (M, 3, H, C), C contiguous
+    offsets_ptr,  # (K + 1,): causal labels; or None: sequences of ``length`` rows, stride_f apart
+    dout_ptr,  # (M, H, C)
+    dqkv_ptr,  # (M, 3, H, C)
+    length,
+    stride_f,
     stride_s,
     stride_3,
     stride_h,
@@ -53,20 +56,27 @@ def packed_attention_bwd_kernel(
     factor,  # 1 / sqrt(C)
     HEADS: tl.constexpr,
     C: tl.constexpr,
-    BLOCK: tl.constexpr,  # at least the longest label
+    BLOCK: tl.constexpr,  # at least the longest sequence
 ):
-    label, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
-    start = tl.load(offsets_ptr + label).to(tl.int64)
-    length = (tl.load(offsets_ptr + label + 1) - start).to(tl.int32)
+    sequence, head = (tl.program_id(0) // HEADS).to(tl.int64), tl.program_id(0) % HEADS
     row, channel = tl.arange(0, BLOCK), tl.arange(0, C)
-    at = qkv_ptr + (start + row)[:, None] * stride_s + head * stride_h + channel[None, :]
+    if offsets_ptr is not None:
+        start = tl.load(offsets_ptr + sequence).to(tl.int64)
+        length = (tl.load(offsets_ptr + sequence + 1) - start).to(tl.int32)
+        first = start * stride_s
+        seen = row[:, None] >= row[None, :]
+    else:
+        start = sequence * length
+        first = sequence * stride_f
+        seen = row[None, :] < length
+    at = qkv_ptr + first + row.to(tl.int64)[:, None] * stride_s + head * stride_h + channel[None, :]
     inside = row[:, None] < length
     q = tl.load(at, mask=inside, other=0.0)
     k = tl.load(at + stride_3, mask=inside, other=0.0)
     v = tl.load(at + stride_3 + stride_3, mask=inside, other=0.0)
     # rows behind the end: q = do = 0, so that they give nothing to dk and dv
     do = tl.load(dout_ptr + ((start + row)[:, None] * HEADS + head) * C + channel[None, :], mask=inside, other=0.0)
-    p, ds = attend_tile_backward(q, k, v, do, row[:, None] >= row[None, :], scale)
+    p, ds = attend_tile_backward(q, k, v, do, seen, scale)
     to = dqkv_ptr + ((start + row)[:, None] * 3 * HEADS + head) * C + channel[None, :]
     dv = tl.dot(tl.trans(p), do, input_precision="ieee")
     tl.store(to + 2 * HEADS * C, dv.to(dqkv_ptr.dtype.element_ty), mask=inside)
@@ -108,6 +118,8 @@ def backward(dout: Tensor, qkv: Tensor, offsets: Tensor, longest: int) -> Tensor
         offsets,
         dout.contiguous(),
         dqkv,
+        0,
+        0,
         *qkv.stride()[:3],
         channels**-0.5 * LOG2_E,
         channels**-0.5,

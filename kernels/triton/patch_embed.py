@@ -1,7 +1,6 @@
 """patch_embed: frames to normalised, positioned tokens: a GEMM that gathers its rows from the pixels, then LN_pre.
 
-F frames, N patches of P x P pixels, L = N + 1 tokens, D width, K = 3 P^2 pixels of a patch. The tokens before LN_pre
-are kept for backward only if gradients are wanted; otherwise LN_pre runs in place.
+F frames, N patches of P x P pixels, L = N + 1 tokens, D width, K = 3 P^2 pixels of a patch.
 """
 
 from collections.abc import Sequence
@@ -13,9 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .._linear import linear
-from ._launch import cdiv, launch, next_power_of_2, tile
+from ._launch import cdiv, launch, tile
 from .gemm import rows_of
-from .layer_norm import normalise_backward
+from .layer_norm import normalise, normalise_backward
 
 
 @triton.jit
@@ -114,45 +113,6 @@ def _tokens_kernel(
     tl.store(tokens_ptr + at, total.to(tokens_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
-def _norm_kernel(
-    tokens_ptr,  # (F, L, D): rows 1.. of each frame are read; row 0 is written if SAVE
-    class_ptr,  # (D,)
-    position_ptr,  # (L, D)
-    weight_ptr,  # (D,)
-    bias_ptr,  # (D,)
-    out_ptr,  # (F, L, D), may be tokens_ptr
-    mean_ptr,  # (F, L) float32, only if SAVE
-    rstd_ptr,  # (F, L) float32, only if SAVE
-    length,
-    width,
-    eps,
-    SAVE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """LN_pre of one token, which is class + position[0] at the head of a frame."""
-    row = tl.program_id(0).to(tl.int64)
-    d = tl.arange(0, BLOCK)
-    inside = d < width
-    head = d < tl.where(row % length == 0, width, 0)  # all channels of a class token, none of another
-    x = tl.load(tokens_ptr + row * width + d, mask=inside ^ head, other=0.0)
-    token = tl.load(class_ptr + d, mask=head, other=0.0).to(tl.float32)
-    token += tl.load(position_ptr + d, mask=head, other=0.0).to(tl.float32)
-    token = token.to(x.dtype)
-    x = tl.where(head, token, x).to(tl.float32)
-    mean = tl.sum(x, 0) / width
-    centred = tl.where(inside, x - mean, 0.0)
-    rstd = 1 / tl.sqrt_rn(tl.sum(centred * centred, 0) / width + eps)
-    weight = tl.load(weight_ptr + d, mask=inside, other=0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + d, mask=inside, other=0.0).to(tl.float32)
-    y = centred * rstd * weight + bias
-    tl.store(out_ptr + row * width + d, y.to(out_ptr.dtype.element_ty), mask=inside)
-    if SAVE:
-        tl.store(tokens_ptr + row * width + d, token, mask=head)
-        tl.store(mean_ptr + row, mean)
-        tl.store(rstd_ptr + row, rstd)
-
-
 def forward(
     save: bool,
     frames: Tensor,
@@ -220,29 +180,13 @@ def forward(
         PATCH=patch,
         **options,
     )
-    out = tokens
-    saved: tuple[Tensor, ...] = ()
-    if save:
-        statistics = tokens.new_empty(2, count, length, dtype=torch.float32)
-        out, saved = torch.empty_like(tokens), (tokens, statistics[0], statistics[1])
-    launch(
-        _norm_kernel,
-        (count * length,),
-        tokens,
-        class_embedding.contiguous(),
-        position,
-        ln_weight.contiguous(),
-        ln_bias.contiguous(),
-        out,
-        *(saved[1:] or (None, None)),
-        length,
-        width,
-        eps,
-        SAVE=save,
-        BLOCK=next_power_of_2(width),
-        num_warps=4,
+    tokens[:, 0] = class_embedding + position[0]
+    _, out, *statistics = normalise(
+        tokens.view(-1, width), ln_weight.contiguous(), ln_bias.contiguous(), eps, tokens.dtype, save
     )
-    return (out,), saved
+    assert out is not None
+    saved = (tokens, *(each.view(count, length) for each in statistics if each is not None)) if save else ()
+    return (out.view(tokens.shape),), saved
 
 
 def _grid(frames: Tensor, weight: Tensor, position: Tensor) -> tuple[int, int, int]:

@@ -10,8 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import cdiv, launch, next_power_of_2, tile
+from ._quick_gelu import quick_gelu_value
 from .gemm import rows_of
-from .quick_gelu import BLOCK, quick_gelu_value
+from .quick_gelu import BLOCK
 
 LARGEST = tl.constexpr(448.0)  # of e4m3
 

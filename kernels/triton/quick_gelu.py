@@ -9,21 +9,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import cdiv, launch
+from ._quick_gelu import quick_gelu_value
+from .column_sums import scaled
 
 BLOCK = 1024
-
-
-@triton.jit
-def quick_gelu_value(u):
-    """u sigmoid(1.702 u), float32 in and out."""
-    return u * tl.sigmoid(1.702 * u)
-
-
-@triton.jit
-def quick_gelu_slope(u):
-    """d quick_gelu / du = s + 1.702 u s (1 - s) with s = sigmoid(1.702 u), float32 in and out."""
-    s = tl.sigmoid(1.702 * u)
-    return s + 1.702 * u * s * (1.0 - s)
 
 
 @triton.jit
@@ -38,20 +27,6 @@ def quick_gelu_fwd_kernel(
     tl.store(y_ptr + at, quick_gelu_value(u).to(y_ptr.dtype.element_ty), mask=at < size)
 
 
-@triton.jit
-def quick_gelu_bwd_kernel(
-    x_ptr,  # (size,)
-    dy_ptr,  # (size,)
-    dx_ptr,  # (size,)
-    size,
-    BLOCK: tl.constexpr,
-):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    u = tl.load(x_ptr + at, mask=at < size).to(tl.float32)
-    dy = tl.load(dy_ptr + at, mask=at < size).to(tl.float32)
-    tl.store(dx_ptr + at, (dy * quick_gelu_slope(u)).to(dx_ptr.dtype.element_ty), mask=at < size)
-
-
 def quick_gelu(x: Tensor, to: Tensor | None = None) -> Tensor:
     """quick_gelu of a contiguous tensor; ``to``: where to, which may be x itself."""
     y = torch.empty_like(x) if to is None else to
@@ -64,7 +39,6 @@ def forward(save: bool, x: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ..
 
 
 def backward(grads: Sequence[Any], saved: Sequence[Tensor], needs: Sequence[bool], x: Tensor) -> list[Tensor]:
-    x, dy = x.contiguous(), grads[0].contiguous()
-    dx = torch.empty_like(x)
-    launch(quick_gelu_bwd_kernel, (cdiv(x.numel(), BLOCK),), x, dy, dx, x.numel(), BLOCK=BLOCK)
-    return [dx]
+    width = x.shape[-1] if x.dim() else 1
+    dy, u = grads[0].contiguous().view(-1, width), x.contiguous().view(-1, width)
+    return [scaled(dy, x.dtype, slope_at=u)[0].view(x.shape)]

@@ -16,6 +16,7 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,8 @@ def merge(path: Path, rows: dict[str, list[dict[str, Any]]]) -> None:
     os.replace(file.name, path)
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None, progress: Callable[[int, int], None] = lambda done, total: None) -> int:
+    """Exit code of a run. progress: called with the numbers of tables done and in all."""
     parser = argparse.ArgumentParser(prog="python -m xclip_fast.kernels.tune", description=__doc__)
     parser.add_argument("--backends", action="store_true", help="the backends of the ops instead of Triton's tiles")
     known = sorted({*tiles.WORK, *backends.WORK, *backends.SLOTS, *backends.TILE_WORK})
@@ -77,6 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
     shape, batches = SHAPES[options.model], tuple(sorted(set(options.batch)))
     wrong, end = 0, time.monotonic() + options.seconds
     for index, op in enumerate(ops):
+        progress(index, len(ops))
         # what is left of the time is shared by the tables that are left
         share = max(end - time.monotonic(), 0) / (len(ops) - index)
         rows, refused = measure(op, shape, batches, time.monotonic() + share, print)
@@ -85,6 +88,7 @@ def main(arguments: list[str] | None = None) -> int:
         _choices.forget()  # the backend cuda is measured with the tiles that were found for it
         if not options.backends:
             _launch.forget()
+    progress(len(ops), len(ops))
     print(f"written to {path}")
     if wrong:
         print(f"error: {wrong} backends or tiles compute something else and were left out", file=sys.stderr)

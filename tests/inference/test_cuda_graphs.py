@@ -392,7 +392,7 @@ class Streams:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.log: list[str] = []
         main, side = self.made("main"), self.made("side")
-        monkeypatch.setattr(overlap, "_is_captured", lambda x: True)
+        monkeypatch.setattr(overlap, "is_captured", lambda x: True)
         monkeypatch.setattr(overlap, "_side_stream", lambda device: side)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
         monkeypatch.setattr(torch.cuda, "stream", self.entered)
@@ -450,9 +450,9 @@ def test_nothing_forks_outside_of_a_capture(monkeypatch: pytest.MonkeyPatch) -> 
     with torch.no_grad():
         for capturing in (False, True):
             monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda capturing=capturing: capturing)
-            assert overlap._is_captured(on_gpu) == capturing
-            assert not overlap._is_captured(torch.zeros(1))
+            assert overlap.is_captured(on_gpu) == capturing
+            assert not overlap.is_captured(torch.zeros(1))
         with torch.enable_grad():
-            assert not overlap._is_captured(on_gpu)
+            assert not overlap.is_captured(on_gpu)
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-        assert not overlap._is_captured(on_gpu)
+        assert not overlap.is_captured(on_gpu)

@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 import triton
-from fake_gpu import Launch, fake_gpu
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from xclip_fast.kernels._arguments import LOWERED
@@ -29,6 +28,7 @@ from xclip_fast.kernels.cct_block.example import example
 from xclip_fast.kernels.triton import quantize
 
 from xclip_fast import kernels
+from xclip_fast.fake_gpu import Launch, fake_gpu
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 EPS = 1e-5

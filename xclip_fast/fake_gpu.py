@@ -23,8 +23,9 @@ from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime import _allocation
-from xclip_fast.kernels import _dispatch
-from xclip_fast.kernels.triton import _launch
+
+from .kernels import _dispatch
+from .kernels.triton import _launch
 
 TYPES = {
     torch.float32: "fp32",
@@ -65,12 +66,14 @@ class Launch:
 
 
 @contextlib.contextmanager
-def fake_gpu(architecture: int = 90, sms: int = 132) -> Iterator[list[Launch]]:
+def fake_gpu(architecture: int = 90, sms: int = 132, *, chooses: bool = False) -> Iterator[list[Launch]]:
     """Record what the kernels launch inside the block, in order, from any thread.
 
     Args:
         architecture: compute capability, 90 for 9.0.
         sms: streaming multiprocessors.
+        chooses: backends are chosen as on such a GPU, where nothing was measured. By default kernels take tensors
+            that are on no GPU only if they are asked for.
 
     Raises:
         RuntimeError: if this process runs Triton's interpreter.
@@ -85,7 +88,7 @@ def fake_gpu(architecture: int = 90, sms: int = 132) -> Iterator[list[Launch]]:
     compiler, off_gpu = triton.compiler.compile, _dispatch.off_gpu
     config.set_active(_Driver(architecture, launches))
     triton.compiler.compile = _compile
-    _dispatch.off_gpu = True  # lets backend("triton") take tensors that are on no GPU
+    _dispatch.off_gpu = architecture if chooses else 1
     try:
         with _launch.assumed_gpu(architecture, sms):
             yield launches
