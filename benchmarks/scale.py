@@ -65,9 +65,8 @@ def run(folder: Path, clips: int, broken: float) -> dict[str, Any]:
     result: dict[str, Any] = {"clips": clips, "broken": len(bad), "on_s3": ON_S3, "make_s": _since(begun)}
     weights = folder / "weights"
     measuring.small_model().save_pretrained(weights)
-    node = {"num_cpus": 2, "node_ip_address": "127.0.0.1"}
-    cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
-    cluster.add_node(**node)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    cluster.add_node(num_cpus=2)
     try:
         store = folder / "store"
         command = [
@@ -98,7 +97,7 @@ def run(folder: Path, clips: int, broken: float) -> dict[str, Any]:
         result |= {
             "second_run_s": _since(begun),
             "actor_killed": bool(killed),
-            "second_run": out.strip().splitlines()[-1].split(": ", 1)[-1],  # above it, Ray tells of the actor,
+            "second_run": (out.strip().splitlines() or [""])[-1].split(": ", 1)[-1],  # above it, Ray tells of the actor
         }
         added = re.search(r"(\d+) added", out)
         assert added, err

@@ -36,7 +36,7 @@ from torch import Tensor
 
 import xclip_fast
 from xclip_fast import flops
-from xclip_fast.config import PAPER_TABLE1, VARIANTS
+from xclip_fast.config import PAPER_TABLE1, VARIANTS, VisionConfig
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2, "fp16": 1e-2}  # between outputs of the same random weights
@@ -182,6 +182,11 @@ class Cell:
         ours *= 2 * BATCHES_A_CALL if self.work == "files" else 1  # with the model alone
         # ours computes in float32 on a CPU without instructions for the precision
         return 2.2 * ours / max(rates[self.precision], rates.get("fp32", 0)), 2.2 * peer / rates[self.precision]
+
+
+def has_peer(variant: str) -> bool:
+    """Whether Hugging Face has this model, and float8 takes it: not X-Florence, whose tower has windows."""
+    return isinstance(VARIANTS[variant].vision, VisionConfig)
 
 
 def huggingface(model: xclip_fast.XCLIP) -> torch.nn.Module:
@@ -494,7 +499,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         for variant in variants:
             mine = [cell for cell in cells if cell.variant == variant]
             model = xclip_fast.XCLIP(variant).eval()
-            hf = huggingface(model) if HF_INSTALLED and any(planned[cell][1] for cell in mine) else None
+            hf = None
+            if HF_INSTALLED and has_peer(variant) and any(planned[cell][1] for cell in mine):
+                hf = huggingface(model)
             before: dict[tuple[str, str], float] = {}  # views/s of the last batch size
             for cell in mine:
                 left, ahead = deadline - time.perf_counter(), sum(sum(seconds) for seconds in planned.values())
@@ -546,7 +553,9 @@ def measured(
     end = time.perf_counter() + seconds
     for module in filter(None, (model, hf)):
         module.to(args.device, PRECISIONS[cell.precision])
-    fp8 = quantized(model) if args.fp8 and cell.precision == "bf16" and cell.work != "files" else None
+    fp8 = None
+    if args.fp8 and has_peer(cell.variant) and cell.precision == "bf16" and cell.work != "files":
+        fp8 = quantized(model)
     engines = [ENGINES[name] for name in args.engines if seconds >= ENGINE_SECONDS]
     with torch.inference_mode():
         contenders = dict(contenders_of(cell, model, fp8, hf, args.labels, files, compiles, engines))
@@ -569,7 +578,9 @@ def absent_engines(cell: Cell, asked: list[str], group: list[dict[str, Any]]) ->
 def blank(cell: Cell, contender: str, cost: float) -> dict[str, Any]:
     """The row of a contender that did not run, with the reason."""
     note = f"not run: {cost:.3g} s"
-    if contender == EAGER and not HF_INSTALLED:
+    if contender in (EAGER, COMPILED) and not has_peer(cell.variant):
+        note = "no peer: Hugging Face has no X-Florence"
+    elif contender == EAGER and not HF_INSTALLED:
         note = "not installed: pip install 'xclip-fast[hf]'"
     if cell.work == "files" and not AV_INSTALLED:
         note = "not installed: pip install av"

@@ -46,6 +46,8 @@ class Block(NamedTuple):
     causal: bool = False  # no row sees a later one; packed sequences always are
     offsets: Tensor | None = None  # (K + 1,) integer: sequence k owns rows offsets[k] to offsets[k + 1] - 1
     longest: int = 0  # rows of the longest sequence, with offsets
+    # (W, H, S, S): added to the scores before their softmax; sequence f takes that of window f mod W
+    bias: Tensor | None = None
     rows: Tensor | None = None  # (R,) integer, without repeats: only these rows of x are computed past the attention
     # the row statistics of x, where the block before left them: mean and 1 / sqrt(variance + eps), (M,) float32
     mean: Tensor | None = None
@@ -66,4 +68,5 @@ LOWERED = (
     "message_fc_weight",
     "message_in_weight",
     "message_out_weight",
+    "bias",
 )

@@ -36,6 +36,7 @@ class Case(NamedTuple):
     frames: int = 0  # T; 0: a block without a message
     causal: bool = False
     packed: bool = False  # sequences of unequal length, one after another
+    windows: int = 0  # W, of the bias on the scores; 0: without
     training: bool = False
     drops: bool = False  # drop path factors are given
     activation: str = "quick_gelu"

@@ -150,7 +150,7 @@ def self_attention(b: Block) -> Tensor:
     qkv = linear(F.layer_norm(b.x, (width,), b.ln_1_weight, b.ln_1_bias, b.eps), b.in_weight, b.in_bias)
     heads = qkv.unflatten(-1, (3, b.heads, -1))
     if b.offsets is None:
-        mixed = attention_reference(heads, b.causal).flatten(-2)
+        mixed = attention_reference(heads, b.causal, b.bias).flatten(-2)
     else:
         mixed = causal_attention_packed(heads, b.offsets.diff()).flatten(-2)
     x = b.x

@@ -121,7 +121,7 @@ def test_weight_products_leave_attention_out():
     assert flops.total - flops.diffusion_attention > weights > 0.5 * flops.total
 
 
-def test_table_has_the_six_rows():
+def test_table_has_every_row():
     rows = table()
     assert [row["variant"] for row in rows] == list(PAPER_TABLE1)
     for row in rows:

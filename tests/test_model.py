@@ -28,10 +28,16 @@ def normalized(video: Tensor, config: XCLIPConfig) -> Tensor:
 
 
 def test_variants_have_the_shapes_of_their_names() -> None:
-    assert set(VARIANTS) == {"B/32-8f", "B/32-16f", "B/16-8f", "B/16-16f", "L/14-8f", "L/14@336-16f", "B/16-32f"}
+    florence = {"Florence-8f-384", "Florence-32f"}
+    assert set(VARIANTS) == florence | {
+        *("B/32-8f", "B/32-16f", "B/16-8f", "B/16-16f", "L/14-8f", "L/14@336-16f", "B/16-32f")
+    }
     for name, config in VARIANTS.items():
+        assert f"-{config.num_frames}f" in name
+        if name in florence:
+            assert ("-384" in name) == (config.vision.image_size == 384)
+            continue
         assert f"/{config.vision.patch_size}" in name
-        assert name.endswith(f"-{config.num_frames}f")
         assert ("@336" in name) == (config.vision.image_size == 336)
         assert config.vision.width == 64 * config.vision.heads
         assert config.mit_heads == config.embed_dim // 64

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .acceleration import accelerate
-    from .config import VARIANTS, TextConfig, VisionConfig, XCLIPConfig
+    from .config import VARIANTS, SwinConfig, TextConfig, VisionConfig, XCLIPConfig
     from .data.decode.decoder import decode
     from .data.decode.windows import decode_windows
     from .kernels import backend
@@ -20,6 +20,7 @@ _HOMES = {
     "XCLIP": "model",
     "FastCCTBlock": "nn",
     "Index": "search",
+    "SwinConfig": "config",
     "TextConfig": "config",
     "VideoFeatures": "nn",
     "VisionConfig": "config",
@@ -35,6 +36,7 @@ __all__ = [
     "XCLIP",
     "FastCCTBlock",
     "Index",
+    "SwinConfig",
     "TextConfig",
     "VideoFeatures",
     "VisionConfig",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of the released X-CLIP weights, which do not use CLIP's own mean
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -23,10 +23,18 @@ ACTIVATIONS = ("quick_gelu", "gelu")
 # The largest value of each size that a file may ask for: far above any real model, far below sizes that hang.
 LARGEST = {
     **dict.fromkeys(("layers", "mit_layers", "prompt_layers", "heads", "mit_heads", "prompt_heads"), 1024),
-    **dict.fromkeys(("width", "embed_dim", "image_size", "patch_size", "context_length", "num_frames"), 65_536),
+    **dict.fromkeys(
+        ("width", "embed_dim", "image_size", "patch_size", "window", "head_size", "context_length", "num_frames"),
+        65_536,
+    ),
     "mit_positions": 65_536,
     **dict.fromkeys(("vocab_size", "num_classes", "prompt_vectors"), 10_000_000),
 }
+
+
+PAIRS = (
+    1 << 28
+)  # of tokens in the windows of all blocks of a Swin, whose masks take a byte each; X-Florence has 5 million
 
 
 def _check_numbers(where: str, config: object, optional: tuple[str, ...] = ()) -> None:
@@ -121,6 +129,97 @@ class VisionConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class SwinConfig:
+    """A vision tower with attention in windows, frame by frame: Florence's CoSwin, or Swin.
+
+    X-Florence has CoSwin-H in the place of the cross-frame communication transformer (Tables 1 to 5). Florence's code
+    is not public: the sizes here are derived from the FLOPs and the number of parameters that the papers report.
+
+    ``convolutional``: CoSwin's overlapping convolutions (7 x 7 of stride 4, then 3 x 3 of stride 2) before the stages.
+    False: Swin's 4 x 4 patches, and merged groups of 2 x 2 neighbors, which UniCL's weights have.
+    """
+
+    image_size: int = 224
+    widths: tuple[int, ...] = (256, 512, 1024, 2048)  # of each stage
+    depths: tuple[int, ...] = (2, 2, 24, 6)  # blocks of each stage
+    head_size: int = 32
+    window: int = 7  # side of a window; a stage whose grid is no larger has one window
+    convolutional: bool = True
+    drop_path: float = 0.0  # of the last block; grows linearly from 0 at the first
+    layer_norm_eps: float | None = None  # of the blocks and around them; None: the model's
+
+    cross_frame: ClassVar[bool] = False
+    activation: ClassVar[str] = "gelu"
+
+    def __post_init__(self) -> None:
+        _check_numbers("vision: ", self, ("layer_norm_eps",))
+        for name in ("widths", "depths"):
+            given = getattr(self, name)
+            whole = isinstance(given, list | tuple) and all(type(value) is int and value >= 1 for value in given)
+            if not whole or not 1 <= len(given) <= 8 or max(given) > LARGEST["width"]:
+                raise ValueError(
+                    f"vision: {name} is {str(given)[:80]!r}; one to eight whole numbers of at least 1 wanted"
+                )
+            object.__setattr__(self, name, tuple(given))
+        if len(self.widths) != len(self.depths) or sum(self.depths) > LARGEST["layers"]:
+            raise ValueError(
+                f"vision: {len(self.widths)} widths and depths {self.depths} given; as many of both wanted, and at "
+                f"most {LARGEST['layers']} blocks in all"
+            )
+        for width in self.widths:
+            if self.head_size < 1 or width % self.head_size:
+                raise ValueError(f"vision: width {width} does not divide into heads of {self.head_size}")
+        _check_switch("vision: convolutional", self.convolutional)
+        if not self.convolutional and any(b != 2 * a for a, b in zip(self.widths, self.widths[1:], strict=False)):
+            raise ValueError(f"vision: widths {self.widths}; without convolutions, each is twice the one before")
+        if self.image_size < 1 or self.image_size % (4 << (len(self.widths) - 1)):
+            raise ValueError(
+                f"vision: image_size {self.image_size} is not a multiple of {4 << (len(self.widths) - 1)}, the pixels "
+                "of a token's side in the last stage"
+            )
+        if self.window < 1 or any(grid > self.window and grid % self.window for grid in self.grids):
+            raise ValueError(
+                f"vision: windows of {self.window} do not tile the grids of {self.grids} tokens a side of images of "
+                f"{self.image_size}; Swin has 7 at 224, and CoSwin here 12 at 384"
+            )
+        pairs = sum(d * (grid * min(self.window, grid)) ** 2 for d, grid in zip(self.depths, self.grids, strict=True))
+        if pairs > PAIRS:
+            raise ValueError(
+                f"vision: {pairs} pairs of tokens in windows of {self.window} of images of {self.image_size}; at most "
+                f"{PAIRS} are accepted"
+            )
+        if not 0.0 <= self.drop_path < 1.0:
+            raise ValueError(f"vision: drop_path {self.drop_path} must be at least 0 and below 1")
+        if self.layer_norm_eps is not None:
+            _check_eps("vision: layer_norm_eps", self.layer_norm_eps)
+
+    @property
+    def grids(self) -> tuple[int, ...]:
+        """Tokens of a side in each stage."""
+        return tuple(self.image_size // (4 << stage) for stage in range(len(self.widths)))
+
+    @property
+    def width(self) -> int:
+        """D, of the last stage."""
+        return self.widths[-1]
+
+    @property
+    def layers(self) -> int:
+        """Blocks of all stages."""
+        return sum(self.depths)
+
+    @property
+    def heads(self) -> int:
+        """H, of the last stage."""
+        return self.width // self.head_size
+
+    @property
+    def patches(self) -> int:
+        """N, the tokens of a frame behind the last stage."""
+        return self.grids[-1] ** 2
+
+
+@dataclasses.dataclass(frozen=True)
 class TextConfig:
     """CLIP's causal text encoder (paper, section 3.3); most of open_clip's own models have ``activation="gelu"``."""
 
@@ -158,7 +257,7 @@ class XCLIPConfig:
     of MIT's LayerNorms, if not the model's. ``logit_bias``, a learnt number, is added to the logits (SigLIP's loss).
     """
 
-    vision: VisionConfig = VisionConfig()
+    vision: VisionConfig | SwinConfig = VisionConfig()
     text: TextConfig = TextConfig()
     embed_dim: int = 512
     num_frames: int = 8
@@ -237,7 +336,9 @@ class XCLIPConfig:
     def from_dict(cls, values: dict[str, Any]) -> XCLIPConfig:
         """The config from a dictionary of ``to_dict``. Raises ValueError for unknown keys and names them."""
         values = dict(values)
-        vision = _from_fields(VisionConfig, "vision", values.pop("vision", {}))
+        vision = values.pop("vision", {})
+        kind = SwinConfig if isinstance(vision, dict) and "depths" in vision else VisionConfig
+        vision = _from_fields(kind, "vision", vision)
         text = _from_fields(TextConfig, "text", values.pop("text", {}))
         return _from_fields(cls, "model", {**values, "vision": vision, "text": text})
 
@@ -267,7 +368,18 @@ def _variant(patch: int, frames: int, *, large: bool = False, image_size: int = 
     return XCLIPConfig(vision=vision, text=text, embed_dim=768 if large else 512, num_frames=frames)
 
 
-# The six X-CLIP rows of Table 1, and the 32-frame B/16 of the few- and zero-shot tables (3 to 5).
+def _florence(frames: int, image_size: int, window: int) -> XCLIPConfig:
+    """X-Florence, derived: the paper and its supplement say CoSwin-H and four layers of MIT."""
+    return XCLIPConfig(
+        vision=SwinConfig(image_size=image_size, window=window),
+        text=TextConfig(width=1280, heads=20),
+        embed_dim=768,
+        num_frames=frames,
+        mit_layers=4,
+    )
+
+
+# The rows of X-CLIP and X-Florence in Table 1, and the 32-frame B/16 of the few- and zero-shot tables (3 to 5).
 VARIANTS: dict[str, XCLIPConfig] = {
     "B/32-8f": _variant(32, 8),
     "B/32-16f": _variant(32, 16),
@@ -276,6 +388,8 @@ VARIANTS: dict[str, XCLIPConfig] = {
     "L/14-8f": _variant(14, 8, large=True),
     "L/14@336-16f": _variant(14, 16, large=True, image_size=336),
     "B/16-32f": _variant(16, 32),
+    "Florence-8f-384": _florence(8, 384, 12),
+    "Florence-32f": _florence(32, 224, 7),
 }
 
 
@@ -296,6 +410,8 @@ PAPER_TABLE1: dict[str, PaperRow] = {
     "B/16-16f": PaperRow(84.7, 96.8, 287, 17),
     "L/14-8f": PaperRow(87.1, 97.6, 658, 8),
     "L/14@336-16f": PaperRow(87.7, 97.4, 3086, 2),
+    "Florence-8f-384": PaperRow(86.2, 96.6, 2114, 6),
+    "Florence-32f": PaperRow(86.5, 96.9, 2822, 2),
 }
 
 

@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
-from .config import PAPER_TABLE1, VARIANTS, TextConfig, XCLIPConfig
+from .config import PAPER_TABLE1, VARIANTS, SwinConfig, TextConfig, VisionConfig, XCLIPConfig
 
 Counting = Literal["paper", "actual"]
 
@@ -37,7 +37,7 @@ class Product:
 
 @dataclasses.dataclass(frozen=True)
 class Flops:
-    """Multiply-adds by part. ``message_kv`` to ``mlp`` are the CCT blocks, by op."""
+    """Multiply-adds by part. ``message_kv`` to ``mlp`` are the blocks of the vision tower, by op."""
 
     patch_embed: int = 0
     message_kv: int = 0  # message token, CFA, and the message's key and value (the latter in ln_linear, paper's way)
@@ -136,7 +136,20 @@ def products(
 
 
 def _video(config: XCLIPConfig, batch: int, frames: int, paper: bool) -> Iterator[Product]:
-    vision, E = config.vision, config.embed_dim
+    vision, E, F = config.vision, config.embed_dim, batch * frames
+    if isinstance(vision, SwinConfig):
+        yield from _windows(vision, F)
+    else:
+        yield from _cross_frame(vision, batch, frames, paper)
+    yield Product("frame_projection", F, vision.width, E)
+    yield from _block("mit", F, E, config.mit_layers)
+    assert config.mit_heads is not None
+    yield from _attention("mit", frames, frames, E, config.mit_heads, batch * config.mit_layers)
+    if config.prompt == "video":
+        yield Product("patch_projection", (F if paper else batch) * vision.patches, vision.width, E)
+
+
+def _cross_frame(vision: VisionConfig, batch: int, frames: int, paper: bool) -> Iterator[Product]:
     D, N, F, layers = vision.width, vision.patches, batch * frames, vision.layers
     L = N + 1
     messages = int(vision.cross_frame)
@@ -153,12 +166,21 @@ def _video(config: XCLIPConfig, batch: int, frames: int, paper: bool) -> Iterato
     yield from _attention("diffusion_attention", rows, rows, D, vision.heads, F * layers)
     yield Product("linear_residual", F * rows, D, D, layers)
     yield from _feed_forward("mlp", F * (L if paper else rows), D, layers)
-    yield Product("frame_projection", F, D, E)
-    yield from _block("mit", F, E, config.mit_layers)
-    assert config.mit_heads is not None
-    yield from _attention("mit", frames, frames, E, config.mit_heads, batch * config.mit_layers)
-    if config.prompt == "video":
-        yield Product("patch_projection", (F if paper else batch) * N, D, E)
+
+
+def _windows(vision: SwinConfig, F: int) -> Iterator[Product]:
+    """The stages of a Swin or CoSwin. What lies between them counts as patch embedding."""
+    before = 3
+    for width, depth, grid in zip(vision.widths, vision.depths, vision.grids, strict=True):
+        kernel = (3 if before > 3 else 7) if vision.convolutional else (2 if before > 3 else 4)
+        rows, length = F * grid**2, min(vision.window, grid) ** 2
+        yield Product("patch_embed", rows, before * kernel**2, width)
+        yield Product("ln_linear", rows, width, 3 * width, depth)
+        heads = width // vision.head_size
+        yield from _attention("diffusion_attention", length, length, width, heads, rows // length * depth)
+        yield Product("linear_residual", rows, width, width, depth)
+        yield from _feed_forward("mlp", rows, width, depth)
+        before = width
 
 
 def _text(text: TextConfig, E: int, lengths: list[int], paper: bool) -> Iterator[Product]:

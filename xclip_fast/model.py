@@ -16,18 +16,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import kernels
-from .config import VisionConfig, XCLIPConfig, variant
+from .config import SwinConfig, XCLIPConfig, variant
 from .inference import fp8 as quantization
 from .inference.cuda_graphs import GraphedVideoTower
 from .kernels._linear import linear
-from .kernels.patch_embed import constants
-from .nn.cct import FastCCTBlock, Stream
 from .nn.features import VideoFeatures
-from .nn.layers import TransformerBlock, WithoutInit, init_block, init_linear, run_block
+from .nn.layers import WithoutInit, init_linear
 from .nn.mit import MultiFrameIntegration
-from .nn.parts import is_plain, is_watched, layer_norm
+from .nn.parts import is_plain, layer_norm
 from .nn.prompt import VideoSpecificPrompt
-from .nn.text import TextEncoder, Transformer
+from .nn.swin import SwinTower
+from .nn.text import TextEncoder
+from .nn.vit import VisionTower
 from .text.templates import TEMPLATES, fill
 from .text.tokenizer import tokenize
 from .weights import checkpoint, hub
@@ -35,80 +35,6 @@ from .weights import checkpoint, hub
 logger = logging.getLogger("xclip_fast")
 
 LARGEST_PIXEL = 30.0  # of normalized videos; of unnormalized ones, 255
-
-
-class VisionTower(nn.Module):
-    """The cross-frame communication transformer (section 3.2): frames (F, ...) to tokens (F, L, D)."""
-
-    def __init__(self, config: XCLIPConfig) -> None:
-        super().__init__()
-        vision = config.vision
-        self.config = config
-        self.recompute = False  # see XCLIP.checkpoint_activations
-        self.conv1 = nn.Conv2d(3, vision.width, vision.patch_size, vision.patch_size, bias=False)
-        self.class_embedding = nn.Parameter(torch.empty(vision.width))
-        self.positional_embedding = nn.Parameter(torch.empty(vision.patches + 1, vision.width))
-        if vision.pre_norm:
-            self.ln_pre = nn.LayerNorm(vision.width, config.vision_eps)
-        self.transformer = Transformer([_block(config, index) for index in range(vision.layers)])
-        self.ln_post = nn.LayerNorm(vision.width, config.vision_eps)
-        self.proj = nn.Parameter(torch.empty(vision.width, config.embed_dim))
-        self._init(vision)
-
-    def forward(self, frames: Tensor, num_frames: int) -> Tensor:
-        """uint8 (F, H, W, 3) or normalized (F, 3, H, W), F = B * num_frames, to tokens (F, L, D)."""
-        with kernels.cpu.workspace():
-            return self._forward(frames, num_frames)
-
-    def _forward(self, frames: Tensor, num_frames: int) -> Tensor:
-        pre_norm = self.ln_pre if self.config.vision.pre_norm else None
-        if pre_norm is None or not is_plain({"conv1": self.conv1, "ln_pre": pre_norm}):
-            x_FLD = self._embed(frames)
-            x_FLD = x_FLD if pre_norm is None else pre_norm(x_FLD)
-        else:
-            x_FLD = kernels.patch_embed(
-                frames,
-                self.conv1.weight,
-                self.class_embedding,
-                self.positional_embedding,
-                self.ln_pre.weight,
-                self.ln_pre.bias,
-                self.config.image_mean,
-                self.config.image_std,
-                self.ln_pre.eps,
-            )
-        if not self.config.vision.cross_frame:
-            plain = (False, None, 0, None, x_FLD.shape[0] // num_frames)
-            for block in self.transformer.resblocks:
-                x_FLD = run_block(block, self.recompute, x_FLD, *plain)
-            return x_FLD
-        blocks = self.transformer.resblocks
-        stream: Any = x_FLD if any(is_watched(block) for block in blocks) else Stream(x_FLD)
-        for block in blocks:
-            stream = run_block(block, self.recompute, stream, num_frames)
-        result: Tensor = stream.tokens() if isinstance(stream, Stream) else stream
-        return result
-
-    def _embed(self, frames: Tensor) -> Tensor:
-        """Equation 4 without CLIP's LayerNorm behind it, by calling the convolution: the ViTs of Table 10."""
-        weight = self.conv1.weight
-        if frames.dtype == torch.uint8:
-            precise = torch.promote_types(weight.dtype, torch.float32)
-            mean, std = (constants(v, weight, precise) for v in (self.config.image_mean, self.config.image_std))
-            frames = ((frames.to(precise) / 255 - mean) / std).permute(0, 3, 1, 2)
-        patches_FND = self.conv1(frames.to(weight.dtype)).flatten(2).transpose(1, 2)
-        class_F1D = self.class_embedding.to(patches_FND.dtype).expand(frames.shape[0], 1, -1)
-        return torch.cat([class_F1D, patches_FND], 1) + self.positional_embedding
-
-    def _init(self, vision: VisionConfig) -> None:
-        for parameter in (self.class_embedding, self.positional_embedding, self.proj):
-            nn.init.normal_(parameter, std=vision.width**-0.5)
-        block: Any
-        for block in self.transformer.resblocks:
-            init_block(block, vision.width, vision.layers)
-            if vision.cross_frame:
-                init_linear(block.message_fc)
-                init_linear(block.message_attn)
 
 
 class XCLIP(nn.Module):
@@ -136,7 +62,7 @@ class XCLIP(nn.Module):
         assert config.mit_heads is not None
         assert config.prompt_heads is not None
         self.config = config
-        self.visual = VisionTower(config)
+        self.visual = SwinTower(config) if isinstance(config.vision, SwinConfig) else VisionTower(config)
         self.text = TextEncoder(config.text, embed, eps) if config.num_classes is None else None
         self.mit = None
         if config.mit_layers:
@@ -204,17 +130,18 @@ class XCLIP(nn.Module):
         self._check_video(video)
         batch, frames = video.shape[:2]
         x_FLD = self.visual(video.flatten(0, 1), frames)
-        h_FE = linear(layer_norm(self.visual.ln_post, x_FLD[:, 0]), self.visual.proj.T)
+        frame_FD, patches_FND = self.visual.split(x_FLD)
+        h_FE = linear(frame_FD, self.visual.proj.T)
         h_BTE = h_FE.unflatten(0, (batch, frames))
         return VideoFeatures(
             video=h_BTE.mean(1) if self.mit is None else self.mit(h_BTE),
-            patches=self._patch_features(x_FLD, batch, frames),
+            patches=self._patch_features(patches_FND, batch, frames),
         )
 
-    def _patch_features(self, x_FLD: Tensor, batch: int, frames: int) -> Tensor:
+    def _patch_features(self, patches_FND: Tensor, batch: int, frames: int) -> Tensor:
         if self.prompts_generator is None:
-            return x_FLD.new_empty(batch, 0, self.config.embed_dim)
-        z_FND = layer_norm(self.prompts_visual_ln, x_FLD[:, 1:])
+            return patches_FND.new_empty(batch, 0, self.config.embed_dim)
+        z_FND = layer_norm(self.prompts_visual_ln, patches_FND)
         # the projection is linear: one of the mean instead of the mean of T
         z_BND = z_FND.unflatten(0, (batch, frames)).mean(1)
         return linear(z_BND, self.prompts_visual_proj.T)
@@ -538,24 +465,6 @@ class XCLIP(nn.Module):
                 "uint8 (B, T, H, W, 3) as decoded, or (video / 255 - mean) / std with the config's image_mean and "
                 "image_std"
             )
-
-
-def _block(config: XCLIPConfig, index: int) -> nn.Module:
-    vision = config.vision
-    drop_path = vision.drop_path * index / max(1, vision.layers - 1)
-    if not vision.cross_frame:
-        return TransformerBlock(
-            vision.width, vision.heads, config.vision_eps, drop_path=drop_path, activation=vision.activation
-        )
-    return FastCCTBlock(
-        vision.width,
-        vision.heads,
-        config.num_frames,
-        drop_path=drop_path,
-        layer_norm_eps=config.vision_eps,
-        batch_first=True,
-        activation=vision.activation,
-    )
 
 
 def _plain_logits(video_BE: Tensor, text_KE: Tensor, scale: Tensor) -> Tensor:

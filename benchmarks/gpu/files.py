@@ -26,8 +26,8 @@ TINY = (
 
 
 def data_wait(job: Job) -> Iterator[Row]:
-    row: Row = {"op": "training on mp4 files", "contender": "xclip-fast", "variant": "B/16-8f", "batch": 32}
-    row["precision"] = job.precision
+    row: Row = {"op": "training on mp4 files", "contender": "xclip-fast", "precision": job.precision}
+    row |= {"variant": "tiny", "batch": 4} if job.tiny else {"variant": "B/16-8f", "batch": 32}
     with job.trying("xclip-fast", row), tempfile.TemporaryDirectory() as folder:
         if job.tiny:
             row |= train_on_files(Path(folder), 10, (32, 32), TINY)

@@ -16,9 +16,17 @@ from . import libraries
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def attention_reference(qkv_FS3HC: Tensor, causal: bool = False) -> Tensor:
-    """softmax(q k^T / sqrt(C)) v by torch: (F, S, 3, H, C) -> (F, S, H, C). ``causal``: no row sees a later one."""
+def attention_reference(qkv_FS3HC: Tensor, causal: bool = False, bias: Tensor | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(C) + bias) v by torch: (F, S, 3, H, C) -> (F, S, H, C).
+
+    Args:
+        causal: no row sees a later one.
+        bias: (W, H, S, S), of which sequence f takes that of window f mod W.
+    """
     query, key, value = qkv_FS3HC.permute(2, 0, 3, 1, 4).unbind(0)
+    if bias is not None:  # one that all sequences share is broadcast, not repeated
+        bias = bias if bias.shape[0] == 1 else bias.repeat(query.shape[0] // bias.shape[0], 1, 1, 1)
+        return F.scaled_dot_product_attention(query, key, value, bias.to(query.dtype)).transpose(1, 2)
     return F.scaled_dot_product_attention(query, key, value, is_causal=causal).transpose(1, 2)
 
 
@@ -147,4 +155,26 @@ PACKED_ATTENTION = Part(
         refuse=_refuse_packed,
         saved=lambda qkv: (),
     ),
+)
+
+
+def _window_forward(save: bool, qkv: Tensor, bias: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    return attention_reference(qkv, bias=bias), ()
+
+
+def _window_backward(
+    dout: Tensor, qkv: Tensor, out: Tensor, saved: tuple[Tensor, ...], bias: Tensor
+) -> tuple[Tensor, Tensor]:
+    with torch.enable_grad():  # forward once more: attention is a small part of a block with windows
+        leaves = [each.detach().requires_grad_() for each in (qkv, bias)]
+        dqkv, dbias = torch.autograd.grad(attention_reference(leaves[0], bias=leaves[1]), leaves, dout)
+    return dqkv, dbias
+
+
+# With a bias on the scores, by torch's SDPA, which chooses among its own kernels those that take one (memory-efficient,
+# cuDNN). forward(save, qkv (F, S, 3, H, C), bias (W, H, S, S)) -> (out (F, S, H, C), ()); backward(dout, qkv, out, (),
+# bias) -> dqkv, dbias.
+WINDOW_ATTENTION = Part(
+    "window_attention",
+    Candidate("library", _window_forward, _window_backward, dtypes=FLOATS, device_types=(), saved=lambda qkv: ()),
 )

@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import _choices, _dispatch, _overlap
 from .._arguments import GELUS, Block
 from .._parts import Candidate, Case, Part, installed
-from ..attention import ATTENTION, PACKED_ATTENTION
+from ..attention import ATTENTION, PACKED_ATTENTION, WINDOW_ATTENTION
 from ..layer_norm import WIDEST_ROW
 from ..message_kv import MESSAGE
 from . import reference
@@ -32,7 +32,7 @@ class Plan(NamedTuple):
     projection: Candidate
 
 
-PARTS = (NORM_LINEAR, LINEAR_RESIDUAL, MESSAGE, ATTENTION, PACKED_ATTENTION)
+PARTS = (NORM_LINEAR, LINEAR_RESIDUAL, MESSAGE, ATTENTION, PACKED_ATTENTION, WINDOW_ATTENTION)
 PART_NAMES = tuple(dict.fromkeys(name for part in PARTS for name in part.names if name != "reference"))
 
 
@@ -65,6 +65,7 @@ def case_of(b: Block, training: bool) -> Case:
         (1 if b.frames else 0) if b.backend else b.frames,
         b.causal,
         packed,
+        0 if b.bias is None else 1 if b.backend else b.bias.shape[0],
         training,
         any(drop is not None for drop in drops),
         b.activation,
@@ -129,9 +130,11 @@ def slots(case: Case) -> dict[str, tuple[Part, Case, dict[str, int]]]:
     # asked for, a backend need not have what only some blocks want
     attention = case._replace(forced="auto") if case.causal and case.forced == "triton" else case
     fc = case._replace(forced="auto") if case.activation in GELUS and case.forced in ("triton", "cuda") else case
+    case = case._replace(activation="quick_gelu")  # it concerns fc alone
+    mixing = PACKED_ATTENTION if case.packed else WINDOW_ATTENTION if case.windows else ATTENTION
     found: dict[str, tuple[Part, Case, dict[str, int]]] = {
         "qkv": (NORM_LINEAR, case, {"n": 3 * width, "k": width, "activation": 0}),
-        "attention": (PACKED_ATTENTION if case.packed else ATTENTION, attention, {}),
+        "attention": (mixing, attention, {}),
         "out": (LINEAR_RESIDUAL, case, {"n": width, "k": width}),
         "fc": (NORM_LINEAR, fc, {"n": hidden, "k": width, "activation": 1}),
         "projection": (LINEAR_RESIDUAL, case, {"n": width, "k": hidden}),
@@ -240,7 +243,9 @@ def _diffuse(
     """
     x = _rows(b.x)
     heads = qkv.view(*b.x.shape[:-1], 3, b.heads, -1)
-    if b.offsets is None:
+    if b.bias is not None:
+        mixed, saved = p.attention.forward(save, heads, b.bias)
+    elif b.offsets is None:
         mixed, saved = p.attention.forward(save, heads, b.causal)
     else:
         mixed, saved = p.attention.forward(heads, b.offsets, b.longest), ()
@@ -329,7 +334,9 @@ def backward(grads: Sequence[Any], saved: Sequence[Tensor], needs: Sequence[bool
     if b.rows is not None:
         dmixed, dz = _spread(dmixed, b.rows, x), _spread(dz, b.rows, x)
     heads = qkv.view(*b.x.shape[:-1], 3, b.heads, -1)
-    if b.offsets is None:
+    if b.bias is not None:
+        dqkv, given["bias"] = p.attention.backward(dmixed.view(mixed.shape), heads, mixed, (), b.bias)
+    elif b.offsets is None:
         dqkv = p.attention.backward(dmixed.view(mixed.shape), heads, mixed, tuple(attention_saved), b.causal)
     else:
         dqkv = p.attention.backward(dmixed.view(mixed.shape), heads, b.offsets, b.longest)

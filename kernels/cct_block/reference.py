@@ -53,7 +53,7 @@ def diffuse(b: Block, qkv: Tensor, apply: Linears) -> Tensor:
         qkv[:, -1, width:] = message_key_value(b, apply)
     qkv = qkv.unflatten(-1, (3, b.heads, width // b.heads))
     if b.offsets is None:
-        mixed = attention_reference(qkv, b.causal).flatten(-2)
+        mixed = attention_reference(qkv, b.causal, b.bias).flatten(-2)
     else:
         mixed = packed_reference(qkv, b.offsets, b.longest).flatten(-2)
     if b.rows is not None:

@@ -84,7 +84,7 @@ class Command:
 
     whole = False  # are all files replaced in one step?
     overwrites = True  # an earlier result is there
-    extra: tuple[str, ...] = ()  # hidden files that stay
+    extra: tuple[str, ...] = ()  # hidden files that may stay, by the beginning of their names
 
     def __init__(self, data: Path) -> None:
         self.data = data
@@ -205,7 +205,7 @@ class Embed(Command):
 
 class EmbedParquet(Embed):
     name = "rows.parquet"
-    extra = (".writing",)
+    extra = ()
 
     def content(self, out: Path) -> Content:
         import pyarrow.parquet as pq
@@ -239,7 +239,9 @@ class EmbedFile(Command):
 
 
 class Look(Command):
-    """`search --html --clips`."""
+    """`search --html --clips`. The next cut removes a second name of a clip that is there."""
+
+    extra = (".cutting-",)
 
     def run(self, out: Path) -> None:
         from xclip_fast.search.media import cut
@@ -295,7 +297,7 @@ def hidden(folder: Path, extra: tuple[str, ...]) -> list[str]:
     return [
         path.relative_to(folder).as_posix()
         for path in folder.rglob("*")
-        if ((path.name.startswith(".") and path.name not in extra) or path.name.endswith(".partial"))
+        if ((path.name.startswith(".") and not path.name.startswith(extra)) or path.name.endswith(".partial"))
         and "moments.lance" not in path.parts  # LanceDB's own
     ]
 

@@ -411,7 +411,7 @@ def test_refused_before_the_first_step(videos: Path, tmp_path: Path) -> None:
         data__labels=str(tmp_path / "labels.txt"),
         model__num_classes=None,
     )
-    refused("device is 'tpu'; auto, cpu", device="tpu")
+    refused("device is 'tpu', not auto, cpu", device="tpu")
     with pytest.raises(ConfigError, match=r"output: .*labels.txt/out: .*give a folder that can be written"):
         run(videos, tmp_path / "labels.txt" / "out")
 

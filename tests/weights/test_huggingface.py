@@ -10,7 +10,7 @@ import os
 import pytest
 import torch
 
-from xclip_fast import VARIANTS, XCLIP
+from xclip_fast import VARIANTS, XCLIP, VisionConfig
 from xclip_fast.weights import checkpoint
 from xclip_fast.weights.layouts import from_huggingface
 
@@ -99,7 +99,7 @@ def theirs(model, video, tokens):
     return {"logits": out.logits_per_video, "video": out.mit_output.pooler_output, "text": text, "patches": patches}
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", [name for name, row in VARIANTS.items() if isinstance(row.vision, VisionConfig)])
 def test_same_outputs_and_gradients(name, tmp_path):
     config = published(name)
     peer = transformers.XCLIPModel(config).eval()

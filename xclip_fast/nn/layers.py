@@ -36,6 +36,7 @@ def plain_block(
     offsets: Tensor | None = None,
     longest: int = 0,
     rows: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """A block without a message on the parameters of its modules; their epsilons must be one.
 
@@ -65,6 +66,7 @@ def plain_block(
         offsets=offsets,
         longest=longest,
         rows=rows,
+        bias=bias,
     )
     return kernels.cct_block(block)[0]
 
@@ -102,6 +104,7 @@ class TransformerBlock(nn.Module):
         longest: int = 0,
         rows: Tensor | None = None,
         samples: int | None = None,
+        bias: Tensor | None = None,
     ) -> Tensor:
         """A block, or what is read of its output.
 
@@ -112,9 +115,10 @@ class TransformerBlock(nn.Module):
                 rows offsets[k] to offsets[k + 1] - 1. longest: rows of the longest.
             rows: (R,) integer: only these of all rows are taken past the attention, and returned (R, D). None: all.
             samples: the number of samples in x's first dimension, for drop path; None: each of its rows is one.
+            bias: (W, H, S, S), added to the scores: sequence f takes the one of window f mod W.
         """
         if not self.is_plain():
-            y = self._call_modules(x, causal, samples)
+            y = self._call_modules(x, causal, samples, bias)
             return y if rows is None else y.flatten(0, 1)[rows]
         drop = self._draw_drop_scales(x, samples)
         attention = Attention(self.attn.in_proj_weight, self.attn.in_proj_bias, self.attn.out_proj)
@@ -132,6 +136,7 @@ class TransformerBlock(nn.Module):
             offsets=offsets,
             longest=longest,
             rows=rows,
+            bias=bias,
         )
 
     def with_context(self, x_FLD: Tensor, context_CKD: Tensor) -> Tensor:
@@ -154,14 +159,16 @@ class TransformerBlock(nn.Module):
         rows = (start_F[:, None] + torch.arange(length, device=x_FLD.device)).flatten()
         return self(x_FSD, rows=rows, samples=len(context_CKD)).view(x_FLD.shape)
 
-    def _call_modules(self, x_BSD: Tensor, causal: bool, samples: int | None) -> Tensor:
+    def _call_modules(self, x_BSD: Tensor, causal: bool, samples: int | None, bias: Tensor | None) -> Tensor:
         """The block by calling its parts, which see tokens in the released layout (S, B, D)."""
         drop = self._draw_drop_scales(x_BSD, samples)
-        x_SBD, mask_SS = x_BSD.transpose(0, 1), None
+        x_SBD, mask = x_BSD.transpose(0, 1), None
         if causal:
             length = x_BSD.shape[1]
-            mask_SS = torch.full((length, length), float("-inf"), device=x_BSD.device).triu(1)
-        x_SBD = add_branch(x_SBD, self_attention(self.attn, self.ln_1(x_SBD), mask_SS), drop[0], dim=1)
+            mask = torch.full((length, length), float("-inf"), device=x_BSD.device).triu(1)
+        elif bias is not None:
+            mask = bias.repeat(x_BSD.shape[0] // len(bias), 1, 1, 1)
+        x_SBD = add_branch(x_SBD, self_attention(self.attn, self.ln_1(x_SBD), mask), drop[0], dim=1)
         return add_branch(x_SBD, self.mlp(self.ln_2(x_SBD)), drop[1], dim=1).transpose(0, 1)
 
     def _draw_drop_scales(self, x: Tensor, samples: int | None) -> tuple[Tensor | None, Tensor | None]:

@@ -80,7 +80,7 @@ PLAIN: dict[str, Kinds] = {
     activation: {kind: kind.forward for kind in (*_SHARED, *_OURS, *modules)}
     for activation, modules in (("quick_gelu", (QuickGELU,)), ("gelu", (nn.GELU,)), ("gelu_tanh", ()))
 }
-_WITHOUT_BIAS = ("q_proj", "k_proj", "v_proj")
+_WITHOUT_BIAS = ("q_proj", "k_proj", "v_proj", "reduction")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _CAPTURES = "transformers.utils.output_capturing"  # its hooks do nothing unless attention weights are asked for
 _UNWRAPS = "torch.distributed."
@@ -198,25 +198,27 @@ def layer_norm(norm: nn.Module, x: Tensor) -> Tensor:
     return result
 
 
-def self_attention(attention: Any, x_SBD: Tensor, mask_SS: Tensor | None = None) -> Tensor:
+def self_attention(attention: Any, x_SBD: Tensor, mask: Tensor | None = None) -> Tensor:
     """The attention of B sequences by calling its module, (S, B, D) -> (S, B, D).
 
     torch's attention reads the weight of its ``out_proj``. One that is more than a weight (an adapter) is called.
 
     Args:
-        mask_SS: added to the attention weights before their softmax.
+        mask: (S, S) or (B, H, S, S), added to the attention weights before their softmax.
     """
-    mask_SS = None if mask_SS is None else mask_SS.to(x_SBD.dtype)
+    mask = None if mask is None else mask.to(x_SBD.dtype)
     inner = find_change(attention._modules, PLAIN["quick_gelu"])
     whole = find_change({"attn": attention}, PLAIN["quick_gelu"])
     if inner is not None and whole == f"attn.{inner}":  # all but the output layer is plain
         qkv = F.linear(x_SBD, attention.in_proj_weight, attention.in_proj_bias)
         query, key, value = qkv.unflatten(-1, (3, attention.num_heads, -1)).permute(2, 1, 3, 0, 4).unbind(0)
-        mixed = F.scaled_dot_product_attention(query, key, value, mask_SS)
+        mixed = F.scaled_dot_product_attention(query, key, value, mask)
         result: Tensor = attention.out_proj(mixed.permute(2, 0, 1, 3).flatten(-2))
         return result
     x = x_SBD.transpose(0, 1) if getattr(attention, "batch_first", False) else x_SBD
-    y: Tensor = attention(x, x, x, need_weights=False, attn_mask=mask_SS)[0]
+    if mask is not None and mask.dim() == 4:
+        mask = mask.flatten(0, 1)
+    y: Tensor = attention(x, x, x, need_weights=False, attn_mask=mask)[0]
     return y if x is x_SBD else y.transpose(0, 1)
 
 

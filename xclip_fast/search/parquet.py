@@ -99,8 +99,9 @@ class ParquetFolder:
     def _lock(self) -> None:
         """From here to `release` no other process writes. Removes what a killed run left."""
         if self._held is None:
-            self._held = contextlib.ExitStack()
-            self._held.enter_context(locked(self.folder / ".writing", self.folder))
+            held = contextlib.ExitStack()
+            held.enter_context(locked(self.folder / ".writing", self.folder))
+            self._held = held
             for left in self.folder.glob(".part-*"):
                 remove(left)
             self._locked_now = True
@@ -122,7 +123,10 @@ class ParquetFolder:
             self._held = None
 
     def compact(self) -> None:
-        """Nothing: parts stay as they are."""
+        """Removes what a killed run left, also when there was nothing to do. Parts stay as they are."""
+        with contextlib.suppress(FileExistsError):  # another run is writing
+            self._lock()
+        self.release()
 
 
 def _is_ours(name: str) -> bool:

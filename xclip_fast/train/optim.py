@@ -45,7 +45,8 @@ def groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
     found: dict[tuple[bool, bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            decays = parameter.dim() > 1 and not name.endswith("positional_embedding")
+            positions = "positional_embedding", "relative_position_bias_table"
+            decays = parameter.dim() > 1 and not name.endswith(positions)
             # a fused kernel takes only sharded tensors or only whole ones
             key = (is_new(name, config.also_new), decays, hasattr(parameter, "to_local"))
             found.setdefault(key, []).append(parameter)

@@ -99,18 +99,22 @@ def build(cls: Any, values: Any, where: str = "") -> Any:
     for field in fields:
         if "keys_of" in field.metadata:
             extra = {key: values.pop(key) for key in list(values) if key not in own}
-            given[field.name] = _check_keys(field.metadata["keys_of"], extra, where, partial=True, also=own)
-    return cls(**given, **_check_keys(cls, values, where))
+            given[field.name] = _check_keys((field.metadata["keys_of"],), extra, where, partial=True, also=own)
+    return cls(**given, **_check_keys((cls,), values, where))
 
 
 def _check_keys(
-    cls: Any, values: Any, where: str, *, partial: bool = False, also: Collection[str] = ()
+    classes: tuple[Any, ...], values: Any, where: str, *, partial: bool = False, also: Collection[str] = ()
 ) -> dict[str, Any]:
-    """The values as the annotations of ``cls`` want them. ``partial``: nested dataclasses stay dicts of the given keys.
+    """The values as the annotations of a dataclass want them, or those of several of which one is meant.
 
-    ``also``: keys that the hint of an unknown key may name, too.
+    ``partial``: nested dataclasses stay dicts of the given keys. ``also``: keys that the hint of an unknown key may
+    name, too.
     """
-    hints = typing.get_type_hints(cls, include_extras=True)
+    hints: dict[str, Any] = {}
+    for cls in classes:
+        annotations = typing.get_type_hints(cls, include_extras=True)
+        hints |= {field.name: annotations[field.name] for field in dataclasses.fields(cls)}
     found = {}
     for key, value in _mapping(values, where).items():
         name = f"{where}.{key}" if where else str(key)
@@ -119,8 +123,9 @@ def _check_keys(
             near = difflib.get_close_matches(str(key), known, 1, 0.5)
             hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(known))}"
             raise ConfigError(f"{name}: unknown key; {hint}")
-        if partial and dataclasses.is_dataclass(hints[key]):
-            found[key] = _check_keys(hints[key], value, name, partial=True)
+        nested = typing.get_args(hints[key]) or (hints[key],)
+        if partial and all(map(dataclasses.is_dataclass, nested)):
+            found[key] = _check_keys(nested, value, name, partial=True)
         else:
             found[key] = _convert(value, hints[key], name)
     return found

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..config import XCLIPConfig
 from ..files import read_json, require_regular, save_tensors, staged
-from . import hub, neighbors, open_clip, timm_vit
+from . import hub, neighbors, open_clip, timm_vit, unicl
 from .huggingface import config_from_huggingface, config_to_huggingface, warn_of_heads
 from .layouts import (
     CheckpointError,
@@ -177,7 +177,7 @@ def write(
             f"{folder} holds a checkpoint ({', '.join(there)}); choose another folder, or replace it with --overwrite "
             "(overwrite=True in Python)"
         )
-    dtype = state["visual.conv1.weight"].dtype
+    dtype = state["visual.proj"].dtype
     if layout == "huggingface":
         model, preprocessor = config_to_huggingface(config, dtype)
         files = {"config.json": model, "preprocessor_config.json": preprocessor} | _tokenizer_files(config)
@@ -328,6 +328,7 @@ def _interpret(
     if kind in ("clip", "timm"):
         if name in ours:
             ours[name] = _fit_positions(ours[name], config.vision.patches + 1)
+        unicl.fit_windows(ours, wanted)
         left_out: tuple[str, ...] = {"both": (), "visual": _TEXT, "text": ("visual.",)}[part]
         left_out += _TEXT if config.num_classes is not None else ()
         ours = {name: tensor for name, tensor in ours.items() if not name.startswith(left_out)}

@@ -201,6 +201,8 @@ def _side(value: Any, default: Any) -> Any:
 def config_to_huggingface(config: XCLIPConfig, dtype: torch.dtype) -> tuple[dict[str, Any], dict[str, Any]]:
     """``config.json`` and ``preprocessor_config.json`` as ``transformers`` reads them."""
     plain = XCLIPConfig()
+    if not isinstance(config.vision, VisionConfig):
+        raise CheckpointError("Hugging Face's X-CLIP has no vision tower with windows; write layout='xclip_fast'")
     ablated = [
         f"{where}{name}={getattr(given, name)!r}"
         for where, given, like, names in (

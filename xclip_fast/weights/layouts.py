@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import TextConfig, VisionConfig, XCLIPConfig
-from . import timm_vit
+from ..config import SwinConfig, TextConfig, VisionConfig, XCLIPConfig
+from . import timm_vit, unicl
 
 log = logging.getLogger("xclip_fast")
 
@@ -63,7 +63,9 @@ _NAMES = (
 )
 _TRANSPOSED = ("visual.proj", "text.text_projection")  # the weight of a Linear there, an (in, out) matrix here
 _ROOT_TEXT = re.compile(r"(token_embedding|positional_embedding|transformer|ln_final|text_projection)(\.|\Z)")
-NOT_WEIGHTS = re.compile(r"(.*\.)?(position_ids|attn_mask|input_resolution|context_length|vocab_size)\Z")
+NOT_WEIGHTS = re.compile(
+    r"(.*\.)?(position_ids|attn_mask|relative_position_index|input_resolution|context_length|vocab_size)\Z"
+)
 _SPLIT = re.compile(r"(.*\b(?:message_)?attn)\.([qkv])_proj\.(weight|bias)\Z")
 _PACKED = re.compile(r"(.*\b(?:message_)?attn)\.in_proj_(weight|bias)\Z")
 _NEW_IN_XCLIP = re.compile(r".*\.message_|mit\.|prompts_|head\.")  # not in an image CLIP
@@ -96,6 +98,10 @@ def to_ours(state: Mapping[Any, Any], where: object) -> tuple[State, str]:
     elif "visual.conv1.weight" in found:
         kind = "xclip_fast" if {"text.token_embedding.weight", "head.weight"} & found.keys() else "videox"
         found = {f"text.{name}" if _ROOT_TEXT.match(name) else name: value for name, value in found.items()}
+    elif unicl.is_ours(found):
+        kind = "xclip_fast"
+    elif unicl.is_unicl(found):
+        kind, found = "clip", unicl.to_ours(found)
     elif timm_vit.is_timm(found):
         kind, found = "timm", timm_vit.to_ours(found)
     else:
@@ -168,18 +174,43 @@ def _layer_shapes(prefix: str, layers: int, width: int, *, messages: bool = Fals
     return {f"{prefix}.{i}.{name}": shape for i in range(layers) for name, shape in layer.items()}
 
 
+def _swin_shapes(vision: SwinConfig) -> dict[str, tuple[int, ...]]:
+    found: dict[str, tuple[int, ...]] = {}
+    before, blocks = 3, 0
+    for stage, (width, depth, grid) in enumerate(zip(vision.widths, vision.depths, vision.grids, strict=True)):
+        name, kernel = f"visual.embeddings.{stage}", (3 if stage else 7) if vision.convolutional else 4
+        if stage and not vision.convolutional:
+            found |= {f"{name}.norm.{kind}": (4 * before,) for kind in ("weight", "bias")}
+            found[f"{name}.reduction.weight"] = (width, 4 * before)
+        else:
+            found |= {f"{name}.conv.weight": (width, before, kernel, kernel), f"{name}.conv.bias": (width,)}
+            found |= {f"{name}.norm.{kind}": (width,) for kind in ("weight", "bias")}
+        table = (2 * min(vision.window, grid) - 1) ** 2, width // vision.head_size
+        for _ in range(depth):
+            block = f"visual.transformer.resblocks.{blocks}"
+            found[f"{block}.relative_position_bias_table"] = table
+            layer = _layer_shapes(block, 1, width)
+            found |= {key.replace(f"{block}.0.", f"{block}.block."): shape for key, shape in layer.items()}
+            blocks += 1
+        before = width
+    return found
+
+
 def shapes(config: XCLIPConfig, *, only_clip: bool = False) -> dict[str, tuple[int, ...]]:
     """Names and shapes of an ``XCLIP`` state dict. ``only_clip``: those that an image CLIP also has."""
     vision, text, D, W, E = config.vision, config.text, config.vision.width, config.text.width, config.embed_dim
-    expected: dict[str, tuple[int, ...]] = {
-        "visual.class_embedding": (D,),
-        "visual.positional_embedding": (vision.patches + 1, D),
-        "visual.conv1.weight": (D, 3, vision.patch_size, vision.patch_size),
-        "visual.proj": (D, E),
-    }
-    expected |= _layer_shapes("visual.transformer.resblocks", vision.layers, D, messages=vision.cross_frame)
-    norms = {"visual.ln_pre": D} if vision.pre_norm else {}
-    norms["visual.ln_post"] = D
+    expected: dict[str, tuple[int, ...]] = {"visual.proj": (D, E)}
+    norms = {"visual.ln_post": D}
+    if isinstance(vision, SwinConfig):
+        expected |= _swin_shapes(vision)
+    else:
+        expected |= {
+            "visual.class_embedding": (D,),
+            "visual.positional_embedding": (vision.patches + 1, D),
+            "visual.conv1.weight": (D, 3, vision.patch_size, vision.patch_size),
+        }
+        expected |= _layer_shapes("visual.transformer.resblocks", vision.layers, D, messages=vision.cross_frame)
+        norms |= {"visual.ln_pre": D} if vision.pre_norm else {}
     if config.num_classes is None:
         expected |= {
             "text.token_embedding.weight": (text.vocab_size, W),
@@ -250,6 +281,14 @@ def infer_config(state: Mapping[str, Tensor], where: object, *, timm: bool = Fal
 
     An image CLIP gets the defaults of an X-CLIP for the rest. A ViT of timm has GELU and its own epsilon.
     """
+    if unicl.is_ours(state):
+        try:
+            return unicl.infer_config(state)
+        except (ValueError, KeyError) as error:
+            raise CheckpointError(
+                f"{where}: no configuration comes with it, and its shapes do not tell one ({error}); pass "
+                "config=XCLIPConfig(...)"
+            ) from error
     textual = not timm and ("text.token_embedding.weight" in state or "head.weight" not in state)
     needed = ["visual.conv1.weight", "visual.positional_embedding"]
     if not timm and not textual:

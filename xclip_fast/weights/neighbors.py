@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import CLIP_MEAN, CLIP_STD, XCLIPConfig
+from ..config import CLIP_MEAN, CLIP_STD, VisionConfig, XCLIPConfig
 from .layouts import CheckpointError, State, infer_config
 from .wrappers import FUSION
 
@@ -91,6 +91,7 @@ def add_token_embedding(ours: State, theirs: Mapping[Any, Any], embedding_VW: Te
 def infer(ours: Mapping[str, Tensor], kind: str, where: object) -> XCLIPConfig:
     """The config of one of them, from its shapes: CLIP-Mean, and ActionCLIP's fusion as MIT."""
     found = infer_config(ours, where)
+    assert isinstance(found.vision, VisionConfig)
     vision = dataclasses.replace(found.vision, cross_frame=False)
     found = dataclasses.replace(found, vision=vision, prompt="none", num_frames=_VIFI_FRAMES)
     if kind == "vificlip":

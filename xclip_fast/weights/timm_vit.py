@@ -13,7 +13,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from ..config import XCLIPConfig
+from ..config import VisionConfig, XCLIPConfig
 
 log = logging.getLogger("xclip_fast")
 
@@ -59,6 +59,8 @@ def to_ours(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def refusal(config: XCLIPConfig) -> str | None:
     """The reason why a ViT of timm cannot start the vision tower of this config, or None."""
     vision = config.vision
+    if not isinstance(vision, VisionConfig):
+        return "a ViT of timm's cannot start a tower with windows: leave vision.depths and vision.widths out"
     if not vision.pre_norm and vision.activation != "gelu":
         return f"timm's ViTs have the activation gelu, and vision.activation is {vision.activation!r}; set it to 'gelu'"
     if not vision.pre_norm and config.vision_eps != EPS:

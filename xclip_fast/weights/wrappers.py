@@ -26,8 +26,11 @@ log = logging.getLogger("xclip_fast")
 _ANCHORS = (
     "visual.conv1.weight",
     "vision_model.embeddings.patch_embedding.weight",
-    "patch_embed.proj.weight",
     "image_encoder.conv1.weight",  # of ViFi-CLIP
+    "image_encoder.patch_embed.proj.weight",  # of UniCL
+    "visual.patch_embed.proj.weight",  # of UniCL, older
+    "visual.embeddings.0.conv.weight",  # ours, X-Florence
+    "patch_embed.proj.weight",  # of timm: last, because it ends two of the others
 )
 # A segment that a wrapper adds inside a name (_orig_mod, _fsdp_wrapped_module, module). Our names have none like it.
 _ADDED = re.compile(r"(?:^|(?<=\.))(?:_\w+|module)\.")
@@ -97,3 +100,4 @@ def _models(outermost: Mapping[Any, Any]) -> Iterator[_Model]:
                     if prefix not in known:
                         known.add(prefix)
                         yield _Model(content, keys, _FRONT.match(key)[0], prefix)  # type: ignore[index]
+                    break

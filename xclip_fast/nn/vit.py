@@ -1,0 +1,124 @@
+"""The vision tower of X-CLIP: a ViT whose frames exchange messages (paper, section 3.2), or a plain ViT.
+
+A vision tower (this one and ``swin.SwinTower``) takes frames and gives tokens. ``split`` says which of them are the
+frame's feature and its patches, ``proj`` leads to the embedding, ``transformer.resblocks`` are all of its blocks.
+
+B videos, T frames, F = B T, N patches, L = N + 1 tokens of a frame (class token first), D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import kernels
+from ..config import VisionConfig, XCLIPConfig
+from ..kernels.patch_embed import constants
+from .cct import FastCCTBlock, Stream
+from .layers import TransformerBlock, init_block, init_linear, run_block
+from .parts import is_plain, is_watched, layer_norm
+from .text import Transformer
+
+
+def normalized(frames: Tensor, like: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """uint8 (F, H, W, 3) to normalized (F, 3, H, W) in the dtype of ``like``; floats are normalized already."""
+    if frames.dtype == torch.uint8:
+        precise = torch.promote_types(like.dtype, torch.float32)
+        mean_3, std_3 = (constants(values, like, precise) for values in (mean, std))
+        frames = ((frames.to(precise) / 255 - mean_3) / std_3).permute(0, 3, 1, 2)
+    return frames.to(like.dtype)
+
+
+class VisionTower(nn.Module):
+    """The cross-frame communication transformer (section 3.2): frames (F, ...) to tokens (F, L, D)."""
+
+    def __init__(self, config: XCLIPConfig) -> None:
+        super().__init__()
+        vision = config.vision
+        assert isinstance(vision, VisionConfig)
+        self.config, self.vision = config, vision
+        self.recompute = False  # see XCLIP.checkpoint_activations
+        self.conv1 = nn.Conv2d(3, vision.width, vision.patch_size, vision.patch_size, bias=False)
+        self.class_embedding = nn.Parameter(torch.empty(vision.width))
+        self.positional_embedding = nn.Parameter(torch.empty(vision.patches + 1, vision.width))
+        if vision.pre_norm:
+            self.ln_pre = nn.LayerNorm(vision.width, config.vision_eps)
+        self.transformer = Transformer([_block(config, vision, index) for index in range(vision.layers)])
+        self.ln_post = nn.LayerNorm(vision.width, config.vision_eps)
+        self.proj = nn.Parameter(torch.empty(vision.width, config.embed_dim))
+        self._init(vision)
+
+    def forward(self, frames: Tensor, num_frames: int) -> Tensor:
+        """uint8 (F, H, W, 3) or normalized (F, 3, H, W), F = B * num_frames, to tokens (F, L, D)."""
+        with kernels.cpu.workspace():
+            return self._forward(frames, num_frames)
+
+    def split(self, x_FLD: Tensor) -> tuple[Tensor, Tensor]:
+        """The feature of each frame (F, D), normalized, and its patches (F, N, D)."""
+        return layer_norm(self.ln_post, x_FLD[:, 0]), x_FLD[:, 1:]
+
+    def _forward(self, frames: Tensor, num_frames: int) -> Tensor:
+        pre_norm = self.ln_pre if self.vision.pre_norm else None
+        if pre_norm is None or not is_plain({"conv1": self.conv1, "ln_pre": pre_norm}):
+            x_FLD = self._embed(frames)
+            x_FLD = x_FLD if pre_norm is None else pre_norm(x_FLD)
+        else:
+            x_FLD = kernels.patch_embed(
+                frames,
+                self.conv1.weight,
+                self.class_embedding,
+                self.positional_embedding,
+                self.ln_pre.weight,
+                self.ln_pre.bias,
+                self.config.image_mean,
+                self.config.image_std,
+                self.ln_pre.eps,
+            )
+        if not self.vision.cross_frame:
+            plain = (False, None, 0, None, x_FLD.shape[0] // num_frames)
+            for block in self.transformer.resblocks:
+                x_FLD = run_block(block, self.recompute, x_FLD, *plain)
+            return x_FLD
+        blocks = self.transformer.resblocks
+        stream: Any = x_FLD if any(is_watched(block) for block in blocks) else Stream(x_FLD)
+        for block in blocks:
+            stream = run_block(block, self.recompute, stream, num_frames)
+        result: Tensor = stream.tokens() if isinstance(stream, Stream) else stream
+        return result
+
+    def _embed(self, frames: Tensor) -> Tensor:
+        """Equation 4 without CLIP's LayerNorm behind it, by calling the convolution: the ViTs of Table 10."""
+        pixels = normalized(frames, self.conv1.weight, self.config.image_mean, self.config.image_std)
+        patches_FND = self.conv1(pixels).flatten(2).transpose(1, 2)
+        class_F1D = self.class_embedding.to(patches_FND.dtype).expand(frames.shape[0], 1, -1)
+        return torch.cat([class_F1D, patches_FND], 1) + self.positional_embedding
+
+    def _init(self, vision: VisionConfig) -> None:
+        for parameter in (self.class_embedding, self.positional_embedding, self.proj):
+            nn.init.normal_(parameter, std=vision.width**-0.5)
+        block: Any
+        for block in self.transformer.resblocks:
+            init_block(block, vision.width, vision.layers)
+            if vision.cross_frame:
+                init_linear(block.message_fc)
+                init_linear(block.message_attn)
+
+
+def _block(config: XCLIPConfig, vision: VisionConfig, index: int) -> nn.Module:
+    drop_path = vision.drop_path * index / max(1, vision.layers - 1)
+    if not vision.cross_frame:
+        return TransformerBlock(
+            vision.width, vision.heads, config.vision_eps, drop_path=drop_path, activation=vision.activation
+        )
+    return FastCCTBlock(
+        vision.width,
+        vision.heads,
+        config.num_frames,
+        drop_path=drop_path,
+        layer_norm_eps=config.vision_eps,
+        batch_first=True,
+        activation=vision.activation,
+    )
