@@ -31,7 +31,7 @@ def flops(
 
     With --time, milliseconds for videos against 400 encoded labels in bfloat16. "limit" is the bare products and
     attention. "library" is what a GPU chooses before anything is measured on it, "triton" the products of Triton. Every
-    launch is recorded, and divided by a ceiling. Nothing is measured.
+    launch is recorded, and divided by a ceiling; "x" is the time over the limit. Nothing is measured.
     """
     if time:
         _predict(gpu, variants.split(","), [int(batch) for batch in batches.split(",")], as_json)
@@ -59,15 +59,16 @@ def _predict(gpu: str, variants: list[str], batches: list[int], as_json: bool) -
     if as_json:
         print(json.dumps([dataclasses.asdict(each) for row in rows for each in row], indent=2))
         return
-    header = ["variant", "work", "videos", "limit"]
+    header = ["variant", "videos", "limit"]
     for plan in PLANS:
-        header += [plan, "/ limit", "launches"]
+        header += [plan, "x"]
     cells = []
     for row in rows:
         limit = row[0].limit
-        cell = [row[0].variant, "training" if row[0].training else "inference", str(row[0].batch), f"{1e3 * limit:.2f}"]
+        work = "training" if row[0].training else "inference"
+        cell = [row[0].variant, f"{work} {row[0].batch}", f"{1e3 * limit:.2f}"]
         for each in row:
-            cell += [f"{1e3 * each.seconds:.2f}", f"{each.seconds / limit:.2f}", str(each.launches)]
+            cell += [f"{1e3 * each.seconds:.2f}", f"{each.seconds / limit:.2f}"]
         cells.append(tuple(cell))
     print(f"{gpu}: {GPUS[gpu]}", file=sys.stderr)
     print_rows(None, header, cells, header_in_pipe=True)
