@@ -33,7 +33,7 @@ from decoders import FULL, PLANNED, SEEKING, STORED, contenders_of, full_decode
 from scenes import COPIES, COPY, FILMS, GENERATED, TRAINING, film, write_clips
 
 from xclip_fast.data.decode.decoder import Source, probe
-from xclip_fast.data.manifest.manifest import Manifest, index
+from xclip_fast.data.manifest import Manifest, index
 from xclip_fast.data.sampling import frame_indices
 from xclip_fast.data.transforms import TestTransform
 

@@ -271,7 +271,7 @@ def table7(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 def loading(args: argparse.Namespace, variant: str) -> dict[str, Any]:
     """Seconds for a batch from generated mp4 files through the training transform, the model idle."""
     from xclip_fast.data.loader.loader import loader
-    from xclip_fast.data.manifest.manifest import index
+    from xclip_fast.data.manifest import index
     from xclip_fast.data.motion import CLASSES, render, write_clip
     from xclip_fast.data.transforms import TrainTransform
 

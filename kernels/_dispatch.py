@@ -281,7 +281,8 @@ class Op:
     def _lowered(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """The arguments under the enclosing autocast."""
         device_type = next(arg.device.type for arg in args if isinstance(arg, Tensor))
-        if not self.autocast or not torch.is_autocast_enabled(device_type):
+        available = self.autocast and torch.amp.is_autocast_available(device_type)
+        if not available or not torch.is_autocast_enabled(device_type):
             return args
         dtype = torch.get_autocast_dtype(device_type)
         return tuple(

@@ -303,6 +303,34 @@ def test_huggingface_clip(act, caplog):
     assert not caplog.records
 
 
+TOWERS = {  # width, heads, FFN, pixels, patch
+    "ViT-B/16": (768, 12, 3072, 224, 16),
+    "ViT-L/14@336": (1024, 16, 4096, 336, 14),
+    "ViT-H/14": (1280, 16, 5120, 224, 14),  # heads of 80
+    "SigLIP so400m/14": (1152, 16, 4304, 224, 14),  # heads of 72, tanh GELU
+}
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_real_shapes(tower):
+    """One layer of each, with all its gradients."""
+    transformers = pytest.importorskip("transformers")
+    width, heads, hidden, pixels, patch = TOWERS[tower]
+    values = sizes(width, num_hidden_layers=1, num_attention_heads=heads, intermediate_size=hidden)
+    values |= {"image_size": pixels, "patch_size": patch}
+    if "SigLIP" in tower:
+        theirs = transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**values))
+    else:
+        act = "gelu" if "H/14" in tower else "quick_gelu"
+        theirs = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**values, hidden_act=act))
+    theirs = randomise(theirs).eval()
+    ours = swapped(theirs, 1)
+    image = torch.randn(1, 3, pixels, pixels, generator=torch.Generator().manual_seed(5))
+    assert compare_gradients(theirs, ours, lambda model: [model(image).last_hidden_state]) >= 15
+    with torch.no_grad():
+        assert_close(ours(image).last_hidden_state, theirs(image).last_hidden_state)
+
+
 def test_eager_attention_gives_masks(caplog):
     theirs = clip("eager")
     ours = swapped(theirs, 4)

@@ -1,6 +1,7 @@
 """Counted multiply-adds against the paper's Table 1 and torch's own counter."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -106,6 +107,14 @@ def test_parts_add_up():
     assert flops.video + flops.text + flops.prompts + flops.similarity == flops.total
     assert all(amount > 0 for amount in dataclasses.astuple(flops))
     assert Flops().total == 0
+
+
+def test_the_readme_has_this_table():
+    lines = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8").splitlines()
+    for row in table():
+        name = row["variant"].replace("-", " ").replace("Florence", "X-Florence")
+        cells = [f"{row[column]:.1f}" for column in ("counted", "ours_1", "ours_400", "padded_400")]
+        assert f"| {name} | {row['paper']:.0f} | {' | '.join(cells)} |" in lines
 
 
 def test_text_attention_is_square_and_the_rest_linear():

@@ -60,7 +60,7 @@ class Bar:
             last = TextColumn("{task.fields[text]}") if text else TimeRemainingColumn()
             # redirected, what we print would land on standard error
             self._progress = Progress(
-                *(TextColumn("{task.description}"), BarColumn(20 if text else 40), MofNCompleteColumn(), last),
+                *(TextColumn("{task.description}"), BarColumn(8 if text else 40), MofNCompleteColumn(), last),
                 console=Console(stderr=True),
                 transient=True,
                 redirect_stdout=False,

@@ -118,7 +118,7 @@ def show(as_json: bool = False) -> None:
         for place, choice in by_place.items():
             for name, reason in choice["backends"].items():
                 if reason:
-                    refusals.setdefault((place, name, reason), []).append(op)
+                    refusals.setdefault((place, name, reason), []).append(op.strip())
     heads = [f"{place} {next(iter(found['ops'].values()))[place]['dtype']}" for place in places]
     if not sys.stdout.isatty():
         print_rows("backend", (), [(found["forced_backend"],)])

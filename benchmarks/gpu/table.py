@@ -23,7 +23,7 @@ def op(job: Job, op: str) -> Iterator[Row]:
     batches = (1, 2) if job.tiny else (1, 8, 32)
     architecture = _choices.architecture(torch.empty(0, device=job.device))
     said: list[str] = []
-    for where, contest in backends._contests(op, shape, batches, said.append):
+    for where, contest in backends.contests(op, shape, batches, said.append):
         milliseconds: dict[str, float] = {}
         reference: Row = {"op": op, "contender": "reference", "where": where}
         if f"float64 {where}" in job.without:

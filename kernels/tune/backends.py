@@ -149,7 +149,7 @@ def measure(
     """
     rows, wrong = [], 0
     architecture = _choices.architecture(torch.empty(0, device=DEVICE))
-    for where, contest in _contests(name, shape, batches, say):
+    for where, contest in contests(name, shape, batches, say):
         if time.monotonic() >= deadline:
             say(f"{name} {where}: the time is over")
             break
@@ -185,7 +185,7 @@ def _first_line(error: BaseException) -> str:
 Contest = tuple[dict[str, Results], list[Tensor], list[Tensor]]
 
 
-def _contests(
+def contests(
     name: str, shape: Shape, batches: tuple[int, ...], say: Callable[[str], None]
 ) -> Iterator[tuple[dict[str, list[Any]], Callable[[], Contest]]]:
     """Where a row holds, and what makes its contest: inference first, then training."""

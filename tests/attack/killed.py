@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from xclip_fast import XCLIP, TextConfig, VisionConfig, XCLIPConfig
-from xclip_fast.data.manifest.manifest import Manifest, index
+from xclip_fast.data.manifest import Manifest, index
 from xclip_fast.data.motion import CLASSES, render, write_clip, write_dataset
 from xclip_fast.data.transcode import transcode
 from xclip_fast.evaluate.sample_lists import write_samples

@@ -16,8 +16,8 @@ import pytest
 
 from xclip_fast.data.decode import VideoError, decode_frames, probe
 from xclip_fast.data.decode.reading import Source
+from xclip_fast.data.manifest import Manifest, index
 from xclip_fast.data.manifest.labels import read_labels
-from xclip_fast.data.manifest.manifest import Manifest, index
 from xclip_fast.data.manifest.sources import read_source
 from xclip_fast.data.motion import render, write_clip
 

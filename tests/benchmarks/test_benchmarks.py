@@ -369,7 +369,7 @@ def same_cell(one, other):
 def test_accuracy_of_float8_on_files(monkeypatch, tmp_path, tiny_model, capsys):
     monkeypatch.syspath_prepend(str(FOLDER))
     fp8 = importlib.import_module("fp8")
-    from xclip_fast.data.manifest.manifest import index
+    from xclip_fast.data.manifest import index
     from xclip_fast.data.motion import write_dataset
 
     write_dataset(tmp_path / "videos", 1, frames=6, size=(32, 32), preset="ultrafast")

@@ -402,7 +402,7 @@ def test_answers_that_are_no_numbers_are_errors(home, run, tmp_path):
 def test_many_labels_are_taken_in_parts(home, run, monkeypatch):
     arguments = ("classify", clips(home)[0], "--labels", ",".join(LABELS), "-c", home / "a", "--top", 6)
     whole = run(*arguments)
-    monkeypatch.setattr(options, "CHUNK", 4)
+    monkeypatch.setattr("xclip_fast.inference.labels.LABELS_AT_ONCE", 4)
     assert run(*arguments) == whole
     assert whole[0] == 0
 

@@ -62,7 +62,7 @@ NAMED = {
     "classify -c runs/new clip.mp4": "runs/new is the output folder of a training that has no weights yet",
     "classify -c nothing clip.mp4": "nothing: no such file or folder",
     "classify -c microsoft/xclip-base-patch32 a.mp4": "hf download microsoft/xclip-base-patch32 --local-dir",
-    "evaluate runs/mine/best videos": "videos is a folder, not a manifest. To make one of it: xclip-fast index videos",
+    "evaluate runs/mine/best videos": "videos is a folder, not a manifest; `xclip-fast index videos` makes one of it",
 }
 
 

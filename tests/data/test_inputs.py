@@ -13,7 +13,7 @@ import pytest
 
 from xclip_fast.data.decode.decoder import VideoError
 from xclip_fast.data.inputs import find_videos
-from xclip_fast.data.manifest.manifest import index
+from xclip_fast.data.manifest import index
 from xclip_fast.data.motion import CLASSES, render, write_clip
 from xclip_fast.data.remote import Limits, describe, is_remote, local_copy
 

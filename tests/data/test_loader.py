@@ -29,7 +29,7 @@ from xclip_fast.data.loader import dali
 from xclip_fast.data.loader import workers as watched
 from xclip_fast.data.loader.cache import FrameCache
 from xclip_fast.data.loader.loader import Batch, DataError, Loader, loader
-from xclip_fast.data.manifest.manifest import Manifest, index
+from xclip_fast.data.manifest import Manifest, index
 from xclip_fast.data.motion import render, write_clip
 from xclip_fast.data.transforms import TestTransform, TrainTransform
 

@@ -18,9 +18,8 @@ import pytest
 
 from xclip_fast.data.decode.decoder import decode_frames, probe
 from xclip_fast.data.decode.plan import Plan
-from xclip_fast.data.decode.video import pack_plan, unpack_plan
-from xclip_fast.data.manifest import probing
-from xclip_fast.data.manifest.manifest import Manifest, Video, index, summary
+from xclip_fast.data.decode.video import Video, pack_plan, unpack_plan
+from xclip_fast.data.manifest import Manifest, index, probing, summary
 from xclip_fast.data.motion import render, write_clip
 
 
@@ -161,10 +160,10 @@ def test_odd_names_survive(tmp_path, clip):
         ('{"path": "../a.mp4"}', "line 3: ../a.mp4 leads out of the root"),
         ('{"path": "b/../../a.mp4"}', "line 3: .* leads out of the root"),
         ('{"path": "/a.mp4"}', "line 3: /a.mp4 leads out of the root"),
-        ('{"path": 3}', "line 3: path is 3; wanted is str"),
-        ('{"path": "a.mp4", "label": "1"}', "line 3: label is '1'; wanted is int or null"),
+        ('{"path": 3}', "line 3: path is 3; str wanted"),
+        ('{"path": "a.mp4", "label": "1"}', "line 3: label is '1'; int or null wanted"),
         ('{"path": "a.mp4", "label": true}', "line 3: label is True"),
-        ('{"path": "a.mp4", "frames": "9"}', "line 3: frames is '9'; wanted is int"),
+        ('{"path": "a.mp4", "frames": "9"}', "line 3: frames is '9'; int wanted"),
         ('{"path": "a.mp4", "frames": -5}', "line 3: frames is -5; it must be at least 0"),
         ('{"path": "a.mp4", "offset": -1}', "line 3: offset is -1"),
         ('{"path": "a.mp4", "packed": 5}', "line 3: packed is 5"),
@@ -436,7 +435,7 @@ def test_tar_members_are_read_in_place(tmp_path, clip, monkeypatch):
 def test_what_is_in_the_way(data):
     precious = data / "precious.csv"
     precious.write_text("id,name\n")
-    with pytest.raises(ValueError, match="would be overwritten"):
+    with pytest.raises(ValueError, match="would overwrite it"):
         index(data, out=precious, workers=0)
     assert precious.read_text() == "id,name\n"
     with pytest.raises(FileNotFoundError):
@@ -472,7 +471,7 @@ def test_summary(data):
 def test_a_place_that_cannot_be_written_is_said_before_the_work(data, tmp_path, monkeypatch):
     paths = looked_at(monkeypatch)
     for out in ("/proc/manifest.jsonl", tmp_path / "none" / "m.jsonl"):
-        with pytest.raises(OSError, match=r"cannot be written here \(.*\); give it another place: --out FILE"):
+        with pytest.raises(OSError, match=r"cannot be written here \(.*\); choose another file with --out"):
             index(data, out, workers=0)
     assert paths == []
     assert not list(tmp_path.glob("**/*.partial"))

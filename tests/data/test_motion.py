@@ -107,7 +107,7 @@ def test_dataset(tmp_path):
     assert write_dataset(tmp_path, 2, 5, **settings) == found  # the same again: files stay untouched
     assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path, _ in found} == before
 
-    with pytest.raises(FileExistsError, match="holds something else"):
+    with pytest.raises(FileExistsError, match="exists with other content"):
         write_dataset(tmp_path, 2, 6, **settings)
     assert {path: path.read_bytes() for path, _ in found} == {path: data for path, (data, _) in before.items()}
     assert not list(tmp_path.rglob(".*"))

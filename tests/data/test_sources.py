@@ -8,9 +8,9 @@ import time
 
 import pytest
 
+from xclip_fast.data.manifest import Manifest, index
 from xclip_fast.data.manifest.labels import read_labels
 from xclip_fast.data.manifest.listing import Place, Request
-from xclip_fast.data.manifest.manifest import Manifest, index
 from xclip_fast.data.manifest.sources import read_source
 
 ODD_NAMES = [

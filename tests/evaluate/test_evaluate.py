@@ -15,7 +15,7 @@ import torch
 
 from xclip_fast import XCLIP
 from xclip_fast.data.decode.decoder import decode_views
-from xclip_fast.data.manifest.manifest import Manifest, index
+from xclip_fast.data.manifest import Manifest, index
 from xclip_fast.data.motion import render, write_clip
 from xclip_fast.data.transforms import TestTransform
 from xclip_fast.evaluate import Prediction, evaluate, main, write

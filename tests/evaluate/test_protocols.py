@@ -13,7 +13,8 @@ import torch
 
 from xclip_fast import XCLIP, TextConfig, VisionConfig, XCLIPConfig
 from xclip_fast.config import CLIP_MEAN, CLIP_STD
-from xclip_fast.data.manifest.manifest import Manifest, Video, index
+from xclip_fast.data.decode.video import Video
+from xclip_fast.data.manifest import Manifest, index
 from xclip_fast.data.motion import render, write_clip
 from xclip_fast.evaluate import protocols
 from xclip_fast.evaluate.paper import PAPER_TABLE3, PAPER_TABLE4, PAPER_TABLE5, PROTOCOLS, paper_rows

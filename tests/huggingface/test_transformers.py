@@ -76,11 +76,11 @@ def test_auto_classes_read_our_folder(model, folder, clip):
     assert torch.equal(inputs["pixel_values"][0], decode(clip, 6, "dense", size=32))  # as trained
     with torch.no_grad():
         outputs = found(**inputs)
-        assert torch.equal(outputs.logits_per_video, model(inputs["pixel_values"], LABELS))
+        torch.testing.assert_close(outputs.logits_per_video, model(inputs["pixel_values"], LABELS))
         assert torch.equal(outputs.logits_per_text, outputs.logits_per_video.T)
         features = found.get_video_features(inputs["pixel_values"])
-        assert torch.equal(outputs.video_embeds, features.video)
-        assert torch.equal(outputs.text_embeds, found.get_text_features(inputs["input_ids"]))
+        torch.testing.assert_close(outputs.video_embeds, features.video)
+        torch.testing.assert_close(outputs.text_embeds, found.get_text_features(inputs["input_ids"]))
     half = transformers.AutoModel.from_pretrained(folder, dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
 
@@ -109,7 +109,8 @@ def test_pipeline_on_our_folder(model, folder, clip):
     classify = transformers.pipeline("zero-shot-video-classification", model=str(folder))
     check(classify(str(clip), candidate_labels=LABELS), probabilities(model, decode(clip, 6, "dense", size=32), LABELS))
     first, second = classify([str(clip), str(clip)], candidate_labels=LABELS, num_frames=2, top_k=1)
-    assert first == second
+    assert first[0]["label"] == second[0]["label"]
+    assert first[0]["score"] == pytest.approx(second[0]["score"], abs=1e-5)
     assert len(first) == 1
     sentences = [f"a video of {label}" for label in LABELS]
     answer = classify(clip, candidate_labels=LABELS, hypothesis_template="a video of {}", num_frames=4)

@@ -343,7 +343,7 @@ def test_wanted_gradients_are_refused(gpu: Gpu, tiny_model: XCLIP) -> None:
 
 def test_a_capture_under_way_is_refused(gpu: Gpu, tiny_model: XCLIP) -> None:
     gpu.capturing = True
-    with torch.no_grad(), pytest.raises(RuntimeError, match="use encode_video"):
+    with torch.no_grad(), pytest.raises(RuntimeError, match="call encode_video there"):
         tiny_model.graphed()(frames(tiny_model, 1))
 
 

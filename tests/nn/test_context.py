@@ -26,8 +26,11 @@ def written_out(block, x_FLD, context_FKD):
     return x_FLD + block.mlp.c_proj(hidden * torch.sigmoid(1.702 * hidden))
 
 
-@pytest.mark.parametrize("way", ["auto", "reference", "triton", "a hook"])
-@pytest.mark.parametrize(("owners", "keys"), [(FRAMES, 1), (FRAMES, 3), (2, 7), (2, 0)])
+@pytest.mark.parametrize(
+    ("owners", "keys", "way"),
+    [(owners, keys, way) for owners, keys in ((FRAMES, 1), (FRAMES, 3), (2, 7), (2, 0)) for way in ("auto", "a hook")]
+    + [(2, 3, "reference"), (2, 3, "triton")],
+)
 def test_extra_keys(owners, keys, way):
     torch.manual_seed(0)
     block = TransformerBlock(WIDTH, HEADS, 1e-5)

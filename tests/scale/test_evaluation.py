@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from xclip_fast import XCLIP, TextConfig, VisionConfig, XCLIPConfig
-from xclip_fast.data.manifest.manifest import index
+from xclip_fast.data.manifest import index
 from xclip_fast.data.motion import CLASSES, render, write_clip
 from xclip_fast.evaluate.loop import evaluate
 from xclip_fast.scale.evaluation import evaluate_part, merge

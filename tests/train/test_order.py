@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from xclip_fast import XCLIP
-from xclip_fast.data.manifest.manifest import Manifest, index
+from xclip_fast.data.manifest import Manifest, index
 from xclip_fast.data.motion import CLASSES, write_dataset
 from xclip_fast.evaluate.loop import evaluate
 from xclip_fast.train import loop as train

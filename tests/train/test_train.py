@@ -26,7 +26,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
 from xclip_fast import XCLIP
-from xclip_fast.data.manifest.manifest import Manifest, index
+from xclip_fast.data.manifest import Manifest, index
 from xclip_fast.data.motion import write_dataset
 from xclip_fast.evaluate.loop import evaluate
 from xclip_fast.train import checkpoints as training_checkpoint

@@ -1,6 +1,7 @@
 """Models by name on the Hugging Face Hub, against a local stand-in of its HTTP interface."""
 
 import base64
+import dataclasses
 import hashlib
 import json
 import threading
@@ -140,6 +141,20 @@ def test_a_model_is_read_by_its_name_and_found_again_without_a_network(server, t
     with pytest.raises(CheckpointError, match=r"not on this disk, and(.|\n)*hf download org/other --local-dir"):
         XCLIP.from_pretrained("org/other")
     assert not server.asked
+
+
+def test_transformers_finds_it_by_name(server, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    from xclip_fast import huggingface
+
+    config = dataclasses.replace(CONFIG, text=TextConfig(width=64, layers=1, heads=1))
+    model = XCLIP(config).eval()
+    server.repos[NAME] = files_of(model, tmp_path / "ours")
+    huggingface.register()
+    classify = transformers.pipeline(huggingface.TASK, model=NAME)
+    same(classify.model.xclip, model)
+    frames = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8).numpy()
+    assert {row["label"] for row in classify(frames, candidate_labels=["a", "b"])} == {"a", "b"}
 
 
 def test_shards_of_a_repository(server, tmp_path):

@@ -12,7 +12,7 @@ import torch
 from xclip_fast import XCLIP, evaluate
 from xclip_fast.cli import main as cli
 from xclip_fast.data.decode.decoder import decode
-from xclip_fast.data.manifest.manifest import Manifest, index
+from xclip_fast.data.manifest import Manifest, index
 from xclip_fast.data.motion import write_dataset
 from xclip_fast.text.templates import TEMPLATES
 from xclip_fast.train import config as train_config

@@ -49,7 +49,7 @@ def index(
     A second run reads only new and changed files. A killed run goes on. The manifest lists unusable videos with the
     reason.
     """
-    from ..data.manifest import manifest
+    from ..data import manifest
 
     out = out or manifest.default_out(source, split)
     with Bar() as bar:
@@ -136,7 +136,7 @@ def motion(
     The classes differ in the order of their frames. The command writes mp4 files and manifests. `xclip-fast train
     motion` reads them from data/motion.
     """
-    from ..data.manifest import manifest
+    from ..data import manifest
     from ..data.motion import CLASSES, write_dataset
 
     for number, (split, count) in enumerate({"train": clips, "test": test_clips}.items()):

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from ..model import XCLIP
     from ..weights.recipe import Trained
 
-CHUNK = 1024  # labels at once: bounds memory, whatever their number
 
 Videos = Annotated[
     list[str],

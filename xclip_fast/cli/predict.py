@@ -67,6 +67,7 @@ def classify(
 
     from ..data.remote import Limits
     from ..inference.batches import Answer, Reading, answers
+    from ..inference.labels import label_scorer
     from ..text.labels import refuse_same_texts
 
     trained = opt.read_recipe(checkpoint)
@@ -107,16 +108,10 @@ def classify(
         limits=Limits(max_bytes, max_seconds),
     )
     with torch.inference_mode(), Bar(len(inputs.paths)) as bar:
-        text: Sequence[Tensor | None] = [None]
-        if outputs is None:
-            chunks = [names[i : i + opt.CHUNK] for i in range(0, len(names), opt.CHUNK)]
-            text = [
-                model.encode_text_ensemble(chunk, sentences) if sentences else model.encode_text(chunk)
-                for chunk in chunks
-            ]
+        logits = label_scorer(model, names, sentences)
 
         def answer(found: VideoFeatures) -> tuple[Tensor]:
-            return (torch.cat([model.similarity(found, part_KE) for part_KE in text], dim=1).softmax(-1),)
+            return (logits(found).softmax(-1),)
 
         if ray:
             from ..scale.cluster import ClusterOptions, cluster_answers

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from ..console import plain, print_rows
+from ..console import Bar, plain, print_rows
 from .options import Frames, Overwrite, Variant, load_model
 
 commands = typer.Typer()
@@ -16,13 +18,24 @@ commands = typer.Typer()
 
 @commands.command()
 def flops(
+    time: Annotated[bool, typer.Option("--time", help="Predict times on a GPU instead.")] = False,
+    gpu: Annotated[Literal["h100", "h200", "a100"], typer.Option(help="The GPU of --time.")] = "h100",
+    variants: Annotated[str, typer.Option(help="The models of --time.")] = "B/16-8f,L/14-8f",
+    batches: Annotated[str, typer.Option(help="The numbers of videos of --time.")] = "1,32,256",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with the parts of each sum.")] = False,
 ) -> None:
-    """Count the multiply-adds of each variant.
+    """Count the multiply-adds of each variant, or predict its time on a GPU.
 
     In 10^9 for one video: the paper's number (Table 1), ours counted the paper's way, the ones that this package runs
     with 1 and with 400 labels, and those for 400 labels that are padded to 77 tokens.
+
+    With --time, milliseconds for videos against 400 encoded labels in bfloat16. "limit" is the bare products and
+    attention. "library" is what a GPU chooses before anything is measured on it, "triton" the products of Triton. Every
+    launch is recorded, and divided by a ceiling; "x" is the time over the limit. Nothing is measured.
     """
+    if time:
+        _predict(gpu, variants.split(","), [int(batch) for batch in batches.split(",")], as_json)
+        return
     from ..flops import table
 
     rows = table()
@@ -32,6 +45,54 @@ def flops(
     columns = [name for name in rows[0] if name not in ("variant", "parts")]
     cells = [(str(row["variant"]), *(f"{row[name]:.1f}" for name in columns)) for row in rows]
     print_rows(None, ("variant", *columns), cells, header_in_pipe=True)
+
+
+def _predict(gpu: str, variants: list[str], batches: list[int], as_json: bool) -> None:
+    from ..time_model import GPUS, PLANS, predict
+
+    rows = [
+        [predict(variant, batch, GPUS[gpu], training=training, plan=plan) for plan in PLANS]
+        for variant in variants
+        for training in (False, True)
+        for batch in batches
+    ]
+    if as_json:
+        print(json.dumps([dataclasses.asdict(each) for row in rows for each in row], indent=2))
+        return
+    header = ["variant", "videos", "limit"]
+    for plan in PLANS:
+        header += [plan, "x"]
+    cells = []
+    for row in rows:
+        limit = row[0].limit
+        work = "training" if row[0].training else "inference"
+        cell = [row[0].variant, f"{work} {row[0].batch}", f"{1e3 * limit:.2f}"]
+        for each in row:
+            cell += [f"{1e3 * each.seconds:.2f}", f"{each.seconds / limit:.2f}"]
+        cells.append(tuple(cell))
+    print(f"{gpu}: {GPUS[gpu]}", file=sys.stderr)
+    print_rows(None, header, cells, header_in_pipe=True)
+
+
+@commands.command()
+def tune(
+    model: Annotated[Literal["B/32", "B/16", "L/14", "L/14@336"], typer.Option(help="Whose shapes.")] = "B/16",
+    seconds: Annotated[float, typer.Option(help="Begin nothing after that long.", min=0)] = 60.0,
+) -> None:
+    """Measure on this GPU which kernels are the fastest, for later runs.
+
+    First the tiles of the Triton kernels, then the backends. Every contender is compared with a reference before it is
+    timed. The winners go to ~/.cache/xclip_fast.
+    """
+    from ..kernels.tune.__main__ import main
+
+    code = 0
+    for number, more in enumerate(([], ["--backends"])):
+        with Bar(name="tables") as bar:
+            code |= main(["--model", model, "--seconds", str(seconds / 2), *more], bar.update)
+        if code and not number:
+            break
+    raise typer.Exit(code)
 
 
 @commands.command()

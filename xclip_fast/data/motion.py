@@ -1,8 +1,8 @@
 """Generated video clips whose classes differ only in the order of their frames.
 
-The classes come in pairs, and one class of a pair is the other played backwards. With the same parameters both hold the
-same frames, so a model that looks at frames as a bag can do no better than chance between the two: telling them apart
-needs temporal order. Every clip is a function of (label, seed, index) alone.
+The classes come in pairs, and one class of a pair is the other played backwards. With the same parameters both have the
+same frames, so a model that ignores the order of the frames cannot tell the two apart better than chance. Each clip
+depends only on (label, seed, index).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ CLASSES = (
     "red then blue",
     "blue then red",
 )
-"""The labels. Each odd one is the even one before it, played backwards."""
+"""The labels. Each odd one is the one before it, played backwards."""
 
 _RED, _BLUE = (225.0, 40.0, 40.0), (40.0, 60.0, 230.0)
 
@@ -40,9 +40,9 @@ _RED, _BLUE = (225.0, 40.0, 40.0), (40.0, 60.0, 230.0)
 def render(
     label: str, seed: int, index: int = 0, *, frames: int = 32, size: tuple[int, int] = (128, 128)
 ) -> np.ndarray:
-    """One clip: uint8 (frames, height, width, 3), RGB. `size` is (height, width), 16 pixels a side at least.
+    """A clip: uint8 RGB (frames, height, width, 3). `size` is (height, width), at least 16 pixels each.
 
-    The two labels of a pair at the same (seed, index) hold the same frames in opposite order. Raises ValueError for an
+    The two labels of a pair give the same frames in opposite order for the same (seed, index). Raises ValueError for an
     unknown label, no frames, or a smaller size.
     """
     if label not in CLASSES:
@@ -65,7 +65,7 @@ def render(
     switch, angle = rng.uniform((0.3, 0), (0.7, 2 * np.pi))
 
     def inside(fraction: float, length: int) -> float:
-        """A coordinate that keeps the whole shape in the picture, for a fraction from 0 to 1."""
+        """The coordinate at a fraction from 0 to 1 that keeps the whole shape in the picture."""
         return radius + fraction * (length - 2 * radius)
 
     clip = np.empty((frames, height, width, 3), np.uint8)
@@ -91,7 +91,7 @@ def render(
 
 
 def _background(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """A dark, smooth, still picture: 5 x 5 random colors, interpolated. float (height, width, 3)."""
+    """A dark, smooth background: 5 x 5 random colors, interpolated. float (height, width, 3)."""
     grid = rng.uniform(10, 90, (5, 5, 3))
     for axis, length in ((0, height), (1, width)):
         place = np.linspace(0, 4, length)
@@ -102,7 +102,7 @@ def _background(rng: np.random.Generator, height: int, width: int) -> np.ndarray
 
 
 def _to_shape(x_HW: np.ndarray, y_HW: np.ndarray, shape: int) -> np.ndarray:
-    """Distance from the middle of a disc, a square or a diamond, in the metric that makes it a ball."""
+    """Distance from the center of a disc, a square or a diamond, in the norm whose ball has that shape."""
     if shape == 0:
         return np.hypot(x_HW, y_HW)
     return np.maximum(abs(x_HW), abs(y_HW)) if shape == 1 else abs(x_HW) + abs(y_HW)
@@ -125,7 +125,7 @@ def write_clip(
     times: Sequence[float] | None = None,
     **options: str | int | float,
 ) -> None:
-    """Encode uint8 frames (T, H, W, 3), RGB, to a video file; the container follows from the suffix.
+    """Encode uint8 RGB frames (T, H, W, 3) as a video file; the suffix gives the container.
 
     `times` gives each frame's time in seconds (variable frame rate); `options` go to the encoder (g=12, bf=0, crf=18).
     One thread, so the same frames give the same bytes; only x264's slower presets than ultrafast give others now and
@@ -193,9 +193,7 @@ def write_dataset(
                     if overwrite or not path.exists():
                         os.replace(new, path)
                     elif not filecmp.cmp(new, path, shallow=False):
-                        raise FileExistsError(
-                            f"{path}: holds something else; choose another folder, or pass overwrite=True"
-                        )
+                        raise FileExistsError(f"{path}: exists with other content; delete it or choose another folder")
                 finally:
                     new.unlink(missing_ok=True)
                 written.append((path, label))

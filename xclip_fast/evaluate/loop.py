@@ -17,18 +17,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from .. import flops
 from ..config import VARIANTS, XCLIPConfig
+from ..inference.labels import NOT_A_NUMBER, label_scorer
 from ..text.labels import candidates, refuse_same_texts
-from .predict import Answer, predictions, scorer
+from .predict import Answer, predictions
 from .result import Evaluation, Prediction
 
 if TYPE_CHECKING:
     from ..data.manifest.manifest import Manifest
     from ..model import XCLIP
-
-NOT_A_NUMBER = "the answer is not a number; try --dtype float32"
 
 
 def evaluate(
@@ -117,7 +117,11 @@ def evaluate(
     problem: Exception | None = None
     try:
         with _evaluating(model, place, dtype):
-            score = scorer(model, texts, templates)
+            logits = label_scorer(model, texts, templates)
+
+            def score(frames: Tensor) -> Tensor:
+                return logits(model.encode_video(frames))
+
             for row, answer in predictions(score, batches, chunk, len(names), least, truth_of_class):
                 if answer is None:
                     failed[row] = NOT_A_NUMBER

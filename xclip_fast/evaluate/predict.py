@@ -1,34 +1,15 @@
 """From batches of frames to answers: probabilities over the labels, read back one batch late.
 
-Sizes: B videos of a batch, V views, T frames, S side in pixels, K labels, E embedding.
+Sizes: B videos of a batch, V views, K labels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from ..model import XCLIP
-
-LABELS_AT_ONCE = 1024  # bounds the prompts' memory, whatever K
-
-
-def scorer(model: XCLIP, texts: list[str], templates: Sequence[str] | None) -> Callable[[Tensor], Tensor]:
-    """A function from frames uint8 (n, T, S, S, 3) to logits (n, K). The text is encoded here, once."""
-    if model.config.num_classes is not None:
-        return model
-    text_KE = model.encode_text_ensemble(texts, templates) if templates else model.encode_text(texts)
-    parts = text_KE.split(LABELS_AT_ONCE)
-
-    def score(frames: Tensor) -> Tensor:
-        found = model.encode_video(frames)
-        return torch.cat([model.similarity(found, part_KE) for part_KE in parts], dim=1)
-
-    return score
 
 
 class Answer(NamedTuple):

@@ -1,6 +1,6 @@
-"""The loop that `classify`, `embed` and the Python API share: threads decode ahead, the model answers in batches.
+"""The loop of `classify`, `embed` and the Python API: threads decode ahead and the model answers in batches.
 
-Memory is bounded by the batch and by `_AHEAD` windows of each file in work, whatever the files' number and length.
+A batch and `_AHEAD` windows of each file in work bound the memory, whatever the number and length of the files.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from ..data.decode.windows import Span, Window, check_windows, decode_spans, win
 from ..data.remote import Limits, is_remote, local_copy
 from ..data.sampling import Sampling
 from ..data.threads import Job, Threads, progress, usable_cores
+from .labels import NOT_A_NUMBER
 
 if TYPE_CHECKING:
     from ..model import XCLIP
     from ..nn.features import VideoFeatures
 
-_AHEAD = 4  # windows of one file that wait for the model
+_AHEAD = 4  # windows of one file that may wait for the model
 WINDOW, WHOLE_BELOW = 10.0, 30.0  # seconds; see `Reading.of`
 
 
@@ -35,9 +36,9 @@ WINDOW, WHOLE_BELOW = 10.0, 30.0  # seconds; see `Reading.of`
 class Reading:
     """How videos are read.
 
-    `frames` of a window, taken by `sampling` with `frame_stride` frames between them, as squares of `size` pixels.
-    `window` and `stride` are in seconds; a video of at most `whole_below` seconds is one window. `window` None: every
-    video is one window.
+    Each window gives `frames` frames, which `sampling` and `frame_stride` choose, as squares of `size` pixels. `window`
+    and `stride` are in seconds. A video of at most `whole_below` seconds is one window; so is every video if `window`
+    is None.
     """
 
     frames: int
@@ -55,9 +56,9 @@ class Reading:
 
     @staticmethod
     def moments(window: float | None, stride: float | None) -> dict[str, float]:
-        """The three times for a store: as given, or windows of 10 s in videos longer than 30 s.
+        """The three times of a store: as given, or windows of 10 s in videos longer than 30 s.
 
-        A given window cuts every video that is longer than the window.
+        With a given window, every video longer than the window is cut.
         """
         length = WINDOW if window is None else window
         return {
@@ -89,7 +90,7 @@ class Reading:
 
 
 class Answer(NamedTuple):
-    """What the model says of one window of a file: tensors without the batch dimension, on the CPU."""
+    """The model's answer for one window of a file: tensors on the CPU, without the batch dimension."""
 
     path: str
     start: float
@@ -98,7 +99,7 @@ class Answer(NamedTuple):
 
 
 class Finished(NamedTuple):
-    """The end of a file's answers. With an `error`, answers that came before it do not count."""
+    """The end of a file's answers. If there is an `error`, its earlier answers do not count."""
 
     path: str
     error: ValueError | None
@@ -113,7 +114,7 @@ def answers(
     batch_size: int | None = None,
     workers: int | None = None,
 ) -> Iterator[Answer | Finished]:
-    """Each path in order: an Answer for each of its windows, then Finished.
+    """For each path in order: an Answer for each of its windows, then Finished.
 
     `answer` gets the features of a batch and returns tensors whose first dimension is the batch. `batch_size` counts
     windows (default: 16 on a GPU, 1 on a CPU), `workers` decoding threads (default: one per core).
@@ -122,7 +123,7 @@ def answers(
     batch = batch_size or (1 if device.type == "cpu" else 16)
     waiting: list[tuple[str, Window | ValueError | None]] = []
     videos = 0
-    failed: ValueError | None = None  # what is wrong with the file that is being given out
+    failed: ValueError | None = None  # the error of the current file
 
     def compute() -> Iterator[Answer | Finished]:
         nonlocal failed
@@ -137,7 +138,7 @@ def answers(
                 if all(part.isfinite().all() for part in own):
                     yield Answer(path, item.start, item.end, own)
                 else:
-                    failed = ValueError(f"{path}: the answer is not a number; try --dtype float32")
+                    failed = ValueError(f"{path}: {NOT_A_NUMBER}")
                 continue
             yield Finished(path, item or failed)
             failed = None
@@ -155,10 +156,12 @@ def answers(
 def _decode_ahead(
     paths: Iterable[str], reading: Reading, workers: int | None
 ) -> Generator[tuple[str, Window | ValueError | None], None, None]:
-    """Each path in order: its windows, then None or what is wrong. A path is taken from `paths` when it is due."""
+    """For each path in order: its windows, then None or an error. Paths are read from `paths` one at a time."""
     if workers is None:
         workers = usable_cores()
-    threads = max(1, workers // len(paths)) if isinstance(paths, Sequence) and paths else 1  # for one file's decoder
+    threads = (
+        max(1, workers // len(paths)) if isinstance(paths, Sequence) and paths else 1
+    )  # of the decoder of one file
     stop = threading.Event()
 
     def put(target: queue.Queue[Any], item: Any) -> None:
@@ -176,12 +179,12 @@ def _decode_ahead(
                     put(target, window)
                     if stop.is_set():
                         return
-        except BaseException as error:  # it belongs to whoever takes the windows
+        except BaseException as error:  # raised where the windows are used
             put(target, error)
         else:
             put(target, None)
 
-    # A file that hangs its decoder leaves its thread behind; neither Ctrl-C nor the other files wait for it.
+    # A decoder that hangs keeps its thread; neither Ctrl-C nor the other files wait for it.
     pool = Threads(workers, "decode", lambda: None, limit("XCLIP_FAST_MAX_SECONDS"))
     ahead: deque[tuple[str, queue.Queue[Any], Job]] = deque()
 

@@ -1,7 +1,7 @@
-"""CUDA graphs of the video tower, for small batches: the kernels of one video take less time than launching them does.
+"""CUDA graphs of the video tower, for small batches, whose kernels take less time than their launches.
 
-A graph replays what one ``encode_video`` launched, on the same memory: buffers of its own for input and results, the
-weights where they lay. So weights changed in place are seen; what moved is noticed before a replay.
+A graph replays the launches of one ``encode_video`` on the same memory: its own buffers for input and results, and the
+weights. So it sees weights that changed in place. Before each replay a check finds tensors that have moved.
 """
 
 from __future__ import annotations
@@ -22,25 +22,24 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("xclip_fast")
 
-WARM_UPS = 3  # torch.cuda.make_graphed_callables' own number; the first one loads kernels and lets cuDNN plan
+WARM_UPS = 3  # as torch.cuda.make_graphed_callables; the first one loads kernels and lets cuDNN plan
 
-# Captures and, on one device, replays take turns, in whatever thread and on whatever stream: a bucket's calls share its
-# buffers.
+# Captures take turns, and so do the replays on one device, whatever their thread and stream: they share buffers.
 _turn = threading.Lock()
 _ended: dict[torch.device, torch.cuda.Event] = {}
 
 
 class GraphedVideoTower:
-    """``encode_video`` of at most ``batch`` videos of ``frames`` frames each, from CUDA graphs: what ``XCLIP.graphed``
-    gives.
+    """``encode_video`` of at most ``batch`` videos of ``frames`` frames as CUDA graphs; ``XCLIP.graphed`` makes one.
 
-    One graph for each dtype of the videos, backend and autocast dtype, captured at the first call that needs it, which
-    takes as long as several eager ones. A graph keeps memory of its own: its input, its results and all in between.
+    There is one graph for each dtype of the videos, backend and autocast dtype. The first call that needs it captures
+    it, which takes as long as several eager calls. A graph keeps its own memory for its input, its results and all
+    between them.
 
     Weights may change in place between calls (``load_state_dict``, an optimizer). If a parameter, a buffer or a module
     of the tower was replaced or moved (``to``, ``load_state_dict(assign=True)``), the next call captures again. Other
-    switches of torch (TF32, the choice of its attention) and forward hooks act when a graph is captured, not when it is
-    replayed: ``clear`` it after changing them.
+    settings of torch (TF32, its attention kernels) and forward hooks act when a graph is captured, not when it is
+    replayed: call ``clear`` after changing them.
     """
 
     def __init__(self, model: XCLIP, batch: int, frames: int) -> None:
@@ -53,18 +52,18 @@ class GraphedVideoTower:
         self._tower = _Tower(model)
 
     def __call__(self, video: Tensor) -> VideoFeatures:
-        """Videos to features, the numbers of ``encode_video`` on ``batch`` videos.
+        """Encode videos, with the same numbers as ``encode_video`` on ``batch`` videos.
 
         Args:
             video: as for ``encode_video``, of at most ``batch`` videos and exactly ``frames`` frames, on any device.
-                Fewer videos take as long as ``batch``.
+                Fewer videos take as long as ``batch`` videos.
 
         Returns:
-            as ``encode_video``: copies, which no later call changes.
+            as ``encode_video``; copies that no later call changes.
 
         Raises:
             ValueError: if the video has another shape or dtype, or the model is not on a CUDA device.
-            RuntimeError: if gradients are wanted, the model is in training mode, or a CUDA graph is being captured.
+            RuntimeError: if a gradient is required, the model is in training mode, or a CUDA graph is being captured.
         """
         self.model._check_video(video)
         count, frames = video.shape[:2]
@@ -75,7 +74,9 @@ class GraphedVideoTower:
             )
         device = _cuda_device(self.model)
         if torch.cuda.is_current_stream_capturing():
-            raise RuntimeError("a CUDA graph is being captured, and no other is replayed in it: use encode_video there")
+            raise RuntimeError(
+                "a CUDA graph is being captured, and another cannot be replayed in it: call encode_video there"
+            )
         with _turn, torch.cuda.device(device):
             changed = self._tower.change()
             if changed:
@@ -94,12 +95,12 @@ class GraphedVideoTower:
         return features
 
     def clear(self) -> None:
-        """Drop the graphs and their memory; the next call captures anew."""
+        """Free the graphs and their memory; the next call captures again."""
         with _turn:
             self._forget()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # a pickled or copied model has graphs of its own
+        # a pickled or copied model captures its own graphs
         return type(self.model).graphed, (self.model, self.batch, self.frames)
 
     def _forget(self) -> None:
@@ -122,11 +123,11 @@ class GraphedVideoTower:
             with torch.cuda.stream(stream):
                 for _ in range(WARM_UPS):
                     self.model.encode_video(video)
-                # cuBLAS keeps a workspace for each stream. One from before would not be this graph's: whoever drops it
-                # takes it from under the replays (pytorch/pytorch#193402; torch.compile's graphs drop all). So the
-                # capture makes its own, in the graph's memory, and nobody else is left with that.
+                # cuBLAS keeps a workspace for each stream. The graph must not use an existing one: once freed, the
+                # replays would still write to it (pytorch/pytorch#193402; torch.compile's graphs free all). So the
+                # capture makes its own, in the graph's memory, and nothing else uses it afterwards.
                 torch._C._cuda_clearCublasWorkspaces()
-                # thread_local: other threads, such as a loader's that pins memory, go on meanwhile
+                # thread_local: other threads, such as a loader's that pins memory, may go on
                 with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                     features = self.model.encode_video(video)
                 torch._C._cuda_clearCublasWorkspaces()
@@ -136,7 +137,7 @@ class GraphedVideoTower:
 
 @dataclasses.dataclass(frozen=True)
 class _Captured:
-    """A graph and the memory it reads its videos from and writes its results to."""
+    """A graph, its input and its results."""
 
     graph: torch.cuda.CUDAGraph
     video: Tensor
@@ -144,7 +145,7 @@ class _Captured:
 
 
 class _Tower:
-    """The modules of the video tower, and where their tensors lie: what a capture takes for granted."""
+    """The modules of the video tower and the addresses of their tensors, which a capture relies on."""
 
     def __init__(self, model: XCLIP) -> None:
         self.model = model
@@ -165,7 +166,7 @@ class _Tower:
         return [t if t is None else (t.data_ptr(), t.dtype, t.shape, t.stride()) for t in tensors]
 
     def change(self) -> str | None:
-        """What was replaced or moved since, or None. Asked in every call: about 0.1 ms of the CPU's time for B/16."""
+        """What was replaced or moved since, or None. Each call asks; for B/16 this takes about 0.1 ms of CPU time."""
         if any(now is not then for now, then in zip(self._tops(), self.tops, strict=True)):
             return "a part of the model was replaced"
         for store, name, child in self.children:
@@ -180,14 +181,16 @@ class _Tower:
         return f"the tensor {moved} was replaced, moved or cast"
 
     def check(self, video: Tensor) -> None:
-        """RuntimeError where a replay would not do what the eager tower does."""
+        """Raises RuntimeError where a replay would differ from the eager tower."""
         if any(module.training for module in self.modules):
-            raise RuntimeError("the model is in training mode, in which its results are drawn: call model.eval() first")
+            raise RuntimeError(
+                "the model is in training mode, in which its results are random: call model.eval() first"
+            )
         if torch.is_grad_enabled():
             tensors = [video, *(store.get(name) for store, name in self.tensors)]
             if any(tensor is not None and tensor.requires_grad for tensor in tensors):
                 raise RuntimeError(
-                    "gradients are wanted, and a CUDA graph keeps nothing for a backward: call it under "
+                    "a gradient is required, and a CUDA graph has no backward pass: call it under "
                     "torch.inference_mode() or torch.no_grad(), or call model.encode_video instead"
                 )
 
@@ -196,7 +199,7 @@ def _cuda_device(model: XCLIP) -> torch.device:
     device = model.visual.proj.device
     if device.type != "cuda":
         raise ValueError(
-            f"the model is on the device {device}; CUDA graphs want a CUDA device: move it there with "
+            f"the model is on the device {device}; CUDA graphs need a CUDA device: move it there with "
             "model.to('cuda'), or call model.encode_video, which runs anywhere"
         )
     return device

@@ -19,35 +19,37 @@ from ..nn.cct import FastCCTBlock, Stream
 from ..nn.fp8 import Fp8Weights
 
 MODES = ("fp8",)
-# Of the static scales, over the largest value that calibration saw. e4m3 is a floating-point format: room above costs
-# nothing until small values run out of exponents, but what does not fit saturates (docs/kernels.md has figures).
+# Factor of the static scales over the largest value in the calibration. Larger values saturate. e4m3 is a
+# floating-point format, so the margin costs accuracy only for the smallest values (docs/kernels.md has figures).
 MARGIN = 2.0
 
 
 def mode(model: Any) -> str | None:
-    """What ``model`` is quantized to, or None."""
+    """The mode that ``model`` is quantized to, or None."""
     return "fp8" if any(getattr(block, "fp8", None) is not None for block in _blocks(model)) else None
 
 
 def quantize(model: Any, wanted: str, calibration: Tensor | Iterable[Tensor]) -> None:
-    """See ``XCLIP.quantize``. ``model`` is as it was if this fails, apart from being in evaluation mode."""
+    """See ``XCLIP.quantize``. If it fails, ``model`` is unchanged, except that it is in evaluation mode."""
     if wanted not in MODES:
         raise ValueError(f"mode {wanted!r} given; {' or '.join(map(repr, MODES))} wanted")
     if mode(model):
-        raise RuntimeError(f"the model is quantized to {mode(model)} already: dequantize() it, to calibrate it again")
+        raise RuntimeError(
+            f"the model is quantized to {mode(model)} already; to calibrate it again, dequantize() it first"
+        )
     blocks = _blocks(model)
     if not all(isinstance(block, FastCCTBlock) for block in blocks):
         raise ValueError(
-            "the vision tower has plain blocks (cross_frame=False); fp8 is for cross-frame communication blocks: "
-            "leave this model in bfloat16"
+            "the vision tower has plain blocks (cross_frame=False), and fp8 is only for cross-frame communication "
+            "blocks: keep this model in bfloat16"
         )
     if model.config.vision.activation != "quick_gelu":
         raise ValueError(
-            f"the vision tower has the activation {model.config.vision.activation!r}; fp8 is for 'quick_gelu': leave "
-            "this model in bfloat16"
+            f"the vision tower has the activation {model.config.vision.activation!r}; fp8 is only for "
+            "'quick_gelu': keep this model in bfloat16"
         )
     model.eval()
-    with torch.inference_mode(False), torch.no_grad():  # buffers that live on must not be inference tensors
+    with torch.inference_mode(False), torch.no_grad():  # the buffers stay, so they must not be inference tensors
         largest = hidden_ranges(model, calibration)
         made = []
         for index, block in enumerate(blocks):
@@ -70,7 +72,7 @@ def dequantize(model: Any) -> None:
 
 
 def refuse_change(model: Any, what: str) -> None:
-    """Raise RuntimeError if weights that ``what`` is about to change have float8 copies, which would not follow."""
+    """Raise RuntimeError if weights that ``what`` would change have float8 copies, which would stay the same."""
     if mode(model):
         raise RuntimeError(
             f"{what} changes weights, and this model computes with {mode(model)} copies of the old ones: dequantize() "
@@ -95,7 +97,7 @@ def hidden_ranges(model: Any, calibration: Tensor | Iterable[Tensor]) -> list[fl
     with _observed(model) as seen:
         for number, video in enumerate(calibration):
             video = video.to(model.visual.conv1.weight.device) if isinstance(video, Tensor) else video
-            model.encode_video(video)  # refuses what is no video
+            model.encode_video(video)  # raises if it is not a video
             videos += len(video)
             for index, value in enumerate(seen):
                 if len(video) and not value.isfinite():
@@ -105,22 +107,20 @@ def hidden_ranges(model: Any, calibration: Tensor | Iterable[Tensor]) -> list[fl
                     )
                 largest[index] = max(largest[index], value.item())
     if not videos:
-        raise ValueError("calibration holds no video; some that are like those to come wanted, a few dozen, say")
+        raise ValueError("calibration has no video; a few dozen that are like those to come are wanted")
     return largest
 
 
 @contextlib.contextmanager
 def _observed(model: Any) -> Iterator[list[Tensor]]:
-    """While it is open, each forward leaves every block's largest |quick_gelu(u)| in the list."""
+    """In the block, each forward writes the largest |quick_gelu(u)| of every block into the list."""
     blocks = _blocks(model)
     seen = [torch.zeros(()) for _ in blocks]
 
     def observe(index: int, block: FastCCTBlock, args: tuple[Any, ...]) -> None:
         x_FLD, frames = args
         norm, fc = block.ln_2, block.mlp.c_fc
-        z_FLD = block.diffuse(Stream(x_FLD).with_spare_row(), frames)[
-            :, :-1
-        ]  # what stands in the spare row is not read
+        z_FLD = block.diffuse(Stream(x_FLD).with_spare_row(), frames)[:, :-1]  # without the spare row
         hidden = linear(kernels.layer_norm(z_FLD, norm.weight, norm.bias, norm.eps), fc.weight, fc.bias)
         hidden = kernels.quick_gelu(hidden)
         seen[index] = hidden.abs().amax() if hidden.numel() else hidden.new_zeros(())

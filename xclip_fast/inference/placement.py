@@ -1,4 +1,4 @@
-"""Where a model runs, and in which precision."""
+"""The precision of a model on a device."""
 
 from __future__ import annotations
 

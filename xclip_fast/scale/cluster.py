@@ -1,4 +1,4 @@
-"""`VideoStage` on a Ray cluster: paths in, a stage of decoding tasks, a pool of actors that hold the model."""
+"""`VideoStage` on a Ray cluster: tasks decode the files, and a pool of actors with the model answers."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ from .stage import Batch, VideoStage, as_answers, files
 
 @dataclass(frozen=True)
 class ClusterOptions:
-    """What a run takes of a cluster.
+    """What a run uses of a cluster.
 
-    `address`: of a running cluster ("auto" finds the one of this machine); None starts one in this process. `actors`
-    hold a model each (default: one per GPU, or half of the CPUs). `actor_cpus`, `actor_gpus`: of each. `decoders`:
-    decoding tasks at once (default: the CPUs that the actors leave). `batch_size`: windows for a model at once.
+    Attributes:
+        address: a running cluster; "auto" finds that of this machine, None starts one in this process.
+        actors: how many, each with a model (default: one for each GPU, or for half of the CPUs).
+        actor_cpus, actor_gpus: of each actor.
+        decoders: decoding tasks at once (default: one for each CPU that the actors leave).
+        batch_size: windows in a batch of a model.
     """
 
     address: str | None = None
@@ -29,18 +32,18 @@ class ClusterOptions:
 
 
 def connect(options: ClusterOptions) -> Any:
-    """Ray, connected."""
+    """Import Ray and connect to the cluster."""
     try:
         import ray
     except ImportError as error:
-        raise ImportError("many machines need Ray: pip install 'xclip-fast[ray]'") from error
+        raise ImportError("this needs Ray: pip install 'xclip-fast[ray]'") from error
     if not ray.is_initialized():
         ray.init(address=options.address, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
     return ray
 
 
 def pool_sizes(ray: Any, options: ClusterOptions) -> tuple[int, float, float]:
-    """How many actors, the GPUs of each, and the CPUs of the cluster."""
+    """The number of actors, the GPUs of each, and the CPUs of the cluster."""
     total = ray.cluster_resources()
     gpus = options.actor_gpus if options.actor_gpus is not None else float(total.get("GPU", 0) > 0)
     cpus = total.get("CPU", 1)
@@ -49,17 +52,17 @@ def pool_sizes(ray: Any, options: ClusterOptions) -> tuple[int, float, float]:
 
 
 def run(stage: VideoStage, paths: Sequence[str], options: ClusterOptions) -> Iterator[Batch]:
-    """The stage over all paths; batches of answers in any order.
+    """Run the stage over all paths. Returns batches of answers in any order.
 
-    Windows wait in Ray's object store between the two stages. It is bounded: decoding stops while the models are
-    behind. A worker or an actor that dies is started again, and what it had in hand is done again.
+    Windows wait for the models in Ray's object store. Its size is bounded: decoding pauses while the models are behind.
+    If a worker or an actor dies, Ray starts another and repeats its work.
     """
     ray = connect(options)
     from ray.data import ActorPoolStrategy, DataContext
 
     context = DataContext.get_current()
     context.enable_progress_bars = False
-    context.target_max_block_size = 32 << 20  # bytes: a film's windows leave the decoder as they come
+    context.target_max_block_size = 32 << 20  # bytes: the windows of a long film are passed on while it is decoded
     context.print_on_execution_start = False
     actors, gpus, cpus = pool_sizes(ray, options)
     decoders = options.decoders or max(1, math.floor(cpus - actors * options.actor_cpus))
@@ -84,11 +87,11 @@ def run(stage: VideoStage, paths: Sequence[str], options: ClusterOptions) -> Ite
 
 
 class _Actor:
-    """The stage in an actor, with its model loaded before the first batch."""
+    """The stage in an actor, which loads its model before the first batch."""
 
     def __init__(self, stage: VideoStage) -> None:
         self.stage = stage
-        self.stage.model  # noqa: B018 -- a model that cannot be loaded ends the run at once
+        self.stage.model  # noqa: B018 -- fail now if the model cannot be loaded
 
     def __call__(self, batch: Batch) -> Batch:
         return self.stage(batch)
@@ -97,7 +100,7 @@ class _Actor:
 def cluster_answers(
     stage: VideoStage, options: ClusterOptions, columns: Sequence[str]
 ) -> Callable[[Iterable[str]], Iterator[Any]]:
-    """In the place of `inference.batches.answers`: the named columns of each window, as float tensors."""
+    """As `inference.batches.answers`, on a cluster: the named columns of each window as float tensors."""
     import numpy as np
     import torch
 

@@ -1,4 +1,4 @@
-"""`evaluate` over the machines of a Ray cluster: parts of the manifest to actors, one result out of theirs."""
+"""`evaluate` on a Ray cluster: actors evaluate parts of the manifest, and the results are merged."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from .stage import ModelSpec
 if TYPE_CHECKING:
     from ..model import XCLIP
 
-_PART = 64  # videos
+_PART = 64  # videos of a part
 
 Part = tuple[Sequence[int], Evaluation | None, dict[int, str]]
-"""Rows of the manifest; the result for those that could be read, if any; the others with the reason."""
+"""Rows of the manifest, the result of those that could be read, if any, and the reason for each of the others."""
 
 
 def evaluate_part(model: XCLIP, manifest: Manifest, rows: Sequence[int], **arguments: Any) -> Part:
-    """`evaluate` of these rows, in this process."""
+    """`evaluate` on these rows, in this process."""
     try:
         result = evaluate(model, manifest.select(rows), distributed=False, **arguments)
     except ValueError as error:
-        if len(rows) == 1:  # one video that cannot be read, or arguments that fit none: `merge` tells
+        if len(rows) == 1:  # an unreadable video, or wrong arguments: `merge` raises if no video is left
             return rows, None, {rows[0]: str(error)}
         parts = [evaluate_part(model, manifest, [row], **arguments) for row in rows]
         return rows, None, {row: why for _, _, failed in parts for row, why in failed.items()}
@@ -37,7 +37,7 @@ def evaluate_part(model: XCLIP, manifest: Manifest, rows: Sequence[int], **argum
 
 
 def merge(manifest: Manifest, parts: Iterable[Part]) -> Evaluation:
-    """One result for the whole manifest. Raises ValueError if no video could be evaluated."""
+    """Merge the parts into one result. Raises ValueError if no video could be evaluated."""
     found: list[Evaluation] = []
     predictions: list[Prediction] = []
     failed: dict[int, str] = {}
@@ -64,7 +64,7 @@ def merge(manifest: Manifest, parts: Iterable[Part]) -> Evaluation:
 
 
 class _Evaluator:
-    """An actor: the model, and parts of the manifest one after another."""
+    """An actor: loads the model and evaluates parts of the manifest."""
 
     def __init__(self, spec: ModelSpec) -> None:
         self.model = spec.load()
@@ -74,7 +74,7 @@ class _Evaluator:
 
 
 def spread(spec: ModelSpec, options: ClusterOptions) -> Callable[..., Evaluation]:
-    """In the place of `evaluate`: the same arguments, but the model is read by each actor."""
+    """As `evaluate`, on a cluster: with the same arguments, but each actor loads the model."""
 
     def run(
         model: XCLIP,

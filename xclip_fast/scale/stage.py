@@ -1,7 +1,7 @@
-"""One stage of a pipeline over many videos: a batch of rows in, a batch of rows out.
+"""One stage of a pipeline over many videos: it takes a batch of rows and returns a batch of rows.
 
-Nothing here knows Ray. A batch is a dict of columns, as Ray Data, Daft and others pass them; a column is a NumPy array
-or a list. A bad file is a row with an error, never an exception.
+This module does not depend on Ray. A batch is a dict of columns, as in Ray Data, Daft and others; a column is a NumPy
+array or a list. A bad file is a row with an error, never an exception.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Batch = dict[str, Any]
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """How a worker gets the model. `checkpoint` must be readable where the worker runs; None: random weights."""
+    """The model that a worker loads. The worker must be able to read `checkpoint`; None means random weights."""
 
     checkpoint: str | None
     variant: str | None = None
@@ -38,7 +38,7 @@ class ModelSpec:
         device = self.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        torch.manual_seed(0)  # random weights are the same in every worker
+        torch.manual_seed(0)  # the same random weights in every worker
         shape = None if self.variant is None else config.variant(self.variant)
         if self.checkpoint is None:
             model = XCLIP(shape or config.VARIANTS["B/16-8f"]).eval()
@@ -52,15 +52,15 @@ class ModelSpec:
 class VideoStage:
     """From paths to answers.
 
-    `decode` turns rows of `path` into rows of windows: `path`, `number` (0, 1, ... in the file), `start`, `end`
+    `decode` turns rows with a `path` into rows of windows: `path`, `number` (0, 1, ... in the file), `start` and `end`
     (seconds), `frames` uint8 (T, S, S, 3), `error` (""). After the last window of a file comes a row whose `number` is
-    -1 - (the number of windows), with what is wrong with the file in `error`; its frames are blank.
+    -1 - (the number of windows). It has the file's error, or "", and blank frames.
 
-    Calling the stage turns rows of windows into answers: the same rows without `frames`, with `vector` float32 (E,),
-    and `patches` float16 (N, E) if asked for; or, with `labels`, `probabilities` float32 (K,). Rows without `frames`
-    are decoded first, so one stage can do both.
+    Calling the stage turns rows of windows into answers: the same rows without `frames`, with `vector` float32 (E,)
+    and, if chosen, `patches` float16 (N, E); with `labels`, `probabilities` float32 (K,) instead. It first decodes rows
+    without `frames`, so one stage can do both.
 
-    The model is loaded at the first call, in the worker.
+    The worker loads the model at the first call.
     """
 
     spec: ModelSpec
@@ -69,10 +69,10 @@ class VideoStage:
     labels: Sequence[str] | None = None
     templates: Sequence[str] | None = None
     _model: Any = field(default=None, repr=False)
-    _text: Any = field(default=None, repr=False)
+    _logits: Any = field(default=None, repr=False)
 
     def decode(self, batch: Batch) -> Iterator[Batch]:
-        """One batch of one row at a time: a long film never lies in memory whole."""
+        """Yields batches of one row, so that a long film is never in memory as a whole."""
         for path in map(str, batch["path"]):
             count, error = 0, ""
             try:
@@ -103,6 +103,8 @@ class VideoStage:
             return {}
         import torch
 
+        from ..inference.labels import NOT_A_NUMBER
+
         number = np.asarray(batch["number"])
         real = np.flatnonzero(number >= 0)
         answers: dict[str, np.ndarray] = {}
@@ -110,7 +112,7 @@ class VideoStage:
         frames = np.asarray(batch["frames"])
         with torch.inference_mode():
             model = self.model
-            # At least one row runs, so that every batch has the same columns.
+            # Run at least one row, so that every batch has the same columns.
             rows = real if len(real) else np.array([0])
             found = model.encode_video(torch.from_numpy(np.ascontiguousarray(frames[rows])).to(self._device))
             for name, tensor in self._answer(found).items():
@@ -118,18 +120,19 @@ class VideoStage:
                 answers[name] = np.zeros((len(number), *value.shape[1:]), value.dtype)
                 answers[name][rows] = value
                 bad = rows[~np.isfinite(value).reshape(len(rows), -1).all(1)]
-                errors[bad[number[bad] >= 0]] = "the answer is not a number; try --dtype float32"
+                errors[bad[number[bad] >= 0]] = NOT_A_NUMBER
         kept = {name: batch[name] for name in ("path", "number", "start", "end")}
         return {**kept, "error": errors, **answers}
 
     def _answer(self, found: Any) -> dict[str, Any]:
-        import torch
+        from ..inference.labels import label_scorer
 
         if self.labels is None:
             vector = {"vector": found.video.float()}
             return {**vector, "patches": found.patches.half()} if self.patches else vector
-        logits = [self.model.similarity(found, text_KE) for text_KE in self._texts()]
-        return {"probabilities": torch.cat(logits, 1).softmax(-1).float()}
+        if self._logits is None:
+            self._logits = label_scorer(self.model, self.labels, self.templates)
+        return {"probabilities": self._logits(found).softmax(-1).float()}
 
     @property
     def model(self) -> XCLIP:
@@ -141,26 +144,13 @@ class VideoStage:
     def _device(self) -> Any:
         return next(self.model.parameters()).device
 
-    def _texts(self) -> list[Any]:
-        if self._text is None:
-            model, labels = self.model, list(self.labels or ())
-            if model.config.num_classes is not None:
-                self._text = [None]
-            else:
-                parts = [labels[start : start + 1024] for start in range(0, len(labels), 1024)]
-                self._text = [
-                    model.encode_text_ensemble(part, self.templates) if self.templates else model.encode_text(part)
-                    for part in parts
-                ]
-        return self._text
-
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_model": None, "_text": None}  # weights are read where they are used
+        return {**self.__dict__, "_model": None, "_logits": None}  # each worker reads the weights itself
 
 
 @dataclass
 class File:
-    """Everything a pipeline said of one file: rows in order of time, or an error."""
+    """All results of one file: rows in order of time, or an error."""
 
     path: str
     rows: list[dict[str, Any]]
@@ -168,7 +158,7 @@ class File:
 
 
 def files(batches: Iterator[Batch] | Sequence[Batch]) -> Iterator[File]:
-    """Puts rows that come in any order together again: each file once it is complete."""
+    """Collects rows that come in any order, and yields each file once it is complete."""
     waiting: dict[str, dict[int, dict[str, Any]]] = {}
     ends: dict[str, tuple[int, str]] = {}
     for batch in batches:
@@ -187,7 +177,7 @@ def files(batches: Iterator[Batch] | Sequence[Batch]) -> Iterator[File]:
 
 
 def as_answers(found: Iterator[File], names: Callable[[dict[str, Any]], list[Any]]) -> Iterator[Any]:
-    """The files as `answers` gives them: Answer for each window, then Finished."""
+    """The files in the form of `answers`: an Answer for each window, then Finished."""
     from ..inference.batches import Answer, Finished
 
     for file in found:

@@ -33,7 +33,7 @@ class Log:
         self.folder, self.steps, self.silent = folder, steps, silent
         self.file: Any = None
         self.board: Any = None
-        self.bar = Bar(steps, name="training", text=True, hidden=silent or not config.progress)
+        self.bar = Bar(steps, name="step", text=True, hidden=silent or not config.progress)
         if silent:
             return
         self.file = (folder / FILE).open("a", encoding="utf-8")
@@ -54,13 +54,12 @@ class Log:
             for key, value in record.items():
                 if isinstance(value, (int, float)) and key != "step":
                     self.board.add_scalar(f"{record['kind']}/{key}", value, record["step"])
-        text = _sentence(record)
         if not self.bar:
-            self.say(f"step {record['step']}/{self.steps}  {text}")
+            self.say(f"step {record['step']}/{self.steps}  {_sentence(record)}")
         elif record["kind"] == "train":
-            self.bar.update(record["step"], self.steps, text)
+            self.bar.update(record["step"], self.steps, _sentence(record, short=True))
         else:
-            self.say(text)
+            self.say(_sentence(record))
 
     def say(self, text: str) -> None:
         """Prints a line for people on standard error."""
@@ -181,7 +180,7 @@ def _draw(path: Path, steps: list[dict[str, Any]], validations: list[dict[str, A
     return True
 
 
-def _sentence(record: Mapping[str, Any]) -> str:
+def _sentence(record: Mapping[str, Any], *, short: bool = False) -> str:
     if record["kind"] == "validation":
         return (
             f"epoch {record['epoch']}: top-1 {_percent(record['top1'])}"
@@ -195,10 +194,10 @@ def _sentence(record: Mapping[str, Any]) -> str:
         if record["eta"] < 86400
         else f"{record['eta'] / 86400:.1f} d"
     )
-    return (
-        f"loss {loss}  lr {record['lr']:.2e}  {record['clips_per_second']:.1f} clips/s  data wait "
-        f"{100 * record['data_wait']:.0f} %  {record['memory'] / 2**30:.1f} GiB  {left} left"
-    )
+    speed = f"{record['clips_per_second']:.1f} clips/s  data wait {100 * record['data_wait']:.0f} %"
+    if short:
+        return f"loss {loss}  {speed}  {left}"
+    return f"loss {loss}  lr {record['lr']:.2e}  {speed}  {record['memory'] / 2**30:.1f} GiB  {left} left"
 
 
 def rank(record: Mapping[str, Any], metric: str) -> tuple[float, float]:
