@@ -153,8 +153,8 @@ def launches(arch: int) -> dict[str, Launch]:
 
 def heaviest(found: dict[str, Launch]) -> dict[str, Launch]:
     """The kernels that no other contains: one with the same tile and types, and with more of the optional arguments,
-    each of which adds code. float16 is the same code as bfloat16. Of all kernels on sm_80, 90 and 100, one that this
-    leaves out has at most 11 registers more than one that it keeps, where the limit is far; compiling takes half."""
+    each of which adds code. float16 is the same code as bfloat16. Compiling them takes half the time of compiling all,
+    but one that is left out may still use more registers than one that is kept: ``--all`` compiles every kernel."""
 
     def tensors(launch: Launch) -> set[tuple[str, str]]:
         kinds = launch.source.signature.items()
