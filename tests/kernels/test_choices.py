@@ -279,7 +279,7 @@ def test_rows_are_measured_where_the_ops_look_for_them(monkeypatch: pytest.Monke
             found = sizes(*args)
             assert set(found) == set(where), name
             assert _tables.holds({"where": where}, found), (name, where, found)
-    assert set(tune_backends.SLOTS) == set(PARTS) - {"packed_attention"}  # which has one candidate
+    assert set(tune_backends.SLOTS) == set(PARTS) - {"packed_attention", "window_attention"}  # one candidate each
     for where, block in tune_backends._blocks(TINY, BATCHES):
         case = fused.case_of(block, False)
         for _, _, own in fused.slots(case).values():
