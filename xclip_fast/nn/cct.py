@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .. import kernels
 from .fp8 import Fp8Weights
-from .layers import Attention, drop_path_scale
+from .layers import Attention, block_parameters, drop_path_scale
 from .parts import Mlp, add_branch, is_plain_block, self_attention
 
 
@@ -67,20 +67,8 @@ def cct_block(
     x, statistics = kernels.cct_block(
         kernels.Block(
             x=stream.with_spare_row(),
-            ln_1_weight=ln_1.weight,
-            ln_1_bias=ln_1.bias,
-            in_weight=diffusion.in_weight,
-            in_bias=diffusion.in_bias,
-            out_weight=diffusion.out.weight,
-            out_bias=diffusion.out.bias,
-            ln_2_weight=ln_2.weight,
-            ln_2_bias=ln_2.bias,
-            fc_weight=fc.weight,
-            fc_bias=fc.bias,
-            projection_weight=projection.weight,
-            projection_bias=projection.bias,
+            **block_parameters(ln_1, diffusion, ln_2, fc, projection),
             heads=heads,
-            eps=ln_1.eps,
             activation=activation,
             message_fc_weight=message_fc.weight,
             message_fc_bias=message_fc.bias,

@@ -21,6 +21,27 @@ class Attention(NamedTuple):
     out: Any
 
 
+def block_parameters(
+    ln_1: nn.LayerNorm, attention: Attention, ln_2: nn.LayerNorm, fc: Any, projection: Any
+) -> dict[str, Any]:
+    """What ``kernels.Block`` takes of these modules; the epsilons of the LayerNorms must be one."""
+    return {
+        "ln_1_weight": ln_1.weight,
+        "ln_1_bias": ln_1.bias,
+        "in_weight": attention.in_weight,
+        "in_bias": attention.in_bias,
+        "out_weight": attention.out.weight,
+        "out_bias": attention.out.bias,
+        "ln_2_weight": ln_2.weight,
+        "ln_2_bias": ln_2.bias,
+        "fc_weight": fc.weight,
+        "fc_bias": fc.bias,
+        "projection_weight": projection.weight,
+        "projection_bias": projection.bias,
+        "eps": ln_1.eps,
+    }
+
+
 def plain_block(
     x: Tensor,
     heads: int,
@@ -45,20 +66,8 @@ def plain_block(
     """
     block = kernels.Block(
         x=x,
-        ln_1_weight=ln_1.weight,
-        ln_1_bias=ln_1.bias,
-        in_weight=attention.in_weight,
-        in_bias=attention.in_bias,
-        out_weight=attention.out.weight,
-        out_bias=attention.out.bias,
-        ln_2_weight=ln_2.weight,
-        ln_2_bias=ln_2.bias,
-        fc_weight=fc.weight,
-        fc_bias=fc.bias,
-        projection_weight=projection.weight,
-        projection_bias=projection.bias,
+        **block_parameters(ln_1, attention, ln_2, fc, projection),
         heads=heads,
-        eps=ln_1.eps,
         activation=activation,
         drop_attention=drop[0],
         drop_feed_forward=drop[1],
