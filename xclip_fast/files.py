@@ -102,24 +102,17 @@ def replaced(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     path = Path(path)
     scratch = path.with_name(f".{path.name[:200]}.part")  # a folder: libraries put files of their own beside theirs
-    try:
-        with locked(path.with_name(f".{path.name[:200]}.writing"), path):
+    with _full_disk(path), locked(path.with_name(f".{path.name[:200]}.writing"), path):
+        remove(scratch)
+        scratch.mkdir()
+        try:
+            yield scratch / path.name
+            if (scratch / path.name).exists():
+                sync(scratch / path.name)
+                os.replace(scratch / path.name, path)
+                sync(path.parent)
+        finally:
             remove(scratch)
-            scratch.mkdir()
-            try:
-                yield scratch / path.name
-                if (scratch / path.name).exists():
-                    sync(scratch / path.name)
-                    os.replace(scratch / path.name, path)
-                    sync(path.parent)
-            finally:
-                remove(scratch)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OSError(
-                f"{path}: could not be written, no space left on the disk; make room and start again"
-            ) from error
-        raise
 
 
 def refuse_inflated(file: BinaryIO, size: int) -> None:
@@ -158,7 +151,7 @@ def staged(folder: str | os.PathLike[str], owned: Collection[str], last: str) ->
     target = Path(os.path.realpath(folder))
     if target.exists() and not target.is_dir():
         raise NotADirectoryError(f"{folder}: is a file; a folder is wanted")
-    try:
+    with _full_disk(folder, ". What was there before is unchanged"):
         target.parent.mkdir(parents=True, exist_ok=True)
         home = target.parent if _beside(target) else target
         part = home / f".{target.name}.part"
@@ -174,11 +167,17 @@ def staged(folder: str | os.PathLike[str], owned: Collection[str], last: str) ->
             finally:
                 if part.exists():
                     _settle(part, target, owned)
+
+
+@contextlib.contextmanager
+def _full_disk(path: str | os.PathLike[str], more: str = "") -> Iterator[None]:
+    """While the block lasts, a disk or a quota that is full is an error that says so, with ``more``."""
+    try:
+        yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise OSError(
-                f"{folder}: could not be written, no space left on the disk. What was there before is unchanged; make "
-                "room and start again"
+                f"{path}: could not be written, no space left on the disk{more}; make room and start again"
             ) from error
         raise
 

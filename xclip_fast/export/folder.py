@@ -89,9 +89,10 @@ def export_model(
     stored = precise if dtype == torch.float32 or format == "openvino" else copy.deepcopy(precise).to(dtype)
     wanted = {graph.name: graph for graph in graphs_of(precise, frames)}
     owned = {file.format(name) for each in FORMATS.values() for file in each.files for name in NAMES} | {SUMMARY}
+    graphs = graphs_of(stored, frames)
     with staged(folder, owned, last=SUMMARY) as part, quiet():
         found = []
-        for graph in graphs_of(stored, frames):
+        for graph in graphs:
             path = part / chosen.files[0].format(graph.name)
             chosen.write(graph, trace(graph), path, dtype)
             difference = _difference(chosen, path, graph, wanted[graph.name])
@@ -102,7 +103,7 @@ def export_model(
                 )
             files = [part / file.format(graph.name) for file in chosen.files]
             found.append(Exported(path.name, sum(file.stat().st_size for file in files if file.exists()), difference))
-        summary = _summary(model, chosen, dtype, frames, graphs_of(stored, frames), found)
+        summary = _summary(model, chosen, dtype, frames, graphs, found)
         (part / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     return found
 

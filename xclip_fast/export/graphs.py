@@ -105,9 +105,8 @@ def random_tokens(config: TextConfig, labels: int, context: int) -> Tensor:
         words = max(0, min(1 + row % 5, longest - 2))
         line[0], line[1 + words] = start, end
         line[1 : 1 + words] = torch.randint(1, max(2, start), (words,), generator=_seeded(row))
-    return tokens[
-        :, : int(tokens.argmax(1).max()) + 1
-    ].contiguous()  # a view's strides would become constants of the graph
+    used = int(tokens.argmax(1).max()) + 1
+    return tokens[:, :used].contiguous()  # a view's strides would become constants of the graph
 
 
 def trace(graph: Graph) -> torch.export.ExportedProgram:
