@@ -3,9 +3,10 @@
     pip install 'xclip-fast[ray]' s3fs 'moto[server]'
     python benchmarks/scale.py --clips 2000
 
-Both nodes and moto, which serves S3, have the address 127.0.0.1. The script kills the driver, runs the command again and kills an actor, then runs it once
-more. It checks that each file is in the store once, that the errors name their files, that the vectors equal those of
-plain `embed`, and that each run embeds only what the runs before left unfinished. Prints one JSON object.
+Both nodes and moto, which serves S3, have the address 127.0.0.1. The script kills the driver, runs the command again
+and kills an actor, then runs it once more. It checks that each file is in the store once, that the errors name their
+files, that the vectors equal those of plain `embed`, and that each run embeds only what the runs before left
+unfinished. Prints one JSON object.
 """
 
 from __future__ import annotations

@@ -1,13 +1,14 @@
 """Remote videos, through fsspec: `https://`, `s3://`, `gs://` and its other schemes.
 
-A remote file is copied to a temporary file while it is read. Its name on the server never becomes a path on this
-machine.
+A remote file is copied to a temporary file while it is read. On Linux that file has no name: the system removes it even
+if this process is killed. The name on the server never becomes a path on this machine.
 """
 
 from __future__ import annotations
 
 import contextlib
 import re
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -62,10 +63,11 @@ def describe(address: str) -> tuple[int, str]:
 
 @contextlib.contextmanager
 def local_copy(address: str, limits: Limits | None = None) -> Iterator[str]:
-    """The path of a temporary copy, which is removed after the block. Raises VideoError, also beyond a limit."""
+    """A path of a temporary copy, for this process and this block. Raises VideoError, also beyond a limit."""
     limits = limits or Limits()
     end = time.monotonic() + limits.seconds
-    with tempfile.NamedTemporaryFile(prefix="xclip-fast-") as copy:
+    nameless = sys.platform == "linux"
+    with tempfile.TemporaryFile() if nameless else tempfile.NamedTemporaryFile(prefix="xclip-fast-") as copy:
         with _errors(address):
             filesystem, path = _open(address)
             with filesystem.open(path, "rb", block_size=_CHUNK, cache_type="readahead") as stream:
@@ -82,7 +84,7 @@ def local_copy(address: str, limits: Limits | None = None) -> Iterator[str]:
                         )
                     copy.write(chunk)
                 copy.flush()
-        yield copy.name
+        yield f"/proc/self/fd/{copy.fileno()}" if nameless else copy.name
 
 
 def _open(address: str) -> tuple[Any, str]:
