@@ -221,17 +221,20 @@ def test_a_picture_size_that_no_file_needs(tmp_path):
     assert int(grown) < 400
 
 
-def test_bounds_can_be_raised(folder, monkeypatch):
+def test_bounds_can_be_raised(folder, tmp_path, monkeypatch):
     path = folder / "EIO_a.mp4"
     for name, value, why in (
         ("XCLIP_FAST_MAX_PIXELS", 128 * 128 - 1, "128x128 pixels"),
         ("XCLIP_FAST_MAX_FRAMES", 39, "more than 39 frames"),
     ):
         monkeypatch.setenv(name, str(value))
-        with pytest.raises(VideoError, match=f"{why}.*{name} allows more"):
+        with pytest.raises(ReadError, match=f"{why}.*{name} allows more"):
             decode(path)
+        manifest = index(path.parent, tmp_path / f"{name}.jsonl", workers=0)
+        assert why in manifest.videos[[video.path for video in manifest.videos].index(path.name)].error
         monkeypatch.setenv(name, str(value + 1))
         assert decode(path).shape == (8, 224, 224, 3)
+        assert not index(path.parent, tmp_path / f"{name}.jsonl", workers=0).bad  # a limit is no fact about the file
         monkeypatch.setenv(name, "many")
         with pytest.raises(ValueError, match=f"{name} is 'many'; a whole number"):
             decode(path)

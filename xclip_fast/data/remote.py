@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from .decode.reading import VideoError
+from .decode.reading import ReadError, VideoError
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _CHUNK = 1 << 20  # bytes
@@ -75,11 +75,11 @@ def local_copy(address: str, limits: Limits | None = None) -> Iterator[str]:
                 while chunk := stream.read(_CHUNK):
                     size += len(chunk)
                     if size > limits.size:
-                        raise VideoError(
+                        raise ReadError(
                             f"{_shown(address)}: is larger than the limit of {limits.size:,} bytes; raise --max-bytes"
                         )
                     if time.monotonic() > end:
-                        raise VideoError(
+                        raise ReadError(
                             f"{_shown(address)}: took longer than {limits.seconds:g} seconds; raise --max-seconds"
                         )
                     copy.write(chunk)
@@ -117,7 +117,7 @@ def _errors(address: str) -> Iterator[None]:
         raise VideoError(f"{_shown(address)}: no such file") from error
     except Exception as error:  # each of fsspec's file systems raises errors of its own
         text = " ".join(str(error).replace(address, _shown(address)).split()) or type(error).__name__
-        raise VideoError(f"{_shown(address)}: cannot be read ({text})") from error
+        raise ReadError(f"{_shown(address)}: cannot be read ({text})") from error
 
 
 def _shown(address: str) -> str:
