@@ -33,7 +33,7 @@ from throughput import (
     quantized,
 )
 from torch import Tensor
-from xclip_fast.kernels import _overlap as overlap
+from xclip_fast.kernels import overlap
 
 import xclip_fast
 from xclip_fast import flops
