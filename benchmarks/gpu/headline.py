@@ -33,7 +33,7 @@ from throughput import (
     quantized,
 )
 from torch import Tensor
-from xclip_fast.kernels import _overlap as overlap
+from xclip_fast.kernels import overlap
 
 import xclip_fast
 from xclip_fast import flops
@@ -205,7 +205,7 @@ def graphs(job: Job, model: xclip_fast.XCLIP, video: Tensor) -> Calls:
         return dict.fromkeys((GRAPHED, UNFORKED), functools.partial(model.encode_video, video))
     graphed = model.graphed(*video.shape[:2])
     plain = type(graphed)(model, *video.shape[:2])
-    with mock.patch.object(overlap, "_is_captured", return_value=False):
+    with mock.patch.object(overlap, "is_captured", return_value=False):
         plain(video)
     return {GRAPHED: lambda: graphed(video), UNFORKED: lambda: plain(video)}
 

@@ -24,8 +24,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime import _allocation
 
-from .kernels import _dispatch
-from .kernels.triton import _launch
+from . import _dispatch
+from .triton import _launch
 
 TYPES = {
     torch.float32: "fp32",
