@@ -115,7 +115,7 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     nested = [kind for kind in inner or (hint,) if isinstance(kind, type) and dataclasses.is_dataclass(kind)]
     if nested:
-        return value if isinstance(value, tuple(nested)) else build(nested[0], value, name)  # type: ignore[arg-type]
+        return value if isinstance(value, tuple(nested)) else build(nested[0], value, name)
     if origin is Annotated:
         value = _convert(value, inner[0], name)
         for bounds in inner[1:]:
