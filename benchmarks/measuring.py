@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from xclip_fast.kernels import NATIVE_ON_CPU
+from xclip_fast.kernels.linear import NATIVE_ON_CPU
 
 from xclip_fast import XCLIP, TextConfig, VisionConfig, XCLIPConfig, info
 from xclip_fast.files import write_text

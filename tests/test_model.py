@@ -49,7 +49,7 @@ def test_variants_have_the_shapes_of_their_names() -> None:
 def test_config_survives_a_dictionary_and_refuses_nonsense() -> None:
     config = VARIANTS["L/14@336-16f"]
     assert XCLIPConfig.from_dict(config.to_dict()) == config
-    with pytest.raises(ValueError, match="vision.widht: unknown key; did you mean width"):
+    with pytest.raises(ValueError, match=r"vision\.widht: unknown key; did you mean width"):
         XCLIPConfig.from_dict({"vision": {"widht": 3}})
     with pytest.raises(ValueError, match="does not divide into 5 heads"):
         XCLIPConfig(mit_heads=5)

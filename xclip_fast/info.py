@@ -18,9 +18,11 @@ from typing import Any
 import torch
 
 from .console import print_rows
-from .kernels import NATIVE_ON_CPU, OPS, PARTS, BackendError, Block, cuda_library, forced_backend
+from .kernels import BackendError, Block, cuda_library, dispatch
 from .kernels.cct_block.fused import case_of
 from .kernels.example import Maker, Sizes
+from .kernels.linear import NATIVE_ON_CPU
+from .kernels.parts import PARTS
 
 # Name as shown, module, distributions that contain it, how to install it (empty: xclip-fast requires it).
 _PACKAGES = (
@@ -68,7 +70,7 @@ def collect() -> dict[str, Any]:
         "versions": _versions(),
         "cpu": _cpu(),
         "cuda": cuda,
-        "forced_backend": forced_backend(),
+        "forced_backend": dispatch.forced_backend(),
         "ops": _ops(places),
     }
 
@@ -252,17 +254,17 @@ def _device(index: int) -> dict[str, Any]:
 
 
 def _ops(places: list[tuple[str, torch.dtype]]) -> dict[str, dict[str, Any]]:
-    found: dict[str, dict[str, Any]] = {name: {} for name in OPS}
+    found: dict[str, dict[str, Any]] = {name: {} for name in dispatch.OPS}
     for device, dtype in places:
         try:
             arguments = typical_arguments(device, dtype)
         except RuntimeError as error:  # its memory is full, or another process has it for itself
-            names = {name: op.names for name, op in OPS.items()}
+            names = {name: op.names for name, op in dispatch.OPS.items()}
             for name, backends in {**names, **{f"  {name}": part.names for name, part in PARTS.items()}}.items():
                 unusable = dict.fromkeys(backends, f"{device} cannot be used: {_first_line(error)}")
                 found.setdefault(name, {})[device] = {"dtype": _dtype_name(dtype), "chosen": None, "backends": unusable}
             continue
-        for name, op in OPS.items():
+        for name, op in dispatch.OPS.items():
             args = arguments[name]
             try:
                 chosen = op.choose(args).name
@@ -291,7 +293,7 @@ def _parts(block: Block, dtype: torch.dtype) -> dict[str, dict[str, Any]]:
 def typical_arguments(device: str, dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
     """Each op's arguments for one video of 8 frames in B/16, uninitialized, by the op's name."""
     make = Maker(device, dtype, empty=True)
-    return {name: op.example(Sizes(), make) for name, op in OPS.items()}
+    return {name: op.example(Sizes(), make) for name, op in dispatch.OPS.items()}
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

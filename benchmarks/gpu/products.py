@@ -122,10 +122,10 @@ def contenders(job: Job, product: str, given: Operands) -> Iterator[tuple[str, R
 
 
 def forced(use: Row | None, call: Callable[[], Any]) -> Callable[[], Any]:
-    from xclip_fast.kernels.triton import _launch
+    from xclip_fast.kernels.triton import launching
 
     def with_tile() -> Any:
-        with _launch.forced_tile("gemm", use):
+        with launching.forced_tile("gemm", use):
             return call()
 
     return call if use is None else with_tile

@@ -22,7 +22,7 @@ import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from xclip_fast.kernels._arguments import LOWERED
+from xclip_fast.kernels.arguments import LOWERED
 from xclip_fast.kernels.cct_block import fused
 from xclip_fast.kernels.cct_block.example import example
 from xclip_fast.kernels.fake_gpu import Launch, fake_gpu

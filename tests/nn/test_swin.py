@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xclip_fast import XCLIP, SwinConfig, TextConfig, XCLIPConfig, backend
+from xclip_fast import XCLIP, SwinConfig, TextConfig, XCLIPConfig, backend, kernels
 from xclip_fast.nn.layers import TransformerBlock
 from xclip_fast.nn.swin import SwinTower, WindowBlock
 from xclip_fast.weights import checkpoint
@@ -169,7 +168,7 @@ def test_tower_and_gradients_equal_plain_swin(convolutional: bool) -> None:
 @pytest.mark.parametrize("name", ["reference", "triton"])
 def test_block_with_a_bias_on_each_backend(name: str) -> None:
     """The block's own backward with a bias for each window, beside autograd of the reference in float64."""
-    if name == "triton" and os.environ.get("TRITON_INTERPRET") != "1":
+    if name == "triton" and not kernels.dispatch.INTERPRETED:
         pytest.skip("Triton's kernels run here in its interpreter only: TRITON_INTERPRET=1")
     block = WindowBlock(32, 2, grid=4, window=2, shifted=True, eps=1e-5, drop_path=0.0)
     block.block = TransformerBlock(32, 2, 1e-5)  # GELU would go to the library, which wants a GPU

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from ..kernels import linear
+from ..kernels.fp8 import LARGEST
+from ..kernels.linear import linear
 from ..nn.cct import FastCCTBlock, Stream
 from ..nn.fp8 import Fp8Weights
 
@@ -52,7 +53,7 @@ def quantize(model: Any, wanted: str, calibration: Tensor | Iterable[Tensor]) ->
         largest = hidden_ranges(model, calibration)
         made = []
         for index, block in enumerate(blocks):
-            scale = MARGIN * largest[index] / torch.finfo(torch.float8_e4m3fn).max if largest[index] else 1.0
+            scale = MARGIN * largest[index] / LARGEST if largest[index] else 1.0
             try:
                 made.append(
                     Fp8Weights(block.attn.in_proj_weight, block.mlp.c_fc.weight, block.mlp.c_proj.weight, scale)
