@@ -84,7 +84,7 @@ class Backend:
 _INSTALLED = frozenset(name for name in ("triton",) if importlib.util.find_spec(name))
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Whether Triton's kernels take tensors that are on no GPU, if they are asked for. A compute capability (90 for 9.0):
-# every choice is that of such a GPU, wherever the tensors are (xclip_fast.fake_gpu).
+# every choice is that of such a GPU, wherever the tensors are (fake_gpu.py).
 off_gpu = int(INTERPRETED)
 
 
