@@ -11,7 +11,6 @@ with cold caches.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
 import sys
@@ -19,11 +18,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import arguments
 import measuring
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from xclip_fast.kernels import _cuda, own_linear
+from xclip_fast.kernels import cuda_library, own_linear
 from xclip_fast.kernels.cct_block.example import message_block
 from xclip_fast.kernels.cct_block.reference import message_key_value
 from xclip_fast.kernels.quick_gelu import quick_gelu_reference as quick_gelu
@@ -69,8 +69,8 @@ def compiled(call: Callable[..., Any], args: tuple[Any, ...]) -> Call:
 def norm_case(M: int, N: int, D: int, activation: bool, keep: bool = False) -> Case:
     """LayerNorm, product and, with ``activation``, quick_gelu; ``keep`` also returns the input of quick_gelu."""
     x, w, bias, gamma, beta = normal(M, D), normal(N, D, scale=D**-0.5), normal(N), 1 + normal(D, scale=0.1), normal(D)
-    statistics = _cuda.row_statistics(x, EPS)
-    folded, sums, shift = _cuda.fold(w, gamma, beta, bias)
+    statistics = cuda_library.row_statistics(x, EPS)
+    folded, sums, shift = cuda_library.fold(w, gamma, beta, bias)
 
     def plain(x: Tensor, w: Tensor, b: Tensor, gamma: Tensor, beta: Tensor) -> Any:
         u = F.linear(F.layer_norm(x, (D,), gamma, beta, EPS), w, b)
@@ -78,7 +78,8 @@ def norm_case(M: int, N: int, D: int, activation: bool, keep: bool = False) -> C
         return (y, u) if keep else y
 
     def ours(tile: str) -> Any:
-        result = _cuda.norm_linear(x, folded, shift, (*statistics, sums), activation=activation, keep=keep, tile=tile)
+        rows = (*statistics, sums)
+        result = cuda_library.norm_linear(x, folded, shift, rows, activation=activation, keep=keep, tile=tile)
         return result if keep else result[0]
 
     name = "fc1 with u" if keep else "fc1" if activation else "qkv"
@@ -98,8 +99,8 @@ def residual_case(M: int, D: int, K: int, statistics: bool) -> Case:
 
     def ours(tile: str) -> Any:
         if statistics:
-            return _cuda.linear_residual_statistics(h, w, bias, residual, None, EPS, tile=tile)
-        return _cuda.linear_residual(h, w, bias, residual, tile=tile)
+            return cuda_library.linear_residual_statistics(h, w, bias, residual, None, EPS, tile=tile)
+        return cuda_library.linear_residual(h, w, bias, residual, tile=tile)
 
     name = ("out" if K == D else "fc2") + (" with statistics" if statistics else "")
     return half_case(name, plain, ours, h, w, bias, residual)
@@ -115,7 +116,7 @@ def slope_case(M: int, D: int, sums: bool) -> Case:
         return (du, du.sum(0, dtype=torch.float32)) if sums else du
 
     def ours(tile: str) -> Any:
-        result = _cuda.linear_slope(dy, w, u, column_sums=sums, tile=tile)
+        result = cuda_library.linear_slope(dy, w, u, column_sums=sums, tile=tile)
         return result if sums else result[0]
 
     return half_case("slope with sums" if sums else "slope", plain, ours, dy, w, u)
@@ -135,10 +136,10 @@ def fp8_case(name: str, M: int, N: int, K: int) -> Case:
 
     def ours(tile: str) -> Tensor:
         if name == "fc1":
-            return _cuda.fp8_linear_gelu(x, x_scale, w, w_scale, bias, 1.0, tile=tile)
+            return cuda_library.fp8_linear_gelu(x, x_scale, w, w_scale, bias, 1.0, tile=tile)
         if name == "fc2":
-            return _cuda.fp8_linear_residual(x, w, w_scale, bias, residual, tile=tile)
-        return _cuda.fp8_linear(x, x_scale, w, w_scale, bias, tile=tile)
+            return cuda_library.fp8_linear_residual(x, w, w_scale, bias, residual, tile=tile)
+        return cuda_library.fp8_linear(x, x_scale, w, w_scale, bias, tile=tile)
 
     def scaled_mm() -> Tensor:
         scales, kind = (x_scale[:, None], w_scale[None]), torch.bfloat16
@@ -179,7 +180,7 @@ def message_case(frames: int, D: int) -> Case:
     for blocks in (0, 32, 64, 96, 128):
 
         def ours(blocks: int = blocks) -> Tensor:
-            return _cuda.message_kv(x, frames, weights, biases, norms, EPS, blocks=blocks)
+            return cuda_library.message_kv(x, frames, weights, biases, norms, EPS, blocks=blocks)
 
         contenders[f"ours, {blocks or 'auto'} blocks"] = ours
     return Case("message_kv", (frames, 7 * D, D), lambda: torch.mm(x, everything.T), exact, contenders)
@@ -214,12 +215,6 @@ def milliseconds(call: Call) -> float:
     return float(do_bench(call, warmup=5, rep=20, return_mode="median"))
 
 
-def error(got: Any, exact: Any) -> float:
-    """The largest difference of all results, relative to the largest value: even one wrong tile of thousands shows."""
-    got, exact = ((part,) if isinstance(part, Tensor) else part for part in (got, exact))
-    return max(float((a.float() - b).abs().max() / b.abs().max()) for a, b in zip(got, exact, strict=True))
-
-
 def measure(case: Case) -> list[dict[str, Any]]:
     """A row for each contender: its time in ms, or a note why there is none; ``wrong`` if its result is."""
     M, N, K = case.shape
@@ -230,7 +225,7 @@ def measure(case: Case) -> list[dict[str, Any]]:
         rows.append(row)
         try:
             got = call()
-            row["error"] = error(got, exact)
+            row["error"] = measuring.largest_error(got, exact)  # even one wrong tile of thousands shows
             if not row["error"] < (2**-3 if isinstance(got, Tensor) and got.dtype == E4M3 else 2**-6):
                 row |= {"wrong": True, "note": f"WRONG: off by {row['error']:.3g} of the largest value"}
             else:
@@ -252,7 +247,7 @@ def line(row: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments.parser(__doc__)
     parser.add_argument("--widths", default="768,1024", help="widths of the tokens (default 768,1024)")
     parser.add_argument("--most-rows", type=int, default=70_000, help="leave out more rows than this (default 70000)")
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile")
@@ -267,7 +262,7 @@ def main(argv: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("error: no CUDA device: torch.cuda.is_available() is False", file=sys.stderr)
         return 1
-    if reason := _cuda.refuse_device("cuda", None):
+    if reason := cuda_library.refuse_device("cuda", None):
         print(f"error: {reason}", file=sys.stderr)
         return 1
     rows: list[dict[str, Any]] = []

@@ -4,11 +4,12 @@
 # package's, to ask for its version: it must find nothing here, above all no second copy of the ops.
 if __name__ == "xclip_fast.kernels":
     from . import cpu
-    from ._dispatch import BackendError, backend, forced_backend
-    from ._fp8 import quantize_weight
     from .cct_block import Block, Statistics, cct_block, composed, diffuse, own_linear
     from .cosine_logits import cosine_logits
+    from .dispatch import BackendError, backend, forced_backend
+    from .fp8 import quantize_weight
     from .layer_norm import layer_norm
+    from .linear import linear
     from .ln_linear_fp8 import ln_linear_fp8
     from .mlp_fp8 import mlp_fp8
     from .patch_embed import patch_embed
@@ -26,6 +27,7 @@ if __name__ == "xclip_fast.kernels":
         "diffuse",
         "forced_backend",
         "layer_norm",
+        "linear",
         "ln_linear_fp8",
         "mlp_fp8",
         "own_linear",

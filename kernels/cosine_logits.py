@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ._dispatch import Op, triton_backend
+from .dispatch import Op, triton_backend
 
 
 def cosine_logits_reference(video: Tensor, text: Tensor, scale: Tensor) -> Tensor:

@@ -23,10 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._arguments import GELUS, Block
-from ._dispatch import forced_backend
-from ._linear import NATIVE_ON_CPU, linear
+from .arguments import GELUS, Block
 from .attention import attention_reference
+from .dispatch import forced_backend
+from .linear import NATIVE_ON_CPU, linear
 from .quick_gelu import SLOPE
 
 HIDDEN_BYTES = 24 << 20  # of the widest intermediate: rows are computed in parts of this size, which caches hold

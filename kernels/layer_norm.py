@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._dispatch import Backend, Op, triton_backend
-from ._parts import UNMEASURED, installed
+from .dispatch import Backend, Op, triton_backend
+from .parts import UNMEASURED, installed
 
 WIDEST_ROW = 2048  # kernels hold a row in registers
 

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from . import _cuda, _fp8
-from ._dispatch import Backend, Op
-from ._parts import UNMEASURED
+from . import cuda_library, fp8
+from .dispatch import Backend, Op
+from .parts import UNMEASURED
 
 
 def ln_linear_fp8_reference(
@@ -18,8 +18,8 @@ def ln_linear_fp8_reference(
     eps: float,
 ) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):
-        x8, x_scale = _fp8.normed_rows(x, ln_weight, ln_bias, eps)
-        y = _fp8.exact_product(x8, weight8) * x_scale[..., None] * weight_scale.float()
+        x8, x_scale = fp8.normed_rows(x, ln_weight, ln_bias, eps)
+        y = fp8.exact_product(x8, weight8) * x_scale[..., None] * weight_scale.float()
     return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
@@ -32,8 +32,8 @@ def _library(
     bias: Tensor | None,
     eps: float,
 ) -> Tensor:
-    x8, x_scale = _fp8.library_normed_rows(x.reshape(-1, x.shape[-1]), ln_weight, ln_bias, eps)
-    return _fp8.library_product(x8, x_scale, weight8, weight_scale, bias).view(*x.shape[:-1], weight8.shape[0])
+    x8, x_scale = fp8.library_normed_rows(x.reshape(-1, x.shape[-1]), ln_weight, ln_bias, eps)
+    return fp8.library_product(x8, x_scale, weight8, weight_scale, bias).view(*x.shape[:-1], weight8.shape[0])
 
 
 def _forward(
@@ -46,8 +46,8 @@ def _forward(
     bias: Tensor | None,
     eps: float,
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    x8, x_scale = _cuda.layer_norm_fp8(x.reshape(-1, x.shape[-1]), ln_weight, ln_bias, eps)
-    y = _cuda.fp8_linear(x8, x_scale, weight8, weight_scale.float(), bias)
+    x8, x_scale = cuda_library.layer_norm_fp8(x.reshape(-1, x.shape[-1]), ln_weight, ln_bias, eps)
+    y = cuda_library.fp8_linear(x8, x_scale, weight8, weight_scale.float(), bias)
     return (y.view(*x.shape[:-1], weight8.shape[0]),), ()
 
 
@@ -56,24 +56,24 @@ _op = Op(
     Backend(
         "cuda",
         _forward,
-        dtypes=_fp8.OPERANDS,
+        dtypes=fp8.OPERANDS,
         unasked=UNMEASURED,
-        refuse=lambda x, _gamma, _beta, weight8, *_: _fp8.refuse_cuda(x, weight8),
+        refuse=lambda x, _gamma, _beta, weight8, *_: fp8.refuse_cuda(x, weight8),
         partial=True,
     ),
     Backend(
         "library",
         _library,
-        dtypes=_fp8.OPERANDS,
-        refuse=lambda x, _gamma, _beta, weight8, *_: _fp8.refuse_library(x, weight8),
+        dtypes=fp8.OPERANDS,
+        refuse=lambda x, _gamma, _beta, weight8, *_: fp8.refuse_library(x, weight8),
     ),
     example=lambda sizes, make: (
         make.normal(sizes.sequences, sizes.tokens, sizes.width),
         *make.norm(sizes.width),
-        *_fp8.example_linear(make, 3 * sizes.width, sizes.width),
+        *fp8.example_linear(make, 3 * sizes.width, sizes.width),
         1e-5,
     ),
-    dtypes=_fp8.OPERANDS,
+    dtypes=fp8.OPERANDS,
     differentiable=False,
 )
 
@@ -105,5 +105,5 @@ def ln_linear_fp8(
         TypeError: if the weight is not in e4m3, or x is in float8.
         RuntimeError: if a gradient is wanted.
     """
-    _fp8.check_operands(x, weight8)
+    fp8.check_operands(x, weight8)
     return _op(x, ln_weight, ln_bias, weight8, weight_scale, bias, eps)

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _cuda
-from ._parts import HALF, UNMEASURED, Candidate, Case, Part
+from . import cuda_library
+from .parts import HALF, UNMEASURED, Candidate, Case, Part
 
 # Rows up to which it is one kernel of the CUDA library, whose time is that of its weights. Not measured.
 CUDA_ROWS = 64
@@ -50,7 +50,7 @@ def _cuda_forward(save: bool, b: Any) -> tuple[None, Callable[[Tensor], None], t
     weights = (b.message_fc_weight, b.message_in_weight, b.message_out_weight, b.in_weight[width:])
     biases = (b.message_fc_bias, b.message_in_bias, b.message_out_bias, b.in_bias[width:])
     norms = (b.message_ln_weight, b.message_ln_bias, b.ln_1_weight, b.ln_1_bias)
-    key_value = _cuda.message_kv(b.x[:, 0].to(b.in_weight.dtype), b.frames, weights, biases, norms, b.eps)
+    key_value = cuda_library.message_kv(b.x[:, 0].to(b.in_weight.dtype), b.frames, weights, biases, norms, b.eps)
 
     def write(to: Tensor) -> None:
         to.copy_(key_value)
@@ -65,7 +65,7 @@ def _refuse_cuda(case: Case) -> str | None:
         return f"width {case.width} in {case.heads} heads: heads of 64 channels wanted"
     if case.drops:
         return "drop path is for training"
-    return _refuse(case) or _cuda.refuse_device(case.device.type, case.device.index, case.width)
+    return _refuse(case) or cuda_library.refuse_device(case.device.type, case.device.index, case.width)
 
 
 MESSAGE = Part(

@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _cuda, _fp8
-from ._dispatch import Backend, Op
-from ._parts import UNMEASURED
+from . import cuda_library, fp8
+from .dispatch import Backend, Op
 from .example import Maker, Sizes
+from .parts import UNMEASURED
 from .quick_gelu import quick_gelu_reference
 
 
@@ -26,10 +26,10 @@ def mlp_fp8_reference(
     eps: float,
 ) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):
-        x8, x_scale = _fp8.normed_rows(x, ln_weight, ln_bias, eps)
-        u = _fp8.exact_product(x8, weight1_8) * x_scale[..., None] * weight1_scale.float() + bias1.float()
-        hidden8 = _fp8.saturate(quick_gelu_reference(u) / hidden_scale)
-        y = x.float() + (_fp8.exact_product(hidden8, weight2_8) * weight2_scale.float() + bias2.float())
+        x8, x_scale = fp8.normed_rows(x, ln_weight, ln_bias, eps)
+        u = fp8.exact_product(x8, weight1_8) * x_scale[..., None] * weight1_scale.float() + bias1.float()
+        hidden8 = fp8.saturate(quick_gelu_reference(u) / hidden_scale)
+        y = x.float() + (fp8.exact_product(hidden8, weight2_8) * weight2_scale.float() + bias2.float())
     return y.to(x.dtype)
 
 
@@ -47,10 +47,10 @@ def _library(
     eps: float,
 ) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
-    x8, x_scale = _fp8.library_normed_rows(rows, ln_weight, ln_bias, eps)
-    u = _fp8.library_product(x8, x_scale, weight1_8, weight1_scale, bias1)
-    hidden8 = _fp8.library_quick_gelu(rows, u, hidden_scale)
-    y = _fp8.library_product(hidden8, torch.ones_like(x_scale), weight2_8, weight2_scale, bias2)
+    x8, x_scale = fp8.library_normed_rows(rows, ln_weight, ln_bias, eps)
+    u = fp8.library_product(x8, x_scale, weight1_8, weight1_scale, bias1)
+    hidden8 = fp8.library_quick_gelu(rows, u, hidden_scale)
+    y = fp8.library_product(hidden8, torch.ones_like(x_scale), weight2_8, weight2_scale, bias2)
     return x + y.view(x.shape)
 
 
@@ -69,9 +69,9 @@ def _forward(
     eps: float,
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     rows = x.reshape(-1, x.shape[-1])
-    x8, x_scale = _cuda.layer_norm_fp8(rows, ln_weight, ln_bias, eps)
-    hidden8 = _cuda.fp8_linear_gelu(x8, x_scale, weight1_8, weight1_scale.float(), bias1, hidden_scale)
-    y = _cuda.fp8_linear_residual(hidden8, weight2_8, weight2_scale.float(), bias2, rows)
+    x8, x_scale = cuda_library.layer_norm_fp8(rows, ln_weight, ln_bias, eps)
+    hidden8 = cuda_library.fp8_linear_gelu(x8, x_scale, weight1_8, weight1_scale.float(), bias1, hidden_scale)
+    y = cuda_library.fp8_linear_residual(hidden8, weight2_8, weight2_scale.float(), bias2, rows)
     return (y.view(x.shape),), ()
 
 
@@ -81,10 +81,10 @@ def _weights(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def _example(sizes: Sizes, make: Maker) -> tuple[Any, ...]:
     width, scale = sizes.width, 8.0 / 448  # for quick_gelu up to 8
-    weight, weight_scale, bias = _fp8.example_linear(make, width, 4 * width)
+    weight, weight_scale, bias = fp8.example_linear(make, width, 4 * width)
     x = make.normal(sizes.sequences, sizes.tokens, width)
     return (
-        *(x, *make.norm(width), *_fp8.example_linear(make, 4 * width, width)),
+        *(x, *make.norm(width), *fp8.example_linear(make, 4 * width, width)),
         *(weight, weight_scale * scale, bias, scale, 1e-5),
     )
 
@@ -94,19 +94,19 @@ _op = Op(
     Backend(
         "cuda",
         _forward,
-        dtypes=_fp8.OPERANDS,
+        dtypes=fp8.OPERANDS,
         unasked=UNMEASURED,
-        refuse=lambda *args: _fp8.refuse_cuda(*_weights(*args)),
+        refuse=lambda *args: fp8.refuse_cuda(*_weights(*args)),
         partial=True,
     ),
     Backend(
         "library",
         _library,
-        dtypes=_fp8.OPERANDS,
-        refuse=lambda *args: _fp8.refuse_library(*_weights(*args)),
+        dtypes=fp8.OPERANDS,
+        refuse=lambda *args: fp8.refuse_library(*_weights(*args)),
     ),
     example=_example,
-    dtypes=_fp8.OPERANDS,
+    dtypes=fp8.OPERANDS,
     differentiable=False,
 )
 
@@ -145,7 +145,7 @@ def mlp_fp8(
         TypeError: if a weight is not in e4m3, or x is in float8.
         RuntimeError: if a gradient is wanted.
     """
-    _fp8.check_operands(x, weight1_8, weight2_8)
+    fp8.check_operands(x, weight1_8, weight2_8)
     return _op(
         x,
         ln_weight,

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from . import cpu
-from ._dispatch import Op, triton_backend
-from ._linear import linear
+from .dispatch import Op, triton_backend
 from .example import Maker, Sizes
 from .layer_norm import layer_norm_reference
+from .linear import linear
 
 
 def constants(values: Sequence[float], like: Tensor, dtype: torch.dtype) -> Tensor:

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from xclip_fast.kernels._dispatch import OPS, Backend
-from xclip_fast.kernels._parts import PARTS
+from xclip_fast.kernels.dispatch import OPS, Backend
+from xclip_fast.kernels.parts import PARTS
 
 from xclip_fast import backend, info
 

@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 from . import kernels
 from .block_checks import find_change_of, kinds_of, read_activation, types_of
 from .block_styles import STYLES, Call, Parts, Style
-from .kernels._linear import linear
+from .kernels.linear import linear
 from .nn.cct import Attention, DropScales, FastCCTBlock, Stream, cct_block
 from .nn.layers import TransformerBlock, plain_block
 from .nn.parts import is_watched

@@ -18,10 +18,11 @@ from typing import Any
 import torch
 
 from .console import print_rows
-from .kernels import BackendError, Block, _cuda, _dispatch, _linear
-from .kernels._parts import PARTS
+from .kernels import BackendError, Block, cuda_library, dispatch
 from .kernels.cct_block.fused import case_of
 from .kernels.example import Maker, Sizes
+from .kernels.linear import NATIVE_ON_CPU
+from .kernels.parts import PARTS
 
 # Name as shown, module, distributions that contain it, how to install it (empty: xclip-fast requires it).
 _PACKAGES = (
@@ -69,7 +70,7 @@ def collect() -> dict[str, Any]:
         "versions": _versions(),
         "cpu": _cpu(),
         "cuda": cuda,
-        "forced_backend": _dispatch._forced,
+        "forced_backend": dispatch.forced_backend(),
         "ops": _ops(places),
     }
 
@@ -139,9 +140,9 @@ def _versions() -> dict[str, dict[str, str | None]]:
     if torch.version.cuda is None:
         hip = getattr(torch.version, "hip", None)
         found["CUDA"]["note"] = f"this torch is built for ROCm {hip}" if hip else "this torch is built without CUDA"
-    library, reason = _cuda.load(_cuda.path())
-    version = None if library is None else f"interface {_cuda.ABI}"
-    found["CUDA library"] = {"version": version, "note": reason or str(_cuda.path())}
+    library, reason = cuda_library.load(cuda_library.path())
+    version = None if library is None else f"interface {cuda_library.ABI}"
+    found["CUDA library"] = {"version": version, "note": reason or str(cuda_library.path())}
     for name, module, distributions, install in _PACKAGES:
         found[name] = _package(module, distributions, install, name not in _NOT_IMPORTED)
     found["apex"] = _apex()
@@ -200,7 +201,7 @@ def _cpu() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(),  # the code path that torch takes
         "instructions": [name for name, ask in questions.items() if ask is not None and ask()],
-        "native_gemm": {_dtype_name(dtype): native for dtype, native in _linear.NATIVE_ON_CPU.items()},
+        "native_gemm": {_dtype_name(dtype): native for dtype, native in NATIVE_ON_CPU.items()},
     }
 
 
@@ -253,17 +254,17 @@ def _device(index: int) -> dict[str, Any]:
 
 
 def _ops(places: list[tuple[str, torch.dtype]]) -> dict[str, dict[str, Any]]:
-    found: dict[str, dict[str, Any]] = {name: {} for name in _dispatch.OPS}
+    found: dict[str, dict[str, Any]] = {name: {} for name in dispatch.OPS}
     for device, dtype in places:
         try:
             arguments = typical_arguments(device, dtype)
         except RuntimeError as error:  # its memory is full, or another process has it for itself
-            names = {name: op.names for name, op in _dispatch.OPS.items()}
+            names = {name: op.names for name, op in dispatch.OPS.items()}
             for name, backends in {**names, **{f"  {name}": part.names for name, part in PARTS.items()}}.items():
                 unusable = dict.fromkeys(backends, f"{device} cannot be used: {_first_line(error)}")
                 found.setdefault(name, {})[device] = {"dtype": _dtype_name(dtype), "chosen": None, "backends": unusable}
             continue
-        for name, op in _dispatch.OPS.items():
+        for name, op in dispatch.OPS.items():
             args = arguments[name]
             try:
                 chosen = op.choose(args).name
@@ -292,7 +293,7 @@ def _parts(block: Block, dtype: torch.dtype) -> dict[str, dict[str, Any]]:
 def typical_arguments(device: str, dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
     """Each op's arguments for one video of 8 frames in B/16, uninitialized, by the op's name."""
     make = Maker(device, dtype, empty=True)
-    return {name: op.example(Sizes(), make) for name, op in _dispatch.OPS.items()}
+    return {name: op.example(Sizes(), make) for name, op in dispatch.OPS.items()}
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

@@ -19,7 +19,7 @@ from . import kernels
 from .config import SwinConfig, XCLIPConfig, variant
 from .inference import fp8 as quantization
 from .inference.cuda_graphs import GraphedVideoTower
-from .kernels._linear import linear
+from .kernels.linear import linear
 from .nn.features import VideoFeatures
 from .nn.layers import WithoutInit, init_linear
 from .nn.mit import MultiFrameIntegration

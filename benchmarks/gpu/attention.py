@@ -121,7 +121,7 @@ class _Ours(torch.autograd.Function):
 
 def ours(job: Job, frames: int, tokens: int, heads: int, backward: bool) -> Iterator[Row]:
     """The Triton kernel at each tile size; backward takes its tile sizes from the table, so it is timed only once."""
-    from xclip_fast.kernels.triton import _launch
+    from xclip_fast.kernels.triton import launching
 
     qkv = packed(job, frames, tokens, heads).requires_grad_(backward)
     exact = exactly(qkv.detach())
@@ -132,7 +132,7 @@ def ours(job: Job, frames: int, tokens: int, heads: int, backward: bool) -> Iter
         key = f"{name} {use} {row['direction']}"
 
         def call(use: dict[str, Any] | None = use) -> Tensor:
-            with contextlib.nullcontext() if use is None else _launch.forced_tile("attention", use):
+            with contextlib.nullcontext() if use is None else launching.forced_tile("attention", use):
                 out: Tensor = _Ours.apply(qkv)
                 return out
 

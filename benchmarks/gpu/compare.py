@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from ops import test_ops
 from torch import Tensor
-from xclip_fast.kernels._dispatch import OPS, backend
+from xclip_fast.kernels.dispatch import OPS, backend
 from xclip_fast.kernels.example import TINY, Maker, Sizes
 
 FP8_LIMIT = 0.03  # two ways to round to 8 bits differ by a step in places

@@ -18,7 +18,7 @@ from .case import Job, Row
 
 def versions(job: Job) -> Iterator[Row]:
     """The device and the versions; every other row gets the main ones."""
-    from xclip_fast.kernels import _cuda
+    from xclip_fast.kernels import cuda_library
 
     row = measuring.environment(job.device)
     if job.device == "cuda":
@@ -30,7 +30,7 @@ def versions(job: Job) -> Iterator[Row]:
             row["nvidia_smi"] = subprocess.run(query, capture_output=True, text=True, timeout=20).stdout.strip()
         except (OSError, subprocess.SubprocessError) as error:
             row["nvidia_smi"] = str(error)
-    row["cuda_library"] = _cuda.load(_cuda.path())[1] or f"interface {_cuda.ABI}"
+    row["cuda_library"] = cuda_library.load(cuda_library.path())[1] or f"interface {cuda_library.ABI}"
     yield {"environment": row}
 
 
@@ -60,7 +60,7 @@ def ceilings(job: Job) -> Iterator[Row]:
 
 def overhead(job: Job) -> Iterator[Row]:
     """Host time of an eager call: of a small op, and of torch's own on the same tensor."""
-    from xclip_fast.kernels._dispatch import OPS
+    from xclip_fast.kernels.dispatch import OPS
 
     x = torch.ones(1024, device=job.device, dtype=job.dtype)
     for name, call in (("quick_gelu", lambda: OPS["quick_gelu"](x)), ("torch add", lambda: torch.add(x, 1))):
@@ -78,13 +78,13 @@ def check_program(job: Job, program: str, traced: str) -> Iterator[Row]:
 
     If they fail, a traced library (XCLIP_FAST_TRACE) says why.
     """
-    from xclip_fast.kernels import _cuda
+    from xclip_fast.kernels import cuda_library
 
     row: Row = {"op": "every call", "contender": "cuda", "direction": "check program"}
     if not program:
         yield {**row, "note": "refused: no check program was carried (make gpu-bundle builds it)"}
         return
-    environment = {**os.environ, "LD_LIBRARY_PATH": str(_cuda.path().parent)}
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(cuda_library.path().parent)}
     done = subprocess.run([program], capture_output=True, text=True, timeout=job.left() / 2, env=environment)
     said = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
     if done.returncode == 77:

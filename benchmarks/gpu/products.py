@@ -95,19 +95,19 @@ def triton_call(product: str, given: Operands) -> Callable[[], Any]:
 
 
 def cutlass_call(product: str, given: Operands, use: str) -> Callable[[], Any]:
-    from xclip_fast.kernels import _cuda
+    from xclip_fast.kernels import cuda_library
 
     x, weight, bias, gamma, beta, residual = given
     if product in ("out", "fc2"):
-        return lambda: _cuda.linear_residual_statistics(x, weight, bias, residual, None, EPS, tile=use)
-    folded, sums, shift = _cuda.fold(weight, gamma, beta, bias)
-    statistics = (*_cuda.row_statistics(x, EPS), sums)
-    return lambda: _cuda.norm_linear(x, folded, shift, statistics, activation=product == "fc1", tile=use)[:1]
+        return lambda: cuda_library.linear_residual_statistics(x, weight, bias, residual, None, EPS, tile=use)
+    folded, sums, shift = cuda_library.fold(weight, gamma, beta, bias)
+    statistics = (*cuda_library.row_statistics(x, EPS), sums)
+    return lambda: cuda_library.norm_linear(x, folded, shift, statistics, activation=product == "fc1", tile=use)[:1]
 
 
 def contenders(job: Job, product: str, given: Operands) -> Iterator[tuple[str, Row, Callable[[], Callable[[], Any]]]]:
     """Each contender's name, entries for its row, and function that makes its call."""
-    from xclip_fast.kernels import _cuda
+    from xclip_fast.kernels import cuda_library
 
     yield "cuBLAS alone", {"kind": "bare"}, lambda: lambda: F.linear(given.x, given.weight)
     yield "cuBLAS, torch's passes", {"kind": "cublas"}, lambda: lambda: plain(product, *given)
@@ -115,17 +115,17 @@ def contenders(job: Job, product: str, given: Operands) -> Iterator[tuple[str, R
         size = f"{use['BLOCK_M']}x{use['BLOCK_N']}" if use else "table's"
         row = {"kind": "triton", "tile": use}
         yield f"triton {size}", row, lambda use=use: forced(use, triton_call(product, given))
-    if _cuda.refuse_device(job.device, 0) is None:
+    if cuda_library.refuse_device(job.device, 0) is None:
         for name in CUTLASS:
             row = {"kind": "cutlass", "tile": name}
             yield f"cutlass {name}", row, lambda name=name: cutlass_call(product, given, name)
 
 
 def forced(use: Row | None, call: Callable[[], Any]) -> Callable[[], Any]:
-    from xclip_fast.kernels.triton import _launch
+    from xclip_fast.kernels.triton import launching
 
     def with_tile() -> Any:
-        with _launch.forced_tile("gemm", use):
+        with launching.forced_tile("gemm", use):
             return call()
 
     return call if use is None else with_tile
@@ -146,7 +146,7 @@ def compile_tiles(job: Job, product: str, numbers: list[int]) -> Iterator[Row]:
 
 def product(job: Job, product: str, rows: int) -> Iterator[Row]:
     """Each contender at one shape: its error, its time, and its time relative to the product alone."""
-    from xclip_fast.kernels import _cuda
+    from xclip_fast.kernels import cuda_library
 
     from . import compare
 
@@ -177,5 +177,5 @@ def product(job: Job, product: str, rows: int) -> Iterator[Row]:
                 else:
                     row["note"] = f"WRONG: error {row['error']:.3g}, limit {row['limit']:.3g}"
             yield row
-    if (reason := _cuda.refuse_device(job.device, 0)) is not None:
+    if (reason := cuda_library.refuse_device(job.device, 0)) is not None:
         yield {**base, "contender": "cutlass", "kind": "cutlass", "note": f"refused: {reason}"}

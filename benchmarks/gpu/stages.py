@@ -34,7 +34,7 @@ def machine(rehearse: bool) -> list[Case]:
 
 
 def smoke(rehearse: bool) -> list[Case]:
-    from xclip_fast.kernels._dispatch import OPS
+    from xclip_fast.kernels.dispatch import OPS
 
     cases = []
     program = next((path for path in (ROOT / "check", ROOT / "build") if (path / "xclip_fast_check").exists()), None)

@@ -55,7 +55,7 @@ def tests(job: Job, files: list[str], select: str, workers: int) -> Iterator[Row
 
 def names_in(test: str) -> Row:
     """The op and the backend that a test's name contains, if any."""
-    from xclip_fast.kernels._dispatch import OPS, backends
+    from xclip_fast.kernels.dispatch import OPS, backends
 
     inside = test.split("[", 1)[-1].rstrip("]").replace(" ", "-").split("-") if "[" in test else []
     ops = [op for op in sorted(OPS, key=len, reverse=True) if op in inside or f"test_{op}" in test]

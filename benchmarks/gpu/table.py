@@ -14,14 +14,14 @@ from .case import Job, Row
 
 def op(job: Job, op: str) -> Iterator[Row]:
     """A row for each shape of an op: the milliseconds of each backend, as in choices.json."""
-    from xclip_fast.kernels import _choices
+    from xclip_fast.kernels import choices
     from xclip_fast.kernels.tune import backends
     from xclip_fast.kernels.tune.shapes import SHAPES, Shape
 
     backends.DEVICE, backends.DTYPE = job.device, job.dtype
     shape = Shape(width=128, tokens=17, image=32, patch=8, frames=4) if job.tiny else SHAPES["B/16"]
     batches = (1, 2) if job.tiny else (1, 8, 32)
-    architecture = _choices.architecture(torch.empty(0, device=job.device))
+    architecture = choices.architecture(torch.empty(0, device=job.device))
     said: list[str] = []
     for where, contest in backends.contests(op, shape, batches, said.append):
         milliseconds: dict[str, float] = {}

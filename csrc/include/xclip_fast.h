@@ -22,7 +22,7 @@
 extern "C" {
 #endif
 
-/* Changes with every change of a signature or a constant below; kernels/_cuda.py asks for exactly this one. */
+/* Changes with every change of a signature or a constant below; kernels/cuda_library.py asks for exactly this one. */
 #define XCLIP_FAST_ABI 2
 
 /* Element types. */

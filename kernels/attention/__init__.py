@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._dispatch import FLOATS
-from .._parts import UNMEASURED, Candidate, Case, Part
+from ..dispatch import FLOATS
+from ..parts import UNMEASURED, Candidate, Case, Part
 from ..triton import ONE_TILE
 from . import libraries
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._parts import HALF, UNMEASURED, Candidate, Case
+from ..parts import HALF, UNMEASURED, Candidate, Case
 
 Saved = tuple[Tensor, ...]
 aten = torch.ops.aten

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from .. import cpu
-from .._arguments import LOWERED, Block
-from .._dispatch import Backend, Op, forced_backend
+from ..arguments import LOWERED, Block
+from ..dispatch import Backend, Op, forced_backend
 from . import fused
 from .example import example
 from .fused import diffuse

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._arguments import Block
+from ..arguments import Block
 from ..example import Maker
 
 

@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _choices, _dispatch, _overlap
-from .._arguments import GELUS, Block
-from .._parts import Candidate, Case, Part, installed
+from .. import choices, dispatch, overlap
+from ..arguments import GELUS, Block
 from ..attention import ATTENTION, PACKED_ATTENTION, WINDOW_ATTENTION
 from ..layer_norm import WIDEST_ROW
 from ..message_kv import MESSAGE
+from ..parts import Candidate, Case, Part, installed
 from . import reference
 from .products import LINEAR_RESIDUAL, NORM_LINEAR, Layer, Norm, Normed, Target
 
@@ -69,9 +69,9 @@ def case_of(b: Block, training: bool) -> Case:
         training,
         any(drop is not None for drop in drops),
         b.activation,
-        b.backend or _dispatch.forced_backend(),
+        b.backend or dispatch.forced_backend(),
         bool(b.backend),
-        _dispatch.off_gpu,
+        dispatch.off_gpu,
     )
 
 
@@ -108,7 +108,7 @@ def _find_plan(case: Case, swapped: tuple[tuple[str, str], ...] = ()) -> Plan | 
     asked = case.interpreted > 1 or (case.interpreted and case.forced != "auto")
     if case.device.type != "cuda" and not asked:
         return f"device {case.device.type} is not cuda (TRITON_INTERPRET=1 and backend triton run it slowly anywhere)"
-    if _dispatch.INTERPRETED and case.device.type != "cuda" and torch.bfloat16 in (case.dtype, case.stream):
+    if dispatch.INTERPRETED and case.device.type != "cuda" and torch.bfloat16 in (case.dtype, case.stream):
         return "Triton's interpreter does not compute in bfloat16"
     if case.stream not in (case.dtype, torch.float32):
         return f"a residual stream of {case.stream} beside weights of {case.dtype}"
@@ -143,7 +143,7 @@ def slots(case: Case) -> dict[str, tuple[Part, Case, dict[str, int]]]:
 
 
 _kept_plan = functools.lru_cache(4096)(_find_plan)
-_choices.kept.append(_kept_plan)
+choices.kept.append(_kept_plan)
 
 
 def refuse(*args: Any) -> str | None:
@@ -160,7 +160,7 @@ def refuse(*args: Any) -> str | None:
 def _plan_of(b: Block, training: bool) -> Plan:
     found = plan(case_of(b, training))
     if isinstance(found, str):
-        raise _dispatch.BackendError(f"no plan of cct_block: {found}")
+        raise dispatch.BackendError(f"no plan of cct_block: {found}")
     return found
 
 
@@ -221,8 +221,8 @@ def _with_message(
     if p.message is None:
         return *project(None), ()
     start = functools.partial(p.message.forward, save, b)
-    if _overlap.is_captured(b.x):  # both read only x
-        (_, write, saved), (qkv, known) = _overlap.side_by_side(b.x, start, functools.partial(project, None))
+    if overlap.is_captured(b.x):  # both read only x
+        (_, write, saved), (qkv, known) = overlap.side_by_side(b.x, start, functools.partial(project, None))
         included = False
     else:
         message, write, saved = start()

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _cuda
-from .._arguments import GELUS
-from .._cast import cast, kept
-from .._parts import HALF, UNMEASURED, Candidate, Case, Part
+from .. import cuda_library
+from ..arguments import GELUS
+from ..derived import cast, kept
+from ..parts import HALF, UNMEASURED, Candidate, Case, Part
 
 if TYPE_CHECKING:
     from ..triton.layer_norm import Spare
@@ -122,9 +122,9 @@ def _triton_norm_linear(
     save: bool, x: Tensor, known: Normed, layer: Layer, spare: "Spare | None" = None
 ) -> tuple[Tensor, Tensor | None, Normed]:
     norm, weight, bias, activation = layer
-    from ..triton._launch import tile
     from ..triton.fold import fold
     from ..triton.gemm import gemm
+    from ..triton.launching import tile
     from ..triton.layer_norm import row_statistics
 
     keep = bool(activation) and save
@@ -169,20 +169,20 @@ def _cuda_norm_linear(
     if known.rows is None and x.dtype == weight.dtype and x.shape[0] >= FOLD_FROM:
         mean, rstd = known.mean, known.rstd
         if mean is None or rstd is None:
-            mean, rstd = _cuda.row_statistics(x, norm.eps)
-        folded, sums, shift = kept("cuda fold", _cuda.fold, weight, norm.weight, norm.bias, bias)
-        y, u = _cuda.norm_linear(x, folded, shift, (mean, rstd, sums), activation=bool(activation), keep=keep)
+            mean, rstd = cuda_library.row_statistics(x, norm.eps)
+        folded, sums, shift = kept("cuda fold", cuda_library.fold, weight, norm.weight, norm.bias, bias)
+        y, u = cuda_library.norm_linear(x, folded, shift, (mean, rstd, sums), activation=bool(activation), keep=keep)
         return y, u, Normed(None, mean, rstd)
     known = _normed(save, x, known, norm, weight.dtype, spare)
     assert known.rows is not None
-    y, u = _cuda.norm_linear(known.rows, weight, bias, activation=bool(activation), keep=keep)
+    y, u = cuda_library.norm_linear(known.rows, weight, bias, activation=bool(activation), keep=keep)
     return y, u, known
 
 
 def _cuda_slope(
     dy: Tensor, weight: Tensor, u: Tensor, activation: str, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    du, sums = _cuda.linear_slope(dy, weight.T, u, column_sums=True)
+    du, sums = cuda_library.linear_slope(dy, weight.T, u, column_sums=True)
     assert sums is not None
     return du, sums, _activate(True, u, activation) if keep else None
 
@@ -193,9 +193,9 @@ def _cuda_residual(a: Tensor, weight: Tensor, bias: Tensor, to: Target) -> tuple
         samples = to.drop_scale.shape[0]
         scale = to.drop_scale.float()[:, None].expand(samples, to.x.shape[0] // samples).reshape(-1)
     if to.norm is None and not to.statistics:
-        return _cuda.linear_residual(a, weight, bias, to.x, scale), Normed()
+        return cuda_library.linear_residual(a, weight, bias, to.x, scale), Normed()
     eps = to.norm.eps if to.norm else 0.0
-    z, mean, rstd = _cuda.linear_residual_statistics(a, weight, bias, to.x, scale, eps)
+    z, mean, rstd = cuda_library.linear_residual_statistics(a, weight, bias, to.x, scale, eps)
     return z, Normed(None, mean, rstd)
 
 
@@ -214,7 +214,7 @@ def _refuse_cuda(case: Case) -> str | None:
         return f"a residual stream of {case.stream} beside weights of {case.dtype}"
     if case.width % 8 or case.hidden % 8:
         return f"width {case.width}, {case.hidden} in the FFN: multiples of 8 wanted, for rows in whole 16 bytes"
-    return _cuda.refuse_device(case.device.type, case.device.index)
+    return cuda_library.refuse_device(case.device.type, case.device.index)
 
 
 def _nothing(*_: Any) -> tuple[Tensor, ...]:

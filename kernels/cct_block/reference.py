@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._arguments import GELUS, Block
-from .._linear import linear
+from ..arguments import GELUS, Block
 from ..attention import attention_reference, packed_reference
 from ..layer_norm import layer_norm_reference
+from ..linear import linear
 from ..quick_gelu import quick_gelu_reference
 
 Linears = Callable[[str, Tensor], Tensor]

@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._attention import LOG2_E, channels_contiguous, fits_one_tile, sequence_tile
-from ._launch import launch
 from .attention_backward import backward
+from .attention_tiles import LOG2_E, channels_contiguous, fits_one_tile, sequence_tile
+from .launching import launch
 
 __all__ = ["backward", "forward"]
 

@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._attention import LOG2_E, channels_contiguous, fits_one_tile, power_of_two, sequence_tile
-from ._launch import launch, tile
+from .attention_tiles import LOG2_E, channels_contiguous, fits_one_tile, power_of_two, sequence_tile
+from .launching import launch, tile
 from .packed_attention import packed_attention_bwd_kernel
 
 

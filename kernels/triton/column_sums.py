@@ -5,8 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import cdiv, launch, tile
-from ._quick_gelu import quick_gelu_slope, quick_gelu_value
+from .activation import quick_gelu_slope, quick_gelu_value
+from .launching import cdiv, launch, tile
 
 
 @triton.jit(do_not_specialize=["M", "sample_rows"])

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import cdiv, launch, next_power_of_2, tile
+from .launching import cdiv, launch, next_power_of_2, tile
 
 
 @triton.jit

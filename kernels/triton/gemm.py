@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import arch, cdiv, launch, next_power_of_2, processors, tile
-from ._quick_gelu import quick_gelu_slope, quick_gelu_value
+from .activation import quick_gelu_slope, quick_gelu_value
+from .launching import arch, cdiv, launch, next_power_of_2, processors, tile
 
 
 @triton.jit

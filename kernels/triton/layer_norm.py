@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import cdiv, launch, next_power_of_2, processors, tile
 from .gemm import rows_of
+from .launching import cdiv, launch, next_power_of_2, processors, tile
 
 
 @triton.jit

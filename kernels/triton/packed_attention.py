@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._attention import LOG2_E, attend_tile, attend_tile_backward, channels_contiguous
-from ._launch import launch, tile
+from .attention_tiles import LOG2_E, attend_tile, attend_tile_backward, channels_contiguous
+from .launching import launch, tile
 
 
 @triton.jit

@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._linear import linear
-from ._launch import cdiv, launch, tile
+from ..linear import linear
 from .gemm import rows_of
+from .launching import cdiv, launch, tile
 from .layer_norm import normalise, normalise_backward
 
 

@@ -1,6 +1,6 @@
 """Rounding to e4m3 in one pass: LayerNorm with a scale for each row, and quick_gelu with a scale that is given.
 
-What ``_fp8.py`` computes with torch, for the products of ``torch._scaled_mm``. The conversion to e4m3 needs compute
+What ``fp8.py`` computes with torch, for the products of ``torch._scaled_mm``. The conversion to e4m3 needs compute
 capability 8.9.
 """
 
@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import cdiv, launch, next_power_of_2, tile
-from ._quick_gelu import quick_gelu_value
+from .activation import quick_gelu_value
 from .gemm import rows_of
+from .launching import cdiv, launch, next_power_of_2, tile
 from .quick_gelu import BLOCK
 
 LARGEST = tl.constexpr(448.0)  # of e4m3

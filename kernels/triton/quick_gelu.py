@@ -8,9 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import cdiv, launch
-from ._quick_gelu import quick_gelu_value
+from .activation import quick_gelu_value
 from .column_sums import scaled
+from .launching import cdiv, launch
 
 BLOCK = 1024
 

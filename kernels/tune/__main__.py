@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 
-from .. import _choices
-from .._tables import user_table
+from .. import choices
+from ..tables import user_table
 from . import backends, tiles
 from .shapes import BATCHES, SHAPES
 
@@ -65,11 +65,11 @@ def main(arguments: list[str] | None = None, progress: Callable[[int, int], None
     work: Any = {**backends.TILE_WORK, **backends.SLOTS, **backends.WORK} if options.backends else tiles.WORK
     measure = backends.measure if options.backends else tiles.measure
     if options.backends:
-        table = _choices.TABLE
+        table = choices.TABLE
     else:
-        from ..triton import _launch
+        from ..triton import launching
 
-        table = _launch.TABLE
+        table = launching.TABLE
     path = table if options.commit else user_table(table.name)
     ops = options.op or list(work)
     for op in ops:
@@ -85,9 +85,9 @@ def main(arguments: list[str] | None = None, progress: Callable[[int, int], None
         rows, refused = measure(op, shape, batches, time.monotonic() + share, print)
         wrong += refused
         merge(path, {op: rows})
-        _choices.forget()  # the backend cuda is measured with the tiles that were found for it
+        choices.forget()  # the backend cuda is measured with the tiles that were found for it
         if not options.backends:
-            _launch.forget()
+            launching.forget()
     progress(len(ops), len(ops))
     print(f"written to {path}")
     if wrong:

@@ -2,7 +2,7 @@
 
 Every backend of every op of a model's blocks, at its shapes, forward alone and with gradients, and every tile of the
 CUDA library's products. A backend that computes something else than the reference, in the sense of the tests, is
-reported and left out. _choices.py reads what is written.
+reported and left out. choices.py reads what is written.
 """
 
 import datetime
@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _choices, _cuda
-from .._arguments import Block
-from .._dispatch import OPS, Op, backend
+from .. import choices, cuda_library
+from ..arguments import Block
 from ..cct_block import fused
 from ..cct_block.example import example
+from ..dispatch import OPS, Op, backend
 from ..quick_gelu import quick_gelu_reference
 from .shapes import Shape, boundaries
 from .tiles import failures, milliseconds
@@ -95,19 +95,19 @@ def _blocks(shape: Shape, batches: tuple[int, ...]) -> Iterator[tuple[dict[str, 
 
 
 def _norm_linear(x: Tensor, weight: Tensor, bias: Tensor, tile: str) -> list[Tensor]:
-    return [_cuda.norm_linear(x, weight, bias, tile=tile)[0]]
+    return [cuda_library.norm_linear(x, weight, bias, tile=tile)[0]]
 
 
 def _activated(x: Tensor, weight: Tensor, bias: Tensor, tile: str) -> list[Tensor]:
-    return [_cuda.norm_linear(x, weight, bias, activation=True, tile=tile)[0]]
+    return [cuda_library.norm_linear(x, weight, bias, activation=True, tile=tile)[0]]
 
 
 def _residual(x: Tensor, weight: Tensor, bias: Tensor, tile: str) -> list[Tensor]:
-    return [_cuda.linear_residual(x, weight, bias, _beside(x, weight), tile=tile)]
+    return [cuda_library.linear_residual(x, weight, bias, _beside(x, weight), tile=tile)]
 
 
 def _slope(x: Tensor, weight: Tensor, bias: Tensor, tile: str) -> list[Tensor]:
-    return [_cuda.linear_slope(x, weight, _beside(x, weight), tile=tile)[0]]
+    return [cuda_library.linear_slope(x, weight, _beside(x, weight), tile=tile)[0]]
 
 
 def _beside(x: Tensor, weight: Tensor) -> Tensor:
@@ -148,7 +148,7 @@ def measure(
     Nothing is begun after ``deadline`` (of ``time.monotonic``); a row has what was timed until then.
     """
     rows, wrong = [], 0
-    architecture = _choices.architecture(torch.empty(0, device=DEVICE))
+    architecture = choices.architecture(torch.empty(0, device=DEVICE))
     for where, contest in contests(name, shape, batches, say):
         if time.monotonic() >= deadline:
             say(f"{name} {where}: the time is over")
@@ -249,7 +249,7 @@ def _tile_contests(
     name: str, shape: Shape, batches: tuple[int, ...]
 ) -> Iterator[tuple[dict[str, list[Any]], Callable[[], Contest]]]:
     every = shape.rows(batches)
-    names = [tile for tile in _cuda.TILES if tile != "auto"]
+    names = [tile for tile in cuda_library.TILES if tile != "auto"]
     for more, sizes, call, exactly in TILE_WORK[name]:
         n, k = sizes(shape.width)
         for m in every:
@@ -306,6 +306,6 @@ def provenance() -> dict[str, Any]:
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": version,
-        "library": _cuda.ABI if _cuda.load(_cuda.path())[0] else None,
+        "library": cuda_library.ABI if cuda_library.load(cuda_library.path())[0] else None,
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
     }

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._linear import linear
 from ..attention import attention_reference
+from ..linear import linear
 from ..quick_gelu import quick_gelu_reference
 from ..triton import ONE_TILE
 from .shapes import LENGTHS, Shape, boundaries
@@ -108,8 +108,8 @@ def _right(
 
 def gemm_work(shape: Shape, batches: tuple[int, ...]) -> Iterator[Work]:
     """The four products of a block, and the backward one whose epilogue is the slope of quick_gelu."""
-    from ..triton._launch import processors, tile
     from ..triton.gemm import gemm
+    from ..triton.launching import processors, tile
 
     width, every = shape.width, shape.rows(batches)
     for m in every:
@@ -225,7 +225,7 @@ def measure(
 
     No tile is begun after ``deadline`` (of ``time.monotonic``); a shape without a timing has no row.
     """
-    from ..triton import _launch
+    from ..triton import launching
 
     device = torch.device(DEVICE)
     name = torch.cuda.get_device_name()
@@ -237,7 +237,7 @@ def measure(
             if time.monotonic() >= deadline:
                 say(f"{op} {where}: the time is over")
                 break
-            with _launch.forced_tile(op, use):
+            with launching.forced_tile(op, use):
                 try:
                     if not agrees(call, wanted):
                         say(f"{op} {where}: {use} COMPUTES SOMETHING ELSE, and is left out")
@@ -254,7 +254,7 @@ def measure(
         say(f"{op} {where}: {best[0]:.4f} ms with {best[1]}")
         version = importlib.metadata.version("triton")
         measured = f"{name}, Triton {version}, {best[0]:.4f} ms"
-        rows.append({"arch": _launch.arch(device), "where": where, "use": best[1], "measured": measured})
+        rows.append({"arch": launching.arch(device), "where": where, "use": best[1], "measured": measured})
     return rows, wrong
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from xclip_fast.kernels import _overlap as overlap
+from xclip_fast.kernels import overlap
 from xclip_fast.kernels.cct_block import fused
 
 from xclip_fast import XCLIP, XCLIPConfig, backend, kernels

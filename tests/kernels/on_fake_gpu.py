@@ -25,15 +25,15 @@ sys.path.insert(0, str(Path(__file__).parent))
 import ahead_of_time
 import triton
 from ahead_of_time import EPS, cases, meta, norm, run
-from xclip_fast.kernels import _tables
+from xclip_fast.kernels import tables
 from xclip_fast.kernels.cct_block import fused
 from xclip_fast.kernels.cct_block.example import example
-from xclip_fast.kernels.triton import _launch, quantize
+from xclip_fast.kernels.fake_gpu import Launch, fake_gpu
+from xclip_fast.kernels.triton import launching, quantize
 from xclip_fast.kernels.tune import tiles
 from xclip_fast.kernels.tune.shapes import BATCHES, SHAPES
 
 from xclip_fast import FastCCTBlock, kernels
-from xclip_fast.fake_gpu import Launch, fake_gpu
 from xclip_fast.time_model import Recorder
 
 # Before the first backward, at which autograd starts a thread for each device: a device of a kind of its own.
@@ -346,7 +346,7 @@ def test_a_launch_is_on_the_device_of_its_tensors(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch.cuda, "device", Guard)
     with FakeTensorMode(allow_non_fake_inputs=True):
         for index in (0, 1, 0):
-            _launch.launch(Kernel(), (1,), torch.empty(4, device=f"cuda:{index}"))
+            launching.launch(Kernel(), (1,), torch.empty(4, device=f"cuda:{index}"))
     assert seen == [(0, 0), (1, 1), (0, 0)]
     assert current == [0]
 
@@ -356,27 +356,27 @@ def test_a_launch_is_on_the_device_of_its_tensors(monkeypatch: pytest.MonkeyPatc
 
 def test_the_tile_cache_stays_small_and_right(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/nonexistent")
-    _launch.forget()
+    launching.forget()
     draw, device = random.Random(0), torch.device("cpu")
-    table = ahead_of_time.json.loads(_launch.TABLE.read_text())
+    table = ahead_of_time.json.loads(launching.TABLE.read_text())
     for arch in ARCHS:
-        with _launch.assumed_gpu(arch, 132):
+        with launching.assumed_gpu(arch, 132):
             for rows in range(1, 20000):
                 sizes = {"m": rows, "n": 768, "k": 3072, "bytes": 2, "heavy": rows % 2, "aligned": 1}
-                _launch.tile("gemm", device, **sizes)
+                launching.tile("gemm", device, **sizes)
             for _ in range(500):
                 sizes = {"m": draw.choice((1, 128, 129, 2048, 2049, 8191, 8192, 10**6)), "n": 768, "k": 768}
                 sizes |= {"bytes": draw.choice((2, 4)), "heavy": draw.randint(0, 1), "aligned": draw.randint(0, 1)}
                 newest = max(row["arch"] for row in table["gemm"] if row["arch"] <= arch)
-                fitting = (row for row in table["gemm"] if row["arch"] == newest and _tables.holds(row, sizes))
-                assert _launch.tile("gemm", device, **sizes) == next(fitting)["use"]
-        assert len(_launch._rows("gemm", arch)[2]) <= 24
+                fitting = (row for row in table["gemm"] if row["arch"] == newest and tables.holds(row, sizes))
+                assert launching.tile("gemm", device, **sizes) == next(fitting)["use"]
+        assert len(launching._rows("gemm", arch)[2]) <= 24
 
 
 def test_integers_by_triton() -> None:
     for n in (0, 1, 2, 3, 4, 5, 63, 64, 65, 768, 1000):
-        assert _launch.next_power_of_2(n) == triton.next_power_of_2(n)
-        assert _launch.cdiv(n, 64) == triton.cdiv(n, 64)
+        assert launching.next_power_of_2(n) == triton.next_power_of_2(n)
+        assert launching.cdiv(n, 64) == triton.cdiv(n, 64)
 
 
 # ---- tuning
@@ -388,7 +388,7 @@ def test_tuning_compiles_and_times_little(name: str, monkeypatch: pytest.MonkeyP
     timed: list[dict[str, Any]] = []
     monkeypatch.setattr(tiles, "DEVICE", "meta")
     monkeypatch.setattr(tiles, "agrees", lambda call, wanted: call() is not None)
-    monkeypatch.setattr(tiles, "milliseconds", lambda call: timed.append(dict(_launch._forced_tiles)) or 0.1)
+    monkeypatch.setattr(tiles, "milliseconds", lambda call: timed.append(dict(launching._forced_tiles)) or 0.1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a made-up GPU")
     with fake_gpu(90) as launches:
         for op in tiles.WORK:

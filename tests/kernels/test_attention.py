@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from xclip_fast.kernels._dispatch import INTERPRETED
-from xclip_fast.kernels._parts import Case
 from xclip_fast.kernels.attention import ATTENTION, attention_reference, libraries
+from xclip_fast.kernels.dispatch import INTERPRETED
+from xclip_fast.kernels.parts import Case
 
 CANDIDATES = {candidate.name: candidate for candidate in ATTENTION.candidates}
 

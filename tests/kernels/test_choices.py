@@ -16,11 +16,11 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from xclip_fast.kernels import _choices, _cuda, _dispatch, _parts, _tables
-from xclip_fast.kernels._dispatch import INTERPRETED, OPS, Backend, Op
-from xclip_fast.kernels._parts import PARTS, Case
+from xclip_fast.kernels import choices, cuda_library, dispatch, parts, tables
 from xclip_fast.kernels.cct_block import fused
 from xclip_fast.kernels.cct_block.products import NORM_LINEAR
+from xclip_fast.kernels.dispatch import INTERPRETED, OPS, Backend, Op
+from xclip_fast.kernels.parts import PARTS, Case
 from xclip_fast.kernels.tune import __main__ as tune
 from xclip_fast.kernels.tune import backends as tune_backends
 from xclip_fast.kernels.tune import tiles as tune_tiles
@@ -35,19 +35,19 @@ Write = Callable[..., None]
 def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Write]:
     """Writes the user's table, of one op. There is no shipped one, and the CPU is an sm_90."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(_choices, "TABLE", tmp_path / "shipped" / "choices.json")
-    monkeypatch.setattr(_choices, "architecture", lambda x: 90)
-    monkeypatch.setattr(_cuda, "refuse_device", lambda *_: None)
-    _choices.forget()
+    monkeypatch.setattr(choices, "TABLE", tmp_path / "shipped" / "choices.json")
+    monkeypatch.setattr(choices, "architecture", lambda x: 90)
+    monkeypatch.setattr(cuda_library, "refuse_device", lambda *_: None)
+    choices.forget()
 
     def write(op: str, *rows: dict[str, Any], shipped: bool = False) -> None:
-        path = _choices.TABLE if shipped else _tables.user_table("choices.json")
+        path = choices.TABLE if shipped else tables.user_table("choices.json")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({op: rows}))
-        _choices.forget()
+        choices.forget()
 
     yield write
-    _choices.forget()
+    choices.forget()
 
 
 def row(*order: str, arch: int = 90, **where: Any) -> dict[str, Any]:
@@ -115,10 +115,10 @@ def test_nothing_unmeasured_replaces_the_library(
         "empty",
         lambda *a, **o: empty(*a, **{**o, "device": "meta"} if "cuda" in str(o.get("device")) else o),
     )
-    monkeypatch.setattr(_dispatch, "INTERPRETED", False)
-    monkeypatch.setattr(_dispatch, "off_gpu", False)
-    monkeypatch.setattr(_dispatch, "_INSTALLED", {"triton"} if installed else set())
-    monkeypatch.setattr(_parts, "installed", lambda package: installed and package == "triton")
+    monkeypatch.setattr(dispatch, "INTERPRETED", False)
+    monkeypatch.setattr(dispatch, "off_gpu", False)
+    monkeypatch.setattr(dispatch, "_INSTALLED", {"triton"} if installed else set())
+    monkeypatch.setattr(parts, "installed", lambda package: installed and package == "triton")
     monkeypatch.setattr(fused, "installed", lambda package: installed and package == "triton")
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         arguments = cuda_arguments(dtype)
@@ -180,7 +180,7 @@ def test_other_architectures_and_other_places(write: Write, monkeypatch: pytest.
     assert chosen(kind()) == "library"
     write("norm_linear", row("cuda"))
     assert chosen(kind()) == "cuda"
-    monkeypatch.setattr(_choices, "architecture", lambda x: None)
+    monkeypatch.setattr(choices, "architecture", lambda x: None)
     assert chosen(kind()) == "library"
 
 
@@ -225,7 +225,7 @@ def test_a_plan_is_kept_until_the_tables_change(write: Write) -> None:
 
 
 def test_a_cpu_has_no_architecture() -> None:
-    assert _choices.architecture(torch.zeros(1)) is None
+    assert choices.architecture(torch.zeros(1)) is None
 
 
 def test_info_tells_what_is_taken(write: Write) -> None:
@@ -237,18 +237,18 @@ def test_info_tells_what_is_taken(write: Write) -> None:
 
 def test_tiles_of_the_library(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     tiles: list[int] = []
-    monkeypatch.setattr(_cuda, "_call", lambda name, dtype, tile, *rest: tiles.append(tile))
-    monkeypatch.setattr(_cuda, "_place", lambda x: (0, None))
+    monkeypatch.setattr(cuda_library, "_call", lambda name, dtype, tile, *rest: tiles.append(tile))
+    monkeypatch.setattr(cuda_library, "_place", lambda x: (0, None))
     x, weight = torch.zeros(8, 64, dtype=torch.bfloat16), torch.zeros(16, 64, dtype=torch.bfloat16)
     y = torch.zeros(8, 16, dtype=torch.bfloat16)
 
     def calls(**options: Any) -> list[str]:
         tiles.clear()
-        _cuda.norm_linear(x, weight, **options)
-        _cuda.norm_linear(x, weight, activation=True, **options)
-        _cuda.linear_residual(x, weight, None, y, **options)
-        _cuda.linear_slope(x, weight, y, **options)
-        names = {number: name for name, number in _cuda.TILES.items()}
+        cuda_library.norm_linear(x, weight, **options)
+        cuda_library.norm_linear(x, weight, activation=True, **options)
+        cuda_library.linear_residual(x, weight, None, y, **options)
+        cuda_library.linear_slope(x, weight, y, **options)
+        names = {number: name for name, number in cuda_library.TILES.items()}
         return [names[tile] for tile in tiles]
 
     assert calls() == ["auto"] * 4
@@ -278,12 +278,12 @@ def test_rows_are_measured_where_the_ops_look_for_them(monkeypatch: pytest.Monke
             assert sizes is not None
             found = sizes(*args)
             assert set(found) == set(where), name
-            assert _tables.holds({"where": where}, found), (name, where, found)
+            assert tables.holds({"where": where}, found), (name, where, found)
     assert set(tune_backends.SLOTS) == set(PARTS) - {"packed_attention", "window_attention"}  # one candidate each
     for where, block in tune_backends._blocks(TINY, BATCHES):
         case = fused.case_of(block, False)
         for _, _, own in fused.slots(case).values():
-            assert _tables.holds({"where": where}, {**case.sizes(), **own, "k": case.width})
+            assert tables.holds({"where": where}, {**case.sizes(), **own, "k": case.width})
 
 
 TINY = Shape(width=64, tokens=5, image=16, patch=8, frames=2)
@@ -314,7 +314,7 @@ def test_what_is_measured_is_chosen(small: dict[str, float], monkeypatch: pytest
     give(monkeypatch, op, Backend("library", op.reference), Backend("apex", op.reference))
     small.update(reference=0.3, library=0.1, apex=0.2)
     assert tune.main(NORM) == 0
-    path = _tables.user_table("choices.json")
+    path = tables.user_table("choices.json")
     rows = json.loads(path.read_text())["layer_norm"]
     assert len(rows) == 2 * 2  # two heights, with and without gradients
     assert rows[0]["where"] == {"dtype": ["bfloat16"] * 2, "training": [False] * 2, "m": [0, 17], "k": [64, 64]}
@@ -361,7 +361,7 @@ def test_what_is_wrong_is_left_out(
     small.update(reference=0.3, library=0.1)
     code = tune.main(NORM)
     said = capsys.readouterr()
-    for found in json.loads(_tables.user_table("choices.json").read_text())["layer_norm"]:
+    for found in json.loads(tables.user_table("choices.json").read_text())["layer_norm"]:
         assert ("library" not in found["milliseconds"]) == (found["where"]["training"][0] in left_out)
         assert "reference" in found["milliseconds"]
     if forward is failing:
@@ -378,8 +378,8 @@ def test_what_is_wrong_is_left_out(
 def test_every_part_can_be_measured(part: str, small: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
     """In its place in a block."""
     monkeypatch.setattr(tune_backends, "DTYPE", torch.float16)
-    monkeypatch.setattr(_cuda, "refuse_device", lambda *_: "no such device")
-    small.update(dict.fromkeys(kernels._dispatch.backends(), 1.0))
+    monkeypatch.setattr(cuda_library, "refuse_device", lambda *_: "no such device")
+    small.update(dict.fromkeys(kernels.dispatch.backends(), 1.0))
     said: list[str] = []
     rows, wrong = tune_backends.measure(part, TINY, (1,), FOREVER, said.append)
     assert (wrong, len(rows)) == (0, 2 * len(tune_backends.SLOTS[part]))
@@ -392,8 +392,8 @@ def test_every_part_can_be_measured(part: str, small: dict[str, float], monkeypa
 def test_every_op_can_be_measured(op: str, small: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton's kernels too, where its interpreter runs them: in float16, because bfloat16 comes out wrong there."""
     monkeypatch.setattr(tune_backends, "DTYPE", torch.float16)
-    monkeypatch.setattr(_cuda, "refuse_device", lambda *_: "no such device")
-    small.update(dict.fromkeys(kernels._dispatch.backends(), 1.0))
+    monkeypatch.setattr(cuda_library, "refuse_device", lambda *_: "no such device")
+    small.update(dict.fromkeys(kernels.dispatch.backends(), 1.0))
     said: list[str] = []
     rows, wrong = tune_backends.measure(op, TINY, (1, 3), FOREVER, said.append)
     assert (wrong, len(rows)) == (0, 2 * 2)
@@ -425,7 +425,7 @@ def test_every_product_can_be_measured(name: str, small: dict[str, float], monke
             else torch.utils._pytree.tree_map_only(Tensor, lambda y: y * wrong, result)
         )
 
-    monkeypatch.setattr(_cuda, call, product)
+    monkeypatch.setattr(cuda_library, call, product)
     for wrong, kept in ((1.0, {"small", "square"}), (1.2, {"square"})):
         rows, count = tune_backends.measure(name, TINY, (1, 3), FOREVER, lambda line: None)
         assert count == (0 if wrong == 1.0 else len(rows))
@@ -468,12 +468,12 @@ def test_measuring_ends_in_time(small: dict[str, float], monkeypatch: pytest.Mon
     arguments = ["--backends", "--op", "patch_embed", "--op", "layer_norm", "--batch", "1", "2", "3"]
     assert tune.main([*arguments, "--seconds", "6"]) == 0
     assert clock.now <= 7
-    table = json.loads(_tables.user_table("choices.json").read_text())
+    table = json.loads(tables.user_table("choices.json").read_text())
     assert {name: len(rows) > 0 for name, rows in table.items()} == {"patch_embed": True, "layer_norm": True}
     assert "the time is over" in capsys.readouterr().out
     clock.now, before = 0.0, table
     assert tune.main(["--backends", "--op", "layer_norm", "--seconds", "0"]) == 0
-    assert json.loads(_tables.user_table("choices.json").read_text()) == before
+    assert json.loads(tables.user_table("choices.json").read_text()) == before
 
 
 def test_no_memory_for_the_reference_is_said(
@@ -505,8 +505,8 @@ def test_every_tile_table_can_be_measured(op: str, small: dict[str, float], monk
     said: list[str] = []
     rows, wrong = tune_tiles.measure(op, shape, (1,), FOREVER, said.append)
     assert (wrong, len(rows)) == (0, 5 if op == "gemm" else 1), said
-    tune.merge(_tables.user_table("tiles.json"), {op: rows})
-    launching = importlib.import_module("xclip_fast.kernels.triton._launch")
+    tune.merge(tables.user_table("tiles.json"), {op: rows})
+    launching = importlib.import_module("xclip_fast.kernels.triton.launching")
     launching.forget()
     for found in rows:
         sizes = {name: bounds[0] for name, bounds in found["where"].items()}

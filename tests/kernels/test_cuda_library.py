@@ -1,5 +1,5 @@
-"""The CUDA library: its interface and _cuda.py agree, its kernels are compiled as they should be, its plumbing computes
-the ops. Nothing here needs a GPU except what is marked so.
+"""The CUDA library: its interface and cuda_library.py agree, its kernels are compiled as they should be, its plumbing
+computes the ops. Nothing here needs a GPU except what is marked so.
 
 The library is what the install built, or ``XCLIP_FAST_CUDA_LIBRARY`` names; ``XCLIP_FAST_TEST_BUILD=1`` builds one.
 """
@@ -22,14 +22,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from xclip_fast.kernels import _cuda
-from xclip_fast.kernels._dispatch import INTERPRETED, OPS
-from xclip_fast.kernels._parts import PARTS, Case, Part
+from xclip_fast.kernels import cuda_library
 from xclip_fast.kernels.cct_block import products
 from xclip_fast.kernels.cct_block.example import example, message_block
 from xclip_fast.kernels.cct_block.products import LINEAR_RESIDUAL, NORM_LINEAR
 from xclip_fast.kernels.cct_block.reference import message_key_value
+from xclip_fast.kernels.dispatch import INTERPRETED, OPS
 from xclip_fast.kernels.message_kv import MESSAGE
+from xclip_fast.kernels.parts import PARTS, Case, Part
 
 from xclip_fast import info, kernels
 
@@ -62,7 +62,7 @@ def constants() -> dict[str, int]:
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = _cuda.path()
+    file = cuda_library.path()
     if not file.exists() and os.environ.get("XCLIP_FAST_TEST_BUILD") == "1":
         build = tmp_path_factory.mktemp("build")
         subprocess.run(["cmake", "-S", ROOT, "-B", build, f"-DPython3_EXECUTABLE={sys.executable}"], check=True)
@@ -79,9 +79,9 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_signatures_are_those_of_the_header() -> None:
     functions = declared()
-    assert set(functions) == set(_cuda.SIGNATURES)
+    assert set(functions) == set(cuda_library.SIGNATURES)
     for name, (result, parameters) in functions.items():
-        wanted_result, wanted = _cuda.SIGNATURES[name]
+        wanted_result, wanted = cuda_library.SIGNATURES[name]
         assert wanted_result is (ctypes.c_char_p if "*" in result else TYPES[result]), name
         kinds = [ctypes.c_void_p if "*" in kind else TYPES[kind] for kind, _ in parameters]
         assert kinds == wanted, name
@@ -89,10 +89,10 @@ def test_signatures_are_those_of_the_header() -> None:
 
 def test_constants_are_those_of_the_header() -> None:
     defined = constants()
-    assert defined["ABI"] == _cuda.ABI
-    assert {name: defined[f"TILE_{name.upper()}"] for name in _cuda.TILES} == _cuda.TILES
+    assert defined["ABI"] == cuda_library.ABI
+    assert {name: defined[f"TILE_{name.upper()}"] for name in cuda_library.TILES} == cuda_library.TILES
     names = {torch.bfloat16: "BF16", torch.float16: "FP16", torch.float32: "FP32"}
-    assert {dtype: defined[name] for dtype, name in names.items()} == _cuda.DTYPES
+    assert {dtype: defined[name] for dtype, name in names.items()} == cuda_library.DTYPES
 
 
 def test_exported_symbols_are_the_interface(library: Path) -> None:
@@ -101,11 +101,11 @@ def test_exported_symbols_are_the_interface(library: Path) -> None:
     listed = subprocess.run(["nm", "-D", "--defined-only", library], capture_output=True, text=True, check=True).stdout
     # weak ones are inline functions of the C++ library
     strong = {line.split()[-1] for line in listed.splitlines() if line.split()[-2] != "W"}
-    assert strong == set(_cuda.SIGNATURES)
+    assert strong == set(cuda_library.SIGNATURES)
 
 
 def test_library_loads_and_checks_its_arguments_without_a_gpu(library: Path) -> None:
-    loaded, reason = _cuda.load(library)
+    loaded, reason = cuda_library.load(library)
     assert reason is None
     codes = {value: name for name, value in constants().items() if name.startswith("BAD")}
     assert loaded.xclip_fast_error(0) == b"success"
@@ -135,7 +135,7 @@ def test_library_loads_and_checks_its_arguments_without_a_gpu(library: Path) -> 
 
 def test_every_call_checks_its_arguments(library: Path) -> None:
     """What no GPU is needed for: no call reads the memory that is named here."""
-    loaded, _ = _cuda.load(library)
+    loaded, _ = cuda_library.load(library)
     codes = {value: name for name, value in constants().items()}
     aligned, four = 1 << 20, (ctypes.c_void_p * 4)(*[1 << 20] * 4)
     sizes = {"m": 64, "n": 128, "k": 64, "rows": 8, "frames": 4, "width": 128, "d": 64}
@@ -210,7 +210,7 @@ def reason(part: Part, given: Case) -> str | None:
 
 
 def test_the_backend_is_never_chosen_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_cuda, "refuse_device", lambda *_: None)
+    monkeypatch.setattr(cuda_library, "refuse_device", lambda *_: None)
     for part in (NORM_LINEAR, LINEAR_RESIDUAL, MESSAGE):
         with kernels.backend("auto"):
             assert "not measured" in (reason(part, kind()) or "")
@@ -227,7 +227,7 @@ def test_the_backend_is_never_chosen_by_itself(monkeypatch: pytest.MonkeyPatch) 
 def test_reasons_of_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
     with kernels.backend("cuda"):
         assert reason(NORM_LINEAR, kind()) == "device cpu is not cuda"
-        monkeypatch.setattr(_cuda, "refuse_device", lambda *_: None)
+        monkeypatch.setattr(cuda_library, "refuse_device", lambda *_: None)
         assert "float32 is not among" in (reason(NORM_LINEAR, kind(torch.float32)) or "")
         assert "multiples of 8" in (reason(NORM_LINEAR, kind(width=100)) or "")
         assert "multiples of 8" in (reason(LINEAR_RESIDUAL, kind(hidden=97)) or "")
@@ -241,24 +241,24 @@ def test_reasons_of_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_library_that_is_missing_or_broken_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "libxclip_fast.so"
-    assert "no CUDA library" in (_cuda.load(file)[1] or "")
+    assert "no CUDA library" in (cuda_library.load(file)[1] or "")
     file.with_suffix(".failed").write_text("nvcc found no C++ compiler\n")
-    _cuda.load.cache_clear()
-    assert "nvcc found no C++ compiler" in (_cuda.load(file)[1] or "")
-    monkeypatch.setattr(_cuda, "path", lambda: file)
+    cuda_library.load.cache_clear()
+    assert "nvcc found no C++ compiler" in (cuda_library.load(file)[1] or "")
+    monkeypatch.setattr(cuda_library, "path", lambda: file)
     told = info._versions()["CUDA library"]
     assert told["version"] is None
     assert "nvcc found no C++ compiler" in (told["note"] or "")
     file.write_bytes(b"not a library")
-    _cuda.load.cache_clear()
-    assert "does not load" in (_cuda.load(file)[1] or "")
+    cuda_library.load.cache_clear()
+    assert "does not load" in (cuda_library.load(file)[1] or "")
 
 
 def test_a_library_of_another_interface_is_a_reason(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_cuda, "ABI", _cuda.ABI + 1)
-    _cuda.load.cache_clear()
-    assert "install again" in (_cuda.load(library)[1] or "")
-    _cuda.load.cache_clear()
+    monkeypatch.setattr(cuda_library, "ABI", cuda_library.ABI + 1)
+    cuda_library.load.cache_clear()
+    assert "install again" in (cuda_library.load(library)[1] or "")
+    cuda_library.load.cache_clear()
 
 
 # ---- the plumbing, with the library's kernels played by torch on the CPU
@@ -282,7 +282,7 @@ def message_exactly(*given: Any) -> Tensor:
 class Memory:
     """Plays the library: reads and writes the memory that its arguments name, as the header says."""
 
-    kinds = {value: key for key, value in _cuda.DTYPES.items()}  # noqa: RUF012
+    kinds = {value: key for key, value in cuda_library.DTYPES.items()}  # noqa: RUF012
 
     def __init__(self) -> None:
         self.calls: list[str] = []
@@ -427,9 +427,9 @@ class Memory:
 @pytest.fixture
 def memory(monkeypatch: pytest.MonkeyPatch) -> Memory:
     played = Memory()
-    monkeypatch.setattr(_cuda, "refuse_device", lambda *_: None)
-    monkeypatch.setattr(_cuda, "load", lambda _: (played, None))
-    monkeypatch.setattr(_cuda, "_place", lambda _: (0, None))
+    monkeypatch.setattr(cuda_library, "refuse_device", lambda *_: None)
+    monkeypatch.setattr(cuda_library, "load", lambda _: (played, None))
+    monkeypatch.setattr(cuda_library, "_place", lambda _: (0, None))
     return played
 
 
@@ -534,9 +534,9 @@ def test_errors_of_the_library_carry_its_words(memory: Memory, monkeypatch: pyte
         def xclip_fast_error(self, code: int) -> bytes:
             return b"this call does not take this element type"
 
-    monkeypatch.setattr(_cuda, "load", lambda _: (Refusing(), None))
+    monkeypatch.setattr(cuda_library, "load", lambda _: (Refusing(), None))
     with pytest.raises(RuntimeError, match=r"row_statistics failed .*\(3, 8\).*element type \(code 3\)"):
-        _cuda.row_statistics(torch.ones(3, 8), EPS)
+        cuda_library.row_statistics(torch.ones(3, 8), EPS)
 
 
 @pytest.fixture
@@ -562,13 +562,13 @@ def test_benchmark_calls_everything_and_agrees(bench: Any, memory: Memory) -> No
         *("message_kv", "qkv", "fc1", "fc1 with u", "out", "fc2", "out with statistics", "fc2 with statistics"),
         *("slope", "slope with sums", "qkv in fp8", "fc1 in fp8", "fc2 in fp8"),
     }
-    computing = {name.removeprefix("xclip_fast_") for name in _cuda.SIGNATURES}
+    computing = {name.removeprefix("xclip_fast_") for name in cuda_library.SIGNATURES}
     computing -= {"abi", "error", "check_device", "check_message", "layer_norm_fp8"}
     assert set(memory.calls) == computing
 
 
 def test_benchmark_names_what_is_wrong(bench: Any, memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_cuda, "linear_slope", lambda dy, w, u, **_: (u, u.sum(0)))
+    monkeypatch.setattr(cuda_library, "linear_slope", lambda dy, w, u, **_: (u, u.sum(0)))
     with torch.no_grad():
         rows = bench.measure(bench.slope_case(24, 128, sums=True))
     assert {row["contender"] for row in rows if row.get("wrong")} == {f"ours, {tile}" for tile in bench.TILES}
@@ -629,7 +629,7 @@ def test_kernels_run_on_the_host(tmp_path: Path) -> None:
     ("rows", "width"), [(1, 768), (50, 768), (1576, 768), (12608, 768), (16448, 1024), (131, 1664)]
 )
 def test_products_on_a_gpu(rows: int, width: int, tile: str, dtype: torch.dtype) -> None:
-    refused = _cuda.refuse_device("cuda", None)
+    refused = cuda_library.refuse_device("cuda", None)
     if refused:
         pytest.skip(refused)
     torch.manual_seed(0)
@@ -645,7 +645,7 @@ def test_products_on_a_gpu(rows: int, width: int, tile: str, dtype: torch.dtype)
 
     x, weight, wide = made(rows, width), made(4 * width, width, scale=width**-0.5), made(rows, 4 * width)
     bias = torch.randn(4 * width, device="cuda")
-    mean, rstd = _cuda.row_statistics(x, EPS)
+    mean, rstd = cuda_library.row_statistics(x, EPS)
     variance, center = torch.var_mean(x.double(), -1, correction=0)
     torch.testing.assert_close(mean.double(), center, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(rstd.double(), (variance + EPS).rsqrt(), rtol=1e-5, atol=1e-6)
@@ -659,30 +659,33 @@ def test_products_on_a_gpu(rows: int, width: int, tile: str, dtype: torch.dtype)
 
     def column_sums() -> None:
         du = (x.double() @ weight.double().T) * slope(wide.double())
-        got = _cuda.linear_slope(x, weight, wide, column_sums=True, tile=tile)[1]
+        got = cuda_library.linear_slope(x, weight, wide, column_sums=True, tile=tile)[1]
         torch.testing.assert_close(got.double(), du.sum(0), rtol=1e-4, atol=1e-3 * rows**0.5)  # type: ignore[union-attr]
 
     def statistics() -> None:
-        y, mean, rstd = _cuda.linear_residual_statistics(wide, weight.T, None, x, scale, EPS, tile=tile)
+        y, mean, rstd = cuda_library.linear_residual_statistics(wide, weight.T, None, x, scale, EPS, tile=tile)
         close(y, added)
         variance, center = torch.var_mean(added, -1, correction=0)
         torch.testing.assert_close(mean.double(), center, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(rstd.double(), (variance + EPS).rsqrt(), rtol=1e-4, atol=0)
 
     calls: list[Callable[[], None]] = [
-        lambda: close(_cuda.norm_linear(x, weight, bias, (mean, rstd, sums), tile=tile)[0], exact),
+        lambda: close(cuda_library.norm_linear(x, weight, bias, (mean, rstd, sums), tile=tile)[0], exact),
         lambda: close(
-            _cuda.norm_linear(x, weight, bias, (mean, rstd, sums), activation=True, tile=tile)[0], quick_gelu(exact)
+            cuda_library.norm_linear(x, weight, bias, (mean, rstd, sums), activation=True, tile=tile)[0],
+            quick_gelu(exact),
         ),
         lambda: close(
-            _cuda.norm_linear(x, weight, bias, (mean, rstd, sums), activation=True, keep=True, tile=tile)[1], exact
+            cuda_library.norm_linear(x, weight, bias, (mean, rstd, sums), activation=True, keep=True, tile=tile)[1],
+            exact,
         ),  # type: ignore[arg-type]
         lambda: close(
-            _cuda.linear_residual(wide, weight.T, None, x, scale, tile=tile),
+            cuda_library.linear_residual(wide, weight.T, None, x, scale, tile=tile),
             added,
         ),
         lambda: close(
-            _cuda.linear_slope(x, weight, wide, tile=tile)[0], (x.double() @ weight.double().T) * slope(wide.double())
+            cuda_library.linear_slope(x, weight, wide, tile=tile)[0],
+            (x.double() @ weight.double().T) * slope(wide.double()),
         ),
         column_sums,
         statistics,
@@ -702,7 +705,7 @@ def test_products_on_a_gpu(rows: int, width: int, tile: str, dtype: torch.dtype)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("frames", "rows", "width"), [(8, 8, 768), (16, 48, 768), (1, 1, 384), (64, 64, 1024)])
 def test_message_path_on_a_gpu(frames: int, rows: int, width: int, dtype: torch.dtype) -> None:
-    refused = _cuda.refuse_device("cuda", None, width)
+    refused = cuda_library.refuse_device("cuda", None, width)
     if refused:
         pytest.skip(refused)
     torch.manual_seed(0)
@@ -712,14 +715,14 @@ def test_message_path_on_a_gpu(frames: int, rows: int, width: int, dtype: torch.
     exact = message_exactly(x[0], frames, *parts, EPS)
     low, *parts = ([tensor.to(dtype) for tensor in given] for given in (x, *parts))
     baseline = (message_exactly(low[0], frames, *parts, EPS).double() - exact).abs().max()
-    got = _cuda.message_kv(low[0], frames, *parts, EPS)
+    got = cuda_library.message_kv(low[0], frames, *parts, EPS)
     assert (got.double() - exact).abs().max() <= 2 * baseline
     for _ in range(20):  # a missing barrier would show
-        assert torch.equal(_cuda.message_kv(low[0], frames, *parts, EPS), got)
+        assert torch.equal(cuda_library.message_kv(low[0], frames, *parts, EPS), got)
 
 
 def test_a_call_goes_to_the_device_and_the_stream_of_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model on cuda:1 while cuda:0 is current: the library makes the device current that it is given."""
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=100 + device.index))
     x = FakeTensor(FakeTensorMode(), torch.empty(4, device="meta"), torch.device("cuda:1"))
-    assert _cuda._place(x) == (1, 101)
+    assert cuda_library._place(x) == (1, 101)

@@ -4,7 +4,7 @@ import json
 import logging
 
 import pytest
-from xclip_fast.kernels import _choices, _tables
+from xclip_fast.kernels import choices, tables
 
 GOOD = {"arch": 90, "where": {"M": [1, 64]}, "milliseconds": {"triton": 0.1, "library": 0.2}}
 
@@ -25,17 +25,17 @@ GOOD = {"arch": 90, "where": {"M": [1, 64]}, "milliseconds": {"triton": 0.1, "li
 )
 def test_a_damaged_table_is_named_once_and_not_used(tmp_path, monkeypatch, caplog, text):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    path = _tables.user_table(_choices.TABLE.name)
+    path = tables.user_table(choices.TABLE.name)
     path.parent.mkdir()
     path.write_text(text, errors="surrogateescape")
-    _choices.forget()
+    choices.forget()
     try:
         with caplog.at_level(logging.WARNING, "xclip_fast"):
             for name in ("op", "another"):
-                assert _choices.order(name, 90, {"M": 8}) == ()
+                assert choices.order(name, 90, {"M": 8}) == ()
         assert [str(path) in record.getMessage() for record in caplog.records] == [True]
         path.write_text(json.dumps({"op": [GOOD]}))
-        _choices.forget()
-        assert _choices.order("op", 90, {"M": 8}) == ("triton", "library")
+        choices.forget()
+        assert choices.order("op", 90, {"M": 8}) == ("triton", "library")
     finally:
-        _choices.forget()
+        choices.forget()

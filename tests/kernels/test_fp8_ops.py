@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from xclip_fast.kernels import _cuda, _fp8
-from xclip_fast.kernels._dispatch import INTERPRETED, OPS
+from xclip_fast.kernels import cuda_library, fp8
+from xclip_fast.kernels.dispatch import INTERPRETED, OPS
 from xclip_fast.kernels.example import FLOAT8
 
 from xclip_fast import kernels
@@ -64,9 +64,9 @@ def low(args: tuple[Any, ...]) -> tuple[Any, ...]:
 def test_saturating_rounds_to_the_nearest() -> None:
     x = torch.cat([torch.linspace(-500, 500, 4001), torch.logspace(-12, 9, 3001, 2), -torch.logspace(-12, 9, 3001, 2)])
     x = torch.cat([x, (NUMBERS[1:] + NUMBERS[:-1]).float() / 2, torch.tensor([0.0, 1e9, -torch.inf, torch.inf])])
-    assert torch.equal(_fp8.saturate(x).double().abs(), nearest(x.clamp(-448, 448)).abs())
-    assert torch.equal(_fp8.saturate(x).double().sign(), nearest(x.clamp(-448, 448)).sign())
-    assert _fp8.saturate(torch.tensor(torch.nan)).isnan()
+    assert torch.equal(fp8.saturate(x).double().abs(), nearest(x.clamp(-448, 448)).abs())
+    assert torch.equal(fp8.saturate(x).double().sign(), nearest(x.clamp(-448, 448)).sign())
+    assert fp8.saturate(torch.tensor(torch.nan)).isnan()
 
 
 def test_weights_have_a_scale_for_each_channel() -> None:
@@ -177,7 +177,7 @@ def test_reasons_of_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "taken only if asked for" in reason("mlp_fp8", "library", mlp)
     cuda = next(candidate for candidate in OPS["mlp_fp8"].backends if candidate.name == "cuda")
     assert OPS["mlp_fp8"].refusal(cuda, mlp) == "device cpu is not cuda"
-    monkeypatch.setattr(_cuda, "refuse_device", lambda *_: None)
+    monkeypatch.setattr(cuda_library, "refuse_device", lambda *_: None)
     assert "not measured" in (OPS["mlp_fp8"].refusal(cuda, mlp) or "")
     for name in ("library", "cuda"):
         with kernels.backend(name):
@@ -245,12 +245,12 @@ def test_one_pass_quantizes_as_torch_does(dtype: torch.dtype) -> None:
 
     for shift in (beta.to(DEVICE), torch.zeros(96, device=DEVICE)):
         got, scale = quantize.layer_norm_fp8(x, gamma, shift, EPS)
-        wanted, wanted_scale = _fp8.normed_rows(x, gamma, shift, EPS)
+        wanted, wanted_scale = fp8.normed_rows(x, gamma, shift, EPS)
         torch.testing.assert_close(scale, wanted_scale, rtol=1e-5, atol=0)
         same(got, wanted)
     assert scale[5] == 1
     u = 3 * normal(33, 200).to(dtype).to(DEVICE)
-    same(quantize.quick_gelu_fp8(u, 0.005), _fp8.saturate(kernels.quick_gelu(u.float()) / 0.005))
+    same(quantize.quick_gelu_fp8(u, 0.005), fp8.saturate(kernels.quick_gelu(u.float()) / 0.005))
 
 
 class Calls:
@@ -260,16 +260,16 @@ class Calls:
         self.made: list[str] = []
 
     def stand_in(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(_cuda, "refuse_device", lambda *_: None)
+        monkeypatch.setattr(cuda_library, "refuse_device", lambda *_: None)
         for name in ("layer_norm_fp8", "fp8_linear", "fp8_linear_gelu", "fp8_linear_residual"):
-            monkeypatch.setattr(_cuda, name, getattr(self, name), raising=False)
+            monkeypatch.setattr(cuda_library, name, getattr(self, name), raising=False)
 
     def layer_norm_fp8(self, x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         self.made.append("layer_norm")
         assert x.dim() == 2
         y = F.layer_norm(x.float(), gamma.shape, gamma.float(), beta.float(), eps)
         scale = y.abs().amax(1) / 448
-        return _fp8.saturate(y / scale[:, None]), scale
+        return fp8.saturate(y / scale[:, None]), scale
 
     def product(self, x8: Tensor, w8: Tensor, w_scale: Tensor) -> Tensor:
         assert x8.dtype == w8.dtype == FLOAT8
@@ -287,7 +287,7 @@ class Calls:
     ) -> Tensor:
         self.made.append("gelu")
         u = self.product(x8, w8, w_scale) * x_scale[:, None] + bias
-        return _fp8.saturate(u * torch.sigmoid(1.702 * u) / h_scale)
+        return fp8.saturate(u * torch.sigmoid(1.702 * u) / h_scale)
 
     def fp8_linear_residual(self, x8: Tensor, w8: Tensor, w_scale: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
         self.made.append("residual")
@@ -350,10 +350,10 @@ def test_backends_on_a_gpu(rows: int, width: int, name: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize(("rows", "width"), [(1, 768), (131, 768), (1576, 768), (16448, 1024)])
 def test_cuda_calls_on_a_gpu(rows: int, width: int) -> None:
-    refused = _cuda.refuse_device("cuda", None)
+    refused = cuda_library.refuse_device("cuda", None)
     if refused:
         pytest.skip(refused)
-    calls: Any = _cuda
+    calls: Any = cuda_library
     played = Calls()
     x, gamma, beta = at((normal(rows, width).bfloat16(), 1 + normal(width, scale=0.1), normal(width, scale=0.1)))
     x8, scale = calls.layer_norm_fp8(x, gamma, beta, EPS)

@@ -12,8 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from xclip_fast.kernels import BackendError, _cuda
-from xclip_fast.kernels import _overlap as overlap
+from xclip_fast.kernels import BackendError, cuda_library, overlap
 
 from xclip_fast import VARIANTS, XCLIP, FastCCTBlock, VideoFeatures, backend, tokenize
 
@@ -101,7 +100,7 @@ def same(got: VideoFeatures, wanted: VideoFeatures) -> None:
 @pytest.mark.parametrize("autocast", [False, True], ids=["bfloat16", "autocast"])
 def test_graphed_tower_is_the_eager_one(name: str, autocast: bool) -> None:
     """Its message path runs on a side stream beside the projection: the bits are those of one after the other."""
-    refused = _cuda.refuse_device("cuda", None) if name == "cuda" else None
+    refused = cuda_library.refuse_device("cuda", None) if name == "cuda" else None
     if refused:
         pytest.skip(refused)
     model = shallow("B/16-8f")

@@ -17,8 +17,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from xclip_fast.kernels._dispatch import INTERPRETED, OPS, Backend, BackendError, Op
 from xclip_fast.kernels.cct_block.example import example
+from xclip_fast.kernels.dispatch import INTERPRETED, OPS, Backend, BackendError, Op
 from xclip_fast.kernels.example import FLOAT8, TINY, Maker
 
 from xclip_fast import kernels
@@ -289,7 +289,7 @@ def test_tensor_descriptors_give_the_same_as_pointers(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("outliers", [0.0, 50.0])
 def test_folded_layer_norm_is_as_exact(outliers: float) -> None:
     """What large M takes: LayerNorm in the GEMM's epilogue, with an outlier channel that raw x does not hide."""
-    launching = pytest.importorskip("xclip_fast.kernels.triton._launch", reason="triton is not installed")
+    launching = pytest.importorskip("xclip_fast.kernels.triton.launching", reason="triton is not installed")
     op, args = OPS["cct_block"], CASES["cct_block", "message"]()
     args = cast((args[0] + outliers * F.one_hot(torch.tensor(3), WIDTH), *args[1:]), torch.float16)
     exact = run(op.reference, cast(args, torch.float64))
@@ -319,7 +319,7 @@ def test_inference_adds_the_last_product_in_place(name: str, dtype: torch.dtype)
 
 def test_statistics_go_from_block_to_block() -> None:
     """The block behind takes them instead of reading its rows, and they are those of the rows."""
-    launching = pytest.importorskip("xclip_fast.kernels.triton._launch", reason="triton is not installed")
+    launching = pytest.importorskip("xclip_fast.kernels.triton.launching", reason="triton is not installed")
     first = kernels.Block(*cast(CASES["cct_block", "message"](), torch.float16))
     with kernels.backend("triton"), launching.forced_tile("ln_linear", {"FOLD": True}), torch.no_grad():
         y, statistics = kernels.cct_block(first._replace(statistics=True))
@@ -392,7 +392,7 @@ def test_drop_path_acts_on_whole_samples() -> None:
 def test_half_precision_linear_rounds_once_on_cpu() -> None:
     x, (weight, bias) = normal(64, WIDTH).bfloat16(), (p.bfloat16() for p in linear_parameters(96))
     exact = F.linear(x.double(), weight.double(), bias.double())
-    from xclip_fast.kernels._linear import linear
+    from xclip_fast.kernels.linear import linear
 
     assert (linear(x, weight, bias).double() - exact).abs().max() <= exact.abs().max() * 2**-8
 
@@ -435,8 +435,8 @@ def test_environment_variable_is_checked() -> None:
         ("nonsense", "no backend is called 'nonsense'"),
     ):
         code = (
-            "import torch; from xclip_fast import kernels; from xclip_fast.kernels import _dispatch;"
-            "kernels.quick_gelu(torch.ones(2)); print(_dispatch._forced)"
+            "import torch; from xclip_fast import kernels; from xclip_fast.kernels import dispatch;"
+            "kernels.quick_gelu(torch.ones(2)); print(dispatch._forced)"
         )
         done = subprocess.run(
             [sys.executable, "-c", code],

@@ -168,7 +168,7 @@ def test_tower_and_gradients_equal_plain_swin(convolutional: bool) -> None:
 @pytest.mark.parametrize("name", ["reference", "triton"])
 def test_block_with_a_bias_on_each_backend(name: str) -> None:
     """The block's own backward with a bias for each window, beside autograd of the reference in float64."""
-    if name == "triton" and not kernels._dispatch.INTERPRETED:
+    if name == "triton" and not kernels.dispatch.INTERPRETED:
         pytest.skip("Triton's kernels run here in its interpreter only: TRITON_INTERPRET=1")
     block = WindowBlock(32, 2, grid=4, window=2, shifted=True, eps=1e-5, drop_path=0.0)
     block.block = TransformerBlock(32, 2, 1e-5)  # GELU would go to the library, which wants a GPU
@@ -245,7 +245,7 @@ def test_own_folder_and_huggingface(tmp_path: Path) -> None:
         ({"image_size": 36}, "not a multiple of 8"),
         ({"head_size": 24}, "does not divide into heads"),
         ({"depths": (2,)}, "as many of both"),
-        ({"depths": (2, 0)}, "whole numbers of at least 1"),
+        ({"depths": (2, 0)}, "vision.depths is 0; at least 1 wanted"),
         ({"widths": (32, 96), "convolutional": False}, "twice the one before"),
         ({"drop_path": 1.0}, "below 1"),
         ({"image_size": 8192, "window": 1024}, "at most 268435456"),

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from ..kernels._fp8 import LARGEST
-from ..kernels._linear import linear
+from ..kernels.fp8 import LARGEST
+from ..kernels.linear import linear
 from ..nn.cct import FastCCTBlock, Stream
 from ..nn.fp8 import Fp8Weights
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import kernels
-from ..kernels._linear import linear
+from ..kernels.linear import linear
 from .layers import init_linear
 from .parts import CrossAttention, Mlp, is_plain, layer_norm
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .. import kernels
 from ..config import SwinConfig, XCLIPConfig
-from ..kernels._linear import linear
+from ..kernels.linear import linear
 from .layers import TransformerBlock, init_linear, run_block
 from .parts import is_plain, layer_norm
 from .text import Transformer

@@ -15,7 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .. import kernels
 from ..config import TextConfig
-from ..kernels._linear import linear
+from ..kernels.linear import linear
 from .layers import TransformerBlock, init_block, run_block
 from .parts import PLAIN, find_change, layer_norm
 

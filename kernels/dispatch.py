@@ -1,7 +1,7 @@
 """Picks a backend for each op, and registers each op with torch.library.
 
 A backend declares what it supports as data; one loop asks them in order of preference and keeps the reason of
-every refusal. On a GPU the order is that of the measured table (_choices.py) where it has a row, else the op's own.
+every refusal. On a GPU the order is that of the measured table (choices.py) where it has a row, else the op's own.
 ``XCLIP_FAST_BACKEND`` (read once, at import) or ``with backend("triton"):`` overrides the choice.
 
 A backend is either plain torch calls, differentiated by autograd, or a kernel with a backward of its own. Eager
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _choices
+from . import choices
 from .example import Maker, Sizes
 
 logger = logging.getLogger("xclip_fast")
@@ -84,7 +84,7 @@ class Backend:
 _INSTALLED = frozenset(name for name in ("triton",) if importlib.util.find_spec(name))
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Whether Triton's kernels take tensors that are on no GPU, if they are asked for. A compute capability (90 for 9.0):
-# every choice is that of such a GPU, wherever the tensors are (xclip_fast.fake_gpu).
+# every choice is that of such a GPU, wherever the tensors are (fake_gpu.py).
 off_gpu = int(INTERPRETED)
 
 
@@ -244,9 +244,9 @@ class Op:
         While torch.compile or torch.export traces, none: kernels that a graph enters by their registered ops choose
         when they run.
         """
-        if self.sizes is None or torch.compiler.is_compiling() or not _choices.known(self.name):
+        if self.sizes is None or torch.compiler.is_compiling() or not choices.known(self.name):
             return ()
-        architecture = _choices.architecture(args[0])
+        architecture = choices.architecture(args[0])
         if architecture is None:
             return ()
         dtype = args[self.autocast[0] if self.autocast else 0].dtype
@@ -254,7 +254,7 @@ class Op:
         if mixed or torch.is_autocast_enabled(args[0].device.type):
             return ()  # everything is measured in one dtype
         where = {"dtype": str(dtype).removeprefix("torch."), "training": trained, **self.sizes(*args)}
-        return _choices.order(self.name, architecture, where)
+        return choices.order(self.name, architecture, where)
 
     def __call__(self, *args: Any) -> Any:
         trained = _wants_gradient(args)

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _cuda, _dispatch
-from ._dispatch import FLOATS, forced_backend
+from . import cuda_library, dispatch
+from .dispatch import FLOATS, forced_backend
 from .example import FLOAT8, Maker
 from .layer_norm import WIDEST_ROW
 from .quick_gelu import quick_gelu
@@ -52,9 +52,9 @@ def exact_product(x8: Tensor, weight8: Tensor) -> Tensor:
 def _triton(x: Tensor) -> Any:
     """The module of Triton's passes, or None where torch's own run: elsewhere than on a GPU, without Triton, and while
     torch.compile traces, which fuses torch's own."""
-    if "triton" not in _dispatch._INSTALLED or torch.compiler.is_compiling() or x.shape[-1] > WIDEST_ROW:
+    if "triton" not in dispatch._INSTALLED or torch.compiler.is_compiling() or x.shape[-1] > WIDEST_ROW:
         return None
-    if not x.is_cuda and (_dispatch.INTERPRETED or not _dispatch.off_gpu):
+    if not x.is_cuda and (dispatch.INTERPRETED or not dispatch.off_gpu):
         return None
     return importlib.import_module(f"{__package__}.triton.quantize")
 
@@ -149,4 +149,4 @@ def refuse_library(x: Tensor, *weights: Tensor) -> str | None:
 
 def refuse_cuda(x: Tensor, *weights: Tensor) -> str | None:
     """Why the CUDA library's products are not taken for x and these weights, or None."""
-    return _cuda.refuse_device(x.device.type, x.device.index) or _refuse_operands(x, weights)
+    return cuda_library.refuse_device(x.device.type, x.device.index) or _refuse_operands(x, weights)

@@ -14,8 +14,8 @@ import torch
 import triton
 from torch import Tensor
 
-from .. import _tables
-from .._dispatch import INTERPRETED
+from .. import tables
+from ..dispatch import INTERPRETED
 
 TABLE = Path(__file__).with_name("tiles.json")
 
@@ -97,7 +97,7 @@ def tile(op: str, device: torch.device, **sizes: int) -> dict[str, Any]:
     key = tuple(bisect.bisect_right(at, sizes[name]) if name in sizes else -1 for name, at in bounds)
     use = found.get(key)
     if use is None:
-        use = next((row["use"] for row in rows if _tables.holds(row, sizes)), None)
+        use = next((row["use"] for row in rows if tables.holds(row, sizes)), None)
         if use is None:
             raise LookupError(f"no tile for {op} on architecture {architecture} with {sizes} in {TABLE}")
         found[key] = use
@@ -125,7 +125,7 @@ def _rows(op: str, architecture: int) -> Rows:
     """The rows of an op for an architecture in their order; the values at which one of their bounds begins or ends to
     hold, by size; the tiles found so far, by the place of each size among those values."""
     rows = []
-    for table in (_tables.rows(_tables.user_table(TABLE.name), op), _tables.rows(TABLE, op)):
+    for table in (tables.rows(tables.user_table(TABLE.name), op), tables.rows(TABLE, op)):
         newest = max((row["arch"] for row in table if row["arch"] <= architecture), default=None)
         rows += [row for row in table if row["arch"] == newest]
     bounds: dict[str, set[int]] = {}
@@ -138,4 +138,4 @@ def _rows(op: str, architecture: int) -> Rows:
 def forget() -> None:
     """Read the tables again at the next call."""
     _rows.cache_clear()
-    _tables.rows.cache_clear()
+    tables.rows.cache_clear()

@@ -1,5 +1,5 @@
 """The CUDA library of csrc/, loaded with ctypes, and its calls on tensors: products on Hopper's tensor cores with the
-block's epilogues. ``_cuda_ops.py`` makes ops of them.
+block's epilogues. The parts of a block and the ops on float8 name them as their backend ``cuda``.
 
 M rows, N columns, K summed; docs/kernels.md derives the epilogues. Memory comes from torch, work goes on torch's
 current stream, nothing waits.
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _choices
+from . import choices
 
 ABI = 2  # XCLIP_FAST_ABI of csrc/include/xclip_fast.h
 TILES = {"auto": -1, "small": 0, "square": 1, "wide": 2}
@@ -168,11 +168,11 @@ def _floats(x: Tensor | None) -> Tensor | None:
 def _measured(tile: str, call: str, x: Tensor, weight: Tensor, **sizes: int) -> str:
     """For the tile "auto" the one that was measured to be the fastest for such sizes, if any was."""
     name = f"cuda {call}"
-    architecture = _choices.architecture(x) if tile == "auto" and _choices.known(name) else None
+    architecture = choices.architecture(x) if tile == "auto" and choices.known(name) else None
     if architecture is None:
         return tile
     where = {"dtype": str(x.dtype).removeprefix("torch."), "m": len(x), "n": len(weight), "k": x.shape[1], **sizes}
-    return next(iter(_choices.order(name, architecture, where)), tile)
+    return next(iter(choices.order(name, architecture, where)), tile)
 
 
 def norm_linear(

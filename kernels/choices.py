@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _tables
+from . import tables
 
 TABLE = Path(__file__).with_name("choices.json")
 
@@ -34,7 +34,7 @@ def order(name: str, architecture: int, sizes: dict[str, Any]) -> tuple[str, ...
 
 def forget() -> None:
     """Read the tables again at the next call."""
-    for cached in (_rows, _order, _tables.rows, *kept):
+    for cached in (_rows, _order, tables.rows, *kept):
         cached.cache_clear()
 
 
@@ -43,7 +43,7 @@ kept: list[Any] = []  # functools caches of what was chosen by the tables
 
 @functools.cache
 def _rows(name: str) -> tuple[dict[str, Any], ...]:
-    return (*_tables.rows(_tables.user_table(TABLE.name), name), *_tables.rows(TABLE, name))
+    return (*tables.rows(tables.user_table(TABLE.name), name), *tables.rows(TABLE, name))
 
 
 @functools.cache
@@ -55,7 +55,7 @@ def _capability(index: int) -> int:
 @functools.lru_cache(4096)  # labels come in any number
 def _order(name: str, architecture: int, sizes: tuple[tuple[str, Any], ...]) -> tuple[str, ...]:
     for row in _rows(name):
-        if row["arch"] == architecture and _tables.holds(row, dict(sizes)):
+        if row["arch"] == architecture and tables.holds(row, dict(sizes)):
             medians: dict[str, float] = row["milliseconds"]
             return tuple(sorted(medians, key=medians.__getitem__))
     return ()

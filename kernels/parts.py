@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import _choices
+from . import choices
 
 HALF = (torch.bfloat16, torch.float16)
 UNMEASURED = (
@@ -42,7 +42,7 @@ class Case(NamedTuple):
     activation: str = "quick_gelu"
     forced: str = ""  # the backend that is asked for
     traced: bool = False  # in a graph: nothing measured is asked
-    interpreted: int = 0  # Triton's kernels take tensors that are on no GPU (see _dispatch.off_gpu)
+    interpreted: int = 0  # Triton's kernels take tensors that are on no GPU (see dispatch.off_gpu)
 
     def sizes(self) -> dict[str, Any]:
         """The numbers that the measured table bounds."""
@@ -132,9 +132,9 @@ class Part:
                 asked += [candidate for candidate in self.candidates if candidate.name != case.forced]
             return asked, ()
         measured: tuple[str, ...] = ()
-        architecture = None if case.traced else _choices.architecture(torch.empty(0, device=case.device))
-        if architecture is not None and case.stream == case.dtype and _choices.known(self.name):
-            measured = _choices.order(self.name, architecture, {**case.sizes(), **sizes})
+        architecture = None if case.traced else choices.architecture(torch.empty(0, device=case.device))
+        if architecture is not None and case.stream == case.dtype and choices.known(self.name):
+            measured = choices.order(self.name, architecture, {**case.sizes(), **sizes})
         names = (*measured, *self.names)
         return sorted(self.candidates, key=lambda candidate: names.index(candidate.name)), measured
 

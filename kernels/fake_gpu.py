@@ -24,8 +24,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime import _allocation
 
-from .kernels import _dispatch
-from .kernels.triton import _launch
+from . import dispatch
+from .triton import launching
 
 TYPES = {
     torch.float32: "fp32",
@@ -85,15 +85,15 @@ def fake_gpu(architecture: int = 90, sms: int = 132, *, chooses: bool = False) -
     launches: list[Launch] = []
     config = triton.runtime.driver
     before = config._active
-    compiler, off_gpu = triton.compiler.compile, _dispatch.off_gpu
+    compiler, off_gpu = triton.compiler.compile, dispatch.off_gpu
     config.set_active(_Driver(architecture, launches))
     triton.compiler.compile = _compile
-    _dispatch.off_gpu = architecture if chooses else 1
+    dispatch.off_gpu = architecture if chooses else 1
     try:
-        with _launch.assumed_gpu(architecture, sms):
+        with launching.assumed_gpu(architecture, sms):
             yield launches
     finally:
-        config._active, triton.compiler.compile, _dispatch.off_gpu = before, compiler, off_gpu
+        config._active, triton.compiler.compile, dispatch.off_gpu = before, compiler, off_gpu
 
 
 class _Driver:

@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import ONE_TILE
-from ._launch import cdiv, next_power_of_2, tile
+from .launching import cdiv, next_power_of_2, tile
 
 LOG2_E = 1.4426950408889634
 
