@@ -1,6 +1,7 @@
 """The store: what is in it after every kind of run, and what a search in it answers."""
 
 import errno
+import json
 import os
 import stat
 import subprocess
@@ -201,6 +202,32 @@ def test_an_error_of_this_run_is_no_fact(tmp_path, weights, videos, monkeypatch)
         for path in good:
             os.utime(path, (2, 2))
             path.write_bytes(path.read_bytes() + b"\0")
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (b"[]", "not written by this version"),
+        (b"[" * 30000, "nested too deeply"),
+        (b'{"format": 1}', "settings are incomplete"),
+        ({"window": "x"}, "window is 'x'"),
+        ({"embed_dim": 9}, "columns do not fit"),
+        ({"embed_dim": 10**30}, "not a store"),
+        ({}, "embedding function, which may run code"),
+    ],
+)
+def test_what_is_no_store(tmp_path, weights, change, why):
+    import lancedb
+
+    index = open_index(tmp_path, weights)
+    table = index.store.table.to_arrow()
+    ((key, text),) = table.schema.metadata.items()
+    metadata = {key: change if isinstance(change, bytes) else json.dumps(json.loads(text) | change)}
+    if change == {}:
+        metadata["embedding_functions"] = "[]"
+    lancedb.connect(tmp_path / "other").create_table("moments", table.replace_schema_metadata(metadata))
+    with pytest.raises(ValueError, match=f"other: holds a table that is not a store .*{why}"):
+        Store.open(tmp_path / "other")
 
 
 def test_paths_relative_to_a_root_move_along(tmp_path, weights, videos):
