@@ -212,7 +212,7 @@ def test_an_error_of_this_run_is_no_fact(tmp_path, weights, videos, monkeypatch)
         (b'{"format": 1}', "settings are incomplete"),
         ({"window": "x"}, "window is 'x'"),
         ({"embed_dim": 9}, "columns do not fit"),
-        ({"embed_dim": 10**30}, "not a store"),
+        ({"embed_dim": 10**30}, "too large"),
         ({}, "embedding function, which may run code"),
     ],
 )
