@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from . import cuda_library
-from .parts import HALF, UNMEASURED, Candidate, Case, Part
+from .parts import Case, Part
+from .support import HALF, UNMEASURED, Backend, on_triton
 
 # Rows up to which it is one kernel of the CUDA library, whose time is that of its weights. Not measured.
 CUDA_ROWS = 64
@@ -70,15 +71,6 @@ def _refuse_cuda(case: Case) -> str | None:
 
 MESSAGE = Part(
     "message_kv",
-    Candidate(
-        "triton",
-        _triton_forward,
-        _triton_backward,
-        dtypes=(*HALF, torch.float32),
-        capability=8,
-        package="triton",
-        refuse=_refuse,
-        saved=_saved,
-    ),
-    Candidate("cuda", _cuda_forward, device_types=(), opt_in=UNMEASURED, inference_only=True, refuse=_refuse_cuda),
+    on_triton(_triton_forward, _triton_backward, refuse=_refuse, saved=_saved),
+    Backend("cuda", _cuda_forward, dtypes=HALF, opt_in=UNMEASURED, inference_only=True, refuse=_refuse_cuda),
 )

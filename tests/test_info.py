@@ -8,8 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from xclip_fast.kernels.dispatch import OPS, Backend
+from xclip_fast.kernels.dispatch import OPS
 from xclip_fast.kernels.parts import PARTS
+from xclip_fast.kernels.support import Backend
 
 from xclip_fast import backend, info
 
@@ -72,7 +73,8 @@ def test_refusals_and_the_forced_backend_are_told(monkeypatch, capsys):
     monkeypatch.setattr(other, "names", ("reference",))
     choice = info.collect()["ops"]["quick_gelu"]["cpu"]
     assert choice["chosen"] == "reference"
-    assert choice["backends"] == {"triton": "device cpu is not cuda", "reference": None}
+    assert choice["backends"]["triton"].startswith("device cpu is not cuda")
+    assert choice["backends"]["reference"] is None
     with backend("triton"):
         found = info.collect()
         assert found["forced_backend"] == "triton"

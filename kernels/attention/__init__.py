@@ -8,12 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..dispatch import FLOATS
-from ..parts import UNMEASURED, Candidate, Case, Part
+from ..parts import Case, Part
+from ..support import UNMEASURED, Backend, on_triton
 from ..triton import ONE_TILE
 from . import libraries
-
-TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def attention_reference(qkv_FS3HC: Tensor, causal: bool = False, bias: Tensor | None = None) -> Tensor:
@@ -102,19 +100,9 @@ ATTENTION = Part(
     libraries.FLASH_ATTN_4,
     libraries.FLASH_ATTN,
     libraries.XFORMERS,
-    Candidate(
-        "triton",
-        _triton_forward,
-        _triton_backward,
-        dtypes=TRITON_DTYPES,
-        capability=8,
-        package="triton",
-        opt_in=UNMEASURED,
-        refuse=_refuse_triton,
-        saved=_triton_saved,
-    ),
+    on_triton(_triton_forward, _triton_backward, opt_in=UNMEASURED, refuse=_refuse_triton, saved=_triton_saved),
     libraries.EFFICIENT,
-    Candidate("reference", _plain_forward, _plain_backward, dtypes=FLOATS, device_types=(), saved=lambda qkv: ()),
+    Backend("reference", _plain_forward, _plain_backward, saved=lambda qkv: ()),
 )
 
 
@@ -145,16 +133,7 @@ def _refuse_packed(case: Case) -> str | None:
 # forward(qkv (M, 3, H, C), offsets, longest) -> (M, H, C); backward(dout, qkv, offsets, longest) -> dqkv
 PACKED_ATTENTION = Part(
     "packed_attention",
-    Candidate(
-        "triton",
-        _packed_forward,
-        _packed_backward,
-        dtypes=TRITON_DTYPES,
-        capability=8,
-        package="triton",
-        refuse=_refuse_packed,
-        saved=lambda qkv: (),
-    ),
+    on_triton(_packed_forward, _packed_backward, refuse=_refuse_packed, saved=lambda qkv: ()),
 )
 
 
@@ -176,5 +155,5 @@ def _window_backward(
 # bias) -> dqkv, dbias.
 WINDOW_ATTENTION = Part(
     "window_attention",
-    Candidate("library", _window_forward, _window_backward, dtypes=FLOATS, device_types=(), saved=lambda qkv: ()),
+    Backend("library", _window_forward, _window_backward, saved=lambda qkv: ()),
 )

@@ -16,20 +16,21 @@ from ..arguments import GELUS, Block
 from ..attention import ATTENTION, PACKED_ATTENTION, WINDOW_ATTENTION
 from ..layer_norm import WIDEST_ROW
 from ..message_kv import MESSAGE
-from ..parts import Candidate, Case, Part, installed
+from ..parts import Case, Part
+from ..support import Backend, installed
 from . import reference
 from .products import LINEAR_RESIDUAL, NORM_LINEAR, Layer, Norm, Normed, Target
 
 
 class Plan(NamedTuple):
-    """The candidate of every part."""
+    """The backend of every part."""
 
-    qkv: Candidate
-    message: Candidate | None
-    attention: Candidate
-    out: Candidate
-    fc: Candidate
-    projection: Candidate
+    qkv: Backend
+    message: Backend | None
+    attention: Backend
+    out: Backend
+    fc: Backend
+    projection: Backend
 
 
 PARTS = (NORM_LINEAR, LINEAR_RESIDUAL, MESSAGE, ATTENTION, PACKED_ATTENTION, WINDOW_ATTENTION)
@@ -119,7 +120,7 @@ def _find_plan(case: Case, swapped: tuple[tuple[str, str], ...] = ()) -> Plan | 
     found: dict[str, Any] = {"message": None}
     for slot, (part, part_case, sizes) in slots(case).items():
         name = dict(swapped).get(slot)
-        found[slot] = part.choose(part_case, **sizes) if name is None else part.candidates[part.names.index(name)]
+        found[slot] = part.choose(part_case, **sizes) if name is None else part.backends[part.names.index(name)]
     reasons = [each for each in found.values() if isinstance(each, str)]
     return "; ".join(reasons) if reasons else Plan(**found)
 

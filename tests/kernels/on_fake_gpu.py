@@ -29,7 +29,7 @@ from xclip_fast.kernels import tables
 from xclip_fast.kernels.cct_block import fused
 from xclip_fast.kernels.cct_block.example import example
 from xclip_fast.kernels.triton import launching, quantize
-from xclip_fast.kernels.tune import tiles
+from xclip_fast.kernels.tune import measuring, tiles
 from xclip_fast.kernels.tune.shapes import BATCHES, SHAPES
 
 from xclip_fast import FastCCTBlock, kernels
@@ -386,13 +386,13 @@ def test_integers_by_triton() -> None:
 def test_tuning_compiles_and_times_little(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """At the shapes of a model: compiling takes about a second a kernel, a timing with its comparison 50 ms."""
     timed: list[dict[str, Any]] = []
-    monkeypatch.setattr(tiles, "DEVICE", "meta")
-    monkeypatch.setattr(tiles, "agrees", lambda call, wanted: call() is not None)
-    monkeypatch.setattr(tiles, "milliseconds", lambda call: timed.append(dict(launching._forced_tiles)) or 0.1)
+    monkeypatch.setattr(measuring, "DEVICE", "meta")
+    monkeypatch.setattr(tiles, "agrees", lambda result, wanted: result is not None)
+    monkeypatch.setattr(measuring, "milliseconds", lambda call: timed.append({call.args[0]: call.args[1]}) or 0.1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a made-up GPU")
     with fake_gpu(90) as launches:
         for op in tiles.WORK:
-            rows, wrong = tiles.measure(op, SHAPES[name], BATCHES, float("inf"), lambda line: None)
+            rows, wrong = measuring.measure(tiles, op, SHAPES[name], BATCHES, float("inf"), lambda line: None)
             assert wrong == 0
             short = SHAPES[name].tokens < 64  # it has a backward without tiles
             assert len(rows) == (10 if op == "gemm" else 0 if short and op != "attention" else 1)
