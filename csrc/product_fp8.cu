@@ -12,7 +12,7 @@ int fp8_linear_gelu(int tile, Operands const& operands, ScaledArguments const& e
 }
 
 int fp8_linear_residual(int tile, Operands const& operands, ScaledArguments const& extra) {
-  return run_on_tile<cutlass::float_e4m3_t, Fp8Residual, WideFp8, SquareFp8>(tile, operands, extra);
+  return run_on_tile<cutlass::float_e4m3_t, Fp8Residual, SquareFp8>(tile, operands, extra);
 }
 
 }  // namespace xclip_fast

@@ -145,8 +145,9 @@ class Op:
         return asked(self.backends, forced, measured, lambda each: each.refusal(call, *args))
 
     def reasons(self, args: tuple[Any, ...], training: bool = False) -> dict[str, str | None]:
-        """Why each backend is not taken, in the order in which they are asked; None: it could be."""
-        return {each.name: reason for each, reason in self.asked(args, training)}
+        """Why each backend is not taken, or None: it could be."""
+        reasons = {each.name: reason for each, reason in self.asked(args, training)}
+        return {each.name: reasons.get(each.name, f"backend {_forced} was asked for") for each in self.backends}
 
     def choose(self, args: tuple[Any, ...], training: bool = False, kernels: bool = False) -> Backend:
         """The backend for these arguments; ``BackendError`` with every reason if there is none.

@@ -15,7 +15,7 @@ from .. import choices, dispatch, overlap
 from ..arguments import GELUS, Block
 from ..attention import ATTENTION, PACKED_ATTENTION, WINDOW_ATTENTION
 from ..layer_norm import WIDEST_ROW
-from ..message_kv import MESSAGE
+from ..message_kv import MESSAGE, SAVED
 from ..parts import Case, Part
 from ..support import Backend, installed
 from . import reference
@@ -296,7 +296,7 @@ def backward(grads: Sequence[Any], saved: Sequence[Tensor], needs: Sequence[bool
     assert p.fc.backward is not None
     assert p.attention.backward is not None
     qkv, mixed, z, u, mean_1, rstd_1, mean_2, rstd_2, *rest = saved
-    message_saved, attention_saved = (rest[:4], rest[4:]) if b.frames else ([], rest)
+    message_saved, attention_saved = (rest[:SAVED], rest[SAVED:]) if b.frames else ([], rest)
     wanted = {name for name, need in zip(Block._fields, needs, strict=True) if need}
     given: dict[str, Tensor | None] = {}
     mixed_rows = mixed.reshape(x.shape)

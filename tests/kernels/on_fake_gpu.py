@@ -89,7 +89,7 @@ def test_every_kernel_binds(arch: int, dtype: torch.dtype, stream: torch.dtype |
     folded = {"fold.fold_kernel"} if stream is None and dtype != FP32 else set()
     wanted = every_kernel() - {"fold.fold_kernel"} | folded
     if arch < 90:
-        wanted -= {"quantize._layer_norm_fp8_kernel", "quantize._quick_gelu_fp8_kernel"}
+        wanted -= {"quantize._quick_gelu_fp8_kernel"}
     assert {launch.kernel for launch in launches} == wanted
     if arch >= 90 and dtype != FP32:
         assert all(launch.descriptors for launch in launches if launch.kernel == "gemm.gemm_kernel")
@@ -226,7 +226,7 @@ def test_float8_by_the_library_has_no_float32_pass() -> None:
         kernels.mlp_fp8(x, gamma, gamma, *up, *down, 1.0)
         kernels.ln_linear_fp8(x, gamma, gamma, *up)
     names = [launch.kernel for launch in launches]
-    norm = "quantize._layer_norm_fp8_kernel"
+    norm = "layer_norm.layer_norm_fwd_kernel"
     assert names == [norm, "quantize._quick_gelu_fp8_kernel", norm]
     assert made.names.count("_scaled_mm") == 3
     assert made.largest <= 4 * width  # scales
@@ -367,10 +367,10 @@ def test_the_tile_cache_stays_small_and_right(monkeypatch: pytest.MonkeyPatch) -
             for _ in range(500):
                 sizes = {"m": draw.choice((1, 128, 129, 2048, 2049, 8191, 8192, 10**6)), "n": 768, "k": 768}
                 sizes |= {"bytes": draw.choice((2, 4)), "heavy": draw.randint(0, 1), "aligned": draw.randint(0, 1)}
-                newest = max(row["arch"] for row in table["gemm"] if row["arch"] <= arch)
-                fitting = (row for row in table["gemm"] if row["arch"] == newest and tables.holds(row, sizes))
+                newest_first = sorted(table["gemm"], key=lambda row: -row["arch"])
+                fitting = (row for row in newest_first if row["arch"] <= arch and tables.holds(row, sizes))
                 assert launching.tile("gemm", device, **sizes) == next(fitting)["use"]
-        assert len(launching._rows("gemm", arch)[2]) <= 24
+        assert len(launching._rows("gemm", arch)[2]) <= 32
 
 
 def test_integers_by_triton() -> None:
