@@ -11,7 +11,6 @@ with cold caches.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
 import sys
@@ -19,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import arguments
 import measuring
 import torch
 import torch.nn.functional as F
@@ -200,12 +200,6 @@ def milliseconds(call: Call) -> float:
     return float(do_bench(call, warmup=5, rep=20, return_mode="median"))
 
 
-def error(got: Any, exact: Any) -> float:
-    """The largest difference of all results, relative to the largest value: even one wrong tile of thousands shows."""
-    got, exact = ((part,) if isinstance(part, Tensor) else part for part in (got, exact))
-    return max(float((a.float() - b).abs().max() / b.abs().max()) for a, b in zip(got, exact, strict=True))
-
-
 def measure(case: Case) -> list[dict[str, Any]]:
     """A row for each contender: its time in ms, or a note why there is none; ``wrong`` if its result is."""
     M, N, K = case.shape
@@ -216,7 +210,7 @@ def measure(case: Case) -> list[dict[str, Any]]:
         rows.append(row)
         try:
             got = call()
-            row["error"] = error(got, exact)
+            row["error"] = measuring.largest_error(got, exact)  # even one wrong tile of thousands shows
             if not row["error"] < (2**-3 if isinstance(got, Tensor) and got.dtype == E4M3 else 2**-6):
                 row |= {"wrong": True, "note": f"WRONG: off by {row['error']:.3g} of the largest value"}
             else:
@@ -238,7 +232,7 @@ def line(row: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments.parser(__doc__)
     parser.add_argument("--widths", default="768,1024", help="widths of the tokens (default 768,1024)")
     parser.add_argument("--most-rows", type=int, default=70_000, help="leave out more rows than this (default 70000)")
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile")

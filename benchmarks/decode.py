@@ -19,7 +19,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -71,10 +71,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args.device = arguments.device(args.device)
     args.keyframes = [part if part in COPIES else number("--keyframes", part) for part in args.keyframes.split(",")]
     args.frames = [number("--frames", part) for part in args.frames.split(",")]
-    args.works = args.works.split(",")
-    for work in args.works:
-        if work not in WORKS:
-            fail(f"--works: {work!r} is not one of {', '.join(WORKS)}")
+    args.works = arguments.chosen("--works", args.works, [], WORKS)
     if max(args.frames) > CLIP_FRAMES:
         fail(f"--frames {max(args.frames)}: the clips have {CLIP_FRAMES}")
     if args.clips < 1:
@@ -137,17 +134,6 @@ def take_turns(calls: dict[str, Callable[[], Any]], first: dict[str, Times], sec
     return times
 
 
-def ratio(theirs: Sequence[float], mine: Sequence[float]) -> dict[str, float]:
-    """How many times faster: by medians, and the range over their common turns."""
-    pairs = [a / b for a, b in zip(theirs, mine, strict=False)]
-    return {
-        "median": statistics.median(theirs) / statistics.median(mine),
-        "low": min(pairs),
-        "high": max(pairs),
-        "pairs": len(pairs),
-    }
-
-
 Cell = tuple[str, str, int | str, int]  # work, pictures, keyframe every so many frames, frames wanted
 
 
@@ -189,7 +175,7 @@ def file_rows(cell: Cell, paths: list[Path], plans: dict[Path, Source], seconds:
         row |= {"seconds": measuring.quartiles(mine), "cpu_seconds": measuring.quartiles(cpu), "n": len(mine)}
         row["clips_per_second"] = len(paths) / statistics.median(mine)
         row["frames_per_second"] = frames * row["clips_per_second"]
-        row["ratio_to_full"], row["cpu_ratio_to_full"] = ratio(full, mine), ratio(full_cpu, cpu)
+        row["ratio_to_full"], row["cpu_ratio_to_full"] = measuring.ratio(full, mine), measuring.ratio(full_cpu, cpu)
     return rows
 
 
@@ -353,8 +339,7 @@ def print_table(report: dict[str, Any]) -> None:
             table.add_row(*start, row["note"].split(":")[0])
             notes.setdefault(f"{row['contender']}: {row['note']}", None)
             continue
-        ratios = [row[key] for key in ("ratio_to_full", "cpu_ratio_to_full") if key in row]
-        texts = [f"{each['median']:.2f} ({each['low']:.2f}-{each['high']:.2f})" for each in ratios] or ["", ""]
+        texts = [measuring.ratio_text(row.get(key, {})) for key in ("ratio_to_full", "cpu_ratio_to_full")]
         speeds = (f"{row[key]:.3g}" for key in ("clips_per_second", "frames_per_second"))
         table.add_row(*start, *speeds, *texts, str(row["n"]))
         if row["note"]:
@@ -381,7 +366,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(130)
+    arguments.start(main)

@@ -9,13 +9,13 @@ Each graph gets the inputs that the model gets, in turn with it. "ours over it" 
 from __future__ import annotations
 
 import argparse
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import arguments
 import measuring
 import torch
 
@@ -29,7 +29,7 @@ SIZES = ((1, 1), (3, 400))  # videos, labels
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments.parser(__doc__)
     parser.add_argument("--variant", default="B/16-8f", choices=xclip_fast.VARIANTS)
     parser.add_argument("--seconds", type=float, default=120.0, help="to time within, conversion not counted")
     parser.add_argument("--processor-time", action="store_true", help="of one thread, for a busy machine")
@@ -86,17 +86,12 @@ def rows(name: str, batch: int, labels: int, results: dict[str, dict[str, Any]])
             found.append(row | {"note": result["note"]})
             print(f"{name:11} {batch:6} {labels:6}  {contender:13} {result['note']}")
             continue
-        row |= {"seconds": result["seconds"], "median_s": statistics.median(result["seconds"])}
+        row |= measuring.timings(result)
         ratio, difference = "", ""
         if contender != "xclip-fast":
-            pairs = [theirs / own for theirs, own in zip(result["seconds"], mine["seconds"], strict=False)]
-            row["ratio"] = row["median_s"] / statistics.median(mine["seconds"])
-            row["difference"] = max(
-                ((a.double() - b.double()).abs().max() / b.double().abs().max()).item()
-                for a, b in zip(result["output"], mine["output"], strict=True)
-            )
-            ratio = f"{row['ratio']:.2f}x ({min(pairs):.2f}-{max(pairs):.2f})"
-            difference = f"{row['difference']:.1e}"
+            row["ratio"] = measuring.ratio(result["seconds"], mine["seconds"])
+            row["difference"] = measuring.largest_error(result["output"], mine["output"])
+            ratio, difference = measuring.ratio_text(row["ratio"]), f"{row['difference']:.1e}"
         print(
             f"{name:11} {batch:6} {labels:6}  {contender:13} {1e3 * row['median_s']:9.2f} {ratio:>22} {difference:>11}"
         )

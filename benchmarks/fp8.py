@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import arguments
 import measuring
 import torch
 import torch.nn.functional as F
@@ -57,7 +58,7 @@ def compare(exact: Tensor, found: Tensor, labels: Tensor) -> dict[str, float]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments.parser(__doc__)
     parser.add_argument("checkpoint", type=Path, help="checkpoint, as XCLIP.from_pretrained takes it")
     parser.add_argument("calibration", type=Path, help="manifest of videos to calibrate on")
     parser.add_argument("test", type=Path, help="manifest of videos to classify")

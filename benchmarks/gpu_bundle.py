@@ -11,12 +11,13 @@ the script leaves it out and says so.
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+import arguments
 
 ROOT = Path(__file__).resolve().parents[1]
 MOST_BYTES = 60 << 20
@@ -70,7 +71,7 @@ def add_wheels(to: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments.parser(__doc__)
     parser.add_argument("folder", type=Path, help="folder of the bundle; an older bundle there is replaced")
     parser.add_argument(
         "--work", type=Path, default=ROOT / "build" / "gpu-bundle", help="folder of the builds, which is kept"

@@ -24,6 +24,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import arguments
 from gpu.case import Case
 from gpu.run import PATIENCE, Rows
 from gpu.stages import SECONDS, STAGES
@@ -35,7 +36,7 @@ FAULTS = ("kill", "hang", "wrong")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments.parser(__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     parser.add_argument(
         "--stages",

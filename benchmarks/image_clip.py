@@ -12,18 +12,18 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import arguments
 import measuring
 import torch
 from labels import label_list
+from throughput import PRECISIONS
 
 from xclip_fast import VARIANTS, XCLIP, accelerate, tokenize
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}
 
 
@@ -77,7 +77,7 @@ def works(args: argparse.Namespace, dtype: torch.dtype) -> dict[str, dict[str, C
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments.parser(__doc__)
     parser.add_argument("--images", type=int, default=4)
     parser.add_argument("--videos", type=int, default=1)
     parser.add_argument("--frames", type=int, default=8)
@@ -95,17 +95,15 @@ def main() -> None:
                 results = measuring.measure(prepared[work], "cpu", args.seconds)
             stock = results["Hugging Face"]
             for name, result in results.items():
-                off = (result["output"].float() - stock["output"].float()).abs().max() / stock["output"].abs().max()
+                off = measuring.largest_error(result["output"], stock["output"])
                 if off > TOLERANCE[precision]:
                     raise SystemExit(f"{work} {precision} {name}: off by {off:.1g}")
-                times = result["seconds"]
-                pairs = [a / b for a, b in zip(stock["seconds"], times, strict=True)]
-                row = {"work": work, "precision": precision, "name": name, "ms": 1e3 * statistics.median(times)}
-                rows.append(row | {"ratio": statistics.median(pairs), "pairs": sorted(pairs), "off": off.item()})
-                print(
-                    f"{work:7} {precision} {name:13} {row['ms']:8.1f} ms   {statistics.median(pairs):5.2f}x "
-                    f"({min(pairs):.2f} to {max(pairs):.2f})   off by {off:.0e}"
+                row = {"work": work, "precision": precision, "name": name} | measuring.timings(result)
+                rows.append(
+                    row | {"ratio": (ratio := measuring.ratio(stock["seconds"], result["seconds"])), "off": off}
                 )
+                milliseconds, text = 1e3 * row["median_s"], measuring.ratio_text(ratio)
+                print(f"{work:7} {precision} {name:13} {milliseconds:8.1f} ms   {text:20}   off by {off:.0e}")
     if args.json:
         measuring.write_json(args.json, {"environment": measuring.environment("cpu"), "rows": rows})
 

@@ -225,6 +225,37 @@ def small_model(image_size: int = 64, patch_size: int = 16) -> XCLIP:
     return XCLIP(XCLIPConfig(vision=vision, text=text, embed_dim=64, num_frames=8)).eval()
 
 
+def timings(result: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a row for a result of ``measure``: every timing, their number, the warm-ups, the median."""
+    seconds = result["seconds"]
+    found = {"seconds": seconds, "n": len(seconds), "warm_ups": result["warm_ups"]}
+    return found | {"median_s": statistics.median(seconds)}
+
+
+def ratio(theirs: Sequence[float], mine: Sequence[float]) -> dict[str, float]:
+    """How many times faster ``mine`` is: by medians, and the extremes of calls in the same turn."""
+    pairs = [a / b for a, b in zip(theirs, mine, strict=False)]
+    return {"median": statistics.median(theirs) / statistics.median(mine), "low": min(pairs), "high": max(pairs)}
+
+
+def ratios(peer: str, theirs: Sequence[float], mine: Sequence[float]) -> dict[str, dict[str, float]]:
+    """The ratio under the peer's name. Empty for a single pair, which is no measurement."""
+    return {peer: ratio(theirs, mine)} if min(len(theirs), len(mine)) > 1 else {}
+
+
+def ratio_text(found: Mapping[str, float]) -> str:
+    """A ratio for people; "" for none."""
+    return f"{found['median']:.2f}x ({found['low']:.2f}-{found['high']:.2f})" if found else ""
+
+
+def largest_error(got: Any, exact: Any) -> float:
+    """The largest difference of two outputs, relative to the largest value; over all parts of a tuple."""
+    if isinstance(got, tuple):
+        return max(largest_error(*pair) for pair in zip(got, exact, strict=True))
+    got, exact = got.float(), exact.float()
+    return ((got - exact).abs().max() / exact.abs().max()).item()
+
+
 def quartiles(values: Sequence[float]) -> list[float]:
     """First quartile, median, third quartile, to six digits."""
     found = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3

@@ -11,7 +11,6 @@ core.
 
 from __future__ import annotations
 
-import argparse
 import os
 import resource
 import subprocess
@@ -20,6 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import arguments
 import measuring
 
 from xclip_fast.data.manifest.manifest import Manifest
@@ -52,7 +52,7 @@ def test(checkpoint: Path, manifest: Path) -> dict[str, float]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments.parser(__doc__)
     parser.add_argument("--work", type=Path, default=Path("runs/motion-ablation"), help="folder for clips and runs")
     parser.add_argument("--clips", type=int, default=1000, help="training clips of each class (default 1000)")
     parser.add_argument("--test-clips", type=int, default=100, help="test clips of each class (default 100)")

@@ -9,11 +9,11 @@ order of the results means nothing.
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import tempfile
 from pathlib import Path
 
+import arguments
 import measuring
 
 from xclip_fast.data.motion import CLASSES, render, write_clip
@@ -22,7 +22,7 @@ from xclip_fast.search.page import Page
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments.parser(__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for the page and the screenshots")
     options = parser.parse_args()
     from playwright.sync_api import sync_playwright

@@ -7,11 +7,12 @@ One group of bars for each variant and precision. 1.0 is Hugging Face's eager mo
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
 from typing import Any
+
+import arguments
 
 ORDER = ("Hugging Face", "HF compiled", "ONNX Runtime", "OpenVINO", "xclip-fast")
 COLORS = dict(zip(ORDER, ("#9aa5b1", "#7b8794", "#52606d", "#3e4c59", "#d64545"), strict=True))
@@ -56,7 +57,7 @@ def draw(groups: dict[str, dict[str, float]], title: str, out: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments.parser(__doc__)
     parser.add_argument("results", type=Path, nargs="+", help="JSON files of throughput.py")
     parser.add_argument("--work", default="tower", help="tower, cached, files or encoded (default tower)")
     parser.add_argument("--out", type=Path, required=True, help="SVG or PNG")

@@ -21,6 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import arguments
 import av
 import measuring
 import numpy as np
@@ -170,7 +171,7 @@ def soak(
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments.parser(__doc__)
     parser.add_argument("--samples", type=int, default=20_000)
     parser.add_argument("--clips", type=int, default=60, help="different clips")
     parser.add_argument("--batch", type=int, default=32)

@@ -17,7 +17,6 @@ import functools
 import importlib.util
 import itertools
 import math
-import statistics
 import sys
 import tempfile
 import time
@@ -30,13 +29,13 @@ import cpu_engines
 import measuring
 import torch
 import torch.nn.functional as F
-from arguments import fail
-from labels import MOST, label_list
+from arguments import chosen, fail
+from measuring import largest_error, ratio_text, ratios
 from torch import Tensor
 
 import xclip_fast
 from xclip_fast import flops
-from xclip_fast.config import PAPER_TABLE1, VARIANTS, VisionConfig
+from xclip_fast.config import PAPER_TABLE1, VARIANTS, VisionConfig, XCLIPConfig
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2, "fp16": 1e-2}  # between outputs of the same random weights
@@ -67,33 +66,23 @@ CLIP_FRAMES, CLIP_SIZE = 96, (256, 340)  # of the generated mp4 files
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = arguments.parser(__doc__)
-    parser.add_argument("--variants", default="auto", help=f"comma-separated, of {', '.join(VARIANTS)}")
-    parser.add_argument("--precisions", default="auto", help=f"comma-separated, of {', '.join(PRECISIONS)}")
+    arguments.add_model_options(parser, VARIANTS, PRECISIONS)
     parser.add_argument(
         "--batch-sizes", default="auto", help="comma-separated; auto: 1 on a CPU, up to saturation on a GPU"
     )
-    parser.add_argument(
-        "--labels", default="400", help="number K of labels, or a text file with one on each line (default 400)"
-    )
     parser.add_argument("--works", default=",".join(WORKS), help=f"comma-separated, of {', '.join(WORKS)}")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--threads", type=int, help="of the CPU")
     parser.add_argument(
         "--processor-time",
         action="store_true",
         help="for a busy CPU: measure the processor time of the process, on one thread (implies --threads 1)",
     )
-    parser.add_argument("--seconds", type=float, help="time limit (default: 130 on a CPU, none on a GPU)")
-    parser.add_argument("--compile", action="store_true", help="also Hugging Face's model under torch.compile")
     parser.add_argument(
         "--engines", default="", help=f"also Hugging Face's video tower in these, on a CPU: {', '.join(ENGINES)}"
     )
     parser.add_argument("--fp8", action="store_true", help="also ours quantized to float8, beside bf16 (see README.md)")
-    parser.add_argument("--backend", default="auto", help="of xclip-fast's ops (see xclip-fast info)")
-    parser.add_argument("--json", type=Path, help="write every raw timing here")
     parser.add_argument("--plot", type=Path, help="draw throughput against FLOPs here (needs matplotlib)")
     args = parser.parse_args(argv)
-    args.device = arguments.device(args.device)
+    arguments.check_model_options(args)
     gpu = args.device == "cuda"
     args.variants = chosen("--variants", args.variants, list(PAPER_TABLE1) if gpu else ["B/32-8f", "B/16-8f"], VARIANTS)
     args.precisions = chosen("--precisions", args.precisions, ["bf16", "fp16"] if gpu else ["fp32", "bf16"], PRECISIONS)
@@ -104,32 +93,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         fail("--engines are measured on a CPU: add --device cpu")
     args.works = chosen("--works", args.works, list(WORKS), WORKS)
     args.batch_sizes, args.until_saturated = batch_sizes(args.batch_sizes, gpu)
-    args.labels = read_labels(args.labels)
-    if args.threads is not None and args.threads < 1:
-        fail(f"--threads {args.threads}: at least 1 wanted")
     if args.processor_time:
         if gpu or args.threads not in (None, 1):
             fail("--processor-time is for one thread of a CPU: add --device cpu --threads 1")
         args.threads = 1
-    if args.seconds is None:
-        args.seconds = math.inf if gpu else 130.0
-    if not args.seconds > 0:
-        fail(f"--seconds {args.seconds}: a positive time wanted")
-    try:
-        with xclip_fast.backend(args.backend):
-            pass
-    except ValueError as error:
-        fail(f"--backend: {error}")
     arguments.check_outputs(json=args.json, plot=args.plot)
     return args
-
-
-def chosen(option: str, given: str, default: list[str], known: Any) -> list[str]:
-    names = default if given == "auto" else [name.strip() for name in given.split(",")]
-    for name in names:
-        if name not in known:
-            fail(f"{option}: {name!r} is not one of {', '.join(known)}")
-    return list(dict.fromkeys(names))
 
 
 def batch_sizes(given: str, gpu: bool) -> tuple[list[int], bool]:
@@ -143,20 +112,6 @@ def batch_sizes(given: str, gpu: bool) -> tuple[list[int], bool]:
     if min(sizes) < 1:
         fail(f"--batch-sizes {given}: positive whole numbers wanted, separated by commas")
     return sizes, False
-
-
-def read_labels(given: str) -> list[str]:
-    if given.isdecimal():
-        if not 1 <= int(given) <= MOST:
-            fail(f"--labels {given}: a number from 1 to {MOST} wanted, or a text file with one label a line")
-        return label_list(int(given))
-    try:
-        labels = [line.strip() for line in Path(given).read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeError) as error:
-        fail(
-            f"--labels {given}: neither a number nor a readable text file: {getattr(error, 'strerror', None) or error}"
-        )
-    return labels or fail(f"--labels {given}: the file holds no labels")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,6 +155,12 @@ def huggingface(model: xclip_fast.XCLIP) -> torch.nn.Module:
         for parameter in hf.parameters():
             parameter.data = parameter.data.clone()  # into memory: the first timed call would read a mapped file
     return hf
+
+
+def normalized(video: Tensor, config: XCLIPConfig) -> Tensor:
+    """uint8 videos (B, T, H, W, 3) as Hugging Face's model takes them: float32 (B, T, 3, H, W)."""
+    mean, deviation = (torch.tensor(values, device=video.device) for values in (config.image_mean, config.image_std))
+    return ((video / 255 - mean) / deviation).permute(0, 1, 4, 2, 3).contiguous()
 
 
 def hf_video(hf: Any, video: Tensor) -> tuple[Tensor, Tensor]:
@@ -260,8 +221,7 @@ def contenders_of(
         yield GRAPHED, cached if work == "cached" else lambda: tower(video)
     if hf is None:
         return
-    mean, deviation = (torch.tensor(values, device=device) for values in (config.image_mean, config.image_std))
-    pixels = ((video / 255 - mean) / deviation).permute(0, 1, 4, 2, 3).to(dtype).contiguous()
+    pixels = normalized(video, config).to(dtype)
     padded = xclip_fast.tokenize(labels, config.text.context_length, pad=True).to(device)
     if work == "tower":
         peer: Callable[[], Any] = functools.partial(hf_video, hf, pixels)
@@ -340,14 +300,6 @@ def write_clips(folder: Path) -> list[Path]:
     return paths
 
 
-def largest_error(ours: Any, theirs: Any) -> float:
-    """The largest difference of two outputs, relative to the largest value."""
-    if isinstance(ours, tuple):
-        return max(largest_error(*pair) for pair in zip(ours, theirs, strict=True))
-    ours, theirs = ours.float(), theirs.float()
-    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
-
-
 def quantized(model: xclip_fast.XCLIP) -> xclip_fast.XCLIP:
     """A copy in float8, calibrated on random frames, as the timed input."""
     config, device = model.config, model.logit_scale.device
@@ -361,18 +313,6 @@ def least_cosine(ours: Any, theirs: Any) -> float:
     if isinstance(ours, tuple):
         return min(least_cosine(*pair) for pair in zip(ours, theirs, strict=True))
     return F.cosine_similarity(ours.float().flatten(1), theirs.float().flatten(1)).min().item()
-
-
-def ratios(peer: str, theirs: list[float], mine: list[float]) -> dict[str, dict[str, float]]:
-    """How many times faster mine is than the peer: by medians, and the extremes of calls in the same turn.
-
-    Empty for a single pair, which is no measurement.
-    """
-    pairs = [a / b for a, b in zip(theirs, mine, strict=False)]
-    if len(pairs) < 2:
-        return {}
-    median = statistics.median(theirs) / statistics.median(mine)
-    return {peer: {"median": median, "low": min(pairs), "high": max(pairs)}}
 
 
 def plan(costs: dict[Cell, tuple[float, float]], seconds: float) -> dict[Cell, tuple[float, float]]:
@@ -422,8 +362,7 @@ def rows_of(
         rows.append(row)
         if not result.get("seconds"):
             continue
-        row |= {"seconds": result["seconds"], "n": len(result["seconds"]), "warm_ups": result["warm_ups"]}
-        row |= {"median_s": statistics.median(result["seconds"]), "peak_memory_bytes": result["peak_memory"]}
+        row |= measuring.timings(result) | {"peak_memory_bytes": result["peak_memory"]}
         views = cell.batch * (BATCHES_A_CALL if cell.work == "files" else 1)
         row["views_per_second"] = views / row["median_s"]
         row["ratio_to_paper"] = row["views_per_second"] / paper.views_per_second if paper else None
@@ -625,12 +564,8 @@ def speed_over(row: dict[str, Any], group: list[dict[str, Any]]) -> str:
     if name == OURS:
         return ""
     if name in (GRAPHED, FP8):
-        return next((f"{spread(ratio)} {against}" for against, ratio in row.get("ratios", {}).items()), "")
-    return spread(ours[name]) if ours.get(name) else "no ratio of one call"
-
-
-def spread(ratio: dict[str, float]) -> str:
-    return f"{ratio['median']:.2f}x ({ratio['low']:.2f}-{ratio['high']:.2f})"
+        return next((f"{ratio_text(found)} {against}" for against, found in row.get("ratios", {}).items()), "")
+    return ratio_text(ours.get(name, {})) or "no ratio of one call"
 
 
 def shown(value: float | None, form: str, unit: float = 1.0) -> str:
@@ -688,7 +623,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(130)
+    arguments.start(main)

@@ -16,7 +16,6 @@ import dataclasses
 import functools
 import importlib.util
 import itertools
-import math
 import statistics
 import sys
 import tempfile
@@ -29,8 +28,8 @@ import arguments
 import measuring
 import torch
 import torch.nn.functional as F
-from arguments import fail
-from throughput import COMPILED, EAGER, OURS, PRECISIONS, chosen, hf_cached, huggingface, read_labels, shown
+from arguments import chosen, fail
+from throughput import COMPILED, EAGER, OURS, PRECISIONS, hf_cached, huggingface, normalized, shown
 from torch import Tensor, nn
 
 import xclip_fast
@@ -47,26 +46,14 @@ HF_INSTALLED = importlib.util.find_spec("transformers") is not None
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = arguments.parser(__doc__)
-    parser.add_argument("--variants", default="auto", help=f"comma-separated, of {', '.join(VARIANTS)}")
-    parser.add_argument("--precisions", default="auto", help="comma-separated, of fp32, bf16")
+    arguments.add_model_options(parser, VARIANTS, TOLERANCE)
     parser.add_argument("--batch-size", type=int, help="videos in a step (default: 1 on a CPU, 32 on a GPU)")
-    parser.add_argument(
-        "--labels", default="400", help="number K of labels, or a text file with one on each line (default 400)"
-    )
     parser.add_argument("--text", default="auto", help="comma-separated, of frozen, trained: the text tower")
     parser.add_argument("--recompute", default="auto", help="comma-separated, of no, yes: activation checkpointing")
     parser.add_argument("--no-peers", action="store_true", help="ours alone")
-    parser.add_argument("--compile", action="store_true", help="also Hugging Face's model under torch.compile")
     parser.add_argument("--table7", action="store_true", help="the memory case of Table 7 (default on a GPU)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--threads", type=int, help="of the CPU")
-    parser.add_argument(
-        "--seconds", type=float, help="time limit of the timed steps (default: 100 on a CPU, none on a GPU)"
-    )
-    parser.add_argument("--backend", default="auto", help="of xclip-fast's ops (see xclip-fast info)")
-    parser.add_argument("--json", type=Path, help="write every raw timing here")
     args = parser.parse_args(argv)
-    args.device = arguments.device(args.device)
+    arguments.check_model_options(args)
     gpu = args.device == "cuda"
     args.variants = chosen("--variants", args.variants, ["B/16-8f", "L/14-8f"] if gpu else ["B/32-8f"], VARIANTS)
     args.precisions = chosen("--precisions", args.precisions, ["bf16"] if gpu else ["fp32"], TOLERANCE)
@@ -75,8 +62,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args.batch_size = args.batch_size or (32 if gpu else 1)
     if args.batch_size < 1:
         fail(f"--batch-size {args.batch_size}: at least 1 wanted")
-    args.labels = read_labels(args.labels)
-    args.seconds = args.seconds or (math.inf if gpu else 100.0)
     args.table7 |= gpu
     arguments.check_outputs(json=args.json)
     return args
@@ -191,8 +176,7 @@ def contenders_of(
     _freeze_huggingface(hf, cell.towers)
     if cell.recompute:
         getattr(hf, "activation_checkpointing_enable", hf.gradient_checkpointing_enable)()
-    mean, deviation = (torch.tensor(values, device=device) for values in (config.image_mean, config.image_std))
-    pixels = ((video / 255 - mean) / deviation).permute(0, 1, 4, 2, 3).contiguous()
+    pixels = normalized(video, config)
     padded = xclip_fast.tokenize(labels, config.text.context_length, pad=True).to(device)
 
     def theirs() -> Tensor:
@@ -228,8 +212,7 @@ def rows_of(
         rows.append(row)
         if not result.get("seconds"):
             continue
-        row |= {"seconds": result["seconds"], "n": len(result["seconds"]), "warm_ups": result["warm_ups"]}
-        row |= {"median_s": statistics.median(result["seconds"]), "loss": float(result["output"])}
+        row |= measuring.timings(result) | {"loss": float(result["output"])}
         row["clips_per_second"] = cell.batch / row["median_s"]
         row |= {"state_bytes": contender.state_bytes(), "peak_bytes": result["peak_memory"]}
         row["parts_s"] = contender.parts(device)
@@ -242,9 +225,7 @@ def rows_of(
             if row["loss_error"] > TOLERANCE[cell.precision]:
                 row["note"] = f"the first loss differs from ours by {row['loss_error']:.1g}: no ratio"
                 continue
-            pairs = [theirs / mine for mine, theirs in zip(ours["seconds"], result["seconds"], strict=False)]
-            median = row["median_s"] / statistics.median(ours["seconds"])
-            rows[0].setdefault("ratios", {})[name] = {"median": median, "low": min(pairs), "high": max(pairs)}
+            rows[0].setdefault("ratios", {}).update(measuring.ratios(name, result["seconds"], ours["seconds"]))
     return rows
 
 
@@ -370,9 +351,8 @@ def print_table(report: dict[str, Any]) -> None:
         if "median_s" not in row:
             table.add_row(*cells, row["note"].split(":")[0])
             continue
-        ratios = [row.get("ratios", {}).get(peer) for peer in peers]
         cells.append(f"{row['clips_per_second']:.3g}")
-        cells += [f"{each['median']:.2f} ({each['low']:.2f}-{each['high']:.2f})" if each else "" for each in ratios]
+        cells += [measuring.ratio_text(row.get("ratios", {}).get(peer, {})) for peer in peers]
         cells += [f"{1e3 * seconds:.3g} ms" for seconds in row["parts_s"].values()]
         cells += [shown(row.get("share_of_gemm"), "{:.0%}")]
         cells += [shown(row[name], "{:.2f} GB", 1e-9) for name in ("state_bytes", "peak_bytes")]
@@ -414,7 +394,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(130)
+    arguments.start(main)

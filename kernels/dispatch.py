@@ -36,7 +36,7 @@ class BackendError(RuntimeError):
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Whether Triton's kernels take tensors that are on no GPU, if they are asked for. A compute capability (90 for 9.0):
-# every choice is that of such a GPU, wherever the tensors are (xclip_fast.fake_gpu).
+# every choice is that of such a GPU, wherever the tensors are (fake_gpu.py).
 off_gpu = int(INTERPRETED)
 
 
@@ -159,7 +159,7 @@ class Op:
         compiling = torch.compiler.is_compiling()
         if _forced != "auto" and _forced not in self.names and not compiling:
             _log_once(f"{self.name} has no backend {_checked(_forced)}; the choice is automatic")
-        reasons = []
+        reasons: list[str] = []
         for each, reason in self.asked(args, training):
             if kernels and each.backward is None:
                 continue

@@ -49,7 +49,7 @@ def test_variants_have_the_shapes_of_their_names() -> None:
 def test_config_survives_a_dictionary_and_refuses_nonsense() -> None:
     config = VARIANTS["L/14@336-16f"]
     assert XCLIPConfig.from_dict(config.to_dict()) == config
-    with pytest.raises(ValueError, match=r"unknown keys \['widht'\]"):
+    with pytest.raises(ValueError, match=r"vision\.widht: unknown key; did you mean width"):
         XCLIPConfig.from_dict({"vision": {"widht": 3}})
     with pytest.raises(ValueError, match="does not divide into 5 heads"):
         XCLIPConfig(mit_heads=5)
@@ -222,12 +222,12 @@ def test_empty_batch_in_training_with_drop_path() -> None:
     ("values", "message"),
     [
         ({"num_frames": "8"}, "a whole number wanted"),
-        ({"vision": None}, "an object with keys is wanted"),
+        ({"vision": None}, "vision is None; keys and values wanted"),
         ({"embed_dim": None}, "a whole number wanted"),
-        ({"vision": {"patch_size": 0}}, "must be at least 1"),
-        ({"image_mean": [1]}, "three numbers wanted"),
-        ({"image_std": [0, 0, 0]}, "must be above 0"),
-        ({"mit_layers": -1}, "must be at least 0"),
+        ({"vision": {"patch_size": 0}}, "vision.patch_size is 0; at least 1 wanted"),
+        ({"image_mean": [1]}, "a list of 3 numbers wanted"),
+        ({"image_std": [0, 0, 0]}, "a number above 0 wanted"),
+        ({"mit_layers": -1}, "at least 0 wanted"),
     ],
 )
 def test_damaged_configs_are_refused(values: dict[str, object], message: str) -> None:

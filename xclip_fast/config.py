@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, get_args
+
+from .schema import Range, build, check
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of the released X-CLIP weights, which do not use CLIP's own mean
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -16,70 +19,23 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-PROMPTS = ("video", "vectors", "none")
-ACTIVATIONS = ("quick_gelu", "gelu")
+Activation = Literal["quick_gelu", "gelu"]
+ACTIVATIONS = get_args(Activation)
 
-
-# The largest value of each size that a file may ask for: far above any real model, far below sizes that hang.
-LARGEST = {
-    **dict.fromkeys(("layers", "mit_layers", "prompt_layers", "heads", "mit_heads", "prompt_heads"), 1024),
-    **dict.fromkeys(
-        ("width", "embed_dim", "image_size", "patch_size", "window", "head_size", "context_length", "num_frames"),
-        65_536,
-    ),
-    "mit_positions": 65_536,
-    **dict.fromkeys(("vocab_size", "num_classes", "prompt_vectors"), 10_000_000),
-}
-
-
-PAIRS = (
-    1 << 28
-)  # of tokens in the windows of all blocks of a Swin, whose masks take a byte each; X-Florence has 5 million
-
-
-def _check_numbers(where: str, config: object, optional: tuple[str, ...] = ()) -> None:
-    """Refuses numbers that have a wrong type, are not finite, or are too large. Turns whole numbers of float fields
-    into floats.
-
-    ``optional``: fields that may be None.
-    """
-    for field in dataclasses.fields(config):  # type: ignore[arg-type]
-        value = getattr(config, field.name)
-        kind = str(field.type).removesuffix(" | None")
-        if kind not in ("int", "float") or (value is None and field.name in optional):
-            continue
-        if isinstance(value, bool) or not isinstance(value, int if kind == "int" else int | float):
-            wanted = "a whole number" if kind == "int" else "a number"
-            hint = "; YAML reads 1e-6 as text: write 1.0e-6" if kind == "float" and isinstance(value, str) else ""
-            raise ValueError(
-                f"{where}{field.name} is {str(value)[:40]!r} ({type(value).__name__}); {wanted} wanted{hint}"
-            )
-        if kind == "int" and value > LARGEST.get(field.name, value):
-            raise ValueError(f"{where}{field.name} is {value}; at most {LARGEST[field.name]} wanted")
-        if kind == "float":
-            if not math.isfinite(value):
-                raise ValueError(f"{where}{field.name} is {value}; a finite number wanted")
-            object.__setattr__(config, field.name, float(value))
+# Bounds of the values that a file may ask for: far above any real model, far below sizes that hang.
+Size = Annotated[int, Range(1, 65_536)]
+Count = Annotated[int, Range(1, 1024)]  # of layers or heads
+CountOrNone = Annotated[int, Range(0, 1024)]
+Entries = Annotated[int, Range(1, 10_000_000)]
+Epsilon = Annotated[float, Range(0)]
+Positive = Annotated[float, Range(above=0)]
+DropPath = Annotated[float, Range(0, below=1)]  # of the last block; grows linearly from 0 at the first
+PAIRS = 1 << 28  # of tokens in the windows of all blocks of a Swin; its masks take a byte each. X-Florence: 5 million
 
 
 def _check_heads(where: str, width: int, heads: int) -> None:
-    if heads < 1 or width % heads:
+    if width % heads:
         raise ValueError(f"{where}: width {width} does not divide into {heads} heads; choose a divisor of {width}")
-
-
-def _check_switch(name: str, value: object) -> None:
-    if not isinstance(value, bool):
-        raise ValueError(f"{name} is {value!r}; True or False wanted")
-
-
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} is {value!r}; choose one of {', '.join(choices)}")
-
-
-def _check_eps(name: str, value: float) -> None:
-    if value < 0:
-        raise ValueError(f"{name} is {value!r}; a number of at least 0 wanted")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,36 +47,25 @@ class VisionConfig:
     block) and ``layer_norm_eps=1e-6``: the ViTs that were pretrained on images alone (Table 10).
     """
 
-    image_size: int = 224
-    patch_size: int = 16
-    width: int = 768
-    layers: int = 12
-    heads: int = 12
-    drop_path: float = 0.0  # of the last block; grows linearly from 0 at the first
+    image_size: Size = 224
+    patch_size: Size = 16
+    width: Size = 768
+    layers: Count = 12
+    heads: Count = 12
+    drop_path: DropPath = 0.0
     cross_frame: bool = True
-    activation: str = "quick_gelu"
+    activation: Activation = "quick_gelu"
     pre_norm: bool = True
-    layer_norm_eps: float | None = None  # of the whole tower; None: the model's
+    layer_norm_eps: Epsilon | None = None  # of the whole tower; None: the model's
 
     def __post_init__(self) -> None:
-        _check_numbers("vision: ", self, ("layer_norm_eps",))
-        if self.layers < 1 or self.patch_size < 1 or self.width < 1:
-            raise ValueError(
-                f"vision: layers {self.layers}, width {self.width} and patch_size {self.patch_size} must be at least 1"
-            )
+        check(self, "vision")
         _check_heads("vision", self.width, self.heads)
         if self.image_size % self.patch_size:
             raise ValueError(
                 f"vision: image_size {self.image_size} is not a multiple of patch_size {self.patch_size}; "
                 "choose an image size that the patches tile"
             )
-        if not 0.0 <= self.drop_path < 1.0:
-            raise ValueError(f"vision: drop_path {self.drop_path} must be at least 0 and below 1")
-        _check_choice("vision: activation", self.activation, ACTIVATIONS)
-        for name in ("cross_frame", "pre_norm"):
-            _check_switch(f"vision: {name}", getattr(self, name))
-        if self.layer_norm_eps is not None:
-            _check_eps("vision: layer_norm_eps", self.layer_norm_eps)
 
     @property
     def patches(self) -> int:
@@ -139,45 +84,37 @@ class SwinConfig:
     False: Swin's 4 x 4 patches, and merged groups of 2 x 2 neighbors, which UniCL's weights have.
     """
 
-    image_size: int = 224
-    widths: tuple[int, ...] = (256, 512, 1024, 2048)  # of each stage
-    depths: tuple[int, ...] = (2, 2, 24, 6)  # blocks of each stage
-    head_size: int = 32
-    window: int = 7  # side of a window; a stage whose grid is no larger has one window
+    image_size: Size = 224
+    widths: tuple[Size, ...] = (256, 512, 1024, 2048)  # of each stage
+    depths: tuple[Count, ...] = (2, 2, 24, 6)  # blocks of each stage
+    head_size: Size = 32
+    window: Size = 7  # side of a window; a stage whose grid is no larger has one window
     convolutional: bool = True
-    drop_path: float = 0.0  # of the last block; grows linearly from 0 at the first
-    layer_norm_eps: float | None = None  # of the blocks and around them; None: the model's
+    drop_path: DropPath = 0.0
+    layer_norm_eps: Epsilon | None = None  # of the blocks and around them; None: the model's
 
     cross_frame: ClassVar[bool] = False
-    activation: ClassVar[str] = "gelu"
+    activation: ClassVar[Activation] = "gelu"
 
     def __post_init__(self) -> None:
-        _check_numbers("vision: ", self, ("layer_norm_eps",))
-        for name in ("widths", "depths"):
-            given = getattr(self, name)
-            whole = isinstance(given, list | tuple) and all(type(value) is int and value >= 1 for value in given)
-            if not whole or not 1 <= len(given) <= 8 or max(given) > LARGEST["width"]:
-                raise ValueError(
-                    f"vision: {name} is {str(given)[:80]!r}; one to eight whole numbers of at least 1 wanted"
-                )
-            object.__setattr__(self, name, tuple(given))
-        if len(self.widths) != len(self.depths) or sum(self.depths) > LARGEST["layers"]:
+        check(self, "vision")
+        stages = len(self.widths)
+        if not 1 <= stages == len(self.depths) <= 8 or sum(self.depths) > 1024:
             raise ValueError(
-                f"vision: {len(self.widths)} widths and depths {self.depths} given; as many of both wanted, and at "
-                f"most {LARGEST['layers']} blocks in all"
+                f"vision: {stages} widths and depths {self.depths} given; as many of both wanted, one to eight, and at "
+                "most 1024 blocks in all"
             )
         for width in self.widths:
-            if self.head_size < 1 or width % self.head_size:
+            if width % self.head_size:
                 raise ValueError(f"vision: width {width} does not divide into heads of {self.head_size}")
-        _check_switch("vision: convolutional", self.convolutional)
         if not self.convolutional and any(b != 2 * a for a, b in zip(self.widths, self.widths[1:], strict=False)):
             raise ValueError(f"vision: widths {self.widths}; without convolutions, each is twice the one before")
-        if self.image_size < 1 or self.image_size % (4 << (len(self.widths) - 1)):
+        if self.image_size % (4 << (stages - 1)):
             raise ValueError(
-                f"vision: image_size {self.image_size} is not a multiple of {4 << (len(self.widths) - 1)}, the pixels "
-                "of a token's side in the last stage"
+                f"vision: image_size {self.image_size} is not a multiple of {4 << (stages - 1)}, the pixels of a "
+                "token's side in the last stage"
             )
-        if self.window < 1 or any(grid > self.window and grid % self.window for grid in self.grids):
+        if any(grid > self.window and grid % self.window for grid in self.grids):
             raise ValueError(
                 f"vision: windows of {self.window} do not tile the grids of {self.grids} tokens a side of images of "
                 f"{self.image_size}; Swin has 7 at 224, and CoSwin here 12 at 384"
@@ -188,10 +125,6 @@ class SwinConfig:
                 f"vision: {pairs} pairs of tokens in windows of {self.window} of images of {self.image_size}; at most "
                 f"{PAIRS} are accepted"
             )
-        if not 0.0 <= self.drop_path < 1.0:
-            raise ValueError(f"vision: drop_path {self.drop_path} must be at least 0 and below 1")
-        if self.layer_norm_eps is not None:
-            _check_eps("vision: layer_norm_eps", self.layer_norm_eps)
 
     @property
     def grids(self) -> tuple[int, ...]:
@@ -223,20 +156,16 @@ class SwinConfig:
 class TextConfig:
     """CLIP's causal text encoder (paper, section 3.3); most of open_clip's own models have ``activation="gelu"``."""
 
-    vocab_size: int = 49408
-    context_length: int = 77
-    width: int = 512
-    layers: int = 12
-    heads: int = 8
-    activation: str = "quick_gelu"
+    vocab_size: Entries = 49408
+    context_length: Annotated[int, Range(2, 65_536)] = 77
+    width: Size = 512
+    layers: Count = 12
+    heads: Count = 8
+    activation: Activation = "quick_gelu"
 
     def __post_init__(self) -> None:
-        _check_numbers("text: ", self)
-        _check_choice("text: activation", self.activation, ACTIVATIONS)
+        check(self, "text")
         _check_heads("text", self.width, self.heads)
-        for name, least in (("layers", 1), ("width", 1), ("vocab_size", 1), ("context_length", 2)):
-            if getattr(self, name) < least:
-                raise ValueError(f"text: {name} {getattr(self, name)} must be at least {least}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,56 +188,35 @@ class XCLIPConfig:
 
     vision: VisionConfig | SwinConfig = VisionConfig()
     text: TextConfig = TextConfig()
-    embed_dim: int = 512
-    num_frames: int = 8
-    mit_layers: int = 1
-    mit_heads: int | None = None
+    embed_dim: Size = 512
+    num_frames: Size = 8
+    mit_layers: CountOrNone = 1
+    mit_heads: Count | None = None
     mit_residual: bool = True
-    mit_positions: int | None = None
-    mit_eps: float | None = None
-    prompt_layers: int = 2
-    prompt_heads: int | None = None
+    mit_positions: Size | None = None
+    mit_eps: Epsilon | None = None
+    prompt_layers: CountOrNone = 2
+    prompt_heads: Count | None = None
     prompt_alpha: float = 0.1
-    layer_norm_eps: float = 1e-5
+    layer_norm_eps: Epsilon = 1e-5
     logit_scale: float = math.log(1 / 0.07)  # the initial value, as a logarithm
     logit_bias: float | None = None  # the initial value; None: without
-    temporal_std: float = 0.02  # initial standard deviation of the temporal embedding; from scratch a larger one helps
+    temporal_std: Positive = 0.02  # initial, of the temporal embedding; a larger one helps training from scratch
     image_mean: tuple[float, float, float] = IMAGENET_MEAN
-    image_std: tuple[float, float, float] = IMAGENET_STD
-    prompt: str = "video"  # "video" (section 3.3), "vectors" or "none"
-    prompt_vectors: int = 16
-    num_classes: int | None = None
+    image_std: tuple[Positive, Positive, Positive] = IMAGENET_STD
+    prompt: Literal["video", "vectors", "none"] = "video"  # "video": section 3.3
+    prompt_vectors: Annotated[int, Range(0, 10_000_000)] = 16
+    num_classes: Entries | None = None
 
     def __post_init__(self) -> None:
-        _check_numbers("", self, ("mit_heads", "prompt_heads", "num_classes", "mit_positions", "mit_eps", "logit_bias"))
-        if self.embed_dim < 1:
-            raise ValueError(f"embed_dim {self.embed_dim} must be at least 1")
+        check(self)
         for name in ("mit_heads", "prompt_heads"):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, max(1, self.embed_dim // 64))
             _check_heads(name, self.embed_dim, getattr(self, name))
-        for name in ("image_mean", "image_std"):
-            given = getattr(self, name)
-            right = isinstance(given, list | tuple) and len(given) == 3
-            if not right or not all(isinstance(value, int | float) and math.isfinite(value) for value in given):
-                raise ValueError(f"{name} is {str(given)[:80]!r}; three numbers wanted, one for each channel")
-            object.__setattr__(self, name, tuple(float(value) for value in given))
-        if not self.temporal_std > 0:
-            raise ValueError(f"temporal_std {self.temporal_std} must be above 0")
-        if min(self.image_std) <= 0:
-            raise ValueError(f"image_std {self.image_std} must be above 0")
-        for name, least in (("num_frames", 1), ("mit_layers", 0), ("prompt_layers", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} {getattr(self, name)} must be at least {least}")
-        _check_choice("prompt", self.prompt, PROMPTS)
-        _check_switch("mit_residual", self.mit_residual)
-        _check_eps("layer_norm_eps", self.layer_norm_eps)
-        _check_eps("mit_eps", self.mit_eps or 0.0)
         if self.mit_positions is not None and self.mit_positions < self.num_frames:
             raise ValueError(f"mit_positions {self.mit_positions} must be at least num_frames {self.num_frames}")
         if self.num_classes is not None:
-            if self.num_classes < 1:
-                raise ValueError(f"num_classes {self.num_classes} must be at least 1, or None for labels as text")
             if self.prompt == "vectors":
                 raise ValueError(f"prompt 'vectors' with num_classes {self.num_classes}: a linear head has no text")
             object.__setattr__(self, "prompt", "none")
@@ -334,26 +242,14 @@ class XCLIPConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> XCLIPConfig:
-        """The config from a dictionary of ``to_dict``. Raises ValueError for unknown keys and names them."""
-        values = dict(values)
-        vision = values.pop("vision", {})
-        kind = SwinConfig if isinstance(vision, dict) and "depths" in vision else VisionConfig
-        vision = _from_fields(kind, "vision", vision)
-        text = _from_fields(TextConfig, "text", values.pop("text", {}))
-        return _from_fields(cls, "model", {**values, "vision": vision, "text": text})
+        """The config from a dictionary of ``to_dict``. Missing keys take their defaults.
 
-
-def _from_fields(cls: Any, where: str, values: dict[str, Any]) -> Any:
-    if not isinstance(values, dict):
-        raise ValueError(f"{where} config is {values!r}; an object with keys is wanted")
-    known = {field.name for field in dataclasses.fields(cls)}
-    unknown = sorted(set(values) - known)
-    if unknown:
-        raise ValueError(f"{where} config has unknown keys {unknown[:5]}; known are {sorted(known)}")
-    try:
-        return cls(**values)
-    except (TypeError, ZeroDivisionError) as error:
-        raise ValueError(f"{where} config has a value of a wrong type: {error}") from error
+        Raises:
+            ConfigError: for an unknown key, and for a value of a wrong type or out of range.
+        """
+        vision, text = values.get("vision", {}), values.get("text", {})
+        kind = SwinConfig if isinstance(vision, Mapping) and "depths" in vision else VisionConfig
+        return build(cls, {**values, "vision": build(kind, vision, "vision"), "text": build(TextConfig, text, "text")})
 
 
 def _variant(patch: int, frames: int, *, large: bool = False, image_size: int = 224) -> XCLIPConfig:

@@ -70,7 +70,7 @@ def collect() -> dict[str, Any]:
         "versions": _versions(),
         "cpu": _cpu(),
         "cuda": cuda,
-        "forced_backend": dispatch._forced,
+        "forced_backend": dispatch.forced_backend(),
         "ops": _ops(places),
     }
 

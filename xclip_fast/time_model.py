@@ -19,8 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import kernels
 from .config import VARIANTS
-from .fake_gpu import Launch, fake_gpu
 from .kernels.cct_block import fused
+from .kernels.fake_gpu import Launch, fake_gpu
 from .model import XCLIP
 
 

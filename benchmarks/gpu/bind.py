@@ -1,6 +1,6 @@
 """For a rehearsal: the launches of the GPU run at their real shapes, checked by Triton's launcher but not executed.
 
-``launches`` runs this file in a process without Triton's interpreter, on the fake GPU of xclip_fast/fake_gpu.py. The
+``launches`` runs this file in a process without Triton's interpreter, on the fake GPU of kernels/fake_gpu.py. The
 process prints a row of JSON for each part.
 """
 
@@ -34,12 +34,12 @@ def launches(job: Job) -> Iterator[Row]:
 def main() -> None:
     import torch
     from xclip_fast.kernels import backend
+    from xclip_fast.kernels.fake_gpu import fake_gpu
     from xclip_fast.kernels.triton import attention as kernel
     from xclip_fast.kernels.triton import launching
 
     import xclip_fast
     from xclip_fast.config import VARIANTS
-    from xclip_fast.fake_gpu import fake_gpu
 
     from . import attention, products
 

@@ -16,6 +16,7 @@ import measuring
 import torch
 import training
 from labels import label_list
+from measuring import largest_error
 from throughput import (
     COMPILED,
     EAGER,
@@ -28,8 +29,8 @@ from throughput import (
     hf_cached,
     hf_video,
     huggingface,
-    largest_error,
     least_cosine,
+    normalized,
     quantized,
 )
 from torch import Tensor
@@ -87,8 +88,7 @@ def peer_of(job: Job, model: xclip_fast.XCLIP, video: Tensor, kind: str) -> Call
     """Hugging Face's model with the same weights and the same work, on normalized pixels."""
     hf: Any = huggingface(model).to(job.device, job.dtype)
     config = model.config
-    mean, deviation = (torch.tensor(v, device=job.device) for v in (config.image_mean, config.image_std))
-    pixels = ((video / 255 - mean) / deviation).permute(0, 1, 4, 2, 3).to(job.dtype).contiguous()
+    pixels = normalized(video, config).to(job.dtype)
     if kind == "tower":
         return functools.partial(hf_video, hf, pixels)
     return functools.partial(hf_cached, hf, pixels, model.encode_text(tokens_of(job, model)))
@@ -205,7 +205,7 @@ def graphs(job: Job, model: xclip_fast.XCLIP, video: Tensor) -> Calls:
         return dict.fromkeys((GRAPHED, UNFORKED), functools.partial(model.encode_video, video))
     graphed = model.graphed(*video.shape[:2])
     plain = type(graphed)(model, *video.shape[:2])
-    with mock.patch.object(overlap, "_is_captured", return_value=False):
+    with mock.patch.object(overlap, "is_captured", return_value=False):
         plain(video)
     return {GRAPHED: lambda: graphed(video), UNFORKED: lambda: plain(video)}
 

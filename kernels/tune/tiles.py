@@ -209,7 +209,9 @@ def _contest(
     op: str, candidates: list[dict[str, Any]], call: Callable[[], Any], right: Callable[[], Tensor]
 ) -> Contest:
     wanted = right()
-    calls = {json.dumps(use): functools.partial(_with_tile, op, use, call) for use in candidates}
+    calls: dict[str, Callable[[], Any]] = {
+        json.dumps(use): functools.partial(_with_tile, op, use, call) for use in candidates
+    }
     return Contest(calls, functools.partial(agrees, wanted=wanted))
 
 

@@ -25,10 +25,10 @@ from triton.backends.compiler import GPUTarget
 from xclip_fast.kernels.arguments import LOWERED
 from xclip_fast.kernels.cct_block import fused
 from xclip_fast.kernels.cct_block.example import example
+from xclip_fast.kernels.fake_gpu import Launch, fake_gpu
 from xclip_fast.kernels.triton import quantize
 
 from xclip_fast import kernels
-from xclip_fast.fake_gpu import Launch, fake_gpu
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 EPS = 1e-5

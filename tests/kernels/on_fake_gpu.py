@@ -28,12 +28,12 @@ from ahead_of_time import EPS, cases, meta, norm, run
 from xclip_fast.kernels import tables
 from xclip_fast.kernels.cct_block import fused
 from xclip_fast.kernels.cct_block.example import example
+from xclip_fast.kernels.fake_gpu import Launch, fake_gpu
 from xclip_fast.kernels.triton import launching, quantize
 from xclip_fast.kernels.tune import measuring, tiles
 from xclip_fast.kernels.tune.shapes import BATCHES, SHAPES
 
 from xclip_fast import FastCCTBlock, kernels
-from xclip_fast.fake_gpu import Launch, fake_gpu
 from xclip_fast.time_model import Recorder
 
 # Before the first backward, at which autograd starts a thread for each device: a device of a kind of its own.

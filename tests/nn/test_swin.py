@@ -245,7 +245,7 @@ def test_own_folder_and_huggingface(tmp_path: Path) -> None:
         ({"image_size": 36}, "not a multiple of 8"),
         ({"head_size": 24}, "does not divide into heads"),
         ({"depths": (2,)}, "as many of both"),
-        ({"depths": (2, 0)}, "whole numbers of at least 1"),
+        ({"depths": (2, 0)}, "vision.depths is 0; at least 1 wanted"),
         ({"widths": (32, 96), "convolutional": False}, "twice the one before"),
         ({"drop_path": 1.0}, "below 1"),
         ({"image_size": 8192, "window": 1024}, "at most 268435456"),

@@ -29,6 +29,7 @@ from xclip_fast import XCLIP
 from xclip_fast.data.manifest import Manifest, index
 from xclip_fast.data.motion import write_dataset
 from xclip_fast.evaluate.loop import evaluate
+from xclip_fast.schema import ConfigError
 from xclip_fast.train import checkpoints as training_checkpoint
 from xclip_fast.train import config as train_config
 from xclip_fast.train import log as training_log
@@ -37,7 +38,6 @@ from xclip_fast.train import optim
 from xclip_fast.train.checkpoints import Checkpoints, complete, latest
 from xclip_fast.train.config import DataConfig, from_dict
 from xclip_fast.train.loop import Diverged, SaveError, train
-from xclip_fast.train.schema import ConfigError
 from xclip_fast.train.setup import read_data
 from xclip_fast.weights.recipe import Trained
 

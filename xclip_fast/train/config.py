@@ -1,7 +1,7 @@
 """The configuration of a training run: dataclasses, YAML over them, ``key=value`` over that.
 
 The defaults are the paper's fully supervised recipe on Kinetics-400 (B/16, 8 frames). A YAML file holds only the keys
-that differ. ``train.schema`` checks every key and every value.
+that differ. ``schema`` checks every key and every value.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from typing import Annotated, Any, Literal
 from ..config import XCLIPConfig, variant
 from ..data.transforms import TrainTransform
 from ..files import require_regular
-from .schema import ConfigError, Range, build, parse_yaml, set_value
+from ..schema import ConfigError, Range, build
 
 YAML_BYTES = 1 << 20  # the largest YAML file that is read
+ALIASES = 20  # the most aliases in one YAML text
 CONFIGS = Path(__file__).parents[1] / "configs"  # the shipped ones
 
 # Keys that may change when a run goes on from a checkpoint: file locations, speed, logging.
@@ -186,6 +187,46 @@ def load(config: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
         return from_dict(values)
     except ConfigError as error:
         raise ConfigError(f"{path.name}: {error}") from error
+
+
+def parse_yaml(text: str) -> Any:
+    """The value of a YAML text.
+
+    Raises:
+        ValueError: if the text is not YAML, is nested too deeply, or has more than ``ALIASES`` aliases. A small text
+            with many aliases stands for an endless value.
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        aliases = 0
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                self.aliases += 1
+                if self.aliases > ALIASES:
+                    raise ValueError(f"it has more than {ALIASES} aliases (*name); write the values out")
+            return super().compose_node(parent, index)
+
+    try:
+        return yaml.load(text, Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from error
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def set_value(values: dict[str, Any], key: str, value: Any) -> None:
+    """Set ``values["a"]["b"]`` for the key ``a.b``. Missing levels are added."""
+    *path, last = key.split(".")
+    here = values
+    for name in path:
+        if here.get(name) is None:
+            here[name] = {}
+        here = here[name]
+        if not isinstance(here, dict):
+            raise ConfigError(f"override {key}: {name} is {here!r}, which has no keys")
+    here[last] = value
 
 
 def shipped() -> list[str]:

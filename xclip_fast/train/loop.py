@@ -29,6 +29,7 @@ from torch import nn
 from ..files import write_text
 from ..model import XCLIP
 from ..processes import Process, find_device, join_processes
+from ..schema import ConfigError
 from ..text.templates import TEMPLATES
 from ..weights import checkpoint
 from ..weights.recipe import FILE as TRAINED
@@ -42,7 +43,6 @@ from .checkpoints import Checkpoints, SaveError
 from .config import TrainConfig
 from .metrics import Diverged, Measured, Meter
 from .output_dir import output_folder
-from .schema import ConfigError
 from .setup import (
     SHAPE,
     Data,

@@ -13,9 +13,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..schema import ConfigError
 from ..weights import layouts
 from .config import OptimConfig
-from .schema import ConfigError
 
 Towers = Literal["visual", "text", "both", "none"]
 _VISUAL = re.compile(r"visual\.")

@@ -12,10 +12,10 @@ import torch.distributed as dist
 
 from ..files import locked, write_text
 from ..processes import Process
+from ..schema import ConfigError
 from . import checkpoints as training_checkpoint
 from . import config as train_config
 from .config import TrainConfig
-from .schema import ConfigError
 
 CONFIG, LOCK = "config.yaml", ".lock"  # in the output folder
 

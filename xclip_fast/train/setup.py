@@ -21,6 +21,7 @@ from ..evaluate.sample_lists import few_shot
 from ..files import read_json
 from ..model import XCLIP
 from ..processes import Process
+from ..schema import ConfigError
 from ..text.labels import readable, refuse_same_texts
 from ..text.templates import TEMPLATES
 from ..text.tokenizer import tokenize
@@ -28,7 +29,6 @@ from ..weights import checkpoint
 from ..weights.hub import is_name
 from . import config as train_config
 from .config import DataConfig, ModelConfig
-from .schema import ConfigError
 
 if TYPE_CHECKING:
     from ..data.manifest.manifest import Manifest

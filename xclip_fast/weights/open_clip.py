@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..config import TextConfig, VisionConfig, XCLIPConfig
+from ..config import Activation, TextConfig, VisionConfig, XCLIPConfig
 from .layouts import CheckpointError
 
 FILE = "open_clip_config.json"
@@ -79,7 +79,7 @@ def _config_from_open_clip(model: Mapping[str, Any], where: object) -> XCLIPConf
         refused.append(f"vision_cfg.layers is {vision['layers']!r}: a ResNet")
     if refused:
         raise CheckpointError(f"{where}: an open_clip model of another kind\n  " + "\n  ".join(refused))
-    activation = "quick_gelu" if model.get("quick_gelu") else "gelu"
+    activation: Activation = "quick_gelu" if model.get("quick_gelu") else "gelu"
     eps, text_eps = ((part.get("norm_kwargs") or {}).get("eps", 1e-5) for part in (vision, text))
     width = vision["width"]
     size = vision.get("image_size", 224)

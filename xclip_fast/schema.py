@@ -1,7 +1,7 @@
 """Plain values to dataclasses: every key and every value is checked against the dataclass's annotations.
 
-An error names the key, the value that was given, the value that is wanted and the nearest known key. ``train.config``
-has the dataclasses of a training run.
+An error names the key, the value that was given, the value that is wanted and the nearest known key. ``config`` has the
+dataclasses of a model, ``train.config`` those of a training run.
 """
 
 from __future__ import annotations
@@ -9,14 +9,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import functools
 import math
 import reprlib
 import types
 import typing
 from collections.abc import Collection, Mapping
 from typing import Annotated, Any, Literal
-
-ALIASES = 20  # the most aliases in one YAML text
 
 
 class ConfigError(ValueError):
@@ -43,44 +42,15 @@ class Range:
         return f"a number below {self.below} wanted" if value >= self.below else None
 
 
-def parse_yaml(text: str) -> Any:
-    """The value of a YAML text.
+def check(config: Any, where: str = "") -> None:
+    """Checks the fields of a dataclass in its ``__post_init__`` and puts converted values in their place.
 
     Raises:
-        ValueError: if the text is not YAML, is nested too deeply, or has more than ``ALIASES`` aliases. A small text
-            with many aliases stands for an endless value.
+        ConfigError: for a value of a wrong type or out of range.
     """
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        aliases = 0
-
-        def compose_node(self, parent: Any, index: Any) -> Any:
-            if self.check_event(yaml.AliasEvent):
-                self.aliases += 1
-                if self.aliases > ALIASES:
-                    raise ValueError(f"it has more than {ALIASES} aliases (*name); write the values out")
-            return super().compose_node(parent, index)
-
-    try:
-        return yaml.load(text, Loader)
-    except yaml.YAMLError as error:
-        raise ValueError(str(error)) from error
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-
-
-def set_value(values: dict[str, Any], key: str, value: Any) -> None:
-    """Set ``values["a"]["b"]`` for the key ``a.b``. Missing levels are added."""
-    *path, last = key.split(".")
-    here = values
-    for name in path:
-        if here.get(name) is None:
-            here[name] = {}
-        here = here[name]
-        if not isinstance(here, dict):
-            raise ConfigError(f"override {key}: {name} is {here!r}, which has no keys")
-    here[last] = value
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    for name, value in _check_keys((type(config),), values, where).items():
+        object.__setattr__(config, name, value)
 
 
 def build(cls: Any, values: Any, where: str = "") -> Any:
@@ -111,10 +81,7 @@ def _check_keys(
     ``partial``: nested dataclasses stay dicts of the given keys. ``also``: keys that the hint of an unknown key may
     name, too.
     """
-    hints: dict[str, Any] = {}
-    for cls in classes:
-        annotations = typing.get_type_hints(cls, include_extras=True)
-        hints |= {field.name: annotations[field.name] for field in dataclasses.fields(cls)}
+    hints = {name: hint for cls in classes for name, hint in _hints(cls).items()}
     found = {}
     for key, value in _mapping(values, where).items():
         name = f"{where}.{key}" if where else str(key)
@@ -131,6 +98,12 @@ def _check_keys(
     return found
 
 
+@functools.cache
+def _hints(cls: Any) -> dict[str, Any]:
+    annotations = typing.get_type_hints(cls, include_extras=True)
+    return {field.name: annotations[field.name] for field in dataclasses.fields(cls)}
+
+
 def _mapping(values: Any, where: str) -> dict[str, Any]:
     if not isinstance(values, Mapping):
         raise ConfigError(f"{where or 'the configuration'} is {reprlib.repr(values)}; keys and values wanted")
@@ -139,9 +112,10 @@ def _mapping(values: Any, where: str) -> dict[str, Any]:
 
 def _convert(value: Any, hint: Any, name: str) -> Any:
     """The value as the annotation wants it. Whole numbers pass as floats and lists as tuples; nothing else is bent."""
-    if dataclasses.is_dataclass(hint):
-        return build(hint, value, name)
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    nested = [kind for kind in inner or (hint,) if isinstance(kind, type) and dataclasses.is_dataclass(kind)]
+    if nested:
+        return value if isinstance(value, tuple(nested)) else build(nested[0], value, name)
     if origin is Annotated:
         value = _convert(value, inner[0], name)
         for bounds in inner[1:]:
@@ -171,15 +145,11 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
             return tuple(_convert(item, kind, name) for item, kind in zip(value, kinds, strict=True))
         raise ConfigError(f"{name} is {shown}; a list of {'' if many else f'{len(inner)} '}numbers wanted")
     if hint is float and not isinstance(value, bool):
-        number: float | None = None
-        if isinstance(value, (int, float)):
-            number = float(value)
-        elif isinstance(value, str):  # YAML 1.1 reads 8e-6, which has no point, as a string
-            with contextlib.suppress(ValueError):
-                number = float(value)
-        if number is not None and math.isfinite(number):
-            return number
+        if isinstance(value, (int, float, str)):  # YAML 1.1 reads 8e-6, which has no point, as a string
+            with contextlib.suppress(ValueError, OverflowError):
+                if math.isfinite(number := float(value)):
+                    return number
     elif isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
-    wanted = {float: "a number", int: "a whole number", bool: "true or false", str: "a string"}.get(hint, str(hint))
-    raise ConfigError(f"{name} is {shown} ({type(value).__name__}); {wanted} wanted")
+    wanted = {float: "a finite number", int: "a whole number", bool: "true or false", str: "a string"}
+    raise ConfigError(f"{name} is {shown} ({type(value).__name__}); {wanted.get(hint, hint)} wanted")

@@ -24,8 +24,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime import _allocation
 
-from .kernels import dispatch
-from .kernels.triton import launching
+from . import dispatch
+from .triton import launching
 
 TYPES = {
     torch.float32: "fp32",
