@@ -104,6 +104,7 @@ def embed(
     from ..search.feature_file import import_features
     from ..search.parquet import ParquetFolder
     from ..search.store import Store, is_store
+    from ..tuning import tune_before
 
     if is_store(out):
         checkpoint, variant = opt.stored_weights(out, checkpoint, variant, random_weights)
@@ -146,6 +147,8 @@ def embed(
             columns = ("vector", "patches") if store.settings.patches else ("vector",)
             spread = ClusterOptions(address, actors, decoders=decoders, batch_size=batch_size or 16)
             embedding = cluster_answers(stage, spread, columns)
+        else:
+            tune_before(model.config, len(inputs.paths), target["device"])
         with Bar() as bar:
             summary = opened.add(
                 inputs,
@@ -185,6 +188,7 @@ def _embed_file(
     from ..config import VARIANTS
     from ..inference.batches import Reading, answers
     from ..search.feature_file import check_out, fingerprint, write_features
+    from ..tuning import tune_before
     from ..weights.recipe import Trained
 
     try:
@@ -204,6 +208,7 @@ def _embed_file(
     }
     model.to(**placed)
     reading = Reading(frames, config.vision.image_size, choice["sampling"], choice["stride"])
+    tune_before(config, len(inputs.paths), placed["device"])
     failed = False
     with Bar(len(inputs.paths)) as bar:
 
