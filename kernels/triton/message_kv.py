@@ -181,7 +181,8 @@ def forward(save: bool, b: Any) -> tuple[Spare, Callable[[Tensor], None], tuple[
     heads = qkv.view(videos, frames, 3, b.heads, -1)
     out = (b.message_out_weight, b.message_out_bias)
     added: Any = {"residual": message, "drop_scale": b.drop_fusion, "frames": frames}
-    mixed, lse = message, ()
+    mixed: Tensor = message
+    lse: tuple[Tensor, ...] = ()
     if takes(heads.shape[-1]) and frames <= 64 and not save:
         fused = _rows(qkv, *out, **added, heads=b.heads)
     else:

@@ -35,8 +35,8 @@ class GraphedVideoTower:
     """``encode_video`` of at most ``batch`` videos of ``frames`` frames as CUDA graphs; ``XCLIP.graphed`` makes one.
 
     There is one graph for each dtype of the videos, backend and autocast dtype, and for ``logits`` one for each number
-    and dtype of labels. The first call that needs a graph captures it, which takes as long as several eager calls. A graph
-    keeps its own memory for its input, its results and all between them.
+    and dtype of labels. The first call that needs a graph captures it, which takes as long as several eager calls. A
+    graph keeps its own memory for its input, its results and all between them.
 
     Weights may change in place between calls (``load_state_dict``, an optimizer). If a parameter, a buffer or a module
     of the tower was replaced or moved (``to``, ``load_state_dict(assign=True)``), the next call captures again. Other
@@ -111,7 +111,7 @@ class GraphedVideoTower:
             stream, ended = torch.cuda.current_stream(), _ended.setdefault(device, torch.cuda.Event())
             stream.wait_event(ended)
             captured.video[:count].copy_(video)
-            if captured.text is not None:
+            if captured.text is not None and text_KE is not None:
                 captured.text.copy_(text_KE)
             captured.graph.replay()
             results = tuple(part[:count].clone() for part in captured.results)
