@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..console import plain
 from ..data.remote import is_remote
-from ..files import replaced
+from ..files import replaced, require_regular
 from .media import pictures
 from .query import Hit
 
@@ -45,6 +45,7 @@ class Page:
         if self.out.exists():
             if not self.overwrite:
                 raise FileExistsError(f"{self.out}: is there already; choose another name or add --overwrite")
+            require_regular(self.out)
             with open(self.out, "rb") as file:
                 if _MARK.encode() not in file.read(4096):
                     raise FileExistsError(f"{self.out}: is not a page of results, so it is not replaced")
