@@ -213,16 +213,17 @@ class XCLIP(nn.Module):
     def graphed(self, batch: int = 1, frames: int | None = None) -> GraphedVideoTower:
         """``encode_video`` for small batches on a GPU: replayed from CUDA graphs, without launching kernel by kernel.
 
-            encode_video = model.graphed(batch=1)
+            graphed = model.graphed(batch=1)
             with torch.inference_mode():
-                logits = model.similarity(encode_video(video), model.encode_text(labels))
+                features = graphed(video)
+                logits = graphed.logits(video, model.encode_text(labels))
 
         Args:
             batch: the most videos of a call. frames: T of each; the config's if not given.
 
         Returns:
-            a callable with ``encode_video``'s contract, for inference only; the same one for the same sizes. It and
-            ``clear_graphs`` say what it notices and what it keeps.
+            a callable with ``encode_video``'s contract, for inference only, whose ``logits`` has ``similarity`` in the
+            graph too; the same one for the same sizes. It and ``clear_graphs`` say what it notices and what it keeps.
 
         Raises:
             ValueError: if the sizes are no positive numbers, or the model is not on a CUDA device.

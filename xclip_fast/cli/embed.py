@@ -104,6 +104,7 @@ def embed(
     from ..search.feature_file import import_features
     from ..search.parquet import ParquetFolder
     from ..search.store import Store, is_store
+    from ..tuning import tune_before
 
     if is_store(out):
         checkpoint, variant = opt.stored_weights(out, checkpoint, variant, random_weights)
@@ -150,6 +151,8 @@ def embed(
             columns = ("vector", "patches") if store.settings.patches else ("vector",)
             spread = ClusterOptions(address, actors, decoders=decoders, batch_size=batch_size or 16)
             embedding = cluster_answers(stage, spread, columns)
+        else:
+            tune_before(model.config, len(inputs.paths), target["device"])
         with Bar() as bar:
             summary = opened.add(
                 inputs,
@@ -189,6 +192,7 @@ def _embed_file(
     from ..config import VARIANTS
     from ..inference.batches import Reading, answers
     from ..search.feature_file import check_out, fingerprint, write_features
+    from ..tuning import tune_before
     from ..weights.recipe import Trained
 
     try:
@@ -208,6 +212,7 @@ def _embed_file(
     }
     model.to(**placed)
     reading = Reading(frames, config.vision.image_size, choice["sampling"], choice["stride"])
+    tune_before(config, len(inputs.paths), placed["device"])
     failed = False
     with Bar(len(inputs.paths)) as bar:
 
