@@ -89,6 +89,20 @@ def save_tensors(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], me
         raise OSError(number, f"{os.fspath(path)}: could not be written: {error}") from error
 
 
+def check_new_file(path: Path, overwrite: bool) -> None:
+    """Checks that a file may be written here.
+
+    Raises:
+        ValueError: if the path is a folder, or is not in an existing folder.
+        FileExistsError: if the file exists and ``overwrite`` is not set.
+    """
+    if path.is_dir() or not path.parent.is_dir():
+        what = "is a folder" if path.is_dir() else "its folder does not exist"
+        raise ValueError(f"{path}: {what}; a file in an existing folder is wanted")
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path}: is there already; choose another name or add --overwrite")
+
+
 @contextlib.contextmanager
 def replaced(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A path to write a file to, on the same disk as ``path``. When the block ends, that file replaces ``path``.

@@ -14,18 +14,13 @@ import torch
 
 pytest.importorskip("lancedb", reason="LanceDB is not installed: pip install 'xclip-fast[search]'")
 
-from xclip_fast import XCLIP, TextConfig, VisionConfig, XCLIPConfig, decode
+from small import CONFIG
+
+from xclip_fast import XCLIP, decode
 from xclip_fast.data.motion import CLASSES, render, write_clip
 from xclip_fast.search import Hit, Index
 from xclip_fast.search.query import Filters, merge_neighbors
 from xclip_fast.search.store import Store
-
-CONFIG = XCLIPConfig(
-    vision=VisionConfig(image_size=32, patch_size=16, width=128, layers=2, heads=2),
-    text=TextConfig(width=64, layers=2, heads=1),
-    embed_dim=64,
-    num_frames=3,
-)
 
 
 @pytest.fixture(scope="module")

@@ -20,15 +20,7 @@ _FILE = ".safetensors"
 
 @commands.command()
 def embed(
-    videos: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="VIDEO",
-            help="Video files, folders, globs in quotes, lists of paths (.txt, .jsonl), URLs, or - to read paths "
-            "from standard input.",
-            show_default=False,
-        ),
-    ] = None,
+    videos: opt.Videos = None,
     out: Annotated[
         Path,
         typer.Option(
@@ -138,13 +130,12 @@ def embed(
         limits = Limits(max_bytes, max_seconds)
         embedding = None
         if ray:
-            from ..scale.cluster import ClusterOptions, cluster_answers
-            from ..scale.stage import ModelSpec, VideoStage
+            from ..scale.cluster import cluster_answers
+            from ..scale.stage import VideoStage
 
-            spec = ModelSpec(None if checkpoint is None else str(checkpoint.absolute()), variant, device, dtype)
+            spec, spread = opt.cluster(checkpoint, variant, device, dtype, address, actors, decoders, batch_size)
             stage = VideoStage(spec, opened.reading(limits), bool(store.settings.patches))
             columns = ("vector", "patches") if store.settings.patches else ("vector",)
-            spread = ClusterOptions(address, actors, decoders=decoders, batch_size=batch_size or 16)
             embedding = cluster_answers(stage, spread, columns)
         with Bar() as bar:
             summary = opened.add(

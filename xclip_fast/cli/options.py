@@ -15,11 +15,14 @@ from ..console import complain
 if TYPE_CHECKING:
     from ..data.inputs import Inputs
     from ..model import XCLIP
+    from ..scale.cluster import ClusterOptions
+    from ..scale.stage import ModelSpec
+    from ..search.page import Page
     from ..weights.recipe import Trained
 
 
 Videos = Annotated[
-    list[str],
+    list[str] | None,
     typer.Argument(
         metavar="VIDEO",
         help="Video files, folders, globs in quotes, lists of paths (.txt, .jsonl), URLs, or - to read paths from "
@@ -122,13 +125,13 @@ def parse_labels(given: str) -> list[str]:
     return labels
 
 
-def find_videos(given: Sequence[str]) -> tuple[Inputs, bool]:
+def find_videos(given: Sequence[str] | None) -> tuple[Inputs, bool]:
     """The video files of the arguments, and whether a folder or glob holds none."""
     from ..data.inputs import find_videos as find
 
-    if "" in given:
+    if "" in (given or ()):
         raise typer.BadParameter("a name is empty", param_hint="VIDEO")
-    inputs = find(given)
+    inputs = find(given or ())
     failed = False
     for line in inputs.empty:
         failed |= complain(line)
@@ -156,6 +159,33 @@ def device_and_dtype(device: str, dtype: str) -> dict[str, Any]:
     from ..inference.placement import automatic_dtype
 
     return {"device": device, "dtype": automatic_dtype(torch.device(device))}
+
+
+def cluster(
+    checkpoint: Path | None,
+    variant: str | None,
+    device: str,
+    dtype: str,
+    address: str | None,
+    actors: int | None,
+    decoders: int | None = None,
+    batch_size: int | None = None,
+) -> tuple[ModelSpec, ClusterOptions]:
+    """The model and the cluster of ``--ray``."""
+    from ..scale.cluster import ClusterOptions
+    from ..scale.stage import ModelSpec
+
+    spec = ModelSpec(None if checkpoint is None else str(checkpoint.absolute()), variant, device, dtype)
+    return spec, ClusterOptions(address, actors, decoders=decoders, batch_size=batch_size or 16)
+
+
+def open_page(html: Path | None, overwrite: bool, random_weights: bool) -> Page | None:
+    """The web page of ``--html``, if it is given."""
+    if html is None:
+        return None
+    from ..search.page import Page
+
+    return Page(html, overwrite=overwrite, random_weights=random_weights)
 
 
 def set_threads(threads: int | None) -> None:
