@@ -195,7 +195,7 @@ def test_another_model_and_other_settings_are_refused(tmp_path, weights, videos)
     assert len(same) == 19
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").write_text("")
-    with pytest.raises(FileExistsError, match="no store"):
+    with pytest.raises(FileExistsError, match="is not a store"):
         Index.open(tmp_path / "other", weights / "a")
     with pytest.raises(FileNotFoundError, match="no store"):
         Index.open(tmp_path / "nothing")

@@ -51,5 +51,5 @@ def test_adds_updates_and_drops(tmp_path):
         Index.open(out, tmp_path / "a", frames=4)
     (tmp_path / "b.parquet").mkdir()
     (tmp_path / "b.parquet" / "mine").write_text("")
-    with pytest.raises(FileExistsError, match="other things"):
+    with pytest.raises(FileExistsError, match="other files"):
         Index.open(tmp_path / "b.parquet", tmp_path / "a")

@@ -144,21 +144,17 @@ def device_and_dtype(device: str, dtype: str) -> dict[str, Any]:
     """``device`` and ``dtype`` as arguments of ``Module.to``."""
     import torch
 
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    from ..inference.placement import placed
+
     kind, _, index = device.partition(":")
-    if kind not in ("cpu", "cuda") or (index and not (kind == "cuda" and index.isdecimal())):
+    if kind not in ("auto", "cpu", "cuda") or (index and not (kind == "cuda" and index.isdecimal())):
         raise typer.BadParameter(f"{device!r} is not auto, cpu, cuda or cuda:N", param_hint="--device")
     if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
         from ..info import collect_cuda
 
         cuda = collect_cuda()
         raise ValueError(f"--device {device}: {cuda['reason'] or 'there are only ' + str(len(cuda['devices']))}")
-    if dtype != "auto":
-        return {"device": device, "dtype": getattr(torch, dtype)}
-    from ..inference.placement import automatic_dtype
-
-    return {"device": device, "dtype": automatic_dtype(torch.device(device))}
+    return placed(device, dtype)
 
 
 def cluster(
@@ -215,20 +211,14 @@ def load_model(checkpoint: Path | None, variant: str | None, random_weights: boo
             else "missing; for a trial without weights: --random-weights"
         )
         raise typer.BadParameter(why, param_hint="--checkpoint")
-    import torch
-
     from .. import config
-    from ..model import XCLIP
+    from ..inference import placement
 
-    try:
-        shape = None if variant is None else config.variant(variant)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--variant") from error
-    torch.manual_seed(0)  # parameters missing from the checkpoint are the same in every run
-    if checkpoint is not None:
-        return XCLIP.from_pretrained(checkpoint, config=shape)
-    print("warning: random weights: the answers mean nothing", file=sys.stderr)
-    return XCLIP(shape or config.VARIANTS["B/16-8f"]).eval()
+    if variant is not None and variant not in config.VARIANTS:
+        raise typer.BadParameter(f"{variant!r} is none of {', '.join(config.VARIANTS)}", param_hint="--variant")
+    if random_weights:
+        print("warning: random weights: the answers mean nothing", file=sys.stderr)
+    return placement.load_model(checkpoint, variant)
 
 
 def stored_weights(

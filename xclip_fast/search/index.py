@@ -72,25 +72,16 @@ class Index:
         Raises:
             ValueError: if the store was made with another model or other settings.
         """
-        import torch
-
-        from ..inference.placement import automatic_dtype
-        from ..model import XCLIP
+        from ..inference.placement import load_model, placed
 
         if model is None:
             if checkpoint is None:
                 checkpoint = Store.open(folder).settings.checkpoint  # its error names what is missing
             if not checkpoint:
                 raise ValueError(f"{folder}: made with random weights; give a model")
-            torch.manual_seed(0)  # parameters missing from the checkpoint are the same in every run
-            model = XCLIP.from_pretrained(checkpoint)
+            model = load_model(checkpoint)
         store = open_store(folder, model, checkpoint=checkpoint, root=root, **settings)
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        precision = automatic_dtype(torch.device(device)) if dtype == "auto" else dtype
-        if isinstance(precision, str):
-            precision = getattr(torch, precision)
-        return cls(store, model.to(device=device, dtype=precision), None if root is None else os.fspath(root))
+        return cls(store, model.to(**placed(device, dtype)), None if root is None else os.fspath(root))
 
     def __len__(self) -> int:
         """The number of moments."""

@@ -181,9 +181,10 @@ class _Job:
             self.rng.bit_generator.state = self.state  # called again, it draws the same
         times = times - times[0]
         interval = times[-1] / (len(times) - 1) if len(times) > 1 and times[-1] > 0 else 0.04
+        duration = float(times[-1] + interval)
         found = []
-        for start, end in self.spans(float(times[-1] + interval)):
-            low, high = np.searchsorted(times, (start - _ROUNDING, end - _ROUNDING))
+        for start, end in self.spans(duration):
+            low, high = np.searchsorted(times, (start - _ROUNDING, end - _ROUNDING if end < duration else math.inf))
             low = min(int(low), len(times) - 1)
             if high <= low and times[low] > start:
                 low = max(0, low - 1)  # no frame begins in this span: the one before it is still shown
