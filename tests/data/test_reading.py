@@ -153,7 +153,8 @@ def test_lack_of_memory_is_no_damage(folder, monkeypatch):
     def none(*_, **__):
         raise MemoryError
 
-    monkeypatch.setattr(decoder, "VideoReformatter", lambda: type("Reformatter", (), {"reformat": none})())
+    for module in (decoder, windows):
+        monkeypatch.setattr(module, "VideoReformatter", lambda: type("Reformatter", (), {"reformat": none})())
     with pytest.raises(ReadError, match="not enough memory"):
         decode_frames(folder / "EIO_a.mp4", [0])
     bad, *_ = decode_many([folder / "EIO_a.mp4"], 2, errors="return")
