@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from xclip_fast.data.decode import decode, decode_frames, decode_many, decoder, probe, reading
+from xclip_fast.data.decode import decode, decode_frames, decode_many, decoder, probe, reading, windows
 from xclip_fast.data.decode.fields import may_hold_fields
 from xclip_fast.data.decode.reading import ReadError, Source, VideoError, open_video
 from xclip_fast.data.manifest import Manifest, index
