@@ -131,6 +131,8 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
         except ConfigError as error:
             raise ConfigError(f"{error}, or null") from error
     shown = reprlib.repr(value)
+    if origin is dict:
+        return {key: _convert(item, inner[1], f"{name}.{key}") for key, item in _mapping(value, name).items()}
     if origin is Literal:
         if value in inner and isinstance(value, str):
             return value
