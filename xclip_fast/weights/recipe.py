@@ -10,13 +10,12 @@ from typing import Annotated, Any
 
 from ..data.sampling import Sampling
 from ..files import read_json
-from ..schema import Range, build
+from ..schema import Count, build
 from ..text.labels import plain_name, readable
 from ..text.templates import TEMPLATES
 from .hub import cached
 
 FILE = "trained.json"  # beside the weights
-Count = Annotated[int, Range(1)]
 
 
 class _NotBlank:
