@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -88,6 +89,30 @@ def test_graphs_give_the_model_s_logits(model: XCLIP, tmp_path: Path, name: str)
     assert {path.name for path in tmp_path.iterdir()} <= {*names, "export.json", "mine.txt"}
     with pytest.raises(FileExistsError, match="--overwrite"):
         export_model(model, tmp_path, name)
+
+
+SIGNALS = """
+import faulthandler, signal, subprocess, sys
+from pathlib import Path
+import torch
+from xclip_fast.export.formats import OPENVINO
+faulthandler.enable()  # gives signals a stack of their own
+signal.signal(signal.SIGCHLD, lambda *_: None)
+first, second = (OPENVINO.open(Path(sys.argv[1]), None, 1, torch.float32) for _ in range(2))
+del first
+del second
+subprocess.run(["true"], check=True)
+print("alive")
+"""
+
+
+def test_signals_after_two_openvino_graphs_have_gone(tmp_path: Path, programs: dict[str, Any], model: XCLIP) -> None:
+    form, graph = installed("openvino"), graphs_of(model, 3)[2]
+    path = tmp_path / "similarity.xml"
+    with quiet():
+        form.write(graph, programs[graph.name], path, torch.float32)
+    run = subprocess.run([sys.executable, "-c", SIGNALS, path], capture_output=True, text=True)
+    assert (run.returncode, run.stdout.strip()) == (0, "alive"), run.stderr
 
 
 @pytest.mark.parametrize("name", ["onnx", "openvino"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import logging
 import tempfile
@@ -117,10 +118,21 @@ def _write_openvino(graph: Graph, program: Program, path: Path, dtype: torch.dty
     openvino.save_model(model, path, compress_to_fp16=dtype == torch.float16)
 
 
-def _open_openvino(path: Path, graph: Graph, threads: int | None, dtype: torch.dtype) -> Run:
+@functools.cache
+def _openvino_core() -> Any:
+    """The one ``openvino.Core`` of this process.
+
+    OpenVINO 2026's CPU plugin gives the thread that makes a core its own stack for signals, and puts the former one
+    back when the core goes. Two cores that go in the order in which they came leave a stack that is unmapped: the next
+    signal with a handler ends the process.
+    """
     import openvino
 
-    core = openvino.Core()
+    return openvino.Core()
+
+
+def _open_openvino(path: Path, graph: Graph, threads: int | None, dtype: torch.dtype) -> Run:
+    core = _openvino_core()
     half = {torch.bfloat16: "BF16", torch.float16: "FP16"}.get(dtype)
     native = half in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     settings: dict[str, Any] = {
