@@ -109,15 +109,7 @@ def upload(
     token: str | None = None,
     message: str | None = None,
 ) -> str:
-    """Write a folder with ``write`` and put it into the repository ``name``, made if it does not exist.
-
-    Returns:
-        the address of the commit.
-
-    Raises:
-        ImportError: without the package huggingface_hub.
-        OSError: if the Hub refuses it or cannot be reached.
-    """
+    """Writes a folder with ``write`` and uploads it to the repository ``name``. See ``XCLIP.push_to_hub``."""
     try:
         from huggingface_hub import HfApi
     except ImportError as error:
