@@ -234,6 +234,14 @@ class XCLIPConfig:
         """The most tokens of a label, with start and end: the text context without the learned vectors."""
         return self.text.context_length - (self.prompt_vectors if self.prompt == "vectors" else 0)
 
+    @property
+    def variant_name(self) -> str | None:
+        """The name of the variant with this shape, or None. Initial values and drop path do not count."""
+        vision = dataclasses.replace(self.vision, drop_path=0.0)
+        initial = {"logit_scale": XCLIPConfig.logit_scale, "temporal_std": XCLIPConfig.temporal_std}
+        plain = dataclasses.replace(self, vision=vision, **initial)
+        return next((name for name, row in VARIANTS.items() if row == plain), None)
+
     def to_dict(self) -> dict[str, Any]:
         """A plain dictionary for JSON. ``from_dict`` reads it back."""
         return dataclasses.asdict(self)

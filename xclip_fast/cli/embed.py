@@ -173,7 +173,6 @@ def _embed_file(
     run: dict[str, int | None],
 ) -> bool:
     """Writes the features of all videos into one file. Returns True if something failed."""
-    from ..config import VARIANTS
     from ..inference.batches import Reading, answers
     from ..search.feature_file import check_out, fingerprint, write_features
     from ..weights.recipe import Trained
@@ -190,7 +189,7 @@ def _embed_file(
     metadata = {
         "fingerprint": fingerprint(model),
         "checkpoint": "" if checkpoint is None else str(checkpoint.resolve()),
-        "variant": next((name for name, row in VARIANTS.items() if row == config), variant or ""),
+        "variant": config.variant_name or variant or "",
         "frames": str(frames),
     }
     model.to(**placed)

@@ -250,7 +250,6 @@ def open_store(
     Raises:
         ValueError: if the store was made with another model or other settings.
     """
-    from ..config import VARIANTS
     from ..data.decode.windows import check_windows
     from ..inference.batches import Reading
     from ..weights.recipe import Trained
@@ -273,7 +272,7 @@ def open_store(
     settings = StoreSettings(
         fingerprint(model),
         "" if checkpoint is None else reference(checkpoint),
-        next((name for name, row in VARIANTS.items() if row == config), variant or ""),
+        config.variant_name or variant or "",
         config.embed_dim,
         chosen["frames"] or config.num_frames,
         chosen["sampling"],

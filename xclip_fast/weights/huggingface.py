@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..config import ACTIVATIONS, VARIANTS, TextConfig, VisionConfig, XCLIPConfig
+from ..config import ACTIVATIONS, TextConfig, VisionConfig, XCLIPConfig
 from .layouts import CheckpointError
 
 log = logging.getLogger("xclip_fast")
@@ -121,8 +121,7 @@ def warn_of_heads(config: XCLIPConfig, where: object) -> None:
     odd = [name for name in ("mit_heads", "prompt_heads") if getattr(config, name) != getattr(plain, name)]
     if not odd:
         return
-    near = dataclasses.replace(plain, logit_scale=XCLIPConfig.logit_scale)
-    variant = next((name for name, row in VARIANTS.items() if row == near), None)
+    variant = plain.variant_name
     log.warning(
         "%s: %s, by its configuration. The released code has E / 64 = %d heads, so its outputs differ. To compute like "
         "the released code, give %s, or convert the VideoX file",
