@@ -99,7 +99,7 @@ def _huggingface_call(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
         return "attention dropout while training"
     implementation = getattr(config, "_attn_implementation", None)
     if implementation == "eager" and torch.is_grad_enabled():
-        return "eager attention is asked for, whose gradients have gradients (set_attn_implementation('sdpa'))"
+        return "eager attention is asked for, because its gradients have gradients (set_attn_implementation('sdpa'))"
     if implementation not in _ATTENTIONS or _is_replaced(implementation):
         return f"the attention implementation {implementation!r} may compute something else"
     if any(attention.scale != attention.head_dim**-0.5 for attention in attentions):
@@ -211,7 +211,7 @@ def _is_causal(mask: Tensor, length: int) -> bool:
     if version is not None:
         if len(_causal_masks) >= 4:
             _causal_masks.clear()
-        _causal_masks[key] = mask.untyped_storage(), causal  # kept, so that no other mask comes to stand there
+        _causal_masks[key] = mask.untyped_storage(), causal  # kept, so that no other mask gets its address
     return causal
 
 

@@ -181,7 +181,7 @@ class XCLIPConfig:
 
     Others' models on the same parts: ``mit_positions`` is the length of a temporal embedding of which T frames use the
     first T (ActionCLIP: 77); with None it has ``num_frames`` and is interpolated to others. ``mit_eps`` is the epsilon
-    of MIT's LayerNorms, if not the model's. ``logit_bias``, a learnt number, is added to the logits (SigLIP's loss).
+    of MIT's LayerNorms, if not the model's. ``logit_bias``, a learned number, is added to the logits (SigLIP's loss).
     """
 
     vision: VisionConfig | SwinConfig = VisionConfig()

@@ -49,7 +49,7 @@ def print_rows(
 class Bar:
     """A progress bar on standard error while the block lasts. If standard error is not a terminal, it does nothing.
 
-    ``name``: of what it counts. With ``text=True`` it shows the text of ``update`` in the place of the remaining time.
+    ``name``: of the counted things. ``text=True``: it shows the text of ``update`` instead of the remaining time.
     """
 
     def __init__(self, total: int | None = None, *, name: str = "videos", text: bool = False, hidden: bool = False):

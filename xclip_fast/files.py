@@ -150,7 +150,7 @@ def staged(folder: str | os.PathLike[str], owned: Collection[str], last: str) ->
     """An empty folder to write into. When the block ends, its content replaces that of ``folder`` in one step.
 
     A kill at any moment leaves the old content or the new content, never some of each. Files of other names in
-    ``folder`` stay. What a killed run left behind is removed by the next run with the same ``folder``. Where the file
+    ``folder`` stay. The next run with the same ``folder`` removes the leftovers of a killed run. Where the file
     system cannot exchange two folders (a mount point, NFS), ``last`` is removed first and written last instead.
 
     Args:

@@ -230,7 +230,7 @@ class TextEncoder(nn.Module):
             count = 0 if vectors_PW is None else vectors_PW.shape[0]
             raise ValueError(
                 f"{longest - count} tokens a label given; at most {self.config.context_length - count} fit beside "
-                f"{count} learnt vectors: shorten the labels, or cut padding behind their ends"
+                f"{count} learned vectors: shorten the labels, or cut the padding after their ends"
             )
 
     def _project(self, end_KW: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Making a manifest: ``index`` reads what is new or changed in a source, and takes the rest from earlier manifests."""
+"""Making a manifest: ``index`` reads new and changed files of a source, and takes the rest from earlier manifests."""
 
 from __future__ import annotations
 
