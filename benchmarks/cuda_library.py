@@ -68,9 +68,12 @@ def compiled(call: Callable[..., Any], args: tuple[Any, ...]) -> Call:
 
 def norm_case(M: int, N: int, D: int, activation: bool, keep: bool = False) -> Case:
     """LayerNorm, product and, with ``activation``, quick_gelu; ``keep`` also returns the input of quick_gelu."""
+    from xclip_fast.kernels.triton.fold import fold
+    from xclip_fast.kernels.triton.layer_norm import row_statistics
+
     x, w, bias, gamma, beta = normal(M, D), normal(N, D, scale=D**-0.5), normal(N), 1 + normal(D, scale=0.1), normal(D)
-    statistics = cuda_library.row_statistics(x, EPS)
-    folded, sums, shift = cuda_library.fold(w, gamma, beta, bias)
+    folded, sums, shift = fold(w, gamma, beta, bias)
+    given = {"bias": shift, "norm": (*row_statistics(x, EPS), sums), "activation": activation, "keep": keep}
 
     def plain(x: Tensor, w: Tensor, b: Tensor, gamma: Tensor, beta: Tensor) -> Any:
         u = F.linear(F.layer_norm(x, (D,), gamma, beta, EPS), w, b)
@@ -78,8 +81,7 @@ def norm_case(M: int, N: int, D: int, activation: bool, keep: bool = False) -> C
         return (y, u) if keep else y
 
     def ours(tile: str) -> Any:
-        rows = (*statistics, sums)
-        result = cuda_library.norm_linear(x, folded, shift, rows, activation=activation, keep=keep, tile=tile)
+        result = cuda_library.norm_linear(x, folded, **given, tile=tile)
         return result if keep else result[0]
 
     name = "fc1 with u" if keep else "fc1" if activation else "qkv"
@@ -98,28 +100,12 @@ def residual_case(M: int, D: int, K: int, statistics: bool) -> Case:
         return y, mean, (variance + EPS).rsqrt()
 
     def ours(tile: str) -> Any:
-        if statistics:
-            return cuda_library.linear_residual_statistics(h, w, bias, residual, None, EPS, tile=tile)
-        return cuda_library.linear_residual(h, w, bias, residual, tile=tile)
+        eps = EPS if statistics else None
+        result = cuda_library.linear_residual(h, w, bias=bias, residual=residual, statistics_eps=eps, tile=tile)
+        return result if statistics else result[0]
 
     name = ("out" if K == D else "fc2") + (" with statistics" if statistics else "")
     return half_case(name, plain, ours, h, w, bias, residual)
-
-
-def slope_case(M: int, D: int, sums: bool) -> Case:
-    """The backward pass through the FFN's activation; ``sums`` also returns the gradient of its bias."""
-    dy, w, u = normal(M, D), normal(4 * D, D, scale=D**-0.5), normal(M, 4 * D)
-
-    def plain(dy: Tensor, w: Tensor, u: Tensor) -> Any:
-        s = torch.sigmoid(1.702 * u)
-        du = F.linear(dy, w) * (s * (1 + 1.702 * u * (1 - s)))
-        return (du, du.sum(0, dtype=torch.float32)) if sums else du
-
-    def ours(tile: str) -> Any:
-        result = cuda_library.linear_slope(dy, w, u, column_sums=sums, tile=tile)
-        return result if sums else result[0]
-
-    return half_case("slope with sums" if sums else "slope", plain, ours, dy, w, u)
 
 
 def fp8_case(name: str, M: int, N: int, K: int) -> Case:
@@ -136,7 +122,7 @@ def fp8_case(name: str, M: int, N: int, K: int) -> Case:
 
     def ours(tile: str) -> Tensor:
         if name == "fc1":
-            return cuda_library.fp8_linear_gelu(x, x_scale, w, w_scale, bias, 1.0, tile=tile)
+            return cuda_library.fp8_linear(x, x_scale, w, w_scale, bias, 1.0, tile=tile)
         if name == "fc2":
             return cuda_library.fp8_linear_residual(x, w, w_scale, bias, residual, tile=tile)
         return cuda_library.fp8_linear(x, x_scale, w, w_scale, bias, tile=tile)
@@ -204,7 +190,6 @@ def all_cases(widths: tuple[int, ...], most_rows: int) -> Iterator[Case]:
             for statistics in (False, True):
                 yield residual_case(M, D, D, statistics)
                 yield residual_case(M, D, 4 * D, statistics)
-                yield slope_case(M, D, statistics)
             for name, N, K in (("qkv", 3 * D, D), ("fc1", 4 * D, D), ("fc2", D, 4 * D)):
                 yield fp8_case(name, M, N, K)
 

@@ -3,9 +3,10 @@
     pip install 'xclip-fast[ray]' s3fs 'moto[server]'
     python benchmarks/scale.py --clips 2000
 
-moto serves S3 on 127.0.0.1. The script kills the driver, runs the command again and kills an actor, then runs it once
-more. It checks that each file is in the store once, that the errors name their files, that the vectors equal those of
-plain `embed`, and that each run embeds only what the runs before left unfinished. Prints one JSON object.
+Both nodes and moto, which serves S3, have the address 127.0.0.1. The script kills the driver, runs the command again
+and kills an actor, then runs it once more. It checks that each file is in the store once, that the errors name their
+files, that the vectors equal those of plain `embed`, and that each run embeds only what the runs before left
+unfinished. Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import measuring
 import numpy as np
 
 BUCKET, ON_S3 = "clips", 50
+LOOPBACK = "127.0.0.1"
 
 
 def main() -> None:
@@ -38,7 +40,7 @@ def main() -> None:
     from moto.server import ThreadedMotoServer
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    s3 = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    s3 = ThreadedMotoServer(ip_address=LOOPBACK, port=0)
     s3.start()
     host, port = s3.get_host_and_port()
     os.environ |= {
@@ -46,6 +48,8 @@ def main() -> None:
         "AWS_SECRET_ACCESS_KEY": "test",
         "FSSPEC_S3_ENDPOINT_URL": f"http://{host}:{port}",
         "OMP_NUM_THREADS": "1",
+        # Else Ray turns 127.0.0.1 into this machine's other address, where no node listens. Read when Ray is imported.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     }
     try:
         with tempfile.TemporaryDirectory(prefix="xclip-scale-") as folder:
@@ -65,8 +69,10 @@ def run(folder: Path, clips: int, broken: float) -> dict[str, Any]:
     result: dict[str, Any] = {"clips": clips, "broken": len(bad), "on_s3": ON_S3, "make_s": _since(begun)}
     weights = folder / "weights"
     measuring.small_model().save_pretrained(weights)
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
-    cluster.add_node(num_cpus=2)
+    node = {"num_cpus": 2, "node_ip_address": LOOPBACK}
+    cluster = Cluster(initialize_head=True, head_node_args={"include_dashboard": False, **node})
+    cluster.add_node(**node)
+    result["addresses"] = sorted({each["NodeManagerAddress"] for each in cluster.global_state.node_table()})
     try:
         store = folder / "store"
         command = [

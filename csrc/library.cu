@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "products.cuh"
+#include "statistics.cuh"
 #include "xclip_fast.h"
 
 namespace xclip_fast {
@@ -83,6 +84,15 @@ int launch_half(int dtype, Operands& given, Call&& call) {
 bool any(Operands const& given) { return given.m > 0 && given.n > 0; }
 
 }  // namespace
+
+int merge_statistics(Operands const& given, StatisticsArguments const& extra, int tile_rows, int tile_columns) {
+  int64_t const padded = (given.m + tile_rows - 1) / tile_rows * tile_rows;
+  merge_statistics_kernel<<<int((given.m + kMergeThreads - 1) / kMergeThreads), kMergeThreads, 0,
+                            static_cast<cudaStream_t>(given.stream)>>>(
+      extra.sums, extra.squares, extra.eps, extra.mean, extra.rstd, given.m, padded, int(given.n), tile_columns);
+  return cudaPeekAtLastError() == cudaSuccess ? XCLIP_FAST_OK : failure();
+}
+
 }  // namespace xclip_fast
 
 using namespace xclip_fast;
@@ -140,61 +150,32 @@ int xclip_fast_norm_linear(int dtype, int tile, const void* x, int64_t x_row, co
   });
 }
 
-int xclip_fast_linear_residual(int dtype, int tile, const void* x, int64_t x_row, const void* w, int64_t w_row,
-                               const float* bias, const float* scale, const void* residual, int64_t residual_row,
-                               void* y, int64_t m, int64_t n, int64_t k, int device, void* stream) {
-  Operands given{x, x_row, w, w_row, residual, residual_row, y, m, n, k, device, 0, stream};
-  if (int const code = check_matrix(residual, m, n, residual_row)) {
-    return code;
-  }
-  ResidualArguments const extra{bias, scale};
-  return launch_half(dtype, given, [&](auto type) { return residual_add<type()>(tile, given, extra); });
-}
-
 int64_t xclip_fast_statistics_floats(int64_t m, int64_t n) {
   // two for each row, rounded up to the tile's 128, and column of tiles, which are 128 wide or wider
   return 2 * ((m + 127) / 128 * 128) * ((n + 127) / 128);
 }
 
-int64_t xclip_fast_column_floats(int64_t m, int64_t n) {
-  // one for each column, rounded up to the tile's 128, and warp of each row of tiles, which are 128 high
-  return 4 * ((m + 127) / 128) * ((n + 127) / 128 * 128);
-}
-
-int xclip_fast_linear_residual_statistics(int dtype, int tile, const void* x, int64_t x_row, const void* w,
-                                          int64_t w_row, const float* bias, const float* scale, const void* residual,
-                                          int64_t residual_row, float eps, float* partials, float* mean, float* rstd,
-                                          void* y, int64_t m, int64_t n, int64_t k, int device, void* stream) {
+int xclip_fast_linear_residual(int dtype, int tile, const void* x, int64_t x_row, const void* w, int64_t w_row,
+                               const float* bias, const float* scale, const void* residual, int64_t residual_row,
+                               float eps, float* partials, float* mean, float* rstd, void* y, int64_t m, int64_t n,
+                               int64_t k, int device, void* stream) {
   Operands given{x, x_row, w, w_row, residual, residual_row, y, m, n, k, device, 0, stream};
   if (int const code = check_matrix(residual, m, n, residual_row)) {
     return code;
   }
-  if (any(given) && (partials == nullptr || mean == nullptr || rstd == nullptr)) {
+  bool const wanted = mean != nullptr;
+  if (any(given) && (wanted != (partials != nullptr) || wanted != (rstd != nullptr))) {
     return XCLIP_FAST_BAD_POINTER;
   }
   if (!whole_16_bytes(partials)) {
     return XCLIP_FAST_BAD_ALIGNMENT;
   }
+  ResidualArguments const plain{bias, scale};
   StatisticsArguments const extra{bias, scale, partials, partials + xclip_fast_statistics_floats(m, n) / 2,
                                   mean, rstd,  eps};
-  return launch_half(dtype, given, [&](auto type) { return residual_statistics<type()>(tile, given, extra); });
-}
-
-int xclip_fast_linear_slope(int dtype, int tile, const void* x, int64_t x_row, const void* w, int64_t w_row,
-                            const void* u, int64_t u_row, float* partials, float* column_sums, void* y, int64_t m,
-                            int64_t n, int64_t k, int device, void* stream) {
-  Operands given{x, x_row, w, w_row, u, u_row, y, m, n, k, device, 0, stream};
-  if (int const code = check_matrix(u, m, n, u_row)) {
-    return code;
-  }
-  if (any(given) && (partials == nullptr) != (column_sums == nullptr)) {
-    return XCLIP_FAST_BAD_POINTER;
-  }
-  if (!whole_16_bytes(partials)) {
-    return XCLIP_FAST_BAD_ALIGNMENT;
-  }
-  SlopeArguments const extra{partials, column_sums};
-  return launch_half(dtype, given, [&](auto type) { return slope<type()>(tile, given, extra); });
+  return launch_half(dtype, given, [&](auto type) {
+    return wanted ? residual_statistics<type()>(tile, given, extra) : residual_add<type()>(tile, given, plain);
+  });
 }
 
 int xclip_fast_fp8_linear(int tile, const void* x, int64_t x_row, const void* w, int64_t w_row, const float* x_scale,

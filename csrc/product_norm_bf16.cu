@@ -5,7 +5,7 @@ namespace xclip_fast {
 
 template <>
 int norm<XCLIP_FAST_BF16>(int tile, Operands const& operands, NormArguments const& extra) {
-  return run_on_tile<cutlass::bfloat16_t, Norm, Square, Small>(tile, operands, extra);
+  return run_on_tile<cutlass::bfloat16_t, Norm, Wide, Square, Small>(tile, operands, extra);
 }
 
 template <>

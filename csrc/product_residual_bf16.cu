@@ -1,4 +1,4 @@
-// Products whose epilogue reads a matrix, the residual or the pre-activation, in bfloat16.
+// Products that are added to a residual, in bfloat16.
 #include "gemm.cuh"
 
 namespace xclip_fast {
@@ -10,12 +10,7 @@ int residual_add<XCLIP_FAST_BF16>(int tile, Operands const& operands, ResidualAr
 
 template <>
 int residual_statistics<XCLIP_FAST_BF16>(int tile, Operands const& operands, StatisticsArguments const& extra) {
-  return run_on_tile<cutlass::bfloat16_t, ResidualStatistics, Wide, Square>(tile, operands, extra);
-}
-
-template <>
-int slope<XCLIP_FAST_BF16>(int tile, Operands const& operands, SlopeArguments const& extra) {
-  return run_on_tile<cutlass::bfloat16_t, Slope, Square>(tile, operands, extra);
+  return run_on_tile<cutlass::bfloat16_t, ResidualStatistics, Square>(tile, operands, extra);
 }
 
 }  // namespace xclip_fast

@@ -1,4 +1,4 @@
-// Products whose epilogue reads a matrix, the residual or the pre-activation, in float16.
+// Products that are added to a residual, in float16.
 #include "gemm.cuh"
 
 namespace xclip_fast {
@@ -11,11 +11,6 @@ int residual_add<XCLIP_FAST_FP16>(int tile, Operands const& operands, ResidualAr
 template <>
 int residual_statistics<XCLIP_FAST_FP16>(int tile, Operands const& operands, StatisticsArguments const& extra) {
   return run_on_tile<cutlass::half_t, ResidualStatistics, Square>(tile, operands, extra);
-}
-
-template <>
-int slope<XCLIP_FAST_FP16>(int tile, Operands const& operands, SlopeArguments const& extra) {
-  return run_on_tile<cutlass::half_t, Slope, Square>(tile, operands, extra);
 }
 
 }  // namespace xclip_fast

@@ -7,11 +7,9 @@ if __name__ == "xclip_fast.kernels":
     from .cct_block import Block, Statistics, cct_block, composed, diffuse, own_linear
     from .cosine_logits import cosine_logits
     from .dispatch import BackendError, backend, forced_backend
-    from .fp8 import quantize_weight
+    from .fp8 import ln_linear_fp8, mlp_fp8, quantize_weight
     from .layer_norm import layer_norm
     from .linear import linear
-    from .ln_linear_fp8 import ln_linear_fp8
-    from .mlp_fp8 import mlp_fp8
     from .patch_embed import patch_embed
     from .quick_gelu import quick_gelu
 

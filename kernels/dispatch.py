@@ -1,87 +1,39 @@
-"""Picks a backend for each op, and registers each op with torch.library.
+"""Picks a backend for each op, and runs it.
 
-A backend declares what it supports as data; one loop asks them in order of preference and keeps the reason of
-every refusal. On a GPU the order is that of the measured table (choices.py) where it has a row, else the op's own.
+On a GPU the order of the backends is that of the measured table (choices.py) where it has a row, else the op's own.
 ``XCLIP_FAST_BACKEND`` (read once, at import) or ``with backend("triton"):`` overrides the choice.
 
 A backend is either plain torch calls, differentiated by autograd, or a kernel with a backward of its own. Eager
 calls run the chosen backend directly, because a registered Python op costs tens of microseconds. While torch.compile
-or torch.export traces, plain torch calls are traced through, and a kernel is entered through its registered op:
-``torch.ops.xclip_fast.<name>``, or ``<name>_saving`` and ``<name>_backward`` where gradients are wanted.
+or torch.export traces, plain torch calls are traced through, and a kernel is entered through its registered op
+(registration.py).
 """
 
 import contextlib
-import dataclasses
 import importlib
-import importlib.util
 import inspect
 import logging
 import os
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import choices
+from . import choices, registration
 from .example import Maker, Sizes
+from .support import FLOATS, Backend, Call, asked, on_triton
 
 logger = logging.getLogger("xclip_fast")
 
 OPS: dict[str, "Op"] = {}
-FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class BackendError(RuntimeError):
     """No backend takes these arguments; the message holds every backend's reason."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Backend:
-    """One implementation of an op and what it supports.
-
-    Plain torch: ``forward(*args)`` returns what the reference returns. A kernel, which has ``backward``:
-    ``forward(save, *args)`` returns the outputs as a tuple and, if ``save``, the tensors that ``backward`` wants
-    beside the arguments; ``backward(grads, saved, needs, *args)`` returns a gradient for every argument that needs
-    one, in order. A ``partial`` kernel has no backward. ``refuse`` gets the op's arguments and returns a reason for
-    what the fields cannot say, or None. ``unasked`` is why it is taken only where it is asked for or was measured to be
-    fast, if that is so.
-    """
-
-    name: str
-    forward: Callable[..., Any]
-    backward: Callable[..., Sequence[Tensor]] | None = None
-    device_types: tuple[str, ...] = ()  # empty: any
-    dtypes: tuple[torch.dtype, ...] = FLOATS
-    capability: int = 0  # the least major compute capability of a CUDA device
-    package: str = ""
-    unasked: str = ""
-    refuse: Callable[..., str | None] | None = None
-    # takes some shapes only and computes no gradients: asked for, it is the first choice, not the only one
-    partial: bool = False
-    parts: tuple[str, ...] = ()  # backends of its parts: who asks for one of these asks for this one
-
-    def refusal(self, args: tuple[Any, ...], trained: bool = False) -> str | None:
-        """Why this backend does not take ``args``, or None if it does; ``trained``: gradients are wanted."""
-        if self.partial and trained:
-            return "it computes no gradients"
-        if self.package and self.package not in _INSTALLED:
-            return f"the package {self.package} is not installed (pip install {self.package})"
-        tensors = [arg for arg in args if isinstance(arg, Tensor)]
-        for tensor in tensors:
-            if (tensor.is_floating_point() or tensor.is_complex()) and tensor.dtype not in self.dtypes:
-                return f"dtype {tensor.dtype} is not among {', '.join(str(dtype) for dtype in self.dtypes)}"
-        if self.device_types and tensors[0].device.type not in self.device_types:
-            return f"device {tensors[0].device.type} is not {' or '.join(self.device_types)}"
-        if self.capability and tensors[0].device.type == "cuda":
-            major = torch.cuda.get_device_properties(tensors[0].device).major
-            if major < self.capability:
-                return f"compute capability {major}.x is below {self.capability}.0"
-        return self.refuse(*args) if self.refuse else None
-
-
-_INSTALLED = frozenset(name for name in ("triton",) if importlib.util.find_spec(name))
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Whether Triton's kernels take tensors that are on no GPU, if they are asked for. A compute capability (90 for 9.0):
 # every choice is that of such a GPU, wherever the tensors are (fake_gpu.py).
@@ -89,27 +41,15 @@ off_gpu = int(INTERPRETED)
 
 
 def triton_backend(op: str, refuse: Callable[..., str | None] | None = None) -> Backend:
-    """The backend of ``kernels/triton/<op>.py``, imported at its first call: half and single precision, CUDA from
-    compute capability 8.0, or, if asked for, any device in Triton's interpreter."""
+    """The backend of ``kernels/triton/<op>.py``, imported at its first call."""
 
     def module() -> Any:
         return importlib.import_module(f"{__package__}.triton.{op}")
 
-    def refuse_elsewhere(*args: Any) -> str | None:
-        first = next(arg for arg in args if isinstance(arg, Tensor))
-        if first.device.type != "cuda" and off_gpu <= 1 and not (off_gpu and _forced == "triton"):
-            where = "TRITON_INTERPRET=1 and backend triton run it slowly anywhere"
-            return f"device {first.device.type} is not cuda ({where})"
-        return refuse(*args) if refuse else None
-
-    return Backend(
-        "triton",
-        forward=lambda save, *args: module().forward(save, *args),
-        backward=lambda grads, saved, needs, *args: module().backward(grads, saved, needs, *args),
-        dtypes=(torch.float32, torch.bfloat16, torch.float16),
-        capability=8,
-        package="triton",
-        refuse=refuse_elsewhere,
+    return on_triton(
+        lambda save, *args: module().forward(save, *args),
+        lambda grads, saved, needs, *args: module().backward(grads, saved, needs, *args),
+        refuse=refuse,
     )
 
 
@@ -174,7 +114,7 @@ class Op:
         reference: Callable[..., Any],
         *backends: Backend,
         example: Callable[[Sizes, Maker], tuple[Any, ...]],
-        saved: Callable[..., tuple[Tensor, ...]] | None = None,
+        saved: Callable[..., tuple[Tensor, ...]] = lambda *_: (),
         autocast: tuple[str, ...] = (),
         sizes: Callable[..., dict[str, int]] | None = None,
         dtypes: tuple[torch.dtype, ...] = FLOATS,
@@ -193,52 +133,47 @@ class Op:
         parameters = list(inspect.signature(reference).parameters)
         self.autocast = tuple(parameters.index(name) for name in autocast)
         OPS[self.name] = self
-        self.registered, self.registered_saving = _register(self)
+        self.registered, self.registered_saving = registration.register(self)
 
-    def choose(self, args: tuple[Any, ...], trained: bool = False, kernels: bool = False) -> Backend:
+    def asked(self, args: tuple[Any, ...], training: bool = False) -> Iterator[tuple[Backend, str | None]]:
+        """The backends in the order in which they are asked, each with the reason why it is not taken, or None."""
+        forced, tensors = _checked(_forced), [arg for arg in args if isinstance(arg, Tensor)]
+        interpreted = off_gpu if off_gpu > 1 or forced == "triton" else 0
+        floats = [each.dtype for each in tensors if each.is_floating_point() or each.is_complex()]
+        call = Call(tensors[0].device, tuple(floats), training, interpreted=interpreted)
+        measured = () if forced in self.names else self._measured(args, training)
+        return asked(self.backends, forced, measured, lambda each: each.refusal(call, *args))
+
+    def reasons(self, args: tuple[Any, ...], training: bool = False) -> dict[str, str | None]:
+        """Why each backend is not taken, or None: it could be."""
+        reasons = {each.name: reason for each, reason in self.asked(args, training)}
+        return {each.name: reasons.get(each.name, f"backend {_forced} was asked for") for each in self.backends}
+
+    def choose(self, args: tuple[Any, ...], training: bool = False, kernels: bool = False) -> Backend:
         """The backend for these arguments; ``BackendError`` with every reason if there is none.
 
         Args:
-            trained: gradients are wanted.
+            training: gradients are wanted.
             kernels: only those with a backward of their own will do.
         """
-        measured: tuple[str, ...] = ()
-        candidates = self.backends
-        if _checked(_forced) in self.names:
-            candidates = tuple(each for each in candidates if _forced in (each.name, *each.parts))
-            if candidates[0].partial:
-                candidates += tuple(candidate for candidate in self.backends if candidate.name != _forced)
-            elif _forced == "library":
-                candidates += self.backends[-1:]  # the reference: its products are the library's too
-        else:
-            if _forced != "auto" and not torch.compiler.is_compiling():
-                _log_once(f"{self.name} has no backend {_forced}; the choice is automatic")
-            measured = self.measured(args, trained)
-            if measured:
-                candidates = tuple(sorted(candidates, key=lambda each: (*measured, each.name).index(each.name)))
-        if kernels:
-            candidates = tuple(candidate for candidate in candidates if candidate.backward is not None)
+        compiling = torch.compiler.is_compiling()
+        if _forced != "auto" and _forced not in self.names and not compiling:
+            _log_once(f"{self.name} has no backend {_checked(_forced)}; the choice is automatic")
         reasons: list[str] = []
-        for candidate in candidates:
-            reason = self.refusal(candidate, args, measured, trained)
+        for each, reason in self.asked(args, training):
+            if kernels and each.backward is None:
+                continue
             if reason is None:
-                if reasons and not torch.compiler.is_compiling():
-                    _log_fallback(self.name, candidate.name, "; ".join(reasons), args)
-                return candidate
-            reasons.append(f"{candidate.name}: {reason}")
+                # on a CPU nothing else than a fallback is expected
+                if reasons and not compiling and any(isinstance(arg, Tensor) and arg.is_cuda for arg in args):
+                    _log_once(f"{self.name} runs on the backend {each.name}; {'; '.join(reasons)}")
+                return each
+            reasons.append(f"{each.name}: {reason}")
         shapes = ", ".join(f"{tuple(arg.shape)} {arg.dtype}" for arg in args if isinstance(arg, Tensor))
         forced = f" (backend {_forced!r} was asked for)" if _forced in self.names else ""
         raise BackendError(f"no backend of {self.name} takes ({shapes}){forced}: {'; '.join(reasons)}")
 
-    def refusal(
-        self, candidate: Backend, args: tuple[Any, ...], measured: tuple[str, ...] = (), trained: bool = False
-    ) -> str | None:
-        """Why ``candidate`` is not taken for these arguments, or None; ``measured``: what was measured for them."""
-        if candidate.unasked and candidate.name not in (_forced, *measured):
-            return candidate.refusal(args, trained) or candidate.unasked
-        return candidate.refusal(args, trained)
-
-    def measured(self, args: tuple[Any, ...], trained: bool = False) -> tuple[str, ...]:
+    def _measured(self, args: tuple[Any, ...], training: bool) -> tuple[str, ...]:
         """The backends that were measured for such arguments on this GPU, the fastest first; none if nothing was.
 
         While torch.compile or torch.export traces, none: kernels that a graph enters by their registered ops choose
@@ -253,25 +188,23 @@ class Op:
         mixed = args[0].is_floating_point() and args[0].dtype != dtype
         if mixed or torch.is_autocast_enabled(args[0].device.type):
             return ()  # everything is measured in one dtype
-        where = {"dtype": str(dtype).removeprefix("torch."), "training": trained, **self.sizes(*args)}
+        where = {"dtype": str(dtype).removeprefix("torch."), "training": training, **self.sizes(*args)}
         return choices.order(self.name, architecture, where)
 
     def __call__(self, *args: Any) -> Any:
-        trained = _wants_gradient(args)
-        if trained and not self.differentiable:
+        training = torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
+        if training and not self.differentiable:
             raise RuntimeError(
                 f"{self.name} is for inference only, and a gradient is wanted: call it under torch.inference_mode() or "
                 "torch.no_grad()"
             )
-        chosen = self.choose(args, trained)
-        if chosen.backward is None and not chosen.partial:
+        chosen = self.choose(args, training)
+        if chosen.backward is None and not chosen.inference_only:
             return chosen.forward(*args)
         args = self._lowered(args)
         if torch.compiler.is_compiling():
-            if not trained:
-                return self.registered(*args)
-            outputs = self.registered_saving(*args)
-        elif trained:
+            outputs = self.registered_saving(*args) if training else self.registered(*args)
+        elif training:
             outputs = _Kernel.apply(chosen, *args)
         else:
             outputs = chosen.forward(False, *args)[0]
@@ -290,17 +223,7 @@ class Op:
         )
 
 
-def _wants_gradient(args: tuple[Any, ...]) -> bool:
-    return torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
-
-
 _logged: set[str] = set()
-
-
-def _log_fallback(op: str, chosen: str, reasons: str, args: tuple[Any, ...]) -> None:
-    """Say once why an op on a GPU does not run its first choice; on a CPU nothing else is expected."""
-    if any(isinstance(arg, Tensor) and arg.is_cuda for arg in args):
-        _log_once(f"{op} runs on the backend {chosen}; {reasons}")
 
 
 def _log_once(message: str) -> None:
@@ -318,131 +241,12 @@ class _Kernel(torch.autograd.Function):
         ctx.chosen = chosen
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*outputs[1:])  # row statistics: the first output alone has a gradient
-        _save(ctx, args, saved)
+        registration.save(ctx, args, saved)
         return outputs
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         needs = list(ctx.needs_input_grad[1:])
-        args, saved = _restore(ctx)
+        args, saved = registration.restore(ctx)
         result = iter(ctx.chosen.backward(grads, saved, needs, *args))
         return (None, *(next(result) if need else None for need in needs))
-
-
-def _save(ctx: Any, args: Sequence[Any], saved: Sequence[Tensor]) -> None:
-    ctx.save_for_backward(*saved, *(arg for arg in args if isinstance(arg, Tensor)))
-    ctx.rest = [None if isinstance(arg, Tensor) else (arg,) for arg in args]
-    ctx.saved_count = len(saved)
-
-
-def _restore(ctx: Any) -> tuple[list[Any], tuple[Tensor, ...]]:
-    kept = ctx.saved_tensors  # read once: recomputed activations cannot be unpacked twice
-    saved = kept[: ctx.saved_count]
-    tensors = iter(kept[ctx.saved_count :])
-    return [next(tensors) if other is None else other[0] for other in ctx.rest], saved
-
-
-def _contiguous(result: Any) -> Any:
-    if isinstance(result, tuple):
-        return tuple(_contiguous(item) for item in result)
-    return result.contiguous()
-
-
-def _register(op: Op) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Define the op's torch.library ops with their fakes and autograd; return the plain and the saving one."""
-    name = f"xclip_fast::{op.name}"
-    schema = torch.library.infer_schema(op.reference, mutates_args=())
-    arguments = schema[1 : schema.rindex(") -> ")]
-
-    # <name>: differentiated through the reference, which runs again in backward
-
-    def forward(*args: Any) -> Any:
-        chosen = op.choose(args)
-        if chosen.backward is None and not chosen.partial:
-            return _contiguous(chosen.forward(*args))
-        outputs = tuple(chosen.forward(False, *args)[0])
-        return outputs if len(outputs) > 1 else outputs[0]
-
-    def fake(*args: Any) -> Any:
-        return _contiguous(op.reference(*args))
-
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        args, _ = _restore(ctx)
-        inputs = [
-            arg.detach().requires_grad_(need) if isinstance(arg, Tensor) else arg
-            for arg, need in zip(args, ctx.needs_input_grad, strict=True)
-        ]
-        with torch.enable_grad():
-            outputs = op.reference(*inputs)
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        kept = [index for index, out in enumerate(outputs) if out.requires_grad]
-        wanted = [arg for arg, need in zip(inputs, ctx.needs_input_grad, strict=True) if need]
-        result = iter(
-            torch.autograd.grad(
-                [outputs[index] for index in kept], wanted, [grads[index] for index in kept], allow_unused=True
-            )
-        )
-        return tuple(next(result) if need else None for need in ctx.needs_input_grad)
-
-    registered = torch.library.custom_op(name, forward, mutates_args=(), schema=schema)
-    registered.register_fake(fake)
-    if op.differentiable:
-        registered.register_autograd(backward, setup_context=lambda ctx, inputs, output: _save(ctx, inputs, ()))
-    if op.saved is None:
-        return registered, registered
-
-    # <name>_saving and <name>_backward: a kernel and its own backward
-
-    def fresh(tensors: Sequence[Tensor], args: Sequence[Any]) -> list[Tensor]:
-        """Contiguous, and no storage of an argument nor one storage twice, as torch.library demands."""
-        taken = {arg.untyped_storage().data_ptr() for arg in args if isinstance(arg, Tensor)}
-        result = []
-        for tensor in tensors:
-            tensor = tensor.contiguous()
-            result.append(tensor.clone() if tensor.untyped_storage().data_ptr() in taken else tensor)
-            taken.add(result[-1].untyped_storage().data_ptr())
-        return result
-
-    def forward_saving(*args: Any) -> list[Tensor]:
-        outputs, saved = op.choose(args, trained=True, kernels=True).forward(True, *args)
-        return fresh([*outputs, *saved], args)
-
-    def fake_saving(*args: Any) -> list[Tensor]:
-        outputs = fake(*args)
-        return [*(outputs if isinstance(outputs, tuple) else (outputs,)), *op.saved(*args)]  # type: ignore[misc]
-
-    def kernel_backward(grads: list[Tensor], saved: list[Tensor], needs: list[bool], *args: Any) -> list[Tensor]:
-        chosen = op.choose(args, trained=True, kernels=True)
-        assert chosen.backward is not None
-        return fresh(chosen.backward(grads, saved, needs, *args), [*args, *grads, *saved])
-
-    def fake_backward(grads: list[Tensor], saved: list[Tensor], needs: list[bool], *args: Any) -> list[Tensor]:
-        return [
-            torch.empty_like(arg, memory_format=torch.contiguous_format)
-            for arg, need in zip(args, needs, strict=True)
-            if need
-        ]
-
-    def setup_saving(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-        _save(ctx, inputs, output[len(output) - len(op.saved(*inputs)) :])  # type: ignore[misc]
-
-    def backward_saving(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
-        args, saved = _restore(ctx)
-        needs = list(ctx.needs_input_grad)
-        given = [grad for grad in grads[: len(grads) - len(saved)] if grad is not None]
-        result = iter(library_backward(given, list(saved), needs, *args))
-        return tuple(next(result) if need else None for need in needs)
-
-    library_saving = torch.library.custom_op(
-        f"{name}_saving", forward_saving, mutates_args=(), schema=f"({arguments}) -> Tensor[]"
-    )
-    library_backward = torch.library.custom_op(
-        f"{name}_backward",
-        kernel_backward,
-        mutates_args=(),
-        schema=f"(Tensor[] grads, Tensor[] saved, bool[] needs, {arguments}) -> Tensor[]",
-    )
-    library_saving.register_fake(fake_saving)
-    library_backward.register_fake(fake_backward)
-    library_saving.register_autograd(backward_saving, setup_context=setup_saving)
-    return registered, library_saving

@@ -1,20 +1,24 @@
-"""What the ops on float8 share: rounding to e4m3, its products, and why a backend does not take them.
+"""Two ops whose products are in float8 (e4m3), for inference: LayerNorm and a linear layer, and a whole FFN.
 
-M rows, N columns, K summed. docs/kernels.md says what is quantised, and how.
+What is normalized is quantized row by row, a weight channel by channel. Around the products run one pass of Triton's
+each, or torch's own calls. M rows, D width, O columns. docs/kernels.md says what is quantized, and how.
 """
 
+import functools
 import importlib
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import cuda_library, dispatch
-from .dispatch import FLOATS, forced_backend
-from .example import FLOAT8, Maker
+from .dispatch import Op, forced_backend
+from .example import FLOAT8, Maker, Sizes
 from .layer_norm import WIDEST_ROW
-from .quick_gelu import quick_gelu
+from .quick_gelu import quick_gelu, quick_gelu_reference
+from .support import FLOATS, UNMEASURED, Backend, installed
 
 LARGEST = 448.0  # of e4m3
 OPERANDS = (*FLOATS, FLOAT8)  # the dtypes among an op's arguments
@@ -36,71 +40,6 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return saturate(x / scale[..., None]), scale
 
 
-def normed_rows(x: Tensor, ln_weight: Tensor, ln_bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """``quantize_rows`` of LN(x), which is computed in float32 whatever the dtypes."""
-    return quantize_rows(F.layer_norm(x.float(), (x.shape[-1],), ln_weight.float(), ln_bias.float(), eps))
-
-
-def exact_product(x8: Tensor, weight8: Tensor) -> Tensor:
-    """x8 W8^T in float32, in which products of two e4m3 numbers are exact: (..., K), (N, K) -> (..., N)."""
-    return F.linear(x8.float(), weight8.float())
-
-
-# ---- the passes around torch's products: one of Triton's each, or torch's own
-
-
-def _triton(x: Tensor) -> Any:
-    """The module of Triton's passes, or None where torch's own run: elsewhere than on a GPU, without Triton, and while
-    torch.compile traces, which fuses torch's own."""
-    if "triton" not in dispatch._INSTALLED or torch.compiler.is_compiling() or x.shape[-1] > WIDEST_ROW:
-        return None
-    if not x.is_cuda and (dispatch.INTERPRETED or not dispatch.off_gpu):
-        return None
-    return importlib.import_module(f"{__package__}.triton.quantize")
-
-
-def library_normed_rows(x: Tensor, ln_weight: Tensor, ln_bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """``normed_rows`` of x (M, K)."""
-    passes = _triton(x)
-    if passes is None:
-        return normed_rows(x, ln_weight, ln_bias, eps)
-    quantized: tuple[Tensor, Tensor] = passes.layer_norm_fp8(x, ln_weight, ln_bias, eps)
-    return quantized
-
-
-def library_quick_gelu(x: Tensor, u: Tensor, scale: float) -> Tensor:
-    """quick_gelu(u) / scale in e4m3: u (M, N) of the product of x (M, K)."""
-    passes = _triton(x)
-    if passes is None:
-        return saturate(quick_gelu(u) / scale)
-    hidden: Tensor = passes.quick_gelu_fp8(u, scale)
-    return hidden
-
-
-def library_product(
-    x8: Tensor, x_scale: Tensor, weight8: Tensor, weight_scale: Tensor, bias: Tensor | None = None
-) -> Tensor:
-    """torch's: (M, K), (M,), (N, K), (N,), (N,) -> x_scale weight_scale (x8 W8^T) + bias, (M, N) bfloat16."""
-    return torch._scaled_mm(
-        x8,
-        weight8.contiguous().t(),
-        scale_a=x_scale[:, None],
-        scale_b=weight_scale.float().contiguous()[None],
-        bias=None if bias is None else bias.bfloat16(),
-        out_dtype=torch.bfloat16,
-        use_fast_accum=True,
-    )
-
-
-def check_operands(x: Tensor, *weights: Tensor) -> None:
-    """Raise TypeError unless x is floating and no float8, and the weights are e4m3."""
-    if x.dtype not in FLOATS:
-        raise TypeError(f"x of dtype {x.dtype} given; the residual stream wanted, as it is: the op quantises LN(x)")
-    for weight in weights:
-        if weight.dtype != FLOAT8:
-            raise TypeError(f"a weight of dtype {weight.dtype} given; {FLOAT8} wanted, from kernels.quantize_weight")
-
-
 def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     """A weight for the ops on float8, with a scale for each output channel.
 
@@ -113,18 +52,80 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     return quantize_rows(weight.detach().float())
 
 
-def example_linear(make: Maker, out: int, inner: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Weight in float8, its scales, and the bias of a linear layer."""
-    weight, bias = make.linear(out, inner)
-    if make.empty:
-        return weight.to(FLOAT8), bias.float(), bias
-    return *quantize_weight(weight), bias
+def normed_rows(x: Tensor, ln_weight: Tensor, ln_bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """``quantize_rows`` of LN(x), which is computed in float32 whatever the dtypes."""
+    return quantize_rows(F.layer_norm(x.float(), (x.shape[-1],), ln_weight.float(), ln_bias.float(), eps))
 
 
-# ---- what the backends refuse
+def _exact_product(x8: Tensor, weight8: Tensor) -> Tensor:
+    """x8 W8^T in float32, in which products of two e4m3 numbers are exact: (..., K), (N, K) -> (..., N)."""
+    return F.linear(x8.float(), weight8.float())
 
 
-def _refuse_operands(x: Tensor, weights: tuple[Tensor, ...]) -> str | None:
+# ---- the passes around the products
+
+
+def _triton(x: Tensor) -> Any:
+    """The module of Triton's passes, or None where torch's own run: elsewhere than on a GPU, without Triton, and while
+    torch.compile traces, which fuses torch's own."""
+    if not installed("triton") or torch.compiler.is_compiling() or x.shape[-1] > WIDEST_ROW:
+        return None
+    if not x.is_cuda and (dispatch.INTERPRETED or not dispatch.off_gpu):
+        return None
+    return importlib.import_module(f"{__package__}.triton.quantize")
+
+
+def _normed_in_one_pass(x: Tensor, ln_weight: Tensor, ln_bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """``normed_rows`` of x (M, K)."""
+    passes = _triton(x)
+    quantized: tuple[Tensor, Tensor] = (passes.layer_norm_fp8 if passes else normed_rows)(x, ln_weight, ln_bias, eps)
+    return quantized
+
+
+# ---- the products of each backend
+
+
+class _Products(NamedTuple):
+    """x8 (M, K), x_scale (M,), weight8 (N, K), weight_scale (N,), bias (N,) or None."""
+
+    linear: Callable[..., Tensor]  # x_scale weight_scale (x8 W8^T) + bias, (M, N) bfloat16
+    quick_gelu: Callable[..., Tensor]  # given the scale behind the others, quick_gelu of that / scale in e4m3
+    residual: Callable[..., Tensor]  # without x_scale, and with rows (M, N) behind the others: rows + the first
+
+
+def _scaled_mm(x8: Tensor, x_scale: Tensor, weight8: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    return torch._scaled_mm(
+        x8,
+        weight8.contiguous().t(),
+        scale_a=x_scale[:, None],
+        scale_b=weight_scale.float().contiguous()[None],
+        bias=None if bias is None else bias.bfloat16(),
+        out_dtype=torch.bfloat16,
+        use_fast_accum=True,
+    )
+
+
+def _library_quick_gelu(x8: Tensor, *args: Any) -> Tensor:
+    passes, u, scale = _triton(x8), _scaled_mm(x8, *args[:-1]), args[-1]
+    hidden: Tensor = passes.quick_gelu_fp8(u, scale) if passes else saturate(quick_gelu(u) / scale)
+    return hidden
+
+
+def _library_residual(x8: Tensor, weight8: Tensor, weight_scale: Tensor, bias: Tensor, rows: Tensor) -> Tensor:
+    ones = torch.ones(len(x8), dtype=torch.float32, device=x8.device)
+    return rows + _scaled_mm(x8, ones, weight8, weight_scale, bias)
+
+
+_LIBRARY = _Products(_scaled_mm, _library_quick_gelu, _library_residual)
+_CUDA = _Products(
+    lambda *args: cuda_library.fp8_linear(*args),
+    lambda *args: cuda_library.fp8_linear(*args),
+    lambda *args: cuda_library.fp8_linear_residual(*args),
+)
+
+
+def _refuse(x: Tensor, *weights: Tensor) -> str | None:
+    """Why no product in float8 is taken for x and these weights, or None."""
     if x.dtype != torch.bfloat16:
         return f"x of dtype {x.dtype} is not bfloat16"
     for weight in weights:
@@ -133,8 +134,8 @@ def _refuse_operands(x: Tensor, weights: tuple[Tensor, ...]) -> str | None:
     return None
 
 
-def refuse_library(x: Tensor, *weights: Tensor) -> str | None:
-    """Why ``torch._scaled_mm`` is not taken for x and these weights, or None."""
+def _refuse_library(x: Tensor) -> str | None:
+    """Why ``torch._scaled_mm`` is not taken for x, or None."""
     if x.device.type == "cpu":
         if forced_backend() != "library":
             return "torch._scaled_mm is no faster than float32 on a CPU: taken only if asked for (backend('library'))"
@@ -144,9 +145,203 @@ def refuse_library(x: Tensor, *weights: Tensor) -> str | None:
         properties = torch.cuda.get_device_properties(x.device)
         if (properties.major, properties.minor) < (8, 9):
             return f"compute capability {properties.major}.{properties.minor} is below 8.9"
-    return _refuse_operands(x, weights)
+    return None
 
 
-def refuse_cuda(x: Tensor, *weights: Tensor) -> str | None:
-    """Why the CUDA library's products are not taken for x and these weights, or None."""
-    return cuda_library.refuse_device(x.device.type, x.device.index) or _refuse_operands(x, weights)
+def _op(
+    reference: Callable[..., Tensor],
+    compute: Callable[..., Tensor],
+    weights: slice,
+    example: Callable[[Sizes, Maker], tuple[Any, ...]],
+) -> Op:
+    """An op with its backends. weights: the places of its weights among the arguments."""
+    return Op(
+        reference,
+        Backend(
+            "cuda",
+            lambda save, *args: ((compute(_CUDA, *args),), ()),
+            dtypes=OPERANDS,
+            opt_in=UNMEASURED,
+            refuse=lambda x, *args: (
+                cuda_library.refuse_device(x.device.type, x.device.index) or _refuse(x, *args[weights])
+            ),
+            inference_only=True,
+        ),
+        Backend(
+            "library",
+            functools.partial(compute, _LIBRARY),
+            dtypes=OPERANDS,
+            refuse=lambda x, *args: _refuse_library(x) or _refuse(x, *args[weights]),
+        ),
+        example=example,
+        dtypes=OPERANDS,
+        differentiable=False,
+    )
+
+
+def _check(x: Tensor, *weights: Tensor) -> None:
+    """Raise TypeError unless x is floating and no float8, and the weights are e4m3."""
+    if x.dtype not in FLOATS:
+        raise TypeError(f"x of dtype {x.dtype} given; the residual stream wanted, as it is: the op quantizes LN(x)")
+    for weight in weights:
+        if weight.dtype != FLOAT8:
+            raise TypeError(f"a weight of dtype {weight.dtype} given; {FLOAT8} wanted, from kernels.quantize_weight")
+
+
+def _example_linear(make: Maker, out: int, inner: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Weight in float8, its scales, and the bias of a linear layer."""
+    weight, bias = make.linear(out, inner)
+    if make.empty:
+        return weight.to(FLOAT8), bias.float(), bias
+    return *quantize_weight(weight), bias
+
+
+# ---- ln_linear_fp8
+
+
+def ln_linear_fp8_reference(
+    x: Tensor,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    weight8: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    eps: float,
+) -> Tensor:
+    with torch.autocast(x.device.type, enabled=False):
+        x8, x_scale = normed_rows(x, ln_weight, ln_bias, eps)
+        y = _exact_product(x8, weight8) * x_scale[..., None] * weight_scale.float()
+    return (y if bias is None else y + bias.float()).to(x.dtype)
+
+
+def _ln_linear(products: _Products, x: Tensor, ln_weight: Tensor, ln_bias: Tensor, *rest: Any) -> Tensor:
+    *linear, eps = rest
+    normed = _normed_in_one_pass(x.reshape(-1, x.shape[-1]), ln_weight, ln_bias, eps)
+    return products.linear(*normed, *linear).view(*x.shape[:-1], linear[0].shape[0])
+
+
+_ln_linear_op = _op(
+    ln_linear_fp8_reference,
+    _ln_linear,
+    slice(2, 3),
+    lambda sizes, make: (
+        make.normal(sizes.sequences, sizes.tokens, sizes.width),
+        *make.norm(sizes.width),
+        *_example_linear(make, 3 * sizes.width, sizes.width),
+        1e-5,
+    ),
+)
+
+
+def ln_linear_fp8(
+    x: Tensor,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    weight8: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """LN(x) W^T + b with the product in float8 (e4m3), for inference: ``ln_linear`` of equation 8.
+
+    LN(x), in float32, is quantized with the scale s_m = its row's largest value / 448, so the result is
+    s_m weight_scale (x8 W8^T) + b.
+
+    Args:
+        x: (..., D), floating.
+        ln_weight, ln_bias: (D,).
+        weight8: (O, D), float8_e4m3fn; weight_scale: (O,), from ``quantize_weight``. bias: (O,) or None.
+        eps: of the LayerNorm.
+
+    Returns:
+        (..., O) in x's dtype.
+
+    Raises:
+        TypeError: if the weight is not in e4m3, or x is in float8.
+        RuntimeError: if a gradient is wanted.
+    """
+    _check(x, weight8)
+    return _ln_linear_op(x, ln_weight, ln_bias, weight8, weight_scale, bias, eps)
+
+
+# ---- mlp_fp8
+
+
+def mlp_fp8_reference(
+    x: Tensor,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    weight1_8: Tensor,
+    weight1_scale: Tensor,
+    bias1: Tensor,
+    weight2_8: Tensor,
+    weight2_scale: Tensor,
+    bias2: Tensor,
+    hidden_scale: float,
+    eps: float,
+) -> Tensor:
+    with torch.autocast(x.device.type, enabled=False):
+        x8, x_scale = normed_rows(x, ln_weight, ln_bias, eps)
+        u = _exact_product(x8, weight1_8) * x_scale[..., None] * weight1_scale.float() + bias1.float()
+        hidden8 = saturate(quick_gelu_reference(u) / hidden_scale)
+        y = x.float() + (_exact_product(hidden8, weight2_8) * weight2_scale.float() + bias2.float())
+    return y.to(x.dtype)
+
+
+def _mlp(products: _Products, x: Tensor, ln_weight: Tensor, ln_bias: Tensor, *rest: Any) -> Tensor:
+    rows, first, second, (hidden_scale, eps) = x.reshape(-1, x.shape[-1]), rest[:3], rest[3:6], rest[6:]
+    normed = _normed_in_one_pass(rows, ln_weight, ln_bias, eps)
+    hidden8 = products.quick_gelu(*normed, *first, hidden_scale)
+    return products.residual(hidden8, *second, rows).view(x.shape)
+
+
+def _mlp_example(sizes: Sizes, make: Maker) -> tuple[Any, ...]:
+    width, scale = sizes.width, 8.0 / 448  # for quick_gelu up to 8
+    weight, weight_scale, bias = _example_linear(make, width, 4 * width)
+    x = make.normal(sizes.sequences, sizes.tokens, width)
+    return (
+        *(x, *make.norm(width), *_example_linear(make, 4 * width, width)),
+        *(weight, weight_scale * scale, bias, scale, 1e-5),
+    )
+
+
+_mlp_op = _op(mlp_fp8_reference, _mlp, slice(2, 6, 3), _mlp_example)
+
+
+def mlp_fp8(
+    x: Tensor,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    weight1_8: Tensor,
+    weight1_scale: Tensor,
+    bias1: Tensor,
+    weight2_8: Tensor,
+    weight2_scale: Tensor,
+    bias2: Tensor,
+    hidden_scale: float,
+    eps: float = 1e-5,
+) -> Tensor:
+    """x + W2 quick_gelu(W1 LN(x) + b1) + b2 with both products in float8 (e4m3), for inference: ``mlp`` of equation 9.
+
+    LN(x), in float32, is quantized with the scale s_m = its row's largest value / 448, quick_gelu's output h with
+    ``hidden_scale`` whatever its values: h8 = h / hidden_scale, and what is beyond 448 saturates.
+
+    Args:
+        x: (..., D), floating.
+        ln_weight, ln_bias: (D,).
+        weight1_8: (F, D), float8_e4m3fn; weight1_scale: (F,), from ``quantize_weight``. bias1: (F,).
+        weight2_8: (D, F), float8_e4m3fn; weight2_scale: (D,), that of ``quantize_weight`` times hidden_scale, so that
+            the second product is weight2_scale (h8 W8^T). bias2: (D,).
+        hidden_scale: the largest |h| to represent / 448.
+        eps: of the LayerNorm.
+
+    Returns:
+        (..., D) in x's dtype.
+
+    Raises:
+        TypeError: if a weight is not in e4m3, or x is in float8.
+        RuntimeError: if a gradient is wanted.
+    """
+    _check(x, weight1_8, weight2_8)
+    first, second = (weight1_8, weight1_scale, bias1), (weight2_8, weight2_scale, bias2)
+    return _mlp_op(x, ln_weight, ln_bias, *first, *second, hidden_scale, eps)

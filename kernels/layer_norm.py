@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import Backend, Op, triton_backend
-from .parts import UNMEASURED, installed
+from .dispatch import Op, triton_backend
+from .support import ON_TRITON, UNMEASURED, Backend, installed
 
 WIDEST_ROW = 2048  # kernels hold a row in registers
 
@@ -43,13 +43,7 @@ def _refuse_apex(x: Tensor, *_: object) -> str | None:
 _op = Op(
     layer_norm_reference,
     triton_backend("layer_norm", refuse_rows),
-    Backend(
-        "apex",
-        _apex,
-        dtypes=(torch.float32, torch.bfloat16, torch.float16),
-        unasked=UNMEASURED,
-        refuse=_refuse_apex,
-    ),
+    Backend("apex", _apex, dtypes=ON_TRITON, opt_in=UNMEASURED, refuse=_refuse_apex),
     example=lambda sizes, make: (
         make.normal(sizes.sequences, sizes.tokens, sizes.width),
         *make.norm(sizes.width),

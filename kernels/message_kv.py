@@ -7,16 +7,19 @@ import torch
 from torch import Tensor
 
 from . import cuda_library
-from .parts import HALF, UNMEASURED, Candidate, Case, Part
+from .attention import triton_saved
+from .parts import Case, Part
+from .support import HALF, UNMEASURED, Backend, on_triton
 
 # Rows up to which it is one kernel of the CUDA library, whose time is that of its weights. Not measured.
 CUDA_ROWS = 64
 
-# A candidate's forward(save, block) reads only the class tokens and returns the messages m (F, D) with their statistics
+# A backend's forward(save, block) reads only the class tokens and returns the messages m (F, D) with their statistics
 # (triton/layer_norm.Spare), or None; a function that writes their keys and values into a view (F, 2D), any row stride,
-# for a projection that has not made them of m; and what backward wants: message token (F, D), qkv (F, 3D), m (F, D),
-# mean and 1 / sigma of LN_m and of LN_1 (4, F). backward(dm (F, D), saved, names of the arguments whose gradient is
-# wanted, block) returns the gradients of parameters by name and of the class tokens (F, D).
+# for a projection that has not made them of m; and what backward wants, SAVED tensors: message token (F, D), qkv
+# (F, 3D), m (F, D), mean and 1 / sigma of LN_m and of LN_1 (4, F), the attention (F, D) and its log-sum-exp.
+# backward(dm (F, D), saved, names of the arguments whose gradient is wanted, block) returns the gradients of parameters
+# by name and of the class tokens (F, D).
 
 
 def _triton_forward(save: bool, b: Any) -> tuple[Any, Callable[[Tensor], None], tuple[Tensor, ...]]:
@@ -31,18 +34,17 @@ def _triton_backward(dm: Tensor, saved: Any, wanted: set[str], b: Any) -> tuple[
     return message_kv.backward(dm, saved, wanted, b)
 
 
+SAVED = 6
+
+
 def _saved(b: Any) -> tuple[Tensor, ...]:
-    """m (F, D), qkv (F, 3D), m after CFA (F, D), mean and 1 / sigma of both LayerNorms (4, F)."""
+    """Empty tensors of the kind that forward saves."""
     frames, width = b.x.shape[0], b.x.shape[-1]
     empty = b.in_weight.new_empty
-    wide = (empty(frames, width), empty(frames, 3 * width), empty(frames, width))
-    return *wide, empty(4, frames, dtype=torch.float32)
-
-
-def _refuse(case: Case) -> str | None:
-    if not 1 <= case.frames <= 64:
-        return f"{case.frames} frames are not between 1 and 64"
-    return None if case.channels <= 128 else f"heads of {case.channels} channels: at most 128"
+    qkv, mixed = empty(frames, 3 * width), empty(frames, width)
+    lse = triton_saved(qkv.view(-1, b.frames, 3, b.heads, width // b.heads))
+    statistics = empty(4, frames, dtype=torch.float32)
+    return empty(frames, width), qkv, empty(frames, width), statistics, mixed, *(lse or (statistics.new_empty(0),))
 
 
 def _cuda_forward(save: bool, b: Any) -> tuple[None, Callable[[Tensor], None], tuple[Tensor, ...]]:
@@ -65,20 +67,13 @@ def _refuse_cuda(case: Case) -> str | None:
         return f"width {case.width} in {case.heads} heads: heads of 64 channels wanted"
     if case.drops:
         return "drop path is for training"
-    return _refuse(case) or cuda_library.refuse_device(case.device.type, case.device.index, case.width)
+    if not 1 <= case.frames <= 64:
+        return f"{case.frames} frames are not between 1 and 64"
+    return cuda_library.refuse_device(case.device.type, case.device.index, case.width)
 
 
 MESSAGE = Part(
     "message_kv",
-    Candidate(
-        "triton",
-        _triton_forward,
-        _triton_backward,
-        dtypes=(*HALF, torch.float32),
-        capability=8,
-        package="triton",
-        refuse=_refuse,
-        saved=_saved,
-    ),
-    Candidate("cuda", _cuda_forward, device_types=(), opt_in=UNMEASURED, inference_only=True, refuse=_refuse_cuda),
+    on_triton(_triton_forward, _triton_backward, saved=_saved),
+    Backend("cuda", _cuda_forward, dtypes=HALF, opt_in=UNMEASURED, inference_only=True, refuse=_refuse_cuda),
 )

@@ -22,6 +22,17 @@ def constants(values: Sequence[float], like: Tensor, dtype: torch.dtype) -> Tens
     return torch.stack([like.new_full((), value, dtype=dtype) for value in values])
 
 
+def for_levels(weight: Tensor, mean: Sequence[float], std: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """The weight of 8-bit levels less 128, (D, 3 P P) with the channel last as in the pixels, and the bias (D,) in at
+    least float32: W ((u / 255 - mean) / std) = W' (u - 128) + b'. Levels about their middle are exact in bfloat16."""
+    precise = torch.promote_types(weight.dtype, torch.float32)
+    deviation = constants(std, weight, precise)[:, None, None]
+    offset = (128 / 255 - constants(mean, weight, precise)[:, None, None]) / deviation
+    bias = (weight.to(precise) * offset).sum((1, 2, 3))
+    folded = (weight.to(precise) / (255 * deviation)).to(weight.dtype)
+    return folded.permute(0, 2, 3, 1).reshape(len(weight), -1), bias
+
+
 def patch_embed_reference(
     frames: Tensor,
     weight: Tensor,
@@ -36,13 +47,8 @@ def patch_embed_reference(
     width, _, patch, _ = weight.shape
     if frames.dtype == torch.uint8:
         count, height, length, _ = frames.shape
-        # W ((u / 255 - mean) / std) = W' (u - 128) + b': 8-bit levels about their middle are exact in bfloat16
-        precise = torch.promote_types(weight.dtype, torch.float32)
-        deviation = constants(std, weight, precise)[:, None, None]
-        offset = (128 / 255 - constants(mean, weight, precise)[:, None, None]) / deviation
-        bias = (weight.to(precise) * offset).sum((1, 2, 3)).to(weight.dtype)
-        folded = (weight.to(precise) / (255 * deviation)).to(weight.dtype)
-        kernel = folded.permute(0, 2, 3, 1).reshape(width, -1)  # channel last, as the pixels
+        kernel, bias = for_levels(weight, mean, std)
+        bias = bias.to(weight.dtype)
         levels = frames.to(weight.dtype) - 128
         grid = levels.view(count, height // patch, patch, length // patch, patch, 3).transpose(2, 3)
     else:

@@ -10,6 +10,8 @@ import textwrap
 import pytest
 
 from xclip_fast import files
+from xclip_fast.data.manifest import Manifest
+from xclip_fast.evaluate.sample_lists import read_classes, read_draws
 
 OWNED = ("weights", "config", "note")
 
@@ -161,11 +163,14 @@ def test_what_is_no_regular_file(tmp_path):
     for path, kind in ((tmp_path / "fifo", "a pipe"), ("/dev/zero", "a device"), (tmp_path, "a folder")):
         with pytest.raises(ValueError, match=f"is {kind}"):
             files.read_json(path)
+        for read in (Manifest.read, read_classes, read_draws):
+            with pytest.raises(ValueError, match=f"is {kind}|is a folder"):
+                read([path] if read is read_draws else path)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("[" * 100_000, "nested too deeply"), ("[]", "list found"), ("{", "is not JSON"), ("\xff", "is not JSON")],
+    [("[" * 100_000, "nested too deeply"), ("[]", "list found"), ("{", "is not JSON"), ("\xff", "not a text in UTF-8")],
 )
 def test_json_that_is_none(tmp_path, text, message):
     path = tmp_path / "x.json"

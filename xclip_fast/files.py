@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("xclip_fast")
 
-JSON_BYTES = 64 << 20  # the largest JSON file that is read; a configuration or an index of shards is far smaller
+TEXT_BYTES = 64 << 20  # the largest text or JSON file that is read whole; a configuration is far smaller
 _UNFINISHED = ".unfinished"  # in a staging folder while its content is being written
 _EXCHANGE = 2  # RENAME_EXCHANGE of Linux's renameat2
 
@@ -46,21 +46,53 @@ def require_regular(path: str | os.PathLike[str]) -> int:
     return found.st_size
 
 
+@contextlib.contextmanager
+def errors_name(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Puts the path into an OSError of the block that names no file, as one of a failed read."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """The content of a UTF-8 file, without a byte order mark.
+
+    Raises:
+        ValueError: if the file is not regular, larger than ``TEXT_BYTES``, or not UTF-8. The message begins with the
+            path.
+        OSError: if it cannot be read.
+    """
+    if (size := require_regular(path)) > TEXT_BYTES:
+        raise ValueError(f"{os.fspath(path)}: has {size} bytes; at most {TEXT_BYTES} are read as text")
+    try:
+        with errors_name(path):
+            return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeError as error:
+        raise ValueError(f"{os.fspath(path)}: is not a text in UTF-8: {error}") from error
+
+
+def parse_json(text: str | bytes) -> Any:
+    """``json.loads``, which raises ValueError also for a text that is nested too deeply."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
-        ValueError: if the file is not regular, larger than ``JSON_BYTES``, not JSON, nested too deeply, or holds
-            something else than an object. The message begins with the path.
+        ValueError: as ``read_text``, or if the file is not JSON, is nested too deeply, or holds something else than an
+            object. The message begins with the path.
         OSError: if it cannot be read.
     """
-    name = os.fspath(path)
-    if (size := require_regular(path)) > JSON_BYTES:
-        raise ValueError(f"{name}: has {size} bytes; at most {JSON_BYTES} are read as JSON")
+    name, text = os.fspath(path), read_text(path)
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-    except RecursionError:
-        raise ValueError(f"{name}: is nested too deeply") from None
+        values = parse_json(text)
     except ValueError as error:
         raise ValueError(f"{name}: is not JSON: {error}") from error
     if not isinstance(values, dict):

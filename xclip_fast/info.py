@@ -270,8 +270,7 @@ def _ops(places: list[tuple[str, torch.dtype]]) -> dict[str, dict[str, Any]]:
                 chosen = op.choose(args).name
             except BackendError:
                 chosen = None
-            measured = op.measured(args)
-            reasons = {candidate.name: op.refusal(candidate, args, measured) for candidate in op.backends}
+            reasons = op.reasons(args)
             found[name][device] = {"dtype": _dtype_name(dtype), "chosen": chosen, "backends": reasons}
         for name, part in _parts(Block(*arguments["cct_block"]), dtype).items():
             found.setdefault(name, {})[device] = part

@@ -81,28 +81,36 @@ def plain(product: str, x: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor, 
     return y, mean, (variance + EPS).rsqrt()
 
 
-def triton_call(product: str, given: Operands) -> Callable[[], Any]:
+def folded_weight(product: str, given: Operands) -> tuple[torch.Tensor, Row]:
+    """The weight with LayerNorm folded in, and what a product with it takes besides."""
     from xclip_fast.kernels.triton.fold import fold
-    from xclip_fast.kernels.triton.gemm import gemm
     from xclip_fast.kernels.triton.layer_norm import row_statistics
 
-    x, weight, bias, gamma, beta, residual = given
+    x, weight, bias, gamma, beta, _ = given
+    folded, sums, shift = fold(weight, gamma, beta, bias)
+    return folded, {"bias": shift, "norm": (*row_statistics(x, EPS), sums), "activation": product == "fc1"}
+
+
+def triton_call(product: str, given: Operands) -> Callable[[], Any]:
+    from xclip_fast.kernels.triton.gemm import gemm
+
+    x, weight, bias, _, _, residual = given
     if product in ("out", "fc2"):
         return lambda: gemm(x, weight, bias=bias, residual=residual, statistics_eps=EPS)
-    folded, sums, shift = fold(weight, gamma, beta, bias)
-    norm = (*row_statistics(x, EPS), sums)
-    return lambda: gemm(x, folded, bias=shift, norm=norm, activation=product == "fc1")
+    folded, options = folded_weight(product, given)
+    return lambda: gemm(x, folded, **options)
 
 
 def cutlass_call(product: str, given: Operands, use: str) -> Callable[[], Any]:
     from xclip_fast.kernels import cuda_library
 
-    x, weight, bias, gamma, beta, residual = given
+    x, weight, bias, _, _, residual = given
     if product in ("out", "fc2"):
-        return lambda: cuda_library.linear_residual_statistics(x, weight, bias, residual, None, EPS, tile=use)
-    folded, sums, shift = cuda_library.fold(weight, gamma, beta, bias)
-    statistics = (*cuda_library.row_statistics(x, EPS), sums)
-    return lambda: cuda_library.norm_linear(x, folded, shift, statistics, activation=product == "fc1", tile=use)[:1]
+        return lambda: cuda_library.linear_residual(
+            x, weight, bias=bias, residual=residual, statistics_eps=EPS, tile=use
+        )
+    folded, options = folded_weight(product, given)
+    return lambda: cuda_library.norm_linear(x, folded, **options, tile=use)
 
 
 def contenders(job: Job, product: str, given: Operands) -> Iterator[tuple[str, Row, Callable[[], Callable[[], Any]]]]:

@@ -15,11 +15,12 @@ from .case import Job, Row
 def op(job: Job, op: str) -> Iterator[Row]:
     """A row for each shape of an op: the milliseconds of each backend, as in choices.json."""
     from xclip_fast.kernels import choices
-    from xclip_fast.kernels.tune import backends
-    from xclip_fast.kernels.tune.shapes import SHAPES, Shape
+    from xclip_fast.kernels.example import Sizes
+    from xclip_fast.kernels.tune import backends, measuring
+    from xclip_fast.kernels.tune.shapes import SHAPES
 
-    backends.DEVICE, backends.DTYPE = job.device, job.dtype
-    shape = Shape(width=128, tokens=17, image=32, patch=8, frames=4) if job.tiny else SHAPES["B/16"]
+    measuring.DEVICE, measuring.DTYPE = job.device, job.dtype
+    shape = Sizes(width=128, image=32, patch=8, frames=4) if job.tiny else SHAPES["B/16"]
     batches = (1, 2) if job.tiny else (1, 8, 32)
     architecture = choices.architecture(torch.empty(0, device=job.device))
     said: list[str] = []
@@ -29,7 +30,7 @@ def op(job: Job, op: str) -> Iterator[Row]:
         if f"float64 {where}" in job.without:
             continue
         with job.trying(f"float64 {where}", reference):
-            calls, exact, baseline = contest()
+            calls, agrees = contest()
         if "note" in reference:
             yield reference
             continue
@@ -40,7 +41,7 @@ def op(job: Job, op: str) -> Iterator[Row]:
             row: Row = {"op": op, "contender": name, "where": where}
             with job.trying(key, row):
                 got = job.wrong(call())
-                if not backends.agrees(list(got), exact, baseline):
+                if not agrees(list(got)):
                     row["note"] = "WRONG: not in the table"
                     row["right"] = False
                 else:
@@ -50,7 +51,7 @@ def op(job: Job, op: str) -> Iterator[Row]:
         if milliseconds:
             best = min(milliseconds, key=milliseconds.__getitem__)
             entry = {"arch": architecture, "where": where, "milliseconds": milliseconds}
-            entry["measured"] = backends.provenance() if job.device == "cuda" else {"device": "rehearsal"}
+            entry["measured"] = measuring.provenance()
             yield {"op": op, "contender": best, "ms": milliseconds[best], "entry": entry, "precision": job.precision}
         said.clear()
 

@@ -17,16 +17,6 @@ CUTLASS_HOST_DEVICE float quick_gelu(float u) {
 #endif
 }
 
-// d quick_gelu / du = s (1 + 1.702 u (1 - s)) with s = sigmoid(1.702 u).
-CUTLASS_HOST_DEVICE float quick_gelu_slope(float u) {
-#if defined(__CUDA_ARCH__)
-  float const s = __fdividef(1.0f, 1.0f + __expf(-1.702f * u));
-#else
-  float const s = 1.0f / (1.0f + std::exp(-1.702f * u));
-#endif
-  return s * (1.0f + 1.702f * u * (1.0f - s));
-}
-
 // A node is a template over one type: the visitor names it with float and applies it to fragments of N floats.
 template <class Scalar, class T>
 struct Elementwise {};
@@ -92,12 +82,5 @@ struct ScaledResidualValue {
 };
 template <class T>
 struct ScaledResidual : Elementwise<ScaledResidualValue, T> {};
-
-// (x W) quick_gelu'(u)
-struct TimesSlopeValue {
-  CUTLASS_HOST_DEVICE static float value(float acc, float u) { return acc * quick_gelu_slope(u); }
-};
-template <class T>
-struct TimesSlope : Elementwise<TimesSlopeValue, T> {};
 
 }  // namespace xclip_fast

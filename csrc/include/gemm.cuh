@@ -15,7 +15,6 @@
 #include "cutlass/functional.h"
 #include "cutlass/gemm/kernel/tile_scheduler.hpp"
 
-#include "column_sums.cuh"
 #include "epilogues.cuh"
 #include "products.cuh"
 #include "tiles.cuh"
@@ -135,25 +134,6 @@ struct ResidualStatistics {
   }
 };
 
-// y = (x W^T) quick_gelu'(u), and, if there is a pointer for them, the sums of its columns
-template <class Tile, class Element>
-struct Slope {
-  using Source = Element;
-  using Output = Element;
-  using Wide = Apply<TimesSlope, float, fusion::Sm90AccFetch, fusion::Sm90SrcFetch<Element>>;
-  using Tree =
-      Apply<cutlass::epilogue::thread::Identity, Element, fusion::Sm90EVT<SumColumns<typename Tile::Shape>, Wide>>;
-  using Arguments = SlopeArguments;
-  static typename Tree::Arguments arguments(Arguments const& given, int64_t) {
-    return {{{{}, {}, {}}, {given.partials}}, {}};
-  }
-  static int finish(Operands const& operands, Arguments const& given) {
-    return given.column_sums == nullptr ? XCLIP_FAST_OK
-                                        : merge_column_sums(operands, given, cute::size<0>(typename Tile::Shape{}),
-                                                            kWarpsOfTile, cute::size<1>(typename Tile::Shape{}));
-  }
-};
-
 // 8-bit operands: y = s t (x W^T) + b in bfloat16
 template <class Tile, class>
 struct Fp8 : Finished {
@@ -243,20 +223,22 @@ struct Product {
   }
 };
 
-// Runs a product on the tile that is asked for; or on the first of its tiles, the largest comes first, that gives every
-// processor work and suits K; or, if none does, on the last.
-template <class Element, template <class, class> class Epilogue, class Tile, class... Smaller, class Arguments>
+// Runs a product on the tile that is asked for, or else on the one that takes the fewest cycles by the estimate.
+template <class Element, template <class, class> class Epilogue, class... Tiles, class Arguments>
 int run_on_tile(int tile, Operands const& given, Arguments const& extra) {
-  constexpr int64_t kRows = cute::size<0>(typename Tile::Shape{}), kColumns = cute::size<1>(typename Tile::Shape{});
-  int64_t const blocks = ((given.m + kRows - 1) / kRows) * ((given.n + kColumns - 1) / kColumns);
-  bool const suits = given.k >= Tile::kLeastK && blocks >= given.processors;
-  if (tile == Tile::kName || (tile == XCLIP_FAST_TILE_AUTO && (suits || sizeof...(Smaller) == 0))) {
-    return Product<Tile, Element, Epilogue>::run(given, extra);
+  if (tile == XCLIP_FAST_TILE_AUTO) {
+    int64_t least = INT64_MAX;
+    auto const consider = [&](int name, int64_t cycles) {
+      if (cycles < least) {
+        least = cycles;
+        tile = name;
+      }
+    };
+    (consider(Tiles::kName, estimated_cycles<Tiles>(given)), ...);
   }
-  if constexpr (sizeof...(Smaller) > 0) {
-    return run_on_tile<Element, Epilogue, Smaller...>(tile, given, extra);
-  }
-  return XCLIP_FAST_BAD_TILE;
+  int code = XCLIP_FAST_BAD_TILE;
+  ((tile == Tiles::kName && (code = Product<Tiles, Element, Epilogue>::run(given, extra), true)) || ...);
+  return code;
 }
 
 }  // namespace xclip_fast

@@ -179,7 +179,7 @@ struct MessagePath {
   __device__ void load_normed(P const* const (&norm)[2], int first) const {
     for (int row = warp; row < min(kTileRows, given.rows - first); row += kMessageWarps) {
       float const* const m_D = given.m + int64_t(first + row) * given.width;
-      Moments const found = row_moments<float, 4>(m_D, given.width);
+      Moments const found = row_moments(m_D, given.width);
       float const rstd = 1.0f / sqrtf(found.m2 / given.width + given.eps);
       for (int at = lane * 4; at < given.width; at += kWarp * 4) {
         auto const values = *reinterpret_cast<Vector<float, 4> const*>(m_D + at);

@@ -45,11 +45,6 @@ struct StatisticsArguments {
   float eps;
 };
 
-struct SlopeArguments {
-  float* partials;  // n-major, several rows for each row of tiles
-  float* column_sums;
-};
-
 struct ScaledArguments {
   float const* x_scale;
   float const* w_scale;
@@ -65,16 +60,12 @@ template <int dtype>
 int residual_add(int tile, Operands const& operands, ResidualArguments const& extra);
 template <int dtype>
 int residual_statistics(int tile, Operands const& operands, StatisticsArguments const& extra);
-template <int dtype>
-int slope(int tile, Operands const& operands, SlopeArguments const& extra);
 
 int fp8_linear(int tile, Operands const& operands, ScaledArguments const& extra);
 int fp8_linear_gelu(int tile, Operands const& operands, ScaledArguments const& extra);
 int fp8_linear_residual(int tile, Operands const& operands, ScaledArguments const& extra);
 
-// What follows a product whose epilogue reduced: the partial results of its tiles become the result (rows.cu).
+// What follows a product with statistics: those of its tiles become those of the rows (library.cu).
 int merge_statistics(Operands const& operands, StatisticsArguments const& extra, int tile_rows, int tile_columns);
-int merge_column_sums(Operands const& operands, SlopeArguments const& extra, int tile_rows, int rows_of_tile,
-                      int tile_columns);
 
 }  // namespace xclip_fast

@@ -1,8 +1,7 @@
 // The tiles of the products: rows, columns and depth of a block's share of y, the cluster, the schedule.
 //
-// Pingpong: two groups of warps, each with a tile of its own, one in its epilogue while the other multiplies.
-// Cooperative: two groups share one larger tile. Those of 8-bit operands have the same names, and twice the depth. None
-// has been measured; docs/kernels.md says why these.
+// Pingpong: two groups of warps, each with a tile of its own, one in its epilogue while the other multiplies. Tiles of
+// 8-bit operands have the same names, and twice the depth. None has been measured; docs/kernels.md says why these.
 #pragma once
 
 #include "cute/tensor.hpp"
@@ -12,41 +11,33 @@
 
 namespace xclip_fast {
 
-struct Small {
-  static constexpr int kName = XCLIP_FAST_TILE_SMALL;
-  static constexpr int64_t kLeastK = 0;
-  using Shape = cute::Shape<cute::_64, cute::_128, cute::_64>;
-  using Cluster = cute::Shape<cute::_1, cute::_1, cute::_1>;
-  using Schedule = cutlass::gemm::KernelTmaWarpSpecializedPingpong;
+template <int name, int rows, int columns, int cluster, int depth = 64,
+          class MainSchedule = cutlass::gemm::KernelTmaWarpSpecializedPingpong>
+struct Tile {
+  static constexpr int kName = name, kRows = rows, kColumns = columns, kCluster = cluster;
+  using Shape = cute::Shape<cute::Int<rows>, cute::Int<columns>, cute::Int<depth>>;
+  using Cluster = cute::Shape<cute::Int<cluster>, cute::_1, cute::_1>;
+  using Schedule = MainSchedule;
   using EpilogueSchedule = cutlass::epilogue::TmaWarpSpecialized;
 };
 
-struct Square {
-  static constexpr int kName = XCLIP_FAST_TILE_SQUARE;
-  static constexpr int64_t kLeastK = 0;
-  using Shape = cute::Shape<cute::_128, cute::_128, cute::_64>;
-  using Cluster = cute::Shape<cute::_2, cute::_1, cute::_1>;
-  using Schedule = cutlass::gemm::KernelTmaWarpSpecializedPingpong;
-  using EpilogueSchedule = cutlass::epilogue::TmaWarpSpecialized;
-};
+using Fp8Schedule = cutlass::gemm::KernelTmaWarpSpecializedPingpongFP8FastAccum;
 
-struct SquareFp8 : Square {
-  using Shape = cute::Shape<cute::_128, cute::_128, cute::_128>;
-  using Schedule = cutlass::gemm::KernelTmaWarpSpecializedPingpongFP8FastAccum;
-};
+using Small = Tile<XCLIP_FAST_TILE_SMALL, 64, 128, 1>;
+using Square = Tile<XCLIP_FAST_TILE_SQUARE, 128, 128, 2>;
+using Wide = Tile<XCLIP_FAST_TILE_WIDE, 128, 192, 2>;
+using SquareFp8 = Tile<XCLIP_FAST_TILE_SQUARE, 128, 128, 2, 128, Fp8Schedule>;
+using WideFp8 = Tile<XCLIP_FAST_TILE_WIDE, 128, 192, 2, 128, Fp8Schedule>;
 
-struct Wide {
-  static constexpr int kName = XCLIP_FAST_TILE_WIDE;
-  static constexpr int64_t kLeastK = 2048;  // cooperative groups do not hide the epilogue: it must be a small part
-  using Shape = cute::Shape<cute::_128, cute::_256, cute::_64>;
-  using Cluster = cute::Shape<cute::_2, cute::_1, cute::_1>;
-  using Schedule = cutlass::gemm::KernelTmaWarpSpecializedCooperative;
-  using EpilogueSchedule = cutlass::epilogue::TmaWarpSpecializedCooperative;
-};
-
-struct WideFp8 : Wide {
-  using Shape = cute::Shape<cute::_128, cute::_256, cute::_128>;
-  using Schedule = cutlass::gemm::KernelTmaWarpSpecializedCooperativeFP8FastAccum;
-};
+// Cycles of a product, estimated: whole waves of tiles, each bound by the tensor cores or by what it reads of L2 (64
+// bytes a cycle; a cluster reads w once), and the last epilogue, which nothing hides. It only orders the tiles.
+template <class Tile>
+int64_t estimated_cycles(Operands const& given) {
+  constexpr int kMultiplied = Tile::kRows * Tile::kColumns / 4096;
+  constexpr int kRead = (Tile::kRows + Tile::kColumns / Tile::kCluster) * 2 / 64;
+  int64_t const tiles = ((given.m + Tile::kRows - 1) / Tile::kRows) * ((given.n + Tile::kColumns - 1) / Tile::kColumns);
+  int64_t const waves = (tiles + given.processors - 1) / given.processors;
+  return waves * given.k * (kMultiplied > kRead ? kMultiplied : kRead) + Tile::kRows * Tile::kColumns / 5;
+}
 
 }  // namespace xclip_fast

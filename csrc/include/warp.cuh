@@ -57,27 +57,21 @@ struct Moments {
   float m2;
 };
 
-// Of the row at x, d elements, by a warp; x in whole vectors.
-template <class T, int V>
-__device__ Moments row_moments(T const* x, int d) {
-  auto const* vectors = reinterpret_cast<Vector<T, V> const*>(x);
+// Of the row at x, d elements in whole vectors of four, by a warp.
+__device__ inline Moments row_moments(float const* x, int d) {
+  auto const* vectors = reinterpret_cast<Vector<float, 4> const*>(x);
   int const lane = threadIdx.x % kWarp;
   float sum = 0.0f;
-  for (int at = lane; at < d / V; at += kWarp) {
-    Vector<T, V> const vector = vectors[at];
-#pragma unroll
-    for (int i = 0; i < V; ++i) {
-      sum += to_float(vector.values[i]);
+  for (int at = lane; at < d / 4; at += kWarp) {
+    for (float const value : vectors[at].values) {
+      sum += value;
     }
   }
   float const mean = warp_sum(sum) / d;
   float m2 = 0.0f;
-  for (int at = lane; at < d / V; at += kWarp) {  // the row comes from the cache now
-    Vector<T, V> const vector = vectors[at];
-#pragma unroll
-    for (int i = 0; i < V; ++i) {
-      float const off = to_float(vector.values[i]) - mean;
-      m2 += off * off;
+  for (int at = lane; at < d / 4; at += kWarp) {  // the row comes from the cache now
+    for (float const value : vectors[at].values) {
+      m2 += (value - mean) * (value - mean);
     }
   }
   return {mean, warp_sum(m2)};

@@ -23,7 +23,7 @@ extern "C" {
 #endif
 
 /* Changes with every change of a signature or a constant below; kernels/cuda_library.py asks for exactly this one. */
-#define XCLIP_FAST_ABI 2
+#define XCLIP_FAST_ABI 3
 
 /* Element types. */
 #define XCLIP_FAST_BF16 0
@@ -67,39 +67,20 @@ XCLIP_FAST_API int xclip_fast_norm_linear(int dtype, int tile, const void* x, in
                                           const float* bias, int activation, void* u, void* y, int64_t m, int64_t n,
                                           int64_t k, int device, void* stream);
 
-/* y = residual + scale (x W^T + bias).
+/* y = residual + scale (x W^T + bias), and, if wanted, the row statistics that the next LayerNorm wants.
  *
  * x (M, K), w (N, K), residual (M, N) and y (M, N) contiguous, in dtype (BF16, FP16); bias (N) float32 or null; scale
- * (M) float32, each row's drop path factor, or null: 1. y may not overlap the others. */
+ * (M) float32, each row's drop path factor, or null: 1. y may not overlap the others. mean (M) and rstd (M) = 1 /
+ * sqrt(variance + eps) of y's rows before they are rounded, float32, merged from the mean and M2 of each tile, with
+ * partials: room for xclip_fast_statistics_floats(M, N) floats; or all three null. */
 XCLIP_FAST_API int xclip_fast_linear_residual(int dtype, int tile, const void* x, int64_t x_row, const void* w,
                                               int64_t w_row, const float* bias, const float* scale,
-                                              const void* residual, int64_t residual_row, void* y, int64_t m,
-                                              int64_t n, int64_t k, int device, void* stream);
+                                              const void* residual, int64_t residual_row, float eps, float* partials,
+                                              float* mean, float* rstd, void* y, int64_t m, int64_t n, int64_t k,
+                                              int device, void* stream);
 
-/* The same product with the row statistics that the next LayerNorm wants, reduced in its epilogue.
- *
- * mean (M) and rstd (M) = 1 / sqrt(variance + eps) of y's rows before they are rounded, float32, merged from the mean
- * and M2 of each tile. partials: room for xclip_fast_statistics_floats(M, N) floats. */
-XCLIP_FAST_API int xclip_fast_linear_residual_statistics(int dtype, int tile, const void* x, int64_t x_row,
-                                                         const void* w, int64_t w_row, const float* bias,
-                                                         const float* scale, const void* residual,
-                                                         int64_t residual_row, float eps, float* partials, float* mean,
-                                                         float* rstd, void* y, int64_t m, int64_t n, int64_t k,
-                                                         int device, void* stream);
-
-/* y = (x W^T) quick_gelu'(u): backward through the activation.
- *
- * x (M, K), w (N, K), u (M, N), y (M, N) contiguous, in dtype (BF16, FP16). column_sums (N) float32 or null: the sums
- * of y's columns before they are rounded, which are a bias's gradient; with it, partials: room for
- * xclip_fast_column_floats(M, N) floats. */
-XCLIP_FAST_API int xclip_fast_linear_slope(int dtype, int tile, const void* x, int64_t x_row, const void* w,
-                                           int64_t w_row, const void* u, int64_t u_row, float* partials,
-                                           float* column_sums, void* y, int64_t m, int64_t n, int64_t k, int device,
-                                           void* stream);
-
-/* Floats of the partial results of those reductions, on whatever tile. */
+/* Floats of the partial results of those statistics, on whatever tile. */
 XCLIP_FAST_API int64_t xclip_fast_statistics_floats(int64_t m, int64_t n);
-XCLIP_FAST_API int64_t xclip_fast_column_floats(int64_t m, int64_t n);
 
 /* y = act(x_scale w_scale (x W^T) + bias) of e4m3 matrices.
  *
@@ -116,26 +97,6 @@ XCLIP_FAST_API int xclip_fast_fp8_linear_residual(int tile, const void* x, int64
                                                   const float* w_scale, const float* bias, const void* residual,
                                                   int64_t residual_row, void* y, int64_t m, int64_t n, int64_t k,
                                                   int device, void* stream);
-
-/* LN(x) in e4m3, each row over a scale of its own, its largest magnitude / 448 (1 for a row of zeros).
- *
- * x (M, D) in dtype (any), gamma and beta (D) float32; y (M, D) contiguous e4m3, scale (M) float32. */
-XCLIP_FAST_API int xclip_fast_layer_norm_fp8(int dtype, const void* x, int64_t x_row, const float* gamma,
-                                             const float* beta, float eps, void* y, float* scale, int64_t m, int64_t d,
-                                             int device, void* stream);
-
-/* mean and rstd = 1 / sqrt(variance + eps) of x's rows, float32, the variance centred: x (M, D) in dtype (any). */
-XCLIP_FAST_API int xclip_fast_row_statistics(int dtype, const void* x, int64_t x_row, float eps, float* mean,
-                                             float* rstd, int64_t m, int64_t d, int device, void* stream);
-
-/* A LayerNorm's weight and bias into the linear layer behind it.
- *
- * w (N, K), strides w_row and w_column, in dtype (BF16, FP16); gamma, beta (K) and bias (N) or null in parameter_dtype
- * (any). folded (N, K) contiguous = w diag(gamma) rounded to dtype; sums (N) float32 = the sums of its rows as rounded;
- * shift (N) float32 = w beta + bias. */
-XCLIP_FAST_API int xclip_fast_fold(int dtype, int parameter_dtype, const void* w, int64_t w_row, int64_t w_column,
-                                   const void* gamma, const void* beta, const void* bias, void* folded, float* sums,
-                                   float* shift, int64_t n, int64_t k, int device, void* stream);
 
 /* The message path of a block, equation 7 and the message's share of equation 8, as one cooperative kernel:
  * m = x W0^T + b0; m = m + attention(LN_m(m)) over the frames of a video; key_value = LN_1(m) W3^T + b3.

@@ -6,7 +6,7 @@
 
 #include "message.cuh"
 #include "reference.hpp"
-#include "rows.cuh"
+#include "statistics.cuh"
 
 #include <string>
 
@@ -132,80 +132,6 @@ void check_message(int videos, int frames, int width, int blocks) {
   mixed.read(what);
 }
 
-template <class T>
-void check_rows(size_t m, int d, int64_t x_row) {
-  std::string const what = "rows of " + std::to_string(d);
-  constexpr int V = 16 / sizeof(T);
-  Values<T> const x(m * x_row, 1.0, 30.0);
-  Doubles rows, means, rstds;
-  for (size_t i = 0; i < m; ++i) {
-    rows.insert(rows.end(), x.wide.begin() + i * x_row, x.wide.begin() + i * x_row + d);
-    double mean, variance;
-    moments(&rows[i * d], d, mean, variance);
-    means.push_back(mean);
-    rstds.push_back(1 / std::sqrt(variance + 1e-5));
-  }
-  Poisoned<float> mean(m), rstd(m), scale(m);
-  int const grid = int(m + kWarps - 1) / kWarps;
-  bool const vectors = x_row % V == 0 && d % V == 0;
-  auto* const statistics = vectors ? row_statistics_kernel<T, V> : row_statistics_kernel<T, 1>;
-  emulator::run(grid, kWarp * kWarps,
-                [&] { statistics(x.as.data(), x_row, 1e-5f, mean.data(), rstd.data(), int64_t(m), d); });
-  close(mean.read(what), means, 1e-6, 1e-6, what + ", mean");
-  close(rstd.read(what), rstds, 1e-5, 0, what + ", rstd");
-
-  Values<float> const gamma(d, 0.3, 1.0), beta(d, 1.0);
-  Poisoned<__nv_fp8_e4m3> y(m * d);
-  auto* const norm = vectors ? layer_norm_fp8_kernel<T, V> : layer_norm_fp8_kernel<T, 1>;
-  emulator::run(grid, kWarp * kWarps, [&] {
-    norm(x.as.data(), x_row, gamma.as.data(), beta.as.data(), 1e-5f, y.data(), scale.data(), int64_t(m), d);
-  });
-  Doubles normed = layer_norm(rows, gamma.wide, beta.wide, 1e-5), scales(m);
-  for (size_t i = 0; i < normed.size(); ++i) {
-    scales[i / d] = std::max(scales[i / d], std::abs(normed[i]) / 448);
-  }
-  for (size_t i = 0; i < normed.size(); ++i) {
-    normed[i] /= scales[i / d];
-  }
-  close(scale.read(what), scales, 1e-4, 0, what + ", scale");
-  close(y.read(what), normed, 1.01 / 16, 0.002, what + ", e4m3");
-}
-
-void check_zero_row() {
-  std::vector<float> const x(64, 5.0f), gamma(64, 1.0f), beta(64, 0.0f);
-  Poisoned<__nv_fp8_e4m3> y(64);
-  Poisoned<float> scale(1);
-  emulator::run(1, kWarp * kWarps, [&] {
-    layer_norm_fp8_kernel<float, 4>(x.data(), 64, gamma.data(), beta.data(), 1e-5f, y.data(), scale.data(), 1, 64);
-  });
-  close(y.read("a row of zeros"), Doubles(64, 0.0), 0, 0, "a row of zeros");
-  close(scale.read("its scale"), {1.0}, 0, 0, "its scale");
-}
-
-template <class T, class P>
-void check_fold(size_t n, size_t k) {
-  Values<T> const w(n * (k + 3), 0.1);
-  Values<P> const gamma(k, 0.2, 1.0), beta(k, 1.0), bias(n, 1.0);
-  Poisoned<T> folded(n * k);
-  Poisoned<float> sums(n), shift(n);
-  emulator::run(int(n + kWarps - 1) / kWarps, kWarp * kWarps, [&] {
-    fold_kernel<T, P>(w.as.data(), int64_t(k + 3), 1, gamma.as.data(), beta.as.data(), bias.as.data(), folded.data(),
-                      sums.data(), shift.data(), int64_t(n), int64_t(k));
-  });
-  Doubles products(n * k), totals(n), shifts(bias.wide);
-  for (size_t i = 0; i < n; ++i) {
-    for (size_t j = 0; j < k; ++j) {
-      float const product = to_float(w.as[i * (k + 3) + j]) * to_float(gamma.as[j]);
-      products[i * k + j] = to_float(rounded<T>(product));
-      totals[i] += products[i * k + j];
-      shifts[i] += w.wide[i * (k + 3) + j] * beta.wide[j];
-    }
-  }
-  close(folded.read("folded"), products, 0, 0, "folded");
-  close(sums.read("sums"), totals, 1e-5, 1e-5, "sums");
-  close(shift.read("shift"), shifts, 1e-5, 1e-5, "shift");
-}
-
 // What the epilogues leave: sums and squares of each row of each tile.
 void check_merge_statistics(size_t m, int n, int tile_columns) {
   std::string const what = "statistics of " + std::to_string(n) + " columns";
@@ -229,29 +155,12 @@ void check_merge_statistics(size_t m, int n, int tile_columns) {
     }
   }
   Poisoned<float> mean(m), rstd(m);
-  emulator::run(int(m + kWarp * kWarps - 1) / (kWarp * kWarps), kWarp * kWarps, [&] {
+  emulator::launch(int(m + kMergeThreads - 1) / kMergeThreads, kMergeThreads, [&] {
     merge_statistics_kernel(sums.data(), squares.data(), 1e-5f, mean.data(), rstd.data(), int64_t(m), int64_t(padded),
                             n, tile_columns);
   });
   close(mean.read(what), means, 1e-6, 1e-6, what + ", mean");
   close(rstd.read(what), rstds, 1e-4, 0, what + ", rstd");
-}
-
-void check_merge_column_sums(size_t parts, size_t n) {
-  std::string const what = "sums of " + std::to_string(n) + " columns";
-  size_t const padded = (n + 127) / 128 * 128;
-  Values<float> const partials(parts * padded, 1.0);
-  Doubles wanted(n, 0.0);
-  for (size_t at = 0; at < parts * padded; ++at) {
-    if (at % padded < n) {
-      wanted[at % padded] += partials.wide[at];
-    }
-  }
-  Poisoned<float> sums(n);
-  emulator::run(int(padded / kWarp), kWarp * kManyWarps, [&] {
-    merge_column_sums_kernel(partials.as.data(), sums.data(), int64_t(parts), int64_t(padded), int64_t(n));
-  });
-  close(sums.read(what), wanted, 1e-5, 1e-4, what);
 }
 
 }  // namespace
@@ -262,21 +171,9 @@ int main() {
   check_message<__half, __half>(3, 7, 192, 2);  // two tiles of rows, the second not full; more units than registers
   check_message<__half, float>(1, 64, 64, 5);   // frames past a warp; blocks without work in some steps
   check_message<__half, __half>(9, 5, 320, 7);  // steps of K that the warps do not share evenly
-  for (int d : {8, 50, 96, 776}) {
-    check_rows<__nv_bfloat16>(9, d, d + 8);
-    check_rows<__half>(9, d, d + 3);
-    check_rows<float>(9, d, d);
-  }
-  check_zero_row();
-  check_fold<__nv_bfloat16, __nv_bfloat16>(9, 96);
-  check_fold<__nv_bfloat16, float>(5, 50);
-  check_fold<__half, __half>(7, 64);
-  check_fold<__half, float>(4, 33);
   check_merge_statistics(150, 768, 128);
   check_merge_statistics(150, 520, 256);
   check_merge_statistics(1, 8, 128);
-  check_merge_column_sums(70, 136);
-  check_merge_column_sums(1, 8);
   std::printf("%d failed\n", failures);
   return failures == 0 ? 0 : 1;
 }

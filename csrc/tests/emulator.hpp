@@ -8,7 +8,6 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#include <cuda_fp8.h>
 #include <cuda_runtime.h>
 #include <ucontext.h>
 
@@ -31,7 +30,7 @@
 #define __global__
 #define __device__
 #define __host__
-#define __shared__ static  // of one block: blocks that share it run one after the other (`run`)
+#define __shared__
 #define __launch_bounds__(...)
 
 namespace emulator {
@@ -141,21 +140,6 @@ inline void launch(int grid, int size, std::function<void()> kernel) {
   }
 }
 
-// Blocks one after the other.
-inline int only = 0;
-inline void run(int grid, int size, std::function<void()> const& kernel) {
-  for (only = 0; only < grid; ++only) {
-    launch(1, size, kernel);
-  }
-  only = 0;
-}
-
-inline uint3 block_index() {
-  uint3 index = current->block;
-  index.x += only;
-  return index;
-}
-
 template <class T>
 T from_lane(T value, int other) {
   static_assert(sizeof(T) == 4);
@@ -169,7 +153,7 @@ T from_lane(T value, int other) {
 }  // namespace emulator
 
 #define threadIdx (emulator::current->thread)
-#define blockIdx (emulator::block_index())
+#define blockIdx (emulator::current->block)
 #define gridDim (uint3{unsigned(emulator::blocks), 1, 1})
 
 inline void __syncthreads() { emulator::wait(emulator::of_block[emulator::current->global / emulator::threads]); }

@@ -8,12 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..dispatch import FLOATS
-from ..parts import UNMEASURED, Candidate, Case, Part
+from ..parts import Case, Part
+from ..support import UNMEASURED, Backend, on_triton
 from ..triton import ONE_TILE
 from . import libraries
-
-TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def attention_reference(qkv_FS3HC: Tensor, causal: bool = False, bias: Tensor | None = None) -> Tensor:
@@ -58,18 +56,18 @@ def _plain_forward(save: bool, qkv: Tensor, causal: bool) -> tuple[Tensor, tuple
     return attention_reference(qkv, causal), ()
 
 
-def _plain_backward(dout: Tensor, qkv: Tensor, out: Tensor, saved: tuple[Tensor, ...], causal: bool) -> Tensor:
-    query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-    dout, scale = dout.transpose(1, 2), qkv.shape[-1] ** -0.5
-    scores = (query * scale) @ key.transpose(-1, -2)
-    if causal:
-        scores.masked_fill_(torch.ones(scores.shape[-2:], dtype=torch.bool, device=qkv.device).triu(1), float("-inf"))
-    p = scores.softmax(-1)
-    # dv = p^T do;  ds = p (do v^T - rowsum(p do v^T));  dq = ds k / sqrt(C);  dk = ds^T q / sqrt(C)
-    dp = dout @ value.transpose(-1, -2)
-    ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * scale
-    dqkv = (ds @ key, ds.transpose(-1, -2) @ query, p.transpose(-1, -2) @ dout)
-    return torch.stack([each.transpose(1, 2) for each in dqkv], 2)
+def reference_backward(
+    dout: Tensor, qkv: Tensor, out: Tensor, saved: tuple[Tensor, ...], causal: bool = False
+) -> Tensor:
+    with torch.enable_grad():  # forward once more
+        leaf = qkv.detach().requires_grad_()
+        (dqkv,) = torch.autograd.grad(attention_reference(leaf, causal), leaf, dout)
+    return dqkv
+
+
+def takes(channels: int) -> bool:
+    """Whether Triton's kernels take heads of this size."""
+    return channels in (16, 32, 64)
 
 
 def _triton_forward(save: bool, qkv: Tensor, causal: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -84,14 +82,16 @@ def _triton_backward(dout: Tensor, qkv: Tensor, out: Tensor, saved: tuple[Tensor
     return attention.backward(dout, qkv, out, saved)
 
 
-def _triton_saved(qkv: Tensor) -> tuple[Tensor, ...]:
-    return () if qkv.shape[1] <= ONE_TILE[qkv.element_size()] else libraries.log_sum_exp(qkv)
+def triton_saved(qkv: Tensor) -> tuple[Tensor, ...]:
+    """An empty log-sum-exp, if its forward saves one."""
+    one_tile = not takes(qkv.shape[-1]) or qkv.shape[1] <= ONE_TILE[qkv.element_size()]
+    return () if one_tile else libraries.log_sum_exp(qkv)
 
 
 def _refuse_triton(case: Case) -> str | None:
     if case.causal:
         return "the kernel has no causal mask"
-    return None if case.channels in (16, 32, 64) else f"head size {case.channels} is not 16, 32 or 64"
+    return None if takes(case.channels) else f"head size {case.channels} is not 16, 32 or 64"
 
 
 ATTENTION = Part(
@@ -102,19 +102,9 @@ ATTENTION = Part(
     libraries.FLASH_ATTN_4,
     libraries.FLASH_ATTN,
     libraries.XFORMERS,
-    Candidate(
-        "triton",
-        _triton_forward,
-        _triton_backward,
-        dtypes=TRITON_DTYPES,
-        capability=8,
-        package="triton",
-        opt_in=UNMEASURED,
-        refuse=_refuse_triton,
-        saved=_triton_saved,
-    ),
+    on_triton(_triton_forward, _triton_backward, opt_in=UNMEASURED, refuse=_refuse_triton, saved=triton_saved),
     libraries.EFFICIENT,
-    Candidate("reference", _plain_forward, _plain_backward, dtypes=FLOATS, device_types=(), saved=lambda qkv: ()),
+    Backend("reference", _plain_forward, reference_backward, saved=lambda qkv: ()),
 )
 
 
@@ -131,7 +121,7 @@ def _packed_backward(dout: Tensor, qkv: Tensor, offsets: Tensor, longest: int) -
 
 
 def _refuse_packed(case: Case) -> str | None:
-    if case.channels not in (16, 32, 64):
+    if not takes(case.channels):
         return f"head size {case.channels} is not 16, 32 or 64"
     # what fits in one tile of the kernel without spilling registers
     limit, where = 128, "in a tile"
@@ -145,16 +135,7 @@ def _refuse_packed(case: Case) -> str | None:
 # forward(qkv (M, 3, H, C), offsets, longest) -> (M, H, C); backward(dout, qkv, offsets, longest) -> dqkv
 PACKED_ATTENTION = Part(
     "packed_attention",
-    Candidate(
-        "triton",
-        _packed_forward,
-        _packed_backward,
-        dtypes=TRITON_DTYPES,
-        capability=8,
-        package="triton",
-        refuse=_refuse_packed,
-        saved=lambda qkv: (),
-    ),
+    on_triton(_packed_forward, _packed_backward, refuse=_refuse_packed, saved=lambda qkv: ()),
 )
 
 
@@ -176,5 +157,5 @@ def _window_backward(
 # bias) -> dqkv, dbias.
 WINDOW_ATTENTION = Part(
     "window_attention",
-    Candidate("library", _window_forward, _window_backward, dtypes=FLOATS, device_types=(), saved=lambda qkv: ()),
+    Backend("library", _window_forward, _window_backward, saved=lambda qkv: ()),
 )

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..parts import HALF, UNMEASURED, Candidate, Case
+from ..parts import Case
+from ..support import HALF, UNMEASURED, Backend
 
 Saved = tuple[Tensor, ...]
 aten = torch.ops.aten
@@ -91,12 +92,13 @@ def _refuse_sdpa(usable: str) -> Callable[[Case], str | None]:
     return refuse
 
 
-def _sdpa(name: str, forward: Any, backward: Any, capability: int, *more: torch.dtype) -> Candidate:
-    return Candidate(
+def _sdpa(name: str, forward: Any, backward: Any, capability: int, *more: torch.dtype) -> Backend:
+    return Backend(
         name,
         forward,
         backward,
         dtypes=(*HALF, *more),
+        device_types=("cuda",),
         capability=capability,
         refuse=_refuse_sdpa(f"can_use_{name}_attention"),
         saved=lambda qkv: forward(True, qkv, False)[1],
@@ -237,11 +239,13 @@ def _xformers_backward(dout: Tensor, qkv: Tensor, out: Tensor, saved: Saved, cau
 
 def _library(
     name: str, package: str, module: str, forward: Any, backward: Any, capability: int, install: str = ""
-) -> Candidate:
-    return Candidate(
+) -> Backend:
+    return Backend(
         name,
         forward,
         backward,
+        dtypes=HALF,
+        device_types=("cuda",),
         capability=capability,
         package=package,
         install=install,

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from .. import cpu
 from ..arguments import LOWERED, Block
-from ..dispatch import Backend, Op, forced_backend
+from ..dispatch import Op, forced_backend
+from ..support import Backend
 from . import fused
 from .example import example
 from .fused import diffuse

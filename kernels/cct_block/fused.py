@@ -15,21 +15,22 @@ from .. import choices, dispatch, overlap
 from ..arguments import GELUS, Block
 from ..attention import ATTENTION, PACKED_ATTENTION, WINDOW_ATTENTION
 from ..layer_norm import WIDEST_ROW
-from ..message_kv import MESSAGE
-from ..parts import Candidate, Case, Part, installed
+from ..message_kv import MESSAGE, SAVED
+from ..parts import Case, Part
+from ..support import Backend, installed
 from . import reference
 from .products import LINEAR_RESIDUAL, NORM_LINEAR, Layer, Norm, Normed, Target
 
 
 class Plan(NamedTuple):
-    """The candidate of every part."""
+    """The backend of every part."""
 
-    qkv: Candidate
-    message: Candidate | None
-    attention: Candidate
-    out: Candidate
-    fc: Candidate
-    projection: Candidate
+    qkv: Backend
+    message: Backend | None
+    attention: Backend
+    out: Backend
+    fc: Backend
+    projection: Backend
 
 
 PARTS = (NORM_LINEAR, LINEAR_RESIDUAL, MESSAGE, ATTENTION, PACKED_ATTENTION, WINDOW_ATTENTION)
@@ -119,7 +120,7 @@ def _find_plan(case: Case, swapped: tuple[tuple[str, str], ...] = ()) -> Plan | 
     found: dict[str, Any] = {"message": None}
     for slot, (part, part_case, sizes) in slots(case).items():
         name = dict(swapped).get(slot)
-        found[slot] = part.choose(part_case, **sizes) if name is None else part.candidates[part.names.index(name)]
+        found[slot] = part.choose(part_case, **sizes) if name is None else part.backends[part.names.index(name)]
     reasons = [each for each in found.values() if isinstance(each, str)]
     return "; ".join(reasons) if reasons else Plan(**found)
 
@@ -295,7 +296,7 @@ def backward(grads: Sequence[Any], saved: Sequence[Tensor], needs: Sequence[bool
     assert p.fc.backward is not None
     assert p.attention.backward is not None
     qkv, mixed, z, u, mean_1, rstd_1, mean_2, rstd_2, *rest = saved
-    message_saved, attention_saved = (rest[:4], rest[4:]) if b.frames else ([], rest)
+    message_saved, attention_saved = (rest[:SAVED], rest[SAVED:]) if b.frames else ([], rest)
     wanted = {name for name, need in zip(Block._fields, needs, strict=True) if need}
     given: dict[str, Tensor | None] = {}
     mixed_rows = mixed.reshape(x.shape)

@@ -3,6 +3,7 @@
 M rows, D width, I columns summed, O columns out.
 """
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,15 +14,15 @@ from torch import Tensor
 from .. import cuda_library
 from ..arguments import GELUS
 from ..derived import cast, kept
-from ..parts import HALF, UNMEASURED, Candidate, Case, Part
+from ..parts import Case, Part
+from ..support import HALF, ON_TRITON, UNMEASURED, Backend, on_triton
 
 if TYPE_CHECKING:
     from ..triton.layer_norm import Spare
 
-# Rows from which LayerNorm is folded into the CUDA library's product: with fewer, folding the weight costs more than
-# it saves. Not measured.
+# Rows from which LayerNorm is folded into a product: with fewer, folding the weight costs more than it saves. Not
+# measured.
 FOLD_FROM = 4096
-FLOATS = (*HALF, torch.float32)
 
 
 class Normed(NamedTuple):
@@ -118,85 +119,54 @@ def _library_residual(a: Tensor, weight: Tensor, bias: Tensor, to: Target) -> tu
     return z, Normed(rows, mean, rstd)
 
 
-def _triton_norm_linear(
-    save: bool, x: Tensor, known: Normed, layer: Layer, spare: "Spare | None" = None
+def _gemm(*args: Any, **options: Any) -> tuple[Tensor, ...]:
+    from ..triton.gemm import gemm
+
+    return gemm(*args, **options)
+
+
+# The functions of the CUDA library take the same arguments as Triton's GEMM, as far as they have them.
+
+
+def _fused_norm_linear(
+    product: Callable[..., tuple[Tensor, ...]],
+    save: bool,
+    x: Tensor,
+    known: Normed,
+    layer: Layer,
+    spare: "Spare | None" = None,
 ) -> tuple[Tensor, Tensor | None, Normed]:
     norm, weight, bias, activation = layer
-    from ..triton.fold import fold
-    from ..triton.gemm import gemm
-    from ..triton.launching import tile
-    from ..triton.layer_norm import row_statistics
+    options: Any = {"activation": bool(activation), "keep": bool(activation) and save}
+    if known.rows is None and x.dtype == weight.dtype != torch.float32 and x.shape[0] >= FOLD_FROM:
+        from ..triton.fold import fold
+        from ..triton.layer_norm import row_statistics
 
-    keep = bool(activation) and save
-    sizes = {"m": x.shape[0], "n": weight.shape[0], "k": weight.shape[1]}
-    half = x.dtype == weight.dtype != torch.float32
-    if known.rows is None and half and tile("ln_linear", x.device, **sizes)["FOLD"]:
         mean, rstd = known.mean, known.rstd
         if mean is None or rstd is None:
             mean, rstd = row_statistics(x, norm.eps)
         folded, sums, shift = kept("fold", fold, weight, norm.weight, norm.bias, bias)
-        y, *u = gemm(x, folded, bias=shift, norm=(mean, rstd, sums), activation=bool(activation), keep=keep)
-        return y, u[0] if keep else None, Normed(None, mean, rstd)
-    known = _normed(save, x, known, norm, weight.dtype, spare)
-    assert known.rows is not None
-    y, *u = gemm(known.rows, weight, bias=bias, activation=bool(activation), keep=keep)
-    return y, u[0] if keep else None, known
+        found, known = product(x, folded, bias=shift, norm=(mean, rstd, sums), **options), Normed(None, mean, rstd)
+    else:
+        known = _normed(save, x, known, norm, weight.dtype, spare)
+        found = product(known.rows, weight, bias=bias, **options)
+    return found[0], found[1] if options["keep"] else None, known
 
 
-def _triton_slope(
+def _fused_slope(
     dy: Tensor, weight: Tensor, u: Tensor, activation: str, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    from ..triton.gemm import gemm
-
-    du, *rest = gemm(dy, weight.T, slope_at=u, keep=keep, sums=True)
+    du, *rest = _gemm(dy, weight.T, slope_at=u, keep=keep, sums=True)
     return du, rest[-1], rest[0] if keep else None
 
 
-def _triton_residual(a: Tensor, weight: Tensor, bias: Tensor, to: Target) -> tuple[Tensor, Normed]:
-    from ..triton.gemm import gemm
-
+def _fused_residual(
+    product: Callable[..., tuple[Tensor, ...]], a: Tensor, weight: Tensor, bias: Tensor, to: Target
+) -> tuple[Tensor, Normed]:
     eps = to.norm.eps if to.norm else 0.0
     wanted = eps if to.statistics or to.norm else None
-    z, *found = gemm(a, weight, bias=bias, residual=to.x, drop_scale=to.drop_scale, statistics_eps=wanted)
+    z, *found = product(a, weight, bias=bias, residual=to.x, drop_scale=to.drop_scale, statistics_eps=wanted)
     return z, Normed(None, *found)
-
-
-def _cuda_norm_linear(
-    save: bool, x: Tensor, known: Normed, layer: Layer, spare: "Spare | None" = None
-) -> tuple[Tensor, Tensor | None, Normed]:
-    norm, weight, bias, activation = layer
-    keep = bool(activation) and save
-    if known.rows is None and x.dtype == weight.dtype and x.shape[0] >= FOLD_FROM:
-        mean, rstd = known.mean, known.rstd
-        if mean is None or rstd is None:
-            mean, rstd = cuda_library.row_statistics(x, norm.eps)
-        folded, sums, shift = kept("cuda fold", cuda_library.fold, weight, norm.weight, norm.bias, bias)
-        y, u = cuda_library.norm_linear(x, folded, shift, (mean, rstd, sums), activation=bool(activation), keep=keep)
-        return y, u, Normed(None, mean, rstd)
-    known = _normed(save, x, known, norm, weight.dtype, spare)
-    assert known.rows is not None
-    y, u = cuda_library.norm_linear(known.rows, weight, bias, activation=bool(activation), keep=keep)
-    return y, u, known
-
-
-def _cuda_slope(
-    dy: Tensor, weight: Tensor, u: Tensor, activation: str, keep: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    du, sums = cuda_library.linear_slope(dy, weight.T, u, column_sums=True)
-    assert sums is not None
-    return du, sums, _activate(True, u, activation) if keep else None
-
-
-def _cuda_residual(a: Tensor, weight: Tensor, bias: Tensor, to: Target) -> tuple[Tensor, Normed]:
-    scale = None
-    if to.drop_scale is not None:
-        samples = to.drop_scale.shape[0]
-        scale = to.drop_scale.float()[:, None].expand(samples, to.x.shape[0] // samples).reshape(-1)
-    if to.norm is None and not to.statistics:
-        return cuda_library.linear_residual(a, weight, bias, to.x, scale), Normed()
-    eps = to.norm.eps if to.norm else 0.0
-    z, mean, rstd = cuda_library.linear_residual_statistics(a, weight, bias, to.x, scale, eps)
-    return z, Normed(None, mean, rstd)
 
 
 def _refuse_float32(case: Case) -> str | None:
@@ -222,34 +192,19 @@ def _nothing(*_: Any) -> tuple[Tensor, ...]:
     return ()
 
 
-def _candidates(library: Any, triton: Any, cuda: Any, *backward: Callable[..., Any] | None) -> tuple[Candidate, ...]:
-    slopes = backward or (None, None, None)
+def _backends(library: Any, fused: Any, on_cuda: Any, *slopes: Callable[..., Any]) -> tuple[Backend, ...]:
+    library_slope, fused_slope = slopes or (None, None)
+    triton, cuda = functools.partial(fused, _gemm), functools.partial(fused, on_cuda)
+    own: dict[str, Any] = {"opt_in": UNMEASURED, "saved": _nothing}
     return (
-        Candidate("library", library, slopes[0], dtypes=FLOATS, device_types=(), saved=_nothing),
-        Candidate(
-            "triton",
-            triton,
-            slopes[1],
-            dtypes=FLOATS,
-            capability=8,
-            package="triton",
-            opt_in=UNMEASURED,
-            refuse=_refuse_float32,
-            saved=_nothing,
-        ),
-        Candidate("cuda", cuda, slopes[2], device_types=(), opt_in=UNMEASURED, refuse=_refuse_cuda, saved=_nothing),
+        Backend("library", library, library_slope, dtypes=ON_TRITON, saved=_nothing),
+        on_triton(triton, fused_slope, refuse=_refuse_float32, **own),
+        Backend("cuda", cuda, fused_slope, dtypes=HALF, refuse=_refuse_cuda, **own),
     )
 
 
 NORM_LINEAR = Part(
     "norm_linear",
-    *_candidates(
-        _library_norm_linear,
-        _triton_norm_linear,
-        _cuda_norm_linear,
-        _library_slope,
-        _triton_slope,
-        _cuda_slope,
-    ),
+    *_backends(_library_norm_linear, _fused_norm_linear, cuda_library.norm_linear, _library_slope, _fused_slope),
 )
-LINEAR_RESIDUAL = Part("linear_residual", *_candidates(_library_residual, _triton_residual, _cuda_residual))
+LINEAR_RESIDUAL = Part("linear_residual", *_backends(_library_residual, _fused_residual, cuda_library.linear_residual))

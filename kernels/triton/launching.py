@@ -84,7 +84,7 @@ def _gpu(device: torch.device) -> tuple[int, int]:
 
 def tile(op: str, device: torch.device, **sizes: int) -> dict[str, Any]:
     """The tile of ``op`` for these sizes on this device: the first row of the user's table, then of the shipped one,
-    whose architecture is the device's (or the newest below it) and whose bounds hold.
+    whose bounds hold; of those for the device's architecture or one below it, the newest first.
 
     Raises:
         LookupError: if the tables have no row; the shipped table has one for every size.
@@ -126,8 +126,7 @@ def _rows(op: str, architecture: int) -> Rows:
     hold, by size; the tiles found so far, by the place of each size among those values."""
     rows = []
     for table in (tables.rows(tables.user_table(TABLE.name), op), tables.rows(TABLE, op)):
-        newest = max((row["arch"] for row in table if row["arch"] <= architecture), default=None)
-        rows += [row for row in table if row["arch"] == newest]
+        rows += sorted((row for row in table if row["arch"] <= architecture), key=lambda row: -row["arch"])
     bounds: dict[str, set[int]] = {}
     for row in rows:
         for name, (low, high) in row.get("where", {}).items():

@@ -18,6 +18,12 @@ from .launching import cdiv, launch, next_power_of_2, processors, tile
 
 
 @triton.jit
+def saturate(value):
+    """What e4m3 cannot hold becomes its largest, 448."""
+    return tl.minimum(tl.maximum(value, -448.0), 448.0)
+
+
+@triton.jit
 def _load_rows(x_ptr, x_row, spare_ptr, rows, columns, inside, D, length):
     """rows of x, but of ``spare`` in the last of every ``length`` rows, if it is given; float32"""
     x_at = x_ptr + rows[:, None].to(tl.int64) * x_row + columns[None, :]
@@ -42,6 +48,7 @@ def layer_norm_fwd_kernel(
     weight_ptr,  # (D,)
     bias_ptr,  # (D,)
     y_ptr,  # (M, D) or None: no LayerNorm of it
+    scale_ptr,  # (M,) float32 or None: y is in e4m3, over the row's largest value / 448, which is written here
     mean_ptr,  # (M,) float32 or None: not wanted
     rstd_ptr,  # (M,) float32, with mean
     spare_ptr,  # (M / length, D) or None: takes the place of x in the last of every ``length`` rows
@@ -87,6 +94,11 @@ def layer_norm_fwd_kernel(
         weight = tl.load(weight_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)[None, :]
         bias = tl.load(bias_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)[None, :]
         y = off * rstd[:, None] * weight + bias
+        if scale_ptr is not None:
+            largest = tl.max(tl.where(inside, tl.abs(y), 0.0), 1)
+            scale = tl.where(largest == 0.0, 1.0, largest / 448.0)
+            y = saturate(tl.div_rn(y, scale[:, None]))
+            tl.store(scale_ptr + rows, scale, mask=rows < M)
         tl.store(y_ptr + rows[:, None].to(tl.int64) * D + columns[None, :], y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
@@ -202,6 +214,7 @@ def normalise(
     statistics: bool = False,
     branch: Branch | None = None,
     spare: Spare | None = None,
+    scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """One pass over x (M, D), any row stride.
 
@@ -210,6 +223,7 @@ def normalise(
         statistics: the mean and 1 / sqrt(variance + eps) of each row are wanted.
         branch: added to x first.
         spare: takes the place of rows of x.
+        scale: (M,) float32, for the dtype e4m3: written, what each row of LN(x) was divided by.
 
     Returns:
         x, or x + branch in x's dtype (M, D); LN of it (M, D); mean and rstd (M,) float32; None for what is not wanted.
@@ -233,6 +247,7 @@ def normalise(
         weight,
         bias,
         y,
+        scale,
         mean,
         rstd,
         *spares,

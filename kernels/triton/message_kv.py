@@ -2,8 +2,8 @@
 value are a fifth where the projection of the frames' tokens does not make them.
 
 B videos, T frames, F = B T rows, D width, H heads of C channels. F is small, so the GEMMs stream their weights: low
-tiles, many of them along the weight's rows, each normalising its own few rows. Backward recomputes LN(.) and the
-attention from m, qkv and the residual's result, all of F rows.
+tiles, many of them along the weight's rows, each normalising its own few rows. The attention over the frames of a video
+is that of the frames' tokens, with videos as sequences. Backward recomputes LN(.).
 """
 
 from collections.abc import Callable, Sequence
@@ -14,7 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launching import cdiv, launch, next_power_of_2, tile
+from ..attention import attention_reference, reference_backward, takes
+from . import attention
+from .launching import cdiv, launch, tile
 from .layer_norm import Spare, normalise_backward
 
 
@@ -96,89 +98,6 @@ def message_rows_kernel(
     tl.store(y_at, acc.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
-def _probabilities(query, key, t, frames, scale):
-    """softmax(q k^T scale) over the frames t < T of a video, float32"""
-    scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
-    scores = tl.where((t < frames)[None, :], scores, float("-inf"))
-    weights = tl.exp(scores - tl.max(scores, 1)[:, None])
-    return weights / tl.sum(weights, 1)[:, None]
-
-
-@triton.jit
-def message_attention_fwd_kernel(
-    qkv_ptr,  # (F, 3, H, C)
-    mixed_ptr,  # (F, H, C)
-    frames,
-    heads,
-    size,  # C
-    scale,
-    BLOCK_T: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """softmax(q k^T / sqrt(C)) v of one head over the frames of one video"""
-    head = tl.program_id(0) % heads
-    t, c = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_C)
-    rows = (tl.program_id(0) // heads).to(tl.int64) * frames + t
-    inside = (t < frames)[:, None] & (c < size)[None, :]
-    width = heads * size
-    at = qkv_ptr + (rows * 3 * width + head * size)[:, None] + c[None, :]
-    query = tl.load(at, mask=inside, other=0.0)
-    key = tl.load(at + width, mask=inside, other=0.0)
-    value = tl.load(at + 2 * width, mask=inside, other=0.0)
-    weights = _probabilities(query, key, t, frames, scale)
-    mixed = tl.dot(weights.to(value.dtype), value, input_precision="ieee")
-    mixed_at = mixed_ptr + (rows * width + head * size)[:, None] + c[None, :]
-    tl.store(mixed_at, mixed.to(value.dtype), mask=inside)
-
-
-@triton.jit
-def message_attention_bwd_kernel(
-    qkv_ptr,  # (F, 3, H, C)
-    dmixed_ptr,  # (F, H, C)
-    dqkv_ptr,  # (F, 3, H, C)
-    mixed_ptr,  # (F, H, C): the forward's result, recomputed
-    frames,
-    heads,
-    size,
-    scale,
-    BLOCK_Q: tl.constexpr,  # frames whose queries are worked on at a time
-    BLOCK_T: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    head = tl.program_id(0) % heads
-    first = (tl.program_id(0) // heads).to(tl.int64) * frames
-    t, c = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_C)
-    inside = (t < frames)[:, None] & (c < size)[None, :]
-    width = heads * size
-    packed_at = ((first + t) * 3 * width + head * size)[:, None] + c[None, :]
-    key = tl.load(qkv_ptr + packed_at + width, mask=inside, other=0.0)
-    value = tl.load(qkv_ptr + packed_at + 2 * width, mask=inside, other=0.0)
-    dkey = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
-    dvalue = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
-    for start in range(0, BLOCK_T, BLOCK_Q):
-        i = start + tl.arange(0, BLOCK_Q)
-        asked = (i < frames)[:, None] & (c < size)[None, :]
-        query_at = ((first + i) * 3 * width + head * size)[:, None] + c[None, :]
-        mixed_at = ((first + i) * width + head * size)[:, None] + c[None, :]
-        query = tl.load(qkv_ptr + query_at, mask=asked, other=0.0)
-        dmixed = tl.load(dmixed_ptr + mixed_at, mask=asked, other=0.0)
-        weights = _probabilities(query, key, t, frames, scale)
-        low = weights.to(value.dtype)
-        mixed = tl.dot(low, value, input_precision="ieee")
-        tl.store(mixed_ptr + mixed_at, mixed.to(value.dtype), mask=asked)
-        # dv = P^T do; dS = P (do v^T - sum_j P do v^T); dq = dS k scale; dk = dS^T q scale. do is zero past T
-        dvalue = tl.dot(tl.trans(low), dmixed, dvalue, input_precision="ieee")
-        dweights = tl.dot(dmixed, tl.trans(value), input_precision="ieee")
-        dscores = weights * (dweights - tl.sum(weights * dweights, 1)[:, None])
-        dscores = dscores.to(value.dtype)
-        dquery = tl.dot(dscores, key, input_precision="ieee") * scale
-        tl.store(dqkv_ptr + query_at, dquery.to(value.dtype), mask=asked)
-        dkey = tl.dot(tl.trans(dscores), query, dkey, input_precision="ieee")
-    tl.store(dqkv_ptr + packed_at + width, (dkey * scale).to(value.dtype), mask=inside)
-    tl.store(dqkv_ptr + packed_at + 2 * width, dvalue.to(value.dtype), mask=inside)
-
-
 def _rows(
     x: Tensor,
     weight: Tensor,
@@ -224,24 +143,6 @@ def _rows(
     return y
 
 
-def _attend(name: str, kernel: Any, tensors: tuple[Tensor, ...], frames: int, heads: int) -> None:
-    """Launch an attention kernel: one program a video and head."""
-    rows, size = tensors[0].shape[0], tensors[0].shape[1] // (3 * heads)
-    block_t = max(16, next_power_of_2(frames))
-    launch(
-        kernel,
-        (rows // frames * heads,),
-        *tensors,
-        frames,
-        heads,
-        size,
-        size**-0.5,
-        BLOCK_T=block_t,
-        BLOCK_C=max(16, next_power_of_2(size)),
-        **tile(name, tensors[0].device, frames=frames, bytes=tensors[0].element_size()),
-    )
-
-
 def forward(save: bool, b: Any) -> tuple[Spare, Callable[[Tensor], None], tuple[Tensor, ...]]:
     (count, _, width), frames = b.x.shape, b.frames
     videos = count // frames
@@ -257,8 +158,9 @@ def forward(save: bool, b: Any) -> tuple[Spare, Callable[[Tensor], None], tuple[
     message = _rows(b.x[:, 0], b.message_fc_weight, b.message_fc_bias)
     norm = (b.message_ln_weight, b.message_ln_bias, b.eps)
     qkv = _rows(message, b.message_in_weight, b.message_in_bias, norm=norm, statistics=first)
-    mixed = torch.empty_like(message)
-    _attend("message_kv_attention", message_attention_fwd_kernel, (qkv, mixed), frames, b.heads)
+    heads = qkv.view(videos, frames, 3, b.heads, -1)
+    mixed, lse = attention.forward(save, heads) if takes(heads.shape[-1]) else (attention_reference(heads), ())
+    mixed = mixed.reshape(message.shape)
     out = (b.message_out_weight, b.message_out_bias)
     fused = _rows(mixed, *out, residual=message, drop_scale=b.drop_fusion, frames=frames)
 
@@ -268,11 +170,13 @@ def forward(save: bool, b: Any) -> tuple[Spare, Callable[[Tensor], None], tuple[
         _rows(fused, b.in_weight[width:], b.in_bias[width:], norm=norm, statistics=second, to=key_value)
 
     spare = Spare(fused, *((None, None) if second is None else second))
-    return spare, write, () if statistics is None else (message, qkv, fused, statistics)
+    if statistics is None:
+        return spare, write, ()
+    return spare, write, (message, qkv, fused, statistics, mixed, *(lse or (statistics.new_empty(0),)))
 
 
 def backward(dfused: Tensor, saved: Sequence[Tensor], wanted: set[str], b: Any) -> tuple[dict[str, Tensor], Tensor]:
-    message, qkv, _, (mean, rstd, *_) = saved
+    message, qkv, _, (mean, rstd, *_), mixed, lse = saved
     dtype, width, frames = message.dtype, message.shape[1], b.frames
     given: dict[str, Tensor] = {}
 
@@ -287,9 +191,10 @@ def backward(dfused: Tensor, saved: Sequence[Tensor], wanted: set[str], b: Any) 
     dbranch = dfused
     if b.drop_fusion is not None:
         dbranch = (dfused.view(-1, frames, width) * b.drop_fusion[:, None, None].to(dtype)).view_as(dfused)
-    dqkv, mixed = torch.empty_like(qkv), torch.empty_like(message)
-    attention = (qkv, torch.mm(dbranch, b.message_out_weight), dqkv, mixed)
-    _attend("message_kv_attention_backward", message_attention_bwd_kernel, attention, frames, b.heads)
+    heads = qkv.view(-1, frames, 3, b.heads, width // b.heads)
+    dmixed = torch.mm(dbranch, b.message_out_weight).view(heads[:, :, 0].shape)
+    backward = attention.backward if takes(heads.shape[-1]) else reference_backward
+    dqkv = backward(dmixed, heads, mixed.view(dmixed.shape), (lse,)).reshape(qkv.shape)
     parameters("message_out", dbranch, mixed)
     # qkv = LN_m(m) W + b, and the residual
     dmessage, given["message_ln_weight"], given["message_ln_bias"], normed, *_ = normalise_backward(

@@ -3,6 +3,7 @@
 F frames, N patches of P x P pixels, L = N + 1 tokens, D width, K = 3 P^2 pixels of a patch.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,45 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..derived import kept
 from ..linear import linear
+from ..patch_embed import for_levels
 from .gemm import rows_of
 from .launching import cdiv, launch, tile
 from .layer_norm import normalise, normalise_backward
-
-
-@triton.jit
-def _fold_kernel(
-    weight_ptr,  # (D, 3, P, P)
-    folded_ptr,  # (D, padded), channel last as the pixels, zeros behind K
-    bias_ptr,  # (D,) float32
-    mean_0,
-    mean_1,
-    mean_2,
-    std_0,
-    std_1,
-    std_2,
-    width,
-    padded,
-    AREA: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """W ((u / 255 - mean) / std) = W / (255 std) (u - 128) + W (128 / 255 - mean) / std"""
-    d = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    bias = tl.zeros((ROWS, BLOCK), tl.float32)
-    for start in range(0, padded, BLOCK):
-        k = start + tl.arange(0, BLOCK)
-        channel, pixel = k % 3, k // 3
-        mean = tl.where(channel == 0, mean_0, tl.where(channel == 1, mean_1, mean_2))
-        std = tl.where(channel == 0, std_0, tl.where(channel == 1, std_1, std_2))
-        at = weight_ptr + d[:, None] * (3 * AREA) + (channel * AREA + pixel)[None, :]
-        weight = tl.load(at, mask=(d[:, None] < width) & (k[None, :] < 3 * AREA), other=0.0).to(tl.float32)
-        bias += weight * ((128 / 255 - mean) / std)[None, :]
-        folded = (weight / (255 * std)[None, :]).to(folded_ptr.dtype.element_ty)
-        tl.store(
-            folded_ptr + d[:, None] * padded + k[None, :], folded, mask=(d[:, None] < width) & (k[None, :] < padded)
-        )
-    tl.store(bias_ptr + d, tl.sum(bias, 1), mask=d < width)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -135,26 +103,13 @@ def forward(
         if frames.stride()[2:] != (3, 1):
             frames = frames.contiguous()
         frame_stride, y_stride, x_stride, channel_stride = frames.stride()
-        kernel = weight.new_empty(width, padded)
-        bias = weight.new_empty(width, dtype=torch.float32)
-        launch(
-            _fold_kernel,
-            (cdiv(width, 8),),
-            weight,
-            kernel,
-            bias,
-            *(float(number) for number in (*mean, *std)),
-            width,
-            padded,
-            AREA=patch * patch,
-            ROWS=8,
-            BLOCK=256,
-        )
+        made = functools.partial(for_levels, mean=mean, std=std)
+        kernel, bias = kept(f"levels {mean} {std}", made, weight)
     else:
         frame_stride, channel_stride, y_stride, x_stride = frames.stride()
         kernel, bias = weight.view(width, depth), None
-        if padded != depth:
-            kernel = torch.nn.functional.pad(kernel, (0, padded - depth))
+    if padded != depth:
+        kernel = torch.nn.functional.pad(kernel, (0, padded - depth))
 
     rows = count * down * across
     tokens = weight.new_empty(count, length, width, dtype=torch.promote_types(weight.dtype, position.dtype))

@@ -2,7 +2,7 @@
 
 Without ``--backends``, the tiles of the Triton kernels. For each shape of the model's blocks an estimate names a few
 tiles; those that agree with torch are timed, and the fastest is written. With ``--backends``, to be run after that, the
-backends of every op and the tiles of the CUDA library's products.
+backends of every op and of every part of a block. ``--rehearse`` runs everything on the CPU and writes nothing.
 
 Rows go into the user's own table (``tiles.json`` or ``choices.json`` in ``~/.cache/xclip_fast``), which is asked before
 the shipped one, or with ``--commit`` into the shipped one (in ``kernels/triton`` or ``kernels``). Each table is written
@@ -10,6 +10,7 @@ as soon as it is measured. When the time is over, what is left keeps the rows th
 """
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
@@ -24,7 +25,7 @@ import torch
 
 from .. import choices
 from ..tables import user_table
-from . import backends, tiles
+from . import backends, measuring, tiles
 from .shapes import BATCHES, SHAPES
 
 
@@ -49,47 +50,43 @@ def main(arguments: list[str] | None = None, progress: Callable[[int, int], None
     """Exit code of a run. progress: called with the numbers of tables done and in all."""
     parser = argparse.ArgumentParser(prog="python -m xclip_fast.kernels.tune", description=__doc__)
     parser.add_argument("--backends", action="store_true", help="the backends of the ops instead of Triton's tiles")
-    known = sorted({*tiles.WORK, *backends.WORK, *backends.SLOTS, *backends.TILE_WORK})
+    known = sorted({*tiles.NAMES, *backends.NAMES})
     parser.add_argument("--op", action="append", choices=known, help="one table only; may be repeated")
     parser.add_argument("--model", choices=list(SHAPES), default="B/16", help="whose shapes (default: B/16)")
     parser.add_argument("--batch", type=int, nargs="+", default=BATCHES, help="numbers of videos (default: 1 32)")
     parser.add_argument("--seconds", type=float, default=60, help="begin nothing after that long (default: 60)")
     parser.add_argument("--commit", action="store_true", help="write the shipped table instead of the user's own")
+    parser.add_argument("--rehearse", action="store_true", help="run it on the CPU with small shapes; write nothing")
     options = parser.parse_args(arguments)
-    if not torch.cuda.is_available():
+    if not options.rehearse and not torch.cuda.is_available():
         print("error: tuning measures on a GPU, and torch.cuda.is_available() is False here", file=sys.stderr)
         return 1
     if importlib.util.find_spec("triton") is None:
         print("error: tuning times with Triton, which is not installed (pip install triton)", file=sys.stderr)
         return 1
-    work: Any = {**backends.TILE_WORK, **backends.SLOTS, **backends.WORK} if options.backends else tiles.WORK
-    measure = backends.measure if options.backends else tiles.measure
-    if options.backends:
-        table = choices.TABLE
-    else:
-        from ..triton import launching
+    from ..triton import launching
 
-        table = launching.TABLE
+    module: Any = backends if options.backends else tiles
+    ops = options.op or module.NAMES
+    if others := set(ops) - set(module.NAMES):
+        other = "without" if options.backends else "with"
+        parser.error(f"--op {min(others)} is measured {other} --backends; here: {', '.join(module.NAMES)}")
+    table = (choices if options.backends else launching).TABLE
     path = table if options.commit else user_table(table.name)
-    ops = options.op or list(work)
-    for op in ops:
-        if op not in work:
-            other = "without" if options.backends else "with"
-            parser.error(f"--op {op} is measured {other} --backends; here: {', '.join(work)}")
-    shape, batches = SHAPES[options.model], tuple(sorted(set(options.batch)))
-    wrong, end = 0, time.monotonic() + options.seconds
-    for index, op in enumerate(ops):
-        progress(index, len(ops))
-        # what is left of the time is shared by the tables that are left
-        share = max(end - time.monotonic(), 0) / (len(ops) - index)
-        rows, refused = measure(op, shape, batches, time.monotonic() + share, print)
-        wrong += refused
-        merge(path, {op: rows})
-        choices.forget()  # the backend cuda is measured with the tiles that were found for it
-        if not options.backends:
-            launching.forget()
+    batches, wrong, end = tuple(sorted(set(options.batch))), 0, time.monotonic() + options.seconds
+    with measuring.rehearsed() if options.rehearse else contextlib.nullcontext():
+        for index, op in enumerate(ops):
+            progress(index, len(ops))
+            # what is left of the time is shared by the tables that are left
+            deadline = time.monotonic() + max(end - time.monotonic(), 0) / (len(ops) - index)
+            rows, refused = measuring.measure(module, op, SHAPES[options.model], batches, deadline, print)
+            wrong += refused
+            if not options.rehearse:
+                merge(path, {op: rows})
+                choices.forget()
+                launching.forget()
     progress(len(ops), len(ops))
-    print(f"written to {path}")
+    print("a rehearsal: nothing is written" if options.rehearse else f"written to {path}")
     if wrong:
         print(f"error: {wrong} backends or tiles compute something else and were left out", file=sys.stderr)
     return 1 if wrong else 0

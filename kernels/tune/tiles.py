@@ -5,8 +5,7 @@ the first few are compiled, compared with torch and timed.
 """
 
 import functools
-import importlib.metadata
-import time
+import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,33 +13,18 @@ import torch
 from torch import Tensor
 
 from ..attention import attention_reference
+from ..cct_block.products import FOLD_FROM
+from ..example import Sizes
 from ..linear import linear
 from ..quick_gelu import quick_gelu_reference
 from ..triton import ONE_TILE
-from .shapes import LENGTHS, Shape, boundaries
+from . import measuring
+from .measuring import Contest, Contests, Where, normal
+from .shapes import LENGTHS, boundaries
 
-DEVICE = "cuda"
 TRIED = 4  # tiles a shape
 # a row's bounds, the tiles worth trying, the call, what its first result should be
-Work = tuple[dict[str, list[int]], list[dict[str, Any]], Callable[[], Any], Callable[[], Tensor]]
-
-
-def milliseconds(call: Callable[[], Any]) -> float:
-    """Median GPU time of a call, its data not in the cache, over about 20 ms."""
-    from triton.testing import do_bench
-
-    return float(do_bench(call, warmup=5, rep=20, return_mode="median"))
-
-
-def failures() -> tuple[type[Exception], ...]:
-    """What a kernel raises that does not fit the GPU, does not compile for it, or finds no memory."""
-    from triton.errors import TritonError
-
-    return TritonError, RuntimeError
-
-
-def _normal(*shape: int) -> Tensor:
-    return torch.randn(shape, device=DEVICE, dtype=torch.bfloat16)
+Work = tuple[Where, list[dict[str, Any]], Callable[[], Any], Callable[[], Tensor]]
 
 
 # ---- the GEMM, with the epilogues of a block
@@ -106,30 +90,30 @@ def _right(
     return y if residual is None else y + residual
 
 
-def gemm_work(shape: Shape, batches: tuple[int, ...]) -> Iterator[Work]:
+def gemm_work(shape: Sizes, batches: tuple[int, ...]) -> Iterator[Work]:
     """The four products of a block, and the backward one whose epilogue is the slope of quick_gelu."""
     from ..triton.gemm import gemm
-    from ..triton.launching import processors, tile
+    from ..triton.launching import processors
 
-    width, every = shape.width, shape.rows(batches)
+    width, every = shape.width, tuple(shape.frames * shape.tokens * batch for batch in batches)
     for m in every:
-        residual = _normal(m, width)
-        norm = tuple(torch.rand(size, device=DEVICE) for size in (m, m))
+        residual = normal(m, width)
+        norm = tuple(torch.rand(size, device=measuring.DEVICE) for size in (m, m))
         for n, k, extra in (
             (3 * width, width, {}),
             (4 * width, width, {"activation": True}),
             (width, 4 * width, {"residual": residual}),
             (width, width, {"residual": residual}),
-            (4 * width, width, {"slope_at": _normal(m, 4 * width), "keep": True, "sums": True}),
+            (4 * width, width, {"slope_at": normal(m, 4 * width), "keep": True, "sums": True}),
         ):
-            x, weight, bias = _normal(m, k), _normal(n, k) * k**-0.5, _normal(n)
+            x, weight, bias = normal(m, k), normal(n, k) * k**-0.5, normal(n)
             heavy = int("residual" in extra or "slope_at" in extra)
             given: dict[str, Any] = {**extra}
             if "slope_at" in extra:
                 weight = weight.T.contiguous().T  # a gradient's product reads the transpose
             else:
                 given["bias"] = bias
-            if not heavy and tile("ln_linear", x.device, m=m, n=n, k=k)["FOLD"]:
+            if not heavy and m >= FOLD_FROM:
                 given["norm"] = (*norm, weight.float().sum(1))
             where = {"m": boundaries(every, m), "n": [n, n], "k": [k, k], "bytes": [2, 2]}
             where |= {"heavy": [heavy, heavy], "aligned": [1, 1]}
@@ -158,7 +142,7 @@ ATTENTION = [
 ]
 
 
-def attention_work(op: str, shape: Shape, batches: tuple[int, ...]) -> Iterator[Work]:
+def attention_work(op: str, shape: Sizes, batches: tuple[int, ...]) -> Iterator[Work]:
     from ..triton import attention
 
     length, heads, backward = shape.tokens + 1, shape.width // 64, op != "attention"
@@ -166,7 +150,7 @@ def attention_work(op: str, shape: Shape, batches: tuple[int, ...]) -> Iterator[
     if backward and length <= ONE_TILE[2]:
         return  # it has a kernel without tiles
     frames = shape.frames * max(batches)
-    qkv = _normal(frames, length, 3, heads, 64)
+    qkv = normal(frames, length, 3, heads, 64)
     where = {"length": boundaries(tuple(sorted({*(each + 1 for each in LENGTHS), length})), length), "bytes": [2, 2]}
     some = slice(min(frames, 16))  # what is compared: scores of all frames would not fit
 
@@ -200,63 +184,47 @@ def attention_candidates(length: int, keys_outside: bool) -> list[dict[str, Any]
 # ---- measuring
 
 
-WORK: dict[str, Callable[[Shape, tuple[int, ...]], Iterator[Work]]] = {
+WORK: dict[str, Callable[[Sizes, tuple[int, ...]], Iterator[Work]]] = {
     **{op: functools.partial(attention_work, op) for op in ("attention", "attention_dq", "attention_dk_dv")},
     "gemm": gemm_work,  # last: it takes the most, and has the time that the others leave
 }
 
 
-def _first(result: Any) -> Tensor:
+NAMES = tuple(WORK)
+
+
+def row(found: dict[str, float]) -> dict[str, Any]:
+    best = next(iter(found))
+    facts = measuring.provenance()
+    measured = f"{facts['device']}, Triton {facts['triton']}, {found[best]:.4f} ms"
+    return {"use": json.loads(best), "measured": measured}
+
+
+def contests(op: str, shape: Sizes, batches: tuple[int, ...], say: Callable[[str], None]) -> Contests:
+    for where, candidates, call, right in WORK[op](shape, batches):
+        yield where, functools.partial(_contest, op, candidates, call, right)
+
+
+def _contest(
+    op: str, candidates: list[dict[str, Any]], call: Callable[[], Any], right: Callable[[], Tensor]
+) -> Contest:
+    wanted = right()
+    calls: dict[str, Callable[[], Any]] = {
+        json.dumps(use): functools.partial(_with_tile, op, use, call) for use in candidates
+    }
+    return Contest(calls, functools.partial(agrees, wanted=wanted))
+
+
+def _with_tile(op: str, use: dict[str, Any], call: Callable[[], Any]) -> Any:
+    from ..triton.launching import forced_tile
+
+    with forced_tile(op, use):
+        return call()
+
+
+def agrees(result: Any, wanted: Tensor) -> bool:
+    """Whether the first result of a call is what torch computes, up to bfloat16's rounding; NaN is wrong."""
     while not isinstance(result, Tensor):
         result = result[0]
-    return result
-
-
-def agrees(call: Callable[[], Any], wanted: Tensor) -> bool:
-    """Whether the first result of a call is what torch computes, up to bfloat16's rounding; NaN is wrong."""
-    got = _first(call())[: len(wanted)].float()
+    got = result[: len(wanted)].float()
     return bool((got - wanted).abs().max() <= 0.02 * wanted.abs().max())
-
-
-def measure(
-    op: str, shape: Shape, batches: tuple[int, ...], deadline: float, say: Callable[[str], None]
-) -> tuple[list[dict[str, Any]], int]:
-    """The rows of one table, the fastest tile of each shape, and how many tiles were left out as wrong.
-
-    No tile is begun after ``deadline`` (of ``time.monotonic``); a shape without a timing has no row.
-    """
-    from ..triton import launching
-
-    device = torch.device(DEVICE)
-    name = torch.cuda.get_device_name()
-    rows, wrong = [], 0
-    for where, candidates, call, right in WORK[op](shape, batches):
-        best: tuple[float, dict[str, Any]] | None = None
-        wanted = right()
-        for use in candidates:
-            if time.monotonic() >= deadline:
-                say(f"{op} {where}: the time is over")
-                break
-            with launching.forced_tile(op, use):
-                try:
-                    if not agrees(call, wanted):
-                        say(f"{op} {where}: {use} COMPUTES SOMETHING ELSE, and is left out")
-                        wrong += 1
-                        continue
-                    found = milliseconds(call)
-                except failures() as error:
-                    say(f"{op} {where}: {use} does not run: {_first_line(error)}")
-                    continue
-            if best is None or found < best[0]:
-                best = found, use
-        if best is None:
-            continue
-        say(f"{op} {where}: {best[0]:.4f} ms with {best[1]}")
-        version = importlib.metadata.version("triton")
-        measured = f"{name}, Triton {version}, {best[0]:.4f} ms"
-        rows.append({"arch": launching.arch(device), "where": where, "use": best[1], "measured": measured})
-    return rows, wrong
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

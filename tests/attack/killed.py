@@ -5,6 +5,8 @@
 COUNT changes of each command, spread over the run, or all of them (0). After each kill every file in its place is
 whole; the same command run again gives what an unbroken run gives, and leaves nothing beside it. Where the disk is
 full, the command ends with an error that says so. Prints how many were tried.
+
+Each try runs in a fork of one process that has imported everything, and starts with a copy of one earlier result.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import ctypes
 import errno
 import importlib
 import io
+import json
 import os
 import pickle
 import shutil
@@ -41,7 +44,10 @@ Content = dict[str, Any]
 
 
 def forked(work: Callable[[], Any], arm: tuple[Path, int, int] | None = None) -> tuple[int, Any]:
-    """(exit status, what `work` returned) in a process of its own. Its changes count if it is armed."""
+    """(exit status, (what `work` returned, changes to files)) of a fork. Its changes count if it is armed.
+
+    What the fork imported, this process imports too: the next forks have it.
+    """
     reader, writer = os.pipe()
     process = os.fork()
     if not process:
@@ -55,18 +61,24 @@ def forked(work: Callable[[], Any], arm: tuple[Path, int, int] | None = None) ->
                 answer = work()
                 status = 0
             except BaseException as error:
-                answer = (type(error).__name__, str(error), traceback.format_exc())
+                kinds = [kind.__name__ for kind in type(error).__mro__]
+                answer = (kinds, str(error), traceback.format_exc())
                 status = 2
             seen = ctypes.c_long.in_dll(EVENTS, "seen").value
             EVENTS.arm(b"", ctypes.c_long(-1), 0)
             with open(writer, "wb") as file:
-                pickle.dump((answer, seen), file)
+                pickle.dump((answer, seen, list(sys.modules)), file)
         os._exit(status)
     os.close(writer)
     with open(reader, "rb") as file:
         data = file.read()
     status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-    return status, pickle.loads(data) if data else None
+    answer, seen, modules = pickle.loads(data) if data else (None, 0, [])
+    for module in modules:
+        if module not in sys.modules:
+            with contextlib.suppress(Exception):
+                importlib.import_module(module)
+    return status, (answer, seen)
 
 
 def files(folder: Path) -> Content:
@@ -144,22 +156,33 @@ class FewShot(Command):
 
 
 class Evaluate(Command):
+    """The figures are computed once: an evaluation changes no file before its report."""
+
     whole = True
 
-    def _write(self, out: Path, rows: list[int]) -> None:
+    def __init__(self, data: Path) -> None:
+        super().__init__(data)
         from xclip_fast.evaluate.loop import evaluate
+
+        def figures() -> list[Any]:
+            model, manifest = XCLIP.from_pretrained(data / "a"), Manifest.read(data / "m.jsonl")
+            return [evaluate(model, manifest.select(rows), workers=0) for rows in ([0, 1], [1, 2])]
+
+        status, told = forked(figures)
+        assert status == 0, told
+        self.results = told[0]
+
+    def _write(self, out: Path, result: Any) -> None:
         from xclip_fast.evaluate.report import reserved, write
 
         with reserved(out / "e", True):
-            model = XCLIP.from_pretrained(self.data / "a")
-            result = evaluate(model, Manifest.read(self.data / "m.jsonl").select(rows), workers=0)
-            write(replace(result, seconds=1.0), out / "e", overwrite=True)
+            write(result, out / "e", overwrite=True)
 
     def old(self, out: Path) -> None:
-        self._write(out, [0, 1])
+        self._write(out, self.results[0])
 
     def run(self, out: Path) -> None:
-        self._write(out, [1, 2])
+        self._write(out, self.results[1])
 
 
 class Embed(Command):
@@ -238,6 +261,38 @@ class EmbedFile(Command):
         return {"x": (found.names, str(found.file.get_tensor("video").tolist()))}
 
 
+class Train(Command):
+    """Goes on from the checkpoint after the first of two steps. Only the weights must be whole at each moment."""
+
+    def _train(self, out: Path, stop_after: int | None) -> None:
+        from xclip_fast.train.config import from_dict
+        from xclip_fast.train.loop import train
+
+        vision = {"image_size": 16, "patch_size": 8, "width": 64, "layers": 1, "heads": 1}
+        text = {"width": 64, "layers": 1, "heads": 1}
+        model = {"vision": vision, "text": text, "embed_dim": 64, "num_frames": 2, "num_classes": len(CLASSES)}
+        values = {
+            **{"output": str(out / "run"), "precision": "fp32", "device": "cpu", "model": model},
+            "data": {"train": str(self.data / "m.jsonl"), "workers": 0},
+            "optim": {"lr": 1e-3, "epochs": 2, "warmup_epochs": 1, "batch_size": len(CLASSES)},
+            "log": {"every": 1, "tensorboard": False},
+            "checkpoint": {"every_epochs": None, "every_minutes": None, "every_steps": 1, "keep_last": 1},
+            "stop_after": stop_after,
+        }
+        train(from_dict(values))
+
+    def old(self, out: Path) -> None:
+        self._train(out, 1)
+
+    def run(self, out: Path) -> None:
+        self._train(out, None)
+        lines = [json.loads(line) for line in (out / "run" / "log.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines if line["kind"] == "train"] == [1, 2]
+
+    def content(self, out: Path) -> Content:
+        return {name: data for name, data in files(out).items() if name.endswith(".safetensors")}
+
+
 class Look(Command):
     """`search --html --clips`. The next cut removes a second name of a clip that is there."""
 
@@ -264,6 +319,7 @@ COMMANDS: dict[str, type[Command]] = {
     "convert": Convert,
     "few-shot": FewShot,
     "evaluate": Evaluate,
+    "train": Train,
     "embed": Embed,
     "embed-parquet": EmbedParquet,
     "embed-safetensors": EmbedFile,
@@ -302,76 +358,69 @@ def hidden(folder: Path, extra: tuple[str, ...]) -> list[str]:
     ]
 
 
-def attack(command: Command, folder: Path, count: int, act: str) -> tuple[int, int]:
-    """(how many changes were tried, of how many)."""
+def attack(command: Command, folder: Path, count: int, name: str) -> None:
+    """Tries `count` changes, or all (0), with each of the acts, and prints how many of how many."""
 
-    def fresh(name: str) -> Path:
-        out = folder / name
-        out.mkdir()
-        status, told = forked(lambda: command.old(out))
-        assert status == 0, told
-        return out
-
-    def content(out: Path) -> Content:
-        status, told = forked(lambda: command.content(out))
-        assert status == 0, f"{out}: cannot be read: {told}"
+    def in_fork(*works: Callable[[Path], Any], out: Path) -> Any:
+        status, told = forked(lambda: [work(out) for work in works][-1])
+        assert status == 0, f"{out.name}: {told[0]}"
         return told[0]
 
+    earlier = folder / "earlier"
+    earlier.mkdir()
+    in_fork(command.old, out=earlier)
+
+    def fresh(name: str) -> Path:
+        return Path(shutil.copytree(earlier, folder / name, symlinks=True))
+
     whole = fresh("whole")
-    old = content(whole)
+    old = in_fork(command.content, out=whole)
     status, told = forked(lambda: command.run(whole), (whole, -1, 0))
     assert status == 0, told
-    new, changes = content(whole), told[1]
+    new, changes = in_fork(command.content, out=whole), told[1]
     assert new != old
     assert changes > 3, changes
     moments = range(1, changes + 1)
     if count and count < changes:
         moments = sorted({1 + round(at * (changes - 1) / (count - 1)) for at in range(count)})
-    for moment in moments:
-        out = fresh(f"{act}-{moment}")
-        status, told = forked(lambda out=out: command.run(out), (out, moment, 0 if act == "kill" else errno.ENOSPC))
-        where = f"change {moment} of {changes}"
-        if act == "kill":
-            assert status in (-signal.SIGKILL, 0), f"{where}: exit status {status}: {told}"
-        elif status:  # where nothing is written any more, all is well
-            kind, message, trace = told[0]
-            assert kind in ("OSError", "ValueError"), f"{where}: {kind}: {message}\n{trace}"
-            assert "no space" in message.lower(), f"{where}: {message}"
-        found = content(out)
-        if command.whole:
-            assert found in (old, new), f"{where}: neither the old nor the new state: {sorted(found)}"
-        for name, value in found.items():
-            assert value in (old.get(name), new.get(name)), f"{where}: {name} is neither the old nor the new one"
-        status, told = forked(lambda out=out: command.run(out))
-        assert status == 0, f"{where}, then run again: {told}"
-        found = content(out)
-        assert found == new, f"{where}, then run again: {sorted(found)} are there, or other contents"
-        assert not (left := hidden(out, command.extra)), f"{where}, then run again: {left} are left"
-        shutil.rmtree(out)
-    return len(moments), changes
+    for act in ACTS:
+        for moment in moments:
+            out = fresh(f"{act}-{moment}")
+            where = f"{act} at change {moment} of {changes}"
+            status, told = forked(lambda out=out: command.run(out), (out, moment, 0 if act == "kill" else errno.ENOSPC))
+            if act == "kill":
+                assert status in (-signal.SIGKILL, 0), f"{where}: exit status {status}: {told}"
+            elif status:  # where nothing is written any more, all is well
+                kinds, message, trace = told[0]
+                assert {"OSError", "ValueError"} & {*kinds}, f"{where}: {kinds[0]}: {message}\n{trace}"
+                assert "no space" in message.lower(), f"{where}: {message}"
+            found = in_fork(command.content, out=out)
+            if command.whole:
+                assert found in (old, new), f"{where}: neither the old nor the new state: {sorted(found)}"
+            for path, value in found.items():
+                assert value in (old.get(path), new.get(path)), f"{where}: {path} is neither the old nor the new one"
+            found = in_fork(command.run, command.content, out=out)
+            assert found == new, f"{where}, then run again: {sorted(found)} are there, or other contents"
+            assert not (left := hidden(out, command.extra)), f"{where}, then run again: {left} are left"
+            shutil.rmtree(out)
+        print(f"{name} {act}: {len(moments)} tried of {changes} changes", flush=True)
 
 
 def main() -> None:
     folder = Path(os.path.realpath(sys.argv[1]))
     torch.set_num_threads(1)
-    for module in ("matplotlib.figure", "matplotlib.backends.backend_agg", "pyarrow.parquet", "lancedb"):
-        with contextlib.suppress(ImportError):  # once, not in every process
-            importlib.import_module(module)
     (folder / "data").mkdir()
     status, told = forked(lambda: prepare(folder / "data"))
     assert status == 0, told
     failed = False
     for given in sys.argv[2:]:
         name, _, count = given.partition("=")
-        for act in ACTS:
-            out = folder / f"{name}-{act}"
-            out.mkdir()
-            try:
-                tried, changes = attack(COMMANDS[name](folder / "data"), out, int(count), act)
-                print(f"{name} {act}: {tried} tried of {changes} changes", flush=True)
-            except AssertionError as error:
-                failed = True
-                print(f"{name} {act}: FAILED: {error}", flush=True)
+        (folder / name).mkdir()
+        try:
+            attack(COMMANDS[name](folder / "data"), folder / name, int(count), name)
+        except AssertionError as error:
+            failed = True
+            print(f"{name}: FAILED: {error}", flush=True)
     raise SystemExit(failed)
 
 

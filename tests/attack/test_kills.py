@@ -21,6 +21,7 @@ COUNTS = {  # changes that are tried in a plain run: the slower the command, the
     "convert": 3,
     "few-shot": 4,
     "evaluate": 2,
+    "train": 3,
     "embed": 4,
     "embed-parquet": 3,
     "embed-safetensors": 3,

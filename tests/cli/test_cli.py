@@ -370,7 +370,12 @@ def test_damaged_features_are_refused(home, run, tmp_path):
     save_file({name: tensor[:2].clone() for name, tensor in tensors.items()}, tmp_path / "fewer", metadata)
     save_file({"patches": tensors["patches"]}, tmp_path / "no_video", metadata)
     save_file(tensors, tmp_path / "no_names", {key: metadata[key] for key in metadata if key != "names"})
+    for name, text in (("number", "4"), ("deep", "[" * 30000), ("nested", "[[], 2, 3, 4]")):
+        save_file(tensors, tmp_path / name, metadata | {"names": text})
     for name, reason in (
+        ("number", "damaged (its names are no list of strings)"),
+        ("deep", "damaged (it is nested too deeply)"),
+        ("nested", "damaged"),
         ("cut", "not a file"),
         ("fewer", "4 names of 2"),
         ("no_video", "not a"),

@@ -3,6 +3,7 @@
 import io
 import os
 import sys
+import tempfile
 import threading
 import time
 from functools import partial
@@ -80,7 +81,7 @@ def test_what_is_an_address(name, remote):
     assert is_remote(name) is remote
 
 
-def test_a_remote_folder(monkeypatch):
+def test_a_remote_folder(monkeypatch, tmp_path):
     fsspec = pytest.importorskip("fsspec", reason="fsspec is not installed: pip install 'xclip-fast[remote]'")
     memory = fsspec.filesystem("memory")
     for name in ("/bucket/v/a.mp4", "/bucket/v/in/b.mkv", "/bucket/v/readme.md"):
@@ -90,9 +91,11 @@ def test_a_remote_folder(monkeypatch):
         assert found.paths == ["memory:///bucket/v/a.mp4", "memory:///bucket/v/in/b.mkv", "memory://bucket/v/a.mp4"]
         assert find_videos("memory://bucket/*/a*").paths == ["memory:///bucket/v/a.mp4"]
         assert describe("memory://bucket/v/a.mp4")[0] == 7
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
         with local_copy("memory://bucket/v/a.mp4") as path:
             assert Path(path).read_bytes() == b"content"
             assert "bucket" not in path
+            assert (sys.platform == "linux") == (not any(tmp_path.iterdir()))  # then a kill leaves nothing
         assert not os.path.exists(path)
         with pytest.raises(VideoError, match="limit of 6 bytes"), local_copy("memory://bucket/v/a.mp4", Limits(6)):
             pass

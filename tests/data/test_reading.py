@@ -147,6 +147,11 @@ def test_an_index_beside_a_sick_disk(folder, tmp_path):
     run = subprocess.run(command, env=os.environ | sick, capture_output=True, text=True, check=True)
     assert run.stdout == "['cannot be read now (Input/output error)'] 6\n"
     assert not index(data).bad
+    text = data / "EIO_list.txt"  # the error of a list names it
+    text.write_text("EIO_a.mp4\n" * 400)
+    command = [sys.executable, "-m", "xclip_fast", "index", str(text)]
+    run = subprocess.run(command, env=os.environ | sick, capture_output=True, text=True)
+    assert (run.returncode, f"Input/output error: '{text}'" in run.stderr) == (1, True), run.stderr
 
 
 def test_lack_of_memory_is_no_damage(folder, monkeypatch):
@@ -222,17 +227,20 @@ def test_a_picture_size_that_no_file_needs(tmp_path):
     assert int(grown) < 400
 
 
-def test_bounds_can_be_raised(folder, monkeypatch):
+def test_bounds_can_be_raised(folder, tmp_path, monkeypatch):
     path = folder / "EIO_a.mp4"
     for name, value, why in (
         ("XCLIP_FAST_MAX_PIXELS", 128 * 128 - 1, "128x128 pixels"),
         ("XCLIP_FAST_MAX_FRAMES", 39, "more than 39 frames"),
     ):
         monkeypatch.setenv(name, str(value))
-        with pytest.raises(VideoError, match=f"{why}.*{name} allows more"):
+        with pytest.raises(ReadError, match=f"{why}.*{name} allows more"):
             decode(path)
+        manifest = index(path.parent, tmp_path / f"{name}.jsonl", workers=0)
+        assert why in manifest.videos[[video.path for video in manifest.videos].index(path.name)].error
         monkeypatch.setenv(name, str(value + 1))
         assert decode(path).shape == (8, 224, 224, 3)
+        assert not index(path.parent, tmp_path / f"{name}.jsonl", workers=0).bad  # a limit is no fact about the file
         monkeypatch.setenv(name, "many")
         with pytest.raises(ValueError, match=f"{name} is 'many'; a whole number"):
             decode(path)

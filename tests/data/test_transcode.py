@@ -422,12 +422,20 @@ def test_no_source_is_overwritten(source, tmp_path, overwrite):
     assert {file: file.read_bytes() for file in before} == before
 
 
-def test_a_file_of_others_is_not_replaced(source, tmp_path):
+@pytest.mark.parametrize(
+    "comment",
+    [
+        "Caf\u00e9",
+        f'{module._MAKER}: {{"settings": [], "size": 1, "mtime_ns": 1, "damage": null}}',
+        f"{module._MAKER}: {'[' * 30000}",
+    ],
+)
+def test_a_file_of_others_is_not_replaced(source, tmp_path, comment):
     write_clip(source / "clip.mkv", textured(3))
     (tmp_path / "out").mkdir()
     theirs = tmp_path / "out" / "clip.mp4"
     with av.open(str(theirs), "w") as container:
-        container.metadata["comment"] = "Caf\u00e9"
+        container.metadata["comment"] = comment
         stream = container.add_stream("mpeg4", rate=25)
         stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
         for packet in (*stream.encode(av.VideoFrame.from_ndarray(textured(1)[0], "rgb24")), *stream.encode(None)):

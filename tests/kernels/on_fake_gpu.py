@@ -30,7 +30,7 @@ from xclip_fast.kernels.cct_block import fused
 from xclip_fast.kernels.cct_block.example import example
 from xclip_fast.kernels.fake_gpu import Launch, fake_gpu
 from xclip_fast.kernels.triton import launching, quantize
-from xclip_fast.kernels.tune import tiles
+from xclip_fast.kernels.tune import measuring, tiles
 from xclip_fast.kernels.tune.shapes import BATCHES, SHAPES
 
 from xclip_fast import FastCCTBlock, kernels
@@ -89,7 +89,7 @@ def test_every_kernel_binds(arch: int, dtype: torch.dtype, stream: torch.dtype |
     folded = {"fold.fold_kernel"} if stream is None and dtype != FP32 else set()
     wanted = every_kernel() - {"fold.fold_kernel"} | folded
     if arch < 90:
-        wanted -= {"quantize._layer_norm_fp8_kernel", "quantize._quick_gelu_fp8_kernel"}
+        wanted -= {"quantize._quick_gelu_fp8_kernel"}
     assert {launch.kernel for launch in launches} == wanted
     if arch >= 90 and dtype != FP32:
         assert all(launch.descriptors for launch in launches if launch.kernel == "gemm.gemm_kernel")
@@ -226,7 +226,7 @@ def test_float8_by_the_library_has_no_float32_pass() -> None:
         kernels.mlp_fp8(x, gamma, gamma, *up, *down, 1.0)
         kernels.ln_linear_fp8(x, gamma, gamma, *up)
     names = [launch.kernel for launch in launches]
-    norm = "quantize._layer_norm_fp8_kernel"
+    norm = "layer_norm.layer_norm_fwd_kernel"
     assert names == [norm, "quantize._quick_gelu_fp8_kernel", norm]
     assert made.names.count("_scaled_mm") == 3
     assert made.largest <= 4 * width  # scales
@@ -367,10 +367,10 @@ def test_the_tile_cache_stays_small_and_right(monkeypatch: pytest.MonkeyPatch) -
             for _ in range(500):
                 sizes = {"m": draw.choice((1, 128, 129, 2048, 2049, 8191, 8192, 10**6)), "n": 768, "k": 768}
                 sizes |= {"bytes": draw.choice((2, 4)), "heavy": draw.randint(0, 1), "aligned": draw.randint(0, 1)}
-                newest = max(row["arch"] for row in table["gemm"] if row["arch"] <= arch)
-                fitting = (row for row in table["gemm"] if row["arch"] == newest and tables.holds(row, sizes))
+                newest_first = sorted(table["gemm"], key=lambda row: -row["arch"])
+                fitting = (row for row in newest_first if row["arch"] <= arch and tables.holds(row, sizes))
                 assert launching.tile("gemm", device, **sizes) == next(fitting)["use"]
-        assert len(launching._rows("gemm", arch)[2]) <= 24
+        assert len(launching._rows("gemm", arch)[2]) <= 32
 
 
 def test_integers_by_triton() -> None:
@@ -386,13 +386,13 @@ def test_integers_by_triton() -> None:
 def test_tuning_compiles_and_times_little(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """At the shapes of a model: compiling takes about a second a kernel, a timing with its comparison 50 ms."""
     timed: list[dict[str, Any]] = []
-    monkeypatch.setattr(tiles, "DEVICE", "meta")
-    monkeypatch.setattr(tiles, "agrees", lambda call, wanted: call() is not None)
-    monkeypatch.setattr(tiles, "milliseconds", lambda call: timed.append(dict(launching._forced_tiles)) or 0.1)
+    monkeypatch.setattr(measuring, "DEVICE", "meta")
+    monkeypatch.setattr(tiles, "agrees", lambda result, wanted: result is not None)
+    monkeypatch.setattr(measuring, "milliseconds", lambda call: timed.append({call.args[0]: call.args[1]}) or 0.1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a made-up GPU")
     with fake_gpu(90) as launches:
         for op in tiles.WORK:
-            rows, wrong = tiles.measure(op, SHAPES[name], BATCHES, float("inf"), lambda line: None)
+            rows, wrong = measuring.measure(tiles, op, SHAPES[name], BATCHES, float("inf"), lambda line: None)
             assert wrong == 0
             short = SHAPES[name].tokens < 64  # it has a backward without tiles
             assert len(rows) == (10 if op == "gemm" else 0 if short and op != "attention" else 1)

@@ -12,7 +12,7 @@ from xclip_fast.kernels.attention import ATTENTION, attention_reference, librari
 from xclip_fast.kernels.dispatch import INTERPRETED
 from xclip_fast.kernels.parts import Case
 
-CANDIDATES = {candidate.name: candidate for candidate in ATTENTION.candidates}
+CANDIDATES = {candidate.name: candidate for candidate in ATTENTION.backends}
 
 
 def kind(**more: Any) -> Case:

@@ -16,15 +16,18 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from xclip_fast.kernels import choices, cuda_library, dispatch, parts, tables
+from xclip_fast.kernels import choices, cuda_library, dispatch, support, tables
 from xclip_fast.kernels.cct_block import fused
 from xclip_fast.kernels.cct_block.products import NORM_LINEAR
-from xclip_fast.kernels.dispatch import INTERPRETED, OPS, Backend, Op
+from xclip_fast.kernels.dispatch import INTERPRETED, OPS, Op
+from xclip_fast.kernels.example import Sizes
 from xclip_fast.kernels.parts import PARTS, Case
+from xclip_fast.kernels.support import Backend
 from xclip_fast.kernels.tune import __main__ as tune
 from xclip_fast.kernels.tune import backends as tune_backends
+from xclip_fast.kernels.tune import measuring
 from xclip_fast.kernels.tune import tiles as tune_tiles
-from xclip_fast.kernels.tune.shapes import BATCHES, SHAPES, Shape
+from xclip_fast.kernels.tune.shapes import BATCHES, SHAPES
 
 from xclip_fast import info, kernels
 
@@ -117,8 +120,7 @@ def test_nothing_unmeasured_replaces_the_library(
     )
     monkeypatch.setattr(dispatch, "INTERPRETED", False)
     monkeypatch.setattr(dispatch, "off_gpu", False)
-    monkeypatch.setattr(dispatch, "_INSTALLED", {"triton"} if installed else set())
-    monkeypatch.setattr(parts, "installed", lambda package: installed and package == "triton")
+    monkeypatch.setattr(support, "installed", lambda package: installed and package == "triton")
     monkeypatch.setattr(fused, "installed", lambda package: installed and package == "triton")
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         arguments = cuda_arguments(dtype)
@@ -235,43 +237,16 @@ def test_info_tells_what_is_taken(write: Write) -> None:
     assert "float32 is not among" in info.collect()["ops"]["  norm_linear"]["cpu"]["backends"]["cuda"]
 
 
-def test_tiles_of_the_library(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    tiles: list[int] = []
-    monkeypatch.setattr(cuda_library, "_call", lambda name, dtype, tile, *rest: tiles.append(tile))
-    monkeypatch.setattr(cuda_library, "_place", lambda x: (0, None))
-    x, weight = torch.zeros(8, 64, dtype=torch.bfloat16), torch.zeros(16, 64, dtype=torch.bfloat16)
-    y = torch.zeros(8, 16, dtype=torch.bfloat16)
-
-    def calls(**options: Any) -> list[str]:
-        tiles.clear()
-        cuda_library.norm_linear(x, weight, **options)
-        cuda_library.norm_linear(x, weight, activation=True, **options)
-        cuda_library.linear_residual(x, weight, None, y, **options)
-        cuda_library.linear_slope(x, weight, y, **options)
-        names = {number: name for name, number in cuda_library.TILES.items()}
-        return [names[tile] for tile in tiles]
-
-    assert calls() == ["auto"] * 4
-    sizes = {"m": [1, 8], "n": [16, 16], "k": [64, 64]}
-    write("cuda norm_linear", row("square", "small", activation=[1, 1], **sizes))
-    assert calls() == ["auto", "square", "auto", "auto"]
-    assert calls(tile="small") == ["small"] * 4
-    write("cuda linear_residual", row("wide", **sizes))
-    assert calls() == ["auto", "auto", "wide", "auto"]
-    write("cuda linear_slope", row("small", **{**sizes, "m": [9, 99]}))
-    assert calls() == ["auto"] * 4
-
-
 # ---- making
 
 
 def test_rows_are_measured_where_the_ops_look_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every case of every op lies inside its own row, which bounds all sizes of the op."""
-    monkeypatch.setattr(tune_backends, "DEVICE", "meta")
-    assert set(tune_backends.WORK) == {name for name, op in OPS.items() if op.sizes is not None}
-    every = itertools.product(tune_backends.WORK.items(), SHAPES.values())
-    for (name, work), shape in every:
-        cases = list(work(shape, BATCHES))
+    monkeypatch.setattr(measuring, "DEVICE", "meta")
+    ops = set(tune_backends.NAMES) - set(tune_backends.SLOTS)
+    assert ops == {name for name, op in OPS.items() if op.sizes is not None}
+    for name, shape in itertools.product(sorted(ops), SHAPES.values()):
+        cases = list(tune_backends.cases(name, shape, BATCHES))
         assert len({json.dumps(where) for where, _ in cases}) == len(cases) == len(BATCHES)
         for where, args in cases:
             sizes = OPS[name].sizes
@@ -280,13 +255,13 @@ def test_rows_are_measured_where_the_ops_look_for_them(monkeypatch: pytest.Monke
             assert set(found) == set(where), name
             assert tables.holds({"where": where}, found), (name, where, found)
     assert set(tune_backends.SLOTS) == set(PARTS) - {"packed_attention", "window_attention"}  # one candidate each
-    for where, block in tune_backends._blocks(TINY, BATCHES):
+    for where, block in tune_backends.blocks(TINY, BATCHES):
         case = fused.case_of(block, False)
         for _, _, own in fused.slots(case).values():
             assert tables.holds({"where": where}, {**case.sizes(), **own, "k": case.width})
 
 
-TINY = Shape(width=64, tokens=5, image=16, patch=8, frames=2)
+TINY = Sizes(width=64, image=16, patch=8, frames=2)
 FOREVER = float("inf")
 NORM = ["--backends", "--op", "layer_norm", "--batch", "1", "3"]  # 10 and 30 rows
 
@@ -296,9 +271,9 @@ def small(write: Write, monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     """Measuring works on the CPU, with small shapes; the result says how long each backend takes."""
     pytest.importorskip("triton", reason="triton is not installed (pip install triton)")  # it has the clock
     clock: dict[str, float] = {}
-    monkeypatch.setattr(tune_backends, "DEVICE", "cpu")
+    monkeypatch.setattr(measuring, "DEVICE", "cpu")
     monkeypatch.setitem(SHAPES, "B/16", TINY)
-    monkeypatch.setattr(tune_backends, "milliseconds", lambda call: call() and clock[call.args[-1]])
+    monkeypatch.setattr(measuring, "milliseconds", lambda call: call() and clock[call.args[-1]])
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a made-up GPU")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     return clock
@@ -322,7 +297,7 @@ def test_what_is_measured_is_chosen(small: dict[str, float], monkeypatch: pytest
     assert rows[0]["measured"]["device"] == "a made-up GPU"
     assert set(rows[0]["measured"]) == {"device", "torch", "triton", "library", "date"}
     assert "library 0.1000 ms, apex 0.2000 ms" in capsys.readouterr().out
-    args = next(tune_backends._layer_norm(TINY, (1,)))[1]
+    args = next(tune_backends.cases("layer_norm", TINY, (1,)))[1]
     half = tune_backends._cast(args, torch.bfloat16)
     assert op.choose(half).name == "library"
     small.update(library=0.5)
@@ -377,61 +352,29 @@ def test_what_is_wrong_is_left_out(
 @pytest.mark.parametrize("part", sorted(tune_backends.SLOTS))
 def test_every_part_can_be_measured(part: str, small: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
     """In its place in a block."""
-    monkeypatch.setattr(tune_backends, "DTYPE", torch.float16)
+    monkeypatch.setattr(measuring, "DTYPE", torch.float16)
     monkeypatch.setattr(cuda_library, "refuse_device", lambda *_: "no such device")
     small.update(dict.fromkeys(kernels.dispatch.backends(), 1.0))
     said: list[str] = []
-    rows, wrong = tune_backends.measure(part, TINY, (1,), FOREVER, said.append)
+    rows, wrong = measuring.measure(tune_backends, part, TINY, (1,), FOREVER, said.append)
     assert (wrong, len(rows)) == (0, 2 * len(tune_backends.SLOTS[part]))
     wanted = {"message_kv": {"triton"}, "attention": {"triton", "reference"}}.get(part, {"library", "triton"})
     assert all(set(found["milliseconds"]) == wanted for found in rows)
     assert any("cuda refuses" in line for line in said) == ("cuda" in PARTS[part].names)
 
 
-@pytest.mark.parametrize("op", sorted(tune_backends.WORK))
+@pytest.mark.parametrize("op", sorted({*tune_backends.NAMES} - {*tune_backends.SLOTS}))
 def test_every_op_can_be_measured(op: str, small: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton's kernels too, where its interpreter runs them: in float16, because bfloat16 comes out wrong there."""
-    monkeypatch.setattr(tune_backends, "DTYPE", torch.float16)
+    monkeypatch.setattr(measuring, "DTYPE", torch.float16)
     monkeypatch.setattr(cuda_library, "refuse_device", lambda *_: "no such device")
     small.update(dict.fromkeys(kernels.dispatch.backends(), 1.0))
     said: list[str] = []
-    rows, wrong = tune_backends.measure(op, TINY, (1, 3), FOREVER, said.append)
+    rows, wrong = measuring.measure(tune_backends, op, TINY, (1, 3), FOREVER, said.append)
     assert (wrong, len(rows)) == (0, 2 * 2)
     usable = set(OPS[op].names) - {"cuda", "apex"} - (set() if INTERPRETED else {"triton"})
     assert all(set(found["milliseconds"]) == usable for found in rows)
     assert any("cuda refuses: no such device" in line for line in said) == ("cuda" in OPS[op].names)
-
-
-@pytest.mark.parametrize("name", sorted(tune_backends.TILE_WORK))
-def test_every_product_can_be_measured(name: str, small: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
-    small.update(small=0.2, square=0.1)
-    exact: dict[str, Callable[..., Tensor]] = {
-        "norm_linear": lambda x, w, b, activation=False, tile="": (
-            (kernels.quick_gelu if activation else lambda u: u)(x @ w.T + b),
-            None,
-        ),
-        "linear_residual": lambda x, w, b, residual, tile="": residual + x @ w.T + b,
-        "linear_slope": lambda x, w, u, tile="": (tune_backends._slope_exactly(x, w, u)[0], None),
-    }
-    call = name.removeprefix("cuda ")
-
-    def product(*args: Any, **options: Any) -> Any:
-        if options["tile"] == "wide":
-            raise RuntimeError("this product was not built with this tile")
-        result = exact[call](*args, **options)
-        return (
-            result
-            if options["tile"] == "square"
-            else torch.utils._pytree.tree_map_only(Tensor, lambda y: y * wrong, result)
-        )
-
-    monkeypatch.setattr(cuda_library, call, product)
-    for wrong, kept in ((1.0, {"small", "square"}), (1.2, {"square"})):
-        rows, count = tune_backends.measure(name, TINY, (1, 3), FOREVER, lambda line: None)
-        assert count == (0 if wrong == 1.0 else len(rows))
-        assert rows
-        assert all(set(found["milliseconds"]) == kept for found in rows)
-        assert {"m", "n", "k", "dtype"} <= set(rows[0]["where"])
 
 
 def test_measuring_needs_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
@@ -464,7 +407,7 @@ def test_measuring_ends_in_time(small: dict[str, float], monkeypatch: pytest.Mon
     """Each op has its share; what was measured until then is written, and what was not is said."""
     for op in (OPS["patch_embed"], OPS["layer_norm"]):
         give(monkeypatch, op, Backend("library", op.reference))
-    clock = Clock(monkeypatch, tune_backends, seconds=1)
+    clock = Clock(monkeypatch, measuring, seconds=1)
     arguments = ["--backends", "--op", "patch_embed", "--op", "layer_norm", "--batch", "1", "2", "3"]
     assert tune.main([*arguments, "--seconds", "6"]) == 0
     assert clock.now <= 7
@@ -482,7 +425,7 @@ def test_no_memory_for_the_reference_is_said(
     def contest(*_: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(tune_backends, "_op_contest", contest)
+    monkeypatch.setattr(tune_backends, "_contest", contest)
     assert tune.main(NORM) == 0
     assert "is not measured: CUDA out of memory" in capsys.readouterr().out
 
@@ -491,19 +434,19 @@ def test_no_memory_for_the_reference_is_said(
 @pytest.mark.parametrize("op", sorted(tune_tiles.WORK))
 def test_every_tile_table_can_be_measured(op: str, small: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
     """In Triton's interpreter, in float16: each tile's result is compared with torch's, and a wrong one left out."""
-    shape, taken = Shape(width=64, tokens=65, image=64, patch=8, frames=1), 0.0
+    shape, taken = Sizes(width=64, image=64, patch=8, frames=1), 0.0
 
     def measured(call: Callable[[], Any]) -> float:
         nonlocal taken
         taken -= 1  # the last is the fastest
         return taken
 
-    monkeypatch.setattr(tune_tiles, "DEVICE", "cpu")
+    monkeypatch.setattr(measuring, "DTYPE", torch.float16)
+    monkeypatch.setattr(choices, "architecture", lambda x: None)  # tiles are looked for under the interpreter's
     monkeypatch.setattr(tune_tiles, "TRIED", 2)
-    monkeypatch.setattr(tune_tiles, "_normal", lambda *sizes: torch.randn(sizes, dtype=torch.float16))
-    monkeypatch.setattr(tune_tiles, "milliseconds", measured)
+    monkeypatch.setattr(measuring, "milliseconds", measured)
     said: list[str] = []
-    rows, wrong = tune_tiles.measure(op, shape, (1,), FOREVER, said.append)
+    rows, wrong = measuring.measure(tune_tiles, op, shape, (1,), FOREVER, said.append)
     assert (wrong, len(rows)) == (0, 5 if op == "gemm" else 1), said
     tune.merge(tables.user_table("tiles.json"), {op: rows})
     launching = importlib.import_module("xclip_fast.kernels.triton.launching")
@@ -515,8 +458,8 @@ def test_every_tile_table_can_be_measured(op: str, small: dict[str, float], monk
     right = tune_tiles._right
     monkeypatch.setattr(tune_tiles, "_right", lambda *given, **options: 2 * right(*given, **options))
     monkeypatch.setattr(tune_tiles, "attention_reference", lambda qkv: 2 * qkv[:, :, 0])
-    rows, wrong = tune_tiles.measure(op, shape, (1,), FOREVER, said.append)
+    rows, wrong = measuring.measure(tune_tiles, op, shape, (1,), FOREVER, said.append)
     assert rows == []
     assert wrong == (10 if op == "gemm" else 2)
-    assert tune_tiles.measure(op, shape, (1,), time.monotonic(), said.append) == ([], 0)
+    assert measuring.measure(tune_tiles, op, shape, (1,), time.monotonic(), said.append) == ([], 0)
     assert "the time is over" in said[-1]

@@ -10,6 +10,7 @@ import torch
 from small import CONFIG
 
 from xclip_fast import XCLIP
+from xclip_fast.data.decode.reading import ReadError
 from xclip_fast.data.motion import CLASSES, render, write_clip
 from xclip_fast.inference.batches import Answer, Finished, Reading, answers
 from xclip_fast.scale.stage import ModelSpec, VideoStage, as_answers, files
@@ -98,6 +99,15 @@ def test_answers_that_are_no_numbers_are_errors(home):
         broken.model.visual.proj.fill_(float("nan"))
     (file,) = files([broken({"path": paths(home)[:1]})])
     assert "not a number" in file.error
+
+
+def test_an_error_of_this_run_is_no_fact(home, monkeypatch):
+    monkeypatch.setenv("XCLIP_FAST_MAX_PIXELS", "99")
+    (done,) = as_answers(files([stage(home)({"path": paths(home)[:1]})]), list)
+    assert isinstance(done.error, ReadError)
+    monkeypatch.delenv("XCLIP_FAST_MAX_PIXELS")
+    (done,) = as_answers(files([stage(home)({"path": [str(home / "broken.mp4")]})]), list)
+    assert not isinstance(done.error, ReadError)
 
 
 def test_empty_batches(home):

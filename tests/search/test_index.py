@@ -1,5 +1,7 @@
 """The store: what is in it after every kind of run, and what a search in it answers."""
 
+import errno
+import json
 import os
 import stat
 import subprocess
@@ -17,6 +19,7 @@ pytest.importorskip("lancedb", reason="LanceDB is not installed: pip install 'xc
 from small import CONFIG
 
 from xclip_fast import XCLIP, decode
+from xclip_fast.data.decode import reading
 from xclip_fast.data.motion import CLASSES, render, write_clip
 from xclip_fast.search import Hit, Index
 from xclip_fast.search.query import Filters, merge_neighbors
@@ -168,6 +171,58 @@ def test_digest_sees_content_and_not_times(tmp_path, weights, videos):
     one.write_bytes(data)
     os.utime(one, ns=(status.st_mtime_ns, status.st_mtime_ns))
     assert index.add(one).unchanged == 1
+
+
+def test_an_error_of_this_run_is_no_fact(tmp_path, weights, videos, monkeypatch):
+    def sick(file, count):
+        file.error = OSError(errno.EIO, "Input/output error")
+        raise file.error
+
+    index = open_index(tmp_path, weights)
+    index.add(videos / "0.mp4")
+    os.utime(videos / "0.mp4", (1, 1))
+    good = [videos / f"{number}.mp4" for number in range(3)]
+    for digest in (False, True):
+        with monkeypatch.context() as context:
+            context.setattr(reading.File, "read", sick)
+            failed = index.add(good, digest=digest).failed
+            assert len(failed) == 3
+            assert all("cannot be read now (Input/output error)" in why for why in failed.values())
+        with monkeypatch.context() as context:
+            context.setenv("XCLIP_FAST_MAX_PIXELS", "99")
+            assert all("XCLIP_FAST_MAX_PIXELS allows more" in why for why in index.add(good).failed.values())
+        summary = index.add(good, digest=digest)
+        assert (len(summary.updated), summary.failed) == (3, {})
+        assert len(rows(index)) == 3
+        for path in good:
+            os.utime(path, (2, 2))
+            path.write_bytes(path.read_bytes() + b"\0")
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (b"[]", "not written by this version"),
+        (b"[" * 30000, "nested too deeply"),
+        (b'{"format": 1}', "settings are incomplete"),
+        ({"window": "x"}, "window is 'x'"),
+        ({"embed_dim": 9}, "columns do not fit"),
+        ({"embed_dim": 10**30}, "too large"),
+        ({}, "embedding function, which may run code"),
+    ],
+)
+def test_what_is_no_store(tmp_path, weights, change, why):
+    import lancedb
+
+    index = open_index(tmp_path, weights)
+    table = index.store.table.to_arrow()
+    ((key, text),) = table.schema.metadata.items()
+    metadata = {key: change if isinstance(change, bytes) else json.dumps(json.loads(text) | change)}
+    if change == {}:
+        metadata["embedding_functions"] = "[]"
+    lancedb.connect(tmp_path / "other").create_table("moments", table.replace_schema_metadata(metadata))
+    with pytest.raises(ValueError, match=f"other: holds a table that is not a store .*{why}"):
+        Store.open(tmp_path / "other")
 
 
 def test_paths_relative_to_a_root_move_along(tmp_path, weights, videos):

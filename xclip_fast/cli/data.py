@@ -41,7 +41,8 @@ def index(
     ] = False,
     timeout: Annotated[float, typer.Option(metavar="SECONDS", help="Give up on a file that takes longer.")] = 120,
     workers: Annotated[
-        int | None, typer.Option(min=0, help="Reading processes; 0: read in this one. Default: one for each core.")
+        int | None,
+        typer.Option(min=0, max=1024, help="Reading processes; 0: read in this one. Default: one for each core."),
     ] = None,
 ) -> None:
     """Read every video of a data set once and write a manifest.

@@ -80,16 +80,21 @@ MaxSeconds = Annotated[float, typer.Option(min=0.1, help="Give up on a remote fi
 Frames = Annotated[
     int | None, typer.Option(min=1, max=1024, help="Frames that the model sees of a video. Default: the checkpoint's.")
 ]
-BatchSize = Annotated[int | None, typer.Option(min=1, help="Videos in a batch. Default: 16 on a GPU, 1 on a CPU.")]
+BatchSize = Annotated[
+    int | None, typer.Option(min=1, max=65536, help="Videos in a batch. Default: 16 on a GPU, 1 on a CPU.")
+]
 Workers = Annotated[int | None, typer.Option(min=1, max=256, help="Decoding threads. Default: one for each core.")]
 Threads = Annotated[
     int | None, typer.Option(min=1, max=1024, help="CPU threads of the model. Default: one for each core.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, one object on each line.")]
 Top = Annotated[int, typer.Option(min=1, help="Number of answers to print.")]
-EvalBatchSize = Annotated[int | None, typer.Option(min=1, help="Views in a batch. Default: 64 on a GPU, 8 on a CPU.")]
+EvalBatchSize = Annotated[
+    int | None, typer.Option(min=1, max=65536, help="Views in a batch. Default: 64 on a GPU, 8 on a CPU.")
+]
 EvalWorkers = Annotated[
-    int | None, typer.Option(min=0, help="Decoding processes; 0: decode in this one. Default: by the number of cores.")
+    int | None,
+    typer.Option(min=0, max=1024, help="Decoding processes; 0: decode in this one. Default: by the number of cores."),
 ]
 Weights = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Weights, a file or folder.", show_default=False)]
 Html = Annotated[Path | None, typer.Option(metavar="FILE", help="Also write a web page with pictures.")]

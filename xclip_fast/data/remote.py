@@ -1,20 +1,21 @@
 """Remote videos, through fsspec: `https://`, `s3://`, `gs://` and its other schemes.
 
-A remote file is copied to a temporary file while it is read. Its name on the server never becomes a path on this
-machine.
+A remote file is copied to a temporary file while it is read. On Linux that file has no name: the system removes it even
+if this process is killed. The name on the server never becomes a path on this machine.
 """
 
 from __future__ import annotations
 
 import contextlib
 import re
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from .decode.reading import VideoError
+from .decode.reading import ReadError, VideoError
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _CHUNK = 1 << 20  # bytes
@@ -62,10 +63,11 @@ def describe(address: str) -> tuple[int, str]:
 
 @contextlib.contextmanager
 def local_copy(address: str, limits: Limits | None = None) -> Iterator[str]:
-    """The path of a temporary copy, which is removed after the block. Raises VideoError, also beyond a limit."""
+    """A path of a temporary copy, for this process and this block. Raises VideoError, also beyond a limit."""
     limits = limits or Limits()
     end = time.monotonic() + limits.seconds
-    with tempfile.NamedTemporaryFile(prefix="xclip-fast-") as copy:
+    nameless = sys.platform == "linux"
+    with tempfile.TemporaryFile() if nameless else tempfile.NamedTemporaryFile(prefix="xclip-fast-") as copy:
         with _errors(address):
             filesystem, path = _open(address)
             with filesystem.open(path, "rb", block_size=_CHUNK, cache_type="readahead") as stream:
@@ -73,16 +75,16 @@ def local_copy(address: str, limits: Limits | None = None) -> Iterator[str]:
                 while chunk := stream.read(_CHUNK):
                     size += len(chunk)
                     if size > limits.size:
-                        raise VideoError(
+                        raise ReadError(
                             f"{_shown(address)}: is larger than the limit of {limits.size:,} bytes; raise --max-bytes"
                         )
                     if time.monotonic() > end:
-                        raise VideoError(
+                        raise ReadError(
                             f"{_shown(address)}: took longer than {limits.seconds:g} seconds; raise --max-seconds"
                         )
                     copy.write(chunk)
                 copy.flush()
-        yield copy.name
+        yield f"/proc/self/fd/{copy.fileno()}" if nameless else copy.name
 
 
 def _open(address: str) -> tuple[Any, str]:
@@ -115,7 +117,7 @@ def _errors(address: str) -> Iterator[None]:
         raise VideoError(f"{_shown(address)}: no such file") from error
     except Exception as error:  # each of fsspec's file systems raises errors of its own
         text = " ".join(str(error).replace(address, _shown(address)).split()) or type(error).__name__
-        raise VideoError(f"{_shown(address)}: cannot be read ({text})") from error
+        raise ReadError(f"{_shown(address)}: cannot be read ({text})") from error
 
 
 def _shown(address: str) -> str:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..data.sampling import sample_rng
-from ..files import write_text
+from ..files import parse_json, read_text, write_text
 from ..text.labels import plain_name
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ def read_classes(path: str | os.PathLike[str]) -> list[str]:
     elif path.suffix == ".csv":
         names = _column(path)
     else:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = read_text(path).splitlines()
         names = [re.sub(r"^\d+\s+", "", line.strip()) for line in lines]
     names = [str(name).strip().strip('"') for name in names]
     names = list(dict.fromkeys(name for name in names if name))
@@ -160,8 +160,7 @@ def read_classes(path: str | os.PathLike[str]) -> list[str]:
 
 
 def _column(path: Path) -> list[str]:
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        rows = [row for row in csv.reader(file) if any(cell.strip() for cell in row)]
+    rows = [row for row in csv.reader(io.StringIO(read_text(path), newline="")) if any(cell.strip() for cell in row)]
     heads = [cell.strip().lower() for cell in rows[0]] if rows else []
     column = next((heads.index(head) for head in ("name", "label", "class") if head in heads), None)
     if column is None and len(heads) > 2:
@@ -177,7 +176,8 @@ def _name(manifest: Manifest, row: int) -> tuple[str, str]:
 
 
 def _json(path: Path) -> Any:
+    text = read_text(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(text)
     except ValueError as error:
         raise ValueError(f"{path}: is not JSON: {error}") from error

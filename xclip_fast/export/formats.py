@@ -152,7 +152,7 @@ def _open_openvino(path: Path, graph: Graph, threads: int | None, dtype: torch.d
 
 
 def _write_tensorrt(graph: Graph, program: Program, path: Path, dtype: torch.dtype) -> None:
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # after a kill, the next export removes all of it
         onnx = Path(folder) / ONNX.files[0].format(graph.name)
         ONNX.write(graph, program, onnx, dtype)
         tensorrt_engine.build(graph, onnx, path)

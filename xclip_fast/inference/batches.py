@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..data.decode.reading import VideoError, as_source, limit, too_slow
+from ..data.decode.reading import ReadError, VideoError, as_source, limit, too_slow
 from ..data.decode.windows import Span, Window, check_windows, decode_spans, window_spans
 from ..data.remote import Limits, is_remote, local_copy
 from ..data.sampling import Sampling
@@ -86,7 +86,7 @@ class Reading:
                     threads=threads,
                 )
             except VideoError as error:
-                raise VideoError(str(error).replace(name, path)) from error
+                raise type(error)(str(error).replace(name, path)) from error
 
 
 class Answer(NamedTuple):
@@ -201,7 +201,7 @@ def _decode_ahead(
         while True:
             item = take(path, source, job)
             if isinstance(item, MemoryError):
-                item = VideoError(f"{path}: not enough memory to decode it")
+                item = ReadError(f"{path}: not enough memory to decode it")
             if isinstance(item, BaseException) and not isinstance(item, ValueError):
                 raise item
             yield path, item

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,8 +39,18 @@ def connect(options: ClusterOptions) -> Any:
     except ImportError as error:
         raise ImportError("this needs Ray: pip install 'xclip-fast[ray]'") from error
     if not ray.is_initialized():
-        ray.init(address=options.address, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
+        if options.address is None:  # this cluster is new, with an access token: that is no news
+            _only_errors("ray._private.authentication.authentication_token_setup")
+        with warnings.catch_warnings():  # Ray starts programs: of LanceDB nothing runs between fork and exec
+            warnings.filterwarnings("ignore", "lancedb fork support", RuntimeWarning)
+            ray.init(
+                address=options.address, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING
+            )
     return ray
+
+
+def _only_errors(logger: str) -> None:
+    logging.getLogger(logger).setLevel(logging.ERROR)
 
 
 def pool_sizes(ray: Any, options: ClusterOptions) -> tuple[int, float, float]:
@@ -58,8 +69,10 @@ def run(stage: VideoStage, paths: Sequence[str], options: ClusterOptions) -> Ite
     If a worker or an actor dies, Ray starts another and repeats its work.
     """
     ray = connect(options)
-    from ray.data import ActorPoolStrategy, DataContext
+    from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
 
+    _only_errors("ray.data._internal.progress")  # warns that it shows no progress bar
+    _only_errors("ray.data._internal.execution.streaming_executor")  # says that it has ended
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.target_max_block_size = 32 << 20  # bytes: the windows of a long film are passed on while it is decoded
@@ -73,7 +86,7 @@ def run(stage: VideoStage, paths: Sequence[str], options: ClusterOptions) -> Ite
         stage.decode,
         batch_size=1,
         num_cpus=share if share != options.actor_cpus else share * 0.99,
-        concurrency=decoders,
+        compute=TaskPoolStrategy(size=decoders),
     )
     answers = windows.map_batches(
         _Actor,

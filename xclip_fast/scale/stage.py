@@ -40,7 +40,8 @@ class VideoStage:
 
     `decode` turns rows with a `path` into rows of windows: `path`, `number` (0, 1, ... in the file), `start` and `end`
     (seconds), `frames` uint8 (T, S, S, 3), `error` (""). After the last window of a file comes a row whose `number` is
-    -1 - (the number of windows). It has the file's error, or "", and blank frames.
+    -1 - (the number of windows). It has the file's error, or "", whether to read the file `again` in another run (as
+    after a read error), and blank frames.
 
     Calling the stage turns rows of windows into answers: the same rows without `frames`, with `vector` float32 (E,)
     and, if chosen, `patches` float16 (N, E); with `labels`, `probabilities` float32 (K,) instead. It first decodes rows
@@ -59,17 +60,22 @@ class VideoStage:
 
     def decode(self, batch: Batch) -> Iterator[Batch]:
         """Yields batches of one row, so that a long film is never in memory as a whole."""
+        from ..data.decode.reading import ReadError
+
         for path in map(str, batch["path"]):
-            count, error = 0, ""
+            count, error, again = 0, "", False
             try:
                 for window in self.reading.windows(path):
-                    yield self._row(path, count, window.start, window.end, window.frames.numpy(), "")
+                    yield self._row(path, count, window.start, window.end, window.frames.numpy())
                     count += 1
             except (ValueError, OSError) as problem:
                 error = " ".join(str(problem).split()) or type(problem).__name__
-            yield self._row(path, -1 - count, 0.0, 0.0, None, error)
+                again = isinstance(problem, (ReadError, OSError))
+            yield self._row(path, -1 - count, 0.0, 0.0, None, error, again)
 
-    def _row(self, path: str, number: int, start: float, end: float, frames: Any, error: str) -> Batch:
+    def _row(
+        self, path: str, number: int, start: float, end: float, frames: Any, error: str = "", again: bool = False
+    ) -> Batch:
         if frames is None:
             frames = np.zeros((self.reading.frames, self.reading.size, self.reading.size, 3), np.uint8)
         return {
@@ -79,6 +85,7 @@ class VideoStage:
             "end": np.array([end]),
             "frames": frames[None],
             "error": np.array([error], object),
+            "again": np.array([again]),
         }
 
     def __call__(self, batch: Batch) -> Batch:
@@ -107,7 +114,7 @@ class VideoStage:
                 answers[name][rows] = value
                 bad = rows[~np.isfinite(value).reshape(len(rows), -1).all(1)]
                 errors[bad[number[bad] >= 0]] = NOT_A_NUMBER
-        kept = {name: batch[name] for name in ("path", "number", "start", "end")}
+        kept = {name: batch[name] for name in ("path", "number", "start", "end", "again")}
         return {**kept, "error": errors, **answers}
 
     def _answer(self, found: Any) -> dict[str, Any]:
@@ -136,38 +143,41 @@ class VideoStage:
 
 @dataclass
 class File:
-    """All results of one file: rows in order of time, or an error."""
+    """All results of one file: rows in order of time, or an error, and then whether to read it again."""
 
     path: str
     rows: list[dict[str, Any]]
     error: str
+    again: bool = False
 
 
 def files(batches: Iterator[Batch] | Sequence[Batch]) -> Iterator[File]:
     """Collects rows that come in any order, and yields each file once it is complete."""
     waiting: dict[str, dict[int, dict[str, Any]]] = {}
-    ends: dict[str, tuple[int, str]] = {}
+    ends: dict[str, tuple[int, str, bool]] = {}
     for batch in batches:
         for at in range(len(batch["path"]) if batch else 0):
             row = {name: column[at] for name, column in batch.items()}
             path, number = str(row["path"]), int(row["number"])
             if number < 0:
-                ends[path] = -1 - number, str(row["error"])
+                ends[path] = -1 - number, str(row["error"]), bool(row["again"])
             else:
                 waiting.setdefault(path, {})[number] = row
             if path in ends and len(waiting.get(path, ())) >= ends[path][0]:
-                count, error = ends.pop(path)
+                count, error, again = ends.pop(path)
                 rows = [each for _, each in sorted(waiting.pop(path, {}).items())][:count]
                 error = error or next((str(each["error"]) for each in rows if each["error"]), "")
-                yield File(path, rows, error)
+                yield File(path, rows, error, again)
 
 
 def as_answers(found: Iterator[File], names: Callable[[dict[str, Any]], list[Any]]) -> Iterator[Any]:
     """The files in the form of `answers`: an Answer for each window, then Finished."""
+    from ..data.decode.reading import ReadError
     from ..inference.batches import Answer, Finished
 
     for file in found:
         if not file.error:
             for row in file.rows:
                 yield Answer(file.path, float(row["start"]), float(row["end"]), names(row))
-        yield Finished(file.path, ValueError(file.error) if file.error else None)
+        kind = ReadError if file.again else ValueError
+        yield Finished(file.path, kind(file.error) if file.error else None)

@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..data.decode.reading import VideoError
+from ..data.decode.reading import ReadError, VideoError
 from ..data.inputs import Inputs
 from ..data.remote import describe, is_remote
 from ..inference.batches import Answer, Finished
 from .parquet import ParquetFolder
 from .store import FileRows, Known, Store, record_batch, schema_of
 
+_AGAIN = "read again"  # the stamp of a file with a `ReadError`: no file has it
 _SECONDS, _FILES, _IN_MEMORY = 10.0, 4096, 64 << 20  # a commit at least so often; bytes of rows before they go to disk
 
 
@@ -74,8 +75,8 @@ def plan(store: Store | ParquetFolder, inputs: Inputs, *, root: str, digest: boo
     """Compares the given files with the stored ones.
 
     A file is unchanged if its size and its time of change are unchanged; with `digest`, if its content is. Failed files
-    are tried again if they changed, or with `retry`. Files that are gone from the given folders are dropped, unless a
-    folder has no video at all, because it may not be mounted.
+    are tried again if they changed, after a `ReadError`, or with `retry`. Files that are gone from the given folders are
+    dropped, unless a folder has no video at all, because it may not be mounted.
     """
     stored = store.known()
     summary = Summary()
@@ -215,7 +216,10 @@ class Writer:
             self.spool.seek(self.start)
             self.spool.truncate()
             reason = " ".join(str(error).split())
-            self.sink.write_batch(record_batch(FileRows(name, known._replace(error=reason), []), self.store.settings))
+            known = known._replace(error=reason)
+            if isinstance(error, ReadError):
+                known = known._replace(stamp=_AGAIN, digest=None)
+            self.sink.write_batch(record_batch(FileRows(name, known, []), self.store.settings))
             self.errors[name] = reason
             self.count = 0
         self.counts[name] = self.count

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..files import check_new_file, replaced, save_tensors
+from ..files import check_new_file, parse_json, replaced, save_tensors
 from .store import Known, Store, StoreSettings, check_fingerprint
 
 if TYPE_CHECKING:
@@ -73,7 +73,13 @@ class FeatureFile:
         if metadata is None:
             raise ValueError(f"{path}: not a file of features; `xclip-fast embed` writes them")
         self.path, self.metadata = path, metadata
-        self.names: list[str] = json.loads(metadata["names"])
+        try:
+            self.names: list[str] = parse_json(metadata["names"])
+            frames = int(metadata.get("frames", 8))
+            if not isinstance(self.names, list) or not all(isinstance(name, str) for name in self.names):
+                raise ValueError("its names are no list of strings")
+        except ValueError as error:
+            raise ValueError(f"{path}: damaged ({error}); embed the videos again") from error
         self.file = safe_open(path, "pt")
         rows = self.file.get_slice("video").get_shape()[0]
         if rows != len(self.names):
@@ -86,7 +92,7 @@ class FeatureFile:
             metadata["checkpoint"],
             metadata["variant"],
             width,
-            int(metadata.get("frames", 8)),
+            frames,
             "sparse",
             frame_stride=1,
             window=0.0,  # every video is one moment

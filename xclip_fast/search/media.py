@@ -87,7 +87,7 @@ def _local(path: str) -> Iterator[str]:
         try:
             yield name
         except VideoError as error:
-            raise VideoError(str(error).replace(name, path)) from error
+            raise type(error)(str(error).replace(name, path)) from error
 
 
 def _duration(path: str) -> float:

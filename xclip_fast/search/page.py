@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..console import plain
 from ..data.remote import is_remote
-from ..files import check_new_file, replaced
+from ..files import check_new_file, replaced, require_regular
 from .media import pictures
 from .query import Hit
 
@@ -40,6 +40,7 @@ class Page:
     def _check(self) -> None:
         check_new_file(self.out, self.overwrite)
         if self.out.exists():
+            require_regular(self.out)
             with open(self.out, "rb") as file:
                 if _MARK.encode() not in file.read(4096):
                     raise FileExistsError(f"{self.out}: is not a page of results, so it is not replaced")

@@ -6,13 +6,13 @@ import contextlib
 import json
 import os
 import uuid
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, fields
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..files import locked, remove, replaced
-from .store import Known, StoreSettings, check_settings, schema_of
+from ..files import locked, remove, replaced, require_regular
+from .store import Known, StoreSettings, check_settings, read_settings, schema_of
 
 _KEY, _VERSION = b"xclip_fast_store", 1
 
@@ -33,9 +33,7 @@ class ParquetFolder:
             raise FileExistsError(f"{folder}: exists and holds other files; choose another name")
         self.folder.mkdir(parents=True, exist_ok=True)
         for part in self._parts()[:1]:
-            written = json.loads((_read_schema(part).metadata or {}).get(_KEY, b"{}"))
-            names = {field.name for field in fields(StoreSettings)}
-            mine = StoreSettings(**{key: value for key, value in written.items() if key in names})
+            mine = read_settings(self.folder, _read_schema(part))
             check_settings(self.folder, mine, settings)
             self.settings = mine
 
@@ -85,7 +83,7 @@ class ParquetFolder:
         for part in self._parts() if paths else ():
             if paths.isdisjoint(_read(part, ["path"])["path"].to_pylist()):
                 continue
-            table = pq.read_table(part)
+            table = _read(part)
             kept = table.filter(pc.invert(pc.is_in(table["path"], value_set=gone)))
             if kept.num_rows:
                 with replaced(part) as draft:
@@ -133,14 +131,26 @@ def _is_ours(name: str) -> bool:
     return (name.startswith("part-") and name.endswith(".parquet")) or name.startswith(".")
 
 
-def _read(part: Path, columns: list[str]) -> Any:
+def _read(part: Path, columns: list[str] | None = None) -> Any:
     """Columns of a part."""
     import pyarrow.parquet as pq
 
-    return pq.read_table(part, columns=columns)
+    with _named(part):
+        return pq.read_table(part, columns=columns)
 
 
 def _read_schema(part: Path) -> Any:
     import pyarrow.parquet as pq
 
-    return pq.read_schema(part)
+    with _named(part):
+        return pq.read_schema(part)
+
+
+@contextlib.contextmanager
+def _named(part: Path) -> Iterator[None]:
+    """Puts the name of the file into pyarrow's errors."""
+    require_regular(part)
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{part}: is damaged ({error}); remove it and embed its videos again") from error

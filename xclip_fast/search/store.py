@@ -18,6 +18,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..files import parse_json
+from ..schema import build
+
 try:
     import fcntl
 except ImportError:  # Windows: only one process may write into a store
@@ -78,11 +81,7 @@ class Store:
 
     def __init__(self, folder: Path, table: Any) -> None:
         self.folder, self.table = folder, table
-        written = json.loads((table.schema.metadata or {}).get(_KEY, b"{}"))
-        if written.get("format") != _VERSION:
-            raise ValueError(f"{folder}: holds a table that is not a store of this version of xclip-fast")
-        names = {field.name for field in fields(StoreSettings)}
-        self.settings = StoreSettings(**{key: value for key, value in written.items() if key in names})
+        self.settings = read_settings(folder, table.schema)
         self._seen = table.version  # the newest version that `known` or our own commits have seen
         self._claims: int | None = None
 
@@ -262,6 +261,29 @@ def check_fingerprint(place: Path, made_with: StoreSettings, wanted: StoreSettin
     if made_with.fingerprint != wanted.fingerprint:
         ours, theirs = (f"{each.checkpoint or 'random'}, {each.fingerprint[:12]}" for each in (made_with, wanted))
         raise ValueError(f"{place}: made with other weights ({ours}) than {theirs}; use the former, or embed again")
+
+
+def read_settings(place: Path, schema: Any) -> StoreSettings:
+    """The settings in the metadata of an Arrow schema.
+
+    Raises ValueError if they are missing or damaged, or do not describe the columns.
+    """
+    names = {field.name for field in fields(StoreSettings)}
+    try:
+        if b"embedding_functions" in (schema.metadata or {}):  # LanceDB would load what it names, at the next write
+            raise ValueError("it names an embedding function, which may run code")
+        written = parse_json((schema.metadata or {}).get(_KEY, b"{}"))
+        if not isinstance(written, dict) or written.get("format") != _VERSION:
+            raise ValueError("it was not written by this version of xclip-fast")
+        try:
+            found: StoreSettings = build(StoreSettings, {key: value for key, value in written.items() if key in names})
+        except TypeError:
+            raise ValueError("its settings are incomplete") from None
+        if not schema.remove_metadata().equals(schema_of(found)):
+            raise ValueError("its columns do not fit its settings")
+    except (ValueError, OverflowError) as error:
+        raise ValueError(f"{place}: holds a table that is not a store ({error})") from error
+    return found
 
 
 def check_settings(place: Path, made_with: StoreSettings, wanted: StoreSettings) -> None:

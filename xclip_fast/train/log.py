@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import logging
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 
 from ..console import Bar
-from ..files import write_text
+from ..files import parse_json, write_text
 from .config import LogConfig, TrainConfig, to_yaml
 
 log = logging.getLogger("xclip_fast")
@@ -86,13 +87,13 @@ def cut(folder: Path, step: int) -> None:
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
-    """All records so far, without a last line that a kill cut short."""
+    """All records so far, without damaged lines, such as a last one that a kill cut short."""
     found = []
-    for line in (folder / FILE).read_text(encoding="utf-8").splitlines():
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue
+    for line in (folder / FILE).read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError):
+            record = parse_json(line)
+            if isinstance(record, dict) and isinstance(record.get("step"), int):
+                found.append(record)
     return found
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..config import XCLIPConfig
 from ..evaluate.sample_lists import few_shot
-from ..files import read_json
+from ..files import read_json, read_text
 from ..model import XCLIP
 from ..processes import Process
 from ..schema import ConfigError
@@ -131,8 +131,8 @@ def _hold_out(manifest: Manifest, fraction: float, seed: int) -> tuple[Manifest,
 
 def _read_labels(path: str, classes: Sequence[str]) -> list[str]:
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeError) as error:
+        lines = read_text(path).splitlines()
+    except (OSError, ValueError) as error:
         raise ConfigError(f"data.labels: {path} cannot be read: {error}") from error
     labels = [line.strip() for line in lines if line.strip()]
     if len(labels) != len(classes):

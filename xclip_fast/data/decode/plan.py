@@ -20,7 +20,7 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from .fields import may_hold_fields
-from .reading import Source, VideoError, lacks_memory, limit, name_of, packets_of
+from .reading import ReadError, Source, lacks_memory, limit, name_of, packets_of
 
 # Codecs with one packet for each frame, in containers that keep presentation times. Other files are decoded whole.
 _CODECS = {"av1", "h264", "hevc", "mjpeg", "mpeg4", "vp9"}
@@ -72,7 +72,7 @@ def make_plan(container: InputContainer, stream: VideoStream, verify: bool = Fal
     frames: list[tuple[int, int]] = []
     for packet in packets_of(container, stream):
         if len(frames) >= most:
-            raise VideoError(
+            raise ReadError(
                 f"{name_of(container)}: has more than {most} frames; the environment variable XCLIP_FAST_MAX_FRAMES "
                 "allows more"
             )

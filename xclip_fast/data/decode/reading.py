@@ -54,7 +54,10 @@ class VideoError(ValueError):
 
 
 class ReadError(VideoError):
-    """A file that could not be read this time: a read error or too little memory. The video itself may be good."""
+    """A file that could not be read this time: a read error, too little memory or a limit of this run.
+
+    The video itself may be good, so this error is no fact about it: the next run reads the file again.
+    """
 
 
 @dataclass(frozen=True)
@@ -99,10 +102,10 @@ def limit(name: str) -> int:
     return min(int(given), 2**62)
 
 
-def too_slow(source: Source | str) -> VideoError:
+def too_slow(source: Source | str) -> ReadError:
     """The error of a file whose decoding hangs."""
     seconds = limit("XCLIP_FAST_MAX_SECONDS")
-    return VideoError(
+    return ReadError(
         f"{source}: decoding did not advance for {seconds} seconds; the environment variable XCLIP_FAST_MAX_SECONDS "
         "allows more"
     )
@@ -123,7 +126,7 @@ class File:
         try:
             status = self._open()
         except (FileNotFoundError, NotADirectoryError):
-            raise VideoError(f"{source}: no such file") from None
+            raise ReadError(f"{source}: no such file") from None
         except OSError as error:
             raise ReadError(f"{source}: cannot be opened ({error.strerror})") from error
         try:
@@ -276,11 +279,12 @@ def _video_stream(source: Source, file: File, container: InputContainer, threads
         raise VideoError(f"{source}: this build of FFmpeg has no decoder for its video codec")
     most = limit("XCLIP_FAST_MAX_PIXELS")
     if context.width * context.height > most:
-        raise VideoError(
+        raise ReadError(
             f"{source}: a frame has {context.width}x{context.height} pixels, more than the limit of {most}; "
             "the environment variable XCLIP_FAST_MAX_PIXELS allows more"
         )
-    context.options = {"max_pixels": str(most)}
+    # Decoders count the edges that they add to a frame, and call a frame above the limit a lack of memory.
+    context.options = {"max_pixels": str(max(most, (context.width + 128) * (context.height + 128)))}
     context.thread_count = threads
     if threads != 1:
         stream.thread_type = "AUTO"
@@ -291,12 +295,14 @@ def no_frame(source: Source, stream: VideoStream) -> VideoError:
     """The error of a video that gives no frame."""
     context = stream.codec_context
     why = context.codec.canonical_name
+    kind = VideoError
     if not context.width * context.height:  # FFmpeg drops a size above the limit
+        kind = ReadError
         why += (
             f"; its picture size is missing, or above the limit of {limit('XCLIP_FAST_MAX_PIXELS')} pixels; the "
             "environment variable XCLIP_FAST_MAX_PIXELS allows more"
         )
-    return VideoError(f"{source}: no frame can be decoded ({why})")
+    return kind(f"{source}: no frame can be decoded ({why})")
 
 
 def is_picture(container: InputContainer) -> bool:
@@ -359,7 +365,7 @@ def all_frames(container: InputContainer, stream: VideoStream) -> Iterator[Video
         if silent >= 0 and not frames and packet is not None:
             silent += 1
             if silent > most:
-                raise VideoError(
+                raise ReadError(
                     f"{name_of(container)}: its first {most} packets give no frame; the environment variable "
                     "XCLIP_FAST_MAX_LEADING_PACKETS allows more"
                 )

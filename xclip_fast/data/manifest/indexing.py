@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -12,6 +11,7 @@ from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
+from ...files import parse_json, require_regular
 from ..decode.video import DamagedPlan, Video
 from .listing import Entry
 from .manifest import VERSION, Manifest, checked, header_line, row_line
@@ -103,6 +103,8 @@ def index(
 def _check_writable(out: Path, partial: Path) -> None:
     """Raises OSError before the work starts if the manifest cannot be written."""
     there = partial.exists()
+    if there:
+        require_regular(partial)
     try:
         with open(partial, "a", encoding="ascii"):
             pass
@@ -139,13 +141,13 @@ def _known(reuse: Sequence[str | os.PathLike[str] | Manifest], partial: Path) ->
     root = ""
     for line in partial.open("rb") if partial.exists() else ():
         try:
-            row = json.loads(line)
+            row = parse_json(line)
             if "xclip_fast_manifest" in row:
                 root = row["root"] if row["xclip_fast_manifest"] == VERSION else ""
             elif root:
                 video = Video(**row)
                 known[_key(root, video)] = video
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, KeyError):
             log.info("%s: skipped an unfinished line", partial)
     return known
 

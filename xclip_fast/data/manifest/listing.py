@@ -14,6 +14,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ...files import errors_name
+
 VIDEO_NAME = re.compile(
     r"[^.].*\.(3gp|avi|flv|m2ts|m4v|mkv|mov|mp4|mpe?g|mts|ogv|ts|webm|wmv)", re.IGNORECASE | re.DOTALL
 )
@@ -70,7 +72,8 @@ class Request:
 def lines_of(path: Path) -> list[tuple[int, str]]:
     """(number, line) of every line of a text file that is not blank. Bytes that are not UTF-8 stay as they are."""
     _check_list(path)
-    text = path.read_bytes().decode("utf-8", "surrogateescape").removeprefix("\ufeff")
+    with errors_name(path):
+        text = path.read_bytes().decode("utf-8", "surrogateescape").removeprefix("\ufeff")
     if "\0" in text:
         raise ValueError(f"{path}: is not a text file")
     # not splitlines(), which also splits where a name may go on
@@ -84,7 +87,7 @@ def csv_of(path: Path) -> list[tuple[int, list[str]]]:
     The separator is the comma, semicolon or tab: the most frequent of them in the first line outside quotes.
     """
     _check_list(path)
-    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+    with errors_name(path), open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         text = file.read()
     first = next((line for line in text.splitlines() if line.strip()), "")
     bare = re.sub(r'"[^"]*"', "", first)

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 import numpy as np
 
 from ...console import plain
-from ...files import replaced
+from ...files import errors_name, parse_json, replaced, require_regular
 from ..decode.video import Video, one_line, video_name
 
 if TYPE_CHECKING:  # plan imports PyAV, which a manifest can do without
@@ -68,7 +68,8 @@ class Manifest:
         path = Path(path)
         if path.is_dir():
             raise ValueError(f"{path} is a folder, not a manifest; `xclip-fast index {path}` makes one of it")
-        with open(path, "rb") as file:
+        require_regular(path)
+        with errors_name(path), open(path, "rb") as file:
             header = _header(path, file.readline())
             videos = tuple(_rows(path, enumerate(file, 2), len(header["classes"])))
         version = header["xclip_fast_manifest"]
@@ -162,7 +163,7 @@ def row_line(video: Video) -> str:
 
 def _header(path: Path, line: bytes) -> dict[str, Any]:
     try:
-        header = json.loads(line)
+        header = parse_json(line)
         version = header["xclip_fast_manifest"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: is not a manifest; make one with `xclip-fast index`") from error
@@ -188,10 +189,10 @@ def _rows(path: Path, lines: Iterable[tuple[int, bytes]], classes: int) -> Itera
             continue
         row: Any = None
         try:
-            video = _video(row := json.loads(line))
+            video = _video(row := parse_json(line))
             _check(video, classes)
             good += 1
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             first = first or ValueError(f"{path}, line {number}: {error}")
             damaged += 1
             name = row.get("path") if isinstance(row, dict) else None
@@ -234,7 +235,7 @@ def leaves(path: str) -> bool:
 def checked(video: Video, classes: int) -> Video:
     """The row, or one with an error if `Manifest.read` would refuse it."""
     try:
-        _video(json.loads(row_line(video)))
+        _video(parse_json(row_line(video)))
         _check(video, classes)
     except ValueError as error:
         return Video(video.path, member=video.member, error=one_line(f"cannot be listed: {error}"))

@@ -12,7 +12,6 @@ In shards without labels the top folders are the classes, if all videos lie in f
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import tarfile
@@ -21,6 +20,7 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 
+from ...files import parse_json
 from .listing import VIDEO_NAME, Entry, Listing, Request
 
 _LABEL_SUFFIXES = ("cls", "json", "txt")  # the first one with a label counts
@@ -184,7 +184,7 @@ def _label(tar: tarfile.TarFile, member: tarfile.TarInfo, suffix: str) -> int | 
     if suffix != "json":
         text = data.decode().strip()
         return int(text) if re.fullmatch(r"[+-]?\d+", text) else text or None
-    content = json.loads(data)
+    content = parse_json(data)
     label = content.get("label") if isinstance(content, dict) else None
     if label is not None and (isinstance(label, bool) or not isinstance(label, int | str)):
         raise ValueError(f"label is {label!r}; it must be a whole number or a name")

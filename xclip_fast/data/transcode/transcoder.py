@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 import av
 
+from ...files import parse_json
 from ..decode.reading import Source, VideoError
 from ..manifest.listing import VIDEO_NAME
 from ..parts import lock, remove_unlocked
@@ -242,10 +243,11 @@ def _made(target: Path) -> dict[str, Any] | None:
     if maker != _MAKER:
         return None
     try:
-        made = json.loads(text)
+        made = parse_json(text)
     except ValueError:
         return None
-    return made if isinstance(made, dict) and {"settings", "size", "mtime_ns", "damage"} <= made.keys() else None
+    complete = isinstance(made, dict) and {"settings", "size", "mtime_ns", "damage"} <= made.keys()
+    return made if complete and isinstance(made["settings"], dict) else None
 
 
 def _digest(name: str) -> str:
