@@ -75,7 +75,7 @@ def plan(store: Store | ParquetFolder, inputs: Inputs, *, root: str, digest: boo
     """Compares the given files with the stored ones.
 
     A file is unchanged if its size and its time of change are unchanged; with `digest`, if its content is. Failed files
-    are tried again if they changed, after a `ReadError`, or with `retry`. Files that are gone from the given folders are
+    are tried again if they changed, after a `ReadError`, or with `retry`. Files gone from the given folders are
     dropped, unless a folder has no video at all, because it may not be mounted.
     """
     stored = store.known()
