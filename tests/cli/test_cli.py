@@ -369,6 +369,11 @@ def test_damaged_features_are_refused(home, run, tmp_path):
     (tmp_path / "cut").write_bytes(out_file.read_bytes()[:-9])
     save_file({name: tensor[:2].clone() for name, tensor in tensors.items()}, tmp_path / "fewer", metadata)
     save_file({"patches": tensors["patches"]}, tmp_path / "no_video", metadata)
+    names = json.dumps(["\udcff.mp4", *json.loads(metadata["names"])[1:]])
+    save_file(tensors, tmp_path / "bytes", metadata | {"names": names})
+    if importlib.util.find_spec("lancedb"):  # the others of a file are imported
+        code, out, err = run("embed", "--import", tmp_path / "bytes", "--out", tmp_path / "store", "-c", home / "a")
+        assert (code, "3 videos" in out, "is not UTF-8; rename" in err) == (1, True, True)
     save_file(tensors, tmp_path / "no_names", {key: metadata[key] for key in metadata if key != "names"})
     for name, text in (("number", "4"), ("deep", "[" * 30000), ("nested", "[[], 2, 3, 4]")):
         save_file(tensors, tmp_path / name, metadata | {"names": text})

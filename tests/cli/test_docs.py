@@ -68,5 +68,5 @@ def test_python_of_the_scale_page(here):
     block = block.replace("frames=8, size=224", "frames=3, size=32")  # of the test's weights
     names: dict = {}
     exec(compile(block, "docs/scale.md", "exec"), names)
-    assert set(names["rows"]) == {"path", "number", "start", "end", "error", "vector"}
+    assert set(names["rows"]) == {"path", "number", "start", "end", "error", "again", "vector"}
     assert names["rows"]["start"].tolist() == [0, 5, 10, 15, 20, 25, 30, 0]

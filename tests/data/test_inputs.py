@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from xclip_fast.data.decode.decoder import VideoError
+from xclip_fast.data.decode.reading import ReadError
 from xclip_fast.data.inputs import find_videos
 from xclip_fast.data.manifest import index
 from xclip_fast.data.motion import CLASSES, render, write_clip
@@ -155,6 +156,8 @@ def test_a_file_on_a_web_server(web, tmp_path):
     assert describe(f"{web}/clip.mp4")[0] == clip.stat().st_size
     with pytest.raises(ValueError, match="no such file"):
         next(reading.windows(f"{web}/gone.mp4"))
+    with pytest.raises(ReadError, match=r"http://127.0.0.1:1/a.mp4: cannot be read \(Cannot connect"):
+        describe("http://127.0.0.1:1/a.mp4?token=secret")
     with (
         pytest.raises(VideoError, match="took longer than") as error,
         local_copy(f"{web}/slow.mp4?token=secret", Limits(seconds=0.5)),

@@ -9,6 +9,7 @@ import torch
 
 from xclip_fast.data.decode import plan, windows
 from xclip_fast.data.decode.decoder import VideoError, decode, decode_windows, probe
+from xclip_fast.data.decode.reading import ReadError
 from xclip_fast.data.decode.windows import window_spans
 from xclip_fast.data.motion import render, write_clip
 from xclip_fast.data.sampling import frame_indices
@@ -103,6 +104,15 @@ def test_spans():
     assert window_spans(20, 10, 5) == [(0, 10), (5, 15), (10, 20)]
     assert window_spans(3, 10, 5) == [(0, 3)]
     assert window_spans(10, 2, 9.99999) == [(0, 2)]
+
+
+def test_the_number_of_windows_is_bounded(tmp_path):
+    path = tmp_path / "far.mkv"
+    write_clip(path, np.zeros((2, 32, 32, 3), np.uint8), times=[0, 2e8])
+    with pytest.raises(ReadError, match=r"far.mkv: would have \d{8} windows in .* seconds; .*XCLIP_FAST_MAX_WINDOWS"):
+        list(decode_windows(path))
+    with pytest.raises(ReadError, match="would have 9007199254740993 windows"):
+        window_spans(10, 2, 5e-324)
 
 
 def test_uneven_times(tmp_path):

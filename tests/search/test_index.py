@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import stat
 import subprocess
@@ -377,6 +378,10 @@ def test_filters_by_time(tmp_path, weights, videos):
     found = index.search("growing", after=12, before=20, merge=False)
     assert sorted(one.start for one in found) == [5, 10, 15]
     assert Filters(after=1, before=2).sql() == '"end" > 1.0 AND start < 2.0'
+    assert len(index.search("growing", top=10**12, merge=False)) == 7
+    for after, before in ((math.nan, None), (None, math.inf), (2, 2)):
+        with pytest.raises(ValueError, match="wanted"):
+            index.search("growing", after=after, before=before)
 
 
 def test_it_is_public():

@@ -229,7 +229,7 @@ def test_other_wrong_files(tmp_path):
     with pytest.raises(CheckpointError, match="weight_map must be an object"):
         checkpoint.read(tmp_path)
     (tmp_path / "trained.json").write_text("[" * 10**5)
-    with pytest.raises(ValueError, match=r"trained\.json: is nested too deeply; correct it"):
+    with pytest.raises(ValueError, match=r"trained\.json: is not JSON: it is nested too deeply; correct it"):
         Trained.read(tmp_path)
 
 

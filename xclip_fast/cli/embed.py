@@ -122,9 +122,13 @@ def embed(
         raise typer.BadParameter(f"works with a store only; {out} holds Parquet files", param_hint="--import, --index")
     for file in imported or ():
         assert isinstance(store, Store)
-        print(f"{plain(str(out))}: {import_features(store, file)} videos of {plain(str(file))} imported")
+        taken = import_features(store, file)
+        for reason in taken.failed.values():
+            failed |= complain(reason)
+        print(f"{plain(str(out))}: {len(taken.added)} videos of {plain(str(file))} imported")
     if given:
-        inputs, failed = opt.find_videos(given)
+        inputs, missing = opt.find_videos(given)
+        failed |= missing
         from ..data.remote import Limits
 
         limits = Limits(max_bytes, max_seconds)

@@ -92,6 +92,8 @@ def search(
     for title, query in wanted():
         hits = searcher.search(query, top, **options)
         _print_hits(title if several else None, hits, as_json, random_weights)
+        if not hits:
+            print(f"note: {plain(title)}: no moment that the filters allow", file=sys.stderr)
         if page is not None:
             page.add_hits(title, hits)
         if clips is not None:

@@ -114,7 +114,12 @@ def _errors(address: str) -> Iterator[None]:
     except (VideoError, ImportError):
         raise
     except FileNotFoundError as error:
-        raise VideoError(f"{_shown(address)}: no such file") from error
+        cause = error.__cause__  # fsspec raises it for every failure over HTTP
+        status = getattr(cause, "status", None)
+        if cause is None or status in (404, 410):
+            raise VideoError(f"{_shown(address)}: no such file") from error
+        text = f"status {status}" if status else str(cause) or type(cause).__name__
+        raise ReadError(f"{_shown(address)}: cannot be read ({text})") from error
     except Exception as error:  # each of fsspec's file systems raises errors of its own
         text = " ".join(str(error).replace(address, _shown(address)).split()) or type(error).__name__
         raise ReadError(f"{_shown(address)}: cannot be read ({text})") from error

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..model import XCLIP
+    from .add import Summary
 
 FORMAT = "xclip_fast_features"  # the metadata key that marks a file of ours; its value is the version
 _CHUNK = 1024  # videos at once
@@ -177,10 +178,10 @@ def write_features(
     return len(kept), tuple(tensors["video"].shape[1:])
 
 
-def import_features(store: Store, path: Path) -> int:
-    """Copies a file of features into a store of the same model. Returns the number of new videos.
+def import_features(store: Store, path: Path) -> Summary:
+    """Copies the new videos of a file of features into a store of the same model.
 
-    A video that no longer exists is kept with unknown size and length.
+    A video that no longer exists is kept with unknown size and length. A video whose path cannot be stored has failed.
     """
     import torch
 
@@ -193,11 +194,15 @@ def import_features(store: Store, path: Path) -> int:
     if mine.patches and not source.settings.patches:
         raise ValueError(f"{path}: holds no patches, and {store.folder} stores them; make a store without --patches")
     known = store.known()
-    names = {row: stored_name(name, mine.root) for row, name in enumerate(source.names)}
     work = Plan({}, {}, set(), Summary())
     writer = Writer(store, work)
     try:
-        for row, name in names.items():
+        for row, given in enumerate(source.names):
+            try:
+                name = stored_name(given, mine.root)
+            except ValueError as error:
+                work.summary.failed[given] = str(error)
+                continue
             if name in known or name in work.known:
                 continue
             size, stamp, seconds = _seen(readable_path(name, mine.root))
@@ -207,7 +212,7 @@ def import_features(store: Store, path: Path) -> int:
             writer.finish(name, None)
     finally:
         writer.close()
-    return len(work.summary.added)
+    return work.summary
 
 
 def _seen(path: str) -> tuple[int, str, float]:

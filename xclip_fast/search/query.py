@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -42,6 +43,13 @@ class Filters:
     path: str | None = None
     after: float | None = None
     before: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("after", self.after), ("before", self.before)):
+            if value is not None and not math.isfinite(value):
+                raise ValueError(f"{name} is {value}; a number of seconds wanted")
+        if self.after is not None and self.before is not None and self.after >= self.before:
+            raise ValueError(f"after is {self.after:g} and before {self.before:g} seconds; after < before wanted")
 
     def sql(self) -> str | None:
         """The condition on rows, for LanceDB."""

@@ -208,6 +208,8 @@ class Store:
 
     def nearest(self, vector_E: Any, count: int, where: str | None = None) -> Any:
         """The `count` rows with the largest cosine, as an Arrow table: _rowid, path, start, end, vector."""
+        if count > 1000:  # LanceDB refuses a number far above the number of rows
+            count = min(count, max(1, self.table.count_rows()))
         query = self.table.search(vector_E.numpy(), vector_column_name="vector").distance_type("dot")
         query = query.select(["path", "start", "end", "vector", "_distance"]).with_row_id(True).limit(count)
         if where:

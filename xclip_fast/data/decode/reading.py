@@ -88,6 +88,7 @@ _DEFAULTS = {
     "XCLIP_FAST_MAX_PIXELS": 2**26,  # of one frame
     "XCLIP_FAST_MAX_FRAMES": 2**22,  # of one video
     "XCLIP_FAST_MAX_LEADING_PACKETS": 4096,  # before the first frame
+    "XCLIP_FAST_MAX_WINDOWS": 2**20,  # of one video
     "XCLIP_FAST_MAX_SECONDS": 120,  # without a packet
 }
 

@@ -25,7 +25,7 @@ from ..sampling import Sampling, frame_indices
 from ..transforms import TestTransform, apply_frame
 from .picture import EXACT_COLOR, Upright
 from .plan import Plan, make_plan, planned_frames, still_fits
-from .reading import Source, VideoError, all_frames, as_source, log, no_frame, open_video
+from .reading import ReadError, Source, VideoError, all_frames, as_source, limit, log, no_frame, open_video
 
 Video = str | os.PathLike[str] | Source
 
@@ -108,9 +108,15 @@ def check_windows(window: float, stride: float, whole_below: float) -> None:
 def window_spans(duration: float, window: float, stride: float) -> list[Span]:
     """The windows of a video of `duration` seconds: each span starts `stride` seconds after the one before it.
 
-    The last span is the first that reaches the end, and is cut off there.
+    The last span is the first that reaches the end, and is cut off there. Raises ReadError for more than
+    XCLIP_FAST_MAX_WINDOWS.
     """
-    count = 1 + max(0, math.ceil((duration - window) / stride - 1e-9))
+    count = 1 + max(0, math.ceil(min((duration - window) / stride, 2.0**53) - 1e-9))
+    if count > (most := limit("XCLIP_FAST_MAX_WINDOWS")):  # of a time stamp far off, or of a tiny stride
+        raise ReadError(
+            f"would have {count} windows in {duration:.6g} seconds; the environment variable XCLIP_FAST_MAX_WINDOWS "
+            f"allows more than {most}"
+        )
     starts = [number * stride for number in range(count) if number == 0 or number * stride < duration - _ROUNDING]
     return [(start, min(start + window, duration)) for start in starts]
 
@@ -183,7 +189,11 @@ class _Job:
         interval = times[-1] / (len(times) - 1) if len(times) > 1 and times[-1] > 0 else 0.04
         duration = float(times[-1] + interval)
         found = []
-        for start, end in self.spans(duration):
+        try:
+            spans = self.spans(duration)
+        except ReadError as error:
+            raise ReadError(f"{self.source}: {error}") from error
+        for start, end in spans:
             low, high = np.searchsorted(times, (start - _ROUNDING, end - _ROUNDING if end < duration else math.inf))
             low = min(int(low), len(times) - 1)
             if high <= low and times[low] > start:
