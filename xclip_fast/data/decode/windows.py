@@ -91,9 +91,11 @@ def decode_span(
 
     parts = decode_spans(source, spans, frames, sampling, **options)
     try:
-        return next(parts)
+        for part in parts:
+            return part
     finally:
         parts.close()
+    raise VideoError(f"{source}: is damaged: decoded again, it has fewer frames")
 
 
 def check_windows(window: float, stride: float, whole_below: float) -> None:
