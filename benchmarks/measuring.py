@@ -100,8 +100,14 @@ def failure(error: BaseException) -> str:
     return f"failed: {name}{said[0] if said else ''}"
 
 
-def measure(contenders: dict[str, Callable[[], Any]], device: str, seconds: float) -> dict[str, dict[str, Any]]:
+def measure(
+    contenders: dict[str, Callable[[], Any]], device: str, seconds: float, pause: float = 0.05
+) -> dict[str, dict[str, Any]]:
     """Times the contenders in turn (A B C, B C A, ...) for about ``seconds`` in all.
+
+    Args:
+        pause: seconds before each call on a CPU: an engine's threads go on spinning after its call, on the cores of
+            the next.
 
     Returns:
         for each contender ``output``, ``peak_memory``, the ``seconds`` of every timed call and the number of
@@ -144,7 +150,7 @@ def measure(contenders: dict[str, Callable[[], Any]], device: str, seconds: floa
         before = time.perf_counter()
         for name in names[done % len(names) :] + names[: done % len(names)]:
             if device == "cpu":
-                time.sleep(0.05)  # an engine's threads go on spinning after its call, on the cores of the next
+                time.sleep(pause)
             pending[name].append(timed(live[name], device))
         round_seconds = time.perf_counter() - before
     for name, waits in pending.items():
@@ -177,7 +183,7 @@ def limit_seconds(rows: int, inner: int, columns: int, dtype: torch.dtype, devic
 
 
 def fastest(calls: dict[str, Callable[[], Any]], device: str, seconds: float) -> float:
-    results = measure(calls, device, math.inf if device == "cuda" else seconds)
+    results = measure(calls, device, math.inf if device == "cuda" else seconds, pause=0.0)
     return min(statistics.median(result["seconds"]) for result in results.values())
 
 

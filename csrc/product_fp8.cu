@@ -1,4 +1,4 @@
-// Products of e4m3 matrices, accumulated in float32.
+// Products of e4m3 matrices, accumulated in float32. The wide tile would spill where the residual is added.
 #include "gemm.cuh"
 
 namespace xclip_fast {

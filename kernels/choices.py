@@ -27,6 +27,11 @@ def architecture(x: Tensor) -> int | None:
     return _capability(x.get_device()) if x.is_cuda else None
 
 
+def measured_on(architecture: int) -> bool:
+    """Whether the parts of a block were measured on such a GPU."""
+    return any(row["arch"] == architecture for row in _rows("norm_linear"))
+
+
 def order(name: str, architecture: int, sizes: dict[str, Any]) -> tuple[str, ...]:
     """The backends (or tiles) of the first row that holds, the fastest first; none if no row holds."""
     return _order(name, architecture, tuple(sizes.items()))

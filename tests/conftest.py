@@ -4,15 +4,16 @@ import os
 from collections.abc import Generator
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # a process a core already, and so for the programs that a test starts
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU where a test asks for them
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a missing file's name is not looked up on the Hugging Face Hub
-
-if "PYTEST_XDIST_WORKER" in os.environ:  # a process a core already
-    torch.set_num_threads(1)
 
 import xclip_fast
 from xclip_fast import TextConfig, VisionConfig, XCLIPConfig

@@ -212,16 +212,18 @@ class XCLIP(nn.Module):
     def graphed(self, batch: int = 1, frames: int | None = None) -> GraphedVideoTower:
         """Returns an ``encode_video`` for small batches on a GPU. It replays a CUDA graph.
 
-            encode_video = model.graphed(batch=1)
+            graphed = model.graphed(batch=1)
             with torch.inference_mode():
-                logits = model.similarity(encode_video(video), model.encode_text(labels))
+                features = graphed(video)
+                logits = graphed.logits(video, model.encode_text(labels))
 
         Args:
             batch: the largest number of videos in a call. frames: T of each (default: the config's).
 
         Returns:
-            a callable with the arguments and results of ``encode_video``, for inference only. The same sizes give the
-            same object. See ``GraphedVideoTower`` for the changes that it notices.
+            a callable with the arguments and results of ``encode_video``, for inference only. Its ``logits`` has
+            ``similarity`` in the graph too. The same sizes give the same object. ``GraphedVideoTower`` says which
+            changes it notices, ``clear_graphs`` what it keeps.
 
         Raises:
             ValueError: if a size is not positive, or the model is not on a CUDA device.

@@ -1,5 +1,5 @@
 // The products between the C interface and CUTLASS: plain types, so that only the files that instantiate kernels see
-// CUTLASS's headers. Defined once per element type in the files product_*.cu.
+// CUTLASS's headers. Defined in the files product_*.cu.
 #pragma once
 
 #include "checks.cuh"

@@ -31,13 +31,17 @@ def composed(b: Block, linears: Linears | None = None) -> Tensor:
             those of the block itself.
     """
     apply = linears or functools.partial(own_linear, b)
-    qkv = linear(layer_norm_reference(b.x, b.ln_1_weight, b.ln_1_bias, b.eps), b.in_weight, b.in_bias)
-    x = diffuse(b, qkv, apply)
-    # z + FFN(LN_2(z))
-    hidden = apply("fc", layer_norm_reference(x, b.ln_2_weight, b.ln_2_bias, b.eps))
+    normed = layer_norm_reference(b.x, b.ln_1_weight, b.ln_1_bias, b.eps)
+    if b.frames:
+        normed[:, -1] = normed_message(b, apply)  # in the spare row; its query is used by nobody
+    x = attend(b, linear(normed, b.in_weight, b.in_bias), apply)
+    # z + FFN(LN_2(z)), which the spare row does not need
+    tokens = x[:, :-1] if b.frames else x
+    hidden = apply("fc", layer_norm_reference(tokens, b.ln_2_weight, b.ln_2_bias, b.eps))
     approximate = GELUS.get(b.activation)
     hidden = quick_gelu_reference(hidden) if approximate is None else F.gelu(hidden, approximate=approximate)
-    return x + scale_samples(apply("projection", hidden), b.drop_feed_forward)
+    y = tokens + scale_samples(apply("projection", hidden), b.drop_feed_forward)
+    return torch.cat([y, x[:, -1:]], dim=1) if b.frames else y
 
 
 def own_linear(b: Block, name: str, x: Tensor) -> Tensor:
@@ -47,10 +51,15 @@ def own_linear(b: Block, name: str, x: Tensor) -> Tensor:
 
 def diffuse(b: Block, qkv: Tensor, apply: Linears) -> Tensor:
     """z = x + IFA(LN_1([x, m])) for the projection of LN_1(x), (F, S, 3D), whose spare row is written."""
-    x, width = b.x, b.x.shape[-1]
     if b.frames:
         # the message is a key and a value, in place of the spare row's
-        qkv[:, -1, width:] = message_key_value(b, apply)
+        qkv[:, -1, b.x.shape[-1] :] = message_key_value(b, apply)
+    return attend(b, qkv, apply)
+
+
+def attend(b: Block, qkv: Tensor, apply: Linears) -> Tensor:
+    """x + attention for its projection (F, S, 3D)."""
+    x, width = b.x, b.x.shape[-1]
     qkv = qkv.unflatten(-1, (3, b.heads, width // b.heads))
     if b.offsets is None:
         mixed = attention_reference(qkv, b.causal, b.bias).flatten(-2)
@@ -64,6 +73,12 @@ def diffuse(b: Block, qkv: Tensor, apply: Linears) -> Tensor:
 def message_key_value(b: Block, apply: Linears) -> Tensor:
     """Each frame's message as key and value (F, 2D): [k_m, v_m] = LN_1(m) [Wk, Wv] + b."""
     width = b.x.shape[-1]
+    return linear(normed_message(b, apply), b.in_weight[width:], b.in_bias[width:])
+
+
+def normed_message(b: Block, apply: Linears) -> Tensor:
+    """LN_1(m) (F, D) of each frame's message."""
+    width = b.x.shape[-1]
     # m = x_class Wm + bm
     m_FD = apply("message_fc", b.x[:, 0])
     # m = m + CFA(LN_m(m)): attention over the T messages of one video
@@ -71,7 +86,7 @@ def message_key_value(b: Block, apply: Linears) -> Tensor:
     qkv = apply("message_in", normed)
     mixed = attention_reference(qkv.view(-1, b.frames, 3, b.heads, width // b.heads)).reshape(-1, width)
     m_FD = m_FD + scale_samples(apply("message_out", mixed), b.drop_fusion)
-    return linear(layer_norm_reference(m_FD, b.ln_1_weight, b.ln_1_bias, b.eps), b.in_weight[width:], b.in_bias[width:])
+    return layer_norm_reference(m_FD, b.ln_1_weight, b.ln_1_bias, b.eps)
 
 
 def scale_samples(x: Tensor, scale_B: Tensor | None) -> Tensor:

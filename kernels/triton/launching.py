@@ -3,7 +3,6 @@
 ``assumed_gpu`` lets the tests run the launchers without a GPU, on CPU or meta tensors of production shapes.
 """
 
-import bisect
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
@@ -92,16 +91,15 @@ def tile(op: str, device: torch.device, **sizes: int) -> dict[str, Any]:
     if op in _forced_tiles:
         return _forced_tiles[op]
     architecture = arch(device)
-    rows, bounds, found = _rows(op, architecture)
-    # what decides is between which of the table's bounds each size lies, of which there are few: not the size itself
-    key = tuple(bisect.bisect_right(at, sizes[name]) if name in sizes else -1 for name, at in bounds)
-    use = found.get(key)
+    use = _tile(op, architecture, tuple(sizes.items()))
     if use is None:
-        use = next((row["use"] for row in rows if tables.holds(row, sizes)), None)
-        if use is None:
-            raise LookupError(f"no tile for {op} on architecture {architecture} with {sizes} in {TABLE}")
-        found[key] = use
+        raise LookupError(f"no tile for {op} on architecture {architecture} with {sizes} in {TABLE}")
     return use
+
+
+@functools.lru_cache(4096)  # labels come in any number
+def _tile(op: str, architecture: int, sizes: tuple[tuple[str, int], ...]) -> dict[str, Any] | None:
+    return next((row["use"] for row in _rows(op, architecture) if tables.holds(row, dict(sizes))), None)
 
 
 _forced_tiles: dict[str, dict[str, Any]] = {}
@@ -117,24 +115,16 @@ def forced_tile(op: str, use: dict[str, Any]) -> Iterator[None]:
         del _forced_tiles[op]
 
 
-Rows = tuple[list[dict[str, Any]], list[tuple[str, list[int]]], dict[tuple[int, ...], dict[str, Any]]]
-
-
 @functools.cache
-def _rows(op: str, architecture: int) -> Rows:
-    """The rows of an op for an architecture in their order; the values at which one of their bounds begins or ends to
-    hold, by size; the tiles found so far, by the place of each size among those values."""
+def _rows(op: str, architecture: int) -> list[dict[str, Any]]:
+    """The rows of an op for an architecture in their order."""
     rows = []
     for table in (tables.rows(tables.user_table(TABLE.name), op), tables.rows(TABLE, op)):
         rows += sorted((row for row in table if row["arch"] <= architecture), key=lambda row: -row["arch"])
-    bounds: dict[str, set[int]] = {}
-    for row in rows:
-        for name, (low, high) in row.get("where", {}).items():
-            bounds.setdefault(name, set()).update((low, high + 1))
-    return rows, [(name, sorted(at)) for name, at in bounds.items()], {}
+    return rows
 
 
 def forget() -> None:
     """Read the tables again at the next call."""
-    _rows.cache_clear()
-    tables.rows.cache_clear()
+    for cached in (_tile, _rows, tables.rows):
+        cached.cache_clear()

@@ -1,9 +1,10 @@
-"""The message path in four launches: message token; LN_m and QKV; attention over T; output and residual. LN_1, key and
-value are a fifth where the projection of the frames' tokens does not make them.
+"""The message path in three launches: message token; LN_m and QKV; attention over T, output and residual. LN_1, key and
+value are a fourth where the projection of the frames' tokens does not make them; in training attention is one of its
+own, that of the frames' tokens with videos as sequences.
 
 B videos, T frames, F = B T rows, D width, H heads of C channels. F is small, so the GEMMs stream their weights: low
-tiles, many of them along the weight's rows, each normalising its own few rows. The attention over the frames of a video
-is that of the frames' tokens, with videos as sequences. Backward recomputes LN(.).
+tiles, many of them along the weight's rows, each normalizing its own few rows, or attending over its own video.
+Backward recomputes LN(.).
 """
 
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from ..attention import attention_reference, reference_backward, takes
 from . import attention
+from .attention_tiles import LOG2_E, attend_tile, power_of_two
 from .launching import cdiv, launch, tile
 from .layer_norm import Spare, normalise_backward
 
@@ -40,6 +42,8 @@ def message_rows_kernel(
     y_row,
     frames,
     eps,
+    scale,  # log2(e) / sqrt(C)
+    ATTEND: tl.constexpr,  # x is (M, 3 K), and its attention over the frames of a video takes its place; BLOCK_K is C
     EVEN_K: tl.constexpr,  # K is a multiple of BLOCK_K
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -47,9 +51,12 @@ def message_rows_kernel(
 ):
     """y = residual + s (LN(x) W^T + b). Tiles that share a part of the weight follow each other."""
     SPAN: tl.constexpr = 4096 // BLOCK_M
-    tiles_m = tl.cdiv(M, BLOCK_M)
+    height = frames if ATTEND else BLOCK_M  # rows of a tile
+    tiles_m = tl.cdiv(M, height)
     tile_n = tl.program_id(0) // tiles_m
-    rows = (tl.program_id(0) % tiles_m) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row = tl.arange(0, BLOCK_M)
+    rows = (tl.program_id(0) % tiles_m) * height + row
+    in_rows = (rows < M) & (row < height)
     columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     # rows and columns past the end repeat the last one: their results are never stored
     x_at = x_ptr + tl.minimum(rows, M - 1)[:, None].to(tl.int64) * x_row
@@ -75,7 +82,14 @@ def message_rows_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, K, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
-        if EVEN_K:
+        if ATTEND:  # one head
+            asked = in_rows[:, None]
+            query = tl.load(x_at + k[None, :], mask=asked, other=0.0)
+            key = tl.load(x_at + K + k[None, :], mask=asked, other=0.0)
+            value = tl.load(x_at + 2 * K + k[None, :], mask=asked, other=0.0)
+            x = attend_tile(query, key, value, in_rows[None, :], scale)
+            weight = tl.load(weight_at + k[:, None])
+        elif EVEN_K:
             x = tl.load(x_at + k[None, :])
             weight = tl.load(weight_at + k[:, None])
         else:
@@ -88,10 +102,10 @@ def message_rows_kernel(
         acc = tl.dot(x.to(weight.dtype), weight, acc, input_precision="ieee")
 
     acc += tl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
-    inside = (rows < M)[:, None] & (columns < N)[None, :]
+    inside = in_rows[:, None] & (columns < N)[None, :]
     at = rows[:, None].to(tl.int64) * N + columns[None, :]
     if drop_ptr is not None:
-        acc *= tl.load(drop_ptr + rows // frames, mask=rows < M, other=0.0).to(tl.float32)[:, None]
+        acc *= tl.load(drop_ptr + rows // frames, mask=in_rows, other=0.0).to(tl.float32)[:, None]
     if residual_ptr is not None:
         acc += tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
     y_at = y_ptr + rows[:, None].to(tl.int64) * y_row + columns[None, :]
@@ -108,17 +122,21 @@ def _rows(
     residual: Tensor | None = None,
     drop_scale: Tensor | None = None,
     frames: int = 1,
+    heads: int = 0,
     to: Tensor | None = None,
 ) -> Tensor:
     """residual + s (LN(x) W^T + b) in the weight's dtype, written ``to`` rows of any stride if given; LN's (mean, rstd)
-    go into ``statistics`` (2, M)."""
-    (rows, depth), columns = x.shape, weight.shape[0]
+    go into ``statistics`` (2, M). With ``heads``, x (M, 3K) is q, k and v, and their attention takes its place."""
+    rows, (columns, depth) = x.shape[0], weight.shape
     y = weight.new_empty(rows, columns) if to is None else to
     options = tile("message_kv", x.device, rows=rows, bytes=weight.element_size())
+    tiles, channels = cdiv(rows, options["BLOCK_M"]), depth // max(heads, 1)
+    if heads:
+        options, tiles = {**options, "BLOCK_M": power_of_two(frames), "BLOCK_K": channels}, rows // frames
     norm_weight, norm_bias, eps = norm or (None, None, 0.0)
     launch(
         message_rows_kernel,
-        (cdiv(rows, options["BLOCK_M"]) * cdiv(columns, options["BLOCK_N"]),),
+        (tiles * cdiv(columns, options["BLOCK_N"]),),
         x,
         weight,
         bias,
@@ -137,6 +155,8 @@ def _rows(
         y.stride(0),
         frames,
         eps,
+        channels**-0.5 * LOG2_E,
+        ATTEND=heads > 0,
         EVEN_K=depth % options["BLOCK_K"] == 0,
         **options,
     )
@@ -159,10 +179,16 @@ def forward(save: bool, b: Any) -> tuple[Spare, Callable[[Tensor], None], tuple[
     norm = (b.message_ln_weight, b.message_ln_bias, b.eps)
     qkv = _rows(message, b.message_in_weight, b.message_in_bias, norm=norm, statistics=first)
     heads = qkv.view(videos, frames, 3, b.heads, -1)
-    mixed, lse = attention.forward(save, heads) if takes(heads.shape[-1]) else (attention_reference(heads), ())
-    mixed = mixed.reshape(message.shape)
     out = (b.message_out_weight, b.message_out_bias)
-    fused = _rows(mixed, *out, residual=message, drop_scale=b.drop_fusion, frames=frames)
+    added: Any = {"residual": message, "drop_scale": b.drop_fusion, "frames": frames}
+    mixed: Tensor = message
+    lse: tuple[Tensor, ...] = ()
+    if takes(heads.shape[-1]) and frames <= 64 and not save:
+        fused = _rows(qkv, *out, **added, heads=b.heads)
+    else:
+        mixed, lse = attention.forward(save, heads) if takes(heads.shape[-1]) else (attention_reference(heads), ())
+        mixed = mixed.reshape(message.shape)
+        fused = _rows(mixed, *out, **added)
 
     def write(key_value: Tensor) -> None:
         # LN_1(.) [Wk, Wv] + b

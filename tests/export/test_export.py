@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import xclip_fast
-from xclip_fast import XCLIP, TextConfig, VisionConfig, XCLIPConfig
+from xclip_fast import XCLIP, SwinConfig, TextConfig, VisionConfig, XCLIPConfig
 from xclip_fast.cli.main import main
 from xclip_fast.export import ExportError, export_model, folder, formats
 from xclip_fast.export.formats import FORMATS, ONNX, TENSORRT, TORCH, Format, quiet
@@ -142,6 +142,17 @@ def test_ablated_models(changes: dict[str, Any], graph: int) -> None:
         inputs = found[graph].example(*sizes)
         with torch.no_grad():
             torch.testing.assert_close(program(*inputs), found[graph].module(*inputs), rtol=1e-4, atol=1e-5)
+
+
+def test_a_tower_with_windows_in_onnx(tmp_path: Path) -> None:
+    """X-Florence's: its attention has a bias, which ONNX's exporter takes apart."""
+    form = installed("onnx")
+    vision = SwinConfig(224, (32, 64, 64, 64), (1, 1, 1, 1), head_size=16)
+    torch.manual_seed(0)
+    graph = graphs_of(XCLIP(dataclasses.replace(CONFIG, vision=vision)).eval(), 2)[0]
+    with quiet():
+        form.write(graph, trace(graph), tmp_path / "video.onnx", torch.float32)
+    assert folder._difference(form, tmp_path / "video.onnx", graph, graph) < 1e-5
 
 
 @pytest.mark.usefixtures("traced")

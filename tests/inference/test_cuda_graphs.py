@@ -131,6 +131,23 @@ def test_replay_is_encode_video(gpu: Gpu, tiny_model: XCLIP, mode: Callable[[], 
     assert gpu.modes == ["thread_local"]  # a loader's thread may pin memory meanwhile
 
 
+def test_logits_are_similarity_in_the_graph(gpu: Gpu, tiny_model: XCLIP) -> None:
+    """One graph for each number of labels; the prompts and the temperature may change in place."""
+    graphed, texts = tiny_model.graphed(batch=2), {3: ["run", "swim", "jump"], 1: ["run"]}
+    with torch.inference_mode():
+        features = {count: tiny_model.encode_text(labels) for count, labels in texts.items()}
+        for count, videos in ((3, 2), (1, 2), (3, 1)):
+            video = frames(tiny_model, videos)
+            wanted = tiny_model.similarity(tiny_model.encode_video(video), features[count])
+            torch.testing.assert_close(graphed.logits(video, features[count]), wanted, rtol=1e-4, atol=1e-4)
+        before = graphed.logits(video, features[3])
+        tiny_model.logit_scale.sub_(1.0)
+        torch.testing.assert_close(graphed.logits(video, features[3]), before / torch.e, rtol=1e-4, atol=1e-4)
+    assert gpu.log.count("capture") == 2
+    with pytest.raises(ValueError, match="text features of shape"), torch.inference_mode():
+        graphed.logits(video, features[3][0])
+
+
 def test_other_layouts_and_no_prompt(gpu: Gpu, tiny_config: XCLIPConfig) -> None:
     """Normalised floats; strided videos; a model whose patch features are empty; one that starts from a plain ViT."""
     bare = dataclasses.replace(tiny_config, prompt="none", mit_layers=0)

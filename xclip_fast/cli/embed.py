@@ -96,6 +96,7 @@ def embed(
     from ..search.feature_file import import_features
     from ..search.parquet import ParquetFolder
     from ..search.store import Store, is_store
+    from ..tuning import tune_before
 
     if is_store(out):
         checkpoint, variant = opt.stored_weights(out, checkpoint, variant, random_weights)
@@ -141,6 +142,8 @@ def embed(
             stage = VideoStage(spec, opened.reading(limits), bool(store.settings.patches))
             columns = ("vector", "patches") if store.settings.patches else ("vector",)
             embedding = cluster_answers(stage, spread, columns)
+        else:
+            tune_before(model.config, len(inputs.paths), target["device"])
         with Bar() as bar:
             summary = opened.add(
                 inputs,
@@ -179,6 +182,7 @@ def _embed_file(
     """Writes the features of all videos into one file. Returns True if something failed."""
     from ..inference.batches import Reading, answers
     from ..search.feature_file import check_out, fingerprint, write_features
+    from ..tuning import tune_before
     from ..weights.recipe import Trained
 
     try:
@@ -198,6 +202,7 @@ def _embed_file(
     }
     model.to(**placed)
     reading = Reading(frames, config.vision.image_size, choice["sampling"], choice["stride"])
+    tune_before(config, len(inputs.paths), placed["device"])
     failed = False
     with Bar(len(inputs.paths)) as bar:
 

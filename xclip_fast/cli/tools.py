@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from ..console import Bar, plain, print_rows
+from ..console import plain, print_rows
 from .options import Frames, Overwrite, Variant, load_model
 
 commands = typer.Typer()
@@ -78,21 +79,20 @@ def _predict(gpu: str, variants: list[str], batches: list[int], as_json: bool) -
 def tune(
     model: Annotated[Literal["B/32", "B/16", "L/14", "L/14@336"], typer.Option(help="Whose shapes.")] = "B/16",
     seconds: Annotated[float, typer.Option(help="Begin nothing after that long.", min=0)] = 60.0,
+    rehearse: Annotated[
+        bool, typer.Option("--rehearse", help="Run everything on the CPU with small shapes, and write nothing.")
+    ] = False,
 ) -> None:
     """Measure on this GPU which kernels are the fastest, for later runs.
 
     First the tiles of the Triton kernels, then the backends. Every contender is compared with a reference before it is
     timed. The winners go to ~/.cache/xclip_fast.
     """
-    from ..kernels.tune.__main__ import main
+    from ..tuning import tune
 
-    code = 0
-    for number, more in enumerate(([], ["--backends"])):
-        with Bar(name="tables") as bar:
-            code |= main(["--model", model, "--seconds", str(seconds / 2), *more], bar.update)
-        if code and not number:
-            break
-    raise typer.Exit(code)
+    if rehearse:  # read when the kernels are imported
+        os.environ["TRITON_INTERPRET"] = "1"
+    raise typer.Exit(tune(model, seconds, rehearse=rehearse))
 
 
 @commands.command()

@@ -1,7 +1,8 @@
-"""CUDA graphs of the video tower, for small batches, whose kernels take less time than their launches.
+"""CUDA graphs of inference, for small batches, whose kernels take less time than their launches.
 
-A graph replays the launches of one ``encode_video`` on the same memory: its own buffers for input and results, and the
-weights. So it sees weights that changed in place. Before each replay a check finds tensors that have moved.
+A graph replays the launches of one ``encode_video``, and if wanted of the ``similarity`` behind it, on the same memory:
+its own buffers for input and results, and the weights. So it sees weights that changed in place. Before each replay a
+check finds tensors that have moved.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("xclip_fast")
 
+TOPS = ("visual", "mit", "prompts_visual_ln", "prompts_generator", "head")  # what inference runs of a model
 WARM_UPS = 3  # as torch.cuda.make_graphed_callables; the first one loads kernels and lets cuDNN plan
 
 # Captures take turns, and so do the replays on one device, whatever their thread and stream: they share buffers.
@@ -32,9 +34,9 @@ _ended: dict[torch.device, torch.cuda.Event] = {}
 class GraphedVideoTower:
     """``encode_video`` of at most ``batch`` videos of ``frames`` frames as CUDA graphs; ``XCLIP.graphed`` makes one.
 
-    There is one graph for each dtype of the videos, backend and autocast dtype. The first call that needs it captures
-    it, which takes as long as several eager calls. A graph keeps its own memory for its input, its results and all
-    between them.
+    There is one graph for each dtype of the videos, backend and autocast dtype, and for ``logits`` one for each number
+    and dtype of labels. The first call that needs a graph captures it, which takes as long as several eager calls. A
+    graph keeps its own memory for its input, its results and all between them.
 
     Weights may change in place between calls (``load_state_dict``, an optimizer). If a parameter, a buffer or a module
     of the tower was replaced or moved (``to``, ``load_state_dict(assign=True)``), the next call captures again. Other
@@ -48,7 +50,7 @@ class GraphedVideoTower:
                 raise ValueError(f"{name} {number!r} given; a whole number of at least 1 wanted")
         _cuda_device(model)
         self.model, self.batch, self.frames = model, batch, frames
-        self._captured: dict[tuple[object, ...], _Captured] = {}
+        self._captured: dict[tuple[Any, ...], _Captured] = {}
         self._tower = _Tower(model)
 
     def __call__(self, video: Tensor) -> VideoFeatures:
@@ -65,6 +67,25 @@ class GraphedVideoTower:
             ValueError: if the video has another shape or dtype, or the model is not on a CUDA device.
             RuntimeError: if a gradient is required, the model is in training mode, or a CUDA graph is being captured.
         """
+        return VideoFeatures(*self._replay(video))
+
+    def logits(self, video: Tensor, text_features: Tensor | None = None) -> Tensor:
+        """``similarity(encode_video(video), text_features)`` as one graph: one launch for a whole answer.
+
+        Args:
+            video: as for a call.
+            text_features: (K, E), from ``encode_text``; None for a model with ``num_classes``.
+
+        Returns:
+            (B, K), float32 (or float64).
+
+        Raises:
+            as a call, and as ``similarity``.
+        """
+        return self._replay(video, True, text_features)[0]
+
+    def _replay(self, video: Tensor, answers: bool = False, text_KE: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Copies of the features, or of the logits if it ``answers``."""
         self.model._check_video(video)
         count, frames = video.shape[:2]
         if count > self.batch or frames != self.frames:
@@ -83,16 +104,19 @@ class GraphedVideoTower:
                 self._forget()
                 logger.info("CUDA graphs of the video tower are captured again: %s", changed)
                 self._tower = _Tower(self.model)
-            self._tower.check(video)
-            key = (video.dtype, _autocast_dtype(), forced_backend())
+            self._tower.check(*((video,) if text_KE is None else (video, text_KE)))
+            text = None if text_KE is None else (text_KE.dtype, text_KE.shape)
+            key = (video.dtype, _autocast_dtype(), forced_backend(), answers, text)
             captured = self._captured.get(key) or self._capture(key, device)
             stream, ended = torch.cuda.current_stream(), _ended.setdefault(device, torch.cuda.Event())
             stream.wait_event(ended)
             captured.video[:count].copy_(video)
+            if captured.text is not None and text_KE is not None:
+                captured.text.copy_(text_KE)
             captured.graph.replay()
-            features = VideoFeatures(*(part[:count].clone() for part in captured.features))
+            results = tuple(part[:count].clone() for part in captured.results)
             ended.record(stream)
-        return features
+        return results
 
     def clear(self) -> None:
         """Free the graphs and their memory; the next call captures again."""
@@ -108,44 +132,50 @@ class GraphedVideoTower:
             torch.cuda.synchronize(captured.video.device)  # the last replay may still run
         self._captured.clear()
 
-    def _capture(self, key: tuple[object, ...], device: torch.device) -> _Captured:
+    def _capture(self, key: tuple[Any, ...], device: torch.device) -> _Captured:
         size = self.model.config.vision.image_size
-        dtype = key[0]
-        assert isinstance(dtype, torch.dtype)
+        dtype, *_, answers, text = key
         shape = (size, size, 3) if dtype == torch.uint8 else (3, size, size)
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
         # Autocast's cache would leave the casts of weights out of the graph, which would then read freed copies.
         autocast = torch.autocast("cuda", _autocast_dtype(), _autocast_dtype() is not None, cache_enabled=False)
         with torch.inference_mode(False), torch.no_grad(), autocast:
             video = torch.zeros(self.batch, self.frames, *shape, dtype=dtype, device=device)
+            text_KE = None if text is None else torch.ones(text[1], dtype=text[0], device=device)
+
+            def compute() -> tuple[Tensor, ...]:
+                features = self.model.encode_video(video)
+                return (self.model.similarity(features, text_KE),) if answers else features
+
             stream.wait_stream(torch.cuda.current_stream())
             # also around the capture: torch.cuda.graph leaves its stream current when a capture fails
             with torch.cuda.stream(stream):
                 for _ in range(WARM_UPS):
-                    self.model.encode_video(video)
+                    compute()
                 # cuBLAS keeps a workspace for each stream. The graph must not use an existing one: once freed, the
                 # replays would still write to it (pytorch/pytorch#193402; torch.compile's graphs free all). So the
                 # capture makes its own, in the graph's memory, and nothing else uses it afterwards.
                 torch._C._cuda_clearCublasWorkspaces()
                 # thread_local: other threads, such as a loader's that pins memory, may go on
                 with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-                    features = self.model.encode_video(video)
+                    results = compute()
                 torch._C._cuda_clearCublasWorkspaces()
-        self._captured[key] = _Captured(graph, video, features)
+        self._captured[key] = _Captured(graph, video, text_KE, results)
         return self._captured[key]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Captured:
-    """A graph, its input and its results."""
+    """A graph, its inputs and its results."""
 
     graph: torch.cuda.CUDAGraph
     video: Tensor
-    features: VideoFeatures
+    text: Tensor | None
+    results: tuple[Tensor, ...]
 
 
 class _Tower:
-    """The modules of the video tower and the addresses of their tensors, which a capture relies on."""
+    """The modules of the video tower and behind it, and the addresses of their tensors, which a capture relies on."""
 
     def __init__(self, model: XCLIP) -> None:
         self.model = model
@@ -155,11 +185,11 @@ class _Tower:
         self.children = [(module._modules, *item) for module in modules for item in module._modules.items()]
         stores = [store for module in modules for store in (module._parameters, module._buffers)]
         self.tensors: list[tuple[dict[str, Any], str]] = [(store, name) for store in stores for name in store]
-        self.tensors.append((model._parameters, "prompts_visual_proj"))
+        self.tensors += [(model._parameters, name) for name in ("prompts_visual_proj", "logit_scale", "logit_bias")]
         self.places = self._places()
 
     def _tops(self) -> list[nn.Module | None]:
-        return [getattr(self.model, name, None) for name in ("visual", "mit", "prompts_visual_ln")]
+        return [getattr(self.model, name, None) for name in TOPS]
 
     def _places(self) -> list[tuple[Any, ...] | None]:
         tensors = [store.get(name) for store, name in self.tensors]
@@ -180,14 +210,14 @@ class _Tower:
         )
         return f"the tensor {moved} was replaced, moved or cast"
 
-    def check(self, video: Tensor) -> None:
+    def check(self, *given: Tensor) -> None:
         """Raises RuntimeError where a replay would differ from the eager tower."""
         if any(module.training for module in self.modules):
             raise RuntimeError(
                 "the model is in training mode, in which its results are random: call model.eval() first"
             )
         if torch.is_grad_enabled():
-            tensors = [video, *(store.get(name) for store, name in self.tensors)]
+            tensors = [*given, *(store.get(name) for store, name in self.tensors)]
             if any(tensor is not None and tensor.requires_grad for tensor in tensors):
                 raise RuntimeError(
                     "a gradient is required, and a CUDA graph has no backward pass: call it under "

@@ -205,6 +205,8 @@ def self_attention(attention: Any, x_SBD: Tensor, mask: Tensor | None = None) ->
     """Calls an attention module on B sequences, (S, B, D) -> (S, B, D).
 
     torch's attention only reads the weight of its ``out_proj``. If ``out_proj`` is an adapter, it is called here.
+    torch's attention is not called in an export: its views hold for one memory layout of what it mixes, and an exporter
+    may compute another.
 
     Args:
         mask: (S, S) or (B, H, S, S), added to the attention weights before their softmax.
@@ -212,10 +214,13 @@ def self_attention(attention: Any, x_SBD: Tensor, mask: Tensor | None = None) ->
     mask = None if mask is None else mask.to(x_SBD.dtype)
     inner = find_change(attention._modules, PLAIN["quick_gelu"])
     whole = find_change({"attn": attention}, PLAIN["quick_gelu"])
-    if inner is not None and whole == f"attn.{inner}":  # all but the output layer is plain
+    exported = torch.compiler.is_exporting() and type(attention) is nn.MultiheadAttention and not is_watched(attention)
+    if exported or (inner is not None and whole == f"attn.{inner}"):  # all but the output layer is plain
         qkv = F.linear(x_SBD, attention.in_proj_weight, attention.in_proj_bias)
         query, key, value = qkv.unflatten(-1, (3, attention.num_heads, -1)).permute(2, 1, 3, 0, 4).unbind(0)
         mixed = F.scaled_dot_product_attention(query, key, value, mask)
+        if exported:
+            mixed = mixed.clone(memory_format=torch.contiguous_format)
         result: Tensor = attention.out_proj(mixed.permute(2, 0, 1, 3).flatten(-2))
         return result
     x = x_SBD.transpose(0, 1) if getattr(attention, "batch_first", False) else x_SBD

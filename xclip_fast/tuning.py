@@ -1,0 +1,63 @@
+"""Measuring which kernels are the fastest on this GPU: ``xclip-fast tune``, and long jobs before they begin."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from typing import TYPE_CHECKING
+
+from .console import Bar
+
+if TYPE_CHECKING:
+    import torch
+
+    from .config import XCLIPConfig
+
+LONG_JOB = 5000  # videos from which a job measures first; a guess
+SECONDS = 60.0
+
+
+def tune(model: str, seconds: float = SECONDS, *, rehearse: bool = False) -> int:
+    """Measure the tiles of the Triton kernels, then the backends; the winners go to ~/.cache/xclip_fast.
+
+    Args:
+        model: whose shapes: "B/32", "B/16", "L/14" or "L/14@336".
+        seconds: nothing is begun after that long.
+        rehearse: run everything on the CPU with small shapes, and write nothing.
+
+    Returns:
+        0, or 1 if something went wrong; standard error says what.
+    """
+    from .kernels.tune.__main__ import main
+
+    arguments = ["--model", model, "--seconds", str(seconds / 2), *(["--rehearse"] if rehearse else [])]
+    for more in ([], ["--backends"]):
+        with Bar(name="tables") as bar:
+            if main([*arguments, *more], bar.update):
+                return 1
+    return 0
+
+
+def tune_before(config: XCLIPConfig, videos: int, device: torch.device) -> None:
+    """Tune for a job of many videos if nothing was measured on its GPU yet. A short job prints one line.
+
+    One of several processes does not measure, because the others would disturb it: it prints the line as well.
+    """
+    import torch
+
+    from .kernels import choices
+    from .kernels.tune.shapes import SHAPES
+
+    sizes = tuple(getattr(config.vision, name, None) for name in ("width", "patch_size", "image_size"))
+    model = next((name for name, each in SHAPES.items() if (each.width, each.patch, each.image) == sizes), None)
+    architecture = choices.architecture(torch.empty(0, device=device)) if device.type == "cuda" else None
+    if model is None or architecture is None or choices.measured_on(architecture):
+        return
+    alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
+    if videos < LONG_JOB or not alone:
+        told = f"no kernel was measured on this GPU: `xclip-fast tune --model {model}` takes a minute, once"
+        print(told, file=sys.stderr)
+        return
+    print(f"measuring which kernels are the fastest on this GPU, once, for up to {SECONDS:.0f} s", file=sys.stderr)
+    with contextlib.redirect_stdout(sys.stderr):
+        tune(model)
