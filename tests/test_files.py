@@ -55,7 +55,7 @@ def test_a_failed_block_changes_nothing(tmp_path):
 @pytest.mark.parametrize("exchange", [True, False])
 def test_where_folders_cannot_be_exchanged(tmp_path, monkeypatch, exchange):
     if not exchange:
-        monkeypatch.setattr(files, "_exchange", lambda a, b: False)
+        monkeypatch.setattr(files, "exchange", lambda a, b: False)
     monkeypatch.setattr(files, "_beside", lambda target: exchange)
     folder = tmp_path / "a"
     folder.mkdir()
@@ -87,14 +87,14 @@ KILLED = """
         setattr(os, name, call)
     for name in ("mkdir", "link", "rename", "replace", "unlink", "rmdir", "open", "fsync", "chmod"):
         dying(name)
-    exchange = files._exchange
+    exchange = files.exchange
     def exchanged(a, b):
         global left
         left -= 1
         if left == 0:
             os.kill(os.getpid(), signal.SIGKILL)
         return exchange(a, b)
-    files._exchange = exchanged
+    files.exchange = exchanged
     for version in "23":
         with files.staged(sys.argv[1], ("weights", "config", "note"), "weights") as part:
             (part / "config").write_text(version)

@@ -287,7 +287,7 @@ def _replace(part: Path, target: Path, owned: Collection[str], last: str) -> Non
             if entry.name not in owned and not entry.is_dir(follow_symlinks=False):
                 _link(Path(entry.path), part / entry.name)
         part.chmod(stat.S_IMODE(target.stat().st_mode))
-        if _exchange(part, target):
+        if exchange(part, target):
             sync(target.parent)
             return
     for name in [last, *owned]:
@@ -325,8 +325,8 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _exchange(a: Path, b: Path) -> bool:
-    """Exchange two folders in one step; False where the system or the file system cannot."""
+def exchange(a: Path, b: Path) -> bool:
+    """Exchange two folders in one step. Returns False if one is missing, or the system or the file system cannot."""
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if os.name == "posix" else None
     here = -100  # AT_FDCWD
     return rename is not None and rename(here, os.fsencode(a), here, os.fsencode(b), _EXCHANGE) == 0

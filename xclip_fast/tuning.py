@@ -38,7 +38,7 @@ def tune(model: str, seconds: float = SECONDS, *, rehearse: bool = False) -> int
     return 0
 
 
-def tune_before(config: XCLIPConfig, videos: int, device: torch.device) -> None:
+def tune_before(config: XCLIPConfig, videos: int, device: str | torch.device) -> None:
     """Tune for a job of many videos if nothing was measured on its GPU yet. A short job prints one line.
 
     One of several processes does not measure, because the others would disturb it: it prints the line as well.
@@ -50,7 +50,8 @@ def tune_before(config: XCLIPConfig, videos: int, device: torch.device) -> None:
 
     sizes = tuple(getattr(config.vision, name, None) for name in ("width", "patch_size", "image_size"))
     model = next((name for name, each in SHAPES.items() if (each.width, each.patch, each.image) == sizes), None)
-    architecture = choices.architecture(torch.empty(0, device=device)) if device.type == "cuda" else None
+    on_gpu = torch.device(device).type == "cuda"
+    architecture = choices.architecture(torch.empty(0, device=device)) if on_gpu else None
     if model is None or architecture is None or choices.measured_on(architecture):
         return
     alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())

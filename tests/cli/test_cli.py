@@ -375,12 +375,18 @@ def test_damaged_features_are_refused(home, run, tmp_path):
         code, out, err = run("embed", "--import", tmp_path / "bytes", "--out", tmp_path / "store", "-c", home / "a")
         assert (code, "3 videos" in out, "is not UTF-8; rename" in err) == (1, True, True)
     save_file(tensors, tmp_path / "no_names", {key: metadata[key] for key in metadata if key != "names"})
+    for name in tensors:
+        damaged = {key: value.clone() for key, value in tensors.items()}
+        damaged[name][1, 0] = float("nan")
+        save_file(damaged, tmp_path / f"nan_{name}", metadata)
     for name, text in (("number", "4"), ("deep", "[" * 30000), ("nested", "[[], 2, 3, 4]")):
         save_file(tensors, tmp_path / name, metadata | {"names": text})
     for name, reason in (
         ("number", "damaged (its names are no list of strings)"),
         ("deep", "damaged (it is nested too deeply)"),
         ("nested", "damaged"),
+        ("nan_video", "its stored features are not numbers"),
+        ("nan_patches", "its stored features are not numbers"),
         ("cut", "not a file"),
         ("fewer", "4 names of 2"),
         ("no_video", "not a"),

@@ -255,6 +255,9 @@ def test_lists_that_are_pipes_or_devices(what, tmp_path):
     for path in (tmp_path / "pipe.txt", "/dev/zero"):
         with pytest.raises(ValueError, match="is not a regular file"):
             read_labels(path) if what == "labels" else read_source(path)
+    os.mkfifo(tmp_path / "manifest.jsonl.partial")
+    with pytest.raises(ValueError, match="is a pipe"):
+        index(tmp_path)
 
 
 def test_ids_need_names(tmp_path):

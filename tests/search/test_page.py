@@ -1,6 +1,7 @@
 """Pages and clips: text stays text, nothing is fetched, nothing is overwritten; and a real browser shows it."""
 
 import io
+import os
 import re
 import shutil
 from fractions import Fraction
@@ -118,6 +119,9 @@ def test_a_page_replaces_only_a_page_and_only_when_told(tmp_path):
         Page(out, overwrite=True)
     with pytest.raises(ValueError, match="does not exist"):
         Page(tmp_path / "no" / "page.html")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="is a pipe"):
+        Page(tmp_path / "pipe", overwrite=True)
 
 
 @pytest.mark.parametrize(

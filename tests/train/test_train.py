@@ -306,6 +306,28 @@ def test_checkpoints_are_copies_and_old_ones_go(tmp_path: Path) -> None:
     assert (read["weight"] == 3).all()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="folders are exchanged in one step on Linux")
+def test_a_checkpoint_of_the_same_step_is_replaced_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill while the old one is deleted leaves the new one."""
+
+    def killed(folder: Path) -> None:
+        next(folder.glob("*.distcp")).unlink()
+        raise SystemExit
+
+    checkpoints = Checkpoints(tmp_path, keep_last=1)
+    checkpoints.save({"weight": torch.zeros(3)}, {"step": 1})
+    checkpoints.save({"weight": torch.ones(3)}, {"step": 1})
+    with monkeypatch.context() as context:
+        context.setattr(shutil, "rmtree", killed)
+        with pytest.raises(SystemExit):
+            checkpoints.finish()
+    (found,) = complete(tmp_path)
+    training_checkpoint.load(found, loaded := {"weight": torch.zeros(3)})
+    assert loaded["weight"].tolist() == [1, 1, 1]
+    Checkpoints(tmp_path, keep_last=1)
+    assert list(tmp_path.iterdir()) == [found]
+
+
 def test_checkpoint_index_cannot_run_code(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, keep_last=2)
     checkpoints.save({"weight": torch.zeros(3)}, {"step": 1})
@@ -323,6 +345,12 @@ def test_checkpoint_index_cannot_run_code(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"cannot be read into this model .*index.json: is not a text in UTF-8"):
         training_checkpoint.load(found, {"weight": torch.zeros(3)})
     assert not ran.exists()
+
+
+def test_damaged_lines_of_a_log_are_left_out(tmp_path: Path) -> None:
+    (tmp_path / "log.jsonl").write_text('5\n{"a": 1}\n' + "[" * 30000 + '\n{"step": 1}\n{"st')
+    training_log.cut(tmp_path, 3)
+    assert (tmp_path / "log.jsonl").read_text() == '{"step": 1}\n'
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ def connect(options: ClusterOptions) -> Any:
     except ImportError as error:
         raise ImportError("this needs Ray: pip install 'xclip-fast[ray]'") from error
     if not ray.is_initialized():
-        if options.address is None:  # this cluster is new, with an access token: that is no news
+        if options.address is None and "RAY_ADDRESS" not in os.environ:  # a new cluster has an access token: no news
             _only_errors("ray._private.authentication.authentication_token_setup")
         with warnings.catch_warnings():  # Ray starts programs: of LanceDB nothing runs between fork and exec
             warnings.filterwarnings("ignore", "lancedb fork support", RuntimeWarning)

@@ -113,6 +113,8 @@ def find(
     if top < 1:
         raise ValueError(f"top is {top}; it must be at least 1")
     unit_1E = F.normalize(query_1E.detach().float().cpu(), dim=-1)
+    if not unit_1E.isfinite().all():
+        raise ValueError("the features of the query are not numbers; the weights may be damaged")
     count = max(_SHORTLIST, 10 * top)
     table = moments.nearest(unit_1E[0], count, (filters or Filters()).sql())
     if not table.num_rows:
@@ -122,6 +124,9 @@ def find(
     scores = (F.normalize(video_BE, dim=-1) @ unit_1E[0]).tolist()
     if model is not None:
         scores = _prompted(moments, table["_rowid"].to_pylist(), video_BE, query_1E, model)
+    for path, score in zip(table["path"].to_pylist(), scores, strict=True):
+        if not math.isfinite(score):
+            raise ValueError(f"{path}: its stored features are not numbers; embed it again")
     columns = (table[name].to_pylist() for name in ("path", "start", "end"))
     hits = [
         Hit(path, start, end, score, (start, end)) for path, start, end, score in zip(*columns, scores, strict=True)

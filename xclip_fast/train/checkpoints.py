@@ -25,10 +25,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..files import read_json, refuse_inflated, sync
+from ..files import exchange, read_json, refuse_inflated, sync
 
 _COMPLETE = re.compile(r"step-(\d{8,})")
-_PART = re.compile(r"\.step-\d{8,}\.part")
+_PART = re.compile(r"\.step-\d{8,}(\.old)?\.part")
 _NUMBERS = "progress.json"
 _INDEX = "index.json"  # instead of torch's pickled .metadata
 _DATA = re.compile(r"__\d+_\d+\.distcp")  # the files of tensors
@@ -253,10 +253,14 @@ class Checkpoints:
             file.flush()
             os.fsync(file.fileno())
         target = self.folder / part.name.removeprefix(".").removesuffix(".part")
-        if target.exists():  # of the same step, from before a resume
-            shutil.rmtree(target)
-        part.replace(target)
-        sync(self.folder)
+        if exchange(part, target):  # one of the same step, from before a resume or a validation
+            sync(self.folder)
+            shutil.rmtree(part)
+        else:
+            if target.exists():  # a file system that cannot exchange folders
+                shutil.rmtree(target.replace(target.with_name(f".{target.name}.old.part")))
+            part.replace(target)
+            sync(self.folder)
         for old in complete(self.folder)[: -self.keep_last]:
             # renamed first: a half deleted folder must not look complete
             shutil.rmtree(old.replace(old.with_name(f".{old.name}.part")))
