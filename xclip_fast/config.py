@@ -238,8 +238,8 @@ class XCLIPConfig:
     def variant_name(self) -> str | None:
         """The name of the variant with this shape, or None. Initial values and drop path do not count."""
         vision = dataclasses.replace(self.vision, drop_path=0.0)
-        initial = {"logit_scale": XCLIPConfig.logit_scale, "temporal_std": XCLIPConfig.temporal_std}
-        plain = dataclasses.replace(self, vision=vision, **initial)
+        scale, std = XCLIPConfig.logit_scale, XCLIPConfig.temporal_std
+        plain = dataclasses.replace(self, vision=vision, logit_scale=scale, temporal_std=std)
         return next((name for name, row in VARIANTS.items() if row == plain), None)
 
     def to_dict(self) -> dict[str, Any]:
