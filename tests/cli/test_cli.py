@@ -479,7 +479,7 @@ def test_a_real_process_in_a_pipe_that_closes(home):
 
 def test_an_interrupt_leaves_nothing_behind(home, tmp_path):
     process = start(
-        home, "embed", *[home / "clips"] * 1000, "--frames", 64, "--out", tmp_path / "f.safetensors", "-c", home / "a",
+        home, "embed", *[home / "clips"] * 300, "--frames", 64, "--out", tmp_path / "f.safetensors", "-c", home / "a",
     )  # fmt: skip
     until = time.time() + 60
     while not os.listdir(tmp_path) and time.time() < until:  # it has begun
