@@ -241,7 +241,7 @@ def test_labels_and_vectors_share_the_context() -> None:
     full = tokenize(["one two three four five"])
     assert full.shape == (1, 7)
     assert model.encode_text(F.pad(full, (0, 70))).isfinite().all()  # padding takes no room
-    with pytest.raises(ValueError, match="8 tokens a label given; at most 7 fit beside 70 learnt vectors"):
+    with pytest.raises(ValueError, match="8 tokens a label given; at most 7 fit beside 70 learned vectors"):
         model.encode_text(tokenize(["one two three four five six"]))
 
 

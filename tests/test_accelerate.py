@@ -8,6 +8,7 @@ from collections import OrderedDict
 
 import pytest
 import torch
+from small import assert_close, randomize
 from torch import nn
 from torch.nn.utils import prune
 
@@ -21,21 +22,6 @@ FRAMES, WIDTH, HEADS = 3, 128, 2
 @pytest.fixture(autouse=True)
 def _log_again():
     _log_fallback.cache_clear()
-
-
-@torch.no_grad()
-def randomise(model):
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in model.named_parameters():
-        noise = torch.randn(parameter.shape, generator=generator)
-        one = 1.0 if parameter.ndim == 1 and name.endswith("weight") else 0.0
-        parameter.copy_(one + noise * (0.2 if parameter.ndim < 2 else parameter[0].numel() ** -0.5))
-    return model
-
-
-def assert_close(got, wanted, relative=1e-4):
-    assert got.shape == wanted.shape
-    assert (got - wanted).abs().max() <= relative * wanted.abs().max()
 
 
 def both(model):
@@ -97,7 +83,7 @@ class ReleasedBlock(nn.Module):
 
 
 def released(blocks=2, **kwargs):
-    return randomise(nn.Sequential(*(ReleasedBlock(**kwargs) for _ in range(blocks)))).eval()
+    return randomize(nn.Sequential(*(ReleasedBlock(**kwargs) for _ in range(blocks)))).eval()
 
 
 def tokens(batch=2, seed=1):
@@ -385,7 +371,7 @@ class OtherBlock(ReleasedBlock):
 
 def test_a_block_that_looks_alike_and_computes_something_else_is_refused():
     with pytest.raises(ValueError, match="computes something else"):
-        accelerate(randomise(OtherBlock()))
+        accelerate(randomize(OtherBlock()))
 
 
 def test_nothing_to_swap_is_an_error():
@@ -446,7 +432,7 @@ def huggingface(attention="sdpa", **vision):
         text_config=text, vision_config=vision, projection_dim=64, prompt_num_attention_heads=1
     )
     config._attn_implementation = attention
-    model = randomise(transformers.XCLIPModel(config)).eval()
+    model = randomize(transformers.XCLIPModel(config)).eval()
     model.logit_scale.data.fill_(1.0)
     return model
 

@@ -7,6 +7,7 @@ from collections import OrderedDict
 import pytest
 import torch
 import torch.nn.functional as F
+from small import assert_close, randomize
 from torch import nn
 
 from xclip_fast import accelerate
@@ -18,21 +19,6 @@ WIDTH, HEADS = 128, 2
 @pytest.fixture(autouse=True)
 def _log_again():
     _log_fallback.cache_clear()
-
-
-@torch.no_grad()
-def randomise(model):
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in model.named_parameters():
-        noise = torch.randn(parameter.shape, generator=generator)
-        one = 1.0 if parameter.ndim == 1 and name.endswith("weight") else 0.0
-        parameter.copy_(one + noise * (0.2 if parameter.ndim < 2 else parameter[0].numel() ** -0.5))
-    return model
-
-
-def assert_close(got, wanted, relative=1e-5):
-    assert got.shape == wanted.shape
-    assert (got - wanted).abs().max() <= relative * wanted.abs().max()
 
 
 def is_swapped(module):
@@ -181,7 +167,7 @@ BLOCKS = {
 @pytest.mark.parametrize("kind", BLOCKS)
 def test_residual_attention_blocks(kind, caplog):
     make, given = BLOCKS[kind]
-    theirs = randomise(Stack(make(), make())).eval()
+    theirs = randomize(Stack(make(), make())).eval()
     ours = swapped(theirs, 2)
     with caplog.at_level(logging.WARNING, "xclip_fast"):
         assert compare_gradients(theirs, ours, lambda model: [model(tokens(5, 5), **given)]) == 24
@@ -208,7 +194,7 @@ CHANGES = {
 @pytest.mark.parametrize("first", [False, True], ids=["after", "before"])
 @pytest.mark.parametrize("change", CHANGES)
 def test_changed_parts_act(change, first):
-    theirs = randomise(Stack(OpenClipBlock(), OpenClipBlock())).train()
+    theirs = randomize(Stack(OpenClipBlock(), OpenClipBlock())).train()
     ours = copy.deepcopy(theirs)
     if not first:
         accelerate(ours)
@@ -228,7 +214,7 @@ def test_what_computes_something_else_is_left_alone(caplog):
             super().__init__()
             self.VPT_shallow = nn.Parameter(torch.zeros(2, WIDTH))
 
-    model = randomise(Stack(Prompted(), OpenClipBlock(lambda: OpenClipAttention(qk_norm=True)), OpenAIBlock()))
+    model = randomize(Stack(Prompted(), OpenClipBlock(lambda: OpenClipAttention(qk_norm=True)), OpenAIBlock()))
     accelerate(model)
     x = tokens(5, 2)
     with torch.no_grad(), caplog.at_level(logging.WARNING, "xclip_fast"):
@@ -238,7 +224,7 @@ def test_what_computes_something_else_is_left_alone(caplog):
 
 
 def test_masks_are_read(caplog):
-    theirs = randomise(Stack(OpenClipBlock()))
+    theirs = randomize(Stack(OpenClipBlock()))
     ours = swapped(theirs, 1)
     mask = causal(5)
     with torch.no_grad(), caplog.at_level(logging.WARNING, "xclip_fast"):
@@ -272,7 +258,7 @@ def clip(attention="sdpa", act="quick_gelu"):
     vision = sizes(image_size=32, patch_size=16, hidden_act=act)
     config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=64)
     config._attn_implementation = attention
-    return randomise(transformers.CLIPModel(config)).eval()
+    return randomize(transformers.CLIPModel(config)).eval()
 
 
 def labels(count=3, length=7):
@@ -323,7 +309,7 @@ def test_real_shapes(tower):
     else:
         act = "gelu" if "H/14" in tower else "quick_gelu"
         theirs = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**values, hidden_act=act))
-    theirs = randomise(theirs).eval()
+    theirs = randomize(theirs).eval()
     ours = swapped(theirs, 1)
     image = torch.randn(1, 3, pixels, pixels, generator=torch.Generator().manual_seed(5))
     assert compare_gradients(theirs, ours, lambda model: [model(image).last_hidden_state]) >= 15
@@ -365,7 +351,7 @@ def test_huggingface_siglip():
     transformers = pytest.importorskip("transformers")
     text = sizes(vocab_size=100, max_position_embeddings=7, projection_size=WIDTH)
     vision = sizes(image_size=32, patch_size=16, intermediate_size=320)
-    theirs = randomise(
+    theirs = randomize(
         transformers.SiglipModel(transformers.SiglipConfig(text_config=text, vision_config=vision))
     ).eval()
     ours = swapped(theirs, 4)
@@ -382,7 +368,7 @@ def test_huggingface_siglip():
 
 def test_half_precision_with_norms_in_float32():
     """As OpenAI's CLIP comes on a GPU."""
-    theirs = randomise(Stack(OpenAIBlock(), OpenAIBlock())).half()
+    theirs = randomize(Stack(OpenAIBlock(), OpenAIBlock())).half()
     for block in theirs.resblocks:
         block.ln_1.float()
         block.ln_2.float()
@@ -410,7 +396,7 @@ def test_both_towers_of_x_clip():
         text_config=text, vision_config=vision | {"mit_num_attention_heads": 1}, projection_dim=64
     )
     config.prompt_num_attention_heads = 1
-    theirs = randomise(transformers.XCLIPModel(config)).eval()
+    theirs = randomize(transformers.XCLIPModel(config)).eval()
     ours = swapped(theirs, 6)  # five layers and the encoder of frames
     given = {"input_ids": labels(), "pixel_values": images(6).unflatten(0, (2, 3))}
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Swap the blocks of somebody else's X-CLIP or CLIP for ours, in place: parameters, names and hooks stay as they are.
+"""Replaces the blocks of another library's X-CLIP or CLIP by ours, in place. Parameters, names and hooks stay.
 
 B videos, T frames, F = B T, L tokens of a frame (class token first), D width.
 """
@@ -20,8 +20,8 @@ from . import kernels
 from .block_checks import find_change_of, kinds_of, read_activation, types_of
 from .block_styles import STYLES, Call, Parts, Style
 from .kernels.linear import linear
-from .nn.cct import Attention, DropScales, FastCCTBlock, Stream, cct_block
-from .nn.layers import TransformerBlock, plain_block
+from .nn.cct import Attention, DropScales, FastCCTBlock, Stream, cct_block, message_parameters
+from .nn.layers import TransformerBlock, block_parameters, plain_block
 from .nn.parts import is_watched
 
 logger = logging.getLogger("xclip_fast")
@@ -30,28 +30,28 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def accelerate(model: Model) -> Model:
-    """Let ours compute the transformer blocks of a model, with outputs unchanged to 1e-4.
+    """Computes the transformer blocks of a model with our kernels. Outputs are unchanged to 1e-4.
 
     Args:
         model: a ``transformers.XCLIPModel``, ``CLIPModel`` or ``SiglipModel``, one of their towers, OpenAI's CLIP or an
-            open_clip model, or any module with blocks built like theirs or like the released
-            ``CrossFramelAttentionBlock``. Its parameters stay the same objects and its state dict keeps its keys, so
-            optimizers, checkpoints, hidden states and gradient checkpointing go on working. Drop path of released
-            blocks then drops whole videos, not token positions.
+            open_clip model, or any module with such blocks or with the released ``CrossFramelAttentionBlock``. Its
+            parameters stay the same objects and its state dict keeps its keys. So optimizers, checkpoints, hidden
+            states and gradient checkpointing go on working. Drop path of released blocks then drops whole videos, not
+            token positions.
 
     Returns:
-        the model itself. A second call finds nothing left to do.
+        the model itself. A second call changes nothing.
 
-    Every call looks at the block as it is then. With a hook on a part, an adapter, another norm, activation or epsilon,
-    under ``torch.func`` transforms, or when the call asks for what ours does not compute (attention weights, a mask
-    other than a causal one, dropout), the block computes by its own forward, which is logged once.
+    Every call checks the block. It runs its own forward, which is logged once, if a part has a hook,
+    an adapter, or another norm, activation or epsilon; a ``torch.func`` transform is active; the call asks for
+    attention weights, a mask that is not causal, or dropout.
 
-    X-CLIP's encoder (Hugging Face's, or the released code's ``Sequential``) hands the blocks a residual stream with a
-    spare row for the message, which is added once. With a hook on a whole block, with gradient checkpointing, or when
-    hidden states are asked for, every block takes and returns plain tokens, and adds the row itself.
+    X-CLIP's encoder (Hugging Face's, or the released code's ``Sequential``) passes a residual stream with a spare row
+    for the message from block to block. The row is added once. With a hook on a whole block, with gradient
+    checkpointing, or if hidden states are asked for, each block takes and returns plain tokens and adds the row itself.
 
     Raises:
-        ValueError: if no block can be swapped. Single blocks that cannot are left as they are, with a logged reason.
+        ValueError: if no block can be swapped. A single block that cannot be swapped stays, and the reason is logged.
     """
     swapped, reasons = 0, []
     for name, module in model.named_modules():
@@ -96,16 +96,16 @@ def accelerate(model: Model) -> Model:
 
 
 class _Trial(NamedTuple):
-    """What a block showed on a small input, and for which modules that holds."""
+    """The result of a block's trial on a small input, and the types of modules for which it holds."""
 
     types: tuple[type, ...]
     activation: str
     returns_tuple: bool = False
-    reason: str | None = None  # why it is not ours
+    reason: str | None = None  # why the block keeps its own forward
 
 
 def _compute(module: nn.Module, parts: Parts, style: Style, activation: str, x: Any, causal: bool = False) -> Any:
-    """Tokens in the layout of the block to tokens, or a Stream to a Stream."""
+    """Our forward: tokens in the block's layout to tokens, or a Stream to a Stream."""
     if not style.has_message:
         batch_first = style.is_batch_first(module)
         x_FLD = x if batch_first else x.transpose(0, 1)
@@ -113,45 +113,28 @@ def _compute(module: nn.Module, parts: Parts, style: Style, activation: str, x: 
         y_FLD = _infer_apart(parts, activation, x_FLD, causal) if drop == DropScales() else None
         if y_FLD is not None:
             return y_FLD if batch_first else y_FLD.transpose(0, 1)
-        y_FLD = plain_block(
-            x_FLD,
-            parts.heads,
-            parts.ln_1,
-            _weights(parts.attention),
-            parts.ln_2,
-            parts.fc,
-            parts.projection,
-            (drop.diffusion, drop.feed_forward),
-            activation,
-            causal=causal,
-        )
+        parameters = block_parameters(parts.ln_1, _weights(parts.attention), parts.ln_2, parts.fc, parts.projection)
+        branches = (drop.diffusion, drop.feed_forward)
+        y_FLD = plain_block(x_FLD, parts.heads, parameters, branches, activation, causal=causal)
         return y_FLD if batch_first else y_FLD.transpose(0, 1)
     stream = x if isinstance(x, Stream) else style.stream(x)
     frames = stream.x.shape[0]
     if frames % parts.frames:
         raise ValueError(f"{frames} frames given, which are not whole videos of {parts.frames} frames")
     assert parts.message_ln is not None
-    stream = cct_block(
-        stream,
-        parts.frames,
-        parts.heads,
-        parts.message_fc,
-        parts.message_ln,
-        _weights(parts.message_attention),
-        parts.ln_1,
-        _weights(parts.attention),
-        parts.ln_2,
-        parts.fc,
-        parts.projection,
-        style.drops(parts, stream.x) if module.training else DropScales(),
-        activation,
-    )
+    message, attention = _weights(parts.message_attention), _weights(parts.attention)
+    modules = (parts.message_fc, parts.message_ln, message, parts.ln_1, attention, parts.ln_2)
+    parameters = message_parameters(*modules, parts.fc, parts.projection)
+    drop = style.drops(parts, stream.x) if module.training else DropScales()
+    stream = cct_block(stream, parts.frames, parts.heads, parameters, drop, activation)
     return stream if isinstance(x, Stream) else style.tokens(stream)
 
 
 def _infer_apart(parts: Parts, activation: str, x_FLD: Tensor, causal: bool) -> Tensor | None:
-    """A block without a message for inference on a CPU, if its q, k and v come apart: three products take less time
-    than a copy of their weights, which is 5 % of a block for one image. None for any other block or call."""
+    """A block without a message, for inference on a CPU, with separate weights of q, k and v. None for other calls.
+
+    Three products take less time than packing the weights, which is 5 % of a block for one image.
+    """
     attention = parts.attention
     if hasattr(attention, "in_proj_weight"):
         return None
@@ -168,7 +151,7 @@ def _infer_apart(parts: Parts, activation: str, x_FLD: Tensor, causal: bool) -> 
 
 @functools.cache
 def _subclass(original: Any, style: Style) -> type[nn.Module]:
-    """``original`` with our forward. As a subclass it is still found by isinstance, and by name."""
+    """A subclass of ``original`` with our forward and the same name."""
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         parts = style.parts(self)
@@ -190,14 +173,14 @@ def _subclass(original: Any, style: Style) -> type[nn.Module]:
 
 @functools.cache
 def _tower_subclass(original: Any, style: Style) -> type[nn.Module]:
-    """``original`` whose blocks hand the stream on with its spare row and its statistics."""
+    """A subclass of a tower. Its blocks pass the stream on with its spare row and its statistics."""
 
     def forward(self: nn.Module, x: Any = None, *args: Any, **kwargs: Any) -> Any:
         x = kwargs.pop("inputs_embeds", None) if x is None else x
         blocks = list(_blocks(self))
         if not _shares_stream(self, blocks, style, kwargs):
             return original.forward(self, x, *args, **kwargs)
-        # it passes what it is given from block to block
+        # the tower passes its input from block to block
         result = original.forward(self, style.stream(x), *args, **kwargs)
         if isinstance(result, Stream):
             return style.tokens(result)
@@ -216,7 +199,7 @@ def _derived(original: Any, style: Style, made_by: Any, forward: Callable[..., A
 
 
 def _rebuild(original: Any, style_name: str, made_by: str) -> nn.Module:
-    """An empty module for copy and pickle, which cannot find a class made at run time."""
+    """An empty module for copy and pickle, which cannot find a class that was made at run time."""
     style = next(style for style in STYLES if style.name == style_name)
     swapped = {maker.__name__: maker for maker in (_subclass, _tower_subclass)}[made_by](original, style)
     return swapped.__new__(swapped)
@@ -228,7 +211,7 @@ def _blocks(tower: nn.Module) -> Iterable[nn.Module]:
 
 
 def _swap_tower(tower: nn.Module) -> None:
-    """Lets the blocks of a tower share one stream, if it is a tower of blocks that were swapped."""
+    """Lets the blocks of a tower share one stream, if all of them were swapped."""
     kind: Any = type(tower)
     name = f"{kind.__module__}.{kind.__qualname__}"
     style = next((style for style in STYLES if style.tower == name), None)
@@ -241,7 +224,7 @@ def _are_swapped(blocks: Sequence[nn.Module], style: Style) -> bool:
 
 
 def _shares_stream(tower: Any, blocks: Sequence[nn.Module], style: Style, kwargs: Mapping[str, Any]) -> bool:
-    """Whether nothing but these blocks sees their tokens in this call."""
+    """Whether only these blocks see the tokens between them in this call."""
     config = getattr(tower, "config", None)
     asked = [
         given.get(f"output_{name}")
@@ -257,7 +240,7 @@ def _shares_stream(tower: Any, blocks: Sequence[nn.Module], style: Style, kwargs
 def _read_call(
     module: nn.Module, parts: Parts, style: Style, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Call, _Trial] | str:
-    """What ours has to compute, and what the block showed when it was tried out; or why the call is not ours."""
+    """The call and the block's trial, or the reason why the block runs its own forward."""
     if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
         return "torch.func transforms or forward-mode differentiation are on"
     call = style.read_call(module, args, kwargs)
@@ -281,8 +264,11 @@ def _read_call(
 
 
 def _weights(attention: Any) -> Attention:
-    """An attention's weights with q, k and v packed. Where they come apart they are packed at every call: a kept copy
-    would go stale, since not every change of a weight (a fused optimizer's, say) leaves a trace."""
+    """An attention's weights with q, k and v packed.
+
+    Separate weights are packed at every call. A kept copy would go stale: a fused optimizer, for example, changes a
+    weight without raising its version.
+    """
     out = attention.out_proj
     if hasattr(attention, "in_proj_weight"):
         return Attention(attention.in_proj_weight, attention.in_proj_bias, out)
@@ -292,7 +278,7 @@ def _weights(attention: Any) -> Attention:
 
 
 def _try_out(module: nn.Module, parts: Parts, style: Style, activation: str, flag: bool = False) -> _Trial:
-    """Computes a small input by the block's own forward and by ours; ``flag``: called with is_causal=True."""
+    """Compares the block's own forward with ours on a small input. ``flag``: with is_causal=True."""
     types = types_of(module, parts)
     forward = getattr(type(module), "_accelerated_from", type(module)).forward
     like = parts.ln_1.weight

@@ -1,4 +1,4 @@
-"""Whether a block of another library is what its parameters say, and which activation it has."""
+"""Whether the parameters of another library's block define all that it computes, and which activation it has."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .nn.parts import PLAIN, Kinds, find_change
 
 
 def types_of(module: nn.Module, parts: Parts) -> tuple[type, ...]:
-    """The modules of a block that hold no weights themselves, and its attentions and norms, beside torch's own."""
+    """The types of a block's modules without weights, and of its attentions and norms, except torch's own."""
     mlp = operator.attrgetter("mlp")(module)
     known = {*parts.attentions, mlp, *(norm for norm in _norms(parts) if isinstance(norm, nn.LayerNorm))}
     for each in module.modules():
@@ -33,7 +33,7 @@ def _norms(parts: Parts) -> tuple[Any, ...]:
 
 @functools.cache
 def kinds_of(types: tuple[type, ...], activation: str | None) -> Kinds:
-    """The modules that may be in a block that was tried out with these; of any activation before it is tried out."""
+    """The modules that may be in a block whose trial had these types. Before the trial, of any activation."""
     found: dict[Any, Any] = {kind: kind.forward for kind in types if issubclass(kind, nn.Module)}
     for plain in PLAIN if activation is None else (activation,):
         found |= PLAIN[plain]
@@ -41,7 +41,7 @@ def kinds_of(types: tuple[type, ...], activation: str | None) -> Kinds:
 
 
 def find_change_of(module: nn.Module, parts: Parts, style: Style, kinds: Kinds) -> str | None:
-    """Why the block's parameters do not say all that it computes, or None; see ``nn.parts.find_change``."""
+    """Why the block's parameters do not define all that it computes, or None; see ``nn.parts.find_change``."""
     if module._parameters:
         return "it has parameters of its own"
     eps = getattr(parts.ln_1, "eps", None)
@@ -53,7 +53,7 @@ def find_change_of(module: nn.Module, parts: Parts, style: Style, kinds: Kinds) 
         if isinstance(attention, nn.MultiheadAttention):
             continue
         if getattr(attention, "num_heads", parts.heads) != parts.heads:
-            return f"an attention has not {parts.heads} heads"
+            return f"an attention does not have {parts.heads} heads"
         if hasattr(attention, "in_proj_weight"):
             if reason := _find_change_in_open_clip(attention):
                 return reason
@@ -68,7 +68,7 @@ _LINEARS = (nn.Linear, NonDynamicallyQuantizableLinear)
 
 
 def _find_another_part(module: nn.Module, parts: Parts) -> str | None:
-    """Why a block is not made of its parts alone, or None. Plain modules in other places count, too."""
+    """Why a block has more than its known parts, or None. Plain modules in other places count, too."""
     for layer in (parts.message_fc, parts.fc, parts.projection, *(each.out_proj for each in parts.attentions)):
         if layer is not None and type(layer) not in _LINEARS:
             return f"a linear layer is a {type(layer).__name__}"
@@ -85,7 +85,7 @@ def _find_another_part(module: nn.Module, parts: Parts) -> str | None:
 
 
 def _find_change_in_open_clip(attention: Any) -> str | None:
-    """As ``find_change_of``, for open_clip's own attention, which may norm and scale."""
+    """``find_change_of`` for open_clip's own attention class, which can have norms and scales."""
     if attention.in_proj_weight is None or attention.in_proj_bias is None:
         return "an attention has keys of another width, or no bias"
     if any(getattr(attention, name, None) is not None for name in ("logit_scale", "head_scale")):
@@ -103,13 +103,13 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def read_activation(module: nn.Module, parts: Parts, style: Style) -> tuple[str, str | None]:
-    """The activation of a block's FFN, and why the block cannot be ours, if it cannot."""
+    """The activation of a block's FFN, and the reason why the block cannot be replaced, or None."""
     if "forward" in module.__dict__:
         return "", "its forward was replaced by another library"
     if style.has_message and getattr(module, "attn_mask", None) is not None:
         return "", "it has an attention mask"
     if not isinstance(parts.drop_path, nn.Identity | None) and not hasattr(parts.drop_path, "drop_prob"):
-        return "", f"the drop probability of {type(parts.drop_path).__name__} is not known"
+        return "", f"the drop probability of {type(parts.drop_path).__name__} is unknown"
     points = torch.linspace(-3, 3, 13, device="cpu")
     found = "quick_gelu"
     for child in operator.attrgetter("mlp")(module).children():

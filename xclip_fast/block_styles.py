@@ -1,4 +1,4 @@
-"""The blocks of other libraries that ``accelerate`` takes over: where their parts are, and which calls ours computes.
+"""The blocks of other libraries that ``accelerate`` replaces: where their parts are, and which calls we compute.
 
 B videos, T frames, F = B T, L tokens of a frame (class token first), D width.
 """
@@ -20,7 +20,7 @@ from .nn.layers import drop_path_scale
 
 
 class Parts(NamedTuple):
-    """The modules of a block, whichever names they have there."""
+    """The modules of a block under our names."""
 
     ln_1: nn.LayerNorm
     attention: Any
@@ -41,26 +41,26 @@ class Parts(NamedTuple):
 
 
 class Call(NamedTuple):
-    """What a call asks for beside the block of its tokens."""
+    """The options of a call."""
 
     causal: bool = False
-    flag: bool = False  # it is causal because the caller says is_causal=True, not by a mask
+    flag: bool = False  # the call is causal by is_causal=True, not by a mask
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Style:
-    """A kind of block: where its parts are, how it is called, and when a call cannot be ours."""
+    """A kind of block: where its parts are, how it is called, and which calls keep its own forward."""
 
     name: str
     paths: Mapping[str, str]
     batch_first: bool | None  # None: as the attention of the block is
     drops: Callable[[Parts, Tensor], DropScales]
-    read_call: Callable[[Any, tuple[Any, ...], dict[str, Any]], Call | str]  # str: why the call is not ours
+    read_call: Callable[[Any, tuple[Any, ...], dict[str, Any]], Call | str]  # str: why its own forward runs
     has_flag: bool = False  # is_causal=True may be given
-    tower: str = ""  # the class that calls such blocks one after another and does nothing else, as module.name
+    tower: str = ""  # the class, as module.name, that only calls such blocks one after another
 
     def parts(self, module: nn.Module) -> Parts | None:
-        """The parts of a block of this kind; None if ``module`` is no such block."""
+        """The parts of a block of this kind; None for any other module."""
         try:
             found = {field: operator.attrgetter(path)(module) for field, path in self.paths.items()}
         except AttributeError:
@@ -72,7 +72,7 @@ class Style:
         return "message_fc" in self.paths
 
     def is_batch_first(self, module: Any) -> bool:
-        """Whether this block takes (F, L, D). open_clip's own attention, which is no torch module, does."""
+        """Whether this block takes (F, L, D). Blocks with open_clip's own attention class do."""
         if self.batch_first is not None:
             return self.batch_first
         return module.attn.batch_first if isinstance(module.attn, nn.MultiheadAttention) else True
@@ -99,7 +99,7 @@ def _huggingface_call(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
         return "attention dropout while training"
     implementation = getattr(config, "_attn_implementation", None)
     if implementation == "eager" and torch.is_grad_enabled():
-        return "eager attention is asked for, whose gradients have gradients (set_attn_implementation('sdpa'))"
+        return "eager attention is asked for, because its gradients have gradients (set_attn_implementation('sdpa'))"
     if implementation not in _ATTENTIONS or _is_replaced(implementation):
         return f"the attention implementation {implementation!r} may compute something else"
     if any(attention.scale != attention.head_dim**-0.5 for attention in attentions):
@@ -128,7 +128,7 @@ _TENSORS = ("hidden_states", *_MASKS)
 
 
 def _is_replaced(implementation: str | None) -> bool:
-    """Whether somebody registered another function under the name of one of transformers' own."""
+    """Whether another function is registered under the name of one of transformers' own."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as REGISTERED
 
     function = REGISTERED.get(implementation, None) if implementation not in (None, "eager") else None
@@ -136,7 +136,7 @@ def _is_replaced(implementation: str | None) -> bool:
 
 
 def _huggingface_drops(parts: Parts, x_FLD: Tensor) -> DropScales:
-    """Hugging Face drops paths of CFA only; its own module draws, so that a seed gives what it gave before."""
+    """Hugging Face drops paths of CFA only. Its own module draws, so that a seed gives the same numbers as before."""
     if parts.drop_path is None or isinstance(parts.drop_path, nn.Identity):
         return DropScales()
     return DropScales(fusion=parts.drop_path(x_FLD.new_ones(x_FLD.shape[0] // parts.frames)))
@@ -146,7 +146,7 @@ def _huggingface_drops(parts: Parts, x_FLD: Tensor) -> DropScales:
 
 
 def _released_drops(parts: Parts, x_FLD: Tensor) -> DropScales:
-    """All branches, per video: the released code draws per token position, which is not what the paper means."""
+    """Drops all branches per video. The released code draws per token position, unlike the paper."""
     probability = getattr(parts.drop_path, "drop_prob", None) or 0.0
     if probability == 0.0:
         return DropScales()
@@ -190,9 +190,9 @@ _causal_masks: dict[tuple[Any, ...], tuple[Any, bool]] = {}
 
 
 def _is_causal(mask: Tensor, length: int) -> bool:
-    """Whether a mask (..., length, length), added or of booleans to keep, hides from each token those behind it alone.
+    """Whether a mask (..., length, length) hides exactly the later tokens. It is additive, or boolean (True: keep).
 
-    Values are read once, not at every call: on a GPU, that waits for it. While they cannot be read, False.
+    The values of a mask are read once, because reading waits for a GPU. If they cannot be read now, returns False.
     """
     if mask.shape[-2:] != (length, length) or torch.compiler.is_compiling() or mask.is_meta:
         return False
@@ -211,7 +211,7 @@ def _is_causal(mask: Tensor, length: int) -> bool:
     if version is not None:
         if len(_causal_masks) >= 4:
             _causal_masks.clear()
-        _causal_masks[key] = mask.untyped_storage(), causal  # kept, so that no other mask comes to stand there
+        _causal_masks[key] = mask.untyped_storage(), causal  # kept, so that no other mask gets its address
     return causal
 
 

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from .schema import Range, build, check
+from .schema import NotNegative, Positive, Range, build, check
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of the released X-CLIP weights, which do not use CLIP's own mean
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -24,11 +24,9 @@ ACTIVATIONS = get_args(Activation)
 
 # Bounds of the values that a file may ask for: far above any real model, far below sizes that hang.
 Size = Annotated[int, Range(1, 65_536)]
-Count = Annotated[int, Range(1, 1024)]  # of layers or heads
-CountOrNone = Annotated[int, Range(0, 1024)]
+Layers = Annotated[int, Range(1, 1024)]
+OptionalLayers = Annotated[int, Range(0, 1024)]
 Entries = Annotated[int, Range(1, 10_000_000)]
-Epsilon = Annotated[float, Range(0)]
-Positive = Annotated[float, Range(above=0)]
 DropPath = Annotated[float, Range(0, below=1)]  # of the last block; grows linearly from 0 at the first
 PAIRS = 1 << 28  # of tokens in the windows of all blocks of a Swin; its masks take a byte each. X-Florence: 5 million
 
@@ -50,13 +48,13 @@ class VisionConfig:
     image_size: Size = 224
     patch_size: Size = 16
     width: Size = 768
-    layers: Count = 12
-    heads: Count = 12
+    layers: Layers = 12
+    heads: Layers = 12
     drop_path: DropPath = 0.0
     cross_frame: bool = True
     activation: Activation = "quick_gelu"
     pre_norm: bool = True
-    layer_norm_eps: Epsilon | None = None  # of the whole tower; None: the model's
+    layer_norm_eps: NotNegative | None = None  # of the whole tower; None: the model's
 
     def __post_init__(self) -> None:
         check(self, "vision")
@@ -86,12 +84,12 @@ class SwinConfig:
 
     image_size: Size = 224
     widths: tuple[Size, ...] = (256, 512, 1024, 2048)  # of each stage
-    depths: tuple[Count, ...] = (2, 2, 24, 6)  # blocks of each stage
+    depths: tuple[Layers, ...] = (2, 2, 24, 6)  # blocks of each stage
     head_size: Size = 32
     window: Size = 7  # side of a window; a stage whose grid is no larger has one window
     convolutional: bool = True
     drop_path: DropPath = 0.0
-    layer_norm_eps: Epsilon | None = None  # of the blocks and around them; None: the model's
+    layer_norm_eps: NotNegative | None = None  # of the blocks and around them; None: the model's
 
     cross_frame: ClassVar[bool] = False
     activation: ClassVar[Activation] = "gelu"
@@ -159,8 +157,8 @@ class TextConfig:
     vocab_size: Entries = 49408
     context_length: Annotated[int, Range(2, 65_536)] = 77
     width: Size = 512
-    layers: Count = 12
-    heads: Count = 8
+    layers: Layers = 12
+    heads: Layers = 8
     activation: Activation = "quick_gelu"
 
     def __post_init__(self) -> None:
@@ -183,22 +181,22 @@ class XCLIPConfig:
 
     Others' models on the same parts: ``mit_positions`` is the length of a temporal embedding of which T frames use the
     first T (ActionCLIP: 77); with None it has ``num_frames`` and is interpolated to others. ``mit_eps`` is the epsilon
-    of MIT's LayerNorms, if not the model's. ``logit_bias``, a learnt number, is added to the logits (SigLIP's loss).
+    of MIT's LayerNorms, if not the model's. ``logit_bias``, a learned number, is added to the logits (SigLIP's loss).
     """
 
     vision: VisionConfig | SwinConfig = VisionConfig()
     text: TextConfig = TextConfig()
     embed_dim: Size = 512
     num_frames: Size = 8
-    mit_layers: CountOrNone = 1
-    mit_heads: Count | None = None
+    mit_layers: OptionalLayers = 1
+    mit_heads: Layers | None = None
     mit_residual: bool = True
     mit_positions: Size | None = None
-    mit_eps: Epsilon | None = None
-    prompt_layers: CountOrNone = 2
-    prompt_heads: Count | None = None
+    mit_eps: NotNegative | None = None
+    prompt_layers: OptionalLayers = 2
+    prompt_heads: Layers | None = None
     prompt_alpha: float = 0.1
-    layer_norm_eps: Epsilon = 1e-5
+    layer_norm_eps: NotNegative = 1e-5
     logit_scale: float = math.log(1 / 0.07)  # the initial value, as a logarithm
     logit_bias: float | None = None  # the initial value; None: without
     temporal_std: Positive = 0.02  # initial, of the temporal embedding; a larger one helps training from scratch
@@ -235,6 +233,14 @@ class XCLIPConfig:
     def label_tokens(self) -> int:
         """The most tokens of a label, with start and end: the text context without the learned vectors."""
         return self.text.context_length - (self.prompt_vectors if self.prompt == "vectors" else 0)
+
+    @property
+    def variant_name(self) -> str | None:
+        """The name of the variant with this shape, or None. Initial values and drop path do not count."""
+        vision = dataclasses.replace(self.vision, drop_path=0.0)
+        scale, std = XCLIPConfig.logit_scale, XCLIPConfig.temporal_std
+        plain = dataclasses.replace(self, vision=vision, logit_scale=scale, temporal_std=std)
+        return next((name for name, row in VARIANTS.items() if row == plain), None)
 
     def to_dict(self) -> dict[str, Any]:
         """A plain dictionary for JSON. ``from_dict`` reads it back."""

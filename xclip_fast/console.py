@@ -29,7 +29,7 @@ def print_rows(
 ) -> None:
     """Prints a table on a terminal, and in a pipe a line for each row: title, if any, and cells, separated by tabs.
 
-    ``header_in_pipe``: in a pipe, too, the first line is the header.
+    ``header``: may be empty. ``header_in_pipe``: in a pipe, too, the first line is the header.
     """
     if not sys.stdout.isatty():
         for row in [header, *rows] if header_in_pipe else rows:
@@ -39,7 +39,8 @@ def print_rows(
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(*header, box=None, padding=(0, 2), title=Text(plain(title)) if title else None, title_justify="left")
+    text = Text(plain(title)) if title else None
+    table = Table(*header, box=None, padding=(0, 2), show_header=bool(header), title=text, title_justify="left")
     for row in rows:
         table.add_row(*(Text(plain(cell), overflow="fold") for cell in row))
     Console(highlight=False).print(table)
@@ -48,7 +49,7 @@ def print_rows(
 class Bar:
     """A progress bar on standard error while the block lasts. If standard error is not a terminal, it does nothing.
 
-    ``name``: of what it counts. With ``text=True`` it shows the text of ``update`` in the place of the remaining time.
+    ``name``: of the counted things. ``text=True``: it shows the text of ``update`` instead of the remaining time.
     """
 
     def __init__(self, total: int | None = None, *, name: str = "videos", text: bool = False, hidden: bool = False):

@@ -121,6 +121,20 @@ def save_tensors(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], me
         raise OSError(number, f"{os.fspath(path)}: could not be written: {error}") from error
 
 
+def check_new_file(path: Path, overwrite: bool) -> None:
+    """Checks that a file may be written here.
+
+    Raises:
+        ValueError: if the path is a folder, or is not in an existing folder.
+        FileExistsError: if the file exists and ``overwrite`` is not set.
+    """
+    if path.is_dir() or not path.parent.is_dir():
+        what = "is a folder" if path.is_dir() else "its folder does not exist"
+        raise ValueError(f"{path}: {what}; a file in an existing folder is wanted")
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path}: is there already; choose another name or add --overwrite")
+
+
 @contextlib.contextmanager
 def replaced(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A path to write a file to, on the same disk as ``path``. When the block ends, that file replaces ``path``.
@@ -168,7 +182,7 @@ def staged(folder: str | os.PathLike[str], owned: Collection[str], last: str) ->
     """An empty folder to write into. When the block ends, its content replaces that of ``folder`` in one step.
 
     A kill at any moment leaves the old content or the new content, never some of each. Files of other names in
-    ``folder`` stay. What a killed run left behind is removed by the next run with the same ``folder``. Where the file
+    ``folder`` stay. The next run with the same ``folder`` removes the leftovers of a killed run. Where the file
     system cannot exchange two folders (a mount point, NFS), ``last`` is removed first and written last instead.
 
     Args:

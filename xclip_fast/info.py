@@ -55,7 +55,7 @@ def collect() -> dict[str, Any]:
     """Everything ``show`` prints, as JSON-ready data.
 
     Returns:
-        ``python``; ``platform``; ``versions``: name -> ``{version, note}``, with version None for what is missing;
+        ``python``; ``platform``; ``versions``: name -> ``{version, note}``, with version None for a missing package;
         ``cpu``; ``cuda``: ``{devices, reason}``, with reason None if there are devices; ``forced_backend``;
         ``ops``: op -> device -> ``{dtype, chosen, backends}``, where ``backends`` gives for each backend why it refuses
         typical arguments (B/16, 8 frames), or None if it takes them.

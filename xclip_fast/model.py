@@ -40,10 +40,10 @@ LARGEST_PIXEL = 30.0  # of normalized videos; of unnormalized ones, 255
 class XCLIP(nn.Module):
     """X-CLIP with random weights. ``XCLIP.from_pretrained`` loads weights.
 
-    Parts that an ablated config (see ``XCLIPConfig``) does not have are None.
+    Parts that the config leaves out (see the ablations of ``XCLIPConfig``) are None.
 
     Args:
-        config: the shape; ``VARIANTS["B/16-8f"]`` and its kin, or a variant's name.
+        config: the shape, such as ``VARIANTS["B/16-8f"]``, or the name of a variant.
     """
 
     text: TextEncoder | None
@@ -119,7 +119,7 @@ class XCLIP(nn.Module):
 
         Args:
             video: uint8 (B, T, H, W, 3) as decoded, or normalized float (B, T, 3, H, W); H = W = the image size.
-                Another T than the config's works: the temporal embedding is interpolated, and logged once.
+                For another T than the config's, the temporal embedding is interpolated, which is logged once.
 
         Returns:
             video features (B, E) and patch features, averaged over the frames (B, N, E).
@@ -142,7 +142,7 @@ class XCLIP(nn.Module):
         if self.prompts_generator is None:
             return patches_FND.new_empty(batch, 0, self.config.embed_dim)
         z_FND = layer_norm(self.prompts_visual_ln, patches_FND)
-        # the projection is linear: one of the mean instead of the mean of T
+        # the projection is linear, so it is applied once to the mean
         z_BND = z_FND.unflatten(0, (batch, frames)).mean(1)
         return linear(z_BND, self.prompts_visual_proj.T)
 
@@ -150,12 +150,12 @@ class XCLIP(nn.Module):
         """Labels to features (section 3.3).
 
         Args:
-            text: K strings, one string, or integer tokens (K, any length up to the context) from ``tokenize``, which
-                is what ``torch.compile`` and ``torch.export`` take.
+            text: K strings, one string, or integer tokens (K, any length up to the context) from ``tokenize``.
+                ``torch.compile`` and ``torch.export`` take tokens only.
 
         Returns:
-            (K, E). While the text encoder is frozen or no gradient is wanted, a label set seen before is not
-            encoded again. Weights edited through ``.data`` are not noticed: call ``model.text.forget()`` then.
+            (K, E). If the text encoder is frozen or gradients are off, a label set is encoded once and cached. Call
+            ``model.text.forget()`` after editing weights through ``.data``; other changes are noticed.
         """
         if self.text is None:
             raise ValueError(
@@ -176,8 +176,7 @@ class XCLIP(nn.Module):
             labels: K strings, or one. templates: sentences with ``{}`` in the label's place.
 
         Returns:
-            (K, E), for ``similarity`` of a model with ``prompt="none"``, where its length does not matter. Kept
-            between calls as by ``encode_text``.
+            (K, E), for ``similarity`` of a model with ``prompt="none"``. Cached as in ``encode_text``.
         """
         labels = [labels] if isinstance(labels, str) else list(labels)
         features = self.encode_text(fill(labels, templates))
@@ -194,7 +193,7 @@ class XCLIP(nn.Module):
             (B, K), float32 (or float64).
 
         Raises:
-            TypeError, ValueError: if these are no such features.
+            TypeError, ValueError: if the features have another type or shape.
         """
         self._check_features(video_features, text_features)
         video_BE = video_features.video
@@ -211,7 +210,7 @@ class XCLIP(nn.Module):
         return logits_BK if self.logit_bias is None else logits_BK + self.logit_bias
 
     def graphed(self, batch: int = 1, frames: int | None = None) -> GraphedVideoTower:
-        """``encode_video`` for small batches on a GPU: replayed from CUDA graphs, without launching kernel by kernel.
+        """Returns an ``encode_video`` for small batches on a GPU. It replays a CUDA graph.
 
             graphed = model.graphed(batch=1)
             with torch.inference_mode():
@@ -219,14 +218,15 @@ class XCLIP(nn.Module):
                 logits = graphed.logits(video, model.encode_text(labels))
 
         Args:
-            batch: the most videos of a call. frames: T of each; the config's if not given.
+            batch: the largest number of videos in a call. frames: T of each (default: the config's).
 
         Returns:
-            a callable with ``encode_video``'s contract, for inference only, whose ``logits`` has ``similarity`` in the
-            graph too; the same one for the same sizes. It and ``clear_graphs`` say what it notices and what it keeps.
+            a callable with the arguments and results of ``encode_video``, for inference only. Its ``logits`` has
+            ``similarity`` in the graph too. The same sizes give the same object. ``GraphedVideoTower`` says which
+            changes it notices, ``clear_graphs`` what it keeps.
 
         Raises:
-            ValueError: if the sizes are no positive numbers, or the model is not on a CUDA device.
+            ValueError: if a size is not positive, or the model is not on a CUDA device.
         """
         sizes = batch, self.config.num_frames if frames is None else frames
         if sizes not in self._graphed:
@@ -234,7 +234,7 @@ class XCLIP(nn.Module):
         return self._graphed[sizes]
 
     def clear_graphs(self) -> None:
-        """Drop all CUDA graphs of this model and their memory. What ``graphed`` returned captures anew when called."""
+        """Frees all CUDA graphs of this model. Objects from ``graphed`` capture again at their next call."""
         for graphed in self._graphed.values():
             graphed.clear()
 
@@ -242,10 +242,10 @@ class XCLIP(nn.Module):
         return {**self.__dict__, "_graphed": {}}  # a copy of the model captures its own
 
     def checkpoint_activations(self, enabled: bool = True) -> XCLIP:
-        """Keep only the input of each block of both towers for backward, and compute the rest of it again there.
+        """Stores only the input of each block for backward, which runs the block again. It holds for both towers.
 
-        About a third more work in a training step for a fraction of its memory; numbers and random draws (drop path)
-        stay the same. Nothing changes where no gradient is wanted.
+        A training step takes about a third more computation and a fraction of the memory. Results and random draws
+        (drop path) stay the same. Without gradients nothing changes.
 
         Returns:
             the model itself.
@@ -256,29 +256,30 @@ class XCLIP(nn.Module):
         return self
 
     def quantize(self, mode: Literal["fp8"], *, calibration: Tensor | Iterable[Tensor]) -> XCLIP:
-        """Compute the large products of the vision tower in float8 (e4m3), for inference on GPUs that have it.
+        """Computes the large products of the vision tower in float8 (e4m3), for inference on GPUs that have it.
 
-        In every block, the QKV projection of the frame tokens and both layers of the FFN; all else stays as it is.
-        Weights are scaled by output channel, LayerNorm's output by row as it comes, and quick_gelu's by one scale a
-        layer, which leaves room for twice the largest value of the calibration videos (docs/kernels.md). A model in
-        bfloat16 is wanted: in other dtypes, and on other devices, float8 is emulated, which is slow.
+        These are, in every block, the QKV projection of the frame tokens and both layers of the FFN. Everything else
+        stays as it is. A weight has a scale for each output channel. LayerNorm's output has a scale for each row, from
+        its own values. quick_gelu's output has one scale for each layer: twice the largest value of the calibration
+        videos fits (docs/kernels.md). The model should be in bfloat16. In other dtypes and on other devices float8 is
+        emulated, which is slow.
 
-        The model's own weights stay beside their float8 copies, which take half of a bfloat16 weight's memory more:
-        ``state_dict`` and ``save_pretrained`` know and write only the former. So quantizing is not saved; it
-        survives ``to`` (the copies keep their dtypes), copying and ``torch.compile``. Weights changed in place are not
-        noticed: ``dequantize`` and quantize again.
+        The model keeps its weights beside the float8 copies, which take half the memory of bfloat16 weights.
+        ``state_dict`` and ``save_pretrained`` write only the weights, so quantization is not saved. It survives ``to``
+        (the copies keep their dtypes), copying and ``torch.compile``. Weights that are changed in place are not
+        noticed: call ``dequantize`` and quantize again.
 
         Args:
             mode: "fp8".
-            calibration: videos like those to come, as for ``encode_video``: one batch (B, T, H, W, 3), or an
-                iterable of batches, such as ``(batch.frames for batch in loader)``. Moved to the model's device.
+            calibration: typical videos, as for ``encode_video``: one batch (B, T, H, W, 3), or an iterable of batches,
+                such as ``(batch.frames for batch in loader)``. They are moved to the model's device.
 
         Returns:
-            the model itself, in evaluation mode. Training it, or asking it for gradients, is an error.
+            the model itself, in evaluation mode. Training it, or computing gradients, is an error.
 
         Raises:
-            ValueError: if there is no such mode, no calibration video or one of a wrong shape, something is not
-                finite, or the vision tower is an ablated one without cross-frame communication or quick_gelu.
+            ValueError: for another mode, for no calibration video or one of a wrong shape, for values that are not
+                finite, or for a vision tower without cross-frame communication or quick_gelu.
             TypeError: if ``calibration`` is neither a tensor nor an iterable of tensors.
             RuntimeError: if the model is quantized already.
         """
@@ -286,10 +287,10 @@ class XCLIP(nn.Module):
         return self
 
     def dequantize(self) -> XCLIP:
-        """Undo ``quantize``: the model computes as before, to the last bit.
+        """Undoes ``quantize``: the model computes as before, to the last bit.
 
         Returns:
-            the model itself. One that is not quantized stays as it is.
+            the model itself. A model that is not quantized stays as it is.
         """
         quantization.dequantize(self)
         return self
@@ -300,7 +301,7 @@ class XCLIP(nn.Module):
         return quantization.mode(self)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As of every module; a quantized model refuses it (RuntimeError), for its copies would be of old weights."""
+        """As in ``torch.nn.Module``. A quantized model raises RuntimeError, because its copies would be stale."""
         quantization.refuse_change(self, "load_state_dict")
         return super().load_state_dict(*args, **kwargs)
 
@@ -317,18 +318,18 @@ class XCLIP(nn.Module):
         """A model with the weights of ``path``, in evaluation mode.
 
         Args:
-            path: "org/name" on the Hugging Face Hub, or a path, recognized by its content: our own folder or file
-                (safetensors and JSON), a Hugging Face X-CLIP folder, a VideoX ``.pth``, a ViFi-CLIP or ActionCLIP
-                file, or an image CLIP (OpenAI, open_clip, Hugging Face) or ViT (timm), from which ``expand_from``
-                starts an X-CLIP.
-            config: the shape, if the checkpoint does not say it. An image CLIP says neither frames nor prompt layers;
-                the default has 8 frames. An ablated config starts from an image CLIP only.
-            clip: the image CLIP that a ViFi-CLIP started from, whose token embedding its file lacks.
-            device, dtype: of the parameters; by default the CPU and the checkpoint's own dtype.
+            path: "org/name" on the Hugging Face Hub, or a path. The content of the file decides its layout: our own
+                folder or file (safetensors and JSON), a Hugging Face X-CLIP folder, a VideoX ``.pth``, a ViFi-CLIP or
+                ActionCLIP file. An image CLIP (OpenAI, open_clip, Hugging Face) or a ViT (timm) starts an X-CLIP, as
+                in ``expand_from``.
+            config: the shape, if the checkpoint does not define it. An image CLIP defines neither frames nor prompt
+                layers; the default has 8 frames. An ablated config starts from an image CLIP only.
+            clip: for a ViFi-CLIP, whose file lacks the token embedding: the image CLIP that it started from.
+            device, dtype: of the parameters (default: the CPU and the checkpoint's dtype).
 
         Raises:
-            checkpoint.CheckpointError: if the file is unreadable or no such checkpoint, or if keys are missing,
-                unexpected or misshapen; all are listed.
+            checkpoint.CheckpointError: if the file cannot be read or is not such a checkpoint, or if keys are missing,
+                unexpected or misshapen. All such keys are listed.
         """
         found = checkpoint.read(path, variant(config) if isinstance(config, str) else config, clip=clip)
         if found.complete:
@@ -351,22 +352,22 @@ class XCLIP(nn.Module):
         layout: Literal["xclip_fast", "huggingface"] = "xclip_fast",
         overwrite: bool = False,
     ) -> None:
-        """Write weights and config into ``folder``, atomically.
+        """Writes weights and config into ``folder``, atomically.
 
         Args:
             folder: created if it does not exist. Its other files stay.
-            layout: ``"huggingface"`` is what ``transformers.XCLIPModel.from_pretrained`` reads.
-            overwrite: replace a checkpoint that is there already.
+            layout: ``"huggingface"`` for ``transformers.XCLIPModel.from_pretrained``.
+            overwrite: replace an existing checkpoint.
 
         Raises:
-            FileExistsError: if a checkpoint is there and ``overwrite`` is not set.
+            FileExistsError: if the folder holds a checkpoint and ``overwrite`` is not set.
         """
         checkpoint.write(self.state_dict(), self.config, folder, layout=layout, overwrite=overwrite)
 
     def push_to_hub(
         self, name: str, *, layout: Literal["xclip_fast", "huggingface"] = "xclip_fast", **options: Any
     ) -> str:
-        """Put weights and config into a repository of the Hugging Face Hub, made if it does not exist.
+        """Uploads weights and config to a repository of the Hugging Face Hub. A missing repository is created.
 
         Args:
             name: "org/name". layout: as for ``save_pretrained``.
@@ -377,7 +378,7 @@ class XCLIP(nn.Module):
 
         Raises:
             ImportError: without the package huggingface_hub.
-            OSError: if the Hub refuses it or cannot be reached.
+            OSError: if the Hub refuses the upload or cannot be reached.
         """
         return hub.upload(lambda folder: self.save_pretrained(folder, layout=layout), name, **options)
 
@@ -386,14 +387,13 @@ class XCLIP(nn.Module):
         clip: str | os.PathLike[str] | Mapping[str, Tensor] | nn.Module | Any,
         part: Literal["both", "visual", "text"] = "both",
     ) -> XCLIP:
-        """Start from an image CLIP as section 3.2 says: IFA, FFN and text inherit; CFA, MIT and prompts stay new.
+        """Copies the weights of an image CLIP (section 3.2): IFA, FFN and text tower. CFA, MIT and prompts stay new.
 
         Args:
-            clip: a path, a state dict, or a module of OpenAI's, open_clip's or Hugging Face's CLIP; or of one of timm's
-                ViTs (``vit_base_patch16_224`` and its kin), which gives the vision tower but no projection (Table 10).
-                Position embeddings of another grid are interpolated. What the config has no place for, the text tower
-                of a model with ``num_classes``, is left out.
-            part: the tower to start; the other stays as it is.
+            clip: a path, a state dict, or a module of OpenAI's, open_clip's or Hugging Face's CLIP. Or one of timm's
+                ViTs, such as ``vit_base_patch16_224``, which gives the vision tower without projection (Table 10).
+                Position embeddings of another grid are interpolated. A model with ``num_classes`` takes no text tower.
+            part: the tower to start. The other one stays as it is.
 
         Returns:
             the model itself.
@@ -448,11 +448,11 @@ class XCLIP(nn.Module):
             self._check_range(video)
 
     def _check_range(self, video: Tensor) -> None:
-        """Refuses NaN and pixels from 0 to 255. On a GPU, where it waits for the values, at the first call only."""
+        """Refuses NaN and pixels from 0 to 255. On a GPU, where reading waits, only the first call is checked."""
         if type(video) is not Tensor or torch.compiler.is_compiling() or video.device.type not in ("cpu", "cuda"):
             return
         if torch._C._functorch.peek_interpreter_stack() is not None or torch._C._len_torch_dispatch_stack() > 0:
-            return  # values that are not there, or a mode that records what is computed
+            return  # a transform without values, or a mode that records the computation
         if video.numel() == 0:
             return
         if video.is_cuda:
@@ -469,7 +469,7 @@ class XCLIP(nn.Module):
 
 
 def _plain_logits(video_BE: Tensor, text_KE: Tensor, scale: Tensor) -> Tensor:
-    """exp(scale) cos(v, c) (equation 3) of labels that are the same for every video: (B, K), at least float32."""
+    """exp(scale) cos(v, c) (equation 3) if all videos share the labels' features: (B, K), at least float32."""
     precise = torch.promote_types(video_BE.dtype, torch.float32)
     with torch.autocast(video_BE.device.type, enabled=False):
         video_BE, text_KE = (F.normalize(features.to(precise), dim=-1) for features in (video_BE, text_KE))

@@ -42,6 +42,12 @@ class Range:
         return f"a number below {self.below} wanted" if value >= self.below else None
 
 
+Count = Annotated[int, Range(1)]
+Share = Annotated[float, Range(0, 1)]
+NotNegative = Annotated[float, Range(0)]
+Positive = Annotated[float, Range(above=0)]
+
+
 def check(config: Any, where: str = "") -> None:
     """Checks the fields of a dataclass in its ``__post_init__`` and puts converted values in their place.
 
@@ -131,12 +137,15 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
         except ConfigError as error:
             raise ConfigError(f"{error}, or null") from error
     shown = reprlib.repr(value)
+    if origin is dict:
+        return {key: _convert(item, inner[1], f"{name}.{key}") for key, item in _mapping(value, name).items()}
     if origin is Literal:
-        if value in inner and isinstance(value, str):
+        if value in inner and type(value) in {type(each) for each in inner}:
             return value
-        near = difflib.get_close_matches(shown.strip("'"), inner, 1)
+        names = [str(each) for each in inner]
+        near = difflib.get_close_matches(shown.strip("'"), names, 1)
         raise ConfigError(
-            f"{name} is {shown}; one of {', '.join(inner)} wanted" + (f" (near: {near[0]})" if near else "")
+            f"{name} is {shown}; one of {', '.join(names)} wanted" + (f" (near: {near[0]})" if near else "")
         )
     if origin is tuple:
         many = len(inner) == 2 and inner[1] is Ellipsis

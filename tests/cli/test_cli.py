@@ -14,19 +14,14 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from small import CONFIG
 
-from xclip_fast import VARIANTS, XCLIP, TextConfig, VideoFeatures, VisionConfig, XCLIPConfig, flops
+from xclip_fast import VARIANTS, XCLIP, VideoFeatures, flops
 from xclip_fast.cli import main as cli
 from xclip_fast.cli import options
 from xclip_fast.data.decode.decoder import decode
 from xclip_fast.data.motion import CLASSES, render, write_clip
 
-CONFIG = XCLIPConfig(
-    vision=VisionConfig(image_size=32, patch_size=16, width=128, layers=2, heads=2),
-    text=TextConfig(width=64, layers=2, heads=1),
-    embed_dim=64,
-    num_frames=3,
-)
 LABELS = ["riding a bike", "swimming", "a cat", "moving right", "cooking", "黒い猫 🐈"]
 
 
@@ -249,8 +244,8 @@ def test_without_weights_it_refuses_or_warns(home, run, monkeypatch):
         (["classify", "{clip}", "--labels", "\udcff", "-c", "{home}/a"], 1, "Unicode"),
         (["classify", "{home}/a", "--labels", "a", "-c", "{home}/a"], 1, "no video file"),
         (["embed", "{clip}", "-c", "{home}/a"], 2, "--out"),
-        (["embed", "{clip}", "-c", "{home}/a", "--out", "{home}"], 1, "is no store"),
-        (["embed", "{clip}", "-c", "{home}/a", "--out", "{clip}"], 1, "is no store"),
+        (["embed", "{clip}", "-c", "{home}/a", "--out", "{home}"], 1, "is not a store"),
+        (["embed", "{clip}", "-c", "{home}/a", "--out", "{clip}"], 1, "is not a store"),
         (["embed", "-c", "{home}/a", "--out", "{home}/s"], 2, "VIDEO"),
         (["embed", "{clip}", "-c", "{home}/a", "--out", "{home}/s.safetensors", "--window", "3"], 2, "--window"),
         (["embed", "{clip}", "-c", "{home}/a", "--out", "{home}/s", "--window", "0"], 1, "window is 0"),

@@ -8,17 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from small import CONFIG
 
-from xclip_fast import XCLIP, TextConfig, VisionConfig, XCLIPConfig
+from xclip_fast import XCLIP
 from xclip_fast.cli import main as cli
 from xclip_fast.data.motion import CLASSES, render, write_clip
 
-CONFIG = XCLIPConfig(
-    vision=VisionConfig(image_size=32, patch_size=16, width=128, layers=2, heads=2),
-    text=TextConfig(width=64, layers=2, heads=1),
-    embed_dim=64,
-    num_frames=3,
-)
 DOCS = Path(__file__).parents[2] / "docs"
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from xclip_fast.data.decode import decode, decode_frames, decode_many, decoder, probe, reading
+from xclip_fast.data.decode import decode, decode_frames, decode_many, decoder, probe, reading, windows
 from xclip_fast.data.decode.fields import may_hold_fields
 from xclip_fast.data.decode.reading import ReadError, Source, VideoError, open_video
 from xclip_fast.data.manifest import Manifest, index
@@ -158,7 +158,8 @@ def test_lack_of_memory_is_no_damage(folder, monkeypatch):
     def none(*_, **__):
         raise MemoryError
 
-    monkeypatch.setattr(decoder, "VideoReformatter", lambda: type("Reformatter", (), {"reformat": none})())
+    for module in (decoder, windows):
+        monkeypatch.setattr(module, "VideoReformatter", lambda: type("Reformatter", (), {"reformat": none})())
     with pytest.raises(ReadError, match="not enough memory"):
         decode_frames(folder / "EIO_a.mp4", [0])
     bad, *_ = decode_many([folder / "EIO_a.mp4"], 2, errors="return")

@@ -10,19 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from small import CONFIG
 
-from xclip_fast import XCLIP, TextConfig, VisionConfig, XCLIPConfig, decode
+from xclip_fast import XCLIP, decode
 from xclip_fast.data.motion import CLASSES, render, write_clip
 
 pytest.importorskip("fastapi", reason="FastAPI is not installed: pip install fastapi uvicorn")
 uvicorn = pytest.importorskip("uvicorn", reason="uvicorn is not installed: pip install fastapi uvicorn")
 
-CONFIG = XCLIPConfig(
-    vision=VisionConfig(image_size=32, patch_size=16, width=128, layers=2, heads=2),
-    text=TextConfig(width=64, layers=2, heads=1),
-    embed_dim=64,
-    num_frames=3,
-)
 LABELS = ["growing", "a cat", "moving right"]
 
 

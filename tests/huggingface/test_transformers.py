@@ -132,7 +132,7 @@ def test_pipeline_on_a_folder_of_hugging_face(model, clip, tmp_path):
 def test_pipeline_refuses_other_models():
     tower = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1}
     config = transformers.CLIPConfig(text_config=tower, vision_config=tower | {"image_size": 32, "patch_size": 16})
-    with pytest.raises(ValueError, match="CLIPModel is no X-CLIP"):
+    with pytest.raises(ValueError, match="CLIPModel is not an X-CLIP"):
         transformers.pipeline("zero-shot-video-classification", model=transformers.CLIPModel(config))
 
 

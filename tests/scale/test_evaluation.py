@@ -6,19 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from small import CONFIG
 
-from xclip_fast import XCLIP, TextConfig, VisionConfig, XCLIPConfig
+from xclip_fast import XCLIP
 from xclip_fast.data.manifest import index
 from xclip_fast.data.motion import CLASSES, render, write_clip
 from xclip_fast.evaluate.loop import evaluate
 from xclip_fast.scale.evaluation import evaluate_part, merge
-
-CONFIG = XCLIPConfig(
-    vision=VisionConfig(image_size=32, patch_size=16, width=128, layers=2, heads=2),
-    text=TextConfig(width=64, layers=2, heads=1),
-    embed_dim=64,
-    num_frames=3,
-)
 
 
 @pytest.fixture(scope="module")

@@ -7,19 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from small import CONFIG
 
-from xclip_fast import XCLIP, TextConfig, VisionConfig, XCLIPConfig
+from xclip_fast import XCLIP
 from xclip_fast.data.decode.reading import ReadError
 from xclip_fast.data.motion import CLASSES, render, write_clip
 from xclip_fast.inference.batches import Answer, Finished, Reading, answers
 from xclip_fast.scale.stage import ModelSpec, VideoStage, as_answers, files
 
-CONFIG = XCLIPConfig(
-    vision=VisionConfig(image_size=32, patch_size=16, width=128, layers=2, heads=2),
-    text=TextConfig(width=64, layers=2, heads=1),
-    embed_dim=64,
-    num_frames=3,
-)
 READING = Reading(3, 32, window=2.0, stride=1.0)
 
 

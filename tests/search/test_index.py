@@ -17,19 +17,14 @@ import torch
 
 pytest.importorskip("lancedb", reason="LanceDB is not installed: pip install 'xclip-fast[search]'")
 
-from xclip_fast import XCLIP, TextConfig, VisionConfig, XCLIPConfig, decode
+from small import CONFIG
+
+from xclip_fast import XCLIP, decode
 from xclip_fast.data.decode import reading
 from xclip_fast.data.motion import CLASSES, render, write_clip
 from xclip_fast.search import Hit, Index
 from xclip_fast.search.query import Filters, merge_neighbors
 from xclip_fast.search.store import Store
-
-CONFIG = XCLIPConfig(
-    vision=VisionConfig(image_size=32, patch_size=16, width=128, layers=2, heads=2),
-    text=TextConfig(width=64, layers=2, heads=1),
-    embed_dim=64,
-    num_frames=3,
-)
 
 
 @pytest.fixture(scope="module")
@@ -256,7 +251,7 @@ def test_another_model_and_other_settings_are_refused(tmp_path, weights, videos)
     assert len(same) == 19
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").write_text("")
-    with pytest.raises(FileExistsError, match="no store"):
+    with pytest.raises(FileExistsError, match="is not a store"):
         Index.open(tmp_path / "other", weights / "a")
     with pytest.raises(FileNotFoundError, match="no store"):
         Index.open(tmp_path / "nothing")

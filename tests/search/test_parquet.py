@@ -5,19 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from small import CONFIG
 
-from xclip_fast import XCLIP, TextConfig, VisionConfig, XCLIPConfig
+from xclip_fast import XCLIP
 from xclip_fast.data.motion import CLASSES, render, write_clip
 from xclip_fast.search import Index
 
 pq = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed: pip install 'xclip-fast[search]'")
-
-CONFIG = XCLIPConfig(
-    vision=VisionConfig(image_size=32, patch_size=16, width=128, layers=2, heads=2),
-    text=TextConfig(width=64, layers=2, heads=1),
-    embed_dim=64,
-    num_frames=3,
-)
 
 
 def names(folder: Path) -> list[str]:
@@ -57,5 +51,5 @@ def test_adds_updates_and_drops(tmp_path):
         Index.open(out, tmp_path / "a", frames=4)
     (tmp_path / "b.parquet").mkdir()
     (tmp_path / "b.parquet" / "mine").write_text("")
-    with pytest.raises(FileExistsError, match="other things"):
+    with pytest.raises(FileExistsError, match="other files"):
         Index.open(tmp_path / "b.parquet", tmp_path / "a")

@@ -152,7 +152,7 @@ def test_overrides_are_yaml() -> None:
         ({"model": {"vision": {"patch_size": 15}}}, "model: .*multiple of patch_size"),
         ({"data": {"size": 112}}, "make them equal"),
         ({"data": {"val": "a", "val_fraction": 0.1}}, "exclude each other"),
-        ({"validation": {"crops": 2}}, "1 or 3 wanted"),
+        ({"validation": {"crops": 2}}, "one of 1, 3 wanted"),
         ({"optim": {"clip_grad": 0}}, "clip_grad is 0.0; a number above 0 wanted, or null"),
         ({"optim": {"lr": float("nan")}}, "optim.lr is nan .*a finite number wanted"),
         ({"optim": {"lr": "inf"}}, "optim.lr is 'inf' .*a finite number wanted"),

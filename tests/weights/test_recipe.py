@@ -138,13 +138,14 @@ def test_choices() -> None:
     ("text", "said"),
     [
         ("{", "correct it, or delete it"),
-        ('{"frame": 3}', "unexpected keyword argument 'frame'"),
+        ('{"frame": 3}', "frame: unknown key; did you mean frames"),
         ("[]", "correct it, or delete it"),
-        ('{"labels": ["a"]}', "labels is .*; an object from class to text wanted"),
-        ('{"frames": 0}', "frames is 0; a number of at least 1, or null wanted"),
-        ('{"sampling": "some"}', "sampling is 'some'; sparse or dense wanted"),
-        ('{"stride": true}', "stride is True; a number of at least 1 wanted"),
-        ('{"templates": 1}', "templates is 1; true or false wanted"),
+        ('{"labels": ["a"]}', "labels is .*; keys and values wanted"),
+        ('{"labels": {"a": " "}}', "labels.a is  ; a text wanted"),
+        ('{"frames": 0}', "frames is 0; at least 1 wanted, or null"),
+        ('{"sampling": "some"}', "sampling is 'some'; one of sparse, dense wanted"),
+        ('{"stride": true}', "stride is True .bool.; a whole number wanted"),
+        ('{"templates": 1}', "templates is 1 .int.; true or false wanted"),
     ],
 )
 def test_damaged(tmp_path: Path, text: str, said: str) -> None:

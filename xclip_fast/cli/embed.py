@@ -20,15 +20,7 @@ _FILE = ".safetensors"
 
 @commands.command()
 def embed(
-    videos: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="VIDEO",
-            help="Video files, folders, globs in quotes, lists of paths (.txt, .jsonl), URLs, or - to read paths "
-            "from standard input.",
-            show_default=False,
-        ),
-    ] = None,
+    videos: opt.Videos = None,
     out: Annotated[
         Path,
         typer.Option(
@@ -143,13 +135,12 @@ def embed(
         limits = Limits(max_bytes, max_seconds)
         embedding = None
         if ray:
-            from ..scale.cluster import ClusterOptions, cluster_answers
-            from ..scale.stage import ModelSpec, VideoStage
+            from ..scale.cluster import cluster_answers
+            from ..scale.stage import VideoStage
 
-            spec = ModelSpec(None if checkpoint is None else str(checkpoint.absolute()), variant, device, dtype)
+            spec, spread = opt.cluster(checkpoint, variant, device, dtype, address, actors, decoders, batch_size)
             stage = VideoStage(spec, opened.reading(limits), bool(store.settings.patches))
             columns = ("vector", "patches") if store.settings.patches else ("vector",)
-            spread = ClusterOptions(address, actors, decoders=decoders, batch_size=batch_size or 16)
             embedding = cluster_answers(stage, spread, columns)
         else:
             tune_before(model.config, len(inputs.paths), target["device"])
@@ -189,7 +180,6 @@ def _embed_file(
     run: dict[str, int | None],
 ) -> bool:
     """Writes the features of all videos into one file. Returns True if something failed."""
-    from ..config import VARIANTS
     from ..inference.batches import Reading, answers
     from ..search.feature_file import check_out, fingerprint, write_features
     from ..tuning import tune_before
@@ -207,7 +197,7 @@ def _embed_file(
     metadata = {
         "fingerprint": fingerprint(model),
         "checkpoint": "" if checkpoint is None else str(checkpoint.resolve()),
-        "variant": next((name for name, row in VARIANTS.items() if row == config), variant or ""),
+        "variant": config.variant_name or variant or "",
         "frames": str(frames),
     }
     model.to(**placed)

@@ -15,11 +15,14 @@ from ..console import complain
 if TYPE_CHECKING:
     from ..data.inputs import Inputs
     from ..model import XCLIP
+    from ..scale.cluster import ClusterOptions
+    from ..scale.stage import ModelSpec
+    from ..search.page import Page
     from ..weights.recipe import Trained
 
 
 Videos = Annotated[
-    list[str],
+    list[str] | None,
     typer.Argument(
         metavar="VIDEO",
         help="Video files, folders, globs in quotes, lists of paths (.txt, .jsonl), URLs, or - to read paths from "
@@ -127,13 +130,13 @@ def parse_labels(given: str) -> list[str]:
     return labels
 
 
-def find_videos(given: Sequence[str]) -> tuple[Inputs, bool]:
+def find_videos(given: Sequence[str] | None) -> tuple[Inputs, bool]:
     """The video files of the arguments, and whether a folder or glob holds none."""
     from ..data.inputs import find_videos as find
 
-    if "" in given:
+    if "" in (given or ()):
         raise typer.BadParameter("a name is empty", param_hint="VIDEO")
-    inputs = find(given)
+    inputs = find(given or ())
     failed = False
     for line in inputs.empty:
         failed |= complain(line)
@@ -146,21 +149,44 @@ def device_and_dtype(device: str, dtype: str) -> dict[str, Any]:
     """``device`` and ``dtype`` as arguments of ``Module.to``."""
     import torch
 
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    from ..inference.placement import placed
+
     kind, _, index = device.partition(":")
-    if kind not in ("cpu", "cuda") or (index and not (kind == "cuda" and index.isdecimal())):
+    if kind not in ("auto", "cpu", "cuda") or (index and not (kind == "cuda" and index.isdecimal())):
         raise typer.BadParameter(f"{device!r} is not auto, cpu, cuda or cuda:N", param_hint="--device")
     if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
         from ..info import collect_cuda
 
         cuda = collect_cuda()
         raise ValueError(f"--device {device}: {cuda['reason'] or 'there are only ' + str(len(cuda['devices']))}")
-    if dtype != "auto":
-        return {"device": device, "dtype": getattr(torch, dtype)}
-    from ..inference.placement import automatic_dtype
+    return placed(device, dtype)
 
-    return {"device": device, "dtype": automatic_dtype(torch.device(device))}
+
+def cluster(
+    checkpoint: Path | None,
+    variant: str | None,
+    device: str,
+    dtype: str,
+    address: str | None,
+    actors: int | None,
+    decoders: int | None = None,
+    batch_size: int | None = None,
+) -> tuple[ModelSpec, ClusterOptions]:
+    """The model and the cluster of ``--ray``."""
+    from ..scale.cluster import ClusterOptions
+    from ..scale.stage import ModelSpec
+
+    spec = ModelSpec(None if checkpoint is None else str(checkpoint.absolute()), variant, device, dtype)
+    return spec, ClusterOptions(address, actors, decoders=decoders, batch_size=batch_size or 16)
+
+
+def open_page(html: Path | None, overwrite: bool, random_weights: bool) -> Page | None:
+    """The web page of ``--html``, if it is given."""
+    if html is None:
+        return None
+    from ..search.page import Page
+
+    return Page(html, overwrite=overwrite, random_weights=random_weights)
 
 
 def set_threads(threads: int | None) -> None:
@@ -190,20 +216,14 @@ def load_model(checkpoint: Path | None, variant: str | None, random_weights: boo
             else "missing; for a trial without weights: --random-weights"
         )
         raise typer.BadParameter(why, param_hint="--checkpoint")
-    import torch
-
     from .. import config
-    from ..model import XCLIP
+    from ..inference import placement
 
-    try:
-        shape = None if variant is None else config.variant(variant)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--variant") from error
-    torch.manual_seed(0)  # parameters missing from the checkpoint are the same in every run
-    if checkpoint is not None:
-        return XCLIP.from_pretrained(checkpoint, config=shape)
-    print("warning: random weights: the answers mean nothing", file=sys.stderr)
-    return XCLIP(shape or config.VARIANTS["B/16-8f"]).eval()
+    if variant is not None and variant not in config.VARIANTS:
+        raise typer.BadParameter(f"{variant!r} is none of {', '.join(config.VARIANTS)}", param_hint="--variant")
+    if random_weights:
+        print("warning: random weights: the answers mean nothing", file=sys.stderr)
+    return placement.load_model(checkpoint, variant)
 
 
 def stored_weights(

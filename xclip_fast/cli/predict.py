@@ -93,11 +93,7 @@ def classify(
 
     if stride is not None and window is None:
         raise typer.BadParameter("works only together with --window", param_hint="--stride")
-    page = None
-    if html is not None:
-        from ..search.page import Page
-
-        page = Page(html, overwrite=overwrite, random_weights=random_weights)
+    page = opt.open_page(html, overwrite, random_weights)
     reading = Reading(
         chosen["frames"] or model.config.num_frames,
         model.config.vision.image_size,
@@ -114,12 +110,11 @@ def classify(
             return (logits(found).softmax(-1),)
 
         if ray:
-            from ..scale.cluster import ClusterOptions, cluster_answers
-            from ..scale.stage import ModelSpec, VideoStage
+            from ..scale.cluster import cluster_answers
+            from ..scale.stage import VideoStage
 
-            spec = ModelSpec(None if checkpoint is None else str(checkpoint.absolute()), variant, device, dtype)
+            spec, spread = opt.cluster(checkpoint, variant, device, dtype, address, actors, decoders, batch_size)
             stage = VideoStage(spec, reading, labels=names, templates=sentences)
-            spread = ClusterOptions(address, actors, decoders=decoders, batch_size=batch_size or 16)
             found = cluster_answers(stage, spread, ["probabilities"])(map(os.path.abspath, inputs.paths))
         else:
             found = answers(model, inputs.paths, reading, answer, batch_size=batch_size, workers=workers)

@@ -77,11 +77,7 @@ def search(
     searcher = Index(moments, model.to(**target), None if root is None else str(root))
     if searcher.note:
         print(f"note: {searcher.note}", file=sys.stderr)
-    page = None
-    if html is not None:
-        from ..search.page import Page
-
-        page = Page(html, overwrite=overwrite, random_weights=random_weights)
+    page = opt.open_page(html, overwrite, random_weights)
     options: dict[str, Any] = {"path": path, "after": after, "before": before, "merge": merge}
     several = interactive or len(texts) + len(like or ()) > 1
     failed = False

@@ -80,11 +80,9 @@ def evaluate(
     opt.set_threads(threads)
     run: Callable[..., Any] = evaluation.evaluate
     if ray:
-        from ..scale.cluster import ClusterOptions
         from ..scale.evaluation import spread
-        from ..scale.stage import ModelSpec
 
-        run = spread(ModelSpec(str(checkpoint.absolute()), variant, device, dtype), ClusterOptions(address, actors))
+        run = spread(*opt.cluster(checkpoint, variant, device, dtype, address, actors))
     result = evaluation.main(
         checkpoint,
         manifest,

@@ -74,7 +74,7 @@ class Threads:
             self.running[me] = job, time.monotonic()
             try:
                 in_time = job.finish(job.work(state))
-            except BaseException as error:  # it belongs to whoever waits for the result
+            except BaseException as error:  # the caller that waits for the result gets it
                 in_time = job.finish(error=error)
             del self.running[me], job  # an idle thread keeps no batch alive
             if not in_time:  # another thread has taken this one's place

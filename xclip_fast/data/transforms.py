@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
 
+from ..schema import Count, NotNegative, Range, Share, check
 from .sampling import Sampling, frame_indices
 
 Box = tuple[int, int, int, int]
@@ -69,32 +70,23 @@ class TrainTransform:
     """
 
     random: ClassVar[bool] = True
-    frames: int = 8
-    size: int = 224
+    frames: Count = 8
+    size: Count = 224
     sampling: Sampling = "sparse"
-    stride: int = 1
-    scales: tuple[float, ...] = (1.0, 0.875, 0.75, 0.66)
-    flip: float = 0.5
-    jitter_probability: float = 0.8
-    brightness: float = 0.4
-    contrast: float = 0.4
-    saturation: float = 0.2
-    hue: float = 0.1
-    gray: float = 0.2
+    stride: Count = 1
+    scales: tuple[Annotated[float, Range(above=0, most=1)], ...] = (1.0, 0.875, 0.75, 0.66)
+    flip: Share = 0.5
+    jitter_probability: Share = 0.8
+    brightness: NotNegative = 0.4
+    contrast: NotNegative = 0.4
+    saturation: NotNegative = 0.2
+    hue: Annotated[float, Range(0, 0.5)] = 0.1
+    gray: Share = 0.2
 
     def __post_init__(self) -> None:
-        _check_sizes(self.frames, self.size, self.sampling, self.stride)
-        object.__setattr__(self, "scales", tuple(self.scales))
-        if not self.scales or not all(0 < scale <= 1 for scale in self.scales):
-            raise ValueError(f"scales is {self.scales}; at least one number in (0, 1] wanted, and no other")
-        for name in ("flip", "jitter_probability", "gray"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; a probability from 0 to 1 is wanted")
-        for name in ("brightness", "contrast", "saturation"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
-        if not 0 <= self.hue <= 0.5:
-            raise ValueError(f"hue is {self.hue}; it must lie from 0 to 0.5 turns")
+        check(self)
+        if not self.scales:
+            raise ValueError("scales is empty; at least one number wanted")
 
     def views(self, total: int, width: int, height: int, rng: np.random.Generator) -> list[View]:
         """One random view of a video of `total` frames of this displayed size.
@@ -145,19 +137,15 @@ class TestTransform:
 
     __test__: ClassVar[bool] = False  # pytest would collect it for its name
     random: ClassVar[bool] = False
-    frames: int = 8
-    size: int = 224
-    clips: int = 1
+    frames: Count = 8
+    size: Count = 224
+    clips: Count = 1
     crops: Literal[1, 3] = 1
     sampling: Sampling = "sparse"
-    stride: int = 1
+    stride: Count = 1
 
     def __post_init__(self) -> None:
-        _check_sizes(self.frames, self.size, self.sampling, self.stride)
-        if self.clips < 1:
-            raise ValueError(f"clips is {self.clips}; it must be at least 1")
-        if self.crops not in (1, 3):
-            raise ValueError(f"crops is {self.crops}; it must be 1 or 3")
+        check(self)
 
     def crops_of(self, width: int, height: int) -> list[View]:
         """The crops of a frame of this displayed size, as views without frame numbers."""
@@ -335,12 +323,6 @@ def _place(position: int, spare_x: int, spare_y: int) -> tuple[int, int]:
     if position == 4:
         return spare_x // 2, spare_y // 2
     return spare_x * (position % 2), spare_y * (position // 2)
-
-
-def _check_sizes(frames: int, size: int, sampling: Sampling, stride: int) -> None:
-    if size < 1:
-        raise ValueError(f"size is {size}; it must be at least 1 pixel")
-    frame_indices(1, frames, sampling, stride=stride)  # it has the checks
 
 
 def _check_video(total: int, width: int, height: int) -> None:

@@ -9,10 +9,8 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-import torch
-
 from ..console import Bar
-from ..inference.placement import automatic_dtype
+from ..inference.placement import load_model, placed
 from ..processes import find_device, join_processes
 from ..text.labels import plain_name
 from ..weights.recipe import Trained
@@ -22,7 +20,6 @@ from .result import Evaluation, show
 
 if TYPE_CHECKING:
     from ..data.sampling import Sampling
-    from ..model import XCLIP
 
 log = logging.getLogger("xclip_fast")
 
@@ -34,20 +31,6 @@ def named(result: Evaluation, checkpoint: str | os.PathLike[str], manifest: str 
         model={"checkpoint": os.fspath(checkpoint), **result.model},
         data={"manifest": os.fspath(manifest), **result.data},
     )
-
-
-def load(checkpoint: str | os.PathLike[str], variant: str | None, device: torch.device, dtype: str) -> XCLIP:
-    """The checkpoint's model on the device; ``dtype`` is a name, or auto for ``automatic_dtype``."""
-    from ..config import variant as config_of
-    from ..model import XCLIP
-
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if dtype not in ("auto", *known):
-        raise ValueError(f"dtype {dtype!r}: auto, float32, bfloat16 or float16 wanted")
-    wanted = automatic_dtype(device) if dtype == "auto" else known[dtype]
-    torch.manual_seed(0)  # parameters missing from the checkpoint are the same in every run and process
-    shape = None if variant is None else config_of(variant)
-    return XCLIP.from_pretrained(checkpoint, config=shape, device=device, dtype=wanted)
 
 
 def main(
@@ -94,7 +77,7 @@ def main(
             *(manifest, len(videos.classes), videos.classes[0], len(known), next(iter(trained.labels))),
         )
     with join_processes(find_device(device)) as process, reserved(None if process.rank else out, overwrite):
-        model = load(checkpoint, variant, process.device, dtype)
+        model = load_model(checkpoint, variant).to(**placed(process.device, dtype))
         if labels is None and videos.classes:
             labels = trained.texts(videos.classes, model.config.num_classes is not None)
         with Bar(hidden=process.rank > 0) as bar:

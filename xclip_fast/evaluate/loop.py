@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .. import flops
-from ..config import VARIANTS, XCLIPConfig
+from ..config import XCLIPConfig
 from ..inference.labels import NOT_A_NUMBER, label_scorer
 from ..text.labels import candidates, refuse_same_texts
 from .predict import Answer, predictions
@@ -262,17 +262,9 @@ def _about_model(
     templates: Any,
 ) -> dict[str, Any]:
     config = model.config
-    shape = dataclasses.replace(config, num_frames=frames)
-    # initialization and drop path are not part of a variant
-    plain = dataclasses.replace(
-        shape,
-        logit_scale=XCLIPConfig.logit_scale,
-        temporal_std=XCLIPConfig.temporal_std,
-        vision=dataclasses.replace(shape.vision, drop_path=0.0),
-    )
     actual = flops.count(config, frames=frames, labels=[3] * len(labels), counting="actual")
     return {
-        "variant": next((name for name, row in VARIANTS.items() if row == plain), None),
+        "variant": dataclasses.replace(config, num_frames=frames).variant_name,
         "frames": frames,
         "image_size": config.vision.image_size,
         "sampling": sampling if sampling == "sparse" else f"{sampling}, stride {stride}",

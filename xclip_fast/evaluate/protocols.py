@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..console import Bar, print_rows
 from ..files import write_text
+from ..inference.placement import load_model, placed
 from ..processes import find_device, join_processes
 from ..text.labels import readable
 from ..weights.recipe import Trained
@@ -156,9 +158,8 @@ def main(
     Returns:
         the content of ``protocol.json``; None in all processes but the first.
     """
-    from ..console import Bar
     from ..data.manifest.manifest import Manifest
-    from .command import load, named
+    from .command import named
     from .report import reserved, write
 
     if protocol not in PROTOCOLS:
@@ -186,7 +187,7 @@ def main(
     trained = Trained.read(checkpoint)
     settings |= trained.choose(*(settings.get(name) for name in ("frames", "sampling", "stride", "templates")))
     with join_processes(find_device(device)) as process, reserved(None if process.rank else out, overwrite):
-        model = load(checkpoint, variant, process.device, dtype)
+        model = load_model(checkpoint, variant).to(**placed(process.device, dtype))
         with Bar(hidden=process.rank > 0) as bar:
             settings = {"progress": bar.update, **settings}
             if chosen:
@@ -255,17 +256,7 @@ def show(report: dict[str, Any]) -> None:
     for method, row in report["paper"].items():
         rows.append((f"{method}, paper", *(cell(row[name]) for name in names)))
     head = (report["title"], *(f"{name[:3]}-{name[3:]} %" for name in names))
-    if sys.stdout.isatty():
-        from rich.console import Console
-        from rich.table import Table
-
-        table = Table(*head, box=None, padding=(0, 2))
-        for cells in rows:
-            table.add_row(*cells)
-        Console(highlight=False).print(table)
-    else:
-        for cells in [head, *rows]:
-            print("\t".join(cells))
+    print_rows(None, head, rows, header_in_pipe=True)
     parts = ", ".join("-" if value is None else f"{value:.1f}" for value in report["top1"]["parts"])
     views = f"{report['views']} view{'s' * (report['views'] > 1)}"
     _note(f"top-1 of the parts: {parts}; {report['frames']} frames, {views}")

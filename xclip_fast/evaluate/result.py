@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from ..console import print_rows
+
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
@@ -119,17 +121,7 @@ def show(result: Evaluation) -> None:
         ("GFLOPs", f"{result.model['gflops_per_view']:.4g} a view, {result.views} view{'s' * (result.views > 1)}"),
         ("views/s", f"{result.views_per_second:.3g} on {result.environment['device']}, decoding included"),
     ]
-    if sys.stdout.isatty():
-        from rich.console import Console
-        from rich.table import Table
-
-        table = Table("", "", show_header=False, box=None, padding=(0, 2))
-        for row in rows:
-            table.add_row(*row)
-        Console(highlight=False).print(table)
-    else:
-        for row in rows:
-            print("\t".join(row))
+    print_rows(None, (), rows)
     for failed, reason in sorted(result.failed.items()):
         print(f"error: {result.failed_names[failed]}: {reason}", file=sys.stderr)
 

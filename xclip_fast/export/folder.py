@@ -85,7 +85,7 @@ def export_model(
         )
     frames = model.config.num_frames if frames is None else frames
     precise = copy.deepcopy(model).to("cpu", torch.float32).eval()
-    # OpenVINO stores float16 weights of a float32 graph, and chooses itself what it computes in
+    # OpenVINO stores float16 weights of a float32 graph, and chooses the precision of its computation
     stored = precise if dtype == torch.float32 or format == "openvino" else copy.deepcopy(precise).to(dtype)
     wanted = {graph.name: graph for graph in graphs_of(precise, frames)}
     owned = {file.format(name) for each in FORMATS.values() for file in each.files for name in NAMES} | {SUMMARY}
@@ -153,7 +153,7 @@ def _relative(mine: Tensor, theirs: Tensor) -> float:
 def _summary(
     model: XCLIP, chosen: Format, dtype: torch.dtype, frames: int, graphs: Sequence[Graph], found: Sequence[Exported]
 ) -> dict[str, Any]:
-    """What a program needs that runs the graphs: JSON-ready."""
+    """The facts that a program needs to run the graphs, as plain values for JSON."""
     from .. import __version__
 
     described = {}

@@ -173,7 +173,7 @@ OPENVINO = Format(
     "OpenVINO",
     ("{}.xml", "{}.bin"),
     ("openvino",),
-    (torch.float32, torch.float16),  # of the stored weights; the device chooses what it computes in
+    (torch.float32, torch.float16),  # of the stored weights; the device chooses its own precision
     _write_openvino,
     _open_openvino,
 )

@@ -31,7 +31,7 @@ def build(graph: Graph, onnx: Path, path: Path) -> None:
     """Build an engine from the ONNX file of a graph and write it. Its precision is the file's (strongly typed).
 
     Raises:
-        ValueError: if TensorRT cannot take the graph; with what it says.
+        ValueError: if TensorRT refuses the graph. The message has its reason.
     """
     import tensorrt as trt
 

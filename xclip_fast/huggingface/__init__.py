@@ -10,14 +10,14 @@ TASK = "zero-shot-video-classification"
 
 
 def register() -> None:
-    """Make transformers know this package: once a process, a second call changes nothing.
+    """Registers this package with transformers. A second call in a process changes nothing.
 
     Then ``AutoConfig``, ``AutoModel`` and ``AutoProcessor`` read folders that ``XCLIP.save_pretrained`` wrote, and
     ``pipeline("zero-shot-video-classification", model=...)`` classifies video files with such a folder, with one of
     Hugging Face's X-CLIPs (whose blocks it accelerates), or with the name of either on the Hub.
 
     Raises:
-        ImportError: without the package transformers, or with one before version 5.
+        ImportError: if transformers is not installed, or is older than version 5.
     """
     try:
         from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedConfig  # noqa: F401  # since 5

@@ -1,4 +1,4 @@
-"""Config, model and processor of X-CLIP as transformers' classes; ``register`` makes its Auto classes know them."""
+"""Config, model and processor of X-CLIP as classes of transformers, for its Auto classes (``register``)."""
 
 from __future__ import annotations
 
@@ -83,8 +83,8 @@ class XCLIPFastModel(PreTrainedModel):
     ) -> XCLIPFastOutput:
         """Args:
         pixel_values: as for ``XCLIP.encode_video``: uint8 (B, T, H, W, 3), or normalized (B, T, 3, H, W).
-        input_ids: (K, L) tokens of the texts, which end with the end-of-text token; for a linear head, None.
-        attention_mask: not needed: nothing behind the end-of-text token counts.
+        input_ids: (K, L) tokens of the texts, which end with the end-of-text token; None for a linear head.
+        attention_mask: ignored, because tokens after the end-of-text token do not matter.
         labels: (B,), the number of each video's text, for a loss.
         """
         video = self.xclip.encode_video(pixel_values)
@@ -115,7 +115,7 @@ class XCLIPFastModel(PreTrainedModel):
         revision: str | None = None,
         **kwargs: Any,
     ) -> XCLIPFastModel:
-        """As of every model of transformers; the weights may have any layout that ``XCLIP.from_pretrained`` reads."""
+        """As in transformers. The weights may have any layout that ``XCLIP.from_pretrained`` reads."""
         if pretrained_model_name_or_path is None or "state_dict" in kwargs:
             return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
         place = locate(pretrained_model_name_or_path, checkpoint.WEIGHTS, revision)
@@ -133,7 +133,7 @@ class XCLIPFastModel(PreTrainedModel):
         state_dict: Mapping[str, Tensor] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Writes what ``XCLIP.save_pretrained`` writes, over what is there, as models of transformers do."""
+        """Writes the files of ``XCLIP.save_pretrained``. It replaces existing files, as models of transformers do."""
         if not is_main_process:
             return
         state = self.state_dict() if state_dict is None else state_dict
@@ -144,7 +144,7 @@ class XCLIPFastModel(PreTrainedModel):
 
 
 class XCLIPFastProcessor:
-    """Videos and texts to what the model takes. Everything it needs is in the model's folder."""
+    """Turns videos and texts into the model's inputs. Its settings are in the model's folder."""
 
     def __init__(self, config: XCLIPConfig, trained: Trained | None = None) -> None:
         self.config = config
@@ -158,7 +158,7 @@ class XCLIPFastProcessor:
         return cls(checkpoint.read_config(folder), Trained.read(folder))
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-        """Nothing: the model's ``save_pretrained`` writes all of it."""
+        """Does nothing: the model's ``save_pretrained`` writes the settings."""
 
     def __call__(
         self,
@@ -170,14 +170,14 @@ class XCLIPFastProcessor:
     ) -> BatchFeature:
         """Args:
             text: K texts, or one.
-            videos: one, or a list of them: a path or an address of a video file, or its frames as uint8 (T, H, W, 3),
-                of which ``num_frames`` are taken, by default as the checkpoint was trained.
+            videos: one, or a list: a path or an address of a video file, or its frames as uint8 (T, H, W, 3).
+            num_frames: frames that are sampled (default: as in training).
 
         Returns:
-            ``pixel_values`` uint8 (B, T, S, S, 3) and ``input_ids`` int64 (K, L), of what was given.
+            ``pixel_values`` uint8 (B, T, S, S, 3) of the videos and ``input_ids`` int64 (K, L) of the texts.
         """
         if return_tensors != "pt":
-            raise ValueError(f"return_tensors is {return_tensors!r}; torch's tensors ('pt') are all there are")
+            raise ValueError(f"return_tensors is {return_tensors!r}; only torch's tensors ('pt') are supported")
         found: dict[str, Tensor] = {}
         if videos is not None:
             several = isinstance(videos, list | tuple)

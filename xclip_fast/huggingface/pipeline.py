@@ -1,4 +1,4 @@
-"""``pipeline("zero-shot-video-classification")``, a task that transformers itself does not have."""
+"""``pipeline("zero-shot-video-classification")``, a task that transformers does not have."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .models import Video, XCLIPFastModel, XCLIPFastProcessor
 
 
 class ZeroShotVideoClassificationPipeline(Pipeline):
-    """Which of some labels a video shows.
+    """Classifies a video among given labels.
 
         classify = pipeline("zero-shot-video-classification", model="xclip-base-patch16")
         classify("clip.mp4", candidate_labels=["riding a bike", "swimming"])
@@ -39,8 +39,8 @@ class ZeroShotVideoClassificationPipeline(Pipeline):
             return
         if model.config.model_type != "xclip":
             raise ValueError(
-                f"{type(model).__name__} is no X-CLIP; a folder of XCLIP.save_pretrained, or an X-CLIP of Hugging "
-                "Face's, is wanted"
+                f"{type(model).__name__} is not an X-CLIP; a folder of XCLIP.save_pretrained, or one of Hugging Face's "
+                "X-CLIPs, is wanted"
             )
         accelerate(model)
         config = checkpoint.read_huggingface_config(model.config.to_dict(), model.name_or_path or "")
@@ -50,12 +50,12 @@ class ZeroShotVideoClassificationPipeline(Pipeline):
         """Args:
             videos: one, or a list: a path, an address, or frames uint8 (T, H, W, 3).
             candidate_labels: the labels, K strings.
-            hypothesis_template: a sentence with ``{}`` in the label's place; by default the label alone.
-            num_frames: T; by default as the model was trained.
-            top_k: how many labels to return; by default all.
+            hypothesis_template: a sentence with ``{}`` in the label's place (default: the label alone).
+            num_frames: T (default: as in training).
+            top_k: number of labels to return (default: all).
 
         Returns:
-            for each video a list of ``{"score", "label"}``, the likeliest first; the scores of all labels sum to 1.
+            for each video a list of ``{"score", "label"}``, the largest score first. The scores of all labels sum to 1.
         """
         if not candidate_labels or isinstance(candidate_labels, str):
             raise ValueError(f"candidate_labels is {candidate_labels!r}; a list of strings wanted")

@@ -13,9 +13,9 @@ def loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None =
     """Cross-entropy of ``logits_per_video`` for ``Trainer(compute_loss_func=loss)``.
 
     Args:
-        outputs: of our model or of transformers' ``XCLIPModel``, whose texts are those of the classes.
-        labels: (B,), the number of each video's class among the texts; -100 does not count.
-        num_items_in_batch: videos of all batches that one optimizer step accumulates; None: of this batch.
+        outputs: of our model or of transformers' ``XCLIPModel``, for the texts of the classes.
+        labels: (B,), the number of each video's class among the texts. -100 is ignored.
+        num_items_in_batch: videos of all batches that one optimizer step accumulates (default: of this batch).
     """
     logits_BK = outputs["logits_per_video"] if isinstance(outputs, Mapping) else outputs.logits_per_video
     return cross_entropy(logits_BK, labels, num_items_in_batch)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from ..nn.features import VideoFeatures
 
 _AHEAD = 4  # windows of one file that may wait for the model
-WINDOW, WHOLE_BELOW = 10.0, 30.0  # seconds; see `Reading.of`
+WINDOW, WHOLE_BELOW = 10.0, 30.0  # seconds; see `Reading.moments`
 
 
 @dataclass(frozen=True)

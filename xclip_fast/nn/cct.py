@@ -18,14 +18,14 @@ from .parts import Mlp, add_branch, is_plain_block, self_attention
 
 
 class Stream(NamedTuple):
-    """The residual stream between blocks, with or without the spare row for the message behind the L rows of a frame.
+    """The residual stream between blocks, with or without the spare row for the message after a frame's L rows.
 
-    The first block that wants the row adds it, and later blocks find it there. So it is added once, not in every block.
+    The first block that needs the row adds it, and later blocks find it there. So it is added once.
     """
 
     x: Tensor  # (F, L, D), or (F, L + 1, D) with the spare row
     spare: bool = False
-    statistics: kernels.Statistics | None = None  # of its rows, where the block before left them
+    statistics: kernels.Statistics | None = None  # of its rows, if the block before computed them
 
     def tokens(self) -> Tensor:
         """(F, L, D)."""
@@ -37,17 +37,14 @@ class Stream(NamedTuple):
 
 
 class DropScales(NamedTuple):
-    """Drop path factors (B,) of the three residual branches; None where nothing is dropped."""
+    """Drop path factors (B,) of the three residual branches. None: nothing is dropped."""
 
     fusion: Tensor | None = None
     diffusion: Tensor | None = None
     feed_forward: Tensor | None = None
 
 
-def cct_block(
-    stream: Stream,
-    frames: int,
-    heads: int,
+def message_parameters(
     message_fc: Any,
     message_ln: nn.LayerNorm,
     fusion: Attention,
@@ -56,10 +53,25 @@ def cct_block(
     ln_2: nn.LayerNorm,
     fc: Any,
     projection: Any,
-    drop: DropScales,
-    activation: str = "quick_gelu",
+) -> dict[str, Any]:
+    """The arguments of ``kernels.Block`` that the modules of a block hold. Their LayerNorms must have one epsilon."""
+    return {
+        **block_parameters(ln_1, diffusion, ln_2, fc, projection),
+        "message_fc_weight": message_fc.weight,
+        "message_fc_bias": message_fc.bias,
+        "message_ln_weight": message_ln.weight,
+        "message_ln_bias": message_ln.bias,
+        "message_in_weight": fusion.in_weight,
+        "message_in_bias": fusion.in_bias,
+        "message_out_weight": fusion.out.weight,
+        "message_out_bias": fusion.out.bias,
+    }
+
+
+def cct_block(
+    stream: Stream, frames: int, heads: int, parameters: dict[str, Any], drop: DropScales, activation: str
 ) -> Stream:
-    """A block (equations 7 to 9) on the parameters of its modules; their epsilons must be one.
+    """A block (equations 7 to 9) on the ``message_parameters`` of its modules.
 
     The message joins as a key and a value only, so nothing is concatenated and no row is thrown away.
     """
@@ -67,17 +79,9 @@ def cct_block(
     x, statistics = kernels.cct_block(
         kernels.Block(
             x=stream.with_spare_row(),
-            **block_parameters(ln_1, diffusion, ln_2, fc, projection),
+            **parameters,
             heads=heads,
             activation=activation,
-            message_fc_weight=message_fc.weight,
-            message_fc_bias=message_fc.bias,
-            message_ln_weight=message_ln.weight,
-            message_ln_bias=message_ln.bias,
-            message_in_weight=fusion.in_weight,
-            message_in_bias=fusion.in_bias,
-            message_out_weight=fusion.out.weight,
-            message_out_bias=fusion.out.bias,
             frames=frames,
             drop_fusion=drop.fusion,
             drop_attention=drop.diffusion,
@@ -91,7 +95,7 @@ def cct_block(
 
 
 class FastCCTBlock(nn.Module):
-    """One cross-frame communication block, a drop-in for the released ``CrossFramelAttentionBlock``.
+    """A cross-frame communication block that replaces the released ``CrossFramelAttentionBlock``.
 
     Its state dict has the released names: ``message_fc``, ``message_ln``, ``message_attn``, ``attn``, ``ln_1``,
     ``mlp.c_fc``, ``mlp.c_proj``, ``ln_2``.
@@ -99,7 +103,7 @@ class FastCCTBlock(nn.Module):
     Args:
         d_model: D, the width.
         nhead: H; D / H is 64 in every X-CLIP.
-        num_frames: T, the frames of a video; ``forward`` may be given another.
+        num_frames: T, the frames of a video. ``forward`` takes another T.
         drop_path: probability that a sample (a video) skips a residual branch in training, drawn for each of
             the three branches (CFA, IFA, FFN).
         layer_norm_eps: added to the variances.
@@ -112,7 +116,7 @@ class FastCCTBlock(nn.Module):
     """
 
     is_plain = is_plain_block
-    fp8: Fp8Weights | None  # what XCLIP.quantize puts there; it may be used in evaluation mode only
+    fp8: Fp8Weights | None  # set by XCLIP.quantize, for evaluation mode only
 
     def __init__(
         self,
@@ -151,16 +155,16 @@ class FastCCTBlock(nn.Module):
         """Tokens through the block.
 
         Args:
-            x: (L, B * T, D), or (B * T, L, D) with ``batch_first``; floating. Or a ``Stream``, which towers hand from
+            x: (L, B * T, D), or (B * T, L, D) with ``batch_first``; floating. Or a ``Stream``, which towers pass from
                 block to block.
-            num_frames: T of this call, if not the block's own.
+            num_frames: T of this call (default: the block's).
 
         Returns:
-            of x's shape and dtype; a ``Stream`` for a ``Stream``.
+            a tensor of x's shape and dtype; a ``Stream`` for a ``Stream``.
 
         Raises:
-            ValueError: if x is not of that shape, or B * T is not a multiple of T.
-            RuntimeError: if it is quantized, and in training mode or asked for gradients.
+            ValueError: if x has another shape, or B * T is not a multiple of T.
+            RuntimeError: if the block is quantized and in training mode, or a gradient is wanted.
         """
         frames = self.num_frames if num_frames is None else num_frames
         if isinstance(x, Stream):
@@ -186,21 +190,7 @@ class FastCCTBlock(nn.Module):
             return Stream(self._call_modules(stream.tokens().transpose(0, 1), frames, drop).transpose(0, 1))
         norm, fc, projection = self.ln_2, self.mlp.c_fc, self.mlp.c_proj
         if self.fp8 is None:
-            return cct_block(
-                stream,
-                frames,
-                self.heads,
-                self.message_fc,
-                self.message_ln,
-                _attention(self.message_attn),
-                self.ln_1,
-                _attention(self.attn),
-                norm,
-                fc,
-                projection,
-                drop,
-                self.activation,
-            )
+            return cct_block(stream, frames, self.heads, self._weights(), drop, self.activation)
         fp8 = self.fp8
         z = self.diffuse(stream.with_spare_row(), frames)
         norm_2 = (norm.weight, norm.bias)
@@ -208,36 +198,9 @@ class FastCCTBlock(nn.Module):
         return Stream(kernels.mlp_fp8(z, *norm_2, *first, *second, fp8.hidden_scale, norm.eps), True)
 
     def diffuse(self, x_FSD: Tensor, frames: int) -> Tensor:
-        """The block up to its FFN (F, S, D), for inference; with ``fp8`` the projection takes its weight from there."""
-        message, attention, norm = self.message_attn, self.attn, self.ln_1
-        block = kernels.Block(
-            x_FSD,
-            norm.weight,
-            norm.bias,
-            attention.in_proj_weight,
-            attention.in_proj_bias,
-            attention.out_proj.weight,
-            attention.out_proj.bias,
-            self.ln_2.weight,
-            self.ln_2.bias,
-            self.mlp.c_fc.weight,
-            self.mlp.c_fc.bias,
-            self.mlp.c_proj.weight,
-            self.mlp.c_proj.bias,
-            self.heads,
-            norm.eps,
-            self.activation,
-            self.message_fc.weight,
-            self.message_fc.bias,
-            self.message_ln.weight,
-            self.message_ln.bias,
-            message.in_proj_weight,
-            message.in_proj_bias,
-            message.out_proj.weight,
-            message.out_proj.bias,
-            frames,
-        )
-        fp8, bias = self.fp8, attention.in_proj_bias
+        """The block up to its FFN (F, S, D), for inference. With ``fp8`` the QKV projection is in float8."""
+        block = kernels.Block(x=x_FSD, **self._weights(), heads=self.heads, activation=self.activation, frames=frames)
+        norm, fp8, bias = self.ln_1, self.fp8, self.attn.in_proj_bias
 
         def project() -> Tensor:
             if fp8 is None:
@@ -247,8 +210,15 @@ class FastCCTBlock(nn.Module):
 
         return kernels.diffuse(block, project)
 
+    def _weights(self) -> dict[str, Any]:
+        message, attention = (
+            Attention(each.in_proj_weight, each.in_proj_bias, each.out_proj) for each in (self.message_attn, self.attn)
+        )
+        modules = (self.message_fc, self.message_ln, message, self.ln_1, attention, self.ln_2)
+        return message_parameters(*modules, self.mlp.c_fc, self.mlp.c_proj)
+
     def _call_modules(self, x_LFD: Tensor, frames: int, drop: DropScales) -> Tensor:
-        """Equations 7 to 9 by calling the parts, which see tokens in the released layout."""
+        """Equations 7 to 9 by calling the modules, on tokens in the released layout."""
         m_TBD = self.message_fc(x_LFD[0]).unflatten(0, (-1, frames)).transpose(0, 1)
         m_TBD = add_branch(m_TBD, self_attention(self.message_attn, self.message_ln(m_TBD)), drop.fusion, dim=1)
         m_1FD = m_TBD.transpose(0, 1).flatten(0, 1)[None].to(x_LFD.dtype)
@@ -261,7 +231,3 @@ class FastCCTBlock(nn.Module):
         if not self.training or self.drop_path == 0.0:
             return DropScales()
         return DropScales(*(drop_path_scale(x.shape[0] // frames, self.drop_path, x) for _ in range(3)))
-
-
-def _attention(attention: nn.MultiheadAttention) -> Attention:
-    return Attention(attention.in_proj_weight, attention.in_proj_bias, attention.out_proj)

@@ -1,4 +1,4 @@
-"""The float8 copies of a block's three large weights; ``XCLIP.quantize`` makes them, docs/kernels.md says of what."""
+"""The float8 copies of a block's three large weights. ``XCLIP.quantize`` makes them; docs/kernels.md derives them."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from .. import kernels
 class Fp8Weights(nn.Module):
     """IFA's packed projection and the FFN's two layers in e4m3 with a scale for each output channel, D width.
 
-    They stay e4m3 and float32 whatever dtype the model is moved to, and are not in its state dict: they are made of
-    the weights that are.
+    They stay e4m3 and float32 if the model is moved to another dtype. They are not in its state dict, because they are
+    made from weights that are.
 
     Args:
         qkv: (3D, D). fc: (4D, D). projection: (D, 4D). Floating.
         hidden_scale: the static scale of quick_gelu's output.
 
     Raises:
-        ValueError: if a weight holds what is not finite.
+        ValueError: if a weight holds NaN or infinity.
     """
 
     qkv: Tensor
@@ -46,7 +46,7 @@ class Fp8Weights(nn.Module):
         return f"hidden_scale={self.hidden_scale:.3g}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Fp8Weights:
-        """``to`` and its kin move to another device, and leave the dtypes."""
+        """``to``, ``cuda``, ``half`` and the like change the device, not the dtypes."""
         buffers: Any = self._buffers
         for name, buffer in buffers.items():
             moved = fn(buffer)

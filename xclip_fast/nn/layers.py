@@ -24,7 +24,7 @@ class Attention(NamedTuple):
 def block_parameters(
     ln_1: nn.LayerNorm, attention: Attention, ln_2: nn.LayerNorm, fc: Any, projection: Any
 ) -> dict[str, Any]:
-    """What ``kernels.Block`` takes of these modules; the epsilons of the LayerNorms must be one."""
+    """The arguments of ``kernels.Block`` that these modules hold. The LayerNorms must have one epsilon."""
     return {
         "ln_1_weight": ln_1.weight,
         "ln_1_bias": ln_1.bias,
@@ -45,39 +45,19 @@ def block_parameters(
 def plain_block(
     x: Tensor,
     heads: int,
-    ln_1: nn.LayerNorm,
-    attention: Attention,
-    ln_2: nn.LayerNorm,
-    fc: Any,
-    projection: Any,
+    parameters: dict[str, Any],
     drop: tuple[Tensor | None, Tensor | None],
     activation: str,
-    *,
-    causal: bool = False,
-    offsets: Tensor | None = None,
-    longest: int = 0,
-    rows: Tensor | None = None,
-    bias: Tensor | None = None,
+    **more: Any,
 ) -> Tensor:
-    """A block without a message on the parameters of its modules; their epsilons must be one.
+    """A block without a message on the ``block_parameters`` of its modules.
 
     Args:
-        drop: drop path factors (B,) of the attention's and the FFN's branch. The others as for ``TransformerBlock``.
+        drop: drop path factors (B,) of the attention's and the FFN's branch.
+        more: ``causal``, ``offsets``, ``longest``, ``rows`` and ``bias``, as for ``TransformerBlock``.
     """
-    block = kernels.Block(
-        x=x,
-        **block_parameters(ln_1, attention, ln_2, fc, projection),
-        heads=heads,
-        activation=activation,
-        drop_attention=drop[0],
-        drop_feed_forward=drop[1],
-        causal=causal,
-        offsets=offsets,
-        longest=longest,
-        rows=rows,
-        bias=bias,
-    )
-    return kernels.cct_block(block)[0]
+    more |= {"drop_attention": drop[0], "drop_feed_forward": drop[1]}
+    return kernels.cct_block(kernels.Block(x=x, **parameters, heads=heads, activation=activation, **more))[0]
 
 
 class TransformerBlock(nn.Module):
@@ -115,48 +95,36 @@ class TransformerBlock(nn.Module):
         samples: int | None = None,
         bias: Tensor | None = None,
     ) -> Tensor:
-        """A block, or what is read of its output.
+        """The block, or some rows of its output.
 
         Args:
             x: (F, S, D), or (M, D) with ``offsets``.
-            causal: no row of a sequence sees a later one.
-            offsets: (K + 1,) integer: x holds K causal sequences of unequal length, one after another; sequence k owns
-                rows offsets[k] to offsets[k + 1] - 1. longest: rows of the longest.
-            rows: (R,) integer: only these of all rows are taken past the attention, and returned (R, D). None: all.
-            samples: the number of samples in x's first dimension, for drop path; None: each of its rows is one.
-            bias: (W, H, S, S), added to the scores: sequence f takes the one of window f mod W.
+            causal: no row of a sequence sees a later row.
+            offsets: (K + 1,) integer: x holds K causal sequences of unequal length, one after another. Sequence k has
+                rows offsets[k] to offsets[k + 1] - 1. longest: rows of the longest sequence.
+            rows: (R,) integer: only these rows are computed after the attention, and returned as (R, D). None: all.
+            samples: the number of samples in x's first dimension, for drop path (default: the dimension's size).
+            bias: (W, H, S, S), added to the scores. Sequence f takes the bias of window f mod W.
         """
         if not self.is_plain():
             y = self._call_modules(x, causal, samples, bias)
             return y if rows is None else y.flatten(0, 1)[rows]
         drop = self._draw_drop_scales(x, samples)
         attention = Attention(self.attn.in_proj_weight, self.attn.in_proj_bias, self.attn.out_proj)
-        return plain_block(
-            x,
-            self.heads,
-            self.ln_1,
-            attention,
-            self.ln_2,
-            self.mlp.c_fc,
-            self.mlp.c_proj,
-            drop,
-            self.activation,
-            causal=causal,
-            offsets=offsets,
-            longest=longest,
-            rows=rows,
-            bias=bias,
-        )
+        parameters = block_parameters(self.ln_1, attention, self.ln_2, self.mlp.c_fc, self.mlp.c_proj)
+        more = {"causal": causal, "offsets": offsets, "longest": longest, "rows": rows, "bias": bias}
+        return plain_block(x, self.heads, parameters, drop, self.activation, **more)
 
     def with_context(self, x_FLD: Tensor, context_CKD: Tensor) -> Tensor:
-        """The block where each token attends to K more, which are keys and values only: nothing comes out of them.
+        """The block with K context tokens that are keys and values only.
 
-        They are rows behind a frame's own, so every backend takes them; past the attention they are not computed.
+        The context tokens are rows after a frame's own, so every backend takes them. They are not computed after the
+        attention.
 
         Args:
             x_FLD: tokens of F frames.
-            context_CKD: C = F, of each frame, or C = B, of each video, shared by its F / B frames; they pass the norm
-                and the projection of the tokens.
+            context_CKD: C = F for each frame, or C = B for each video, whose F / B frames share them. They pass the
+                norm and the projection of the tokens.
 
         Returns:
             (F, L, D).
@@ -169,7 +137,7 @@ class TransformerBlock(nn.Module):
         return self(x_FSD, rows=rows, samples=len(context_CKD)).view(x_FLD.shape)
 
     def _call_modules(self, x_BSD: Tensor, causal: bool, samples: int | None, bias: Tensor | None) -> Tensor:
-        """The block by calling its parts, which see tokens in the released layout (S, B, D)."""
+        """The block by calling its modules, on tokens in the released layout (S, B, D)."""
         drop = self._draw_drop_scales(x_BSD, samples)
         x_SBD, mask = x_BSD.transpose(0, 1), None
         if causal:
@@ -189,9 +157,9 @@ class TransformerBlock(nn.Module):
 
 
 def run_block(block: nn.Module, recompute: bool, x: Any, *args: Any) -> Any:
-    """``block(x, *args)``; with ``recompute`` only x is kept for backward, which runs the block again.
+    """``block(x, *args)``. With ``recompute`` only x is stored for backward, which runs the block again.
 
-    Random numbers (drop path) and the backend are those of the first run.
+    The second run has the random numbers (drop path) and the backend of the first.
     """
     if not recompute or not torch.is_grad_enabled():
         return block(x, *args)
@@ -232,7 +200,7 @@ def drop_path_scale(batch: int, probability: float, like: Tensor) -> Tensor:
 
 
 class WithoutInit(TorchFunctionMode):
-    """While it is active, ``torch.nn.init`` leaves tensors as they are: for parameters that a checkpoint will replace.
+    """While it is active, ``torch.nn.init`` does nothing: for parameters that a checkpoint will replace.
 
     On the meta device initialization computes nothing, but it imports torch's compiler, which takes seconds.
     """

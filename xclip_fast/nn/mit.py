@@ -21,7 +21,7 @@ class MultiFrameIntegration(nn.Module):
         width: E. frames: T of the temporal position encoding. layers, heads: of the transformer.
         residual: add the frame features to the transformer's output before pooling, as the released weights need.
         eps: of the LayerNorms. temporal_std: of the temporal position encoding, initially.
-        interpolated: how another T is met: by linear interpolation of the encoding along time; if not, by its first T.
+        interpolated: for another T, the encoding is interpolated along time. Otherwise its first T are used.
 
     Shape:
         (B, T, E) -> (B, E).

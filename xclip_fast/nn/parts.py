@@ -1,7 +1,7 @@
 """The modules inside blocks, and whether a block may compute from their parameters alone.
 
-A block is fast because it reads the parameters of its parts instead of calling them. That is right only for the plain
-modules below, without hooks. Anything else (an adapter, a quantized layer, a parametrization, a hook) has to be called.
+A block is fast because it reads the parameters of its modules instead of calling them. That is right only for the plain
+modules below, without hooks. Other modules (an adapter, a quantized layer, a parametrization) have to be called.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class CrossAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, text: Tensor, patches_BNE: Tensor) -> Tensor:
-        """Text (K, E) or (B, K, E) asks, patches (B, N, E) answer: (B, K, E)."""
+        """Queries from text (K, E) or (B, K, E), keys and values from patches (B, N, E): (B, K, E)."""
         mixed_BKE = self.attend(self.q_proj(text), self.k_proj(patches_BNE), self.v_proj(patches_BNE))
         result: Tensor = self.proj(mixed_BKE)
         return result
@@ -75,7 +75,7 @@ Kinds = dict[type, Callable[..., Any]]
 
 _SHARED = (nn.Linear, NonDynamicallyQuantizableLinear, nn.LayerNorm, nn.MultiheadAttention, nn.Conv2d)
 _OURS = (Mlp, CrossAttention, Fp8Weights)
-# By the activation of a block: the modules it may compute for, with the forward that it replaces.
+# By the activation of a block: the modules that it may replace, and their own forward.
 PLAIN: dict[str, Kinds] = {
     activation: {kind: kind.forward for kind in (*_SHARED, *_OURS, *modules)}
     for activation, modules in (("quick_gelu", (QuickGELU,)), ("gelu", (nn.GELU,)), ("gelu_tanh", ()))
@@ -94,10 +94,12 @@ def is_plain(
     eps: float | None = None,
     activation: str = "quick_gelu",
 ) -> bool:
-    """Whether a block may compute from the parameters of its parts; logs once why not. Takes a few microseconds.
+    """Whether a block may compute from the parameters of its modules. If not, the reason is logged once.
+
+    Takes a few microseconds.
 
     Args:
-        parts: the modules by name, such as the ``_modules`` of a block; what is inside them is looked at, too.
+        parts: the modules by name, such as the ``_modules`` of a block. Modules inside them are checked, too.
         heads: of every attention. eps: of every LayerNorm. None: any.
         activation: of the FFN.
     """
@@ -113,9 +115,10 @@ def is_plain_block(block: Any) -> bool:
 
 
 def is_watched(block: nn.Module) -> bool:
-    """Whether something beside its callers sees what goes into a whole block or out of it, as hooks do.
+    """Whether a hook, or a replaced ``forward``, sees the inputs or outputs of a whole block.
 
-    Such blocks take and return plain tensors. Hooks of torch.distributed (FSDP) look for tensors inside of anything.
+    Such a block takes and returns plain tensors. Hooks of torch.distributed (FSDP) find tensors inside any object, so
+    they do not count.
     """
     state = block.__dict__
     hooks = (hook for kind in _HOOKS for hook in state[kind].values())
@@ -129,10 +132,10 @@ def find_change(
     eps: float | None = None,
     batch_first: bool = False,
 ) -> str | None:
-    """Why the parameters of ``parts`` do not say all that their modules compute, or None. See ``is_plain``.
+    """Why the parameters of ``parts`` do not define all that their modules compute, or None. See ``is_plain``.
 
     Args:
-        kinds: the modules that are allowed, exactly, and their own ``forward``.
+        kinds: the allowed types of modules (not subclasses), and their own ``forward``.
         batch_first: the layout of every ``nn.MultiheadAttention``.
     """
     for name, part in parts.items():
@@ -191,7 +194,7 @@ def _log_change(reason: str) -> None:
 
 
 def layer_norm(norm: nn.Module, x: Tensor) -> Tensor:
-    """``norm(x)``, by ours if it is a plain LayerNorm."""
+    """``norm(x)``, by our kernel if it is a plain LayerNorm."""
     if isinstance(norm, nn.LayerNorm) and is_plain({"LayerNorm": norm}):
         return kernels.layer_norm(x, norm.weight, norm.bias, norm.eps)
     result: Tensor = norm(x)
@@ -199,11 +202,11 @@ def layer_norm(norm: nn.Module, x: Tensor) -> Tensor:
 
 
 def self_attention(attention: Any, x_SBD: Tensor, mask: Tensor | None = None) -> Tensor:
-    """The attention of B sequences by calling its module, (S, B, D) -> (S, B, D).
+    """Calls an attention module on B sequences, (S, B, D) -> (S, B, D).
 
-    torch's attention reads the weight of its ``out_proj``. One that is more than a weight (an adapter) is called. In an
-    export torch's attention is not: its views hold for one memory layout of what it mixes, and an exporter may compute
-    another.
+    torch's attention only reads the weight of its ``out_proj``. If ``out_proj`` is an adapter, it is called here.
+    torch's attention is not called in an export: its views hold for one memory layout of what it mixes, and an exporter
+    may compute another.
 
     Args:
         mask: (S, S) or (B, H, S, S), added to the attention weights before their softmax.
@@ -228,7 +231,7 @@ def self_attention(attention: Any, x_SBD: Tensor, mask: Tensor | None = None) ->
 
 
 def add_branch(x: Tensor, branch: Tensor, drop_scale_B: Tensor | None, dim: int = 0) -> Tensor:
-    """x + branch in x's dtype. With drop path, the branch of each of B samples, which lie along ``dim``, is scaled."""
+    """x + branch in x's dtype. Drop path scales the branch of each of the B samples along ``dim``."""
     if drop_scale_B is not None:
         shape = [1] * branch.dim()
         shape[dim] = branch.shape[dim]

@@ -17,7 +17,7 @@ from .parts import CrossAttention, Mlp, is_plain, layer_norm
 
 
 class PromptLayer(nn.Module):
-    """c + MHSA(LN(c), z), then + FFN(LN(.)): text asks, the video's patches answer."""
+    """c + MHSA(LN(c), z), then + FFN(LN(.)): queries from the text, keys and values from the video's patches."""
 
     def __init__(self, width: int, heads: int, eps: float) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class VideoSpecificPrompt(nn.Module):
     The first layer's normalized text and its query are the same for every video and computed once.
 
     Args:
-        width: E. layers, heads: of the generator. alpha: initial value of the learnt scale (E,).
+        width: E. layers, heads: of the generator. alpha: initial value of the learned scale (E,).
         eps: of the LayerNorms.
     """
 

@@ -1,11 +1,11 @@
 """A vision tower with attention in windows: CoSwin-H of X-Florence, or a Swin.
 
 Swin (Liu et al., ICCV 2021) computes attention inside windows of tokens. In every second block the windows are shifted
-by half a window, around the edges, where a mask keeps apart what is no neighbor. CoSwin (Florence, Yuan et al., 2021)
-has convolutions between the stages instead of merged patches.
+by half a window. Shifted windows wrap around the edges, and a mask separates tokens that are no neighbors. CoSwin
+(Florence, Yuan et al., 2021) has convolutions between the stages instead of merged patches.
 
-All of a block but its attention works row by row. So a block is the plain block of the other towers on tokens in the
-order of the windows: (F W, S, D), with a bias added to the scores of each window.
+Except for attention, a block works row by row. So a block is the plain block of the other towers on tokens in the order
+of the windows: (F W, S, D), with a bias added to the scores of each window.
 
 F frames, G tokens of a side of a stage's grid, N = G^2, W windows of a frame, S tokens of a window, D width, H heads.
 """
@@ -25,7 +25,7 @@ from .vit import normalized
 
 
 class WindowBlock(nn.Module):
-    """A block on the tokens of a frame in the order of its windows, (F, N, D) to the same.
+    """A block that works on windows of a frame's tokens, (F, N, D) -> (F, N, D).
 
     Args:
         width: D. heads: H. grid: G. window: side of a window, a divisor of G.
@@ -49,7 +49,7 @@ class WindowBlock(nn.Module):
         order = mask = None
         if shifted:
             order, mask = _shift(grid, window)
-        # on the CPU also if the parameters are on the meta device, waiting for a checkpoint: it does not hold these
+        # on the CPU even if the parameters are on the meta device: a checkpoint does not hold these buffers
         for name, buffer in (
             ("offset_SS", _offsets(window)),
             ("order_N", order),
@@ -59,7 +59,7 @@ class WindowBlock(nn.Module):
             self.register_buffer(name, buffer, persistent=False)
 
     def forward(self, x_FND: Tensor, samples: int | None = None) -> Tensor:
-        """``samples``: the number of videos, for drop path; None: each frame is one."""
+        """``samples``: the number of videos, for drop path (default: the number of frames)."""
         size = x_FND.shape
         x_FND = x_FND if self.order_N is None else x_FND.index_select(1, self.order_N.to(x_FND.device))
         windows = x_FND.reshape(-1, self.window**2, size[2])
@@ -67,7 +67,7 @@ class WindowBlock(nn.Module):
         return y if self.place_N is None else y.index_select(1, self.place_N.to(y.device))
 
     def bias(self) -> Tensor:
-        """What is added to the scores: (W, H, S, S), or (1, H, S, S) if it is the same in all windows."""
+        """The bias of the scores: (W, H, S, S), or (1, H, S, S) if all windows have the same."""
         table, length = self.relative_position_bias_table, self.offset_SS.shape[0]
         bias_HSS = table.index_select(0, self.offset_SS.flatten().to(table.device)).view(length, length, -1)
         bias_HSS = bias_HSS.permute(2, 0, 1)
@@ -89,7 +89,7 @@ class Embedding(nn.Module):
 
 
 class Merging(nn.Module):
-    """Swin's: 2 x 2 neighbors side by side, a LayerNorm, a linear layer to half of their width."""
+    """Swin's merging: it joins 2 x 2 neighbors, then a LayerNorm and a linear layer to half of their width."""
 
     def __init__(self, channels: int, width: int, eps: float) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ class Merging(nn.Module):
 
 
 class SwinTower(nn.Module):
-    """Frames to the tokens of the last stage (F, N, D). What a vision tower has is said in ``vit``."""
+    """Frames to the tokens of the last stage (F, N, D). Its interface is that of ``vit.VisionTower``."""
 
     def __init__(self, config: XCLIPConfig) -> None:
         super().__init__()

@@ -52,13 +52,13 @@ _PLAIN = {
 class TextEncoder(nn.Module):
     """Tokens (K, any length) to text features (K, E), read at each label's end-of-text token.
 
-    The encoder is causal, so what follows that token never matters: labels are packed without it. While
-    torch.compile or torch.export traces, shapes must not depend on values and the tokens are taken as they are:
-    trim them first (``tokenize`` does).
+    The encoder is causal, so later tokens do not matter, and labels are packed without them. While torch.compile or
+    torch.export traces, shapes must not depend on values, so the tokens are not trimmed: pass trimmed ones
+    (``tokenize`` trims).
 
-    Without gradients of its own parameters, features are kept for the last ``CACHED_LABEL_SETS`` sets of tokens
-    and forgotten when a parameter changes; ``forget`` says what is not noticed. Nothing is kept while a parameter
-    holds a gradient, or while a part of the encoder is not a plain module (an adapter, a hook).
+    If the parameters get no gradient, the features of the last ``CACHED_LABEL_SETS`` sets of tokens are cached. A
+    changed parameter empties the cache (see ``forget`` for the exceptions). Nothing is cached while a parameter holds a
+    gradient, or if a module of the encoder is not plain (an adapter, a hook).
     """
 
     def __init__(self, config: TextConfig, embed_dim: int, eps: float) -> None:
@@ -86,15 +86,15 @@ class TextEncoder(nn.Module):
         """Text features.
 
         Args:
-            tokens_KL: int32 or int64 (K, any length up to the context), each row ended by the end-of-text token, which
-                is the largest number of the vocabulary; what follows it is ignored.
-            vectors_PW: P learnt vectors that follow the start-of-text token of every label (Table 9, "Vectors").
+            tokens_KL: int32 or int64 (K, any length up to the context). Each row ends with the end-of-text token, the
+                largest number of the vocabulary. Later tokens are ignored.
+            vectors_PW: P learned vectors that follow the start-of-text token of every label (Table 9, "Vectors").
 
         Returns:
             (K, E).
 
         Raises:
-            ValueError: if tokens are not of that shape or dtype, or too many.
+            ValueError: if the tokens have another shape or dtype, or are too many.
         """
         if tokens_KL.dim() != 2 or tokens_KL.dtype not in (torch.int32, torch.int64) or tokens_KL.shape[1] == 0:
             raise ValueError(
@@ -112,7 +112,7 @@ class TextEncoder(nn.Module):
             return self._encode_trimmed(tokens_KL, *vectors)
         parameters = [*self.parameters(), *vectors]
         if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters):
-            self.forget()  # a training step follows, and fused optimizers change weights without a trace
+            self.forget()  # a training step follows; fused optimizers do not raise the versions of weights
             return self._encode_packed(tokens_KL, *vectors)
         # no parameters: a replica of DataParallel
         if len(parameters) == len(vectors) or any(_untraceable(p) for p in parameters):
@@ -121,8 +121,11 @@ class TextEncoder(nn.Module):
         return self._cached(tokens_KL, parameters, *vectors)
 
     def forget(self) -> None:
-        """Drops the kept features. Call it after editing weights through ``.data`` or ``.numpy()``. Other changes
-        (any ``torch.optim`` optimizer, ``load_state_dict``, ``to``, ``train``, new parameters) are noticed."""
+        """Empties the cache. Call it after editing weights through ``.data`` or ``.numpy()``.
+
+        Other changes (any ``torch.optim`` optimizer, ``load_state_dict``, ``to``, ``train``, new parameters) are
+        noticed.
+        """
         self._cache.clear()
         self._encoded_with = []
 
@@ -138,7 +141,7 @@ class TextEncoder(nn.Module):
         return {**self.__dict__, "_cache": collections.OrderedDict(), "_encoded_with": []}
 
     def _cached(self, tokens_KL: Tensor, parameters: list[Tensor], *vectors: Tensor) -> Tensor:
-        # the storages are kept, so that no other weight can come to stand at the address of an old one
+        # the storages are kept, so that no other weight can get the address of an old one
         state = [(p.untyped_storage(), p.data_ptr(), p._version, _steps[0]) for p in parameters]
         if [item[1:] for item in state] != [item[1:] for item in self._encoded_with]:
             self.forget()
@@ -167,7 +170,7 @@ class TextEncoder(nn.Module):
             parts = tokens_KL.split(LABELS_AT_ONCE)
             return torch.cat([self._encode_packed(part_KL, vectors_PW) for part_KL in parts])
         device = self.positional_embedding.device
-        # on the tokens' own device, usually the CPU, where reading the lengths waits for nothing
+        # on the tokens' device, usually the CPU, where reading the lengths does not wait
         lengths_K = tokens_KL.argmax(1) + 1
         # labels of one length beside each other: the attention of a CPU needs no padding
         lengths_K, order_K = lengths_K.sort(stable=True)
@@ -191,7 +194,7 @@ class TextEncoder(nn.Module):
         return self._project(self._through(x_SW, (True, offsets, longest), ends))
 
     def _encode_trimmed(self, tokens_KL: Tensor, vectors_PW: Tensor | None = None) -> Tensor:
-        """By calling modules, which see padded labels (longest, K, W); hooks want every call, so nothing is kept."""
+        """Calls the modules on padded labels (longest, K, W). Hooks want every call, so nothing is cached."""
         self.forget()
         longest = int(tokens_KL.argmax(1).max()) + 1 if len(tokens_KL) else 1
         parts = tokens_KL[:, :longest].split(LABELS_AT_ONCE)
@@ -210,10 +213,10 @@ class TextEncoder(nn.Module):
         return self._project(self._through(x_KLW, (True, None, 0), ends_K))
 
     def _through(self, x: Tensor, sequences: tuple[bool, Tensor | None, int], ends_K: Tensor) -> Tensor:
-        """All blocks, to the end-of-text rows (K, W): of the last one, nothing else is read, nor computed.
+        """All blocks. Returns the end-of-text rows (K, W), the only rows that the last block computes.
 
         Args:
-            sequences: whether they are causal, the offsets of packed ones, and the longest of these.
+            sequences: whether they are causal, the offsets of packed sequences, and the longest of these.
             ends_K: each label's end among all rows of x.
         """
         last = len(self.transformer.resblocks) - 1
@@ -227,7 +230,7 @@ class TextEncoder(nn.Module):
             count = 0 if vectors_PW is None else vectors_PW.shape[0]
             raise ValueError(
                 f"{longest - count} tokens a label given; at most {self.config.context_length - count} fit beside "
-                f"{count} learnt vectors: shorten the labels, or cut padding behind their ends"
+                f"{count} learned vectors: shorten the labels, or cut the padding after their ends"
             )
 
     def _project(self, end_KW: Tensor) -> Tensor:
@@ -235,11 +238,11 @@ class TextEncoder(nn.Module):
 
 
 def _untraceable(parameter: Tensor) -> bool:
-    """Whether a change could leave no trace: of an inference tensor, or by the optimizer that a gradient waits for."""
+    """Whether a change may go unnoticed: an inference tensor has no version, and a gradient announces an optimizer."""
     return parameter.is_inference() or (parameter.requires_grad and parameter.is_leaf and parameter.grad is not None)
 
 
 def _with_places(tokens_KL: Tensor, count: int) -> Tensor:
-    """``count`` zeros behind the first token, where vectors take their places; the ends stay the largest numbers."""
+    """Inserts ``count`` zeros after the first token, the places of the vectors."""
     places = tokens_KL.new_zeros(tokens_KL.shape[0], count)
     return torch.cat([tokens_KL[:, :1], places, tokens_KL[:, 1:]], 1)

@@ -1,7 +1,7 @@
 """The vision tower of X-CLIP: a ViT whose frames exchange messages (paper, section 3.2), or a plain ViT.
 
-A vision tower (this one and ``swin.SwinTower``) takes frames and gives tokens. ``split`` says which of them are the
-frame's feature and its patches, ``proj`` leads to the embedding, ``transformer.resblocks`` are all of its blocks.
+A vision tower (this one and ``swin.SwinTower``) turns frames into tokens. ``split`` gives the frame's feature and its
+patches, ``proj`` maps a feature to the embedding, and ``transformer.resblocks`` are all blocks.
 
 B videos, T frames, F = B T, N patches, L = N + 1 tokens of a frame (class token first), D width.
 """
@@ -90,7 +90,7 @@ class VisionTower(nn.Module):
         return result
 
     def _embed(self, frames: Tensor) -> Tensor:
-        """Equation 4 without CLIP's LayerNorm behind it, by calling the convolution: the ViTs of Table 10."""
+        """Equation 4 without CLIP's LayerNorm after it, by calling the convolution: the ViTs of Table 10."""
         pixels = normalized(frames, self.conv1.weight, self.config.image_mean, self.config.image_std)
         patches_FND = self.conv1(pixels).flatten(2).transpose(1, 2)
         class_F1D = self.class_embedding.to(patches_FND.dtype).expand(frames.shape[0], 1, -1)

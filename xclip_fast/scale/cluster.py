@@ -15,7 +15,7 @@ from .stage import Batch, VideoStage, as_answers, files
 
 @dataclass(frozen=True)
 class ClusterOptions:
-    """What a run uses of a cluster.
+    """The share of a cluster that a run uses.
 
     Attributes:
         address: a running cluster; "auto" finds that of this machine, None starts one in this process.

@@ -29,23 +29,9 @@ class ModelSpec:
     dtype: str = "auto"
 
     def load(self) -> XCLIP:
-        import torch
+        from ..inference.placement import load_model, placed
 
-        from .. import config
-        from ..inference.placement import automatic_dtype
-        from ..model import XCLIP
-
-        device = self.device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        torch.manual_seed(0)  # the same random weights in every worker
-        shape = None if self.variant is None else config.variant(self.variant)
-        if self.checkpoint is None:
-            model = XCLIP(shape or config.VARIANTS["B/16-8f"]).eval()
-        else:
-            model = XCLIP.from_pretrained(self.checkpoint, config=shape)
-        dtype = automatic_dtype(torch.device(device)) if self.dtype == "auto" else getattr(torch, self.dtype)
-        return model.to(device=device, dtype=dtype)
+        return load_model(self.checkpoint, self.variant).to(**placed(self.device, self.dtype))
 
 
 @dataclass

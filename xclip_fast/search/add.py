@@ -1,4 +1,4 @@
-"""What `embed` does with a store: find out what is new, changed or gone, embed it, and write it as it comes."""
+"""`embed` into a store: finds new, changed and missing files, embeds them, and writes rows as they come."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SECONDS, _FILES, _IN_MEMORY = 10.0, 4096, 64 << 20  # a commit at least so ofte
 
 @dataclass
 class Summary:
-    """What became of each file that was given. Paths as stored; `failed` holds one line each."""
+    """The outcome for each given file, by its path as stored. `failed` holds a line for each error."""
 
     added: list[str] = field(default_factory=list)
     updated: list[str] = field(default_factory=list)
@@ -41,7 +41,7 @@ class Summary:
 
 @dataclass
 class Plan:
-    """What is to be embedded: `paths` to read, by the stored name; and what the store knows of each now."""
+    """The files to embed: `paths` to read, by the stored name, and the present facts of each in `known`."""
 
     paths: dict[str, str]
     known: dict[str, Known]
@@ -50,7 +50,7 @@ class Plan:
 
 
 def stored_name(path: str, root: str) -> str:
-    """How a path is written in the store. Raises ValueError for a path outside of the root, or not in UTF-8."""
+    """The path as stored. Raises ValueError for a path outside of the root, or not in UTF-8."""
     if is_remote(path):
         return path
     full = os.path.abspath(path)
@@ -67,16 +67,16 @@ def stored_name(path: str, root: str) -> str:
 
 
 def readable_path(stored: str, root: str) -> str:
-    """Where a stored path can be opened."""
+    """The path to open for a stored path."""
     return os.path.join(root, stored) if root and not is_remote(stored) else stored
 
 
 def plan(store: Store | ParquetFolder, inputs: Inputs, *, root: str, digest: bool = False, retry: bool = False) -> Plan:
-    """Compare what was given with what is stored.
+    """Compares the given files with the stored ones.
 
-    A file is unchanged if its size and its time of change are, or with `digest` its content. Failed files are tried
-    again when they changed, after a `ReadError`, or with `retry`. What is gone from the given folders is dropped,
-    unless a folder has no video at all: it may not be mounted.
+    A file is unchanged if its size and its time of change are unchanged; with `digest`, if its content is. Failed files
+    are tried again if they changed, after a `ReadError`, or with `retry`. Files gone from the given folders are
+    dropped, unless a folder has no video at all, because it may not be mounted.
     """
     stored = store.known()
     summary = Summary()
@@ -130,15 +130,15 @@ def run(
     embed: Callable[[Iterable[str]], Iterator[Answer | Finished]],
     on_file: Callable[[str, ValueError | None], None] = lambda path, error: None,
 ) -> Summary:
-    """Embed what the plan names, and write it. `embed` gives answers (vector (E,)[, patches (N, E)]) for paths.
+    """Embeds the files of the plan and writes them. `embed` gives answers (vector (E,)[, patches (N, E)]) for paths.
 
-    Ends with a commit also when it is interrupted: whole files that are embedded already are not lost.
+    If the run is interrupted, it still commits the files that are complete.
     """
     names = {path: name for name, path in work.paths.items()}
     writer = Writer(store, work)
     written: set[str] = set()  # by other processes, since the plan was made
     pending = list(names)
-    later: list[str] = []  # another process has them in hand
+    later: list[str] = []  # claimed by another process
 
     def mine(paths: Iterable[str]) -> Iterator[str]:
         for path in paths:
@@ -164,7 +164,7 @@ def run(
                     on_file(item.path, item.error)
             writer.flush()
             if len(later) == len(pending):
-                time.sleep(0.5)  # nothing is held while it waits for the others
+                time.sleep(0.5)  # this process holds no claim while it waits
             pending, later = later, []
     finally:
         writer.close()
@@ -173,9 +173,9 @@ def run(
 
 
 class Writer:
-    """Collects rows and commits them, whole files only, about every ten seconds.
+    """Collects rows and commits whole files, about every ten seconds.
 
-    Rows wait in memory, past 64 MB in an unnamed temporary file: a long film with patches takes no more memory.
+    Rows wait in memory, and beyond 64 MB in an unnamed temporary file. So a long film with patches takes no more.
     """
 
     def __init__(self, store: Store | ParquetFolder, work: Plan) -> None:
@@ -189,15 +189,15 @@ class Writer:
         self.spool = tempfile.SpooledTemporaryFile(_IN_MEMORY, dir=str(self.store.folder))  # noqa: SIM115 -- see `flush`
         self.sink = self.pa.ipc.new_stream(self.pa.PythonFile(self.spool, "w"), self.schema)
         self.sink.write_batch(self.pa.RecordBatch.from_pylist([], self.schema))  # the schema is written with it
-        self.start = self.spool.tell()  # where the rows of the file in hand begin
+        self.start = self.spool.tell()  # where the rows of the present file begin
         self.count = 0
         self.counts: dict[str, int] = {}
         self.errors: dict[str, str] = {}
-        self.problem: ValueError | None = None  # with the file in hand
+        self.problem: ValueError | None = None  # with the present file
         self.since = time.monotonic()
 
     def moment(self, name: str, start: float, end: float, vector: Any, patches: Any = None) -> None:
-        """One row of the file in hand: float vectors (E,) and (N, E)."""
+        """Adds a row to the present file: float vectors (E,) and (N, E)."""
         import torch
 
         vector = torch.nn.functional.normalize(vector.float(), dim=-1)
@@ -209,7 +209,7 @@ class Writer:
         self.count += 1
 
     def finish(self, name: str, error: ValueError | None) -> None:
-        """The file in hand is complete, or has failed: then its rows are taken back."""
+        """Completes the present file. If it has failed, its rows are removed."""
         known = self.work.known[name]
         error, self.problem = error or self.problem, None
         if error is not None:
@@ -228,7 +228,7 @@ class Writer:
             self.flush()
 
     def flush(self) -> None:
-        """Commit the complete files."""
+        """Commits the complete files."""
         self.spool.seek(self.start)
         self.spool.truncate()
         counts, self.counts = self.counts, {}
@@ -252,7 +252,7 @@ class Writer:
         self._begin()
 
     def close(self) -> None:
-        """Commit what is complete, also after an error."""
+        """Commits the complete files, also after an error."""
         try:
             self.flush()
         finally:
@@ -283,7 +283,7 @@ def _sha256(path: str) -> str:
 
 
 def _same_file(path: str, candidates: Sequence[str], root: str) -> str | None:
-    """The entry that this path is another name of, through a link of either kind."""
+    """The stored entry of the same file under another name (a hard or symbolic link), or None."""
     if is_remote(path):
         return None
     for name in candidates:
@@ -294,12 +294,12 @@ def _same_file(path: str, candidates: Sequence[str], root: str) -> str | None:
 
 
 def _is_gone(name: str, inputs: Inputs, root: str) -> bool:
-    """Whether a stored file lay in a folder that was listed now, and is there no more."""
+    """Whether a stored file belongs to a folder that was just listed, and no longer exists there."""
     for folder in inputs.folders:
         if is_remote(folder) or is_remote(name):
             within = name.startswith(folder) and folder.endswith("/")
             if within and any(path.startswith(folder) for path in inputs.paths):
-                return True  # the listing is what tells
+                return True  # the listing decides
             continue
         full = readable_path(name, root)
         above = os.path.abspath(folder) + os.sep

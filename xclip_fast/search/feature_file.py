@@ -1,6 +1,6 @@
 """Stored features in one safetensors file, for small sets: `embed --out x.safetensors` writes it, `search` reads it.
 
-The file holds `video` (n, E) and `patches` (n, N, E), and as metadata the videos' names and what identifies the model.
+The file holds `video` (n, E) and `patches` (n, N, E). Its metadata has the videos' names and the model's fingerprint.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..files import parse_json, replaced, save_tensors
+from ..files import check_new_file, parse_json, replaced, save_tensors
 from .store import Known, Store, StoreSettings, check_fingerprint
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def fingerprint(model: XCLIP) -> str:
     import torch
 
     values = model.config.to_dict()
-    for name in ("logit_scale", "temporal_std"):  # they say how to start and to train
+    for name in ("logit_scale", "temporal_std"):  # initial values, without effect on a trained model
         del values[name]
     del values["vision"]["drop_path"]
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
@@ -41,15 +41,8 @@ def fingerprint(model: XCLIP) -> str:
 
 
 def check_out(out: Path, overwrite: bool) -> None:
-    """Refuses what an output file may not be: nothing but a file of features is ever replaced.
-
-    Raises ValueError for a place that cannot hold it, FileExistsError for a file that is there.
-    """
-    if out.is_dir() or not out.parent.is_dir():
-        what = "is a folder" if out.is_dir() else "its folder does not exist"
-        raise ValueError(f"{out}: {what}; a file in an existing folder is wanted")
-    if out.exists() and not overwrite:
-        raise FileExistsError(f"{out}: is there already; choose another name or add --overwrite")
+    """Checks an output file, as ``check_new_file``. Only a file of features is ever replaced."""
+    check_new_file(out, overwrite)
     if out.exists() and read_metadata(out) is None:
         raise FileExistsError(
             f"{out}: is something else than stored features, which is never replaced; choose another name"
@@ -57,7 +50,7 @@ def check_out(out: Path, overwrite: bool) -> None:
 
 
 def read_metadata(path: Path) -> dict[str, str] | None:
-    """What ``embed`` wrote about the features in a file; None if it is another file."""
+    """The metadata of a file of features; None for any other file."""
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
@@ -110,11 +103,11 @@ class FeatureFile:
         )
 
     def check(self, wanted: StoreSettings) -> None:
-        """Raises ValueError unless this is the model that made the features."""
+        """Raises ValueError if another model made the features."""
         check_fingerprint(self.path, self.settings, wanted)
 
     def refresh(self) -> None:
-        """Nothing: a file does not grow."""
+        """Does nothing: a file does not grow."""
 
     def nearest(self, vector_E: Tensor, count: int, where: str | None = None) -> Any:
         """See `query.Moments`. Times are 0: the file does not know them. Filters are refused."""
@@ -156,9 +149,9 @@ def write_features(
     overwrite: bool = False,
     on_file: Callable[[str, ValueError | None], None] = lambda path, error: None,
 ) -> tuple[int, tuple[int, ...]]:
-    """Writes the answers of `count` whole videos to a new file, at the end and atomically.
+    """Writes the answers of `count` whole videos to a new file, atomically at the end.
 
-    Returns how many videos could be read, and the shape of one of their features. Without any, no file is written.
+    Returns the number of videos that could be read, and the shape of a feature. If it is 0, no file is written.
     """
     import torch
 
@@ -167,7 +160,7 @@ def write_features(
     check_out(out, overwrite)
     kept: list[str] = []
     tensors: dict[str, Tensor] = {}
-    with replaced(out) as part:  # an unwritable place fails before the work
+    with replaced(out) as part:  # fails before the work if the folder is not writable
         for item in answers:
             if not isinstance(item, Answer):
                 on_file(item.path, item.error)
@@ -186,9 +179,9 @@ def write_features(
 
 
 def import_features(store: Store, path: Path) -> Summary:
-    """Copies the videos of a file of features that are new into a store of the same model.
+    """Copies the new videos of a file of features into a store of the same model.
 
-    A video that is not there any more is kept with unknown size and length. One whose path cannot be stored has failed.
+    A video that no longer exists is kept with unknown size and length. A video whose path cannot be stored has failed.
     """
     import torch
 
@@ -223,7 +216,7 @@ def import_features(store: Store, path: Path) -> Summary:
 
 
 def _seen(path: str) -> tuple[int, str, float]:
-    """Size, stamp and length in seconds of a video as it is now; zeros if it is gone."""
+    """Present size, stamp and length in seconds of a video; zeros if it is gone."""
     from ..data.decode.decoder import VideoError, probe
 
     try:

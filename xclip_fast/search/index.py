@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ..inference.batches import Reading
     from ..model import XCLIP
 
-_LARGE = 100_000  # moments: from here on an index pays
+_LARGE = 100_000  # moments; above it an index pays
 PARQUET = ".parquet"
 _PLAIN = "holds no patches: plain cosine, without video-specific prompts"
 Paths = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
@@ -61,36 +61,27 @@ class Index:
         """Opens a store, or makes one.
 
         Args:
-            folder: the store's.
-            checkpoint: the weights; for a store that exists, by default those it was made with.
-            model: the model itself instead, in the precision that its checkpoint has.
+            folder: of the store.
+            checkpoint: the weights (default: those that made the store).
+            model: a model in place of the checkpoint, in the precision of its checkpoint.
             device, dtype: "auto", or as for `torch.nn.Module.to`.
-            root: local videos lie below this folder, and paths are stored relative to it. By default, paths are stored
-                absolute. For a store that has a root: where that folder is now.
-            settings: of a new store, see `make_settings`: `window`, `stride`, `patches`, `frames`, ...
+            root: folder of the videos. Paths are stored relative to it (default: absolute paths). For an existing store
+                with a root: the present place of that folder.
+            settings: of a new store, as in `open_store`: `window`, `stride`, `patches`, `frames`, ...
 
         Raises:
             ValueError: if the store was made with another model or other settings.
         """
-        import torch
-
-        from ..inference.placement import automatic_dtype
-        from ..model import XCLIP
+        from ..inference.placement import load_model, placed
 
         if model is None:
             if checkpoint is None:
-                checkpoint = Store.open(folder).settings.checkpoint  # says what is missing
+                checkpoint = Store.open(folder).settings.checkpoint  # its error names what is missing
             if not checkpoint:
                 raise ValueError(f"{folder}: made with random weights; give a model")
-            torch.manual_seed(0)  # what the checkpoint does not hold is the same in every run
-            model = XCLIP.from_pretrained(checkpoint)
+            model = load_model(checkpoint)
         store = open_store(folder, model, checkpoint=checkpoint, root=root, **settings)
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        precision = automatic_dtype(torch.device(device)) if dtype == "auto" else dtype
-        if isinstance(precision, str):
-            precision = getattr(torch, precision)
-        return cls(store, model.to(device=device, dtype=precision), None if root is None else os.fspath(root))
+        return cls(store, model.to(**placed(device, dtype)), None if root is None else os.fspath(root))
 
     def __len__(self) -> int:
         """The number of moments."""
@@ -112,17 +103,17 @@ class Index:
         on_plan: Callable[[int], None] = lambda files: None,
         embed: Callable[[Iterable[str]], Iterator[Any]] | None = None,
     ) -> Summary:
-        """Embeds what is new or changed, and drops what is gone from the given folders.
+        """Embeds new and changed videos, and drops videos that are gone from the given folders.
 
         Args:
             videos: files, folders, globs, lists, addresses, as for `find_videos`.
             batch_size, workers: as for `answers`.
             digest: compare contents (SHA-256) instead of times of change.
-            retry: try failed files again that did not change.
+            retry: try failed files again, even if they did not change.
             limits: of remote files.
-            on_file: called with each file that is done, and with what is wrong with it.
+            on_file: called with each finished file and its error, if any.
             on_plan: called once with the number of files to embed.
-            embed: takes the place of the model and the loop here, as on a cluster: gives what `answers` gives.
+            embed: replaces the model and the loop, for example on a cluster. Returns the results of `answers`.
         """
         if isinstance(self.store, FeatureFile):
             raise ValueError(f"{self.store.path}: a file of features does not grow; make a store of it")
@@ -152,13 +143,13 @@ class Index:
         before: float | None = None,
         merge: bool = True,
     ) -> list[Hit]:
-        """The moments most similar to a text, best first; see `Hit` for what the score means.
+        """The moments most similar to a text, best first. See `Hit` for the meaning of the score.
 
         Args:
             query: the text, or features (1, E) of a text or a video.
-            top: how many.
+            top: number of hits.
             path, after, before: see `Filters`.
-            merge: neighboring windows of one moment are one hit.
+            merge: join neighboring windows of one moment into one hit.
 
         Raises:
             ValueError: for an empty text.
@@ -197,7 +188,7 @@ class Index:
 
     @property
     def note(self) -> str | None:
-        """What somebody who searches should know."""
+        """A note for the user about this store, or None."""
         if isinstance(self.store, FeatureFile):
             return None if self.prompted else f"{self.store.path} {_PLAIN}"
         if isinstance(self.store, ParquetFolder):
@@ -208,7 +199,7 @@ class Index:
         return None
 
     def reading(self, limits: Limits | None = None) -> Reading:
-        """How the store's videos were read."""
+        """The settings with which the store's videos were read."""
         from ..inference.batches import Reading
 
         mine = self.store.settings
@@ -246,20 +237,19 @@ def open_store(
     sampling: str | None = None,
     frame_stride: int | None = None,
 ) -> Store | ParquetFolder:
-    """The store of a model that is still as its checkpoint has it; a new one if the folder has none.
+    """Opens the store in a folder, or creates one. The model must have the precision of its checkpoint.
 
     A folder named `*.parquet` gets Parquet files instead.
 
     Args:
-        window, stride: seconds; default: windows of 10 s every 5 s in videos longer than 30 s. A given window cuts
-            every video that is longer than the window.
+        window, stride: seconds. Default: windows of 10 s every 5 s in videos longer than 30 s. A given window cuts
+            every longer video.
         patches: store patch features too (N times the size), to rank with video-specific prompts.
-        frames, sampling, frame_stride: as in `decode`; default: as the model was trained.
+        frames, sampling, frame_stride: as in `decode` (default: as in training).
 
     Raises:
-        ValueError: if the store was made with another model, or other settings than those given.
+        ValueError: if the store was made with another model or other settings.
     """
-    from ..config import VARIANTS
     from ..data.decode.windows import check_windows
     from ..inference.batches import Reading
     from ..weights.recipe import Trained
@@ -282,7 +272,7 @@ def open_store(
     settings = StoreSettings(
         fingerprint(model),
         "" if checkpoint is None else reference(checkpoint),
-        next((name for name, row in VARIANTS.items() if row == config), variant or ""),
+        config.variant_name or variant or "",
         config.embed_dim,
         chosen["frames"] or config.num_frames,
         chosen["sampling"],

@@ -52,7 +52,7 @@ def pictures(path: str, start: float, end: float, width: int = 320) -> tuple[byt
 def cut(hit: Hit, folder: Path) -> Path:
     """Writes a moment as an mp4 file with its sound into a folder, and returns the file.
 
-    Its name is made of the video's and the times. Nothing is overwritten: a name that is taken gets a number.
+    The name has the video's name and the times. No file is overwritten: a number makes the name unique.
     Raises VideoError.
     """
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Results as one HTML page that needs nothing else: pictures are inside it, and it opens from disk."""
+"""Results as one self-contained HTML page with its pictures. It opens from disk."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..console import plain
 from ..data.remote import is_remote
-from ..files import replaced, require_regular
+from ..files import check_new_file, replaced, require_regular
 from .media import pictures
 from .query import Hit
 
@@ -26,9 +26,8 @@ _MEANING = (
 class Page:
     """A page of results, written at the end.
 
-    `limit`: bytes of pictures. When they are used up, previews are left out, then stills, and the page says so.
-    Names and labels are text, whatever is in them. Raises FileExistsError for a file that is there, unless `overwrite`
-    is set and it is such a page.
+    `limit`: bytes of pictures. Above it, previews are left out, then stills, and the page says so. Names and labels are
+    escaped. Raises FileExistsError for an existing file, unless `overwrite` is set and the file is such a page.
     """
 
     def __init__(self, out: Path, *, overwrite: bool = False, random_weights: bool = False, limit: int = LIMIT) -> None:
@@ -39,12 +38,8 @@ class Page:
         self._check()
 
     def _check(self) -> None:
-        if self.out.is_dir() or not self.out.parent.is_dir():
-            what = "is a folder" if self.out.is_dir() else "its folder does not exist"
-            raise ValueError(f"{self.out}: {what}; a file in an existing folder is wanted")
+        check_new_file(self.out, self.overwrite)
         if self.out.exists():
-            if not self.overwrite:
-                raise FileExistsError(f"{self.out}: is there already; choose another name or add --overwrite")
             require_regular(self.out)
             with open(self.out, "rb") as file:
                 if _MARK.encode() not in file.read(4096):
@@ -156,7 +151,7 @@ def clock(seconds: float) -> str:
 
 
 def _text(text: str) -> str:
-    """Any text, for any place in the page."""
+    """Escapes text for any place in the page."""
     return escape(plain(text))
 
 
@@ -165,7 +160,7 @@ def _data(kind: str, content: bytes) -> str:
 
 
 def _link(path: str, start: float, end: float) -> str:
-    """Where a click leads: the file at the moment's time. Empty for what a browser cannot open."""
+    """The link to the file at the moment's time; empty if a browser cannot open it."""
     part = f"#t={start:.2f},{end:.2f}" if end > start else ""
     if is_remote(path):
         return escape(path + part) if path.lower().startswith(("http://", "https://")) else ""

@@ -1,4 +1,4 @@
-"""The rows of a store as a folder of Parquet files, for other programs: written like a store, but not searched."""
+"""The rows of a store as a folder of Parquet files, for other programs. Written like a store, not searched."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _KEY, _VERSION = b"xclip_fast_store", 1
 
 
 class ParquetFolder:
-    """A folder of `part-*.parquet`, each of which appears whole. One run at a time writes into it.
+    """A folder of `part-*.parquet`. Each part appears when it is complete. One run at a time writes into the folder.
 
-    Takes the place of a `Store` in `embed`: it resumes, adds, updates and drops in the same way. An update or a drop
-    writes those parts again that hold the file.
+    It replaces a `Store` in `embed`: it resumes, adds, updates and drops in the same way. An update or a drop writes
+    the parts again that hold the file.
     """
 
     def __init__(self, folder: str | os.PathLike[str], settings: StoreSettings) -> None:
@@ -30,7 +30,7 @@ class ParquetFolder:
         self._locked_now = False
         strange = [path.name for path in self.folder.glob("*") if not _is_ours(path.name)]
         if strange or (self.folder.exists() and not self.folder.is_dir()):
-            raise FileExistsError(f"{folder}: is there and holds other things; choose another name")
+            raise FileExistsError(f"{folder}: exists and holds other files; choose another name")
         self.folder.mkdir(parents=True, exist_ok=True)
         for part in self._parts()[:1]:
             mine = read_settings(self.folder, _read_schema(part))
@@ -55,14 +55,14 @@ class ParquetFolder:
         return len(self.known()) - failed, rows - failed, failed
 
     def commit(self, batches: Any, paths: Sequence[str], outdated: Iterable[str]) -> set[str]:
-        """Takes out the rows of the outdated files, and writes one part with these rows."""
+        """Removes the rows of the outdated files, and writes one part with these rows."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         schema = schema_of(self.settings)
         metadata = {_KEY: json.dumps({"format": _VERSION, **asdict(self.settings)}).encode()}
         self._lock()
-        self._take_out(set(outdated))  # first: after a kill they are missing, and added again, but never there twice
+        self._take_out(set(outdated))  # first: after a kill rows are missing and added again, but never doubled
         new = self.folder / f"part-{uuid.uuid4().hex}.parquet"
         with replaced(new) as draft, pq.ParquetWriter(draft, schema.with_metadata(metadata)) as writer:
             for batch in batches:
@@ -92,10 +92,10 @@ class ParquetFolder:
                 part.unlink()
 
     def refresh(self) -> None:
-        """Nothing: only this process writes."""
+        """Does nothing: only this process writes."""
 
     def _lock(self) -> None:
-        """From here to `release` no other process writes. Removes what a killed run left."""
+        """Keeps other processes from writing until `release`. Removes the leftovers of a killed run."""
         if self._held is None:
             held = contextlib.ExitStack()
             held.enter_context(locked(self.folder / ".writing", self.folder))
@@ -105,23 +105,23 @@ class ParquetFolder:
             self._locked_now = True
 
     def claim(self, path: str) -> bool:
-        """Takes the whole folder for this process. Raises FileExistsError if another one has it."""
+        """Claims the whole folder for this process. Raises FileExistsError if another process has it."""
         self._lock()
         return True
 
     def changed(self) -> bool:
-        """Whether another process may have written since `known`: once, when the folder has just been locked."""
+        """Whether another process may have written since `known`. True once, after the folder was locked."""
         just, self._locked_now = self._locked_now, False
         return just
 
     def release(self, paths: Sequence[str] | None = None) -> None:
-        """Gives the folder back at the end of a run."""
+        """Releases the folder at the end of a run."""
         if paths is None and self._held is not None:
             self._held.close()
             self._held = None
 
     def compact(self) -> None:
-        """Removes what a killed run left, also when there was nothing to do. Parts stay as they are."""
+        """Removes the leftovers of a killed run. Parts stay as they are."""
         with contextlib.suppress(FileExistsError):  # another run is writing
             self._lock()
         self.release()
@@ -132,7 +132,7 @@ def _is_ours(name: str) -> bool:
 
 
 def _read(part: Path, columns: list[str] | None = None) -> Any:
-    """Columns of a part; `path` and the like stand in the row of each file's first moment."""
+    """Columns of a part."""
     import pyarrow.parquet as pq
 
     with _named(part):

@@ -1,4 +1,4 @@
-"""Finding moments: a shortlist by cosine, ranked again with video-specific prompts where patches are stored."""
+"""Finding moments: a shortlist by cosine, ranked again with video-specific prompts if patches are stored."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ if TYPE_CHECKING:
 
     from ..model import XCLIP
 
-_SHORTLIST = 100  # moments at least that are ranked again, and merged with their neighbors
+_SHORTLIST = 100  # the least number of moments that are ranked again and merged with their neighbors
 
 
 @dataclass(frozen=True)
 class Hit:
     """A moment that was found.
 
-    `score` is the cosine of query and moment, from -1 to 1. It orders the moments of one query; it is no probability,
-    and scores of different queries or models do not compare. `start` and `end` are seconds; neighboring windows of one
-    moment are one hit, and `best` is the (start, end) of the best of them.
+    `score` is the cosine of query and moment, from -1 to 1. It orders the moments of one query. It is no probability,
+    and scores of different queries or models do not compare. `start` and `end` are seconds. Neighboring windows of one
+    moment are one hit; `best` is the (start, end) of the best window.
     """
 
     path: str
@@ -34,8 +34,11 @@ class Hit:
 
 @dataclass(frozen=True)
 class Filters:
-    """Which moments count. `path`: a glob over stored paths (`*` crosses folders), or a part of the path without any
-    `*`, `?` or `[`. `after`, `before`: seconds in the video; a moment counts that lies at least partly between them."""
+    """Conditions on moments.
+
+    `path`: a glob over stored paths (`*` crosses folders), or a part of the path without any `*`, `?` or `[`.
+    `after`, `before`: seconds in the video. A moment counts if at least a part of it lies between them.
+    """
 
     path: str | None = None
     after: float | None = None
@@ -60,7 +63,7 @@ class Filters:
         return " AND ".join(parts) or None
 
     def pattern(self) -> str:
-        """The glob as a regular expression that is searched for in a path."""
+        """The glob as a regular expression to search for in a path."""
         glob = self.path or ""
         if not any(sign in glob for sign in "*?["):
             return re.escape(glob)
@@ -100,8 +103,8 @@ def find(
 ) -> list[Hit]:
     """The best moments for one query, best first.
 
-    `query_1E`: features of a text, or of a video. `model`: for ranking the shortlist again with prompts from each
-    moment's patches; None where patches are not stored, or the query is a video.
+    `query_1E`: features of a text or a video. `model`: ranks the shortlist again with prompts from their patches.
+    Pass None if patches are not stored, or if the query is a video.
     """
     import numpy as np
     import torch
@@ -153,10 +156,11 @@ def _prompted(moments: Moments, rows: list[int], video_BE: Tensor, text_1E: Tens
 
 
 def merge_neighbors(hits: Sequence[Hit]) -> list[Hit]:
-    """Windows of one file that overlap or touch become one hit, if both score well.
+    """Joins windows of one file that overlap or touch into one hit, if both score well.
 
-    "Well" is at least halfway from the lowest score of the list to the best score of the moment. So a scene of many
-    windows is one hit, and a film of which every window is in the list is not. `hits`: best first; so is the result.
+    A window scores well if it is at least halfway from the lowest score of the list to the best score of the moment. So
+    a scene of many windows is one hit, but a film with all its windows in the list is not. `hits`: best first, as the
+    result.
     """
     floor = hits[-1].score if hits else 0.0
     by_path: dict[str, list[Hit]] = {}

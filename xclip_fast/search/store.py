@@ -1,8 +1,8 @@
 """The store: a LanceDB table in one folder, with a row for each moment of a video.
 
-A file's rows are written in one commit, so a file is in the store whole or not at all, whenever the process ends.
-Several processes may write into one store: each commit is made under a lock, and claims keep two of them from working
-on the same file. Vectors have length 1 and half precision, so a dot product is a cosine.
+A file's rows are written in one commit, so a killed process leaves all rows of a file or none. Several processes may
+write into one store. Each commit is made under a lock, and claims keep two processes from working on the same file.
+Vectors have length 1 and half precision, so a dot product is a cosine.
 """
 
 from __future__ import annotations
@@ -19,22 +19,23 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..files import parse_json
+from ..schema import build
 
 try:
     import fcntl
-except ImportError:  # not on Windows: there, only one process may write into a store
+except ImportError:  # Windows: only one process may write into a store
     fcntl = None  # type: ignore[assignment]
 
 _TABLE, _KEY, _VERSION = "moments", b"xclip_fast_store", 1
 _PARTITION = 256  # a sixteenth of the rows of an index's partition
 _PROBES = 4096  # all partitions: 60 ms for a million rows; of random vectors' ten best, 64 of 244 partitions miss half
-_FRAGMENTS = 32  # more files than this in the table are put together at the end of a run
-_OLD = timedelta(hours=1)  # after this, files that no version of the table needs any more are removed
+_FRAGMENTS = 32  # if the table has more files, they are merged at the end of a run
+_OLD = timedelta(hours=1)  # age after which files that no version of the table needs are removed
 
 
 @dataclass(frozen=True)
 class StoreSettings:
-    """What the rows of a store have in common; written once, when the store is made.
+    """The settings that all rows of a store share. They are written when the store is made.
 
     `fingerprint` is the model's (`model_fingerprint`). `patches` is the number N of stored patch features, 0 for none.
     `root`: the folder that local paths are relative to; "" for absolute paths.
@@ -55,7 +56,7 @@ class StoreSettings:
 
 
 class Known(NamedTuple):
-    """What the store knows of a file. `stamp` changes when the file does; `digest` is its content's, if asked for."""
+    """The facts of a stored file. `stamp` changes with the file. `digest` is the hash of its content, if asked for."""
 
     size: int
     stamp: str
@@ -81,12 +82,12 @@ class Store:
     def __init__(self, folder: Path, table: Any) -> None:
         self.folder, self.table = folder, table
         self.settings = read_settings(folder, table.schema)
-        self._seen = table.version  # the table's version that `known` and our own commits have seen
+        self._seen = table.version  # the newest version that `known` or our own commits have seen
         self._claims: int | None = None
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str]) -> Store:
-        """Raises FileNotFoundError, or ValueError if the folder is another thing than a store."""
+        """Raises FileNotFoundError, or ValueError if the folder holds another table."""
         path = Path(folder)
         if not is_store(path):
             raise FileNotFoundError(f"{folder}: no store; `xclip-fast embed VIDEO... --out {folder}` makes one")
@@ -94,10 +95,10 @@ class Store:
 
     @classmethod
     def create(cls, folder: str | os.PathLike[str], settings: StoreSettings) -> Store:
-        """A new store, or the one that is there. Raises ValueError if that one has other settings."""
+        """A new store, or the existing one. Raises ValueError if the existing one has other settings."""
         path = Path(folder)
         if path.exists() and not is_store(path) and (not path.is_dir() or any(path.iterdir())):
-            raise FileExistsError(f"{folder}: is there and is no store; choose another name, or an empty folder")
+            raise FileExistsError(f"{folder}: exists and is not a store; choose another name, or an empty folder")
         path.mkdir(parents=True, exist_ok=True)
         database = _connect(path)
         with _locked(path):
@@ -109,11 +110,11 @@ class Store:
         return store
 
     def check(self, wanted: StoreSettings) -> None:
-        """Raises ValueError unless rows made with these settings belong into this store."""
+        """Raises ValueError if rows made with these settings do not belong into this store."""
         check_settings(self.folder, self.settings, wanted)
 
     def refresh(self) -> None:
-        """See what other processes have written."""
+        """Reads the commits of other processes."""
         self.table.checkout_latest()
 
     def known(self) -> dict[str, Known]:
@@ -140,10 +141,10 @@ class Store:
                 self.table.delete(f"path IN ({_quoted(paths[start : start + 1000])})")
 
     def commit(self, batches: Any, paths: Sequence[str], replaced: Iterable[str]) -> set[str]:
-        """Write the rows of these files in one commit, those of `replaced` instead of the ones that are there.
+        """Writes the rows of these files in one commit. The rows of `replaced` files replace the existing ones.
 
-        `batches`: a RecordBatchReader. Returns the paths that another process had written in the meantime; their rows
-        here are left out.
+        `batches`: a RecordBatchReader. Returns the paths that another process has written in the meantime. Their rows
+        are left out.
         """
         import pyarrow as pa
         import pyarrow.compute as pc
@@ -174,16 +175,16 @@ class Store:
         return taken
 
     def compact(self) -> None:
-        """Put many small files together, if there are many, and bring an index up to date."""
+        """Merges small files of the table, if there are many, and updates the index."""
         if self.table.stats()["fragment_stats"]["num_fragments"] > _FRAGMENTS:
             with _locked(self.folder):
                 self.refresh()
                 self.table.optimize(cleanup_older_than=_OLD)
 
     def build_index(self) -> None:
-        """An approximate index (IVF with RaBitQ codes) for large stores; the rows that it finds are scored exactly.
+        """Builds an approximate index (IVF with RaBitQ codes) for large stores. Rows that it finds are scored exactly.
 
-        Product quantization in its place was not built after 200 s for 100,000 rows on two busy cores; this took 11 s.
+        For 100,000 rows on two busy cores it took 11 s. Product quantization was not finished after 200 s.
         """
         from lancedb.index import IvfRq
 
@@ -226,12 +227,12 @@ class Store:
         return dict(zip(found["_rowid"].to_pylist(), values, strict=True))
 
     def changed(self) -> bool:
-        """Whether another process has written since this object last looked at all files, or wrote itself."""
+        """Whether another process has written since this object last read all files or wrote."""
         self.refresh()
         return self.table.version != self._seen
 
     def claim(self, path: str) -> bool:
-        """Take a file for this process, until `release` or the process ends; False if another one has it."""
+        """Claims a file for this process, until `release` or its end. Returns False if another process has it."""
         if fcntl is None:
             return True
         if self._claims is None:
@@ -243,7 +244,7 @@ class Store:
         return True
 
     def release(self, paths: Sequence[str] | None = None) -> None:
-        """Give back these claims, or all of them."""
+        """Releases these claims, or all."""
         if self._claims is not None and paths is None:
             os.close(self._claims)
             self._claims = None
@@ -253,12 +254,12 @@ class Store:
 
 
 def _place(path: str) -> int:
-    """The byte of the claims file that stands for a path."""
+    """The byte of the claims file for a path."""
     return int.from_bytes(hashlib.blake2b(path.encode(), digest_size=7).digest(), "big")
 
 
 def check_fingerprint(place: Path, made_with: StoreSettings, wanted: StoreSettings) -> None:
-    """Raises ValueError unless both are of one model."""
+    """Raises ValueError if they belong to different models."""
     if made_with.fingerprint != wanted.fingerprint:
         ours, theirs = (f"{each.checkpoint or 'random'}, {each.fingerprint[:12]}" for each in (made_with, wanted))
         raise ValueError(f"{place}: made with other weights ({ours}) than {theirs}; use the former, or embed again")
@@ -269,7 +270,6 @@ def read_settings(place: Path, schema: Any) -> StoreSettings:
 
     Raises ValueError if they are missing or damaged, or do not describe the columns.
     """
-    kinds: dict[str, Any] = {"str": str, "int": int, "float": (int, float)}
     names = {field.name for field in fields(StoreSettings)}
     try:
         if b"embedding_functions" in (schema.metadata or {}):  # LanceDB would load what it names, at the next write
@@ -278,12 +278,9 @@ def read_settings(place: Path, schema: Any) -> StoreSettings:
         if not isinstance(written, dict) or written.get("format") != _VERSION:
             raise ValueError("it was not written by this version of xclip-fast")
         try:
-            found = StoreSettings(**{name: value for name, value in written.items() if name in names})
+            found: StoreSettings = build(StoreSettings, {key: value for key, value in written.items() if key in names})
         except TypeError:
             raise ValueError("its settings are incomplete") from None
-        for field in fields(StoreSettings):
-            if not isinstance(getattr(found, field.name), kinds[str(field.type)]):
-                raise ValueError(f"{field.name} is {getattr(found, field.name)!r:.80}")
         if not schema.remove_metadata().equals(schema_of(found)):
             raise ValueError("its columns do not fit its settings")
     except (ValueError, OverflowError) as error:
@@ -292,7 +289,7 @@ def read_settings(place: Path, schema: Any) -> StoreSettings:
 
 
 def check_settings(place: Path, made_with: StoreSettings, wanted: StoreSettings) -> None:
-    """Raises ValueError unless rows made with the wanted settings belong beside the others."""
+    """Raises ValueError if rows with the wanted settings do not belong beside the others."""
     check_fingerprint(place, made_with, wanted)
     mine, other = asdict(made_with), asdict(wanted)
     for name in ("checkpoint", "variant", "root"):  # the same weights may lie elsewhere, the files too
@@ -364,7 +361,7 @@ def _connect(folder: Path) -> Any:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """One process at a time commits. Raises OSError if the disk is full."""
+    """Lets one process at a time commit. Raises OSError if the disk is full."""
     descriptor = -1
     try:
         if fcntl is not None:

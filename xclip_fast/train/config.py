@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 from ..config import XCLIPConfig, variant
 from ..data.transforms import TrainTransform
 from ..files import require_regular
-from ..schema import ConfigError, Range, build
+from ..schema import ConfigError, Count, NotNegative, Positive, Range, Share, build
 
 YAML_BYTES = 1 << 20  # the largest YAML file that is read
 ALIASES = 20  # the most aliases in one YAML text
@@ -31,10 +31,6 @@ MAY_CHANGE = (
     "optim.device_batch",
 )
 
-Count = Annotated[int, Range(1)]
-Share = Annotated[float, Range(0, 1)]
-NotNegative = Annotated[float, Range(0)]
-Positive = Annotated[float, Range(above=0)]
 Beta = Annotated[float, Range(0, below=1)]
 DeviceBatch = Annotated[int, Range(1, 1 << 16)]
 
@@ -118,7 +114,7 @@ class ValidationConfig:
     every_epochs: Count = 1
     batch_size: DeviceBatch | None = None  # None: optim.device_batch
     clips: Annotated[int, Range(1, 1024)] = 1
-    crops: int = 1
+    crops: Literal[1, 3] = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -299,8 +295,6 @@ def accumulation(config: OptimConfig, world: int) -> tuple[int, int]:
 def _check(config: TrainConfig) -> None:
     """Refuse values that do not fit each other. The run itself checks what needs files."""
     data = config.data
-    if config.validation.crops not in (1, 3):
-        raise ConfigError(f"validation.crops is {config.validation.crops}; 1 or 3 wanted")
     if data.val is not None and data.val_fraction:
         raise ConfigError("data.val and data.val_fraction exclude each other: give one of them")
     if config.model.variant is not None:

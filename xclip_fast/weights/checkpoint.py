@@ -79,22 +79,14 @@ def read(
     drop_config: bool = False,
     clip: Start | None = None,
 ) -> Checkpoint:
-    """The weights and configuration at ``path``.
+    """The weights and configuration at ``path``, with the arguments and errors of ``XCLIP.from_pretrained``.
 
     Args:
-        path: a folder (ours, Hugging Face X-CLIP or CLIP, sharded or not, open_clip's), the name of one on the Hugging
-            Face Hub ("org/name"), or a file (safetensors, VideoX ``.pth``, ViFi-CLIP, ActionCLIP, OpenAI CLIP or
-            open_clip, TorchScript archive included, a ViT of timm). Only the files of a folder need certain names.
-        config: replaces the config that is found or inferred from shapes. For an image CLIP the default has 8 frames,
-            and the mean and standard deviation of the released X-CLIP recipe (ImageNet's, not CLIP's).
+        path: only the files of a folder need certain names. A folder may be sharded, a file a TorchScript archive.
+        config: replaces the config that is found or inferred from shapes. The default for an image CLIP has the mean
+            and standard deviation of the released X-CLIP recipe (ImageNet's, not CLIP's).
         drop_config: leave out pickled objects of unknown classes, such as VideoX's training configuration. Otherwise
             they are an error. None of their code runs.
-        clip: the image CLIP that a ViFi-CLIP started from, for the token embedding that its file lacks; as for
-            ``clip_state``.
-
-    Raises:
-        CheckpointError: if there is no file, the file is damaged or holds pickled objects beside the weights, it is
-            neither an X-CLIP nor a CLIP, or keys are missing, unexpected or misshapen (all are listed).
     """
     embedding_VW = None if clip is None else clip_state(clip).state.get("text.token_embedding.weight")
     return _interpret(*_load(Path(path), drop_config), config=config, embedding_VW=embedding_VW)
@@ -159,9 +151,7 @@ def write(
     """Writes ``XCLIP.state_dict()`` as safetensors with its configuration, all files in one step (``files.staged``).
 
     Args:
-        folder: made if it does not exist. Its other files stay.
-        layout: "xclip_fast", or "huggingface" for ``transformers.XCLIPModel.from_pretrained`` and ``AutoProcessor``.
-        overwrite: replace an existing checkpoint.
+        folder, layout, overwrite: as for ``XCLIP.save_pretrained``.
         beside: further text files that belong to these weights, by name. None: a file of that name is removed.
 
     Raises:
@@ -255,14 +245,7 @@ def clip_state(clip: Start, config: XCLIPConfig | None = None, part: Part = "bot
 
 
 def expand(model: Any, clip: Start, part: Part = "both") -> None:
-    """Copies an image CLIP into an X-CLIP, in place (paper, section 3.2, "Initialization").
-
-    IFA (``attn``), its norms, the FFN, the embeddings, the projections and the text tower get the CLIP's weights. CFA
-    (``message_*``), MIT and the prompts keep their initialization.
-
-    Args:
-        model: an ``XCLIP``. clip, part: as for ``clip_state``.
-    """
+    """Copies an image CLIP into an ``XCLIP``, in place. See ``XCLIP.expand_from``."""
     found = clip_state(clip, model.config, part)
     parameters = dict(model.named_parameters())
     with torch.no_grad():

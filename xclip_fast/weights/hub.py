@@ -1,4 +1,4 @@
-"""Checkpoints on the Hugging Face Hub, through the package huggingface_hub where it is installed."""
+"""Checkpoints on the Hugging Face Hub, through the package huggingface_hub, if it is installed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_BESIDE = "*.json"  # configurations, of the processor too, what it was trained with, and the index of shards
+_BESIDE = "*.json"  # configurations of model and processor, trained.json, and the index of shards
 
 
 def is_name(path: str | os.PathLike[str]) -> bool:
@@ -109,15 +109,7 @@ def upload(
     token: str | None = None,
     message: str | None = None,
 ) -> str:
-    """Write a folder with ``write`` and put it into the repository ``name``, made if it does not exist.
-
-    Returns:
-        the address of the commit.
-
-    Raises:
-        ImportError: without the package huggingface_hub.
-        OSError: if the Hub refuses it or cannot be reached.
-    """
+    """Writes a folder with ``write`` and uploads it to the repository ``name``. See ``XCLIP.push_to_hub``."""
     try:
         from huggingface_hub import HfApi
     except ImportError as error:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..config import ACTIVATIONS, VARIANTS, TextConfig, VisionConfig, XCLIPConfig
+from ..config import ACTIVATIONS, TextConfig, VisionConfig, XCLIPConfig
 from .layouts import CheckpointError
 
 log = logging.getLogger("xclip_fast")
@@ -39,6 +39,13 @@ _HF_VISION = {
     "mit_num_hidden_layers": 1,
     "mit_num_attention_heads": 8,
 }
+
+# our field: their key
+_TOWER = {"width": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads"}
+_TOWER |= {"activation": "hidden_act"}
+_TEXT = _TOWER | {"vocab_size": "vocab_size", "context_length": "max_position_embeddings"}
+_VISION = _TOWER | {"image_size": "image_size", "patch_size": "patch_size", "drop_path": "drop_path_rate"}
+_FRAMES = {"num_frames": "num_frames", "mit_layers": "mit_num_hidden_layers", "mit_heads": "mit_num_attention_heads"}
 
 
 def _hf_part(values: Mapping[str, Any], part: str, defaults: dict[str, Any]) -> dict[str, Any]:
@@ -91,27 +98,10 @@ def _config_from_huggingface(values: Mapping[str, Any], processor: Mapping[str, 
     if refused:
         raise CheckpointError(f"{where}: is a model of another kind\n  " + "\n  ".join(refused))
     config = XCLIPConfig(
-        vision=VisionConfig(
-            image_size=vision["image_size"],
-            patch_size=vision["patch_size"],
-            width=vision["hidden_size"],
-            layers=vision["num_hidden_layers"],
-            heads=vision["num_attention_heads"],
-            drop_path=vision["drop_path_rate"],
-            activation=acts["vision"],
-        ),
-        text=TextConfig(
-            vocab_size=text["vocab_size"],
-            context_length=text["max_position_embeddings"],
-            width=text["hidden_size"],
-            layers=text["num_hidden_layers"],
-            heads=text["num_attention_heads"],
-            activation=acts["text"],
-        ),
+        vision=VisionConfig(**{ours: vision[theirs] for ours, theirs in _VISION.items()}),
+        text=TextConfig(**{ours: text[theirs] for ours, theirs in _TEXT.items()}),
+        **{ours: vision[theirs] for ours, theirs in _FRAMES.items()},
         embed_dim=E,
-        num_frames=vision["num_frames"],
-        mit_layers=vision["mit_num_hidden_layers"],
-        mit_heads=vision["mit_num_attention_heads"],
         prompt_layers=values.get("prompt_layers", 2),
         prompt_heads=None if clip else values.get("prompt_num_attention_heads", 8),
         prompt_alpha=values.get("prompt_alpha", 0.1),
@@ -131,8 +121,7 @@ def warn_of_heads(config: XCLIPConfig, where: object) -> None:
     odd = [name for name in ("mit_heads", "prompt_heads") if getattr(config, name) != getattr(plain, name)]
     if not odd:
         return
-    near = dataclasses.replace(plain, logit_scale=XCLIPConfig.logit_scale)
-    variant = next((name for name, row in VARIANTS.items() if row == near), None)
+    variant = plain.variant_name
     log.warning(
         "%s: %s, by its configuration. The released code has E / 64 = %d heads, so its outputs differ. To compute like "
         "the released code, give %s, or convert the VideoX file",
@@ -216,17 +205,13 @@ def config_to_huggingface(config: XCLIPConfig, dtype: torch.dtype) -> tuple[dict
     if ablated:
         raise CheckpointError(f"Hugging Face's X-CLIP has no {', '.join(ablated)}; use the layout xclip_fast")
     E = config.embed_dim
-    towers = []
-    for tower in (config.vision, config.text):
-        common = {"hidden_size": tower.width, "intermediate_size": 4 * tower.width, "hidden_act": "quick_gelu"}
-        common |= {"num_hidden_layers": tower.layers, "num_attention_heads": tower.heads}
-        towers.append(common | {"layer_norm_eps": config.layer_norm_eps})
-    vision, text = towers
-    vision |= {"image_size": config.vision.image_size, "patch_size": config.vision.patch_size}
-    vision |= {"num_frames": config.num_frames, "drop_path_rate": config.vision.drop_path, "mit_hidden_size": E}
-    vision |= {"mit_intermediate_size": 4 * E, "mit_num_hidden_layers": config.mit_layers}
-    vision |= {"mit_num_attention_heads": config.mit_heads, "model_type": "xclip_vision_model"}
-    text |= {"vocab_size": config.text.vocab_size, "max_position_embeddings": config.text.context_length}
+    vision, text = (
+        {theirs: getattr(tower, ours) for ours, theirs in names.items()}
+        | {"intermediate_size": 4 * tower.width, "layer_norm_eps": config.layer_norm_eps}
+        for tower, names in ((config.vision, _VISION), (config.text, _TEXT))
+    )
+    vision |= {theirs: getattr(config, ours) for ours, theirs in _FRAMES.items()}
+    vision |= {"mit_hidden_size": E, "mit_intermediate_size": 4 * E, "model_type": "xclip_vision_model"}
     text |= {"model_type": "xclip_text_model"}
     model = {"model_type": "xclip", "architectures": ["XCLIPModel"], "projection_dim": E, "text_config": text}
     model |= {"vision_config": vision, "prompt_layers": config.prompt_layers, "prompt_alpha": config.prompt_alpha}

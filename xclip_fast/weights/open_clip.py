@@ -16,7 +16,7 @@ from .layouts import CheckpointError
 FILE = "open_clip_config.json"
 WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 
-# what is read below, or has no effect on a model that is not trained by open_clip
+# keys that are read below, or have no effect on a model that open_clip does not train
 _READ = {
     "": {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "init_logit_bias", "init_logit_scale"}
     | {"custom_text", "nonscalar_logit_scale", "cast_dtype", "output_dict"},
@@ -26,7 +26,7 @@ _READ = {
     "text_cfg": {"context_length", "vocab_size", "width", "heads", "layers", "norm_kwargs", "pad_id", "output_tokens"}
     | {"hf_model_pretrained", "hf_proj_type", "hf_pooler_type"},
 }
-# what must be so where it is given; other keys must be None, False or empty
+# required values of keys, if they are given; other keys must be None, False or empty
 _WANTED = {
     "mlp_ratio": 4.0,
     "pool_type": {"vision_cfg": "tok", "text_cfg": "argmax"},
@@ -38,7 +38,7 @@ _WANTED = {
 
 
 def has_gelu(model: nn.Module) -> bool | None:
-    """Whether an open_clip or OpenAI CLIP computes exact GELU in its first block; None if it is no such module."""
+    """Whether an open_clip or OpenAI CLIP computes exact GELU in its first block; None for another module."""
     try:
         activation = operator.attrgetter("visual.transformer.resblocks")(model)[0].mlp.gelu
     except (AttributeError, IndexError, TypeError):

@@ -6,15 +6,24 @@ import dataclasses
 import json
 import os
 from collections.abc import Sequence
-from typing import Any, get_args
+from typing import Annotated, Any
 
 from ..data.sampling import Sampling
 from ..files import read_json
+from ..schema import Count, build
 from ..text.labels import plain_name, readable
 from ..text.templates import TEMPLATES
 from .hub import cached
 
 FILE = "trained.json"  # beside the weights
+
+
+class _NotBlank:
+    def refusal(self, text: str) -> str | None:
+        return None if text.strip() else "a text wanted"
+
+
+Text = Annotated[str, _NotBlank()]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,10 +36,10 @@ class Trained:
         templates: whether a text's features are the mean over the 16 sentences of ``templates.TEMPLATES``.
     """
 
-    labels: dict[str, str] = dataclasses.field(default_factory=dict)
-    frames: int | None = None  # None: the model's
+    labels: dict[str, Text] = dataclasses.field(default_factory=dict)
+    frames: Count | None = None  # None: the model's
     sampling: Sampling = "sparse"
-    stride: int = 1
+    stride: Count = 1
     templates: bool = False
 
     def to_json(self) -> str:
@@ -50,20 +59,11 @@ class Trained:
         if checkpoint is None or not path.is_file():
             return cls()
         try:
-            found = cls(**read_json(path))
-        except (ValueError, TypeError) as error:
+            found: Trained = build(cls, read_json(path))
+            return found
+        except ValueError as error:
             said = str(error).removeprefix(f"{path}: ")
             raise ValueError(f"{path}: {said}; correct it, or delete it and give the options yourself") from error
-        for name, fits, wanted in (
-            ("labels", _is_texts(found.labels), "an object from class to text"),
-            ("frames", found.frames is None or _is_count(found.frames), "a number of at least 1, or null"),
-            ("sampling", found.sampling in get_args(Sampling), " or ".join(get_args(Sampling))),
-            ("stride", _is_count(found.stride), "a number of at least 1"),
-            ("templates", isinstance(found.templates, bool), "true or false"),
-        ):
-            if not fits:
-                raise ValueError(f"{path}: {name} is {getattr(found, name)!r}; {wanted} wanted")
-        return found
 
     def texts(self, classes: Sequence[str], linear_head: bool) -> list[str] | dict[str, str] | None:
         """The ``labels`` of ``evaluate``: each class with its text in training, or its name as words if it is new.
@@ -97,11 +97,3 @@ class Trained:
             "stride": stride or (self.stride if same else 1),
             "templates": sentences or None,
         }
-
-
-def _is_texts(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(text, str) and text.strip() for text in value.values())
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

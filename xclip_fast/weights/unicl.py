@@ -54,7 +54,7 @@ def is_ours(state: Mapping[str, Tensor]) -> bool:
 
 
 def to_ours(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """UniCL's names to ours. Names that it has not are kept, to be listed."""
+    """UniCL's names to ours. Unknown names are kept, so that they get listed."""
     depths: dict[int, int] = {}
     for name in state:
         if (match := _STAGE.fullmatch(name)) and match[2]:

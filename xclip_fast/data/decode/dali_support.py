@@ -13,7 +13,8 @@ _CODECS = {
     True: {"h264": 64, "hevc": 144},
     False: {"vp9": 1, "mjpeg": 1},
 }  # with a GPU or without: shortest side in pixels
-_LONGEST_SIDE = 4096  # that every NVDEC takes of H.264
+_LONGEST_SIDE = 4096  # of H.264, on every NVDEC
+_LARGEST_FILE = 1 << 28  # bytes
 BT601, BT709 = (2, 4, 5, 6), 1  # FFmpeg's AVColorSpace; 2: not stated, which all readers treat as BT.601
 
 
@@ -32,10 +33,10 @@ def require() -> None:
         raise ImportError(why)
 
 
-def supported(video: Video, *, gpu: bool = True, exact_color: bool = False, largest_file: int = 1 << 28) -> str | None:
+def supported(video: Video, *, gpu: bool = True) -> str | None:
     """The reason why this video must be decoded on the CPU, or None if DALI gives its right frames and colors.
 
-    `gpu=False`: for DALI's CPU operators (VP9 and MJPEG), which the tests run. `largest_file`: in bytes.
+    `gpu=False`: for DALI's CPU operators (VP9 and MJPEG), which the tests run.
     """
     codecs = _CODECS[gpu]
     if video.error is not None:
@@ -56,12 +57,10 @@ def supported(video: Video, *, gpu: bool = True, exact_color: bool = False, larg
         return f"odd side: {video.width}x{video.height}"
     if min(video.width, video.height) < codecs[video.codec] or max(video.width, video.height) > _LONGEST_SIDE:
         return f"size: {video.width}x{video.height} has a side outside {codecs[video.codec]} to {_LONGEST_SIDE} pixels"
-    if video.size > largest_file:
+    if video.size > _LARGEST_FILE:
         return f"large file: {video.size} bytes, and DALI reads a file whole"
     if video.colorspace not in (*BT601, BT709):
         return f"color matrix: number {video.colorspace} of FFmpeg, which is neither BT.601 nor BT.709"
-    if exact_color and video.colorspace == BT709:
-        return "color matrix: BT.709, with exact colors wanted"
     if plan is None:
         return "its packets do not match its frames"
     # DALI numbers the packets by their pts, without negative ones, and counts hidden ones as frames.

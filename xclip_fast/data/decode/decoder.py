@@ -26,9 +26,9 @@ import torch
 from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 
-from ..sampling import Sampling, frame_indices
+from ..sampling import Sampling
 from ..threads import Job, Threads, usable_cores
-from ..transforms import TestTransform, View, apply_frame
+from ..transforms import View, apply_frame
 from .picture import EXACT_COLOR, Upright
 from .plan import Plan, by_plan, make_plan, still_fits
 from .reading import ReadError, Source, VideoError, all_frames, as_source, limit, log, no_frame, open_video, too_slow
@@ -95,28 +95,10 @@ def decode(
     size * 256 / 224, with the pixels of an evaluation. `threads`: of the decoder of this file. For many files use
     `decode_many`, which gives each file one thread. Raises VideoError, also for a `start` after the end of the video.
     """
-    if start is not None or end is not None:
-        span = decode_span(
-            as_source(path), start, end, frames, sampling, size=size, stride=stride, rng=rng, threads=threads
-        )
-        return span.frames
-    transform = TestTransform(frames, size, sampling=sampling, stride=stride)
-    out = np.empty((frames, size, size, 3), np.uint8)
-    state = rng.bit_generator.state if rng is not None else {}
-
-    def choose(total: int) -> np.ndarray:
-        if rng is not None:
-            rng.bit_generator.state = state  # called again after a failed plan, it draws the same
-        return frame_indices(total, frames, sampling, stride=stride, rng=rng)
-
-    def draw(picture_HWC: np.ndarray, places: list[int]) -> None:
-        height, width = picture_HWC.shape[:2]  # which may change within a video
-        apply_frame(transform.crops_of(width, height)[0], picture_HWC, out[places[0]])
-        for place in places[1:]:
-            out[place] = out[places[0]]
-
-    _pick(as_source(path), choose, draw, threads)
-    return torch.from_numpy(out)
+    span = decode_span(
+        as_source(path), start, end, frames, sampling, size=size, stride=stride, rng=rng, threads=threads
+    )
+    return span.frames
 
 
 def decode_frames(path: Video, indices: Sequence[int] | np.ndarray, *, threads: int = 1) -> np.ndarray:

@@ -91,9 +91,11 @@ def decode_span(
 
     parts = decode_spans(source, spans, frames, sampling, **options)
     try:
-        return next(parts)
+        for part in parts:
+            return part
     finally:
         parts.close()
+    raise VideoError(f"{source}: is damaged: decoded again, it has fewer frames")
 
 
 def check_windows(window: float, stride: float, whole_below: float) -> None:
@@ -187,13 +189,14 @@ class _Job:
             self.rng.bit_generator.state = self.state  # called again, it draws the same
         times = times - times[0]
         interval = times[-1] / (len(times) - 1) if len(times) > 1 and times[-1] > 0 else 0.04
+        duration = float(times[-1] + interval)
         found = []
         try:
-            spans = self.spans(float(times[-1] + interval))
+            spans = self.spans(duration)
         except ReadError as error:
             raise ReadError(f"{self.source}: {error}") from error
         for start, end in spans:
-            low, high = np.searchsorted(times, (start - _ROUNDING, end - _ROUNDING))
+            low, high = np.searchsorted(times, (start - _ROUNDING, end - _ROUNDING if end < duration else math.inf))
             low = min(int(low), len(times) - 1)
             if high <= low and times[low] > start:
                 low = max(0, low - 1)  # no frame begins in this span: the one before it is still shown

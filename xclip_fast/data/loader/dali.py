@@ -60,7 +60,6 @@ def dali_batches(
     workers: int | None = None,
     time_limit: float = 60.0,
     memory: int = 2 << 30,
-    exact_color: bool = False,
     routes: MutableMapping[int, str | None] | None = None,
     on_bad: Callable[[int, str], None] | None = None,
 ) -> Iterator[Batch]:
@@ -69,7 +68,7 @@ def dali_batches(
     While one batch is used, `ahead` further ones are prepared. `streams` pipelines of `threads` decoders each take
     turns. `workers` threads read files and decode the videos that DALI cannot. A run of a pipeline holds at most
     `memory` bytes of full-size frames; larger batches are split. `routes` is kept from epoch to epoch: row -> the
-    reason for the CPU, or None for DALI. `exact_color`: BT.709 is decoded on the CPU, see `dali_graph`.
+    reason for the CPU, or None for DALI.
 
     A video that cannot be decoded is left out of its batch and passed to `on_bad(row, reason)`, which may raise an
     error to stop. If a run fails or takes longer than `time_limit` seconds, its samples are decoded on the CPU. A hung
@@ -103,7 +102,6 @@ def dali_batches(
         device=device,
         like=like,
         memory=memory,
-        exact_color=exact_color,
         readers=Threads(workers or cores, "video reader", lambda: None, time_limit),
         engines=Threads(streams, "dali", lambda: _Pipe(make), time_limit),
         routes={} if routes is None else routes,
@@ -149,7 +147,6 @@ class _Epoch:
     device: torch.device
     like: list[View]
     memory: int
-    exact_color: bool
     readers: Threads
     engines: Threads
     routes: MutableMapping[int, str | None]
@@ -172,7 +169,7 @@ class _Epoch:
         for place, row in enumerate(rows.tolist()):
             video = self.manifest.videos[row]
             if row not in self.routes:
-                why = supported(video, gpu=self.device.type == "cuda", exact_color=self.exact_color)
+                why = supported(video, gpu=self.device.type == "cuda")
                 self.routes[row] = None
                 if why is not None:
                     self.route(row, why)

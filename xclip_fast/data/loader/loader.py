@@ -1,4 +1,4 @@
-"""Batches of decoded videos for training and evaluation: one function, `loader`.
+"""Batches of decoded videos for training and evaluation: `loader`.
 
 The videos of a batch, their frames, crops and colors depend on (seed, epoch, row) alone. So an epoch is the same with
 any number of workers, on any number of ranks with the same global batch, and after a resume at any batch. Every usable
@@ -37,28 +37,13 @@ log = logging.getLogger(__name__)
 __all__ = ["Batch", "DataError", "Loader", "Report", "loader"]
 
 
-def loader(
-    manifest: Manifest | str | os.PathLike[str],
-    transform: Any,
-    batch_size: int,
-    *,
-    device: str | torch.device = "auto",
-    decoder: Literal["auto", "dali", "cpu"] = "auto",
-    seed: int = 0,
-    shuffle: bool = False,
-    rank: int = 0,
-    world: int = 1,
-    drop_last: bool = False,
-    workers: int | None = None,
-    threads: int | None = None,
-    prefetch: int = 2,
-    cache: str | os.PathLike[str] | None = None,
-    cache_bytes: int | None = None,
-    max_bad: float = 0.05,
-    timeout: float = 60.0,
-    decode: Decode | None = None,
-) -> Loader:
-    """The fastest loader for this machine: NVIDIA DALI on a CUDA device if it is installed, else PyAV in processes.
+class Loader:
+    """The batches of a manifest's videos, by the fastest way of this machine.
+
+    With a CUDA device and NVIDIA DALI, DALI decodes; otherwise PyAV decodes in processes. Iterating gives the batches
+    of one epoch and then raises `epoch` by one. The length is in batches. If an iteration is broken off, `epoch` stays,
+    and the next iteration starts that epoch over, unless a state of `state_dict` is loaded. A new iteration ends the
+    one before. Workers live as long as the loader, or until `close`.
 
     Args:
         manifest: the videos, or the path of their manifest (`manifest.index`).
@@ -84,74 +69,62 @@ def loader(
         ValueError: for a bad argument. ImportError: for decoder="dali" without DALI. RuntimeError: if /dev/shm cannot
         hold a batch. Iterating raises DataError; see `max_bad`.
     """
-    if not isinstance(manifest, Manifest):
-        manifest = Manifest.read(manifest)
-    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    if place.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device is {str(device)!r}, and torch sees no CUDA device; use device='auto' or 'cpu'")
-    counts = [("batch_size", batch_size, 1), ("prefetch", prefetch, 1), ("world", world, 1)]
-    counts += [("workers", 0 if workers is None else workers, 0), ("threads", 1 if threads is None else threads, 1)]
-    for name, value, least in counts:
-        if value < least:
-            raise ValueError(f"{name} is {value}; it must be at least {least}")
-    if not 0 <= rank < world:
-        raise ValueError(f"rank is {rank}; it must lie from 0 to world - 1 = {world - 1}")
-    if not 0 <= max_bad <= 1:
-        raise ValueError(f"max_bad is {max_bad}; a share from 0 to 1 is wanted")
-    if not timeout > 0:
-        raise ValueError(f"timeout is {timeout}; a positive number of seconds is wanted")
-    if decoder not in ("auto", "dali", "cpu"):
-        raise ValueError(f"decoder is {decoder!r}; it must be 'auto', 'dali' or 'cpu'")
-    refused = _no_dali(place, cache is not None or decode is not None)
-    if decoder == "dali" and refused:
-        raise (ImportError if "not installed" in refused else ValueError)(f"decoder='dali': {refused}")
-    if decoder == "auto" and refused and place.type == "cuda":
-        log.info("videos are decoded on the CPU: %s", refused)
-    if workers is None or threads is None:
-        workers, threads = _shares(workers, threads)
-    dali = decoder != "cpu" and not refused
-    if not dali:
-        check_shared_memory(batch_size * math.prod(_sample_shape(transform)), workers, prefetch)
-    kept = FrameCache(cache, cache_bytes) if cache is not None and decode is None else None
-    make = Decoder(transform, seed, _sample_shape(transform), threads, workers, kept, decode)
-    return Loader(
-        manifest,
-        batch_size,
-        Workers(make, workers, prefetch, place.type == "cuda", timeout),
-        device=place,
-        dali=dali,
-        shuffle=shuffle,
-        rank=rank,
-        world=world,
-        drop_last=drop_last,
-        max_bad=max_bad,
-    )
-
-
-class Loader:
-    """Iterating gives the batches of one epoch and then raises `epoch` by one; see `loader`. Its length is in batches.
-
-    If an iteration is broken off, `epoch` stays, and the next iteration starts that epoch over, unless a state of
-    `state_dict` is loaded. A new iteration ends the one before. Workers live as long as the loader, or until `close`.
-    """
 
     def __init__(
         self,
-        manifest: Manifest,
+        manifest: Manifest | str | os.PathLike[str],
+        transform: Any,
         batch_size: int,
-        workers: Workers,
         *,
-        device: torch.device,
-        dali: bool,
-        shuffle: bool,
-        rank: int,
-        world: int,
-        drop_last: bool,
-        max_bad: float,
+        device: str | torch.device = "auto",
+        decoder: Literal["auto", "dali", "cpu"] = "auto",
+        seed: int = 0,
+        shuffle: bool = False,
+        rank: int = 0,
+        world: int = 1,
+        drop_last: bool = False,
+        workers: int | None = None,
+        threads: int | None = None,
+        prefetch: int = 2,
+        cache: str | os.PathLike[str] | None = None,
+        cache_bytes: int | None = None,
+        max_bad: float = 0.05,
+        timeout: float = 60.0,
+        decode: Decode | None = None,
     ) -> None:
-        self.manifest, self.batch_size, self.device = manifest, batch_size, device
+        if not isinstance(manifest, Manifest):
+            manifest = Manifest.read(manifest)
+        place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        if place.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"device is {str(device)!r}, and torch sees no CUDA device; use device='auto' or 'cpu'")
+        counts = [("batch_size", batch_size, 1), ("prefetch", prefetch, 1), ("world", world, 1)]
+        counts += [("workers", 0 if workers is None else workers, 0), ("threads", 1 if threads is None else threads, 1)]
+        for name, value, least in counts:
+            if value < least:
+                raise ValueError(f"{name} is {value}; it must be at least {least}")
+        if not 0 <= rank < world:
+            raise ValueError(f"rank is {rank}; it must lie from 0 to world - 1 = {world - 1}")
+        if not 0 <= max_bad <= 1:
+            raise ValueError(f"max_bad is {max_bad}; a share from 0 to 1 is wanted")
+        if not timeout > 0:
+            raise ValueError(f"timeout is {timeout}; a positive number of seconds is wanted")
+        if decoder not in ("auto", "dali", "cpu"):
+            raise ValueError(f"decoder is {decoder!r}; it must be 'auto', 'dali' or 'cpu'")
+        refused = _no_dali(place, cache is not None or decode is not None)
+        if decoder == "dali" and refused:
+            raise (ImportError if "not installed" in refused else ValueError)(f"decoder='dali': {refused}")
+        if decoder == "auto" and refused and place.type == "cuda":
+            log.info("videos are decoded on the CPU: %s", refused)
+        if workers is None or threads is None:
+            workers, threads = _shares(workers, threads)
+        dali = decoder != "cpu" and not refused
+        if not dali:
+            check_shared_memory(batch_size * math.prod(_sample_shape(transform)), workers, prefetch)
+        kept = FrameCache(cache, cache_bytes) if cache is not None and decode is None else None
+        make = Decoder(transform, seed, _sample_shape(transform), threads, workers, kept, decode)
+        self.manifest, self.batch_size, self.device = manifest, batch_size, place
         self.decoder: Literal["dali", "cpu"] = "dali" if dali else "cpu"
-        self.workers, self._max_bad = workers, max_bad
+        self.workers, self._max_bad = Workers(make, workers, prefetch, place.type == "cuda", timeout), max_bad
         self._shuffle, self._rank, self._world, self._drop_last = shuffle, rank, world, drop_last
         self._usable = manifest.usable
         self._epoch, self._start, self._consumed = 0, 0, 0
@@ -164,7 +137,7 @@ class Loader:
         self._enter(manifest.bad, check=False)
         self._of_index = len(self._reasons)
         self._new_report(self._batches(0))
-        weakref.finalize(self, workers.close)
+        weakref.finalize(self, self.workers.close)
 
     @property
     def epoch(self) -> int:
@@ -362,6 +335,9 @@ class Loader:
                 f"{self.manifest.root}. Run `xclip-fast index` again: videos that it lists as bad are left out. "
                 "max_bad allows more"
             )
+
+
+loader = Loader  # used as a function: `for batch in loader(...)`
 
 
 def _moved(parts: tuple[torch.Tensor, ...], device: torch.device, stream: torch.cuda.Stream) -> list[torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Making a manifest: ``index`` reads what is new or changed in a source, and takes the rest from earlier manifests."""
+"""Making a manifest: ``index`` reads new and changed files of a source, and takes the rest from earlier manifests."""
 
 from __future__ import annotations
 
@@ -39,17 +39,8 @@ def index(
 ) -> Manifest:
     """Read every video of a source once, write a manifest and return it.
 
-    The source is a folder or a list in one of these forms, known by its content or by `format`:
-
-    folder: a folder for each class; "_" in its name stands for a space. data/riding_a_bike/001.mp4
-    flat: a folder of videos without classes. data/001.mp4
-    lines: path, space, id of the label, whose names `labels` gives. riding a bike/001.mp4 12
-    kinetics: the official csv; the files are found by YouTube id. abseiling,0347ZoDXyP0,95,105,train
-    ucf101: trainlist01.txt, testlist01.txt, ... next to classInd.txt; or their folder and split="train1".
-    hmdb51: the folder of brush_hair_test_split1.txt, ... and split="train1".
-    tar: uncompressed shards, as WebDataset makes them: one, a folder of them, or train-{0000..0099}.tar.
-
-    `xclip_fast.data.manifest.sources` has examples.
+    The source is a folder, a list or tar files, in one of the forms of `xclip_fast.data.manifest.sources`, which has
+    examples. The content decides the form, or `format` names it: folder, flat, lines, kinetics, ucf101, hmdb51 or tar.
 
     out: the manifest's file. Default: `manifest.jsonl` in the folder, or `LIST.manifest.jsonl` next to a list.
     labels: names of the classes, if the source has ids or their order matters: a csv with id,name, a text file with

@@ -68,12 +68,7 @@ def read_source(
     format: str | None = None,
     follow_links: bool = False,
 ) -> Listing:
-    """The videos of a source. `format`: one of the forms above; by default the content decides.
-
-    labels: class names: a csv of id,name, a text file with one name on each line, or the names themselves.
-    split: the part to take: a subfolder, a split in the csv of Kinetics, or train1 to test3 of UCF-101 and HMDB-51.
-    root: the folder that the paths of a list are relative to (default: the folder of the list).
-    follow_links: enter folders that are symbolic links.
+    """The videos of a source, with the arguments of `index`.
 
     Raises ValueError, with file and line, for a source of another form, and OSError if the source cannot be read.
     """
