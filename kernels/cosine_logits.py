@@ -9,7 +9,7 @@ from .dispatch import Op, triton_backend
 def cosine_logits_reference(video: Tensor, text: Tensor, scale: Tensor) -> Tensor:
     precise = torch.promote_types(video.dtype, torch.float32)
     video, text = video.to(precise), text.to(precise)
-    # exp(scale) <v, c> / (|v| |c|), one norm a row: no normalised copy
+    # exp(scale) <v, c> / (|v| |c|), one norm a row: no normalized copy
     dots = torch.einsum("be,bke->bk", video, text)
     norms = torch.linalg.vector_norm(video, dim=-1)[:, None] * torch.linalg.vector_norm(text, dim=-1)
     return dots * (scale.to(precise).exp() / norms)

@@ -15,7 +15,7 @@ def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float) ->
 
 
 def refuse_rows(x: Tensor, *_: object) -> str | None:
-    """Why kernels do not normalise the rows of x, or None."""
+    """Why kernels do not normalize the rows of x, or None."""
     width = x.shape[-1]
     return None if 1 <= width <= WIDEST_ROW else f"width {width} is not between 1 and {WIDEST_ROW}"
 

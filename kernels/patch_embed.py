@@ -1,4 +1,4 @@
-"""Frames to tokens: normalise, embed patches, add class token and positions, LN_pre (equation 4).
+"""Frames to tokens: normalize, embed patches, add class token and positions, LN_pre (equation 4).
 
 F frames (B * T), N = h w patches of P x P pixels, L = N + 1.
 """
@@ -116,8 +116,8 @@ def patch_embed(
     """Frames to the tokens that enter the first block (equation 4 and CLIP's LN_pre).
 
     Args:
-        frames: uint8 (F, H, W, 3), as decoded; or normalised float (F, 3, H, W). H and W are multiples of P.
-        weight: (D, 3, P, P), the embedding E of normalised pixels.
+        frames: uint8 (F, H, W, 3), as decoded; or normalized float (F, 3, H, W). H and W are multiples of P.
+        weight: (D, 3, P, P), the embedding E of normalized pixels.
         class_embedding: (D,).
         position: (L, D), L = H W / P^2 + 1.
         ln_weight, ln_bias: (D,).

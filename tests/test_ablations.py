@@ -58,7 +58,7 @@ def frames(batch: int = 2, count: int = 3) -> Tensor:
     return torch.randint(0, 256, (batch, count, 32, 32, 3), dtype=torch.uint8)
 
 
-def normalised(video: Tensor, config: XCLIPConfig) -> Tensor:
+def normalized(video: Tensor, config: XCLIPConfig) -> Tensor:
     mean, std = torch.tensor(config.image_mean).double(), torch.tensor(config.image_std).double()
     return ((video.double() / 255 - mean) / std).permute(0, 1, 4, 2, 3)
 
@@ -122,7 +122,7 @@ def test_every_switch_has_its_parameters_and_trains_them_all(config: XCLIPConfig
 def test_clip_mean_equals_clip_written_out() -> None:
     model, video = build(CLIP_MEAN).double(), frames()
     visual = model.visual
-    x = visual.conv1(normalised(video, CLIP_MEAN).flatten(0, 1)).flatten(2).transpose(1, 2)
+    x = visual.conv1(normalized(video, CLIP_MEAN).flatten(0, 1)).flatten(2).transpose(1, 2)
     x = torch.cat([visual.class_embedding.expand(len(x), 1, -1), x], 1) + visual.positional_embedding
     x = plain_transformer(visual.transformer.resblocks, visual.ln_pre(x))
     v = (visual.ln_post(x[:, 0]) @ visual.proj).view(2, 3, -1).mean(1)
@@ -245,7 +245,7 @@ def test_labels_and_vectors_share_the_context() -> None:
         model.encode_text(tokenize(["one two three four five six"]))
 
 
-def test_ensemble_is_the_mean_of_normalised_features() -> None:
+def test_ensemble_is_the_mean_of_normalized_features() -> None:
     assert len(TEMPLATES) == 16 == len(set(TEMPLATES))
     model = build(CONFIGS["+ MIT"])
     with torch.no_grad():
@@ -411,7 +411,7 @@ def test_a_timm_vit_starts_the_vision_tower_exactly(tmp_path, stored: str, caplo
         model.expand_from(path)
     assert not caplog.records
     video = frames(2, 3)
-    pixels = normalised(video, config)
+    pixels = normalized(video, config)
     wanted = timm_forward(state, pixels.flatten(0, 1))
     tower = model.visual.eval()
     for images, tolerance in ((pixels.flatten(0, 1), 1e-9), (video.flatten(0, 1), 1e-5)):

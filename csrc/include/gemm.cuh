@@ -1,4 +1,4 @@
-// y = epilogue(x W^T) as a CUTLASS 3.x kernel: TMA loads and stores, warp-specialised, persistent, WGMMA, sm_90a.
+// y = epilogue(x W^T) as a CUTLASS 3.x kernel: TMA loads and stores, warp-specialized, persistent, WGMMA, sm_90a.
 //
 // x (M, K) is row-major, W (N, K) is row-major too: for CUTLASS a column-major (K, N). y (M, N) is row-major.
 #pragma once

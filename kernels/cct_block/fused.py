@@ -289,7 +289,7 @@ def saved_like(*args: Any) -> tuple[Tensor, ...]:
 
 def backward(grads: Sequence[Any], saved: Sequence[Tensor], needs: Sequence[bool], *args: Any) -> list[Tensor]:
     from ..triton.column_sums import scaled
-    from ..triton.layer_norm import Spare, normalise_backward
+    from ..triton.layer_norm import Spare, normalize_backward
 
     b = _plain(args)
     p, x, dtype = _plan_of(b, True), _rows(b.x), b.in_weight.dtype
@@ -312,7 +312,7 @@ def backward(grads: Sequence[Any], saved: Sequence[Tensor], needs: Sequence[bool
         given["projection_weight"] = torch.mm(dbranch.T, h)
     del h
     # u = LN_2(z) W1^T + b1, and z passes it: dz, its copy for the branch below and that one's bias, in one pass
-    below = normalise_backward(
+    below = normalize_backward(
         torch.mm(du, b.fc_weight),
         z,
         mean_2,
@@ -345,7 +345,7 @@ def backward(grads: Sequence[Any], saved: Sequence[Tensor], needs: Sequence[bool
     # qkv = LN_1([x, m]) W^T + b, and x passes it: the messages stood in the spare rows
     _, given["in_bias"], _ = scaled(dqkv, dtype)
     spare = Spare(message_saved[2], *message_saved[3][2:]) if b.frames else None
-    first = normalise_backward(
+    first = normalize_backward(
         torch.mm(dqkv, b.in_weight),
         x,
         mean_1,

@@ -71,11 +71,11 @@ class Target(NamedTuple):
 def _normed(
     save: bool, x: Tensor, known: Normed, norm: Norm, dtype: torch.dtype, spare: "Spare | None" = None
 ) -> Normed:
-    from ..triton.layer_norm import normalise
+    from ..triton.layer_norm import normalize
 
     if known.rows is not None and (known.mean is not None or not save):
         return known
-    _, rows, mean, rstd = normalise(x, norm.weight, norm.bias, norm.eps, dtype, save, spare=spare)
+    _, rows, mean, rstd = normalize(x, norm.weight, norm.bias, norm.eps, dtype, save, spare=spare)
     return Normed(rows, mean, rstd)
 
 
@@ -110,12 +110,12 @@ def _library_slope(
 
 
 def _library_residual(a: Tensor, weight: Tensor, bias: Tensor, to: Target) -> tuple[Tensor, Normed]:
-    from ..triton.layer_norm import Branch, normalise
+    from ..triton.layer_norm import Branch, normalize
 
     # product, then one pass: bias, drop path, residual, LayerNorm, statistics
     branch = Branch(torch.mm(a, weight.T), bias, to.drop_scale, to.later)
     ln_weight, ln_bias, eps = to.norm or (None, None, 0.0)
-    z, rows, mean, rstd = normalise(to.x, ln_weight, ln_bias, eps, to.dtype if to.norm else None, to.statistics, branch)
+    z, rows, mean, rstd = normalize(to.x, ln_weight, ln_bias, eps, to.dtype if to.norm else None, to.statistics, branch)
     return z, Normed(rows, mean, rstd)
 
 

@@ -15,7 +15,7 @@ from .launching import arch, cdiv, launch, next_power_of_2, processors, tile
 
 @triton.jit
 def _place(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
-    """Row and column of a tile: columns of GROUP_M tiles, so that neighbours in time share rows and columns in L2."""
+    """Row and column of a tile: columns of GROUP_M tiles, so that neighbors in time share rows and columns in L2."""
     in_group = tile % (GROUP_M * tiles_n)
     first = tile // (GROUP_M * tiles_n) * GROUP_M
     height = tl.minimum(tiles_m - first, GROUP_M)

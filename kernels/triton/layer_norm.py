@@ -205,7 +205,7 @@ def _spare(spare: Spare | None, rows: int) -> tuple[tuple[Tensor | None, ...], i
     return ((None,) * 3, 1) if spare is None else (tuple(spare), rows // spare.rows.shape[0])
 
 
-def normalise(
+def normalize(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -265,7 +265,7 @@ def normalise(
 
 def row_statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Mean and 1 / sqrt(variance + eps) of each row of x (M, D), any row stride: (M,) float32 each."""
-    _, _, mean, rstd = normalise(x, None, None, eps, None, True)
+    _, _, mean, rstd = normalize(x, None, None, eps, None, True)
     assert mean is not None
     assert rstd is not None
     return mean, rstd
@@ -276,7 +276,7 @@ def _sample_rows(rows: int, drop_scale: Tensor | None) -> int:
 
 
 class LayerNormGrads(NamedTuple):
-    """What ``normalise_backward`` writes; None for what was not wanted."""
+    """What ``normalize_backward`` writes; None for what was not wanted."""
 
     dx: Tensor  # (M, D), in x's dtype
     dweight: Tensor  # (D,), in the weight's dtype
@@ -286,7 +286,7 @@ class LayerNormGrads(NamedTuple):
     sums: Tensor | None  # (D,), too: the column sums of s dx
 
 
-def normalise_backward(
+def normalize_backward(
     dy: Tensor,
     x: Tensor,
     mean: Tensor,
@@ -354,7 +354,7 @@ def normalise_backward(
 def forward(
     save: bool, x: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    _, y, mean, rstd = normalise(rows_of(x), weight.contiguous(), bias.contiguous(), eps, x.dtype, save)
+    _, y, mean, rstd = normalize(rows_of(x), weight.contiguous(), bias.contiguous(), eps, x.dtype, save)
     assert y is not None
     saved = () if mean is None or rstd is None else (mean, rstd)
     return (y.view(x.shape),), saved
@@ -370,6 +370,6 @@ def backward(
     eps: float,
 ) -> list[Tensor]:
     mean, rstd = saved
-    dx, dweight, dbias, *_ = normalise_backward(rows_of(grads[0]), rows_of(x), mean, rstd, weight.contiguous())
+    dx, dweight, dbias, *_ = normalize_backward(rows_of(grads[0]), rows_of(x), mean, rstd, weight.contiguous())
     result = (dx.view(x.shape), dweight.to(weight.dtype), dbias.to(bias.dtype))
     return [gradient for gradient, need in zip(result, needs, strict=False) if need]

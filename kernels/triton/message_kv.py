@@ -19,7 +19,7 @@ from ..attention import attention_reference, reference_backward, takes
 from . import attention
 from .attention_tiles import LOG2_E, attend_tile, power_of_two
 from .launching import cdiv, launch, tile
-from .layer_norm import Spare, normalise_backward
+from .layer_norm import Spare, normalize_backward
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -223,7 +223,7 @@ def backward(dfused: Tensor, saved: Sequence[Tensor], wanted: set[str], b: Any) 
     dqkv = backward(dmixed, heads, mixed.view(dmixed.shape), (lse,)).reshape(qkv.shape)
     parameters("message_out", dbranch, mixed)
     # qkv = LN_m(m) W + b, and the residual
-    dmessage, given["message_ln_weight"], given["message_ln_bias"], normed, *_ = normalise_backward(
+    dmessage, given["message_ln_weight"], given["message_ln_bias"], normed, *_ = normalize_backward(
         torch.mm(dqkv, b.message_in_weight),
         message,
         mean,

@@ -1,4 +1,4 @@
-"""patch_embed: frames to normalised, positioned tokens: a GEMM that gathers its rows from the pixels, then LN_pre.
+"""patch_embed: frames to normalized, positioned tokens: a GEMM that gathers its rows from the pixels, then LN_pre.
 
 F frames, N patches of P x P pixels, L = N + 1 tokens, D width, K = 3 P^2 pixels of a patch.
 """
@@ -17,7 +17,7 @@ from ..linear import linear
 from ..patch_embed import for_levels
 from .gemm import rows_of
 from .launching import cdiv, launch, tile
-from .layer_norm import normalise, normalise_backward
+from .layer_norm import normalize, normalize_backward
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -57,7 +57,7 @@ def _tokens_kernel(
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, DEPTH, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
-        if LEVELS:  # a row of a patch is 3 P neighbouring bytes
+        if LEVELS:  # a row of a patch is 3 P neighboring bytes
             offset = k // (3 * PATCH) * y_stride + k % (3 * PATCH)
         else:
             pixel = k % (PATCH * PATCH)
@@ -136,7 +136,7 @@ def forward(
         **options,
     )
     tokens[:, 0] = class_embedding + position[0]
-    _, out, *statistics = normalise(
+    _, out, *statistics = normalize(
         tokens.view(-1, width), ln_weight.contiguous(), ln_bias.contiguous(), eps, tokens.dtype, save
     )
     assert out is not None
@@ -174,7 +174,7 @@ def backward(
     count, down, across = _grid(frames, weight, position)
     width, _, patch, _ = weight.shape
     levels = frames.dtype == torch.uint8
-    dtokens, dln_weight, dln_bias, *_ = normalise_backward(
+    dtokens, dln_weight, dln_bias, *_ = normalize_backward(
         rows_of(grads[0]), tokens.view(-1, width), row_mean.view(-1), row_rstd.view(-1), ln_weight.contiguous()
     )
     dtokens = dtokens.view(tokens.shape)

@@ -12,7 +12,7 @@ from torch import Tensor
 from .activation import quick_gelu_value
 from .gemm import rows_of
 from .launching import cdiv, launch
-from .layer_norm import normalise, saturate
+from .layer_norm import normalize, saturate
 from .quick_gelu import BLOCK
 
 
@@ -34,7 +34,7 @@ def layer_norm_fp8(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple
     """LN(x) of x (M, D) in e4m3, contiguous, each row over its scale, and the scales (M,) float32."""
     x = rows_of(x)
     scale = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
-    _, y, *_ = normalise(x, weight.contiguous(), bias.contiguous(), eps, torch.float8_e4m3fn, scale=scale)
+    _, y, *_ = normalize(x, weight.contiguous(), bias.contiguous(), eps, torch.float8_e4m3fn, scale=scale)
     assert y is not None
     return y, scale
 

@@ -58,7 +58,7 @@ def low(args: tuple[Any, ...]) -> tuple[Any, ...]:
     )
 
 
-# ---- quantising
+# ---- quantizing
 
 
 def test_saturating_rounds_to_the_nearest() -> None:

@@ -359,7 +359,7 @@ def test_kernels_keep_a_float32_residual_under_autocast() -> None:
 
 
 @pytest.mark.parametrize("kind", [torch.uint8, torch.float64])
-def test_patch_embed_is_a_convolution_of_normalised_frames(kind: torch.dtype) -> None:
+def test_patch_embed_is_a_convolution_of_normalized_frames(kind: torch.dtype) -> None:
     levels = torch.randint(0, 256, (2, 24, 24, 3), dtype=torch.uint8)
     args = patch_case(levels)
     mean, std = (torch.tensor(numbers, dtype=torch.float64) for numbers in args[6:8])
