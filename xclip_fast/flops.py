@@ -89,10 +89,11 @@ def count(
         batch: B.
         counting: ``"paper"``: the released computation, with the message as a full token of the sequence, labels padded
             to the context, and patches projected frame by frame (one video and one label give Table 1).
-            ``"actual"``: the computation of ``XCLIP`` without cached text: the message as key and value only, one
-            projection of the mean patches, the first prompt layer's query once for the batch, and packed labels (their
-            attention pads to the longest label, as every backend does). After the last attention of the labels only
-            their end-of-text rows are computed. Learned vectors count as tokens.
+            ``"actual"``: the computation of ``XCLIP`` without cached text: the message as one row of the projection
+            (fused blocks compute its row of the FFN too, for nothing), one projection of the mean patches, the first
+            prompt layer's query once for the batch, and packed labels (their attention pads to the longest label, as
+            every backend does). After the last attention of the labels only their end-of-text rows are computed.
+            Learned vectors count as tokens.
 
     Raises:
         ValueError: if a size is below 1, a label has more tokens than the context, or ``counting`` is another word.
@@ -140,7 +141,7 @@ def _video(config: XCLIPConfig, batch: int, frames: int, paper: bool) -> Iterato
     if isinstance(vision, SwinConfig):
         yield from _windows(vision, F)
     else:
-        yield from _cross_frame(vision, batch, frames, paper)
+        yield from _cross_frame(vision, batch, frames)
     yield Product("frame_projection", F, vision.width, E)
     yield from _block("mit", F, E, config.mit_layers)
     assert config.mit_heads is not None
@@ -149,23 +150,21 @@ def _video(config: XCLIPConfig, batch: int, frames: int, paper: bool) -> Iterato
         yield Product("patch_projection", (F if paper else batch) * vision.patches, vision.width, E)
 
 
-def _cross_frame(vision: VisionConfig, batch: int, frames: int, paper: bool) -> Iterator[Product]:
+def _cross_frame(vision: VisionConfig, batch: int, frames: int) -> Iterator[Product]:
     D, N, F, layers = vision.width, vision.patches, batch * frames, vision.layers
     L = N + 1
     messages = int(vision.cross_frame)
-    rows = L + messages  # the paper's way the message asks too; ours has a spare row that goes through all of a block
+    rows = L + messages  # the message is one more row up to the FFN
     yield Product("patch_embed", F * N, 3 * vision.patch_size**2, D)
     if messages:
         yield Product("message_kv", F, D, D, layers)  # message token
         yield Product("message_kv", F, D, 3 * D, layers)
         yield from _attention("message_kv", frames, frames, D, vision.heads, batch * layers)
         yield Product("message_kv", F, D, D, layers)
-        if not paper:
-            yield Product("message_kv", F, D, 2 * D, layers)
     yield Product("ln_linear", F * rows, D, 3 * D, layers)
     yield from _attention("diffusion_attention", rows, rows, D, vision.heads, F * layers)
     yield Product("linear_residual", F * rows, D, D, layers)
-    yield from _feed_forward("mlp", F * (L if paper else rows), D, layers)
+    yield from _feed_forward("mlp", F * L, D, layers)
 
 
 def _windows(vision: SwinConfig, F: int) -> Iterator[Product]:
