@@ -40,8 +40,8 @@ class Flops:
     """Multiply-adds by part. ``message_kv`` to ``mlp`` are the blocks of the vision tower, by op."""
 
     patch_embed: int = 0
-    message_kv: int = 0  # message token, CFA, and the message's key and value (the latter in ln_linear, paper's way)
-    ln_linear: int = 0  # queries, keys and values of IFA
+    message_kv: int = 0  # message token and CFA
+    ln_linear: int = 0  # queries, keys and values of IFA, the message's too
     diffusion_attention: int = 0
     linear_residual: int = 0  # output projection of IFA
     mlp: int = 0
@@ -64,11 +64,6 @@ class Flops:
     def to_dict(self) -> dict[str, int]:
         """Every part, ``video`` and ``total``."""
         return {**dataclasses.asdict(self), "video": self.video, "total": self.total}
-
-
-VIDEO_PARTS = tuple(
-    field.name for field in dataclasses.fields(Flops) if field.name not in ("text", "prompts", "similarity")
-)
 
 
 def count(
