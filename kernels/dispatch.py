@@ -10,7 +10,6 @@ or torch.export traces, plain torch calls are traced through, and a kernel is en
 """
 
 import contextlib
-import importlib
 import inspect
 import logging
 import os
@@ -21,13 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import choices, registration
+from . import choices, registration, triton
 from .example import Maker, Sizes
 from .support import FLOATS, Backend, Call, asked, on_triton
 
 logger = logging.getLogger("xclip_fast")
 
 OPS: dict[str, "Op"] = {}
+_names = {"onednn"}  # of all backends
 
 
 class BackendError(RuntimeError):
@@ -43,23 +43,20 @@ off_gpu = int(INTERPRETED)
 def triton_backend(op: str, refuse: Callable[..., str | None] | None = None) -> Backend:
     """The backend of ``kernels/triton/<op>.py``, imported at its first call."""
 
-    def module() -> Any:
-        return importlib.import_module(f"{__package__}.triton.{op}")
-
     return on_triton(
-        lambda save, *args: module().forward(save, *args),
-        lambda grads, saved, needs, *args: module().backward(grads, saved, needs, *args),
+        lambda save, *args: getattr(triton, op).forward(save, *args),
+        lambda grads, saved, needs, *args: getattr(triton, op).backward(grads, saved, needs, *args),
         refuse=refuse,
     )
 
 
 def backends() -> tuple[str, ...]:
     """The names of all backends: those of the ops, those of the parts of a block, and onednn (cpu.py)."""
-    return tuple(sorted({"onednn", *(name for op in OPS.values() for name in op.names)}))
+    return tuple(sorted(_names))
 
 
 def _checked(name: str) -> str:
-    if name != "auto" and name not in backends():
+    if name != "auto" and name not in _names:
         raise ValueError(f"no backend is called {name!r}; choose one of auto, {', '.join(backends())}")
     return name
 
@@ -133,14 +130,16 @@ class Op:
         parameters = list(inspect.signature(reference).parameters)
         self.autocast = tuple(parameters.index(name) for name in autocast)
         OPS[self.name] = self
+        _names.update(self.names)
         self.registered, self.registered_saving = registration.register(self)
 
     def asked(self, args: tuple[Any, ...], training: bool = False) -> Iterator[tuple[Backend, str | None]]:
         """The backends in the order in which they are asked, each with the reason why it is not taken, or None."""
         forced, tensors = _checked(_forced), [arg for arg in args if isinstance(arg, Tensor)]
         interpreted = off_gpu if off_gpu > 1 or forced == "triton" else 0
-        floats = [each.dtype for each in tensors if each.is_floating_point() or each.is_complex()]
-        call = Call(tensors[0].device, tuple(floats), training, interpreted=interpreted)
+        dtypes = dict.fromkeys([each.dtype for each in tensors])
+        floats = tuple(each for each in dtypes if each.is_floating_point or each.is_complex)
+        call = Call(tensors[0].device, floats, training, interpreted=interpreted)
         measured = () if forced in self.names else self._measured(args, training)
         return asked(self.backends, forced, measured, lambda each: each.refusal(call, *args))
 

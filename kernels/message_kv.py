@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import cuda_library
+from . import cuda_library, triton
 from .attention import triton_saved
 from .parts import Case, Part
 from .support import HALF, UNMEASURED, Backend, on_triton
@@ -23,15 +23,11 @@ CUDA_ROWS = 64
 
 
 def _triton_forward(save: bool, b: Any) -> tuple[Any, Callable[[Tensor], None], tuple[Tensor, ...]]:
-    from .triton import message_kv
-
-    return message_kv.forward(save, b)
+    return triton.message_kv.forward(save, b)
 
 
 def _triton_backward(dm: Tensor, saved: Any, wanted: set[str], b: Any) -> tuple[dict[str, Tensor], Tensor]:
-    from .triton import message_kv
-
-    return message_kv.backward(dm, saved, wanted, b)
+    return triton.message_kv.backward(dm, saved, wanted, b)
 
 
 SAVED = 6

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import triton
 from ..parts import Case, Part
 from ..support import UNMEASURED, Backend, on_triton
-from ..triton import ONE_TILE
 from . import libraries
 
 
@@ -71,20 +71,16 @@ def takes(channels: int) -> bool:
 
 
 def _triton_forward(save: bool, qkv: Tensor, causal: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
-    from ..triton import attention
-
-    return attention.forward(save, qkv)
+    return triton.attention.forward(save, qkv)
 
 
 def _triton_backward(dout: Tensor, qkv: Tensor, out: Tensor, saved: tuple[Tensor, ...], causal: bool) -> Tensor:
-    from ..triton import attention
-
-    return attention.backward(dout, qkv, out, saved)
+    return triton.attention.backward(dout, qkv, out, saved)
 
 
 def triton_saved(qkv: Tensor) -> tuple[Tensor, ...]:
     """An empty log-sum-exp, if its forward saves one."""
-    one_tile = not takes(qkv.shape[-1]) or qkv.shape[1] <= ONE_TILE[qkv.element_size()]
+    one_tile = not takes(qkv.shape[-1]) or qkv.shape[1] <= triton.ONE_TILE[qkv.element_size()]
     return () if one_tile else libraries.log_sum_exp(qkv)
 
 
@@ -109,15 +105,11 @@ ATTENTION = Part(
 
 
 def _packed_forward(qkv: Tensor, offsets: Tensor, longest: int) -> Tensor:
-    from ..triton import packed_attention
-
-    return packed_attention.forward(qkv, offsets, longest)
+    return triton.packed_attention.forward(qkv, offsets, longest)
 
 
 def _packed_backward(dout: Tensor, qkv: Tensor, offsets: Tensor, longest: int) -> Tensor:
-    from ..triton import packed_attention
-
-    return packed_attention.backward(dout, qkv, offsets, longest)
+    return triton.packed_attention.backward(dout, qkv, offsets, longest)
 
 
 def _refuse_packed(case: Case) -> str | None:

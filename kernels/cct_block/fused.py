@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import choices, dispatch, overlap
+from .. import choices, dispatch, overlap, triton
 from ..arguments import GELUS, Block
 from ..attention import ATTENTION, PACKED_ATTENTION, WINDOW_ATTENTION
 from ..layer_norm import WIDEST_ROW
@@ -41,10 +41,9 @@ def case_of(b: Block, training: bool) -> Case:
     """The kind of call that these arguments are."""
     x, device = b.x, b.x.device
     width, packed = int(x.shape[-1]), b.offsets is not None
-    dtype = b.in_weight.dtype
-    autocast = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
-    if autocast and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device.type)
+    dtype, kind = b.in_weight.dtype, device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(kind)
     drops = (b.drop_fusion, b.drop_attention, b.drop_feed_forward)
     if b.backend:  # traced: sizes may be symbols, and the plan must not depend on them
         count, length, rows = 1, 1, 1
@@ -155,7 +154,25 @@ def refuse(*args: Any) -> str | None:
         drop is not None and drop.requires_grad for drop in (b.drop_fusion, b.drop_attention, b.drop_feed_forward)
     ):
         return "a drop path factor requires a gradient"
-    return _refusal(*case_of(b, grad and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)))
+    case = case_of(b, grad and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args))
+    if torch.compiler.is_compiling():
+        return _refusal(*case)
+    found = plan(case)
+    return found if isinstance(found, str) else None
+
+
+def inference_plan(b: Block) -> Plan | None:
+    """The plan of an eager call that wants no gradient, if there is one. The op would find the same, but it asks what
+    the backend for every call of a forward is; None: ask it."""
+    x = b.x
+    if dispatch.forced_backend() not in ("auto", *PART_NAMES):
+        return None
+    if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in b):
+        return None
+    if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
+        return None  # the op lowers the weights
+    found = plan(case_of(b, False))
+    return None if isinstance(found, str) else found
 
 
 def _plan_of(b: Block, training: bool) -> Plan:
@@ -167,9 +184,10 @@ def _plan_of(b: Block, training: bool) -> Plan:
 
 def _plain(args: Sequence[Any]) -> Block:
     """The arguments with neighboring numbers side by side, as kernels read them; a copy of those that are not."""
-    plain: Any = (
-        arg.contiguous() if isinstance(arg, Tensor) and arg.dim() and arg.stride(-1) != 1 else arg for arg in args
-    )
+    plain: Any = [
+        arg.contiguous() if isinstance(arg, Tensor) and not arg.is_contiguous() and arg.stride(-1) != 1 else arg
+        for arg in args
+    ]
     return Block(*plain)
 
 
@@ -182,8 +200,14 @@ def _norms(b: Block) -> tuple[Norm, Norm]:
 
 
 def forward(save: bool, *args: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    b = _plain(args)
-    p, x, (norm_1, norm_2) = _plan_of(b, save), _rows(b.x), _norms(b)
+    b = Block(*args)
+    return run(save, b, _plan_of(b, save))
+
+
+def run(save: bool, b: Block, p: Plan) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """``forward`` by a plan."""
+    b = _plain(b)
+    x, (norm_1, norm_2) = _rows(b.x), _norms(b)
 
     def project(spare: Any) -> tuple[Tensor, Normed]:
         layer = Layer(norm_1, b.in_weight, b.in_bias)
@@ -288,9 +312,6 @@ def saved_like(*args: Any) -> tuple[Tensor, ...]:
 
 
 def backward(grads: Sequence[Any], saved: Sequence[Tensor], needs: Sequence[bool], *args: Any) -> list[Tensor]:
-    from ..triton.column_sums import scaled
-    from ..triton.layer_norm import Spare, normalize_backward
-
     b = _plain(args)
     p, x, dtype = _plan_of(b, True), _rows(b.x), b.in_weight.dtype
     assert p.fc.backward is not None
@@ -305,14 +326,14 @@ def backward(grads: Sequence[Any], saved: Sequence[Tensor], needs: Sequence[bool
     dy = dy if dy.stride(1) == 1 else dy.contiguous()
 
     # y = z + s (h W2^T + b2), h = act(u)
-    dbranch, given["projection_bias"], _ = scaled(dy, dtype, b.drop_feed_forward)
+    dbranch, given["projection_bias"], _ = triton.column_sums.scaled(dy, dtype, b.drop_feed_forward)
     keep = "projection_weight" in wanted
     du, given["fc_bias"], h = p.fc.backward(dbranch, b.projection_weight, u, b.activation, keep)
     if h is not None:
         given["projection_weight"] = torch.mm(dbranch.T, h)
     del h
     # u = LN_2(z) W1^T + b1, and z passes it: dz, its copy for the branch below and that one's bias, in one pass
-    below = normalize_backward(
+    below = triton.layer_norm.normalize_backward(
         torch.mm(du, b.fc_weight),
         z,
         mean_2,
@@ -343,9 +364,9 @@ def backward(grads: Sequence[Any], saved: Sequence[Tensor], needs: Sequence[bool
         dqkv = p.attention.backward(dmixed.view(mixed.shape), heads, b.offsets, b.longest)
     dqkv = dqkv.reshape(qkv.shape)
     # qkv = LN_1([x, m]) W^T + b, and x passes it: the messages stood in the spare rows
-    _, given["in_bias"], _ = scaled(dqkv, dtype)
-    spare = Spare(message_saved[2], *message_saved[3][2:]) if b.frames else None
-    first = normalize_backward(
+    _, given["in_bias"], _ = triton.column_sums.scaled(dqkv, dtype)
+    spare = triton.layer_norm.Spare(message_saved[2], *message_saved[3][2:]) if b.frames else None
+    first = triton.layer_norm.normalize_backward(
         torch.mm(dqkv, b.in_weight),
         x,
         mean_1,

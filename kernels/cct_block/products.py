@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import cuda_library
+from .. import cuda_library, triton
 from ..arguments import GELUS
 from ..derived import cast, kept
 from ..parts import Case, Part
@@ -71,20 +71,16 @@ class Target(NamedTuple):
 def _normed(
     save: bool, x: Tensor, known: Normed, norm: Norm, dtype: torch.dtype, spare: "Spare | None" = None
 ) -> Normed:
-    from ..triton.layer_norm import normalize
-
     if known.rows is not None and (known.mean is not None or not save):
         return known
-    _, rows, mean, rstd = normalize(x, norm.weight, norm.bias, norm.eps, dtype, save, spare=spare)
+    _, rows, mean, rstd = triton.layer_norm.normalize(x, norm.weight, norm.bias, norm.eps, dtype, save, spare=spare)
     return Normed(rows, mean, rstd)
 
 
 def _activate(save: bool, u: Tensor, activation: str) -> Tensor:
     if activation in GELUS:
         return F.gelu(u, approximate=GELUS[activation])
-    from ..triton.quick_gelu import quick_gelu
-
-    return quick_gelu(u, None if save else u)
+    return triton.quick_gelu.quick_gelu(u, None if save else u)
 
 
 def _library_norm_linear(
@@ -104,25 +100,20 @@ def _library_slope(
     if activation in GELUS:
         du = torch.ops.aten.gelu_backward(dh, u, approximate=GELUS[activation])
         return du, du.sum(0, dtype=torch.float32), _activate(True, u, activation) if keep else None
-    from ..triton.column_sums import scaled
-
-    return scaled(dh, weight.dtype, slope_at=u, keep=keep)
+    return triton.column_sums.scaled(dh, weight.dtype, slope_at=u, keep=keep)
 
 
 def _library_residual(a: Tensor, weight: Tensor, bias: Tensor, to: Target) -> tuple[Tensor, Normed]:
-    from ..triton.layer_norm import Branch, normalize
-
     # product, then one pass: bias, drop path, residual, LayerNorm, statistics
-    branch = Branch(torch.mm(a, weight.T), bias, to.drop_scale, to.later)
+    branch = triton.layer_norm.Branch(torch.mm(a, weight.T), bias, to.drop_scale, to.later)
     ln_weight, ln_bias, eps = to.norm or (None, None, 0.0)
-    z, rows, mean, rstd = normalize(to.x, ln_weight, ln_bias, eps, to.dtype if to.norm else None, to.statistics, branch)
+    dtype = to.dtype if to.norm else None
+    z, rows, mean, rstd = triton.layer_norm.normalize(to.x, ln_weight, ln_bias, eps, dtype, to.statistics, branch)
     return z, Normed(rows, mean, rstd)
 
 
 def _gemm(*args: Any, **options: Any) -> tuple[Tensor, ...]:
-    from ..triton.gemm import gemm
-
-    return gemm(*args, **options)
+    return triton.gemm.gemm(*args, **options)
 
 
 # The functions of the CUDA library take the same arguments as Triton's GEMM, as far as they have them.
@@ -139,13 +130,10 @@ def _fused_norm_linear(
     norm, weight, bias, activation = layer
     options: Any = {"activation": bool(activation), "keep": bool(activation) and save}
     if known.rows is None and x.dtype == weight.dtype != torch.float32 and x.shape[0] >= FOLD_FROM:
-        from ..triton.fold import fold
-        from ..triton.layer_norm import row_statistics
-
         mean, rstd = known.mean, known.rstd
         if mean is None or rstd is None:
-            mean, rstd = row_statistics(x, norm.eps)
-        folded, sums, shift = kept("fold", fold, weight, norm.weight, norm.bias, bias)
+            mean, rstd = triton.layer_norm.row_statistics(x, norm.eps)
+        folded, sums, shift = kept("fold", triton.fold.fold, weight, norm.weight, norm.bias, bias)
         found, known = product(x, folded, bias=shift, norm=(mean, rstd, sums), **options), Normed(None, mean, rstd)
     else:
         known = _normed(save, x, known, norm, weight.dtype, spare)
@@ -194,12 +182,11 @@ def _nothing(*_: Any) -> tuple[Tensor, ...]:
 
 def _backends(library: Any, fused: Any, on_cuda: Any, *slopes: Callable[..., Any]) -> tuple[Backend, ...]:
     library_slope, fused_slope = slopes or (None, None)
-    triton, cuda = functools.partial(fused, _gemm), functools.partial(fused, on_cuda)
     own: dict[str, Any] = {"opt_in": UNMEASURED, "saved": _nothing}
     return (
         Backend("library", library, library_slope, dtypes=ON_TRITON, saved=_nothing),
-        on_triton(triton, fused_slope, refuse=_refuse_float32, **own),
-        Backend("cuda", cuda, fused_slope, dtypes=HALF, refuse=_refuse_cuda, **own),
+        on_triton(functools.partial(fused, _gemm), fused_slope, refuse=_refuse_float32, **own),
+        Backend("cuda", functools.partial(fused, on_cuda), fused_slope, dtypes=HALF, refuse=_refuse_cuda, **own),
     )
 
 

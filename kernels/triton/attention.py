@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .attention_backward import backward
 from .attention_tiles import LOG2_E, channels_contiguous, fits_one_tile, sequence_tile
-from .launching import launch
+from .launching import Prepared, prepared
 
 __all__ = ["backward", "forward"]
 
@@ -124,22 +124,17 @@ def forward(save: bool, qkv: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
     qkv = channels_contiguous(qkv)
     count, length, _, heads, channels = qkv.shape
     save = save and not fits_one_tile(qkv)
-    out = qkv.new_empty(count, length, heads, channels)
-    lse = qkv.new_empty((count, heads, length) if save else 1, dtype=torch.float32)
-    use, blocks, _ = sequence_tile("attention", qkv)
-    launch(
-        attention_fwd_kernel,
-        (count * heads * blocks,),
-        qkv,
-        out,
-        lse,
-        *qkv.stride()[:4],
-        channels**-0.5 * LOG2_E,
-        use["FULL"] * use["BLOCK_N"],
-        S=length,
-        HEADS=heads,
-        C=channels,
-        SAVE=save,
-        **use,
-    )
+    out = torch.empty(count, length, heads, channels, dtype=qkv.dtype, device=qkv.device)
+    lse = torch.empty((count, heads, length) if save else 1, dtype=torch.float32, device=qkv.device)
+    _prepare(qkv.device, qkv.dtype.itemsize, count, length, heads, channels, save, *qkv.stride()[:4])(qkv, out, lse)
     return out, (lse,) if save else ()
+
+
+@prepared
+def _prepare(
+    device: torch.device, size: int, count: int, length: int, heads: int, channels: int, save: bool, *strides: int
+) -> Prepared:
+    use, blocks, _ = sequence_tile("attention", device, length, size)
+    numbers = (*strides, channels**-0.5 * LOG2_E, use["FULL"] * use["BLOCK_N"])
+    grid = (count * heads * blocks,)
+    return Prepared(device, attention_fwd_kernel, grid, numbers, S=length, HEADS=heads, C=channels, SAVE=save, **use)

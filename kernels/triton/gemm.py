@@ -4,13 +4,15 @@ residual and row statistics ride in its epilogue. The algebra is derived in docs
 M rows, N columns, K summed. Programs walk over the tiles of y; from sm_90 on tiles move through tensor descriptors.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .activation import quick_gelu_slope, quick_gelu_value
-from .launching import arch, cdiv, launch, next_power_of_2, processors, tile
+from .launching import Prepared, arch, cdiv, next_power_of_2, prepared, processors, tile
 
 
 @triton.jit
@@ -217,10 +219,69 @@ def rows_of(x: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
 
-def _describable(x: Tensor) -> bool:
-    """Whether a tensor descriptor takes these rows: base and row stride in whole 16 bytes."""
-    size = x.element_size()
-    return x.data_ptr() % 16 == 0 and x.stride(0) * size % 16 == 0 and x.stride(0) > 0 and x.shape[1] * size >= 16
+class _Launches(NamedTuple):
+    """What a product launches."""
+
+    product: Prepared
+    merge: Prepared | None  # of the statistics
+    tiles: int  # of rows
+    slots: int
+
+
+@prepared
+def _prepare(
+    device: torch.device,
+    dtype: torch.dtype,
+    out: torch.dtype,
+    M: int,
+    N: int,
+    K: int,
+    a_row: int,
+    b_row: int,
+    residual_row: int | None,
+    sample_rows: int,
+    mode: str,
+    transposed: bool,
+    aligned: bool,
+    keep: bool,
+    eps: float | None,
+) -> _Launches:
+    """For a (M, K) and b (N, K) of ``dtype``, rows ``a_row`` and ``b_row`` apart, ``aligned`` to 16 bytes."""
+    size = dtype.itemsize
+
+    def describable(row: int, columns: int, size: int = size) -> bool:
+        """Whether a tensor descriptor takes such rows: row stride in whole 16 bytes."""
+        return row * size % 16 == 0 and row > 0 and columns * size >= 16
+
+    # float32 runs on the ordinary units, from registers, where tiles in descriptor layout only cost more of them
+    descriptors = arch(device) >= 90 and dtype != torch.float32
+    by_tile = descriptors and aligned and describable(a_row, K) and describable(b_row, N if transposed else K)
+    heavy = residual_row is not None or mode == "slope"
+    sizes = {"m": M, "n": N, "k": K, "bytes": size, "heavy": int(heavy), "aligned": int(by_tile)}
+    config = dict(tile("gemm", device, **sizes))
+    occupancy = config.pop("OCCUPANCY", 1)
+    width = config["BLOCK_N"] // config["SUBTILES"]
+    tiles, slots = cdiv(M, config["BLOCK_M"]), cdiv(N, width)
+    product = Prepared(
+        device,
+        gemm_kernel,
+        (min(processors(device) * occupancy, tiles * cdiv(N, config["BLOCK_N"])),),
+        (M, N, K, a_row, b_row, N, residual_row or 0, sample_rows),
+        MODE=mode,
+        TRANSPOSED_B=transposed,
+        LOAD_DESCRIPTORS=by_tile,
+        STORE_DESCRIPTORS=descriptors and describable(N, N, out.itemsize) and (not keep or describable(N, N)),
+        PRECISION="ieee",
+        EVEN_K=K % config["BLOCK_K"] == 0,
+        **config,
+    )
+    if eps is None:
+        return _Launches(product, None, tiles, slots)
+    rows, numbers = 64, (M, N, width, slots, eps)
+    merge = Prepared(
+        device, _merge_statistics_kernel, (cdiv(M, rows),), numbers, SLOTS=next_power_of_2(slots), ROWS=rows
+    )
+    return _Launches(product, merge, tiles, slots)
 
 
 def gemm(
@@ -257,69 +318,57 @@ def gemm(
     Returns:
         y (M, N), contiguous, then those of u or h, mean, rstd, sums that were asked for.
     """
-    (M, K), N = a.shape, b.shape[0]
+    (M, K), (a_row, a_step), device = a.shape, a.stride(), a.device
     b = b if 1 in b.stride() else b.contiguous()
-    transposed = b.stride(1) != 1
+    N, transposed = b.shape[0], b.stride(1) != 1
     b = b.T if transposed else b
-    assert a.stride(1) == 1 or K == 1
+    assert a_step == 1 or K == 1
     assert a.dtype == b.dtype
     if dtype is None:
         dtype = a.dtype if residual is None else torch.promote_types(a.dtype, residual.dtype)
-    y = torch.empty(M, N, dtype=dtype, device=a.device)
-    second = torch.empty(M, N, dtype=a.dtype, device=a.device) if keep else None
-    # float32 runs on the ordinary units, from registers, where tiles in descriptor layout only cost more of them
-    descriptors = arch(a.device) >= 90 and a.dtype != torch.float32
-    by_tile = descriptors and _describable(a) and _describable(b)
-    heavy = residual is not None or slope_at is not None
-    sizes = {"m": M, "n": N, "k": K, "bytes": a.element_size(), "heavy": int(heavy), "aligned": int(by_tile)}
-    config = tile("gemm", a.device, **sizes)
-    options = {name: value for name, value in config.items() if name != "OCCUPANCY"}
-    block_m, block_n = config["BLOCK_M"], config["BLOCK_N"]
-    width = block_n // config["SUBTILES"]
-    tiles_m, slots = cdiv(M, block_m), cdiv(N, width)
-    parts = torch.empty(2, slots, M, dtype=torch.float32, device=a.device) if statistics_eps is not None else None
-    part_sums = torch.empty(tiles_m, N, dtype=torch.float32, device=a.device) if sums else None
-    outputs = [y] if second is None else [y, second]
-    mean, rstd, b_sum = norm if norm is not None else (None, None, None)
-    launch(
-        gemm_kernel,
-        (min(processors(a.device) * config.get("OCCUPANCY", 1), tiles_m * cdiv(N, block_n)),),
+    launches = _prepare(
+        device,
+        a.dtype,
+        dtype,
+        M,
+        N,
+        K,
+        a_row,
+        b.stride(0),
+        None if residual is None else residual.stride(0),
+        1 if drop_scale is None else M // max(drop_scale.shape[0], 1),
+        "slope" if slope_at is not None else "gelu" if activation else "linear",
+        transposed,
+        not (a.data_ptr() | b.data_ptr()) % 16,
+        keep,
+        statistics_eps,
+    )
+    y = torch.empty(M, N, dtype=dtype, device=device)
+    second = torch.empty(M, N, dtype=a.dtype, device=device) if keep else None
+
+    def floats(*shape: int) -> Tensor:
+        return torch.empty(*shape, dtype=torch.float32, device=device)
+
+    slots, merge = launches.slots, launches.merge
+    parts = (None, None) if merge is None else (floats(slots, M), floats(slots, M))
+    part_sums = floats(launches.tiles, N) if sums else None
+    launches.product(
         a,
         b,
         y,
         bias,
-        mean,
-        rstd,
-        b_sum,
+        *(norm or (None, None, None)),
         second if slope_at is None else slope_at,
         None if slope_at is None else second,
         drop_scale,
         residual,
-        None if parts is None else parts[0],
-        None if parts is None else parts[1],
+        *parts,
         part_sums,
-        M,
-        N,
-        K,
-        a.stride(0),
-        b.stride(0),
-        N,
-        0 if residual is None else residual.stride(0),
-        1 if drop_scale is None else M // max(drop_scale.shape[0], 1),
-        MODE="slope" if slope_at is not None else "gelu" if activation else "linear",
-        TRANSPOSED_B=transposed,
-        LOAD_DESCRIPTORS=by_tile,
-        STORE_DESCRIPTORS=descriptors and all(_describable(out) for out in outputs),
-        PRECISION="ieee",
-        EVEN_K=K % config["BLOCK_K"] == 0,
-        **options,
     )
-    if parts is not None:
-        statistics = [torch.empty(M, dtype=torch.float32, device=a.device) for _ in range(2)]
-        rows, all_slots = 64, next_power_of_2(slots)
-        grid = (cdiv(M, rows),)
-        shape = (M, N, width, slots, statistics_eps)
-        launch(_merge_statistics_kernel, grid, *parts, *statistics, *shape, SLOTS=all_slots, ROWS=rows)
+    outputs = [y] if second is None else [y, second]
+    if merge is not None:
+        statistics = floats(M), floats(M)
+        merge(*parts, *statistics)
         outputs += statistics
     if part_sums is not None:
         outputs.append(part_sums.sum(0))

@@ -5,9 +5,9 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import triton
@@ -17,6 +17,7 @@ from .. import tables
 from ..dispatch import INTERPRETED
 
 TABLE = Path(__file__).with_name("tiles.json")
+Made = TypeVar("Made")
 
 
 def cdiv(a: int, b: int) -> int:
@@ -43,6 +44,80 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
             kernel[grid](*args, **options)
 
 
+class Prepared:
+    """``launch`` of which only the tensors are missing: device, kernel, grid, numbers and choices at compile time.
+
+    The kernel's parameters are its tensors, then ``numbers``, then ``options``. Triton works out in every launch which
+    compiled kernel the arguments want. Here it is kept for the dtypes of the tensors, if all are in whole 16 bytes, and
+    later calls run it. Everything else goes through Triton: another alignment, another current device, a hook or a knob
+    that is set, a version of Triton whose compiled kernels are not known to be run like this.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        kernel: Any,
+        grid: tuple[int, ...],
+        numbers: tuple[int | float, ...],
+        **options: Any,
+    ) -> None:
+        self.kernel, self.grid, self.numbers, self.options = kernel, grid, numbers, options
+        self.allocator, self.index = _descriptor_memory(device), device.index if device.type == "cuda" else None
+        self.compiled: dict[tuple[torch.dtype | None, ...], Any] = {}
+        self.direct = DIRECT and isinstance(kernel, triton.JITFunction)
+        self.whole_grid = (*grid, 1, 1)[:3]
+        self.rest = (*numbers, *(options[name] for name in kernel.arg_names if name in options))
+
+    def __call__(self, *tensors: Tensor | None) -> None:
+        """Launch with these tensors. An empty grid is no launch."""
+        direct = self.direct and (self.index is None or self.index == torch.cuda.current_device())
+        if direct and 0 not in self.grid and not _observed(self.kernel):
+            dtypes: list[torch.dtype | None] = []
+            addresses = 0
+            for tensor in tensors:
+                if tensor is None:
+                    dtypes.append(None)
+                else:
+                    dtypes.append(tensor.dtype)
+                    addresses |= tensor.data_ptr()
+            if not addresses % 16:
+                return self._run(tuple(dtypes), tensors)
+        return launch(self.kernel, self.grid, *tensors, *self.numbers, **self.options)
+
+    def _run(self, dtypes: tuple[torch.dtype | None, ...], tensors: tuple[Tensor | None, ...]) -> None:
+        triton.set_allocator(self.allocator)
+        compiled = self.compiled.get(dtypes)
+        if compiled is None:
+            self.compiled[dtypes] = self.kernel[self.grid](*tensors, *self.numbers, **self.options)
+            return
+        driver = triton.runtime.driver.active
+        stream = driver.get_current_stream(driver.get_current_device())
+        # no metadata and no hooks: only hooks read the metadata
+        launched = (stream, compiled.function, compiled.packed_metadata, None, None, None)
+        compiled.run(*self.whole_grid, *launched, *tensors, *self.rest)
+
+
+# the versions of Triton whose compiled kernels are run as above
+DIRECT = (3, 6) <= tuple(int(part) for part in triton.__version__.split(".")[:2]) <= (3, 9)
+
+
+def _observed(kernel: Any) -> bool:
+    """Whether somebody has set a hook of Triton's or a knob that a launch depends on."""
+    runtime = triton.knobs.runtime
+    hooks = runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls or kernel.pre_run_hooks
+    return bool(hooks or runtime.__dict__ or triton.knobs.compilation.__dict__)
+
+
+_prepared: list[Any] = []
+
+
+def prepared(make: Callable[..., Made]) -> Callable[..., Made]:
+    """Keeps the last 4,096 results of a function of sizes and a device that makes a ``Prepared``."""
+    cached = functools.lru_cache(4096, typed=True)(make)
+    _prepared.append(cached)
+    return cached
+
+
 @functools.cache
 def _descriptor_memory(device: torch.device) -> Callable[[int, int, int | None], Tensor]:
     """The allocator of the memory that a kernel's tensor descriptors take, on this device."""
@@ -57,10 +132,12 @@ def assumed_gpu(architecture: int, sms: int) -> Iterator[None]:
     """Choose tiles and grids as for a GPU of this architecture and number of multiprocessors, whatever the device."""
     global _assumed
     before, _assumed = _assumed, (architecture, sms)
+    _forget(_prepared)
     try:
         yield
     finally:
         _assumed = before
+        _forget(_prepared)
 
 
 def arch(device: torch.device) -> int:
@@ -109,10 +186,12 @@ _forced_tiles: dict[str, dict[str, Any]] = {}
 def forced_tile(op: str, use: dict[str, Any]) -> Iterator[None]:
     """Take this tile for ``op`` inside the block, whatever the tables say: for tuning and tests."""
     _forced_tiles[op] = use
+    _forget(_prepared)
     try:
         yield
     finally:
         del _forced_tiles[op]
+        _forget(_prepared)
 
 
 @functools.cache
@@ -126,5 +205,9 @@ def _rows(op: str, architecture: int) -> list[dict[str, Any]]:
 
 def forget() -> None:
     """Read the tables again at the next call."""
-    for cached in (_tile, _rows, tables.rows):
+    _forget((_tile, _rows, tables.rows, *_prepared))
+
+
+def _forget(caches: Iterable[Any]) -> None:
+    for cached in caches:
         cached.cache_clear()

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .gemm import rows_of
-from .launching import cdiv, launch, next_power_of_2, processors, tile
+from .launching import Prepared, cdiv, launch, next_power_of_2, prepared, processors, tile
 
 
 @triton.jit
@@ -205,6 +205,14 @@ def _spare(spare: Spare | None, rows: int) -> tuple[tuple[Tensor | None, ...], i
     return ((None,) * 3, 1) if spare is None else (tuple(spare), rows // spare.rows.shape[0])
 
 
+@prepared
+def _forward(device: torch.device, M: int, D: int, x_row: int, length: int, sample_rows: int, eps: float) -> Prepared:
+    config = tile("layer_norm", device, d=D)
+    numbers = (M, D, x_row, length, sample_rows, eps)
+    grid = (cdiv(M, config["ROWS"]),)
+    return Prepared(device, layer_norm_fwd_kernel, grid, numbers, BLOCK_D=next_power_of_2(D), **config)
+
+
 def normalize(
     x: Tensor,
     weight: Tensor | None,
@@ -233,11 +241,8 @@ def normalize(
     y = None if dtype is None else torch.empty(M, D, dtype=dtype, device=x.device)
     mean, rstd = (torch.empty(M, dtype=torch.float32, device=x.device) if statistics else None for _ in range(2))
     product, product_bias, drop_scale, later = branch or (None, None, None, None)
-    config = tile("layer_norm", x.device, d=D)
     spares, length = _spare(spare, M)
-    launch(
-        layer_norm_fwd_kernel,
-        (cdiv(M, config["ROWS"]),),
+    _forward(x.device, M, D, x.stride(0), length, _sample_rows(M, drop_scale), eps)(
         x,
         product,
         product_bias,
@@ -251,14 +256,6 @@ def normalize(
         mean,
         rstd,
         *spares,
-        M,
-        D,
-        x.stride(0),
-        length,
-        _sample_rows(M, drop_scale),
-        eps,
-        BLOCK_D=next_power_of_2(D),
-        **config,
     )
     return x if z is None else z, y, mean, rstd
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..attention import attention_reference, reference_backward, takes
 from . import attention
 from .attention_tiles import LOG2_E, attend_tile, power_of_two
-from .launching import cdiv, launch, tile
+from .launching import Prepared, cdiv, prepared, tile
 from .layer_norm import Spare, normalize_backward
 
 
@@ -112,6 +112,36 @@ def message_rows_kernel(
     tl.store(y_at, acc.to(y_ptr.dtype.element_ty), mask=inside)
 
 
+@prepared
+def _prepare(
+    device: torch.device,
+    size: int,
+    rows: int,
+    columns: int,
+    depth: int,
+    x_row: int,
+    weight_row: int,
+    y_row: int,
+    frames: int,
+    heads: int,
+    eps: float,
+) -> Prepared:
+    """For a weight (columns, depth) of ``size`` bytes a number."""
+    options = tile("message_kv", device, rows=rows, bytes=size)
+    tiles, channels = cdiv(rows, options["BLOCK_M"]), depth // max(heads, 1)
+    if heads:
+        options, tiles = {**options, "BLOCK_M": power_of_two(frames), "BLOCK_K": channels}, rows // frames
+    return Prepared(
+        device,
+        message_rows_kernel,
+        (tiles * cdiv(columns, options["BLOCK_N"]),),
+        (rows, columns, depth, x_row, weight_row, y_row, frames, eps, channels**-0.5 * LOG2_E),
+        ATTEND=heads > 0,
+        EVEN_K=depth % options["BLOCK_K"] == 0,
+        **options,
+    )
+
+
 def _rows(
     x: Tensor,
     weight: Tensor,
@@ -128,15 +158,10 @@ def _rows(
     """residual + s (LN(x) W^T + b) in the weight's dtype, written ``to`` rows of any stride if given; LN's (mean, rstd)
     go into ``statistics`` (2, M). With ``heads``, x (M, 3K) is q, k and v, and their attention takes its place."""
     rows, (columns, depth) = x.shape[0], weight.shape
-    y = weight.new_empty(rows, columns) if to is None else to
-    options = tile("message_kv", x.device, rows=rows, bytes=weight.element_size())
-    tiles, channels = cdiv(rows, options["BLOCK_M"]), depth // max(heads, 1)
-    if heads:
-        options, tiles = {**options, "BLOCK_M": power_of_two(frames), "BLOCK_K": channels}, rows // frames
+    y = torch.empty(rows, columns, dtype=weight.dtype, device=x.device) if to is None else to
     norm_weight, norm_bias, eps = norm or (None, None, 0.0)
-    launch(
-        message_rows_kernel,
-        (tiles * cdiv(columns, options["BLOCK_N"]),),
+    strides = x.stride(0), weight.stride(0), y.stride(0)
+    _prepare(x.device, weight.dtype.itemsize, rows, columns, depth, *strides, frames, heads, eps)(
         x,
         weight,
         bias,
@@ -147,18 +172,6 @@ def _rows(
         residual,
         drop_scale,
         y,
-        rows,
-        columns,
-        depth,
-        x.stride(0),
-        weight.stride(0),
-        y.stride(0),
-        frames,
-        eps,
-        channels**-0.5 * LOG2_E,
-        ATTEND=heads > 0,
-        EVEN_K=depth % options["BLOCK_K"] == 0,
-        **options,
     )
     return y
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .activation import quick_gelu_value
 from .column_sums import scaled
-from .launching import cdiv, launch
+from .launching import Prepared, cdiv, prepared
 
 BLOCK = 1024
 
@@ -30,8 +30,13 @@ def quick_gelu_fwd_kernel(
 def quick_gelu(x: Tensor, to: Tensor | None = None) -> Tensor:
     """quick_gelu of a contiguous tensor; ``to``: where to, which may be x itself."""
     y = torch.empty_like(x) if to is None else to
-    launch(quick_gelu_fwd_kernel, (cdiv(x.numel(), BLOCK),), x, y, x.numel(), BLOCK=BLOCK)
+    _prepare(x.device, x.numel())(x, y)
     return y
+
+
+@prepared
+def _prepare(device: torch.device, size: int) -> Prepared:
+    return Prepared(device, quick_gelu_fwd_kernel, (cdiv(size, BLOCK),), (size,), BLOCK=BLOCK)
 
 
 def forward(save: bool, x: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:

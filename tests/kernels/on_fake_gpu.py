@@ -4,6 +4,7 @@ test_launches.py runs this file in a process without Triton's interpreter.
 """
 
 import concurrent.futures
+import contextlib
 import importlib
 import pkgutil
 import random
@@ -29,7 +30,7 @@ from xclip_fast.kernels import tables
 from xclip_fast.kernels.cct_block import fused
 from xclip_fast.kernels.cct_block.example import example
 from xclip_fast.kernels.fake_gpu import Launch, fake_gpu
-from xclip_fast.kernels.triton import launching, quantize
+from xclip_fast.kernels.triton import launching, layer_norm, quantize
 from xclip_fast.kernels.tune import measuring, tiles
 from xclip_fast.kernels.tune.shapes import BATCHES, SHAPES
 
@@ -155,11 +156,11 @@ def test_the_number_of_rows_compiles_nothing_anew() -> None:
     by_kernel: dict[str, set[int]] = {}
     for launch in launches:
         by_kernel.setdefault(launch.kernel, set()).add(id(launch.source))
-    # qkv and fc in two tiles each, out and projection, which also read the residual, in three
+    # each of the four products in two tiles
     assert {name: len(sources) for name, sources in by_kernel.items()} == {
         "attention.attention_fwd_kernel": 1,
-        "gemm._merge_statistics_kernel": 2,
-        "gemm.gemm_kernel": 2 * 2 + 2 * 3,
+        "gemm._merge_statistics_kernel": 1,
+        "gemm.gemm_kernel": 4 * 2,
         "layer_norm.layer_norm_fwd_kernel": 1,
     }
 
@@ -278,6 +279,119 @@ def test_launches_and_passes_of_a_block_do_not_grow(name: str) -> None:
         assert found[1] <= most[1]
 
 
+# ---- launches that are kept
+
+
+@pytest.fixture
+def through_triton(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The kernels whose launch Triton worked out; the others ran a compiled kernel that was kept."""
+    names: list[str] = []
+    run = triton.JITFunction.run
+    monkeypatch.setattr(
+        triton.JITFunction, "run", lambda self, *a, **k: names.append(self.__name__) or run(self, *a, **k)
+    )
+    return names
+
+
+def same(one: Launch, other: Launch) -> bool:
+    def plain(launch: Launch) -> Any:
+        tensors = {
+            name: (t.shape, t.stride(), t.dtype) for name, t in launch.arguments.items() if isinstance(t, Tensor)
+        }
+        return launch.kernel, launch.grid, launch.source, launch.options, {**launch.arguments, **tensors}
+
+    return plain(one) == plain(other)
+
+
+@pytest.mark.parametrize("name", ["triton", "library"])
+def test_a_block_is_launched_again_as_triton_launched_it(name: str, through_triton: list[str]) -> None:
+    block = example(256, 18, 64, 8, dtype=BF16)
+    mean, rstd = torch.zeros(2, 256 * 18).unbind(0)
+    block = block._replace(mean=mean, rstd=rstd, statistics=True) if name == "triton" else block
+    with fake_gpu(90) as launches, kernels.backend(name), fused.swap("attention", "triton"), torch.no_grad():
+        fused.forward(False, *block)  # folds weights, which is kept too
+        first = [each for each in launches if each.kernel != "fold.fold_kernel"]
+        assert len(through_triton) == len(launches)
+        launches.clear()
+        through_triton.clear()
+        fused.forward(False, *block)
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:  # descriptors ask the thread's own allocator for memory
+            pool.submit(fused.forward, False, *block).result()
+    assert through_triton == []
+    assert len(launches) == 2 * len(first) > 12
+    assert all(same(one, other) for one, other in zip(launches, first + first, strict=True))
+
+
+def test_other_alignment_strides_dtype_and_tile_are_another_launch(through_triton: list[str]) -> None:
+    """Each twice: what may be kept is, with a kernel for such arguments."""
+    store, eps = torch.zeros(70000), EPS
+    shifted = store[1 : 1 + 16 * 128].view(16, 128)
+    cases = {
+        "aligned": store[: 16 * 128].view(16, 128),
+        "elsewhere": store[4 : 4 + 16 * 128].view(16, 128),
+        "shifted": shifted,
+        "strided": store.as_strided((16, 128), (130, 1)),
+        "half": torch.zeros(16, 128, dtype=FP16),
+    }
+    with fake_gpu(90) as launches:
+        for x in cases.values():
+            for _ in range(2):
+                layer_norm.row_statistics(x, eps)
+        with launching.forced_tile("layer_norm", {"ROWS": 2, "num_warps": 1}):
+            layer_norm.row_statistics(cases["aligned"], eps)
+        layer_norm.row_statistics(cases["aligned"], eps)
+    found = dict(zip(cases, zip(launches[:10:2], launches[1:10:2], strict=True), strict=True))
+    assert all(same(one, other) for one, other in found.values())
+    assert len(through_triton) == 1 + 0 + 2 + 1 + 1 + 2  # of 12
+    sources = {name: one.source for name, (one, _) in found.items()}
+    assert sources["aligned"] is sources["elsewhere"]
+    assert len(set(map(id, sources.values()))) == 4
+    pointer = (0,)
+    assert pointer in sources["aligned"].attrs
+    assert pointer not in sources["shifted"].attrs
+    assert launches[10].grid != launches[0].grid == launches[11].grid
+
+
+def test_hooks_and_knobs_are_asked(through_triton: list[str]) -> None:
+    """With a hook or a knob that is set, every launch is Triton's own."""
+    x, runtime, kernel = torch.zeros(16, 128), triton.knobs.runtime, layer_norm.layer_norm_fwd_kernel
+    seen: list[Any] = []
+
+    def count(change: contextlib.AbstractContextManager[Any]) -> int:
+        with change:
+            before = len(through_triton)
+            layer_norm.row_statistics(x, EPS)
+            return len(through_triton) - before
+
+    @contextlib.contextmanager
+    def before_the_run() -> Iterator[None]:
+        kernel.add_pre_run_hook(lambda *args, **options: seen.append(args))
+        yield
+        kernel.pre_run_hooks.clear()
+
+    @contextlib.contextmanager
+    def around_the_launch(hooks: Any) -> Iterator[None]:
+        hooks.add(seen.append)
+        yield
+        hooks.remove(seen.append)
+
+    @contextlib.contextmanager
+    def debugging() -> Iterator[None]:
+        with runtime.scope():
+            runtime.debug = True
+            yield
+
+    plain = contextlib.nullcontext
+    with fake_gpu(90) as launches:
+        assert [count(plain()), count(plain())] == [1, 0]
+        for changed in (before_the_run(), around_the_launch(runtime.launch_enter_hook),
+                        around_the_launch(runtime.launch_exit_hook), debugging()):  # fmt: skip
+            assert count(changed) == 1
+        assert launches[-1].options["debug"]
+        assert count(plain()) == 0
+    assert len(seen) == 1
+
+
 # ---- threads and devices
 
 
@@ -335,6 +449,8 @@ def test_a_launch_is_on_the_device_of_its_tensors(monkeypatch: pytest.MonkeyPatc
     seen = []
 
     class Kernel:
+        arg_names = ("x",)
+
         def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
             def launched(*args: Any, **options: Any) -> None:
                 memory = triton.runtime._allocation._allocator.get()(256, 128, None)
@@ -346,8 +462,10 @@ def test_a_launch_is_on_the_device_of_its_tensors(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch.cuda, "device", Guard)
     with FakeTensorMode(allow_non_fake_inputs=True):
         for index in (0, 1, 0):
-            launching.launch(Kernel(), (1,), torch.empty(4, device=f"cuda:{index}"))
-    assert seen == [(0, 0), (1, 1), (0, 0)]
+            x = torch.empty(4, device=f"cuda:{index}")
+            launching.launch(Kernel(), (1,), x)
+            launching.Prepared(x.device, Kernel(), (1,), ())(x)
+    assert seen == 2 * [(0, 0)] + 2 * [(1, 1)] + 2 * [(0, 0)]
     assert current == [0]
 
 

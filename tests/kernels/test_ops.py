@@ -275,15 +275,16 @@ def test_strided_input_gives_the_same(case: tuple[str, str]) -> None:
 def test_tensor_descriptors_give_the_same_as_pointers(monkeypatch: pytest.MonkeyPatch) -> None:
     """The path of sm_90: the GEMM loads and stores its tiles through descriptors."""
     gemm = pytest.importorskip("xclip_fast.kernels.triton.gemm", reason="triton is not installed (pip install triton)")
+    launching = pytest.importorskip("xclip_fast.kernels.triton.launching")
     op, args = OPS["cct_block"], cast(CASES["cct_block", "message, drop path"](), torch.float16)
     with kernels.backend("triton"):
         pointers = run(op, args)
-        monkeypatch.setattr(gemm, "arch", lambda device: 90)
-        launched = []
-        launch = gemm.launch
-        monkeypatch.setattr(gemm, "launch", lambda *a, **options: launched.append(options) or launch(*a, **options))
-        descriptors = run(op, args)
-    assert any(options.get("LOAD_DESCRIPTORS") for options in launched)
+        made = []
+        prepared = gemm.Prepared
+        monkeypatch.setattr(gemm, "Prepared", lambda *a, **options: made.append(options) or prepared(*a, **options))
+        with launching.assumed_gpu(90, 2):
+            descriptors = run(op, args)
+    assert any(options.get("LOAD_DESCRIPTORS") for options in made)
     for got, wanted in zip(descriptors, pointers, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-2, atol=1e-2)
 
