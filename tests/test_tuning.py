@@ -1,5 +1,6 @@
 """Tuning: its rehearsal on the CPU, and jobs that do it by themselves."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from xclip_fast import VARIANTS, tuning
 from xclip_fast.cli.main import app
 
 B16, CUDA = VARIANTS["B/16-8f"], torch.device("cuda")
+LONG_JOB = math.ceil(1000 * tuning.SECONDS / tuning.SAVED["B/16"][False])
 
 
 @pytest.fixture
@@ -58,13 +60,18 @@ def gpu(home: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
 def test_a_long_job_tunes_once_within_its_minute(gpu: list[list[str]]) -> None:
     for _ in range(2):
-        tuning.tune_before(B16, tuning.LONG_JOB, CUDA)
+        tuning.tune_before(B16, LONG_JOB, CUDA)
     assert [arguments[:2] for arguments in gpu] == [["--model", "B/16"]] * 2  # tiles, then backends
     assert sum(float(arguments[3]) for arguments in gpu) <= 60
 
 
+def test_training_earns_the_minute_back_sooner(gpu: list[list[str]]) -> None:
+    tuning.tune_before(B16, LONG_JOB // 2, CUDA, training=True)
+    assert len(gpu) == 2
+
+
 def test_a_short_job_says_that_it_would_pay(gpu: list[list[str]], capsys: pytest.CaptureFixture[str]) -> None:
-    tuning.tune_before(B16, 10, CUDA)
-    tuning.tune_before(B16, tuning.LONG_JOB, "cpu")  # nothing to measure
+    tuning.tune_before(B16, LONG_JOB - 1, CUDA)
+    tuning.tune_before(B16, LONG_JOB, "cpu")  # nothing to measure
     assert gpu == []
     assert capsys.readouterr().err.count("`xclip-fast tune --model B/16` takes a minute, once") == 1

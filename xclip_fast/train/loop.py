@@ -102,7 +102,7 @@ def _train(config: TrainConfig, process: Process, fresh: bool, held: contextlib.
         size, templates = config.data.size, config.text_templates
         model = build_model(config.model, data.texts, seed=config.seed, size=size, templates=templates)
     model.checkpoint_activations(config.activation_checkpointing)
-    tune_before(model.config, len(data.train) * config.optim.epochs, device)
+    tune_before(model.config, len(data.train) * config.optim.epochs, device, training=True)
     model.to(device).train()
     optim.freeze(model, config.train_towers, config.optim.also_new)
     objective = Objective(model, data.texts, device, bf16=config.precision == "bf16", templates=config.text_templates)
