@@ -25,7 +25,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from xclip_fast.kernels import cuda_library
 from xclip_fast.kernels.cct_block import products
-from xclip_fast.kernels.cct_block.example import example, message_block
+from xclip_fast.kernels.cct_block.example import example
 from xclip_fast.kernels.cct_block.products import LINEAR_RESIDUAL, NORM_LINEAR
 from xclip_fast.kernels.cct_block.reference import message_key_value
 from xclip_fast.kernels.dispatch import INTERPRETED, OPS
@@ -270,9 +270,8 @@ def quick_gelu(u: Tensor) -> Tensor:
     return u * torch.sigmoid(1.702 * u)
 
 
-def message_exactly(*given: Any) -> Tensor:
+def message_exactly(block: kernels.Block) -> Tensor:
     """Key and value (F, 2D) of each frame's message, by torch."""
-    block = message_block(*given)
     return message_key_value(block, functools.partial(kernels.own_linear, block))
 
 
@@ -373,13 +372,19 @@ class Memory:
         kind, other, rows, width = self.kinds[g["dtype"]], self.kinds[g["parameter_dtype"]], g["rows"], g["width"]
         assert g["x"] % 16 == g["x_row"] % 8 == 0
         self.at(g["workspace"], 1, 5 * rows * width, 5 * rows * width, torch.float32).fill_(torch.nan)
-        x = self.at(g["x"], rows, width, g["x_row"], kind)
-        sizes = (1, 3, 1, 2)
-        weights = [self.at(p, n * width, width, width, kind) for p, n in zip(g["weights"], sizes, strict=True)]
-        biases = [self.row(p, n * width, other) for p, n in zip(g["biases"], sizes, strict=True)]
-        norms = [self.row(p, width, other) for p in g["norms"]]
-        wide = ([part.float() for part in parts] for parts in (weights, biases, norms))  # type: ignore[union-attr]
-        value = message_exactly(x.float(), g["frames"], *wide, g["eps"])
+        names = ("message_fc", "message_in", "message_out", "in")
+        given = {"x": self.at(g["x"], rows, width, g["x_row"], kind)[:, None]}
+        for name, count, weight, bias in zip(names, (1, 3, 1, 2), g["weights"], g["biases"], strict=True):
+            given[f"{name}_weight"] = self.at(weight, count * width, width, width, kind)
+            given[f"{name}_bias"] = self.row(bias, count * width, other)  # type: ignore[assignment]
+        for name, norm in zip(
+            ("message_ln_weight", "message_ln_bias", "ln_1_weight", "ln_1_bias"), g["norms"], strict=True
+        ):
+            given[name] = self.row(norm, width, other)  # type: ignore[assignment]
+        wide = {name: tensor.float() for name, tensor in given.items()}
+        for name in ("in_weight", "in_bias"):  # of keys and values; queries are not asked for
+            wide[name] = torch.cat([torch.zeros_like(wide[name][:width]), wide[name]])
+        value = message_exactly(example(rows, 1, width, g["frames"])._replace(**wide, eps=g["eps"]))
         self.at(g["key_value"], rows, 2 * width, 2 * width, kind).copy_(value)
 
 
@@ -703,14 +708,13 @@ def test_float8_products(tile: str, device: str, guards: list[Tensor]) -> None:
         assert not judge(guards, tile, calls) or tile == "wide"
 
 
-def message_arguments(
-    rows: int, width: int, dtype: torch.dtype, parameters: torch.dtype, device: str
-) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
-    sizes = {"token": (1, 1.0), "qkv": (3, 2.0), "out": (1, 1.0), "key and value": (2, 1.0)}
-    weights = [spread(n * width, width, 0, dtype, device, scale * width**-0.5) for n, scale in sizes.values()]
-    biases = [near(len(weight), device, 0.3).to(parameters) for weight in weights]
-    norms = [near(width, device, 0.3, center).to(parameters) for center in (1.0, 0.0, 1.0, 0.0)]
-    return spread(rows, width, 8, dtype, device), weights, biases, norms
+def message_block(
+    rows: int, width: int, frames: int, dtype: torch.dtype, parameters: torch.dtype, device: str
+) -> kernels.Block:
+    """A block whose biases and norms have the dtype ``parameters``."""
+    block = example(rows, 1, width, frames, device=device, dtype=dtype)
+    vectors = {name: arg.to(parameters) for name, arg in block._asdict().items() if getattr(arg, "ndim", 0) == 1}
+    return block._replace(x=spread(rows, width, 8, dtype, device)[:, None], **vectors)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -721,10 +725,9 @@ def test_message_path(parameters: torch.dtype | None, dtype: torch.dtype, device
     for frames, rows, width, blocks in sizes if device == "cpu" else sizes + more:
         if cuda_library.refuse_device(device, None, width):
             continue  # it does not fit on this GPU
-        x, *rest = message_arguments(rows, width, dtype, parameters or dtype, device)
-        wide = ([tensor.double() for tensor in part] for part in rest)
-        exact = message_exactly(x.double(), frames, *wide, EPS)
-        call = functools.partial(cuda_library.message_kv, x, frames, *rest, EPS, blocks=blocks)
+        block = message_block(rows, width, frames, dtype, parameters or dtype, device)
+        exact = message_exactly(kernels.Block(*cast(block, torch.float64)))
+        call = functools.partial(cuda_library.message_kv, block, blocks)
         assert not judge(guards, "auto", {f"width {width}": (call, [(exact, 1.01 * ulp, 8 * ulp)])})
         first = call()
         for _ in range(50 if device == "cuda" else 1):  # a missing barrier shows as a difference between runs
@@ -737,9 +740,9 @@ def test_a_call_on_a_stream_and_in_a_graph_gives_the_same_bits() -> None:
         pytest.skip(refused)
     half = torch.bfloat16
     x, w, source = (spread(*size, 0, half, "cuda", 0.2) for size in ((300, 768), (384, 768), (300, 384)))
-    message, *rest = message_arguments(8, 768, half, half, "cuda")
+    block = message_block(8, 768, 8, half, half, "cuda")
     add = functools.partial(cuda_library.linear_residual, x, w, bias=near(384, "cuda"), residual=source)
-    for call in (lambda: add()[0], lambda: cuda_library.message_kv(message, 8, *rest, EPS)):
+    for call in (lambda: add()[0], lambda: cuda_library.message_kv(block)):
         side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
