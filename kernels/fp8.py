@@ -5,7 +5,6 @@ each, or torch's own calls. M rows, D width, O columns. docs/kernels.md says wha
 """
 
 import functools
-import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -65,21 +64,21 @@ def _exact_product(x8: Tensor, weight8: Tensor) -> Tensor:
 # ---- the passes around the products
 
 
-def _triton(x: Tensor) -> Any:
-    """The module of Triton's passes, or None where torch's own run: elsewhere than on a GPU, without Triton, and while
-    torch.compile traces, which fuses torch's own."""
+def _on_triton(x: Tensor) -> bool:
+    """Whether Triton's passes run, or torch's own: elsewhere than on a GPU, without Triton, and while torch.compile
+    traces, which fuses torch's own."""
     if not installed("triton") or torch.compiler.is_compiling() or x.shape[-1] > WIDEST_ROW:
-        return None
-    if not x.is_cuda and (dispatch.INTERPRETED or not dispatch.off_gpu):
-        return None
-    return importlib.import_module(f"{__package__}.triton.quantize")
+        return False
+    return x.is_cuda or bool(dispatch.off_gpu and not dispatch.INTERPRETED)
 
 
 def _normed_in_one_pass(x: Tensor, ln_weight: Tensor, ln_bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """``normed_rows`` of x (M, K)."""
-    passes = _triton(x)
-    quantized: tuple[Tensor, Tensor] = (passes.layer_norm_fp8 if passes else normed_rows)(x, ln_weight, ln_bias, eps)
-    return quantized
+    if not _on_triton(x):
+        return normed_rows(x, ln_weight, ln_bias, eps)
+    from .triton.layer_norm import layer_norm_fp8
+
+    return layer_norm_fp8(x, ln_weight, ln_bias, eps)
 
 
 # ---- the products of each backend
@@ -106,9 +105,12 @@ def _scaled_mm(x8: Tensor, x_scale: Tensor, weight8: Tensor, weight_scale: Tenso
 
 
 def _library_quick_gelu(x8: Tensor, *args: Any) -> Tensor:
-    passes, u, scale = _triton(x8), _scaled_mm(x8, *args[:-1]), args[-1]
-    hidden: Tensor = passes.quick_gelu_fp8(u, scale) if passes else saturate(quick_gelu(u) / scale)
-    return hidden
+    u, scale = _scaled_mm(x8, *args[:-1]), args[-1]
+    if not _on_triton(x8):
+        return saturate(quick_gelu(u) / scale)
+    from .triton.quick_gelu import quick_gelu as in_one_pass
+
+    return in_one_pass(u, torch.empty_like(u, dtype=FLOAT8), scale)
 
 
 def _library_residual(x8: Tensor, weight8: Tensor, weight_scale: Tensor, bias: Tensor, rows: Tensor) -> Tensor:

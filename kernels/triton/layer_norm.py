@@ -351,6 +351,15 @@ def normalize_backward(
     return LayerNormGrads(dx, dweight, dbias, normed, dx if same else low, sums[0] if sums else None)
 
 
+def layer_norm_fp8(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """LN(x) of x (M, D) in e4m3, contiguous, each row over its scale, and the scales (M,) float32."""
+    x = rows_of(x)
+    scale = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
+    _, y, *_ = normalize(x, weight.contiguous(), bias.contiguous(), eps, torch.float8_e4m3fn, scale=scale)
+    assert y is not None
+    return y, scale
+
+
 def forward(
     save: bool, x: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
