@@ -44,6 +44,7 @@ def patch_embed_fwd_kernel(
 ):
     """tokens[f, 1 + n] = W patch[f, n] + b + position[1 + n]"""
     DEPTH: tl.constexpr = 3 * PATCH * PATCH
+    even: tl.constexpr = DEPTH % BLOCK_K == 0
     blocks = tl.cdiv(width, BLOCK_N)
     m = (tl.program_id(0) // blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
     d = (tl.program_id(0) % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -64,12 +65,8 @@ def patch_embed_fwd_kernel(
             offset = k // (PATCH * PATCH) * channel_stride + pixel // PATCH * y_stride + pixel % PATCH * x_stride
         a_at = frames_ptr + corner[:, None] + offset[None, :]
         b_at = kernel_ptr + weight_row[None, :] + k[:, None]
-        if DEPTH % BLOCK_K == 0:
-            a = tl.load(a_at)
-            b = tl.load(b_at)
-        else:
-            a = tl.load(a_at, mask=k[None, :] < DEPTH, other=0)
-            b = tl.load(b_at, mask=k[:, None] < DEPTH, other=0.0)
+        a = tl.load(a_at, mask=None if even else k[None, :] < DEPTH, other=None if even else 0)
+        b = tl.load(b_at, mask=None if even else k[:, None] < DEPTH, other=None if even else 0.0)
         if LEVELS:  # -128..127: exact in every weight's dtype; behind K it meets zeros of b
             a = a.to(tl.float32) - 128
         total = tl.dot(a.to(b.dtype), b, total, input_precision="ieee")
