@@ -144,16 +144,13 @@ def layer_norm_bwd_kernel(
         rows = block * ROWS + tl.arange(0, ROWS)
         inside = (rows < M)[:, None] & in_columns[None, :]
         wide = rows[:, None].to(tl.int64)
-        if spare_ptr is None:
-            mean = tl.load(mean_ptr + rows, mask=rows < M, other=0.0)[:, None]
-            rstd = tl.load(rstd_ptr + rows, mask=rows < M, other=0.0)[:, None]
-        else:
-            is_spare = (rows < M) & (rows % length == length - 1)
-            others = (rows < M) & ~is_spare
-            mean = tl.load(mean_ptr + rows, mask=others, other=0.0)
-            mean = (mean + tl.load(spare_mean_ptr + rows // length, mask=is_spare, other=0.0))[:, None]
-            rstd = tl.load(rstd_ptr + rows, mask=others, other=0.0)
-            rstd = (rstd + tl.load(spare_rstd_ptr + rows // length, mask=is_spare, other=0.0))[:, None]
+        mean_at, rstd_at = mean_ptr + rows, rstd_ptr + rows
+        if spare_ptr is not None:
+            is_spare = rows % length == length - 1
+            mean_at = tl.where(is_spare, spare_mean_ptr + rows // length, mean_at)
+            rstd_at = tl.where(is_spare, spare_rstd_ptr + rows // length, rstd_at)
+        mean = tl.load(mean_at, mask=rows < M, other=0.0)[:, None]
+        rstd = tl.load(rstd_at, mask=rows < M, other=0.0)[:, None]
         x = _load_rows(x_ptr, x_row, spare_ptr, rows, columns, inside, D, length)
         dy = tl.load(dy_ptr + wide * dy_row + columns[None, :], mask=inside, other=0.0).to(tl.float32)
         x_hat = tl.where(inside, (x - mean) * rstd, 0.0)
