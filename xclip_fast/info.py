@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from .console import print_rows
+from .console import first_line, print_rows
 from .kernels import BackendError, Block, cuda_library, dispatch
 from .kernels.cct_block.fused import case_of
 from .kernels.example import Maker, Sizes
@@ -160,7 +160,7 @@ def _package(module: str, distributions: tuple[str, ...], install: str, try_it: 
             loaded = importlib.import_module(module)
             version = version or getattr(loaded, "__version__", None)
         except Exception as error:  # a wheel built for another torch can raise anything
-            note = f"installed, but its import fails: {type(error).__name__}: {_first_line(error)}"
+            note = f"installed, but its import fails: {type(error).__name__}: {first_line(error)}"
     return {"version": version or "unknown", "note": note}
 
 
@@ -238,7 +238,7 @@ def collect_cuda() -> dict[str, Any]:
         torch.cuda.init()
         devices = [_device(index) for index in range(torch.cuda.device_count())]
     except (RuntimeError, AssertionError) as error:  # no driver, an old driver, no visible device
-        return {"devices": [], "reason": _first_line(error)}
+        return {"devices": [], "reason": first_line(error)}
     return {"devices": devices, "reason": None if devices else "the driver reports no device"}
 
 
@@ -261,7 +261,7 @@ def _ops(places: list[tuple[str, torch.dtype]]) -> dict[str, dict[str, Any]]:
         except RuntimeError as error:  # its memory is full, or another process has it for itself
             names = {name: op.names for name, op in dispatch.OPS.items()}
             for name, backends in {**names, **{f"  {name}": part.names for name, part in PARTS.items()}}.items():
-                unusable = dict.fromkeys(backends, f"{device} cannot be used: {_first_line(error)}")
+                unusable = dict.fromkeys(backends, f"{device} cannot be used: {first_line(error)}")
                 found.setdefault(name, {})[device] = {"dtype": _dtype_name(dtype), "chosen": None, "backends": unusable}
             continue
         for name, op in dispatch.OPS.items():
@@ -297,7 +297,3 @@ def typical_arguments(device: str, dtype: torch.dtype) -> dict[str, tuple[Any, .
 
 def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
