@@ -12,8 +12,9 @@ from small import assert_close, randomize
 from torch import nn
 from torch.nn.utils import prune
 
-from xclip_fast import XCLIP, FastCCTBlock, TextConfig, VisionConfig, XCLIPConfig, accelerate, acceleration
-from xclip_fast.acceleration import _log_fallback
+from xclip_fast import XCLIP, FastCCTBlock, TextConfig, VisionConfig, XCLIPConfig, accelerate
+from xclip_fast.acceleration import blocks
+from xclip_fast.acceleration.blocks import _log_fallback
 from xclip_fast.nn import cct
 
 FRAMES, WIDTH, HEADS = 3, 128, 2
@@ -309,10 +310,8 @@ def test_a_block_is_tried_out_when_its_hook_is_gone(monkeypatch):
     handle = ours[0].ln_1.register_forward_hook(lambda *_: None)
     accelerate(ours)
     computed = []
-    compute = acceleration._compute
-    monkeypatch.setattr(
-        acceleration, "_compute", lambda module, *given: computed.append(module) or compute(module, *given)
-    )
+    compute = blocks._compute
+    monkeypatch.setattr(blocks, "_compute", lambda module, *given: computed.append(module) or compute(module, *given))
     with torch.no_grad():
         ours(tokens())
         assert computed == [ours[1]]

@@ -11,7 +11,7 @@ from small import assert_close, randomize
 from torch import nn
 
 from xclip_fast import accelerate
-from xclip_fast.acceleration import _log_fallback
+from xclip_fast.acceleration.blocks import _log_fallback
 
 WIDTH, HEADS = 128, 2
 
