@@ -10,7 +10,6 @@ Each prints one JSON object, and appends it to --json FILE. The models are small
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import json
 import random
@@ -25,6 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import arguments
 import measuring
 import numpy as np
 
@@ -34,7 +34,7 @@ E, CHUNK = 512, 20_000
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments.parser(__doc__)
     parser.add_argument("what", choices=("rows", "film", "kill"))
     parser.add_argument("--count", type=int, default=1_000_000, help="number of rows (default 1000000)")
     parser.add_argument("--patches", type=int, default=0, help="patch features to store with each row (default 0)")
