@@ -59,7 +59,8 @@ def rows(folder: Path, count: int, patches: int) -> dict[str, Any]:
     """Random rows: time of queries without and with an index, each in a new process."""
     import pyarrow as pa
 
-    from xclip_fast.search.store import Store, StoreSettings, schema_of
+    from xclip_fast.search.rows import StoreSettings, schema_of
+    from xclip_fast.search.store import Store
 
     settings = StoreSettings("0" * 64, "", "", E, 8, "sparse", 1, 10.0, 5.0, 30.0, patches=patches)
     store = Store.create(folder / "store", settings)

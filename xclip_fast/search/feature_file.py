@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..files import check_new_file, parse_json, replaced, save_tensors
-from .store import Known, Store, StoreSettings, check_fingerprint
+from .rows import Known, StoreSettings, check_fingerprint
+from .store import Store
 
 if TYPE_CHECKING:
     from torch import Tensor

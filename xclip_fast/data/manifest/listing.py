@@ -10,7 +10,7 @@ import re
 import stat
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -111,6 +111,15 @@ def _check_list(path: Path) -> None:
         raise ValueError(f"{path}: is not a regular file")
     if status.st_size > _LONGEST_LIST:
         raise ValueError(f"{path}: has {status.st_size} bytes, too many for a list")
+
+
+def videos_below(
+    folder: str | os.PathLike[str], leave_out: Callable[[str], bool] = lambda inner: False
+) -> Iterator[str]:
+    """The video files in a folder and its subfolders, without hidden ones and those that ``leave_out`` names."""
+    for here, inner, names in os.walk(folder):
+        inner[:] = sorted(name for name in inner if name[0] != "." and not leave_out(os.path.join(here, name)))
+        yield from (os.path.join(here, name) for name in sorted(names) if VIDEO_NAME.fullmatch(name))
 
 
 def is_folder(entry: os.DirEntry[str]) -> bool:
