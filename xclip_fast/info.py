@@ -81,22 +81,12 @@ def show(as_json: bool = False) -> None:
     if as_json:
         print(json.dumps(found, indent=2))
         return
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    console = Console(highlight=False)
 
     def table(title: str, rows: Sequence[Sequence[str]], *header: str) -> None:
-        if not sys.stdout.isatty():
-            print_rows(title.partition(" ")[0].lower(), header, rows)
-            return
-        grid = Table(*header, box=None, show_header=bool(header), pad_edge=False, padding=(0, 3, 0, 0))
-        for row in rows:
-            grid.add_row(*(Text(cell, overflow="fold") for cell in row))
-        console.print(Text(title, style="bold"))
-        console.print(grid)
-        console.print()
+        in_terminal = sys.stdout.isatty()
+        print_rows(title if in_terminal else title.partition(" ")[0].lower(), header, rows)
+        if in_terminal:
+            print()
 
     table("Versions", [(name, item["version"] or "-", item["note"]) for name, item in found["versions"].items()])
     cpu, cuda = found["cpu"], found["cuda"]

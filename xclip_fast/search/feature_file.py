@@ -218,7 +218,8 @@ def import_features(store: Store, path: Path) -> Summary:
 
 def _seen(path: str) -> tuple[int, str, float]:
     """Present size, stamp and length in seconds of a video; zeros if it is gone."""
-    from ..data.decode.decoder import VideoError, probe
+    from ..data.decode.decoder import probe
+    from ..data.decode.reading import VideoError
 
     try:
         status = os.stat(path)

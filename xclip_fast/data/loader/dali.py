@@ -23,8 +23,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..decode.dali_support import container, missing, require, supported
-from ..decode.decoder import VideoError, decode_views
+from ..decode.dali_support import container, require, supported
+from ..decode.decoder import decode_views
+from ..decode.reading import VideoError
 from ..decode.video import DamagedPlan
 from ..manifest.manifest import Manifest
 from ..sampling import sample_rng
@@ -33,8 +34,6 @@ from ..transforms import View
 from .batches import Batch
 from .dali_graph import inputs_of, make_pipeline, read_encoded
 from .tasks import sample_shape
-
-__all__ = ["Batch", "dali_batches", "missing", "supported"]
 
 log = logging.getLogger(__name__)
 

@@ -34,8 +34,6 @@ from .workers import Workers, check_shared_memory
 
 log = logging.getLogger(__name__)
 
-__all__ = ["Batch", "DataError", "Loader", "Report", "loader"]
-
 
 class Loader:
     """The batches of a manifest's videos, by the fastest way of this machine.

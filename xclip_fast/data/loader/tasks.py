@@ -156,7 +156,8 @@ class Decoder:
 
     def one(self, task: Task, place: int, out: np.ndarray) -> str:
         """Decodes one video of a task into `out`, uint8 (V, T, S, S, 3). Returns "", or the reason of a failure."""
-        from ..decode.decoder import VideoError, decode_views
+        from ..decode.decoder import decode_views
+        from ..decode.reading import VideoError
 
         row, video = int(task.rows[place]), task.manifest.videos[place]
         if min(video.frames, video.width, video.height) < 1:
