@@ -8,7 +8,7 @@ from collections import OrderedDict
 
 import pytest
 import torch
-from small import assert_close, randomize
+from small import QuickGELU, assert_close, is_swapped, randomize
 from torch import nn
 from torch.nn.utils import prune
 
@@ -30,16 +30,7 @@ def both(model):
     return model, accelerate(copy.deepcopy(model))
 
 
-def is_swapped(module):
-    return hasattr(type(module), "_accelerated_from")
-
-
 # --- the released blocks, written out here after equations 7 to 9
-
-
-class QuickGELU(nn.Module):
-    def forward(self, x):
-        return x * torch.sigmoid(1.702 * x)
 
 
 class DropPath(nn.Module):

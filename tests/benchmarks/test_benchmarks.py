@@ -35,16 +35,12 @@ def contenders(throughput):
 
 
 @pytest.fixture
-def quick(contenders, measuring, monkeypatch):
+def quick(contenders, measuring, monkeypatch, one_thread):
     """A run of seconds: one thread, two runs, small clips, no large GEMM."""
     monkeypatch.setattr(measuring, "gemm_rate", lambda dtype, device: 1e11)
     monkeypatch.setattr(measuring, "CPU_RUNS", 2)
     monkeypatch.setattr(contenders, "CLIP_FRAMES", 6)
     monkeypatch.setattr(contenders, "CLIP_SIZE", (64, 80))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def tiny_run(throughput, tmp_path, *options):

@@ -194,8 +194,8 @@ def _targets(
             if out.exists() and out.samefile(folder):
                 raise ValueError(f"{out} is the folder of the sources; choose another one for the copies")
             mine = _identity(out)
-            for file in videos_below(folder, lambda inner: _identity(inner) == mine):
-                yield file, (out / os.path.relpath(file, folder)).with_suffix(".mp4")
+            for found in videos_below(folder, lambda inner: _identity(inner) == mine):
+                yield found, (out / os.path.relpath(found, folder)).with_suffix(".mp4")
             return
         if not folder.exists():
             raise FileNotFoundError(errno.ENOENT, "no such file or folder", os.fspath(folder))
