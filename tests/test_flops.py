@@ -5,13 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from small import CONFIG as TINY
+from small import CONFIG
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import xclip_fast
-from xclip_fast.config import PAPER_TABLE1, VARIANTS
+from xclip_fast.config import PAPER_TABLE1, VARIANTS, TextConfig
 from xclip_fast.flops import Flops, count, products, table
+
+TINY = dataclasses.replace(CONFIG, text=TextConfig(width=64, layers=3, heads=1))
 
 
 def labels_of(lengths, context=77):
