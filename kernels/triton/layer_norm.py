@@ -316,34 +316,12 @@ def normalize_backward(
     spares, length = _spare(spare, M)
     programs = min(cdiv(M, config["ROWS"]), config["OCCUPANCY"] * processors(x.device))
     parts = torch.empty(2 if low_dtype is None else 3, programs, D, dtype=torch.float32, device=x.device)
-    launch(
-        layer_norm_bwd_kernel,
-        (programs,),
-        x,
-        mean,
-        rstd,
-        weight,
-        None if normed is None else bias,
-        dy,
-        extra,
-        dx,
-        normed,
-        *spares,
-        drop_scale,
-        low,
-        parts[0],
-        parts[1],
-        None if low_dtype is None else parts[2],
-        M,
-        D,
-        x.stride(0),
-        dy.stride(0),
-        0 if extra is None else extra.stride(0),
-        length,
-        _sample_rows(M, drop_scale),
-        BLOCK_D=next_power_of_2(D),
-        **{name: value for name, value in config.items() if name != "OCCUPANCY"},
-    )
+    read = (x, mean, rstd, weight, None if normed is None else bias, dy, extra)
+    written = (dx, normed, *spares, drop_scale, low, *(*parts, None)[:3])
+    extra_row, sample_rows = 0 if extra is None else extra.stride(0), _sample_rows(M, drop_scale)
+    numbers = (M, D, x.stride(0), dy.stride(0), extra_row, length, sample_rows)
+    options = {name: value for name, value in config.items() if name != "OCCUPANCY"}
+    launch(layer_norm_bwd_kernel, (programs,), *read, *written, *numbers, BLOCK_D=next_power_of_2(D), **options)
     dweight, dbias, *sums = parts.sum(1).to(weight.dtype)
     return LayerNormGrads(dx, dweight, dbias, normed, dx if same else low, sums[0] if sums else None)
 
@@ -366,16 +344,8 @@ def forward(
     return (y.view(x.shape),), saved
 
 
-def backward(
-    grads: Sequence[Any],
-    saved: Sequence[Tensor],
-    needs: Sequence[bool],
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-) -> list[Tensor]:
-    mean, rstd = saved
+def backward(grads: Sequence[Any], saved: Sequence[Tensor], needs: Sequence[bool], *args: Any) -> list[Tensor]:
+    (mean, rstd), (x, weight, bias, _) = saved, args
     dx, dweight, dbias, *_ = normalize_backward(rows_of(grads[0]), rows_of(x), mean, rstd, weight.contiguous())
     result = (dx.view(x.shape), dweight.to(weight.dtype), dbias.to(bias.dtype))
     return [gradient for gradient, need in zip(result, needs, strict=False) if need]
