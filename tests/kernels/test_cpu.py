@@ -48,6 +48,14 @@ def taken(monkeypatch):
     return calls
 
 
+@pytest.fixture
+def threads():
+    """Sets the number of threads for a test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("backend", ["auto", "onednn"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("videos", "frames", "length"), [(1, 1, 2), (2, 3, 5), (1, 5, 50), (3, 2, 17)])
@@ -252,26 +260,30 @@ def test_normalized_pixels_are_the_same_as_levels(model):
             assert torch.allclose(given, wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_passes_over_memory_of_a_block():
+@pytest.mark.parametrize("count", [1, 2])
+def test_passes_over_memory_of_a_block(count, threads):
     """The calls of one block that read as much as its stream, in order. docs/performance.md names them."""
+    threads(count)
     block, x = random_block(), torch.randn(12, 60, 64)
     stream = Stream(Stream(x).with_spare_row(), True)
     with torch.no_grad(), cpu.workspace():
         block(stream)
         with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
             block(stream)
-    work = {"aten::addmm", "aten::addmm_", "aten::copy_", "aten::add", "aten::add_", "aten::mul", "aten::silu_"}
+    work = {"aten::baddbmm", "aten::bmm", "aten::addmm", "aten::copy_", "aten::add", "aten::add_", "aten::mul"}
     work |= {"aten::native_layer_norm", "aten::_scaled_dot_product_flash_attention_for_cpu", "aten::cat", "aten::fill_"}
+    work |= {"aten::silu_"}
     seen = [
         event.name.removeprefix("aten::")
         for event in profiler.events()
         if event.name in work and any(torch.Size(shape).numel() >= x.numel() for shape in event.input_shapes if shape)
     ]
-    # copy_ inside addmm fills the product with its bias; add writes the residual with the bias
+    # copy_ inside baddbmm fills the product with its bias; add writes the residual with the product
+    product = ["baddbmm", "copy_"]
+    mixed = ["copy_"] if count > 1 else []  # the heads of all threads beside each other
     assert seen == [
-        *("native_layer_norm", "addmm", "copy_", "_scaled_dot_product_flash_attention_for_cpu"),
-        *("add", "addmm_"),
-        *("native_layer_norm", "addmm", "copy_", "silu_", "add", "addmm_"),
+        *("native_layer_norm", *product, "_scaled_dot_product_flash_attention_for_cpu", *mixed, *product, "add"),
+        *("native_layer_norm", *product, "silu_", *product, "add"),
     ]
 
 
@@ -297,4 +309,3 @@ def test_half_precision_is_rounded_once_where_the_cpu_has_no_instructions_for_it
     linear = nn.Linear(64, 256)
     products = cpu._Products(torch.bfloat16)
     assert products.dtype == torch.float32
-    assert products.widened(linear.weight.bfloat16()).dtype == torch.float32
