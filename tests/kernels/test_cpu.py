@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import functools
 import pickle
+import platform
 import threading
 
 import pytest
@@ -74,6 +75,36 @@ def test_block_is_as_exact_as_torch_of_its_dtype(videos, frames, length, dtype, 
     assert given.dtype == dtype
     assert given.shape == x.shape
     assert error(given, wanted) <= 2 * error(plain, wanted) + torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize(("width", "heads"), [(64, 2), (192, 3)])
+def test_threads_that_share_a_product(count, width, heads, threads, taken):
+    """With 2 of 3 heads for each thread, say, no head may be parted; 5 threads leave the sharing to MKL."""
+    threads(count)
+    block, x = random_block(width, heads), torch.randn(6, 9, width)
+    with torch.no_grad(), cpu.workspace():
+        wanted = copy.deepcopy(block).double()(x.double())
+        assert error(block(x), wanted) < 1e-6
+        weight, bias = block.attn.in_proj_weight, block.attn.in_proj_bias
+        assert error(cpu.linear(x, weight, bias), nn.functional.linear(x.double(), weight.double(), bias.double())) < 1e-6
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told to keep freed memory")
+def test_memory_of_one_call_serves_the_next():
+    resource = pytest.importorskip("resource")
+    block, x = random_block(128), torch.randn(15, 300, 128)
+
+    def faults():
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        with torch.no_grad(), cpu.workspace():
+            for _ in range(3):
+                y = block(x)
+        assert y.shape == x.shape
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    faults()
+    assert faults() < 200  # 4,500 if nothing is kept
 
 
 def test_rows_computed_in_parts(monkeypatch, taken):
@@ -306,6 +337,4 @@ def test_a_model_may_be_trained_between_two_inferences(model):
 
 @pytest.mark.skipif(cpu.NATIVE_ON_CPU[torch.bfloat16], reason="this CPU has bfloat16 instructions")
 def test_half_precision_is_rounded_once_where_the_cpu_has_no_instructions_for_it():
-    linear = nn.Linear(64, 256)
-    products = cpu._Products(torch.bfloat16)
-    assert products.dtype == torch.float32
+    assert cpu._Products(torch.bfloat16).dtype == torch.float32
