@@ -122,7 +122,7 @@ struct ResidualStatistics {
   using Sums = fusion::Sm90EVT<SumRow<Tile, cutlass::plus>, ResidualNode<Tile, float, Element>>;
   using Squares = fusion::Sm90EVT<SumRow<Tile, cutlass::square_and_plus>, Sums>;
   using Tree = Apply<cutlass::epilogue::thread::Identity, Element, Squares>;
-  using Arguments = StatisticsArguments;
+  using Arguments = ResidualArguments;
   static typename Tree::Arguments arguments(Arguments const& given, int64_t) {
     typename Sums::Arguments sums = {{{}, {given.bias, 0.0f, {}}, {given.scale, 1.0f, {}}, {}, {}},
                                      {given.sums, 0.0f, {}}};

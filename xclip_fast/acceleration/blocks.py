@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from . import kernels
-from .block_checks import find_change_of, kinds_of, read_activation, types_of
-from .block_styles import STYLES, Call, Parts, Style
-from .nn.cct import Attention, DropScales, FastCCTBlock, Stream, cct_block, message_parameters
-from .nn.layers import TransformerBlock, block_parameters, plain_block
-from .nn.parts import is_watched
+from .. import kernels
+from ..nn.cct import Attention, DropScales, FastCCTBlock, Stream, cct_block, message_parameters
+from ..nn.layers import TransformerBlock, block_parameters, plain_block
+from ..nn.parts import is_watched
+from .checks import find_change_of, kinds_of, read_activation, types_of
+from .styles import STYLES, Call, Parts, Style
 
 logger = logging.getLogger("xclip_fast")
 
