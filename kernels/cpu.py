@@ -224,8 +224,8 @@ def feed_forward(
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """x W^T + b: x (..., I), weight (O, I), bias (O,) -> (..., O) in x's dtype."""
     products = _Products(x.dtype)
-    given = (each.to(products.dtype) for each in (x.reshape(-1, x.shape[-1]), weight, bias))
-    return products.linear(*given).view(*x.shape[:-1], -1).to(x.dtype)
+    rows, weight, bias = (each.to(products.dtype) for each in (x.reshape(-1, x.shape[-1]), weight, bias))
+    return products.linear(rows, weight, bias).view(*x.shape[:-1], -1).to(x.dtype)
 
 
 def patch_embed(
@@ -320,7 +320,7 @@ class _Products:
             return torch.bmm(given, weight, out=y)
         return torch.baddbmm(bias.view(shared, 1, -1), given, weight, alpha=alpha, out=y)
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor, name: str = "") -> Tensor:
+    def linear(self, x: Tensor, weight: Any, bias: Any, name: str = "") -> Tensor:
         """x W^T + b, (M, I) to (M, O)."""
         return self.divided(name, x, weight, bias).transpose(0, 1).reshape(len(x), -1)
 
