@@ -112,13 +112,12 @@ def uses_onednn(dtype: torch.dtype) -> bool:
 def block(b: Block) -> Tensor:
     """A whole block (equations 7 to 9), or its rows that are asked for. A spare row comes out as zeros."""
     products = _Products(b.x.dtype)
-    b = b._replace(
-        **{
-            name: value.to(products.dtype)
-            for name, value in b._asdict().items()
-            if isinstance(value, Tensor) and name.endswith(("_weight", "_bias"))
-        }
-    )
+    parameters: dict[str, Any] = {
+        name: value.to(products.dtype)
+        for name, value in b._asdict().items()
+        if isinstance(value, Tensor) and name.endswith(("_weight", "_bias"))
+    }
+    b = b._replace(**parameters)
     ffn = (b.ln_2_weight, b.ln_2_bias), (b.fc_weight, b.fc_bias), (b.projection_weight, b.projection_bias)
     if not b.frames:
         z = self_attention(b, products)
