@@ -66,11 +66,11 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("a checkpoint and a clip wanted, or --random VARIANT")
     with tempfile.TemporaryDirectory() as folder:
         if args.random:
-            import throughput
+            import contenders
 
             import xclip_fast
 
-            args.checkpoint, args.clip = folder, str(throughput.write_clips(Path(folder))[0])
+            args.checkpoint, args.clip = folder, str(contenders.write_clips(Path(folder))[0])
             xclip_fast.XCLIP(args.random).save_pretrained(folder, overwrite=True)
         runs = [one_run(args.checkpoint, args.clip, args.labels) for _ in range(args.runs + 1)][1:]
     parts = {

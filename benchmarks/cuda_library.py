@@ -23,8 +23,8 @@ import measuring
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from xclip_fast.kernels import cuda_library, own_linear
-from xclip_fast.kernels.cct_block.example import message_block
+from xclip_fast.kernels import Block, cuda_library, own_linear
+from xclip_fast.kernels.cct_block.example import example
 from xclip_fast.kernels.cct_block.reference import message_key_value
 from xclip_fast.kernels.quick_gelu import quick_gelu_reference as quick_gelu
 
@@ -146,30 +146,18 @@ def eight(rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def message_case(frames: int, D: int) -> Case:
     """The message path of one video; the baseline is one cuBLAS product with as many weights."""
-    sizes = (1, 3, 1, 2)
-    weights = [normal(n * D, D, scale=D**-0.5) for n in sizes]
-    biases = [normal(n * D) for n in sizes]
-    norms = [1 + normal(D, scale=0.1), normal(D), 1 + normal(D, scale=0.1), normal(D)]
-    x, everything = normal(frames, D), torch.cat(weights)
-    given = (x, frames, weights, biases, norms)
+    block = example(frames, 1, D, frames, device=DEVICE, dtype=DTYPE)
+    wide = Block(*(arg.float() if isinstance(arg, Tensor) else arg for arg in block))
+    x, everything = normal(frames, D), normal(7 * D, D)
 
-    def plain(x: Tensor, frames: int, *parts: list[Tensor]) -> Tensor:
-        block = message_block(x, frames, *parts, EPS)
-        return message_key_value(block, functools.partial(own_linear, block))
+    def plain(*args: Any) -> Tensor:
+        return message_key_value(Block(*args), functools.partial(own_linear, Block(*args)))
 
-    def exact() -> Tensor:
-        wide = ([tensor.float() for tensor in part] for part in given[2:])
-        return plain(x.float(), frames, *wide)
-
-    contenders: dict[str, Call] = {"torch": lambda: plain(*given)}
-    contenders["torch.compile"] = compiled(plain, given)
+    contenders: dict[str, Call] = {"torch": lambda: plain(*block), "torch.compile": compiled(plain, block)}
     for blocks in (0, 32, 64, 96, 128):
-
-        def ours(blocks: int = blocks) -> Tensor:
-            return cuda_library.message_kv(x, frames, weights, biases, norms, EPS, blocks=blocks)
-
+        ours = functools.partial(cuda_library.message_kv, block, blocks)
         contenders[f"ours, {blocks or 'auto'} blocks"] = ours
-    return Case("message_kv", (frames, 7 * D, D), lambda: torch.mm(x, everything.T), exact, contenders)
+    return Case("message_kv", (frames, 7 * D, D), lambda: torch.mm(x, everything.T), lambda: plain(*wide), contenders)
 
 
 def cases(widths: tuple[int, ...], most_rows: int, compiles: bool) -> Iterator[Case]:

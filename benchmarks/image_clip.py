@@ -19,8 +19,8 @@ from typing import Any
 import arguments
 import measuring
 import torch
+from contenders import PRECISIONS
 from labels import label_list
-from throughput import PRECISIONS
 
 from xclip_fast import VARIANTS, XCLIP, accelerate, tokenize
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import ctypes
 import datetime
@@ -21,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from xclip_fast.kernels.linear import NATIVE_ON_CPU
 
-from xclip_fast import XCLIP, TextConfig, VisionConfig, XCLIPConfig, info
+from xclip_fast import XCLIP, TextConfig, VisionConfig, XCLIPConfig, info, kernels, tokenize
 from xclip_fast.files import write_text
 from xclip_fast.flops import Product
 
@@ -47,6 +48,21 @@ def environment(device: str) -> dict[str, Any]:
         "command": shlex.join(["python", *sys.argv]),
         "load_average": os.getloadavg() if hasattr(os, "getloadavg") else None,
     }
+
+
+def start_report(args: argparse.Namespace, precisions: Mapping[str, torch.dtype]) -> tuple[dict[str, Any], list[int]]:
+    """The head of a report of throughput.py or training.py, without rows; and the tokens of each label.
+
+    The load average is read here, before the run adds to it.
+    """
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    machine = environment(args.device) | {"clock": clock.__name__}
+    lengths = (tokenize(args.labels).argmax(1) + 1).tolist()
+    labels = {"count": len(lengths), "tokens": sum(lengths), "longest": max(lengths)}
+    rates = {name: gemm_rate(dtype, args.device) for name, dtype in precisions.items()}
+    report = {"environment": machine, "labels": labels, "backend": args.backend, "gemm_flop_per_s": rates, "rows": []}
+    return report, lengths
 
 
 def timed(call: Callable[[], Any], device: str) -> Callable[[], float]:
@@ -165,7 +181,7 @@ def gemm_seconds(rows: int, inner: int, columns: int, dtype: torch.dtype, device
 
 
 def limit_seconds(rows: int, inner: int, columns: int, dtype: torch.dtype, device: str, seconds: float = 1.0) -> float:
-    """As ``gemm_seconds``. On a CPU it is the faster of torch's choice and oneDNN with a packed weight.
+    """As ``gemm_seconds``. On a CPU it is the fastest of torch's choice, oneDNN with a packed weight and our division.
 
     A CPU without instructions for ``dtype`` computes in float32.
     """
@@ -174,10 +190,12 @@ def limit_seconds(rows: int, inner: int, columns: int, dtype: torch.dtype, devic
     if not NATIVE_ON_CPU.get(dtype, True):
         dtype = torch.float32
     x, weight = (torch.randn(size, inner).to(dtype) for size in (rows, columns))
+    bias = torch.zeros(columns, dtype=dtype)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
     products = {
         "torch": lambda: F.linear(x, weight),
         "oneDNN": lambda: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], ""),
+        "ours": torch.inference_mode()(lambda: kernels.cpu.linear(x, weight, bias)),
     }
     return fastest(products, device, seconds)
 
@@ -252,6 +270,10 @@ def ratios(peer: str, theirs: Sequence[float], mine: Sequence[float]) -> dict[st
 def ratio_text(found: Mapping[str, float]) -> str:
     """A ratio for people; "" for none."""
     return f"{found['median']:.2f}x ({found['low']:.2f}-{found['high']:.2f})" if found else ""
+
+
+def shown(value: float | None, form: str, unit: float = 1.0) -> str:
+    return "" if value is None else form.format(value * unit)
 
 
 def largest_error(got: Any, exact: Any) -> float:

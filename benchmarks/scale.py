@@ -11,7 +11,6 @@ unfinished. Prints one JSON object.
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import logging
 import os
@@ -24,6 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import arguments
 import measuring
 import numpy as np
 
@@ -32,7 +32,7 @@ LOOPBACK = "127.0.0.1"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments.parser(__doc__)
     parser.add_argument("--clips", type=int, default=2000, help="number of clips (default 2000)")
     parser.add_argument("--broken", type=float, default=0.02, help="share of broken files (default 0.02)")
     parser.add_argument("--json", type=Path, help="append the result to this file")

@@ -10,7 +10,6 @@ Each prints one JSON object, and appends it to --json FILE. The models are small
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import json
 import random
@@ -25,6 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import arguments
 import measuring
 import numpy as np
 
@@ -34,7 +34,7 @@ E, CHUNK = 512, 20_000
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments.parser(__doc__)
     parser.add_argument("what", choices=("rows", "film", "kill"))
     parser.add_argument("--count", type=int, default=1_000_000, help="number of rows (default 1000000)")
     parser.add_argument("--patches", type=int, default=0, help="patch features to store with each row (default 0)")
@@ -59,7 +59,8 @@ def rows(folder: Path, count: int, patches: int) -> dict[str, Any]:
     """Random rows: time of queries without and with an index, each in a new process."""
     import pyarrow as pa
 
-    from xclip_fast.search.store import Store, StoreSettings, schema_of
+    from xclip_fast.search.rows import StoreSettings, schema_of
+    from xclip_fast.search.store import Store
 
     settings = StoreSettings("0" * 64, "", "", E, 8, "sparse", 1, 10.0, 5.0, 30.0, patches=patches)
     store = Store.create(folder / "store", settings)

@@ -14,14 +14,12 @@ import argparse
 import contextlib
 import dataclasses
 import functools
-import importlib.util
 import itertools
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import arguments
@@ -29,7 +27,8 @@ import measuring
 import torch
 import torch.nn.functional as F
 from arguments import chosen, fail
-from throughput import COMPILED, EAGER, OURS, PRECISIONS, hf_cached, huggingface, normalized, shown
+from contenders import COMPILED, EAGER, HF_INSTALLED, OURS, PRECISIONS, hf_cached, huggingface, normalized
+from measuring import shown
 from torch import Tensor, nn
 
 import xclip_fast
@@ -41,7 +40,6 @@ TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}  # between the first losses, with the s
 TEXT = {"frozen": "visual", "trained": "both"}  # the towers that are trained
 PAPER_TABLE7 = {"both": 22, "visual": 6, "text": 20, "none": 4}  # GB, 2 videos of 8 frames, one V100
 PART_RUNS = 5
-HF_INSTALLED = importlib.util.find_spec("transformers") is not None
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -253,15 +251,12 @@ def loading(args: argparse.Namespace, variant: str) -> dict[str, Any]:
     """Seconds for a batch from generated mp4 files through the training transform, the model idle."""
     from xclip_fast.data.loader.loader import loader
     from xclip_fast.data.manifest import index
-    from xclip_fast.data.motion import CLASSES, render, write_clip
+    from xclip_fast.data.motion import write_dataset
     from xclip_fast.data.transforms import TrainTransform
 
     config = VARIANTS[variant]
     with tempfile.TemporaryDirectory() as folder:
-        for number, label in enumerate(CLASSES[::3]):
-            home = Path(folder) / label.replace(" ", "_")
-            home.mkdir()
-            write_clip(home / f"{number}.mp4", render(label, 0, frames=96, size=(256, 340)))
+        write_dataset(folder, 1, frames=96, size=(256, 340))
         manifest = index(folder)
         batches = 12 if args.device == "cuda" else 6
         manifest = manifest.select(row % len(manifest) for row in range(batches * args.batch_size))
@@ -278,23 +273,15 @@ def loading(args: argparse.Namespace, variant: str) -> dict[str, Any]:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    lengths = (xclip_fast.tokenize(args.labels).argmax(1) + 1).tolist()
-    rates = {name: measuring.gemm_rate(PRECISIONS[name], args.device) for name in args.precisions}
+    report, lengths = measuring.start_report(args, {name: PRECISIONS[name] for name in args.precisions})
+    report |= {"loading": [], "table7": []}
+    rates = report["gemm_flop_per_s"]
     cells = [
         Cell(variant, precision, args.batch_size, TEXT[text], recompute == "yes")
         for variant, precision, text, recompute in itertools.product(
             args.variants, args.precisions, args.text, args.recompute
         )
     ]
-    report: dict[str, Any] = {
-        "environment": measuring.environment(args.device),
-        "labels": {"count": len(lengths), "tokens": sum(lengths), "longest": max(lengths)},
-        "backend": args.backend,
-        "gemm_flop_per_s": rates,
-        **{part: [] for part in ("rows", "loading", "table7")},
-    }
 
     def keep(part: str, rows: list[dict[str, Any]]) -> None:
         """Written after every cell: a run that is stopped keeps what it measured."""

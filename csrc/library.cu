@@ -1,9 +1,6 @@
 // The C interface: checks the arguments of a product and hands it to the file of its element type.
 #include <cuda_runtime_api.h>
 
-#include <atomic>
-#include <type_traits>
-
 #include "products.cuh"
 #include "statistics.cuh"
 #include "xclip_fast.h"
@@ -11,26 +8,17 @@
 namespace xclip_fast {
 namespace {
 
-constexpr int kMostDevices = 64;
-
-// Multiprocessors of a device of compute capability 9.0; 0 if it has another; or minus an error code.
-int processors(int device) {
-  static std::atomic<int> known[kMostDevices];  // 1 + the answer, 0 before it is asked
-  if (device < 0 || device >= kMostDevices) {
-    return 0;
+Facts ask(int device) {
+  int major = 0, minor = 0;
+  Facts found{XCLIP_FAST_OK, 0, 0};
+  if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&found.processors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) {
+    found.code = failure();
+  } else if (major != 9 || minor != 0) {
+    found.code = XCLIP_FAST_BAD_DEVICE;
   }
-  int answer = known[device].load(std::memory_order_relaxed);
-  if (answer == 0) {
-    int major = 0, minor = 0, count = 0;
-    if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
-        cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess ||
-        cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) {
-      return -failure();
-    }
-    answer = 1 + (major == 9 && minor == 0 ? count : 0);
-    known[device].store(answer, std::memory_order_relaxed);
-  }
-  return answer - 1;
+  return found;
 }
 
 // A matrix that TMA reads or writes: rows of `columns` elements, `unit` of which are 16 bytes.
@@ -57,10 +45,11 @@ int launch(Operands& given, int unit, int y_unit, Call&& call) {
   if (code) {
     return code;
   }
-  given.processors = processors(given.device);
-  if (given.processors <= 0) {
-    return given.processors < 0 ? -given.processors : XCLIP_FAST_BAD_DEVICE;
+  Facts const found = facts<ask>(given.device);
+  if (found.code) {
+    return found.code;
   }
+  given.processors = found.processors;
   if (given.m == 0 || given.n == 0) {
     return XCLIP_FAST_OK;
   }
@@ -68,24 +57,11 @@ int launch(Operands& given, int unit, int y_unit, Call&& call) {
   return current.code() ? current.code() : call();
 }
 
-// The same of half-precision operands; `call` gets the element type as a constant.
-template <class Call>
-int launch_half(int dtype, Operands& given, Call&& call) {
-  switch (dtype) {
-    case XCLIP_FAST_BF16:
-      return launch(given, 8, 8, [&] { return call(std::integral_constant<int, XCLIP_FAST_BF16>{}); });
-    case XCLIP_FAST_FP16:
-      return launch(given, 8, 8, [&] { return call(std::integral_constant<int, XCLIP_FAST_FP16>{}); });
-    default:
-      return XCLIP_FAST_BAD_DTYPE;
-  }
-}
-
 bool any(Operands const& given) { return given.m > 0 && given.n > 0; }
 
 }  // namespace
 
-int merge_statistics(Operands const& given, StatisticsArguments const& extra, int tile_rows, int tile_columns) {
+int merge_statistics(Operands const& given, ResidualArguments const& extra, int tile_rows, int tile_columns) {
   int64_t const padded = (given.m + tile_rows - 1) / tile_rows * tile_rows;
   merge_statistics_kernel<<<int((given.m + kMergeThreads - 1) / kMergeThreads), kMergeThreads, 0,
                             static_cast<cudaStream_t>(given.stream)>>>(
@@ -128,16 +104,16 @@ const char* xclip_fast_error(int code) {
   }
 }
 
-int xclip_fast_check_device(int device) {
-  int const count = processors(device);
-  return count > 0 ? XCLIP_FAST_OK : count < 0 ? -count : XCLIP_FAST_BAD_DEVICE;
-}
+int xclip_fast_check_device(int device) { return facts<ask>(device).code; }
 
 int xclip_fast_norm_linear(int dtype, int tile, const void* x, int64_t x_row, const void* w, int64_t w_row,
                            const float* mean, const float* rstd, const float* w_sums, const float* bias, int activation,
                            void* u, void* y, int64_t m, int64_t n, int64_t k, int device, void* stream) {
   Operands given{x, x_row, w, w_row, nullptr, n, y, m, n, k, device, 0, stream};
   NormArguments const extra{mean, rstd, w_sums, bias, u};
+  if (!is_half(dtype)) {
+    return XCLIP_FAST_BAD_DTYPE;
+  }
   bool const normed = mean != nullptr, half_normed = normed != (rstd != nullptr) || normed != (w_sums != nullptr);
   if (any(given) && (half_normed || (u != nullptr && !activation))) {
     return XCLIP_FAST_BAD_POINTER;
@@ -145,8 +121,8 @@ int xclip_fast_norm_linear(int dtype, int tile, const void* x, int64_t x_row, co
   if (!whole_16_bytes(u)) {
     return XCLIP_FAST_BAD_ALIGNMENT;
   }
-  return launch_half(dtype, given, [&](auto type) {
-    return activation ? norm_gelu<type()>(tile, given, extra) : norm<type()>(tile, given, extra);
+  return launch(given, 8, 8, [&] {
+    return activation ? norm_gelu(dtype, tile, given, extra) : norm(dtype, tile, given, extra);
   });
 }
 
@@ -160,7 +136,8 @@ int xclip_fast_linear_residual(int dtype, int tile, const void* x, int64_t x_row
                                float eps, float* partials, float* mean, float* rstd, void* y, int64_t m, int64_t n,
                                int64_t k, int device, void* stream) {
   Operands given{x, x_row, w, w_row, residual, residual_row, y, m, n, k, device, 0, stream};
-  if (int const code = check_matrix(residual, m, n, residual_row)) {
+  int const code = is_half(dtype) ? check_matrix(residual, m, n, residual_row) : XCLIP_FAST_BAD_DTYPE;
+  if (code) {
     return code;
   }
   bool const wanted = mean != nullptr;
@@ -170,11 +147,10 @@ int xclip_fast_linear_residual(int dtype, int tile, const void* x, int64_t x_row
   if (!whole_16_bytes(partials)) {
     return XCLIP_FAST_BAD_ALIGNMENT;
   }
-  ResidualArguments const plain{bias, scale};
-  StatisticsArguments const extra{bias, scale, partials, partials + xclip_fast_statistics_floats(m, n) / 2,
-                                  mean, rstd,  eps};
-  return launch_half(dtype, given, [&](auto type) {
-    return wanted ? residual_statistics<type()>(tile, given, extra) : residual_add<type()>(tile, given, plain);
+  float* const squares = partials + xclip_fast_statistics_floats(m, n) / 2;
+  ResidualArguments const extra{bias, scale, partials, squares, mean, rstd, eps};
+  return launch(given, 8, 8, [&] {
+    return wanted ? residual_statistics(dtype, tile, given, extra) : residual_add(dtype, tile, given, extra);
   });
 }
 

@@ -1,7 +1,4 @@
 // Checks and launches the message path.
-#include <mutex>
-#include <optional>
-
 #include "checks.cuh"
 #include "message.cuh"
 #include "xclip_fast.h"
@@ -15,11 +12,7 @@ __global__ void __launch_bounds__(kMessageThreads, 1) message_kernel(MessageArgu
   MessagePath<T, P>(given, shared).run();
 }
 
-// What the launch asks of a device, and whether the kernel runs there: 0 or an error code.
-struct Facts {
-  int code, processors, room;
-};
-
+// `device` is current.
 Facts ask(int device) {
   int major = 0, cooperative = 0;
   Facts found{XCLIP_FAST_OK, 0, 0};
@@ -36,21 +29,6 @@ Facts ask(int device) {
     found.code = failure();  // it was not compiled for this device
   }
   return found;
-}
-
-// The same, asked once; `device` is current.
-Facts facts(int device) {
-  constexpr int kMostDevices = 64;
-  static std::mutex mutex;
-  static std::optional<Facts> known[kMostDevices];
-  if (device < 0 || device >= kMostDevices) {
-    return {XCLIP_FAST_BAD_DEVICE, 0, 0};
-  }
-  std::lock_guard const lock(mutex);
-  if (!known[device]) {
-    known[device] = ask(device);
-  }
-  return *known[device];
 }
 
 // The number of blocks for a width: the least of at least half the processors with which the weights fit, so that the
@@ -99,7 +77,7 @@ int xclip_fast_check_message(int64_t width, int device) {
   if (int const code = current.code()) {
     return code;
   }
-  Facts const found = facts(device);
+  Facts const found = facts<ask>(device);
   return found.code ? found.code : choose_blocks(int(width), found) ? XCLIP_FAST_OK : XCLIP_FAST_REFUSED;
 }
 
@@ -111,10 +89,7 @@ int xclip_fast_message_kv(int dtype, int parameter_dtype, int blocks, const void
                           const void* const* weights, const void* const* biases, const void* const* norms, float eps,
                           int64_t rows, int64_t frames, int64_t width, float* workspace, void* key_value, int device,
                           void* stream) {
-  if (dtype != XCLIP_FAST_BF16 && dtype != XCLIP_FAST_FP16) {
-    return XCLIP_FAST_BAD_DTYPE;
-  }
-  if (parameter_dtype != dtype && parameter_dtype != XCLIP_FAST_FP32) {
+  if (!is_half(dtype) || (parameter_dtype != dtype && parameter_dtype != XCLIP_FAST_FP32)) {
     return XCLIP_FAST_BAD_DTYPE;
   }
   if (!is_size(rows) || frames < 1 || frames > kMostFrames || rows % frames || width < kHead || width % kHead ||
@@ -142,7 +117,7 @@ int xclip_fast_message_kv(int dtype, int parameter_dtype, int blocks, const void
   if (int const code = current.code()) {
     return code;
   }
-  Facts const found = facts(device);
+  Facts const found = facts<ask>(device);
   if (found.code) {
     return found.code;
   }

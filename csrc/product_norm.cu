@@ -3,24 +3,14 @@
 
 namespace xclip_fast {
 
-template <>
-int norm<XCLIP_FAST_BF16>(int tile, Operands const& operands, NormArguments const& extra) {
-  return run_on_tile<cutlass::bfloat16_t, Norm, Wide, Square, Small>(tile, operands, extra);
+int norm(int dtype, int tile, Operands const& operands, NormArguments const& extra) {
+  return dtype == XCLIP_FAST_BF16 ? run_on_tile<cutlass::bfloat16_t, Norm, Wide, Square, Small>(tile, operands, extra)
+                                  : run_on_tile<cutlass::half_t, Norm, Square>(tile, operands, extra);
 }
 
-template <>
-int norm<XCLIP_FAST_FP16>(int tile, Operands const& operands, NormArguments const& extra) {
-  return run_on_tile<cutlass::half_t, Norm, Square>(tile, operands, extra);
-}
-
-template <>
-int norm_gelu<XCLIP_FAST_BF16>(int tile, Operands const& operands, NormArguments const& extra) {
-  return run_on_tile<cutlass::bfloat16_t, NormGelu, Square, Small>(tile, operands, extra);
-}
-
-template <>
-int norm_gelu<XCLIP_FAST_FP16>(int tile, Operands const& operands, NormArguments const& extra) {
-  return run_on_tile<cutlass::half_t, NormGelu, Square>(tile, operands, extra);
+int norm_gelu(int dtype, int tile, Operands const& operands, NormArguments const& extra) {
+  return dtype == XCLIP_FAST_BF16 ? run_on_tile<cutlass::bfloat16_t, NormGelu, Square, Small>(tile, operands, extra)
+                                  : run_on_tile<cutlass::half_t, NormGelu, Square>(tile, operands, extra);
 }
 
 }  // namespace xclip_fast

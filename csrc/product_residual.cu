@@ -3,24 +3,17 @@
 
 namespace xclip_fast {
 
-template <>
-int residual_add<XCLIP_FAST_BF16>(int tile, Operands const& operands, ResidualArguments const& extra) {
-  return run_on_tile<cutlass::bfloat16_t, Residual, Wide, Square, Small>(tile, operands, extra);
+int residual_add(int dtype, int tile, Operands const& operands, ResidualArguments const& extra) {
+  return dtype == XCLIP_FAST_BF16
+             ? run_on_tile<cutlass::bfloat16_t, Residual, Wide, Square, Small>(tile, operands, extra)
+             : run_on_tile<cutlass::half_t, Residual, Square>(tile, operands, extra);
 }
 
-template <>
-int residual_add<XCLIP_FAST_FP16>(int tile, Operands const& operands, ResidualArguments const& extra) {
-  return run_on_tile<cutlass::half_t, Residual, Square>(tile, operands, extra);
-}
-
-template <>
-int residual_statistics<XCLIP_FAST_BF16>(int tile, Operands const& operands, StatisticsArguments const& extra) {
-  return run_on_tile<cutlass::bfloat16_t, ResidualStatistics, Square>(tile, operands, extra);
-}
-
-template <>
-int residual_statistics<XCLIP_FAST_FP16>(int tile, Operands const& operands, StatisticsArguments const& extra) {
-  return run_on_tile<cutlass::half_t, ResidualStatistics, Square>(tile, operands, extra);
+int residual_statistics(int dtype, int tile, Operands const& operands, ResidualArguments const& extra) {
+  int const code = dtype == XCLIP_FAST_BF16
+                       ? run_on_tile<cutlass::bfloat16_t, ResidualStatistics, Square>(tile, operands, extra)
+                       : run_on_tile<cutlass::half_t, ResidualStatistics, Square>(tile, operands, extra);
+  return code ? code : merge_statistics(operands, extra, Square::kRows, Square::kColumns);
 }
 
 }  // namespace xclip_fast

@@ -8,7 +8,6 @@ current stream, nothing waits.
 import ctypes
 import functools
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -206,46 +205,33 @@ def _floats_of(what: str, M: int, N: int, device: torch.device) -> Tensor:
     return torch.empty(count, dtype=torch.float32, device=device)
 
 
-def message_kv(
-    x: Tensor,
-    frames: int,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    norms: Sequence[Tensor],
-    eps: float,
-    *,
-    blocks: int = 0,
-) -> Tensor:
-    """The message path as one cooperative kernel, for few rows.
+def message_kv(b: Any, blocks: int = 0) -> Tensor:
+    """The message path of a block as one cooperative kernel, for few rows.
 
     Args:
-        x: (F, D) class tokens of whole videos of ``frames``.
-        weights: the message token's (D, D), CFA's QKV (3D, D) and output (D, D), IFA's key and value (2D, D), of x's
-            half-precision dtype. biases: of their rows.
-        norms: weight and bias (D,) of the LayerNorms before CFA and before IFA.
+        b: a ``Block`` with a message, its weights of one half-precision dtype.
         blocks: of the grid; 0: the library chooses.
 
     Returns:
-        (F, 2D) in x's dtype.
+        (F, 2D), each frame's message as key and value, in the weights' dtype.
     """
-    F, D = x.shape
-    key_value = torch.empty(F, 2 * D, dtype=x.dtype, device=x.device)
+    (F, _, D), dtype = b.x.shape, b.in_weight.dtype
+    key_value = torch.empty(F, 2 * D, dtype=dtype, device=b.x.device)
     if F:
-        x, weights = matrix(x), [weight.contiguous() for weight in weights]
-        vectors = _alike(x.dtype, *biases, *norms)
-        biases, norms = vectors[:4], vectors[4:]
+        x = matrix(b.x[:, 0].to(dtype))
+        weights = [b.message_fc_weight, b.message_in_weight, b.message_out_weight, b.in_weight[D:]]
+        biases = [b.message_fc_bias, b.message_in_bias, b.message_out_bias, b.in_bias[D:]]
+        norms = [b.message_ln_weight, b.message_ln_bias, b.ln_1_weight, b.ln_1_bias]
+        kind = dtype if all(vector.dtype == dtype for vector in (*biases, *norms)) else torch.float32
+        kept = (
+            [weight.contiguous() for weight in weights],
+            *([vector.to(kind).contiguous() for vector in vectors] for vectors in (biases, norms)),
+        )
+        pointers = ((ctypes.c_void_p * 4)(*(t.data_ptr() for t in given)) for given in kept)
         workspace = _floats_of("message", F, D, x.device)
-        pointers = ((ctypes.c_void_p * 4)(*(t.data_ptr() for t in given)) for given in (weights, biases, norms))
-        call = (DTYPES[x.dtype], DTYPES[biases[0].dtype], blocks, x, x.stride(0), *pointers, eps, F, frames, D)
+        call = (DTYPES[dtype], DTYPES[kind], blocks, x, x.stride(0), *pointers, b.eps, F, b.frames, D)
         _call("message_kv", *call, workspace, key_value, *_place(x))
     return key_value
-
-
-def _alike(dtype: torch.dtype, *vectors: Tensor) -> list[Tensor]:
-    """Contiguous, and of one dtype: this one if all have it, else float32."""
-    if any(vector.dtype != dtype for vector in vectors):
-        dtype = torch.float32
-    return [vector.to(dtype).contiguous() for vector in vectors]
 
 
 # ---- 8 bits, e4m3

@@ -44,11 +44,7 @@ def _saved(b: Any) -> tuple[Tensor, ...]:
 
 
 def _cuda_forward(save: bool, b: Any) -> tuple[None, Callable[[Tensor], None], tuple[Tensor, ...]]:
-    width = b.x.shape[-1]
-    weights = (b.message_fc_weight, b.message_in_weight, b.message_out_weight, b.in_weight[width:])
-    biases = (b.message_fc_bias, b.message_in_bias, b.message_out_bias, b.in_bias[width:])
-    norms = (b.message_ln_weight, b.message_ln_bias, b.ln_1_weight, b.ln_1_bias)
-    key_value = cuda_library.message_kv(b.x[:, 0].to(b.in_weight.dtype), b.frames, weights, biases, norms, b.eps)
+    key_value = cuda_library.message_kv(b)
 
     def write(to: Tensor) -> None:
         to.copy_(key_value)

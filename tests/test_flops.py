@@ -5,19 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from small import CONFIG
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import xclip_fast
-from xclip_fast.config import PAPER_TABLE1, VARIANTS, TextConfig, VisionConfig, XCLIPConfig
+from xclip_fast.config import PAPER_TABLE1, VARIANTS, TextConfig
 from xclip_fast.flops import Flops, count, products, table
 
-TINY = XCLIPConfig(
-    vision=VisionConfig(image_size=32, patch_size=16, width=128, layers=2, heads=2),
-    text=TextConfig(width=64, heads=1, layers=3),
-    embed_dim=64,
-    num_frames=3,
-)
+TINY = dataclasses.replace(CONFIG, text=TextConfig(width=64, layers=3, heads=1))
 
 
 def labels_of(lengths, context=77):

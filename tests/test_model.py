@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from small import gelu_mlp, normalized, plain_transformer
 from torch import Tensor
 
 import xclip_fast
@@ -20,11 +21,6 @@ LABELS = ["riding a bike", "swimming", "playing the accordion while walking", "y
 
 def frames(batch: int = 2, count: int = 3, size: int = 32) -> Tensor:
     return torch.randint(0, 256, (batch, count, size, size, 3), dtype=torch.uint8)
-
-
-def normalized(video: Tensor, config: XCLIPConfig) -> Tensor:
-    mean, std = torch.tensor(config.image_mean), torch.tensor(config.image_std)
-    return ((video / 255 - mean) / std).permute(0, 1, 4, 2, 3)
 
 
 def test_variants_have_the_shapes_of_their_names() -> None:
@@ -81,7 +77,7 @@ def test_whole_model_equals_the_paper_written_out(tiny_model: XCLIP) -> None:
     """Float64, concatenated messages, padded text, a projection per frame, prompts per video."""
     model = tiny_model.double()
     video = frames()
-    pixels = normalized(video, model.config).double().flatten(0, 1)
+    pixels = normalized(video, model.config).flatten(0, 1)
     visual = model.visual
     x = visual.conv1(pixels).flatten(2).transpose(1, 2)
     x = torch.cat([visual.class_embedding.expand(len(x), 1, -1), x], 1) + visual.positional_embedding
@@ -125,24 +121,11 @@ def test_whole_model_equals_the_paper_written_out(tiny_model: XCLIP) -> None:
     torch.testing.assert_close(model(video, LABELS), logits, rtol=1e-5, atol=1e-5)
 
 
-def gelu_mlp(x: Tensor, fc: torch.nn.Linear, projection: torch.nn.Linear) -> Tensor:
-    u = fc(x)
-    return projection(u * torch.sigmoid(1.702 * u))
-
-
-def plain_transformer(blocks: torch.nn.ModuleList, x: Tensor, mask: Tensor | None = None) -> Tensor:
-    for block in blocks:
-        n = block.ln_1(x).transpose(0, 1)
-        x = x + block.attn(n, n, n, attn_mask=mask)[0].transpose(0, 1)
-        x = x + gelu_mlp(block.ln_2(x), block.mlp.c_fc, block.mlp.c_proj)
-    return x
-
-
 def test_uint8_frames_equal_normalized_float(tiny_model: XCLIP) -> None:
     video = frames()
     torch.testing.assert_close(
         tiny_model.encode_video(video),
-        tiny_model.encode_video(normalized(video, tiny_model.config)),
+        tiny_model.encode_video(normalized(video, tiny_model.config).float()),
         rtol=1e-5,
         atol=1e-5,
     )

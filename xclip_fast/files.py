@@ -82,6 +82,15 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("it is nested too deeply") from None
 
 
+def load_json(path: str | os.PathLike[str]) -> Any:
+    """The value in a JSON file. Errors as of ``read_json``."""
+    text = read_text(path)
+    try:
+        return parse_json(text)
+    except ValueError as error:
+        raise ValueError(f"{os.fspath(path)}: is not JSON: {error}") from error
+
+
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The object in a JSON file.
 
@@ -90,13 +99,9 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
             object. The message begins with the path.
         OSError: if it cannot be read.
     """
-    name, text = os.fspath(path), read_text(path)
-    try:
-        values = parse_json(text)
-    except ValueError as error:
-        raise ValueError(f"{name}: is not JSON: {error}") from error
+    values = load_json(path)
     if not isinstance(values, dict):
-        raise ValueError(f"{name}: a JSON object is wanted, {type(values).__name__} found")
+        raise ValueError(f"{os.fspath(path)}: a JSON object is wanted, {type(values).__name__} found")
     return values
 
 
@@ -148,7 +153,7 @@ def replaced(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     path = Path(path)
     scratch = path.with_name(f".{path.name[:200]}.part")  # a folder: libraries put files of their own beside theirs
-    with _full_disk(path), locked(path.with_name(f".{path.name[:200]}.writing"), path):
+    with full_disk(path), locked(path.with_name(f".{path.name[:200]}.writing"), path):
         remove(scratch)
         scratch.mkdir()
         try:
@@ -197,7 +202,7 @@ def staged(folder: str | os.PathLike[str], owned: Collection[str], last: str) ->
     target = Path(os.path.realpath(folder))
     if target.exists() and not target.is_dir():
         raise NotADirectoryError(f"{folder}: is a file; a folder is wanted")
-    with _full_disk(folder, ". What was there before is unchanged"):
+    with full_disk(folder, ". What was there before is unchanged"):
         target.parent.mkdir(parents=True, exist_ok=True)
         home = target.parent if _beside(target) else target
         part = home / f".{target.name}.part"
@@ -216,12 +221,12 @@ def staged(folder: str | os.PathLike[str], owned: Collection[str], last: str) ->
 
 
 @contextlib.contextmanager
-def _full_disk(path: str | os.PathLike[str], more: str = "") -> Iterator[None]:
-    """While the block lasts, a disk or a quota that is full is an error that says so, with ``more``."""
+def full_disk(path: str | os.PathLike[str], more: str = "") -> Iterator[None]:
+    """While the block lasts, a disk or a quota that is full is an OSError that says so, with ``more``."""
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except (OSError, RuntimeError, ValueError) as error:  # LanceDB has no error of its own for it
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(error):
             raise OSError(
                 f"{path}: could not be written, no space left on the disk{more}; make room and start again"
             ) from error

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from .console import print_rows
+from .console import first_line, print_rows
 from .kernels import BackendError, Block, cuda_library, dispatch
 from .kernels.cct_block.fused import case_of
 from .kernels.example import Maker, Sizes
@@ -81,22 +81,12 @@ def show(as_json: bool = False) -> None:
     if as_json:
         print(json.dumps(found, indent=2))
         return
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    console = Console(highlight=False)
 
     def table(title: str, rows: Sequence[Sequence[str]], *header: str) -> None:
-        if not sys.stdout.isatty():
-            print_rows(title.partition(" ")[0].lower(), header, rows)
-            return
-        grid = Table(*header, box=None, show_header=bool(header), pad_edge=False, padding=(0, 3, 0, 0))
-        for row in rows:
-            grid.add_row(*(Text(cell, overflow="fold") for cell in row))
-        console.print(Text(title, style="bold"))
-        console.print(grid)
-        console.print()
+        in_terminal = sys.stdout.isatty()
+        print_rows(title if in_terminal else title.partition(" ")[0].lower(), header, rows)
+        if in_terminal:
+            print()
 
     table("Versions", [(name, item["version"] or "-", item["note"]) for name, item in found["versions"].items()])
     cpu, cuda = found["cpu"], found["cuda"]
@@ -160,7 +150,7 @@ def _package(module: str, distributions: tuple[str, ...], install: str, try_it: 
             loaded = importlib.import_module(module)
             version = version or getattr(loaded, "__version__", None)
         except Exception as error:  # a wheel built for another torch can raise anything
-            note = f"installed, but its import fails: {type(error).__name__}: {_first_line(error)}"
+            note = f"installed, but its import fails: {type(error).__name__}: {first_line(error)}"
     return {"version": version or "unknown", "note": note}
 
 
@@ -238,7 +228,7 @@ def collect_cuda() -> dict[str, Any]:
         torch.cuda.init()
         devices = [_device(index) for index in range(torch.cuda.device_count())]
     except (RuntimeError, AssertionError) as error:  # no driver, an old driver, no visible device
-        return {"devices": [], "reason": _first_line(error)}
+        return {"devices": [], "reason": first_line(error)}
     return {"devices": devices, "reason": None if devices else "the driver reports no device"}
 
 
@@ -261,7 +251,7 @@ def _ops(places: list[tuple[str, torch.dtype]]) -> dict[str, dict[str, Any]]:
         except RuntimeError as error:  # its memory is full, or another process has it for itself
             names = {name: op.names for name, op in dispatch.OPS.items()}
             for name, backends in {**names, **{f"  {name}": part.names for name, part in PARTS.items()}}.items():
-                unusable = dict.fromkeys(backends, f"{device} cannot be used: {_first_line(error)}")
+                unusable = dict.fromkeys(backends, f"{device} cannot be used: {first_line(error)}")
                 found.setdefault(name, {})[device] = {"dtype": _dtype_name(dtype), "chosen": None, "backends": unusable}
             continue
         for name, op in dispatch.OPS.items():
@@ -297,7 +287,3 @@ def typical_arguments(device: str, dtype: torch.dtype) -> dict[str, tuple[Any, .
 
 def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

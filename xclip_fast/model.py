@@ -16,12 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import kernels
-from .config import SwinConfig, XCLIPConfig, variant
+from .config import XCLIPConfig, variant
 from .inference import fp8 as quantization
 from .inference.cuda_graphs import GraphedVideoTower
 from .kernels.linear import linear
+from .nn.assembly import parts_of
 from .nn.features import VideoFeatures
-from .nn.layers import WithoutInit, init_linear
+from .nn.layers import WithoutInit
 from .nn.mit import MultiFrameIntegration
 from .nn.parts import is_plain, layer_norm
 from .nn.prompt import VideoSpecificPrompt
@@ -46,11 +47,15 @@ class XCLIP(nn.Module):
         config: the shape, such as ``VARIANTS["B/16-8f"]``, or the name of a variant.
     """
 
+    visual: VisionTower | SwinTower
     text: TextEncoder | None
     mit: MultiFrameIntegration | None
+    prompts_visual_ln: nn.LayerNorm
+    prompts_visual_proj: nn.Parameter
     prompts_generator: VideoSpecificPrompt | None
     prompts_vectors: nn.Parameter | None
     head: nn.Linear | None
+    logit_scale: nn.Parameter
     logit_bias: nn.Parameter | None
 
     def __init__(self, config: XCLIPConfig | str) -> None:
@@ -58,44 +63,9 @@ class XCLIP(nn.Module):
         config = variant(config) if isinstance(config, str) else config
         if not isinstance(config, XCLIPConfig):
             raise TypeError(f"config is a {type(config).__name__}; an XCLIPConfig or a variant's name wanted")
-        width, embed, eps = config.vision.width, config.embed_dim, config.layer_norm_eps
-        assert config.mit_heads is not None
-        assert config.prompt_heads is not None
         self.config = config
-        self.visual = SwinTower(config) if isinstance(config.vision, SwinConfig) else VisionTower(config)
-        self.text = TextEncoder(config.text, embed, eps) if config.num_classes is None else None
-        self.mit = None
-        if config.mit_layers:
-            self.mit = MultiFrameIntegration(
-                embed,
-                config.mit_positions or config.num_frames,
-                config.mit_layers,
-                config.mit_heads,
-                config.mit_residual,
-                eps if config.mit_eps is None else config.mit_eps,
-                config.temporal_std,
-                interpolated=config.mit_positions is None,
-            )
-        self.prompts_generator = None
-        if config.prompt == "video":
-            self.prompts_visual_ln = nn.LayerNorm(width, eps)
-            self.prompts_visual_proj = nn.Parameter(nn.init.normal_(torch.empty(width, embed), std=width**-0.5))
-            self.prompts_generator = VideoSpecificPrompt(
-                embed, config.prompt_layers, config.prompt_heads, config.prompt_alpha, eps
-            )
-        self.prompts_vectors = None
-        if config.prompt == "vectors":
-            vectors = torch.empty(config.prompt_vectors, config.text.width)
-            self.prompts_vectors = nn.Parameter(nn.init.normal_(vectors, std=0.02))
-        self.head = None
-        self.logit_bias = None
-        if config.num_classes is not None:
-            self.head = nn.Linear(embed, config.num_classes)
-            init_linear(self.head)
-        else:
-            self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale))
-            if config.logit_bias is not None:
-                self.logit_bias = nn.Parameter(torch.tensor(config.logit_bias))
+        for name, part in parts_of(config).items():
+            setattr(self, name, part)
         self._checked_range = False
         self._graphed: dict[tuple[int, int], GraphedVideoTower] = {}
 

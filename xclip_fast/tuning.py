@@ -41,9 +41,7 @@ def tune(model: str, seconds: float = SECONDS, *, rehearse: bool = False) -> int
     return 0
 
 
-def tune_before(
-    config: XCLIPConfig, videos: int, device: str | torch.device, *, training: bool = False
-) -> None:
+def tune_before(config: XCLIPConfig, videos: int, device: str | torch.device, *, training: bool = False) -> None:
     """Tune for a job that earns the time back, if nothing was measured on its GPU yet. A short job prints one line.
 
     One of several processes does not measure, because the others would disturb it: it prints the line as well.

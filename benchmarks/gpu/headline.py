@@ -15,9 +15,7 @@ from unittest import mock
 import measuring
 import torch
 import training
-from labels import label_list
-from measuring import largest_error
-from throughput import (
+from contenders import (
     COMPILED,
     EAGER,
     FP8,
@@ -33,6 +31,8 @@ from throughput import (
     normalized,
     quantized,
 )
+from labels import label_list
+from measuring import largest_error
 from torch import Tensor
 from xclip_fast.kernels import overlap
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import functools
-import os
 import statistics
 import subprocess
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import measuring
 import torch
@@ -71,31 +69,3 @@ def overhead(job: Job) -> Iterator[Row]:
                 call()
                 times.append(time.perf_counter() - begin)
         yield {"contender": name, "host_us": 1e6 * statistics.median(times)}
-
-
-def check_program(job: Job, program: str, traced: str) -> Iterator[Row]:
-    """The CUDA library's own checks (csrc/tests/check.cu), built beforehand, on the library that the package loads.
-
-    If they fail, a traced library (XCLIP_FAST_TRACE) says why.
-    """
-    from xclip_fast.kernels import cuda_library
-
-    row: Row = {"op": "every call", "contender": "cuda", "direction": "check program"}
-    if not program:
-        yield {**row, "note": "refused: no check program was carried (make gpu-bundle builds it)"}
-        return
-    environment = {**os.environ, "LD_LIBRARY_PATH": str(cuda_library.path().parent)}
-    done = subprocess.run([program], capture_output=True, text=True, timeout=job.left() / 2, env=environment)
-    said = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
-    if done.returncode == 77:
-        yield {**row, "note": f"refused: {said[-1] if said else 'no GPU'}"}
-        return
-    if done.returncode == 0:
-        yield {**row, "right": True}
-        return
-    yield {**row, "right": False, "note": f"WRONG: {' | '.join(said[-4:])}"[:600]}
-    if traced and Path(traced).is_dir():
-        environment = {**os.environ, "LD_LIBRARY_PATH": traced}
-        done = subprocess.run([program], capture_output=True, text=True, timeout=job.left(), env=environment)
-        words = [line for line in (done.stdout + done.stderr).splitlines() if "rror" in line]
-        yield {**row, "right": False, "note": "CUTLASS says: " + " | ".join(dict.fromkeys(words))[:1500]}

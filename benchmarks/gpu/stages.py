@@ -37,10 +37,9 @@ def smoke(rehearse: bool) -> list[Case]:
     from xclip_fast.kernels.dispatch import OPS
 
     cases = []
-    program = next((path for path in (ROOT / "check", ROOT / "build") if (path / "xclip_fast_check").exists()), None)
     if not rehearse:
-        options = {"program": str(program / "xclip_fast_check") if program else "", "traced": str(ROOT / "traced")}
-        cases.append(Case("check program", "machine:check_program", options, 60, together=True))
+        options = {"traced": str(ROOT / "traced" / "libxclip_fast.so")}
+        cases.append(Case("CUDA library", "suite:cuda_library", options, 60, together=True))
     for op, entry in OPS.items():
         for name in entry.names:
             if name != "reference" and not (rehearse and name == "cuda"):

@@ -29,13 +29,8 @@ struct NormArguments {
   void* u;
 };
 
+// The last five for row statistics of the result. The partial sums are m-major, a column of tiles after the other.
 struct ResidualArguments {
-  float const* bias;
-  float const* scale;
-};
-
-// Row statistics of the result. The partial sums are m-major, a column of tiles after the other.
-struct StatisticsArguments {
   float const* bias;
   float const* scale;
   float* sums;
@@ -52,20 +47,15 @@ struct ScaledArguments {
   float y_inverse;
 };
 
-template <int dtype>
-int norm(int tile, Operands const& operands, NormArguments const& extra);
-template <int dtype>
-int norm_gelu(int tile, Operands const& operands, NormArguments const& extra);
-template <int dtype>
-int residual_add(int tile, Operands const& operands, ResidualArguments const& extra);
-template <int dtype>
-int residual_statistics(int tile, Operands const& operands, StatisticsArguments const& extra);
-
+int norm(int dtype, int tile, Operands const& operands, NormArguments const& extra);
+int norm_gelu(int dtype, int tile, Operands const& operands, NormArguments const& extra);
+int residual_add(int dtype, int tile, Operands const& operands, ResidualArguments const& extra);
+int residual_statistics(int dtype, int tile, Operands const& operands, ResidualArguments const& extra);
 int fp8_linear(int tile, Operands const& operands, ScaledArguments const& extra);
 int fp8_linear_gelu(int tile, Operands const& operands, ScaledArguments const& extra);
 int fp8_linear_residual(int tile, Operands const& operands, ScaledArguments const& extra);
 
 // What follows a product with statistics: those of its tiles become those of the rows (library.cu).
-int merge_statistics(Operands const& operands, StatisticsArguments const& extra, int tile_rows, int tile_columns);
+int merge_statistics(Operands const& operands, ResidualArguments const& extra, int tile_rows, int tile_columns);
 
 }  // namespace xclip_fast

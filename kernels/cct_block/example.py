@@ -61,29 +61,3 @@ def example(
         made |= {"drop_attention": factor, "drop_feed_forward": 1.25 - factor}
         made |= {"drop_fusion": factor} if frames else {}
     return Block(**{**made, **given})
-
-
-def message_block(
-    x: Tensor, frames: int, weights: Sequence[Tensor], biases: Sequence[Tensor], norms: Sequence[Tensor], eps: float
-) -> Block:
-    """A block whose message path has these parameters, as the CUDA library's ``message_kv`` takes them: x (F, D) class
-    tokens; message token, CFA's QKV and output, IFA's key and value; weight and bias of LN_m and LN_1."""
-    fc, qkv, out, kv = weights
-    width = x.shape[1]
-    queries = torch.zeros(width, width, dtype=kv.dtype, device=kv.device), torch.zeros_like(biases[0])
-    return example(len(x), 1, width, frames, device=x.device, dtype=x.dtype)._replace(
-        x=x[:, None],
-        eps=eps,
-        message_fc_weight=fc,
-        message_fc_bias=biases[0],
-        message_ln_weight=norms[0],
-        message_ln_bias=norms[1],
-        message_in_weight=qkv,
-        message_in_bias=biases[1],
-        message_out_weight=out,
-        message_out_bias=biases[2],
-        ln_1_weight=norms[2],
-        ln_1_bias=norms[3],
-        in_weight=torch.cat([queries[0], kv]),
-        in_bias=torch.cat([queries[1], biases[3]]),
-    )

@@ -18,67 +18,6 @@ __all__ = ["backward", "forward"]
 
 
 @triton.jit
-def _attend_rows(
-    q_ptr,  # this sequence's and head's queries, (S, C)
-    out_ptr,  # (S, C), row stride HEADS C
-    lse_ptr,  # (S,)
-    first,  # row
-    stride_s,
-    stride_3,
-    scale,
-    looped,
-    S: tl.constexpr,
-    HEADS: tl.constexpr,
-    C: tl.constexpr,
-    ROWS: tl.constexpr,
-    MASKED: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    FULL: tl.constexpr,
-    LAST: tl.constexpr,
-    SAVE: tl.constexpr,
-):
-    """Rows first to first + ROWS - 1 of the output: softmax from tile to tile, starting with the last."""
-    row, channel = first + tl.arange(0, ROWS), tl.arange(0, C)
-    inside = row[:, None] < S if MASKED else None
-    q = tl.load(q_ptr + row.to(tl.int64)[:, None] * stride_s + channel[None, :], mask=inside)
-    k_ptr = q_ptr + stride_3
-    v_ptr = k_ptr + stride_3
-
-    key = FULL * BLOCK_N + tl.arange(0, LAST)
-    at_last = key.to(tl.int64)[:, None] * stride_s + channel[None, :]
-    k_last = tl.load(k_ptr + at_last, mask=key[:, None] < S, other=0.0)
-    v_last = tl.load(v_ptr + at_last, mask=key[:, None] < S, other=0.0)
-    # scores in powers of two: scale holds log2(e)
-    s_last = tl.dot(q, tl.trans(k_last), input_precision="ieee") * scale
-    s_last = tl.where(key[None, :] < S, s_last, float("-inf"))
-    m_i = tl.max(s_last, 1)
-    p_last = tl.exp2(s_last - m_i[:, None])
-    l_i = tl.sum(p_last, 1)
-    acc = tl.dot(p_last.to(v_last.dtype), v_last, input_precision="ieee")
-
-    at = tl.arange(0, BLOCK_N).to(tl.int64)[:, None] * stride_s + channel[None, :]
-    step = tl.full((), BLOCK_N, tl.int64) * stride_s
-    if FULL > 0:
-        for _ in range(0, looped, BLOCK_N):
-            k = tl.load(k_ptr + at)
-            v = tl.load(v_ptr + at)
-            k_ptr += step
-            v_ptr += step
-            s = tl.dot(q, tl.trans(k), input_precision="ieee")
-            higher = tl.maximum(m_i, tl.max(s, 1) * scale)
-            p = tl.exp2(s * scale - higher[:, None])
-            alpha = tl.exp2(m_i - higher)
-            l_i = l_i * alpha + tl.sum(p, 1)
-            acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
-            m_i = higher
-
-    out = (acc / l_i[:, None]).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + row[:, None] * (HEADS * C) + channel[None, :], out, mask=inside)
-    if SAVE:
-        tl.store(lse_ptr + row, m_i + tl.log2(l_i), mask=row < S if MASKED else None)
-
-
-@triton.jit
 def attention_fwd_kernel(
     qkv_ptr,  # (F, S, 3, H, C), C contiguous
     out_ptr,  # (F, S, H, C)
@@ -104,19 +43,51 @@ def attention_fwd_kernel(
     block = tl.program_id(0) % blocks
     head = tl.program_id(0) // blocks % HEADS
     sequence = (tl.program_id(0) // (blocks * HEADS)).to(tl.int64)
-    q_ptr = qkv_ptr + sequence * stride_f + head * stride_h
+    channel = tl.arange(0, C)
     out_ptr += (sequence * S * HEADS + head) * C
-    lse_ptr += (sequence * HEADS + head) * S
-    if full > 0 and block < full:
-        _attend_rows(
-            q_ptr, out_ptr, lse_ptr, block * BLOCK_M, stride_s, stride_3, scale, looped,
-            S, HEADS, C, BLOCK_M, False, BLOCK_N, FULL, LAST, SAVE,
-        )  # fmt: skip
-    if REST > 0 and block >= full:
-        _attend_rows(
-            q_ptr, out_ptr, lse_ptr, block * BLOCK_M, stride_s, stride_3, scale, looped,
-            S, HEADS, C, REST, True, BLOCK_N, FULL, LAST, SAVE,
-        )  # fmt: skip
+    for masked in tl.static_range(2):  # the code of full blocks, then that of the rest
+        if (REST > 0 and block >= full) if masked else (full > 0 and block < full):
+            row = block * BLOCK_M + tl.arange(0, REST if masked else BLOCK_M)
+            inside = row[:, None] < S if masked else None
+            q_ptr = qkv_ptr + sequence * stride_f + head * stride_h
+            q = tl.load(q_ptr + row.to(tl.int64)[:, None] * stride_s + channel[None, :], mask=inside)
+            k_ptr = q_ptr + stride_3
+            v_ptr = k_ptr + stride_3
+
+            # softmax from tile to tile, starting with the last
+            key = FULL * BLOCK_N + tl.arange(0, LAST)
+            at_last = key.to(tl.int64)[:, None] * stride_s + channel[None, :]
+            k_last = tl.load(k_ptr + at_last, mask=key[:, None] < S, other=0.0)
+            v_last = tl.load(v_ptr + at_last, mask=key[:, None] < S, other=0.0)
+            # scores in powers of two: scale holds log2(e)
+            s_last = tl.dot(q, tl.trans(k_last), input_precision="ieee") * scale
+            s_last = tl.where(key[None, :] < S, s_last, float("-inf"))
+            m_i = tl.max(s_last, 1)
+            p_last = tl.exp2(s_last - m_i[:, None])
+            l_i = tl.sum(p_last, 1)
+            acc = tl.dot(p_last.to(v_last.dtype), v_last, input_precision="ieee")
+
+            at = tl.arange(0, BLOCK_N).to(tl.int64)[:, None] * stride_s + channel[None, :]
+            step = tl.full((), BLOCK_N, tl.int64) * stride_s
+            if FULL > 0:
+                for _ in range(0, looped, BLOCK_N):
+                    k = tl.load(k_ptr + at)
+                    v = tl.load(v_ptr + at)
+                    k_ptr += step
+                    v_ptr += step
+                    s = tl.dot(q, tl.trans(k), input_precision="ieee")
+                    higher = tl.maximum(m_i, tl.max(s, 1) * scale)
+                    p = tl.exp2(s * scale - higher[:, None])
+                    alpha = tl.exp2(m_i - higher)
+                    l_i = l_i * alpha + tl.sum(p, 1)
+                    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
+                    m_i = higher
+
+            out = (acc / l_i[:, None]).to(out_ptr.dtype.element_ty)
+            tl.store(out_ptr + row[:, None] * (HEADS * C) + channel[None, :], out, mask=inside)
+            if SAVE:
+                lse_at = lse_ptr + (sequence * HEADS + head) * S + row
+                tl.store(lse_at, m_i + tl.log2(l_i), mask=row < S if masked else None)
 
 
 def forward(save: bool, qkv: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:

@@ -16,67 +16,6 @@ from .packed_attention import packed_attention_bwd_kernel
 
 
 @triton.jit
-def _dq_rows(
-    q_ptr,  # this sequence's and head's queries, (S, C)
-    out_ptr,  # (S, C), row stride HEADS C
-    dout_ptr,  # (S, C), row stride HEADS C
-    lse_ptr,  # (S,)
-    delta_ptr,  # (S,), written
-    dq_ptr,  # (S, C), row stride 3 HEADS C, written
-    first,  # row
-    stride_s,
-    stride_3,
-    scale,
-    factor,
-    looped,
-    S: tl.constexpr,
-    HEADS: tl.constexpr,
-    C: tl.constexpr,
-    ROWS: tl.constexpr,
-    MASKED: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    FULL: tl.constexpr,
-    LAST: tl.constexpr,
-):
-    """Rows first to first + ROWS - 1 of dq, and their delta = rowsum(do o)."""
-    row, channel = first + tl.arange(0, ROWS), tl.arange(0, C)
-    inside = row[:, None] < S if MASKED else None
-    valid = row < S if MASKED else None
-    q = tl.load(q_ptr + row.to(tl.int64)[:, None] * stride_s + channel[None, :], mask=inside)
-    k_ptr = q_ptr + stride_3
-    v_ptr = k_ptr + stride_3
-    at = row[:, None] * (HEADS * C) + channel[None, :]
-    do = tl.load(dout_ptr + at, mask=inside)
-    delta = tl.sum(do.to(tl.float32) * tl.load(out_ptr + at, mask=inside).to(tl.float32), 1)
-    tl.store(delta_ptr + row, delta, mask=valid)
-    lse = tl.load(lse_ptr + row, mask=valid)
-
-    key = FULL * BLOCK_N + tl.arange(0, LAST)
-    at_last = key.to(tl.int64)[:, None] * stride_s + channel[None, :]
-    k_last = tl.load(k_ptr + at_last, mask=key[:, None] < S, other=0.0)
-    v_last = tl.load(v_ptr + at_last, mask=key[:, None] < S, other=0.0)
-    # p = exp(q k^T / sqrt(C) - lse);  ds = p (do v^T - delta);  dq = ds k / sqrt(C)
-    p_last = tl.exp2(tl.dot(q, tl.trans(k_last), input_precision="ieee") * scale - lse[:, None])
-    dp_last = tl.dot(do, tl.trans(v_last), input_precision="ieee")
-    ds_last = tl.where(key[None, :] < S, p_last * (dp_last - delta[:, None]), 0.0)
-    dq = tl.dot(ds_last.to(k_last.dtype), k_last, input_precision="ieee")
-
-    at = tl.arange(0, BLOCK_N).to(tl.int64)[:, None] * stride_s + channel[None, :]
-    step = tl.full((), BLOCK_N, tl.int64) * stride_s
-    if FULL > 0:
-        for _ in range(0, looped, BLOCK_N):
-            k = tl.load(k_ptr + at)
-            v = tl.load(v_ptr + at)
-            at += step
-            p = tl.exp2(tl.dot(q, tl.trans(k), input_precision="ieee") * scale - lse[:, None])
-            ds = p * (tl.dot(do, tl.trans(v), input_precision="ieee") - delta[:, None])
-            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
-
-    at = row[:, None] * (3 * HEADS * C) + channel[None, :]
-    tl.store(dq_ptr + at, (dq * factor).to(dq_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit
 def attention_dq_kernel(
     qkv_ptr,  # (F, S, 3, H, C), C contiguous
     out_ptr,  # (F, S, H, C)
@@ -105,96 +44,43 @@ def attention_dq_kernel(
     block = tl.program_id(0) % blocks
     head = tl.program_id(0) // blocks % HEADS
     sequence = (tl.program_id(0) // (blocks * HEADS)).to(tl.int64)
-    q_ptr = qkv_ptr + sequence * stride_f + head * stride_h
+    channel = tl.arange(0, C)
     out_ptr += (sequence * S * HEADS + head) * C
     dout_ptr += (sequence * S * HEADS + head) * C
-    lse_ptr += (sequence * HEADS + head) * S
-    delta_ptr += (sequence * HEADS + head) * S
     dq_ptr = dqkv_ptr + (sequence * S * 3 * HEADS + head) * C
-    if full > 0 and block < full:
-        _dq_rows(
-            q_ptr, out_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, block * BLOCK_M, stride_s, stride_3,
-            scale, factor, looped, S, HEADS, C, BLOCK_M, False, BLOCK_N, FULL, LAST,
-        )  # fmt: skip
-    if REST > 0 and block >= full:
-        _dq_rows(
-            q_ptr, out_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, block * BLOCK_M, stride_s, stride_3,
-            scale, factor, looped, S, HEADS, C, REST, True, BLOCK_N, FULL, LAST,
-        )  # fmt: skip
+    for masked in tl.static_range(2):  # the code of full blocks, then that of the rest
+        if (REST > 0 and block >= full) if masked else (full > 0 and block < full):
+            row = block * BLOCK_M + tl.arange(0, REST if masked else BLOCK_M)
+            inside = row[:, None] < S if masked else None
+            valid = row < S if masked else None
+            q_ptr = qkv_ptr + sequence * stride_f + head * stride_h
+            q = tl.load(q_ptr + row.to(tl.int64)[:, None] * stride_s + channel[None, :], mask=inside)
+            k_ptr = q_ptr + stride_3
+            v_ptr = k_ptr + stride_3
+            at = row[:, None] * (HEADS * C) + channel[None, :]
+            do = tl.load(dout_ptr + at, mask=inside)
+            delta = tl.sum(do.to(tl.float32) * tl.load(out_ptr + at, mask=inside).to(tl.float32), 1)
+            at_row = (sequence * HEADS + head) * S + row
+            tl.store(delta_ptr + at_row, delta, mask=valid)
+            lse = tl.load(lse_ptr + at_row, mask=valid)
 
+            dq = tl.zeros(q.shape, tl.float32)
+            for whole in tl.static_range(2):  # the last tile of keys, then the full ones
+                if FULL > 0 or not whole:
+                    for start in range(0 if whole else FULL * BLOCK_N, looped if whole else S, BLOCK_N):
+                        key = start + tl.arange(0, BLOCK_N if whole else LAST)
+                        in_keys = None if whole else key[:, None] < S
+                        at_key = key.to(tl.int64)[:, None] * stride_s + channel[None, :]
+                        k = tl.load(k_ptr + at_key, mask=in_keys, other=None if whole else 0.0)
+                        v = tl.load(v_ptr + at_key, mask=in_keys, other=None if whole else 0.0)
+                        # p = exp(q k^T / sqrt(C) - lse);  ds = p (do v^T - delta);  dq = ds k / sqrt(C)
+                        p = tl.exp2(tl.dot(q, tl.trans(k), input_precision="ieee") * scale - lse[:, None])
+                        ds = p * (tl.dot(do, tl.trans(v), input_precision="ieee") - delta[:, None])
+                        ds = ds if whole else tl.where(key[None, :] < S, ds, 0.0)
+                        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
 
-@triton.jit
-def _dk_dv_step(
-    dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, row, channel, stride_s, scale,
-    S: tl.constexpr, HEADS: tl.constexpr, C: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """What the queries ``row`` add to dk (without its factor) and dv. Rows past S: q = do = 0, so they add nothing."""
-    if MASKED:
-        inside, valid, zero = row[:, None] < S, row < S, 0.0
-    else:
-        inside, valid, zero = None, None, None
-    q = tl.load(q_ptr + row.to(tl.int64)[:, None] * stride_s + channel[None, :], mask=inside, other=zero)
-    do = tl.load(dout_ptr + row[:, None] * (HEADS * C) + channel[None, :], mask=inside, other=zero)
-    lse = tl.load(lse_ptr + row, mask=valid, other=zero)
-    delta = tl.load(delta_ptr + row, mask=valid, other=zero)
-    # transposed, (keys, queries): dv = p^T do;  dk = ds^T q / sqrt(C)
-    p = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * scale - lse[None, :])
-    dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
-    ds = p * (tl.dot(v, tl.trans(do), input_precision="ieee") - delta[None, :])
-    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
-    return dk, dv
-
-
-@triton.jit
-def _dk_dv_rows(
-    q_ptr,  # this sequence's and head's queries, (S, C)
-    dout_ptr,  # (S, C), row stride HEADS C
-    lse_ptr,  # (S,)
-    delta_ptr,  # (S,)
-    dk_ptr,  # (S, C), row stride 3 HEADS C, written; dv is HEADS C behind
-    first,  # key
-    stride_s,
-    stride_3,
-    scale,
-    factor,
-    looped,
-    S: tl.constexpr,
-    HEADS: tl.constexpr,
-    C: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    REST: tl.constexpr,
-    KEYS: tl.constexpr,
-    LAST: tl.constexpr,
-):
-    """dk and dv of keys first to first + KEYS - 1; the last tile is masked."""
-    key, channel = first + tl.arange(0, KEYS), tl.arange(0, C)
-    k_ptr = q_ptr + stride_3
-    v_ptr = k_ptr + stride_3
-    at = key.to(tl.int64)[:, None] * stride_s + channel[None, :]
-    if LAST:
-        k = tl.load(k_ptr + at, mask=key[:, None] < S, other=0.0)
-        v = tl.load(v_ptr + at, mask=key[:, None] < S, other=0.0)
-    else:
-        k, v = tl.load(k_ptr + at), tl.load(v_ptr + at)
-    dk = tl.zeros((KEYS, C), tl.float32)
-    dv = tl.zeros((KEYS, C), tl.float32)
-    if S >= BLOCK_M:
-        for start in range(0, looped, BLOCK_M):
-            row = start + tl.arange(0, BLOCK_M)
-            dk, dv = _dk_dv_step(
-                dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, row, channel, stride_s, scale, S, HEADS, C, False
-            )
-    if REST > 0:
-        row = S // BLOCK_M * BLOCK_M + tl.arange(0, REST)
-        dk, dv = _dk_dv_step(
-            dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, row, channel, stride_s, scale, S, HEADS, C, True
-        )
-    dk = (dk * factor).to(dk_ptr.dtype.element_ty)
-    dv = dv.to(dk_ptr.dtype.element_ty)
-    at = key[:, None] * (3 * HEADS * C) + channel[None, :]
-    inside = key[:, None] < S if LAST else None
-    tl.store(dk_ptr + at, dk, mask=inside)
-    tl.store(dk_ptr + HEADS * C + at, dv, mask=inside)
+            at_dq = row[:, None] * (3 * HEADS * C) + channel[None, :]
+            tl.store(dq_ptr + at_dq, (dq * factor).to(dq_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -229,16 +115,38 @@ def attention_dk_dv_kernel(
     delta_ptr += (sequence * HEADS + head) * S
     dk_ptr = dqkv_ptr + (sequence * S * 3 * HEADS + HEADS + head) * C
     full: tl.constexpr = 0 if LAST == BLOCK_N else FULL  # one width, one code: masked
-    if full > 0 and block < full:
-        _dk_dv_rows(
-            q_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, block * BLOCK_N, stride_s,
-            stride_3, scale, factor, looped, S, HEADS, C, BLOCK_M, REST, BLOCK_N, False,
-        )  # fmt: skip
-    if block >= full:
-        _dk_dv_rows(
-            q_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, block * BLOCK_N, stride_s,
-            stride_3, scale, factor, looped, S, HEADS, C, BLOCK_M, REST, LAST, True,
-        )  # fmt: skip
+    channel = tl.arange(0, C)
+    for masked in tl.static_range(2):  # the code of full blocks of keys, then that of the last
+        if block >= full if masked else (full > 0 and block < full):
+            key = block * BLOCK_N + tl.arange(0, LAST if masked else BLOCK_N)
+            inside = key[:, None] < S if masked else None
+            zero = 0.0 if masked else None
+            k_at = q_ptr + stride_3 + key.to(tl.int64)[:, None] * stride_s + channel[None, :]
+            k = tl.load(k_at, mask=inside, other=zero)
+            v = tl.load(k_at + stride_3, mask=inside, other=zero)
+            dk = tl.zeros(k.shape, tl.float32)
+            dv = tl.zeros(k.shape, tl.float32)
+            for rest in tl.static_range(2):  # full tiles of queries, then the rows behind them
+                if REST > 0 if rest else S >= BLOCK_M:
+                    for start in range(S // BLOCK_M * BLOCK_M if rest else 0, S if rest else looped, BLOCK_M):
+                        row = start + tl.arange(0, REST if rest else BLOCK_M)
+                        in_rows = row < S if rest else None
+                        wide = row[:, None] < S if rest else None
+                        none = 0.0 if rest else None  # rows past S: q = do = 0, so they add nothing
+                        q_at = q_ptr + row.to(tl.int64)[:, None] * stride_s + channel[None, :]
+                        q = tl.load(q_at, mask=wide, other=none)
+                        do_at = dout_ptr + row[:, None] * (HEADS * C) + channel[None, :]
+                        do = tl.load(do_at, mask=wide, other=none)
+                        lse = tl.load(lse_ptr + row, mask=in_rows, other=none)
+                        delta = tl.load(delta_ptr + row, mask=in_rows, other=none)
+                        # transposed, (keys, queries): dv = p^T do;  dk = ds^T q / sqrt(C)
+                        p = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * scale - lse[None, :])
+                        dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
+                        ds = p * (tl.dot(v, tl.trans(do), input_precision="ieee") - delta[None, :])
+                        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+            dk_at = dk_ptr + key[:, None] * (3 * HEADS * C) + channel[None, :]
+            tl.store(dk_at, (dk * factor).to(dk_ptr.dtype.element_ty), mask=inside)
+            tl.store(dk_at + HEADS * C, dv.to(dk_ptr.dtype.element_ty), mask=inside)
 
 
 def backward(dout: Tensor, qkv: Tensor, out: Tensor, saved: Sequence[Tensor]) -> Tensor:

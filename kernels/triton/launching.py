@@ -58,7 +58,7 @@ class Prepared:
         device: torch.device,
         kernel: Any,
         grid: tuple[int, ...],
-        numbers: tuple[int | float, ...],
+        numbers: tuple[int | float | None, ...],
         **options: Any,
     ) -> None:
         self.kernel, self.grid, self.numbers, self.options = kernel, grid, numbers, options

@@ -30,16 +30,17 @@ def measuring(throughput):
 
 
 @pytest.fixture
-def quick(throughput, measuring, monkeypatch):
+def contenders(throughput):
+    return importlib.import_module("contenders")
+
+
+@pytest.fixture
+def quick(contenders, measuring, monkeypatch, one_thread):
     """A run of seconds: one thread, two runs, small clips, no large GEMM."""
     monkeypatch.setattr(measuring, "gemm_rate", lambda dtype, device: 1e11)
     monkeypatch.setattr(measuring, "CPU_RUNS", 2)
-    monkeypatch.setattr(throughput, "CLIP_FRAMES", 6)
-    monkeypatch.setattr(throughput, "CLIP_SIZE", (64, 80))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    monkeypatch.setattr(contenders, "CLIP_FRAMES", 6)
+    monkeypatch.setattr(contenders, "CLIP_SIZE", (64, 80))
 
 
 def tiny_run(throughput, tmp_path, *options):
@@ -50,7 +51,7 @@ def tiny_run(throughput, tmp_path, *options):
 
 
 @pytest.mark.usefixtures("quick")
-def test_every_work_beside_its_peer(throughput, tmp_path, capsys):
+def test_every_work_beside_its_peer(throughput, contenders, tmp_path, capsys):
     pytest.importorskip("transformers")
     code, report = tiny_run(throughput, tmp_path, "--precisions", "fp32,bf16", "--batch-sizes", "1,2")
     assert code == 0
@@ -59,7 +60,7 @@ def test_every_work_beside_its_peer(throughput, tmp_path, capsys):
     for (precision, batch, work, contender), row in rows.items():
         assert row["note"] == ""
         assert row["n"] == len(row["seconds"]) == 2
-        videos = batch * (throughput.BATCHES_A_CALL if work == "files" else 1)
+        videos = batch * (contenders.BATCHES_A_CALL if work == "files" else 1)
         assert row["views_per_second"] == pytest.approx(videos / row["median_s"])
         assert row["ratio_to_paper"] is None  # no such row in Table 1
         if contender == "Hugging Face":
@@ -89,7 +90,9 @@ def test_every_work_beside_its_peer(throughput, tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("quick")
-def test_graphs_stand_beside_the_eager_calls_and_have_ratios_of_their_own(throughput, tmp_path, monkeypatch):
+def test_graphs_stand_beside_the_eager_calls_and_have_ratios_of_their_own(
+    throughput, contenders, tmp_path, monkeypatch
+):
     """On a GPU, for small batches; here the CPU plays one, and the eager tower the graph."""
     pytest.importorskip("transformers")
     made, cleared, wrong = [], [], []
@@ -103,8 +106,8 @@ def test_graphs_stand_beside_the_eager_calls_and_have_ratios_of_their_own(throug
             features = self.model.encode_video(video)
             return features._replace(video=features.video * 1.5) if wrong else features
 
-    monkeypatch.setattr(throughput, "has_graphs", lambda device: True)
-    monkeypatch.setattr(throughput, "GRAPHED_UP_TO", 2)
+    monkeypatch.setattr(contenders, "has_graphs", lambda device: True)
+    monkeypatch.setattr(contenders, "GRAPHED_UP_TO", 2)
     monkeypatch.setattr(throughput.xclip_fast.XCLIP, "graphed", lambda *sizes: Graphed(*sizes))
     monkeypatch.setattr(throughput.xclip_fast.XCLIP, "clear_graphs", lambda model: cleared.append(model))
     options = ("--precisions", "fp32", "--works", "tower,cached,encoded", "--batch-sizes", "2,3")
@@ -226,10 +229,14 @@ def test_too_little_time_is_said(throughput, tmp_path, monkeypatch, capsys, meas
 
 
 @pytest.mark.usefixtures("quick")
-def test_wrong_answers_get_no_ratio(throughput, tmp_path, monkeypatch):
+def test_wrong_answers_get_no_ratio(throughput, contenders, tmp_path, monkeypatch):
     pytest.importorskip("transformers")
-    right = throughput.hf_video
-    monkeypatch.setattr(throughput, "hf_video", lambda hf, video: (right(hf, video)[0] * 1.01, right(hf, video)[1]))
+    right = contenders.hf_video
+
+    def wrong(hf, video):
+        return right(hf, video)[0] * 1.01, right(hf, video)[1]
+
+    monkeypatch.setattr(contenders, "hf_video", wrong)
     code, report = tiny_run(throughput, tmp_path, "--precisions", "fp32", "--works", "tower")
     ours, peer = report["rows"]
     assert code == 1
@@ -307,10 +314,10 @@ def test_a_stopped_run_keeps_its_rows(throughput, tmp_path, monkeypatch):
     monkeypatch.setattr(throughput, "HF_INSTALLED", False)
     real = throughput.contenders_of
 
-    def stopped(cell, *rest):
-        if cell.work == "cached":
+    def stopped(work, *rest):
+        if work == "cached":
             raise KeyboardInterrupt
-        return real(cell, *rest)
+        return real(work, *rest)
 
     monkeypatch.setattr(throughput, "contenders_of", stopped)
     with pytest.raises(KeyboardInterrupt):
@@ -389,15 +396,6 @@ def test_accuracy_of_float8_on_files(monkeypatch, tmp_path, tiny_model, capsys):
     assert "10 videos, 10 labels, calibrated on 3" in capsys.readouterr().out
 
 
-def test_plot_is_drawn(throughput, tmp_path):
-    pytest.importorskip("matplotlib")
-    row = {"variant": "B/16-8f", "precision": "fp32", "batch": 1, "contender": "xclip-fast", "views_per_second": 0.4}
-    rows = [{**row, "work": "cached"}, {**row, "work": "tower"}, {"work": "cached", "note": "not run: 9 s"}]
-    report = {"environment": {"device": "a machine"}, "labels": {"count": 400}, "rows": rows}
-    throughput.plot(report, tmp_path / "out.png")
-    assert (tmp_path / "out.png").stat().st_size > 10_000
-
-
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -416,7 +414,6 @@ def test_plot_is_drawn(throughput, tmp_path):
         (["--seconds", "nan"], "positive"),
         (["--backend", "magic"], "no backend is called 'magic'"),
         (["--json", "/no/such/folder/out.json"], "existing folder"),
-        (["--plot", "/"], "existing folder"),
         (["--device", "tpu"], "invalid choice"),
         (["--nonsense"], "unrecognized"),
     ],
@@ -437,10 +434,12 @@ def test_absent_gpu_is_an_error(throughput, capsys):
     assert "no CUDA device" in capsys.readouterr().err
 
 
-def test_absent_matplotlib_is_named(throughput, monkeypatch, capsys, tmp_path):
+@pytest.mark.usefixtures("throughput")
+def test_absent_matplotlib_is_named(monkeypatch, capsys, tmp_path):
+    script = importlib.import_module("accuracy_flops")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit):
-        throughput.main(["--plot", str(tmp_path / "out.png")])
+        script.main(["--plot", str(tmp_path / "out.png")])
     assert "pip install 'xclip-fast[plot]'" in capsys.readouterr().err
 
 

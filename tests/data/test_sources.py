@@ -253,7 +253,7 @@ def test_names_in_another_unicode_composition(tmp_path):
 def test_lists_that_are_pipes_or_devices(what, tmp_path):
     os.mkfifo(tmp_path / "pipe.txt")
     for path in (tmp_path / "pipe.txt", "/dev/zero"):
-        with pytest.raises(ValueError, match="is not a regular file"):
+        with pytest.raises(ValueError, match="a regular file is wanted"):
             read_labels(path) if what == "labels" else read_source(path)
     os.mkfifo(tmp_path / "manifest.jsonl.partial")
     with pytest.raises(ValueError, match="is a pipe"):

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from xclip_fast.data.decode import plan, windows
-from xclip_fast.data.decode.decoder import VideoError, decode, decode_windows, probe
+from xclip_fast.data.decode.decoder import VideoError, decode, probe
 from xclip_fast.data.decode.reading import ReadError
-from xclip_fast.data.decode.windows import window_spans
+from xclip_fast.data.decode.windows import decode_windows, window_spans
 from xclip_fast.data.motion import render, write_clip
 from xclip_fast.data.sampling import frame_indices
 

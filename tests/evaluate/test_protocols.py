@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from small import save_one_layer
 
 from xclip_fast import XCLIP, TextConfig, VisionConfig, XCLIPConfig
 from xclip_fast.config import CLIP_MEAN, CLIP_STD
@@ -197,24 +198,14 @@ def data(tmp_path_factory):
     dataclasses.replace(found, classes=NAMES).write(root / "all.jsonl")
     for split in range(3):
         dataclasses.replace(found, classes=NAMES).select(range(3 * split, 12)).write(root / f"split{split}.jsonl")
-    torch.manual_seed(3)
-    config = XCLIPConfig(
-        VisionConfig(image_size=32, patch_size=8, width=64, layers=1, heads=1),
-        TextConfig(width=64, layers=1, heads=1),
-        embed_dim=64,
-        num_frames=2,
-    )
-    XCLIP(config).save_pretrained(root / "model")
+    save_one_layer(root / "model")
     return root
 
 
 @pytest.fixture
-def settings(monkeypatch):
+def settings(monkeypatch, one_thread):
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # pictures take time, and test_evaluate.py has them
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield {"workers": 0, "device": "cpu", "dtype": "float32"}
-    torch.set_num_threads(threads)
+    return {"workers": 0, "device": "cpu", "dtype": "float32"}
 
 
 def test_zero_shot_over_three_splits(data, settings, tmp_path, capsys):

@@ -1,26 +1,23 @@
 """transformers' Auto classes, its pipeline and its Trainer with our folders and Hugging Face's."""
 
 import ast
+import dataclasses
 import textwrap
 from pathlib import Path
 
 import pytest
+import small
 import torch
 import torch.nn.functional as F
 
 transformers = pytest.importorskip("transformers")
 
-from xclip_fast import XCLIP, TextConfig, VisionConfig, XCLIPConfig, decode, huggingface, tokenize  # noqa: E402
+from xclip_fast import XCLIP, decode, huggingface, tokenize  # noqa: E402
 from xclip_fast.data.motion import write_clip  # noqa: E402
 from xclip_fast.weights import checkpoint  # noqa: E402
 from xclip_fast.weights.recipe import FILE, Trained  # noqa: E402
 
-CONFIG = XCLIPConfig(
-    vision=VisionConfig(image_size=32, patch_size=16, width=128, layers=2, heads=2),
-    text=TextConfig(width=64, layers=2, heads=1),
-    embed_dim=64,
-    num_frames=4,
-)
+CONFIG = dataclasses.replace(small.CONFIG, num_frames=4)
 LABELS = ["riding a bike", "swimming", "juggling"]
 
 

@@ -7,6 +7,7 @@ The library is what the install built, or ``XCLIP_FAST_CUDA_LIBRARY`` names; ``X
 import ctypes
 import functools
 import importlib
+import math
 import os
 import re
 import shutil
@@ -24,7 +25,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from xclip_fast.kernels import cuda_library
 from xclip_fast.kernels.cct_block import products
-from xclip_fast.kernels.cct_block.example import example, message_block
+from xclip_fast.kernels.cct_block.example import example
 from xclip_fast.kernels.cct_block.products import LINEAR_RESIDUAL, NORM_LINEAR
 from xclip_fast.kernels.cct_block.reference import message_key_value
 from xclip_fast.kernels.dispatch import INTERPRETED, OPS
@@ -269,9 +270,8 @@ def quick_gelu(u: Tensor) -> Tensor:
     return u * torch.sigmoid(1.702 * u)
 
 
-def message_exactly(*given: Any) -> Tensor:
+def message_exactly(block: kernels.Block) -> Tensor:
     """Key and value (F, 2D) of each frame's message, by torch."""
-    block = message_block(*given)
     return message_key_value(block, functools.partial(kernels.own_linear, block))
 
 
@@ -372,13 +372,19 @@ class Memory:
         kind, other, rows, width = self.kinds[g["dtype"]], self.kinds[g["parameter_dtype"]], g["rows"], g["width"]
         assert g["x"] % 16 == g["x_row"] % 8 == 0
         self.at(g["workspace"], 1, 5 * rows * width, 5 * rows * width, torch.float32).fill_(torch.nan)
-        x = self.at(g["x"], rows, width, g["x_row"], kind)
-        sizes = (1, 3, 1, 2)
-        weights = [self.at(p, n * width, width, width, kind) for p, n in zip(g["weights"], sizes, strict=True)]
-        biases = [self.row(p, n * width, other) for p, n in zip(g["biases"], sizes, strict=True)]
-        norms = [self.row(p, width, other) for p in g["norms"]]
-        wide = ([part.float() for part in parts] for parts in (weights, biases, norms))  # type: ignore[union-attr]
-        value = message_exactly(x.float(), g["frames"], *wide, g["eps"])
+        names = ("message_fc", "message_in", "message_out", "in")
+        given = {"x": self.at(g["x"], rows, width, g["x_row"], kind)[:, None]}
+        for name, count, weight, bias in zip(names, (1, 3, 1, 2), g["weights"], g["biases"], strict=True):
+            given[f"{name}_weight"] = self.at(weight, count * width, width, width, kind)
+            given[f"{name}_bias"] = self.row(bias, count * width, other)  # type: ignore[assignment]
+        for name, norm in zip(
+            ("message_ln_weight", "message_ln_bias", "ln_1_weight", "ln_1_bias"), g["norms"], strict=True
+        ):
+            given[name] = self.row(norm, width, other)  # type: ignore[assignment]
+        wide = {name: tensor.float() for name, tensor in given.items()}
+        for name in ("in_weight", "in_bias"):  # of keys and values; queries are not asked for
+            wide[name] = torch.cat([torch.zeros_like(wide[name][:width]), wide[name]])
+        value = message_exactly(example(rows, 1, width, g["frames"])._replace(**wide, eps=g["eps"]))
         self.at(g["key_value"], rows, 2 * width, 2 * width, kind).copy_(value)
 
 
@@ -571,89 +577,183 @@ def test_kernels_run_on_the_host(tmp_path: Path) -> None:
     assert done.stdout == "0 failed\n"
 
 
-# ---- on a GPU, at the shapes of the model
+# ---- every call against float64: on a GPU the library itself, elsewhere as torch plays it
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("tile", ["auto", "small", "square", "wide"])
-@pytest.mark.parametrize(
-    ("rows", "width"), [(1, 768), (50, 768), (1576, 768), (12608, 768), (16448, 1024), (131, 1664)]
-)
-def test_products_on_a_gpu(rows: int, width: int, tile: str, dtype: torch.dtype) -> None:
-    refused = cuda_library.refuse_device("cuda", None)
-    if refused:
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    if request.param == "cpu":
+        request.getfixturevalue("memory")
+    elif refused := cuda_library.refuse_device("cuda", None):
         pytest.skip(refused)
-    torch.manual_seed(0)
+    return str(request.param)
 
-    def made(*shape: int, scale: float = 1.0) -> Tensor:
-        return (torch.randn(*shape, device="cuda") * scale).to(dtype)
 
-    def close(got: Tensor, exact: Tensor) -> None:
-        limit = 2 * float((exact.to(dtype).double() - exact).abs().max()) + 4 * torch.finfo(dtype).eps * float(
-            exact.abs().max()
-        )
-        assert float((got.double() - exact).abs().max()) <= limit
+@pytest.fixture
+def guards(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """What lies behind the memory that ``torch.empty`` gives: bytes of 255, as in that memory, NaN in every dtype."""
+    behind: list[Tensor] = []
+    empty = torch.empty
 
-    x, weight, wide = made(rows, width), made(4 * width, width, scale=width**-0.5), made(rows, 4 * width)
-    bias = torch.randn(4 * width, device="cuda")
-    variance, mean = torch.var_mean(x.float(), -1, correction=0)
-    rstd = (variance + EPS).rsqrt()
-    sums = weight.float().sum(1)
-    exact = (
-        rstd.double()[:, None] * (x.double() @ weight.double().T - mean.double()[:, None] * sums.double())
-        + bias.double()
-    )
-    scale = torch.rand(rows, device="cuda")
-    given: dict[str, Any] = {"residual": x, "drop_scale": scale}
-    added = x.double() + scale.double()[:, None] * (wide.double() @ weight.double())
+    def guarded(*shape: int, dtype: torch.dtype, device: str | torch.device = "cpu") -> Tensor:
+        size = math.prod(shape) * dtype.itemsize
+        whole = empty(size + 4096, dtype=torch.uint8, device=device).fill_(255)
+        behind.append(whole[size:])
+        return whole[:size].view(dtype).view(shape)
 
-    def statistics() -> None:
-        y, mean, rstd = cuda_library.linear_residual(wide, weight.T, **given, statistics_eps=EPS, tile=tile)
-        close(y, added)
-        variance, center = torch.var_mean(added, -1, correction=0)
-        torch.testing.assert_close(mean.double(), center, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(rstd.double(), (variance + EPS).rsqrt(), rtol=1e-4, atol=0)
+    monkeypatch.setattr(torch, "empty", guarded)
+    return behind
 
-    def normed(**more: Any) -> tuple[Tensor, ...]:
-        return cuda_library.norm_linear(x, weight, bias=bias, norm=(mean, rstd, sums), tile=tile, **more)
 
-    calls: list[Callable[[], None]] = [
-        lambda: close(normed()[0], exact),
-        lambda: close(normed(activation=True)[0], quick_gelu(exact)),
-        lambda: close(normed(activation=True, keep=True)[1], exact),
-        lambda: close(cuda_library.linear_residual(wide, weight.T, **given, tile=tile)[0], added),
-        statistics,
-    ]
-    ran = 0
-    for call in calls:
+def spread(rows: int, columns: int, gap: int, dtype: torch.dtype, device: str, scale: float = 1.0) -> Tensor:
+    """A random matrix whose rows are ``gap`` elements further apart than they are long; NaN lies between them."""
+    whole = torch.full((rows, columns + gap), torch.nan, device=device)
+    whole[:, :columns] = (torch.randn(rows, columns, device=device) * scale).clamp(-448, 448)
+    return whole.to(dtype)[:, :columns]
+
+
+def near(size: int, device: str, scale: float = 1.0, center: float = 0.0) -> Tensor:
+    return torch.randn(size, device=device) * scale + center
+
+
+Wanted = tuple[Tensor, float, float]  # in float64, with the relative and the absolute error that it may have
+
+
+def judge(guards: list[Tensor], tile: str, calls: dict[str, tuple[Callable[[], Any], list[Wanted]]]) -> list[str]:
+    """Compares each call's results; returns the calls that were not built with this tile."""
+    left_out = []
+    for name, (call, wanted) in calls.items():
+        guards.clear()
         try:
-            call()
-            ran += 1
+            found = call()
         except RuntimeError as failed:
-            if "not built with this tile" not in str(failed):
+            if tile == "auto" or "not built with this tile" not in str(failed):
                 raise
-    assert ran == len(calls) if tile in ("auto", "square") else True
+            left_out.append(name)
+            continue
+        found = found if isinstance(found, tuple) else (found,)
+        for got, (exact, rtol, atol) in zip(found, wanted, strict=True):
+            torch.testing.assert_close(
+                got.double(), exact, rtol=rtol, atol=atol, msg=lambda said, name=name: f"{name}, {tile}: {said}"
+            )
+        assert guards, name
+        assert all(bool((guard == 255).all()) for guard in guards), f"{name}, {tile}: wrote past the end"
+    return left_out
+
+
+# rows, columns, depth; the first ones for the CPU too; with many rows every group of warps has several tiles
+PRODUCTS = [(1, 128, 64), (65, 136, 72), (127, 8, 8), (300, 384, 768), (1000, 520, 2304), (1576, 768, 768)]
+PRODUCTS += [(20000, 520, 64), (50, 3072, 768), (12608, 3072, 768), (12608, 768, 3072), (16448, 4096, 1024)]
+PRODUCTS += [(16448, 1024, 4096), (131, 1664, 6656), (131, 6656, 1664)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("tile", cuda_library.TILES)
+def test_products(tile: str, dtype: torch.dtype, device: str, guards: list[Tensor]) -> None:
+    half_ulp = 1.01 * torch.finfo(dtype).eps / 2
+    for m, n, k in PRODUCTS[: 3 if device == "cpu" else None]:
+        x, w = spread(m, k, 8, dtype, device), spread(n, k, 16, dtype, device, k**-0.5)
+        source, drop_scale = spread(m, n, 8, dtype, device, 2.0), near(m, device, 0.5, 1.0)
+        mean, rstd, sums, bias = near(m, device, 0.5), near(m, device, 0.1, 1.0), near(n, device), near(n, device)
+        product = x.double() @ w.double().T
+        normed = rstd[:, None].double() * (product - mean[:, None].double() * sums.double()) + bias.double()
+        added = source.double() + drop_scale[:, None].double() * (product + bias.double())
+        variance, center = torch.var_mean(added, -1, correction=0)
+        statistics = [(center, 1e-5, 1e-5), ((variance + EPS).rsqrt(), 1e-4, 0.0)]
+
+        def rounded(exact: Tensor) -> Wanted:
+            return exact, half_ulp, 1e-4
+
+        norm_linear = functools.partial(cuda_library.norm_linear, x, w, tile=tile)
+        fold = functools.partial(norm_linear, bias=bias, norm=(mean, rstd, sums))
+        add = functools.partial(cuda_library.linear_residual, x, w, residual=source, tile=tile)
+        scaled = functools.partial(add, bias=bias, drop_scale=drop_scale)
+        calls: dict[str, tuple[Callable[[], Any], list[Wanted]]] = {
+            "bias": (functools.partial(norm_linear, bias=bias), [rounded(product + bias.double())]),
+            "norm": (fold, [rounded(normed)]),
+            "quick_gelu": (functools.partial(fold, activation=True), [rounded(quick_gelu(normed))]),
+            "quick_gelu with u": (
+                functools.partial(fold, activation=True, keep=True),
+                [rounded(quick_gelu(normed)), rounded(normed)],
+            ),
+            "residual": (scaled, [rounded(added)]),
+            "residual alone": (add, [rounded(source.double() + product)]),
+            "statistics": (functools.partial(scaled, statistics_eps=EPS), [rounded(added), *statistics]),
+        }
+        assert not judge(guards, tile, calls) or tile in ("small", "wide")
+
+
+@pytest.mark.parametrize("tile", ["auto", "square", "wide"])
+def test_float8_products(tile: str, device: str, guards: list[Tensor]) -> None:
+    """Tensor cores add 8-bit products with fewer bits than float32 has, about 13, and drop the rest at each of K / 32
+    steps."""
+    sizes = [(1, 128, 64), (65, 144, 80), (300, 384, 768), (1000, 528, 3072), (20000, 528, 64)]
+    for m, n, k in sizes[: 2 if device == "cpu" else None]:
+        x, w = spread(m, k, 16, E4M3, device, 50.0), spread(n, k, 32, E4M3, device, 50.0)
+        source = spread(m, n, 8, torch.bfloat16, device, 2.0)
+        x_scale, w_scale = near(m, device, 0.001, 0.01), near(n, device, 0.0001, 0.002)
+        bias = near(n, device)
+        product = (x.double() @ w.double().T) * w_scale.double()
+        u = product * x_scale[:, None].double() + bias.double()
+        lost = 0.0024 * 2500 * k**0.5 * max(k / 32 / 8192, 3 / 4096)
+        half_ulp = 1.01 * torch.finfo(torch.bfloat16).eps / 2
+        linear = functools.partial(cuda_library.fp8_linear, x, x_scale, w, w_scale, bias, tile=tile)
+        residual = functools.partial(cuda_library.fp8_linear_residual, x, w, w_scale, bias, source, tile=tile)
+        activated = (quick_gelu(u) / 0.01).clamp(max=448)
+        calls: dict[str, tuple[Callable[[], Any], list[Wanted]]] = {
+            "linear": (linear, [(u, half_ulp, 0.013 * lost + 1e-4)]),
+            "quick_gelu": (functools.partial(linear, h_scale=0.01), [(activated, 1.01 / 16, 1.3 * lost + 0.002)]),
+            "residual": (residual, [(source.double() + product + bias.double(), half_ulp, lost + 1e-4)]),
+        }
+        assert not judge(guards, tile, calls) or tile == "wide"
+
+
+def message_block(
+    rows: int, width: int, frames: int, dtype: torch.dtype, parameters: torch.dtype, device: str
+) -> kernels.Block:
+    """A block whose biases and norms have the dtype ``parameters``."""
+    block = example(rows, 1, width, frames, device=device, dtype=dtype)
+    vectors = {name: arg.to(parameters) for name, arg in block._asdict().items() if getattr(arg, "ndim", 0) == 1}
+    return block._replace(x=spread(rows, width, 8, dtype, device)[:, None], **vectors)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("parameters", [None, torch.float32], ids=["half", "float32"])
+def test_message_path(parameters: torch.dtype | None, dtype: torch.dtype, device: str, guards: list[Tensor]) -> None:
+    ulp, sizes = torch.finfo(dtype).eps / 2, [(5, 15, 384, 50), (1, 1, 384, 0)]
+    more = [(8, 8, 768, 0), (16, 48, 768, 0), (64, 64, 1024, 0)]
+    for frames, rows, width, blocks in sizes if device == "cpu" else sizes + more:
+        if cuda_library.refuse_device(device, None, width):
+            continue  # it does not fit on this GPU
+        block = message_block(rows, width, frames, dtype, parameters or dtype, device)
+        exact = message_exactly(kernels.Block(*cast(block, torch.float64)))
+        call = functools.partial(cuda_library.message_kv, block, blocks)
+        assert not judge(guards, "auto", {f"width {width}": (call, [(exact, 1.01 * ulp, 8 * ulp)])})
+        first = call()
+        for _ in range(50 if device == "cuda" else 1):  # a missing barrier shows as a difference between runs
+            assert torch.equal(call(), first)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("frames", "rows", "width"), [(8, 8, 768), (16, 48, 768), (1, 1, 384), (64, 64, 1024)])
-def test_message_path_on_a_gpu(frames: int, rows: int, width: int, dtype: torch.dtype) -> None:
-    refused = cuda_library.refuse_device("cuda", None, width)
-    if refused:
+def test_a_call_on_a_stream_and_in_a_graph_gives_the_same_bits() -> None:
+    if refused := cuda_library.refuse_device("cuda", None) or cuda_library.refuse_device("cuda", None, 768):
         pytest.skip(refused)
-    torch.manual_seed(0)
-    weights = [normal(n * width, width, scale=width**-0.5) for n in (1, 3, 1, 2)]
-    biases, norms = [normal(len(weight)) for weight in weights], [normal(width) for _ in range(4)]
-    x, *parts = ([tensor.cuda() for tensor in given] for given in ([normal(rows, width)], weights, biases, norms))
-    exact = message_exactly(x[0], frames, *parts, EPS)
-    low, *parts = ([tensor.to(dtype) for tensor in given] for given in (x, *parts))
-    baseline = (message_exactly(low[0], frames, *parts, EPS).double() - exact).abs().max()
-    got = cuda_library.message_kv(low[0], frames, *parts, EPS)
-    assert (got.double() - exact).abs().max() <= 2 * baseline
-    for _ in range(20):  # a missing barrier would show
-        assert torch.equal(cuda_library.message_kv(low[0], frames, *parts, EPS), got)
+    half = torch.bfloat16
+    x, w, source = (spread(*size, 0, half, "cuda", 0.2) for size in ((300, 768), (384, 768), (300, 384)))
+    block = message_block(8, 768, 8, half, half, "cuda")
+    add = functools.partial(cuda_library.linear_residual, x, w, bias=near(384, "cuda"), residual=source)
+    for call in (lambda: add()[0], lambda: cuda_library.message_kv(block)):
+        side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            direct = call()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            replayed = call()
+        replayed.fill_(torch.nan)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(replayed, direct)
 
 
 def test_a_call_goes_to_the_device_and_the_stream_of_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,6 @@ from xclip_fast import XCLIP, SwinConfig, TextConfig, XCLIPConfig, backend, kern
 from xclip_fast.nn.layers import TransformerBlock
 from xclip_fast.nn.swin import SwinTower, WindowBlock
 from xclip_fast.weights import checkpoint
-from xclip_fast.weights.layouts import shapes
 
 WIDTHS, DEPTHS, WINDOW, SIZE = (32, 64), (3, 2), 4, 64  # grids of 16 and 8 tokens
 TINY = XCLIPConfig(
@@ -222,7 +221,6 @@ def test_a_step_lowers_the_loss_and_recomputing_changes_nothing() -> None:
 
 def test_own_folder_and_huggingface(tmp_path: Path) -> None:
     model = random_model(TINY)
-    assert {name: tuple(each.shape) for name, each in model.state_dict().items()} == shapes(TINY)
     model.save_pretrained(tmp_path / "ours")
     again = XCLIP.from_pretrained(tmp_path / "ours")
     video = torch.randint(256, (1, 2, SIZE, SIZE, 3), dtype=torch.uint8)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import glob
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .manifest.listing import VIDEO_NAME, lines_of
+from .manifest.listing import VIDEO_NAME, lines_of, videos_below
 from .remote import is_remote, remote_files
 
 
@@ -58,7 +58,7 @@ def find_videos(given: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
         elif os.path.isdir(name):
             kind = "video file in this folder"
             found.folders.append(name)
-            found.paths += sorted(_inside(name))
+            found.paths += sorted(videos_below(name))
         elif os.path.isfile(name) and name.lower().endswith((".txt", ".jsonl")):
             kind = "video in this list"
             found.paths += _listed(Path(name))
@@ -71,12 +71,6 @@ def find_videos(given: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
         if len(found.paths) == before:
             found.empty.append(f"{name}: no {kind}")
     return found
-
-
-def _inside(folder: str) -> Iterator[str]:
-    for here, folders, files in os.walk(folder):
-        folders[:] = [each for each in folders if not each.startswith(".")]
-        yield from (os.path.join(here, each) for each in files if VIDEO_NAME.fullmatch(each))
 
 
 def _standard_input() -> Sequence[str]:

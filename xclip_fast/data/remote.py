@@ -87,6 +87,16 @@ def local_copy(address: str, limits: Limits | None = None) -> Iterator[str]:
         yield f"/proc/self/fd/{copy.fileno()}" if nameless else copy.name
 
 
+@contextlib.contextmanager
+def local_path(path: str, limits: Limits | None = None) -> Iterator[str]:
+    """A path on this machine for a path or a URL: itself, or a ``local_copy``. VideoErrors name the original."""
+    with local_copy(path, limits) if is_remote(path) else contextlib.nullcontext(path) as name:
+        try:
+            yield name
+        except VideoError as error:
+            raise type(error)(str(error).replace(name, path)) from error
+
+
 def _open(address: str) -> tuple[Any, str]:
     """The file system of an address, and the path in it."""
     try:

@@ -24,6 +24,14 @@ def cores_of_rank() -> int:
     return max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
+def processes_and_threads(processes: int | None, threads: int | None) -> tuple[int, int]:
+    """Decoding processes, and threads in each. None: two threads for each core of this process, four in a process."""
+    cores = cores_of_rank()
+    if threads is None:
+        threads = 4 if not processes else max(1, min(4, -(-2 * cores // processes)))
+    return (-(-2 * cores // threads) if processes is None else processes), threads
+
+
 def progress() -> None:
     """Tells that the calling thread is not stuck, as in a long video. Costs a tenth of a microsecond."""
     _progress[threading.get_ident()] = time.monotonic()

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..data.manifest.labels import label_rows
 from ..data.sampling import sample_rng
-from ..files import parse_json, read_text, write_text
+from ..files import load_json, write_text
 from ..text.labels import plain_name
 
 if TYPE_CHECKING:
@@ -123,7 +124,7 @@ def read_draws(paths: Sequence[str | os.PathLike[str]]) -> list[list[str]]:
     """The draws of each file: those of ``write_draws``, those of a JSON list of lists, or one by ``read_classes``."""
     found: list[list[str]] = []
     for path in map(Path, paths):
-        content = _json(path) if path.suffix == ".json" else None
+        content = load_json(path) if path.suffix == ".json" else None
         if isinstance(content, dict) and content.get("kind") == DRAWS:
             found += content["draws"]
         elif isinstance(content, list) and content and all(isinstance(names, list) for names in content):
@@ -136,8 +137,8 @@ def read_draws(paths: Sequence[str | os.PathLike[str]]) -> list[list[str]]:
 def read_classes(path: str | os.PathLike[str]) -> list[str]:
     """The class names of a file.
 
-    The file is a manifest, a CSV (one column, ``id,name``, or a column called name, label or class), a JSON list or
-    object (its keys), or a text file with one name on each line, with or without a number before it.
+    The file is a manifest, a JSON list or object (its keys), a CSV as for ``--labels`` (``data.manifest.labels``), or a
+    text file with one name on each line, with or without a number before it.
     """
     path = Path(path)
     if path.suffix == ".jsonl":
@@ -145,13 +146,11 @@ def read_classes(path: str | os.PathLike[str]) -> list[str]:
 
         return list(Manifest.read(path).classes)
     if path.suffix == ".json":
-        content = _json(path)
-        names = list(content)
-    elif path.suffix == ".csv":
-        names = _column(path)
+        names = list(load_json(path))
     else:
-        lines = read_text(path).splitlines()
-        names = [re.sub(r"^\d+\s+", "", line.strip()) for line in lines]
+        names = [name for _, name in label_rows(path)]
+        if path.suffix not in (".csv", ".tsv"):
+            names = [re.sub(r"^\d+\s+", "", name) for name in names]
     names = [str(name).strip().strip('"') for name in names]
     names = list(dict.fromkeys(name for name in names if name))
     if not names:
@@ -159,25 +158,6 @@ def read_classes(path: str | os.PathLike[str]) -> list[str]:
     return names
 
 
-def _column(path: Path) -> list[str]:
-    rows = [row for row in csv.reader(io.StringIO(read_text(path), newline="")) if any(cell.strip() for cell in row)]
-    heads = [cell.strip().lower() for cell in rows[0]] if rows else []
-    column = next((heads.index(head) for head in ("name", "label", "class") if head in heads), None)
-    if column is None and len(heads) > 2:
-        raise ValueError(f"{path}: the first line must have a column called name, label or class")
-    first = 0 if column is None else 1
-    column = len(heads) - 1 if column is None else column
-    return [row[column] for row in rows[first:] if len(row) > column]
-
-
 def _name(manifest: Manifest, row: int) -> tuple[str, str]:
     video = manifest.videos[row]
     return video.path, video.member or ""
-
-
-def _json(path: Path) -> Any:
-    text = read_text(path)
-    try:
-        return parse_json(text)
-    except ValueError as error:
-        raise ValueError(f"{path}: is not JSON: {error}") from error

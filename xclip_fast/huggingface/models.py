@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
@@ -18,7 +17,7 @@ from transformers.utils import ModelOutput
 
 from ..config import XCLIPConfig
 from ..data.decode.decoder import decode
-from ..data.remote import is_remote, local_copy
+from ..data.remote import local_path
 from ..data.transforms import TestTransform, apply
 from ..model import XCLIP
 from ..nn.features import VideoFeatures
@@ -193,8 +192,7 @@ class XCLIPFastProcessor:
         chosen = self.trained.choose(frames=num_frames)
         frames, sampling, stride = chosen["frames"] or self.config.num_frames, chosen["sampling"], chosen["stride"]
         if isinstance(video, str | os.PathLike):
-            name = os.fspath(video)
-            with local_copy(name) if is_remote(name) else contextlib.nullcontext(name) as path:
+            with local_path(os.fspath(video)) as path:
                 return decode(path, frames, sampling, size=size, stride=stride)
         pictures = np.asarray(video)
         if pictures.ndim != 4 or pictures.shape[-1] != 3 or pictures.dtype != np.uint8:

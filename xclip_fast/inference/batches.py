@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..data.decode.reading import ReadError, VideoError, as_source, limit, too_slow
+from ..data.decode.reading import ReadError, as_source, limit, too_slow
 from ..data.decode.windows import Span, Window, check_windows, decode_spans, window_spans
-from ..data.remote import Limits, is_remote, local_copy
+from ..data.remote import Limits, local_path
 from ..data.sampling import Sampling
 from ..data.threads import Job, Threads, progress, usable_cores
 from .labels import NOT_A_NUMBER
@@ -74,19 +74,16 @@ class Reading:
 
     def windows(self, path: str, threads: int = 1) -> Generator[Window, None, None]:
         """The windows of one file, local or remote, in order. Raises VideoError."""
-        with local_copy(path, self.limits) if is_remote(path) else contextlib.nullcontext(path) as name:
-            try:
-                yield from decode_spans(
-                    as_source(name),
-                    self.spans,
-                    self.frames,
-                    self.sampling,
-                    size=self.size,
-                    stride=self.frame_stride,
-                    threads=threads,
-                )
-            except VideoError as error:
-                raise type(error)(str(error).replace(name, path)) from error
+        with local_path(path, self.limits) as name:
+            yield from decode_spans(
+                as_source(name),
+                self.spans,
+                self.frames,
+                self.sampling,
+                size=self.size,
+                stride=self.frame_stride,
+                threads=threads,
+            )
 
 
 class Answer(NamedTuple):

@@ -15,7 +15,8 @@ from ..data.inputs import Inputs
 from ..data.remote import describe, is_remote
 from ..inference.batches import Answer, Finished
 from .parquet import ParquetFolder
-from .store import FileRows, Known, Store, record_batch, schema_of
+from .rows import Known, record_batch, schema_of
+from .store import Store
 
 _AGAIN = "read again"  # the stamp of a file with a `ReadError`: no file has it
 _SECONDS, _FILES, _IN_MEMORY = 10.0, 4096, 64 << 20  # a commit at least so often; bytes of rows before they go to disk
@@ -205,7 +206,7 @@ class Writer:
             self.problem = ValueError(f"{name}: patch features do not fit into half precision; leave out --patches")
             return
         rows = [(start, end, vector.numpy(), None if patches is None else patches.half().numpy())]
-        self.sink.write_batch(record_batch(FileRows(name, self.work.known[name], rows), self.store.settings))
+        self.sink.write_batch(record_batch(name, self.work.known[name], rows, self.store.settings))
         self.count += 1
 
     def finish(self, name: str, error: ValueError | None) -> None:
@@ -219,7 +220,7 @@ class Writer:
             known = known._replace(error=reason)
             if isinstance(error, ReadError):
                 known = known._replace(stamp=_AGAIN, digest=None)
-            self.sink.write_batch(record_batch(FileRows(name, known, []), self.store.settings))
+            self.sink.write_batch(record_batch(name, known, [], self.store.settings))
             self.errors[name] = reason
             self.count = 0
         self.counts[name] = self.count

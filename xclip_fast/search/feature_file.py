@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..files import check_new_file, parse_json, replaced, save_tensors
-from .store import Known, Store, StoreSettings, check_fingerprint
+from .rows import Known, StoreSettings, check_fingerprint
+from .store import Store
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -217,7 +218,8 @@ def import_features(store: Store, path: Path) -> Summary:
 
 def _seen(path: str) -> tuple[int, str, float]:
     """Present size, stamp and length in seconds of a video; zeros if it is gone."""
-    from ..data.decode.decoder import VideoError, probe
+    from ..data.decode.decoder import probe
+    from ..data.decode.reading import VideoError
 
     try:
         status = os.stat(path)

@@ -15,7 +15,8 @@ from .add import Summary, plan, readable_path, run
 from .feature_file import FeatureFile, fingerprint
 from .parquet import ParquetFolder
 from .query import Filters, Hit, find
-from .store import Store, StoreSettings, is_store
+from .rows import StoreSettings
+from .store import Store, is_store
 
 if TYPE_CHECKING:
     import torch

@@ -21,7 +21,7 @@ from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoRef
 from ..data.decode.picture import Upright
 from ..data.decode.reading import VideoError, open_video
 from ..data.parts import lock, remove_unlocked
-from ..data.remote import is_remote, local_copy
+from ..data.remote import local_path
 
 if TYPE_CHECKING:
     from .query import Hit
@@ -37,7 +37,7 @@ def pictures(path: str, start: float, end: float, width: int = 320) -> tuple[byt
 
     Both are `width` pixels wide at most. `end` 0 means the end of the video. Raises VideoError.
     """
-    with _local(path) as name:
+    with local_path(path) as name:
         stop = end if end > start else _duration(name)
         wanted = np.linspace(start, stop, _PREVIEW, endpoint=False)
         found: list[np.ndarray] = []
@@ -62,7 +62,7 @@ def cut(hit: Hit, folder: Path) -> Path:
     descriptor, draft = tempfile.mkstemp(prefix=".cutting-", suffix=".mp4", dir=folder)
     try:
         lock(descriptor)
-        with _local(hit.path) as name:
+        with local_path(hit.path) as name:
             _write(name, hit.start, hit.end if hit.end > hit.start else math.inf, draft)
         mask = os.umask(0)
         os.umask(mask)
@@ -79,15 +79,6 @@ def cut(hit: Hit, folder: Path) -> Path:
     finally:
         os.unlink(draft)
         os.close(descriptor)
-
-
-@contextlib.contextmanager
-def _local(path: str) -> Iterator[str]:
-    with local_copy(path) if is_remote(path) else contextlib.nullcontext(path) as name:
-        try:
-            yield name
-        except VideoError as error:
-            raise type(error)(str(error).replace(name, path)) from error
 
 
 def _duration(path: str) -> float:

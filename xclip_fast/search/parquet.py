@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ..files import locked, remove, replaced, require_regular
-from .store import Known, StoreSettings, check_settings, read_settings, schema_of
-
-_KEY, _VERSION = b"xclip_fast_store", 1
+from .rows import Known, StoreSettings, check_settings, metadata_of, read_settings, schema_of
 
 
 class ParquetFolder:
@@ -60,7 +56,7 @@ class ParquetFolder:
         import pyarrow.parquet as pq
 
         schema = schema_of(self.settings)
-        metadata = {_KEY: json.dumps({"format": _VERSION, **asdict(self.settings)}).encode()}
+        metadata = metadata_of(self.settings)
         self._lock()
         self._take_out(set(outdated))  # first: after a kill rows are missing and added again, but never doubled
         new = self.folder / f"part-{uuid.uuid4().hex}.parquet"

@@ -8,68 +8,27 @@ Vectors have length 1 and half precision, so a dot product is a cosine.
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
-import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from ..files import parse_json
-from ..schema import build
+from ..data.parts import lock
+from ..files import full_disk
+from .rows import Known, StoreSettings, check_settings, metadata_of, read_settings, schema_of
 
 try:
     import fcntl
 except ImportError:  # Windows: only one process may write into a store
     fcntl = None  # type: ignore[assignment]
 
-_TABLE, _KEY, _VERSION = "moments", b"xclip_fast_store", 1
+_TABLE = "moments"
 _PARTITION = 256  # a sixteenth of the rows of an index's partition
 _PROBES = 4096  # all partitions: 60 ms for a million rows; of random vectors' ten best, 64 of 244 partitions miss half
 _FRAGMENTS = 32  # if the table has more files, they are merged at the end of a run
 _OLD = timedelta(hours=1)  # age after which files that no version of the table needs are removed
-
-
-@dataclass(frozen=True)
-class StoreSettings:
-    """The settings that all rows of a store share. They are written when the store is made.
-
-    `fingerprint` is the model's (`model_fingerprint`). `patches` is the number N of stored patch features, 0 for none.
-    `root`: the folder that local paths are relative to; "" for absolute paths.
-    """
-
-    fingerprint: str
-    checkpoint: str
-    variant: str
-    embed_dim: int
-    frames: int
-    sampling: str
-    frame_stride: int
-    window: float
-    stride: float
-    whole_below: float
-    patches: int = 0
-    root: str = ""
-
-
-class Known(NamedTuple):
-    """The facts of a stored file. `stamp` changes with the file. `digest` is the hash of its content, if asked for."""
-
-    size: int
-    stamp: str
-    digest: str | None
-    error: str | None
-
-
-class FileRows(NamedTuple):
-    """One file's rows: `moments` of (start, end, vector (E,), patches (N, E) or None), or none and an `error`."""
-
-    path: str
-    known: Known
-    moments: Sequence[tuple[float, float, Any, Any]]
 
 
 def is_store(folder: str | os.PathLike[str]) -> bool:
@@ -103,8 +62,7 @@ class Store:
         database = _connect(path)
         with _locked(path):
             if not is_store(path):
-                metadata = {_KEY: json.dumps({"format": _VERSION, **asdict(settings)}).encode()}
-                database.create_table(_TABLE, schema=schema_of(settings).with_metadata(metadata))
+                database.create_table(_TABLE, schema=schema_of(settings).with_metadata(metadata_of(settings)))
         store = cls(path, database.open_table(_TABLE))
         store.check(settings)
         return store
@@ -258,99 +216,6 @@ def _place(path: str) -> int:
     return int.from_bytes(hashlib.blake2b(path.encode(), digest_size=7).digest(), "big")
 
 
-def check_fingerprint(place: Path, made_with: StoreSettings, wanted: StoreSettings) -> None:
-    """Raises ValueError if they belong to different models."""
-    if made_with.fingerprint != wanted.fingerprint:
-        ours, theirs = (f"{each.checkpoint or 'random'}, {each.fingerprint[:12]}" for each in (made_with, wanted))
-        raise ValueError(f"{place}: made with other weights ({ours}) than {theirs}; use the former, or embed again")
-
-
-def read_settings(place: Path, schema: Any) -> StoreSettings:
-    """The settings in the metadata of an Arrow schema.
-
-    Raises ValueError if they are missing or damaged, or do not describe the columns.
-    """
-    names = {field.name for field in fields(StoreSettings)}
-    try:
-        if b"embedding_functions" in (schema.metadata or {}):  # LanceDB would load what it names, at the next write
-            raise ValueError("it names an embedding function, which may run code")
-        written = parse_json((schema.metadata or {}).get(_KEY, b"{}"))
-        if not isinstance(written, dict) or written.get("format") != _VERSION:
-            raise ValueError("it was not written by this version of xclip-fast")
-        try:
-            found: StoreSettings = build(StoreSettings, {key: value for key, value in written.items() if key in names})
-        except TypeError:
-            raise ValueError("its settings are incomplete") from None
-        if not schema.remove_metadata().equals(schema_of(found)):
-            raise ValueError("its columns do not fit its settings")
-    except (ValueError, OverflowError) as error:
-        raise ValueError(f"{place}: holds a table that is not a store ({error})") from error
-    return found
-
-
-def check_settings(place: Path, made_with: StoreSettings, wanted: StoreSettings) -> None:
-    """Raises ValueError if rows with the wanted settings do not belong beside the others."""
-    check_fingerprint(place, made_with, wanted)
-    mine, other = asdict(made_with), asdict(wanted)
-    for name in ("checkpoint", "variant", "root"):  # the same weights may lie elsewhere, the files too
-        del mine[name], other[name]
-    changed = [f"{name} {value}, not {other[name]}" for name, value in mine.items() if value != other[name]]
-    if changed:
-        raise ValueError(f"{place}: was made with {'; '.join(changed)}. Leave the option out, or choose another place")
-
-
-def schema_of(settings: StoreSettings) -> Any:
-    """The columns of a store, as an Arrow schema."""
-    import pyarrow as pa
-
-    columns = [
-        pa.field("id", pa.string(), nullable=False),
-        pa.field("path", pa.string(), nullable=False),
-        pa.field("start", pa.float64(), nullable=False),  # seconds; 0 for a file's first moment, and for an error
-        pa.field("end", pa.float64(), nullable=False),
-        pa.field("size", pa.int64()),  # bytes of the file
-        pa.field("stamp", pa.string()),
-        pa.field("digest", pa.string()),
-        pa.field("error", pa.string()),  # one line; then there is no vector
-        pa.field("vector", pa.list_(pa.float16(), settings.embed_dim)),
-    ]
-    if settings.patches:
-        columns.append(pa.field("patches", pa.list_(pa.float16(), settings.patches * settings.embed_dim)))
-    return pa.schema(columns)
-
-
-def row_id(path: str, start: float) -> str:
-    return hashlib.blake2b(f"{path}\0{start:.6f}".encode(), digest_size=12).hexdigest()
-
-
-def record_batch(file: FileRows, settings: StoreSettings) -> Any:
-    """A file's rows, or some of them, as an Arrow batch."""
-    import numpy as np
-    import pyarrow as pa
-
-    schema = schema_of(settings)
-    moments = file.moments or [(0.0, 0.0, None, None)]
-    count = len(moments)
-
-    def column(index: int, field: Any) -> Any:
-        if not file.moments:
-            return pa.nulls(1, field.type)
-        values = np.concatenate([np.asarray(moment[index], np.float16).reshape(-1) for moment in moments])
-        return pa.FixedSizeListArray.from_arrays(pa.array(values), field.type.list_size)
-
-    arrays = [
-        pa.array([row_id(file.path, moment[0]) for moment in moments]),
-        pa.array([file.path] * count),
-        pa.array([moment[0] for moment in moments], pa.float64()),
-        pa.array([moment[1] for moment in moments], pa.float64()),
-        *(pa.array([value] * count, schema.field(4 + at).type) for at, value in enumerate(file.known)),
-        column(2, schema.field("vector")),
-    ]
-    if settings.patches:
-        arrays.append(column(3, schema.field("patches")))
-    return pa.record_batch(arrays, schema=schema)
-
-
 def _connect(folder: Path) -> Any:
     try:
         import lancedb
@@ -362,22 +227,9 @@ def _connect(folder: Path) -> Any:
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Lets one process at a time commit. Raises OSError if the disk is full."""
-    descriptor = -1
-    try:
-        if fcntl is not None:
-            descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
-            with contextlib.suppress(OSError):  # some network file systems have no locks
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with full_disk(folder, ". What was stored before is unchanged"), open(folder / ".lock", "ab") as file:
+        lock(file)
         yield
-    except (OSError, RuntimeError, ValueError) as error:  # LanceDB has no exception of its own for it
-        if os.strerror(errno.ENOSPC) not in str(error):
-            raise
-        raise OSError(
-            f"{folder}: no space left on the disk; make room and run it again. What was stored before is unchanged"
-        ) from error
-    finally:
-        if descriptor >= 0:
-            os.close(descriptor)
 
 
 def _quoted(paths: Sequence[str]) -> str:

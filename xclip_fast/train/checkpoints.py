@@ -26,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..files import exchange, read_json, refuse_inflated, sync
+from ..schema import ConfigError
 
 _COMPLETE = re.compile(r"step-(\d{8,})")
 _PART = re.compile(r"\.step-\d{8,}(\.old)?\.part")
@@ -67,6 +68,19 @@ def numbers(checkpoint: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{error}; delete that folder to go on from the one before it") from error
     return found
+
+
+def resumed(checkpoint: Path, now: dict[str, Any]) -> dict[str, Any]:
+    """The counters of a checkpoint. ``now``: those of this run at its start.
+
+    Raises:
+        ConfigError: if the checkpoint was trained on other data.
+    """
+    counted = numbers(checkpoint)
+    for key, what in (("data", "other training videos or classes"), ("epoch_steps", "another number of videos")):
+        if counted[key] != now[key]:
+            raise ConfigError(f"{checkpoint} was trained on {what}; give those, another output folder, or --fresh")
+    return counted
 
 
 def state(model: nn.Module, optimizer: torch.optim.Optimizer, ema: Mapping[str, Tensor] | None) -> dict[str, Tensor]:

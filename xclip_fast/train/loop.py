@@ -12,7 +12,6 @@ B videos of a batch, T frames, S side in pixels, K labels.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import math
@@ -24,7 +23,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from ..files import write_text
 from ..model import XCLIP
@@ -140,7 +138,7 @@ def _train(config: TrainConfig, process: Process, fresh: bool, held: contextlib.
         "data": loader.state_dict()["fingerprint"],
     }
     if resume is not None:
-        counted = resumed(resume, counted)
+        counted = training_checkpoint.resumed(resume, counted)
         training_checkpoint.load(resume, tensors)
         optim.set_step(optimizer, counted["step"])
     step, best, saved = counted["step"], counted["best"], counted["step"]
@@ -194,7 +192,7 @@ def _train(config: TrainConfig, process: Process, fresh: bool, held: contextlib.
                         batch = measured.wait(batches)
                         key = (config.seed, step, part * world + rank)
                         frames, targets_BK = mixing.mix(batch.frames, batch.labels, len(data.texts), config.mixing, key)
-                        with reduce_gradients(net, part == count - 1):
+                        with optim.reduce_gradients(net, part == count - 1):
                             losses_B, correct_B = net(frames, targets_BK)
                             # divided by the full batch size: a short batch weighs less, and processes may differ
                             (losses_B.sum() * (world / config.optim.batch_size)).backward()
@@ -275,19 +273,6 @@ def step_seed(seed: int, step: int, rank: int) -> int:
 
 
 @contextlib.contextmanager
-def reduce_gradients(net: nn.Module, now: bool) -> Iterator[None]:
-    """Sums gradients over the processes in the last accumulation step alone."""
-    target: Any = net
-    if isinstance(net, nn.parallel.DistributedDataParallel) and not now:
-        with net.no_sync():
-            yield
-        return
-    if hasattr(net, "set_requires_gradient_sync"):
-        target.set_requires_gradient_sync(now)
-    yield
-
-
-@contextlib.contextmanager
 def handle_signals(meter: Meter) -> Iterator[None]:
     """SIGTERM (from a scheduler) and Ctrl-C end the run after a checkpoint. A second signal ends it at once."""
     before: dict[int, Any] = {}
@@ -309,19 +294,6 @@ def handle_signals(meter: Meter) -> Iterator[None]:
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)
-
-
-def resumed(checkpoint: Path, now: dict[str, Any]) -> dict[str, Any]:
-    """The counters of a checkpoint. ``now``: those of this run at its start.
-
-    Raises:
-        ConfigError: if the checkpoint was trained on other data.
-    """
-    counted = training_checkpoint.numbers(checkpoint)
-    for key, what in (("data", "other training videos or classes"), ("epoch_steps", "another number of videos")):
-        if counted[key] != now[key]:
-            raise ConfigError(f"{checkpoint} was trained on {what}; give those, another output folder, or --fresh")
-    return counted
 
 
 def validation_settings(config: TrainConfig, data: Data) -> dict[str, Any]:
@@ -364,19 +336,3 @@ def keep(model: XCLIP, folder: Path, trained: Trained, about: dict[str, Any], ra
         checkpoint.write(model.state_dict(), model.config, folder, overwrite=True, beside=files)
     except OSError as error:
         raise SaveError(f"the weights could not be written: {error}") from error
-
-
-def command_line(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m xclip_fast.train", description="Train or fine-tune an X-CLIP.")
-    parser.add_argument("config", help="a YAML file, or the name of a shipped configuration")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as optim.lr=1e-5")
-    parser.add_argument("--fresh", action="store_true", help="start over in a new folder")
-    given = parser.parse_args(arguments)
-    try:
-        main(given.config, given.overrides, fresh=given.fresh)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
-    except KeyboardInterrupt:
-        return 130
-    return 0

@@ -5,9 +5,10 @@ Source: the paper's supplement and section 4.5 (Table 7).
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -128,6 +129,19 @@ def set_step(made: torch.optim.Optimizer, step: int) -> None:
     for group in made.param_groups:
         if type(made).__name__ == "FusedAdam":
             group["step"] = step
+
+
+@contextlib.contextmanager
+def reduce_gradients(net: nn.Module, now: bool) -> Iterator[None]:
+    """Sums gradients over the processes in the last accumulation step alone."""
+    target: Any = net
+    if isinstance(net, nn.parallel.DistributedDataParallel) and not now:
+        with net.no_sync():
+            yield
+        return
+    if hasattr(net, "set_requires_gradient_sync"):
+        target.set_requires_gradient_sync(now)
+    yield
 
 
 def reduce_scalars(model: nn.Module, world: int) -> None:

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import XCLIPConfig
+from ..data.manifest.labels import label_rows
 from ..evaluate.sample_lists import few_shot
-from ..files import read_json, read_text
+from ..files import read_json
 from ..model import XCLIP
 from ..processes import Process
 from ..schema import ConfigError
@@ -131,10 +132,9 @@ def _hold_out(manifest: Manifest, fraction: float, seed: int) -> tuple[Manifest,
 
 def _read_labels(path: str, classes: Sequence[str]) -> list[str]:
     try:
-        lines = read_text(path).splitlines()
+        labels = [name for _, name in label_rows(path)]
     except (OSError, ValueError) as error:
         raise ConfigError(f"data.labels: {path} cannot be read: {error}") from error
-    labels = [line.strip() for line in lines if line.strip()]
     if len(labels) != len(classes):
         raise ConfigError(
             f"data.labels: {path} has {len(labels)} lines, and the data {len(classes)} classes "

@@ -1,6 +1,6 @@
 """Read and write weights: our own files, Hugging Face, VideoX, ViFi-CLIP, ActionCLIP, image CLIPs, timm's ViTs.
 
-The content of a file decides its layout, not its name. Nothing here runs code from a checkpoint (pickles.py).
+The content of a file decides its layout, not its name. Nothing here runs code from a checkpoint (weight_files.py).
 """
 
 from __future__ import annotations
@@ -19,22 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from ..config import XCLIPConfig
-from ..files import read_json, require_regular, save_tensors, staged
+from ..files import save_tensors, staged
 from . import hub, neighbors, open_clip, timm_vit, unicl
-from .huggingface import config_from_huggingface, config_to_huggingface, warn_of_heads
-from .layouts import (
-    CheckpointError,
-    State,
-    check_keys,
-    infer_config,
-    shapes,
-    to_huggingface,
-    to_ours,
-)
+from .huggingface import config_from_huggingface, config_to_huggingface, read_processor, tokenizer_files, warn_of_heads
+from .layouts import CheckpointError, State, check_keys, infer_config, shapes, to_huggingface, to_ours
 from .open_clip import config_from_open_clip
-from .pickles import own, read_torch
 from .recipe import FILE as TRAINED
 from .recipe import Trained
+from .weight_files import read_object, read_weights
 from .wrappers import unwrap
 
 __all__ = ["Checkpoint", "CheckpointError", "check_keys", "clip_state", "convert", "expand", "read", "shapes", "write"]
@@ -99,12 +91,12 @@ def own_config(values: Mapping[str, Any]) -> XCLIPConfig:
 
 def read_config(path: str | os.PathLike[str]) -> XCLIPConfig:
     """The config of a folder that ``write`` wrote, without its weights."""
-    return own_config(_read_json(hub.locate(path) / "config.json"))
+    return own_config(read_object(hub.locate(path) / "config.json"))
 
 
 def read_huggingface_config(values: Mapping[str, Any], path: str | os.PathLike[str]) -> XCLIPConfig:
     """The config of a Hugging Face X-CLIP of these values, and of the image processor at ``path`` ("": none)."""
-    processor = _read_processor(hub.locate(path)) if str(path) else {}
+    processor = read_processor(hub.locate(path)) if str(path) else {}
     return config_from_huggingface(values, processor, path or "the model")
 
 
@@ -130,13 +122,12 @@ def _load(path: Path, drop_config: bool = False) -> tuple[dict[str, Any], Path, 
     """State dict, its path, configuration and preprocessor configuration (both empty if missing)."""
     weights = find_weights(path)
     folder = weights.parent
-    load = _read_shards if weights.suffix == ".json" else _read_file
     values, preprocessor = {}, {}
     if weights.name in WEIGHTS:  # the configuration beside such a file belongs to it
-        values = _read_json(folder / open_clip.FILE) if weights.name in open_clip.WEIGHTS else {}
-        values = values or _read_json(folder / "config.json")
-        preprocessor = _read_processor(folder)
-    return load(weights, drop_config), path, values, preprocessor
+        values = read_object(folder / open_clip.FILE) if weights.name in open_clip.WEIGHTS else {}
+        values = values or read_object(folder / "config.json")
+        preprocessor = read_processor(folder)
+    return read_weights(weights, drop_config), path, values, preprocessor
 
 
 def write(
@@ -170,7 +161,7 @@ def write(
     dtype = state["visual.proj"].dtype
     if layout == "huggingface":
         model, preprocessor = config_to_huggingface(config, dtype)
-        files = {"config.json": model, "preprocessor_config.json": preprocessor} | _tokenizer_files(config)
+        files = {"config.json": model, "preprocessor_config.json": preprocessor} | tokenizer_files(config)
         state = to_huggingface(state)
     elif layout == "xclip_fast":
         files = {"config.json": {_FORMAT: 1, "model_type": MODEL_TYPE, **config.to_dict()}}
@@ -351,81 +342,3 @@ def _fit_positions(position_LD: Tensor, tokens: int) -> Tensor:
     grid = position_LD[1:].float().T.reshape(1, -1, old, old)
     grid = nn.functional.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
     return torch.cat([position_LD[:1], grid[0].flatten(1).T.to(position_LD.dtype)])
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; an empty one if the file does not exist."""
-    if not path.exists():
-        return {}
-    try:
-        return read_json(path)
-    except ValueError as error:
-        raise CheckpointError(str(error)) from error
-
-
-def _read_processor(folder: Path) -> dict[str, Any]:
-    """The values of the image processor in a Hugging Face folder, as transformers 5 or earlier versions store them."""
-    values = _read_json(folder / "processor_config.json")
-    for name in ("image_processor", "video_processor"):
-        if isinstance(values.get(name), dict):
-            return values[name]
-    return _read_json(folder / "preprocessor_config.json")
-
-
-def _read_shards(index: Path, drop_config: bool) -> dict[str, Any]:
-    shards = _read_json(index).get("weight_map", {})
-    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
-        raise CheckpointError(f"{index}: weight_map must be an object from tensor names to file names")
-    names = sorted(set(shards.values()))
-    if bad := [name for name in names if Path(name).name != name or not (index.parent / name).exists()] or not names:
-        raise CheckpointError(
-            f"{index}: {f'these shards are not in the folder: {bad}' if names else 'it names no shards'}"
-        )
-    return {name: tensor for shard in names for name, tensor in _read_file(index.parent / shard, drop_config).items()}
-
-
-def _read_file(path: Path, drop_config: bool) -> dict[str, Any]:
-    """The state dict of one file, with the names that it has.
-
-    Raises:
-        CheckpointError: if the file is damaged or of another kind, whatever its bytes are.
-        OSError: if the file cannot be read.
-    """
-    from safetensors.torch import load_file
-
-    try:
-        require_regular(path)
-    except ValueError as error:
-        raise CheckpointError(str(error)) from error
-    with path.open("rb") as file:
-        head = file.read(9)
-    try:
-        if head[8:] == b"{":
-            return load_file(path)
-        if head[:2] in (b"PK", b"\x80\x02"):  # torch.save since 1.6, and before
-            found = read_torch(path, drop_config)
-            if not isinstance(found, dict):
-                raise CheckpointError(f"{path}: a state dict is wanted, {type(found).__name__} found")
-            return own(unwrap(found, path), path)
-    except CheckpointError:
-        raise
-    except Exception as error:  # damaged bytes raise errors of many kinds in the readers
-        if isinstance(error, OSError) and error.errno is not None:
-            raise
-        said = str(error).strip().split("\n")[0] or type(error).__name__
-        raise CheckpointError(f"{path}: is damaged or incomplete; download it again ({said})") from error
-    raise CheckpointError(f"{path}: is neither a safetensors nor a PyTorch file (it begins with {head!r})")
-
-
-def _tokenizer_files(config: XCLIPConfig) -> dict[str, Any]:
-    """The files of CLIP's tokenizer for ``transformers``, if the text tower has CLIP's vocabulary."""
-    from ..text.tokenizer import vocabulary
-
-    tokens, merges = vocabulary()
-    if config.text.vocab_size != len(tokens):
-        return {}
-    settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": config.text.context_length}
-    settings |= {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
-    settings |= {"pad_token": "<|endoftext|>"}
-    lines = ["#version: 0.2", *(f"{left} {right}" for left, right in merges)]
-    return {"vocab.json": json.dumps(tokens), "merges.txt": "\n".join(lines) + "\n", "tokenizer_config.json": settings}

@@ -9,6 +9,8 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from ..console import first_line
+
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _BESIDE = "*.json"  # configurations of model and processor, trained.json, and the index of shards
 
@@ -92,11 +94,11 @@ def _download(name: str, weights: Sequence[str], revision: str | None) -> Path:
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise CheckpointError(
             f"{name}: no such file or folder, and no such model on the Hugging Face Hub that you may read. For a "
-            f"private or gated one: hf auth login ({_first_line(error)})"
+            f"private or gated one: hf auth login ({first_line(error)})"
         ) from error
     except (LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
-            f"{name}: not on this disk, and the Hugging Face Hub cannot be reached ({_first_line(error)}). Where it "
+            f"{name}: not on this disk, and the Hugging Face Hub cannot be reached ({first_line(error)}). Where it "
             f"can: {by_hand}"
         ) from error
 
@@ -125,9 +127,5 @@ def upload(
         except Exception as error:  # the connection's own errors are no OSErrors
             if type(error).__module__.partition(".")[0] not in ("httpx", "httpx2", "httpcore", "requests"):
                 raise
-            raise OSError(f"{name}: the Hugging Face Hub cannot be reached ({_first_line(error)})") from error
+            raise OSError(f"{name}: the Hugging Face Hub cannot be reached ({first_line(error)})") from error
     return str(commit.commit_url)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__

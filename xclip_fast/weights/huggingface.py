@@ -1,17 +1,20 @@
-"""Hugging Face's ``config.json`` and image processors, translated to ``XCLIPConfig`` and back."""
+"""Hugging Face's folders: ``config.json`` and image processors, translated to ``XCLIPConfig`` and back; tokenizers."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..config import ACTIVATIONS, TextConfig, VisionConfig, XCLIPConfig
 from .layouts import CheckpointError
+from .weight_files import read_object
 
 log = logging.getLogger("xclip_fast")
 
@@ -110,6 +113,15 @@ def _config_from_huggingface(values: Mapping[str, Any], processor: Mapping[str, 
     )
     # an image CLIP becomes an X-CLIP, which the released recipe trains with ImageNet's mean and deviation
     return config if clip else dataclasses.replace(config, **_normalization(processor, config, where))
+
+
+def read_processor(folder: Path) -> dict[str, Any]:
+    """The values of the image processor in a Hugging Face folder, as transformers 5 or earlier versions store them."""
+    values = read_object(folder / "processor_config.json")
+    for name in ("image_processor", "video_processor"):
+        if isinstance(values.get(name), dict):
+            return values[name]
+    return read_object(folder / "preprocessor_config.json")
 
 
 def warn_of_heads(config: XCLIPConfig, where: object) -> None:
@@ -225,3 +237,17 @@ def config_to_huggingface(config: XCLIPConfig, dtype: torch.dtype) -> tuple[dict
     preprocessor |= {"do_resize": True, "size": {"shortest_edge": short_side(size)}}
     preprocessor |= {"do_center_crop": True, "crop_size": {"height": size, "width": size}}
     return model, preprocessor
+
+
+def tokenizer_files(config: XCLIPConfig) -> dict[str, Any]:
+    """The files of CLIP's tokenizer for ``transformers``, if the text tower has CLIP's vocabulary."""
+    from ..text.tokenizer import vocabulary
+
+    tokens, merges = vocabulary()
+    if config.text.vocab_size != len(tokens):
+        return {}
+    settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": config.text.context_length}
+    settings |= {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
+    settings |= {"pad_token": "<|endoftext|>"}
+    lines = ["#version: 0.2", *(f"{left} {right}" for left, right in merges)]
+    return {"vocab.json": json.dumps(tokens), "merges.txt": "\n".join(lines) + "\n", "tokenizer_config.json": settings}

@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import SwinConfig, TextConfig, VisionConfig, XCLIPConfig
+from ..config import TextConfig, VisionConfig, XCLIPConfig
+from ..nn import assembly
 from . import timm_vit, unicl
+from .renaming import rename
 
 log = logging.getLogger("xclip_fast")
 
@@ -71,13 +73,12 @@ _PACKED = re.compile(r"(.*\b(?:message_)?attn)\.in_proj_(weight|bias)\Z")
 _NEW_IN_XCLIP = re.compile(r".*\.message_|mit\.|prompts_|head\.")  # not in an image CLIP
 
 
-def _rules(source: int) -> list[tuple[re.Pattern[str], str]]:
+def _rules(source: int) -> list[tuple[str, str]]:
     rules = []
     for row in _NAMES:
         pattern = re.escape(row[source]).replace(r"\#", r"(\d+)").replace(r"\*", "(.+)")
         template = re.sub("[#*]", r"\\1", row[1 - source], count=1)
-        template = re.sub("[#*]", r"\\2", template)
-        rules.append((re.compile(pattern + r"\Z"), template))
+        rules.append((pattern, re.sub("[#*]", r"\\2", template)))
     return rules
 
 
@@ -123,19 +124,12 @@ def is_new(name: str) -> bool:
     return _NEW_IN_XCLIP.match(name) is not None
 
 
-def _rename(name: str, rules: list[tuple[re.Pattern[str], str]]) -> str:
-    for pattern, template in rules:
-        if match := pattern.match(name):
-            return match.expand(template)
-    return name  # not in the table: the same in both, or unknown, which check_keys reports
-
-
 def from_huggingface(state: Mapping[str, Tensor]) -> State:
     """Translates Hugging Face's names, of X-CLIP or CLIP, to ours. Packs q, k and v; transposes two projections."""
     found: State = {}
     parts: dict[tuple[str, str], dict[str, Tensor]] = {}
     for theirs, tensor in state.items():
-        name = _rename(theirs, _FROM_HF)
+        name = rename(theirs, _FROM_HF)
         if match := _SPLIT.match(name):
             parts.setdefault((match[1], match[3]), {})[match[2]] = tensor
         else:
@@ -154,93 +148,16 @@ def to_huggingface(state: Mapping[str, Tensor]) -> State:
     for name, tensor in state.items():
         if match := _PACKED.match(name):
             for part, chunk in zip("qkv", tensor.chunk(3), strict=True):
-                found[_rename(f"{match[1]}.{part}_proj.{match[2]}", _FROM_OURS)] = chunk.clone()
+                found[rename(f"{match[1]}.{part}_proj.{match[2]}", _FROM_OURS)] = chunk.clone()
         else:
-            found[_rename(name, _FROM_OURS)] = tensor.t() if name in _TRANSPOSED else tensor
-    return found
-
-
-def _layer_shapes(prefix: str, layers: int, width: int, *, messages: bool = False) -> dict[str, tuple[int, ...]]:
-    layer: dict[str, tuple[int, ...]] = {}
-    for name in ("attn", "message_attn")[: 1 + messages]:
-        layer |= {f"{name}.in_proj_weight": (3 * width, width), f"{name}.in_proj_bias": (3 * width,)}
-        layer |= {f"{name}.out_proj.weight": (width, width), f"{name}.out_proj.bias": (width,)}
-    for name in ("ln_1", "ln_2", "message_ln")[: 2 + messages]:
-        layer |= {f"{name}.weight": (width,), f"{name}.bias": (width,)}
-    layer |= {"mlp.c_fc.weight": (4 * width, width), "mlp.c_fc.bias": (4 * width,)}
-    layer |= {"mlp.c_proj.weight": (width, 4 * width), "mlp.c_proj.bias": (width,)}
-    if messages:
-        layer |= {"message_fc.weight": (width, width), "message_fc.bias": (width,)}
-    return {f"{prefix}.{i}.{name}": shape for i in range(layers) for name, shape in layer.items()}
-
-
-def _swin_shapes(vision: SwinConfig) -> dict[str, tuple[int, ...]]:
-    found: dict[str, tuple[int, ...]] = {}
-    before, blocks = 3, 0
-    for stage, (width, depth, grid) in enumerate(zip(vision.widths, vision.depths, vision.grids, strict=True)):
-        name, kernel = f"visual.embeddings.{stage}", (3 if stage else 7) if vision.convolutional else 4
-        if stage and not vision.convolutional:
-            found |= {f"{name}.norm.{kind}": (4 * before,) for kind in ("weight", "bias")}
-            found[f"{name}.reduction.weight"] = (width, 4 * before)
-        else:
-            found |= {f"{name}.conv.weight": (width, before, kernel, kernel), f"{name}.conv.bias": (width,)}
-            found |= {f"{name}.norm.{kind}": (width,) for kind in ("weight", "bias")}
-        table = (2 * min(vision.window, grid) - 1) ** 2, width // vision.head_size
-        for _ in range(depth):
-            block = f"visual.transformer.resblocks.{blocks}"
-            found[f"{block}.relative_position_bias_table"] = table
-            layer = _layer_shapes(block, 1, width)
-            found |= {key.replace(f"{block}.0.", f"{block}.block."): shape for key, shape in layer.items()}
-            blocks += 1
-        before = width
+            found[rename(name, _FROM_OURS)] = tensor.t() if name in _TRANSPOSED else tensor
     return found
 
 
 def shapes(config: XCLIPConfig, *, only_clip: bool = False) -> dict[str, tuple[int, ...]]:
     """Names and shapes of an ``XCLIP`` state dict. ``only_clip``: those that an image CLIP also has."""
-    vision, text, D, W, E = config.vision, config.text, config.vision.width, config.text.width, config.embed_dim
-    expected: dict[str, tuple[int, ...]] = {"visual.proj": (D, E)}
-    norms = {"visual.ln_post": D}
-    if isinstance(vision, SwinConfig):
-        expected |= _swin_shapes(vision)
-    else:
-        expected |= {
-            "visual.class_embedding": (D,),
-            "visual.positional_embedding": (vision.patches + 1, D),
-            "visual.conv1.weight": (D, 3, vision.patch_size, vision.patch_size),
-        }
-        expected |= _layer_shapes("visual.transformer.resblocks", vision.layers, D, messages=vision.cross_frame)
-        norms |= {"visual.ln_pre": D} if vision.pre_norm else {}
-    if config.num_classes is None:
-        expected |= {
-            "text.token_embedding.weight": (text.vocab_size, W),
-            "text.positional_embedding": (text.context_length, W),
-            "text.text_projection": (W, E),
-            "logit_scale": (),
-        }
-        if config.logit_bias is not None:
-            expected["logit_bias"] = ()
-        expected |= _layer_shapes("text.transformer.resblocks", text.layers, W)
-        norms["text.ln_final"] = W
-    else:
-        expected |= {"head.weight": (config.num_classes, E), "head.bias": (config.num_classes,)}
-    if config.mit_layers:
-        expected["mit.positional_embedding"] = (1, config.mit_positions or config.num_frames, E)
-        expected |= _layer_shapes("mit.resblocks", config.mit_layers, E)
-    if config.prompt == "vectors":
-        expected["prompts_vectors"] = (config.prompt_vectors, W)
-    elif config.prompt == "video":
-        expected |= {"prompts_visual_proj": (D, E), "prompts_generator.alpha": (E,)}
-        norms |= {"prompts_visual_ln": D, "prompts_generator.norm": E}
-        for i in range(config.prompt_layers):
-            layer = f"prompts_generator.decoder.{i}"
-            norms |= {f"{layer}.norm1": E, f"{layer}.norm3": E}
-            expected |= {f"{layer}.cross_attn.{name}.weight": (E, E) for name in ("q_proj", "k_proj", "v_proj", "proj")}
-            expected |= {f"{layer}.cross_attn.proj.bias": (E,), f"{layer}.mlp.0.weight": (4 * E, E)}
-            expected |= {f"{layer}.mlp.0.bias": (4 * E,), f"{layer}.mlp.3.weight": (E, 4 * E)}
-            expected[f"{layer}.mlp.3.bias"] = (E,)
-    expected |= {f"{name}.{kind}": (width,) for name, width in norms.items() for kind in ("weight", "bias")}
-    return {name: shape for name, shape in expected.items() if not (only_clip and is_new(name))}
+    found = assembly.shapes(config)
+    return {name: shape for name, shape in found.items() if not (only_clip and is_new(name))}
 
 
 def check_keys(

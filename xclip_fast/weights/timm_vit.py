@@ -14,21 +14,18 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from ..config import VisionConfig, XCLIPConfig
+from .renaming import TIMM_BLOCK, rename
 
 log = logging.getLogger("xclip_fast")
 
 EPS = 1e-6  # of all but timm's CLIP towers
 
 _NAMES = (
-    (r"blocks\.(\d+)\.norm([12])\.(weight|bias)", r"visual.transformer.resblocks.\1.ln_\2.\3"),
-    (r"blocks\.(\d+)\.attn\.qkv\.(weight|bias)", r"visual.transformer.resblocks.\1.attn.in_proj_\2"),
-    (r"blocks\.(\d+)\.attn\.proj\.(weight|bias)", r"visual.transformer.resblocks.\1.attn.out_proj.\2"),
-    (r"blocks\.(\d+)\.mlp\.fc1\.(weight|bias)", r"visual.transformer.resblocks.\1.mlp.c_fc.\2"),
-    (r"blocks\.(\d+)\.mlp\.fc2\.(weight|bias)", r"visual.transformer.resblocks.\1.mlp.c_proj.\2"),
     (r"patch_embed\.proj\.weight", "visual.conv1.weight"),
     (r"norm_pre\.(weight|bias)", r"visual.ln_pre.\1"),
     (r"norm\.(weight|bias)", r"visual.ln_post.\1"),
 )
+_BLOCK = re.compile(r"blocks\.(\d+)\.(.*)")
 _CLASSIFIER = re.compile(r"(head|pre_logits)\.")  # after the features
 
 
@@ -44,8 +41,11 @@ def to_ours(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     found: dict[str, Tensor] = {}
     for theirs, tensor in state.items():
-        if not _CLASSIFIER.match(theirs):
-            found[_rename(theirs)] = tensor
+        match = _BLOCK.fullmatch(theirs)
+        if match and (inside := rename(match[2], TIMM_BLOCK)) != match[2]:
+            found[f"visual.transformer.resblocks.{match[1]}.{inside}"] = tensor
+        elif not _CLASSIFIER.match(theirs):
+            found[rename(theirs, _NAMES)] = tensor
     found["visual.class_embedding"] = found.pop("cls_token").flatten()
     position_LD = found.pop("pos_embed").flatten(0, -2)
     bias_D = found.pop("patch_embed.proj.bias", None)
@@ -68,10 +68,3 @@ def refusal(config: XCLIPConfig) -> str | None:
             "timm's ViTs have LayerNorm epsilon %g, the config %g: set vision.layer_norm_eps", EPS, config.vision_eps
         )
     return None
-
-
-def _rename(name: str) -> str:
-    for pattern, template in _NAMES:
-        if match := re.fullmatch(pattern, name):
-            return match.expand(template)
-    return name

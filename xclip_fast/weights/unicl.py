@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import SwinConfig, TextConfig, XCLIPConfig
+from .renaming import TIMM_BLOCK, rename
 
 log = logging.getLogger("xclip_fast")
 
@@ -32,14 +33,6 @@ _NAMES = (
     (r"text_projection", "text.text_projection"),
 )
 _STAGE = re.compile(rf"{_TOWER}layers\.(\d+)\.(?:blocks\.(\d+)\.|downsample\.)(.*)")
-_IN_BLOCK = (
-    (r"attn\.qkv\.(weight|bias)", r"block.attn.in_proj_\1"),
-    (r"attn\.proj\.(weight|bias)", r"block.attn.out_proj.\1"),
-    (rf"attn\.{_TABLE}", _TABLE),
-    (r"norm([12])\.(weight|bias)", r"block.ln_\1.\2"),
-    (r"mlp\.fc1\.(weight|bias)", r"block.mlp.c_fc.\1"),
-    (r"mlp\.fc2\.(weight|bias)", r"block.mlp.c_proj.\1"),
-)
 _LEFT_OUT = re.compile(rf"{_TOWER}head\..*")
 
 
@@ -69,9 +62,10 @@ def to_ours(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 name = f"visual.embeddings.{stage + 1}.{match[3]}"
             else:
                 block = sum(depth for index, depth in depths.items() if index < stage) + int(match[2])
-                name = f"visual.transformer.resblocks.{block}.{_rename(match[3], _IN_BLOCK)}"
+                inside = _TABLE if match[3] == f"attn.{_TABLE}" else f"block.{rename(match[3], TIMM_BLOCK)}"
+                name = f"visual.transformer.resblocks.{block}.{inside}"
         else:
-            name = _rename(name, _NAMES)
+            name = rename(name, _NAMES)
         found[name] = tensor
     return found
 
@@ -132,10 +126,3 @@ def _tables(state: Mapping[str, Tensor]) -> dict[int, Tensor]:
         if (match := re.fullmatch(rf"visual\.transformer\.resblocks\.(\d+)\.{_TABLE}", name)) and tensor.ndim == 2:
             found[int(match[1])] = tensor
     return dict(sorted(found.items()))
-
-
-def _rename(name: str, rules: tuple[tuple[str, str], ...]) -> str:
-    for pattern, template in rules:
-        if match := re.fullmatch(pattern, name):
-            return match.expand(template)
-    return name

@@ -33,22 +33,7 @@ from .picture import EXACT_COLOR, Upright
 from .plan import Plan, by_plan, make_plan, still_fits
 from .reading import ReadError, Source, VideoError, all_frames, as_source, limit, log, no_frame, open_video, too_slow
 from .times import frame_times
-from .windows import Video, Window, decode_span, decode_windows
-
-__all__ = [
-    "Plan",
-    "ReadError",
-    "Source",
-    "VideoError",
-    "VideoInfo",
-    "Window",
-    "decode",
-    "decode_frames",
-    "decode_many",
-    "decode_views",
-    "decode_windows",
-    "probe",
-]
+from .windows import Video, decode_span
 
 
 @dataclass(frozen=True)

@@ -55,3 +55,14 @@ class Report:
         parts = [f"{self.names[row]}: {self.bad[row]}" for row in sorted(self.bad)[:_SHOWN]]
         more = len(self.bad) - len(parts)
         return "; ".join(parts) + (f"; and {more} more" if more else "")
+
+
+def moved(parts: tuple[torch.Tensor, ...], device: torch.device, stream: torch.cuda.Stream) -> list[torch.Tensor]:
+    """Copies on the device, made while the device computes, on a stream that the current one waits for."""
+    with torch.cuda.stream(stream):
+        copies = [part.to(device, non_blocking=True) for part in parts]
+    current = torch.cuda.current_stream(device)
+    current.wait_stream(stream)
+    for copy in copies:
+        copy.record_stream(current)  # or the next copy might get its memory while it is still read
+    return copies

@@ -130,7 +130,8 @@ class FrameCache:
 
     def _write(self, path: Path, source: Source, shape: tuple[int, ...]) -> bool:
         """Decodes the whole video into this file. False if decoding does not match the manifest, or writing fails."""
-        from ..decode.decoder import VideoError, decode_frames
+        from ..decode.decoder import decode_frames
+        from ..decode.reading import VideoError
 
         part = path.with_name(f".{path.stem}.{os.getpid()}.{threading.get_ident()}.part")
         sums: list[int] = []

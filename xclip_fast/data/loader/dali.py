@@ -18,13 +18,14 @@ from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 
-from ..decode.dali_support import container, missing, require, supported
-from ..decode.decoder import VideoError, decode_views
+from ..decode.dali_support import container, require, supported
+from ..decode.decoder import decode_views
+from ..decode.reading import VideoError
 from ..decode.video import DamagedPlan
 from ..manifest.manifest import Manifest
 from ..sampling import sample_rng
@@ -32,23 +33,16 @@ from ..threads import Job, Threads, cores_of_rank
 from ..transforms import View
 from .batches import Batch
 from .dali_graph import inputs_of, make_pipeline, read_encoded
-
-__all__ = ["Batch", "dali_batches", "missing", "supported"]
+from .tasks import sample_shape
 
 log = logging.getLogger(__name__)
 
 _GIVE_UP = 5  # failed runs in a row without a bad file: then DALI itself is broken
 
 
-class Transform(Protocol):
-    """The interface of `TrainTransform` and `TestTransform`. If `random` is False, `rng` is None."""
-
-    def views(self, total: int, width: int, height: int, rng: Any) -> list[View]: ...
-
-
 def dali_batches(
     manifest: Manifest,
-    transform: Transform,
+    transform: Any,
     batches: Iterable[np.ndarray],
     *,
     seed: int = 0,
@@ -84,11 +78,11 @@ def dali_batches(
     cores = cores_of_rank()
     random = getattr(transform, "random", True)
     todo = deque(np.asarray(rows, np.int64) for rows in batches)
-    like = transform.views(64, 64, 64, sample_rng(0, 0, 0) if random else None)
+    shape = sample_shape(transform)
     make = partial(
         make_pipeline,
-        views=len(like),
-        size=like[0].size,
+        views=shape[0],
+        size=shape[2],
         batch_size=max((len(rows) for rows in todo), default=0) or 1,
         threads=threads or max(1, min(8, cores // streams)),
         device_id=device.index if device.type == "cuda" else None,
@@ -100,7 +94,7 @@ def dali_batches(
         seed=seed,
         epoch=epoch,
         device=device,
-        like=like,
+        shape=shape,
         memory=memory,
         readers=Threads(workers or cores, "video reader", lambda: None, time_limit),
         engines=Threads(streams, "dali", lambda: _Pipe(make), time_limit),
@@ -140,12 +134,12 @@ class _Epoch:
     """The steps from rows to a batch. Only `prepare` and `decode` run in other threads."""
 
     manifest: Manifest
-    transform: Transform
+    transform: Any
     random: bool
     seed: int
     epoch: int
     device: torch.device
-    like: list[View]
+    shape: tuple[int, ...]
     memory: int
     readers: Threads
     engines: Threads
@@ -174,7 +168,7 @@ class _Epoch:
                 if why is not None:
                     self.route(row, why)
             if self.routes[row] is None:
-                frames = min(video.frames, sum(len(view.frames) for view in self.like))
+                frames = min(video.frames, self.shape[0] * self.shape[1])
                 need = frames * video.width * video.height * 3
                 if need > room and groups[-1]:
                     groups.append([])
@@ -301,8 +295,7 @@ class _Epoch:
         """The frames of these places of a batch, in order, on the device."""
         if len(parts) == 1 and parts[0][0] == kept:
             return parts[0][1]
-        views, time, size = len(self.like), len(self.like[0].frames), self.like[0].size
-        shape = (views, time, size, size, 3) if views > 1 else (time, size, size, 3)
+        shape = self.shape if self.shape[0] > 1 else self.shape[1:]
         frames = torch.empty((len(kept), *shape), dtype=torch.uint8, device=self.device)
         if pixels:
             places = sorted(pixels)

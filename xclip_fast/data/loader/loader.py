@@ -25,16 +25,14 @@ import numpy as np
 import torch
 
 from ..manifest.manifest import Manifest
-from ..sampling import epoch_batches, epoch_order, sample_rng
-from ..threads import cores_of_rank
-from .batches import Batch, DataError, Report
+from ..sampling import epoch_batches, epoch_order
+from ..threads import processes_and_threads
+from .batches import Batch, DataError, Report, moved
 from .cache import FrameCache
-from .tasks import Decode, Decoder, Task
+from .tasks import Decode, Decoder, Task, sample_shape
 from .workers import Workers, check_shared_memory
 
 log = logging.getLogger(__name__)
-
-__all__ = ["Batch", "DataError", "Loader", "Report", "loader"]
 
 
 class Loader:
@@ -115,13 +113,12 @@ class Loader:
             raise (ImportError if "not installed" in refused else ValueError)(f"decoder='dali': {refused}")
         if decoder == "auto" and refused and place.type == "cuda":
             log.info("videos are decoded on the CPU: %s", refused)
-        if workers is None or threads is None:
-            workers, threads = _shares(workers, threads)
+        workers, threads = processes_and_threads(workers, threads)
         dali = decoder != "cpu" and not refused
         if not dali:
-            check_shared_memory(batch_size * math.prod(_sample_shape(transform)), workers, prefetch)
+            check_shared_memory(batch_size * math.prod(sample_shape(transform)), workers, prefetch)
         kept = FrameCache(cache, cache_bytes) if cache is not None and decode is None else None
-        make = Decoder(transform, seed, _sample_shape(transform), threads, workers, kept, decode)
+        make = Decoder(transform, seed, threads, workers, kept, decode)
         self.manifest, self.batch_size, self.device = manifest, batch_size, place
         self.decoder: Literal["dali", "cpu"] = "dali" if dali else "cpu"
         self.workers, self._max_bad = Workers(make, workers, prefetch, place.type == "cuda", timeout), max_bad
@@ -271,7 +268,7 @@ class Loader:
                         log.warning("%s", note)
                 frames = result.frames[:, 0] if result.frames.shape[1] == 1 else result.frames
                 parts = (frames, torch.from_numpy(self.manifest.labels[result.rows]), torch.from_numpy(result.rows))
-                yield Batch(*(parts if copies is None else _moved(parts, self.device, copies)))
+                yield Batch(*(parts if copies is None else moved(parts, self.device, copies)))
 
     def _on_gpu(self, epoch: int, batches: list[np.ndarray]) -> Generator[Batch, None, None]:
         from .dali import dali_batches
@@ -340,17 +337,6 @@ class Loader:
 loader = Loader  # used as a function: `for batch in loader(...)`
 
 
-def _moved(parts: tuple[torch.Tensor, ...], device: torch.device, stream: torch.cuda.Stream) -> list[torch.Tensor]:
-    """Copies on the device, made while the device computes, on a stream that the current one waits for."""
-    with torch.cuda.stream(stream):
-        copies = [part.to(device, non_blocking=True) for part in parts]
-    current = torch.cuda.current_stream(device)
-    current.wait_stream(stream)
-    for copy in copies:
-        copy.record_stream(current)  # or the next copy might get its memory while it is still read
-    return copies
-
-
 def _no_dali(device: torch.device, own: bool) -> str | None:
     """The reason why DALI is not used, or None."""
     if device.type != "cuda":
@@ -360,17 +346,3 @@ def _no_dali(device: torch.device, own: bool) -> str | None:
     from ..decode.dali_support import missing
 
     return missing()
-
-
-def _sample_shape(transform: Any) -> tuple[int, ...]:
-    """(V, T, S, S, 3) of one sample. It is the same for every video, so it is asked for any."""
-    views = transform.views(64, 64, 64, sample_rng(0, 0, 0) if getattr(transform, "random", True) else None)
-    return len(views), len(views[0].frames), views[0].size, views[0].size, 3
-
-
-def _shares(workers: int | None, threads: int | None) -> tuple[int, int]:
-    """Processes, and threads in each, for this process's share of the machine's cores."""
-    cores = cores_of_rank()
-    if threads is None:
-        threads = 4 if not workers else max(1, min(4, -(-2 * cores // workers)))
-    return (-(-2 * cores // threads) if workers is None else workers), threads

@@ -25,6 +25,12 @@ Decode = Callable[..., Any]
 """(source, views, *, out), as `decode.decode_views`."""
 
 
+def sample_shape(transform: Any) -> tuple[int, ...]:
+    """(V, T, S, S, 3) of one sample. It is the same for every video, so it is asked for any."""
+    views = transform.views(64, 64, 64, sample_rng(0, 0, 0) if getattr(transform, "random", True) else None)
+    return len(views), len(views[0].frames), views[0].size, views[0].size, 3
+
+
 class Task(NamedTuple):
     """A batch to decode. `rows` are numbers in the whole manifest; `manifest` holds just these videos, in order."""
 
@@ -90,13 +96,13 @@ class Decoder:
         self,
         transform: Any,
         seed: int,
-        shape: tuple[int, ...],
         threads: int,
         workers: int,
         cache: FrameCache | None = None,
         decode: Decode | None = None,
     ) -> None:
-        self.transform, self.seed, self.shape, self.threads = transform, seed, shape, threads
+        self.transform, self.seed, self.threads = transform, seed, threads
+        self.shape = sample_shape(transform)
         self.cache, self.decode = cache, decode
         self.table = Table(max(1, workers), threads)
         self._pool: ThreadPoolExecutor | None = None
@@ -150,7 +156,8 @@ class Decoder:
 
     def one(self, task: Task, place: int, out: np.ndarray) -> str:
         """Decodes one video of a task into `out`, uint8 (V, T, S, S, 3). Returns "", or the reason of a failure."""
-        from ..decode.decoder import VideoError, decode_views
+        from ..decode.decoder import decode_views
+        from ..decode.reading import VideoError
 
         row, video = int(task.rows[place]), task.manifest.videos[place]
         if min(video.frames, video.width, video.height) < 1:

@@ -7,14 +7,13 @@ import io
 import os
 import posixpath
 import re
-import stat
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...files import errors_name
+from ...files import errors_name, require_regular
 
 VIDEO_NAME = re.compile(
     r"[^.].*\.(3gp|avi|flv|m2ts|m4v|mkv|mov|mp4|mpe?g|mts|ogv|ts|webm|wmv)", re.IGNORECASE | re.DOTALL
@@ -103,14 +102,17 @@ _LONGEST_LIST = 1 << 30  # bytes
 
 
 def _check_list(path: Path) -> None:
-    """Raises ValueError if the file is not regular: a pipe would wait forever, a device would never end."""
-    status = os.stat(path)
-    if stat.S_ISDIR(status.st_mode):
-        raise ValueError(f"{path}: is a folder; a file is wanted here")
-    if not stat.S_ISREG(status.st_mode):
-        raise ValueError(f"{path}: is not a regular file")
-    if status.st_size > _LONGEST_LIST:
-        raise ValueError(f"{path}: has {status.st_size} bytes, too many for a list")
+    if (size := require_regular(path)) > _LONGEST_LIST:
+        raise ValueError(f"{path}: has {size} bytes, too many for a list")
+
+
+def videos_below(
+    folder: str | os.PathLike[str], leave_out: Callable[[str], bool] = lambda inner: False
+) -> Iterator[str]:
+    """The video files in a folder and its subfolders, without hidden ones and those that ``leave_out`` names."""
+    for here, inner, names in os.walk(folder):
+        inner[:] = sorted(name for name in inner if name[0] != "." and not leave_out(os.path.join(here, name)))
+        yield from (os.path.join(here, name) for name in sorted(names) if VIDEO_NAME.fullmatch(name))
 
 
 def is_folder(entry: os.DirEntry[str]) -> bool:

@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
+from ...text.labels import readable
 from .listing import VIDEO_NAME, Entry, Listing, Place, Request, class_numbers, csv_of, lines_of, walk
 
 HMDB_LIST = re.compile(r"(.+)_test_split(\d+)\.txt", re.DOTALL)
@@ -87,7 +88,7 @@ def ucf101(request: Request) -> Listing:
         if key != str(number) or not name:
             raise ValueError(f"{index}, line {number}: {number} and a class name wanted; got {line!r}")
         raw.append(name.strip())
-    number_of, classes = class_numbers(request, raw, [_words(name) for name in raw], str(index))
+    number_of, classes = class_numbers(request, raw, [readable(name) for name in raw], str(index))
     root = request.root or _first_with(path.parent, raw, "UCF-101")
     place = Place(Request(path, root=root))
     entries: list[Entry] = []
@@ -97,11 +98,6 @@ def ucf101(request: Request) -> Listing:
             raise ValueError(f"{path}, line {number}: Class/file.avi and its id in classInd.txt wanted; got {line!r}")
         entries.append(place.entry(match[1], number_of[match[2]]))
     return Request(path, root=root).listing(classes, entries)
-
-
-def _words(name: str) -> str:
-    """Splits words: ApplyEyeMakeup becomes Apply Eye Makeup."""
-    return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).replace("_", " ")
 
 
 def _first_with(folder: Path, classes: Sequence[str], *names: str) -> str:
@@ -122,7 +118,7 @@ def hmdb51(request: Request) -> Listing:
     found = ((HMDB_LIST.fullmatch(name), name) for name in os.listdir(request.path))
     lists = sorted((each[1], name) for each, name in found if each and each[2] == match[2])
     raw = [each for each, _ in lists]
-    number_of, classes = class_numbers(request, raw, [_words(name) for name in raw])
+    number_of, classes = class_numbers(request, raw, [readable(name) for name in raw])
     root = request.root or _first_with(request.path, raw, "hmdb51_org", "hmdb51", "HMDB51", "videos")
     place = Place(Request(request.path, root=root))
     below = {entry.name: entry.is_dir() for entry in os.scandir(root)}

@@ -47,7 +47,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from ...files import errors_name
+from ...files import errors_name, require_regular
 from .labels import Labels, read_labels
 from .listing import VIDEO_NAME, Entry, Listing, Place, Request, class_numbers, is_folder, lines_of, walk
 from .official import HMDB_LIST, hmdb51, kinetics, ucf101
@@ -104,8 +104,7 @@ def _kind(path: Path) -> str:
         return "folder" if any(map(is_folder, names)) else "flat"
     if not path.exists() and re.search(r"\{.*\}", path.name):
         return "tar"
-    if path.exists() and not path.is_file():  # a pipe would wait forever
-        raise ValueError(f"{path}: is not a regular file")
+    require_regular(path)
     with errors_name(path), open(path, "rb") as file:
         start = file.read(65536)
     if start[257:262] == b"ustar" or re.search(r"\.(tar|tgz)(\.|$)", path.name):

@@ -24,7 +24,7 @@ import av
 
 from ...files import parse_json
 from ..decode.reading import Source, VideoError
-from ..manifest.listing import VIDEO_NAME
+from ..manifest.listing import videos_below
 from ..parts import lock, remove_unlocked
 from ..threads import usable_cores
 from .reencode import CannotWrite, Settings, check, finish, reencode
@@ -193,8 +193,9 @@ def _targets(
                 raise ValueError("the root of a folder is the folder itself; leave root out")
             if out.exists() and out.samefile(folder):
                 raise ValueError(f"{out} is the folder of the sources; choose another one for the copies")
-            for file in _videos(folder, out):
-                yield os.fspath(file), (out / file.relative_to(folder)).with_suffix(".mp4")
+            mine = _identity(out)
+            for found in videos_below(folder, lambda inner: _identity(inner) == mine):
+                yield found, (out / os.path.relpath(found, folder)).with_suffix(".mp4")
             return
         if not folder.exists():
             raise FileNotFoundError(errno.ENOENT, "no such file or folder", os.fspath(folder))
@@ -209,14 +210,6 @@ def _targets(
         if not file.is_relative_to(top):
             raise ValueError(f"{given} is not in the root folder {top}")
         yield os.fspath(given), (out / file.relative_to(top)).with_suffix(".mp4")
-
-
-def _videos(folder: Path, out: Path) -> Iterator[Path]:
-    """The video files in a folder and its subfolders, sorted, without hidden ones and those in `out`."""
-    mine = _identity(out)
-    for here, inner, names in os.walk(folder):
-        inner[:] = sorted(name for name in inner if name[0] != "." and _identity(Path(here, name)) != mine)
-        yield from (Path(here, name) for name in sorted(names) if VIDEO_NAME.fullmatch(name))
 
 
 def _identity(path: str | Path) -> tuple[int, int] | None:

@@ -7,11 +7,11 @@ from collections import OrderedDict
 import pytest
 import torch
 import torch.nn.functional as F
-from small import assert_close, randomize
+from small import QuickGELU, assert_close, is_swapped, randomize
 from torch import nn
 
 from xclip_fast import accelerate
-from xclip_fast.acceleration import _log_fallback
+from xclip_fast.acceleration.blocks import _log_fallback
 
 WIDTH, HEADS = 128, 2
 
@@ -19,10 +19,6 @@ WIDTH, HEADS = 128, 2
 @pytest.fixture(autouse=True)
 def _log_again():
     _log_fallback.cache_clear()
-
-
-def is_swapped(module):
-    return hasattr(type(module), "_accelerated_from")
 
 
 def swapped(model, least):
@@ -54,11 +50,6 @@ def compare_gradients(theirs, ours, run):
 
 
 # --- OpenAI's CLIP and open_clip, written here after their public interfaces: names, shapes and order of dimensions
-
-
-class QuickGELU(nn.Module):
-    def forward(self, x):
-        return x * torch.sigmoid(1.702 * x)
 
 
 def mlp(width, activation):

@@ -8,12 +8,13 @@ from collections import OrderedDict
 
 import pytest
 import torch
-from small import assert_close, randomize
+from small import QuickGELU, assert_close, is_swapped, randomize
 from torch import nn
 from torch.nn.utils import prune
 
-from xclip_fast import XCLIP, FastCCTBlock, TextConfig, VisionConfig, XCLIPConfig, accelerate, acceleration
-from xclip_fast.acceleration import _log_fallback
+from xclip_fast import XCLIP, FastCCTBlock, TextConfig, VisionConfig, XCLIPConfig, accelerate
+from xclip_fast.acceleration import blocks
+from xclip_fast.acceleration.blocks import _log_fallback
 from xclip_fast.nn import cct
 
 FRAMES, WIDTH, HEADS = 3, 128, 2
@@ -29,16 +30,7 @@ def both(model):
     return model, accelerate(copy.deepcopy(model))
 
 
-def is_swapped(module):
-    return hasattr(type(module), "_accelerated_from")
-
-
 # --- the released blocks, written out here after equations 7 to 9
-
-
-class QuickGELU(nn.Module):
-    def forward(self, x):
-        return x * torch.sigmoid(1.702 * x)
 
 
 class DropPath(nn.Module):
@@ -309,10 +301,8 @@ def test_a_block_is_tried_out_when_its_hook_is_gone(monkeypatch):
     handle = ours[0].ln_1.register_forward_hook(lambda *_: None)
     accelerate(ours)
     computed = []
-    compute = acceleration._compute
-    monkeypatch.setattr(
-        acceleration, "_compute", lambda module, *given: computed.append(module) or compute(module, *given)
-    )
+    compute = blocks._compute
+    monkeypatch.setattr(blocks, "_compute", lambda module, *given: computed.append(module) or compute(module, *given))
     with torch.no_grad():
         ours(tokens())
         assert computed == [ours[1]]

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .nn.cct import DropScales, Stream
-from .nn.layers import drop_path_scale
+from ..nn.cct import DropScales, Stream
+from ..nn.layers import drop_path_scale
 
 
 class Parts(NamedTuple):

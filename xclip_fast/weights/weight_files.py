@@ -1,4 +1,4 @@
-"""Weight files that are pickles: ``torch.save`` archives and TorchScript archives, read without running their code.
+"""Weight files: safetensors, ``torch.save`` and TorchScript archives, whole or in shards. None of their code runs.
 
 torch's ``weights_only`` reader reads a ``torch.save`` file. Classes that it does not know are replaced by stand-ins
 that do nothing: harmless classes always, others only if the caller allows it. A reader of our own, which knows nothing
@@ -18,8 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..files import refuse_inflated, require_regular
+from ..console import first_line
+from ..files import read_json, refuse_inflated, require_regular
 from .layouts import CheckpointError, State
+from .wrappers import unwrap
 
 SLACK = 64 << 20  # bytes by which the tensors of a file may exceed the file: shared or expanded ones
 
@@ -66,7 +68,64 @@ _HARMLESS: dict[str, type] = {
 }
 
 
-def read_torch(path: Path, drop_config: bool) -> Any:
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; an empty one if the file does not exist."""
+    if not path.exists():
+        return {}
+    try:
+        return read_json(path)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+
+
+def read_weights(path: Path, drop_config: bool) -> dict[str, Any]:
+    """The state dict of a file, or of all shards that an index (``.json``) names. See ``_read_file``."""
+    if path.suffix != ".json":
+        return _read_file(path, drop_config)
+    shards = read_object(path).get("weight_map", {})
+    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+        raise CheckpointError(f"{path}: weight_map must be an object from tensor names to file names")
+    names = sorted(set(shards.values()))
+    if bad := [name for name in names if Path(name).name != name or not (path.parent / name).exists()] or not names:
+        raise CheckpointError(
+            f"{path}: {f'these shards are not in the folder: {bad}' if names else 'it names no shards'}"
+        )
+    return {name: tensor for shard in names for name, tensor in _read_file(path.parent / shard, drop_config).items()}
+
+
+def _read_file(path: Path, drop_config: bool) -> dict[str, Any]:
+    """The state dict of one file, with the names that it has.
+
+    Raises:
+        CheckpointError: if the file is damaged or of another kind, whatever its bytes are.
+        OSError: if the file cannot be read.
+    """
+    from safetensors.torch import load_file
+
+    try:
+        require_regular(path)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    with path.open("rb") as file:
+        head = file.read(9)
+    try:
+        if head[8:] == b"{":
+            return load_file(path)
+        if head[:2] in (b"PK", b"\x80\x02"):  # torch.save since 1.6, and before
+            found = _read_torch(path, drop_config)
+            if not isinstance(found, dict):
+                raise CheckpointError(f"{path}: a state dict is wanted, {type(found).__name__} found")
+            return _own(unwrap(found, path), path)
+    except CheckpointError:
+        raise
+    except Exception as error:  # damaged bytes raise errors of many kinds in the readers
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise CheckpointError(f"{path}: is damaged or incomplete; download it again ({first_line(error)})") from error
+    raise CheckpointError(f"{path}: is neither a safetensors nor a PyTorch file (it begins with {head!r})")
+
+
+def _read_torch(path: Path, drop_config: bool) -> Any:
     """The content of a ``torch.save`` file, or the state dict of a TorchScript archive. Tensors may lie in the mapped
     file.
 
@@ -116,7 +175,7 @@ def read_torch(path: Path, drop_config: bool) -> Any:
             kind = other
 
 
-def own(state: dict[Any, Any], path: Path) -> dict[Any, Any]:
+def _own(state: dict[Any, Any], path: Path) -> dict[Any, Any]:
     """Copies the tensors out of the mapped file, which may be replaced, or be large because of optimizer state.
 
     Raises:

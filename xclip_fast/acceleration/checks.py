@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from . import kernels
-from .block_styles import Parts, Style
-from .nn.parts import PLAIN, Kinds, find_change
+from .. import kernels
+from ..nn.parts import PLAIN, Kinds, find_change
+from .styles import Parts, Style
 
 
 def types_of(module: nn.Module, parts: Parts) -> tuple[type, ...]:

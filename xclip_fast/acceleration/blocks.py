@@ -16,13 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from . import kernels
-from .block_checks import find_change_of, kinds_of, read_activation, types_of
-from .block_styles import STYLES, Call, Parts, Style
-from .kernels.linear import linear
-from .nn.cct import Attention, DropScales, FastCCTBlock, Stream, cct_block, message_parameters
-from .nn.layers import TransformerBlock, block_parameters, plain_block
-from .nn.parts import is_watched
+from .. import kernels
+from ..nn.cct import Attention, DropScales, FastCCTBlock, Stream, cct_block, message_parameters
+from ..nn.layers import TransformerBlock, block_parameters, plain_block
+from ..nn.parts import is_watched
+from .checks import find_change_of, kinds_of, read_activation, types_of
+from .styles import STYLES, Call, Parts, Style
 
 logger = logging.getLogger("xclip_fast")
 
@@ -143,6 +142,7 @@ def _infer_apart(parts: Parts, activation: str, x_FLD: Tensor, causal: bool) -> 
     ln_1, ln_2 = ((norm.weight, norm.bias) for norm in (parts.ln_1, parts.ln_2))
     if not kernels.cpu.takes(x_FLD, *ln_1, *ln_2, *query, *key, *value, *out, *fc, *projection):
         return None
+    linear = kernels.cpu.linear
     normed = F.layer_norm(x_FLD, x_FLD.shape[-1:], *ln_1, parts.ln_1.eps)
     q, k, v = (linear(normed, *each).unflatten(-1, (parts.heads, -1)).transpose(1, 2) for each in (query, key, value))
     mixed = F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).flatten(2)

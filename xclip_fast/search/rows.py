@@ -1,0 +1,150 @@
+"""The rows of stored features: their columns, and the settings that all of them share."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..files import parse_json
+from ..schema import build
+
+_KEY, _VERSION = b"xclip_fast_store", 1  # of the settings in the metadata of an Arrow schema
+
+
+@dataclass(frozen=True)
+class StoreSettings:
+    """The settings that all rows of a store share. They are written when the store is made.
+
+    `fingerprint`: of the model (`feature_file.fingerprint`). `patches`: N, if patch features are stored; otherwise 0.
+    `root`: the folder that local paths are relative to; "" for absolute paths.
+    """
+
+    fingerprint: str
+    checkpoint: str
+    variant: str
+    embed_dim: int
+    frames: int
+    sampling: str
+    frame_stride: int
+    window: float
+    stride: float
+    whole_below: float
+    patches: int = 0
+    root: str = ""
+
+
+class Known(NamedTuple):
+    """The facts of a stored file. `stamp` changes with the file. `digest` is the hash of its content, if asked for."""
+
+    size: int
+    stamp: str
+    digest: str | None
+    error: str | None
+
+
+def check_fingerprint(place: Path, made_with: StoreSettings, wanted: StoreSettings) -> None:
+    """Raises ValueError if they belong to different models."""
+    if made_with.fingerprint != wanted.fingerprint:
+        ours, theirs = (f"{each.checkpoint or 'random'}, {each.fingerprint[:12]}" for each in (made_with, wanted))
+        raise ValueError(f"{place}: made with other weights ({ours}) than {theirs}; use the former, or embed again")
+
+
+def metadata_of(settings: StoreSettings) -> dict[bytes, bytes]:
+    """The settings for the metadata of an Arrow schema; ``read_settings`` reads them back."""
+    return {_KEY: json.dumps({"format": _VERSION, **asdict(settings)}).encode()}
+
+
+def read_settings(place: Path, schema: Any) -> StoreSettings:
+    """The settings in the metadata of an Arrow schema.
+
+    Raises ValueError if they are missing or damaged, or do not describe the columns.
+    """
+    names = {field.name for field in fields(StoreSettings)}
+    try:
+        if b"embedding_functions" in (schema.metadata or {}):  # LanceDB would load what it names, at the next write
+            raise ValueError("it names an embedding function, which may run code")
+        written = parse_json((schema.metadata or {}).get(_KEY, b"{}"))
+        if not isinstance(written, dict) or written.get("format") != _VERSION:
+            raise ValueError("it was not written by this version of xclip-fast")
+        try:
+            found: StoreSettings = build(StoreSettings, {key: value for key, value in written.items() if key in names})
+        except TypeError:
+            raise ValueError("its settings are incomplete") from None
+        if not schema.remove_metadata().equals(schema_of(found)):
+            raise ValueError("its columns do not fit its settings")
+    except (ValueError, OverflowError) as error:
+        raise ValueError(f"{place}: holds a table that is not a store ({error})") from error
+    return found
+
+
+def check_settings(place: Path, made_with: StoreSettings, wanted: StoreSettings) -> None:
+    """Raises ValueError if rows with the wanted settings do not belong beside the others."""
+    check_fingerprint(place, made_with, wanted)
+    mine, other = asdict(made_with), asdict(wanted)
+    for name in ("checkpoint", "variant", "root"):  # the same weights may lie elsewhere, the files too
+        del mine[name], other[name]
+    changed = [f"{name} {value}, not {other[name]}" for name, value in mine.items() if value != other[name]]
+    if changed:
+        raise ValueError(f"{place}: was made with {'; '.join(changed)}. Leave the option out, or choose another place")
+
+
+def schema_of(settings: StoreSettings) -> Any:
+    """The columns of a store, as an Arrow schema."""
+    import pyarrow as pa
+
+    columns = [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("path", pa.string(), nullable=False),
+        pa.field("start", pa.float64(), nullable=False),  # seconds; 0 for a file's first moment, and for an error
+        pa.field("end", pa.float64(), nullable=False),
+        pa.field("size", pa.int64()),  # bytes of the file
+        pa.field("stamp", pa.string()),
+        pa.field("digest", pa.string()),
+        pa.field("error", pa.string()),  # one line; then there is no vector
+        pa.field("vector", pa.list_(pa.float16(), settings.embed_dim)),
+    ]
+    if settings.patches:
+        columns.append(pa.field("patches", pa.list_(pa.float16(), settings.patches * settings.embed_dim)))
+    return pa.schema(columns)
+
+
+def row_id(path: str, start: float) -> str:
+    return hashlib.blake2b(f"{path}\0{start:.6f}".encode(), digest_size=12).hexdigest()
+
+
+def record_batch(
+    path: str, known: Known, moments: Sequence[tuple[float, float, Any, Any]], settings: StoreSettings
+) -> Any:
+    """A file's rows, or some of them, as an Arrow batch.
+
+    ``moments``: (start, end, vector (E,), patches (N, E) or None) of each; none if the file has an error.
+    """
+    import numpy as np
+    import pyarrow as pa
+
+    schema = schema_of(settings)
+    failed = not moments
+    moments = moments or [(0.0, 0.0, None, None)]
+    count = len(moments)
+
+    def column(index: int, field: Any) -> Any:
+        if failed:
+            return pa.nulls(1, field.type)
+        values = np.concatenate([np.asarray(moment[index], np.float16).reshape(-1) for moment in moments])
+        return pa.FixedSizeListArray.from_arrays(pa.array(values), field.type.list_size)
+
+    arrays = [
+        pa.array([row_id(path, moment[0]) for moment in moments]),
+        pa.array([path] * count),
+        pa.array([moment[0] for moment in moments], pa.float64()),
+        pa.array([moment[1] for moment in moments], pa.float64()),
+        *(pa.array([value] * count, schema.field(4 + at).type) for at, value in enumerate(known)),
+        column(2, schema.field("vector")),
+    ]
+    if settings.patches:
+        arrays.append(column(3, schema.field("patches")))
+    return pa.record_batch(arrays, schema=schema)

@@ -1,0 +1,23 @@
+"""Names of weights, translated by a table of patterns."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+# Inside a block of timm's ViTs and of the Swins that are written like them.
+TIMM_BLOCK = (
+    (r"norm([12])\.(weight|bias)", r"ln_\1.\2"),
+    (r"attn\.qkv\.(weight|bias)", r"attn.in_proj_\1"),
+    (r"attn\.proj\.(weight|bias)", r"attn.out_proj.\1"),
+    (r"mlp\.fc1\.(weight|bias)", r"mlp.c_fc.\1"),
+    (r"mlp\.fc2\.(weight|bias)", r"mlp.c_proj.\1"),
+)
+
+
+def rename(name: str, rules: Iterable[tuple[str, str]]) -> str:
+    """The name by the first rule (pattern, template) that fits all of it. Unknown names stay and get listed."""
+    for pattern, template in rules:
+        if match := re.fullmatch(pattern, name):
+            return match.expand(template)
+    return name
