@@ -7,9 +7,9 @@ second product carries its inverse.
 Products run on oneDNN if the CPU has AVX-512, or instructions for the half-precision dtype: MKL does not use AVX-512 on
 AMD, and oneDNN adds the bias and applies SiLU in its epilogue. Elsewhere they run on torch's own choice, MKL: with AVX2
 alone it is 20 % faster than oneDNN, whose SiLU takes ten times as long as torch's (docs/performance.md). There each
-thread computes some columns of the result, as one product of a batch: left to itself, MKL divides the rows of most
-products, and every thread packs the whole weight. Without instructions for a half-precision dtype, a block is computed
-in float32 and rounded once at its end.
+thread computes some columns of the result, as one product of a batch. With few rows that is 1.2 to 1.4 times as fast as
+MKL's own division among two threads, with many it is as fast or a little faster. Without instructions for a
+half-precision dtype, a block is computed in float32 and rounded once at its end.
 
 F frames, L tokens of a frame, S = L + 1 rows of it, D width, H heads, M rows, P threads that share a product.
 """
