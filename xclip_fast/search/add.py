@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from ..data.decode.reading import ReadError, VideoError
 from ..data.inputs import Inputs
 from ..data.remote import describe, is_remote
@@ -199,8 +201,6 @@ class Writer:
 
     def moment(self, name: str, start: float, end: float, vector: Any, patches: Any = None) -> None:
         """Adds a row to the present file: float vectors (E,) and (N, E)."""
-        import torch
-
         vector = torch.nn.functional.normalize(vector.float(), dim=-1)
         if patches is not None and not patches.half().isfinite().all():
             self.problem = ValueError(f"{name}: patch features do not fit into half precision; leave out --patches")
