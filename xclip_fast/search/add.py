@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..data.decode.reading import ReadError, VideoError
+from ..data.decode.source import ReadError, VideoError
 from ..data.inputs import Inputs
 from ..data.remote import describe, is_remote
 from ..inference.batches import Answer, Finished

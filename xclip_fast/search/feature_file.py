@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..data.decode.decoder import probe
-from ..data.decode.reading import VideoError
+from ..data.decode.source import VideoError
 from ..files import check_new_file, parse_json, replaced, save_tensors
 from ..inference.batches import Answer
 from .add import Plan, Summary, Writer, readable_path, stored_name
@@ -55,8 +56,6 @@ def check_out(out: Path, overwrite: bool) -> None:
 
 def read_metadata(path: Path) -> dict[str, str] | None:
     """The metadata of a file of features; None for any other file."""
-    from safetensors import SafetensorError, safe_open
-
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
@@ -72,7 +71,6 @@ class FeatureFile:
     """An open file of features: moments of whole videos, for `query.find`."""
 
     def __init__(self, path: Path) -> None:
-        from safetensors import safe_open
 
         metadata = read_metadata(path)
         if metadata is None:

@@ -20,7 +20,8 @@ from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoRef
 
 from ..data.decode.decoder import probe
 from ..data.decode.picture import Upright
-from ..data.decode.reading import VideoError, open_video
+from ..data.decode.reading import open_video
+from ..data.decode.source import VideoError
 from ..data.parts import lock, remove_unlocked
 from ..data.remote import local_path
 from .query import Hit

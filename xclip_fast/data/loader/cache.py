@@ -27,7 +27,7 @@ import av
 import numpy as np
 
 from ..decode.decoder import decode_frames, decode_views
-from ..decode.reading import Source, VideoError
+from ..decode.source import Source, VideoError
 from ..decode.video import Video
 from ..transforms import View, apply
 

@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import get_worker_info
 
 from ..decode.decoder import decode_views
-from ..decode.reading import VideoError
+from ..decode.source import VideoError
 from ..decode.video import DamagedPlan, one_line
 from ..manifest.manifest import Manifest
 from ..sampling import sample_rng

@@ -24,7 +24,7 @@ import numpy as np
 
 from ...console import plain
 from ...files import errors_name, parse_json, replaced, require_regular
-from ..decode.reading import Source
+from ..decode.source import Source
 from ..decode.video import Video, one_line, video_name
 
 log = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from ..decode.decoder import probe
-from ..decode.reading import ReadError, Source, VideoError
+from ..decode.source import ReadError, Source, VideoError
 from ..decode.video import Video, one_line, pack_plan
 from ..threads import usable_cores
 
