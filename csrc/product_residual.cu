@@ -10,9 +10,10 @@ int residual_add(int dtype, int tile, Operands const& operands, ResidualArgument
 }
 
 int residual_statistics(int dtype, int tile, Operands const& operands, ResidualArguments const& extra) {
-  return dtype == XCLIP_FAST_BF16
-             ? run_on_tile<cutlass::bfloat16_t, ResidualStatistics, Square>(tile, operands, extra)
-             : run_on_tile<cutlass::half_t, ResidualStatistics, Square>(tile, operands, extra);
+  int const code = dtype == XCLIP_FAST_BF16
+                       ? run_on_tile<cutlass::bfloat16_t, ResidualStatistics, Square>(tile, operands, extra)
+                       : run_on_tile<cutlass::half_t, ResidualStatistics, Square>(tile, operands, extra);
+  return code ? code : merge_statistics(operands, extra, Square::kRows, Square::kColumns);
 }
 
 }  // namespace xclip_fast

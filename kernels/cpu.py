@@ -1,4 +1,4 @@
-"""Inference on a CPU: the two residual branches of a block in as few passes over memory as torch's calls allow.
+"""Inference on a CPU: a block in as few passes over memory as torch's calls allow, on the fastest products there are.
 
 No packed or folded copy of a weight is kept, so every change of a weight counts at once. quick_gelu is torch's SiLU,
 since u sigmoid(1.702 u) = silu(1.702 u) / 1.702: the LayerNorm before the first product carries the factor, and the
@@ -6,10 +6,12 @@ second product carries its inverse.
 
 Products run on oneDNN if the CPU has AVX-512, or instructions for the half-precision dtype: MKL does not use AVX-512 on
 AMD, and oneDNN adds the bias and applies SiLU in its epilogue. Elsewhere they run on torch's own choice, MKL: with AVX2
-alone it is 20 % faster than oneDNN, whose SiLU takes ten times as long as torch's (docs/performance.md). Without
-instructions for a half-precision dtype, both branches are computed in float32 and rounded once at their end.
+alone it is 20 % faster than oneDNN, whose SiLU takes ten times as long as torch's (docs/performance.md). There each
+thread computes some columns of the result, as one product of a batch: left to itself, MKL divides the rows of most
+products, and every thread packs the whole weight. Without instructions for a half-precision dtype, a block is computed
+in float32 and rounded once at its end.
 
-F frames, L tokens of a frame, D width, H heads, M rows.
+F frames, L tokens of a frame, S = L + 1 rows of it, D width, H heads, M rows, P threads that share a product.
 """
 
 import contextlib
@@ -26,20 +28,20 @@ from torch import Tensor, nn
 from .arguments import GELUS, Block
 from .attention import attention_reference
 from .dispatch import forced_backend
-from .linear import NATIVE_ON_CPU, linear
+from .linear import NATIVE_ON_CPU
 from .quick_gelu import SLOPE
 
 HIDDEN_BYTES = 24 << 20  # of the widest intermediate: rows are computed in parts of this size, which caches hold
+MOST_THREADS = 4  # that share a product by columns; with more, MKL divides it (not measured)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _local = threading.local()
 _pointwise: Any = torch.ops.mkldnn._linear_pointwise
 
 
 def workspace() -> contextlib.AbstractContextManager[None]:
-    """Until it ends, the calls of this thread share their intermediate buffers.
+    """Until it ends, the calls of this thread share their intermediate buffers, which are freed at the end.
 
-    A buffer of many megabytes comes from the system page by page whenever it is allocated; twelve blocks need the same
-    ones. They are freed at the end.
+    Memory that comes from the system comes page by page, which takes 2 to 3 % of a small tower's time.
     """
     return contextlib.nullcontext() if torch.compiler.is_compiling() else _shared_buffers()
 
@@ -49,6 +51,7 @@ def _shared_buffers() -> Iterator[None]:
     if getattr(_local, "buffers", None) is not None:
         yield  # an outer one holds them
         return
+    _keep_freed_memory()
     _local.buffers = {}
     try:
         yield
@@ -56,10 +59,16 @@ def _shared_buffers() -> Iterator[None]:
         _local.buffers = None
 
 
+@functools.cache
+def _keep_freed_memory() -> None:
+    """Makes glibc keep up to 64 MiB of freed memory for the next call: twice the largest block that was ever freed."""
+    torch.empty((32 << 20) - (1 << 16), dtype=torch.uint8, device="cpu")
+
+
 def _buffer(name: str, rows: int, width: int, dtype: torch.dtype) -> Tensor:
-    """An uninitialized (rows, width); its content lasts until the next call with the same name and dtype."""
+    """An uninitialized (rows, width); its content lasts until the next call with the same name and dtype ("": on)."""
     buffers = getattr(_local, "buffers", None)
-    if buffers is None:
+    if buffers is None or not name:
         return torch.empty(rows, width, dtype=dtype, device="cpu")
     key = name, dtype, torch.is_inference_mode_enabled()
     flat = buffers.get(key)
@@ -101,62 +110,75 @@ def uses_onednn(dtype: torch.dtype) -> bool:
 
 
 def block(b: Block) -> Tensor:
-    """A whole block (equations 7 to 9), or its rows that are asked for."""
-    z = cross_frame_attention(b) if b.frames else self_attention(b)
-    fc, projection = (b.fc_weight, b.fc_bias), (b.projection_weight, b.projection_bias)
-    return feed_forward(z, (b.ln_2_weight, b.ln_2_bias), fc, projection, b.eps, b.activation, inplace=True)
-
-
-def cross_frame_attention(b: Block) -> Tensor:
-    """x + IFA(LN_1([x, m])) with m from CFA (equations 7 and 8), (F, S, D) with the spare row, new."""
-    count, length, width = b.x.shape
+    """A whole block (equations 7 to 9), or its rows that are asked for. A spare row comes out as zeros."""
     products = _Products(b.x.dtype)
-    wide = products.dtype
-
-    def attend(qkv: Tensor) -> Tensor:
-        query, key, value = qkv.unflatten(-1, (3, b.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(-2)
-
-    def norm(rows: Tensor, weight: Any, bias: Any) -> Tensor:
-        return F.layer_norm(rows, (width,), weight.to(wide), bias.to(wide), b.eps)
-
-    def product(rows: Tensor, weight: Any, bias: Any) -> Tensor:
-        return F.linear(rows, weight.to(wide), bias.to(wide))
-
-    # m = x_class Wm + bm, then m + CFA(LN_m(m)) over the frames of a video
-    m_FD = product(b.x[:, 0].to(wide), b.message_fc_weight, b.message_fc_bias)
-    qkv = product(norm(m_FD, b.message_ln_weight, b.message_ln_bias), b.message_in_weight, b.message_in_bias)
-    mixed = attend(qkv.unflatten(0, (-1, b.frames))).flatten(0, 1)
-    m_FD = m_FD + product(mixed, b.message_out_weight, b.message_out_bias)
-    message_FD = norm(m_FD, b.ln_1_weight, b.ln_1_bias)
-
-    # the message takes the spare row's place in the projection
-    in_weight, in_bias = products.widened(b.in_weight), products.widened(b.in_bias)
-    out_weight, out_bias = products.widened(b.out_weight), products.widened(b.out_bias)
+    parameters: dict[str, Any] = {
+        name: value.to(products.dtype)
+        for name, value in b._asdict().items()
+        if isinstance(value, Tensor) and name.endswith(("_weight", "_bias"))
+    }
+    b = b._replace(**parameters)
+    ffn = (b.ln_2_weight, b.ln_2_bias), (b.fc_weight, b.fc_bias), (b.projection_weight, b.projection_bias)
+    if not b.frames:
+        z = self_attention(b, products)
+        y = z if z.dtype == b.x.dtype else torch.empty_like(z, dtype=b.x.dtype)
+        return feed_forward(z, *ffn, b.eps, b.activation, out=y)
+    message_FD = messages(b, products)
     y_FSD = b.x.new_empty(b.x.shape)
+    y_FSD[:, -1] = 0.0
+    count, length, width = b.x.shape
     for part in _parts(count, HIDDEN_BYTES // (4 * 4 * width * length)):
-        x = b.x[part].to(wide)
-        normed = norm(x, b.ln_1_weight, b.ln_1_bias)
-        normed[:, -1] = message_FD[part]
-        qkv = products.linear(normed.view(-1, width), in_weight, in_bias).view(len(x), length, 3 * width)
-        mixed = attend(qkv).reshape(-1, width)
-        products.add_linear(y_FSD[part].view(-1, width), x.reshape(-1, width), mixed, out_weight, out_bias)
+        z_FLD = cross_frame_attention(b, products, b.x[part], message_FD[part])
+        feed_forward(z_FLD, *ffn, b.eps, b.activation, out=y_FSD[part, :-1])
     return y_FSD
 
 
-def self_attention(b: Block) -> Tensor:
-    """x + attention(LN_1(x)), or its rows that are asked for, of a block without a message."""
+def messages(b: Block, products: "_Products") -> Tensor:
+    """LN_1 of each frame's message (F, D): m = x_class Wm + bm, then m + CFA(LN_m(m)) (equation 7)."""
+    width = b.x.shape[-1:]
+    m_FD = products.linear(b.x[:, 0].to(products.dtype), b.message_fc_weight, b.message_fc_bias)
+    normed = F.layer_norm(m_FD, width, b.message_ln_weight, b.message_ln_bias, b.eps)
+    qkv = products.linear(normed, b.message_in_weight, b.message_in_bias)
+    mixed = attention_reference(qkv.view(-1, b.frames, 3, b.heads, width[0] // b.heads)).reshape(m_FD.shape)
+    m_FD = m_FD + products.linear(mixed, b.message_out_weight, b.message_out_bias)
+    return F.layer_norm(m_FD, width, b.ln_1_weight, b.ln_1_bias, b.eps)
+
+
+def cross_frame_attention(b: Block, products: "_Products", x_FSD: Tensor, message_FD: Tensor) -> Tensor:
+    """x + IFA(LN_1([x, m])) (equation 8) of some frames, (F, L, D), in the dtype of the products."""
+    count, length, width = x_FSD.shape
+    x = x_FSD.to(products.dtype)
+    normed = F.layer_norm(x, (width,), b.ln_1_weight, b.ln_1_bias, b.eps)
+    normed[:, -1] = message_FD  # the message takes the spare row's place in the projection
+    channels = width // b.heads
+    qkv = products.divided("wide", normed.view(-1, width), b.in_weight, b.in_bias, groups=3, unit=channels)
+    # (3 P, F S, D / P) to (3, P F, H / P, S, C): each thread has computed the heads of its columns
+    qkv = qkv.unflatten(0, (3, -1)).unflatten(-1, (-1, channels)).unflatten(2, (count, length)).flatten(1, 2)
+    query, key, value = qkv.transpose(2, 3).unbind(0)
+    mixed = F.scaled_dot_product_attention(query[:, :, :-1], key, value).transpose(1, 2)
+    mixed = mixed.reshape(-1, count * (length - 1), mixed.shape[2] * channels).transpose(0, 1).reshape(-1, width)
+    z_FLD = _buffer("stream", count * (length - 1), width, products.dtype).view(count, length - 1, width)
+    products.add_linear(z_FLD, x[:, :-1], mixed, b.out_weight, b.out_bias)
+    return z_FLD
+
+
+def self_attention(b: Block, products: "_Products") -> Tensor:
+    """x + attention(LN_1(x)) of a block without a message, or its rows that are asked for; in the dtype of products."""
     width = b.x.shape[-1]
-    qkv = linear(F.layer_norm(b.x, (width,), b.ln_1_weight, b.ln_1_bias, b.eps), b.in_weight, b.in_bias)
-    heads = qkv.unflatten(-1, (3, b.heads, -1))
+    x = b.x.to(products.dtype)
+    normed = F.layer_norm(x, (width,), b.ln_1_weight, b.ln_1_bias, b.eps)
+    qkv = products.linear(normed.view(-1, width), b.in_weight, b.in_bias, "wide")
+    heads = qkv.view(*x.shape[:-1], 3, b.heads, -1)
     if b.offsets is None:
-        mixed = attention_reference(heads, b.causal, b.bias).flatten(-2)
+        mixed = attention_reference(heads, b.causal, b.bias)
     else:
-        mixed = causal_attention_packed(heads, b.offsets.diff()).flatten(-2)
-    x = b.x
+        mixed = causal_attention_packed(heads, b.offsets.diff())
+    mixed = mixed.reshape(-1, width)
     if b.rows is not None:
-        x, mixed = x.reshape(-1, width)[b.rows], mixed.reshape(-1, width)[b.rows]
-    return x + linear(mixed, b.out_weight, b.out_bias)
+        x, mixed = x.reshape(-1, width)[b.rows], mixed[b.rows]
+    z = torch.empty_like(x, memory_format=torch.contiguous_format)
+    products.add_linear(z, x, mixed, b.out_weight, b.out_bias)
+    return z
 
 
 def feed_forward(
@@ -166,19 +188,19 @@ def feed_forward(
     projection: Sequence[Tensor],
     eps: float,
     activation: str = "quick_gelu",
-    inplace: bool = False,
+    out: Tensor | None = None,
 ) -> Tensor:
     """x + W2 act(W1 LN(x) + b1) + b2 (equation 9).
 
     Args:
-        x: (..., D), one of float32, bfloat16 and float16, as all weights.
+        x: (..., D), one of float32, bfloat16 and float16.
         ln, fc, projection: weight and bias; W1 (F, D), W2 (D, F).
         eps: of the LayerNorm.
         activation: "quick_gelu", "gelu" or "gelu_tanh".
-        inplace: whether ``x``, contiguous, is overwritten.
+        out: (..., D), overwritten with the result; it may be ``x``. If it is not contiguous, x is (F, L, D).
 
     Returns:
-        (..., D), new or ``x``.
+        (..., D), ``out`` or new.
     """
     width = x.shape[-1]
     products = _Products(x.dtype)
@@ -186,16 +208,23 @@ def feed_forward(
     scale = SLOPE if activation == "quick_gelu" else 1.0
     at_least = torch.promote_types(wide, torch.float32)  # the scaled vectors are not rounded once more
     ln_weight, ln_bias = (parameter.to(at_least) * scale for parameter in ln)
-    fc_weight, projection_weight = products.widened(fc[0]), products.widened(projection[0])
-    fc_bias, projection_bias = (bias.to(at_least) for bias in (fc[1], projection[1]))
-    x_MD = x.reshape(-1, width)
-    y_MD = x_MD if inplace else x_MD.new_empty(x_MD.shape)
-    for part in _parts(len(x_MD), HIDDEN_BYTES // (4 * len(fc_weight))):
-        rows = x_MD[part].to(wide)
+    fc_weight, projection_weight = fc[0].to(wide), projection[0].to(wide)
+    fc_bias, projection_bias = (fc[1].to(at_least) * scale).to(wide), projection[1].to(at_least)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
+    given, taken = (x, y) if x.dim() == 3 else (x.reshape(-1, width), y.view(-1, width))
+    for part in _parts(len(given), HIDDEN_BYTES // (4 * len(fc_weight) * given[0].numel() // width)):
+        rows = given[part].to(wide)
         normed = F.layer_norm(rows, (width,), ln_weight, ln_bias, eps)
-        hidden = products.linear(normed, fc_weight, (fc_bias * scale).to(wide), activation)
-        products.add_linear(y_MD[part], rows, hidden, projection_weight, projection_bias, 1 / scale)
-    return y_MD.view(x.shape)
+        hidden = products.activated(normed.view(-1, width), fc_weight, fc_bias, activation)
+        products.add_linear(taken[part], rows, hidden, projection_weight, projection_bias, 1 / scale)
+    return y
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x W^T + b: x (..., I), weight (O, I), bias (O,) -> (..., O) in x's dtype."""
+    products = _Products(x.dtype)
+    rows, weight, bias = (each.to(products.dtype) for each in (x.reshape(-1, x.shape[-1]), weight, bias))
+    return products.linear(rows, weight, bias).view(*x.shape[:-1], -1).to(x.dtype)
 
 
 def patch_embed(
@@ -214,7 +243,7 @@ def patch_embed(
     kernel, position = weight.reshape(width, -1).float(), position.float()
     first = class_embedding.float() + position[0]
     ln_weight, ln_bias = (parameter.float() for parameter in ln)
-    levels = frames.dtype == torch.uint8
+    levels, products = frames.dtype == torch.uint8, _Products(torch.float32)
     # (u / 255 - mean) / std, in the kernel's order: channel, row, column of a patch
     per_pixel = patch * patch
     scale = torch.tensor([1 / (255 * deviation) for deviation in std]).repeat_interleave(per_pixel)
@@ -229,8 +258,8 @@ def patch_embed(
         pixels.view(grid.shape).copy_(grid)
         if levels:
             torch.addcmul(shift, pixels, scale, out=pixels)
-        embedded = _buffer("normed", count * tokens, width, torch.float32).view(count, tokens, width)
-        torch.add(F.linear(pixels, kernel).view(count, -1, width), position[1:], out=embedded[:, 1:])
+        embedded = _buffer("stream", count * tokens, width, torch.float32).view(count, tokens, width)
+        products.add_linear(embedded[:, 1:], position[1:].expand(count, -1, -1), pixels, kernel)
         embedded[:, 0] = first
         x_FLD[part] = F.layer_norm(embedded, (width,), ln_weight, ln_bias, eps)
     return x_FLD
@@ -257,35 +286,71 @@ class _Products:
         self.dtype = given if NATIVE_ON_CPU.get(given, True) else torch.float32
         self.onednn = uses_onednn(self.dtype)
 
-    def widened(self, parameter: Tensor) -> Tensor:
-        return parameter.to(self.dtype)
+    def _sharing(self, columns: int) -> int:
+        """P, how many threads compute some of these columns each."""
+        threads = torch.get_num_threads()
+        return threads if threads <= MOST_THREADS and columns % threads == 0 and not self.onednn else 1
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor, activation: str = "") -> Tensor:
-        """(M, I) to (M, O), with SiLU ("quick_gelu") or GELU behind it; it may lie in the buffer of the one before."""
+    def divided(
+        self,
+        name: str,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        alpha: float = 1.0,
+        groups: int = 1,
+        unit: int = 1,
+    ) -> Tensor:
+        """alpha x W^T + b, (M, I) to (G P, M, O / (G P)): the columns one after another.
+
+        Args:
+            name: of the buffer that holds the result, or "" for new memory.
+            groups: G, of columns that belong together. unit: of so many neighboring columns none are parted.
+        """
         if self.onednn:
-            attribute = "gelu" if activation in GELUS else {"": "none", "quick_gelu": "swish"}[activation]
+            scaled = bias if bias is None or alpha == 1.0 else bias / alpha
+            y = _pointwise(x, weight, None if scaled is None else scaled.to(x.dtype), "none", [], "")
+            return (y if alpha == 1.0 else y.mul_(alpha)).unflatten(-1, (groups, -1)).transpose(0, 1)
+        (rows, width), columns = x.shape, len(weight)
+        shared = groups * self._sharing(columns // groups // unit)
+        y = _buffer(name, shared * rows, columns // shared, x.dtype).view(shared, rows, -1)
+        given, weight = x.expand(shared, rows, width), weight.view(shared, -1, width).transpose(1, 2)
+        if bias is None:
+            return torch.bmm(given, weight, out=y)
+        return torch.baddbmm(bias.view(shared, 1, -1), given, weight, alpha=alpha, out=y)
+
+    def linear(self, x: Tensor, weight: Any, bias: Any, name: str = "") -> Tensor:
+        """x W^T + b, (M, I) to (M, O)."""
+        return self.divided(name, x, weight, bias).transpose(0, 1).reshape(len(x), -1)
+
+    def activated(self, x: Tensor, weight: Tensor, bias: Tensor, activation: str) -> Tensor:
+        """SiLU ("quick_gelu") or GELU of x W^T + b, (M, I) to (M, O), in the buffer of the one before."""
+        if self.onednn:
+            attribute = "gelu" if activation in GELUS else "swish"
             return _pointwise(x, weight, bias, attribute, [], GELUS.get(activation, ""))
-        if not activation:
-            return torch.addmm(bias, x, weight.T, out=_buffer("wide", len(x), len(weight), x.dtype))
-        # y^T = W x^T: MKL divides the longer side of a result among threads, and is 5 to 8 % faster this way round
-        y = torch.addmm(bias[:, None], weight, x.T, out=_buffer("wide", len(weight), len(x), x.dtype)).T
+        # y^T = W x^T: so the columns of all threads are one matrix
+        (rows, width), columns = x.shape, len(weight)
+        shared = self._sharing(columns)
+        y = _buffer("wide", columns, rows, x.dtype)
+        given = x.T.expand(shared, width, rows)
+        torch.baddbmm(bias.view(shared, -1, 1), weight.view(shared, -1, width), given, out=y.view(shared, -1, rows))
         if activation == "quick_gelu":
             F.silu(y, inplace=True)
-        elif activation in GELUS:
-            torch.ops.aten.gelu_(y, approximate=GELUS[activation])
-        return y
-
-    def add_linear(self, y: Tensor, x: Tensor, h: Tensor, weight: Tensor, bias: Tensor, alpha: float = 1.0) -> None:
-        """Writes x + alpha h W^T + b, (M, O), into y; where their dtypes differ, x is overwritten too."""
-        if self.onednn and alpha == 1.0:
-            y.copy_(_pointwise.binary(h, x, weight, bias.to(x.dtype), "add"))
-        elif self.onednn:
-            product = _pointwise(h, weight, (bias / alpha).to(x.dtype), "none", [], "")
-            torch.add(x, product, alpha=alpha, out=y)
-        elif y.dtype == x.dtype:
-            torch.add(x, bias, out=y).addmm_(h, weight.T, alpha=alpha)
         else:
-            y.copy_(x.addmm_(h, weight.T, alpha=alpha).add_(bias))
+            torch.ops.aten.gelu_(y, approximate=GELUS[activation])
+        return y.T
+
+    def add_linear(
+        self, y: Tensor, x: Tensor, h: Tensor, weight: Tensor, bias: Tensor | None = None, alpha: float = 1.0
+    ) -> None:
+        """Writes x + alpha h W^T + b into y: x and y (..., O) of any strides, h (M, I) a row for each of theirs."""
+        if self.onednn and alpha == 1.0 and bias is not None:
+            y.copy_(_pointwise.binary(h, x.reshape(len(h), -1), weight, bias.to(h.dtype), "add").view(x.shape))
+            return
+        product = self.divided("product", h, weight, bias, alpha)
+        parts = len(product), -1
+        product = product.unflatten(1, x.shape[:-1]).movedim(0, -2)
+        torch.add(x.unflatten(-1, parts), product, out=y.unflatten(-1, parts))
 
 
 def _parts(count: int, most: int) -> Iterator[slice]:

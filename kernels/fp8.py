@@ -5,9 +5,8 @@ each, or torch's own calls. M rows, D width, O columns. docs/kernels.md says wha
 """
 
 import functools
-import importlib
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -65,63 +64,61 @@ def _exact_product(x8: Tensor, weight8: Tensor) -> Tensor:
 # ---- the passes around the products
 
 
-def _triton(x: Tensor) -> Any:
-    """The module of Triton's passes, or None where torch's own run: elsewhere than on a GPU, without Triton, and while
-    torch.compile traces, which fuses torch's own."""
+def _on_triton(x: Tensor) -> bool:
+    """Whether Triton's passes run, or torch's own: elsewhere than on a GPU, without Triton, and while torch.compile
+    traces, which fuses torch's own."""
     if not installed("triton") or torch.compiler.is_compiling() or x.shape[-1] > WIDEST_ROW:
-        return None
-    if not x.is_cuda and (dispatch.INTERPRETED or not dispatch.off_gpu):
-        return None
-    return importlib.import_module(f"{__package__}.triton.quantize")
+        return False
+    return x.is_cuda or bool(dispatch.off_gpu and not dispatch.INTERPRETED)
 
 
 def _normed_in_one_pass(x: Tensor, ln_weight: Tensor, ln_bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """``normed_rows`` of x (M, K)."""
-    passes = _triton(x)
-    quantized: tuple[Tensor, Tensor] = (passes.layer_norm_fp8 if passes else normed_rows)(x, ln_weight, ln_bias, eps)
-    return quantized
+    if not _on_triton(x):
+        return normed_rows(x, ln_weight, ln_bias, eps)
+    from .triton.layer_norm import layer_norm_fp8
+
+    return layer_norm_fp8(x, ln_weight, ln_bias, eps)
 
 
 # ---- the products of each backend
 
 
-class _Products(NamedTuple):
-    """x8 (M, K), x_scale (M,), weight8 (N, K), weight_scale (N,), bias (N,) or None."""
+class _Library:
+    """The float8 products of ``cuda_library``, by ``torch._scaled_mm``."""
 
-    linear: Callable[..., Tensor]  # x_scale weight_scale (x8 W8^T) + bias, (M, N) bfloat16
-    quick_gelu: Callable[..., Tensor]  # given the scale behind the others, quick_gelu of that / scale in e4m3
-    residual: Callable[..., Tensor]  # without x_scale, and with rows (M, N) behind the others: rows + the first
+    @staticmethod
+    def fp8_linear(
+        x8: Tensor,
+        x_scale: Tensor,
+        weight8: Tensor,
+        weight_scale: Tensor,
+        bias: Tensor | None,
+        h_scale: float | None = None,
+    ) -> Tensor:
+        u = torch._scaled_mm(
+            x8,
+            weight8.contiguous().t(),
+            scale_a=x_scale[:, None],
+            scale_b=weight_scale.float().contiguous()[None],
+            bias=None if bias is None else bias.bfloat16(),
+            out_dtype=torch.bfloat16,
+            use_fast_accum=True,
+        )
+        if h_scale is None:
+            return u
+        if not _on_triton(x8):
+            return saturate(quick_gelu(u) / h_scale)
+        from .triton.quick_gelu import quick_gelu as in_one_pass
 
+        return in_one_pass(u, torch.empty_like(u, dtype=FLOAT8), h_scale)
 
-def _scaled_mm(x8: Tensor, x_scale: Tensor, weight8: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
-    return torch._scaled_mm(
-        x8,
-        weight8.contiguous().t(),
-        scale_a=x_scale[:, None],
-        scale_b=weight_scale.float().contiguous()[None],
-        bias=None if bias is None else bias.bfloat16(),
-        out_dtype=torch.bfloat16,
-        use_fast_accum=True,
-    )
-
-
-def _library_quick_gelu(x8: Tensor, *args: Any) -> Tensor:
-    passes, u, scale = _triton(x8), _scaled_mm(x8, *args[:-1]), args[-1]
-    hidden: Tensor = passes.quick_gelu_fp8(u, scale) if passes else saturate(quick_gelu(u) / scale)
-    return hidden
-
-
-def _library_residual(x8: Tensor, weight8: Tensor, weight_scale: Tensor, bias: Tensor, rows: Tensor) -> Tensor:
-    ones = torch.ones(len(x8), dtype=torch.float32, device=x8.device)
-    return rows + _scaled_mm(x8, ones, weight8, weight_scale, bias)
-
-
-_LIBRARY = _Products(_scaled_mm, _library_quick_gelu, _library_residual)
-_CUDA = _Products(
-    lambda *args: cuda_library.fp8_linear(*args),
-    lambda *args: cuda_library.fp8_linear(*args),
-    lambda *args: cuda_library.fp8_linear_residual(*args),
-)
+    @staticmethod
+    def fp8_linear_residual(
+        x8: Tensor, weight8: Tensor, weight_scale: Tensor, bias: Tensor | None, rows: Tensor
+    ) -> Tensor:
+        ones = torch.ones(len(x8), dtype=torch.float32, device=x8.device)
+        return rows + _Library.fp8_linear(x8, ones, weight8, weight_scale, bias)
 
 
 def _refuse(x: Tensor, *weights: Tensor) -> str | None:
@@ -159,7 +156,7 @@ def _op(
         reference,
         Backend(
             "cuda",
-            lambda save, *args: ((compute(_CUDA, *args),), ()),
+            lambda save, *args: ((compute(cuda_library, *args),), ()),
             dtypes=OPERANDS,
             opt_in=UNMEASURED,
             refuse=lambda x, *args: (
@@ -169,7 +166,7 @@ def _op(
         ),
         Backend(
             "library",
-            functools.partial(compute, _LIBRARY),
+            functools.partial(compute, _Library),
             dtypes=OPERANDS,
             refuse=lambda x, *args: _refuse_library(x) or _refuse(x, *args[weights]),
         ),
@@ -214,10 +211,11 @@ def ln_linear_fp8_reference(
     return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
-def _ln_linear(products: _Products, x: Tensor, ln_weight: Tensor, ln_bias: Tensor, *rest: Any) -> Tensor:
+def _ln_linear(products: Any, x: Tensor, ln_weight: Tensor, ln_bias: Tensor, *rest: Any) -> Tensor:
     *linear, eps = rest
     normed = _normed_in_one_pass(x.reshape(-1, x.shape[-1]), ln_weight, ln_bias, eps)
-    return products.linear(*normed, *linear).view(*x.shape[:-1], linear[0].shape[0])
+    y: Tensor = products.fp8_linear(*normed, *linear)
+    return y.view(*x.shape[:-1], linear[0].shape[0])
 
 
 _ln_linear_op = _op(
@@ -288,11 +286,12 @@ def mlp_fp8_reference(
     return y.to(x.dtype)
 
 
-def _mlp(products: _Products, x: Tensor, ln_weight: Tensor, ln_bias: Tensor, *rest: Any) -> Tensor:
+def _mlp(products: Any, x: Tensor, ln_weight: Tensor, ln_bias: Tensor, *rest: Any) -> Tensor:
     rows, first, second, (hidden_scale, eps) = x.reshape(-1, x.shape[-1]), rest[:3], rest[3:6], rest[6:]
     normed = _normed_in_one_pass(rows, ln_weight, ln_bias, eps)
-    hidden8 = products.quick_gelu(*normed, *first, hidden_scale)
-    return products.residual(hidden8, *second, rows).view(x.shape)
+    hidden8 = products.fp8_linear(*normed, *first, hidden_scale)
+    y: Tensor = products.fp8_linear_residual(hidden8, *second, rows)
+    return y.view(x.shape)
 
 
 def _mlp_example(sizes: Sizes, make: Maker) -> tuple[Any, ...]:

@@ -33,6 +33,13 @@ def for_levels(weight: Tensor, mean: Sequence[float], std: Sequence[float]) -> t
     return folded.permute(0, 2, 3, 1).reshape(len(weight), -1), bias
 
 
+def by_patch(frames: Tensor, patch: int) -> Tensor:
+    """A view of pixels, uint8 (F, H, W, 3) as (F, h, w, P, P, 3), or float (F, 3, H, W) as (F, h, w, 3, P, P)."""
+    if frames.dtype == torch.uint8:
+        return frames.unflatten(2, (-1, patch)).unflatten(1, (-1, patch)).transpose(2, 3)
+    return frames.unflatten(3, (-1, patch)).unflatten(2, (-1, patch)).permute(0, 2, 4, 1, 3, 5)
+
+
 def patch_embed_reference(
     frames: Tensor,
     weight: Tensor,
@@ -44,19 +51,11 @@ def patch_embed_reference(
     std: Sequence[float],
     eps: float,
 ) -> Tensor:
-    width, _, patch, _ = weight.shape
+    (width, _, patch, _), count = weight.shape, frames.shape[0]
+    grid, kernel, bias = by_patch(frames, patch).to(weight.dtype), weight.reshape(width, -1), None
     if frames.dtype == torch.uint8:
-        count, height, length, _ = frames.shape
         kernel, bias = for_levels(weight, mean, std)
-        bias = bias.to(weight.dtype)
-        levels = frames.to(weight.dtype) - 128
-        grid = levels.view(count, height // patch, patch, length // patch, patch, 3).transpose(2, 3)
-    else:
-        count, _, height, length = frames.shape
-        bias = None
-        kernel = weight.reshape(width, -1)
-        pixels = frames.to(weight.dtype)
-        grid = pixels.reshape(count, 3, height // patch, patch, length // patch, patch).permute(0, 2, 4, 1, 3, 5)
+        grid, bias = grid - 128, bias.to(weight.dtype)
     patches_FND = linear(grid.reshape(count, position.shape[0] - 1, kernel.shape[1]), kernel, bias)
     # z0 = [x_class, E x_1, ..., E x_N] + e_spa
     class_F1D = class_embedding.to(patches_FND.dtype).expand(count, 1, width)

@@ -129,7 +129,7 @@ def work(name: str, given: dict[str, Any]) -> Work:
         return _product(name, moved, rows, columns, a.shape[-1])
     if name in ("gemm.gemm_kernel", "message_kv.message_rows_kernel"):
         return _product(name, moved, given["M"], given["N"], given["K"])
-    if name == "patch_embed._tokens_kernel":
+    if name == "patch_embed.patch_embed_fwd_kernel":
         return _product(name, moved, given["rows"], *given["kernel_ptr"].shape)
     if "attention" in name:
         products = next((count for part, count in _PRODUCTS.items() if part in name), 2)

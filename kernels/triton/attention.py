@@ -98,19 +98,7 @@ def forward(save: bool, qkv: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
     out = qkv.new_empty(count, length, heads, channels)
     lse = qkv.new_empty((count, heads, length) if save else 1, dtype=torch.float32)
     use, blocks, _ = sequence_tile("attention", qkv)
-    launch(
-        attention_fwd_kernel,
-        (count * heads * blocks,),
-        qkv,
-        out,
-        lse,
-        *qkv.stride()[:4],
-        channels**-0.5 * LOG2_E,
-        use["FULL"] * use["BLOCK_N"],
-        S=length,
-        HEADS=heads,
-        C=channels,
-        SAVE=save,
-        **use,
-    )
+    numbers = (*qkv.stride()[:4], channels**-0.5 * LOG2_E, use["FULL"] * use["BLOCK_N"])
+    shape = {"S": length, "HEADS": heads, "C": channels}
+    launch(attention_fwd_kernel, (count * heads * blocks,), qkv, out, lse, *numbers, SAVE=save, **shape, **use)
     return out, (lse,) if save else ()

@@ -64,51 +64,23 @@ def attention_dq_kernel(
             tl.store(delta_ptr + at_row, delta, mask=valid)
             lse = tl.load(lse_ptr + at_row, mask=valid)
 
-            key = FULL * BLOCK_N + tl.arange(0, LAST)
-            at_last = key.to(tl.int64)[:, None] * stride_s + channel[None, :]
-            k_last = tl.load(k_ptr + at_last, mask=key[:, None] < S, other=0.0)
-            v_last = tl.load(v_ptr + at_last, mask=key[:, None] < S, other=0.0)
-            # p = exp(q k^T / sqrt(C) - lse);  ds = p (do v^T - delta);  dq = ds k / sqrt(C)
-            p_last = tl.exp2(tl.dot(q, tl.trans(k_last), input_precision="ieee") * scale - lse[:, None])
-            dp_last = tl.dot(do, tl.trans(v_last), input_precision="ieee")
-            ds_last = tl.where(key[None, :] < S, p_last * (dp_last - delta[:, None]), 0.0)
-            dq = tl.dot(ds_last.to(k_last.dtype), k_last, input_precision="ieee")
-
-            at_key = tl.arange(0, BLOCK_N).to(tl.int64)[:, None] * stride_s + channel[None, :]
-            step = tl.full((), BLOCK_N, tl.int64) * stride_s
-            if FULL > 0:
-                for _ in range(0, looped, BLOCK_N):
-                    k = tl.load(k_ptr + at_key)
-                    v = tl.load(v_ptr + at_key)
-                    at_key += step
-                    p = tl.exp2(tl.dot(q, tl.trans(k), input_precision="ieee") * scale - lse[:, None])
-                    ds = p * (tl.dot(do, tl.trans(v), input_precision="ieee") - delta[:, None])
-                    dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+            dq = tl.zeros(q.shape, tl.float32)
+            for whole in tl.static_range(2):  # the last tile of keys, then the full ones
+                if FULL > 0 or not whole:
+                    for start in range(0 if whole else FULL * BLOCK_N, looped if whole else S, BLOCK_N):
+                        key = start + tl.arange(0, BLOCK_N if whole else LAST)
+                        in_keys = None if whole else key[:, None] < S
+                        at_key = key.to(tl.int64)[:, None] * stride_s + channel[None, :]
+                        k = tl.load(k_ptr + at_key, mask=in_keys, other=None if whole else 0.0)
+                        v = tl.load(v_ptr + at_key, mask=in_keys, other=None if whole else 0.0)
+                        # p = exp(q k^T / sqrt(C) - lse);  ds = p (do v^T - delta);  dq = ds k / sqrt(C)
+                        p = tl.exp2(tl.dot(q, tl.trans(k), input_precision="ieee") * scale - lse[:, None])
+                        ds = p * (tl.dot(do, tl.trans(v), input_precision="ieee") - delta[:, None])
+                        ds = ds if whole else tl.where(key[None, :] < S, ds, 0.0)
+                        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
 
             at_dq = row[:, None] * (3 * HEADS * C) + channel[None, :]
             tl.store(dq_ptr + at_dq, (dq * factor).to(dq_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _dk_dv_step(
-    dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, row, channel, stride_s, scale,
-    S: tl.constexpr, HEADS: tl.constexpr, C: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """What the queries ``row`` add to dk (without its factor) and dv. Rows past S: q = do = 0, so they add nothing."""
-    if MASKED:
-        inside, valid, zero = row[:, None] < S, row < S, 0.0
-    else:
-        inside, valid, zero = None, None, None
-    q = tl.load(q_ptr + row.to(tl.int64)[:, None] * stride_s + channel[None, :], mask=inside, other=zero)
-    do = tl.load(dout_ptr + row[:, None] * (HEADS * C) + channel[None, :], mask=inside, other=zero)
-    lse = tl.load(lse_ptr + row, mask=valid, other=zero)
-    delta = tl.load(delta_ptr + row, mask=valid, other=zero)
-    # transposed, (keys, queries): dv = p^T do;  dk = ds^T q / sqrt(C)
-    p = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * scale - lse[None, :])
-    dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
-    ds = p * (tl.dot(v, tl.trans(do), input_precision="ieee") - delta[None, :])
-    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
-    return dk, dv
 
 
 @triton.jit
@@ -154,19 +126,24 @@ def attention_dk_dv_kernel(
             v = tl.load(k_at + stride_3, mask=inside, other=zero)
             dk = tl.zeros(k.shape, tl.float32)
             dv = tl.zeros(k.shape, tl.float32)
-            if S >= BLOCK_M:
-                for start in range(0, looped, BLOCK_M):
-                    row = start + tl.arange(0, BLOCK_M)
-                    dk, dv = _dk_dv_step(
-                        dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, row, channel, stride_s, scale,
-                        S, HEADS, C, False,
-                    )  # fmt: skip
-            if REST > 0:
-                rest = S // BLOCK_M * BLOCK_M + tl.arange(0, REST)
-                dk, dv = _dk_dv_step(
-                    dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, rest, channel, stride_s, scale,
-                    S, HEADS, C, True,
-                )  # fmt: skip
+            for rest in tl.static_range(2):  # full tiles of queries, then the rows behind them
+                if REST > 0 if rest else S >= BLOCK_M:
+                    for start in range(S // BLOCK_M * BLOCK_M if rest else 0, S if rest else looped, BLOCK_M):
+                        row = start + tl.arange(0, REST if rest else BLOCK_M)
+                        in_rows = row < S if rest else None
+                        wide = row[:, None] < S if rest else None
+                        none = 0.0 if rest else None  # rows past S: q = do = 0, so they add nothing
+                        q_at = q_ptr + row.to(tl.int64)[:, None] * stride_s + channel[None, :]
+                        q = tl.load(q_at, mask=wide, other=none)
+                        do_at = dout_ptr + row[:, None] * (HEADS * C) + channel[None, :]
+                        do = tl.load(do_at, mask=wide, other=none)
+                        lse = tl.load(lse_ptr + row, mask=in_rows, other=none)
+                        delta = tl.load(delta_ptr + row, mask=in_rows, other=none)
+                        # transposed, (keys, queries): dv = p^T do;  dk = ds^T q / sqrt(C)
+                        p = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * scale - lse[None, :])
+                        dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
+                        ds = p * (tl.dot(v, tl.trans(do), input_precision="ieee") - delta[None, :])
+                        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
             dk_at = dk_ptr + key[:, None] * (3 * HEADS * C) + channel[None, :]
             tl.store(dk_at, (dk * factor).to(dk_ptr.dtype.element_ty), mask=inside)
             tl.store(dk_at + HEADS * C, dv.to(dk_ptr.dtype.element_ty), mask=inside)

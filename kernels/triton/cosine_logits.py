@@ -15,7 +15,7 @@ from .launching import cdiv, launch, tile
 
 
 @triton.jit(do_not_specialize=["labels"])
-def _forward_kernel(
+def cosine_logits_fwd_kernel(
     video_ptr,  # (B, E)
     text_ptr,  # (B, K, E)
     scale_ptr,  # ()
@@ -68,7 +68,7 @@ def _forward_kernel(
 
 
 @triton.jit(do_not_specialize=["labels"])
-def _backward_kernel(
+def cosine_logits_bwd_kernel(
     video_ptr,  # (B, E)
     text_ptr,  # (B, K, E)
     scale_ptr,  # ()
@@ -137,21 +137,9 @@ def forward(save: bool, video: Tensor, text: Tensor, scale: Tensor) -> tuple[tup
     if save:
         saved = torch.empty_like(logits), logits.new_empty(batch), torch.empty_like(logits)
     options = tile("cosine_logits", video.device)
-    launch(
-        _forward_kernel,
-        (batch * cdiv(labels, options["BLOCK_K"]),),
-        video,
-        text,
-        scale,
-        logits,
-        *(saved or (None, None, None)),
-        labels,
-        size,
-        *video.stride(),
-        *text.stride(),
-        SAVE=save,
-        **options,
-    )
+    grid, numbers = (batch * cdiv(labels, options["BLOCK_K"]),), (labels, size, *video.stride(), *text.stride())
+    tensors = (video, text, scale, logits, *(saved or (None, None, None)))
+    launch(cosine_logits_fwd_kernel, grid, *tensors, *numbers, SAVE=save, **options)
     return (logits,), saved
 
 
@@ -167,23 +155,8 @@ def backward(
         shares.zero_()
     else:
         options = tile("cosine_logits_backward", video.device)
-        launch(
-            _backward_kernel,
-            (batch * cdiv(size, options["BLOCK_E"]),),
-            video,
-            text,
-            scale,
-            grads[0].contiguous(),
-            *saved,
-            dvideo,
-            dtext,
-            shares,
-            labels,
-            size,
-            *video.stride(),
-            *text.stride(),
-            TEXT=needs[1],
-            **options,
-        )
+        grid, numbers = (batch * cdiv(size, options["BLOCK_E"]),), (labels, size, *video.stride(), *text.stride())
+        tensors = (video, text, scale, grads[0].contiguous(), *saved, dvideo, dtext, shares)
+        launch(cosine_logits_bwd_kernel, grid, *tensors, *numbers, TEXT=needs[1], **options)
     gradients = [dvideo, dtext, shares.sum().to(scale.dtype).view(scale.shape) if needs[2] else None]
     return [grad for grad, need in zip(gradients, needs, strict=True) if need and grad is not None]

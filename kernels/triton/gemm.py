@@ -96,24 +96,17 @@ def gemm_kernel(
                 # rows past the end repeat the last one: their results are never stored
                 a_rows = tl.minimum(tile_m * BLOCK_M + tl.arange(0, BLOCK_M), M - 1).to(tl.int64)
                 ks = k * BLOCK_K + tl.arange(0, BLOCK_K)
+                zero = None if EVEN_K else 0.0
                 a_at = a_ptr + a_rows[:, None] * a_row + ks[None, :]
+                a = tl.load(a_at, mask=None if EVEN_K else ks[None, :] < K, other=zero)
                 b_columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
                 if TRANSPOSED_B:
                     b_at = b_ptr + ks[:, None].to(tl.int64) * b_row + b_columns[None, :]
-                    if EVEN_K:
-                        a = tl.load(a_at)
-                        b = tl.load(b_at, mask=b_columns[None, :] < N, other=0.0)
-                    else:
-                        a = tl.load(a_at, mask=ks[None, :] < K, other=0.0)
-                        b = tl.load(b_at, mask=(ks[:, None] < K) & (b_columns[None, :] < N), other=0.0)
+                    in_b = b_columns[None, :] < N
+                    b = tl.load(b_at, mask=in_b if EVEN_K else in_b & (ks[:, None] < K), other=0.0)
                 else:
                     b_at = b_ptr + tl.minimum(b_columns, N - 1)[None, :].to(tl.int64) * b_row + ks[:, None]
-                    if EVEN_K:
-                        a = tl.load(a_at)
-                        b = tl.load(b_at)
-                    else:
-                        a = tl.load(a_at, mask=ks[None, :] < K, other=0.0)
-                        b = tl.load(b_at, mask=ks[:, None] < K, other=0.0)
+                    b = tl.load(b_at, mask=None if EVEN_K else ks[:, None] < K, other=zero)
             acc = tl.dot(a, b, acc, input_precision=PRECISION)
         rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
         in_rows = rows < M

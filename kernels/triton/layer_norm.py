@@ -144,16 +144,13 @@ def layer_norm_bwd_kernel(
         rows = block * ROWS + tl.arange(0, ROWS)
         inside = (rows < M)[:, None] & in_columns[None, :]
         wide = rows[:, None].to(tl.int64)
-        if spare_ptr is None:
-            mean = tl.load(mean_ptr + rows, mask=rows < M, other=0.0)[:, None]
-            rstd = tl.load(rstd_ptr + rows, mask=rows < M, other=0.0)[:, None]
-        else:
-            is_spare = (rows < M) & (rows % length == length - 1)
-            others = (rows < M) & ~is_spare
-            mean = tl.load(mean_ptr + rows, mask=others, other=0.0)
-            mean = (mean + tl.load(spare_mean_ptr + rows // length, mask=is_spare, other=0.0))[:, None]
-            rstd = tl.load(rstd_ptr + rows, mask=others, other=0.0)
-            rstd = (rstd + tl.load(spare_rstd_ptr + rows // length, mask=is_spare, other=0.0))[:, None]
+        mean_at, rstd_at = mean_ptr + rows, rstd_ptr + rows
+        if spare_ptr is not None:
+            is_spare = rows % length == length - 1
+            mean_at = tl.where(is_spare, spare_mean_ptr + rows // length, mean_at)
+            rstd_at = tl.where(is_spare, spare_rstd_ptr + rows // length, rstd_at)
+        mean = tl.load(mean_at, mask=rows < M, other=0.0)[:, None]
+        rstd = tl.load(rstd_at, mask=rows < M, other=0.0)[:, None]
         x = _load_rows(x_ptr, x_row, spare_ptr, rows, columns, inside, D, length)
         dy = tl.load(dy_ptr + wide * dy_row + columns[None, :], mask=inside, other=0.0).to(tl.float32)
         x_hat = tl.where(inside, (x - mean) * rstd, 0.0)
@@ -319,36 +316,23 @@ def normalize_backward(
     spares, length = _spare(spare, M)
     programs = min(cdiv(M, config["ROWS"]), config["OCCUPANCY"] * processors(x.device))
     parts = torch.empty(2 if low_dtype is None else 3, programs, D, dtype=torch.float32, device=x.device)
-    launch(
-        layer_norm_bwd_kernel,
-        (programs,),
-        x,
-        mean,
-        rstd,
-        weight,
-        None if normed is None else bias,
-        dy,
-        extra,
-        dx,
-        normed,
-        *spares,
-        drop_scale,
-        low,
-        parts[0],
-        parts[1],
-        None if low_dtype is None else parts[2],
-        M,
-        D,
-        x.stride(0),
-        dy.stride(0),
-        0 if extra is None else extra.stride(0),
-        length,
-        _sample_rows(M, drop_scale),
-        BLOCK_D=next_power_of_2(D),
-        **{name: value for name, value in config.items() if name != "OCCUPANCY"},
-    )
+    read = (x, mean, rstd, weight, None if normed is None else bias, dy, extra)
+    written = (dx, normed, *spares, drop_scale, low, *(*parts, None)[:3])
+    extra_row, sample_rows = 0 if extra is None else extra.stride(0), _sample_rows(M, drop_scale)
+    numbers = (M, D, x.stride(0), dy.stride(0), extra_row, length, sample_rows)
+    options = {name: value for name, value in config.items() if name != "OCCUPANCY"}
+    launch(layer_norm_bwd_kernel, (programs,), *read, *written, *numbers, BLOCK_D=next_power_of_2(D), **options)
     dweight, dbias, *sums = parts.sum(1).to(weight.dtype)
     return LayerNormGrads(dx, dweight, dbias, normed, dx if same else low, sums[0] if sums else None)
+
+
+def layer_norm_fp8(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """LN(x) of x (M, D) in e4m3, contiguous, each row over its scale, and the scales (M,) float32."""
+    x = rows_of(x)
+    scale = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
+    _, y, *_ = normalize(x, weight.contiguous(), bias.contiguous(), eps, torch.float8_e4m3fn, scale=scale)
+    assert y is not None
+    return y, scale
 
 
 def forward(
@@ -360,16 +344,8 @@ def forward(
     return (y.view(x.shape),), saved
 
 
-def backward(
-    grads: Sequence[Any],
-    saved: Sequence[Tensor],
-    needs: Sequence[bool],
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-) -> list[Tensor]:
-    mean, rstd = saved
+def backward(grads: Sequence[Any], saved: Sequence[Tensor], needs: Sequence[bool], *args: Any) -> list[Tensor]:
+    (mean, rstd), (x, weight, bias, _) = saved, args
     dx, dweight, dbias, *_ = normalize_backward(rows_of(grads[0]), rows_of(x), mean, rstd, weight.contiguous())
     result = (dx.view(x.shape), dweight.to(weight.dtype), dbias.to(bias.dtype))
     return [gradient for gradient, need in zip(result, needs, strict=False) if need]

@@ -88,13 +88,10 @@ def message_rows_kernel(
             key = tl.load(x_at + K + k[None, :], mask=asked, other=0.0)
             value = tl.load(x_at + 2 * K + k[None, :], mask=asked, other=0.0)
             x = attend_tile(query, key, value, in_rows[None, :], scale)
-            weight = tl.load(weight_at + k[:, None])
-        elif EVEN_K:
-            x = tl.load(x_at + k[None, :])
-            weight = tl.load(weight_at + k[:, None])
         else:
-            x = tl.load(x_at + k[None, :], mask=k[None, :] < K, other=0.0)
-            weight = tl.load(weight_at + k[:, None], mask=k[:, None] < K, other=0.0)
+            x = tl.load(x_at + k[None, :], mask=None if EVEN_K else k[None, :] < K, other=None if EVEN_K else 0.0)
+        in_k = None if EVEN_K else k[:, None] < K
+        weight = tl.load(weight_at + k[:, None], mask=in_k, other=None if EVEN_K else 0.0)
         if norm_weight_ptr is not None:
             norm_weight = tl.load(norm_weight_ptr + k, mask=k < K, other=0.0).to(tl.float32)[None, :]
             norm_bias = tl.load(norm_bias_ptr + k, mask=k < K, other=0.0).to(tl.float32)[None, :]

@@ -91,18 +91,9 @@ def forward(qkv: Tensor, offsets: Tensor, longest: int) -> Tensor:
     qkv, offsets = channels_contiguous(qkv), offsets.contiguous()
     rows, _, heads, channels = qkv.shape
     out = qkv.new_empty(rows, heads, channels)
-    launch(
-        packed_attention_fwd_kernel,
-        ((offsets.shape[0] - 1) * heads,),
-        qkv,
-        offsets,
-        out,
-        *qkv.stride()[:3],
-        channels**-0.5 * LOG2_E,
-        HEADS=heads,
-        C=channels,
-        **tile("causal_attention_packed", qkv.device, longest=longest, bytes=qkv.element_size()),
-    )
+    use = tile("causal_attention_packed", qkv.device, longest=longest, bytes=qkv.element_size())
+    grid, numbers = ((offsets.shape[0] - 1) * heads,), (*qkv.stride()[:3], channels**-0.5 * LOG2_E)
+    launch(packed_attention_fwd_kernel, grid, qkv, offsets, out, *numbers, HEADS=heads, C=channels, **use)
     return out
 
 
@@ -111,20 +102,8 @@ def backward(dout: Tensor, qkv: Tensor, offsets: Tensor, longest: int) -> Tensor
     qkv, offsets = channels_contiguous(qkv), offsets.contiguous()
     heads, channels = qkv.shape[2:]
     dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
-    launch(
-        packed_attention_bwd_kernel,
-        ((offsets.shape[0] - 1) * heads,),
-        qkv,
-        offsets,
-        dout.contiguous(),
-        dqkv,
-        0,
-        0,
-        *qkv.stride()[:3],
-        channels**-0.5 * LOG2_E,
-        channels**-0.5,
-        HEADS=heads,
-        C=channels,
-        **tile("causal_attention_packed_backward", qkv.device, longest=longest, bytes=qkv.element_size()),
-    )
+    use = tile("causal_attention_packed_backward", qkv.device, longest=longest, bytes=qkv.element_size())
+    grid, shape = ((offsets.shape[0] - 1) * heads,), {"HEADS": heads, "C": channels}
+    numbers = (0, 0, *qkv.stride()[:3], channels**-0.5 * LOG2_E, channels**-0.5)
+    launch(packed_attention_bwd_kernel, grid, qkv, offsets, dout.contiguous(), dqkv, *numbers, **shape, **use)
     return dqkv

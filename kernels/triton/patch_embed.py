@@ -14,14 +14,14 @@ from torch import Tensor
 
 from ..derived import kept
 from ..linear import linear
-from ..patch_embed import for_levels
+from ..patch_embed import by_patch, for_levels
 from .gemm import rows_of
 from .launching import cdiv, launch, tile
 from .layer_norm import normalize, normalize_backward
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _tokens_kernel(
+def patch_embed_fwd_kernel(
     frames_ptr,  # uint8 (F, H, W, 3) if LEVELS, else float (F, 3, H, W)
     kernel_ptr,  # (D, K or more): W, or W / (255 std) with its columns in the order of the pixels
     bias_ptr,  # (D,) float32, only if LEVELS
@@ -44,6 +44,7 @@ def _tokens_kernel(
 ):
     """tokens[f, 1 + n] = W patch[f, n] + b + position[1 + n]"""
     DEPTH: tl.constexpr = 3 * PATCH * PATCH
+    even: tl.constexpr = DEPTH % BLOCK_K == 0
     blocks = tl.cdiv(width, BLOCK_N)
     m = (tl.program_id(0) // blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
     d = (tl.program_id(0) % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -64,12 +65,8 @@ def _tokens_kernel(
             offset = k // (PATCH * PATCH) * channel_stride + pixel // PATCH * y_stride + pixel % PATCH * x_stride
         a_at = frames_ptr + corner[:, None] + offset[None, :]
         b_at = kernel_ptr + weight_row[None, :] + k[:, None]
-        if DEPTH % BLOCK_K == 0:
-            a = tl.load(a_at)
-            b = tl.load(b_at)
-        else:
-            a = tl.load(a_at, mask=k[None, :] < DEPTH, other=0)
-            b = tl.load(b_at, mask=k[:, None] < DEPTH, other=0.0)
+        a = tl.load(a_at, mask=None if even else k[None, :] < DEPTH, other=None if even else 0)
+        b = tl.load(b_at, mask=None if even else k[:, None] < DEPTH, other=None if even else 0.0)
         if LEVELS:  # -128..127: exact in every weight's dtype; behind K it meets zeros of b
             a = a.to(tl.float32) - 128
         total = tl.dot(a.to(b.dtype), b, total, input_precision="ieee")
@@ -81,18 +78,9 @@ def _tokens_kernel(
     tl.store(tokens_ptr + at, total.to(tokens_ptr.dtype.element_ty), mask=inside)
 
 
-def forward(
-    save: bool,
-    frames: Tensor,
-    weight: Tensor,
-    class_embedding: Tensor,
-    position: Tensor,
-    ln_weight: Tensor,
-    ln_bias: Tensor,
-    mean: Sequence[float],
-    std: Sequence[float],
-    eps: float,
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+def forward(save: bool, *args: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Of the arguments of ``patch_embed_reference``."""
+    frames, weight, class_embedding, position, ln_weight, ln_bias, mean, std, eps = args
     count, down, across = _grid(frames, weight, position)
     (length, width), patch = position.shape, weight.shape[-1]
     weight, position = weight.contiguous(), position.contiguous()
@@ -114,27 +102,10 @@ def forward(
     rows = count * down * across
     tokens = weight.new_empty(count, length, width, dtype=torch.promote_types(weight.dtype, position.dtype))
     options = tile("patch_embed", frames.device, bytes=weight.element_size(), rows=rows)
-    launch(
-        _tokens_kernel,
-        (cdiv(rows, options["BLOCK_M"]) * cdiv(width, options["BLOCK_N"]),),
-        frames,
-        kernel,
-        bias,
-        position,
-        tokens,
-        rows,
-        width,
-        down * across,
-        across,
-        frame_stride,
-        channel_stride,
-        y_stride,
-        x_stride,
-        kernel.stride(0),
-        LEVELS=levels,
-        PATCH=patch,
-        **options,
-    )
+    grid = (cdiv(rows, options["BLOCK_M"]) * cdiv(width, options["BLOCK_N"]),)
+    numbers = (rows, width, down * across, across, frame_stride, channel_stride, y_stride, x_stride, kernel.stride(0))
+    tensors = (frames, kernel, bias, position, tokens)
+    launch(patch_embed_fwd_kernel, grid, *tensors, *numbers, LEVELS=levels, PATCH=patch, **options)
     tokens[:, 0] = class_embedding + position[0]
     _, out, *statistics = normalize(
         tokens.view(-1, width), ln_weight.contiguous(), ln_bias.contiguous(), eps, tokens.dtype, save
@@ -156,20 +127,8 @@ def _grid(frames: Tensor, weight: Tensor, position: Tensor) -> tuple[int, int, i
     return count, height // patch, length // patch
 
 
-def backward(
-    grads: Sequence[Any],
-    saved: Sequence[Tensor],
-    needs: Sequence[bool],
-    frames: Tensor,
-    weight: Tensor,
-    class_embedding: Tensor,
-    position: Tensor,
-    ln_weight: Tensor,
-    ln_bias: Tensor,
-    mean: Sequence[float],
-    std: Sequence[float],
-    eps: float,
-) -> list[Tensor]:
+def backward(grads: Sequence[Any], saved: Sequence[Tensor], needs: Sequence[bool], *args: Any) -> list[Tensor]:
+    frames, weight, class_embedding, position, ln_weight, ln_bias, mean, std, _ = args
     tokens, row_mean, row_rstd = saved
     count, down, across = _grid(frames, weight, position)
     width, _, patch, _ = weight.shape
@@ -183,12 +142,8 @@ def backward(
     if needs[1]:
         # patches (F, L, K) with zeros for the class token, so that dtokens is read as it lies: dW = dtokens^T patches
         patches = weight.new_zeros(count, position.shape[0], 3 * patch * patch)
-        if levels:
-            grid = frames.view(count, down, patch, across, patch, 3).transpose(2, 3)
-            patches[:, 1:].view(grid.shape).copy_(grid).sub_(128)
-        else:
-            grid = frames.reshape(count, 3, down, patch, across, patch).permute(0, 2, 4, 1, 3, 5)
-            patches[:, 1:].view(grid.shape).copy_(grid)
+        grid = by_patch(frames, patch)
+        patches[:, 1:].view(grid.shape).copy_(grid).sub_(128 if levels else 0)
         dkernel = linear(dtokens.to(weight.dtype).view(-1, width).T, patches.view(-1, patches.shape[2]).T)
         if levels:
             # W' = W / (255 std), channel last, and b' = sum W (128 / 255 - mean) / std

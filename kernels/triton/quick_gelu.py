@@ -1,4 +1,4 @@
-"""quick_gelu(u) = u sigmoid(1.702 u), elementwise."""
+"""quick_gelu(u) = u sigmoid(1.702 u), elementwise, and in e4m3 (compute capability 8.9) over a scale."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +11,7 @@ from torch import Tensor
 from .activation import quick_gelu_value
 from .column_sums import scaled
 from .launching import cdiv, launch
+from .layer_norm import saturate
 
 BLOCK = 1024
 
@@ -20,17 +21,21 @@ def quick_gelu_fwd_kernel(
     x_ptr,  # (size,)
     y_ptr,  # (size,)
     size,
+    scale,  # or None: y is quick_gelu(x) / scale, saturated at 448
     BLOCK: tl.constexpr,
 ):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     u = tl.load(x_ptr + at, mask=at < size).to(tl.float32)
-    tl.store(y_ptr + at, quick_gelu_value(u).to(y_ptr.dtype.element_ty), mask=at < size)
+    y = quick_gelu_value(u)
+    if scale is not None:
+        y = saturate(y / scale)
+    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=at < size)
 
 
-def quick_gelu(x: Tensor, to: Tensor | None = None) -> Tensor:
-    """quick_gelu of a contiguous tensor; ``to``: where to, which may be x itself."""
+def quick_gelu(x: Tensor, to: Tensor | None = None, scale: float | None = None) -> Tensor:
+    """quick_gelu of a contiguous tensor, over ``scale`` if given; ``to``: where to, which may be x itself."""
     y = torch.empty_like(x) if to is None else to
-    launch(quick_gelu_fwd_kernel, (cdiv(x.numel(), BLOCK),), x, y, x.numel(), BLOCK=BLOCK)
+    launch(quick_gelu_fwd_kernel, (cdiv(x.numel(), BLOCK),), x, y, x.numel(), scale, BLOCK=BLOCK)
     return y
 
 

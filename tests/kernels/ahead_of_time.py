@@ -26,7 +26,7 @@ from xclip_fast.kernels.arguments import LOWERED
 from xclip_fast.kernels.cct_block import fused
 from xclip_fast.kernels.cct_block.example import example
 from xclip_fast.kernels.fake_gpu import Launch, fake_gpu
-from xclip_fast.kernels.triton import quantize
+from xclip_fast.kernels.triton import layer_norm, quick_gelu
 
 from xclip_fast import kernels
 
@@ -142,8 +142,8 @@ def launches(arch: int) -> dict[str, Launch]:
                 before = len(recorded)
                 if op == "quick_gelu" and arch >= 90 and dtype == torch.bfloat16:
                     x = meta(8 * batch * SHAPES[shape][2], SHAPES[shape][0], dtype=stream or dtype)
-                    quantize.layer_norm_fp8(x, *norm(SHAPES[shape][0], stream or dtype), EPS)
-                    quantize.quick_gelu_fp8(x, 0.1)
+                    layer_norm.layer_norm_fp8(x, *norm(SHAPES[shape][0], stream or dtype), EPS)
+                    quick_gelu.quick_gelu(x, torch.empty_like(x, dtype=torch.float8_e4m3fn), 0.1)
                 run(op, args)
                 where = f"{op} {shape} {dtype} in {stream or dtype} B={batch}"
                 for launch in recorded[before:]:

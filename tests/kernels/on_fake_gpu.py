@@ -29,7 +29,7 @@ from xclip_fast.kernels import tables
 from xclip_fast.kernels.cct_block import fused
 from xclip_fast.kernels.cct_block.example import example
 from xclip_fast.kernels.fake_gpu import Launch, fake_gpu
-from xclip_fast.kernels.triton import launching, quantize
+from xclip_fast.kernels.triton import launching, layer_norm, quick_gelu
 from xclip_fast.kernels.tune import measuring, tiles
 from xclip_fast.kernels.tune.shapes import BATCHES, SHAPES
 
@@ -72,8 +72,8 @@ def each_op(dtype: torch.dtype = BF16, stream: torch.dtype | None = None, arch: 
             run(op, args)
     if arch >= 90:
         x = meta(3152, 768, dtype=dtype)
-        quantize.layer_norm_fp8(x, *norm(768, stream or dtype), EPS)
-        quantize.quick_gelu_fp8(x, 0.1)
+        layer_norm.layer_norm_fp8(x, *norm(768, stream or dtype), EPS)
+        quick_gelu.quick_gelu(x, torch.empty_like(x, dtype=torch.float8_e4m3fn), 0.1)
     run("cct_block", ahead_of_time.block(example(2, 16, 768, 2, device="meta", dtype=stream or dtype), dtype))
 
 
@@ -88,8 +88,6 @@ def test_every_kernel_binds(arch: int, dtype: torch.dtype, stream: torch.dtype |
     # folded in: of half precision alone; statistics in the epilogue: not of a stream that is normalized first anyway
     folded = {"fold.fold_kernel"} if stream is None and dtype != FP32 else set()
     wanted = every_kernel() - {"fold.fold_kernel"} | folded
-    if arch < 90:
-        wanted -= {"quantize._quick_gelu_fp8_kernel"}
     assert {launch.kernel for launch in launches} == wanted
     if arch >= 90 and dtype != FP32:
         assert all(launch.descriptors for launch in launches if launch.kernel == "gemm.gemm_kernel")
@@ -227,7 +225,7 @@ def test_float8_by_the_library_has_no_float32_pass() -> None:
         kernels.ln_linear_fp8(x, gamma, gamma, *up)
     names = [launch.kernel for launch in launches]
     norm = "layer_norm.layer_norm_fwd_kernel"
-    assert names == [norm, "quantize._quick_gelu_fp8_kernel", norm]
+    assert names == [norm, "quick_gelu.quick_gelu_fwd_kernel", norm]
     assert made.names.count("_scaled_mm") == 3
     assert made.largest <= 4 * width  # scales
 

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import functools
 import pickle
+import platform
 import threading
 
 import pytest
@@ -48,6 +49,14 @@ def taken(monkeypatch):
     return calls
 
 
+@pytest.fixture
+def threads():
+    """Sets the number of threads for a test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("backend", ["auto", "onednn"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("videos", "frames", "length"), [(1, 1, 2), (2, 3, 5), (1, 5, 50), (3, 2, 17)])
@@ -66,6 +75,37 @@ def test_block_is_as_exact_as_torch_of_its_dtype(videos, frames, length, dtype, 
     assert given.dtype == dtype
     assert given.shape == x.shape
     assert error(given, wanted) <= 2 * error(plain, wanted) + torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize(("width", "heads"), [(64, 2), (192, 3)])
+def test_threads_that_share_a_product(count, width, heads, threads, taken):
+    """With 2 of 3 heads for each thread, say, no head may be parted; 5 threads leave the sharing to MKL."""
+    threads(count)
+    block, x = random_block(width, heads), torch.randn(6, 9, width)
+    with torch.no_grad(), cpu.workspace():
+        wanted = copy.deepcopy(block).double()(x.double())
+        assert error(block(x), wanted) < 1e-6
+        weight, bias = block.attn.in_proj_weight, block.attn.in_proj_bias
+        wanted = nn.functional.linear(x.double(), weight.double(), bias.double())
+        assert error(cpu.linear(x, weight, bias), wanted) < 1e-6
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told to keep freed memory")
+def test_memory_of_one_call_serves_the_next():
+    resource = pytest.importorskip("resource")
+    block, x = random_block(128), torch.randn(15, 300, 128)
+
+    def faults():
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        with torch.no_grad(), cpu.workspace():
+            for _ in range(3):
+                y = block(x)
+        assert y.shape == x.shape
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    faults()
+    assert faults() < 200  # 4,500 if nothing is kept
 
 
 def test_rows_computed_in_parts(monkeypatch, taken):
@@ -252,26 +292,30 @@ def test_normalized_pixels_are_the_same_as_levels(model):
             assert torch.allclose(given, wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_passes_over_memory_of_a_block():
+@pytest.mark.parametrize("count", [1, 2])
+def test_passes_over_memory_of_a_block(count, threads):
     """The calls of one block that read as much as its stream, in order. docs/performance.md names them."""
+    threads(count)
     block, x = random_block(), torch.randn(12, 60, 64)
     stream = Stream(Stream(x).with_spare_row(), True)
     with torch.no_grad(), cpu.workspace():
         block(stream)
         with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
             block(stream)
-    work = {"aten::addmm", "aten::addmm_", "aten::copy_", "aten::add", "aten::add_", "aten::mul", "aten::silu_"}
+    work = {"aten::baddbmm", "aten::bmm", "aten::addmm", "aten::copy_", "aten::add", "aten::add_", "aten::mul"}
     work |= {"aten::native_layer_norm", "aten::_scaled_dot_product_flash_attention_for_cpu", "aten::cat", "aten::fill_"}
+    work |= {"aten::silu_"}
     seen = [
         event.name.removeprefix("aten::")
         for event in profiler.events()
         if event.name in work and any(torch.Size(shape).numel() >= x.numel() for shape in event.input_shapes if shape)
     ]
-    # copy_ inside addmm fills the product with its bias; add writes the residual with the bias
+    # copy_ inside baddbmm fills the product with its bias; add writes the residual with the product
+    product = ["baddbmm", "copy_"]
+    mixed = ["copy_"] if count > 1 else []  # the heads of all threads beside each other
     assert seen == [
-        *("native_layer_norm", "addmm", "copy_", "_scaled_dot_product_flash_attention_for_cpu"),
-        *("add", "addmm_"),
-        *("native_layer_norm", "addmm", "copy_", "silu_", "add", "addmm_"),
+        *("native_layer_norm", *product, "_scaled_dot_product_flash_attention_for_cpu", *mixed, *product, "add"),
+        *("native_layer_norm", *product, "silu_", *product, "add"),
     ]
 
 
@@ -294,7 +338,4 @@ def test_a_model_may_be_trained_between_two_inferences(model):
 
 @pytest.mark.skipif(cpu.NATIVE_ON_CPU[torch.bfloat16], reason="this CPU has bfloat16 instructions")
 def test_half_precision_is_rounded_once_where_the_cpu_has_no_instructions_for_it():
-    linear = nn.Linear(64, 256)
-    products = cpu._Products(torch.bfloat16)
-    assert products.dtype == torch.float32
-    assert products.widened(linear.weight.bfloat16()).dtype == torch.float32
+    assert cpu._Products(torch.bfloat16).dtype == torch.float32

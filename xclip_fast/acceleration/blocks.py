@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from .. import kernels
-from ..kernels.linear import linear
 from ..nn.cct import Attention, DropScales, FastCCTBlock, Stream, cct_block, message_parameters
 from ..nn.layers import TransformerBlock, block_parameters, plain_block
 from ..nn.parts import is_watched
@@ -143,6 +142,7 @@ def _infer_apart(parts: Parts, activation: str, x_FLD: Tensor, causal: bool) -> 
     ln_1, ln_2 = ((norm.weight, norm.bias) for norm in (parts.ln_1, parts.ln_2))
     if not kernels.cpu.takes(x_FLD, *ln_1, *ln_2, *query, *key, *value, *out, *fc, *projection):
         return None
+    linear = kernels.cpu.linear
     normed = F.layer_norm(x_FLD, x_FLD.shape[-1:], *ln_1, parts.ln_1.eps)
     q, k, v = (linear(normed, *each).unflatten(-1, (parts.heads, -1)).transpose(1, 2) for each in (query, key, value))
     mixed = F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).flatten(2)
