@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from xclip_fast.data.decode import decode, decode_frames, decode_many, decoder, probe, reading, windows
+from xclip_fast.data.decode import decode, decode_frames, decode_many, decoder, probe, reading, source, windows
 from xclip_fast.data.decode.fields import may_hold_fields
 from xclip_fast.data.decode.reading import open_video
 from xclip_fast.data.decode.source import ReadError, Source, VideoError
@@ -37,7 +37,7 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def failing(monkeypatch):
     """Reads beyond a byte fail, this often."""
-    monkeypatch.setattr(reading, "RETRIES", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(source, "RETRIES", (0.0, 0.0, 0.0))
     real = os.read
     state = {"left": 0, "from": 0, "errno": errno.EIO, "failed": 0}
 
