@@ -29,6 +29,7 @@ import measuring
 import numpy as np
 import torch
 from arguments import fail
+from decode_table import print_table
 from decoders import FULL, PLANNED, SEEKING, STORED, contenders_of, full_decode
 from scenes import COPIES, COPY, FILMS, GENERATED, TRAINING, film, write_clips
 
@@ -316,51 +317,10 @@ def clip_facts(pictures: str, kind: int | str, path: Path) -> dict[str, Any]:
     }
 
 
-def print_table(report: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=report["environment"]["device"])
-    table.add_column("pictures")
-    table.add_column("keyframe every")
-    table.add_column("frames", justify="right")
-    table.add_column("contender", no_wrap=True)
-    for column in ("clips/s", "frames/s", "x full decode", "x by CPU time", "n"):
-        table.add_column(column, justify="right", no_wrap=True)
-    notes: dict[str, None] = {}
-    before = None
-    for row in report["rows"]:
-        cell = row["work"], row["pictures"], row["keyframe_every"], row["frames"]
-        if before not in (None, cell):
-            table.add_section()
-        before = cell
-        start = [row["pictures"], str(row["keyframe_every"]), str(row["frames"]), row["contender"]]
-        if "clips_per_second" not in row:
-            table.add_row(*start, row["note"].split(":")[0])
-            notes.setdefault(f"{row['contender']}: {row['note']}", None)
-            continue
-        texts = [measuring.ratio_text(row.get(key, {})) for key in ("ratio_to_full", "cpu_ratio_to_full")]
-        speeds = (f"{row[key]:.3g}" for key in ("clips_per_second", "frames_per_second"))
-        table.add_row(*start, *speeds, *texts, str(row["n"]))
-        if row["note"]:
-            notes.setdefault(f"{row['contender']}: {row['note']}", None)
-    console = Console(width=None if sys.stdout.isatty() else 140)
-    console.print(table)
-    for clip in report["clips"]:
-        print(
-            f"{clip['pictures']}, keyframe every {clip['keyframe_every']}: {clip['keyframes']} keyframes, "
-            f"{clip['referenced']} of {clip['frames']} frames are referred to, {clip['kbit_per_s']:.0f} kbit/s"
-        )
-    for note in notes:
-        print(note)
-
-
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     report = run(args)
     print_table(report)
-    if args.json:
-        measuring.write_json(args.json, report)
     wrong = [row for row in report["rows"] if row["note"].startswith(("outputs differ", "failed"))]
     return 1 if any(row["contender"] in OURS for row in wrong) else 0
 

@@ -23,6 +23,8 @@ import arguments
 import measuring
 
 from xclip_fast.data.manifest.manifest import Manifest
+from xclip_fast.model import XCLIP
+from xclip_fast.weights.recipe import Trained
 
 # Each row adds a part to the row before it.
 MODELS = {
@@ -42,8 +44,6 @@ def by_order(confusion: Any) -> tuple[float, float]:
 
 def test(checkpoint: Path, manifest: Path) -> dict[str, float]:
     from xclip_fast.evaluate.loop import evaluate
-    from xclip_fast.model import XCLIP
-    from xclip_fast.weights.recipe import Trained
 
     given = Trained.read(checkpoint).choose()
     result = evaluate(XCLIP.from_pretrained(checkpoint), Manifest.read(manifest), workers=0, **given)

@@ -25,10 +25,19 @@ from pathlib import Path
 from typing import Any
 
 import arguments
+import av
 import measuring
 import numpy as np
+import pyarrow as pa
+import torch
 
+from xclip_fast import decode_windows
+from xclip_fast.data.decode.reading import all_frames, open_video
+from xclip_fast.data.motion import CLASSES, render, write_clip
 from xclip_fast.data.threads import usable_cores
+from xclip_fast.search import Index
+from xclip_fast.search.rows import StoreSettings, schema_of
+from xclip_fast.search.store import Store
 
 E, CHUNK = 512, 20_000
 
@@ -57,11 +66,6 @@ def main() -> None:
 
 def rows(folder: Path, count: int, patches: int) -> dict[str, Any]:
     """Random rows: time of queries without and with an index, each in a new process."""
-    import pyarrow as pa
-
-    from xclip_fast.search.rows import StoreSettings, schema_of
-    from xclip_fast.search.store import Store
-
     settings = StoreSettings("0" * 64, "", "", E, 8, "sparse", 1, 10.0, 5.0, 30.0, patches=patches)
     store = Store.create(folder / "store", settings)
     rng = np.random.default_rng(0)
@@ -91,12 +95,8 @@ def rows(folder: Path, count: int, patches: int) -> dict[str, Any]:
 
     step = CHUNK if not patches else 100
     writing = _seconds(lambda: store.commit(batches(0, count, step), [], []))
-    result: dict[str, Any] = {
-        "rows": count,
-        "patches": patches,
-        "write_s": writing,
-        "exact": _queries(folder / "store"),
-    }
+    result: dict[str, Any] = {"rows": count, "patches": patches, "write_s": writing}
+    result["exact"] = _queries(folder / "store")
     adding = [_seconds(lambda at=at: store.commit(batches(at, at + 100, 100), [], [])) for at in (count, count + 100)]
     result["add_100_s"] = statistics.median(adding)
     print(result, file=sys.stderr, flush=True)
@@ -137,8 +137,6 @@ print(json.dumps({"open_s": opened, "first_s": times[0], "median_s": sorted(time
 
 def _queries(store: Path) -> dict[str, float]:
     """Seconds to open the store, the first query and ten more, in a new process, without imports and the model."""
-    from xclip_fast.search.store import Store
-
     patches = Store.open(store).settings.patches
     command = [sys.executable, "-c", _QUERY, str(store), str(patches)]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
@@ -146,8 +144,6 @@ def _queries(store: Path) -> dict[str, float]:
 
 def _recall(store: Any) -> float:
     """The share of the ten exact nearest rows of random queries that the index finds."""
-    import torch
-
     rng = np.random.default_rng(1)
     found = 0
     for _ in range(20):
@@ -181,10 +177,8 @@ def film(folder: Path, minutes: int) -> dict[str, Any]:
             int, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
         )
         seconds[name], peak[name] = time.perf_counter() - begun, round(kilobytes / 1024)
-    decoding = _seconds(lambda: [None for _ in _decode_all(path)])
+    decoding = _seconds(lambda: [None for _ in decode_windows(path, 10, 5, 8, size=32)])
     full = _seconds(lambda: _decode_everything(path))
-
-    from xclip_fast.search import Index
 
     index = Index.open(folder / "film", device="cpu", dtype="float32")
     right = []
@@ -204,25 +198,13 @@ def film(folder: Path, minutes: int) -> dict[str, Any]:
     }
 
 
-def _decode_all(path: Path) -> Any:
-    from xclip_fast import decode_windows
-
-    return decode_windows(path, 10, 5, 8, size=32)
-
-
 def _decode_everything(path: Path) -> None:
-    from xclip_fast.data.decode.reading import all_frames, open_video
-
     with open_video(path) as (container, stream):
         assert sum(1 for _ in all_frames(container, stream))
 
 
 def _make_film(folder: Path, minutes: int) -> tuple[Path, list[tuple[float, Path]]]:
     """240x320, 10 frames a second: a dim, slowly changing scene with twelve events of ten seconds."""
-    import av
-
-    from xclip_fast.data.motion import CLASSES, render, write_clip
-
     rng = random.Random(0)
     total = minutes * 60
     starts = sorted(rng.sample(range(0, total // 10), 12))
@@ -250,7 +232,6 @@ def _make_film(folder: Path, minutes: int) -> tuple[Path, list[tuple[float, Path
 
 
 def _cut_film(path: Path, out: Path, seconds: int) -> None:
-    import av
 
     with av.open(str(path)) as source, av.open(str(out), "w") as target:
         output = target.add_stream_from_template(source.streams.video[0])
@@ -266,9 +247,6 @@ def kill(folder: Path, times: int) -> dict[str, Any]:
 
     Then two runs at once write one store.
     """
-    from xclip_fast.data.motion import CLASSES, render, write_clip
-    from xclip_fast.search import Index
-
     videos = folder / "videos"
     videos.mkdir()
     for number in range(400):
@@ -335,8 +313,6 @@ def kill(folder: Path, times: int) -> dict[str, Any]:
 
 def _compare(store: Path, whole: Any) -> float:
     """The largest difference of a vector from those of an unbroken run; both hold each file once."""
-    from xclip_fast.search import Index
-
     ours, theirs = (_rows(index) for index in (Index.open(store, device="cpu", dtype="float32"), whole))
     assert ours.keys() == theirs.keys()
     assert len(ours) == 392
@@ -346,7 +322,6 @@ def _compare(store: Path, whole: Any) -> float:
 
 
 def _check_store(store: Path) -> None:
-    from xclip_fast.search.store import Store
 
     ids = Store.open(store).table.search().select(["id"]).to_arrow()["id"].to_pylist()
     assert len(ids) == len(set(ids)), "a row is stored twice"

@@ -495,8 +495,6 @@ def test_recomputation_changes_memory_and_nothing_else(name: str) -> None:
 
 
 def test_recomputation_runs_on_the_backend_of_the_forward() -> None:
-    from xclip_fast import backend, kernels
-
     model, video = build(CLIP_MEAN).checkpoint_activations(), frames()
     block, seen = model.visual.transformer.resblocks[0], []
     original = block.forward

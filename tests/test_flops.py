@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import xclip_fast
 from xclip_fast.config import PAPER_TABLE1, VARIANTS, TextConfig
 from xclip_fast.flops import Flops, count, products, table
+from xclip_fast.weights.huggingface import config_to_huggingface
 
 TINY = dataclasses.replace(CONFIG, text=TextConfig(width=64, layers=3, heads=1))
 
@@ -85,7 +86,6 @@ def test_parts_equal_torch_by_module():
 @pytest.mark.parametrize(("config", "labels"), [(TINY, 3), (VARIANTS["B/16-8f"], 1)], ids=["tiny", "B/16-8f"])
 def test_paper_way_equals_torch_on_the_released_model(config, labels):
     transformers = pytest.importorskip("transformers")
-    from xclip_fast.weights.huggingface import config_to_huggingface
 
     settings = transformers.XCLIPConfig(**config_to_huggingface(config, torch.float32)[0])
     size = config.vision.image_size

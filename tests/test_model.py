@@ -1,9 +1,12 @@
 """The whole model: interface, exact savings, text cache, frames other than the checkpoint's, compile and export."""
 
 import copy
+import dataclasses
 import logging
 import math
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -140,8 +143,6 @@ def test_bfloat16_is_close(tiny_model: XCLIP) -> None:
 
 
 def test_paper_form_of_equation_6_has_no_residual(tiny_config: XCLIPConfig) -> None:
-    import dataclasses
-
     model = XCLIP(dataclasses.replace(tiny_config, mit_residual=False))
     h = torch.randn(2, 3, 64)
     without = model.mit(h)
@@ -490,8 +491,6 @@ def test_export_gives_the_same_numbers_for_other_batches(tiny_model: XCLIP) -> N
 
 def test_scripts_find_the_public_names() -> None:
     assert set(xclip_fast.__all__) <= set(dir(xclip_fast))
-    import subprocess
-    import sys
 
     code = (
         "import sys, torch; before = set(sys.modules); import time; start = time.perf_counter(); import xclip_fast; "

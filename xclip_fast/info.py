@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from . import __version__
 from .console import first_line, print_rows
 from .kernels import BackendError, Block, cuda_library, dispatch
 from .kernels.cct_block.fused import case_of
@@ -120,8 +121,6 @@ def show(as_json: bool = False) -> None:
 
 
 def _versions() -> dict[str, dict[str, str | None]]:
-    from . import __version__
-
     found: dict[str, dict[str, str | None]] = {
         "xclip_fast": {"version": __version__, "note": str(Path(__file__).parent)},
         "torch": {"version": torch.__version__, "note": ""},
@@ -197,8 +196,6 @@ def _cpu() -> dict[str, Any]:
 
 def environment(device: str | torch.device) -> dict[str, Any]:
     """The device's name and the versions of the packages, for the files of an evaluation or a benchmark."""
-    from . import __version__
-
     cpu = _cpu_model()
     return {
         "device": torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else cpu,

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 
 import torch
+import torch.distributed as dist
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +44,6 @@ def find_device(device: str) -> torch.device:
 @contextlib.contextmanager
 def join_processes(device: torch.device) -> Iterator[Process]:
     """Join the processes that torchrun started, until the end of the block. Without torchrun there is one process."""
-    import torch.distributed as dist
-
     if device.index is not None:
         torch.cuda.set_device(device)
     if dist.is_available() and dist.is_initialized():  # by the caller already

@@ -34,8 +34,14 @@ from xclip_fast import XCLIP, TextConfig, VisionConfig, XCLIPConfig
 from xclip_fast.data.manifest import Manifest, index
 from xclip_fast.data.motion import CLASSES, render, write_clip, write_dataset
 from xclip_fast.data.transcode import transcode
+from xclip_fast.evaluate.loop import evaluate
+from xclip_fast.evaluate.report import reserved, write
 from xclip_fast.evaluate.sample_lists import write_samples
+from xclip_fast.inference.batches import Reading, answers
 from xclip_fast.search import Index, add
+from xclip_fast.search.feature_file import FeatureFile, write_features
+from xclip_fast.search.query import Hit
+from xclip_fast.search.store import Store, is_store
 from xclip_fast.weights import checkpoint
 
 EVENTS = ctypes.CDLL(None)
@@ -162,7 +168,6 @@ class Evaluate(Command):
 
     def __init__(self, data: Path) -> None:
         super().__init__(data)
-        from xclip_fast.evaluate.loop import evaluate
 
         def figures() -> list[Any]:
             model, manifest = XCLIP.from_pretrained(data / "a"), Manifest.read(data / "m.jsonl")
@@ -173,8 +178,6 @@ class Evaluate(Command):
         self.results = told[0]
 
     def _write(self, out: Path, result: Any) -> None:
-        from xclip_fast.evaluate.report import reserved, write
-
         with reserved(out / "e", True):
             write(result, out / "e", overwrite=True)
 
@@ -208,8 +211,6 @@ class Embed(Command):
         opened.add(self.data / "videos", batch_size=1, workers=1)
 
     def content(self, out: Path) -> Content:
-        from xclip_fast.search.store import Store, is_store
-
         if not is_store(out / self.name):
             return {}
         return self._rows(Store.open(out / self.name).table.to_arrow().to_pylist())
@@ -239,9 +240,6 @@ class EmbedParquet(Embed):
 
 class EmbedFile(Command):
     def _write(self, out: Path, videos: str) -> None:
-        from xclip_fast.inference.batches import Reading, answers
-        from xclip_fast.search.feature_file import write_features
-
         model = XCLIP.from_pretrained(self.data / "a")
         paths = sorted(map(str, (self.data / videos).glob("[0-9]*.mp4")))
         found = answers(model, paths, Reading(3, 32), lambda features: features[:1], workers=1)
@@ -255,7 +253,6 @@ class EmbedFile(Command):
         self._write(out, "videos")
 
     def content(self, out: Path) -> Content:  # the bytes of the same file differ: its metadata have no order
-        from xclip_fast.search.feature_file import FeatureFile
 
         found = FeatureFile(out / "x.safetensors")
         return {"x": (found.names, str(found.file.get_tensor("video").tolist()))}
@@ -301,7 +298,6 @@ class Look(Command):
     def run(self, out: Path) -> None:
         from xclip_fast.search.media import cut
         from xclip_fast.search.page import Page
-        from xclip_fast.search.query import Hit
 
         hits = [Hit(str(self.data / "videos" / f"{n}.mp4"), 0.0, 0.2, 0.5, (0.0, 0.2)) for n in (0, 1)]
         page = Page(out / "page.html", overwrite=True)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from xclip_fast.data.decode import VideoError, decode_frames, probe
-from xclip_fast.data.decode.reading import Source
+from xclip_fast.data.decode.source import Source
 from xclip_fast.data.manifest import Manifest, index
 from xclip_fast.data.manifest.labels import read_labels
 from xclip_fast.data.manifest.sources import read_source

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from xclip_fast.data.decode.decoder import VideoError
-from xclip_fast.data.decode.reading import ReadError
+from xclip_fast.data.decode.source import ReadError
 from xclip_fast.data.inputs import find_videos
 from xclip_fast.data.manifest import index
 from xclip_fast.data.motion import CLASSES, render, write_clip

@@ -339,7 +339,7 @@ def alive(pid):
 
 
 def test_a_reader_that_dies_or_hangs_costs_one_row(data, monkeypatch):
-    real = probing._probe
+    real = probing.probe
 
     def nasty(source):
         if source.path.endswith("run/0.mp4"):
@@ -350,7 +350,7 @@ def test_a_reader_that_dies_or_hangs_costs_one_row(data, monkeypatch):
             raise ZeroDivisionError("odd file")
         return real(source)
 
-    monkeypatch.setattr(probing, "_probe", nasty)
+    monkeypatch.setattr(probing, "probe", nasty)
     began = time.monotonic()
     manifest = index(data, workers=2, timeout=1.5)
     assert time.monotonic() - began < 20
@@ -366,14 +366,14 @@ def test_a_reader_that_dies_or_hangs_costs_one_row(data, monkeypatch):
 
 
 def test_a_file_that_changes_while_it_is_read(data, monkeypatch):
-    real = probing._probe
+    real = probing.probe
 
     def growing(source):
         info = real(source)
         os.utime(source.path, ns=(7, 7))
         return info
 
-    monkeypatch.setattr(probing, "_probe", growing)
+    monkeypatch.setattr(probing, "probe", growing)
     manifest = index(data, workers=0)
     assert "changed while it was read" in rows(manifest)["run/0.mp4"].error
     monkeypatch.undo()

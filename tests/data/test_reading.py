@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from xclip_fast.data.decode import decode, decode_frames, decode_many, decoder, probe, reading, windows
+from xclip_fast.data.decode import decode, decode_frames, decode_many, decoder, probe, reading, source, windows
 from xclip_fast.data.decode.fields import may_hold_fields
-from xclip_fast.data.decode.reading import ReadError, Source, VideoError, open_video
+from xclip_fast.data.decode.reading import open_video
+from xclip_fast.data.decode.source import ReadError, Source, VideoError
 from xclip_fast.data.manifest import Manifest, index
 from xclip_fast.data.motion import render, write_clip
 from xclip_fast.inference.batches import Finished, Reading, answers
@@ -36,7 +37,7 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def failing(monkeypatch):
     """Reads beyond a byte fail, this often."""
-    monkeypatch.setattr(reading, "RETRIES", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(source, "RETRIES", (0.0, 0.0, 0.0))
     real = os.read
     state = {"left": 0, "from": 0, "errno": errno.EIO, "failed": 0}
 
@@ -139,7 +140,7 @@ def test_an_index_beside_a_sick_disk(folder, tmp_path):
     data = tmp_path / "data"
     shutil.copytree(folder, data)
     script = (
-        "import sys; from xclip_fast.data.decode import reading; reading.RETRIES = ();"
+        "import sys; from xclip_fast.data.decode import source; source.RETRIES = ();"
         "from xclip_fast.data.manifest import index;"
         "print(sorted(set(index(sys.argv[1]).bad.values())), len(index(sys.argv[1]).bad))"
     )

@@ -18,7 +18,8 @@ import pytest
 from av.video.reformatter import ColorRange, Colorspace, Interpolation
 
 from xclip_fast.data.decode.decoder import decode_frames, probe
-from xclip_fast.data.decode.reading import Source, all_frames, open_video
+from xclip_fast.data.decode.reading import all_frames, open_video
+from xclip_fast.data.decode.source import Source
 from xclip_fast.data.decode.times import frame_times
 from xclip_fast.data.motion import render, write_clip
 from xclip_fast.data.transcode import reencode as encoder

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+import xclip_fast
 from xclip_fast.data.decode import plan, windows
 from xclip_fast.data.decode.decoder import VideoError, decode, probe
-from xclip_fast.data.decode.reading import ReadError
+from xclip_fast.data.decode.source import ReadError
 from xclip_fast.data.decode.windows import decode_windows, window_spans
 from xclip_fast.data.motion import render, write_clip
 from xclip_fast.data.sampling import frame_indices
@@ -189,8 +190,6 @@ def test_bad_files(tmp_path):
 
 
 def test_decode_is_public(clip):
-    import xclip_fast
-
     assert xclip_fast.decode is decode
     assert xclip_fast.decode_windows is decode_windows
     with pytest.raises(AttributeError, match="no attribute 'decoder'"):

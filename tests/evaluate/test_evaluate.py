@@ -19,8 +19,11 @@ from xclip_fast.data.decode.decoder import decode_views
 from xclip_fast.data.manifest import Manifest, index
 from xclip_fast.data.motion import render, write_clip
 from xclip_fast.data.transforms import TestTransform
-from xclip_fast.evaluate import Prediction, evaluate, main, write
+from xclip_fast.evaluate import Prediction, evaluate, main, report, write
+from xclip_fast.evaluate import report as evaluation_files
 from xclip_fast.evaluate.loop import NOT_A_NUMBER
+from xclip_fast.evaluate.report import _confusion_png
+from xclip_fast.processes import find_device
 from xclip_fast.weights.recipe import Trained
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -404,8 +407,6 @@ def test_files_of_others_stay_and_old_ones_go(result, tmp_path, monkeypatch):
 
 
 def test_a_failed_write_leaves_the_old_files(result, tmp_path, monkeypatch):
-    from xclip_fast.evaluate import report as evaluation_files
-
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     write(result, tmp_path / "out")
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
@@ -422,7 +423,6 @@ def test_a_failed_write_leaves_the_old_files(result, tmp_path, monkeypatch):
 
 def test_a_picture_for_any_number_of_classes(result, tmp_path):
     pytest.importorskip("matplotlib")
-    from xclip_fast.evaluate.report import _confusion_png
 
     for count in (1, 51, 52):
         confusion = np.diag(np.arange(count))
@@ -442,15 +442,11 @@ def test_manifest_without_labels(tiny_model, manifest):
 
 
 def test_unknown_devices_are_refused():
-    from xclip_fast.processes import find_device
-
     with pytest.raises(ValueError, match="device is 'tpu', not auto, cpu, cuda or cuda:N"):
         find_device("tpu")
 
 
 def test_an_output_that_cannot_be_written_is_refused_before_the_work(checkpoint, folder, tmp_path, monkeypatch):
-    from xclip_fast.evaluate import report
-
     def worked(*_, **__):
         raise AssertionError("evaluated")
 
@@ -491,8 +487,6 @@ def test_labels_that_are_one_text_are_refused(tiny_model, manifest):
 
 
 def test_classes_that_training_did_not_know_are_told(checkpoint, folder, tmp_path, caplog):
-    from xclip_fast.weights.recipe import Trained
-
     shutil.copytree(checkpoint, tmp_path / "c")
     (tmp_path / "c" / "trained.json").write_text(Trained({"cooking": "cooking"}).to_json())
     with caplog.at_level("WARNING", "xclip_fast"):

@@ -14,7 +14,7 @@ from small import rough
 from torch import Tensor
 from xclip_fast.kernels import quantize_weight
 
-from xclip_fast import XCLIP, TextConfig, VisionConfig, XCLIPConfig, tokenize
+from xclip_fast import XCLIP, TextConfig, VisionConfig, XCLIPConfig, kernels, tokenize
 from xclip_fast.inference import fp8 as quantization
 from xclip_fast.inference.cuda_graphs import _Tower
 
@@ -80,8 +80,6 @@ def test_three_weights_of_a_block_are_quantized_and_nothing_is_lost(tiny_model: 
 
 
 def test_static_scales_are_what_the_videos_need(tiny_model: XCLIP, monkeypatch: pytest.MonkeyPatch) -> None:
-    from xclip_fast import kernels
-
     first, second = videos(tiny_model), videos(tiny_model, 1)
     seen: list[float] = []
 

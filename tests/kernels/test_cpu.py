@@ -310,8 +310,8 @@ def test_passes_over_memory_of_a_block(count, threads):
         for event in profiler.events()
         if event.name in work and any(torch.Size(shape).numel() >= x.numel() for shape in event.input_shapes if shape)
     ]
-    # copy_ inside baddbmm fills the product with its bias; add writes the residual with the product
-    product = ["baddbmm", "copy_"]
+    # copy_ inside a product fills it with its bias; add writes the residual with the product
+    product = ["baddbmm" if count > 1 else "addmm", "copy_"]
     mixed = ["copy_"] if count > 1 else []  # the heads of all threads beside each other
     assert seen == [
         *("native_layer_norm", *product, "_scaled_dot_product_flash_attention_for_cpu", *mixed, *product, "add"),

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xclip_fast import FastCCTBlock
+from xclip_fast.nn.layers import drop_path_scale
 
 WIDTH, HEADS = 128, 2
 
@@ -98,8 +99,6 @@ def test_drop_path_is_drawn_per_video_on_all_three_residuals(monkeypatch: pytest
 
 
 def test_drop_path_keeps_the_expectation() -> None:
-    from xclip_fast.nn.layers import drop_path_scale
-
     scale = drop_path_scale(20000, 0.3, torch.empty(0))
     assert abs(float(scale.mean()) - 1) < 0.03
     assert abs(float((scale == 0).float().mean()) - 0.3) < 0.02

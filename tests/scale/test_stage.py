@@ -10,7 +10,7 @@ import torch
 from small import CONFIG
 
 from xclip_fast import XCLIP
-from xclip_fast.data.decode.reading import ReadError
+from xclip_fast.data.decode.source import ReadError
 from xclip_fast.data.motion import CLASSES, render, write_clip
 from xclip_fast.inference.batches import Answer, Finished, Reading, answers
 from xclip_fast.scale.stage import ModelSpec, VideoStage, as_answers, files

@@ -19,6 +19,7 @@ pytest.importorskip("lancedb", reason="LanceDB is not installed: pip install 'xc
 
 from small import CONFIG
 
+import xclip_fast
 from xclip_fast import XCLIP, decode
 from xclip_fast.data.decode import reading
 from xclip_fast.data.motion import CLASSES, render, write_clip
@@ -385,8 +386,6 @@ def test_filters_by_time(tmp_path, weights, videos):
 
 
 def test_it_is_public():
-    import xclip_fast
-
     assert xclip_fast.Index is Index
 
 

@@ -33,6 +33,7 @@ from xclip_fast.schema import ConfigError
 from xclip_fast.train import checkpoints as training_checkpoint
 from xclip_fast.train import config as train_config
 from xclip_fast.train import log as training_log
+from xclip_fast.train import loop as module
 from xclip_fast.train import mixup as mixing
 from xclip_fast.train import optim
 from xclip_fast.train.checkpoints import Checkpoints, complete, latest
@@ -618,7 +619,6 @@ def test_the_command_says_what_stopped_it(
     error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from xclip_fast.cli import main as cli
-    from xclip_fast.train import loop as module
 
     def stopped(*_: Any, **__: Any) -> None:
         raise error

@@ -10,6 +10,7 @@ import stat
 import sys
 import types
 import warnings
+import zipfile
 from collections import OrderedDict
 
 import pytest
@@ -17,9 +18,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from xclip_fast import XCLIP, TextConfig, VisionConfig, XCLIPConfig
+from xclip_fast import VARIANTS, XCLIP, TextConfig, VisionConfig, XCLIPConfig
 from xclip_fast.weights import checkpoint
 from xclip_fast.weights.checkpoint import CheckpointError
+from xclip_fast.weights.huggingface import config_from_huggingface, warn_of_heads
 from xclip_fast.weights.layouts import from_huggingface, to_huggingface
 
 CONFIG = XCLIPConfig(
@@ -250,8 +252,6 @@ def test_defaults_of_a_short_configuration():
         "text_config": {"dropout": 0.0},
         "vision_config": {"model_type": "xclip_vision_model"},
     }
-    from xclip_fast import VARIANTS
-    from xclip_fast.weights.huggingface import config_from_huggingface
 
     ours = config_from_huggingface(values, {}, "here")
     assert ours == dataclasses.replace(VARIANTS["B/32-8f"], logit_scale=2.6592)
@@ -287,9 +287,6 @@ def test_other_head_counts_are_kept_with_a_warning(tmp_path, caplog):
 
 
 def test_the_large_models_of_hugging_face_name_the_variant_to_ask_for(caplog):
-    from xclip_fast import VARIANTS
-    from xclip_fast.weights.huggingface import warn_of_heads
-
     with caplog.at_level(logging.WARNING, "xclip_fast"):
         warn_of_heads(dataclasses.replace(VARIANTS["L/14-8f"], mit_heads=8, prompt_heads=8, logit_scale=2.6592), "here")
     (said,) = [record.getMessage() for record in caplog.records]
@@ -530,8 +527,6 @@ def test_wide_towers_need_a_configuration(tmp_path):
 
 def test_torchscript_code_does_not_run(tmp_path):
     """An archive whose pickle asks for more than tensors is refused."""
-    import zipfile
-
     path = tmp_path / "bad"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("bad/data.pkl", pickle.dumps(Attack(tmp_path / "harm")))

@@ -18,6 +18,8 @@ import torch
 from safetensors.torch import save_file
 
 from tests.weights.test_checkpoint import CONFIG, random_state, root_text, same
+from xclip_fast import XCLIP
+from xclip_fast.config import XCLIPConfig
 from xclip_fast.train import checkpoints
 from xclip_fast.weights import checkpoint
 from xclip_fast.weights.checkpoint import CheckpointError
@@ -234,9 +236,6 @@ def test_other_wrong_files(tmp_path):
 
 
 def test_a_whole_number_where_a_fraction_stands():
-    from xclip_fast import XCLIP
-    from xclip_fast.config import XCLIPConfig
-
     values = CONFIG.to_dict() | {"prompt_alpha": 1}
     model = XCLIP(XCLIPConfig.from_dict(values))
     assert model.prompts_generator.alpha.dtype == torch.float32

@@ -14,6 +14,7 @@ from torch import nn
 from xclip_fast import XCLIP, TextConfig, VisionConfig, XCLIPConfig
 from xclip_fast.weights import checkpoint
 from xclip_fast.weights.checkpoint import CheckpointError
+from xclip_fast.weights.open_clip import config_from_open_clip
 
 # real vocabulary, context and patch; narrow, so that the tests are quick, but for one with the widths of ViT-B/16
 WIDTH, TEXT, EMBED, SIZE, VOCAB = 128, 64, 64, 32, 49408
@@ -315,8 +316,6 @@ def test_open_clip_quick_gelu_and_its_epsilon(tmp_path):
     ],
 )
 def test_open_clip_models_of_another_kind_are_refused(part, key, value):
-    from xclip_fast.weights.open_clip import config_from_open_clip
-
     parts = {"vision_cfg": {"layers": 2, "width": WIDTH}, "text_cfg": {}}
     parts[part][key] = value
     with pytest.raises(CheckpointError, match=rf"another kind\n  {part}\.{key} is "):

@@ -15,6 +15,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from .. import __version__
 from ..console import complain
 from . import data, embed, predict, search, tools, train
 
@@ -29,8 +30,6 @@ app = typer.Typer(
 
 def _print_version(asked: bool) -> None:
     if asked:
-        from .. import __version__
-
         print(f"xclip-fast {__version__}")
         raise typer.Exit
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .manifest.listing import VIDEO_NAME, lines_of, videos_below
+from .manifest.manifest import Manifest
 from .remote import is_remote, remote_files
 
 
@@ -80,8 +81,6 @@ def _standard_input() -> Sequence[str]:
 
 def _listed(file: Path) -> list[str]:
     if file.suffix.lower() == ".jsonl":
-        from .manifest.manifest import Manifest
-
         manifest = Manifest.read(file)
         return [str(manifest.root / video.path) for video in manifest.videos if video.member is None]
     lines = (line for _, line in lines_of(file))

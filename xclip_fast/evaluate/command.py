@@ -7,9 +7,9 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from ..console import Bar
+from ..data.sampling import Sampling
 from ..inference.placement import load_model, placed
 from ..processes import find_device, join_processes
 from ..text.labels import plain_name
@@ -17,9 +17,6 @@ from ..weights.recipe import Trained
 from .loop import evaluate
 from .report import check_folder, reserved, write
 from .result import Evaluation, show
-
-if TYPE_CHECKING:
-    from ..data.sampling import Sampling
 
 log = logging.getLogger("xclip_fast")
 

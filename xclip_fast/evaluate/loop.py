@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from .. import flops
@@ -72,8 +73,6 @@ def evaluate(
         ValueError: if no video can be read, the labels do not fit the classes or the head, or an argument is out of
             range.
     """
-    import torch.distributed as dist
-
     from ..data.loader.loader import loader
     from ..data.transforms import TestTransform
     from ..info import environment
@@ -190,8 +189,6 @@ def _gather(
     world: int, answers: dict[int, Any], failed: dict[int, str], seconds: float, problem: Exception | None
 ) -> tuple[dict[int, Any], dict[int, str], float]:
     """The results of all processes together. If one process failed, all raise an error."""
-    import torch.distributed as dist
-
     parts: list[Any] = [None] * world
     dist.all_gather_object(parts, (answers, failed, seconds, None if problem is None else f"{problem}"))
     if problem is not None:

@@ -19,18 +19,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..console import Bar, print_rows
+from ..data.manifest.manifest import Manifest
 from ..files import write_text
 from ..inference.placement import load_model, placed
 from ..processes import find_device, join_processes
-from ..text.labels import readable
+from ..text.labels import candidates, readable
 from ..weights.recipe import Trained
+from .command import named
+from .loop import Evaluation, evaluate
 from .paper import DRAWS, PROTOCOLS, SHOTS, Reported, paper_rows
+from .report import reserved, write
 from .sample_lists import draw_classes, few_shot, new_classes, read_classes, read_draws, write_draws, write_samples
 
 if TYPE_CHECKING:
-    from ..data.manifest.manifest import Manifest
     from ..model import XCLIP
-    from .loop import Evaluation
 
 logger = logging.getLogger("xclip_fast")
 
@@ -54,8 +56,6 @@ def over_splits(
     ``trained``: the recipe of a checkpoint that was trained on these classes; it gives the texts or the outputs' names.
     ``settings`` go to ``evaluate``.
     """
-    from .loop import evaluate
-
     results = []
     for manifest in manifests:
         labels: list[str] | dict[str, str] | None = {name: readable(name) for name in manifest.classes}
@@ -71,9 +71,6 @@ def over_draws(model: XCLIP, manifest: Manifest, draws: Sequence[Sequence[str]],
     Raises:
         ValueError: if the manifest has no videos of a drawn class.
     """
-    from ..text.labels import candidates
-    from .loop import evaluate
-
     results = []
     for number, names in enumerate(draws, 1):
         label_of_class = candidates(manifest.classes, list(names))[2]
@@ -101,8 +98,6 @@ def sample(
     overwrite: bool = False,
 ) -> int:
     """Draws few-shot training videos of a manifest into ``out`` (see ``write_samples``). Returns their number."""
-    from ..data.manifest.manifest import Manifest
-
     if os.path.exists(out) and not overwrite:
         raise FileExistsError(f"{out}: already exists; choose another name or add --overwrite")
     videos = Manifest.read(manifest)
@@ -158,10 +153,6 @@ def main(
     Returns:
         the content of ``protocol.json``; None in all processes but the first.
     """
-    from ..data.manifest.manifest import Manifest
-    from .command import named
-    from .report import reserved, write
-
     if protocol not in PROTOCOLS:
         raise ValueError(f"protocol {protocol!r}: one of {', '.join(PROTOCOLS)} wanted")
     what = PROTOCOLS[protocol]

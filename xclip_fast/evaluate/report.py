@@ -9,15 +9,13 @@ import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from ..console import plain
 from ..files import locked, staged
-
-if TYPE_CHECKING:
-    from .loop import Evaluation
+from .loop import Evaluation
 
 logger = logging.getLogger("xclip_fast")
 

@@ -14,17 +14,15 @@ import re
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from ..data.manifest.labels import label_rows
+from ..data.manifest.manifest import Manifest
 from ..data.sampling import sample_rng
 from ..files import load_json, write_text
 from ..text.labels import plain_name
-
-if TYPE_CHECKING:
-    from ..data.manifest.manifest import Manifest
 
 SAMPLES, DRAWS = "xclip_fast samples", "xclip_fast draws"
 
@@ -142,8 +140,6 @@ def read_classes(path: str | os.PathLike[str]) -> list[str]:
     """
     path = Path(path)
     if path.suffix == ".jsonl":
-        from ..data.manifest.manifest import Manifest
-
         return list(Manifest.read(path).classes)
     if path.suffix == ".json":
         names = list(load_json(path))

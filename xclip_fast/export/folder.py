@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .. import __version__
 from ..files import staged
 from .formats import FORMATS, Format, quiet
 from .graphs import Graph, graphs_of, trace
@@ -154,8 +155,6 @@ def _summary(
     model: XCLIP, chosen: Format, dtype: torch.dtype, frames: int, graphs: Sequence[Graph], found: Sequence[Exported]
 ) -> dict[str, Any]:
     """The facts that a program needs to run the graphs, as plain values for JSON."""
-    from .. import __version__
-
     described = {}
     for graph, written in zip(graphs, found, strict=True):
         inputs = {

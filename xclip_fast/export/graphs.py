@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import kernels
+from ..config import TextConfig
 from ..nn.features import VideoFeatures
 
 if TYPE_CHECKING:
-    from ..config import TextConfig
     from ..model import XCLIP
 
 # The largest size of each axis that may vary. torch.export and TensorRT want bounds.

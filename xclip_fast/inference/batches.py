@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..data.decode.reading import ReadError, as_source, limit, too_slow
+from ..data.decode.source import ReadError, as_source, limit, too_slow
 from ..data.decode.windows import Span, Window, check_windows, decode_spans, window_spans
 from ..data.remote import Limits, local_path
 from ..data.sampling import Sampling

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from .stage import Batch, VideoStage, as_answers, files
 
 
@@ -115,7 +117,6 @@ def cluster_answers(
     stage: VideoStage, options: ClusterOptions, columns: Sequence[str]
 ) -> Callable[[Iterable[str]], Iterator[Any]]:
     """As `inference.batches.answers`, on a cluster: the named columns of each window as float tensors."""
-    import numpy as np
     import torch
 
     def values(row: dict[str, Any]) -> list[torch.Tensor]:

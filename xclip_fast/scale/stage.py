@@ -60,7 +60,7 @@ class VideoStage:
 
     def decode(self, batch: Batch) -> Iterator[Batch]:
         """Yields batches of one row, so that a long film is never in memory as a whole."""
-        from ..data.decode.reading import ReadError
+        from ..data.decode.source import ReadError
 
         for path in map(str, batch["path"]):
             count, error, again = 0, "", False
@@ -172,7 +172,7 @@ def files(batches: Iterator[Batch] | Sequence[Batch]) -> Iterator[File]:
 
 def as_answers(found: Iterator[File], names: Callable[[dict[str, Any]], list[Any]]) -> Iterator[Any]:
     """The files in the form of `answers`: an Answer for each window, then Finished."""
-    from ..data.decode.reading import ReadError
+    from ..data.decode.source import ReadError
     from ..inference.batches import Answer, Finished
 
     for file in found:

@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..data.decode.reading import ReadError, VideoError
+import torch
+
+from ..data.decode.source import ReadError, VideoError
 from ..data.inputs import Inputs
 from ..data.remote import describe, is_remote
 from ..inference.batches import Answer, Finished
@@ -199,8 +201,6 @@ class Writer:
 
     def moment(self, name: str, start: float, end: float, vector: Any, patches: Any = None) -> None:
         """Adds a row to the present file: float vectors (E,) and (N, E)."""
-        import torch
-
         vector = torch.nn.functional.normalize(vector.float(), dim=-1)
         if patches is not None and not patches.half().isfinite().all():
             self.problem = ValueError(f"{name}: patch features do not fit into half precision; leave out --patches")

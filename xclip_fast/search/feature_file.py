@@ -12,15 +12,21 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..data.decode.decoder import probe
+from ..data.decode.source import VideoError
 from ..files import check_new_file, parse_json, replaced, save_tensors
+from ..inference.batches import Answer
+from .add import Plan, Summary, Writer, readable_path, stored_name
 from .rows import Known, StoreSettings, check_fingerprint
 from .store import Store
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from ..model import XCLIP
-    from .add import Summary
+
 
 FORMAT = "xclip_fast_features"  # the metadata key that marks a file of ours; its value is the version
 _CHUNK = 1024  # videos at once
@@ -28,8 +34,6 @@ _CHUNK = 1024  # videos at once
 
 def fingerprint(model: XCLIP) -> str:
     """SHA-256 of the shape and the weights, the same for the same model in any layout."""
-    import torch
-
     values = model.config.to_dict()
     for name in ("logit_scale", "temporal_std"):  # initial values, without effect on a trained model
         del values[name]
@@ -52,8 +56,6 @@ def check_out(out: Path, overwrite: bool) -> None:
 
 def read_metadata(path: Path) -> dict[str, str] | None:
     """The metadata of a file of features; None for any other file."""
-    from safetensors import SafetensorError, safe_open
-
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
@@ -69,7 +71,6 @@ class FeatureFile:
     """An open file of features: moments of whole videos, for `query.find`."""
 
     def __init__(self, path: Path) -> None:
-        from safetensors import safe_open
 
         metadata = read_metadata(path)
         if metadata is None:
@@ -113,7 +114,6 @@ class FeatureFile:
     def nearest(self, vector_E: Tensor, count: int, where: str | None = None) -> Any:
         """See `query.Moments`. Times are 0: the file does not know them. Filters are refused."""
         import pyarrow as pa
-        import torch
 
         if where:
             raise ValueError(f"{self.path}: a file of features cannot be filtered; make a store of it (embed --import)")
@@ -154,10 +154,6 @@ def write_features(
 
     Returns the number of videos that could be read, and the shape of a feature. If it is 0, no file is written.
     """
-    import torch
-
-    from ..inference.batches import Answer
-
     check_out(out, overwrite)
     kept: list[str] = []
     tensors: dict[str, Tensor] = {}
@@ -184,10 +180,6 @@ def import_features(store: Store, path: Path) -> Summary:
 
     A video that no longer exists is kept with unknown size and length. A video whose path cannot be stored has failed.
     """
-    import torch
-
-    from .add import Plan, Summary, Writer, readable_path, stored_name
-
     source = FeatureFile(path)
     mine = store.settings
     if source.metadata["fingerprint"] != mine.fingerprint:
@@ -218,9 +210,6 @@ def import_features(store: Store, path: Path) -> Summary:
 
 def _seen(path: str) -> tuple[int, str, float]:
     """Present size, stamp and length in seconds of a video; zeros if it is gone."""
-    from ..data.decode.decoder import probe
-    from ..data.decode.reading import VideoError
-
     try:
         status = os.stat(path)
         return status.st_size, str(status.st_mtime_ns), probe(path).duration

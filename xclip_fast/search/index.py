@@ -8,8 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
+
+from ..data.decode.windows import check_windows
 from ..data.inputs import Inputs, find_videos
 from ..data.remote import Limits
+from ..inference.batches import Finished, Reading, answers
 from ..weights.hub import reference
 from .add import Summary, plan, readable_path, run
 from .feature_file import FeatureFile, fingerprint
@@ -19,11 +24,8 @@ from .rows import StoreSettings
 from .store import Store, is_store
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
-    from ..inference.batches import Reading
     from ..model import XCLIP
+
 
 _LARGE = 100_000  # moments; above it an index pays
 PARQUET = ".parquet"
@@ -124,8 +126,6 @@ class Index:
         on_plan(len(work.paths))
 
         def here(paths: Iterable[str]) -> Any:
-            from ..inference.batches import answers
-
             reading = self.reading(limits)
             keep = 2 if self.store.settings.patches else 1
             return answers(
@@ -155,8 +155,6 @@ class Index:
         Raises:
             ValueError: for an empty text.
         """
-        import torch
-
         if isinstance(self.store, ParquetFolder):
             raise ValueError(f"{self.store.folder}: Parquet files are for other programs; search in a store")
         self.store.refresh()
@@ -173,8 +171,6 @@ class Index:
 
     def features(self, path: str | os.PathLike[str]) -> Tensor:
         """Features (1, E) of a whole video file, to search for videos like it. Raises VideoError."""
-        from ..inference.batches import Finished, answers
-
         reading = replace(self.reading(), window=None)
         first, *_ = answers(self.model, [os.fspath(path)], reading, lambda found: found[:1])
         if isinstance(first, Finished):
@@ -201,8 +197,6 @@ class Index:
 
     def reading(self, limits: Limits | None = None) -> Reading:
         """The settings with which the store's videos were read."""
-        from ..inference.batches import Reading
-
         mine = self.store.settings
         return Reading(
             mine.frames,
@@ -251,8 +245,6 @@ def open_store(
     Raises:
         ValueError: if the store was made with another model or other settings.
     """
-    from ..data.decode.windows import check_windows
-    from ..inference.batches import Reading
     from ..weights.recipe import Trained
 
     config = model.config

@@ -11,20 +11,20 @@ import tempfile
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import av
 import numpy as np
 from av.video.frame import VideoFrame
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 
+from ..data.decode.decoder import probe
 from ..data.decode.picture import Upright
-from ..data.decode.reading import VideoError, open_video
+from ..data.decode.reading import open_video
+from ..data.decode.source import VideoError
 from ..data.parts import lock, remove_unlocked
 from ..data.remote import local_path
-
-if TYPE_CHECKING:
-    from .query import Hit
+from .query import Hit
 
 _BT601 = 6  # FFmpeg's AVCOL_SPC_SMPTE170M
 _TICKS = 90_000  # a second, in the files written here
@@ -82,8 +82,6 @@ def cut(hit: Hit, folder: Path) -> Path:
 
 
 def _duration(path: str) -> float:
-    from ..data.decode.decoder import probe
-
     return probe(path).duration
 
 

@@ -8,9 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
-if TYPE_CHECKING:
-    from torch import Tensor
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
+if TYPE_CHECKING:
     from ..model import XCLIP
 
 _SHORTLIST = 100  # the least number of moments that are ranked again and merged with their neighbors
@@ -106,10 +109,6 @@ def find(
     `query_1E`: features of a text or a video. `model`: ranks the shortlist again with prompts from their patches.
     Pass None if patches are not stored, or if the query is a video.
     """
-    import numpy as np
-    import torch
-    import torch.nn.functional as F
-
     if top < 1:
         raise ValueError(f"top is {top}; it must be at least 1")
     unit_1E = F.normalize(query_1E.detach().float().cpu(), dim=-1)
@@ -137,9 +136,6 @@ def find(
 
 def _prompted(moments: Moments, rows: list[int], video_BE: Tensor, text_1E: Tensor, model: XCLIP) -> list[float]:
     """Cosines with the prompted text (equation 10)."""
-    import numpy as np
-    import torch
-
     from ..nn.features import VideoFeatures
 
     like = model.logit_scale

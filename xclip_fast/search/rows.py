@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from ..files import parse_json
 from ..schema import build
 
@@ -123,7 +125,6 @@ def record_batch(
 
     ``moments``: (start, end, vector (E,), patches (N, E) or None) of each; none if the file has an error.
     """
-    import numpy as np
     import pyarrow as pa
 
     schema = schema_of(settings)

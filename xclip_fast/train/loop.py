@@ -19,11 +19,13 @@ import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
+from ..data.manifest.manifest import Manifest
+from ..evaluate.loop import evaluate
 from ..files import write_text
 from ..model import XCLIP
 from ..processes import Process, find_device, join_processes
@@ -54,9 +56,6 @@ from .setup import (
     resume_model,
     training_loader,
 )
-
-if TYPE_CHECKING:
-    from ..data.manifest.manifest import Manifest
 
 FEW_STEPS = 100  # a shorter run says that it hardly trains
 
@@ -314,8 +313,6 @@ def validation_settings(config: TrainConfig, data: Data) -> dict[str, Any]:
 
 def validate(model: XCLIP, videos: Manifest, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Top-1, top-5 and loss on the videos, as a log record has them. Each process takes its part of the videos."""
-    from ..evaluate.loop import evaluate
-
     result = evaluate(model, videos, **settings)
     # with five classes or fewer, top-5 is always 100 %
     keys = ("top1", "top5", "loss") if len(result.labels) > 5 else ("top1", "loss")

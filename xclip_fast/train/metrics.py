@@ -9,16 +9,14 @@ import collections
 import math
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..processes import Process
 from . import log as training_log
-
-if TYPE_CHECKING:
-    from ..processes import Process
 
 LAG = 4  # steps from a measurement to its reading
 

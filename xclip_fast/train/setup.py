@@ -8,16 +8,20 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 
 from ..config import XCLIPConfig
 from ..data.manifest.labels import label_rows
+from ..data.manifest.manifest import Manifest
+from ..data.sampling import epoch_order
+from ..data.transforms import TrainTransform
 from ..evaluate.sample_lists import few_shot
 from ..files import read_json
 from ..model import XCLIP
@@ -30,9 +34,6 @@ from ..weights import checkpoint
 from ..weights.hub import is_name
 from . import config as train_config
 from .config import DataConfig, ModelConfig
-
-if TYPE_CHECKING:
-    from ..data.manifest.manifest import Manifest
 
 SHAPE = "model.json"  # the model's shape, in the output folder
 
@@ -82,8 +83,6 @@ def read_data(data: DataConfig, seed: int) -> Data:
 
 
 def _manifest(key: str, path: str) -> Manifest:
-    from ..data.manifest.manifest import Manifest
-
     if Path(path).is_dir():
         raise ConfigError(
             f"{key}: {path} is a folder; make a manifest of it with `xclip-fast index {path}` and give that"
@@ -114,8 +113,6 @@ def _check_labels(key: str, path: str, manifest: Manifest) -> None:
 
 def _hold_out(manifest: Manifest, fraction: float, seed: int) -> tuple[Manifest, Manifest]:
     """Returns (rest, held out). Each class with two videos or more gives this share, at least one."""
-    from ..data.sampling import epoch_order
-
     held: list[int] = []
     for label in range(len(manifest.classes)):
         rows = np.flatnonzero((manifest.labels == label) & np.isin(np.arange(len(manifest)), manifest.usable))
@@ -205,7 +202,6 @@ def training_loader(
     data: DataConfig, seed: int, manifest: Manifest, shape: XCLIPConfig, batch_size: int, process: Process
 ) -> Any:
     from ..data.loader.loader import loader
-    from ..data.transforms import TrainTransform
 
     own: dict[str, Any] = {"frames": data.frames or shape.num_frames, "size": shape.vision.image_size}
     names = [field.name for field in dataclasses.fields(TrainTransform) if field.name not in own]
@@ -291,7 +287,6 @@ def parallelize(
     if not sharded:
         ids = [process.device.index] if process.device.type == "cuda" else None
         return nn.parallel.DistributedDataParallel(objective, device_ids=ids, gradient_as_bucket_view=True)
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(process.device.type, (process.world,))

@@ -31,7 +31,8 @@ from ..threads import Job, Threads, usable_cores
 from ..transforms import View, apply_frame
 from .picture import EXACT_COLOR, Upright
 from .plan import Plan, by_plan, make_plan, still_fits
-from .reading import ReadError, Source, VideoError, all_frames, as_source, limit, log, no_frame, open_video, too_slow
+from .reading import all_frames, log, no_frame, open_video
+from .source import ReadError, Source, VideoError, as_source, limit, too_slow
 from .times import frame_times
 from .windows import Video, decode_span
 

@@ -20,7 +20,8 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from .fields import may_hold_fields
-from .reading import ReadError, Source, lacks_memory, limit, name_of, packets_of
+from .reading import lacks_memory, name_of, packets_of
+from .source import ReadError, Source, limit
 
 # Codecs with one packet for each frame, in containers that keep presentation times. Other files are decoded whole.
 _CODECS = {"av1", "h264", "hevc", "mjpeg", "mpeg4", "vp9"}

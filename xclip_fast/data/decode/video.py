@@ -5,14 +5,11 @@ from __future__ import annotations
 import base64
 import zlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ...console import plain
-
-if TYPE_CHECKING:  # plan imports PyAV, which a manifest can do without
-    from .plan import Plan
+from .plan import Plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +83,6 @@ def unpack_plan(packed: str, frames: int | None = None) -> Plan:
 
     A few bytes may unpack to gigabytes. No more is unpacked than the stated length, up to 2**23 frames.
     """
-    from .plan import Plan
-
     try:
         data = base64.b64decode(packed, validate=True)
         stated = np.frombuffer(zlib.decompressobj().decompress(data, 16), "<i8")

@@ -25,7 +25,8 @@ from ..sampling import Sampling, frame_indices
 from ..transforms import TestTransform, apply_frame
 from .picture import EXACT_COLOR, Upright
 from .plan import Plan, make_plan, planned_frames, still_fits
-from .reading import ReadError, Source, VideoError, all_frames, as_source, limit, log, no_frame, open_video
+from .reading import all_frames, log, no_frame, open_video
+from .source import ReadError, Source, VideoError, as_source, limit
 
 Video = str | os.PathLike[str] | Source
 

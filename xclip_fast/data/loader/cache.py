@@ -22,14 +22,14 @@ import time
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import av
 import numpy as np
 
-if TYPE_CHECKING:
-    from ..decode.reading import Source
-    from ..decode.video import Video
-    from ..transforms import View
+from ..decode.decoder import decode_frames, decode_views
+from ..decode.source import Source, VideoError
+from ..decode.video import Video
+from ..transforms import View, apply
 
 _CHUNK = 2**26  # bytes of frames that are decoded at once
 _LARGEST = 2**30  # bytes of one decoded video; a larger one would take minutes until its first frame
@@ -70,9 +70,6 @@ class FrameCache:
 
         `video`: the source's row of the manifest. Raises VideoError.
         """
-        from ..decode.decoder import decode_views
-        from ..transforms import apply
-
         frames = self._frames(source, video)
         if frames is None or not self._sound(frames, np.concatenate([view.frames for view in views])):
             decode_views(source, views, out=out)
@@ -130,9 +127,6 @@ class FrameCache:
 
     def _write(self, path: Path, source: Source, shape: tuple[int, ...]) -> bool:
         """Decodes the whole video into this file. False if decoding does not match the manifest, or writing fails."""
-        from ..decode.decoder import decode_frames
-        from ..decode.reading import VideoError
-
         part = path.with_name(f".{path.stem}.{os.getpid()}.{threading.get_ident()}.part")
         sums: list[int] = []
         step = max(1, _CHUNK // max(1, math.prod(shape[1:])))
@@ -184,8 +178,6 @@ class FrameCache:
 
 
 def _key(source: Source) -> str:
-    import av
-
     status = os.stat(source.path)
     facts = (_PIXELS, os.path.abspath(source.path), source.offset, source.size, status.st_size, status.st_mtime_ns)
     text = repr((*facts, av.__version__))

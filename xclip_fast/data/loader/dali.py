@@ -25,7 +25,7 @@ import torch
 
 from ..decode.dali_support import container, require, supported
 from ..decode.decoder import decode_views
-from ..decode.reading import VideoError
+from ..decode.source import VideoError
 from ..decode.video import DamagedPlan
 from ..manifest.manifest import Manifest
 from ..sampling import sample_rng

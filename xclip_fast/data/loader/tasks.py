@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch.utils.data import get_worker_info
 
+from ..decode.decoder import decode_views
+from ..decode.source import VideoError
 from ..decode.video import DamagedPlan, one_line
 from ..manifest.manifest import Manifest
 from ..sampling import sample_rng
@@ -156,9 +158,6 @@ class Decoder:
 
     def one(self, task: Task, place: int, out: np.ndarray) -> str:
         """Decodes one video of a task into `out`, uint8 (V, T, S, S, 3). Returns "", or the reason of a failure."""
-        from ..decode.decoder import decode_views
-        from ..decode.reading import VideoError
-
         row, video = int(task.rows[place]), task.manifest.videos[place]
         if min(video.frames, video.width, video.height) < 1:
             return "the manifest has no facts about it; index the data again"

@@ -18,16 +18,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 
 from ...console import plain
 from ...files import errors_name, parse_json, replaced, require_regular
+from ..decode.source import Source
 from ..decode.video import Video, one_line, video_name
-
-if TYPE_CHECKING:  # plan imports PyAV, which a manifest can do without
-    from ..decode.reading import Source
 
 log = logging.getLogger(__name__)
 
@@ -99,8 +97,6 @@ class Manifest:
 
     def source(self, row: int) -> Source:
         """The row's source for the decoder. Raises ValueError for a row with an error."""
-        from ..decode.reading import Source
-
         video = self.videos[row]
         if video.error is not None:
             raise ValueError(f"{self.name(row)}: cannot be used: {video.error}")

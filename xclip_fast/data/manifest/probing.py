@@ -17,6 +17,8 @@ from functools import lru_cache
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from ..decode.decoder import probe
+from ..decode.source import ReadError, Source, VideoError
 from ..decode.video import Video, one_line, pack_plan
 from ..threads import usable_cores
 
@@ -29,13 +31,11 @@ def look(root: str, row: Video, follow_links: bool) -> Video:
     After an error that is not a fact about the file (a read error, too little memory, an error of this program)
     `mtime_ns` is 0, and the next index looks at the file again.
     """
-    from ..decode.reading import ReadError, Source, VideoError
-
     source = Source(os.path.join(root, row.path), row.offset, row.size if row.offset is not None else None)
     try:
         before = file_status(root, row.path, follow_links)
         row = replace(row, mtime_ns=before.st_mtime_ns, size=row.size if row.offset is not None else before.st_size)
-        info = _probe(source)
+        info = probe(source)
         after = os.stat(source.path)
     except VideoError as error:
         passing = isinstance(error, ReadError)
@@ -52,16 +52,8 @@ def look(root: str, row: Video, follow_links: bool) -> Video:
     return replace(row, **facts, packed=None if info.plan is None else pack_plan(info.plan))
 
 
-def _probe(source: Any) -> Any:
-    from ..decode.decoder import probe
-
-    return probe(source)
-
-
 def file_status(root: str, path: str, follow_links: bool) -> os.stat_result:
     """The file's status. Raises VideoError if links lead out of the root."""
-    from ..decode.reading import VideoError
-
     whole = os.path.join(root, path)
     status = os.lstat(whole)
     if stat.S_ISLNK(status.st_mode):
@@ -97,8 +89,6 @@ def look_all(
     A worker that dies, or takes longer than `timeout` seconds for one file, is replaced. Its row gets an error, and the
     next index looks at the file again. `workers=0` reads in this process and catches neither.
     """
-    import xclip_fast.data.decode  # noqa: F401  before forking, so that it is imported once
-
     if workers == 0:
         yield from ((number, look(root, row, follow_links)) for number, row in enumerate(rows))
         return

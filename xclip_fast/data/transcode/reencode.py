@@ -17,7 +17,8 @@ from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoRef
 from av.video.stream import VideoStream
 
 from ..decode.picture import Upright
-from ..decode.reading import Source, VideoError, open_video, reason
+from ..decode.reading import open_video, reason
+from ..decode.source import Source, VideoError
 from ..decode.times import frame_times
 
 PRESETS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow", "placebo")

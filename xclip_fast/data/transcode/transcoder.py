@@ -23,7 +23,7 @@ from typing import Any, Literal
 import av
 
 from ...files import parse_json
-from ..decode.reading import Source, VideoError
+from ..decode.source import Source, VideoError
 from ..manifest.listing import videos_below
 from ..parts import lock, remove_unlocked
 from ..threads import usable_cores
