@@ -1,6 +1,6 @@
 """Draws the speed of each contender over Hugging Face's, from JSON files of throughput.py.
 
-    python benchmarks/plot_peers.py benchmarks/results/cpu-*.json --work tower --out docs/cpu-peers.svg
+    python benchmarks/plot_peers.py benchmarks/results/cpu-*-tower.json --work tower --out docs/cpu-peers.svg
 
 One group of bars for each variant and precision. 1.0 is Hugging Face's eager model in the same run. Needs matplotlib.
 """
