@@ -291,7 +291,8 @@ class _Products:
     def _sharing(self, columns: int) -> int:
         """P, how many threads compute some of these columns each."""
         threads = torch.get_num_threads()
-        return threads if threads <= MOST_THREADS and columns % threads == 0 and not self.onednn else 1
+        mkl = torch.backends.mkl.is_available() and not self.onednn
+        return threads if mkl and threads <= MOST_THREADS and columns % threads == 0 else 1
 
     def divided(
         self, name: str, x: Tensor, weight: Any, bias: Any, alpha: float = 1.0, groups: int = 1, unit: int = 1
