@@ -5,10 +5,9 @@ since u sigmoid(1.702 u) = silu(1.702 u) / 1.702: the LayerNorm before the first
 second product carries its inverse.
 
 Products run on oneDNN if the CPU has AVX-512, or instructions for the half-precision dtype: MKL does not use AVX-512 on
-AMD, and oneDNN adds the bias and applies SiLU in its epilogue. Elsewhere they run on torch's own choice, MKL: with AVX2
-alone it is 20 % faster than oneDNN, whose SiLU takes ten times as long as torch's (docs/performance.md). There each
-thread computes some columns of the result, as one product of a batch. With few rows that is 1.2 to 1.4 times as fast as
-MKL's own division among two threads, with many it is as fast or a little faster. Without instructions for a
+AMD, and oneDNN adds the bias and applies SiLU in its epilogue. Elsewhere they run on torch's own choice, MKL, which is
+faster with AVX2 alone (docs/performance.md). There each thread computes some columns of the result, as one product of a
+batch: with few rows up to 1.4 times as fast as MKL's own division among two threads. Without instructions for a
 half-precision dtype, a block is computed in float32 and rounded once at its end.
 
 F frames, L tokens of a frame, S = L + 1 rows of it, D width, H heads, M rows, P threads that share a product.
@@ -41,7 +40,7 @@ _pointwise: Any = torch.ops.mkldnn._linear_pointwise
 def workspace() -> contextlib.AbstractContextManager[None]:
     """Until it ends, the calls of this thread share their intermediate buffers, which are freed at the end.
 
-    Memory that comes from the system comes page by page, which takes 2 to 3 % of a small tower's time.
+    Memory that comes from the system comes page by page, which takes time in every call.
     """
     return contextlib.nullcontext() if torch.compiler.is_compiling() else _shared_buffers()
 
