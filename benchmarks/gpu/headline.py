@@ -210,6 +210,46 @@ def graphs(job: Job, model: xclip_fast.XCLIP, video: Tensor) -> Calls:
     return {GRAPHED: lambda: graphed(video), UNFORKED: lambda: plain(video)}
 
 
+def kernels(job: Job, variant: str, batch: int, backends: tuple[str, ...] = ()) -> Iterator[Row]:
+    """The GPU kernels of one tower and of one training step of each contender: [name, calls, microseconds in all]."""
+    model = build(job, variant)
+    video = videos(job, model, batch)
+    tower = work_of(job, model, video, "tower")
+    calls: dict[tuple[str, str], Callable[[], Any]] = {("tower", OURS): tower}
+    calls |= {("tower", f"{OURS} {name}"): under(name, tower) for name in backends}
+    if HF_INSTALLED:
+        calls["tower", EAGER] = peer_of(job, model, video, "tower")
+    _, contenders = training_contenders(job, variant, batch, HF_INSTALLED)
+    for name, contender in contenders.items():
+        calls["training step", name] = contender.step
+    calls |= {("training step", f"{OURS} {name}"): under(name, contenders[OURS].step) for name in backends}
+    for (op, name), call in calls.items():
+        row: Row = {"op": op, "variant": named(job, variant), "batch": batch, "precision": job.precision}
+        row |= {"contender": name, "direction": "kernels"}
+        with job.trying(f"{op} {name}", row), torch.inference_mode(op == "tower"):
+            if f"{op} {name}" in job.without:
+                continue
+            row["kernels"] = kernels_of(job, call)
+            row["busy_ms"] = 1e-3 * sum(us for _, _, us in row["kernels"])
+        yield row
+
+
+def kernels_of(job: Job, call: Callable[[], Any]) -> list[tuple[str, int, float]]:
+    """(name, calls, microseconds in all) of each kernel of a call, the longest first; on a CPU, of each operator."""
+    from torch.profiler import ProfilerActivity, profile
+
+    activity, time_of = ProfilerActivity.CUDA, "self_device_time_total"
+    if job.device == "cpu":
+        activity, time_of = ProfilerActivity.CPU, "self_cpu_time_total"
+    call()
+    with job.quiet(), profile(activities=[activity]) as found:
+        call()
+        if job.device == "cuda":
+            torch.cuda.synchronize()
+    rows = [(event.key[:120], event.count, getattr(event, time_of)) for event in found.key_averages()]
+    return sorted(rows, key=lambda row: -row[2])
+
+
 def compiled(job: Job, variant: str, batch: int) -> Iterator[Row]:
     """Ours and Hugging Face's tower under torch.compile, which is compiled in the background before."""
     model = build(job, variant)

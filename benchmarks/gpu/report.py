@@ -48,6 +48,7 @@ def _line(row: Row, *first: str) -> str:
     parts = [str(row[name]) for name in names if row.get(name) not in (None, "")]
     forms = {
         "ms": "{:.3f} ms",
+        "busy_ms": "its kernels {:.3f} ms",
         "views_per_second": "{:.0f} views/s",
         "over_limit": "{:.2f} of the limit",
         "to_ours": "{:.2f} of ours",

@@ -76,6 +76,7 @@ def headline(rehearse: bool) -> list[Case]:
         inference("B/16 8", "B/16-8f", some, 50, kinds=both, backends=names[:1] if rehearse else names),
         inference("B/16 1", "B/16-8f", few, 40, backends=names[:1], graph=True),
         Case("B/16 step", "headline:step", {"variant": "B/16-8f", "batch": many, "backends": names}, 60),
+        Case("kernels", "headline:kernels", {"variant": "B/16-8f", "batch": many, "backends": names[1:]}, 40),
         Case("HF compiled", "headline:compiled", {"variant": "B/16-8f", "batch": many}, 60, early=True),
         inference("L/14 32", "L/14-8f", many, 40),
         inference("B/32 32", "B/32-8f", many, 30),
