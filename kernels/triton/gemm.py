@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activation import quick_gelu_slope, quick_gelu_value
+from .column_sums import scaled
 from .launching import Prepared, arch, cdiv, next_power_of_2, prepared, processors, tile
 
 
@@ -364,5 +365,5 @@ def gemm(
         merge(*parts, *statistics)
         outputs += statistics
     if part_sums is not None:
-        outputs.append(part_sums.sum(0))
+        outputs.append(scaled(part_sums, part_sums.dtype)[1])
     return tuple(outputs)

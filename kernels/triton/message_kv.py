@@ -18,6 +18,7 @@ from torch import Tensor
 from ..attention import attention_reference, reference_backward, takes
 from . import attention
 from .attention_tiles import LOG2_E, attend_tile, power_of_two
+from .column_sums import scaled
 from .launching import Prepared, cdiv, prepared, tile
 from .layer_norm import Spare, normalize_backward
 
@@ -221,7 +222,7 @@ def backward(dfused: Tensor, saved: Sequence[Tensor], wanted: set[str], b: Any) 
         if f"{name}_weight" in wanted:
             given[f"{name}_weight"] = torch.mm(dy.T, x)
         if f"{name}_bias" in wanted:
-            given[f"{name}_bias"] = dy.sum(0)
+            given[f"{name}_bias"] = scaled(dy, dy.dtype, sums_dtype=getattr(b, f"{name}_bias").dtype)[1]
 
     # m + s (attention Wo + bo)
     dbranch = dfused

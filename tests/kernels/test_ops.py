@@ -386,6 +386,31 @@ def test_cosine_logits_is_scaled_cosine_similarity() -> None:
     torch.testing.assert_close(kernels.cosine_logits(video, text, torch.tensor(10.0).double().log()), wanted)
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="runs in Triton's interpreter (TRITON_INTERPRET=1)")
+@pytest.mark.parametrize("one_stage", [16, 2048])
+def test_column_sums_in_one_stage_and_in_two(one_stage: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from xclip_fast.kernels.triton import column_sums
+
+    monkeypatch.setattr(column_sums, "ONE_STAGE", one_stage)
+    column_sums._prepare.cache_clear()  # type: ignore[attr-defined]
+    for rows, columns in ((0, 5), (1, 1), (17, 256), (66, 257), (130, 40)):
+        x, u = normal(rows, columns + 3)[:, :columns].float(), 3 * normal(rows, columns).float()
+        drop = torch.tensor([0.0, 1.25]) if rows % 2 == 0 else None
+        factor = 1.0 if drop is None else drop.double().repeat_interleave(rows // 2)[:, None]
+        s = torch.sigmoid(1.702 * u.double())
+        exact = x.double() * factor * (s + 1.702 * u.double() * s * (1 - s))
+        with poisoned_memory():
+            y, sums, h = column_sums.scaled(x, torch.float16, drop, u, keep=True)
+            _, plain, _ = column_sums.scaled(x, torch.float32, sums_dtype=torch.float16)
+        assert h is not None
+        torch.testing.assert_close(y.double(), exact, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(h.double(), u.double() * s, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(sums.double(), exact.sum(0), rtol=1e-5, atol=1e-4)
+        assert plain.dtype == torch.float16
+        torch.testing.assert_close(plain.double(), x.double().sum(0), rtol=1e-3, atol=1e-4)
+    column_sums._prepare.cache_clear()  # type: ignore[attr-defined]
+
+
 def test_drop_path_acts_on_whole_samples() -> None:
     block = example(4, 5, WIDTH, dtype=torch.float64)
     nothing = torch.tensor([0.0, 1.0], dtype=torch.float64)
