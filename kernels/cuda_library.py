@@ -157,7 +157,7 @@ def tiles(
     keep: bool = False,
     statistics: bool = False,
 ) -> tuple[str, ...]:
-    """The tiles that a product was built with, besides "auto": of operands of ``dtype``, with a residual of a dtype
+    """The tiles that a product takes, or none if it was not built: of operands of ``dtype``, with a residual of a dtype
     (``statistics`` of the result), or with an activation (``keep`` what it is applied to)."""
     if dtype == torch.float8_e4m3fn:
         name = "Fp8Residual" if residual else "Fp8Gelu" if activation else "Fp8"
@@ -165,7 +165,7 @@ def tiles(
         name = "ResidualStatistics" if statistics else "Residual" if residual == dtype else "ResidualFp32"
     else:
         name = ("NormGeluKept" if keep or dtype == torch.float16 else "NormGelu") if activation else "Norm"
-    return BUILT.get((name, dtype), ())
+    return ("auto", *BUILT[name, dtype]) if (name, dtype) in BUILT else ()
 
 
 def _floats(x: Tensor | None) -> Tensor | None:

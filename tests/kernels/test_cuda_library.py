@@ -104,9 +104,9 @@ def test_tiles_are_those_of_the_source() -> None:
     }
     assert built == cuda_library.BUILT
     half = torch.bfloat16
-    assert cuda_library.tiles(half, activation=True) == ("wide", "square", "small")
-    assert cuda_library.tiles(half, activation=True, keep=True) == ("square",)
-    assert cuda_library.tiles(half, residual=torch.float32) == ("square",)
+    assert cuda_library.tiles(half, activation=True) == ("auto", "wide", "square", "small")
+    assert cuda_library.tiles(half, activation=True, keep=True) == ("auto", "square")
+    assert cuda_library.tiles(half, residual=torch.float32) == ("auto", "square")
     assert cuda_library.tiles(torch.float16, residual=torch.float32) == ()
 
 
@@ -554,7 +554,7 @@ def test_benchmark_names_what_is_wrong(bench: Any, memory: Memory, monkeypatch: 
     monkeypatch.setattr(cuda_library, "linear_residual", lambda x, w, residual, **_: (residual,))
     with torch.no_grad():
         rows = bench.measure(bench.residual_case(24, 128, 128, False))
-    assert {row["contender"] for row in rows if row.get("wrong")} == {f"ours, {tile}" for tile in bench.TILES}
+    assert {row["contender"] for row in rows if row.get("wrong")} == {"ours, auto", "ours, square"}
     assert "WRONG" in bench.line(rows[-1])
 
 
@@ -656,9 +656,10 @@ def built(
     tile: str, calls: dict[str, Any], options: dict[str, dict[str, Any]], dtype: torch.dtype, device: str
 ) -> dict[str, Any]:
     """The calls whose product has this tile; without a GPU all of them, as no tile is played."""
-    every = tile == "auto" or device == "cpu"
     return {
-        name: call for name, call in calls.items() if every or tile in cuda_library.tiles(dtype, **options.get(name, {}))
+        name: call
+        for name, call in calls.items()
+        if device == "cpu" or tile in cuda_library.tiles(dtype, **options.get(name, {}))
     }
 
 
