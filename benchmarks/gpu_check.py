@@ -25,6 +25,7 @@ import time
 from pathlib import Path
 
 import arguments
+from gpu import stages
 from gpu.case import Case
 from gpu.run import PATIENCE, Rows
 from gpu.stages import SECONDS, STAGES
@@ -44,6 +45,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help=f"comma-separated: some of {', '.join(STAGE_NAMES)} (default: all)",
     )
     parser.add_argument("--cases", default="", help="comma-separated: run only cases whose name contains one of these")
+    parser.add_argument("--tests", default="", help="of the stage tests, run those that match (pytest's -k)")
     parser.add_argument("--seconds", type=float, help="time limit of each stage (default: its own)")
     parser.add_argument(
         "--rehearse", action="store_true", help="run on the CPU at tiny sizes, with Triton's interpreter"
@@ -174,6 +176,7 @@ def run(args: argparse.Namespace, scratch: Path) -> int:
 def plan(args: argparse.Namespace) -> dict[str, list[Case]]:
     """The cases of the chosen stages, without "versions", which always runs first."""
     parts = [part.strip() for part in args.cases.split(",")]
+    stages.TESTS = args.tests
     plans = {}
     for stage in STAGE_NAMES:
         cases = STAGES[stage](args.rehearse)[1 if stage == "machine" else 0 :] if stage in args.stages else []

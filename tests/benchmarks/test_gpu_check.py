@@ -89,7 +89,7 @@ def test_what_the_cases_are_forked_from_starts_no_cuda(check):
         "import torch\n"
         "def started(*_): raise SystemExit('CUDA was asked for')\n"
         "torch._C._cuda_init = torch._C._cuda_getDeviceCount = torch.cuda._lazy_init = started\n"
-        "torch.cuda.is_available = torch.cuda.device_count = started\n"
+        "torch.cuda.is_available = torch.cuda.device_count = torch._C._cuda_getCurrentRawStream = started\n"
         f"import {', '.join(run.PRELOADED)}\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parent)}
