@@ -19,7 +19,7 @@ from .derived import cast
 ABI = 4  # XCLIP_FAST_ABI of csrc/include/xclip_fast.h
 TILES = {"auto": -1, "small": 0, "square": 1, "wide": 2}
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
-# (epilogue of csrc/include/gemm.cuh, dtype) -> the tiles it was built with: the calls of run_on_tile in csrc/product_*.cu
+# (epilogue of csrc/include/gemm.cuh, dtype) -> its tiles: the calls of run_on_tile in csrc/product_*.cu
 BUILT: dict[tuple[str, torch.dtype], tuple[str, ...]] = {
     ("Norm", torch.bfloat16): ("wide", "square", "small"),
     ("Norm", torch.float16): ("square",),

@@ -132,8 +132,8 @@ def test_library_loads_and_checks_its_arguments_without_a_gpu(library: Path) -> 
         given = dict.fromkeys(("x", "w", "residual", "y"), aligned) | dict.fromkeys(
             ("bias", "scale", "stream", "partials", "mean", "rstd")
         )
-        given |= {"dtype": 0, "stream_dtype": 0, "tile": -1, "m": 64, "n": 128, "k": 64, "x_row": 64, "w_row": 64, "residual_row": 128}
-        given |= {"device": 10_000, "eps": 0.0, **changes}
+        given |= {"dtype": 0, "tile": -1, "m": 64, "n": 128, "k": 64, "x_row": 64, "w_row": 64, "residual_row": 128}
+        given |= {"stream_dtype": 0, "device": 10_000, "eps": 0.0, **changes}
         names = [name for _, name in declared()["xclip_fast_linear_residual"][1]]
         code = loaded.xclip_fast_linear_residual(*(given[name] for name in names))
         return codes.get(code, str(code))
@@ -160,8 +160,9 @@ def test_every_call_checks_its_arguments(library: Path) -> None:
     aligned, four = 1 << 20, (ctypes.c_void_p * 4)(*[1 << 20] * 4)
     sizes = {"m": 64, "n": 128, "k": 64, "rows": 8, "frames": 4, "width": 128, "d": 64}
     strides = {"x_row": 128, "w_row": 128, "u_row": 128, "residual_row": 128}
-    usual = {**sizes, **strides, "device": 10_000, "stream": None, "tile": -1, "dtype": 0, "stream_dtype": 0, "eps": 1e-5, "y_scale": 1.0}
-    usual |= {"activation": 1, "parameter_dtype": 2, "blocks": 0, "weights": four, "biases": four, "norms": four}
+    usual = {**sizes, **strides, "device": 10_000, "stream": None, "tile": -1, "dtype": 0, "eps": 1e-5, "y_scale": 1.0}
+    usual |= {"activation": 1, "stream_dtype": 0, "parameter_dtype": 2, "blocks": 0}
+    usual |= {"weights": four, "biases": four, "norms": four}
 
     def call(name: str, **changes: Any) -> str:
         given = {**usual, **changes}
