@@ -33,12 +33,13 @@ clock = time.perf_counter  # for timed calls on a CPU; time.process_time leaves 
 
 def environment(device: str) -> dict[str, Any]:
     """The machine, the packages, the commit and the command, for a file of results."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    written = Path(__file__).with_name("COMMIT")  # in a bundle, which may lie in another checkout
+    git = ["git", "-C", str(written.parent), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
     try:
-        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        written = Path(__file__).with_name("COMMIT")  # in a bundle, which has no git
         commit = written.read_text().strip() if written.exists() else None
+        commit = commit or subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None
     return {
         **info.environment(device),
         "cores": os.cpu_count(),
