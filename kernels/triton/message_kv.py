@@ -1,11 +1,9 @@
-"""The message path in four launches: message token; LN_m and QKV; attention over T, that of the frames' tokens with
-videos as sequences; output and residual. LN_1, key and value are a fifth where the projection of the frames' tokens
-does not make them.
+"""The message path in three launches: message token; LN_m, QKV and attention over T; output and residual. LN_1, key
+and value are a fourth where the projection of the frames' tokens does not make them.
 
 B videos, T frames, F = B T rows, D width, H heads of C channels. F is small, so a product takes as long as its loads:
-each has as many tiles as there are processors, and loads several steps ahead. A LayerNorm takes its statistics from the
-product that wrote its rows, because reading whole rows again took half of the time of a launch. Backward recomputes
-LN(.).
+they run several steps ahead. A LayerNorm takes its statistics from the product that wrote its rows: otherwise each
+program would wait for whole rows before its first step. Backward recomputes LN(.).
 """
 
 from collections.abc import Callable, Sequence
@@ -17,11 +15,47 @@ import triton.language as tl
 from torch import Tensor
 
 from ..attention import attention_reference, reference_backward, takes
-from . import attention
+from . import ONE_TILE, attention
+from .attention_tiles import LOG2_E, attend_tile, power_of_two
 from .launching import Prepared, cdiv, next_power_of_2, prepared, tile
 from .layer_norm import Spare, normalize_backward
 
 SLICE = 32  # columns of a row whose mean and M2 stand in one slot
+
+
+@triton.jit
+def _statistics(parts_ptr, mean_ptr, rstd_ptr, rows, kept, M, K, eps, SLICE: tl.constexpr, SLOTS: tl.constexpr):
+    """mean and 1 / sigma of rows of K numbers from the (mean, M2) of their slices; those ``kept`` are stored"""
+    # mean = sum n_i mean_i / K, M2 = sum M2_i + n_i (mean_i - mean)^2
+    slot, slots = tl.arange(0, SLOTS)[None, :], tl.cdiv(K, SLICE)
+    count = tl.maximum(tl.minimum(K - slot * SLICE, SLICE), 0).to(tl.float32)
+    at = parts_ptr + tl.minimum(rows, M - 1)[:, None].to(tl.int64) * slots + slot
+    part_mean = tl.load(at, mask=slot < slots, other=0.0)
+    part_m2 = tl.load(at + M * slots, mask=slot < slots, other=0.0)
+    mean = tl.sum(count * part_mean, 1) / K
+    off = part_mean - mean[:, None]
+    rstd = 1.0 / tl.sqrt(tl.sum(part_m2 + count * off * off, 1) / K + eps)
+    if mean_ptr is not None:
+        tl.store(mean_ptr + rows, mean, mask=kept)
+        tl.store(rstd_ptr + rows, rstd, mask=kept)
+    return mean, rstd
+
+
+@triton.jit
+def _normed(x, mean, rstd, weight_ptr, bias_ptr, k, K, EVEN_K: tl.constexpr):
+    """columns k of LN(x), float32"""
+    in_k = None if EVEN_K else k < K
+    weight = tl.load(weight_ptr + k, mask=in_k, other=None if EVEN_K else 0.0).to(tl.float32)[None, :]
+    bias = tl.load(bias_ptr + k, mask=in_k, other=None if EVEN_K else 0.0).to(tl.float32)[None, :]
+    return (x.to(tl.float32) - mean[:, None]) * rstd[:, None] * weight + bias
+
+
+@triton.jit
+def _depth(at, k, K, AXIS: tl.constexpr, EVEN_K: tl.constexpr):
+    """columns k of the rows that start ``at``, 0 past the end; k lies along the other axis"""
+    k = tl.expand_dims(k, AXIS)
+    return tl.load(at + k, mask=None if EVEN_K else k < K, other=None if EVEN_K else 0.0)
+
 
 @triton.jit(do_not_specialize=["M"])
 def message_rows_kernel(
@@ -36,7 +70,7 @@ def message_rows_kernel(
     residual_ptr,  # (M, N) or None
     drop_ptr,  # (M / frames,) or None
     y_ptr,  # (M, N), rows y_row apart
-    y_parts_ptr,  # (2, M, N / SLICE) float32 or None: mean and M2 = sum (y - mean)^2 of each slice of y's rows, as stored
+    y_parts_ptr,  # (2, M, N / SLICE) float32 or None: the same of y's rows as stored; M2 = sum (y - mean)^2
     M,
     N,
     K,
@@ -59,36 +93,19 @@ def message_rows_kernel(
     in_rows = rows < M
     columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     # rows and columns past the end repeat the last one: their results are never stored
-    last_row = tl.minimum(rows, M - 1).to(tl.int64)
-    x_at = x_ptr + last_row[:, None] * x_row
+    x_at = x_ptr + tl.minimum(rows, M - 1)[:, None].to(tl.int64) * x_row
     weight_at = weight_ptr + tl.minimum(columns, N - 1)[None, :] * weight_row
 
     if norm_weight_ptr is not None:
-        # mean = sum n_i mean_i / K, M2 = sum M2_i + n_i (mean_i - mean)^2
-        slot, slots = tl.arange(0, SLOTS)[None, :], tl.cdiv(K, SLICE)
-        count = tl.maximum(tl.minimum(K - slot * SLICE, SLICE), 0).to(tl.float32)
-        part_at = x_parts_ptr + last_row[:, None] * slots + slot
-        part_mean = tl.load(part_at, mask=slot < slots, other=0.0)
-        part_m2 = tl.load(part_at + M * slots, mask=slot < slots, other=0.0)
-        mean = tl.sum(count * part_mean, 1) / K
-        off = part_mean - mean[:, None]
-        rstd = 1.0 / tl.sqrt(tl.sum(part_m2 + count * off * off, 1) / K + eps)
-        if mean_ptr is not None:  # noqa: SIM102 (known at compile time, the other at run time)
-            if tile_n == 0:
-                tl.store(mean_ptr + rows, mean, mask=in_rows)
-                tl.store(rstd_ptr + rows, rstd, mask=in_rows)
+        kept = in_rows & (tile_n == 0)
+        mean, rstd = _statistics(x_parts_ptr, mean_ptr, rstd_ptr, rows, kept, M, K, eps, SLICE, SLOTS)
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, K, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
-        in_k = None if EVEN_K else k < K
-        x = tl.load(x_at + k[None, :], mask=None if EVEN_K else in_k[None, :], other=None if EVEN_K else 0.0)
-        weight_mask = None if EVEN_K else in_k[:, None]
-        weight = tl.load(weight_at + k[:, None], mask=weight_mask, other=None if EVEN_K else 0.0)
+        x, weight = _depth(x_at, k, K, 0, EVEN_K), _depth(weight_at, k, K, 1, EVEN_K)
         if norm_weight_ptr is not None:
-            norm_weight = tl.load(norm_weight_ptr + k, mask=in_k, other=None if EVEN_K else 0.0).to(tl.float32)
-            norm_bias = tl.load(norm_bias_ptr + k, mask=in_k, other=None if EVEN_K else 0.0).to(tl.float32)
-            x = (x.to(tl.float32) - mean[:, None]) * rstd[:, None] * norm_weight[None, :] + norm_bias[None, :]
+            x = _normed(x, mean, rstd, norm_weight_ptr, norm_bias_ptr, k, K, EVEN_K)
         acc = tl.dot(x.to(weight.dtype), weight, acc, input_precision="ieee")
 
     in_columns = columns < N
@@ -113,6 +130,74 @@ def message_rows_kernel(
         kept = in_rows[:, None] & (y_slot < y_slots)[None, :]
         tl.store(y_part_at, y_mean, mask=kept)
         tl.store(y_part_at + M * y_slots, tl.sum(y_off * y_off, 2), mask=kept)
+
+
+@triton.jit(do_not_specialize=["M"])
+def message_attention_kernel(
+    x_ptr,  # (M, K), contiguous
+    weight_ptr,  # (3 K, K), rows weight_row apart: those of q, of k, of v
+    bias_ptr,  # (3 K,)
+    norm_weight_ptr,  # (K,)
+    norm_bias_ptr,  # (K,)
+    x_parts_ptr,  # (2, M, K / SLICE) float32: mean and M2 of each slice of x's rows
+    mean_ptr,  # (M,) float32 or None: not wanted
+    rstd_ptr,  # (M,) float32, with mean
+    qkv_ptr,  # (M, 3 K) or None: not wanted
+    y_ptr,  # (M, K)
+    M,
+    K,
+    weight_row,
+    frames,
+    eps,
+    scale,  # log2(e) / sqrt(C)
+    EVEN_K: tl.constexpr,  # K is a multiple of BLOCK_K
+    SLICE: tl.constexpr,
+    SLOTS: tl.constexpr,  # >= K / SLICE, a power of two
+    C: tl.constexpr,
+    BLOCK_M: tl.constexpr,  # >= frames
+    BLOCK_K: tl.constexpr,
+):
+    """One head of y: attention of LN(x) W^T + b over the frames of a video. A tile holds whole videos."""
+    height = BLOCK_M // frames * frames  # rows of a tile
+    tiles_m = tl.cdiv(M, height)
+    head = tl.program_id(0) // tiles_m
+    row = tl.arange(0, BLOCK_M)
+    rows = (tl.program_id(0) % tiles_m) * height + row
+    in_rows = (rows < M) & (row < height)
+    channels = head * C + tl.arange(0, C)
+    kept = in_rows & (head == 0)
+    mean, rstd = _statistics(x_parts_ptr, mean_ptr, rstd_ptr, rows, kept, M, K, eps, SLICE, SLOTS)
+
+    q = tl.zeros((BLOCK_M, C), tl.float32)
+    k = tl.zeros((BLOCK_M, C), tl.float32)
+    v = tl.zeros((BLOCK_M, C), tl.float32)
+    x_at = x_ptr + tl.minimum(rows, M - 1)[:, None].to(tl.int64) * K
+    q_at = weight_ptr + channels[None, :] * weight_row
+    k_at = q_at + K * weight_row
+    v_at = k_at + K * weight_row
+    for start in range(0, K, BLOCK_K):
+        depth = start + tl.arange(0, BLOCK_K)
+        x = _depth(x_at, depth, K, 0, EVEN_K)
+        q_weight, k_weight = _depth(q_at, depth, K, 1, EVEN_K), _depth(k_at, depth, K, 1, EVEN_K)
+        v_weight = _depth(v_at, depth, K, 1, EVEN_K)
+        x = _normed(x, mean, rstd, norm_weight_ptr, norm_bias_ptr, depth, K, EVEN_K).to(q_weight.dtype)
+        q = tl.dot(x, q_weight, q, input_precision="ieee")
+        k = tl.dot(x, k_weight, k, input_precision="ieee")
+        v = tl.dot(x, v_weight, v, input_precision="ieee")
+
+    dtype = y_ptr.dtype.element_ty
+    q = (q + tl.load(bias_ptr + channels).to(tl.float32)[None, :]).to(dtype)
+    k = (k + tl.load(bias_ptr + K + channels).to(tl.float32)[None, :]).to(dtype)
+    v = (v + tl.load(bias_ptr + 2 * K + channels).to(tl.float32)[None, :]).to(dtype)
+    at = rows[:, None].to(tl.int64) * K + channels[None, :]
+    if qkv_ptr is not None:
+        qkv_at = at + 2 * rows[:, None].to(tl.int64) * K
+        tl.store(qkv_ptr + qkv_at, q, mask=in_rows[:, None])
+        tl.store(qkv_ptr + qkv_at + K, k, mask=in_rows[:, None])
+        tl.store(qkv_ptr + qkv_at + 2 * K, v, mask=in_rows[:, None])
+    video = row // frames
+    y = attend_tile(q, k, v, video[:, None] == video[None, :], scale)
+    tl.store(y_ptr + at, y.to(dtype), mask=in_rows[:, None])
 
 
 @prepared
@@ -168,6 +253,45 @@ def _rows(
     return y
 
 
+@prepared
+def _prepare_attention(
+    device: torch.device, size: int, rows: int, width: int, weight_row: int, frames: int, heads: int, eps: float
+) -> Prepared:
+    options = tile("message_attention", device, rows=rows, bytes=size)
+    block, channels = max(options["BLOCK_M"], power_of_two(frames)), width // heads
+    return Prepared(
+        device,
+        message_attention_kernel,
+        (cdiv(rows, block // frames * frames) * heads,),
+        (rows, width, weight_row, frames, eps, channels**-0.5 * LOG2_E),
+        EVEN_K=width % options["BLOCK_K"] == 0,
+        SLICE=SLICE,
+        SLOTS=next_power_of_2(cdiv(width, SLICE)),
+        C=channels,
+        **{**options, "BLOCK_M": block},
+    )
+
+
+def _attention(
+    save: bool, b: Any, message: Tensor, parts: Tensor, statistics: Tensor | None
+) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
+    """Attention of qkv = LN_m(m) W + b over the frames of each video (F, D); if ``save``, qkv (F, 3D) and its
+    log-sum-exp, unless a sequence fits in one tile."""
+    (count, width), frames, channels = message.shape, b.frames, message.shape[1] // b.heads
+    layer, norm = (b.message_in_weight, b.message_in_bias), (b.message_ln_weight, b.message_ln_bias)
+    if takes(channels) and frames <= ONE_TILE[message.element_size()]:
+        mixed, qkv = torch.empty_like(message), message.new_empty(count, 3 * width) if save else None
+        mean, rstd = (None, None) if statistics is None else statistics
+        sizes = message.element_size(), count, width, layer[0].stride(0), frames, b.heads, b.eps
+        launch = _prepare_attention(message.device, *sizes)
+        launch(message, *layer, *norm, parts, mean, rstd, qkv, mixed)
+        return mixed, qkv, ()
+    qkv = _rows(message, *layer, norm=(*norm, b.eps), x_parts=parts, statistics=statistics)
+    heads = qkv.view(-1, frames, 3, b.heads, channels)
+    out, lse = attention.forward(save, heads) if takes(channels) else (attention_reference(heads), ())
+    return out.reshape(message.shape), qkv, lse
+
+
 def forward(save: bool, b: Any) -> tuple[Spare, Callable[[Tensor], None], tuple[Tensor, ...]]:
     (count, _, width), frames = b.x.shape, b.frames
     videos = count // frames
@@ -182,13 +306,7 @@ def forward(save: bool, b: Any) -> tuple[Spare, Callable[[Tensor], None], tuple[
     message_parts, fused_parts = b.x.new_empty(2, 2, count, cdiv(width, SLICE), dtype=torch.float32)
     # m = x_class Wm + bm; qkv = LN_m(m) W + b; m + s (attention Wo + bo)
     message = _rows(b.x[:, 0], b.message_fc_weight, b.message_fc_bias, y_parts=message_parts)
-    norm = (b.message_ln_weight, b.message_ln_bias, b.eps)
-    qkv = _rows(
-        message, b.message_in_weight, b.message_in_bias, norm=norm, x_parts=message_parts, statistics=first
-    )
-    heads = qkv.view(videos, frames, 3, b.heads, -1)
-    mixed, lse = attention.forward(save, heads) if takes(heads.shape[-1]) else (attention_reference(heads), ())
-    mixed = mixed.reshape(message.shape)
+    mixed, qkv, lse = _attention(save, b, message, message_parts, first)
     fused = _rows(
         mixed,
         b.message_out_weight,
@@ -202,11 +320,11 @@ def forward(save: bool, b: Any) -> tuple[Spare, Callable[[Tensor], None], tuple[
     def write(key_value: Tensor) -> None:
         # LN_1(.) [Wk, Wv] + b
         norm = (b.ln_1_weight, b.ln_1_bias, b.eps)
-        layer: Any = (b.in_weight[width:], b.in_bias[width:])
+        layer = (b.in_weight[width:], b.in_bias[width:])
         _rows(fused, *layer, norm=norm, x_parts=fused_parts, statistics=second, to=key_value)
 
     spare = Spare(fused, *((None, None) if second is None else second))
-    if statistics is None:
+    if statistics is None or qkv is None:
         return spare, write, ()
     return spare, write, (message, qkv, fused, statistics, mixed, *(lse or (statistics.new_empty(0),)))
 
