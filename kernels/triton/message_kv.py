@@ -97,7 +97,7 @@ def message_rows_kernel(
     weight_at = weight_ptr + tl.minimum(columns, N - 1)[None, :] * weight_row
 
     if norm_weight_ptr is not None:
-        kept = in_rows & (tile_n == 0)
+        kept = rows < tl.where(tile_n == 0, M, 0)
         mean, rstd = _statistics(x_parts_ptr, mean_ptr, rstd_ptr, rows, kept, M, K, eps, SLICE, SLOTS)
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -165,7 +165,7 @@ def message_attention_kernel(
     rows = (tl.program_id(0) % tiles_m) * height + row
     in_rows = (rows < M) & (row < height)
     channels = head * C + tl.arange(0, C)
-    kept = in_rows & (head == 0)
+    kept = rows < tl.where(head == 0, M, 0)
     mean, rstd = _statistics(x_parts_ptr, mean_ptr, rstd_ptr, rows, kept, M, K, eps, SLICE, SLOTS)
 
     q = tl.zeros((BLOCK_M, C), tl.float32)
