@@ -217,7 +217,7 @@ def kernels(
         video = videos(job, model, batch)
         calls = {OURS: work_of(job, model, video, "tower")}
         if graph:
-            calls |= graphs(job, model, video)
+            calls[GRAPHED] = graphed(job, model, video)
         if HF_INSTALLED:
             calls[EAGER] = peer_of(job, model, video, "tower")
     calls |= {f"{OURS} {name}": under(name, calls[OURS]) for name in backends}
