@@ -713,7 +713,8 @@ def test_products(tile: str, dtype: torch.dtype, device: str, guards: list[Tenso
         }
         if dtype == torch.bfloat16:
             wide = functools.partial(scaled, residual=stream)
-            calls["float32 residual"] = (wide, [(added - source.double() + stream.double(), 1e-6, 1e-4)])
+            # tensor cores cut off what they add in float32; bfloat16 on the way would be off by 4e-3 and more
+            calls["float32 residual"] = (wide, [(added - source.double() + stream.double(), 1e-6, 5e-4)])
             options["float32 residual"] = {"residual": torch.float32}
         judge(guards, tile, built(tile, calls, options, dtype, device))
 
