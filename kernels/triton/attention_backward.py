@@ -126,9 +126,6 @@ def attention_dk_dv_kernel(
             v = tl.load(k_at + stride_3, mask=inside, other=zero)
             dk = tl.zeros(k.shape, tl.float32)
             dv = tl.zeros(k.shape, tl.float32)
-            if S >= BLOCK_M:
-                # with a loop that may not turn, ptxas waits for each wgmma before it issues the next (C7515)
-                tl.assume(looped > 0)
             for rest in tl.static_range(2):  # full tiles of queries, then the rows behind them
                 if REST > 0 if rest else S >= BLOCK_M:
                     for start in range(S // BLOCK_M * BLOCK_M if rest else 0, S if rest else looped, BLOCK_M):
