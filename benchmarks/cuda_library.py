@@ -27,6 +27,7 @@ from xclip_fast.kernels import Block, cuda_library, own_linear
 from xclip_fast.kernels.cct_block.example import example
 from xclip_fast.kernels.cct_block.reference import message_key_value
 from xclip_fast.kernels.quick_gelu import quick_gelu_reference as quick_gelu
+from xclip_fast.kernels.tune.measuring import milliseconds
 
 # tokens of one frame, of one video of 8 frames, of 8 and 32 videos: B/32, B/16 and L/14
 ROWS = {768: (50, 400, 1576, 12608, 50432, 100864), 1024: (257, 2056, 16448, 65792)}
@@ -180,12 +181,6 @@ def all_cases(widths: tuple[int, ...], most_rows: int) -> Iterator[Case]:
                 yield residual_case(M, D, 4 * D, statistics)
             for name, N, K in (("qkv", 3 * D, D), ("fc1", 4 * D, D), ("fc2", D, 4 * D)):
                 yield fp8_case(name, M, N, K)
-
-
-def milliseconds(call: Call) -> float:
-    from triton.testing import do_bench
-
-    return float(do_bench(call, warmup=5, rep=20, return_mode="median"))
 
 
 def measure(case: Case) -> list[dict[str, Any]]:

@@ -41,9 +41,9 @@ def case_of(b: Block, training: bool) -> Case:
     """The kind of call that these arguments are."""
     x, device = b.x, b.x.device
     width, packed = int(x.shape[-1]), b.offsets is not None
-    dtype, kind = b.in_weight.dtype, device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(kind)
+    dtype = b.in_weight.dtype
+    if dtype != torch.float64:
+        dtype = dispatch.autocast_dtype(device.type) or dtype
     drops = (b.drop_fusion, b.drop_attention, b.drop_feed_forward)
     if b.backend:  # traced: sizes may be symbols, and the plan must not depend on them
         count, length, rows = 1, 1, 1
@@ -169,7 +169,7 @@ def inference_plan(b: Block) -> Plan | None:
         return None
     if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in b):
         return None
-    if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
+    if dispatch.autocast_dtype(x.device.type):
         return None  # the op lowers the weights
     found = plan(case_of(b, False))
     return None if isinstance(found, str) else found

@@ -65,7 +65,7 @@ def cases(
     ):
         embedding = (meta(width, 3, patch, patch, dtype=dtype), meta(width, dtype=wide))
         position = meta(length, width, dtype=wide)
-        yield "patch_embed", (pixels, *embedding, position, *norm(width, wide), [0.5] * 3, [0.2] * 3, EPS)
+        yield "patch_embed", (pixels, *embedding, position, *norm(width, wide), [0.5] * 3, [0.2] * 3, EPS, True)
     embed = 512 if width == 768 else 768
     yield "cosine_logits", (meta(batch, embed, dtype=wide), meta(batch, 400, embed, dtype=wide), meta(dtype=wide))
     for longest in (12, 77):

@@ -118,7 +118,7 @@ def frame_cases(dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:
                 yield "cct_block", tuple(given)
         embedding = (meta(width, 3, 8, 8, dtype=dtype), meta(width, dtype=dtype), meta(5, width, dtype=dtype))
         pixels = meta(frames, 16, 16, 3, dtype=torch.uint8)
-        yield "patch_embed", (pixels, *embedding, *norm(width, dtype), [0.5] * 3, [0.2] * 3, EPS)
+        yield "patch_embed", (pixels, *embedding, *norm(width, dtype), [0.5] * 3, [0.2] * 3, EPS, True)
         text = meta(2, frames, 64, dtype=dtype)  # as many labels
         yield "cosine_logits", (meta(2, 64, dtype=dtype), text, meta(dtype=FP32))
         yield "cct_block", tuple(example(0, 0, width, labels=[1, min(frames, 32)], device="meta", dtype=dtype))

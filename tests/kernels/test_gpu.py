@@ -97,6 +97,8 @@ def same(got: VideoFeatures, wanted: VideoFeatures) -> None:
 def test_graphed_tower_is_the_eager_one(name: str, autocast: bool) -> None:
     """Its message path runs on a side stream beside the projection: the bits are those of one after the other."""
     refused = cuda_library.refuse_device("cuda", None) if name == "cuda" else None
+    if name == "cuda" and autocast:
+        refused = "the CUDA library takes no float32 residual stream"
     if refused:
         pytest.skip(refused)
     model = shallow("B/16-8f")
@@ -223,9 +225,9 @@ def test_quantized_model_stays_close(name: str, backend_name: str) -> None:
             pytest.skip(str(refused))
     for got in results:
         for ours, wanted in zip(got, exact, strict=True):
-            assert F.cosine_similarity(ours.flatten(1), wanted.flatten(1)).min() >= 0.999
+            assert F.cosine_similarity(ours.float().flatten(1), wanted.float().flatten(1)).min() >= 0.999
     # of four labels with random weights, where nothing is common to the logits and a small part of v decides
-    assert F.cosine_similarity(got_logits, exact_logits).min() >= 0.99
+    assert F.cosine_similarity(got_logits.float(), exact_logits.float()).min() >= 0.99
 
 
 def test_quantized_tower_is_captured_in_a_cuda_graph() -> None:
