@@ -10,7 +10,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
-from unittest import mock
 
 import measuring
 import torch
@@ -34,7 +33,6 @@ from contenders import (
 from labels import label_list
 from measuring import largest_error
 from torch import Tensor
-from xclip_fast.kernels import overlap
 
 import xclip_fast
 from xclip_fast import flops
@@ -42,7 +40,6 @@ from xclip_fast.config import VARIANTS, TextConfig, VisionConfig, XCLIPConfig
 
 from .case import Job, Row
 
-UNFORKED = f"{GRAPHED}, one after the other"
 Calls = dict[str, Callable[[], Any]]
 OUTSIDE = {"tower": ("text", "prompts", "similarity"), "whole": ("text",)}  # parts that the work does not include
 
@@ -181,7 +178,7 @@ def inference(
             calls: Calls = {OURS: call}
             calls |= {f"{OURS} {name}": under(name, call) for name in backends}
             if graph:
-                calls |= graphs(job, model, video)
+                calls[GRAPHED] = graphed(job, model, video)
             if fp8:
                 with job.trying(FP8, row := {**base, "contender": FP8}):
                     if FP8 not in job.without:
@@ -199,15 +196,10 @@ def inference(
             yield from rows_of(job, found, base, truth, 1e-3 * (limit["ms"] or 0.0))
 
 
-def graphs(job: Job, model: xclip_fast.XCLIP, video: Tensor) -> Calls:
-    """The tower as a CUDA graph, and as one whose message path runs after the projection instead of in parallel."""
-    if job.device == "cpu":  # a rehearsal has no graphs
-        return dict.fromkeys((GRAPHED, UNFORKED), functools.partial(model.encode_video, video))
-    graphed = model.graphed(*video.shape[:2])
-    plain = type(graphed)(model, *video.shape[:2])
-    with mock.patch.object(overlap, "is_captured", return_value=False):
-        plain(video)
-    return {GRAPHED: lambda: graphed(video), UNFORKED: lambda: plain(video)}
+def graphed(job: Job, model: xclip_fast.XCLIP, video: Tensor) -> Callable[[], Any]:
+    """The tower as a CUDA graph; a rehearsal has none."""
+    tower = model.encode_video if job.device == "cpu" else model.graphed(*video.shape[:2])
+    return functools.partial(tower, video)
 
 
 def kernels(
@@ -225,7 +217,7 @@ def kernels(
         video = videos(job, model, batch)
         calls = {OURS: work_of(job, model, video, "tower")}
         if graph:
-            calls |= graphs(job, model, video)
+            calls[GRAPHED] = graphed(job, model, video)
         if HF_INSTALLED:
             calls[EAGER] = peer_of(job, model, video, "tower")
     calls |= {f"{OURS} {name}": under(name, calls[OURS]) for name in backends}
@@ -355,7 +347,7 @@ def once(job: Job, variant: str, batch: int, backend: str, kind: str) -> Row:
         with torch.inference_mode():
             right = under("reference", work_of(job, model, video, "tower" if kind != "whole" else kind))()
             if kind == "graph":
-                got = graphs(job, model, video)[GRAPHED]()
+                got = graphed(job, model, video)()
             elif kind == "fp8":
                 got = under(backend, work_of(job, quantized(model), video, "tower"))()
             else:

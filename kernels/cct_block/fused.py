@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import choices, dispatch, overlap, triton
+from .. import choices, dispatch, triton
 from ..arguments import GELUS, Block
 from ..attention import ATTENTION, PACKED_ATTENTION, WINDOW_ATTENTION
 from ..layer_norm import WIDEST_ROW
@@ -222,7 +222,8 @@ def run(save: bool, b: Block, p: Plan) -> tuple[tuple[Tensor, ...], tuple[Tensor
     z, known_2, mixed, attention_saved = _diffuse(save, b, p, qkv, dtype, later)
     # y = z + FFN(LN_2(z))
     h, u, known_2 = p.fc.forward(save, z, known_2, Layer(norm_2, b.fc_weight, b.fc_bias, b.activation))
-    leave = b.statistics and b.rows is None and p.qkv.name != "library"  # who reads its rows anyway has no use for them
+    # what reads the rows anyway has no use for them
+    leave = b.statistics and b.rows is None and p.qkv.name != "library" and b.x.dtype == b.in_weight.dtype
     if in_place:
         y, left, leave = torch.addmm(z, h, b.projection_weight.T, out=z), Normed(), False
     else:
@@ -245,15 +246,9 @@ def _with_message(
     is known of LN_1; what backward wants. ``project`` takes the messages in place of the spare rows, or None."""
     if p.message is None:
         return *project(None), ()
-    start = functools.partial(p.message.forward, save, b)
-    if overlap.is_captured(b.x):  # both read only x
-        (_, write, saved), (qkv, known) = overlap.side_by_side(b.x, start, functools.partial(project, None))
-        included = False
-    else:
-        message, write, saved = start()
-        qkv, known = project(message)
-        included = message is not None and known.rows is not None
-    if not included:
+    message, write, saved = p.message.forward(save, b)
+    qkv, known = project(message)
+    if message is None or known.rows is None:
         write(qkv.view(*b.x.shape[:2], -1)[:, -1, b.x.shape[2] :])
     return qkv, known, saved
 

@@ -91,6 +91,7 @@ CASES: dict[tuple[str, str], Callable[[], tuple[Any, ...]]] = {
     ("cct_block", "message, T=1, L=2"): lambda: block_case(2, 3, 1),
     ("cct_block", "message, T=5"): lambda: block_case(5, 4, 5),
     ("cct_block", "message, T=64"): lambda: block_case(64, 3, 64),
+    ("cct_block", "message, width 80"): lambda: block_case(10, 3, 5, width=80, heads=5),
     ("cct_block", "message, L=50"): lambda: block_case(2, 51, 1),
     ("cct_block", "message, L=197"): lambda: block_case(1, 198, 1),
     ("cct_block", "plain, drop path"): lambda: block_case(4, 7, drops=True),
