@@ -222,7 +222,8 @@ def run(save: bool, b: Block, p: Plan) -> tuple[tuple[Tensor, ...], tuple[Tensor
     z, known_2, mixed, attention_saved = _diffuse(save, b, p, qkv, dtype, later)
     # y = z + FFN(LN_2(z))
     h, u, known_2 = p.fc.forward(save, z, known_2, Layer(norm_2, b.fc_weight, b.fc_bias, b.activation))
-    leave = b.statistics and b.rows is None and p.qkv.name != "library"  # who reads its rows anyway has no use for them
+    # what reads the rows anyway has no use for them
+    leave = b.statistics and b.rows is None and p.qkv.name != "library" and b.x.dtype == b.in_weight.dtype
     if in_place:
         y, left, leave = torch.addmm(z, h, b.projection_weight.T, out=z), Normed(), False
     else:
