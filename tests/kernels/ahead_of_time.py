@@ -153,8 +153,9 @@ def launches(arch: int) -> dict[str, Launch]:
 
 def heaviest(found: dict[str, Launch]) -> dict[str, Launch]:
     """The kernels that no other contains: one with the same tile and types, and with more of the optional arguments,
-    each of which adds code. float16 is the same code as bfloat16. Compiling them takes half the time of compiling all,
-    but one that is left out may still use more registers than one that is kept: ``--all`` compiles every kernel."""
+    each of which adds code. float16 counts as bfloat16, whose code differs in quick_gelu alone. Compiling them takes
+    half the time of compiling all, but one that is left out may still use more registers than one that is kept:
+    ``--all`` compiles every kernel."""
 
     def tensors(launch: Launch) -> set[tuple[str, str]]:
         kinds = launch.source.signature.items()
