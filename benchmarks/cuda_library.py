@@ -27,10 +27,10 @@ from xclip_fast.kernels import Block, cuda_library, own_linear
 from xclip_fast.kernels.cct_block.example import example
 from xclip_fast.kernels.cct_block.reference import message_key_value
 from xclip_fast.kernels.quick_gelu import quick_gelu_reference as quick_gelu
+from xclip_fast.kernels.tune.measuring import milliseconds
 
 # tokens of one frame, of one video of 8 frames, of 8 and 32 videos: B/32, B/16 and L/14
 ROWS = {768: (50, 400, 1576, 12608, 50432, 100864), 1024: (257, 2056, 16448, 65792)}
-TILES = ("auto", "small", "square", "wide")
 E4M3 = torch.float8_e4m3fn
 EPS = 1e-5
 DEVICE, DTYPE = "cuda", torch.bfloat16
@@ -52,12 +52,14 @@ def normal(*shape: int, scale: float = 1.0) -> Tensor:
     return (torch.randn(shape, device=DEVICE) * scale).to(DTYPE)
 
 
-def half_case(name: str, plain: Callable[..., Any], ours: Callable[[str], Any], *args: Tensor) -> Case:
-    """A case in bfloat16: ``plain`` in torch takes x, W and the other arguments; ``ours`` takes the tile."""
+def half_case(
+    name: str, plain: Callable[..., Any], ours: Callable[[str], Any], tiles: tuple[str, ...], *args: Tensor
+) -> Case:
+    """A case in bfloat16: ``plain`` in torch takes x, W and the other arguments; ``ours`` takes one of the tiles."""
     x, w, *_ = args
     wide = [arg.float() for arg in args]
     contenders: dict[str, Call] = {"torch": lambda: plain(*args), "torch.compile": compiled(plain, args)}
-    contenders |= {f"ours, {tile}": lambda tile=tile: ours(tile) for tile in TILES}  # type: ignore[misc]
+    contenders |= {f"ours, {tile}": lambda tile=tile: ours(tile) for tile in tiles}  # type: ignore[misc]
     return Case(name, (len(x), *w.shape), lambda: torch.mm(x, w.T), lambda: plain(*wide), contenders)
 
 
@@ -85,7 +87,8 @@ def norm_case(M: int, N: int, D: int, activation: bool, keep: bool = False) -> C
         return result if keep else result[0]
 
     name = "fc1 with u" if keep else "fc1" if activation else "qkv"
-    return half_case(name, plain, ours, x, w, bias, gamma, beta)
+    tiles = cuda_library.tiles(DTYPE, activation=activation, keep=keep)
+    return half_case(name, plain, ours, tiles, x, w, bias, gamma, beta)
 
 
 def residual_case(M: int, D: int, K: int, statistics: bool) -> Case:
@@ -105,7 +108,8 @@ def residual_case(M: int, D: int, K: int, statistics: bool) -> Case:
         return result if statistics else result[0]
 
     name = ("out" if K == D else "fc2") + (" with statistics" if statistics else "")
-    return half_case(name, plain, ours, h, w, bias, residual)
+    tiles = cuda_library.tiles(DTYPE, residual=DTYPE, statistics=statistics)
+    return half_case(name, plain, ours, tiles, h, w, bias, residual)
 
 
 def fp8_case(name: str, M: int, N: int, K: int) -> Case:
@@ -131,7 +135,8 @@ def fp8_case(name: str, M: int, N: int, K: int) -> Case:
         scales, kind = (x_scale[:, None], w_scale[None]), torch.bfloat16
         return torch._scaled_mm(x, w.T, *scales, bias=bias.to(kind), out_dtype=kind, use_fast_accum=True)
 
-    contenders: dict[str, Call] = {f"ours, {tile}": lambda tile=tile: ours(tile) for tile in TILES}  # type: ignore[misc]
+    tiles = cuda_library.tiles(E4M3, activation=name == "fc1", residual=torch.bfloat16 if name == "fc2" else None)
+    contenders: dict[str, Call] = {f"ours, {tile}": lambda tile=tile: ours(tile) for tile in tiles}  # type: ignore[misc]
     if name == "qkv":
         contenders["torch._scaled_mm"] = scaled_mm
     return Case(f"{name} in fp8", (M, N, K), lambda: torch.mm(x_wide, w_wide.T), exact, contenders)
@@ -182,12 +187,6 @@ def all_cases(widths: tuple[int, ...], most_rows: int) -> Iterator[Case]:
                 yield fp8_case(name, M, N, K)
 
 
-def milliseconds(call: Call) -> float:
-    from triton.testing import do_bench
-
-    return float(do_bench(call, warmup=5, rep=20, return_mode="median"))
-
-
 def measure(case: Case) -> list[dict[str, Any]]:
     """A row for each contender: its time in ms, or a note why there is none; ``wrong`` if its result is."""
     M, N, K = case.shape
@@ -203,7 +202,7 @@ def measure(case: Case) -> list[dict[str, Any]]:
                 row |= {"wrong": True, "note": f"WRONG: off by {row['error']:.3g} of the largest value"}
             else:
                 row["ms"] = milliseconds(call)
-        except Exception as failed:  # a tile that was not built, a missing backend, an error of Triton's
+        except Exception as failed:  # a missing backend, an error of Triton's
             row["note"] = measuring.failure(failed).removeprefix("failed: ")
     for row in rows:
         row |= {"case": case.name, "m": M, "n": N, "k": K}

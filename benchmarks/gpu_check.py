@@ -5,9 +5,9 @@
     python benchmarks/gpu_check.py --out DIR --rehearse         # on a CPU at tiny sizes
 
 Each case runs in its own process with a time limit, and each row goes to DIR/rows.jsonl at once, so a crash, a hang or
-a wrong result costs only that case. The script also writes log.txt (the end of each case's output), table.txt and
-choices.json. It works with an installed package or in a bare copy of the repository (``make gpu-bundle``). README.md
-in this folder lists the stages.
+a wrong result costs only that case. The script also writes log.txt (the end of each case's output), table.txt,
+results.json and choices.json. It works with an installed package or in a bare copy of the repository
+(``make gpu-bundle``). README.md in this folder lists the stages.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import os
 import shlex
 import shutil
@@ -23,9 +24,11 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import arguments
-from gpu.case import Case
+from gpu import stages
+from gpu.case import Case, Row
 from gpu.run import PATIENCE, Rows
 from gpu.stages import SECONDS, STAGES
 
@@ -44,6 +47,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help=f"comma-separated: some of {', '.join(STAGE_NAMES)} (default: all)",
     )
     parser.add_argument("--cases", default="", help="comma-separated: run only cases whose name contains one of these")
+    parser.add_argument("--tests", default="", help="of the stage tests, run those that match (pytest's -k)")
     parser.add_argument("--seconds", type=float, help="time limit of each stage (default: its own)")
     parser.add_argument(
         "--rehearse", action="store_true", help="run on the CPU at tiny sizes, with Triton's interpreter"
@@ -104,9 +108,16 @@ def prepare(scratch: Path, rehearse: bool) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
-def write_results(out: Path, rows: list[dict], seconds: dict[str, float]) -> None:  # type: ignore[type-arg]
-    """Write and print the table; write choices.json from the rows of the stage "table"."""
+def write_results(out: Path, rows: list[Row], stamp: Row, seconds: dict[str, float]) -> None:
+    """Write and print the table; write results.json, which has what all rows share once, and choices.json from the rows
+    of the stage "table"."""
+    import measuring
     from gpu import report
+
+    environment = next((row["environment"] for row in rows if "environment" in row), {})
+    left_out = {*stamp, "date", "entry", "environment"}
+    measured = [{key: rounded(value) for key, value in row.items() if key not in left_out} for row in rows]
+    measuring.write_json(out / "results.json", {"environment": environment, "rows": measured})
 
     text = "\n".join(report.lines(rows, seconds))
     (out / "table.txt").write_text(text + "\n", encoding="utf-8")
@@ -117,6 +128,17 @@ def write_results(out: Path, rows: list[dict], seconds: dict[str, float]) -> Non
     if table:
         (out / "choices.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
     print(text, flush=True)
+
+
+def rounded(value: Any) -> Any:
+    """Floats in a value of JSON to five digits, as a name where they are no number."""
+    if isinstance(value, dict):
+        return {key: rounded(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [rounded(each) for each in value]
+    if not isinstance(value, float):
+        return value
+    return float(f"{value:.5g}") if math.isfinite(value) else str(value)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -164,7 +186,7 @@ def run(args: argparse.Namespace, scratch: Path) -> int:
     finally:
         runner.stop()
         rows.close()
-        write_results(args.out, rows.all, seconds)
+        write_results(args.out, rows.all, rows.stamp, seconds)
     empty = [stage for stage in plans if not any(good(row) for row in rows.all if row["stage"] == stage)]
     if empty:
         print(f"error: no results from {', '.join(empty)}", file=sys.stderr)
@@ -174,6 +196,7 @@ def run(args: argparse.Namespace, scratch: Path) -> int:
 def plan(args: argparse.Namespace) -> dict[str, list[Case]]:
     """The cases of the chosen stages, without "versions", which always runs first."""
     parts = [part.strip() for part in args.cases.split(",")]
+    stages.TESTS = args.tests
     plans = {}
     for stage in STAGE_NAMES:
         cases = STAGES[stage](args.rehearse)[1 if stage == "machine" else 0 :] if stage in args.stages else []

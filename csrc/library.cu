@@ -1,4 +1,5 @@
 // The C interface: checks the arguments of a product and hands it to the file of its element type.
+#include <cudaTypedefs.h>
 #include <cuda_runtime_api.h>
 
 #include "products.cuh"
@@ -65,7 +66,7 @@ int merge_statistics(Operands const& given, ResidualArguments const& extra, int 
   int64_t const padded = (given.m + tile_rows - 1) / tile_rows * tile_rows;
   merge_statistics_kernel<<<int((given.m + kMergeThreads - 1) / kMergeThreads), kMergeThreads, 0,
                             static_cast<cudaStream_t>(given.stream)>>>(
-      extra.sums, extra.squares, extra.eps, extra.mean, extra.rstd, given.m, padded, int(given.n), tile_columns);
+      extra.sums, extra.squares, extra.eps, extra.mean, extra.rstd, int(given.m), padded, int(given.n), tile_columns);
   return cudaPeekAtLastError() == cudaSuccess ? XCLIP_FAST_OK : failure();
 }
 
@@ -74,6 +75,28 @@ int merge_statistics(Operands const& given, ResidualArguments const& extra, int 
 using namespace xclip_fast;
 
 extern "C" {
+
+// CUTLASS calls this driver function for each tensor map, three or four a product. It is found once, while the library
+// runs: libcuda is not there where the library is built. This definition is hidden, so it takes no other library's place.
+CUresult CUDAAPI cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* address,
+                                        cuuint64_t const* sizes, cuuint64_t const* strides, cuuint32_t const* box,
+                                        cuuint32_t const* steps, CUtensorMapInterleave interleave,
+                                        CUtensorMapSwizzle swizzle, CUtensorMapL2promotion promotion,
+                                        CUtensorMapFloatOOBfill fill) {
+  static auto const encode = [] {
+    void* found = nullptr;
+    cudaDriverEntryPointQueryResult result;
+#if CUDART_VERSION >= 13000
+    cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
+#else
+    cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &result);
+#endif
+    return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(found);
+  }();
+  return encode == nullptr ? CUDA_ERROR_NOT_FOUND
+                           : encode(map, type, rank, address, sizes, strides, box, steps, interleave, swizzle, promotion,
+                                    fill);
+}
 
 int xclip_fast_abi(void) { return XCLIP_FAST_ABI; }
 
@@ -131,16 +154,20 @@ int64_t xclip_fast_statistics_floats(int64_t m, int64_t n) {
   return 2 * ((m + 127) / 128 * 128) * ((n + 127) / 128);
 }
 
-int xclip_fast_linear_residual(int dtype, int tile, const void* x, int64_t x_row, const void* w, int64_t w_row,
+int xclip_fast_linear_residual(int dtype, int stream_dtype, int tile, const void* x, int64_t x_row, const void* w, int64_t w_row,
                                const float* bias, const float* scale, const void* residual, int64_t residual_row,
                                float eps, float* partials, float* mean, float* rstd, void* y, int64_t m, int64_t n,
                                int64_t k, int device, void* stream) {
   Operands given{x, x_row, w, w_row, residual, residual_row, y, m, n, k, device, 0, stream};
-  int const code = is_half(dtype) ? check_matrix(residual, m, n, residual_row) : XCLIP_FAST_BAD_DTYPE;
-  if (code) {
+  bool const wanted = mean != nullptr;
+  bool const wide = stream_dtype == XCLIP_FAST_FP32 && dtype == XCLIP_FAST_BF16 && !wanted;
+  if (!is_half(dtype) || (stream_dtype != dtype && !wide)) {
+    return XCLIP_FAST_BAD_DTYPE;
+  }
+  int const unit = wide ? 4 : 8;
+  if (int const code = check_matrix(residual, m, n, residual_row, unit)) {
     return code;
   }
-  bool const wanted = mean != nullptr;
   if (any(given) && (wanted != (partials != nullptr) || wanted != (rstd != nullptr))) {
     return XCLIP_FAST_BAD_POINTER;
   }
@@ -148,8 +175,8 @@ int xclip_fast_linear_residual(int dtype, int tile, const void* x, int64_t x_row
     return XCLIP_FAST_BAD_ALIGNMENT;
   }
   float* const squares = partials + xclip_fast_statistics_floats(m, n) / 2;
-  ResidualArguments const extra{bias, scale, partials, squares, mean, rstd, eps};
-  return launch(given, 8, 8, [&] {
+  ResidualArguments const extra{stream_dtype, bias, scale, partials, squares, mean, rstd, eps};
+  return launch(given, 8, unit, [&] {
     return wanted ? residual_statistics(dtype, tile, given, extra) : residual_add(dtype, tile, given, extra);
   });
 }

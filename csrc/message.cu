@@ -31,8 +31,8 @@ Facts ask(int device) {
   return found;
 }
 
-// The number of blocks for a width: the least of at least half the processors with which the weights fit, so that the
-// others are left to what runs beside; 0 if they fit into no number.
+// The number of blocks for a width: the least of at least half the processors with which the weights fit, because fewer
+// blocks wait less at the barriers; 0 if they fit into no number.
 int choose_blocks(int width, Facts const& found) {
   for (int blocks = (found.processors + 1) / 2; blocks <= found.processors; ++blocks) {
     if (MessageLayout{width, blocks}.bytes() <= size_t(found.room)) {

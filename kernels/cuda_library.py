@@ -16,9 +16,25 @@ from torch import Tensor
 
 from .derived import cast
 
-ABI = 3  # XCLIP_FAST_ABI of csrc/include/xclip_fast.h
+ABI = 4  # XCLIP_FAST_ABI of csrc/include/xclip_fast.h
 TILES = {"auto": -1, "small": 0, "square": 1, "wide": 2}
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+# (epilogue of csrc/include/gemm.cuh, dtype) -> its tiles: the calls of run_on_tile in csrc/product_*.cu
+BUILT: dict[tuple[str, torch.dtype], tuple[str, ...]] = {
+    ("Norm", torch.bfloat16): ("wide", "square", "small"),
+    ("Norm", torch.float16): ("square",),
+    ("NormGelu", torch.bfloat16): ("wide", "square", "small"),
+    ("NormGeluKept", torch.bfloat16): ("square",),
+    ("NormGeluKept", torch.float16): ("square",),
+    ("Residual", torch.bfloat16): ("wide", "square", "small"),
+    ("Residual", torch.float16): ("square",),
+    ("ResidualFp32", torch.bfloat16): ("square",),
+    ("ResidualStatistics", torch.bfloat16): ("square",),
+    ("ResidualStatistics", torch.float16): ("square",),
+    ("Fp8", torch.float8_e4m3fn): ("wide", "square"),
+    ("Fp8Gelu", torch.float8_e4m3fn): ("wide", "square"),
+    ("Fp8Residual", torch.float8_e4m3fn): ("square",),
+}
 BESIDE = Path(__file__).with_name("libxclip_fast.so")
 
 # result and arguments of each function: int, int64_t, pointer, float and string
@@ -28,7 +44,7 @@ _SIGNATURES = {
     "error": "s i",
     "check_device": "i i",
     "norm_linear": "i ii pl pl pppp i pp lll ip",
-    "linear_residual": "i ii pl pl pp pl fppp p lll ip",
+    "linear_residual": "i iii pl pl pp pl fppp p lll ip",
     "statistics_floats": "l ll",
     "check_message": "i li",
     "message_floats": "l ll",
@@ -95,20 +111,27 @@ def _words(library: Any, code: int) -> str:
 
 def _place(x: Tensor) -> tuple[int, int]:
     """Device and stream for a call."""
-    return x.get_device(), torch.cuda.current_stream(x.device).cuda_stream
+    device = x.get_device()
+    return device, torch._C._cuda_getCurrentRawStream(device)  # torch.cuda.current_stream makes an object first
 
 
+@functools.cache
 def _library() -> Any:
+    """The library, found at the first call: later calls look neither at the environment nor at the file."""
     library, reason = load(path())
     if library is None:
         raise RuntimeError(reason)
     return library
 
 
+_Pointers = ctypes.c_void_p * 4
+_PLAIN = frozenset((int, float, type(None), _Pointers))
+
+
 def _call(name: str, *args: Any) -> None:
     library = _library()
-    given = [arg.data_ptr() if isinstance(arg, Tensor) else arg for arg in args]
-    code = getattr(library, f"xclip_fast_{name}")(*given)
+    # isinstance(arg, Tensor) would take longer than the rest
+    code = getattr(library, f"xclip_fast_{name}")(*[arg if type(arg) in _PLAIN else arg.data_ptr() for arg in args])
     if code:
         shapes = ", ".join(f"{tuple(arg.shape)} {arg.dtype}" for arg in args if isinstance(arg, Tensor))
         raise RuntimeError(f"xclip_fast_{name} failed with {shapes}: {_words(library, code)}")
@@ -119,12 +142,30 @@ def _call(name: str, *args: Any) -> None:
 
 def matrix(x: Tensor) -> Tensor:
     """x (..., K) as rows (M, K) that TMA reads: a view where base and row stride are in whole 16 bytes, else a copy."""
-    rows = x.reshape(-1, x.shape[-1])
-    step = 16 // x.element_size()
-    fits = rows.stride(1) == 1 and rows.stride(0) >= rows.shape[1] and rows.stride(0) % step == 0
-    if fits and rows.data_ptr() % 16 == 0:
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    row, column = rows.stride()
+    if column == 1 and row >= rows.shape[1] and not (row * rows.element_size() | rows.data_ptr()) % 16:
         return rows
     return rows.clone(memory_format=torch.contiguous_format)
+
+
+def tiles(
+    dtype: torch.dtype,
+    *,
+    residual: torch.dtype | None = None,
+    activation: bool = False,
+    keep: bool = False,
+    statistics: bool = False,
+) -> tuple[str, ...]:
+    """The tiles that a product takes, or none if it was not built: of operands of ``dtype``, with a residual of a dtype
+    (``statistics`` of the result), or with an activation (``keep`` what it is applied to)."""
+    if dtype == torch.float8_e4m3fn:
+        name = "Fp8Residual" if residual else "Fp8Gelu" if activation else "Fp8"
+    elif residual:
+        name = "ResidualStatistics" if statistics else "Residual" if residual == dtype else "ResidualFp32"
+    else:
+        name = ("NormGeluKept" if keep or dtype == torch.float16 else "NormGelu") if activation else "Norm"
+    return ("auto", *BUILT[name, dtype]) if (name, dtype) in BUILT else ()
 
 
 def _floats(x: Tensor | None) -> Tensor | None:
@@ -133,8 +174,7 @@ def _floats(x: Tensor | None) -> Tensor | None:
 
 def _operands(x: Tensor, weight: Tensor, tile: str) -> tuple[Any, ...]:
     x, weight = matrix(x), matrix(weight)
-    dtype = () if x.dtype == torch.float8_e4m3fn else (DTYPES[x.dtype],)
-    return *dtype, TILES[tile], x, x.stride(0), weight, weight.stride(0)
+    return TILES[tile], x, x.stride(0), weight, weight.stride(0)
 
 
 def norm_linear(
@@ -160,7 +200,8 @@ def norm_linear(
     results = [torch.empty(M, N, dtype=x.dtype, device=x.device) for _ in range(1 + keep)]
     if M:
         rest = (*(norm or (None, None, None)), _floats(bias), int(activation), results[1] if keep else None)
-        _call("norm_linear", *_operands(x, weight, tile), *rest, results[0], M, N, K, *_place(x))
+        operands = _operands(x, weight, tile)
+        _call("norm_linear", DTYPES[x.dtype], *operands, *rest, results[0], M, N, K, *_place(x))
     return tuple(results)
 
 
@@ -177,14 +218,15 @@ def linear_residual(
     """residual + s (x W^T + b), and, if ``statistics_eps`` is given, mean and 1 / sqrt(variance + eps) of its rows.
 
     Args:
-        x: (M, K), weight: (N, K), residual: (M, N), of one half-precision dtype. bias: (N,).
+        x: (M, K), weight: (N, K), of one half-precision dtype. bias: (N,).
+        residual: (M, N), in x's dtype; or in float32 beside bfloat16, without statistics.
         drop_scale: (B,), M a multiple of B: s of each M / B rows.
 
     Returns:
-        (M, N), and, if wanted, float32 (M,) twice.
+        (M, N) in the residual's dtype, and, if wanted, float32 (M,) twice.
     """
     (M, K), N = x.shape, weight.shape[0]
-    y = torch.empty(M, N, dtype=x.dtype, device=x.device)
+    y = torch.empty(M, N, dtype=residual.dtype, device=x.device)
     mean = rstd = partials = scale = None
     if statistics_eps is not None:
         mean, rstd = (torch.empty(M, dtype=torch.float32, device=x.device) for _ in range(2))
@@ -195,14 +237,19 @@ def linear_residual(
     if M:
         residual = matrix(residual)
         rest = (_floats(bias), scale, residual, residual.stride(0), statistics_eps or 0.0, partials, mean, rstd)
-        _call("linear_residual", *_operands(x, weight, tile), *rest, y, M, N, K, *_place(x))
+        dtypes = DTYPES[x.dtype], DTYPES[residual.dtype]
+        _call("linear_residual", *dtypes, *_operands(x, weight, tile), *rest, y, M, N, K, *_place(x))
     return (y,) if mean is None or rstd is None else (y, mean, rstd)
 
 
 def _floats_of(what: str, M: int, N: int, device: torch.device) -> Tensor:
     """Room for what the library keeps beside a result of M and N: ``xclip_fast_<what>_floats``."""
-    count = getattr(_library(), f"xclip_fast_{what}_floats")(M, N)
-    return torch.empty(count, dtype=torch.float32, device=device)
+    return torch.empty(_count(what, M, N), dtype=torch.float32, device=device)
+
+
+@functools.lru_cache(1024)
+def _count(what: str, M: int, N: int) -> int:
+    return int(getattr(_library(), f"xclip_fast_{what}_floats")(M, N))
 
 
 def message_kv(b: Any, blocks: int = 0) -> Tensor:
@@ -227,7 +274,7 @@ def message_kv(b: Any, blocks: int = 0) -> Tensor:
             [weight.contiguous() for weight in weights],
             *([vector.to(kind).contiguous() for vector in vectors] for vectors in (biases, norms)),
         )
-        pointers = ((ctypes.c_void_p * 4)(*(t.data_ptr() for t in given)) for given in kept)
+        pointers = (_Pointers(*(t.data_ptr() for t in given)) for given in kept)
         workspace = _floats_of("message", F, D, x.device)
         call = (DTYPES[dtype], DTYPES[kind], blocks, x, x.stride(0), *pointers, b.eps, F, b.frames, D)
         _call("message_kv", *call, workspace, key_value, *_place(x))

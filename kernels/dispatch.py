@@ -213,13 +213,20 @@ class Op:
     def _lowered(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """The arguments under the enclosing autocast."""
         device_type = next(arg.device.type for arg in args if isinstance(arg, Tensor))
-        available = self.autocast and torch.amp.is_autocast_available(device_type)
-        if not available or not torch.is_autocast_enabled(device_type):
+        dtype = autocast_dtype(device_type) if self.autocast else None
+        if dtype is None:
             return args
-        dtype = torch.get_autocast_dtype(device_type)
         return tuple(
             arg.to(dtype) if index in self.autocast and arg is not None else arg for index, arg in enumerate(args)
         )
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The dtype of the enclosing autocast on such a device, None outside of one."""
+    # meta has no autocast: torch.amp.is_autocast_available says so too, but torch 2.11 cannot trace it
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type)
 
 
 _logged: set[str] = set()

@@ -40,6 +40,7 @@ class Case(NamedTuple):
         """The numbers that the measured table bounds."""
         return {
             "dtype": str(self.dtype).removeprefix("torch."),
+            "stream": str(self.stream).removeprefix("torch."),
             "training": self.training,
             "m": self.sequences,
             "rows": self.rows,
@@ -77,7 +78,7 @@ class Part:
         """
         measured: tuple[str, ...] = ()
         architecture = None if case.traced else choices.architecture(torch.empty(0, device=case.device))
-        if architecture is not None and case.stream == case.dtype and choices.known(self.name):
+        if architecture is not None and choices.known(self.name):
             measured = choices.order(self.name, architecture, {**case.sizes(), **sizes})
         found = asked(self.backends, case.forced, measured, lambda each: refusal(each, case))
         return {each.name: reason for each, reason in found}

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import cpu
@@ -50,6 +51,7 @@ def patch_embed_reference(
     mean: Sequence[float],
     std: Sequence[float],
     eps: float,
+    spare: bool,
 ) -> Tensor:
     (width, _, patch, _), count = weight.shape, frames.shape[0]
     grid, kernel, bias = by_patch(frames, patch).to(weight.dtype), weight.reshape(width, -1), None
@@ -60,7 +62,7 @@ def patch_embed_reference(
     # z0 = [x_class, E x_1, ..., E x_N] + e_spa
     class_F1D = class_embedding.to(patches_FND.dtype).expand(count, 1, width)
     tokens_FLD = torch.cat([class_F1D, patches_FND], dim=1) + position
-    return layer_norm_reference(tokens_FLD, ln_weight, ln_bias, eps)
+    return layer_norm_reference(F.pad(tokens_FLD, (0, 0, 0, int(spare))), ln_weight, ln_bias, eps)
 
 
 def _refuse(frames: Tensor, weight: Tensor, *_: Any) -> str | None:
@@ -68,9 +70,9 @@ def _refuse(frames: Tensor, weight: Tensor, *_: Any) -> str | None:
     return None if 1 <= width <= 2048 else f"width {width} is not between 1 and 2048"
 
 
-def _saved(frames: Tensor, weight: Tensor, class_embedding: Tensor, position: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    """The tokens before LN_pre (F, L, D) and the mean and 1 / sigma of each (F, L)."""
-    shape = (frames.shape[0], *position.shape)
+def _saved(frames: Tensor, weight: Tensor, class_embedding: Tensor, position: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    """The tokens before LN_pre (F, L or L + 1, D) and the mean and 1 / sigma of each."""
+    shape = (frames.shape[0], position.shape[0] + rest[-1], position.shape[1])
     tokens = weight.new_empty(shape, dtype=torch.promote_types(weight.dtype, position.dtype))
     return tokens, *(weight.new_empty(shape[:2], dtype=torch.float32) for _ in range(2))
 
@@ -82,7 +84,7 @@ def _example(sizes: Sizes, make: Maker) -> tuple[Any, ...]:
         make.levels(sizes.sequences, sizes.image, sizes.image, 3),
         weight.view(width, 3, patch, patch),
         *(class_embedding, make.normal(sizes.tokens, width), *make.norm(width)),
-        *([0.485, 0.456, 0.406], [0.229, 0.224, 0.225], 1e-5),
+        *([0.485, 0.456, 0.406], [0.229, 0.224, 0.225], 1e-5, True),
     )
 
 
@@ -111,6 +113,7 @@ def patch_embed(
     mean: Sequence[float],
     std: Sequence[float],
     eps: float = 1e-5,
+    spare: bool = False,
 ) -> Tensor:
     """Frames to the tokens that enter the first block (equation 4 and CLIP's LN_pre).
 
@@ -121,11 +124,12 @@ def patch_embed(
         position: (L, D), L = H W / P^2 + 1.
         ln_weight, ln_bias: (D,).
         mean, std: three numbers each, of pixels in [0, 1]; folded into the weight for uint8, unused for float.
+        spare: a row more for each frame, for the message of the first block.
 
     Returns:
-        (F, L, D).
+        (F, L, D), or (F, L + 1, D) with a spare row of finite numbers behind each frame's.
     """
     parameters = weight, class_embedding, position, ln_weight, ln_bias
     if type(frames) is Tensor and not frames.requires_grad and cpu.takes(*parameters) and len(frames):
-        return cpu.patch_embed(frames, *parameters[:3], parameters[3:], mean, std, eps)
-    return _op(frames, *parameters, list(mean), list(std), eps)
+        return F.pad(cpu.patch_embed(frames, *parameters[:3], parameters[3:], mean, std, eps), (0, 0, 0, int(spare)))
+    return _op(frames, *parameters, list(mean), list(std), eps, spare)

@@ -52,7 +52,7 @@ def test_typical_arguments_are_what_the_ops_take(dtype):
         "cct_block": (8, 198, 768),
         "ln_linear_fp8": (8, 197, 2304),
         "mlp_fp8": (8, 197, 768),
-        "patch_embed": (8, 197, 768),
+        "patch_embed": (8, 198, 768),
         "layer_norm": (8, 197, 768),
         "quick_gelu": (8, 197, 3072),
         "cosine_logits": (1, 16),

@@ -38,20 +38,20 @@ def test_the_rehearsal_measures_and_writes_nothing(home: Path) -> None:
 
 @pytest.fixture
 def gpu(home: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """A Hopper that is not there; the calls of the measurement, which leaves a row."""
+    """A GPU of an architecture that no table knows; the calls of the measurement, which leaves a row."""
     calls: list[list[str]] = []
 
     def measured(arguments: list[str], progress: Any) -> int:
         calls.append(arguments)
         progress(1, 1)
         if "--backends" in arguments:
-            row = {"arch": 90, "where": {}, "milliseconds": {"library": 1.0}}
+            row = {"arch": 100, "where": {}, "milliseconds": {"library": 1.0}}
             kernels_tune.merge(tables.user_table("choices.json"), {"norm_linear": [row]})
             choices.forget()
         return 0
 
     monkeypatch.setattr(kernels_tune, "main", measured)
-    monkeypatch.setattr(choices, "architecture", lambda x: 90)
+    monkeypatch.setattr(choices, "architecture", lambda x: 100)
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *size, device: empty(*size))
     yield calls
@@ -63,6 +63,14 @@ def test_a_long_job_tunes_once_within_its_minute(gpu: list[list[str]]) -> None:
         tuning.tune_before(B16, LONG_JOB, CUDA)
     assert [arguments[:2] for arguments in gpu] == [["--model", "B/16"]] * 2  # tiles, then backends
     assert sum(float(arguments[3]) for arguments in gpu) <= 60
+
+
+def test_no_job_tunes_where_the_shipped_table_knows_the_gpu(
+    gpu: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(choices, "architecture", lambda x: 90)
+    tuning.tune_before(B16, LONG_JOB, CUDA)
+    assert not gpu
 
 
 def test_training_earns_the_minute_back_sooner(gpu: list[list[str]]) -> None:

@@ -129,6 +129,10 @@ def work(name: str, given: dict[str, Any]) -> Work:
         return _product(name, moved, rows, columns, a.shape[-1])
     if name in ("gemm.gemm_kernel", "message_kv.message_rows_kernel"):
         return _product(name, moved, given["M"], given["N"], given["K"])
+    if name == "message_kv.message_attention_kernel":
+        rows, width = given["M"], given["K"]
+        qkv = _product(name, moved, rows, 3 * width, width)
+        return dataclasses.replace(qkv, operations=qkv.operations + 4 * rows * width * given["frames"])
     if name == "patch_embed.patch_embed_fwd_kernel":
         return _product(name, moved, given["rows"], *given["kernel_ptr"].shape)
     if "attention" in name:
@@ -136,8 +140,6 @@ def work(name: str, given: dict[str, Any]) -> Work:
         packed = given.get("qkv_ptr")
         if packed is None:  # torch's: queries, keys, values (F, H, S, C); in backward a gradient comes first
             summed = tensors[0].numel() * tensors[1 + ("backward" in name)].shape[-2]
-        elif "message" in name:
-            summed = packed.numel() // 3 * given["frames"]
         else:
             summed = packed.numel() // 3 * packed.shape[1]
         return Work(name, "attention", moved, 2 * products * summed)

@@ -10,7 +10,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
-from unittest import mock
 
 import measuring
 import torch
@@ -34,7 +33,6 @@ from contenders import (
 from labels import label_list
 from measuring import largest_error
 from torch import Tensor
-from xclip_fast.kernels import overlap
 
 import xclip_fast
 from xclip_fast import flops
@@ -42,7 +40,6 @@ from xclip_fast.config import VARIANTS, TextConfig, VisionConfig, XCLIPConfig
 
 from .case import Job, Row
 
-UNFORKED = f"{GRAPHED}, one after the other"
 Calls = dict[str, Callable[[], Any]]
 OUTSIDE = {"tower": ("text", "prompts", "similarity"), "whole": ("text",)}  # parts that the work does not include
 
@@ -181,7 +178,7 @@ def inference(
             calls: Calls = {OURS: call}
             calls |= {f"{OURS} {name}": under(name, call) for name in backends}
             if graph:
-                calls |= graphs(job, model, video)
+                calls[GRAPHED] = graphed(job, model, video)
             if fp8:
                 with job.trying(FP8, row := {**base, "contender": FP8}):
                     if FP8 not in job.without:
@@ -199,63 +196,77 @@ def inference(
             yield from rows_of(job, found, base, truth, 1e-3 * (limit["ms"] or 0.0))
 
 
-def graphs(job: Job, model: xclip_fast.XCLIP, video: Tensor) -> Calls:
-    """The tower as a CUDA graph, and as one whose message path runs after the projection instead of in parallel."""
-    if job.device == "cpu":  # a rehearsal has no graphs
-        return dict.fromkeys((GRAPHED, UNFORKED), functools.partial(model.encode_video, video))
-    graphed = model.graphed(*video.shape[:2])
-    plain = type(graphed)(model, *video.shape[:2])
-    with mock.patch.object(overlap, "is_captured", return_value=False):
-        plain(video)
-    return {GRAPHED: lambda: graphed(video), UNFORKED: lambda: plain(video)}
+def graphed(job: Job, model: xclip_fast.XCLIP, video: Tensor) -> Callable[[], Any]:
+    """The tower as a CUDA graph; a rehearsal has none."""
+    tower = model.encode_video if job.device == "cpu" else model.graphed(*video.shape[:2])
+    return functools.partial(tower, video)
 
 
-def kernels(job: Job, variant: str, batch: int, backends: tuple[str, ...] = ()) -> Iterator[Row]:
-    """The GPU kernels of one tower and of one training step of each contender: [name, calls, microseconds in all]."""
-    model = build(job, variant)
-    video = videos(job, model, batch)
-    tower = work_of(job, model, video, "tower")
-    calls: dict[tuple[str, str], Callable[[], Any]] = {("tower", OURS): tower}
-    calls |= {("tower", f"{OURS} {name}"): under(name, tower) for name in backends}
-    if HF_INSTALLED:
-        calls["tower", EAGER] = peer_of(job, model, video, "tower")
-    _, contenders = training_contenders(job, variant, batch, HF_INSTALLED)
-    for name, contender in contenders.items():
-        calls["training step", name] = contender.step
-    calls |= {("training step", f"{OURS} {name}"): under(name, contenders[OURS].step) for name in backends}
-    for (op, name), call in calls.items():
+def kernels(
+    job: Job, variant: str, batch: int, backends: tuple[str, ...] = (), step: bool = False, graph: bool = False
+) -> Iterator[Row]:
+    """The GPU kernels of one call of the tower, or of a training step: [name, calls, microseconds in all]; and the time
+    in which the CPU launched them."""
+    op = "training step" if step else "tower"
+    calls: Calls = {}
+    if step:
+        _, contenders = training_contenders(job, variant, batch, HF_INSTALLED)
+        calls = {name: contender.step for name, contender in contenders.items()}
+    else:
+        model = build(job, variant)
+        video = videos(job, model, batch)
+        calls = {OURS: work_of(job, model, video, "tower")}
+        if graph:
+            calls[GRAPHED] = graphed(job, model, video)
+        if HF_INSTALLED:
+            calls[EAGER] = peer_of(job, model, video, "tower")
+    calls |= {f"{OURS} {name}": under(name, calls[OURS]) for name in backends}
+    for name, call in calls.items():
         row: Row = {"op": op, "variant": named(job, variant), "batch": batch, "precision": job.precision}
         row |= {"contender": name, "direction": "kernels"}
-        with job.trying(f"{op} {name}", row), torch.inference_mode(op == "tower"):
-            if f"{op} {name}" in job.without:
+        with job.trying(name, row), torch.inference_mode(not step):
+            if name in job.without:
                 continue
-            row["kernels"] = kernels_of(job, call)
+            row["kernels"], row["launching_ms"] = kernels_of(job, call)
             row["busy_ms"] = 1e-3 * sum(us for _, _, us in row["kernels"])
         yield row
 
 
-def kernels_of(job: Job, call: Callable[[], Any]) -> list[tuple[str, int, float]]:
-    """(name, calls, microseconds in all) of each kernel of a call, the longest first; on a CPU, of each operator."""
+def kernels_of(job: Job, call: Callable[[], Any]) -> tuple[list[tuple[str, int, float]], float]:
+    """(name, calls, microseconds in all) of each kernel of a call, the longest first; on a CPU, of each operator.
+    Then the least milliseconds, of five calls, until a call returns."""
     from torch.profiler import ProfilerActivity, profile
 
     activity, time_of = ProfilerActivity.CUDA, "self_device_time_total"
     if job.device == "cpu":
         activity, time_of = ProfilerActivity.CPU, "self_cpu_time_total"
-    call()
-    with job.quiet(), profile(activities=[activity]) as found:
-        call()
+
+    def wait() -> None:
         if job.device == "cuda":
             torch.cuda.synchronize()
+
+    call()
+    with job.quiet():
+        wait()
+        times = []
+        for _ in range(5):
+            begin = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - begin)
+            wait()
+        with profile(activities=[activity]) as found:
+            call()
+            wait()
     rows = [(event.key[:120], event.count, getattr(event, time_of)) for event in found.key_averages()]
-    return sorted(rows, key=lambda row: -row[2])
+    return sorted(rows, key=lambda row: -row[2]), 1e3 * min(times)
 
 
-def compiled(job: Job, variant: str, batch: int) -> Iterator[Row]:
+def compiled(job: Job, variant: str, batch: int, mode: str = "default") -> Iterator[Row]:
     """Ours and Hugging Face's tower under torch.compile, which is compiled in the background before."""
     model = build(job, variant)
     video = videos(job, model, batch)
     base: Row = {"op": "tower", "variant": named(job, variant), "batch": batch, "precision": job.precision}
-    how: dict[str, Any] = {"backend": "aot_eager"} if job.tiny else {"mode": "max-autotune"}
+    how: dict[str, Any] = {"backend": "aot_eager"} if job.tiny else {"mode": mode}
     with torch.inference_mode():
         eager = peer_of(job, model, video, "tower")
         peer = torch.compile(eager, **how)
@@ -270,7 +281,7 @@ def compiled(job: Job, variant: str, batch: int) -> Iterator[Row]:
         job.turn()
         found = job.measure({OURS: work_of(job, model, video, "tower"), EAGER: eager, COMPILED: peer}, 8.0)
         for row in rows_of(job, found, base, EAGER, 0.0):
-            yield {**row, **({"compile_s": took} if row["contender"] == COMPILED else {})}
+            yield {**row, **({"compile_s": took, **how} if row["contender"] == COMPILED else {})}
 
 
 def step(job: Job, variant: str, batch: int, backends: tuple[str, ...] = ()) -> Iterator[Row]:
@@ -336,7 +347,7 @@ def once(job: Job, variant: str, batch: int, backend: str, kind: str) -> Row:
         with torch.inference_mode():
             right = under("reference", work_of(job, model, video, "tower" if kind != "whole" else kind))()
             if kind == "graph":
-                got = graphs(job, model, video)[GRAPHED]()
+                got = graphed(job, model, video)()
             elif kind == "fp8":
                 got = under(backend, work_of(job, quantized(model), video, "tower"))()
             else:

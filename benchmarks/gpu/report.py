@@ -49,6 +49,7 @@ def _line(row: Row, *first: str) -> str:
     forms = {
         "ms": "{:.3f} ms",
         "busy_ms": "its kernels {:.3f} ms",
+        "launching_ms": "launched in {:.3f} ms",
         "views_per_second": "{:.0f} views/s",
         "over_limit": "{:.2f} of the limit",
         "to_ours": "{:.2f} of ours",

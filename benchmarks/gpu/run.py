@@ -25,6 +25,7 @@ PRELOADED = (
     "measuring",
     "xclip_fast",
     "triton.language",
+    "transformers.models.x_clip.modeling_x_clip",
     "gpu.case",
 )  # importing them does not start CUDA
 HANG_SECONDS = 8.0  # time limit of a case that hangs in a rehearsal

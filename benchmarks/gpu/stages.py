@@ -22,6 +22,7 @@ SECONDS = {  # limit of each stage; 380 s for the first four
     "table": 60.0,
     "files": 60.0,
 }
+TESTS = ""  # of the GPU tests, those that match this expression; gpu_check.py sets it
 BACKENDS = ("reference", "library", "triton", "cuda")  # each is forced, in addition to the default
 
 
@@ -46,7 +47,7 @@ def smoke(rehearse: bool) -> list[Case]:
                 options = {"op": op, "backend": name}
                 cases.append(Case(f"{op} {name}", "smoke:op", options, 40, together=True))
     models = [("tower", name) for name in ("auto", "triton", "cuda", "library")]
-    models += [("training step", name) for name in ("auto", "triton", "cuda", "library")]
+    models += [("training step", name) for name in ("auto", "triton", "library")]
     models += [("whole", "auto"), ("graph", "auto"), ("fp8", "auto")]
     if rehearse:
         models = [("tower", "triton"), ("training step", "triton"), *models[-3:]]
@@ -75,13 +76,15 @@ def headline(rehearse: bool) -> list[Case]:
         inference("B/16 32", "B/16-8f", many, 60, kinds=both, backends=names),
         inference("B/16 8", "B/16-8f", some, 50, kinds=both, backends=names[:1] if rehearse else names),
         inference("B/16 1", "B/16-8f", few, 40, backends=names[:1], graph=True),
-        Case("B/16 step", "headline:step", {"variant": "B/16-8f", "batch": many, "backends": names}, 60),
-        Case("kernels", "headline:kernels", {"variant": "B/16-8f", "batch": many, "backends": names[1:]}, 40),
-        Case("HF compiled", "headline:compiled", {"variant": "B/16-8f", "batch": many}, 60, early=True),
+        Case("B/16 step", "headline:step", {"variant": "B/16-8f", "batch": many, "backends": names[:3]}, 60),
+        Case("kernels", "headline:kernels", {"variant": "B/16-8f", "batch": many, "backends": names[1:]}, 30),
+        Case("kernels step", "headline:kernels", {"variant": "B/16-8f", "batch": many, "step": True}, 30),
+        Case("kernels 1", "headline:kernels", {"variant": "B/16-8f", "batch": few, "graph": True}, 30),
         inference("L/14 32", "L/14-8f", many, 40),
         inference("B/32 32", "B/32-8f", many, 30),
         inference("B/16 fp8", "B/16-8f", many, 40, fp8=True),
         inference("B/16 256", "B/16-8f", 4 if rehearse else 256, 50),
+        Case("HF compiled", "headline:compiled", {"variant": "B/16-8f", "batch": many}, 90, early=True),
     ]
     if importlib.util.find_spec("transformers") is None:
         cases = [case for case in cases if not case.early]
@@ -111,16 +114,17 @@ def attention(rehearse: bool) -> list[Case]:
 
 
 def tests(rehearse: bool) -> list[Case]:
+    """The GPU tests, or those that ``TESTS`` selects (pytest's -k)."""
     word = "def test" if rehearse else "mark.gpu"
     files = [
         str(path.relative_to(ROOT))
         for path in sorted((ROOT / "tests").rglob("test_*.py"))
         if word in path.read_text(encoding="utf-8")
     ]
-    options = {"files": files, "select": "gpu", "workers": 8}
+    options = {"files": files, "select": "gpu", "workers": 12, "matching": TESTS}
     if rehearse:
         files = [file for file in files if file.endswith("test_sampling.py")]
-        options = {"files": files, "select": "not gpu", "workers": 1}
+        options = {"files": files, "select": "not gpu", "workers": 1, "matching": TESTS}
     return [Case("pytest", "suite:tests", options, SECONDS["tests"])]
 
 

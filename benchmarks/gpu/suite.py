@@ -24,7 +24,7 @@ def cuda_library(job: Job, traced: str) -> Iterator[Row]:
     """The tests of the CUDA library. If one fails, a library with CUTLASS's trace (XCLIP_FAST_TRACE) says why."""
     file = "tests/kernels/test_cuda_library.py"
     row: Row = {}
-    for row in tests(job, [file], "gpu", 2):
+    for row in tests(job, [file], "gpu", 2, ""):
         yield row
     if row.get("exit_code") and Path(traced).exists():
         command = [sys.executable, "-c", PYTEST, file, "-m", "gpu", "-q", "-o", "addopts=--import-mode=importlib"]
@@ -37,13 +37,13 @@ def cuda_library(job: Job, traced: str) -> Iterator[Row]:
         yield {"contender": "cuda", "right": False, "note": said}
 
 
-def tests(job: Job, files: list[str], select: str, workers: int) -> Iterator[Row]:
+def tests(job: Job, files: list[str], select: str, workers: int, matching: str) -> Iterator[Row]:
     """A row for each test, when it ends."""
     if importlib.util.find_spec("pytest") is None:
         yield {"note": "not run: pytest is not installed"}
         return
     command = [sys.executable, "-c", PYTEST, *files, "-m", select, "-q", "-p", "no:cacheprovider", "-p", "gpu.watch"]
-    command += ["-o", "addopts=--import-mode=importlib"]
+    command += ["-o", "addopts=--import-mode=importlib", "-k", matching]
     if workers > 1 and importlib.util.find_spec("xdist"):
         command += ["-n", str(workers), "--max-worker-restart", "1000"]
     with tempfile.TemporaryDirectory() as folder:

@@ -1,20 +1,45 @@
 // What happens to the accumulator, elementwise in float32, as compute nodes of CUTLASS's epilogue visitor trees.
 #pragma once
 
-#include <cmath>
-
 #include "cutlass/array.h"
 #include "cutlass/cutlass.h"
 
 namespace xclip_fast {
 
-// quick_gelu(u) = u sigmoid(1.702 u). Where exp overflows the quotient is -0, its limit.
-CUTLASS_HOST_DEVICE float quick_gelu(float u) {
-#if defined(__CUDA_ARCH__)
-  return __fdividef(u, 1.0f + __expf(-1.702f * u));
-#else
-  return u / (1.0f + std::exp(-1.702f * u));
-#endif
+// MUFU's exponential and reciprocal; denormal numbers count as 0.
+CUTLASS_DEVICE float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+CUTLASS_DEVICE float reciprocal_approx(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// quick_gelu(u) = u sigmoid(1.702 u) = u / d with d = 1 + 2^(-1.702 log2(e) u). Four numbers share one reciprocal: 1 / d0
+// = d1 (d2 d3) / (d0 d1 d2 d3). The exponent ends at 31, so that the product of four stays finite: below u = -12.6
+// sigmoid is 2^-31 in place of less.
+template <int N>
+CUTLASS_DEVICE cutlass::Array<float, N> quick_gelu(cutlass::Array<float, N> const& u) {
+  static_assert(N % 4 == 0);
+  cutlass::Array<float, N> result;
+  CUTLASS_PRAGMA_UNROLL
+  for (int i = 0; i < N; i += 4) {
+    float d[4];
+    CUTLASS_PRAGMA_UNROLL
+    for (int j = 0; j < 4; ++j) {
+      d[j] = 1.0f + exp2_approx(fminf(-2.4554669595930156f * u[i + j], 31.0f));
+    }
+    float const low = d[0] * d[1], high = d[2] * d[3], inverse = reciprocal_approx(low * high);
+    float const of_low = inverse * high, of_high = inverse * low;
+    result[i] = u[i] * (of_low * d[1]);
+    result[i + 1] = u[i + 1] * (of_low * d[0]);
+    result[i + 2] = u[i + 2] * (of_high * d[3]);
+    result[i + 3] = u[i + 3] * (of_high * d[2]);
+  }
+  return result;
 }
 
 // A node is a template over one type: the visitor names it with float and applies it to fragments of N floats.
@@ -43,11 +68,10 @@ struct NormLinearValue {
 template <class T>
 struct NormLinear : Elementwise<NormLinearValue, T> {};
 
-struct QuickGeluValue {
-  CUTLASS_HOST_DEVICE static float value(float u) { return quick_gelu(u); }
-};
 template <class T>
-struct QuickGelu : Elementwise<QuickGeluValue, T> {};
+struct QuickGelu {
+  CUTLASS_DEVICE T operator()(T const& u) const { return quick_gelu(u); }
+};
 
 // residual + s (x W + b)
 struct AddResidualValue {
@@ -67,13 +91,18 @@ struct ScaledValue {
 template <class T>
 struct Scaled : Elementwise<ScaledValue, T> {};
 
-struct ScaledGeluValue {
-  CUTLASS_HOST_DEVICE static float value(float acc, float row, float column, float bias, float inverse) {
-    return quick_gelu(row * (column * acc) + bias) * inverse;
+// quick_gelu of that, times one number
+template <class T>
+struct ScaledGelu {
+  CUTLASS_DEVICE T operator()(T const& acc, T const& row, T const& column, T const& bias, T const& inverse) const {
+    T result = quick_gelu(Scaled<T>{}(acc, row, column, bias));
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < T::kElements; ++i) {
+      result[i] *= inverse[i];
+    }
+    return result;
   }
 };
-template <class T>
-struct ScaledGelu : Elementwise<ScaledGeluValue, T> {};
 
 struct ScaledResidualValue {
   CUTLASS_HOST_DEVICE static float value(float acc, float column, float bias, float residual) {

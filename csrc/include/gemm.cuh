@@ -3,12 +3,15 @@
 // x (M, K) is row-major, W (N, K) is row-major too: for CUTLASS a column-major (K, N). y (M, N) is row-major.
 #pragma once
 
+#include <atomic>
+
 #include "cutlass/cutlass.h"
 #include "cutlass/epilogue/collective/collective_builder.hpp"
 #include "cutlass/epilogue/fusion/sm90_visitor_compute_tma_warpspecialized.hpp"
 #include "cutlass/epilogue/fusion/sm90_visitor_load_tma_warpspecialized.hpp"
 #include "cutlass/epilogue/fusion/sm90_visitor_store_tma_warpspecialized.hpp"
 #include "cutlass/gemm/collective/collective_builder.hpp"
+#include "cutlass/device_kernel.h"
 #include "cutlass/gemm/device/gemm_universal_adapter.h"
 #include "cutlass/gemm/kernel/gemm_universal.hpp"
 #include "cutlass/epilogue/thread/activation.h"
@@ -63,9 +66,23 @@ struct Norm {
   static typename Tree::Arguments arguments(Arguments const& given, int64_t) { return norm_arguments<Tree>(given); }
 };
 
-// y = quick_gelu(u); u is stored as well, unless its pointer is null
+// y = quick_gelu(u)
 template <class Tile, class Element>
 struct NormGelu {
+  using Source = void;
+  using Output = Element;
+  using Inner = NormNode<Tile, float>;
+  using Tree = Apply<QuickGelu, Element, Inner>;
+  using Arguments = NormArguments;
+  static typename Tree::Arguments arguments(Arguments const& given, int64_t) {
+    return {norm_arguments<Inner>(given), {}};
+  }
+};
+
+// y = quick_gelu(u); u is stored as well, unless its pointer is null. Its buffers in shared memory leave a stage less to
+// the main loop.
+template <class Tile, class Element>
+struct NormGeluKept {
   using Source = void;
   using Output = Element;
   using Descriptor = epilogue::detail::EpilogueDescriptor<typename Tile::Shape, epilogue::EpilogueTileAuto, Source,
@@ -84,20 +101,25 @@ struct NormGelu {
 };
 
 // y = residual + s (x W^T + b)
-template <class Tile, class Output, class Element>
+template <class Tile, class Output, class Source>
 using ResidualNode =
-    Apply<AddResidual, Output, fusion::Sm90AccFetch, OfColumn<Tile>, OfRow<Tile>, fusion::Sm90SrcFetch<Element>>;
+    Apply<AddResidual, Output, fusion::Sm90AccFetch, OfColumn<Tile>, OfRow<Tile>, fusion::Sm90SrcFetch<Source>>;
 
-template <class Tile, class Element>
-struct Residual {
-  using Source = Element;
-  using Output = Element;
-  using Tree = ResidualNode<Tile, Element, Element>;
+// The residual and y in `Stream`.
+template <class Tile, class Stream>
+struct ResidualIn {
+  using Source = Stream;
+  using Output = Stream;
+  using Tree = ResidualNode<Tile, Stream, Stream>;
   using Arguments = ResidualArguments;
   static typename Tree::Arguments arguments(Arguments const& given, int64_t) {
     return {{}, {given.bias, 0.0f, {}}, {given.scale, 1.0f, {}}, {}, {}};
   }
 };
+template <class Tile, class Element>
+using Residual = ResidualIn<Tile, Element>;
+template <class Tile, class>
+using ResidualFp32 = ResidualIn<Tile, float>;
 
 // Sums along a row of the tile, in float32; `Add` takes what was summed so far and the next value. CUTLASS writes those
 // of each tile to memory and leaves it to us to merge them: no atomics, the same bits in every run.
@@ -201,13 +223,39 @@ struct Product {
     if (Gemm::can_implement(arguments) != cutlass::Status::kSuccess || Gemm::get_workspace_size(arguments) != 0) {
       return XCLIP_FAST_REFUSED;
     }
-    auto const stream = static_cast<cudaStream_t>(given.stream);
-    Gemm gemm;
-    cutlass::Status status = gemm.initialize(arguments, nullptr, stream);
-    if (status == cutlass::Status::kSuccess) {
-      status = gemm.run(stream);
+    if (int const code = allow_shared_memory(given.device)) {
+      return code;
     }
-    return status == cutlass::Status::kSuccess ? XCLIP_FAST_OK : failure();
+    typename Kernel::Params params = Kernel::to_underlying_arguments(arguments, nullptr);
+    cudaLaunchAttribute cluster;
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim = {Tile::kCluster, 1, 1};
+    cudaLaunchConfig_t config = {};
+    config.gridDim = Kernel::get_grid_shape(params);
+    config.blockDim = Kernel::get_block_shape();
+    config.dynamicSmemBytes = Kernel::SharedStorageSize;
+    config.stream = static_cast<cudaStream_t>(given.stream);
+    config.attrs = &cluster;
+    config.numAttrs = 1;
+    void* pointers[] = {&params};
+    return cudaLaunchKernelExC(&config, entry(), pointers) == cudaSuccess ? XCLIP_FAST_OK : failure();
+  }
+
+ private:
+  static void const* entry() { return reinterpret_cast<void const*>(cutlass::device_kernel<Kernel>); }
+
+  // Once for each device: the setting stays. `device` is current; facts() has checked that it is below 64.
+  static int allow_shared_memory(int device) {
+    static std::atomic<uint64_t> allowed{0};
+    uint64_t const bit = uint64_t(1) << device;
+    if (!(allowed.load(std::memory_order_relaxed) & bit)) {
+      if (cudaFuncSetAttribute(entry(), cudaFuncAttributeMaxDynamicSharedMemorySize, Kernel::SharedStorageSize) !=
+          cudaSuccess) {
+        return failure();
+      }
+      allowed.fetch_or(bit, std::memory_order_relaxed);
+    }
+    return XCLIP_FAST_OK;
   }
 };
 

@@ -29,8 +29,9 @@ struct NormArguments {
   void* u;
 };
 
-// The last five for row statistics of the result. The partial sums are m-major, a column of tiles after the other.
+// `stream_dtype` is that of the residual and y. The last five are for row statistics of the result. The partial sums are m-major, a column of tiles after the other.
 struct ResidualArguments {
+  int stream_dtype;
   float const* bias;
   float const* scale;
   float* sums;

@@ -1,7 +1,7 @@
 // The tiles of the products: rows, columns and depth of a block's share of y, the cluster, the schedule.
 //
 // Pingpong: two groups of warps, each with a tile of its own, one in its epilogue while the other multiplies. Tiles of
-// 8-bit operands have the same names, and twice the depth. None has been measured; docs/kernels.md says why these.
+// 8-bit operands have the same names, and twice the depth. docs/kernels.md says why these.
 #pragma once
 
 #include "cute/tensor.hpp"
@@ -29,15 +29,16 @@ using Wide = Tile<XCLIP_FAST_TILE_WIDE, 128, 192, 2>;
 using SquareFp8 = Tile<XCLIP_FAST_TILE_SQUARE, 128, 128, 2, 128, Fp8Schedule>;
 using WideFp8 = Tile<XCLIP_FAST_TILE_WIDE, 128, 192, 2, 128, Fp8Schedule>;
 
-// Cycles of a product, estimated: whole waves of tiles, each bound by the tensor cores or by what it reads of L2 (64
-// bytes a cycle; a cluster reads w once), and the last epilogue, which nothing hides. It only orders the tiles.
+// Cycles of a product, estimated: whole waves of tiles, each bound by the tensor cores (2,048 multiply-adds a cycle) or
+// by what it reads of L2 (64 bytes a cycle; a cluster reads w once), about 700 more for each tile, by an H200's times,
+// and the last epilogue, which nothing hides. It only orders the tiles; with 8-bit operands the first two are half.
 template <class Tile>
 int64_t estimated_cycles(Operands const& given) {
-  constexpr int kMultiplied = Tile::kRows * Tile::kColumns / 4096;
+  constexpr int kMultiplied = Tile::kRows * Tile::kColumns / 2048;
   constexpr int kRead = (Tile::kRows + Tile::kColumns / Tile::kCluster) * 2 / 64;
   int64_t const tiles = ((given.m + Tile::kRows - 1) / Tile::kRows) * ((given.n + Tile::kColumns - 1) / Tile::kColumns);
   int64_t const waves = (tiles + given.processors - 1) / given.processors;
-  return waves * given.k * (kMultiplied > kRead ? kMultiplied : kRead) + Tile::kRows * Tile::kColumns / 5;
+  return waves * (given.k * (kMultiplied > kRead ? kMultiplied : kRead) + 700) + Tile::kRows * Tile::kColumns / 5;
 }
 
 }  // namespace xclip_fast

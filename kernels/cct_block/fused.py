@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import choices, dispatch, overlap, triton
+from .. import choices, dispatch, triton
 from ..arguments import GELUS, Block
 from ..attention import ATTENTION, PACKED_ATTENTION, WINDOW_ATTENTION
 from ..layer_norm import WIDEST_ROW
@@ -41,9 +41,9 @@ def case_of(b: Block, training: bool) -> Case:
     """The kind of call that these arguments are."""
     x, device = b.x, b.x.device
     width, packed = int(x.shape[-1]), b.offsets is not None
-    dtype, kind = b.in_weight.dtype, device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(kind)
+    dtype = b.in_weight.dtype
+    if dtype != torch.float64:
+        dtype = dispatch.autocast_dtype(device.type) or dtype
     drops = (b.drop_fusion, b.drop_attention, b.drop_feed_forward)
     if b.backend:  # traced: sizes may be symbols, and the plan must not depend on them
         count, length, rows = 1, 1, 1
@@ -169,7 +169,7 @@ def inference_plan(b: Block) -> Plan | None:
         return None
     if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in b):
         return None
-    if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
+    if dispatch.autocast_dtype(x.device.type):
         return None  # the op lowers the weights
     found = plan(case_of(b, False))
     return None if isinstance(found, str) else found
@@ -222,7 +222,8 @@ def run(save: bool, b: Block, p: Plan) -> tuple[tuple[Tensor, ...], tuple[Tensor
     z, known_2, mixed, attention_saved = _diffuse(save, b, p, qkv, dtype, later)
     # y = z + FFN(LN_2(z))
     h, u, known_2 = p.fc.forward(save, z, known_2, Layer(norm_2, b.fc_weight, b.fc_bias, b.activation))
-    leave = b.statistics and b.rows is None and p.qkv.name != "library"  # who reads its rows anyway has no use for them
+    # what reads the rows anyway has no use for them
+    leave = b.statistics and b.rows is None and p.qkv.name != "library" and b.x.dtype == b.in_weight.dtype
     if in_place:
         y, left, leave = torch.addmm(z, h, b.projection_weight.T, out=z), Normed(), False
     else:
@@ -245,15 +246,9 @@ def _with_message(
     is known of LN_1; what backward wants. ``project`` takes the messages in place of the spare rows, or None."""
     if p.message is None:
         return *project(None), ()
-    start = functools.partial(p.message.forward, save, b)
-    if overlap.is_captured(b.x):  # both read only x
-        (_, write, saved), (qkv, known) = overlap.side_by_side(b.x, start, functools.partial(project, None))
-        included = False
-    else:
-        message, write, saved = start()
-        qkv, known = project(message)
-        included = message is not None and known.rows is not None
-    if not included:
+    message, write, saved = p.message.forward(save, b)
+    qkv, known = project(message)
+    if message is None or known.rows is None:
         write(qkv.view(*b.x.shape[:2], -1)[:, -1, b.x.shape[2] :])
     return qkv, known, saved
 

@@ -152,7 +152,8 @@ def _fused_residual(
     product: Callable[..., tuple[Tensor, ...]], a: Tensor, weight: Tensor, bias: Tensor, to: Target
 ) -> tuple[Tensor, Normed]:
     eps = to.norm.eps if to.norm else 0.0
-    wanted = eps if to.statistics or to.norm else None
+    # a product reads only rows of its own dtype: what normalizes other rows first computes their statistics
+    wanted = eps if (to.statistics or to.norm) and to.x.dtype == weight.dtype else None
     z, *found = product(a, weight, bias=bias, residual=to.x, drop_scale=to.drop_scale, statistics_eps=wanted)
     return z, Normed(None, *found)
 
@@ -168,7 +169,7 @@ def _refuse_float32(case: Case) -> str | None:
 def _refuse_cuda(case: Case) -> str | None:
     if case.activation in GELUS:
         return "its epilogue has quick_gelu only"
-    if case.stream != case.dtype:
+    if case.stream != case.dtype and (case.dtype, case.stream) != (torch.bfloat16, torch.float32):
         return f"a residual stream of {case.stream} beside weights of {case.dtype}"
     if case.width % 8 or case.hidden % 8:
         return f"width {case.width}, {case.hidden} in the FFN: multiples of 8 wanted, for rows in whole 16 bytes"

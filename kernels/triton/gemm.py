@@ -144,12 +144,12 @@ def gemm_kernel(
                         u_tiles.store([tile_m * BLOCK_M, first], value.to(u_ptr.dtype.element_ty))
                     else:
                         tl.store(u_ptr + at_MN, value.to(u_ptr.dtype.element_ty), mask=inside)
-                value = quick_gelu_value(value)
+                value = quick_gelu_value(value, y_ptr.dtype.element_ty)
             if MODE == "slope":
                 u = tl.load(u_ptr + at_MN, mask=inside, other=0.0).to(tl.float32)
-                value *= quick_gelu_slope(u)
+                value *= quick_gelu_slope(u, y_ptr.dtype.element_ty)
                 if h_ptr is not None:
-                    h = quick_gelu_value(u).to(h_ptr.dtype.element_ty)
+                    h = quick_gelu_value(u, h_ptr.dtype.element_ty).to(h_ptr.dtype.element_ty)
                     if STORE_DESCRIPTORS:
                         h_tiles.store([tile_m * BLOCK_M, first], h)
                     else:

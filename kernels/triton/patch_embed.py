@@ -26,11 +26,12 @@ def patch_embed_fwd_kernel(
     kernel_ptr,  # (D, K or more): W, or W / (255 std) with its columns in the order of the pixels
     bias_ptr,  # (D,) float32, only if LEVELS
     position_ptr,  # (L, D)
-    tokens_ptr,  # (F, L, D): rows 1.. of each frame are written
+    tokens_ptr,  # (F, length, D): rows 1 to N of each frame are written
     rows,  # F N
     width,
     patches,
     across,  # patches of one row of the frame
+    length,
     frame_stride,
     channel_stride,
     y_stride,
@@ -74,15 +75,15 @@ def patch_embed_fwd_kernel(
     if LEVELS:
         total += tl.load(bias_ptr + d, mask=d < width, other=0.0)[None, :]
     total += tl.load(position_ptr + (1 + patch)[:, None] * width + d[None, :], mask=inside, other=0.0).to(tl.float32)
-    at = (frame * (patches + 1) + 1 + patch)[:, None] * width + d[None, :]
+    at = (frame * length + 1 + patch)[:, None] * width + d[None, :]
     tl.store(tokens_ptr + at, total.to(tokens_ptr.dtype.element_ty), mask=inside)
 
 
 def forward(save: bool, *args: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Of the arguments of ``patch_embed_reference``."""
-    frames, weight, class_embedding, position, ln_weight, ln_bias, mean, std, eps = args
+    frames, weight, class_embedding, position, ln_weight, ln_bias, mean, std, eps, spare = args
     count, down, across = _grid(frames, weight, position)
-    (length, width), patch = position.shape, weight.shape[-1]
+    width, patch, length = position.shape[1], weight.shape[-1], position.shape[0] + spare
     weight, position = weight.contiguous(), position.contiguous()
     levels = frames.dtype == torch.uint8
     depth = 3 * patch * patch
@@ -103,10 +104,22 @@ def forward(save: bool, *args: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor, .
     tokens = weight.new_empty(count, length, width, dtype=torch.promote_types(weight.dtype, position.dtype))
     options = tile("patch_embed", frames.device, bytes=weight.element_size(), rows=rows)
     grid = (cdiv(rows, options["BLOCK_M"]) * cdiv(width, options["BLOCK_N"]),)
-    numbers = (rows, width, down * across, across, frame_stride, channel_stride, y_stride, x_stride, kernel.stride(0))
+    numbers = (
+        rows,
+        width,
+        down * across,
+        across,
+        length,
+        frame_stride,
+        channel_stride,
+        y_stride,
+        x_stride,
+        kernel.stride(0),
+    )
     tensors = (frames, kernel, bias, position, tokens)
     launch(patch_embed_fwd_kernel, grid, *tensors, *numbers, LEVELS=levels, PATCH=patch, **options)
     tokens[:, 0] = class_embedding + position[0]
+    tokens[:, len(position) :] = 0
     _, out, *statistics = normalize(
         tokens.view(-1, width), ln_weight.contiguous(), ln_bias.contiguous(), eps, tokens.dtype, save
     )
@@ -128,7 +141,7 @@ def _grid(frames: Tensor, weight: Tensor, position: Tensor) -> tuple[int, int, i
 
 
 def backward(grads: Sequence[Any], saved: Sequence[Tensor], needs: Sequence[bool], *args: Any) -> list[Tensor]:
-    frames, weight, class_embedding, position, ln_weight, ln_bias, mean, std, _ = args
+    frames, weight, class_embedding, position, ln_weight, ln_bias, mean, std, *_ = args
     tokens, row_mean, row_rstd = saved
     count, down, across = _grid(frames, weight, position)
     width, _, patch, _ = weight.shape
@@ -137,13 +150,14 @@ def backward(grads: Sequence[Any], saved: Sequence[Tensor], needs: Sequence[bool
         rows_of(grads[0]), tokens.view(-1, width), row_mean.view(-1), row_rstd.view(-1), ln_weight.contiguous()
     )
     dtokens = dtokens.view(tokens.shape)
-    dposition = dtokens.sum(0, dtype=torch.float32)
+    length = len(position)  # a spare row has no gradient
+    dposition = dtokens[:, :length].sum(0, dtype=torch.float32)
     dframes = dweight = None
     if needs[1]:
-        # patches (F, L, K) with zeros for the class token, so that dtokens is read as it lies: dW = dtokens^T patches
-        patches = weight.new_zeros(count, position.shape[0], 3 * patch * patch)
+        # patches with rows of zeros for class and spare, so that dtokens is read as it lies: dW = dtokens^T patches
+        patches = weight.new_zeros(*tokens.shape[:2], 3 * patch * patch)
         grid = by_patch(frames, patch)
-        patches[:, 1:].view(grid.shape).copy_(grid).sub_(128 if levels else 0)
+        patches[:, 1:length].unflatten(1, grid.shape[1:3]).view(grid.shape).copy_(grid).sub_(128 if levels else 0)
         dkernel = linear(dtokens.to(weight.dtype).view(-1, width).T, patches.view(-1, patches.shape[2]).T)
         if levels:
             # W' = W / (255 std), channel last, and b' = sum W (128 / 255 - mean) / std
@@ -154,7 +168,7 @@ def backward(grads: Sequence[Any], saved: Sequence[Tensor], needs: Sequence[bool
             dkernel = dkernel.permute(0, 3, 1, 2)
         dweight = dkernel.reshape(weight.shape).to(weight.dtype, memory_format=torch.contiguous_format)
     if needs[0]:
-        dpatches = linear(dtokens[:, 1:].to(weight.dtype), weight.view(width, -1).T)
+        dpatches = linear(dtokens[:, 1:length].to(weight.dtype), weight.view(width, -1).T)
         grid = dpatches.view(count, down, across, 3, patch, patch).permute(0, 3, 1, 4, 2, 5)
         dframes = grid.reshape(frames.shape).to(frames.dtype)
     gradients = [

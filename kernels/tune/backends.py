@@ -64,6 +64,8 @@ def contests(name: str, shape: Sizes, batches: tuple[int, ...], say: Callable[[s
     kind = [str(measuring.DTYPE).removeprefix("torch.")] * 2
     for training in (False, True):
         where: Where = {"dtype": kind, "training": [training] * 2}
+        if name in SLOTS and name != "attention":  # attention reads no residual stream
+            where["stream"] = kind
         if name not in SLOTS:
             for sizes, args in cases(name, shape, batches):
                 yield where | sizes, functools.partial(_contest, OPS[name], args, training, _of_an_op, say)

@@ -17,10 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from xclip_fast.kernels import overlap
-from xclip_fast.kernels.cct_block import fused
 
-from xclip_fast import XCLIP, XCLIPConfig, backend, kernels
+from xclip_fast import XCLIP, XCLIPConfig, backend
 from xclip_fast.inference import cuda_graphs as graphs
 from xclip_fast.model import VideoFeatures
 
@@ -398,78 +396,3 @@ def test_a_failed_capture_leaves_nothing(gpu: Gpu, tiny_model: XCLIP, monkeypatc
             with pytest.raises(RuntimeError, match="out of memory"):
                 graphed(video)
         assert same(graphed(video), tiny_model.encode_video(video))  # the lock is free, nothing half-made is kept
-
-
-# ---- the message path beside the projection
-
-
-class Streams:
-    """Plays two streams and keeps the order of what is asked of them."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.log: list[str] = []
-        main, side = self.made("main"), self.made("side")
-        monkeypatch.setattr(overlap, "is_captured", lambda x: True)
-        monkeypatch.setattr(overlap, "_side_stream", lambda device: side)
-        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
-        monkeypatch.setattr(torch.cuda, "stream", self.entered)
-
-    def made(self, name: str) -> Any:
-        return SimpleNamespace(name=name, wait_stream=lambda other: self.log.append(f"{name} waits for {other.name}"))
-
-    def logged(self, name: str, run: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        return lambda *args: self.log.append(name) or run(*args)  # type: ignore[func-returns-value]
-
-    @contextlib.contextmanager
-    def entered(self, stream: Any) -> Iterator[None]:
-        self.log.append(f"on {stream.name}")
-        yield
-        self.log.append("on main")
-
-
-def test_fork_and_join(monkeypatch: pytest.MonkeyPatch) -> None:
-    streams, x = Streams(monkeypatch), torch.zeros(1)
-
-    def work(name: str) -> Tensor:
-        streams.log.append(name)
-        return torch.full((1,), float(len(streams.log)))
-
-    first, second = overlap.side_by_side(x, lambda: work("one"), lambda: work("other"))
-    assert streams.log == ["side waits for main", "on side", "one", "on main", "other", "main waits for side"]
-    assert (first.item(), second.item()) == (3, 5)
-
-
-def test_a_block_forks_its_message_and_joins_before_its_keys_are_written(
-    monkeypatch: pytest.MonkeyPatch, tiny_model: XCLIP
-) -> None:
-    pytest.importorskip("triton", reason="triton is not installed (pip install triton)")
-    video = frames(tiny_model, 1)
-    with torch.no_grad(), kernels.backend("library"):
-        wanted = tiny_model.encode_video(video)
-        streams, real = Streams(monkeypatch), fused._kept_plan
-
-        def logged(*case: Any) -> Any:
-            plan = real(*case)
-            if isinstance(plan, str) or plan.message is None:
-                return plan
-            message = dataclasses.replace(plan.message, forward=streams.logged("message", plan.message.forward))
-            attention = dataclasses.replace(plan.attention, forward=streams.logged("attention", plan.attention.forward))
-            return plan._replace(message=message, attention=attention)
-
-        monkeypatch.setattr(fused, "_kept_plan", logged)
-        assert same(tiny_model.encode_video(video), wanted)
-    fork = ["side waits for main", "on side", "message", "on main"]
-    assert streams.log == [*fork, "main waits for side", "attention"] * 2
-
-
-def test_nothing_forks_outside_of_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
-    on_gpu: Any = SimpleNamespace(is_cuda=True)
-    with torch.no_grad():
-        for capturing in (False, True):
-            monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda capturing=capturing: capturing)
-            assert overlap.is_captured(on_gpu) == capturing
-            assert not overlap.is_captured(torch.zeros(1))
-        with torch.enable_grad():
-            assert not overlap.is_captured(on_gpu)
-        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-        assert not overlap.is_captured(on_gpu)

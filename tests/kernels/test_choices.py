@@ -195,7 +195,8 @@ def test_the_users_table_comes_before_the_shipped_one(write: Write) -> None:
 
 
 def test_what_was_measured_in_another_way_does_not_count(write: Write) -> None:
-    write("norm_linear", row("cuda"))
+    write("norm_linear", row("cuda", stream=["bfloat16", "bfloat16"]))
+    assert chosen(kind()) == "cuda"
     assert chosen(kind(stream=torch.float32)) == "library"  # as under autocast
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from small import rough
 from torch import Tensor
-from xclip_fast.kernels import BackendError, cuda_library, overlap
+from xclip_fast.kernels import BackendError, cuda_library
 
 from xclip_fast import VARIANTS, XCLIP, FastCCTBlock, VideoFeatures, backend, tokenize
 
@@ -92,11 +92,14 @@ def same(got: VideoFeatures, wanted: VideoFeatures) -> None:
     torch.testing.assert_close(got.patches, wanted.patches, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", ["auto", "reference", "cuda"])
-@pytest.mark.parametrize("autocast", [False, True], ids=["bfloat16", "autocast"])
+@pytest.mark.parametrize(
+    ("name", "autocast"),  # the CUDA library's products take no float32 residual stream, as autocast has
+    [("auto", False), ("reference", False), ("cuda", False), ("auto", True), ("reference", True)],
+)
 def test_graphed_tower_is_the_eager_one(name: str, autocast: bool) -> None:
-    """Its message path runs on a side stream beside the projection: the bits are those of one after the other."""
     refused = cuda_library.refuse_device("cuda", None) if name == "cuda" else None
+    if name == "cuda" and autocast:
+        refused = "the CUDA library takes no float32 residual stream"
     if refused:
         pytest.skip(refused)
     model = shallow("B/16-8f")
@@ -106,18 +109,6 @@ def test_graphed_tower_is_the_eager_one(name: str, autocast: bool) -> None:
         for _ in range(20):  # a race shows now and then
             video = frames(model, 2)
             same(graphed(video), model.encode_video(video))
-
-
-def test_capture_forks_the_message_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    forks = []
-    real = overlap._side_stream
-    monkeypatch.setattr(overlap, "_side_stream", lambda device: forks.append(device) or real(device))
-    model = shallow("B/16-8f").bfloat16()
-    with torch.inference_mode():
-        model.encode_video(frames(model, 1))
-        assert not forks
-        model.graphed()(frames(model, 1))
-    assert len(forks) == 2  # once a layer, in the capture alone
 
 
 def test_graphed_buckets_alternate_and_results_stay() -> None:
@@ -223,9 +214,9 @@ def test_quantized_model_stays_close(name: str, backend_name: str) -> None:
             pytest.skip(str(refused))
     for got in results:
         for ours, wanted in zip(got, exact, strict=True):
-            assert F.cosine_similarity(ours.flatten(1), wanted.flatten(1)).min() >= 0.999
+            assert F.cosine_similarity(ours.float().flatten(1), wanted.float().flatten(1)).min() >= 0.999
     # of four labels with random weights, where nothing is common to the logits and a small part of v decides
-    assert F.cosine_similarity(got_logits, exact_logits).min() >= 0.99
+    assert F.cosine_similarity(got_logits.float(), exact_logits.float()).min() >= 0.99
 
 
 def test_quantized_tower_is_captured_in_a_cuda_graph() -> None:

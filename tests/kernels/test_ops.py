@@ -68,6 +68,7 @@ def patch_case(frames: Tensor, patch: int = 8) -> tuple[Any, ...]:
         [0.485, 0.456, 0.406],
         [0.229, 0.224, 0.225],
         EPS,
+        True,
     )
 
 
@@ -90,6 +91,7 @@ CASES: dict[tuple[str, str], Callable[[], tuple[Any, ...]]] = {
     ("cct_block", "message, T=1, L=2"): lambda: block_case(2, 3, 1),
     ("cct_block", "message, T=5"): lambda: block_case(5, 4, 5),
     ("cct_block", "message, T=64"): lambda: block_case(64, 3, 64),
+    ("cct_block", "message, width 80"): lambda: block_case(10, 3, 5, width=80, heads=5),
     ("cct_block", "message, L=50"): lambda: block_case(2, 51, 1),
     ("cct_block", "message, L=197"): lambda: block_case(1, 198, 1),
     ("cct_block", "plain, drop path"): lambda: block_case(4, 7, drops=True),
@@ -369,7 +371,22 @@ def test_patch_embed_is_a_convolution_of_normalized_frames(kind: torch.dtype) ->
     tokens = torch.cat([args[2].expand(2, 1, -1), patches], 1) + args[3]
     wanted = F.layer_norm(tokens, (WIDTH,), args[4], args[5], EPS)
     frames = levels if kind == torch.uint8 else pixels
-    torch.testing.assert_close(kernels.patch_embed(frames, *args[1:]), wanted)
+    torch.testing.assert_close(kernels.patch_embed(frames, *args[1:])[:, :-1], wanted)
+    torch.testing.assert_close(kernels.patch_embed(frames, *args[1:-1]), wanted)
+
+
+def test_layer_norm_of_all_patches_copies_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    room, given = sys.modules["xclip_fast.kernels.layer_norm"], []
+    real = room._op
+    monkeypatch.setattr(room, "_op", lambda x, *rest: given.append(x) or real(x, *rest))
+    stream, norm = normal(3, 30, WIDTH), norm_parameters()
+    for x, rows in ((stream[:, 1:-1], 88), (stream[:, :-1], 89), (stream[:, :5], 3), (stream, 3), (stream[0], 30)):
+        with torch.no_grad():
+            got = kernels.layer_norm(x, *norm, EPS)
+        assert len(given[-1]) == rows
+        torch.testing.assert_close(got, F.layer_norm(x, (WIDTH,), *norm, EPS))
+    kernels.layer_norm(stream[:, 1:-1].requires_grad_(), *norm, EPS)
+    assert len(given[-1]) == 3
 
 
 def test_packed_sequences_are_each_label_alone() -> None:

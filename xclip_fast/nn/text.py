@@ -146,14 +146,12 @@ class TextEncoder(nn.Module):
         if [item[1:] for item in state] != [item[1:] for item in self._encoded_with]:
             self.forget()
             self._encoded_with = state
-        device_type = parameters[0].device.type
-        autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
         key = (
             tuple(tokens_KL.shape),
             tokens_KL.dtype,
             tokens_KL.cpu().numpy().tobytes(),
             bool(vectors),
-            autocast and torch.get_autocast_dtype(device_type),
+            kernels.dispatch.autocast_dtype(parameters[0].device.type),
             kernels.forced_backend(),
         )
         features_KE = self._cache.pop(key, None)
