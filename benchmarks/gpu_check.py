@@ -98,8 +98,8 @@ def prepare(scratch: Path, rehearse: bool) -> None:
     sys.path[:0] = [path for path in paths if path not in sys.path]
     os.environ["PYTHONPATH"] = os.pathsep.join([*paths, *filter(None, [os.environ.get("PYTHONPATH")])])
     os.chdir(scratch)  # Python imports from the current folder first: not from a bare copy
-    os.environ["TRITON_CACHE_DIR"] = str(scratch / "triton")
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(scratch / "inductor")
+    os.environ.setdefault("TRITON_CACHE_DIR", str(scratch / "triton"))
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(scratch / "inductor"))
     os.environ["XDG_CACHE_HOME"] = str(scratch / "cache")  # ignore tables that were measured before
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # cuda.is_available() must not start CUDA before a fork
     os.environ.setdefault("OMP_NUM_THREADS", "1" if rehearse else "4")

@@ -47,7 +47,7 @@ def smoke(rehearse: bool) -> list[Case]:
                 options = {"op": op, "backend": name}
                 cases.append(Case(f"{op} {name}", "smoke:op", options, 40, together=True))
     models = [("tower", name) for name in ("auto", "triton", "cuda", "library")]
-    models += [("training step", name) for name in ("auto", "triton", "library")]
+    models += [("training step", name) for name in ("auto", "triton", "cuda", "library")]
     models += [("whole", "auto"), ("graph", "auto"), ("fp8", "auto")]
     if rehearse:
         models = [("tower", "triton"), ("training step", "triton"), *models[-3:]]
@@ -76,7 +76,7 @@ def headline(rehearse: bool) -> list[Case]:
         inference("B/16 32", "B/16-8f", many, 60, kinds=both, backends=names),
         inference("B/16 8", "B/16-8f", some, 50, kinds=both, backends=names[:1] if rehearse else names),
         inference("B/16 1", "B/16-8f", few, 40, backends=names[:1], graph=True),
-        Case("B/16 step", "headline:step", {"variant": "B/16-8f", "batch": many, "backends": names[:3]}, 60),
+        Case("B/16 step", "headline:step", {"variant": "B/16-8f", "batch": many, "backends": names}, 60),
         Case("kernels", "headline:kernels", {"variant": "B/16-8f", "batch": many, "backends": names[1:]}, 30),
         Case("kernels step", "headline:kernels", {"variant": "B/16-8f", "batch": many, "step": True}, 30),
         Case("kernels 1", "headline:kernels", {"variant": "B/16-8f", "batch": few, "graph": True}, 30),
