@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .column_sums import scaled
 from .gemm import rows_of
 from .launching import Prepared, cdiv, next_power_of_2, prepared, processors, tile
 
@@ -119,7 +118,9 @@ def layer_norm_bwd_kernel(
     spare_rstd_ptr,  # (M / length,), with spare
     drop_ptr,  # (M / sample_rows,) or None: s
     low_ptr,  # (M, D) or None: s dx
-    parts_ptr,  # (programs, VECTORS, D) float32: dweight, dbias and, of three, the column sums of s dx
+    part_dweight_ptr,  # (programs, D) float32
+    part_dbias_ptr,  # (programs, D) float32
+    part_low_ptr,  # (programs, D) float32 or None: column sums of s dx
     M,
     D,
     x_row,
@@ -127,7 +128,6 @@ def layer_norm_bwd_kernel(
     extra_row,
     length,
     sample_rows,
-    VECTORS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -138,7 +138,7 @@ def layer_norm_bwd_kernel(
         bias = tl.load(bias_ptr + columns, mask=in_columns, other=0.0).to(tl.float32)[None, :]
     dweight = tl.zeros((BLOCK_D,), dtype=tl.float32)
     dbias = tl.zeros((BLOCK_D,), dtype=tl.float32)
-    if VECTORS == 3:
+    if part_low_ptr is not None:
         low_sums = tl.zeros((BLOCK_D,), dtype=tl.float32)
     for block in range(tl.program_id(0), tl.cdiv(M, ROWS), tl.num_programs(0)):
         rows = block * ROWS + tl.arange(0, ROWS)
@@ -163,7 +163,7 @@ def layer_norm_bwd_kernel(
         # dx = r (g - mean(g) - x_hat mean(g x_hat)), g = dy gamma
         g = dy * weight
         projection = tl.sum(g * x_hat, 1)[:, None] / D
-        dx = rstd * (g - (tl.sum(g, 1)[:, None] / D + x_hat * projection))
+        dx = rstd * (g - tl.sum(g, 1)[:, None] / D - x_hat * projection)
         if extra_ptr is not None:
             dx += tl.load(extra_ptr + wide * extra_row + columns[None, :], mask=inside, other=0.0).to(tl.float32)
         tl.store(dx_ptr + wide * D + columns[None, :], dx.to(dx_ptr.dtype.element_ty), mask=inside)
@@ -171,13 +171,13 @@ def layer_norm_bwd_kernel(
             dx *= tl.load(drop_ptr + rows // sample_rows, mask=rows < M, other=0.0).to(tl.float32)[:, None]
         if low_ptr is not None:
             tl.store(low_ptr + wide * D + columns[None, :], dx.to(low_ptr.dtype.element_ty), mask=inside)
-        if VECTORS == 3:
-            low_sums += tl.sum(dx, 0)  # rows past the end have a rstd of 0
-    parts_at = parts_ptr + tl.program_id(0).to(tl.int64) * (VECTORS * D) + columns
-    tl.store(parts_at, dweight, mask=in_columns)
-    tl.store(parts_at + D, dbias, mask=in_columns)
-    if VECTORS == 3:
-        tl.store(parts_at + 2 * D, low_sums, mask=in_columns)
+        if part_low_ptr is not None:
+            low_sums += tl.sum(tl.where(inside, dx, 0.0), 0)
+    at = tl.program_id(0).to(tl.int64) * D + columns
+    tl.store(part_dweight_ptr + at, dweight, mask=in_columns)
+    tl.store(part_dbias_ptr + at, dbias, mask=in_columns)
+    if part_low_ptr is not None:
+        tl.store(part_low_ptr + at, low_sums, mask=in_columns)
 
 
 class Branch(NamedTuple):
@@ -271,21 +271,12 @@ def _sample_rows(rows: int, drop_scale: Tensor | None) -> int:
 
 @prepared
 def _backward(
-    device: torch.device,
-    M: int,
-    D: int,
-    x_row: int,
-    dy_row: int,
-    extra_row: int,
-    length: int,
-    sample_rows: int,
-    vectors: int,
+    device: torch.device, M: int, D: int, x_row: int, dy_row: int, extra_row: int, length: int, sample_rows: int
 ) -> Prepared:
     config = dict(tile("layer_norm_backward", device, d=D))
     grid = (min(cdiv(M, config["ROWS"]), config.pop("OCCUPANCY") * processors(device)),)
     numbers = (M, D, x_row, dy_row, extra_row, length, sample_rows)
-    options = {"VECTORS": vectors, "BLOCK_D": next_power_of_2(D), **config}
-    return Prepared(device, layer_norm_bwd_kernel, grid, numbers, **options)
+    return Prepared(device, layer_norm_bwd_kernel, grid, numbers, BLOCK_D=next_power_of_2(D), **config)
 
 
 class LayerNormGrads(NamedTuple):
@@ -329,13 +320,13 @@ def normalize_backward(
     same = drop_scale is None and low_dtype == x.dtype
     low = None if low_dtype is None or same else torch.empty(M, D, dtype=low_dtype, device=x.device)
     spares, length = _spare(spare, M)
-    extra_row, sample_rows = 0 if extra is None else extra.stride(0), _sample_rows(M, drop_scale)
-    vectors, strides = 2 if low_dtype is None else 3, (x.stride(0), dy.stride(0), extra_row)
-    run = _backward(x.device, M, D, *strides, length, sample_rows, vectors)
-    parts = torch.empty(*run.grid, vectors * D, dtype=torch.float32, device=x.device)
+    extra_row = 0 if extra is None else extra.stride(0)
+    strides = (x.stride(0), dy.stride(0), extra_row)
+    run = _backward(x.device, M, D, *strides, length, _sample_rows(M, drop_scale))
+    parts = torch.empty(2 if low_dtype is None else 3, *run.grid, D, dtype=torch.float32, device=x.device)
     read = (x, mean, rstd, weight, None if normed is None else bias, dy, extra)
-    run(*read, dx, normed, *spares, drop_scale, low, parts)
-    dweight, dbias, *sums = scaled(parts, parts.dtype, sums_dtype=weight.dtype)[1].view(vectors, D)
+    run(*read, dx, normed, *spares, drop_scale, low, *(*parts, None)[:3])
+    dweight, dbias, *sums = parts.sum(1).to(weight.dtype)
     return LayerNormGrads(dx, dweight, dbias, normed, dx if same else low, sums[0] if sums else None)
 
 
