@@ -40,7 +40,7 @@ GEMM = [
     _gemm_tile(64, 128, 4, 3, 2, 3),
     _gemm_tile(128, 64, 4, 4, 1, 2),
     _gemm_tile(128, 128, 8, 4, 2, 1, FLATTEN=True),
-    _gemm_tile(128, 128, 4, 3, 4, 2),
+    _gemm_tile(128, 128, 4, 3, 4, 2, FLATTEN=True),
     _gemm_tile(128, 128, 8, 3, 4, 2),
     _gemm_tile(128, 256, 8, 3, 4, 1, FLATTEN=True),
 ]
