@@ -135,7 +135,7 @@ def rows_of(job: Job, found: dict[str, dict[str, Any]], base: Row, truth: str, l
         row |= {"ms": 1e3 * median, "low_ms": 1e3 * min(seconds), "high_ms": 1e3 * max(seconds), "n": len(seconds)}
         row |= {"views_per_second": base["batch"] / median, "peak_bytes": result["peak_memory"]}
         output = job.wrong(result["output"]) if name == OURS else result["output"]
-        if name == FP8:
+        if name.startswith(FP8):
             row["cosine"] = least_cosine(output, found[OURS]["output"])
             row["right"] = row["cosine"] >= FP8_COSINE
         elif right is not None and name != truth:
@@ -183,6 +183,7 @@ def inference(
                 with job.trying(FP8, row := {**base, "contender": FP8}):
                     if FP8 not in job.without:
                         calls[FP8] = work_of(job, quantized(model), video, kind)
+                        calls |= {f"{FP8} {name}": under(name, calls[FP8]) for name in ("cuda",) if not job.tiny}
                 if "note" in row:
                     yield row
             if HF_INSTALLED:

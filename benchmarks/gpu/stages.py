@@ -71,20 +71,22 @@ def headline(rehearse: bool) -> list[Case]:
     def inference(name: str, variant: str, batch: int, seconds: float, **more: object) -> Case:
         return Case(name, "headline:inference", {"variant": variant, "batch": batch, **more}, seconds)
 
-    both = ("tower", "whole")
+    def kernels(name: str, batch: int, **more: object) -> Case:
+        return Case(name, "headline:kernels", {"variant": "B/16-8f", "batch": batch, **more}, 30)
+
     cases = [
-        inference("B/16 32", "B/16-8f", many, 60, kinds=both, backends=names),
-        inference("B/16 8", "B/16-8f", some, 50, kinds=both, backends=names[:1] if rehearse else names),
+        inference("B/16 32", "B/16-8f", many, 60, kinds=("tower", "whole"), backends=names),
+        Case("B/16 step", "headline:step", {"variant": "B/16-8f", "batch": many, "backends": names[1:]}, 60),
         inference("B/16 1", "B/16-8f", few, 40, backends=names[:1], graph=True),
-        Case("B/16 step", "headline:step", {"variant": "B/16-8f", "batch": many, "backends": names}, 60),
-        Case("kernels", "headline:kernels", {"variant": "B/16-8f", "batch": many, "backends": names[1:]}, 30),
-        Case("kernels step", "headline:kernels", {"variant": "B/16-8f", "batch": many, "step": True}, 30),
-        Case("kernels 1", "headline:kernels", {"variant": "B/16-8f", "batch": few, "graph": True}, 30),
-        inference("L/14 32", "L/14-8f", many, 40),
-        inference("B/32 32", "B/32-8f", many, 30),
-        inference("B/16 fp8", "B/16-8f", many, 40, fp8=True),
         inference("B/16 256", "B/16-8f", 4 if rehearse else 256, 50),
         Case("HF compiled", "headline:compiled", {"variant": "B/16-8f", "batch": many}, 90, early=True),
+        inference("L/14 32", "L/14-8f", many, 40),
+        inference("B/16 fp8", "B/16-8f", many, 40, fp8=True),
+        inference("B/32 32", "B/32-8f", many, 30),
+        inference("B/16 8", "B/16-8f", some, 50, backends=names[1:], graph=True),
+        kernels("kernels", many, backends=names[1:]),
+        kernels("kernels step", many, step=True),
+        kernels("kernels 1", few, graph=True),
     ]
     if importlib.util.find_spec("transformers") is None:
         cases = [case for case in cases if not case.early]

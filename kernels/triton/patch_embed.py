@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..derived import kept
 from ..linear import linear
-from ..patch_embed import by_patch, for_levels
+from ..patch_embed import by_patch, constants, for_levels
 from .gemm import rows_of
 from .launching import cdiv, launch, tile
 from .layer_norm import normalize, normalize_backward
@@ -161,8 +161,8 @@ def backward(grads: Sequence[Any], saved: Sequence[Tensor], needs: Sequence[bool
         dkernel = linear(dtokens.to(weight.dtype).view(-1, width).T, patches.view(-1, patches.shape[2]).T)
         if levels:
             # W' = W / (255 std), channel last, and b' = sum W (128 / 255 - mean) / std
-            deviation = torch.tensor(std, device=weight.device)
-            offset = (128 / 255 - torch.tensor(mean, device=weight.device)) / deviation
+            deviation = constants(std, weight, torch.float32)
+            offset = (128 / 255 - constants(mean, weight, torch.float32)) / deviation
             dkernel = dkernel.view(width, patch, patch, 3) / (255 * deviation)
             dkernel += offset * dposition[1:].sum(0)[:, None, None, None]
             dkernel = dkernel.permute(0, 3, 1, 2)

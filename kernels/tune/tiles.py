@@ -39,12 +39,10 @@ GEMM = [
     _gemm_tile(64, 64, 4, 4, 1, 2, BLOCK_K=128),
     _gemm_tile(64, 128, 4, 3, 2, 3),
     _gemm_tile(128, 64, 4, 4, 1, 2),
-    _gemm_tile(64, 256, 4, 4, 4, 1),
     _gemm_tile(128, 128, 8, 4, 2, 1, FLATTEN=True),
-    _gemm_tile(128, 128, 4, 3, 4, 2),
+    _gemm_tile(128, 128, 4, 3, 4, 2, FLATTEN=True),
     _gemm_tile(128, 128, 8, 3, 4, 2),
     _gemm_tile(128, 256, 8, 3, 4, 1, FLATTEN=True),
-    _gemm_tile(128, 256, 8, 3, 4, 1),
 ]
 MULTIPLY_ADDS = 4096  # of a Hopper multiprocessor in a cycle, bfloat16
 BYTES = 64  # that it reads from L2 in a cycle
@@ -133,11 +131,9 @@ ATTENTION = [
         (64, 64, 4, 1),
         (64, 64, 4, 2),
         (64, 64, 4, 3),
-        (64, 128, 4, 2),
         (128, 64, 4, 2),
         (128, 64, 8, 2),
         (128, 64, 8, 3),
-        (128, 128, 8, 2),
     )
 ]
 

@@ -234,6 +234,20 @@ def test_quantized_tower_is_captured_in_a_cuda_graph() -> None:
         torch.testing.assert_close(got.video, model.encode_video(video).video, rtol=0, atol=0)
 
 
+def test_a_training_step_does_not_wait_for_the_gpu() -> None:
+    model, tokens = shallow("B/32-8f").train(), tokenize(LABELS).cuda()
+    video, truth = frames(model, 4), torch.arange(4, device="cuda")
+    text = model.encode_text(tokens).detach()
+    for mode in (0, "error"):  # the first step compiles and makes what is kept
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            with torch.autocast("cuda", torch.bfloat16):
+                logits = model.similarity(model.encode_video(video), text)
+            F.cross_entropy(logits, truth).backward()
+        finally:
+            torch.cuda.set_sync_debug_mode(0)
+
+
 def losses(name: str, steps: int) -> list[float]:
     """Losses of a short training of two layers on fixed random videos."""
     torch.manual_seed(0)
