@@ -2,8 +2,8 @@
 
 XCLIP_FAST_CUDA=0 skips the library, =1 makes its absence an error; otherwise a failure to build it is told (by pip with
 -v, by ``xclip-fast info`` always) and the install goes on without. No GPU is asked for.
-XCLIP_FAST_CUDA_ARCHS: architectures of the kernels that need no WGMMA (90a). CUTLASS_DIR: a folder with
-include/cutlass/cutlass.h, else the package nvidia-cutlass, which pip brings as a requirement of the build.
+CUTLASS_DIR: a folder with include/cutlass/cutlass.h, else the package nvidia-cutlass, which pip brings as a requirement
+of the build.
 """
 
 import hashlib
@@ -22,7 +22,6 @@ from setuptools.command.editable_wheel import editable_wheel
 ROOT = Path(__file__).resolve().parent
 BUILD = ROOT / "build" / "cuda"
 WISH = os.environ.get("XCLIP_FAST_CUDA", "")
-ARCHS = os.environ.get("XCLIP_FAST_CUDA_ARCHS", "90a")
 
 
 def find_nvcc() -> str | None:
@@ -58,7 +57,7 @@ def fingerprint(nvcc: str, cutlass: Path) -> str:
     ]
     files.append(cutlass / "include" / "cutlass" / "version.h")
     version = subprocess.run([nvcc, "--version"], capture_output=True, check=True).stdout
-    return hashlib.sha256(b"\0".join([version, ARCHS.encode(), *(file.read_bytes() for file in files)])).hexdigest()
+    return hashlib.sha256(b"\0".join([version, *(file.read_bytes() for file in files)])).hexdigest()
 
 
 def build_library(nvcc: str) -> Path:
@@ -73,8 +72,8 @@ def build_library(nvcc: str) -> Path:
         return library
     BUILD.mkdir(parents=True, exist_ok=True)
     (BUILD / "CMakeCache.txt").unlink(missing_ok=True)  # it may know another nvcc or CUTLASS
-    options = [f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DCUTLASS_DIR={cutlass}", f"-DXCLIP_FAST_CUDA_ARCHS={ARCHS}"]
-    told(cmake, "-S", ROOT, "-B", BUILD, *options, "-DXCLIP_FAST_CHECKS=OFF")
+    options = [f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DCUTLASS_DIR={cutlass}"]
+    told(cmake, "-S", ROOT, "-B", BUILD, *options)
     told(cmake, "--build", BUILD, "--target", "xclip_fast", "--parallel", str(min(os.cpu_count() or 1, 4)))
     stamp.write_text(made_from)
     return library

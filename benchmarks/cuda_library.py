@@ -12,7 +12,6 @@ with cold caches.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,9 +22,7 @@ import measuring
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from xclip_fast.kernels import Block, cuda_library, own_linear
-from xclip_fast.kernels.cct_block.example import example
-from xclip_fast.kernels.cct_block.reference import message_key_value
+from xclip_fast.kernels import cuda_library
 from xclip_fast.kernels.quick_gelu import quick_gelu_reference as quick_gelu
 from xclip_fast.kernels.tune.measuring import milliseconds
 
@@ -149,22 +146,6 @@ def eight(rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
     return (wide / scale[:, None]).to(E4M3), scale, wide.bfloat16()
 
 
-def message_case(frames: int, D: int) -> Case:
-    """The message path of one video; the baseline is one cuBLAS product with as many weights."""
-    block = example(frames, 1, D, frames, device=DEVICE, dtype=DTYPE)
-    wide = Block(*(arg.float() if isinstance(arg, Tensor) else arg for arg in block))
-    x, everything = normal(frames, D), normal(7 * D, D)
-
-    def plain(*args: Any) -> Tensor:
-        return message_key_value(Block(*args), functools.partial(own_linear, Block(*args)))
-
-    contenders: dict[str, Call] = {"torch": lambda: plain(*block), "torch.compile": compiled(plain, block)}
-    for blocks in (0, 32, 64, 96, 128):
-        ours = functools.partial(cuda_library.message_kv, block, blocks)
-        contenders[f"ours, {blocks or 'auto'} blocks"] = ours
-    return Case("message_kv", (frames, 7 * D, D), lambda: torch.mm(x, everything.T), lambda: plain(*wide), contenders)
-
-
 def cases(widths: tuple[int, ...], most_rows: int, compiles: bool) -> Iterator[Case]:
     for case in all_cases(widths, most_rows):
         if not compiles:
@@ -174,8 +155,6 @@ def cases(widths: tuple[int, ...], most_rows: int, compiles: bool) -> Iterator[C
 
 def all_cases(widths: tuple[int, ...], most_rows: int) -> Iterator[Case]:
     for D in widths:
-        for frames in (8, 16, 32):
-            yield message_case(frames, D)
         for M in (rows for rows in ROWS[D] if rows <= most_rows):
             yield norm_case(M, 3 * D, D, False)
             yield norm_case(M, 4 * D, D, True)

@@ -2,6 +2,9 @@
 #include <cudaTypedefs.h>
 #include <cuda_runtime_api.h>
 
+#include <mutex>
+#include <optional>
+
 #include "products.cuh"
 #include "statistics.cuh"
 #include "xclip_fast.h"
@@ -9,9 +12,14 @@
 namespace xclip_fast {
 namespace {
 
+// What a launch asks of a device: 0 or why nothing runs there, and its multiprocessors.
+struct Facts {
+  int code, processors;
+};
+
 Facts ask(int device) {
   int major = 0, minor = 0;
-  Facts found{XCLIP_FAST_OK, 0, 0};
+  Facts found{XCLIP_FAST_OK, 0};
   if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
       cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess ||
       cudaDeviceGetAttribute(&found.processors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) {
@@ -20,6 +28,21 @@ Facts ask(int device) {
     found.code = XCLIP_FAST_BAD_DEVICE;
   }
   return found;
+}
+
+// What `ask` finds, asked once a device.
+Facts facts(int device) {
+  constexpr int kMostDevices = 64;
+  static std::mutex mutex;
+  static std::optional<Facts> known[kMostDevices];
+  if (device < 0 || device >= kMostDevices) {
+    return {XCLIP_FAST_BAD_DEVICE, 0};
+  }
+  std::lock_guard const lock(mutex);
+  if (!known[device]) {
+    known[device] = ask(device);
+  }
+  return *known[device];
 }
 
 // A matrix that TMA reads or writes: rows of `columns` elements, `unit` of which are 16 bytes.
@@ -46,7 +69,7 @@ int launch(Operands& given, int unit, int y_unit, Call&& call) {
   if (code) {
     return code;
   }
-  Facts const found = facts<ask>(given.device);
+  Facts const found = facts(given.device);
   if (found.code) {
     return found.code;
   }
@@ -112,13 +135,13 @@ const char* xclip_fast_error(int code) {
     case XCLIP_FAST_BAD_DTYPE:
       return "this call does not take this element type";
     case XCLIP_FAST_BAD_DEVICE:
-      return "the device is not of compute capability 9.0 (the message path: 8.0 or later)";
+      return "the device is not of compute capability 9.0";
     case XCLIP_FAST_BAD_TILE:
       return "this product was not built with this tile";
     case XCLIP_FAST_BAD_POINTER:
       return "a pointer that may not be null is null";
     case XCLIP_FAST_REFUSED:
-      return "CUTLASS refused the arguments, or the weights of the message path do not fit into shared memory";
+      return "CUTLASS refused the arguments";
     case XCLIP_FAST_FAILED:
       return "CUTLASS failed to launch, and kept CUDA's reason to itself";
     default:
@@ -127,7 +150,7 @@ const char* xclip_fast_error(int code) {
   }
 }
 
-int xclip_fast_check_device(int device) { return facts<ask>(device).code; }
+int xclip_fast_check_device(int device) { return facts(device).code; }
 
 int xclip_fast_norm_linear(int dtype, int tile, const void* x, int64_t x_row, const void* w, int64_t w_row,
                            const float* mean, const float* rstd, const float* w_sums, const float* bias, int activation,

@@ -1,5 +1,5 @@
 """The CUDA library of csrc/, loaded with ctypes, and its calls on tensors: products on Hopper's tensor cores with the
-block's epilogues, and the message path. The parts of a block and the ops on float8 name them as their backend ``cuda``.
+block's epilogues. The parts of a block and the ops on float8 name them as their backend ``cuda``.
 
 M rows, N columns, K summed; docs/kernels.md derives the epilogues. Memory comes from torch, work goes on torch's
 current stream, nothing waits.
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .derived import cast
 
-ABI = 4  # XCLIP_FAST_ABI of csrc/include/xclip_fast.h
+ABI = 5  # XCLIP_FAST_ABI of csrc/include/xclip_fast.h
 TILES = {"auto": -1, "small": 0, "square": 1, "wide": 2}
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 # (epilogue of csrc/include/gemm.cuh, dtype) -> its tiles: the calls of run_on_tile in csrc/product_*.cu
@@ -46,9 +46,6 @@ _SIGNATURES = {
     "norm_linear": "i ii pl pl pppp i pp lll ip",
     "linear_residual": "i iii pl pl pp pl fppp p lll ip",
     "statistics_floats": "l ll",
-    "check_message": "i li",
-    "message_floats": "l ll",
-    "message_kv": "i iii pl ppp f lll pp ip",
     "fp8_linear": "i i pl pl ppp if p lll ip",
     "fp8_linear_residual": "i i pl pl pp pl p lll ip",
 }
@@ -85,18 +82,14 @@ def load(file: Path) -> tuple[Any, str | None]:
     return library, None
 
 
-def refuse_device(kind: str, index: int | None, message_width: int | None = None) -> str | None:
-    """Why the library's products, or its message path of a width, do not run on this device, or None."""
+def refuse_device(kind: str, index: int | None) -> str | None:
+    """Why the library does not run on this device, or None."""
     if kind != "cuda":
         return f"device {kind} is not cuda"
     library, reason = load(path())
     if library is None:
         return reason
-    index = torch.cuda.current_device() if index is None else index
-    if message_width is None:
-        code = library.xclip_fast_check_device(index)
-    else:
-        code = library.xclip_fast_check_message(message_width, index)
+    code = library.xclip_fast_check_device(torch.cuda.current_device() if index is None else index)
     return f"the CUDA library says: {_words(library, code)}" if code else None
 
 
@@ -124,8 +117,7 @@ def _library() -> Any:
     return library
 
 
-_Pointers = ctypes.c_void_p * 4
-_PLAIN = frozenset((int, float, type(None), _Pointers))
+_PLAIN = frozenset((int, float, type(None)))
 
 
 def _call(name: str, *args: Any) -> None:
@@ -230,7 +222,7 @@ def linear_residual(
     mean = rstd = partials = scale = None
     if statistics_eps is not None:
         mean, rstd = (torch.empty(M, dtype=torch.float32, device=x.device) for _ in range(2))
-        partials = _floats_of("statistics", M, N, x.device)
+        partials = torch.empty(_statistics_floats(M, N), dtype=torch.float32, device=x.device)
     if drop_scale is not None:
         samples = drop_scale.shape[0]
         scale = drop_scale.float()[:, None].expand(samples, M // max(samples, 1)).reshape(-1)
@@ -242,43 +234,9 @@ def linear_residual(
     return (y,) if mean is None or rstd is None else (y, mean, rstd)
 
 
-def _floats_of(what: str, M: int, N: int, device: torch.device) -> Tensor:
-    """Room for what the library keeps beside a result of M and N: ``xclip_fast_<what>_floats``."""
-    return torch.empty(_count(what, M, N), dtype=torch.float32, device=device)
-
-
 @functools.lru_cache(1024)
-def _count(what: str, M: int, N: int) -> int:
-    return int(getattr(_library(), f"xclip_fast_{what}_floats")(M, N))
-
-
-def message_kv(b: Any, blocks: int = 0) -> Tensor:
-    """The message path of a block as one cooperative kernel, for few rows.
-
-    Args:
-        b: a ``Block`` with a message, its weights of one half-precision dtype.
-        blocks: of the grid; 0: the library chooses.
-
-    Returns:
-        (F, 2D), each frame's message as key and value, in the weights' dtype.
-    """
-    (F, _, D), dtype = b.x.shape, b.in_weight.dtype
-    key_value = torch.empty(F, 2 * D, dtype=dtype, device=b.x.device)
-    if F:
-        x = matrix(b.x[:, 0].to(dtype))
-        weights = [b.message_fc_weight, b.message_in_weight, b.message_out_weight, b.in_weight[D:]]
-        biases = [b.message_fc_bias, b.message_in_bias, b.message_out_bias, b.in_bias[D:]]
-        norms = [b.message_ln_weight, b.message_ln_bias, b.ln_1_weight, b.ln_1_bias]
-        kind = dtype if all(vector.dtype == dtype for vector in (*biases, *norms)) else torch.float32
-        kept = (
-            [weight.contiguous() for weight in weights],
-            *([vector.to(kind).contiguous() for vector in vectors] for vectors in (biases, norms)),
-        )
-        pointers = (_Pointers(*(t.data_ptr() for t in given)) for given in kept)
-        workspace = _floats_of("message", F, D, x.device)
-        call = (DTYPES[dtype], DTYPES[kind], blocks, x, x.stride(0), *pointers, b.eps, F, b.frames, D)
-        _call("message_kv", *call, workspace, key_value, *_place(x))
-    return key_value
+def _statistics_floats(M: int, N: int) -> int:
+    return int(_library().xclip_fast_statistics_floats(M, N))
 
 
 # ---- 8 bits, e4m3

@@ -30,7 +30,6 @@ class Case(NamedTuple):
     packed: bool = False  # sequences of unequal length, one after another
     windows: int = 0  # W, of the bias on the scores; 0: without
     training: bool = False
-    drops: bool = False  # drop path factors are given
     activation: str = "quick_gelu"
     forced: str = ""  # the backend that is asked for
     traced: bool = False  # in a graph: nothing measured is asked

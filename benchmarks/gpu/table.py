@@ -56,4 +56,4 @@ def op(job: Job, op: str) -> Iterator[Row]:
         said.clear()
 
 
-OPS = ("attention", "norm_linear", "linear_residual", "message_kv", "patch_embed", "layer_norm")
+OPS = ("attention", "norm_linear", "linear_residual", "patch_embed", "layer_norm")

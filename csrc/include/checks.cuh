@@ -4,8 +4,6 @@
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
-#include <mutex>
-#include <optional>
 
 #include "xclip_fast.h"
 
@@ -43,27 +41,6 @@ class OnDevice {
   bool restore_ = false;
   int code_ = XCLIP_FAST_OK;
 };
-
-// What a launch asks of a device: 0 or why nothing runs there, its multiprocessors, the shared memory of a block.
-struct Facts {
-  int code, processors, room;
-};
-
-// What `ask` finds, asked once a device.
-template <Facts (*ask)(int)>
-Facts facts(int device) {
-  constexpr int kMostDevices = 64;
-  static std::mutex mutex;
-  static std::optional<Facts> known[kMostDevices];
-  if (device < 0 || device >= kMostDevices) {
-    return {XCLIP_FAST_BAD_DEVICE, 0, 0};
-  }
-  std::lock_guard const lock(mutex);
-  if (!known[device]) {
-    known[device] = ask(device);
-  }
-  return *known[device];
-}
 
 inline bool is_half(int dtype) { return dtype == XCLIP_FAST_BF16 || dtype == XCLIP_FAST_FP16; }
 

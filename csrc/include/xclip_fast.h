@@ -23,7 +23,7 @@ extern "C" {
 #endif
 
 /* Changes with every change of a signature or a constant below; kernels/cuda_library.py asks for exactly this one. */
-#define XCLIP_FAST_ABI 4
+#define XCLIP_FAST_ABI 5
 
 /* Element types. */
 #define XCLIP_FAST_BF16 0
@@ -41,10 +41,10 @@ extern "C" {
 #define XCLIP_FAST_BAD_SIZE 1      /* a negative or too large size, or a row stride below the row's length */
 #define XCLIP_FAST_BAD_ALIGNMENT 2 /* a matrix's base or row, or a size, is not in the whole units that TMA wants */
 #define XCLIP_FAST_BAD_DTYPE 3     /* not one of the element types that the call takes */
-#define XCLIP_FAST_BAD_DEVICE 4    /* the device is not of compute capability 9.0; for the message path, 8.0 or later */
+#define XCLIP_FAST_BAD_DEVICE 4    /* the device is not of compute capability 9.0 */
 #define XCLIP_FAST_BAD_TILE 5      /* the tile was not built for this product */
 #define XCLIP_FAST_BAD_POINTER 6   /* a pointer that may not be null is null */
-#define XCLIP_FAST_REFUSED 7       /* CUTLASS refused the arguments, or the message path does not fit */
+#define XCLIP_FAST_REFUSED 7       /* CUTLASS refused the arguments */
 #define XCLIP_FAST_FAILED 8        /* CUTLASS failed to launch, and kept CUDA's reason to itself */
 #define XCLIP_FAST_CUDA_ERROR 1000
 
@@ -98,30 +98,6 @@ XCLIP_FAST_API int xclip_fast_fp8_linear_residual(int tile, const void* x, int64
                                                   const float* w_scale, const float* bias, const void* residual,
                                                   int64_t residual_row, void* y, int64_t m, int64_t n, int64_t k,
                                                   int device, void* stream);
-
-/* The message path of a block, equation 7 and the message's share of equation 8, as one cooperative kernel:
- * m = x W0^T + b0; m = m + attention(LN_m(m)) over the frames of a video; key_value = LN_1(m) W3^T + b3.
- *
- * For compute capability 8.0 and later, and few rows: F rows, whole videos of T <= 64 frames; D a multiple of 64, its
- * heads have 64 channels. x (F, D); weights: four pointers, to the message token's (D, D), CFA's QKV (3D, D) and output
- * (D, D), IFA's key and value (2D, D), all contiguous; x and weights in dtype (BF16, FP16). biases: four pointers, of
- * the weights' rows; norms: four pointers, to LN_m's weight and bias and LN_1's, (D) each; biases and norms in
- * parameter_dtype (dtype or FP32). The pointers are read before the call returns. workspace: xclip_fast_message_floats
- * floats. key_value (F, 2D) contiguous in dtype.
- *
- * blocks: of the grid, at most the device's processors; 0: the library chooses. REFUSED if the weights do not fit into
- * the shared memory of so many. */
-XCLIP_FAST_API int xclip_fast_message_kv(int dtype, int parameter_dtype, int blocks, const void* x, int64_t x_row,
-                                         const void* const* weights, const void* const* biases,
-                                         const void* const* norms, float eps, int64_t rows, int64_t frames,
-                                         int64_t width, float* workspace, void* key_value, int device, void* stream);
-
-/* 0 if the message path of this width runs on this device, else why not: it was not compiled for it, or the weights do
- * not fit. */
-XCLIP_FAST_API int xclip_fast_check_message(int64_t width, int device);
-
-/* Floats of its workspace. */
-XCLIP_FAST_API int64_t xclip_fast_message_floats(int64_t rows, int64_t width);
 
 #ifdef __cplusplus
 }

@@ -44,7 +44,6 @@ def case_of(b: Block, training: bool) -> Case:
     dtype = b.in_weight.dtype
     if dtype != torch.float64:
         dtype = dispatch.autocast_dtype(device.type) or dtype
-    drops = (b.drop_fusion, b.drop_attention, b.drop_feed_forward)
     if b.backend:  # traced: sizes may be symbols, and the plan must not depend on them
         count, length, rows = 1, 1, 1
     elif b.offsets is not None:
@@ -67,7 +66,6 @@ def case_of(b: Block, training: bool) -> Case:
         packed,
         0 if b.bias is None else 1 if b.backend else b.bias.shape[0],
         training,
-        any(drop is not None for drop in drops),
         b.activation,
         b.backend or dispatch.forced_backend(),
         bool(b.backend),
@@ -248,7 +246,7 @@ def _with_message(
         return *project(None), ()
     message, write, saved = p.message.forward(save, b)
     qkv, known = project(message)
-    if message is None or known.rows is None:
+    if known.rows is None:
         write(qkv.view(*b.x.shape[:2], -1)[:, -1, b.x.shape[2] :])
     return qkv, known, saved
 

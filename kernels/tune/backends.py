@@ -27,7 +27,6 @@ from .shapes import boundaries
 SLOTS = {
     "norm_linear": ("qkv", "fc"),
     "linear_residual": ("out", "projection"),
-    "message_kv": ("message",),
     "attention": ("attention",),
 }
 NAMES = (*SLOTS, *(name for name, op in OPS.items() if op.sizes is not None))

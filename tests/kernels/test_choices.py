@@ -255,7 +255,7 @@ def test_rows_are_measured_where_the_ops_look_for_them(monkeypatch: pytest.Monke
             found = sizes(*args)
             assert set(found) == set(where), name
             assert tables.holds({"where": where}, found), (name, where, found)
-    assert set(tune_backends.SLOTS) == set(PARTS) - {"packed_attention", "window_attention"}  # one candidate each
+    assert set(tune_backends.SLOTS) == {name for name, part in PARTS.items() if len(part.backends) > 1}
     for where, block in tune_backends.blocks(TINY, BATCHES):
         case = fused.case_of(block, False)
         for _, _, own in fused.slots(case).values():
@@ -359,7 +359,7 @@ def test_every_part_can_be_measured(part: str, small: dict[str, float], monkeypa
     said: list[str] = []
     rows, wrong = measuring.measure(tune_backends, part, TINY, (1,), FOREVER, said.append)
     assert (wrong, len(rows)) == (0, 2 * len(tune_backends.SLOTS[part]))
-    wanted = {"message_kv": {"triton"}, "attention": {"triton", "reference"}}.get(part, {"library", "triton"})
+    wanted = {"triton", "reference"} if part == "attention" else {"library", "triton"}
     assert all(set(found["milliseconds"]) == wanted for found in rows)
     assert any("cuda refuses" in line for line in said) == ("cuda" in PARTS[part].names)
 

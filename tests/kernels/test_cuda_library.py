@@ -26,9 +26,7 @@ from xclip_fast.kernels import cuda_library
 from xclip_fast.kernels.cct_block import products
 from xclip_fast.kernels.cct_block.example import example
 from xclip_fast.kernels.cct_block.products import LINEAR_RESIDUAL, NORM_LINEAR
-from xclip_fast.kernels.cct_block.reference import message_key_value
 from xclip_fast.kernels.dispatch import INTERPRETED, OPS
-from xclip_fast.kernels.message_kv import MESSAGE
 from xclip_fast.kernels.parts import PARTS, Case, Part
 
 from xclip_fast import info, kernels
@@ -157,18 +155,17 @@ def test_every_call_checks_its_arguments(library: Path) -> None:
     """What no GPU is needed for: no call reads the memory that is named here."""
     loaded, _ = cuda_library.load(library)
     codes = {value: name for name, value in constants().items()}
-    aligned, four = 1 << 20, (ctypes.c_void_p * 4)(*[1 << 20] * 4)
-    sizes = {"m": 64, "n": 128, "k": 64, "rows": 8, "frames": 4, "width": 128, "d": 64}
-    strides = {"x_row": 128, "w_row": 128, "u_row": 128, "residual_row": 128}
+    aligned = 1 << 20
+    sizes = {"m": 64, "n": 128, "k": 64}
+    strides = {"x_row": 128, "w_row": 128, "residual_row": 128}
     usual = {**sizes, **strides, "device": 10_000, "stream": None, "tile": -1, "dtype": 0, "eps": 1e-5, "y_scale": 1.0}
-    usual |= {"activation": 1, "stream_dtype": 0, "parameter_dtype": 2, "blocks": 0}
-    usual |= {"weights": four, "biases": four, "norms": four}
+    usual |= {"activation": 1, "stream_dtype": 0}
 
     def call(name: str, **changes: Any) -> str:
         given = {**usual, **changes}
         names = [name for _, name in declared()[f"xclip_fast_{name}"][1]]
         code = getattr(loaded, f"xclip_fast_{name}")(*(given.get(name, aligned) for name in names))
-        return codes.get(code, "CUDA's own" if code > constants()["CUDA_ERROR"] else str(code))
+        return codes.get(code, str(code))
 
     fp8 = ("fp8_linear", "fp8_linear_residual")
     for name in (*fp8, "linear_residual"):
@@ -183,13 +180,6 @@ def test_every_call_checks_its_arguments(library: Path) -> None:
     assert call("fp8_linear", y_scale=0.0) == call("fp8_linear", y_scale=float("nan")) == "BAD_SIZE"
     assert call("linear_residual", mean=None) == call("linear_residual", partials=None) == "BAD_POINTER"
     assert call("linear_residual", partials=None, mean=None, rstd=None) == "BAD_DEVICE"
-    assert call("message_kv", rows=6) == call("message_kv", frames=65, rows=65) == "BAD_SIZE"
-    assert call("message_kv", width=100) == call("check_message", width=100) == "BAD_SIZE"
-    assert call("message_kv", dtype=2) == call("message_kv", parameter_dtype=1) == "BAD_DTYPE"
-    assert call("message_kv", weights=None) == call("message_kv", biases=(ctypes.c_void_p * 4)()) == "BAD_POINTER"
-    assert call("message_kv", x=aligned + 2) == call("message_kv", x_row=132) == "BAD_ALIGNMENT"
-    assert call("message_kv") == call("check_message") == "CUDA's own"  # no such device
-    assert call("message_kv", rows=0) == "OK"
 
 
 def test_kernels_use_tensor_cores_and_tma_and_do_not_spill(library: Path) -> None:
@@ -231,17 +221,13 @@ def reason(part: Part, given: Case) -> str | None:
 
 def test_the_backend_is_never_chosen_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_library, "refuse_device", lambda *_: None)
-    for part in (NORM_LINEAR, LINEAR_RESIDUAL, MESSAGE):
+    for part in (NORM_LINEAR, LINEAR_RESIDUAL):
         with kernels.backend("auto"):
             assert "not measured" in (reason(part, kind()) or "")
         with kernels.backend("cuda"):
             assert reason(part, kind()) is None
     assert {name for name, op in OPS.items() if "cuda" in op.names} == {"cct_block", "ln_linear_fp8", "mlp_fp8"}
-    assert {name for name, part in PARTS.items() if "cuda" in part.names} == {
-        "linear_residual",
-        "message_kv",
-        "norm_linear",
-    }
+    assert {name for name, part in PARTS.items() if "cuda" in part.names} == {"linear_residual", "norm_linear"}
 
 
 def test_reasons_of_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,10 +240,6 @@ def test_reasons_of_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
         assert reason(LINEAR_RESIDUAL, kind(stream=torch.float32)) is None
         assert "beside weights" in (reason(LINEAR_RESIDUAL, kind(torch.float16, stream=torch.float32)) or "")
         assert "quick_gelu only" in (reason(NORM_LINEAR, kind(activation="gelu")) or "")
-        assert "no gradients" in (reason(MESSAGE, kind(training=True)) or "")
-        assert "over 64" in (reason(MESSAGE, kind(sequences=65)) or "")
-        assert "heads of 64" in (reason(MESSAGE, kind(channels=32)) or "")
-        assert "for training" in (reason(MESSAGE, kind(drops=True)) or "")
 
 
 def test_a_library_that_is_missing_or_broken_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -287,11 +269,6 @@ def test_a_library_of_another_interface_is_a_reason(library: Path, monkeypatch: 
 
 def quick_gelu(u: Tensor) -> Tensor:
     return u * torch.sigmoid(1.702 * u)
-
-
-def message_exactly(block: kernels.Block) -> Tensor:
-    """Key and value (F, 2D) of each frame's message, by torch."""
-    return message_key_value(block, functools.partial(kernels.own_linear, block))
 
 
 class Memory:
@@ -384,35 +361,13 @@ class Memory:
         residual = self.at(g["residual"], g["m"], g["n"], g["residual_row"], torch.bfloat16)
         self.at(g["y"], g["m"], g["n"], g["n"], torch.bfloat16).copy_(residual.float() + value)
 
-    def message_floats(self, **g: Any) -> int:
-        return 5 * int(g["rows"]) * int(g["width"])
-
-    def message_kv(self, **g: Any) -> None:
-        kind, other, rows, width = self.kinds[g["dtype"]], self.kinds[g["parameter_dtype"]], g["rows"], g["width"]
-        assert g["x"] % 16 == g["x_row"] % 8 == 0
-        self.at(g["workspace"], 1, 5 * rows * width, 5 * rows * width, torch.float32).fill_(torch.nan)
-        names = ("message_fc", "message_in", "message_out", "in")
-        given = {"x": self.at(g["x"], rows, width, g["x_row"], kind)[:, None]}
-        for name, count, weight, bias in zip(names, (1, 3, 1, 2), g["weights"], g["biases"], strict=True):
-            given[f"{name}_weight"] = self.at(weight, count * width, width, width, kind)
-            given[f"{name}_bias"] = self.row(bias, count * width, other)  # type: ignore[assignment]
-        for name, norm in zip(
-            ("message_ln_weight", "message_ln_bias", "ln_1_weight", "ln_1_bias"), g["norms"], strict=True
-        ):
-            given[name] = self.row(norm, width, other)  # type: ignore[assignment]
-        wide = {name: tensor.float() for name, tensor in given.items()}
-        for name in ("in_weight", "in_bias"):  # of keys and values; queries are not asked for
-            wide[name] = torch.cat([torch.zeros_like(wide[name][:width]), wide[name]])
-        value = message_exactly(example(rows, 1, width, g["frames"])._replace(**wide, eps=g["eps"]))
-        self.at(g["key_value"], rows, 2 * width, 2 * width, kind).copy_(value)
-
 
 @pytest.fixture
 def memory(monkeypatch: pytest.MonkeyPatch) -> Memory:
     played = Memory()
     monkeypatch.setattr(cuda_library, "refuse_device", lambda *_: None)
     monkeypatch.setattr(cuda_library, "_library", lambda: played)
-    monkeypatch.setattr(cuda_library, "_count", cuda_library._count.__wrapped__)
+    monkeypatch.setattr(cuda_library, "_statistics_floats", cuda_library._statistics_floats.__wrapped__)
     monkeypatch.setattr(cuda_library, "_place", lambda _: (0, None))
     return played
 
@@ -476,23 +431,6 @@ def test_plumbing_computes_the_block(folds: int, drops: bool, memory: Memory, mo
     assert {"norm_linear", "linear_residual"} <= set(memory.calls)
 
 
-@interpreted
-def test_message_path_is_one_call(memory: Memory) -> None:
-    block = kernels.Block(*cast(example(6, 5, 128, 3, dtype=torch.float64), torch.float16))
-    exact, plain = (
-        kernels.composed(kernels.Block(*cast(block, dtype)))[:, :-1] for dtype in (torch.float64, block.x.dtype)
-    )
-    with kernels.backend("cuda"), torch.no_grad():
-        got = kernels.cct_block(block)[0][:, :-1]
-    assert memory.calls.count("message_kv") == 1
-    assert float((got.double() - exact).abs().max()) <= 2 * float((plain.double() - exact).abs().max())
-    with kernels.backend("cuda"):  # gradients go on to the next backend
-        memory.calls.clear()
-        kernels.cct_block(block._replace(x=block.x.requires_grad_()))[0].sum().backward()
-    assert "message_kv" not in memory.calls
-    assert "norm_linear" in memory.calls
-
-
 def test_fp8_ops_are_calls_of_the_library(memory: Memory) -> None:
     width, scale = 64, 5 / 448
     x = normal(4, 7, 2 * width)[..., :width].bfloat16()  # rows two apart
@@ -543,11 +481,11 @@ def test_benchmark_calls_everything_and_agrees(bench: Any, memory: Memory) -> No
     noted = {(row["contender"], row["note"].split(":")[0]) for row in rows if "note" in row}
     assert {contender for contender, _ in noted} <= {"the op, triton", "torch._scaled_mm"}
     assert {row["case"] for row in rows if "ours, auto" in row["contender"]} == {
-        *("message_kv", "qkv", "fc1", "fc1 with u", "out", "fc2", "out with statistics", "fc2 with statistics"),
+        *("qkv", "fc1", "fc1 with u", "out", "fc2", "out with statistics", "fc2 with statistics"),
         *("qkv in fp8", "fc1 in fp8", "fc2 in fp8"),
     }
     computing = {name.removeprefix("xclip_fast_") for name in cuda_library.SIGNATURES}
-    computing -= {"abi", "error", "check_device", "check_message"}
+    computing -= {"abi", "error", "check_device"}
     assert set(memory.calls) == computing
 
 
@@ -581,20 +519,6 @@ def test_folded_layer_norm_is_layer_norm() -> None:
     got = rstd * (x @ folded.T - mean * folded.sum(1)) + weight @ beta + bias
     wanted = F.linear(F.layer_norm(x, (64,), gamma, beta, EPS), weight, bias)
     torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
-
-
-# ---- the kernels that need no tensor cores of Hopper, on the host
-
-
-def test_kernels_run_on_the_host(tmp_path: Path) -> None:
-    """The message path and the merged statistics, thread by thread in plain C++: csrc/tests/emulated.cpp."""
-    if shutil.which("nvcc") is None:
-        pytest.skip("nvcc, which knows where CUDA's headers are, is not on the PATH")
-    program, source = tmp_path / "emulated", ROOT / "csrc" / "tests" / "emulated.cpp"
-    subprocess.run(["nvcc", "-std=c++17", "-O2", "-I", HEADER.parent, source, "-o", program], check=True)
-    done = subprocess.run([program], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout
-    assert done.stdout == "0 failed\n"
 
 
 # ---- every call against float64: on a GPU the library itself, elsewhere as torch plays it
@@ -745,52 +669,23 @@ def test_float8_products(tile: str, device: str, guards: list[Tensor]) -> None:
         judge(guards, tile, built(tile, calls, options, E4M3, device))
 
 
-def message_block(
-    rows: int, width: int, frames: int, dtype: torch.dtype, parameters: torch.dtype, device: str
-) -> kernels.Block:
-    """A block whose biases and norms have the dtype ``parameters``."""
-    block = example(rows, 1, width, frames, device=device, dtype=dtype)
-    vectors = {name: arg.to(parameters) for name, arg in block._asdict().items() if getattr(arg, "ndim", 0) == 1}
-    return block._replace(x=spread(rows, width, 8, dtype, device)[:, None], **vectors)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("parameters", [None, torch.float32], ids=["half", "float32"])
-def test_message_path(parameters: torch.dtype | None, dtype: torch.dtype, device: str, guards: list[Tensor]) -> None:
-    ulp, sizes = torch.finfo(dtype).eps / 2, [(5, 15, 384, 50), (1, 1, 384, 0)]
-    more = [(8, 8, 768, 0), (16, 48, 768, 0), (64, 64, 1024, 0)]
-    for frames, rows, width, blocks in sizes if device == "cpu" else sizes + more:
-        if cuda_library.refuse_device(device, None, width):
-            continue  # it does not fit on this GPU
-        block = message_block(rows, width, frames, dtype, parameters or dtype, device)
-        exact = message_exactly(kernels.Block(*cast(block, torch.float64)))
-        call = functools.partial(cuda_library.message_kv, block, blocks)
-        judge(guards, "auto", {f"width {width}": (call, [(exact, 1.01 * ulp, 8 * ulp)])})
-        first = call()
-        for _ in range(50 if device == "cuda" else 1):  # a missing barrier shows as a difference between runs
-            assert torch.equal(call(), first)
-
-
 @pytest.mark.gpu
 def test_a_call_on_a_stream_and_in_a_graph_gives_the_same_bits() -> None:
-    if refused := cuda_library.refuse_device("cuda", None) or cuda_library.refuse_device("cuda", None, 768):
+    if refused := cuda_library.refuse_device("cuda", None):
         pytest.skip(refused)
-    half = torch.bfloat16
-    x, w, source = (spread(*size, 0, half, "cuda", 0.2) for size in ((300, 768), (384, 768), (300, 384)))
-    block = message_block(8, 768, 8, half, half, "cuda")
+    x, w, source = (spread(*size, 0, torch.bfloat16, "cuda", 0.2) for size in ((300, 768), (384, 768), (300, 384)))
     add = functools.partial(cuda_library.linear_residual, x, w, bias=near(384, "cuda"), residual=source)
-    for call in (lambda: add()[0], lambda: cuda_library.message_kv(block)):
-        side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            direct = call()
-        torch.cuda.synchronize()
-        with torch.cuda.graph(graph):
-            replayed = call()
-        replayed.fill_(torch.nan)
-        graph.replay()
-        torch.cuda.synchronize()
-        assert torch.equal(replayed, direct)
+    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        (direct,) = add()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        (replayed,) = add()
+    replayed.fill_(torch.nan)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(replayed, direct)
 
 
 def test_a_call_goes_to_the_device_and_the_stream_of_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
