@@ -267,7 +267,7 @@ def counted(name: str) -> list[tuple[int, int]]:
     return found
 
 
-# as counted gives them; docs/kernels.md has those of torch's calls beside them
+# as counted gives them, and as docs/kernels.md has them
 MOST = {"library": [(11, 6), (12, 9), (42, 11)], "triton": [(11, 0), (11, 0), (41, 11)]}
 
 
