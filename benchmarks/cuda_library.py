@@ -65,27 +65,24 @@ def compiled(call: Callable[..., Any], args: tuple[Any, ...]) -> Call:
     return lambda: once(*args)
 
 
-def norm_case(M: int, N: int, D: int, activation: bool, keep: bool = False) -> Case:
-    """LayerNorm, product and, with ``activation``, quick_gelu; ``keep`` also returns the input of quick_gelu."""
+def norm_case(M: int, N: int, D: int, activation: bool) -> Case:
+    """LayerNorm, product and, with ``activation``, quick_gelu."""
     from xclip_fast.kernels.triton.fold import fold
     from xclip_fast.kernels.triton.layer_norm import row_statistics
 
     x, w, bias, gamma, beta = normal(M, D), normal(N, D, scale=D**-0.5), normal(N), 1 + normal(D, scale=0.1), normal(D)
     folded, sums, shift = fold(w, gamma, beta, bias)
-    given = {"bias": shift, "norm": (*row_statistics(x, EPS), sums), "activation": activation, "keep": keep}
+    given = {"bias": shift, "norm": (*row_statistics(x, EPS), sums), "activation": activation}
 
-    def plain(x: Tensor, w: Tensor, b: Tensor, gamma: Tensor, beta: Tensor) -> Any:
+    def plain(x: Tensor, w: Tensor, b: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
         u = F.linear(F.layer_norm(x, (D,), gamma, beta, EPS), w, b)
-        y = quick_gelu(u) if activation else u
-        return (y, u) if keep else y
+        return quick_gelu(u) if activation else u
 
-    def ours(tile: str) -> Any:
-        result = cuda_library.norm_linear(x, folded, **given, tile=tile)
-        return result if keep else result[0]
+    def ours(tile: str) -> Tensor:
+        return cuda_library.norm_linear(x, folded, **given, tile=tile)[0]
 
-    name = "fc1 with u" if keep else "fc1" if activation else "qkv"
-    tiles = cuda_library.tiles(DTYPE, activation=activation, keep=keep)
-    return half_case(name, plain, ours, tiles, x, w, bias, gamma, beta)
+    tiles = cuda_library.tiles(DTYPE, activation=activation)
+    return half_case("fc1" if activation else "qkv", plain, ours, tiles, x, w, bias, gamma, beta)
 
 
 def residual_case(M: int, D: int, K: int, statistics: bool) -> Case:
@@ -105,7 +102,7 @@ def residual_case(M: int, D: int, K: int, statistics: bool) -> Case:
         return result if statistics else result[0]
 
     name = ("out" if K == D else "fc2") + (" with statistics" if statistics else "")
-    tiles = cuda_library.tiles(DTYPE, residual=DTYPE, statistics=statistics)
+    tiles = cuda_library.tiles(DTYPE, residual=True, statistics=statistics)
     return half_case(name, plain, ours, tiles, h, w, bias, residual)
 
 
@@ -132,7 +129,7 @@ def fp8_case(name: str, M: int, N: int, K: int) -> Case:
         scales, kind = (x_scale[:, None], w_scale[None]), torch.bfloat16
         return torch._scaled_mm(x, w.T, *scales, bias=bias.to(kind), out_dtype=kind, use_fast_accum=True)
 
-    tiles = cuda_library.tiles(E4M3, activation=name == "fc1", residual=torch.bfloat16 if name == "fc2" else None)
+    tiles = cuda_library.tiles(E4M3, activation=name == "fc1", residual=name == "fc2")
     contenders: dict[str, Call] = {f"ours, {tile}": lambda tile=tile: ours(tile) for tile in tiles}  # type: ignore[misc]
     if name == "qkv":
         contenders["torch._scaled_mm"] = scaled_mm
@@ -158,7 +155,6 @@ def all_cases(widths: tuple[int, ...], most_rows: int) -> Iterator[Case]:
         for M in (rows for rows in ROWS[D] if rows <= most_rows):
             yield norm_case(M, 3 * D, D, False)
             yield norm_case(M, 4 * D, D, True)
-            yield norm_case(M, 4 * D, D, True, keep=True)
             for statistics in (False, True):
                 yield residual_case(M, D, D, statistics)
                 yield residual_case(M, D, 4 * D, statistics)

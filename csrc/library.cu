@@ -154,18 +154,15 @@ int xclip_fast_check_device(int device) { return facts(device).code; }
 
 int xclip_fast_norm_linear(int dtype, int tile, const void* x, int64_t x_row, const void* w, int64_t w_row,
                            const float* mean, const float* rstd, const float* w_sums, const float* bias, int activation,
-                           void* u, void* y, int64_t m, int64_t n, int64_t k, int device, void* stream) {
+                           void* y, int64_t m, int64_t n, int64_t k, int device, void* stream) {
   Operands given{x, x_row, w, w_row, nullptr, n, y, m, n, k, device, 0, stream};
-  NormArguments const extra{mean, rstd, w_sums, bias, u};
+  NormArguments const extra{mean, rstd, w_sums, bias};
   if (!is_half(dtype)) {
     return XCLIP_FAST_BAD_DTYPE;
   }
-  bool const normed = mean != nullptr, half_normed = normed != (rstd != nullptr) || normed != (w_sums != nullptr);
-  if (any(given) && (half_normed || (u != nullptr && !activation))) {
+  bool const normed = mean != nullptr;
+  if (any(given) && (normed != (rstd != nullptr) || normed != (w_sums != nullptr))) {
     return XCLIP_FAST_BAD_POINTER;
-  }
-  if (!whole_16_bytes(u)) {
-    return XCLIP_FAST_BAD_ALIGNMENT;
   }
   return launch(given, 8, 8, [&] {
     return activation ? norm_gelu(dtype, tile, given, extra) : norm(dtype, tile, given, extra);
@@ -177,18 +174,16 @@ int64_t xclip_fast_statistics_floats(int64_t m, int64_t n) {
   return 2 * ((m + 127) / 128 * 128) * ((n + 127) / 128);
 }
 
-int xclip_fast_linear_residual(int dtype, int stream_dtype, int tile, const void* x, int64_t x_row, const void* w, int64_t w_row,
+int xclip_fast_linear_residual(int dtype, int tile, const void* x, int64_t x_row, const void* w, int64_t w_row,
                                const float* bias, const float* scale, const void* residual, int64_t residual_row,
                                float eps, float* partials, float* mean, float* rstd, void* y, int64_t m, int64_t n,
                                int64_t k, int device, void* stream) {
   Operands given{x, x_row, w, w_row, residual, residual_row, y, m, n, k, device, 0, stream};
   bool const wanted = mean != nullptr;
-  bool const wide = stream_dtype == XCLIP_FAST_FP32 && dtype == XCLIP_FAST_BF16 && !wanted;
-  if (!is_half(dtype) || (stream_dtype != dtype && !wide)) {
+  if (!is_half(dtype)) {
     return XCLIP_FAST_BAD_DTYPE;
   }
-  int const unit = wide ? 4 : 8;
-  if (int const code = check_matrix(residual, m, n, residual_row, unit)) {
+  if (int const code = check_matrix(residual, m, n, residual_row)) {
     return code;
   }
   if (any(given) && (wanted != (partials != nullptr) || wanted != (rstd != nullptr))) {
@@ -198,8 +193,8 @@ int xclip_fast_linear_residual(int dtype, int stream_dtype, int tile, const void
     return XCLIP_FAST_BAD_ALIGNMENT;
   }
   float* const squares = partials + xclip_fast_statistics_floats(m, n) / 2;
-  ResidualArguments const extra{stream_dtype, bias, scale, partials, squares, mean, rstd, eps};
-  return launch(given, 8, unit, [&] {
+  ResidualArguments const extra{bias, scale, partials, squares, mean, rstd, eps};
+  return launch(given, 8, 8, [&] {
     return wanted ? residual_statistics(dtype, tile, given, extra) : residual_add(dtype, tile, given, extra);
   });
 }

@@ -4,12 +4,8 @@
 namespace xclip_fast {
 
 int residual_add(int dtype, int tile, Operands const& operands, ResidualArguments const& extra) {
-  if (extra.stream_dtype == XCLIP_FAST_FP32) {
-    return run_on_tile<cutlass::bfloat16_t, ResidualFp32, Square>(tile, operands, extra);
-  }
-  return dtype == XCLIP_FAST_BF16
-             ? run_on_tile<cutlass::bfloat16_t, Residual, Wide, Square, Small>(tile, operands, extra)
-             : run_on_tile<cutlass::half_t, Residual, Square>(tile, operands, extra);
+  return dtype == XCLIP_FAST_BF16 ? run_on_tile<cutlass::bfloat16_t, Residual, Wide, Square>(tile, operands, extra)
+                                  : run_on_tile<cutlass::half_t, Residual, Square>(tile, operands, extra);
 }
 
 int residual_statistics(int dtype, int tile, Operands const& operands, ResidualArguments const& extra) {

@@ -16,19 +16,17 @@ from torch import Tensor
 
 from .derived import cast
 
-ABI = 5  # XCLIP_FAST_ABI of csrc/include/xclip_fast.h
-TILES = {"auto": -1, "small": 0, "square": 1, "wide": 2}
-DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+ABI = 6  # XCLIP_FAST_ABI of csrc/include/xclip_fast.h
+TILES = {"auto": -1, "square": 0, "wide": 1}
+DTYPES = {torch.bfloat16: 0, torch.float16: 1}
 # (epilogue of csrc/include/gemm.cuh, dtype) -> its tiles: the calls of run_on_tile in csrc/product_*.cu
 BUILT: dict[tuple[str, torch.dtype], tuple[str, ...]] = {
-    ("Norm", torch.bfloat16): ("wide", "square", "small"),
+    ("Norm", torch.bfloat16): ("wide", "square"),
     ("Norm", torch.float16): ("square",),
-    ("NormGelu", torch.bfloat16): ("wide", "square", "small"),
-    ("NormGeluKept", torch.bfloat16): ("square",),
-    ("NormGeluKept", torch.float16): ("square",),
-    ("Residual", torch.bfloat16): ("wide", "square", "small"),
+    ("NormGelu", torch.bfloat16): ("wide", "square"),
+    ("NormGelu", torch.float16): ("square",),
+    ("Residual", torch.bfloat16): ("wide", "square"),
     ("Residual", torch.float16): ("square",),
-    ("ResidualFp32", torch.bfloat16): ("square",),
     ("ResidualStatistics", torch.bfloat16): ("square",),
     ("ResidualStatistics", torch.float16): ("square",),
     ("Fp8", torch.float8_e4m3fn): ("wide", "square"),
@@ -43,8 +41,8 @@ _SIGNATURES = {
     "abi": "i",
     "error": "s i",
     "check_device": "i i",
-    "norm_linear": "i ii pl pl pppp i pp lll ip",
-    "linear_residual": "i iii pl pl pp pl fppp p lll ip",
+    "norm_linear": "i ii pl pl pppp i p lll ip",
+    "linear_residual": "i ii pl pl pp pl fppp p lll ip",
     "statistics_floats": "l ll",
     "fp8_linear": "i i pl pl ppp if p lll ip",
     "fp8_linear_residual": "i i pl pl pp pl p lll ip",
@@ -144,19 +142,18 @@ def matrix(x: Tensor) -> Tensor:
 def tiles(
     dtype: torch.dtype,
     *,
-    residual: torch.dtype | None = None,
+    residual: bool = False,
     activation: bool = False,
-    keep: bool = False,
     statistics: bool = False,
 ) -> tuple[str, ...]:
-    """The tiles that a product takes, or none if it was not built: of operands of ``dtype``, with a residual of a dtype
-    (``statistics`` of the result), or with an activation (``keep`` what it is applied to)."""
+    """The tiles that a product takes, or none if it was not built: of operands of ``dtype``, with a residual
+    (``statistics`` of the result), or with an activation."""
     if dtype == torch.float8_e4m3fn:
         name = "Fp8Residual" if residual else "Fp8Gelu" if activation else "Fp8"
     elif residual:
-        name = "ResidualStatistics" if statistics else "Residual" if residual == dtype else "ResidualFp32"
+        name = "ResidualStatistics" if statistics else "Residual"
     else:
-        name = ("NormGeluKept" if keep or dtype == torch.float16 else "NormGelu") if activation else "Norm"
+        name = "NormGelu" if activation else "Norm"
     return ("auto", *BUILT[name, dtype]) if (name, dtype) in BUILT else ()
 
 
@@ -176,25 +173,23 @@ def norm_linear(
     bias: Tensor | None = None,
     norm: tuple[Tensor, Tensor, Tensor] | None = None,
     activation: bool = False,
-    keep: bool = False,
     tile: str = "auto",
-) -> tuple[Tensor, ...]:
-    """y = act(r (x W^T - mu s) + b), and what the activation was applied to if ``keep``.
+) -> tuple[Tensor]:
+    """y = act(r (x W^T - mu s) + b).
 
     Args:
         x: (M, K), weight: (N, K), one half-precision dtype. bias: (N,).
         norm: mu (M,), r (M,), s (N,), float32; None: no LayerNorm.
 
     Returns:
-        (M, N) in x's dtype, twice if ``keep``.
+        (M, N) in x's dtype.
     """
     (M, K), N = x.shape, weight.shape[0]
-    results = [torch.empty(M, N, dtype=x.dtype, device=x.device) for _ in range(1 + keep)]
+    y = torch.empty(M, N, dtype=x.dtype, device=x.device)
     if M:
-        rest = (*(norm or (None, None, None)), _floats(bias), int(activation), results[1] if keep else None)
-        operands = _operands(x, weight, tile)
-        _call("norm_linear", DTYPES[x.dtype], *operands, *rest, results[0], M, N, K, *_place(x))
-    return tuple(results)
+        rest = (*(norm or (None, None, None)), _floats(bias), int(activation))
+        _call("norm_linear", DTYPES[x.dtype], *_operands(x, weight, tile), *rest, y, M, N, K, *_place(x))
+    return (y,)
 
 
 def linear_residual(
@@ -210,15 +205,14 @@ def linear_residual(
     """residual + s (x W^T + b), and, if ``statistics_eps`` is given, mean and 1 / sqrt(variance + eps) of its rows.
 
     Args:
-        x: (M, K), weight: (N, K), of one half-precision dtype. bias: (N,).
-        residual: (M, N), in x's dtype; or in float32 beside bfloat16, without statistics.
+        x: (M, K), weight: (N, K), residual: (M, N), of one half-precision dtype. bias: (N,).
         drop_scale: (B,), M a multiple of B: s of each M / B rows.
 
     Returns:
-        (M, N) in the residual's dtype, and, if wanted, float32 (M,) twice.
+        (M, N) in that dtype, and, if wanted, float32 (M,) twice.
     """
     (M, K), N = x.shape, weight.shape[0]
-    y = torch.empty(M, N, dtype=residual.dtype, device=x.device)
+    y = torch.empty(M, N, dtype=x.dtype, device=x.device)
     mean = rstd = partials = scale = None
     if statistics_eps is not None:
         mean, rstd = (torch.empty(M, dtype=torch.float32, device=x.device) for _ in range(2))
@@ -229,8 +223,7 @@ def linear_residual(
     if M:
         residual = matrix(residual)
         rest = (_floats(bias), scale, residual, residual.stride(0), statistics_eps or 0.0, partials, mean, rstd)
-        dtypes = DTYPES[x.dtype], DTYPES[residual.dtype]
-        _call("linear_residual", *dtypes, *_operands(x, weight, tile), *rest, y, M, N, K, *_place(x))
+        _call("linear_residual", DTYPES[x.dtype], *_operands(x, weight, tile), *rest, y, M, N, K, *_place(x))
     return (y,) if mean is None or rstd is None else (y, mean, rstd)
 
 

@@ -157,7 +157,7 @@ class Op:
         """
         compiling = torch.compiler.is_compiling()
         if _forced != "auto" and _forced not in self.names and not compiling:
-            _log_once(f"{self.name} has no backend {_checked(_forced)}; the choice is automatic")
+            log_once(f"{self.name} has no backend {_checked(_forced)}; the choice is automatic")
         reasons: list[str] = []
         for each, reason in self.asked(args, training):
             if kernels and each.backward is None:
@@ -165,7 +165,7 @@ class Op:
             if reason is None:
                 # on a CPU nothing else than a fallback is expected
                 if reasons and not compiling and any(isinstance(arg, Tensor) and arg.is_cuda for arg in args):
-                    _log_once(f"{self.name} runs on the backend {each.name}; {'; '.join(reasons)}")
+                    log_once(f"{self.name} runs on the backend {each.name}; {'; '.join(reasons)}")
                 return each
             reasons.append(f"{each.name}: {reason}")
         shapes = ", ".join(f"{tuple(arg.shape)} {arg.dtype}" for arg in args if isinstance(arg, Tensor))
@@ -232,7 +232,8 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
 _logged: set[str] = set()
 
 
-def _log_once(message: str) -> None:
+def log_once(message: str) -> None:
+    """Warn, unless the same was said before."""
     if message not in _logged:
         _logged.add(message)
         logger.warning(message)

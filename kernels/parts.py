@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import choices
+from .dispatch import log_once
 from .support import Backend, Call, asked
 
 
@@ -87,6 +88,8 @@ class Part:
         refusals = self.refusals(case, **sizes)
         for name, reason in refusals.items():
             if reason is None:
+                if case.forced in self.names and name != case.forced and not case.traced:
+                    log_once(f"{self.name} runs on the backend {name}; {case.forced}: {refusals[case.forced]}")
                 return self.backends[self.names.index(name)]
         return "; ".join(f"{self.name} {name}: {reason}" for name, reason in refusals.items())
 

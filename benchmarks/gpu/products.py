@@ -118,7 +118,7 @@ def contenders(job: Job, product: str, given: Operands) -> Iterator[tuple[str, R
     if cuda_library.refuse_device(job.device, 0) is None:
         kind: Row = {"activation": product == "fc1"}
         if product in ("out", "fc2"):
-            kind = {"residual": job.dtype, "statistics": True}
+            kind = {"residual": True, "statistics": True}
         for name in cuda_library.tiles(job.dtype, **kind):
             row = {"kind": "cutlass", "tile": name}
             yield f"cutlass {name}", row, lambda name=name: cutlass_call(product, given, name)

@@ -63,7 +63,7 @@ struct Norm {
   using Output = Element;
   using Tree = NormNode<Tile, Element>;
   using Arguments = NormArguments;
-  static typename Tree::Arguments arguments(Arguments const& given, int64_t) { return norm_arguments<Tree>(given); }
+  static typename Tree::Arguments arguments(Arguments const& given) { return norm_arguments<Tree>(given); }
 };
 
 // y = quick_gelu(u)
@@ -74,29 +74,8 @@ struct NormGelu {
   using Inner = NormNode<Tile, float>;
   using Tree = Apply<QuickGelu, Element, Inner>;
   using Arguments = NormArguments;
-  static typename Tree::Arguments arguments(Arguments const& given, int64_t) {
+  static typename Tree::Arguments arguments(Arguments const& given) {
     return {norm_arguments<Inner>(given), {}};
-  }
-};
-
-// y = quick_gelu(u); u is stored as well, unless its pointer is null. Its buffers in shared memory leave a stage less to
-// the main loop.
-template <class Tile, class Element>
-struct NormGeluKept {
-  using Source = void;
-  using Output = Element;
-  using Descriptor = epilogue::detail::EpilogueDescriptor<typename Tile::Shape, epilogue::EpilogueTileAuto, Source,
-                                                          Element, typename Tile::EpilogueSchedule>;
-  using Store = epilogue::detail::AuxStoreDescriptor<Descriptor, cutlass::layout::RowMajor, Element>;
-  using Keep = fusion::Sm90AuxStore<Store::Stages, typename Descriptor::EpilogueTile, Element, kRound,
-                                    typename Store::Stride, typename Store::SmemLayoutAtom, typename Store::CopyOpR2S>;
-  using Inner = NormNode<Tile, float>;
-  using Kept = fusion::Sm90EVT<Keep, Inner>;
-  using Tree = Apply<QuickGelu, Element, Kept>;
-  using Arguments = NormArguments;
-  static typename Tree::Arguments arguments(Arguments const& given, int64_t n) {
-    typename Kept::Arguments kept = {norm_arguments<Inner>(given), {static_cast<Element*>(given.u), row_major(n)}};
-    return {kept, {}};
   }
 };
 
@@ -105,21 +84,16 @@ template <class Tile, class Output, class Source>
 using ResidualNode =
     Apply<AddResidual, Output, fusion::Sm90AccFetch, OfColumn<Tile>, OfRow<Tile>, fusion::Sm90SrcFetch<Source>>;
 
-// The residual and y in `Stream`.
-template <class Tile, class Stream>
-struct ResidualIn {
-  using Source = Stream;
-  using Output = Stream;
-  using Tree = ResidualNode<Tile, Stream, Stream>;
+template <class Tile, class Element>
+struct Residual {
+  using Source = Element;
+  using Output = Element;
+  using Tree = ResidualNode<Tile, Element, Element>;
   using Arguments = ResidualArguments;
-  static typename Tree::Arguments arguments(Arguments const& given, int64_t) {
+  static typename Tree::Arguments arguments(Arguments const& given) {
     return {{}, {given.bias, 0.0f, {}}, {given.scale, 1.0f, {}}, {}, {}};
   }
 };
-template <class Tile, class Element>
-using Residual = ResidualIn<Tile, Element>;
-template <class Tile, class>
-using ResidualFp32 = ResidualIn<Tile, float>;
 
 // Sums along a row of the tile, in float32; `Add` takes what was summed so far and the next value. CUTLASS writes those
 // of each tile to memory and leaves it to us to merge them: no atomics, the same bits in every run.
@@ -137,7 +111,7 @@ struct ResidualStatistics {
   using Squares = fusion::Sm90EVT<SumRow<Tile, cutlass::square_and_plus>, Sums>;
   using Tree = Apply<cutlass::epilogue::thread::Identity, Element, Squares>;
   using Arguments = ResidualArguments;
-  static typename Tree::Arguments arguments(Arguments const& given, int64_t) {
+  static typename Tree::Arguments arguments(Arguments const& given) {
     typename Sums::Arguments sums = {{{}, {given.bias, 0.0f, {}}, {given.scale, 1.0f, {}}, {}, {}},
                                      {given.sums, 0.0f, {}}};
     return {{sums, {given.squares, 0.0f, {}}}, {}};
@@ -151,7 +125,7 @@ struct Fp8 {
   using Output = cutlass::bfloat16_t;
   using Tree = Apply<Scaled, Output, fusion::Sm90AccFetch, OfRow<Tile>, OfColumn<Tile>, OfColumn<Tile>>;
   using Arguments = ScaledArguments;
-  static typename Tree::Arguments arguments(Arguments const& given, int64_t) {
+  static typename Tree::Arguments arguments(Arguments const& given) {
     return {{}, {given.x_scale, 1.0f, {}}, {given.w_scale, 1.0f, {}}, {given.bias, 0.0f, {}}, {}};
   }
 };
@@ -164,7 +138,7 @@ struct Fp8Gelu {
   using Tree = Apply<ScaledGelu, Output, fusion::Sm90AccFetch, OfRow<Tile>, OfColumn<Tile>, OfColumn<Tile>,
                      fusion::Sm90ScalarBroadcast<float>>;
   using Arguments = ScaledArguments;
-  static typename Tree::Arguments arguments(Arguments const& given, int64_t) {
+  static typename Tree::Arguments arguments(Arguments const& given) {
     return {
         {}, {given.x_scale, 1.0f, {}}, {given.w_scale, 1.0f, {}}, {given.bias, 0.0f, {}}, {{given.y_inverse}, {}, {}},
         {}};
@@ -179,7 +153,7 @@ struct Fp8Residual {
   using Tree =
       Apply<ScaledResidual, Output, fusion::Sm90AccFetch, OfColumn<Tile>, OfColumn<Tile>, fusion::Sm90SrcFetch<Source>>;
   using Arguments = ScaledArguments;
-  static typename Tree::Arguments arguments(Arguments const& given, int64_t) {
+  static typename Tree::Arguments arguments(Arguments const& given) {
     return {{}, {given.w_scale, 1.0f, {}}, {given.bias, 0.0f, {}}, {}, {}};
   }
 };
@@ -216,7 +190,7 @@ struct Product {
                                        {int(given.m), int(given.n), int(given.k), 1},
                                        {static_cast<Element const*>(given.x), row_major(given.x_row),
                                         static_cast<Element const*>(given.w), row_major(given.w_row)},
-                                       {Fusion::arguments(extra, given.n), static_cast<Output const*>(given.source),
+                                       {Fusion::arguments(extra), static_cast<Output const*>(given.source),
                                         row_major(given.source_row), static_cast<Output*>(given.y), row_major(given.n)},
                                        hardware};
     // the persistent scheduler and these trees need no workspace; should CUTLASS change that, refuse

@@ -26,12 +26,10 @@ struct NormArguments {
   float const* rstd;
   float const* sums;
   float const* bias;
-  void* u;
 };
 
-// `stream_dtype` is that of the residual and y. The last five are for row statistics of the result. The partial sums are m-major, a column of tiles after the other.
+// The last five are for row statistics of the result. The partial sums are m-major, a column of tiles after the other.
 struct ResidualArguments {
-  int stream_dtype;
   float const* bias;
   float const* scale;
   float* sums;

@@ -23,22 +23,22 @@ struct Tile {
 
 using Fp8Schedule = cutlass::gemm::KernelTmaWarpSpecializedPingpongFP8FastAccum;
 
-using Small = Tile<XCLIP_FAST_TILE_SMALL, 64, 128, 1>;
 using Square = Tile<XCLIP_FAST_TILE_SQUARE, 128, 128, 2>;
 using Wide = Tile<XCLIP_FAST_TILE_WIDE, 128, 192, 2>;
 using SquareFp8 = Tile<XCLIP_FAST_TILE_SQUARE, 128, 128, 2, 128, Fp8Schedule>;
 using WideFp8 = Tile<XCLIP_FAST_TILE_WIDE, 128, 192, 2, 128, Fp8Schedule>;
 
 // Cycles of a product, estimated: whole waves of tiles, each bound by the tensor cores (2,048 multiply-adds a cycle) or
-// by what it reads of L2 (64 bytes a cycle; a cluster reads w once), about 700 more for each tile, by an H200's times,
-// and the last epilogue, which nothing hides. It only orders the tiles; with 8-bit operands the first two are half.
+// by what it reads of L2 (64 bytes a cycle; a cluster reads w once), about 2,000 more for each tile, by an H200's
+// times, and the last epilogue, which nothing hides. It only orders the tiles; with 8-bit operands the first two are
+// half.
 template <class Tile>
 int64_t estimated_cycles(Operands const& given) {
   constexpr int kMultiplied = Tile::kRows * Tile::kColumns / 2048;
   constexpr int kRead = (Tile::kRows + Tile::kColumns / Tile::kCluster) * 2 / 64;
   int64_t const tiles = ((given.m + Tile::kRows - 1) / Tile::kRows) * ((given.n + Tile::kColumns - 1) / Tile::kColumns);
   int64_t const waves = (tiles + given.processors - 1) / given.processors;
-  return waves * (given.k * (kMultiplied > kRead ? kMultiplied : kRead) + 700) + Tile::kRows * Tile::kColumns / 5;
+  return waves * (given.k * (kMultiplied > kRead ? kMultiplied : kRead) + 2000) + Tile::kRows * Tile::kColumns / 5;
 }
 
 }  // namespace xclip_fast

@@ -23,18 +23,16 @@ extern "C" {
 #endif
 
 /* Changes with every change of a signature or a constant below; kernels/cuda_library.py asks for exactly this one. */
-#define XCLIP_FAST_ABI 5
+#define XCLIP_FAST_ABI 6
 
 /* Element types. */
 #define XCLIP_FAST_BF16 0
 #define XCLIP_FAST_FP16 1
-#define XCLIP_FAST_FP32 2
 
 /* Tiles of a product: let the library's table choose, or one of those of csrc/include/tiles.cuh. */
 #define XCLIP_FAST_TILE_AUTO (-1)
-#define XCLIP_FAST_TILE_SMALL 0
-#define XCLIP_FAST_TILE_SQUARE 1
-#define XCLIP_FAST_TILE_WIDE 2
+#define XCLIP_FAST_TILE_SQUARE 0
+#define XCLIP_FAST_TILE_WIDE 1
 
 /* Error codes; 0 is success. From XCLIP_FAST_CUDA_ERROR on: a cudaError_t above it. */
 #define XCLIP_FAST_OK 0
@@ -60,22 +58,21 @@ XCLIP_FAST_API int xclip_fast_check_device(int device);
 /* y = act(rstd (x W^T - mean w_sums) + bias): the LayerNorm of x whose weight is folded into W.
  *
  * x (M, K) and w (N, K) in dtype (BF16, FP16); mean, rstd (M) float32, or both null: 0 and 1; w_sums (N) float32, the
- * sums of w's rows, null with mean; bias (N) float32 or null; act: quick_gelu if activation is not 0. u (M, N)
- * contiguous or null: what the activation is applied to, only with activation. y (M, N) contiguous. u, y in dtype. */
+ * sums of w's rows, null with mean; bias (N) float32 or null; act: quick_gelu if activation is not 0. y (M, N)
+ * contiguous in dtype. */
 XCLIP_FAST_API int xclip_fast_norm_linear(int dtype, int tile, const void* x, int64_t x_row, const void* w,
                                           int64_t w_row, const float* mean, const float* rstd, const float* w_sums,
-                                          const float* bias, int activation, void* u, void* y, int64_t m, int64_t n,
+                                          const float* bias, int activation, void* y, int64_t m, int64_t n,
                                           int64_t k, int device, void* stream);
 
 /* y = residual + scale (x W^T + bias), and, if wanted, the row statistics that the next LayerNorm wants.
  *
- * x (M, K) and w (N, K) in dtype (BF16, FP16); residual (M, N) and y (M, N) contiguous in stream_dtype: dtype, or FP32
- * beside BF16 without statistics. bias (N) float32 or null; scale (M) float32, each row's drop path factor, or null: 1.
- * y may not overlap the others. mean (M) and rstd (M) = 1 / sqrt(variance + eps) of y's rows before they are rounded,
+ * x (M, K), w (N, K), residual (M, N) and y (M, N) contiguous in dtype (BF16, FP16). bias (N) float32 or null; scale (M)
+ * float32, each row's drop path factor, or null: 1. y may not overlap the others. mean (M) and rstd (M) = 1 / sqrt(variance + eps) of y's rows before they are rounded,
  * float32, merged from the mean and M2 of each tile, with partials: room for xclip_fast_statistics_floats(M, N) floats;
  * or all three null. */
-XCLIP_FAST_API int xclip_fast_linear_residual(int dtype, int stream_dtype, int tile, const void* x, int64_t x_row,
-                                              const void* w, int64_t w_row, const float* bias, const float* scale,
+XCLIP_FAST_API int xclip_fast_linear_residual(int dtype, int tile, const void* x, int64_t x_row, const void* w,
+                                              int64_t w_row, const float* bias, const float* scale,
                                               const void* residual, int64_t residual_row, float eps, float* partials,
                                               float* mean, float* rstd, void* y, int64_t m, int64_t n, int64_t k,
                                               int device, void* stream);

@@ -127,7 +127,7 @@ def slots(case: Case) -> dict[str, tuple[Part, Case, dict[str, int]]]:
     width, hidden = case.width, case.hidden
     # asked for, a backend need not have what only some blocks want
     attention = case._replace(forced="auto") if case.causal and case.forced == "triton" else case
-    fc = case._replace(forced="auto") if case.activation in GELUS and case.forced in ("triton", "cuda") else case
+    fc = case._replace(forced="auto") if case.activation in GELUS and case.forced == "triton" else case
     case = case._replace(activation="quick_gelu")  # it concerns fc alone
     mixing = PACKED_ATTENTION if case.packed else WINDOW_ATTENTION if case.windows else ATTENTION
     found: dict[str, tuple[Part, Case, dict[str, int]]] = {

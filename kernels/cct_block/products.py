@@ -128,7 +128,8 @@ def _fused_norm_linear(
     spare: "Spare | None" = None,
 ) -> tuple[Tensor, Tensor | None, Normed]:
     norm, weight, bias, activation = layer
-    options: Any = {"activation": bool(activation), "keep": bool(activation) and save}
+    keep = bool(activation) and save
+    options: Any = {"activation": bool(activation), **({"keep": True} if keep else {})}
     if known.rows is None and x.dtype == weight.dtype != torch.float32 and x.shape[0] >= FOLD_FROM:
         mean, rstd = known.mean, known.rstd
         if mean is None or rstd is None:
@@ -138,7 +139,7 @@ def _fused_norm_linear(
     else:
         known = _normed(save, x, known, norm, weight.dtype, spare)
         found = product(known.rows, weight, bias=bias, **options)
-    return found[0], found[1] if options["keep"] else None, known
+    return found[0], found[1] if keep else None, known
 
 
 def _fused_slope(
@@ -169,7 +170,7 @@ def _refuse_float32(case: Case) -> str | None:
 def _refuse_cuda(case: Case) -> str | None:
     if case.activation in GELUS:
         return "its epilogue has quick_gelu only"
-    if case.stream != case.dtype and (case.dtype, case.stream) != (torch.bfloat16, torch.float32):
+    if case.stream != case.dtype:
         return f"a residual stream of {case.stream} beside weights of {case.dtype}"
     if case.width % 8 or case.hidden % 8:
         return f"width {case.width}, {case.hidden} in the FFN: multiples of 8 wanted, for rows in whole 16 bytes"
@@ -187,7 +188,9 @@ def _backends(library: Any, fused: Any, on_cuda: Any, *slopes: Callable[..., Any
     return (
         Backend("library", library, library_slope, dtypes=ON_TRITON, saved=_nothing),
         on_triton(functools.partial(fused, _gemm), fused_slope, refuse=_refuse_float32, **own),
-        Backend("cuda", functools.partial(fused, on_cuda), fused_slope, dtypes=HALF, refuse=_refuse_cuda, **own),
+        Backend(
+            "cuda", functools.partial(fused, on_cuda), dtypes=HALF, refuse=_refuse_cuda, inference_only=True, **own
+        ),
     )
 
 
