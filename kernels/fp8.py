@@ -17,7 +17,7 @@ from .dispatch import Op, forced_backend
 from .example import FLOAT8, Maker, Sizes
 from .layer_norm import WIDEST_ROW
 from .quick_gelu import quick_gelu, quick_gelu_reference
-from .support import FLOATS, UNMEASURED, Backend, installed
+from .support import FLOATS, Backend, installed
 
 LARGEST = 448.0  # of e4m3
 OPERANDS = (*FLOATS, FLOAT8)  # the dtypes among an op's arguments
@@ -158,7 +158,6 @@ def _op(
             "cuda",
             lambda save, *args: ((compute(cuda_library, *args),), ()),
             dtypes=OPERANDS,
-            opt_in=UNMEASURED,
             refuse=lambda x, *args: (
                 cuda_library.refuse_device(x.device.type, x.device.index) or _refuse(x, *args[weights])
             ),
