@@ -62,7 +62,7 @@ def add_wheels(to: Path) -> None:
         "3.12",
     ]
     pip += ["--implementation", "cp", *(option for platform in PLATFORMS for option in ("--platform", platform))]
-    subprocess.run([*pip, "-d", str(to / "wheels"), "av>=18"], check=True)
+    subprocess.run([*pip, "-d", str(to / "wheels"), "av>=18,<20"], check=True)
 
 
 def main(argv: list[str] | None = None) -> int:

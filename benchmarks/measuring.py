@@ -45,7 +45,7 @@ def environment(device: str) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "native_bf16": device == "cuda" or NATIVE_ON_CPU[torch.bfloat16],
         "commit": commit,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["python", *sys.argv]),
         "load_average": os.getloadavg() if hasattr(os, "getloadavg") else None,
     }

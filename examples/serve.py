@@ -44,7 +44,7 @@ class Batcher:
             while len(batch) < self.size:
                 try:
                     batch.append(await asyncio.wait_for(self.queue.get(), max(0.0, end - loop.time())))
-                except asyncio.TimeoutError:
+                except TimeoutError:
                     break
             batch = [item for item in batch if not item[1].done()]  # the client has gone
             if not batch:
@@ -127,7 +127,7 @@ def make_app(
         in_work += 1
         try:
             values = await asyncio.wait_for(answer(request), seconds)
-        except asyncio.TimeoutError as error:
+        except TimeoutError as error:
             raise HTTPException(504, f"took longer than {seconds:g} seconds") from error
         finally:
             in_work -= 1

@@ -61,7 +61,7 @@ class Rows:
 
     def add(self, row: Row) -> None:
         row = {**row, **self.stamp, "at_s": round(time.monotonic() - self.begin, 1)}
-        row["date"] = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        row["date"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         self.all.append(row)
         self._file.write(json.dumps(row, default=str) + "\n")
         self._file.flush()

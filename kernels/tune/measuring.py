@@ -133,7 +133,7 @@ def provenance() -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": version,
         "library": cuda_library.ABI if cuda_library.load(cuda_library.path())[0] else None,
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
     }
 
 

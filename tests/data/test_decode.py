@@ -553,8 +553,9 @@ def test_side_data_that_pyav_has_no_name_for(tmp_path):
                 packet.stream, packet.time_base, packet.is_keyframe = stream, Fraction(1, 25), True
                 packet.pts = packet.dts = number
                 container.mux(packet)
-        with av.open(str(path)) as container, pytest.raises(ValueError, match="Type"):  # or the test tests nothing
-            next(container.decode(video=0)).side_data.get("DISPLAYMATRIX")
+        if av.__version__.startswith("18."):  # or the test tests nothing; PyAV 19 knows every kind
+            with av.open(str(path)) as container, pytest.raises(ValueError, match="Type"):
+                next(container.decode(video=0)).side_data.get("DISPLAYMATRIX")
         assert probe(path).rotation == -90 * turns % 360
         assert np.array_equal(decode_frames(path, range(4)), np.rot90(sequential(path), turns, (1, 2)))
 

@@ -431,13 +431,35 @@ def test_joined_transport_streams_last_as_long_as_their_parts(tmp_path):
     assert info.fps == pytest.approx(25, abs=0.5)
 
 
-def test_animated_webp_is_named(tmp_path):
+def test_a_slow_rate_on_a_fine_clock(tmp_path):
+    """A frame lasts 3e10 units of the clock: more than 32 bits."""
+    path = tmp_path / "slow.mkv"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=Fraction(1, 30))
+        stream.width, stream.height = 64, 48
+        for frame in np.zeros((3, 48, 64, 3), np.uint8):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, "rgb24")))
+        container.mux(stream.encode(None))
+    data = path.read_bytes()
+    scale = b"\x2a\xd7\xb1\x83"  # Matroska's TimestampScale in ns, three bytes
+    assert data.count(scale + b"\x0f\x42\x40") == 1
+    path.write_bytes(data.replace(scale + b"\x0f\x42\x40", scale + b"\0\0\1"))
+    assert probe(path).frames == 3
+
+
+def test_animated_webp(tmp_path):
+    """PyAV 19's FFmpeg decodes it. PyAV 18's does not, and the error names it."""
     image = pytest.importorskip("PIL.Image")
-    pictures = [image.fromarray(frame) for frame in render("moving up", 0, frames=3)]
+    frames = render("moving up", 0, frames=3)
+    pictures = [image.fromarray(frame) for frame in frames]
     path = tmp_path / "a.mp4"
-    pictures[0].save(path, "WEBP", save_all=True, append_images=pictures[1:])
-    with pytest.raises(VideoError, match=r"is an animated WebP, which FFmpeg cannot decode; convert it to mp4"):
-        probe(path)
+    pictures[0].save(path, "WEBP", save_all=True, append_images=pictures[1:], lossless=True)
+    if av.__version__.startswith("18."):
+        with pytest.raises(VideoError, match=r"is an animated WebP, which FFmpeg cannot decode; convert it to mp4"):
+            probe(path)
+    else:
+        assert probe(path).frames == 3
+        assert np.array_equal(decode_frames(path, [2, 0, 1]), np.stack(frames)[[2, 0, 1]])
     pictures[0].save(path, "WEBP")
     with pytest.raises(VideoError, match="is a picture, not a video"):
         probe(path)

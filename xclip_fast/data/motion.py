@@ -144,6 +144,7 @@ def write_clip(
     try:
         with av.open(part, "w") as container:
             stream = container.add_stream(codec, rate=fps, options={key: str(value) for key, value in options.items()})
+            assert isinstance(stream, av.VideoStream)
             stream.width, stream.height, stream.pix_fmt = width, height, pix_fmt
             stream.codec_context.thread_count = 1
             if times is not None:

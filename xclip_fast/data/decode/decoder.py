@@ -230,7 +230,7 @@ def probe(path: Video) -> VideoInfo:
         if plan is not None and first.pts != plan.pts[0]:
             plan = None  # the packets do not match the decoded frames
         height, width = Upright()(first, np.empty((first.height, first.width, 1))).shape[:2]
-        base = stream.time_base or Fraction(1, 90000)
+        base = Fraction(stream.time_base or Fraction(1, 90000))  # PyAV 19's own type rounds products, even to 0
         step = max(1, round(1 / ((stream.average_rate or 25) * base)))
         times = plan.pts if plan else frame_times([first.pts, *(frame.pts for frame in frames)], step)
         count, span = len(times), (times[-1] - times[0]) * base

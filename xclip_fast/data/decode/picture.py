@@ -30,7 +30,7 @@ class Upright:
             self._rotation = frame.rotation
             try:
                 data = frame.side_data.get("DISPLAYMATRIX")
-            except ValueError:  # side data of a kind that PyAV does not know, such as EXIF: mirroring is not seen
+            except ValueError:  # side data of a kind that PyAV 18 does not know, such as EXIF: mirroring is not seen
                 turn = np.deg2rad(frame.rotation)
                 matrix = np.array([np.cos(turn), -np.sin(turn), 0, np.sin(turn), np.cos(turn)])
                 self._matrix = np.rint(matrix * 65536).astype(np.int64) if frame.rotation else None

@@ -30,11 +30,15 @@ log = logging.getLogger("xclip_fast.data.decode")
 _FORMATS = (
     "3dostr,amv,apng,asf,av1,avi,avs2,avs3,cavsvideo,dirac,dv,evc,flv,gif,gxf,h261,h263,h264,hevc,ingenient,ipu,"
     "ivf,live_flv,m4v,matroska,mjpeg,mjpeg_2000,mov,mpeg,mpegts,mpegtsraw,mpegvideo,mpjpeg,mxf,nsv,nut,nuv,obu,ogg,rm,"
-    "smjpeg,swf,tty,ty,vc1,vc1test,vvc,wtv,webp,webp_pipe,yuv4mpegpipe,bmp_pipe,exr_pipe,gif_pipe,j2k_pipe,jpeg_pipe,"
-    "jpegls_pipe,jpegxl_anim,jpegxl_pipe,pam_pipe,pbm_pipe,pcx_pipe,pgm_pipe,png_pipe,ppm_pipe,psd_pipe,qoi_pipe,"
-    "sgi_pipe,svg_pipe,tiff_pipe,xbm_pipe,xpm_pipe,aac,ac3,aiff,flac,mp3,wav"
+    "smjpeg,swf,tty,ty,vc1,vc1test,vvc,wtv,webp,webp_anim,webp_pipe,yuv4mpegpipe,bmp_pipe,exr_pipe,gif_pipe,j2k_pipe,"
+    "jpeg_pipe,jpegls_pipe,jpegxl_anim,jpegxl_pipe,pam_pipe,pbm_pipe,pcx_pipe,pgm_pipe,png_pipe,ppm_pipe,psd_pipe,"
+    "qoi_pipe,sgi_pipe,svg_pipe,tiff_pipe,xbm_pipe,xpm_pipe,aac,ac3,aiff,flac,mp3,wav"
 )
 _BUFFER = 65536  # bytes that FFmpeg reads at a time
+
+# For av.open: titles may be in any encoding. PyAV 18 raises for bytes that are not UTF-8, unless it is asked to escape
+# them. PyAV 19 always escapes them and has no such argument.
+ESCAPED: dict[str, Any] = {"metadata_errors": "surrogateescape"} if av.__version__.startswith("18.") else {}
 
 
 def _refuse(url: str, flags: int, options: dict[str, Any]) -> Any:
@@ -71,10 +75,7 @@ def _opened(source: Source, file: File) -> Iterator[InputContainer]:
     # FFmpeg may decode a frame while it looks for the streams.
     options["max_pixels"] = str(limit("XCLIP_FAST_MAX_PIXELS"))
     try:
-        # Titles may be in any encoding.
-        container: Any = av.open(
-            file, "r", options=options, metadata_errors="replace", buffer_size=_BUFFER, io_open=_refuse
-        )
+        container: Any = av.open(file, "r", options=options, buffer_size=_BUFFER, io_open=_refuse, **ESCAPED)
     except (av.FFmpegError, OSError, MemoryError) as error:
         if lacks_memory(error):
             raise

@@ -23,6 +23,7 @@ from typing import Any, Literal
 import av
 
 from ...files import parse_json
+from ..decode.reading import ESCAPED
 from ..decode.source import Source, VideoError
 from ..manifest.listing import videos_below
 from ..parts import lock, remove_unlocked
@@ -228,7 +229,7 @@ def _made(target: Path) -> dict[str, Any] | None:
     """
     try:
         options = {"protocol_whitelist": "file"}
-        with av.open(f"file:{target}", options=options, metadata_errors="replace") as container:
+        with av.open(f"file:{target}", options=options, **ESCAPED) as container:
             comment = container.metadata.get("comment", "")
     except (av.FFmpegError, OSError):
         return None
