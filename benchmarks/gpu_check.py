@@ -13,6 +13,7 @@ results.json and choices.json. It works with an installed package or in a bare c
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.util
 import json
 import math
@@ -27,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 import arguments
-from gpu import stages
 from gpu.case import Case, Row
 from gpu.run import PATIENCE, Rows
 from gpu.stages import SECONDS, STAGES
@@ -196,11 +196,12 @@ def run(args: argparse.Namespace, scratch: Path) -> int:
 def plan(args: argparse.Namespace) -> dict[str, list[Case]]:
     """The cases of the chosen stages, without "versions", which always runs first."""
     parts = [part.strip() for part in args.cases.split(",")]
-    stages.TESTS = args.tests
     plans = {}
     for stage in STAGE_NAMES:
         cases = STAGES[stage](args.rehearse)[1 if stage == "machine" else 0 :] if stage in args.stages else []
         cases = [case for case in cases if any(part in case.name for part in parts)]
+        if stage == "tests":
+            cases = [dataclasses.replace(case, options={**case.options, "matching": args.tests}) for case in cases]
         if cases:
             plans[stage] = cases
     return plans

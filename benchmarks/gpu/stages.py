@@ -22,7 +22,6 @@ SECONDS = {  # limit of each stage; 380 s for the first four
     "table": 60.0,
     "files": 60.0,
 }
-TESTS = ""  # of the GPU tests, those that match this expression; gpu_check.py sets it
 BACKENDS = ("reference", "library", "triton", "cuda")  # each is forced, in addition to the default
 
 
@@ -117,17 +116,16 @@ def attention(rehearse: bool) -> list[Case]:
 
 
 def tests(rehearse: bool) -> list[Case]:
-    """The GPU tests, or those that ``TESTS`` selects (pytest's -k)."""
     word = "def test" if rehearse else "mark.gpu"
     files = [
         str(path.relative_to(ROOT))
         for path in sorted((ROOT / "tests").rglob("test_*.py"))
         if word in path.read_text(encoding="utf-8")
     ]
-    options = {"files": files, "select": "gpu", "workers": 12, "matching": TESTS}
+    options = {"files": files, "select": "gpu", "workers": 12}
     if rehearse:
         files = [file for file in files if file.endswith("test_sampling.py")]
-        options = {"files": files, "select": "not gpu", "workers": 1, "matching": TESTS}
+        options = {"files": files, "select": "not gpu", "workers": 1}
     return [Case("pytest", "suite:tests", options, SECONDS["tests"])]
 
 

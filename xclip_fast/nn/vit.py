@@ -62,14 +62,14 @@ class VisionTower(nn.Module):
 
     def _forward(self, frames: Tensor, num_frames: int) -> Tensor:
         pre_norm = self.ln_pre if self.vision.pre_norm else None
-        blocks = self.transformer.resblocks
-        watched = any(is_watched(block) for block in blocks)
+        blocks, cross_frame = self.transformer.resblocks, self.vision.cross_frame
+        watched = cross_frame and any(is_watched(block) for block in blocks)
         spare = False
         if pre_norm is None or not is_plain({"conv1": self.conv1, "ln_pre": pre_norm}):
             x_FLD = self._embed(frames)
             x_FLD = x_FLD if pre_norm is None else pre_norm(x_FLD)
         else:
-            spare = self.vision.cross_frame and not watched
+            spare = cross_frame and not watched
             x_FLD = kernels.patch_embed(
                 frames,
                 self.conv1.weight,
@@ -82,7 +82,7 @@ class VisionTower(nn.Module):
                 self.ln_pre.eps,
                 spare,
             )
-        if not self.vision.cross_frame:
+        if not cross_frame:
             plain = (False, None, 0, None, x_FLD.shape[0] // num_frames)
             for block in blocks:
                 x_FLD = run_block(block, self.recompute, x_FLD, *plain)
