@@ -183,7 +183,7 @@ def inference(
                 with job.trying(FP8, row := {**base, "contender": FP8}):
                     if FP8 not in job.without:
                         calls[FP8] = work_of(job, quantized(model), video, kind)
-                        calls |= {f"{FP8} {name}": under(name, calls[FP8]) for name in ("cuda",) if not job.tiny}
+                        calls[f"{FP8} library"] = under("library", calls[FP8])  # where the CUDA library is missing
                 if "note" in row:
                     yield row
             if HF_INSTALLED:
@@ -262,12 +262,12 @@ def kernels_of(job: Job, call: Callable[[], Any]) -> tuple[list[tuple[str, int, 
     return sorted(rows, key=lambda row: -row[2]), 1e3 * min(times)
 
 
-def compiled(job: Job, variant: str, batch: int, mode: str = "default") -> Iterator[Row]:
+def compiled(job: Job, variant: str, batch: int) -> Iterator[Row]:
     """Ours and Hugging Face's tower under torch.compile, which is compiled in the background before."""
     model = build(job, variant)
     video = videos(job, model, batch)
     base: Row = {"op": "tower", "variant": named(job, variant), "batch": batch, "precision": job.precision}
-    how: dict[str, Any] = {"backend": "aot_eager"} if job.tiny else {"mode": mode}
+    how: dict[str, Any] = {"backend": "aot_eager"} if job.tiny else {"mode": "default"}
     with torch.inference_mode():
         eager = peer_of(job, model, video, "tower")
         peer = torch.compile(eager, **how)
