@@ -41,8 +41,8 @@ def test_every_operation_is_counted_and_every_launch_has_a_time() -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout)
     for plan in ("library", "triton"):
-        # the count beside is of the config; products of the spare row and of padding are in neither
-        assert found[plan]["operations"] == pytest.approx(found["actual"], rel=0.01)
+        # the count beside is of the config: the patch embedding's rows of class and spare, 4 % of B/32's, are not in it
+        assert found[plan]["operations"] == pytest.approx(found["actual"], rel=0.015)
         assert 2.9 < found[plan]["training"] / found[plan]["operations"] < 3.2
         predicted = found[plan]["predicted"]
         assert predicted["launches"] == len(found[plan]["names"])

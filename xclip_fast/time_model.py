@@ -135,8 +135,6 @@ def work(name: str, given: dict[str, Any]) -> Work:
         rows, width = given["M"], given["K"]
         qkv = _product(name, moved, rows, 3 * width, width)
         return dataclasses.replace(qkv, operations=qkv.operations + 4 * rows * width * given["frames"])
-    if name == "patch_embed.patch_embed_fwd_kernel":
-        return _product(name, moved, given["rows"], *given["kernel_ptr"].shape)
     if "attention" in name:
         products = next((count for part, count in _PRODUCTS.items() if part in name), 2)
         packed = given.get("qkv_ptr")

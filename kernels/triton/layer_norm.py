@@ -43,8 +43,10 @@ def layer_norm_fwd_kernel(
     product_ptr,  # (M, D) or None: x is x + s (product + product_bias), and written to z
     product_bias_ptr,  # (D,) or None
     drop_ptr,  # (M / sample_rows,) or None: s
-    z_ptr,  # (M, D), with product
+    z_ptr,  # (M, D), with product; or None, with position
     later_ptr,  # (D,) or None: added to what is written to z, and not to what is normalized
+    position_ptr,  # (positions, D) or None: added to x, row i in row i of every ``length`` rows; x is written to z
+    first_ptr,  # (D,), with position: added in the first of every ``length`` rows
     weight_ptr,  # (D,)
     bias_ptr,  # (D,)
     y_ptr,  # (M, D) or None: no LayerNorm of it
@@ -58,6 +60,7 @@ def layer_norm_fwd_kernel(
     D,
     x_row,
     length,
+    positions,
     sample_rows,
     eps,
     ROWS: tl.constexpr,
@@ -67,14 +70,22 @@ def layer_norm_fwd_kernel(
     columns = tl.arange(0, BLOCK_D)
     inside = (rows < M)[:, None] & (columns < D)[None, :]
     x = _load_rows(x_ptr, x_row, spare_ptr, rows, columns, inside, D, length)
+    at = rows[:, None].to(tl.int64) * D + columns[None, :]
     if product_ptr is not None:
-        at = rows[:, None].to(tl.int64) * D + columns[None, :]
         product = tl.load(product_ptr + at, mask=inside, other=0.0).to(tl.float32)
         if product_bias_ptr is not None:
             product += tl.load(product_bias_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)[None, :]
         if drop_ptr is not None:
             product *= tl.load(drop_ptr + rows // sample_rows, mask=rows < M, other=0.0).to(tl.float32)[:, None]
-        z = (x + product).to(z_ptr.dtype.element_ty)
+        x += product
+    if position_ptr is not None:
+        token = (rows % length)[:, None]
+        position_at = position_ptr + token * D + columns[None, :]
+        x += tl.load(position_at, mask=inside & (token < positions), other=0.0).to(tl.float32)
+        first = tl.load(first_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)[None, :]
+        x += tl.where(token == 0, first, 0.0)
+    if z_ptr is not None:
+        z = x.to(z_ptr.dtype.element_ty)
         x = z.to(tl.float32)  # as stored
         if later_ptr is not None:
             later = tl.load(later_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)[None, :]
@@ -99,7 +110,7 @@ def layer_norm_fwd_kernel(
             scale = tl.where(largest == 0.0, 1.0, largest / 448.0)
             y = saturate(tl.div_rn(y, scale[:, None]))
             tl.store(scale_ptr + rows, scale, mask=rows < M)
-        tl.store(y_ptr + rows[:, None].to(tl.int64) * D + columns[None, :], y.to(y_ptr.dtype.element_ty), mask=inside)
+        tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["M", "sample_rows"])
@@ -189,6 +200,14 @@ class Branch(NamedTuple):
     later: Tensor | None = None  # (D,): added to the result behind the LayerNorm
 
 
+class Positions(NamedTuple):
+    """What is added to each of the sequences of equal length that x holds."""
+
+    rows: Tensor  # (L, D), contiguous: row i is added to row i of every sequence
+    first: Tensor  # (D,): added to row 0 of every sequence
+    length: int  # rows of a sequence, L or more
+
+
 class Spare(NamedTuple):
     """What takes the place of x's row in the last row of each of F sequences of equal length."""
 
@@ -203,9 +222,11 @@ def _spare(spare: Spare | None, rows: int) -> tuple[tuple[Tensor | None, ...], i
 
 
 @prepared
-def _forward(device: torch.device, M: int, D: int, x_row: int, length: int, sample_rows: int, eps: float) -> Prepared:
+def _forward(
+    device: torch.device, M: int, D: int, x_row: int, length: int, positions: int, sample_rows: int, eps: float
+) -> Prepared:
     config = tile("layer_norm", device, d=D)
-    numbers = (M, D, x_row, length, sample_rows, eps)
+    numbers = (M, D, x_row, length, positions, sample_rows, eps)
     grid = (cdiv(M, config["ROWS"]),)
     return Prepared(device, layer_norm_fwd_kernel, grid, numbers, BLOCK_D=next_power_of_2(D), **config)
 
@@ -220,6 +241,7 @@ def normalize(
     branch: Branch | None = None,
     spare: Spare | None = None,
     scale: Tensor | None = None,
+    positions: Positions | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """One pass over x (M, D), any row stride.
 
@@ -229,23 +251,31 @@ def normalize(
         branch: added to x first.
         spare: takes the place of rows of x.
         scale: (M,) float32, for the dtype e4m3: written, what each row of LN(x) was divided by.
+        positions: added to x first, in ``dtype``, and without a branch. The sum is written if statistics are wanted.
 
     Returns:
-        x, or x + branch in x's dtype (M, D); LN of it (M, D); mean and rstd (M,) float32; None for what is not wanted.
+        x, or what was added to it with it, in x's or the positions' dtype (M, D); LN of it (M, D); mean and rstd (M,)
+        float32; None for what is not wanted.
     """
     M, D = x.shape
-    z = None if branch is None else torch.empty(M, D, dtype=x.dtype, device=x.device)
+    z = None
+    if branch is not None or (positions is not None and statistics):
+        z = torch.empty(M, D, dtype=x.dtype if positions is None else dtype, device=x.device)
     y = None if dtype is None else torch.empty(M, D, dtype=dtype, device=x.device)
     mean, rstd = (torch.empty(M, dtype=torch.float32, device=x.device) if statistics else None for _ in range(2))
     product, product_bias, drop_scale, later = branch or (None, None, None, None)
     spares, length = _spare(spare, M)
-    _forward(x.device, M, D, x.stride(0), length, _sample_rows(M, drop_scale), eps)(
+    position, first, length = positions or (None, None, length)
+    count = 0 if position is None else len(position)
+    _forward(x.device, M, D, x.stride(0), length, count, _sample_rows(M, drop_scale), eps)(
         x,
         product,
         product_bias,
         drop_scale,
         z,
         later,
+        position,
+        first,
         weight,
         bias,
         y,

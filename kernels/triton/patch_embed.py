@@ -1,4 +1,5 @@
-"""patch_embed: frames to normalized, positioned tokens: a GEMM that gathers its rows from the pixels, then LN_pre.
+"""patch_embed: frames to normalized, positioned tokens: the patches as rows, their product by the library, and LN_pre,
+which adds class embedding and positions.
 
 F frames, N patches of P x P pixels, L = N + 1 tokens, D width, K = 3 P^2 pixels of a patch.
 """
@@ -8,124 +9,122 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..derived import kept
 from ..linear import linear
-from ..patch_embed import by_patch, constants, for_levels
 from .gemm import rows_of
-from .launching import cdiv, launch, tile
-from .layer_norm import normalize, normalize_backward
+from .launching import Prepared, cdiv, prepared, tile
+from .layer_norm import Positions, normalize, normalize_backward
 
 
-@triton.jit(do_not_specialize=["rows"])
-def patch_embed_fwd_kernel(
+@triton.jit
+def patches_kernel(
     frames_ptr,  # uint8 (F, H, W, 3) if LEVELS, else float (F, 3, H, W)
-    kernel_ptr,  # (D, K or more): W, or W / (255 std) with its columns in the order of the pixels
-    bias_ptr,  # (D,) float32, only if LEVELS
-    position_ptr,  # (L, D)
-    tokens_ptr,  # (F, length, D): rows 1 to N of each frame are written
-    rows,  # F N
-    width,
+    patches_ptr,  # (F, length, K): row 1 + n of a frame is its patch n, all else is zeros
+    length,
     patches,
     across,  # patches of one row of the frame
-    length,
     frame_stride,
     channel_stride,
     y_stride,
     x_stride,
-    kernel_stride,
+    red_scale,  # of each channel, only if LEVELS: 1 / (255 std), then -mean / std
+    green_scale,
+    blue_scale,
+    red_shift,
+    green_shift,
+    blue_shift,
     LEVELS: tl.constexpr,
     PATCH: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    K: tl.constexpr,  # 3 P^2, or more
+    ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """tokens[f, 1 + n] = W patch[f, n] + b + position[1 + n]"""
-    DEPTH: tl.constexpr = 3 * PATCH * PATCH
-    even: tl.constexpr = DEPTH % BLOCK_K == 0
-    blocks = tl.cdiv(width, BLOCK_N)
-    m = (tl.program_id(0) // blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
-    d = (tl.program_id(0) % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
-    # rows and columns past the end repeat the last one: their results are never stored
-    inside = (m[:, None] < rows) & (d[None, :] < width)
-    m = tl.minimum(m, rows - 1)
-    frame, patch = (m // patches).to(tl.int64), m % patches
-    weight_row = tl.minimum(d, width - 1) * kernel_stride
-    corner = frame * frame_stride + (patch // across) * PATCH * y_stride + (patch % across) * PATCH * x_stride
-
-    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(0, DEPTH, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        if LEVELS:  # a row of a patch is 3 P neighboring bytes
-            offset = k // (3 * PATCH) * y_stride + k % (3 * PATCH)
-        else:
-            pixel = k % (PATCH * PATCH)
-            offset = k // (PATCH * PATCH) * channel_stride + pixel // PATCH * y_stride + pixel % PATCH * x_stride
-        a_at = frames_ptr + corner[:, None] + offset[None, :]
-        b_at = kernel_ptr + weight_row[None, :] + k[:, None]
-        a = tl.load(a_at, mask=None if even else k[None, :] < DEPTH, other=None if even else 0)
-        b = tl.load(b_at, mask=None if even else k[:, None] < DEPTH, other=None if even else 0.0)
-        if LEVELS:  # -128..127: exact in every weight's dtype; behind K it meets zeros of b
-            a = a.to(tl.float32) - 128
-        total = tl.dot(a.to(b.dtype), b, total, input_precision="ieee")
-
+    """patches[f, 1 + n] = patch n of frame f, normalized"""
+    blocks: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    k = tl.program_id(0) % blocks * BLOCK_K + tl.arange(0, BLOCK_K)
+    block, blocks_of_frame = tl.program_id(0) // blocks, tl.cdiv(length, ROWS)
+    frame = (block // blocks_of_frame).to(tl.int64)
+    row = block % blocks_of_frame * ROWS + tl.arange(0, ROWS)
+    patch = row - 1
+    corner = (patch // across) * PATCH * y_stride + (patch % across) * PATCH * x_stride
+    if LEVELS:  # a row of a patch is 3 P neighboring bytes
+        offset = k // (3 * PATCH) * y_stride + k % (3 * PATCH)
+    else:
+        pixel = k % (PATCH * PATCH)
+        offset = k // (PATCH * PATCH) * channel_stride + pixel // PATCH * y_stride + pixel % PATCH * x_stride
+    held = ((patch >= 0) & (patch < patches))[:, None] & (k < 3 * PATCH * PATCH)[None, :]
+    at = frames_ptr + frame * frame_stride + corner[:, None] + offset[None, :]
+    pixels = tl.load(at, mask=held, other=0).to(tl.float32)
     if LEVELS:
-        total += tl.load(bias_ptr + d, mask=d < width, other=0.0)[None, :]
-    total += tl.load(position_ptr + (1 + patch)[:, None] * width + d[None, :], mask=inside, other=0.0).to(tl.float32)
-    at = (frame * length + 1 + patch)[:, None] * width + d[None, :]
-    tl.store(tokens_ptr + at, total.to(tokens_ptr.dtype.element_ty), mask=inside)
+        channel = k % 3
+        scale = tl.where(channel == 0, red_scale, tl.where(channel == 1, green_scale, blue_scale))
+        shift = tl.where(channel == 0, red_shift, tl.where(channel == 1, green_shift, blue_shift))
+        pixels = tl.where(held, pixels * scale[None, :] + shift[None, :], 0.0)
+    to = patches_ptr + frame * length * K + row[:, None] * K + k[None, :]
+    tl.store(to, pixels.to(patches_ptr.dtype.element_ty), mask=(row < length)[:, None] & (k < K)[None, :])
+
+
+@prepared
+def _patches(
+    device: torch.device, count: int, levels: bool, patch: int, columns: int, numbers: tuple[Any, ...]
+) -> Prepared:
+    config = tile("patch_embed", device)
+    grid = (count * cdiv(numbers[0], config["ROWS"]) * cdiv(columns, config["BLOCK_K"]),)
+    return Prepared(device, patches_kernel, grid, numbers, LEVELS=levels, PATCH=patch, K=columns, **config)
+
+
+def patches_of(
+    frames: Tensor, weight: Tensor, position: Tensor, mean: Sequence[float], std: Sequence[float], spare: bool
+) -> Tensor:
+    """The normalized patches in the weight's dtype, (F (L + spare), K), with K rounded up to whole 16 columns.
+
+    Row 1 + n of a frame is its patch n: (P, P, 3) of uint8 frames, (3, P, P) of float ones. All else is zeros.
+    """
+    count, down, across = _grid(frames, weight, position)
+    patch, levels, length = weight.shape[-1], frames.dtype == torch.uint8, len(position) + spare
+    if levels:
+        if frames.stride()[2:] != (3, 1):
+            frames = frames.contiguous()
+        frame, y, x, channel = frames.stride()
+        shifts = (-1.0 * each / deviation for each, deviation in zip(mean, std, strict=True))
+        affine = (*(1 / (255.0 * deviation) for deviation in std), *shifts)
+    else:
+        frame, channel, y, x = frames.stride()
+        affine = (0.0,) * 6
+    patches = weight.new_empty(count * length, cdiv(3 * patch * patch, 16) * 16)
+    numbers = (length, down * across, across, frame, channel, y, x, *affine)
+    _patches(frames.device, count, levels, patch, patches.shape[1], numbers)(frames, patches)
+    return patches
+
+
+def _columns(weight: Tensor, levels: bool) -> Tensor:
+    """The weight (D, K) of the columns of ``patches_of``."""
+    columns = (weight.permute(0, 2, 3, 1) if levels else weight).flatten(1)
+    padding = -columns.shape[1] % 16
+    # copied in any case: a view that is kept would keep the weight alive
+    return columns if levels and not padding else F.pad(columns, (0, padding))
 
 
 def forward(save: bool, *args: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Of the arguments of ``patch_embed_reference``."""
     frames, weight, class_embedding, position, ln_weight, ln_bias, mean, std, eps, spare = args
-    count, down, across = _grid(frames, weight, position)
-    width, patch, length = position.shape[1], weight.shape[-1], position.shape[0] + spare
-    weight, position = weight.contiguous(), position.contiguous()
     levels = frames.dtype == torch.uint8
-    depth = 3 * patch * patch
-    padded = cdiv(depth, 16) * 16  # the kernel's rows in whole 16-byte vectors
-    if levels:
-        if frames.stride()[2:] != (3, 1):
-            frames = frames.contiguous()
-        frame_stride, y_stride, x_stride, channel_stride = frames.stride()
-        made = functools.partial(for_levels, mean=mean, std=std)
-        kernel, bias = kept(f"levels {mean} {std}", made, weight)
-    else:
-        frame_stride, channel_stride, y_stride, x_stride = frames.stride()
-        kernel, bias = weight.view(width, depth), None
-    if padded != depth:
-        kernel = torch.nn.functional.pad(kernel, (0, padded - depth))
-
-    rows = count * down * across
-    tokens = weight.new_empty(count, length, width, dtype=torch.promote_types(weight.dtype, position.dtype))
-    options = tile("patch_embed", frames.device, bytes=weight.element_size(), rows=rows)
-    grid = (cdiv(rows, options["BLOCK_M"]) * cdiv(width, options["BLOCK_N"]),)
-    numbers = (
-        rows,
-        width,
-        down * across,
-        across,
-        length,
-        frame_stride,
-        channel_stride,
-        y_stride,
-        x_stride,
-        kernel.stride(0),
-    )
-    tensors = (frames, kernel, bias, position, tokens)
-    launch(patch_embed_fwd_kernel, grid, *tensors, *numbers, LEVELS=levels, PATCH=patch, **options)
-    tokens[:, 0] = class_embedding + position[0]
-    tokens[:, len(position) :] = 0
-    _, out, *statistics = normalize(
-        tokens.view(-1, width), ln_weight.contiguous(), ln_bias.contiguous(), eps, tokens.dtype, save
+    columns = kept(f"columns {levels}", functools.partial(_columns, levels=levels), weight)
+    product = linear(patches_of(frames, weight, position, mean, std, spare), columns)
+    shape = (len(frames), len(position) + spare, len(weight))
+    positions = Positions(position.contiguous(), class_embedding.contiguous(), shape[1])
+    dtype = torch.promote_types(weight.dtype, position.dtype)
+    tokens, out, *statistics = normalize(
+        product, ln_weight.contiguous(), ln_bias.contiguous(), eps, dtype, save, positions=positions
     )
     assert out is not None
-    saved = (tokens, *(each.view(count, length) for each in statistics if each is not None)) if save else ()
-    return (out.view(tokens.shape),), saved
+    saved = (tokens.view(shape), *(each.view(shape[:2]) for each in statistics if each is not None)) if save else ()
+    return (out.view(shape),), saved
 
 
 def _grid(frames: Tensor, weight: Tensor, position: Tensor) -> tuple[int, int, int]:
@@ -141,11 +140,10 @@ def _grid(frames: Tensor, weight: Tensor, position: Tensor) -> tuple[int, int, i
 
 
 def backward(grads: Sequence[Any], saved: Sequence[Tensor], needs: Sequence[bool], *args: Any) -> list[Tensor]:
-    frames, weight, class_embedding, position, ln_weight, ln_bias, mean, std, *_ = args
+    frames, weight, class_embedding, position, ln_weight, ln_bias, mean, std, _, spare = args
     tokens, row_mean, row_rstd = saved
     count, down, across = _grid(frames, weight, position)
     width, _, patch, _ = weight.shape
-    levels = frames.dtype == torch.uint8
     dtokens, dln_weight, dln_bias, *_ = normalize_backward(
         rows_of(grads[0]), tokens.view(-1, width), row_mean.view(-1), row_rstd.view(-1), ln_weight.contiguous()
     )
@@ -154,22 +152,14 @@ def backward(grads: Sequence[Any], saved: Sequence[Tensor], needs: Sequence[bool
     dposition = dtokens[:, :length].sum(0, dtype=torch.float32)
     dframes = dweight = None
     if needs[1]:
-        # patches with rows of zeros for class and spare, so that dtokens is read as it lies: dW = dtokens^T patches
-        patches = weight.new_zeros(*tokens.shape[:2], 3 * patch * patch)
-        grid = by_patch(frames, patch)
-        patches[:, 1:length].unflatten(1, grid.shape[1:3]).view(grid.shape).copy_(grid).sub_(128 if levels else 0)
-        dkernel = linear(dtokens.to(weight.dtype).view(-1, width).T, patches.view(-1, patches.shape[2]).T)
-        if levels:
-            # W' = W / (255 std), channel last, and b' = sum W (128 / 255 - mean) / std
-            deviation = constants(std, weight, torch.float32)
-            offset = (128 / 255 - constants(mean, weight, torch.float32)) / deviation
-            dkernel = dkernel.view(width, patch, patch, 3) / (255 * deviation)
-            dkernel += offset * dposition[1:].sum(0)[:, None, None, None]
-            dkernel = dkernel.permute(0, 3, 1, 2)
-        dweight = dkernel.reshape(weight.shape).to(weight.dtype, memory_format=torch.contiguous_format)
+        patches = patches_of(frames, weight, position, mean, std, spare)
+        dcolumns = linear(dtokens.to(weight.dtype).view(-1, width).T, patches.T)[:, : 3 * patch * patch]
+        if frames.dtype == torch.uint8:
+            dcolumns = dcolumns.unflatten(1, (patch, patch, 3)).permute(0, 3, 1, 2)
+        dweight = dcolumns.reshape(weight.shape).contiguous()
     if needs[0]:
-        dpatches = linear(dtokens[:, 1:length].to(weight.dtype), weight.view(width, -1).T)
-        grid = dpatches.view(count, down, across, 3, patch, patch).permute(0, 3, 1, 4, 2, 5)
+        dpatches = linear(dtokens.to(weight.dtype), weight.flatten(1).T)[:, 1:length]
+        grid = dpatches.reshape(count, down, across, 3, patch, patch).permute(0, 3, 1, 4, 2, 5)
         dframes = grid.reshape(frames.shape).to(frames.dtype)
     gradients = [
         dframes,
