@@ -458,7 +458,7 @@ def test_a_launch_is_on_the_device_of_its_tensors(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
     monkeypatch.setattr(torch.cuda, "device", Guard)
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with FakeTensorMode(allow_non_fake_inputs=True), launching.assumed_gpu(90, 132):
         for index in (0, 1, 0):
             x = torch.empty(4, device=f"cuda:{index}")
             launching.launch(Kernel(), (1,), x)
