@@ -46,7 +46,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
             kernel[grid](*args, **options)
 
 
-# Whether kernels start before the one before them has ended. Captured by the first compilation of a kernel.
+# Whether kernels start before the one before them has ended. Kernels that are compiled keep it.
 DEPENDENT_LAUNCH = tl.constexpr(not INTERPRETED)
 
 
@@ -57,10 +57,9 @@ def dependency_wait():
     A dependent launch starts a kernel early, so every program calls this before its first access to memory. No program
     may return before it. Below compute capability 9.0 it is nothing.
     """
-    if DEPENDENT_LAUNCH:
-        if tl.target_info.cuda_capability_geq(9, 0):
-            tl.extra.cuda.gdc_wait()
-            tl.extra.cuda.gdc_launch_dependents()
+    if DEPENDENT_LAUNCH and tl.target_info.cuda_capability_geq(9, 0):
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 def dependent(device: torch.device) -> dict[str, bool]:
