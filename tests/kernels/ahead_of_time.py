@@ -178,10 +178,11 @@ def heaviest(found: dict[str, Launch]) -> dict[str, Launch]:
 
 
 def waits_first(ptx: str) -> bool:
-    """Whether every program waits for the kernels before it: in the first block of code, with no access to memory but
-    to the parameters before it."""
+    """Whether every program waits for the kernels before it: in the first block of code, and before any access to
+    memory but to its parameters and its shared memory."""
     before, wait, _ = ptx[ptx.index(".entry") :].partition("griddepcontrol.wait")
-    early = r"^\s*(@!?%p\d+\s+)?((?!ld\.param)(ld|st|atom|red|cp|prefetch|tensormap)\w*\.|(bra|ret|exit)\b|\$L__BB)"
+    memory = r"(?!ld\.param|ld\.shared|st\.shared)(ld|st|atom|red|cp|prefetch|tensormap)\w*\."
+    early = rf"^\s*(@!?%p\d+\s+)?({memory}|(bra|ret|exit)\b|\$L__BB)"
     return bool(wait) and not re.search(early, before, re.MULTILINE)
 
 
