@@ -97,12 +97,12 @@ def test_tiles_are_those_of_the_source() -> None:
     kinds = {"bfloat16_t": torch.bfloat16, "half_t": torch.float16, "float_e4m3_t": E4M3}
     source = "".join(file.read_text() for file in sorted((ROOT / "csrc").glob("product_*.cu")))
     built = {
-        (epilogue, kinds[element]): tuple(name.strip().removesuffix("Fp8").lower() for name in names.split(","))
+        (epilogue, kinds[element]): tuple(re.sub("(Fp8|Statistics)$", "", name).lower() for name in names.split(", "))
         for element, epilogue, names in re.findall(r"run_on_tile<cutlass::(\w+), (\w+), ([\w, ]+)>", source)
     }
     assert built == cuda_library.BUILT
     assert cuda_library.tiles(torch.bfloat16, activation=True) == ("auto", "wide", "square")
-    assert cuda_library.tiles(torch.bfloat16, residual=True, statistics=True) == ("auto", "square")
+    assert cuda_library.tiles(torch.bfloat16, residual=True, statistics=True) == ("auto", "wide", "square")
     assert cuda_library.tiles(torch.float32, residual=True) == ()
 
 
@@ -196,6 +196,13 @@ def test_kernels_use_tensor_cores_and_tma_and_do_not_spill(library: Path) -> Non
         for instruction in ("QGMMA" if "float_e4m3_t" in name else "HGMMA", "UTMALDG", "UTMASTG"):
             assert instruction in bodies[name], (instruction, name)
         assert not re.search(r"\b(LDL|STL)\b", bodies[name]), name
+    for name, *_ in found:  # a kernel starts early: it lets the next one start (PREEXIT) and waits for the one before it
+        assert "PREEXIT" in bodies[name], name
+        before, wait, after = bodies[name].partition("ACQBULK")
+        assert wait, name
+        if name not in products:
+            assert not re.search(r"\b(LDG|STG)\b", before), name
+            assert re.search(r"\bLDG\b", after), name
 
 
 # ---- refusals
@@ -667,6 +674,31 @@ def test_a_call_on_a_stream_and_in_a_graph_gives_the_same_bits() -> None:
     graph.replay()
     torch.cuda.synchronize()
     assert torch.equal(replayed, direct)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [300, 20_000])
+def test_products_in_a_row_give_the_same_bits_as_products_apart(rows: int) -> None:
+    """Each kernel starts while the one before it runs, and reads what that one writes, in memory that is used again."""
+    if refused := cuda_library.refuse_device("cuda", None):
+        pytest.skip(refused)
+    x, up, down = (spread(*size, 0, torch.bfloat16, "cuda", 0.05) for size in ((rows, 768), (3072, 768), (768, 3072)))
+    sums, bias = up.float().sum(1), near(3072, "cuda")
+
+    def chain(pause: Callable[[], None]) -> list[Tensor]:
+        z, mean, rstd = x, x.float().mean(1), torch.ones(rows, device="cuda")
+        for _ in range(20):
+            (h,) = cuda_library.norm_linear(z, up, bias=bias, norm=(mean, rstd, sums), activation=True)
+            pause()
+            z, mean, rstd = cuda_library.linear_residual(h, down, residual=z, statistics_eps=EPS)
+            pause()
+        return [z, mean, rstd]
+
+    apart = chain(torch.cuda.synchronize)
+    for _ in range(5):
+        for got, wanted in zip(chain(lambda: None), apart, strict=True):
+            assert torch.equal(got, wanted)
+    assert torch.isfinite(apart[0]).all()
 
 
 def test_a_call_goes_to_the_device_and_the_stream_of_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
