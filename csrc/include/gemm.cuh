@@ -2,10 +2,10 @@
 //
 // x (M, K) is row-major, W (N, K) is row-major too: for CUTLASS a column-major (K, N). y (M, N) is row-major.
 //
-// A product starts early (overlap.cuh). CUTLASS's producer warps wait for the kernel before it: the first loads x and W,
-// the second the residual. The consumer warps read the vectors and write y and the sums of tiles behind a tile's WGMMA,
-// and so behind the mbarrier that the first load of x completes: behind the wait, too. The y of fp8_linear_gelu takes its
-// scale by value, because CUTLASS would read a pointer to it before the wait.
+// A product starts early (overlap.cuh). CUTLASS's producer warps wait for the kernel before it: one loads x and W, one
+// the residual. The consumer warps read the vectors and write y and the sums of tiles behind a tile's first WGMMA, and
+// so behind the mbarrier that a load of x completes, which is behind the wait. The scale of fp8_linear_gelu is passed by
+// value, because CUTLASS would read a pointer to it before the wait.
 #pragma once
 
 #include <atomic>

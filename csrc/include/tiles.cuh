@@ -15,7 +15,7 @@ template <int name, int rows, int columns, int cluster, int depth = 64,
           class MainSchedule = cutlass::gemm::KernelTmaWarpSpecializedPingpong, int subtile = 0>
 struct Tile {
   static constexpr int kName = name, kRows = rows, kColumns = columns, kCluster = cluster;
-  static constexpr int kSubtile = subtile;  // columns that an epilogue holds in registers at a time; 0: CUTLASS's choice
+  static constexpr int kSubtile = subtile;  // columns that an epilogue takes at a time; 0: CUTLASS's choice
   using Shape = cute::Shape<cute::Int<rows>, cute::Int<columns>, cute::Int<depth>>;
   using Cluster = cute::Shape<cute::Int<cluster>, cute::_1, cute::_1>;
   using Schedule = MainSchedule;
