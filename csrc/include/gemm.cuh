@@ -4,7 +4,7 @@
 //
 // A product starts early (overlap.cuh). CUTLASS's producer warps wait for the kernel before it: one loads x and W, one
 // the residual. The consumer warps read the vectors and write y and the sums of tiles behind a tile's first WGMMA, and
-// so behind the mbarrier that a load of x completes, which is behind the wait. The scale of fp8_linear_gelu is passed by
+// so behind the mbarrier that a load of x completes, which is behind the wait. The scale of fp8_linear_gelu is given by
 // value, because CUTLASS would read a pointer to it before the wait.
 #pragma once
 
