@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .gemm import rows_of
-from .launching import Prepared, cdiv, next_power_of_2, prepared, processors, tile
+from .launching import Prepared, cdiv, dependency_wait, next_power_of_2, prepared, processors, tile
 
 
 @triton.jit
@@ -69,6 +69,7 @@ def layer_norm_fwd_kernel(
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK_D)
     inside = (rows < M)[:, None] & (columns < D)[None, :]
+    dependency_wait()
     x = _load_rows(x_ptr, x_row, spare_ptr, rows, columns, inside, D, length)
     at = rows[:, None].to(tl.int64) * D + columns[None, :]
     if product_ptr is not None:
@@ -144,6 +145,7 @@ def layer_norm_bwd_kernel(
 ):
     columns = tl.arange(0, BLOCK_D)
     in_columns = columns < D
+    dependency_wait()
     weight = tl.load(weight_ptr + columns, mask=in_columns, other=0.0).to(tl.float32)[None, :]
     if normed_ptr is not None:
         bias = tl.load(bias_ptr + columns, mask=in_columns, other=0.0).to(tl.float32)[None, :]
