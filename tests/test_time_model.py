@@ -43,7 +43,8 @@ def test_every_operation_is_counted_and_every_launch_has_a_time() -> None:
     for plan in ("library", "triton"):
         # the count beside is of the config: the patch embedding's rows of class and spare, 4 % of B/32's, are not in it
         assert found[plan]["operations"] == pytest.approx(found["actual"], rel=0.015)
-        assert 2.9 < found[plan]["training"] / found[plan]["operations"] < 3.2
+        # pixels have no gradient: the patch embedding, a seventh of this model, is two products in training, not three
+        assert 2.85 < found[plan]["training"] / found[plan]["operations"] < 3.2
         predicted = found[plan]["predicted"]
         assert predicted["launches"] == len(found[plan]["names"])
         assert predicted["limit"] < predicted["seconds"] < 20 * predicted["limit"]

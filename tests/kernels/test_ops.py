@@ -54,7 +54,7 @@ def mlp8_case(x: Tensor, largest: float) -> tuple[Any, ...]:
     return x, *norm_parameters(), *linear8(4 * WIDTH), *linear8(WIDTH, 4 * WIDTH, scale), scale, EPS
 
 
-def patch_case(frames: Tensor, patch: int = 8) -> tuple[Any, ...]:
+def patch_case(frames: Tensor, patch: int = 8, spare: bool = True) -> tuple[Any, ...]:
     size = frames.shape[2]
     tokens = (size // patch) ** 2 + 1
     weight = normal(WIDTH, 3, patch, patch, scale=0.05)
@@ -68,7 +68,7 @@ def patch_case(frames: Tensor, patch: int = 8) -> tuple[Any, ...]:
         [0.485, 0.456, 0.406],
         [0.229, 0.224, 0.225],
         EPS,
-        True,
+        spare,
     )
 
 
@@ -109,6 +109,15 @@ CASES: dict[tuple[str, str], Callable[[], tuple[Any, ...]]] = {
     ),
     ("mlp_fp8", "saturates"): lambda: mlp8_case(normal(50, WIDTH), 0.5),
     ("patch_embed", "float"): lambda: patch_case(normal(3, 3, 24, 24)),
+    ("patch_embed", "patches of 14, cropped"): lambda: patch_case(
+        torch.randint(0, 256, (2, 45, 50, 3), dtype=torch.uint8)[:, 2:44, 5:47], 14, spare=False
+    ),
+    ("patch_embed", "patches of 14, float, channels last"): lambda: patch_case(
+        normal(2, 28, 28, 3).permute(0, 3, 1, 2), 14, spare=False
+    ),
+    ("patch_embed", "37 tokens of 12"): lambda: patch_case(
+        torch.randint(0, 256, (3, 72, 72, 3), dtype=torch.uint8), 12
+    ),
 }
 MAKER = Maker(dtype=torch.float64)
 CASES |= {(name, "example"): functools.partial(op.example, TINY, MAKER) for name, op in OPS.items()}
