@@ -248,7 +248,7 @@ def counted(name: str) -> list[tuple[int, int]]:
     block = example(256, 198, 768, 8, device="meta", dtype=BF16)
     if name == "triton":  # the block before leaves its statistics
         block = block._replace(mean=meta(256 * 198, dtype=FP32), rstd=meta(256 * 198, dtype=FP32), statistics=True)
-    needs = [isinstance(arg, Tensor) and arg.is_floating_point() and arg.dtype == BF16 for arg in block]
+    needs = [BF16 if isinstance(arg, Tensor) and arg.dtype == BF16 else None for arg in block]
     found: list[tuple[int, int]] = []
 
     def count(call: Callable[[], Any]) -> Any:
