@@ -364,6 +364,19 @@ def test_the_gradient_of_a_weight_that_autocast_lowers_is_computed_in_its_own_dt
     assert asked == 4 * [(torch.float16, torch.float32)]
 
 
+def test_the_slope_is_chosen_by_itself() -> None:
+    op, args = OPS["cct_block"], cast(CASES["cct_block", "message, drop path"](), torch.float16)
+    if "triton" not in usable(op, args):
+        pytest.skip("triton is not installed (pip install triton)")
+    with kernels.backend("reference"):
+        wanted = run(op, cast(args, torch.float64))
+    for name in ("library", "triton"):
+        with kernels.backend("fused"), fused.swap("fc", "library"), fused.swap("slope", name):
+            got = run(op, args)
+        for a, b in zip(got, wanted, strict=True):
+            assert (a.double() - b).norm() <= 1e-2 * b.norm().clamp(min=1)
+
+
 def test_a_gradients_product_in_float32_is_not_rounded_in_between() -> None:
     a, b = normal(40, 64).to(DEVICE, torch.float16), normal(64, 24).to(DEVICE, torch.float16)
     exact = a.double() @ b.double()
