@@ -112,12 +112,13 @@ def scaled(
 @prepared
 def _prepare_batch(device: torch.device, batch: int, M: int, N: int) -> Prepared:
     config = tile("column_sums_whole", device, n=N)
-    return Prepared(device, column_sums_kernel, (1, cdiv(N, config["BLOCK_N"]), batch), (M, N, N, 1), **config)
+    grid = (min(M, 1), cdiv(N, config["BLOCK_N"]), batch)
+    return Prepared(device, column_sums_kernel, grid, (M, N, N, 1), **config)
 
 
 def batch_sums(x: Tensor, dtype: torch.dtype) -> Tensor:
     """The sums of x (B, M, N), contiguous, over M: (B, N) in ``dtype``, added in float32, always in the same order."""
     (batch, M, N), device = x.shape, x.device
-    sums = torch.empty(batch, N, dtype=dtype, device=device)
+    sums = (torch.empty if M else torch.zeros)(batch, N, dtype=dtype, device=device)
     _prepare_batch(device, batch, M, N)(x, None, None, None, None, sums)
     return sums
