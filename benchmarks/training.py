@@ -145,9 +145,10 @@ def adamw(module: nn.Module) -> torch.optim.Optimizer:
 
 
 def contenders_of(
-    cell: Cell, labels: list[str], device: str, peers: bool, compiled: bool
+    cell: Cell, labels: list[str], device: str, peers: bool, compiled: dict[str, Any] | None = None
 ) -> Iterator[tuple[str, Contender]]:
-    """Ours and the peers, with the same weights, videos and labels."""
+    """Ours and the peers, with the same weights, videos and labels; ``compiled``: torch.compile's options, for one
+    more."""
     torch.manual_seed(0)
     config, dtype = VARIANTS[cell.variant], PRECISIONS[cell.precision]
     model = xclip_fast.XCLIP(config).train()
@@ -185,10 +186,9 @@ def contenders_of(
 
     contender = Contender(hf, adamw(hf), theirs)
     yield EAGER, contender
-    if compiled:
+    if compiled is not None:
         torch._dynamo.reset()
-        mode = "max-autotune-no-cudagraphs" if device == "cuda" else "default"
-        yield COMPILED, dataclasses.replace(contender, loss=torch.compile(theirs, mode=mode))
+        yield COMPILED, dataclasses.replace(contender, loss=torch.compile(theirs, **compiled))
 
 
 def _freeze_huggingface(hf: nn.Module, towers: str) -> None:
@@ -236,7 +236,7 @@ def table7(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for name in (OURS, EAGER) if HF_INSTALLED and not args.no_peers and args.device == "cuda" else (OURS,):
             row: dict[str, Any] = dataclasses.asdict(cell) | {"contender": name, "paper_gb": paper, "note": ""}
             try:
-                with contextlib.closing(contenders_of(cell, args.labels, args.device, name != OURS, False)) as made:
+                with contextlib.closing(contenders_of(cell, args.labels, args.device, name != OURS)) as made:
                     contender = next(found for title, found in made if title == name)
                     _, peak = measuring.peak_memory(contender.step, args.device)
                 row |= {"state_bytes": contender.state_bytes(), "peak_bytes": peak}
@@ -314,7 +314,8 @@ def measured(
     cell: Cell, args: argparse.Namespace, lengths: list[int], rate: float, seconds: float
 ) -> list[dict[str, Any]]:
     """The rows of one cell; its models are freed with it."""
-    made = contenders_of(cell, args.labels, args.device, HF_INSTALLED and not args.no_peers, args.compile)
+    mode = {"mode": "max-autotune-no-cudagraphs" if args.device == "cuda" else "default"} if args.compile else None
+    made = contenders_of(cell, args.labels, args.device, HF_INSTALLED and not args.no_peers, mode)
     contenders = dict(made)
     steps = {name: contender.step for name, contender in contenders.items()}
     return rows_of(cell, contenders, measuring.measure(steps, args.device, seconds), lengths, rate, args.device)

@@ -1,10 +1,11 @@
 // The C interface: checks the arguments of a product and hands it to the file of its element type.
 #include <cudaTypedefs.h>
-#include <cuda_runtime_api.h>
+#include <cuda_runtime.h>
 
 #include <mutex>
 #include <optional>
 
+#include "overlap.cuh"
 #include "products.cuh"
 #include "statistics.cuh"
 #include "xclip_fast.h"
@@ -87,10 +88,18 @@ bool any(Operands const& given) { return given.m > 0 && given.n > 0; }
 
 int merge_statistics(Operands const& given, ResidualArguments const& extra, int tile_rows, int tile_columns) {
   int64_t const padded = (given.m + tile_rows - 1) / tile_rows * tile_rows;
-  merge_statistics_kernel<<<int((given.m + kMergeThreads - 1) / kMergeThreads), kMergeThreads, 0,
-                            static_cast<cudaStream_t>(given.stream)>>>(
-      extra.sums, extra.squares, extra.eps, extra.mean, extra.rstd, int(given.m), padded, int(given.n), tile_columns);
-  return cudaPeekAtLastError() == cudaSuccess ? XCLIP_FAST_OK : failure();
+  cudaLaunchAttribute early = start_early();
+  cudaLaunchConfig_t config = {};
+  config.gridDim = int((given.m + kMergeThreads - 1) / kMergeThreads);
+  config.blockDim = kMergeThreads;
+  config.stream = static_cast<cudaStream_t>(given.stream);
+  config.attrs = &early;
+  config.numAttrs = 1;
+  float const *sums = extra.sums, *squares = extra.squares;
+  cudaError_t const error =
+      cudaLaunchKernelEx(&config, merge_statistics_kernel, sums, squares, extra.eps, extra.mean, extra.rstd,
+                         int(given.m), padded, int(given.n), tile_columns);
+  return error == cudaSuccess ? XCLIP_FAST_OK : failure();
 }
 
 }  // namespace xclip_fast

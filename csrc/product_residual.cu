@@ -1,4 +1,4 @@
-// Products that are added to a residual. The wide tile would spill where statistics are reduced.
+// Products that are added to a residual.
 #include "gemm.cuh"
 
 namespace xclip_fast {
@@ -9,10 +9,9 @@ int residual_add(int dtype, int tile, Operands const& operands, ResidualArgument
 }
 
 int residual_statistics(int dtype, int tile, Operands const& operands, ResidualArguments const& extra) {
-  int const code = dtype == XCLIP_FAST_BF16
-                       ? run_on_tile<cutlass::bfloat16_t, ResidualStatistics, Square>(tile, operands, extra)
-                       : run_on_tile<cutlass::half_t, ResidualStatistics, Square>(tile, operands, extra);
-  return code ? code : merge_statistics(operands, extra, Square::kRows, Square::kColumns);
+  return dtype == XCLIP_FAST_BF16
+             ? run_on_tile<cutlass::bfloat16_t, ResidualStatistics, WideStatistics, Square>(tile, operands, extra)
+             : run_on_tile<cutlass::half_t, ResidualStatistics, Square>(tile, operands, extra);
 }
 
 }  // namespace xclip_fast

@@ -27,7 +27,7 @@ BUILT: dict[tuple[str, torch.dtype], tuple[str, ...]] = {
     ("NormGelu", torch.float16): ("square",),
     ("Residual", torch.bfloat16): ("wide", "square"),
     ("Residual", torch.float16): ("square",),
-    ("ResidualStatistics", torch.bfloat16): ("square",),
+    ("ResidualStatistics", torch.bfloat16): ("wide", "square"),
     ("ResidualStatistics", torch.float16): ("square",),
     ("Fp8", torch.float8_e4m3fn): ("wide", "square"),
     ("Fp8Gelu", torch.float8_e4m3fn): ("wide", "square"),

@@ -178,7 +178,7 @@ def inference(
             calls: Calls = {OURS: call}
             calls |= {f"{OURS} {name}": under(name, call) for name in backends}
             if graph:
-                calls[GRAPHED] = graphed(job, model, video)
+                calls[GRAPHED] = graphed(job, model, video, kind)
             if fp8:
                 with job.trying(FP8, row := {**base, "contender": FP8}):
                     if FP8 not in job.without:
@@ -197,10 +197,14 @@ def inference(
             yield from rows_of(job, found, base, truth, 1e-3 * (limit["ms"] or 0.0))
 
 
-def graphed(job: Job, model: xclip_fast.XCLIP, video: Tensor) -> Callable[[], Any]:
-    """The tower as a CUDA graph; a rehearsal has none."""
-    tower = model.encode_video if job.device == "cpu" else model.graphed(*video.shape[:2])
-    return functools.partial(tower, video)
+def graphed(job: Job, model: xclip_fast.XCLIP, video: Tensor, kind: str = "tower") -> Callable[[], Any]:
+    """The work as a CUDA graph; a rehearsal has none."""
+    if job.device == "cpu":
+        return work_of(job, model, video, kind)
+    graph = model.graphed(*video.shape[:2])
+    if kind == "tower":
+        return functools.partial(graph, video)
+    return functools.partial(graph.logits, video, model.encode_text(tokens_of(job, model)))
 
 
 def kernels(
@@ -262,25 +266,36 @@ def kernels_of(job: Job, call: Callable[[], Any]) -> tuple[list[tuple[str, int, 
     return sorted(rows, key=lambda row: -row[2]), 1e3 * min(times)
 
 
-def compiled(job: Job, variant: str, batch: int) -> Iterator[Row]:
-    """Ours and Hugging Face's tower under torch.compile, which is compiled in the background before."""
-    model = build(job, variant)
-    video = videos(job, model, batch)
-    base: Row = {"op": "tower", "variant": named(job, variant), "batch": batch, "precision": job.precision}
+def compiled(job: Job, variant: str, batch: int, step: bool = False) -> Iterator[Row]:
+    """Ours and Hugging Face's tower, or training step, under torch.compile, which compiles in the background before."""
     how: dict[str, Any] = {"backend": "aot_eager"} if job.tiny else {"mode": "default"}
-    with torch.inference_mode():
-        eager = peer_of(job, model, video, "tower")
-        peer = torch.compile(eager, **how)
+    first: dict[str, Any] = {}  # the losses before a weight changes
+    if step:
+        _, contenders = training_contenders(job, variant, batch, HF_INSTALLED, how)
+        calls: Calls = {name: contender.step for name, contender in contenders.items()}
+        with torch.no_grad():
+            first = {name: contenders[name].loss() for name in (OURS, EAGER)}
+    else:
+        model = build(job, variant)
+        video = videos(job, model, batch)
+        with torch.inference_mode():
+            eager = peer_of(job, model, video, "tower")
+        calls = {OURS: work_of(job, model, video, "tower"), EAGER: eager, COMPILED: torch.compile(eager, **how)}
+    base: Row = {"op": "training step" if step else "tower", "variant": named(job, variant), "batch": batch}
+    base["precision"] = job.precision
+    with torch.inference_mode(not step):
         begin = time.perf_counter()
         job.at(COMPILED)
-        for _ in range(3):  # the later ones record the CUDA graph
-            peer()
+        made = [calls[COMPILED]() for _ in range(3)]
         if job.device == "cuda":
             torch.cuda.synchronize()
         job.at("")
         took = time.perf_counter() - begin
         job.turn()
-        found = job.measure({OURS: work_of(job, model, video, "tower"), EAGER: eager, COMPILED: peer}, 8.0)
+        found = job.measure(calls, 8.0)
+        if step:
+            for name, loss in {**first, COMPILED: made[0]}.items():
+                found[name] |= {"output": loss} if "output" in found[name] else {}
         for row in rows_of(job, found, base, EAGER, 0.0):
             yield {**row, **({"compile_s": took, **how} if row["contender"] == COMPILED else {})}
 
@@ -325,12 +340,12 @@ def step(job: Job, variant: str, batch: int, backends: tuple[str, ...] = ()) -> 
 
 
 def training_contenders(
-    job: Job, variant: str, batch: int, peers: bool
+    job: Job, variant: str, batch: int, peers: bool, compiled: dict[str, Any] | None = None
 ) -> tuple[training.Cell, dict[str, training.Contender]]:
     if job.tiny:
         VARIANTS["tiny"] = config_of(job, variant)
     cell = training.Cell("tiny" if job.tiny else variant, job.precision, batch, "visual", recompute=False)
-    return cell, dict(training.contenders_of(cell, labels_of(job), job.device, peers, False))
+    return cell, dict(training.contenders_of(cell, labels_of(job), job.device, peers, compiled))
 
 
 def once(job: Job, variant: str, batch: int, backend: str, kind: str) -> Row:

@@ -74,15 +74,17 @@ def headline(rehearse: bool) -> list[Case]:
     def kernels(name: str, batch: int, **more: object) -> Case:
         return Case(name, "headline:kernels", {"variant": "B/16-8f", "batch": batch, **more}, 30)
 
+    peer = {"variant": "B/16-8f", "batch": many}
     cases = [
-        inference("B/16 32", "B/16-8f", many, 60, kinds=("tower", "whole"), backends=names),
+        inference("B/16 32", "B/16-8f", many, 60, kinds=("tower", "whole"), backends=names, graph=True),
         Case("B/16 step", "headline:step", {"variant": "B/16-8f", "batch": many, "backends": training}, 60),
         inference("B/16 1", "B/16-8f", few, 40, backends=names[:1], graph=True),
         inference("B/16 256", "B/16-8f", 4 if rehearse else 256, 50),
-        Case("HF compiled", "headline:compiled", {"variant": "B/16-8f", "batch": many}, 90, early=True),
+        Case("HF compiled", "headline:compiled", peer, 90, early=True),
+        Case("HF compiled step", "headline:compiled", {**peer, "step": True}, 90, early=True),
         inference("L/14 32", "L/14-8f", many, 40),
         inference("B/16 fp8", "B/16-8f", many, 40, fp8=True),
-        inference("B/32 32", "B/32-8f", many, 30),
+        inference("B/32 32", "B/32-8f", many, 30, graph=True),
         inference("B/16 8", "B/16-8f", some, 50, backends=names[1:], graph=True),
         kernels("kernels", many, backends=names[1:]),
         kernels("kernels step", many, step=True),

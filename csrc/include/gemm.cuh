@@ -1,9 +1,15 @@
 // y = epilogue(x W^T) as a CUTLASS 3.x kernel: TMA loads and stores, warp-specialized, persistent, WGMMA, sm_90a.
 //
 // x (M, K) is row-major, W (N, K) is row-major too: for CUTLASS a column-major (K, N). y (M, N) is row-major.
+//
+// A product starts early (overlap.cuh). CUTLASS's producer warps wait for the kernel before it: one loads x and W, one
+// the residual. The consumer warps read the vectors and write y and the sums of tiles behind a tile's first WGMMA, and
+// so behind the mbarrier that a load of x completes, which is behind the wait. The scale of fp8_linear_gelu is given by
+// value, because CUTLASS would read a pointer to it before the wait.
 #pragma once
 
 #include <atomic>
+#include <type_traits>
 
 #include "cutlass/cutlass.h"
 #include "cutlass/epilogue/collective/collective_builder.hpp"
@@ -19,6 +25,7 @@
 #include "cutlass/gemm/kernel/tile_scheduler.hpp"
 
 #include "epilogues.cuh"
+#include "overlap.cuh"
 #include "products.cuh"
 #include "tiles.cuh"
 #include "xclip_fast.h"
@@ -100,7 +107,7 @@ struct Residual {
 template <class Tile, template <class> class Add>
 using SumRow = fusion::Sm90ColReduction<Add, cutlass::plus, cutlass::plus, 0, typename Tile::Shape, float, float,
                                         kRound, cute::Stride<cute::_1, cute::_0, cute::_0>, 4, /*EnableNullptr=*/false,
-                                        /*FinalReduction=*/false>;
+                                        /*FinalReduction=*/false, /*VisitCheckOOB=*/false>;
 
 // y as above, and the sums of y and y^2 along each row of each tile
 template <class Tile, class Element>
@@ -164,12 +171,23 @@ struct Product {
   using Output = typename Fusion::Output;
   static constexpr int kAlignment = 16 / sizeof(Element), kOutputAlignment = 16 / sizeof(Output);
 
-  using CollectiveEpilogue =
-      typename epilogue::CollectiveBuilder<cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, typename Tile::Shape,
-                                           typename Tile::Cluster, epilogue::EpilogueTileAuto, float, float,
-                                           typename Fusion::Source, cutlass::layout::RowMajor, kOutputAlignment, Output,
-                                           cutlass::layout::RowMajor, kOutputAlignment, typename Tile::EpilogueSchedule,
-                                           typename Fusion::Tree>::CollectiveOp;
+  using Usual =
+      epilogue::CollectiveBuilder<cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, typename Tile::Shape,
+                                  typename Tile::Cluster, epilogue::EpilogueTileAuto, float, float,
+                                  typename Fusion::Source, cutlass::layout::RowMajor, kOutputAlignment, Output,
+                                  cutlass::layout::RowMajor, kOutputAlignment, typename Tile::EpilogueSchedule,
+                                  typename Fusion::Tree>;
+
+  // Narrow subtiles: 8 stages of the residual and 4 of y, which share memory, in place of CUTLASS's 4 and 2.
+  using Narrow =
+      epilogue::detail::Sm90TmaBuilderImpl<typename Tile::Shape, cute::Shape<cute::_64, cute::Int<Tile::kSubtile>>,
+                                           float, float, typename Fusion::Source, cutlass::layout::RowMajor,
+                                           kOutputAlignment, Output, cutlass::layout::RowMajor, kOutputAlignment,
+                                           typename Fusion::Tree,
+                                           cutlass::epilogue::Sm90TmaWarpSpecialized<8, 4, Tile::kSubtile / 2, true,
+                                                                                     false>>;
+
+  using CollectiveEpilogue = typename std::conditional_t<Tile::kSubtile == 0, Usual, Narrow>::CollectiveOp;
 
   using CollectiveMainloop = typename cutlass::gemm::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Element, cutlass::layout::RowMajor, kAlignment, Element,
@@ -201,18 +219,24 @@ struct Product {
       return code;
     }
     typename Kernel::Params params = Kernel::to_underlying_arguments(arguments, nullptr);
-    cudaLaunchAttribute cluster;
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim = {Tile::kCluster, 1, 1};
+    cudaLaunchAttribute attributes[2] = {start_early()};
+    attributes[1].id = cudaLaunchAttributeClusterDimension;
+    attributes[1].val.clusterDim = {Tile::kCluster, 1, 1};
     cudaLaunchConfig_t config = {};
     config.gridDim = Kernel::get_grid_shape(params);
     config.blockDim = Kernel::get_block_shape();
     config.dynamicSmemBytes = Kernel::SharedStorageSize;
     config.stream = static_cast<cudaStream_t>(given.stream);
-    config.attrs = &cluster;
-    config.numAttrs = 1;
+    config.attrs = attributes;
+    config.numAttrs = 2;
     void* pointers[] = {&params};
-    return cudaLaunchKernelExC(&config, entry(), pointers) == cudaSuccess ? XCLIP_FAST_OK : failure();
+    if (cudaLaunchKernelExC(&config, entry(), pointers) != cudaSuccess) {
+      return failure();
+    }
+    if constexpr (std::is_same_v<Fusion, ResidualStatistics<Tile, Element>>) {
+      return merge_statistics(given, extra, Tile::kRows, Tile::kColumns);
+    }
+    return XCLIP_FAST_OK;
   }
 
  private:

@@ -14,12 +14,16 @@ inline constexpr int kMergeTiles = 8;      // whose sums a thread asks for befor
 // n_i (mean_i - mean)^2. The last tile, which may be narrower, is apart from the others. The sums of the others are read
 // twice, the second time from the cache.
 static __global__ void __launch_bounds__(kMergeThreads)
-    merge_statistics_kernel(float const* __restrict__ sums,     // (tiles, padded)
-                            float const* __restrict__ squares,  // (tiles, padded)
+    merge_statistics_kernel(float const* sums,     // (tiles, padded)
+                            float const* squares,  // (tiles, padded)
                             float eps,
-                            float* __restrict__ mean,  // (M,)
-                            float* __restrict__ rstd,  // (M,)
+                            float* mean,  // (M,)
+                            float* rstd,  // (M,)
                             int m, int64_t padded, int n, int tile_columns) {
+  // The next kernel's blocks start now and wait for this kernel; this kernel waits for the product. No pointer is
+  // __restrict__: the product may still be writing the sums, which the compiler could then read before the wait.
+  cudaTriggerProgrammaticLaunchCompletion();
+  cudaGridDependencySynchronize();
   int const row = int(blockIdx.x) * kMergeThreads + int(threadIdx.x);
   if (row >= m) {
     return;

@@ -12,9 +12,10 @@
 namespace xclip_fast {
 
 template <int name, int rows, int columns, int cluster, int depth = 64,
-          class MainSchedule = cutlass::gemm::KernelTmaWarpSpecializedPingpong>
+          class MainSchedule = cutlass::gemm::KernelTmaWarpSpecializedPingpong, int subtile = 0>
 struct Tile {
   static constexpr int kName = name, kRows = rows, kColumns = columns, kCluster = cluster;
+  static constexpr int kSubtile = subtile;  // columns that an epilogue takes at a time; 0: CUTLASS's choice
   using Shape = cute::Shape<cute::Int<rows>, cute::Int<columns>, cute::Int<depth>>;
   using Cluster = cute::Shape<cute::Int<cluster>, cute::_1, cute::_1>;
   using Schedule = MainSchedule;
@@ -25,6 +26,9 @@ using Fp8Schedule = cutlass::gemm::KernelTmaWarpSpecializedPingpongFP8FastAccum;
 
 using Square = Tile<XCLIP_FAST_TILE_SQUARE, 128, 128, 2>;
 using Wide = Tile<XCLIP_FAST_TILE_WIDE, 128, 192, 2>;
+// as Wide; with CUTLASS's subtiles of 32 columns the compiler spills
+using WideStatistics =
+    Tile<XCLIP_FAST_TILE_WIDE, 128, 192, 2, 64, cutlass::gemm::KernelTmaWarpSpecializedPingpong, 16>;
 using SquareFp8 = Tile<XCLIP_FAST_TILE_SQUARE, 128, 128, 2, 128, Fp8Schedule>;
 using WideFp8 = Tile<XCLIP_FAST_TILE_WIDE, 128, 192, 2, 128, Fp8Schedule>;
 

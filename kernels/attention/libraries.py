@@ -117,6 +117,12 @@ def _views(qkv: Tensor) -> dict[str, Tensor]:
     return {"q": qkv[:, :, 0], "k": qkv[:, :, 1], "v": qkv[:, :, 2]}
 
 
+def _gradients(qkv: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """An empty dqkv (F, S, 3, H, C) and its views dq, dk, dv, into which flash-attn writes."""
+    dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
+    return dqkv, {f"d{name}": view for name, view in _views(dqkv).items()}
+
+
 @functools.cache
 def bind(module: str, *names: str) -> tuple[Any, ...]:
     """The functions ``names`` of ``module``."""
@@ -149,7 +155,10 @@ _WANTED: dict[str, dict[str, tuple[str, ...]]] = {
         "_flash_attn_forward": _FORWARD,
         "_flash_attn_backward": (*_BACKWARD, "is_causal", "softmax_lse", "dq", "dk", "dv"),
     },
-    _FLASH4: {"_flash_attn_fwd": (*_FORWARD, "return_lse"), "_flash_attn_bwd": (*_BACKWARD, "lse", "causal")},
+    _FLASH4: {
+        "_flash_attn_fwd": (*_FORWARD, "return_lse"),
+        "_flash_attn_bwd": (*_BACKWARD, "lse", "causal", "dq", "dk", "dv"),
+    },
     "xformers.ops": {
         "memory_efficient_attention_forward": ("query", "key", "value", "attn_bias"),
         "memory_efficient_attention_forward_requires_grad": ("query", "key", "value", "attn_bias"),
@@ -177,8 +186,7 @@ def _flash2_forward(save: bool, qkv: Tensor, causal: bool) -> tuple[Tensor, Save
 
 def _flash2_backward(dout: Tensor, qkv: Tensor, out: Tensor, saved: Saved, causal: bool) -> Tensor:
     (_, backward) = bind(_FLASH2, *_WANTED[_FLASH2])
-    dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
-    gradients = {f"d{name}": view for name, view in _views(dqkv).items()}
+    dqkv, gradients = _gradients(qkv)
     options = {"dropout_p": 0.0, "softcap": 0.0, "alibi_slopes": None, "deterministic": False, "causal": causal}
     window = {"window_size_left": -1, "window_size_right": -1, "softmax_scale": qkv.shape[-1] ** -0.5}
     backward(dout=dout, **_views(qkv), out=out, softmax_lse=saved[0], **gradients, **options, **window)
@@ -193,8 +201,7 @@ def _flash3_forward(save: bool, qkv: Tensor, causal: bool) -> tuple[Tensor, Save
 
 def _flash3_backward(dout: Tensor, qkv: Tensor, out: Tensor, saved: Saved, causal: bool) -> Tensor:
     (_, backward) = bind(_FLASH3, *_WANTED[_FLASH3])
-    dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
-    gradients = {f"d{name}": view for name, view in _views(dqkv).items()}
+    dqkv, gradients = _gradients(qkv)
     options = {"softmax_scale": qkv.shape[-1] ** -0.5, "is_causal": causal}
     backward(dout=dout, **_views(qkv), out=out, softmax_lse=saved[0], **gradients, **options)
     return dqkv
@@ -209,9 +216,10 @@ def _flash4_forward(save: bool, qkv: Tensor, causal: bool) -> tuple[Tensor, Save
 
 def _flash4_backward(dout: Tensor, qkv: Tensor, out: Tensor, saved: Saved, causal: bool) -> Tensor:
     (_, backward) = bind(_FLASH4, *_WANTED[_FLASH4])
+    dqkv, gradients = _gradients(qkv)
     options = {"softmax_scale": qkv.shape[-1] ** -0.5, "causal": causal}
-    dq, dk, dv, *_ = backward(**_views(qkv), out=out, dout=dout, lse=saved[0], **options)
-    return torch.stack([dq, dk, dv], 2)
+    backward(**_views(qkv), out=out, dout=dout, lse=saved[0], **gradients, **options)
+    return dqkv
 
 
 def _mask(causal: bool) -> Any:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .column_sums import batch_sums
 from .gemm import rows_of
-from .launching import Prepared, cdiv, next_power_of_2, prepared, processors, tile
+from .launching import Prepared, cdiv, dependency_wait, next_power_of_2, prepared, processors, tile
 
 
 @triton.jit
@@ -67,6 +67,7 @@ def layer_norm_fwd_kernel(
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK_D)
     inside = (rows < M)[:, None] & (columns < D)[None, :]
+    dependency_wait()
     x = _load_rows(x_ptr, x_row, spare_ptr, rows, columns, inside, D, length)
     if product_ptr is not None:
         at = rows[:, None].to(tl.int64) * D + columns[None, :]
@@ -134,6 +135,7 @@ def layer_norm_bwd_kernel(
 ):
     columns = tl.arange(0, BLOCK_D)
     in_columns = columns < D
+    dependency_wait()
     weight = tl.load(weight_ptr + columns, mask=in_columns, other=0.0).to(tl.float32)[None, :]
     if normed_ptr is not None:
         bias = tl.load(bias_ptr + columns, mask=in_columns, other=0.0).to(tl.float32)[None, :]

@@ -16,7 +16,7 @@ from ..derived import kept
 from ..linear import linear
 from ..patch_embed import by_patch, constants, for_levels
 from .gemm import rows_of
-from .launching import cdiv, launch, tile
+from .launching import cdiv, dependency_wait, launch, tile
 from .layer_norm import normalize, normalize_backward
 
 
@@ -56,6 +56,7 @@ def patch_embed_fwd_kernel(
     weight_row = tl.minimum(d, width - 1) * kernel_stride
     corner = frame * frame_stride + (patch // across) * PATCH * y_stride + (patch % across) * PATCH * x_stride
 
+    dependency_wait()
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, DEPTH, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)

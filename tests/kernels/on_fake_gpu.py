@@ -91,6 +91,7 @@ def test_every_kernel_binds(arch: int, dtype: torch.dtype, stream: torch.dtype |
     left_out |= {"gemm._merge_statistics_kernel"} if stream is not None else set()
     wanted = every_kernel() - left_out
     assert {launch.kernel for launch in launches} == wanted
+    assert {launch.options.get("launch_pdl", False) for launch in launches} == {arch >= 90}
     if arch >= 90 and dtype != FP32:
         assert all(launch.descriptors for launch in launches if launch.kernel == "gemm.gemm_kernel")
 
@@ -458,7 +459,7 @@ def test_a_launch_is_on_the_device_of_its_tensors(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
     monkeypatch.setattr(torch.cuda, "device", Guard)
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with FakeTensorMode(allow_non_fake_inputs=True), launching.assumed_gpu(90, 132):
         for index in (0, 1, 0):
             x = torch.empty(4, device=f"cuda:{index}")
             launching.launch(Kernel(), (1,), x)

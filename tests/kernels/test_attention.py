@@ -97,9 +97,13 @@ def flash_attn_4(played: Played) -> dict[str, Any]:
         out, lse = played.forward(q, k, v, causal)
         return out, lse if return_lse else None
 
-    def _flash_attn_bwd(q, k, v, out, dout, lse, softmax_scale=None, causal=False, softcap=0.0):
+    def _flash_attn_bwd(
+        q, k, v, out, dout, lse, softmax_scale=None, causal=False, softcap=0.0, dq=None, dk=None, dv=None
+    ):
         assert softmax_scale == 0.25
-        return played.backward(dout, q, k, v, lse, causal)
+        for to, gradient in zip((dq, dk, dv), played.backward(dout, q, k, v, lse, causal), strict=True):
+            to.copy_(gradient)
+        return dq, dk, dv
 
     return {"_flash_attn_fwd": _flash_attn_fwd, "_flash_attn_bwd": _flash_attn_bwd}
 

@@ -97,12 +97,12 @@ def test_tiles_are_those_of_the_source() -> None:
     kinds = {"bfloat16_t": torch.bfloat16, "half_t": torch.float16, "float_e4m3_t": E4M3}
     source = "".join(file.read_text() for file in sorted((ROOT / "csrc").glob("product_*.cu")))
     built = {
-        (epilogue, kinds[element]): tuple(name.strip().removesuffix("Fp8").lower() for name in names.split(","))
+        (epilogue, kinds[element]): tuple(re.sub("(Fp8|Statistics)$", "", name).lower() for name in names.split(", "))
         for element, epilogue, names in re.findall(r"run_on_tile<cutlass::(\w+), (\w+), ([\w, ]+)>", source)
     }
     assert built == cuda_library.BUILT
     assert cuda_library.tiles(torch.bfloat16, activation=True) == ("auto", "wide", "square")
-    assert cuda_library.tiles(torch.bfloat16, residual=True, statistics=True) == ("auto", "square")
+    assert cuda_library.tiles(torch.bfloat16, residual=True, statistics=True) == ("auto", "wide", "square")
     assert cuda_library.tiles(torch.float32, residual=True) == ()
 
 
@@ -181,21 +181,44 @@ def test_every_call_checks_its_arguments(library: Path) -> None:
     assert call("linear_residual", partials=None, mean=None, rstd=None) == "BAD_DEVICE"
 
 
-def test_kernels_use_tensor_cores_and_tma_and_do_not_spill(library: Path) -> None:
+def dumped(library: Path, what: str) -> str:
     triton = pytest.importorskip("triton", reason="triton, which brings cuobjdump, is not installed")
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    usage = subprocess.run([tool, "--dump-resource-usage", library], capture_output=True, text=True, check=True).stdout
+    return subprocess.run([tool, f"--dump-{what}", library], capture_output=True, text=True, check=True).stdout
+
+
+@pytest.fixture(scope="module")
+def bodies(library: Path) -> dict[str, str]:
+    """The machine code of each kernel."""
+    return {part.split("\n", 1)[0].strip(): part for part in dumped(library, "sass").split("Function : ")[1:]}
+
+
+def test_kernels_use_tensor_cores_and_tma_and_do_not_spill(library: Path, bodies: dict[str, str]) -> None:
+    usage = dumped(library, "resource-usage")
     found = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
     products = [name for name, *_ in found if "GemmUniversal" in name]
     assert len(products) == sum(map(len, cuda_library.BUILT.values()))
     for name, _, stack, local in found:
         assert stack == local == "0", name
-    code = subprocess.run([tool, "--dump-sass", library], capture_output=True, text=True, check=True).stdout
-    bodies = {part.split("\n", 1)[0].strip(): part for part in code.split("Function : ")[1:]}
     for name in products:
         for instruction in ("QGMMA" if "float_e4m3_t" in name else "HGMMA", "UTMALDG", "UTMASTG"):
             assert instruction in bodies[name], (instruction, name)
         assert not re.search(r"\b(LDL|STL)\b", bodies[name]), name
+
+
+def test_kernels_start_early_and_wait_before_they_touch_memory(bodies: dict[str, str]) -> None:
+    """PREEXIT lets the next kernel start, ACQBULK waits for the one before. In a product the warps that load wait; the
+    others read and write behind their first WGMMA, which needs a load."""
+    for name, body in bodies.items():
+        product = "GemmUniversal" in name
+        assert "PREEXIT" in body, name
+        assert body.count("ACQBULK") == (2 if "SrcFetch" in name else 1), name
+        before, after = re.split("[HQ]GMMA" if product else "ACQBULK", body, maxsplit=1)
+        assert re.search(r"\bLDG\b", after), name
+        if "ScalarBroadcast" not in name:  # its early load is of a pointer for which the library passes null
+            assert not re.search(r"\b(LDG|STG)\b", before), name
+        if product:
+            assert body.index("ACQBULK") < body.index("UTMALDG"), name
 
 
 # ---- refusals
@@ -667,6 +690,31 @@ def test_a_call_on_a_stream_and_in_a_graph_gives_the_same_bits() -> None:
     graph.replay()
     torch.cuda.synchronize()
     assert torch.equal(replayed, direct)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [300, 20_000])
+def test_products_in_a_row_give_the_same_bits_as_products_apart(rows: int) -> None:
+    """Each kernel starts while the one before it runs, and reads what that one writes, in memory that is used again."""
+    if refused := cuda_library.refuse_device("cuda", None):
+        pytest.skip(refused)
+    x, up, down = (spread(*size, 0, torch.bfloat16, "cuda", 0.05) for size in ((rows, 768), (3072, 768), (768, 3072)))
+    sums, bias = up.float().sum(1), near(3072, "cuda")
+
+    def chain(pause: Callable[[], None]) -> list[Tensor]:
+        z, mean, rstd = x, x.float().mean(1), torch.ones(rows, device="cuda")
+        for _ in range(20):
+            (h,) = cuda_library.norm_linear(z, up, bias=bias, norm=(mean, rstd, sums), activation=True)
+            pause()
+            z, mean, rstd = cuda_library.linear_residual(h, down, residual=z, statistics_eps=EPS)
+            pause()
+        return [z, mean, rstd]
+
+    apart = chain(torch.cuda.synchronize)
+    for _ in range(5):
+        for got, wanted in zip(chain(lambda: None), apart, strict=True):
+            assert torch.equal(got, wanted)
+    assert torch.isfinite(apart[0]).all()
 
 
 def test_a_call_goes_to_the_device_and_the_stream_of_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,8 @@
 """CUDA graphs of inference, for small batches, whose kernels take less time than their launches.
 
 A graph replays the launches of one ``encode_video``, and if wanted of the ``similarity`` behind it, on the same memory:
-its own buffers for input and results, and the weights. So it sees weights that changed in place. Before each replay a
-check finds tensors that have moved.
+its own buffers for input and results, and the weights. So it sees weights that changed in place. A check in each call
+finds tensors that have moved; most of it runs on the CPU while the GPU already computes.
 """
 
 from __future__ import annotations
@@ -98,24 +98,24 @@ class GraphedVideoTower:
             raise RuntimeError(
                 "a CUDA graph is being captured, and another cannot be replayed in it: call encode_video there"
             )
+        text = None if text_KE is None else (text_KE.dtype, text_KE.shape)
+        key = (video.dtype, _autocast_dtype(), forced_backend(), answers, text)
         with _turn, torch.cuda.device(device):
+            results = None
+            captured = self._captured.get(key)
+            # The GPU computes while the rest is looked at: as long as all tensors lie where they lay, a replay reads
+            # no memory that is freed.
+            if captured is not None and self._tower.addresses() == self._tower.known:
+                results = captured.replay(video, text_KE)
             changed = self._tower.change()
             if changed:
                 self._forget()
                 logger.info("CUDA graphs of the video tower are captured again: %s", changed)
                 self._tower = _Tower(self.model)
+                results = None
             self._tower.check(*((video,) if text_KE is None else (video, text_KE)))
-            text = None if text_KE is None else (text_KE.dtype, text_KE.shape)
-            key = (video.dtype, _autocast_dtype(), forced_backend(), answers, text)
-            captured = self._captured.get(key) or self._capture(key, device)
-            stream, ended = torch.cuda.current_stream(), _ended.setdefault(device, torch.cuda.Event())
-            stream.wait_event(ended)
-            captured.video[:count].copy_(video)
-            if captured.text is not None and text_KE is not None:
-                captured.text.copy_(text_KE)
-            captured.graph.replay()
-            results = tuple(part[:count].clone() for part in captured.results)
-            ended.record(stream)
+            if results is None:
+                results = (self._captured.get(key) or self._capture(key, device)).replay(video, text_KE)
         return results
 
     def clear(self) -> None:
@@ -173,6 +173,19 @@ class _Captured:
     text: Tensor | None
     results: tuple[Tensor, ...]
 
+    def replay(self, video: Tensor, text_KE: Tensor | None) -> tuple[Tensor, ...]:
+        """Copies of the results for this input."""
+        device, count = self.video.device, video.shape[0]
+        stream, ended = torch.cuda.current_stream(), _ended.setdefault(device, torch.cuda.Event())
+        stream.wait_event(ended)
+        self.video[:count].copy_(video)
+        if self.text is not None and text_KE is not None:
+            self.text.copy_(text_KE)
+        self.graph.replay()
+        results = tuple(part[:count].clone() for part in self.results)
+        ended.record(stream)
+        return results
+
 
 class _Tower:
     """The modules of the video tower and behind it, and the addresses of their tensors, which a capture relies on."""
@@ -186,7 +199,7 @@ class _Tower:
         stores = [store for module in modules for store in (module._parameters, module._buffers)]
         self.tensors: list[tuple[dict[str, Any], str]] = [(store, name) for store in stores for name in store]
         self.tensors += [(model._parameters, name) for name in ("prompts_visual_proj", "logit_scale", "logit_bias")]
-        self.places = self._places()
+        self.places, self.known = self._places(), self.addresses()
 
     def _tops(self) -> list[nn.Module | None]:
         return [getattr(self.model, name, None) for name in TOPS]
@@ -195,8 +208,13 @@ class _Tower:
         tensors = [store.get(name) for store, name in self.tensors]
         return [t if t is None else (t.data_ptr(), t.dtype, t.shape, t.stride()) for t in tensors]
 
+    def addresses(self) -> list[int | None]:
+        """Where the tensors lie; for B/16 this takes a fourth of the CPU time of ``change``."""
+        tensors = [store.get(name) for store, name in self.tensors]
+        return [t if t is None else t.data_ptr() for t in tensors]
+
     def change(self) -> str | None:
-        """What was replaced or moved since, or None. Each call asks; for B/16 this takes about 0.1 ms of CPU time."""
+        """What was replaced or moved since, or None."""
         if any(now is not then for now, then in zip(self._tops(), self.tops, strict=True)):
             return "a part of the model was replaced"
         for store, name, child in self.children:
