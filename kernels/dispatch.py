@@ -200,25 +200,33 @@ class Op:
         chosen = self.choose(args, training)
         if chosen.backward is None and not chosen.inference_only:
             return chosen.forward(*args)
-        args = self._lowered(args)
         if torch.compiler.is_compiling():
+            args = self.lowered(args)
             outputs = self.registered_saving(*args) if training else self.registered(*args)
         elif training:
-            outputs = _Kernel.apply(chosen, *args)
+            outputs = _Kernel.apply(self, chosen, *args)
         else:
-            outputs = chosen.forward(False, *args)[0]
+            outputs = chosen.forward(False, *self.lowered(args))[0]
         outputs = tuple(outputs[: self.outputs])
         return outputs if len(outputs) > 1 else outputs[0]
 
-    def _lowered(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """The arguments under the enclosing autocast."""
+    def lowered(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The arguments under the enclosing autocast; in eager mode without a gradient through the casts."""
         device_type = next(arg.device.type for arg in args if isinstance(arg, Tensor))
         dtype = autocast_dtype(device_type) if self.autocast else None
         if dtype is None:
             return args
-        return tuple(
-            arg.to(dtype) if index in self.autocast and arg is not None else arg for index, arg in enumerate(args)
-        )
+        result = list(args)
+        wide = [index for index in self.autocast if args[index] is not None and args[index].dtype != dtype]
+        if torch.compiler.is_compiling():
+            for index in wide:
+                result[index] = args[index].to(dtype)
+        elif wide:
+            casts = [torch.empty_like(args[index], dtype=dtype) for index in wide]
+            torch._foreach_copy_(casts, [args[index] for index in wide])  # one launch for all weights
+            for index, cast in zip(wide, casts, strict=True):
+                result[index] = cast
+        return tuple(result)
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
@@ -240,10 +248,15 @@ def log_once(message: str) -> None:
 
 
 class _Kernel(torch.autograd.Function):
-    """A kernel in eager mode: saves its arguments and what its forward hands over."""
+    """A kernel in eager mode: saves its arguments and what its forward hands over.
+
+    Autocast's casts are inside, so that backward knows the dtypes of the parameters and computes gradients in them.
+    """
 
     @staticmethod
-    def forward(ctx: Any, chosen: Backend, *args: Any) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, op: Op, chosen: Backend, *args: Any) -> tuple[Tensor, ...]:
+        ctx.dtypes = [arg.dtype if isinstance(arg, Tensor) else None for arg in args]
+        args = op.lowered(args)
         outputs, saved = chosen.forward(True, *args)
         ctx.chosen = chosen
         ctx.set_materialize_grads(False)
@@ -253,7 +266,8 @@ class _Kernel(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        needs = list(ctx.needs_input_grad[1:])
+        wanted = zip(ctx.dtypes, ctx.needs_input_grad[2:], strict=True)
+        needs = [dtype if need else None for dtype, need in wanted]
         args, saved = registration.restore(ctx)
         result = iter(ctx.chosen.backward(grads, saved, needs, *args))
-        return (None, *(next(result) if need else None for need in needs))
+        return (None, None, *(next(result) if need else None for need in needs))

@@ -1,4 +1,4 @@
-"""The bare GEMM of every reference, on the fastest exact route of the device at hand."""
+"""The bare GEMM of every reference, on the fastest exact route of the device at hand; that of a gradient."""
 
 import torch
 import torch.nn.functional as F
@@ -26,3 +26,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
                 wide = F.linear(x.to(dtype).float(), weight.to(dtype).float(), None if bias is None else bias.float())
             return wide.to(dtype)
     return F.linear(x, weight, bias)
+
+
+def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a (M, K) times b (K, N), without a gradient, in ``dtype``: the dtype of both factors, or float32.
+
+    cuBLAS writes float32 as it accumulated it. Elsewhere the product of half-precision factors is rounded before.
+    """
+    if a.is_cuda and a.dtype != dtype:
+        return torch.mm(a, b, out_dtype=dtype)
+    return torch.mm(a, b).to(dtype)

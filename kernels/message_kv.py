@@ -1,6 +1,6 @@
 """The message path of a block (equation 7): class tokens in, each frame's message as key and value out."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from .support import on_triton
 # (triton/layer_norm.Spare); a function that writes their keys and values into a view (F, 2D), any row stride,
 # for a projection that has not made them of m; and what backward wants, SAVED tensors: message token (F, D), qkv
 # (F, 3D), m (F, D), mean and 1 / sigma of LN_m and of LN_1 (4, F), the attention (F, D) and its log-sum-exp.
-# backward(dm (F, D), saved, names of the arguments whose gradient is wanted, block) returns the gradients of parameters
+# backward(dm (F, D), saved, dtypes of the gradients that are wanted by name, block) returns the gradients of parameters
 # by name and of the class tokens (F, D).
 
 
@@ -23,7 +23,9 @@ def _triton_forward(save: bool, b: Any) -> tuple[Any, Callable[[Tensor], None], 
     return triton.message_kv.forward(save, b)
 
 
-def _triton_backward(dm: Tensor, saved: Any, wanted: set[str], b: Any) -> tuple[dict[str, Tensor], Tensor]:
+def _triton_backward(
+    dm: Tensor, saved: Any, wanted: Mapping[str, torch.dtype], b: Any
+) -> tuple[dict[str, Tensor], Tensor]:
     return triton.message_kv.backward(dm, saved, wanted, b)
 
 

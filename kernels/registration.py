@@ -71,7 +71,8 @@ def register(op: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
 
     def kernel_backward(grads: list[Tensor], saved: list[Tensor], needs: list[bool], *args: Any) -> list[Tensor]:
         chosen = op.choose(args, training=True, kernels=True)
-        return _fresh(chosen.backward(grads, saved, needs, *args), [*args, *grads, *saved])
+        dtypes = [arg.dtype if need else None for arg, need in zip(args, needs, strict=True)]
+        return _fresh(chosen.backward(grads, saved, dtypes, *args), [*args, *grads, *saved])
 
     def fake_backward(grads: list[Tensor], saved: list[Tensor], needs: list[bool], *args: Any) -> list[Tensor]:
         return [

@@ -36,7 +36,8 @@ class Backend:
     Of an op, plain torch: ``forward(*args)`` returns what the reference returns. Of an op, a kernel, which has
     ``backward``: ``forward(save, *args)`` returns the outputs as a tuple and, if ``save``, the tensors that
     ``backward`` wants beside the arguments; ``backward(grads, saved, needs, *args)`` returns a gradient for every
-    argument that needs one, in order. Of a part of a block: what the functions take is said where the part is defined.
+    argument that needs one, in order. ``needs`` holds the dtype wanted of each, or None: that of a weight that autocast
+    lowered is wider than the argument. Of a part of a block: what the functions take is said where the part is defined.
     """
 
     name: str

@@ -15,11 +15,12 @@ from .. import choices, dispatch, triton
 from ..arguments import GELUS, Block
 from ..attention import ATTENTION, PACKED_ATTENTION, WINDOW_ATTENTION
 from ..layer_norm import WIDEST_ROW
+from ..linear import product
 from ..message_kv import MESSAGE, SAVED
 from ..parts import Case, Part
 from ..support import Backend, installed
 from . import reference
-from .products import LINEAR_RESIDUAL, NORM_LINEAR, Layer, Norm, Normed, Target
+from .products import LINEAR_RESIDUAL, NORM_LINEAR, SLOPE, Layer, Norm, Normed, Target
 
 
 class Plan(NamedTuple):
@@ -31,9 +32,10 @@ class Plan(NamedTuple):
     out: Backend
     fc: Backend
     projection: Backend
+    slope: Backend | None  # of the FFN's activation, in training
 
 
-PARTS = (NORM_LINEAR, LINEAR_RESIDUAL, MESSAGE, ATTENTION, PACKED_ATTENTION, WINDOW_ATTENTION)
+PARTS = (NORM_LINEAR, LINEAR_RESIDUAL, SLOPE, MESSAGE, ATTENTION, PACKED_ATTENTION, WINDOW_ATTENTION)
 PART_NAMES = tuple(dict.fromkeys(name for part in PARTS for name in part.names if name != "reference"))
 
 
@@ -114,7 +116,7 @@ def _find_plan(case: Case, swapped: tuple[tuple[str, str], ...] = ()) -> Plan | 
         return f"width {case.width} is over {WIDEST_ROW}"
     if not installed("triton"):
         return "the package triton is not installed (pip install triton)"
-    found: dict[str, Any] = {"message": None}
+    found: dict[str, Any] = {"message": None, "slope": None}
     for slot, (part, part_case, sizes) in slots(case).items():
         name = dict(swapped).get(slot)
         found[slot] = part.choose(part_case, **sizes) if name is None else part.backends[part.names.index(name)]
@@ -137,7 +139,11 @@ def slots(case: Case) -> dict[str, tuple[Part, Case, dict[str, int]]]:
         "fc": (NORM_LINEAR, fc, {"n": hidden, "k": width, "activation": 1}),
         "projection": (LINEAR_RESIDUAL, case, {"n": width, "k": hidden}),
     }
-    return {**found, "message": (MESSAGE, case, {})} if case.frames else found
+    if case.training:
+        found["slope"] = (SLOPE, fc, {"n": hidden, "k": width})
+    if case.frames:
+        found["message"] = (MESSAGE, case, {})
+    return found
 
 
 _kept_plan = functools.lru_cache(4096)(_find_plan)
@@ -304,14 +310,16 @@ def saved_like(*args: Any) -> tuple[Tensor, ...]:
     return (qkv, mixed, z, u, *statistics, *message, *attention)
 
 
-def backward(grads: Sequence[Any], saved: Sequence[Tensor], needs: Sequence[bool], *args: Any) -> list[Tensor]:
+def backward(
+    grads: Sequence[Any], saved: Sequence[Tensor], needs: Sequence[torch.dtype | None], *args: Any
+) -> list[Tensor]:
     b = _plain(args)
     p, x, dtype = _plan_of(b, True), _rows(b.x), b.in_weight.dtype
-    assert p.fc.backward is not None
+    assert p.slope is not None
     assert p.attention.backward is not None
     qkv, mixed, z, u, mean_1, rstd_1, mean_2, rstd_2, *rest = saved
     message_saved, attention_saved = (rest[:SAVED], rest[SAVED:]) if b.frames else ([], rest)
-    wanted = {name for name, need in zip(Block._fields, needs, strict=True) if need}
+    wanted = {name: dtype for name, dtype in zip(Block._fields, needs, strict=True) if dtype is not None}
     given: dict[str, Tensor | None] = {}
     mixed_rows = mixed.reshape(x.shape)
     mixed_rows = mixed_rows if b.rows is None else mixed_rows[b.rows]
@@ -321,9 +329,9 @@ def backward(grads: Sequence[Any], saved: Sequence[Tensor], needs: Sequence[bool
     # y = z + s (h W2^T + b2), h = act(u)
     dbranch, given["projection_bias"], _ = triton.column_sums.scaled(dy, dtype, b.drop_feed_forward)
     keep = "projection_weight" in wanted
-    du, given["fc_bias"], h = p.fc.backward(dbranch, b.projection_weight, u, b.activation, keep)
+    du, given["fc_bias"], h = p.slope.forward(dbranch, b.projection_weight, u, b.activation, keep)
     if h is not None:
-        given["projection_weight"] = torch.mm(dbranch.T, h)
+        given["projection_weight"] = product(dbranch.T, h, wanted["projection_weight"])
     del h
     # u = LN_2(z) W1^T + b1, and z passes it: dz, its copy for the branch below and that one's bias, in one pass
     below = triton.layer_norm.normalize_backward(
@@ -340,11 +348,11 @@ def backward(grads: Sequence[Any], saved: Sequence[Tensor], needs: Sequence[bool
     )
     dz, given["ln_2_weight"], given["ln_2_bias"], normed, dbranch, given["out_bias"] = below  # type: ignore[assignment]
     if normed is not None:
-        given["fc_weight"] = torch.mm(du.T, normed)
+        given["fc_weight"] = product(du.T, normed, wanted["fc_weight"])
     del du, normed
     # z = x + s (mixed Wo^T + bo)
     if "out_weight" in wanted:
-        given["out_weight"] = torch.mm(dbranch.T, mixed_rows)
+        given["out_weight"] = product(dbranch.T, mixed_rows, wanted["out_weight"])
     dmixed = torch.mm(dbranch, b.out_weight)
     if b.rows is not None:
         dmixed, dz = _spread(dmixed, b.rows, x), _spread(dz, b.rows, x)
@@ -373,7 +381,7 @@ def backward(grads: Sequence[Any], saved: Sequence[Tensor], needs: Sequence[bool
     given["x"] = dx = first.dx.view(b.x.shape)
     given["ln_1_weight"], given["ln_1_bias"] = first.dweight, first.dbias
     if first.normed is not None:
-        given["in_weight"] = torch.mm(dqkv.T, first.normed)
+        given["in_weight"] = product(dqkv.T, first.normed, wanted["in_weight"])
     if p.message is not None and p.message.backward is not None:
         # the class rows began the messages; spare rows have no gradient
         dmessage = dx.new_empty(dx[:, -1].shape, dtype=dtype).copy_(dx[:, -1])
@@ -381,12 +389,8 @@ def backward(grads: Sequence[Any], saved: Sequence[Tensor], needs: Sequence[bool
         message_grads, dclass = p.message.backward(dmessage, message_saved, wanted, b)
         given |= message_grads
         dx[:, 0].add_(dclass)
-    result = []
-    for name, argument, need in zip(Block._fields, b, needs, strict=True):
-        gradient = given.get(name)
-        if need and isinstance(gradient, Tensor) and isinstance(argument, Tensor):
-            result.append(gradient.to(argument.dtype))
-    return result
+    gradients = ((given.get(name), dtype) for name, dtype in wanted.items())
+    return [gradient.to(dtype) for gradient, dtype in gradients if gradient is not None]
 
 
 def _spread(rows: Tensor, at: Tensor, like: Tensor) -> Tensor:

@@ -63,9 +63,10 @@ class Target(NamedTuple):
 
 # A candidate of "norm_linear": forward(save, x (M, D), Normed, Layer, spare) returns y (M, O), what the activation was
 # applied to if ``save``, and Normed with statistics if ``save``. spare takes the place of rows of x if x is normalized
-# first, which is when the Normed returned holds rows. backward(dy, weight2, u, activation, keep) returns du = (dy W2)
-# act'(u), the sums of its columns, and act(u) if ``keep``.
+# first, which is when the Normed returned holds rows.
 # A candidate of "linear_residual": forward(a (M, I), weight (D, I), bias (D,), Target) returns z and Normed of it.
+# A candidate of "slope", for backward: forward(dy (M, D), weight (D, O), u (M, O), activation, keep) returns
+# du = (dy W2) act'(u), the sums of its columns, and act(u) if ``keep``.
 
 
 def _normed(
@@ -182,20 +183,21 @@ def _nothing(*_: Any) -> tuple[Tensor, ...]:
     return ()
 
 
-def _backends(library: Any, fused: Any, on_cuda: Any, *slopes: Callable[..., Any]) -> tuple[Backend, ...]:
-    library_slope, fused_slope = slopes or (None, None)
+def _backends(library: Any, fused: Any, on_cuda: Any) -> tuple[Backend, ...]:
     own: dict[str, Any] = {"opt_in": UNMEASURED, "saved": _nothing}
     return (
-        Backend("library", library, library_slope, dtypes=ON_TRITON, saved=_nothing),
-        on_triton(functools.partial(fused, _gemm), fused_slope, refuse=_refuse_float32, **own),
+        Backend("library", library, dtypes=ON_TRITON, saved=_nothing),
+        on_triton(functools.partial(fused, _gemm), None, refuse=_refuse_float32, **own),
         Backend(
             "cuda", functools.partial(fused, on_cuda), dtypes=HALF, refuse=_refuse_cuda, inference_only=True, **own
         ),
     )
 
 
-NORM_LINEAR = Part(
-    "norm_linear",
-    *_backends(_library_norm_linear, _fused_norm_linear, cuda_library.norm_linear, _library_slope, _fused_slope),
-)
+NORM_LINEAR = Part("norm_linear", *_backends(_library_norm_linear, _fused_norm_linear, cuda_library.norm_linear))
 LINEAR_RESIDUAL = Part("linear_residual", *_backends(_library_residual, _fused_residual, cuda_library.linear_residual))
+SLOPE = Part(
+    "slope",
+    Backend("library", _library_slope, dtypes=ON_TRITON),
+    on_triton(_fused_slope, None, refuse=_refuse_float32, opt_in=UNMEASURED),
+)

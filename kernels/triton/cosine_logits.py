@@ -146,7 +146,7 @@ def forward(save: bool, video: Tensor, text: Tensor, scale: Tensor) -> tuple[tup
 
 
 def backward(
-    grads: Sequence[Any], saved: Sequence[Tensor], needs: Sequence[bool], video: Tensor, text: Tensor, scale: Tensor
+    grads: Sequence[Any], saved: Sequence[Tensor], needs: Sequence[Any], video: Tensor, text: Tensor, scale: Tensor
 ) -> list[Tensor]:
     batch, labels, size = text.shape
     dvideo = torch.empty_like(video, memory_format=torch.contiguous_format)
@@ -159,6 +159,6 @@ def backward(
         options = tile("cosine_logits_backward", video.device)
         grid, numbers = (batch * cdiv(size, options["BLOCK_E"]),), (labels, size, *video.stride(), *text.stride())
         tensors = (video, text, scale, grads[0].contiguous(), *saved, dvideo, dtext, shares)
-        launch(cosine_logits_bwd_kernel, grid, *tensors, *numbers, TEXT=needs[1], **options)
+        launch(cosine_logits_bwd_kernel, grid, *tensors, *numbers, TEXT=needs[1] is not None, **options)
     gradients = [dvideo, dtext, shares.sum().to(scale.dtype).view(scale.shape) if needs[2] else None]
     return [grad for grad, need in zip(gradients, needs, strict=True) if need and grad is not None]

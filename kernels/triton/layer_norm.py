@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .column_sums import batch_sums
 from .gemm import rows_of
 from .launching import Prepared, cdiv, dependency_wait, next_power_of_2, prepared, processors, tile
 
@@ -358,7 +359,7 @@ def normalize_backward(
     parts = torch.empty(2 if low_dtype is None else 3, *run.grid, D, dtype=torch.float32, device=x.device)
     read = (x, mean, rstd, weight, None if normed is None else bias, dy, extra)
     run(*read, dx, normed, *spares, drop_scale, low, *(*parts, None)[:3])
-    dweight, dbias, *sums = parts.sum(1).to(weight.dtype)
+    dweight, dbias, *sums = batch_sums(parts, weight.dtype)
     return LayerNormGrads(dx, dweight, dbias, normed, dx if same else low, sums[0] if sums else None)
 
 
@@ -380,7 +381,7 @@ def forward(
     return (y.view(x.shape),), saved
 
 
-def backward(grads: Sequence[Any], saved: Sequence[Tensor], needs: Sequence[bool], *args: Any) -> list[Tensor]:
+def backward(grads: Sequence[Any], saved: Sequence[Tensor], needs: Sequence[Any], *args: Any) -> list[Tensor]:
     (mean, rstd), (x, weight, bias, _) = saved, args
     dx, dweight, dbias, *_ = normalize_backward(rows_of(grads[0]), rows_of(x), mean, rstd, weight.contiguous())
     result = (dx.view(x.shape), dweight.to(weight.dtype), dbias.to(bias.dtype))

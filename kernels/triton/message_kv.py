@@ -6,7 +6,7 @@ they run several steps ahead. A LayerNorm takes its statistics from the product 
 program would wait for whole rows before its first step. Backward recomputes LN(.).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..attention import attention_reference, reference_backward, takes
+from ..linear import product
 from . import ONE_TILE, attention
 from .attention_tiles import LOG2_E, attend_tile, power_of_two
 from .column_sums import scaled
@@ -332,7 +333,9 @@ def forward(save: bool, b: Any) -> tuple[Spare, Callable[[Tensor], None], tuple[
     return spare, write, (message, qkv, fused, statistics, mixed, *(lse or (statistics.new_empty(0),)))
 
 
-def backward(dfused: Tensor, saved: Sequence[Tensor], wanted: set[str], b: Any) -> tuple[dict[str, Tensor], Tensor]:
+def backward(
+    dfused: Tensor, saved: Sequence[Tensor], wanted: Mapping[str, torch.dtype], b: Any
+) -> tuple[dict[str, Tensor], Tensor]:
     message, qkv, _, (mean, rstd, *_), mixed, lse = saved
     dtype, width, frames = message.dtype, message.shape[1], b.frames
     given: dict[str, Tensor] = {}
@@ -340,7 +343,7 @@ def backward(dfused: Tensor, saved: Sequence[Tensor], wanted: set[str], b: Any) 
     def parameters(name: str, dy: Tensor, x: Tensor) -> None:
         """The gradients of the weight and the bias of y = x W^T + b."""
         if f"{name}_weight" in wanted:
-            given[f"{name}_weight"] = torch.mm(dy.T, x)
+            given[f"{name}_weight"] = product(dy.T, x, wanted[f"{name}_weight"])
         if f"{name}_bias" in wanted:
             given[f"{name}_bias"] = scaled(dy, dy.dtype, sums_dtype=getattr(b, f"{name}_bias").dtype)[1]
 

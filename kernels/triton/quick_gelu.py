@@ -49,7 +49,7 @@ def forward(save: bool, x: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ..
     return (quick_gelu(x.contiguous()),), ()
 
 
-def backward(grads: Sequence[Any], saved: Sequence[Tensor], needs: Sequence[bool], x: Tensor) -> list[Tensor]:
+def backward(grads: Sequence[Any], saved: Sequence[Tensor], needs: Sequence[Any], x: Tensor) -> list[Tensor]:
     width = x.shape[-1] if x.dim() else 1
     dy, u = grads[0].contiguous().view(-1, width), x.contiguous().view(-1, width)
     return [scaled(dy, x.dtype, slope_at=u)[0].view(x.shape)]

@@ -111,7 +111,7 @@ def run(op: str, args: tuple[Any, ...]) -> None:
     """Forward without gradients, forward with them, backward: every gradient but that of drop path factors."""
     if op == "cct_block":
         needs = [
-            isinstance(arg, Tensor) and arg.is_floating_point() and not name.startswith("drop")
+            arg.dtype if isinstance(arg, Tensor) and arg.is_floating_point() and not name.startswith("drop") else None
             for name, arg in zip(kernels.Block._fields, args, strict=True)
         ]
         for backend in ("triton", "library"):  # both ways to compute products
@@ -121,7 +121,7 @@ def run(op: str, args: tuple[Any, ...]) -> None:
                 fused.backward([torch.empty_like(outputs[0])], saved, needs, *args)
         return
     module = importlib.import_module(f"xclip_fast.kernels.triton.{op}")
-    needs = [isinstance(arg, Tensor) and arg.dtype.is_floating_point for arg in args]
+    needs = [arg.dtype if isinstance(arg, Tensor) and arg.dtype.is_floating_point else None for arg in args]
     module.forward(False, *args)
     outputs, saved = module.forward(True, *args)
     module.backward([torch.empty_like(out) for out in outputs], saved, needs, *args)

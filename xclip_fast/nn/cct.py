@@ -29,7 +29,8 @@ class Stream(NamedTuple):
 
     def tokens(self) -> Tensor:
         """(F, L, D)."""
-        return self.x[:, :-1] if self.spare else self.x
+        # not a slice: see VisionTower.split
+        return self.x.split([self.x.shape[1] - 1, 1], 1)[0] if self.spare else self.x
 
     def with_spare_row(self) -> Tensor:
         """(F, L + 1, D); a new last row holds zeros."""

@@ -58,7 +58,9 @@ class VisionTower(nn.Module):
 
     def split(self, x_FLD: Tensor) -> tuple[Tensor, Tensor]:
         """The feature of each frame (F, D), normalized, and its patches (F, N, D)."""
-        return layer_norm(self.ln_post, x_FLD[:, 0]), x_FLD[:, 1:]
+        # the gradients of a split are put side by side in one pass; those of two slices are padded and added
+        class_F1D, patches_FND = x_FLD.split([1, x_FLD.shape[1] - 1], 1)
+        return layer_norm(self.ln_post, class_F1D.squeeze(1)), patches_FND
 
     def _forward(self, frames: Tensor, num_frames: int) -> Tensor:
         pre_norm = self.ln_pre if self.vision.pre_norm else None
