@@ -20,7 +20,7 @@ from ..message_kv import MESSAGE, SAVED
 from ..parts import Case, Part
 from ..support import Backend, installed
 from . import reference
-from .products import LINEAR_RESIDUAL, NORM_LINEAR, SLOPE, Layer, Norm, Normed, Target
+from .products import LINEAR_RESIDUAL, NORM_LINEAR, Layer, Norm, Normed, Target, slope
 
 
 class Plan(NamedTuple):
@@ -32,10 +32,9 @@ class Plan(NamedTuple):
     out: Backend
     fc: Backend
     projection: Backend
-    slope: Backend | None  # of the FFN's activation, in training
 
 
-PARTS = (NORM_LINEAR, LINEAR_RESIDUAL, SLOPE, MESSAGE, ATTENTION, PACKED_ATTENTION, WINDOW_ATTENTION)
+PARTS = (NORM_LINEAR, LINEAR_RESIDUAL, MESSAGE, ATTENTION, PACKED_ATTENTION, WINDOW_ATTENTION)
 PART_NAMES = tuple(dict.fromkeys(name for part in PARTS for name in part.names if name != "reference"))
 
 
@@ -116,7 +115,7 @@ def _find_plan(case: Case, swapped: tuple[tuple[str, str], ...] = ()) -> Plan | 
         return f"width {case.width} is over {WIDEST_ROW}"
     if not installed("triton"):
         return "the package triton is not installed (pip install triton)"
-    found: dict[str, Any] = {"message": None, "slope": None}
+    found: dict[str, Any] = {"message": None}
     for slot, (part, part_case, sizes) in slots(case).items():
         name = dict(swapped).get(slot)
         found[slot] = part.choose(part_case, **sizes) if name is None else part.backends[part.names.index(name)]
@@ -139,11 +138,7 @@ def slots(case: Case) -> dict[str, tuple[Part, Case, dict[str, int]]]:
         "fc": (NORM_LINEAR, fc, {"n": hidden, "k": width, "activation": 1}),
         "projection": (LINEAR_RESIDUAL, case, {"n": width, "k": hidden}),
     }
-    if case.training:
-        found["slope"] = (SLOPE, fc, {"n": hidden, "k": width})
-    if case.frames:
-        found["message"] = (MESSAGE, case, {})
-    return found
+    return {**found, "message": (MESSAGE, case, {})} if case.frames else found
 
 
 _kept_plan = functools.lru_cache(4096)(_find_plan)
@@ -315,7 +310,6 @@ def backward(
 ) -> list[Tensor]:
     b = _plain(args)
     p, x, dtype = _plan_of(b, True), _rows(b.x), b.in_weight.dtype
-    assert p.slope is not None
     assert p.attention.backward is not None
     qkv, mixed, z, u, mean_1, rstd_1, mean_2, rstd_2, *rest = saved
     message_saved, attention_saved = (rest[:SAVED], rest[SAVED:]) if b.frames else ([], rest)
@@ -329,7 +323,7 @@ def backward(
     # y = z + s (h W2^T + b2), h = act(u)
     dbranch, given["projection_bias"], _ = triton.column_sums.scaled(dy, dtype, b.drop_feed_forward)
     keep = "projection_weight" in wanted
-    du, given["fc_bias"], h = p.slope.forward(dbranch, b.projection_weight, u, b.activation, keep)
+    du, given["fc_bias"], h = slope(dbranch, b.projection_weight, u, b.activation, keep)
     if h is not None:
         given["projection_weight"] = product(dbranch.T, h, wanted["projection_weight"])
     del h

@@ -65,8 +65,6 @@ class Target(NamedTuple):
 # applied to if ``save``, and Normed with statistics if ``save``. spare takes the place of rows of x if x is normalized
 # first, which is when the Normed returned holds rows.
 # A candidate of "linear_residual": forward(a (M, I), weight (D, I), bias (D,), Target) returns z and Normed of it.
-# A candidate of "slope", for backward: forward(dy (M, D), weight (D, O), u (M, O), activation, keep) returns
-# du = (dy W2) act'(u), the sums of its columns, and act(u) if ``keep``.
 
 
 def _normed(
@@ -94,9 +92,9 @@ def _library_norm_linear(
     return (_activate(save, y, activation), y, known) if activation else (y, None, known)
 
 
-def _library_slope(
-    dy: Tensor, weight: Tensor, u: Tensor, activation: str, keep: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def slope(dy: Tensor, weight: Tensor, u: Tensor, activation: str, keep: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """For backward: du = (dy W) act'(u) with dy (M, D), weight (D, O) and u (M, O), the sums of its columns in float32,
+    and act(u) if ``keep``."""
     dh = torch.mm(dy, weight)
     if activation in GELUS:
         du = torch.ops.aten.gelu_backward(dh, u, approximate=GELUS[activation])
@@ -141,13 +139,6 @@ def _fused_norm_linear(
         known = _normed(save, x, known, norm, weight.dtype, spare)
         found = product(known.rows, weight, bias=bias, **options)
     return found[0], found[1] if keep else None, known
-
-
-def _fused_slope(
-    dy: Tensor, weight: Tensor, u: Tensor, activation: str, keep: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    du, *rest = _gemm(dy, weight.T, slope_at=u, keep=keep, sums=True)
-    return du, rest[-1], rest[0] if keep else None
 
 
 def _fused_residual(
@@ -196,8 +187,3 @@ def _backends(library: Any, fused: Any, on_cuda: Any) -> tuple[Backend, ...]:
 
 NORM_LINEAR = Part("norm_linear", *_backends(_library_norm_linear, _fused_norm_linear, cuda_library.norm_linear))
 LINEAR_RESIDUAL = Part("linear_residual", *_backends(_library_residual, _fused_residual, cuda_library.linear_residual))
-SLOPE = Part(
-    "slope",
-    Backend("library", _library_slope, dtypes=ON_TRITON),
-    on_triton(_fused_slope, None, refuse=_refuse_float32, opt_in=UNMEASURED),
-)

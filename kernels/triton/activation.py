@@ -1,8 +1,9 @@
 """quick_gelu and its slope, for the kernels that they ride in.
 
-Results of dtype ``to`` bfloat16 take the sigmoid from the GPU's own tanh: one special instruction a number in place of
+Values of dtype ``to`` bfloat16 take the sigmoid from the GPU's own tanh: one special instruction a number in place of
 an exponential and a division. Its relative error of up to 2^-11 is at most |u| 2^-12 in quick_gelu(u), an eighth of
-bfloat16's rounding of a positive u. Other dtypes take the exact form.
+bfloat16's rounding of a positive u. Other dtypes and the slope take the
+exact form.
 """
 
 import triton
@@ -31,12 +32,7 @@ def quick_gelu_value(u, to: tl.constexpr = tl.float32):
 
 
 @triton.jit
-def quick_gelu_slope(u, to: tl.constexpr = tl.float32):
-    """d quick_gelu / du = s + 1.702 u s (1 - s) with s = sigmoid(1.702 u), float32 in and out, to be rounded to the
-    dtype ``to``."""
-    if to == tl.bfloat16:
-        # t = tanh(0.851 u):  s = (1 + t) / 2,  s (1 - s) = (1 - t^2) / 4
-        t = _tanh(0.851 * u)
-        return 0.5 + 0.5 * t + 0.4255 * u * (1.0 - t * t)
+def quick_gelu_slope(u):
+    """d quick_gelu / du = s + 1.702 u s (1 - s) with s = sigmoid(1.702 u), float32 in and out."""
     s = tl.sigmoid(1.702 * u)
     return s + 1.702 * u * s * (1.0 - s)

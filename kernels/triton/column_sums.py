@@ -1,4 +1,4 @@
-"""Rows times a factor each, or the slope of quick_gelu, and the sums of their columns, in one pass; sums alone."""
+"""Rows times a factor each, or the slope of quick_gelu, and the sums of their columns, in one pass."""
 
 from typing import NamedTuple
 
@@ -13,12 +13,12 @@ from .launching import Prepared, cdiv, dependency_wait, prepared, processors, ti
 
 @triton.jit(do_not_specialize=["M", "sample_rows"])
 def column_sums_kernel(
-    x_ptr,  # (M, N), rows x_row apart, or (B, M, N): B sums of M rows
+    x_ptr,  # (M, N), rows x_row apart
     u_ptr,  # (M, N) or None: scale by the slope of quick_gelu there
     drop_ptr,  # (M / sample_rows,) or None: scale by each sample's factor
     y_ptr,  # (M, N) or None: the scaled x
     h_ptr,  # (M, N) or None: quick_gelu(u)
-    parts_ptr,  # (groups, N), or (B, groups, N): column sums of the scaled x, a group of rows each
+    parts_ptr,  # (groups, N): column sums of the scaled x, a group of rows each
     M,
     N,
     x_row,
@@ -28,7 +28,6 @@ def column_sums_kernel(
     STAGES: tl.constexpr,  # blocks of rows that are being loaded or worked on
 ):
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    x_ptr += tl.program_id(2).to(tl.int64) * M * x_row
     dependency_wait()
     total = tl.zeros((ROWS, BLOCK_N), dtype=tl.float32)  # added up at the end: between warps it goes by shared memory
     for block in tl.range(tl.program_id(0), tl.cdiv(M, ROWS), tl.num_programs(0), num_stages=STAGES):
@@ -47,8 +46,7 @@ def column_sums_kernel(
         if y_ptr is not None:
             tl.store(y_ptr + at, value.to(y_ptr.dtype.element_ty), mask=inside)
         total += value
-    group = tl.program_id(2).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
-    tl.store(parts_ptr + group * N + columns, tl.sum(total, 0), mask=columns < N)
+    tl.store(parts_ptr + tl.program_id(0).to(tl.int64) * N + columns, tl.sum(total, 0), mask=columns < N)
 
 
 ONE_STAGE = 2048  # rows up to which one program sums all of a column
@@ -108,18 +106,3 @@ def scaled(
         first(x, slope_at, drop_scale, y, h, parts)
         last(parts, None, None, None, None, sums)
     return x if y is None else y, sums, h
-
-
-@prepared
-def _prepare_batch(device: torch.device, batch: int, M: int, N: int) -> Prepared:
-    config = tile("column_sums_whole", device, n=N)
-    grid = (min(M, 1), cdiv(N, config["BLOCK_N"]), batch)
-    return Prepared(device, column_sums_kernel, grid, (M, N, N, 1), **config)
-
-
-def batch_sums(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """The sums of x (B, M, N), contiguous, over M: (B, N) in ``dtype``, added in float32, always in the same order."""
-    (batch, M, N), device = x.shape, x.device
-    sums = (torch.empty if M else torch.zeros)(batch, N, dtype=dtype, device=device)
-    _prepare_batch(device, batch, M, N)(x, None, None, None, None, sums)
-    return sums

@@ -1,5 +1,5 @@
-"""One persistent GEMM, y = epilogue(a b^T), for every linear layer: LayerNorm, bias, quick_gelu, its slope, drop path,
-residual and row statistics ride in its epilogue. The algebra is derived in docs/kernels.md.
+"""One persistent GEMM, y = epilogue(a b^T), for every linear layer: LayerNorm, bias, quick_gelu, drop path, residual
+and row statistics ride in its epilogue. The algebra is derived in docs/kernels.md.
 
 M rows, N columns, K summed. Programs walk over the tiles of y; from sm_90 on tiles move through tensor descriptors.
 """
@@ -11,8 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .activation import quick_gelu_slope, quick_gelu_value
-from .column_sums import scaled
+from .activation import quick_gelu_value
 from .launching import Prepared, arch, cdiv, dependency_wait, next_power_of_2, prepared, processors, tile
 
 
@@ -35,19 +34,17 @@ def _halves(x):
 @triton.jit(do_not_specialize=["M", "sample_rows"])
 def gemm_kernel(
     a_ptr,  # (M, K), rows a_row apart
-    b_ptr,  # (N, K), or (K, N) if TRANSPOSED_B; rows b_row apart
+    b_ptr,  # (N, K), rows b_row apart
     y_ptr,  # (M, N), rows y_row apart
     bias_ptr,  # (N,) or None
     mean_ptr,  # (M,) float32 or None: the LayerNorm of a whose weight is already in b
     rstd_ptr,  # (M,) float32, with mean
     b_sum_ptr,  # (N,) float32: sums of b over K, with mean
-    u_ptr,  # (M, N) contiguous or None: the pre-activation, written in mode "gelu", read in mode "slope"
-    h_ptr,  # (M, N) contiguous or None: mode "slope" writes quick_gelu(u)
+    u_ptr,  # (M, N) contiguous or None: written, what quick_gelu is applied to
     drop_ptr,  # (M / sample_rows,) or None
     residual_ptr,  # (M, N), rows residual_row apart, or None
     part_mean_ptr,  # (slots, M) float32 or None: mean and
     part_m2_ptr,  # (slots, M) float32: sum of squared deviations of a row's BLOCK_N / SUBTILES columns
-    sums_ptr,  # (tiles_m, N) float32 or None: column sums of y, before rounding
     M,
     N,
     K,
@@ -56,8 +53,7 @@ def gemm_kernel(
     y_row,
     residual_row,
     sample_rows,
-    MODE: tl.constexpr,  # "linear"; "gelu": quick_gelu of the rest; "slope": times the slope of quick_gelu at u
-    TRANSPOSED_B: tl.constexpr,
+    ACTIVATION: tl.constexpr,  # whether quick_gelu is applied
     LOAD_DESCRIPTORS: tl.constexpr,
     STORE_DESCRIPTORS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -73,16 +69,11 @@ def gemm_kernel(
     dependency_wait()  # also before a descriptor is written: the kernel before may still read its memory
     if LOAD_DESCRIPTORS:
         a_tiles = tl.make_tensor_descriptor(a_ptr, [M, K], [a_row, 1], [BLOCK_M, BLOCK_K])
-        if TRANSPOSED_B:
-            b_tiles = tl.make_tensor_descriptor(b_ptr, [K, N], [b_row, 1], [BLOCK_K, BLOCK_N])
-        else:
-            b_tiles = tl.make_tensor_descriptor(b_ptr, [N, K], [b_row, 1], [BLOCK_N, BLOCK_K])
+        b_tiles = tl.make_tensor_descriptor(b_ptr, [N, K], [b_row, 1], [BLOCK_N, BLOCK_K])
     if STORE_DESCRIPTORS:
         y_tiles = tl.make_tensor_descriptor(y_ptr, [M, N], [y_row, 1], [BLOCK_M, WIDTH])
-        if MODE == "gelu" and u_ptr is not None:
+        if u_ptr is not None:
             u_tiles = tl.make_tensor_descriptor(u_ptr, [M, N], [N, 1], [BLOCK_M, WIDTH])
-        if h_ptr is not None:
-            h_tiles = tl.make_tensor_descriptor(h_ptr, [M, N], [N, 1], [BLOCK_M, WIDTH])
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
     for at in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=FLATTEN):
@@ -92,10 +83,7 @@ def gemm_kernel(
         for k in range(tl.cdiv(K, BLOCK_K)):
             if LOAD_DESCRIPTORS:
                 a = a_tiles.load([tile_m * BLOCK_M, k * BLOCK_K])
-                if TRANSPOSED_B:
-                    b = b_tiles.load([k * BLOCK_K, tile_n * BLOCK_N])
-                else:
-                    b = b_tiles.load([tile_n * BLOCK_N, k * BLOCK_K]).T
+                b = b_tiles.load([tile_n * BLOCK_N, k * BLOCK_K]).T
             else:
                 # rows past the end repeat the last one: their results are never stored
                 a_rows = tl.minimum(tile_m * BLOCK_M + tl.arange(0, BLOCK_M), M - 1).to(tl.int64)
@@ -103,14 +91,9 @@ def gemm_kernel(
                 zero = None if EVEN_K else 0.0
                 a_at = a_ptr + a_rows[:, None] * a_row + ks[None, :]
                 a = tl.load(a_at, mask=None if EVEN_K else ks[None, :] < K, other=zero)
-                b_columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-                if TRANSPOSED_B:
-                    b_at = b_ptr + ks[:, None].to(tl.int64) * b_row + b_columns[None, :]
-                    in_b = b_columns[None, :] < N
-                    b = tl.load(b_at, mask=in_b if EVEN_K else in_b & (ks[:, None] < K), other=0.0)
-                else:
-                    b_at = b_ptr + tl.minimum(b_columns, N - 1)[None, :].to(tl.int64) * b_row + ks[:, None]
-                    b = tl.load(b_at, mask=None if EVEN_K else ks[:, None] < K, other=zero)
+                b_rows = tl.minimum(tile_n * BLOCK_N + tl.arange(0, BLOCK_N), N - 1).to(tl.int64)
+                b_at = b_ptr + b_rows[None, :] * b_row + ks[:, None]
+                b = tl.load(b_at, mask=None if EVEN_K else ks[:, None] < K, other=zero)
             acc = tl.dot(a, b, acc, input_precision=PRECISION)
         rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
         in_rows = rows < M
@@ -139,22 +122,13 @@ def gemm_kernel(
                 value = rstd * (value - mean * b_sum)
             if bias_ptr is not None:
                 value += tl.load(bias_ptr + columns, mask=in_columns, other=0.0).to(tl.float32)[None, :]
-            if MODE == "gelu":
+            if ACTIVATION:
                 if u_ptr is not None:
                     if STORE_DESCRIPTORS:
                         u_tiles.store([tile_m * BLOCK_M, first], value.to(u_ptr.dtype.element_ty))
                     else:
                         tl.store(u_ptr + at_MN, value.to(u_ptr.dtype.element_ty), mask=inside)
                 value = quick_gelu_value(value, y_ptr.dtype.element_ty)
-            if MODE == "slope":
-                u = tl.load(u_ptr + at_MN, mask=inside, other=0.0).to(tl.float32)
-                value *= quick_gelu_slope(u, y_ptr.dtype.element_ty)
-                if h_ptr is not None:
-                    h = quick_gelu_value(u, h_ptr.dtype.element_ty).to(h_ptr.dtype.element_ty)
-                    if STORE_DESCRIPTORS:
-                        h_tiles.store([tile_m * BLOCK_M, first], h)
-                    else:
-                        tl.store(h_ptr + at_MN, h, mask=inside)
             if drop_ptr is not None:
                 value *= drop
             if residual_ptr is not None:
@@ -165,9 +139,6 @@ def gemm_kernel(
                 y_tiles.store([tile_m * BLOCK_M, first], y)
             else:
                 tl.store(y_ptr + rows[:, None].to(tl.int64) * y_row + columns[None, :], y, mask=inside)
-            if sums_ptr is not None:
-                sums = tl.sum(tl.where(inside, value, 0.0), 0)
-                tl.store(sums_ptr + tile_m.to(tl.int64) * N + columns, sums, mask=in_columns)
             if part_mean_ptr is not None:
                 # mean and M2 = sum (y - mean)^2 of this slice of each row, as stored
                 stored = tl.where(in_columns[None, :], y.to(tl.float32), 0.0)
@@ -220,7 +191,6 @@ class _Launches(NamedTuple):
 
     product: Prepared
     merge: Prepared | None  # of the statistics
-    tiles: int  # of rows
     slots: int
 
 
@@ -236,8 +206,7 @@ def _prepare(
     b_row: int,
     residual_row: int | None,
     sample_rows: int,
-    mode: str,
-    transposed: bool,
+    activation: bool,
     aligned: bool,
     keep: bool,
     eps: float | None,
@@ -251,20 +220,19 @@ def _prepare(
 
     # float32 runs on the ordinary units, from registers, where tiles in descriptor layout only cost more of them
     descriptors = arch(device) >= 90 and dtype != torch.float32
-    by_tile = descriptors and aligned and describable(a_row, K) and describable(b_row, N if transposed else K)
-    heavy = residual_row is not None or mode == "slope"
-    sizes = {"m": M, "n": N, "k": K, "bytes": size, "heavy": int(heavy), "aligned": int(by_tile)}
+    by_tile = descriptors and aligned and describable(a_row, K) and describable(b_row, K)
+    heavy = int(residual_row is not None)
+    sizes = {"m": M, "n": N, "k": K, "bytes": size, "heavy": heavy, "aligned": int(by_tile)}
     config = dict(tile("gemm", device, **sizes))
     occupancy = config.pop("OCCUPANCY", 1)
     width = config["BLOCK_N"] // config["SUBTILES"]
-    tiles, slots = cdiv(M, config["BLOCK_M"]), cdiv(N, width)
+    slots = cdiv(N, width)
     product = Prepared(
         device,
         gemm_kernel,
-        (min(processors(device) * occupancy, tiles * cdiv(N, config["BLOCK_N"])),),
+        (min(processors(device) * occupancy, cdiv(M, config["BLOCK_M"]) * cdiv(N, config["BLOCK_N"])),),
         (M, N, K, a_row, b_row, N, residual_row or 0, sample_rows),
-        MODE=mode,
-        TRANSPOSED_B=transposed,
+        ACTIVATION=activation,
         LOAD_DESCRIPTORS=by_tile,
         STORE_DESCRIPTORS=descriptors and describable(N, N, out.itemsize) and (not keep or describable(N, N)),
         PRECISION="ieee",
@@ -272,12 +240,12 @@ def _prepare(
         **config,
     )
     if eps is None:
-        return _Launches(product, None, tiles, slots)
+        return _Launches(product, None, slots)
     rows, numbers = 64, (M, N, width, slots, eps)
     merge = Prepared(
         device, _merge_statistics_kernel, (cdiv(M, rows),), numbers, SLOTS=next_power_of_2(slots), ROWS=rows
     )
-    return _Launches(product, merge, tiles, slots)
+    return _Launches(product, merge, slots)
 
 
 def gemm(
@@ -287,41 +255,33 @@ def gemm(
     bias: Tensor | None = None,
     norm: tuple[Tensor, Tensor, Tensor] | None = None,
     activation: bool = False,
-    slope_at: Tensor | None = None,
     keep: bool = False,
     drop_scale: Tensor | None = None,
     residual: Tensor | None = None,
     statistics_eps: float | None = None,
-    sums: bool = False,
-    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, ...]:
     """y = residual + s act(LN(a) b^T + bias), each part optional.
 
     Args:
         a: (M, K), unit stride along K, any row stride.
-        b: (N, K) in a's dtype: a weight (O, I), or its transpose for gradients; copied unless a stride is 1.
+        b: (N, K) in a's dtype, a weight (O, I); copied unless its stride along K is 1.
         bias: (N,), any floating dtype.
         norm: (mean (M,), rstd (M,), sums of b over K (N,)), float32: the LayerNorm whose weight is folded into b.
         activation: apply quick_gelu.
-        slope_at: u (M, N) contiguous, in place of an activation: multiply by d quick_gelu / du.
-        keep: return u, what quick_gelu was applied to, as well; with ``slope_at``, h = quick_gelu(u).
+        keep: return u, what quick_gelu was applied to, as well.
         drop_scale: (B,), M a multiple of B: factor of each M / B rows.
         residual: (M, N), unit stride along N.
         statistics_eps: return the mean and 1 / sqrt(variance + eps) of y's rows as well, (M,) float32 each.
-        sums: return y's column sums as well, (N,) float32.
-        dtype: of y; by default the promoted dtype of a and residual.
 
     Returns:
-        y (M, N), contiguous, then those of u or h, mean, rstd, sums that were asked for.
+        y (M, N), contiguous, in the promoted dtype of a and residual, then those of u, mean, rstd that were asked for.
     """
     (M, K), (a_row, a_step), device = a.shape, a.stride(), a.device
-    b = b if 1 in b.stride() else b.contiguous()
-    N, transposed = b.shape[0], b.stride(1) != 1
-    b = b.T if transposed else b
+    b = b if b.stride(1) == 1 else b.contiguous()
+    N = b.shape[0]
     assert a_step == 1 or K == 1
     assert a.dtype == b.dtype
-    if dtype is None:
-        dtype = a.dtype if residual is None else torch.promote_types(a.dtype, residual.dtype)
+    dtype = a.dtype if residual is None else torch.promote_types(a.dtype, residual.dtype)
     launches = _prepare(
         device,
         a.dtype,
@@ -333,39 +293,33 @@ def gemm(
         b.stride(0),
         None if residual is None else residual.stride(0),
         1 if drop_scale is None else M // max(drop_scale.shape[0], 1),
-        "slope" if slope_at is not None else "gelu" if activation else "linear",
-        transposed,
+        activation,
         not (a.data_ptr() | b.data_ptr()) % 16,
         keep,
         statistics_eps,
     )
     y = torch.empty(M, N, dtype=dtype, device=device)
-    second = torch.empty(M, N, dtype=a.dtype, device=device) if keep else None
+    u = torch.empty(M, N, dtype=a.dtype, device=device) if keep else None
 
     def floats(*shape: int) -> Tensor:
         return torch.empty(*shape, dtype=torch.float32, device=device)
 
     slots, merge = launches.slots, launches.merge
     parts = (None, None) if merge is None else (floats(slots, M), floats(slots, M))
-    part_sums = floats(launches.tiles, N) if sums else None
     launches.product(
         a,
         b,
         y,
         bias,
         *(norm or (None, None, None)),
-        second if slope_at is None else slope_at,
-        None if slope_at is None else second,
+        u,
         drop_scale,
         residual,
         *parts,
-        part_sums,
     )
-    outputs = [y] if second is None else [y, second]
+    outputs = [y] if u is None else [y, u]
     if merge is not None:
         statistics = floats(M), floats(M)
         merge(*parts, *statistics)
         outputs += statistics
-    if part_sums is not None:
-        outputs.append(scaled(part_sums, part_sums.dtype)[1])
     return tuple(outputs)

@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .column_sums import batch_sums
 from .gemm import rows_of
 from .launching import Prepared, cdiv, dependency_wait, next_power_of_2, prepared, processors, tile
 
@@ -359,7 +358,7 @@ def normalize_backward(
     parts = torch.empty(2 if low_dtype is None else 3, *run.grid, D, dtype=torch.float32, device=x.device)
     read = (x, mean, rstd, weight, None if normed is None else bias, dy, extra)
     run(*read, dx, normed, *spares, drop_scale, low, *(*parts, None)[:3])
-    dweight, dbias, *sums = batch_sums(parts, weight.dtype)
+    dweight, dbias, *sums = parts.sum(1).to(weight.dtype)
     return LayerNormGrads(dx, dweight, dbias, normed, dx if same else low, sums[0] if sums else None)
 
 

@@ -27,7 +27,6 @@ from .shapes import boundaries
 SLOTS = {
     "norm_linear": ("qkv", "fc"),
     "linear_residual": ("out", "projection"),
-    "slope": ("slope",),
     "attention": ("attention",),
 }
 NAMES = (*SLOTS, *(name for name, op in OPS.items() if op.sizes is not None))
@@ -62,7 +61,7 @@ def blocks(shape: Sizes, batches: tuple[int, ...]) -> Iterator[tuple[Where, Bloc
 def contests(name: str, shape: Sizes, batches: tuple[int, ...], say: Callable[[str], None]) -> Contests:
     """Inference first, then training."""
     kind = [str(measuring.DTYPE).removeprefix("torch.")] * 2
-    for training in (True,) if name == "slope" else (False, True):
+    for training in (False, True):
         where: Where = {"dtype": kind, "training": [training] * 2}
         if name in SLOTS and name != "attention":  # attention reads no residual stream
             where["stream"] = kind

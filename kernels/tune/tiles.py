@@ -69,7 +69,6 @@ def _right(
     norm: tuple[Tensor, Tensor, Tensor] | None = None,
     activation: bool = False,
     residual: Tensor | None = None,
-    slope_at: Tensor | None = None,
     **_: Any,
 ) -> Tensor:
     """What ``gemm`` computes, by torch: its first result in float32."""
@@ -81,15 +80,11 @@ def _right(
         y = y + bias
     if activation:
         y = quick_gelu_reference(y)
-    if slope_at is not None:
-        u = slope_at.float()
-        s = torch.sigmoid(1.702 * u)
-        y = y * s * (1 + 1.702 * u * (1 - s))
     return y if residual is None else y + residual
 
 
 def gemm_work(shape: Sizes, batches: tuple[int, ...]) -> Iterator[Work]:
-    """The four products of a block, and the backward one whose epilogue is the slope of quick_gelu."""
+    """The four products of a block."""
     from ..triton.gemm import gemm
     from ..triton.launching import processors
 
@@ -102,15 +97,10 @@ def gemm_work(shape: Sizes, batches: tuple[int, ...]) -> Iterator[Work]:
             (4 * width, width, {"activation": True}),
             (width, 4 * width, {"residual": residual}),
             (width, width, {"residual": residual}),
-            (4 * width, width, {"slope_at": normal(m, 4 * width), "keep": True, "sums": True}),
         ):
             x, weight, bias = normal(m, k), normal(n, k) * k**-0.5, normal(n)
-            heavy = int("residual" in extra or "slope_at" in extra)
-            given: dict[str, Any] = {**extra}
-            if "slope_at" in extra:
-                weight = weight.T.contiguous().T  # a gradient's product reads the transpose
-            else:
-                given["bias"] = bias
+            heavy = int("residual" in extra)
+            given: dict[str, Any] = {**extra, "bias": bias}
             if not heavy and m >= FOLD_FROM:
                 given["norm"] = (*norm, weight.float().sum(1))
             where = {"m": boundaries(every, m), "n": [n, n], "k": [k, k], "bytes": [2, 2]}

@@ -1,4 +1,4 @@
-"""quick_gelu and its slope inside kernels: exact for float32 results, by tanh for bfloat16 ones."""
+"""quick_gelu and its slope inside kernels: exact but for quick_gelu of bfloat16 results, which goes by tanh."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def both_kernel(u_ptr, value_ptr, slope_ptr, TO: tl.constexpr, SIZE: tl.constexp
     at = tl.arange(0, SIZE)
     u = tl.load(u_ptr + at)
     tl.store(value_ptr + at, quick_gelu_value(u, TO))
-    tl.store(slope_ptr + at, quick_gelu_slope(u, TO))
+    tl.store(slope_ptr + at, quick_gelu_slope(u))
 
 
 @pytest.mark.parametrize("to", [tl.float32, tl.bfloat16], ids=str)
@@ -29,7 +29,7 @@ def test_values_and_slopes(to: object) -> None:
     exact: Tensor = u.double().requires_grad_()
     wanted = exact * torch.sigmoid(1.702 * exact)
     (wanted_slope,) = torch.autograd.grad(wanted.sum(), exact)
-    # the GPU's tanh: relative error 2^-11, so |u| 2^-12 in the value and (1 + 1.702 |u|) 2^-12 in the slope
+    # the GPU's tanh: relative error 2^-11, so |u| 2^-12 in the value
     error = 2.0**-12 if to == tl.bfloat16 and not INTERPRETED else 0.0
     assert ((value - wanted).abs() <= u.abs() * error + 2e-6 * (1 + u.abs())).all()
-    assert ((slope - wanted_slope).abs() <= (1 + 1.702 * u.abs()) * error + 2e-6 * (1 + u.abs())).all()
+    assert ((slope - wanted_slope).abs() <= 2e-6 * (1 + u.abs())).all()

@@ -358,8 +358,7 @@ def test_every_part_can_be_measured(part: str, small: dict[str, float], monkeypa
     small.update(dict.fromkeys(kernels.dispatch.backends(), 1.0))
     said: list[str] = []
     rows, wrong = measuring.measure(tune_backends, part, TINY, (1,), FOREVER, said.append)
-    kinds = 1 if part == "slope" else 2  # inference, training
-    assert (wrong, len(rows)) == (0, kinds * len(tune_backends.SLOTS[part]))
+    assert (wrong, len(rows)) == (0, 2 * len(tune_backends.SLOTS[part]))
     wanted = {"triton", "reference"} if part == "attention" else {"library", "triton"}
     assert all(set(found["milliseconds"]) == wanted for found in rows)
     assert any("cuda refuses" in line for line in said) == ("cuda" in PARTS[part].names)
