@@ -136,7 +136,7 @@ def test_nothing_unmeasured_replaces_the_library(
         assert isinstance(found, fused.Plan)
         attention = "efficient" if dtype == torch.float32 else "cudnn"
         names = [candidate.name for candidate in found if candidate is not None]
-        assert names == ["library", "triton", attention, "library", "library", "library", *["library"] * training]
+        assert names == ["library", "triton", attention, "library", "library", "library"]
 
 
 def test_a_row_holds_for_its_class_alone(write: Write) -> None:
@@ -448,7 +448,7 @@ def test_every_tile_table_can_be_measured(op: str, small: dict[str, float], monk
     monkeypatch.setattr(measuring, "milliseconds", measured)
     said: list[str] = []
     rows, wrong = measuring.measure(tune_tiles, op, shape, (1,), FOREVER, said.append)
-    assert (wrong, len(rows)) == (0, 5 if op == "gemm" else 1), said
+    assert (wrong, len(rows)) == (0, 4 if op == "gemm" else 1), said
     tune.merge(tables.user_table("tiles.json"), {op: rows})
     launching = importlib.import_module("xclip_fast.kernels.triton.launching")
     launching.forget()
