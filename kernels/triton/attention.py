@@ -106,7 +106,7 @@ def forward(save: bool, qkv: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
 def _prepare(
     device: torch.device, size: int, count: int, length: int, heads: int, channels: int, save: bool, *strides: int
 ) -> Prepared:
-    use, blocks, _ = sequence_tile("attention", device, length, size)
+    use, blocks, _ = sequence_tile("attention", device, count, length, size)
     numbers = (*strides, channels**-0.5 * LOG2_E, use["FULL"] * use["BLOCK_N"])
     grid = (count * heads * blocks,)
     return Prepared(device, attention_fwd_kernel, grid, numbers, S=length, HEADS=heads, C=channels, SAVE=save, **use)

@@ -143,6 +143,7 @@ def layer_norm_bwd_kernel(
     sample_rows,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,  # blocks of rows that are being loaded or worked on
 ):
     columns = tl.arange(0, BLOCK_D)
     in_columns = columns < D
@@ -154,7 +155,7 @@ def layer_norm_bwd_kernel(
     dbias = tl.zeros((BLOCK_D,), dtype=tl.float32)
     if part_low_ptr is not None:
         low_sums = tl.zeros((BLOCK_D,), dtype=tl.float32)
-    for block in range(tl.program_id(0), tl.cdiv(M, ROWS), tl.num_programs(0)):
+    for block in tl.range(tl.program_id(0), tl.cdiv(M, ROWS), tl.num_programs(0), num_stages=STAGES):
         rows = block * ROWS + tl.arange(0, ROWS)
         inside = (rows < M)[:, None] & in_columns[None, :]
         wide = rows[:, None].to(tl.int64)

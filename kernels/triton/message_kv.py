@@ -19,9 +19,10 @@ from ..linear import product
 from . import ONE_TILE, attention
 from .attention_tiles import LOG2_E, attend_tile, power_of_two
 from .column_sums import scaled
-from .launching import Prepared, cdiv, dependency_wait, next_power_of_2, prepared, tile
+from .launching import Prepared, arch, cdiv, dependency_wait, next_power_of_2, prepared, tile
 from .layer_norm import Spare, normalize_backward
 
+APART = 16  # rows up to which QKV and attention are two launches: the first has more programs than there are heads
 SLICE = 32  # columns of a row whose mean and M2 stand in one slot
 
 
@@ -283,7 +284,8 @@ def _attention(
     log-sum-exp, unless a sequence fits in one tile."""
     (count, width), frames, channels = message.shape, b.frames, message.shape[1] // b.heads
     layer, norm = (b.message_in_weight, b.message_in_bias), (b.message_ln_weight, b.message_ln_bias)
-    if takes(channels) and frames <= ONE_TILE[message.element_size()]:
+    apart = count <= APART and arch(message.device) >= 90
+    if takes(channels) and frames <= ONE_TILE[message.element_size()] and not apart:
         mixed, qkv = torch.empty_like(message), message.new_empty(count, 3 * width) if save else None
         mean, rstd = (None, None) if statistics is None else statistics
         sizes = message.element_size(), count, width, layer[0].stride(0), frames, b.heads, b.eps
