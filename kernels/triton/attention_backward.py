@@ -165,10 +165,10 @@ def backward(dout: Tensor, qkv: Tensor, out: Tensor, saved: Sequence[Tensor]) ->
         return dqkv
     (lse,) = saved
     delta = torch.empty_like(lse)
-    use, blocks, _ = sequence_tile("attention_dq", qkv.device, *qkv.shape[:2], qkv.element_size())
+    use, blocks, _ = sequence_tile("attention_dq", qkv.device, qkv.shape[0], qkv.shape[1], qkv.element_size())
     grid, numbers_dq = (count * heads * blocks,), (*numbers, use["FULL"] * use["BLOCK_N"])
     launch(attention_dq_kernel, grid, qkv, out, dout, lse, delta, dqkv, *numbers_dq, **shape, **use)
-    use, _, blocks = sequence_tile("attention_dk_dv", qkv.device, *qkv.shape[:2], qkv.element_size())
+    use, _, blocks = sequence_tile("attention_dk_dv", qkv.device, qkv.shape[0], qkv.shape[1], qkv.element_size())
     grid, numbers_dk = (count * heads * blocks,), (*numbers, length // use["BLOCK_M"] * use["BLOCK_M"])
     launch(attention_dk_dv_kernel, grid, qkv, dout, lse, delta, dqkv, *numbers_dk, **shape, **use)
     return dqkv
