@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activation import quick_gelu_slope, quick_gelu_value
-from .launching import Prepared, cdiv, dependency_wait, prepared, processors, tile
+from .launching import Prepared, cdiv, prepared, processors, tile
 
 
 @triton.jit(do_not_specialize=["M", "sample_rows"])
@@ -29,7 +29,6 @@ def column_sums_kernel(
 ):
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     x_ptr += tl.program_id(2).to(tl.int64) * M * x_row
-    dependency_wait()
     total = tl.zeros((ROWS, BLOCK_N), dtype=tl.float32)  # added up at the end: between warps it goes by shared memory
     for block in tl.range(tl.program_id(0), tl.cdiv(M, ROWS), tl.num_programs(0), num_stages=STAGES):
         rows = block * ROWS + tl.arange(0, ROWS)
