@@ -8,6 +8,7 @@ import ctypes
 import datetime
 import json
 import os
+import random
 import shlex
 import statistics
 import subprocess
@@ -120,7 +121,10 @@ def failure(error: BaseException) -> str:
 def measure(
     contenders: dict[str, Callable[[], Any]], device: str, seconds: float, pause: float = 0.05
 ) -> dict[str, dict[str, Any]]:
-    """Times the contenders in turn (A B C, B C A, ...) for about ``seconds`` in all.
+    """Times the contenders in rounds for about ``seconds`` in all.
+
+    Each round has an order of its own: a call depends on the one before it, which warms the caches, and by its power
+    sets the clock of a GPU.
 
     Args:
         pause: seconds before each call on a CPU: an engine's threads go on spinning after its call, on the cores of
@@ -169,7 +173,7 @@ def measure(
         if done and time.perf_counter() - begin + round_seconds > seconds:
             break
         before = time.perf_counter()
-        for name in names[done % len(names) :] + names[: done % len(names)]:
+        for name in random.Random(done).sample(names, len(names)):
             if device == "cpu":
                 time.sleep(pause)
             pending[name].append(timed(live[name], device))

@@ -114,10 +114,8 @@ def limit_seconds(job: Job, model: xclip_fast.XCLIP, batch: int, kind: str) -> t
     with job.quiet():
         gemms = measuring.own_gemms(products, job.dtype, job.device)
     frames, tokens = batch * config.num_frames, config.vision.patches + 1
-    best = min(
-        (row["ms"] for row in attention.libraries(job, frames, tokens, config.vision.heads) if "ms" in row),
-        default=0.0,
-    )
+    rows = attention.backends(job, frames, tokens, config.vision.heads, names=attention.TORCH)
+    best = min((row["ms"] for row in rows if "ms" in row), default=0.0)
     return gemms, 1e-3 * best * config.vision.layers
 
 

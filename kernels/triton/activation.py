@@ -2,8 +2,7 @@
 
 Values of dtype ``to`` bfloat16 take the sigmoid from the GPU's own tanh: one special instruction a number in place of
 an exponential and a division. Its relative error of up to 2^-11 is at most |u| 2^-12 in quick_gelu(u), an eighth of
-bfloat16's rounding of a positive u. Other dtypes and the slope take the
-exact form.
+bfloat16's rounding of a positive u. Other dtypes and the slope take the exact form.
 """
 
 import triton

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .attention_backward import backward
 from .attention_tiles import LOG2_E, channels_contiguous, fits_one_tile, sequence_tile
-from .launching import Prepared, dependency_wait, prepared
+from .launching import Prepared, prepared
 
 __all__ = ["backward", "forward"]
 
@@ -45,7 +45,6 @@ def attention_fwd_kernel(
     sequence = (tl.program_id(0) // (blocks * HEADS)).to(tl.int64)
     channel = tl.arange(0, C)
     out_ptr += (sequence * S * HEADS + head) * C
-    dependency_wait()
     for masked in tl.static_range(2):  # the code of full blocks, then that of the rest
         if (REST > 0 and block >= full) if masked else (full > 0 and block < full):
             row = block * BLOCK_M + tl.arange(0, REST if masked else BLOCK_M)
@@ -106,7 +105,7 @@ def forward(save: bool, qkv: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
 def _prepare(
     device: torch.device, size: int, count: int, length: int, heads: int, channels: int, save: bool, *strides: int
 ) -> Prepared:
-    use, blocks, _ = sequence_tile("attention", device, length, size)
+    use, blocks, _ = sequence_tile("attention", device, count, length, size)
     numbers = (*strides, channels**-0.5 * LOG2_E, use["FULL"] * use["BLOCK_N"])
     grid = (count * heads * blocks,)
     return Prepared(device, attention_fwd_kernel, grid, numbers, S=length, HEADS=heads, C=channels, SAVE=save, **use)

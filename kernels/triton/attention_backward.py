@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .attention_tiles import LOG2_E, channels_contiguous, fits_one_tile, power_of_two, sequence_tile
-from .launching import dependency_wait, launch, tile
+from .launching import launch, tile
 from .packed_attention import packed_attention_bwd_kernel
 
 
@@ -48,7 +48,6 @@ def attention_dq_kernel(
     out_ptr += (sequence * S * HEADS + head) * C
     dout_ptr += (sequence * S * HEADS + head) * C
     dq_ptr = dqkv_ptr + (sequence * S * 3 * HEADS + head) * C
-    dependency_wait()
     for masked in tl.static_range(2):  # the code of full blocks, then that of the rest
         if (REST > 0 and block >= full) if masked else (full > 0 and block < full):
             row = block * BLOCK_M + tl.arange(0, REST if masked else BLOCK_M)
@@ -117,7 +116,6 @@ def attention_dk_dv_kernel(
     dk_ptr = dqkv_ptr + (sequence * S * 3 * HEADS + HEADS + head) * C
     full: tl.constexpr = 0 if LAST == BLOCK_N else FULL  # one width, one code: masked
     channel = tl.arange(0, C)
-    dependency_wait()
     for masked in tl.static_range(2):  # the code of full blocks of keys, then that of the last
         if block >= full if masked else (full > 0 and block < full):
             key = block * BLOCK_N + tl.arange(0, LAST if masked else BLOCK_N)
@@ -165,10 +163,10 @@ def backward(dout: Tensor, qkv: Tensor, out: Tensor, saved: Sequence[Tensor]) ->
         return dqkv
     (lse,) = saved
     delta = torch.empty_like(lse)
-    use, blocks, _ = sequence_tile("attention_dq", qkv.device, qkv.shape[1], qkv.element_size())
+    use, blocks, _ = sequence_tile("attention_dq", qkv.device, qkv.shape[0], qkv.shape[1], qkv.element_size())
     grid, numbers_dq = (count * heads * blocks,), (*numbers, use["FULL"] * use["BLOCK_N"])
     launch(attention_dq_kernel, grid, qkv, out, dout, lse, delta, dqkv, *numbers_dq, **shape, **use)
-    use, _, blocks = sequence_tile("attention_dk_dv", qkv.device, qkv.shape[1], qkv.element_size())
+    use, _, blocks = sequence_tile("attention_dk_dv", qkv.device, qkv.shape[0], qkv.shape[1], qkv.element_size())
     grid, numbers_dk = (count * heads * blocks,), (*numbers, length // use["BLOCK_M"] * use["BLOCK_M"])
     launch(attention_dk_dv_kernel, grid, qkv, dout, lse, delta, dqkv, *numbers_dk, **shape, **use)
     return dqkv

@@ -53,10 +53,12 @@ def fits_one_tile(qkv: Tensor) -> bool:
     return qkv.shape[1] <= ONE_TILE[qkv.element_size()]
 
 
-def sequence_tile(op: str, device: torch.device, length: int, size: int) -> tuple[dict[str, Any], int, int]:
-    """A kernel's tile with what follows from it for ``length`` rows of numbers of ``size`` bytes, and its numbers of
-    query and of key blocks."""
-    use = tile(op, device, length=length, bytes=size)
+def sequence_tile(
+    op: str, device: torch.device, sequences: int, length: int, size: int
+) -> tuple[dict[str, Any], int, int]:
+    """A kernel's tile with what follows from it for sequences of ``length`` rows of numbers of ``size`` bytes, and its
+    numbers of query and of key blocks."""
+    use = tile(op, device, sequences=sequences, length=length, bytes=size)
     full = (length - 1) // use["BLOCK_N"]
     last = power_of_two(length - full * use["BLOCK_N"])
     rest = power_of_two(length % use["BLOCK_M"])

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activation import quick_gelu_slope, quick_gelu_value
-from .launching import Prepared, cdiv, dependency_wait, prepared, processors, tile
+from .launching import Prepared, cdiv, prepared, processors, tile
 
 
 @triton.jit(do_not_specialize=["M", "sample_rows"])
@@ -28,7 +28,6 @@ def column_sums_kernel(
     STAGES: tl.constexpr,  # blocks of rows that are being loaded or worked on
 ):
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    dependency_wait()
     total = tl.zeros((ROWS, BLOCK_N), dtype=tl.float32)  # added up at the end: between warps it goes by shared memory
     for block in tl.range(tl.program_id(0), tl.cdiv(M, ROWS), tl.num_programs(0), num_stages=STAGES):
         rows = block * ROWS + tl.arange(0, ROWS)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launching import cdiv, dependency_wait, launch, tile
+from .launching import cdiv, launch, tile
 
 
 @triton.jit(do_not_specialize=["labels"])
@@ -40,7 +40,6 @@ def cosine_logits_fwd_kernel(
     video_row = video_ptr + b * video_stride_b
     text_rows = text_ptr + b * text_stride_b + k[:, None] * text_stride_k
 
-    dependency_wait()
     dots = tl.zeros((BLOCK_K, BLOCK_E), tl.float32)
     text_squares = tl.zeros((BLOCK_K, BLOCK_E), tl.float32)
     video_squares = tl.zeros((BLOCK_E,), tl.float32)
@@ -95,7 +94,6 @@ def cosine_logits_bwd_kernel(
     blocks = tl.cdiv(size, BLOCK_E)
     b = (tl.program_id(0) // blocks).to(tl.int64)
     e = (tl.program_id(0) % blocks) * BLOCK_E + tl.arange(0, BLOCK_E)
-    dependency_wait()
     v = tl.load(video_ptr + b * video_stride_b + e * video_stride_e, mask=e < size, other=0.0).to(tl.float32)
     video_norm = tl.load(video_norm_ptr + b)
     scale = tl.exp(tl.load(scale_ptr).to(tl.float32))

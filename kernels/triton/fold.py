@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launching import cdiv, dependency_wait, launch, next_power_of_2, tile
+from .launching import cdiv, launch, next_power_of_2, tile
 
 
 @triton.jit
@@ -27,7 +27,6 @@ def fold_kernel(
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK_D)
     inside = (rows < N)[:, None] & (columns < D)[None, :]
-    dependency_wait()
     gamma = tl.load(gamma_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)[None, :]
     beta = tl.load(beta_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)[None, :]
     at = rows[:, None].to(tl.int64) * weight_row + columns[None, :].to(tl.int64) * weight_column

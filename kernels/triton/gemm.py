@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activation import quick_gelu_value
-from .launching import Prepared, arch, cdiv, dependency_wait, next_power_of_2, prepared, processors, tile
+from .launching import Prepared, arch, cdiv, next_power_of_2, prepared, processors, tile
 
 
 @triton.jit
@@ -66,7 +66,6 @@ def gemm_kernel(
     FLATTEN: tl.constexpr,  # fuse the loops over tiles and K: the next tile's loads start before this one's epilogue
 ):
     WIDTH: tl.constexpr = BLOCK_N // SUBTILES
-    dependency_wait()  # also before a descriptor is written: the kernel before may still read its memory
     if LOAD_DESCRIPTORS:
         a_tiles = tl.make_tensor_descriptor(a_ptr, [M, K], [a_row, 1], [BLOCK_M, BLOCK_K])
         b_tiles = tl.make_tensor_descriptor(b_ptr, [N, K], [b_row, 1], [BLOCK_N, BLOCK_K])
@@ -169,7 +168,6 @@ def _merge_statistics_kernel(
     inside = (slot < slots) & (rows < M)[None, :]
     count = tl.where(inside, tl.minimum(N - slot * width, width), 0).to(tl.float32)
     at = slot.to(tl.int64) * M + rows[None, :]
-    dependency_wait()
     part_mean = tl.load(part_mean_ptr + at, mask=inside, other=0.0)
     part_m2 = tl.load(part_m2_ptr + at, mask=inside, other=0.0)
     # mean = sum n_i mean_i / N, M2 = sum M2_i + n_i (mean_i - mean)^2

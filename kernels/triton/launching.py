@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from .. import tables
@@ -36,7 +35,6 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     if 0 in grid:
         return
     device = next(arg.device for arg in args if isinstance(arg, Tensor))
-    options |= dependent(device)
     # Triton keeps the allocator in a ContextVar: what one thread sets is missing in autograd's and a server's threads
     triton.set_allocator(_descriptor_memory(device))
     if device.type != "cuda" or device.index == torch.cuda.current_device():
@@ -44,27 +42,6 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     else:
         with torch.cuda.device(device):  # Triton launches on the current device
             kernel[grid](*args, **options)
-
-
-# Whether kernels start before the one before them has ended. Kernels that are compiled keep it.
-DEPENDENT_LAUNCH = tl.constexpr(not INTERPRETED)
-
-
-@triton.jit
-def dependency_wait():
-    """Wait until the kernels before this one have ended and their writes are visible; then let the next one start.
-
-    A dependent launch starts a kernel early, so every program calls this before its first access to memory. No program
-    may return before it. Below compute capability 9.0 it is nothing.
-    """
-    if DEPENDENT_LAUNCH and tl.target_info.cuda_capability_geq(9, 0):
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-
-
-def dependent(device: torch.device) -> dict[str, bool]:
-    """The option of a launch that may start before the kernel before it has ended, where the GPU can do it."""
-    return {"launch_pdl": True} if DEPENDENT_LAUNCH.value and arch(device) >= 90 else {}
 
 
 class Prepared:
@@ -84,7 +61,7 @@ class Prepared:
         numbers: tuple[int | float | None, ...],
         **options: Any,
     ) -> None:
-        self.kernel, self.grid, self.numbers, self.options = kernel, grid, numbers, options | dependent(device)
+        self.kernel, self.grid, self.numbers, self.options = kernel, grid, numbers, options
         self.allocator, self.index = _descriptor_memory(device), device.index if device.type == "cuda" else None
         self.compiled: dict[tuple[torch.dtype | None, ...], Any] = {}
         self.direct = DIRECT and isinstance(kernel, triton.JITFunction)

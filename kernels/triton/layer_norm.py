@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .gemm import rows_of
-from .launching import Prepared, cdiv, dependency_wait, next_power_of_2, prepared, processors, tile
+from .launching import Prepared, cdiv, next_power_of_2, prepared, processors, tile
 
 
 @triton.jit
@@ -69,7 +69,6 @@ def layer_norm_fwd_kernel(
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK_D)
     inside = (rows < M)[:, None] & (columns < D)[None, :]
-    dependency_wait()
     x = _load_rows(x_ptr, x_row, spare_ptr, rows, columns, inside, D, length)
     at = rows[:, None].to(tl.int64) * D + columns[None, :]
     if product_ptr is not None:
@@ -142,10 +141,10 @@ def layer_norm_bwd_kernel(
     sample_rows,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,  # blocks of rows that are being loaded or worked on
 ):
     columns = tl.arange(0, BLOCK_D)
     in_columns = columns < D
-    dependency_wait()
     weight = tl.load(weight_ptr + columns, mask=in_columns, other=0.0).to(tl.float32)[None, :]
     if normed_ptr is not None:
         bias = tl.load(bias_ptr + columns, mask=in_columns, other=0.0).to(tl.float32)[None, :]
@@ -153,7 +152,7 @@ def layer_norm_bwd_kernel(
     dbias = tl.zeros((BLOCK_D,), dtype=tl.float32)
     if part_low_ptr is not None:
         low_sums = tl.zeros((BLOCK_D,), dtype=tl.float32)
-    for block in range(tl.program_id(0), tl.cdiv(M, ROWS), tl.num_programs(0)):
+    for block in tl.range(tl.program_id(0), tl.cdiv(M, ROWS), tl.num_programs(0), num_stages=STAGES):
         rows = block * ROWS + tl.arange(0, ROWS)
         inside = (rows < M)[:, None] & in_columns[None, :]
         wide = rows[:, None].to(tl.int64)
@@ -225,9 +224,18 @@ def _spare(spare: Spare | None, rows: int) -> tuple[tuple[Tensor | None, ...], i
 
 @prepared
 def _forward(
-    device: torch.device, M: int, D: int, x_row: int, length: int, positions: int, sample_rows: int, eps: float
+    device: torch.device,
+    size: int,
+    M: int,
+    D: int,
+    x_row: int,
+    length: int,
+    positions: int,
+    sample_rows: int,
+    eps: float,
 ) -> Prepared:
-    config = tile("layer_norm", device, d=D)
+    """For rows of numbers of ``size`` bytes."""
+    config = tile("layer_norm", device, d=D, rows=M, bytes=size)
     numbers = (M, D, x_row, length, positions, sample_rows, eps)
     grid = (cdiv(M, config["ROWS"]),)
     return Prepared(device, layer_norm_fwd_kernel, grid, numbers, BLOCK_D=next_power_of_2(D), **config)
@@ -269,7 +277,8 @@ def normalize(
     spares, length = _spare(spare, M)
     position, first, length = positions or (None, None, length)
     count = 0 if position is None else len(position)
-    _forward(x.device, M, D, x.stride(0), length, count, _sample_rows(M, drop_scale), eps)(
+    sample_rows = _sample_rows(M, drop_scale)
+    _forward(x.device, x.element_size(), M, D, x.stride(0), length, count, sample_rows, eps)(
         x,
         product,
         product_bias,

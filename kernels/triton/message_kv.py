@@ -19,9 +19,10 @@ from ..linear import product
 from . import ONE_TILE, attention
 from .attention_tiles import LOG2_E, attend_tile, power_of_two
 from .column_sums import scaled
-from .launching import Prepared, cdiv, dependency_wait, next_power_of_2, prepared, tile
+from .launching import Prepared, arch, cdiv, next_power_of_2, prepared, tile
 from .layer_norm import Spare, normalize_backward
 
+APART = 16  # rows up to which QKV and attention are two launches: the first has more programs than there are heads
 SLICE = 32  # columns of a row whose mean and M2 stand in one slot
 
 
@@ -98,7 +99,6 @@ def message_rows_kernel(
     x_at = x_ptr + tl.minimum(rows, M - 1)[:, None].to(tl.int64) * x_row
     weight_at = weight_ptr + tl.minimum(columns, N - 1)[None, :] * weight_row
 
-    dependency_wait()
     if norm_weight_ptr is not None:
         kept = rows < tl.where(tile_n == 0, M, 0)
         mean, rstd = _statistics(x_parts_ptr, mean_ptr, rstd_ptr, rows, kept, M, K, eps, SLICE, SLOTS)
@@ -169,7 +169,6 @@ def message_attention_kernel(
     in_rows = (rows < M) & (row < height)
     channels = head * C + tl.arange(0, C)
     kept = rows < tl.where(head == 0, M, 0)
-    dependency_wait()
     mean, rstd = _statistics(x_parts_ptr, mean_ptr, rstd_ptr, rows, kept, M, K, eps, SLICE, SLOTS)
 
     q = tl.zeros((BLOCK_M, C), tl.float32)
@@ -283,7 +282,8 @@ def _attention(
     log-sum-exp, unless a sequence fits in one tile."""
     (count, width), frames, channels = message.shape, b.frames, message.shape[1] // b.heads
     layer, norm = (b.message_in_weight, b.message_in_bias), (b.message_ln_weight, b.message_ln_bias)
-    if takes(channels) and frames <= ONE_TILE[message.element_size()]:
+    apart = count <= APART and arch(message.device) >= 90
+    if takes(channels) and frames <= ONE_TILE[message.element_size()] and not apart:
         mixed, qkv = torch.empty_like(message), message.new_empty(count, 3 * width) if save else None
         mean, rstd = (None, None) if statistics is None else statistics
         sizes = message.element_size(), count, width, layer[0].stride(0), frames, b.heads, b.eps

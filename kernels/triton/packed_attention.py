@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .attention_tiles import LOG2_E, attend_tile, attend_tile_backward, channels_contiguous
-from .launching import dependency_wait, launch, tile
+from .launching import launch, tile
 
 
 @triton.jit
@@ -27,7 +27,6 @@ def packed_attention_fwd_kernel(
     BLOCK: tl.constexpr,  # at least the longest label
 ):
     label, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
-    dependency_wait()
     start = tl.load(offsets_ptr + label).to(tl.int64)
     length = (tl.load(offsets_ptr + label + 1) - start).to(tl.int32)
     row, channel = tl.arange(0, BLOCK), tl.arange(0, C)
@@ -61,7 +60,6 @@ def packed_attention_bwd_kernel(
 ):
     sequence, head = (tl.program_id(0) // HEADS).to(tl.int64), tl.program_id(0) % HEADS
     row, channel = tl.arange(0, BLOCK), tl.arange(0, C)
-    dependency_wait()
     if offsets_ptr is not None:
         start = tl.load(offsets_ptr + sequence).to(tl.int64)
         length = (tl.load(offsets_ptr + sequence + 1) - start).to(tl.int32)

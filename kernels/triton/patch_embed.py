@@ -17,7 +17,7 @@ from torch import Tensor
 from ..derived import kept
 from ..linear import linear
 from .gemm import rows_of
-from .launching import Prepared, cdiv, dependency_wait, prepared, tile
+from .launching import Prepared, cdiv, prepared, tile
 from .layer_norm import Positions, normalize, normalize_backward
 
 
@@ -58,7 +58,6 @@ def patches_kernel(
         pixel = k % (PATCH * PATCH)
         offset = k // (PATCH * PATCH) * channel_stride + pixel // PATCH * y_stride + pixel % PATCH * x_stride
     held = ((patch >= 0) & (patch < patches))[:, None] & (k < 3 * PATCH * PATCH)[None, :]
-    dependency_wait()
     at = frames_ptr + frame * frame_stride + corner[:, None] + offset[None, :]
     pixels = tl.load(at, mask=held, other=0).to(tl.float32)
     if LEVELS:

@@ -177,15 +177,6 @@ def heaviest(found: dict[str, Launch]) -> dict[str, Launch]:
     return kept
 
 
-def waits_first(ptx: str) -> bool:
-    """Whether every program waits for the kernels before it: in the first block of code, and before any access to
-    memory but to its parameters and its shared memory."""
-    before, wait, _ = ptx[ptx.index(".entry") :].partition("griddepcontrol.wait")
-    memory = r"(?!ld\.param|ld\.shared|st\.shared)(ld|st|atom|red|cp|prefetch|tensormap)\w*\."
-    early = rf"^\s*(@!?%p\d+\s+)?({memory}|(bra|ret|exit)\b|\$L__BB)"
-    return bool(wait) and not re.search(early, before, re.MULTILINE)
-
-
 def compile_ahead(where: str, launch: Launch, arch: int) -> dict[str, Any]:
     """What the compiler makes of a launch: registers, stack and local bytes, shared bytes, tensor instructions."""
     source = launch.source
@@ -210,8 +201,6 @@ def compile_ahead(where: str, launch: Launch, arch: int) -> dict[str, Any]:
         "half": any(kind in ("*bf16", "*fp16") for kind in source.signature.values()),
         "wgmma": "wgmma" in ptx,
         "tma": "cp.async.bulk.tensor" in ptx,
-        "dependent": launch.options.get("launch_pdl", False),
-        "waits": waits_first(ptx) if "griddepcontrol" in ptx else None,
     }
 
 

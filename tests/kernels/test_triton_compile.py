@@ -32,9 +32,6 @@ def test_production_kernels_compile_fit_and_do_not_spill(arch: int) -> None:
     for row in found:
         assert row["shared"] <= SHARED_LIMIT[arch], row
         assert row["stack"] == row["local"] == 0, row
-        # started before the kernel before it has ended, it waits; below 9.0 neither
-        assert row["dependent"] == (arch >= 90), row
-        assert row["waits"] is (True if arch >= 90 else None), row
     if arch != 90:
         return
     for kernel in ("gemm", "attention."):  # Hopper's tensor cores, and its copy engine
