@@ -1,5 +1,5 @@
-"""One persistent GEMM, y = epilogue(a b^T), for every linear layer: LayerNorm, bias, quick_gelu, drop path, residual
-and row statistics ride in its epilogue. The algebra is derived in docs/kernels.md.
+"""One persistent GEMM, y = epilogue(a b^T), for the linear layers of a forward: LayerNorm, bias, quick_gelu, drop path,
+residual and row statistics ride in its epilogue. The algebra is derived in docs/kernels.md.
 
 M rows, N columns, K summed. Programs walk over the tiles of y; from sm_90 on tiles move through tensor descriptors.
 """
