@@ -92,6 +92,7 @@ class Runner:
         self.context: Any = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(list(PRELOADED))
         self.early: dict[str, _Process] = {}
+        self.running: list[_Process] = []
         self._number = 0
 
     def start_anew(self) -> None:
@@ -105,7 +106,7 @@ class Runner:
     def run(self, stage: str, cases: list[Case], seconds: float) -> None:
         """Run a stage within about ``seconds``; a case that does not fit gets a row that says so."""
         deadline = time.monotonic() + seconds
-        waiting, running = list(cases), []
+        waiting, running = list(cases), self.running
         while waiting or running:
             while waiting and time.monotonic() < deadline and self._may_start(waiting[0], running):
                 running.append(self._next(stage, waiting.pop(0), deadline))
@@ -121,9 +122,10 @@ class Runner:
                     running.append(again)
 
     def stop(self) -> None:
-        """End the early cases that still run, as those of a stage that was left out."""
-        for one in self.early.values():
+        """End all cases that still run: each leads a process group of its own, which would outlive this one."""
+        for one in (*self.running, *self.early.values()):
             self._kill(one)
+        self.running.clear()
         self.early.clear()
 
     def _may_start(self, case: Case, running: list[_Process]) -> bool:

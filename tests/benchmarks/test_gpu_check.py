@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,33 @@ def rehearse(out, *options):
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     rows = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
     return done, rows
+
+
+def leaders_below(process):
+    """The process ids below this one that lead a process group."""
+    found = []
+    for children in Path(f"/proc/{process}/task").glob("*/children"):
+        for child in map(int, children.read_text().split()):
+            found += [child] if os.getpgid(child) == child else []
+            found += leaders_below(child)
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc")
+def test_sigterm_ends_the_cases_too(tmp_path):
+    """Each case leads a process group, so it would outlive the run and disturb what is measured next."""
+    command = [sys.executable, str(SCRIPT), "--rehearse", "--out", str(tmp_path), "--cases", "versions,overhead"]
+    run = subprocess.Popen([*command, "--break", "overhead=hang"], stderr=subprocess.PIPE, text=True)
+    try:
+        assert any("versions" in line for line in run.stderr)  # the next case hangs
+        while not (cases := leaders_below(run.pid)):
+            time.sleep(0.05)
+        run.terminate()
+        assert run.wait(20) == 143
+        assert not [case for case in cases if Path(f"/proc/{case}").exists()]
+    finally:
+        run.kill()
+        run.stderr.close()
 
 
 def test_every_stage_gives_its_rows_and_a_fault_costs_its_case_alone(tmp_path):
