@@ -29,10 +29,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a (M, K) times b (K, N), without a gradient, in ``dtype``: the dtype of both factors, or float32.
+    """a (M, K) times b (K, N), without a gradient, in ``dtype``, any floating dtype.
 
     cuBLAS writes float32 as it accumulated it. Elsewhere the product of half-precision factors is rounded before.
     """
-    if a.is_cuda and a.dtype != dtype:
+    if a.is_cuda and a.dtype != dtype == torch.float32:  # torch refuses every other pair of dtypes
         return torch.mm(a, b, out_dtype=dtype)
     return torch.mm(a, b).to(dtype)

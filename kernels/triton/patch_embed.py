@@ -105,9 +105,8 @@ def patches_of(
 def _columns(weight: Tensor, levels: bool) -> Tensor:
     """The weight (D, K) of the columns of ``patches_of``."""
     columns = (weight.permute(0, 2, 3, 1) if levels else weight).flatten(1)
-    padding = -columns.shape[1] % 16
-    # copied in any case: a view that is kept would keep the weight alive
-    return columns if levels and not padding else F.pad(columns, (0, padding))
+    # always copied: a kept view, as of a channels_last weight, would keep the weight alive
+    return F.pad(columns, (0, -columns.shape[1] % 16))
 
 
 def forward(save: bool, *args: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
@@ -139,7 +138,7 @@ def _grid(frames: Tensor, weight: Tensor, position: Tensor) -> tuple[int, int, i
     return count, height // patch, length // patch
 
 
-def backward(grads: Sequence[Any], saved: Sequence[Tensor], needs: Sequence[bool], *args: Any) -> list[Tensor]:
+def backward(grads: Sequence[Any], saved: Sequence[Tensor], needs: Sequence[Any], *args: Any) -> list[Tensor]:
     frames, weight, class_embedding, position, ln_weight, ln_bias, mean, std, _, spare = args
     tokens, row_mean, row_rstd = saved
     count, down, across = _grid(frames, weight, position)

@@ -350,6 +350,7 @@ def test_wanted_gradients_are_refused(gpu: Gpu, tiny_model: XCLIP) -> None:
     assert same(graphed(video), tiny_model.encode_video(video))  # nobody can want one
     with pytest.raises(RuntimeError, match="inference_mode"):
         graphed(video.requires_grad_())
+    assert not next(iter(graphed._captured.values())).video.requires_grad  # the buffer holds no graph of the caller's
     tiny_model.prompts_visual_proj.requires_grad_()
     with pytest.raises(RuntimeError, match="inference_mode"):
         graphed(video.detach())

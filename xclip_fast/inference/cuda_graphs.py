@@ -173,6 +173,7 @@ class _Captured:
     text: Tensor | None
     results: tuple[Tensor, ...]
 
+    @torch.no_grad()  # inputs that require a gradient are refused only afterwards: the buffers must not record them
     def replay(self, video: Tensor, text_KE: Tensor | None) -> tuple[Tensor, ...]:
         """Copies of the results for this input."""
         device, count = self.video.device, video.shape[0]
