@@ -123,7 +123,7 @@ def patch_embed(
         class_embedding: (D,).
         position: (L, D), L = H W / P^2 + 1.
         ln_weight, ln_bias: (D,).
-        mean, std: three numbers each, of pixels in [0, 1]; folded into the weight for uint8, unused for float.
+        mean, std: three numbers each, of pixels in [0, 1], for uint8 frames; unused for float ones.
         spare: a row more for each frame, for the message of the first block.
 
     Returns:
