@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import choices, registration, triton
 from .example import Maker, Sizes
@@ -265,6 +266,7 @@ class _Kernel(torch.autograd.Function):
         return outputs
 
     @staticmethod
+    @once_differentiable  # else a gradient of a gradient would silently lack what a kernel computed
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         wanted = zip(ctx.dtypes, ctx.needs_input_grad[2:], strict=True)
         needs = [dtype if need else None for dtype, need in wanted]

@@ -373,6 +373,17 @@ def test_the_gradient_of_a_weight_that_autocast_lowers_is_computed_in_its_own_dt
     assert asked == 4 * [(torch.float16, torch.float32)]
 
 
+def test_a_gradient_of_a_gradient_is_refused() -> None:
+    """A kernel's backward pass has no gradient of its own: without a word, a gradient penalty would have no effect."""
+    pytest.importorskip("triton", reason="triton is not installed (pip install triton)")
+    x, weight, bias = (part.float().to(DEVICE).requires_grad_() for part in (normal(4, WIDTH), *norm_parameters()))
+    with kernels.backend("triton"):
+        y = kernels.layer_norm(x, weight, bias, EPS)
+    (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.square().sum().backward()
+
+
 def test_a_gradients_product_in_float32_is_not_rounded_in_between() -> None:
     a, b = normal(40, 64).to(DEVICE, torch.float16), normal(64, 24).to(DEVICE, torch.float16)
     exact = a.double() @ b.double()
