@@ -41,12 +41,14 @@ def leaders_below(process):
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc")
 def test_sigterm_ends_the_cases_too(tmp_path):
     """Each case leads a process group, so it would outlive the run and disturb what is measured next."""
-    command = [sys.executable, str(SCRIPT), "--rehearse", "--out", str(tmp_path), "--cases", "versions,overhead"]
-    run = subprocess.Popen([*command, "--break", "overhead=hang"], stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, str(SCRIPT), "--rehearse", "--out", str(tmp_path), "--stages", "machine,smoke"]
+    command += ["--cases", "versions,quick_gelu triton", "--break", "quick_gelu triton=hang"]
+    run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
-        assert any("versions" in line for line in run.stderr)  # the next case hangs
-        while not (cases := leaders_below(run.pid)):
+        assert any("versions" in line for line in run.stderr)  # the next case hangs for seconds
+        while not (cases := leaders_below(run.pid)) and run.poll() is None:
             time.sleep(0.05)
+        assert cases
         run.terminate()
         assert run.wait(20) == 143
         assert not [case for case in cases if Path(f"/proc/{case}").exists()]
