@@ -6,7 +6,6 @@ The library is what the install built, or ``XCLIP_FAST_CUDA_LIBRARY`` names; ``X
 
 import ctypes
 import functools
-import importlib
 import math
 import os
 import re
@@ -474,53 +473,6 @@ def test_errors_of_the_library_carry_its_words(memory: Memory, monkeypatch: pyte
     monkeypatch.setattr(cuda_library, "_library", Refusing)
     with pytest.raises(RuntimeError, match=r"norm_linear failed .*\(3, 8\).*element type \(code 3\)"):
         cuda_library.norm_linear(torch.ones(3, 8, dtype=torch.float16), torch.ones(8, 8, dtype=torch.float16))
-
-
-@pytest.fixture
-def bench(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """benchmarks/cuda_library.py on small shapes, the library played, nothing timed."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    module = importlib.import_module("cuda_library")
-    monkeypatch.setattr(module, "DEVICE", "cpu")
-    monkeypatch.setattr(module, "DTYPE", torch.float16)  # Triton's interpreter has no bfloat16
-    monkeypatch.setattr(module, "ROWS", {128: (24,)})
-    monkeypatch.setattr(module, "milliseconds", lambda call: call() is None or 1.0)
-    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    return module
-
-
-def test_benchmark_calls_everything_and_agrees(bench: Any, memory: Memory) -> None:
-    with torch.no_grad():
-        rows = [row for case in bench.cases((128,), 100, True) for row in bench.measure(case)]
-    assert not [row for row in rows if row.get("wrong")]
-    noted = {(row["contender"], row["note"].split(":")[0]) for row in rows if "note" in row}
-    assert {contender for contender, _ in noted} <= {"the op, triton", "torch._scaled_mm"}
-    assert {row["case"] for row in rows if "ours, auto" in row["contender"]} == {
-        *("qkv", "fc1", "out", "fc2", "out with statistics", "fc2 with statistics"),
-        *("qkv in fp8", "fc1 in fp8", "fc2 in fp8"),
-    }
-    computing = {name.removeprefix("xclip_fast_") for name in cuda_library.SIGNATURES}
-    computing -= {"abi", "error", "check_device"}
-    assert set(memory.calls) == computing
-
-
-def test_benchmark_names_what_is_wrong(bench: Any, memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_library, "linear_residual", lambda x, w, residual, **_: (residual,))
-    with torch.no_grad():
-        rows = bench.measure(bench.residual_case(24, 128, 128, False))
-    assert {row["contender"] for row in rows if row.get("wrong")} == {"ours, auto", "ours, square"}
-    assert "WRONG" in bench.line(rows[-1])
-
-
-def test_benchmark_without_a_gpu_says_so(
-    bench: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert bench.main(["--widths", "128"]) == 1
-    assert "no CUDA device" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        bench.main(["--widths", "100"])
-    assert "some of 128" in capsys.readouterr().err
 
 
 # ---- the algebra, exactly
