@@ -1,16 +1,14 @@
-"""Inference on a CPU: a block in as few passes over memory as torch's calls allow, on the fastest products there are.
+"""Inference on a CPU: a block in as few passes over memory as possible, on the fastest products there are.
 
-No packed or folded copy of a weight is kept, so every change of a weight counts at once. quick_gelu is torch's SiLU,
-since u sigmoid(1.702 u) = silu(1.702 u) / 1.702: the LayerNorm before the first product carries the factor, and the
-second product carries its inverse.
+No packed or folded copy of a weight is kept, so every change of a weight counts at once. With AVX2, products run in the
+library of csrc/cpu.cpp: LayerNorm is part of the pass that rewrites its input, and bias, quick_gelu and residual are
+added where a result is written. Where that library is not, oneDNN multiplies if the CPU has AVX-512, or instructions
+for the half-precision dtype, and else torch's own choice (docs/performance.md). There quick_gelu is torch's SiLU, since
+u sigmoid(1.702 u) = silu(1.702 u) / 1.702: the LayerNorm before the first product carries the factor, and the second
+product carries its inverse. Without instructions for a half-precision dtype, a block is computed in float32 and rounded
+once at its end.
 
-Products run on oneDNN if the CPU has AVX-512, or instructions for the half-precision dtype: MKL does not use AVX-512 on
-AMD, and oneDNN adds the bias and applies SiLU in its epilogue. Elsewhere they run on torch's own choice, MKL, which is
-faster with AVX2 alone (docs/performance.md). There each thread computes some columns of the result, as one product of a
-batch: with few rows up to 1.4 times as fast as MKL's own division among two threads. Without instructions for a
-half-precision dtype, a block is computed in float32 and rounded once at its end.
-
-F frames, L tokens of a frame, S = L + 1 rows of it, D width, H heads, M rows, P threads that share a product.
+F frames, L tokens of a frame, S = L + 1 rows of it, D width, H heads, M rows.
 """
 
 import contextlib
@@ -24,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import cpu_library
 from .arguments import GELUS, Block
 from .attention import attention_reference
 from .dispatch import forced_backend
@@ -31,7 +30,7 @@ from .linear import NATIVE_ON_CPU
 from .quick_gelu import SLOPE
 
 HIDDEN_BYTES = 24 << 20  # of the widest intermediate: rows are computed in parts of this size, which caches hold
-MOST_THREADS = 4  # that share a product by columns; with more, MKL divides it (not measured)
+Norm = tuple[Tensor, Tensor, float]  # weight, bias, eps of a LayerNorm
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _local = threading.local()
 _pointwise: Any = torch.ops.mkldnn._linear_pointwise
@@ -111,12 +110,6 @@ def uses_onednn(dtype: torch.dtype) -> bool:
 def block(b: Block) -> Tensor:
     """A whole block (equations 7 to 9), or its rows that are asked for. A spare row comes out as zeros."""
     products = _Products(b.x.dtype)
-    parameters: dict[str, Any] = {
-        name: value.to(products.dtype)
-        for name, value in b._asdict().items()
-        if isinstance(value, Tensor) and name.endswith(("_weight", "_bias"))
-    }
-    b = b._replace(**parameters)
     ffn = (b.ln_2_weight, b.ln_2_bias), (b.fc_weight, b.fc_bias), (b.projection_weight, b.projection_bias)
     if not b.frames:
         z = self_attention(b, products)
@@ -133,40 +126,33 @@ def block(b: Block) -> Tensor:
 
 
 def messages(b: Block, products: "_Products") -> Tensor:
-    """LN_1 of each frame's message (F, D): m = x_class Wm + bm, then m + CFA(LN_m(m)) (equation 7)."""
-    width = b.x.shape[-1:]
+    """Each frame's message (F, D): m = x_class Wm + bm, then m + CFA(LN_m(m)) (equation 7)."""
     m_FD = products.linear(b.x[:, 0].to(products.dtype), b.message_fc_weight, b.message_fc_bias)
-    normed = F.layer_norm(m_FD, width, b.message_ln_weight, b.message_ln_bias, b.eps)
-    qkv = products.linear(normed, b.message_in_weight, b.message_in_bias)
-    mixed = attention_reference(qkv.view(-1, b.frames, 3, b.heads, width[0] // b.heads)).reshape(m_FD.shape)
-    m_FD = m_FD + products.linear(mixed, b.message_out_weight, b.message_out_bias)
-    return F.layer_norm(m_FD, width, b.ln_1_weight, b.ln_1_bias, b.eps)
+    norm = b.message_ln_weight, b.message_ln_bias, b.eps
+    qkv = products.linear(m_FD, b.message_in_weight, b.message_in_bias, norm=norm)
+    mixed = attention_reference(qkv.view(-1, b.frames, 3, b.heads, m_FD.shape[1] // b.heads)).reshape(m_FD.shape)
+    return products.linear(mixed, b.message_out_weight, b.message_out_bias, residual=m_FD)
 
 
 def cross_frame_attention(b: Block, products: "_Products", x_FSD: Tensor, message_FD: Tensor) -> Tensor:
     """x + IFA(LN_1([x, m])) (equation 8) of some frames, (F, L, D), in the dtype of the products."""
     count, length, width = x_FSD.shape
     x = x_FSD.to(products.dtype)
-    normed = F.layer_norm(x, (width,), b.ln_1_weight, b.ln_1_bias, b.eps)
-    normed[:, -1] = message_FD  # the message takes the spare row's place in the projection
-    channels = width // b.heads
-    qkv = products.divided("wide", normed.view(-1, width), b.in_weight, b.in_bias, groups=3, unit=channels)
-    # (3 P, F S, D / P) to (3, P F, H / P, S, C): each thread has computed the heads of its columns
-    qkv = qkv.unflatten(0, (3, -1)).unflatten(-1, (-1, channels)).unflatten(2, (count, length)).flatten(1, 2)
-    query, key, value = qkv.transpose(2, 3).unbind(0)
-    mixed = F.scaled_dot_product_attention(query[:, :, :-1], key, value).transpose(1, 2)
-    mixed = mixed.reshape(-1, count * (length - 1), mixed.shape[2] * channels).transpose(0, 1).reshape(-1, width)
+    # the message takes the spare row's place in the projection
+    norm = b.ln_1_weight, b.ln_1_bias, b.eps
+    qkv = products.linear(x, b.in_weight, b.in_bias, norm=norm, last=message_FD, name="wide")
+    query, key, value = qkv.view(count, length, 3, b.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+    mixed = F.scaled_dot_product_attention(query[:, :, :-1], key, value).transpose(1, 2).flatten(2)
     z_FLD = _buffer("stream", count * (length - 1), width, products.dtype).view(count, length - 1, width)
-    products.add_linear(z_FLD, x[:, :-1], mixed, b.out_weight, b.out_bias)
-    return z_FLD
+    return products.linear(mixed, b.out_weight, b.out_bias, residual=x[:, :-1], out=z_FLD)
 
 
 def self_attention(b: Block, products: "_Products") -> Tensor:
     """x + attention(LN_1(x)) of a block without a message, or its rows that are asked for; in the dtype of products."""
     width = b.x.shape[-1]
     x = b.x.to(products.dtype)
-    normed = F.layer_norm(x, (width,), b.ln_1_weight, b.ln_1_bias, b.eps)
-    qkv = products.linear(normed.view(-1, width), b.in_weight, b.in_bias, "wide")
+    rows = x.reshape(-1, width)
+    qkv = products.linear(rows, b.in_weight, b.in_bias, norm=(b.ln_1_weight, b.ln_1_bias, b.eps), name="wide")
     heads = qkv.view(*x.shape[:-1], 3, b.heads, -1)
     if b.offsets is None:
         mixed = attention_reference(heads, b.causal, b.bias)
@@ -174,10 +160,9 @@ def self_attention(b: Block, products: "_Products") -> Tensor:
         mixed = causal_attention_packed(heads, b.offsets.diff())
     mixed = mixed.reshape(-1, width)
     if b.rows is not None:
-        x, mixed = x.reshape(-1, width)[b.rows], mixed[b.rows]
-    z = torch.empty_like(x, memory_format=torch.contiguous_format)
-    products.add_linear(z, x, mixed, b.out_weight, b.out_bias)
-    return z
+        x = rows = rows[b.rows]
+        mixed = mixed[b.rows]
+    return products.linear(mixed, b.out_weight, b.out_bias, residual=rows).view(x.shape)
 
 
 def feed_forward(
@@ -203,26 +188,21 @@ def feed_forward(
     """
     width = x.shape[-1]
     products = _Products(x.dtype)
-    wide = products.dtype
-    scale = SLOPE if activation == "quick_gelu" else 1.0
-    at_least = torch.promote_types(wide, torch.float32)  # the scaled vectors are not rounded once more
-    ln_weight, ln_bias = (parameter.to(at_least) * scale for parameter in ln)
-    fc_weight, projection_weight = fc[0].to(wide), projection[0].to(wide)
-    fc_bias, projection_bias = (fc[1].to(at_least) * scale).to(wide), projection[1].to(at_least)
     y = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
     given, taken = (x, y) if x.dim() == 3 else (x.reshape(-1, width), y.view(-1, width))
-    for part in _parts(len(given), HIDDEN_BYTES // (4 * len(fc_weight) * given[0].numel() // width)):
-        rows = given[part].to(wide)
-        normed = F.layer_norm(rows, (width,), ln_weight, ln_bias, eps)
-        hidden = products.activated(normed.view(-1, width), fc_weight, fc_bias, activation)
-        products.add_linear(taken[part], rows, hidden, projection_weight, projection_bias, 1 / scale)
+    for part in _parts(len(given), HIDDEN_BYTES // (4 * len(fc[0]) * given[0].numel() // width)):
+        rows, result = given[part].to(products.dtype), taken[part]
+        narrow = result.dtype != products.dtype
+        written = products.mlp(rows, (*ln, eps), fc, projection, activation, None if narrow else result)
+        if narrow:
+            result.copy_(written.view(result.shape))
     return y
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """x W^T + b: x (..., I), weight (O, I), bias (O,) -> (..., O) in x's dtype."""
     products = _Products(x.dtype)
-    rows, weight, bias = (each.to(products.dtype) for each in (x.reshape(-1, x.shape[-1]), weight, bias))
+    rows = x.reshape(-1, x.shape[-1]).to(products.dtype)
     return products.linear(rows, weight, bias).view(*x.shape[:-1], -1).to(x.dtype)
 
 
@@ -258,9 +238,8 @@ def patch_embed(
         if levels:
             torch.addcmul(shift, pixels, scale, out=pixels)
         embedded = _buffer("stream", count * tokens, width, torch.float32).view(count, tokens, width)
-        products.add_linear(
-            embedded[:, 1:], position[1:].expand(count, -1, -1), pixels, kernel, kernel.new_zeros(width)
-        )
+        residual = position[1:].expand(count, -1, -1)
+        products.linear(pixels, kernel, kernel.new_zeros(width), residual=residual, out=embedded[:, 1:])
         embedded[:, 0] = first
         x_FLD[part] = F.layer_norm(embedded, (width,), ln_weight, ln_bias, eps)
     return x_FLD
@@ -281,73 +260,136 @@ def causal_attention_packed(qkv_S3HC: Tensor, lengths: Tensor) -> Tensor:
 
 
 class _Products:
-    """x W^T + b in the dtype that this CPU computes ``given`` in, by the library that is the fastest there."""
+    """Products with what surrounds them, in the dtype that this CPU computes ``given`` in."""
 
     def __init__(self, given: torch.dtype) -> None:
         self.dtype = given if NATIVE_ON_CPU.get(given, True) else torch.float32
         self.onednn = uses_onednn(self.dtype)
 
-    def _sharing(self, columns: int) -> int:
-        """P, how many threads compute some of these columns each."""
-        threads = torch.get_num_threads()
-        mkl = torch.backends.mkl.is_available() and not self.onednn
-        return threads if mkl and threads <= MOST_THREADS and columns % threads == 0 else 1
+    def _library_takes(self, *weights: Tensor) -> bool:
+        return self.dtype == torch.float32 and not self.onednn and cpu_library.takes(*weights)
 
-    def divided(
-        self, name: str, x: Tensor, weight: Any, bias: Any, alpha: float = 1.0, groups: int = 1, unit: int = 1
+    def linear(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        *,
+        norm: Norm | None = None,
+        last: Tensor | None = None,
+        residual: Tensor | None = None,
+        out: Tensor | None = None,
+        name: str = "",
     ) -> Tensor:
-        """alpha x W^T + b, (M, I) to (G P, M, O / (G P)): the columns one after another.
+        """LN(x) W^T + b + residual.
 
         Args:
-            name: of the buffer that holds the result, or "" for new memory.
-            groups: G, of columns that belong together. unit: of so many neighboring columns none are parted.
+            x: (M, I), or (F, L, I) of any strides.
+            weight: (O, I). bias: (O,).
+            norm: weight, bias and eps of LN; None: no LN.
+            last: (F, I), in place of the last row of each frame of ``x``.
+            residual: as many rows of O as ``x`` has, (M, O) or (F, L, O).
+            out: like ``residual``, overwritten with the result; it may be ``residual``.
+            name: of the buffer for the result if ``out`` is None; "": new memory.
+
+        Returns:
+            ``out``, or (M, O).
         """
-        (rows, width), columns = x.shape, len(weight)
-        shared = groups * self._sharing(columns // groups // unit)
-        if shared > groups:
-            y = _buffer(name, shared * rows, columns // shared, x.dtype).view(shared, rows, -1)
-            given, weight = x.expand(shared, rows, width), weight.view(shared, -1, width).transpose(1, 2)
-            return torch.baddbmm(bias.view(shared, 1, -1), given, weight, alpha=alpha, out=y)
-        if not self.onednn:
-            y = torch.addmm(bias, x, weight.T, alpha=alpha, out=_buffer(name, rows, columns, x.dtype))
-        else:
-            y = _pointwise(x, weight, (bias / alpha).to(x.dtype), "none", [], "")
-            y = y if alpha == 1.0 else y.mul_(alpha)
-        return y.unflatten(-1, (groups, -1)).transpose(0, 1)
+        (columns, width), count = weight.shape, x.numel() // weight.shape[1]
+        if not self._library_takes(weight):
+            y = self._plain(_normed(x, norm, last), weight, bias, name)
+            if residual is None:
+                return y
+            return torch.add(residual, y.view(residual.shape), out=out)
+        y = _buffer(name, count, columns, torch.float32) if out is None else out
+        cpu_library.product(
+            count,
+            _panels("panels", count, width),
+            weight,
+            bias.float(),
+            x=_beside(x),
+            norm=_in_float32(norm),
+            last=last,
+            y=y,
+            residual=residual,
+        )
+        return y
 
-    def linear(self, x: Tensor, weight: Any, bias: Any, name: str = "") -> Tensor:
-        """x W^T + b, (M, I) to (M, O)."""
-        return self.divided(name, x, weight, bias).transpose(0, 1).reshape(len(x), -1)
+    def mlp(
+        self,
+        x: Tensor,
+        norm: Norm,
+        fc: Sequence[Tensor],
+        projection: Sequence[Tensor],
+        activation: str,
+        out: Tensor | None,
+    ) -> Tensor:
+        """x + W2 act(W1 LN(x) + b1) + b2: (M, D) or (F, L, D), written to ``out`` or new."""
+        (hidden, width), count = fc[0].shape, x.numel() // x.shape[-1]
+        if self._library_takes(fc[0], projection[0]):
+            quick = activation == "quick_gelu"
+            panels, inner = _panels("panels", count, width), _panels("wide", count, hidden)
+            y = torch.empty_like(x) if out is None else out
+            cpu_library.product(
+                count,
+                panels,
+                fc[0],
+                fc[1].float(),
+                x=_beside(x),
+                norm=_in_float32(norm),
+                y_panels=inner,
+                quick_gelu=quick,
+            )
+            if not quick:
+                torch.ops.aten.gelu_(inner, approximate=GELUS[activation])
+            cpu_library.product(count, inner, projection[0], projection[1].float(), y=y, residual=_beside(x))
+            return y
+        scale = SLOPE if activation == "quick_gelu" else 1.0
+        at_least = torch.promote_types(self.dtype, torch.float32)  # the scaled vectors are not rounded once more
+        normed = _normed(x, (norm[0].to(at_least) * scale, norm[1].to(at_least) * scale, norm[2]))
+        bias = (fc[1].to(at_least) * scale).to(self.dtype)
+        inner = self._plain(normed, fc[0], bias, "wide", activation)
+        y = self._plain(inner, *projection, "product", alpha=1 / scale)
+        return torch.add(x, y.view(x.shape), out=out)
 
-    def activated(self, x: Tensor, weight: Tensor, bias: Tensor, activation: str) -> Tensor:
-        """SiLU ("quick_gelu") or GELU of x W^T + b, (M, I) to (M, O), in the buffer of the one before."""
+    def _plain(
+        self, x: Tensor, weight: Tensor, bias: Tensor, name: str, activation: str = "", alpha: float = 1.0
+    ) -> Tensor:
+        """act(alpha x W^T + b) by oneDNN or by torch's own choice: (M, I) to (M, O). act: SiLU for "quick_gelu", GELU."""
+        weight = weight.to(self.dtype)
         if self.onednn:
-            attribute = "gelu" if activation in GELUS else "swish"
-            return _pointwise(x, weight, bias, attribute, [], GELUS.get(activation, ""))
-        # y^T = W x^T: so the columns of all threads are one matrix
-        (rows, width), columns = x.shape, len(weight)
-        shared = self._sharing(columns)
-        y = _buffer("wide", columns, rows, x.dtype)
-        if shared == 1:
-            torch.addmm(bias[:, None], weight, x.T, out=y)
-        else:
-            given, weight = x.T.expand(shared, width, rows), weight.view(shared, -1, width)
-            torch.baddbmm(bias.view(shared, -1, 1), weight, given, out=y.view(shared, -1, rows))
-        if activation == "quick_gelu":
-            F.silu(y, inplace=True)
-        else:
-            torch.ops.aten.gelu_(y, approximate=GELUS[activation])
-        return y.T
+            attribute = "gelu" if activation in GELUS else "swish" if activation else "none"
+            y = _pointwise(x, weight, (bias / alpha).to(x.dtype), attribute, [], GELUS.get(activation, ""))
+            return y if alpha == 1.0 else y.mul_(alpha)
+        y = _buffer(name, len(x), len(weight), x.dtype)
+        torch.addmm(bias.to(x.dtype), x, weight.T, alpha=alpha, out=y)
+        if activation in GELUS:
+            return torch.ops.aten.gelu_(y, approximate=GELUS[activation])
+        return F.silu(y, inplace=True) if activation else y
 
-    def add_linear(self, y: Tensor, x: Tensor, h: Tensor, weight: Any, bias: Any, alpha: float = 1.0) -> None:
-        """Writes x + alpha h W^T + b into y: x and y (..., O) of any strides, h (M, I) a row for each of theirs."""
-        if self.onednn and alpha == 1.0:
-            y.copy_(_pointwise.binary(h, x.reshape(len(h), -1), weight, bias.to(h.dtype), "add").view(x.shape))
-            return
-        product = self.divided("product", h, weight, bias, alpha)
-        parts = len(product), -1
-        product = product.unflatten(1, x.shape[:-1]).movedim(0, -2)
-        torch.add(x.unflatten(-1, parts), product, out=y.unflatten(-1, parts))
+
+def _normed(x: Tensor, norm: Norm | None, last: Tensor | None = None) -> Tensor:
+    """LN(x) with ``last`` in place of each frame's last row, as (M, I)."""
+    width = x.shape[-1:]
+    if norm is not None:
+        weight, bias, eps = norm[0].to(x.dtype), norm[1].to(x.dtype), norm[2]
+        x = F.layer_norm(x, width, weight, bias, eps)
+        if last is not None:
+            x[:, -1] = F.layer_norm(last, width, weight, bias, eps)
+    return x.reshape(-1, *width)
+
+
+def _in_float32(norm: Norm | None) -> Norm | None:
+    return None if norm is None else (norm[0].float(), norm[1].float(), norm[2])
+
+
+def _panels(name: str, rows: int, width: int) -> Tensor:
+    return _buffer(name, 1, cpu_library.panel_floats(rows, width), torch.float32)
+
+
+def _beside(x: Tensor) -> Tensor:
+    """x with neighboring columns."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _parts(count: int, most: int) -> Iterator[slice]:

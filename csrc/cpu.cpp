@@ -1,0 +1,274 @@
+// Products of inference on a CPU with AVX2: y = act(LN(x) W^T + b) + residual, for kernels/cpu.py. C interface, no torch.
+//
+// W is read where it lies: each of its elements is broadcast and multiplied with 24 rows of x at a time. So nothing of W is
+// packed, and every change of a weight counts at once. x is rewritten into panels of 24 rows, (K, 24) each, which takes
+// one pass, and LayerNorm is part of that pass. The last panel has 8 or 16 rows where that is enough.
+//
+// M rows of x, N outputs, K summed.
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+namespace {
+
+constexpr int kVector = 8;                 // floats of a register
+constexpr int kPanel = 3 * kVector;        // rows of a full panel: 4 outputs x 24 rows are 12 registers of sums
+constexpr int kGroup = 8;                  // outputs computed one after another; N is a multiple of it
+constexpr int kChunk = 192;                // outputs of a task
+constexpr int kDepth = 768;                // K is cut into parts of at most this: the panels of a task stay in L2
+constexpr int kPanels[] = {2, 8, 8};       // panels of a task by dtype of W: widening W pays if many panels use it
+
+constexpr int kChain = 384;                // products that are summed one after another: longer chains round more
+
+enum Dtype { kFloat32, kBfloat16, kFloat16 };
+
+}  // namespace
+
+extern "C" {
+
+// Rows of float32: row m is at data + (m / length) * frame_stride + (m % length) * row_stride; null data: none.
+struct Rows {
+  float* data;
+  int64_t length, frame_stride, row_stride;
+};
+
+struct Product {
+  int64_t rows, outputs, summed;       // M, N, K
+  Rows x;                              // null: the panels hold x already
+  Rows last;                           // (frames, K): takes the place of the last row of each frame of x; or null
+  const float *ln_weight, *ln_bias;    // (K,), or null: no LayerNorm
+  float eps;
+  int32_t dtype;                       // of W
+  float* panels;                       // (M up to the next multiple of 8, K): x, rewritten
+  const void* weight;                  // (N, K)
+  const float* bias;                   // (N,)
+  int32_t quick_gelu, threads;
+  float* y_panels;                     // (M up to the next multiple of 8, N): the result as panels, or null:
+  Rows y, residual;                    // the result as rows, with a residual or without
+};
+}
+
+namespace {
+
+const float* row(const Rows& rows, int64_t m) {
+  return rows.data + m / rows.length * rows.frame_stride + m % rows.length * rows.row_stride;
+}
+
+int vectors_of_panel(int64_t rows, int64_t first) {
+  return static_cast<int>((std::min<int64_t>(rows - first, kPanel) + kVector - 1) / kVector);
+}
+
+float sum(__m256 v) {
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+
+void transpose(__m256 v[8]) {
+  __m256 t[8];
+  for (int i = 0; i < 8; i += 4) {
+    const __m256 low_01 = _mm256_unpacklo_ps(v[i], v[i + 1]), high_01 = _mm256_unpackhi_ps(v[i], v[i + 1]);
+    const __m256 low_23 = _mm256_unpacklo_ps(v[i + 2], v[i + 3]), high_23 = _mm256_unpackhi_ps(v[i + 2], v[i + 3]);
+    t[i] = _mm256_shuffle_ps(low_01, low_23, 0x44);
+    t[i + 1] = _mm256_shuffle_ps(low_01, low_23, 0xEE);
+    t[i + 2] = _mm256_shuffle_ps(high_01, high_23, 0x44);
+    t[i + 3] = _mm256_shuffle_ps(high_01, high_23, 0xEE);
+  }
+  for (int i = 0; i < 4; ++i) {
+    v[i] = _mm256_permute2f128_ps(t[i], t[i + 4], 0x20);
+    v[i + 4] = _mm256_permute2f128_ps(t[i], t[i + 4], 0x31);
+  }
+}
+
+// Rewrites 8 rows of x, from row m on, to columns of a panel whose rows are `width` apart; past the end the last row counts.
+void pack(const Product& p, int64_t m, float* panel, int width) {
+  const float* rows[kVector];
+  __m256 mean[kVector], scale[kVector];
+  const int64_t depth = p.summed;
+  for (int i = 0; i < kVector; ++i) {
+    const int64_t at = std::min(m + i, p.rows - 1);
+    const bool is_last = p.last.data && at % p.x.length == p.x.length - 1;
+    rows[i] = is_last ? p.last.data + at / p.x.length * p.last.frame_stride : row(p.x, at);
+    mean[i] = scale[i] = _mm256_setzero_ps();
+  }
+  if (p.ln_weight) {
+    for (int64_t k = 0; k < depth; k += kVector)
+      for (int i = 0; i < kVector; ++i) mean[i] = _mm256_add_ps(mean[i], _mm256_loadu_ps(rows[i] + k));
+    for (int i = 0; i < kVector; ++i) mean[i] = _mm256_set1_ps(sum(mean[i]) / depth);
+    for (int64_t k = 0; k < depth; k += kVector)
+      for (int i = 0; i < kVector; ++i) {
+        const __m256 centered = _mm256_sub_ps(_mm256_loadu_ps(rows[i] + k), mean[i]);
+        scale[i] = _mm256_fmadd_ps(centered, centered, scale[i]);
+      }
+    for (int i = 0; i < kVector; ++i) scale[i] = _mm256_set1_ps(1 / __builtin_sqrtf(sum(scale[i]) / depth + p.eps));
+  }
+  for (int64_t k = 0; k < depth; k += kVector) {
+    __m256 v[kVector];
+    for (int i = 0; i < kVector; ++i) v[i] = _mm256_loadu_ps(rows[i] + k);
+    if (p.ln_weight) {
+      const __m256 weight = _mm256_loadu_ps(p.ln_weight + k), bias = _mm256_loadu_ps(p.ln_bias + k);
+      for (int i = 0; i < kVector; ++i)
+        v[i] = _mm256_fmadd_ps(_mm256_mul_ps(_mm256_sub_ps(v[i], mean[i]), scale[i]), weight, bias);
+    }
+    transpose(v);
+    for (int i = 0; i < kVector; ++i) _mm256_store_ps(panel + (k + i) * width, v[i]);
+  }
+}
+
+// Adds Outputs x (8 Vectors) sums over `depth` to `out`. Apart from its caller, so that all sums are registers.
+template <int Outputs, int Vectors>
+__attribute__((noinline)) void multiply(const float* weight, int64_t stride, const float* panel, int depth, __m256* out) {
+  __m256 sums[Outputs][Vectors];
+#pragma GCC unroll 8
+  for (int n = 0; n < Outputs; ++n)
+#pragma GCC unroll 3
+    for (int v = 0; v < Vectors; ++v) sums[n][v] = _mm256_setzero_ps();
+  for (int k = 0; k < depth; ++k, ++weight, panel += Vectors * kVector) {
+    __m256 x[Vectors];
+#pragma GCC unroll 3
+    for (int v = 0; v < Vectors; ++v) x[v] = _mm256_load_ps(panel + v * kVector);
+#pragma GCC unroll 8
+    for (int n = 0; n < Outputs; ++n) {
+      const __m256 w = _mm256_broadcast_ss(weight + n * stride);
+#pragma GCC unroll 3
+      for (int v = 0; v < Vectors; ++v) sums[n][v] = _mm256_fmadd_ps(w, x[v], sums[n][v]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int n = 0; n < Outputs; ++n)
+#pragma GCC unroll 3
+    for (int v = 0; v < Vectors; ++v) out[n * Vectors + v] = _mm256_add_ps(out[n * Vectors + v], sums[n][v]);
+}
+
+// e^x within 2 units in the last place; x in [-87, 88] after clamping.
+__m256 exponential(__m256 x) {
+  x = _mm256_max_ps(_mm256_set1_ps(-87.0f), _mm256_min_ps(_mm256_set1_ps(88.0f), x));
+  const __m256 n = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT);
+  x = _mm256_fnmadd_ps(n, _mm256_set1_ps(0.693145752f), x);       // ln 2, its leading bits
+  x = _mm256_fnmadd_ps(n, _mm256_set1_ps(1.42860677e-6f), x);     // and the rest
+  __m256 y = _mm256_set1_ps(1.0f / 720);
+  for (const float factor : {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f})
+    y = _mm256_fmadd_ps(y, x, _mm256_set1_ps(factor));
+  const __m256i exponent = _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23);
+  return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(y), exponent));
+}
+
+__m256 quick_gelu(__m256 u) {
+  const __m256 e = exponential(_mm256_mul_ps(u, _mm256_set1_ps(-1.702f)));
+  return _mm256_div_ps(u, _mm256_add_ps(_mm256_set1_ps(1.0f), e));
+}
+
+// Some outputs of one panel, over one part of K. `partial` holds the sums before it, and after it.
+template <int Outputs, int Vectors>
+void tile(const Product& p, const float* weight, int64_t stride, int64_t m, int64_t n, int64_t k, int depth,
+          float* partial) {
+  constexpr int width = Vectors * kVector;
+  const bool is_first = k == 0, is_last = k + depth == p.summed;
+  __m256 sums[Outputs * Vectors] = {};
+  const float* panel = p.panels + m * p.summed + k * width;
+  for (int i = 0; i < depth; i += kChain)
+    multiply<Outputs, Vectors>(weight + i, stride, panel + i * width, std::min(depth - i, kChain), sums);
+  float* out = is_last && p.y_panels ? p.y_panels + m * p.outputs + n * width : partial;
+  for (int i = 0; i < Outputs * Vectors; ++i) {
+    const __m256 before = is_first ? _mm256_broadcast_ss(p.bias + n + i / Vectors) : _mm256_load_ps(partial + i * kVector);
+    const __m256 value = _mm256_add_ps(sums[i], before);
+    _mm256_store_ps(out + i * kVector, is_last && p.quick_gelu ? quick_gelu(value) : value);
+  }
+}
+
+// Writes the rows m to m + 7 of outputs n0 to n1, whose sums are columns `width` wide, with the residual.
+void write_rows(const Product& p, int64_t m, int64_t n0, int64_t n1, const float* sums, int width) {
+  const int count = static_cast<int>(std::min<int64_t>(kVector, p.rows - m));
+  float* y[kVector];
+  const float* residual[kVector];
+  for (int i = 0; i < count; ++i) {
+    y[i] = const_cast<float*>(row(p.y, m + i));
+    residual[i] = p.residual.data ? row(p.residual, m + i) : nullptr;
+  }
+  for (int64_t n = n0; n < n1; n += kVector) {
+    __m256 v[kVector];
+    for (int i = 0; i < kVector; ++i) v[i] = _mm256_load_ps(sums + (n - n0 + i) * width);
+    transpose(v);
+    for (int i = 0; i < count; ++i) {
+      if (p.residual.data) v[i] = _mm256_add_ps(v[i], _mm256_loadu_ps(residual[i] + n));
+      _mm256_storeu_ps(y[i] + n, v[i]);
+    }
+  }
+}
+
+void widen(const Product& p, int64_t n, int64_t k, int depth, float* out) {
+  const uint16_t* weight = static_cast<const uint16_t*>(p.weight) + n * p.summed + k;
+  for (int i = 0; i < kGroup; ++i, weight += p.summed, out += kDepth)
+    for (int j = 0; j < depth; j += kVector) {
+      const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(weight + j));
+      const __m256 wide = p.dtype == kFloat16
+                              ? _mm256_cvtph_ps(half)
+                              : _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+      _mm256_store_ps(out + j, wide);
+    }
+}
+
+// Outputs n0 to n1 of the panels of rows m0 to m1. Partial sums of a panel are (n1 - n0, its rows).
+void task(const Product& p, int64_t n0, int64_t n1, int64_t m0, int64_t m1, float* partials, float* wide) {
+  const int64_t parts = (p.summed + kDepth - 1) / kDepth;
+  const int64_t most = ((p.summed + parts - 1) / parts + kVector - 1) / kVector * kVector;
+  for (int64_t k = 0; k < p.summed; k += most) {
+    const int depth = static_cast<int>(std::min(most, p.summed - k));
+    for (int64_t n = n0; n < n1; n += kGroup) {
+      const float* weight = static_cast<const float*>(p.weight) + n * p.summed + k;
+      int64_t stride = p.summed;
+      if (p.dtype != kFloat32) {
+        widen(p, n, k, depth, wide);
+        weight = wide, stride = kDepth;
+      }
+      for (int64_t m = m0; m < m1; m += kPanel) {
+        const int vectors = vectors_of_panel(p.rows, m), width = vectors * kVector;
+        float* partial = partials + (m - m0) * kChunk + (n - n0) * width;
+        if (vectors == 1) {
+          tile<8, 1>(p, weight, stride, m, n, k, depth, partial);
+          continue;
+        }
+        for (int i = 0; i < kGroup; i += 4)
+          (vectors == 3 ? tile<4, 3> : tile<4, 2>)(p, weight + i * stride, stride, m, n + i, k, depth,
+                                                   partial + i * width);
+      }
+    }
+  }
+  if (p.y_panels) return;
+  for (int64_t m = m0; m < m1; m += kVector) {
+    const int64_t first = m / kPanel * kPanel;
+    write_rows(p, m, n0, n1, partials + (first - m0) * kChunk + m - first, vectors_of_panel(p.rows, first) * kVector);
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+__attribute__((visibility("default"))) int32_t xclip_fast_cpu_abi() { return 1; }
+
+__attribute__((visibility("default"))) void xclip_fast_cpu_product(const Product* product) {
+  const Product& p = *product;
+  const int64_t rows_of_task = kPanels[p.dtype] * kPanel;
+  const int64_t chunks = (p.outputs + kChunk - 1) / kChunk, blocks = (p.rows + rows_of_task - 1) / rows_of_task;
+#pragma omp parallel num_threads(p.threads)
+  {
+    if (p.x.data) {
+#pragma omp for schedule(dynamic)
+      for (int64_t m = 0; m < (p.rows + kVector - 1) / kVector * kVector; m += kVector) {
+        const int64_t first = m / kPanel * kPanel;
+        pack(p, m, p.panels + first * p.summed + m - first, vectors_of_panel(p.rows, first) * kVector);
+      }
+    }
+    alignas(64) float partials[kChunk * kPanel * 8], wide[kGroup * kDepth];
+#pragma omp for schedule(dynamic)
+    for (int64_t i = 0; i < chunks * blocks; ++i) {
+      const int64_t n = i / blocks * kChunk, m = i % blocks * rows_of_task;
+      task(p, n, std::min(n + kChunk, p.outputs), m, std::min(m + rows_of_task, p.rows), partials, wide);
+    }
+  }
+}
+}
