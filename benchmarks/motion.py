@@ -82,7 +82,7 @@ def main() -> int:
             output = args.work / f"model-{list(MODELS).index(name)}"
             given = [f"data.train={train}", f"data.cache={args.work / 'cache'}", f"output={output}", *MODELS[name]]
             given += ["data.val=null", f"seed={args.seed}", *args.overrides]
-            command = [sys.executable, "-m", "xclip_fast.train", "motion", *given]
+            command = [sys.executable, "-m", "xclip_fast", "train", "motion", *given]
             with open(args.work / f"{output.name}.txt", "w") as log:
                 process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
             running[name] = (process, output, time.perf_counter())

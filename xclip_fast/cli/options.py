@@ -235,12 +235,7 @@ def stored_weights(
 
     if checkpoint is not None:
         return checkpoint, variant
-    if place.is_dir():
-        made_with = Store.open(place).settings
-        stored, shape = made_with.checkpoint, made_with.variant
-    else:
-        metadata = FeatureFile(place).metadata
-        stored, shape = metadata["checkpoint"], metadata["variant"]
-    if not random_weights and not stored:
+    made_with = (Store.open(place) if place.is_dir() else FeatureFile(place)).settings
+    if not random_weights and not made_with.checkpoint:
         raise ValueError(f"{place}: was made with random weights; to use it all the same, add --random-weights")
-    return (None if random_weights else Path(stored)), variant or shape or None
+    return (None if random_weights else Path(made_with.checkpoint)), variant or made_with.variant or None

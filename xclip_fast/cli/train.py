@@ -35,7 +35,7 @@ def train(
     """Train or fine-tune a model.
 
     The same command resumes a run that was stopped. On several GPUs:
-    torchrun --nproc-per-node 8 -m xclip_fast.train CONFIG KEY=VALUE...
+    torchrun --nproc-per-node 8 -m xclip_fast train CONFIG KEY=VALUE...
     """
     from ..train.loop import main as run
 

@@ -6,9 +6,9 @@ that differ. ``schema`` checks every key and every value.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import difflib
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -239,7 +239,7 @@ def from_dict(values: Mapping[str, Any]) -> TrainConfig:
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:
     """The configuration as plain values for JSON or YAML. ``from_dict`` reads them back."""
-    values = _plain(dataclasses.asdict(config))
+    values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))  # tuples become lists
     values["model"] |= values["model"].pop("shape")
     return values
 
@@ -309,12 +309,6 @@ def _check(config: TrainConfig) -> None:
                 f"data.size is {data.size} and model.vision.image_size is {shape.vision.image_size}; "
                 "make them equal, or leave data.size out"
             )
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else copy.copy(value)
 
 
 def _flat(values: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, Any]]:

@@ -31,8 +31,7 @@ def decode_ahead(
     decoding stops for XCLIP_FAST_MAX_SECONDS (environment variable, default 120) is a bad file; its thread is left
     behind.
     """
-    if workers is None:
-        workers = usable_cores()
+    workers = usable_cores() if workers is None else workers
     # of the decoder of one file
     threads = max(1, workers // len(paths)) if isinstance(paths, Sequence) and paths else 1
     stop = threading.Event()
