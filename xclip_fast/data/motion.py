@@ -164,15 +164,14 @@ def write_dataset(
     *,
     frames: int = 32,
     size: tuple[int, int] = (128, 128),
-    overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
     **options: str | int | float,
 ) -> list[tuple[Path, str]]:
     """Write `folder/<label with underscores>/<index>.mp4` for every class and index; return (path, label) pairs.
 
-    A file that is there already with the same content stays as it is; with other content it raises FileExistsError,
-    unless `overwrite`; so it does if another process is writing into the folder. `progress(done, total)` is called
-    after each clip; `options` go to the encoder, H.264 with the preset ultrafast if they name no other.
+    A file that is there already with the same content stays as it is; with other content it raises FileExistsError. So
+    it does if another process is writing into the folder. `progress(done, total)` is called after each clip; `options`
+    go to the encoder, H.264 with the preset ultrafast if they name no other.
     """
     if options.get("codec", "libx264") == "libx264":
         options = {"preset": "ultrafast", **options}
@@ -186,7 +185,7 @@ def write_dataset(
                 path = home / f"{index:05d}.mp4"
                 write_clip(new, render(label, seed, index, frames=frames, size=size), **options)  # type: ignore[arg-type]
                 try:
-                    if overwrite or not path.exists():
+                    if not path.exists():
                         os.replace(new, path)
                     elif not filecmp.cmp(new, path, shallow=False):
                         raise FileExistsError(f"{path}: exists with other content; delete it or choose another folder")

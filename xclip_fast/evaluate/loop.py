@@ -44,7 +44,6 @@ def evaluate(
     labels: Sequence[str] | Mapping[str, str] | None = None,
     templates: Sequence[str] | None = None,
     batch_size: int | None = None,
-    device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     workers: int | None = None,
     distributed: bool = True,
@@ -62,8 +61,8 @@ def evaluate(
             A mapping: from each class to its text. With a linear head: the names of its outputs, in order.
         templates: sentences with ``{}``; the text features are the mean over them (``encode_text_ensemble``).
         batch_size: views (not videos) at once; by default 64 on a GPU, 8 on a CPU.
-        device, dtype: by default the model's own. Another device moves the model there. float16 or bfloat16 for a
-            model in float32 means autocast: its parameters stay float32.
+        dtype: by default the model's own. float16 or bfloat16 for a model in float32 means autocast: its parameters
+            stay float32.
         workers: as for ``data.loader.loader``, which also takes the remaining arguments (``loading``).
         distributed: if ``torch.distributed`` is initialized, each process takes its part of the videos, and all return
             the whole result. False: this process takes all videos.
@@ -82,9 +81,6 @@ def evaluate(
     if model.config.num_classes is None:
         refuse_same_texts(texts, model.config.label_tokens)
     place = next(model.parameters()).device
-    if device is not None and torch.device(device) != place:
-        model.to(device)
-        place = next(model.parameters()).device
     if batch_size is None:
         batch_size = 64 if place.type == "cuda" else 8
     if batch_size < 1:

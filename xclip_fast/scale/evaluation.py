@@ -93,7 +93,7 @@ def spread(spec: ModelSpec, options: ClusterOptions) -> Callable[..., Evaluation
 
         begun = time.perf_counter()
         actors, gpus, _ = pool_sizes(ray, options)
-        kind = ray.remote(num_cpus=options.actor_cpus, num_gpus=gpus, max_restarts=-1, max_task_retries=-1)(_Evaluator)
+        kind = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=-1, max_task_retries=-1)(_Evaluator)
         pool = ActorPool([kind.remote(spec) for _ in range(actors)])
         shared = ray.put(manifest)
         chunks = [list(range(at, min(at + _PART, len(manifest)))) for at in range(0, len(manifest), _PART)]
