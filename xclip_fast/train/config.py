@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 from ..config import XCLIPConfig, variant
 from ..data.transforms import TrainTransform
 from ..files import require_regular
-from ..schema import ConfigError, Count, NotNegative, Positive, Range, Share, build
+from ..schema import ConfigError, Count, NotNegative, Positive, Range, Share, build, config_errors
 
 YAML_BYTES = 1 << 20  # the largest YAML file that is read
 ALIASES = 20  # the most aliases in one YAML text
@@ -161,12 +161,10 @@ def load(config: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
                 f"{config}: neither a file nor a configuration of the package"
                 + (f"; similar names: {', '.join(near)}" if near else f"; the package has {', '.join(known)}")
             )
-    try:
+    with config_errors(f"{path}: cannot be read as YAML"):
         if require_regular(path) > YAML_BYTES:
             raise ConfigError(f"{path}: has more than {YAML_BYTES} bytes; this is not a configuration")
         values = parse_yaml(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read as YAML: {error}") from error
     values = {} if values is None else values
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: keys and values wanted, {type(values).__name__} found")
@@ -174,15 +172,11 @@ def load(config: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
         key, separator, text = override.partition("=")
         if not separator or not key:
             raise ConfigError(f"override {override!r}: key=value wanted, such as optim.lr=1e-5")
-        try:
+        with config_errors(f"override {override!r:.200}: {text!r:.200} is not a YAML value"):
             value = parse_yaml(text)
-        except ValueError as error:
-            raise ConfigError(f"override {override!r:.200}: {text!r:.200} is not a YAML value: {error}") from error
         set_value(values, key, value)
-    try:
+    with config_errors(path.name):
         return from_dict(values)
-    except ConfigError as error:
-        raise ConfigError(f"{path.name}: {error}") from error
 
 
 def parse_yaml(text: str) -> Any:
@@ -269,10 +263,8 @@ def model_config(config: ModelConfig, base: XCLIPConfig | None = None) -> XCLIPC
         values["mit_heads"] = values["prompt_heads"] = None
     for key, value in config.shape.items():
         values[key] = {**values[key], **value} if isinstance(value, dict) else value
-    try:
+    with config_errors("model"):
         return XCLIPConfig.from_dict(values)
-    except ValueError as error:
-        raise ConfigError(f"model: {error}") from error
 
 
 def accumulation(config: OptimConfig, world: int) -> tuple[int, int]:
@@ -298,10 +290,8 @@ def _check(config: TrainConfig) -> None:
     if data.val is not None and data.val_fraction:
         raise ConfigError("data.val and data.val_fraction exclude each other: give one of them")
     if config.model.variant is not None:
-        try:
+        with config_errors("model.variant"):
             variant(config.model.variant)
-        except ValueError as error:
-            raise ConfigError(f"model.variant: {error}") from error
     if config.model.init is None:
         shape = model_config(config.model)
         if data.size is not None and data.size != shape.vision.image_size:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator
 
 import numpy as np
 from av.video.frame import VideoFrame
@@ -23,7 +23,7 @@ from .source import Source, VideoError
 
 def chosen_pictures(
     source: Source, choose: Callable[[np.ndarray], Collection[int]], threads: int = 1
-) -> Iterator[tuple[int, np.ndarray]]:
+) -> Generator[tuple[int, np.ndarray], None, None]:
     """The chosen frames in order of display: number and upright picture, uint8 (H, W, 3), RGB.
 
     `choose` returns frame numbers. It gets the times of all frames, float64 in seconds, and raises IndexError or

@@ -8,6 +8,7 @@ Times are seconds from the first frame.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections import deque
@@ -127,17 +128,18 @@ def decode_spans(
             raise ReadError(f"{source}: {error}") from error
         return {number for _, numbers in waiting for number in numbers}
 
-    for number, picture_HWC in chosen_pictures(source, choose, threads):
-        height, width = picture_HWC.shape[:2]
-        held[number] = np.empty((size, size, 3), np.uint8)
-        apply_frame(test.crops_of(width, height)[0], picture_HWC, held[number])
-        while waiting and held.keys() >= set(waiting[0][1]):
-            (start, end), numbers = waiting.popleft()
-            stacked = torch.from_numpy(np.stack([held[each] for each in numbers]))
-            for each in [each for each in held if not waiting or each < waiting[0][1][0]]:
-                del held[each]
-            given += 1
-            yield Window(start, end, stacked)
+    with contextlib.closing(chosen_pictures(source, choose, threads)) as pictures:
+        for number, picture_HWC in pictures:
+            height, width = picture_HWC.shape[:2]
+            held[number] = np.empty((size, size, 3), np.uint8)
+            apply_frame(test.crops_of(width, height)[0], picture_HWC, held[number])
+            while waiting and held.keys() >= set(waiting[0][1]):
+                (start, end), numbers = waiting.popleft()
+                stacked = torch.from_numpy(np.stack([held[each] for each in numbers]))
+                for each in [each for each in held if not waiting or each < waiting[0][1][0]]:
+                    del held[each]
+                given += 1
+                yield Window(start, end, stacked)
     if not given:
         raise VideoError(f"{source}: is damaged: decoded again, it has fewer frames")
 
