@@ -50,10 +50,14 @@ class Request:
         """The folder of the list, or the folder that was given."""
         return self.path if self.path.is_dir() else self.path.parent
 
+    @property
+    def top(self) -> str:
+        """The given root, or the folder if no root was given."""
+        return os.fspath(self.folder) if self.root is None else self.root
+
     def listing(self, classes: Sequence[str], entries: Iterable[Video], notes: Sequence[str] = ()) -> Listing:
-        """A listing below the given root, or below the folder if no root was given."""
-        root = os.path.realpath(self.folder if self.root is None else self.root)
-        return Listing(Path(root), tuple(classes), tuple(entries), tuple(notes))
+        """A listing below ``top``."""
+        return Listing(Path(os.path.realpath(self.top)), tuple(classes), tuple(entries), tuple(notes))
 
 
 def lines_of(path: Path) -> list[tuple[int, str]]:
@@ -177,8 +181,7 @@ class Place:
     """
 
     def __init__(self, request: Request) -> None:
-        root = request.folder if request.root is None else request.root
-        self.roots = dict.fromkeys((os.path.abspath(root), os.path.realpath(root)))
+        self.roots = dict.fromkeys((os.path.abspath(request.top), os.path.realpath(request.top)))
         self._spelled: dict[str, dict[str, str]] = {}  # folder -> composed name -> name
 
     def entry(self, path: str, label: int | None) -> Video:

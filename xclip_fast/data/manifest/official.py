@@ -48,7 +48,7 @@ class _KineticsFiles:
     """Finds files below the root by YouTube id. Their names are {id}_{start:06d}_{end:06d}.mp4 or {id}.mp4."""
 
     def __init__(self, request: Request) -> None:
-        root = Path(request.folder if request.root is None else request.root)
+        root = Path(request.top)
         found, self.notes = walk(root, request.follow_links)
         self.by_name: dict[str, list[str]] = defaultdict(list)
         for entry in found:
