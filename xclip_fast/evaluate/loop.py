@@ -117,7 +117,7 @@ def evaluate(
             def score(frames: Tensor) -> Tensor:
                 return logits(model.encode_video(frames))
 
-            for row, answer in predictions(score, batches, chunk, len(names), least, truth_of_class):
+            for row, answer in predictions(score, batches, chunk, least, truth_of_class):
                 if answer is None:
                     failed[row] = NOT_A_NUMBER
                 else:
@@ -192,12 +192,8 @@ def _gather(
     for rank, (_, _, _, said) in enumerate(parts):
         if said is not None:
             raise RuntimeError(f"evaluation failed in process {rank} of {world}: {said}")
-    together: dict[int, Any] = {}
-    for part, _, _, _ in parts:
-        if together.keys() & part.keys():
-            raise RuntimeError(f"video {min(together.keys() & part.keys())} was evaluated by two processes")
-        together |= part
-    return together, {row: why for part in parts for row, why in part[1].items()}, max(part[2] for part in parts)
+    together, lost = ({row: found for part in parts for row, found in part[at].items()} for at in (0, 1))
+    return together, lost, max(part[2] for part in parts)
 
 
 def _evaluation(

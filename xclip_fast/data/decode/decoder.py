@@ -34,7 +34,7 @@ from .plan import Plan, make_plan
 from .reading import all_frames, no_frame, open_video
 from .source import Source, VideoError, as_source
 from .times import frame_times
-from .windows import Span, Video, Window, decode_spans
+from .windows import Span, VideoPath, Window, decode_spans
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class VideoInfo:
 
 
 def decode(
-    path: Video,
+    path: VideoPath,
     frames: int = 8,
     sampling: Sampling = "sparse",
     *,
@@ -95,7 +95,7 @@ def decode(
         return next(parts).frames
 
 
-def decode_frames(path: Video, indices: Sequence[int] | np.ndarray, *, threads: int = 1) -> np.ndarray:
+def decode_frames(path: VideoPath, indices: Sequence[int] | np.ndarray, *, threads: int = 1) -> np.ndarray:
     """The frames with these numbers, in this order, full size: uint8 (n, H, W, 3), RGB.
 
     Raises VideoError for a bad file or a picture size that changes, and IndexError for a number out of range.
@@ -117,7 +117,7 @@ def decode_frames(path: Video, indices: Sequence[int] | np.ndarray, *, threads: 
     return np.stack([pictures[number] for number in wanted])
 
 
-def decode_views(path: Video, views: Sequence[View], *, out: np.ndarray | None = None) -> np.ndarray:
+def decode_views(path: VideoPath, views: Sequence[View], *, out: np.ndarray | None = None) -> np.ndarray:
     """Several views of one video: uint8 (V, T, S, S, 3), RGB. Each frame is decoded once, also for several views.
 
     All views must have the same number of frames and the same size. `out`: array for the result, uint8 of that shape.
@@ -165,7 +165,7 @@ def decode_views(path: Video, views: Sequence[View], *, out: np.ndarray | None =
 
 
 def decode_many(
-    paths: Iterable[Video],
+    paths: Iterable[VideoPath],
     frames: int = 8,
     sampling: Sampling = "sparse",
     *,
@@ -200,7 +200,7 @@ def _whole(duration: float) -> list[Span]:
     return [(0.0, duration)]
 
 
-def probe(path: Video) -> VideoInfo:
+def probe(path: VideoPath) -> VideoInfo:
     """Size, codec, timing, true frame count and plan. Decodes one frame, or all if the packets do not match the frames.
 
     Raises VideoError.

@@ -24,7 +24,7 @@ from ..transforms import TestTransform, apply_frame
 from .chosen import chosen_pictures
 from .source import ReadError, Source, VideoError, as_source, limit
 
-Video = str | os.PathLike[str] | Source
+VideoPath = str | os.PathLike[str] | Source
 
 Span = tuple[float, float]
 """(start, end) in seconds: the frames with start <= time < end."""
@@ -42,7 +42,7 @@ class Window:
 
 
 def decode_windows(
-    path: Video,
+    path: VideoPath,
     window: float = 10.0,
     stride: float | None = None,
     frames: int = 8,
