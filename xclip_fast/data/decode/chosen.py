@@ -7,7 +7,6 @@ containers), or a frame on the way is damaged, the whole file is decoded: slower
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Collection, Generator, Iterator
 
 import numpy as np
@@ -19,6 +18,7 @@ from .picture import EXACT_COLOR, Upright
 from .plan import Plan, PlanFails, make_plan, planned_frames, still_fits
 from .reading import all_frames, log, no_frame, open_video
 from .source import Source, VideoError
+from .times import clock_of, frame_times
 
 
 def chosen_pictures(
@@ -85,12 +85,8 @@ def _times(plan: Plan, stream: VideoStream) -> np.ndarray:
 def _decoded_times(source: Source, threads: int) -> np.ndarray:
     """The times of all frames, from a decode of the whole file. Raises VideoError if there is no frame."""
     with open_video(source, threads) as (container, stream):
-        rate = float(stream.average_rate or 25)
-        base = float(stream.time_base or 0)
-        known = [math.nan if frame.pts is None else frame.pts * base for frame in all_frames(container, stream)]
-        if not known:
+        base, step = clock_of(stream)
+        given = [frame.pts for frame in all_frames(container, stream)]
+        if not given:
             raise no_frame(source, stream)
-    times = np.array(known, np.float64)
-    if not (np.diff(times, prepend=times[0]) >= 0).all():  # unknown times, or a clock that was set back
-        times = np.arange(len(known)) / rate
-    return times
+    return np.array(frame_times(given, step), np.float64) * float(base)

@@ -19,7 +19,6 @@ import contextlib
 import math
 from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from fractions import Fraction
 from typing import Literal
 
 import numpy as np
@@ -33,7 +32,7 @@ from .picture import Upright
 from .plan import Plan, make_plan
 from .reading import all_frames, no_frame, open_video
 from .source import Source, VideoError, as_source
-from .times import frame_times
+from .times import clock_of, frame_times
 from .windows import Span, VideoPath, Window, decode_spans
 
 
@@ -217,8 +216,7 @@ def probe(path: VideoPath) -> VideoInfo:
         if plan is not None and first.pts != plan.pts[0]:
             plan = None  # the packets do not match the decoded frames
         height, width = Upright()(first, np.empty((first.height, first.width, 1))).shape[:2]
-        base = Fraction(stream.time_base or Fraction(1, 90000))  # PyAV 19's own type rounds products, even to 0
-        step = max(1, round(1 / ((stream.average_rate or 25) * base)))
+        base, step = clock_of(stream)
         times = plan.pts if plan else frame_times([first.pts, *(frame.pts for frame in frames)], step)
         count, span = len(times), (times[-1] - times[0]) * base
         # n frames span n - 1 intervals; the last frame lasts as long as the others on average.
