@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from ..config import XCLIPConfig, variant
+from ..data.sampling import Sampling
 from ..data.transforms import TrainTransform
 from ..files import require_regular
 from ..schema import ConfigError, Count, NotNegative, Positive, Range, Share, build, config_errors
@@ -47,6 +48,8 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
+    """``data:``. The keys of ``TrainTransform`` stand here too; ``augmentation`` collects those that are no fields."""
+
     train: str | None = None  # manifest, from `xclip-fast index`
     val: str | None = None
     val_fraction: Share = 0.0  # of the training videos of each class, held out if there is no val
@@ -55,21 +58,17 @@ class DataConfig:
     shots_seed: int = 0
     frames: Annotated[int, Range(1, 1024)] | None = None  # T; None: the model's
     size: Count | None = None  # pixels of a side; None: the model's
-    # TrainTransform's own arguments
-    sampling: Literal["sparse", "dense"] = TrainTransform.sampling
-    stride: int = TrainTransform.stride  # of dense sampling
-    scales: tuple[float, ...] = TrainTransform.scales
-    flip: Share = TrainTransform.flip
-    jitter_probability: Share = TrainTransform.jitter_probability
-    brightness: float = TrainTransform.brightness
-    contrast: float = TrainTransform.contrast
-    saturation: float = TrainTransform.saturation
-    hue: float = TrainTransform.hue
-    gray: Share = TrainTransform.gray
+    sampling: Sampling = TrainTransform.sampling
+    stride: Count = TrainTransform.stride  # of dense sampling
     workers: Annotated[int, Range(0, max(64, 4 * (os.cpu_count() or 1)))] | None = None  # None: the loader's default
     cache: str | None = None  # folder for decoded frames, for small data
     cache_bytes: Annotated[int, Range(0)] | None = None
     max_bad: Share = 0.05  # a larger share of unreadable videos stops the run
+    augmentation: dict[str, Any] = dataclasses.field(default_factory=dict, metadata={"keys_of": TrainTransform})
+
+    def __post_init__(self) -> None:
+        every = dataclasses.asdict(TrainTransform(**self.augmentation))
+        object.__setattr__(self, "augmentation", {key: every[key] for key in every if not hasattr(self, key)})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,6 +234,7 @@ def to_dict(config: TrainConfig) -> dict[str, Any]:
     """The configuration as plain values for JSON or YAML. ``from_dict`` reads them back."""
     values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))  # tuples become lists
     values["model"] |= values["model"].pop("shape")
+    values["data"] |= values["data"].pop("augmentation")
     return values
 
 

@@ -193,9 +193,8 @@ def training_loader(
 ) -> Any:
     from ..data.loader.loader import loader
 
-    own: dict[str, Any] = {"frames": data.frames or shape.num_frames, "size": shape.vision.image_size}
-    names = [field.name for field in dataclasses.fields(TrainTransform) if field.name not in own]
-    transform = TrainTransform(**own, **{name: getattr(data, name) for name in names})
+    frames, size = data.frames or shape.num_frames, shape.vision.image_size
+    transform = TrainTransform(frames, size, data.sampling, data.stride, **data.augmentation)
     return loader(
         manifest,
         transform,
