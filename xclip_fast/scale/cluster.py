@@ -10,9 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from .stage import Batch, VideoStage, as_answers, files
+from .stage import Batch, VideoStage, as_answers
 
 
 @dataclass(frozen=True)
@@ -112,13 +110,9 @@ def cluster_answers(
     stage: VideoStage, options: ClusterOptions, columns: Sequence[str]
 ) -> Callable[[Iterable[str]], Iterator[Any]]:
     """As `inference.batches.answers`, on a cluster: the named columns of each window as float tensors."""
-    import torch
-
-    def values(row: dict[str, Any]) -> list[torch.Tensor]:
-        return [torch.from_numpy(np.array(row[name])).float() for name in columns]
 
     def embed(paths: Iterable[str]) -> Iterator[Any]:
         given = list(paths)
-        return as_answers(files(run(stage, given, options)), values) if given else iter(())
+        return as_answers(run(stage, given, options), columns) if given else iter(())
 
     return embed

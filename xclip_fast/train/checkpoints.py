@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..files import exchange, is_full, read_json, refuse_inflated, sync, write_text
+from ..files import exchange, is_full, read_json, refuse_inflated, sync
 from ..schema import ConfigError
 
 _COMPLETE = re.compile(r"step-(\d{8,})")
@@ -134,7 +134,12 @@ def _write_index(folder: Path, metadata: Any, written: Any) -> None:
             chunks.append({"offsets": list(chunk.offsets), "sizes": list(chunk.sizes), **here})
         dtype = str(found.properties.dtype).removeprefix("torch.")
         tensors[name] = {"dtype": dtype, "size": list(found.size), "chunks": chunks}
-    write_text(folder / _INDEX, json.dumps({"format": 1, "tensors": tensors}))
+    _write_json(folder / _INDEX, {"format": 1, "tensors": tensors})
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values), encoding="utf-8")
+    sync(path)
 
 
 def _read_index(checkpoint: Path) -> Any:
@@ -257,7 +262,7 @@ class Checkpoints:
             raise self._failed(part, error) from error
 
     def _complete(self, part: Path, counted: dict[str, Any]) -> None:
-        write_text(part / _NUMBERS, json.dumps(counted))
+        _write_json(part / _NUMBERS, counted)
         target = self.folder / part.name.removeprefix(".").removesuffix(".part")
         if exchange(part, target):  # one of the same step, from before a resume or a validation
             sync(self.folder)
