@@ -204,22 +204,6 @@ def escaped(text: str) -> str:
     return text.replace("|", "\\|").replace("*", "\\*")
 
 
-def print_table(points: Sequence[Point]) -> None:
-    if not sys.stdout.isatty():
-        print(markdown(points), end="")
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*COLUMNS)
-    for point in points:
-        table.add_row(*cells(point), style="dim" if point.origin == PAPER else None)
-    console = Console(highlight=False)
-    console.print(table)
-    for note in notes(points):
-        console.print(note, markup=False)
-
-
 def plot(points: Sequence[Point], path: Path) -> None:
     """Top-1 against the GFLOPs of all views, and against views/s; both logarithmic."""
     import matplotlib
@@ -299,7 +283,7 @@ def main(argv: list[str] | None = None) -> int:
     evaluations, speeds = read(args.files)
     measured = measured_points(evaluations, speeds)
     points = [*paper_points(), *measured, *mixed_points(speeds, measured)]
-    print_table(points)
+    print(markdown(points), end="")
     if args.markdown:
         write_text(args.markdown, markdown(points))
     if args.plot:

@@ -1,6 +1,7 @@
 """Shared by all tests: seeds, the GPU rule, small configurations."""
 
 import os
+import signal
 from collections.abc import Generator
 
 import pytest
@@ -12,6 +13,9 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU where a test asks for them
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a script; a test's programs inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a missing file's name is not looked up on the Hugging Face Hub
 

@@ -58,8 +58,6 @@ def _line(row: Row, *first: str) -> str:
         "terabytes_per_s": "{:.2f} TB/s",
         "teraflop_per_s": "{:.0f} TFLOP/s",
         "host_us": "{:.1f} us of the host",
-        "clips_per_second": "{:.0f} clips/s",
-        "data_wait": "{:.1%} waiting for data",
         "compile_s": "compiled in {:.0f} s",
         "forward_ms": "forward {:.2f} ms",
         "backward_ms": "backward {:.2f} ms",
@@ -111,6 +109,4 @@ SHOWN: dict[str, Any] = {
     "headline": _every,
     "products": lambda rows: _best(rows, ("op", "m"), "contender"),
     "attention": lambda rows: _best(rows, ("tokens", "direction"), "contender"),
-    "table": lambda rows: _best(rows, ("op",), "contender"),
-    "files": _every,
 }
