@@ -256,13 +256,8 @@ def plot(points: Sequence[Point], path: Path) -> None:
         for axes in (left, right):
             axes.margins(x=0.26, y=0.1)
             axes.grid(alpha=0.3)
-        handles, labels = [], []
-        for axes in (left, right):
-            for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-                if label not in labels:
-                    handles.append(handle)
-                    labels.append(label)
-        figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+        handles = {line.get_label(): line for axes in (left, right) for line in axes.get_lines()}
+        figure.legend(handles.values(), handles, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
         measured = any(point.origin == MEASURED for point in points)
         figure.suptitle("X-CLIP: accuracy against cost" + ("" if measured else " (the paper's accuracies only)"))
         figure.savefig(path, dpi=150)

@@ -74,3 +74,12 @@ def tiny_config() -> XCLIPConfig:
 @pytest.fixture
 def tiny_model(tiny_config: XCLIPConfig) -> xclip_fast.XCLIP:
     return rough(xclip_fast.XCLIP(tiny_config).eval())
+
+
+@pytest.fixture
+def shallow_model(tiny_model: xclip_fast.XCLIP) -> xclip_fast.XCLIP:
+    """Every kind of layer once: tracing takes seconds a layer, and compiling more."""
+    for layers in (tiny_model.visual.transformer.resblocks, tiny_model.text.transformer.resblocks):
+        del layers[1:]
+    del tiny_model.prompts_generator.decoder[1:]
+    return tiny_model

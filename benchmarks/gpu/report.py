@@ -90,13 +90,13 @@ def _every(rows: list[Row]) -> Iterator[str]:
     yield from (_line(row) for row in rows if not trouble(row))
 
 
-def _best(rows: list[Row], group: tuple[str, ...], kind: str) -> Iterator[str]:
+def _best(rows: list[Row], *group: str) -> Iterator[str]:
     """The fastest contender of each kind in each group."""
     groups: dict[tuple[Any, ...], dict[str, Row]] = {}
     for row in rows:
         if "ms" in row and not trouble(row):
             best = groups.setdefault(tuple(row.get(name) for name in group), {})
-            name = row.get("kind") or str(row[kind]).split(" ")[0]
+            name = row.get("kind") or str(row["contender"]).split(" ")[0]
             if name not in best or row["ms"] < best[name]["ms"]:
                 best[name] = row
     for key, best in groups.items():
@@ -107,6 +107,6 @@ def _best(rows: list[Row], group: tuple[str, ...], kind: str) -> Iterator[str]:
 SHOWN: dict[str, Any] = {
     "machine": _machine,
     "headline": _every,
-    "products": lambda rows: _best(rows, ("op", "m"), "contender"),
-    "attention": lambda rows: _best(rows, ("tokens", "direction"), "contender"),
+    "products": lambda rows: _best(rows, "op", "m"),
+    "attention": lambda rows: _best(rows, "tokens", "direction"),
 }
