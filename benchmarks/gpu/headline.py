@@ -166,9 +166,9 @@ def inference(
                 calls[GRAPHED] = graphed(job, model, video, kind)
             if fp8:
                 row = {**base, "contender": FP8}
-                quarter = job.attempt(FP8, row, quantized, model)
-                if quarter is not None:
-                    calls[FP8] = work_of(job, quarter, video, kind)
+                model_fp8 = job.attempt(FP8, row, quantized, model)
+                if model_fp8 is not None:
+                    calls[FP8] = work_of(job, model_fp8, video, kind)
                     calls[f"{FP8} library"] = under("library", calls[FP8])  # where the CUDA library is missing
                 if "note" in row:
                     yield row
