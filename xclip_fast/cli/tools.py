@@ -88,7 +88,7 @@ def tune(
     First the tiles of the Triton kernels, then the backends. Every contender is compared with a reference before it is
     timed. The winners go to ~/.cache/xclip_fast.
     """
-    from ..tuning import tune
+    from ..inference.tuning import tune
 
     if rehearse:  # read when the kernels are imported
         os.environ["TRITON_INTERPRET"] = "1"

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..console import Bar
 from ..inference.placement import load_model, placed
-from ..processes import find_device, join_processes
+from ..inference.processes import find_device, join_processes
 from ..text.labels import plain_name
 from ..weights.recipe import Trained
 from .loop import evaluate

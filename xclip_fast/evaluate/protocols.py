@@ -22,7 +22,7 @@ from ..console import Bar, print_rows
 from ..data.manifest.manifest import Manifest
 from ..files import write_text
 from ..inference.placement import load_model, placed
-from ..processes import find_device, join_processes
+from ..inference.processes import find_device, join_processes
 from ..text.labels import candidates, readable
 from ..weights.recipe import Trained
 from .command import named

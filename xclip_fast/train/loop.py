@@ -27,11 +27,11 @@ import torch
 from ..data.manifest.manifest import Manifest
 from ..evaluate.loop import evaluate
 from ..files import write_text
+from ..inference.processes import Process, find_device, join_processes
+from ..inference.tuning import tune_before
 from ..model import XCLIP
-from ..processes import Process, find_device, join_processes
 from ..schema import ConfigError
 from ..text.templates import TEMPLATES
-from ..tuning import tune_before
 from ..weights import checkpoint
 from ..weights.recipe import FILE as TRAINED
 from ..weights.recipe import Trained

@@ -24,8 +24,8 @@ from ..data.sampling import epoch_order
 from ..data.transforms import TrainTransform
 from ..evaluate.sample_lists import few_shot
 from ..files import read_json
+from ..inference.processes import Process
 from ..model import XCLIP
-from ..processes import Process
 from ..schema import ConfigError, config_errors
 from ..text.labels import readable, refuse_same_texts
 from ..text.templates import TEMPLATES
