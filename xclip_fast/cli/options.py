@@ -27,7 +27,6 @@ Videos = Annotated[
         metavar="VIDEO",
         help="Video files, folders, globs in quotes, lists of paths (.txt, .jsonl), URLs, or - to read paths from "
         "standard input.",
-        show_default=False,
     ),
 ]
 Checkpoint = Annotated[
@@ -96,7 +95,7 @@ EvalWorkers = Annotated[
     int | None,
     typer.Option(min=0, max=1024, help="Decoding processes; 0: decode in this one. Default: by the number of cores."),
 ]
-Weights = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Weights, a file or folder.", show_default=False)]
+Weights = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Weights, a file or folder.")]
 Html = Annotated[Path | None, typer.Option(metavar="FILE", help="Also write a web page with pictures.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing output.")]
 
