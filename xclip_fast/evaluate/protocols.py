@@ -23,7 +23,7 @@ from ..data.manifest.manifest import Manifest
 from ..files import write_text
 from ..inference.placement import load_model, placed
 from ..inference.processes import find_device, join_processes
-from ..text.labels import candidates, readable
+from ..text.labels import candidates
 from ..weights.recipe import Trained
 from .command import named
 from .loop import Evaluation, evaluate
@@ -45,24 +45,18 @@ def mean_std(values: Sequence[float]) -> tuple[float, float]:
 
 
 def over_splits(
-    model: XCLIP,
-    manifests: Sequence[Manifest],
-    *,
-    trained: Trained | None = None,
-    **settings: Any,
+    model: XCLIP, manifests: Sequence[Manifest], *, trained: Trained | None = None, **settings: Any
 ) -> list[Evaluation]:
     """``evaluate`` on each test split, with class names as words.
 
     ``trained``: the recipe of a checkpoint that was trained on these classes; it gives the texts or the outputs' names.
     ``settings`` go to ``evaluate``.
     """
-    results = []
-    for manifest in manifests:
-        labels: list[str] | dict[str, str] | None = {name: readable(name) for name in manifest.classes}
-        if trained is not None:
-            labels = trained.texts(manifest.classes, model.config.num_classes is not None)
-        results.append(evaluate(model, manifest, labels=labels, **settings))
-    return results
+    trained, linear_head = trained or Trained(), model.config.num_classes is not None
+    return [
+        evaluate(model, manifest, labels=trained.texts(manifest.classes, linear_head), **settings)
+        for manifest in manifests
+    ]
 
 
 def over_draws(model: XCLIP, manifest: Manifest, draws: Sequence[Sequence[str]], **settings: Any) -> list[Evaluation]:
