@@ -19,7 +19,6 @@ from xclip_fast.data.manifest import Manifest, index
 from xclip_fast.data.motion import render, write_clip
 from xclip_fast.evaluate import protocols
 from xclip_fast.evaluate.paper import PAPER_TABLE3, PAPER_TABLE4, PAPER_TABLE5, PROTOCOLS, paper_rows
-from xclip_fast.evaluate.protocols import readable
 from xclip_fast.evaluate.sample_lists import (
     draw_classes,
     few_shot,
@@ -29,6 +28,7 @@ from xclip_fast.evaluate.sample_lists import (
     write_draws,
     write_samples,
 )
+from xclip_fast.text.labels import readable
 from xclip_fast.weights import checkpoint
 
 
