@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .derived import cast
+from .common.derived import cast
 
 ABI = 6  # XCLIP_FAST_ABI of csrc/include/xclip_fast.h
 TILES = {"auto": -1, "square": 0, "wide": 1}

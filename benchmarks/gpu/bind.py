@@ -34,8 +34,8 @@ def launches(job: Job) -> Iterator[Row]:
 def main() -> None:
     import torch
     from xclip_fast.kernels import backend
+    from xclip_fast.kernels.attention import triton as kernel
     from xclip_fast.kernels.fake_gpu import fake_gpu
-    from xclip_fast.kernels.triton import attention as kernel
     from xclip_fast.kernels.triton import launching
 
     import xclip_fast

@@ -14,8 +14,8 @@ from .case import Job, Row
 
 def op(job: Job, op: str) -> Iterator[Row]:
     """A row for each shape of an op: the milliseconds of each backend, as in choices.json."""
-    from xclip_fast.kernels import choices
-    from xclip_fast.kernels.example import Sizes
+    from xclip_fast.kernels.common.example import Sizes
+    from xclip_fast.kernels.dispatch import choices
     from xclip_fast.kernels.tune import backends, measuring
     from xclip_fast.kernels.tune.shapes import SHAPES
 

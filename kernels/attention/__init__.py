@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import triton
-from ..parts import Case, Part
-from ..support import UNMEASURED, Backend, on_triton
+from ..dispatch.parts import Case, Part
+from ..dispatch.support import UNMEASURED, Backend, on_triton
+from ..triton import ONE_TILE
 from . import libraries
 
 
@@ -26,26 +26,6 @@ def attention_reference(qkv_FS3HC: Tensor, causal: bool = False, bias: Tensor | 
         bias = bias if bias.shape[0] == 1 else bias.repeat(query.shape[0] // bias.shape[0], 1, 1, 1)
         return F.scaled_dot_product_attention(query, key, value, bias.to(query.dtype)).transpose(1, 2)
     return F.scaled_dot_product_attention(query, key, value, is_causal=causal).transpose(1, 2)
-
-
-def packed_reference(qkv_M3HC: Tensor, offsets: Tensor, longest: int) -> Tensor:
-    """Causal attention of each label over itself.
-
-    Args:
-        qkv_M3HC: (M, 3, H, C), the rows of all labels, one label after another.
-        offsets: (K + 1,), integer: label k owns rows offsets[k] to offsets[k + 1] - 1; offsets[K] = M.
-        longest: rows of the longest label.
-
-    Returns:
-        (M, H, C).
-    """
-    rows, labels = qkv_M3HC.shape[0], offsets.shape[0] - 1
-    offsets, device = offsets.long(), qkv_M3HC.device
-    label_M = torch.repeat_interleave(torch.arange(labels, device=device), offsets.diff(), output_size=rows)
-    place_M = torch.arange(rows, device=device) - offsets[label_M]
-    # padding stands behind a label's last token, where causal attention never looks
-    padded = qkv_M3HC.new_zeros(labels, longest, *qkv_M3HC.shape[1:]).index_put((label_M, place_M), qkv_M3HC)
-    return attention_reference(padded, causal=True)[label_M, place_M]
 
 
 # A candidate's forward(save, qkv (F, S, 3, H, C), causal) returns (out (F, S, H, C), what its backward wants beside);
@@ -70,17 +50,9 @@ def takes(channels: int) -> bool:
     return channels in (16, 32, 64)
 
 
-def _triton_forward(save: bool, qkv: Tensor, causal: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
-    return triton.attention.forward(save, qkv)
-
-
-def _triton_backward(dout: Tensor, qkv: Tensor, out: Tensor, saved: tuple[Tensor, ...], causal: bool) -> Tensor:
-    return triton.attention.backward(dout, qkv, out, saved)
-
-
 def triton_saved(qkv: Tensor) -> tuple[Tensor, ...]:
     """An empty log-sum-exp, if its forward saves one."""
-    one_tile = not takes(qkv.shape[-1]) or qkv.shape[1] <= triton.ONE_TILE[qkv.element_size()]
+    one_tile = not takes(qkv.shape[-1]) or qkv.shape[1] <= ONE_TILE[qkv.element_size()]
     return () if one_tile else libraries.log_sum_exp(qkv)
 
 
@@ -98,36 +70,9 @@ ATTENTION = Part(
     libraries.FLASH_ATTN_4,
     libraries.FLASH_ATTN,
     libraries.XFORMERS,
-    on_triton(_triton_forward, _triton_backward, opt_in=UNMEASURED, refuse=_refuse_triton, saved=triton_saved),
+    on_triton("attention", opt_in=UNMEASURED, refuse=_refuse_triton, saved=triton_saved),
     libraries.EFFICIENT,
     Backend("reference", _plain_forward, reference_backward, saved=lambda qkv: ()),
-)
-
-
-def _packed_forward(qkv: Tensor, offsets: Tensor, longest: int) -> Tensor:
-    return triton.packed_attention.forward(qkv, offsets, longest)
-
-
-def _packed_backward(dout: Tensor, qkv: Tensor, offsets: Tensor, longest: int) -> Tensor:
-    return triton.packed_attention.backward(dout, qkv, offsets, longest)
-
-
-def _refuse_packed(case: Case) -> str | None:
-    if not takes(case.channels):
-        return f"head size {case.channels} is not 16, 32 or 64"
-    # what fits in one tile of the kernel without spilling registers
-    limit, where = 128, "in a tile"
-    if case.dtype == torch.float32:
-        limit, where = 32, "in float32"
-    elif case.device.type == "cuda" and torch.cuda.get_device_capability(case.device)[0] < 9:
-        limit, where = 64, "before compute capability 9.0"
-    return None if case.length <= limit else f"the longest label has {case.length} tokens, more than {limit} {where}"
-
-
-# forward(qkv (M, 3, H, C), offsets, longest) -> (M, H, C); backward(dout, qkv, offsets, longest) -> dqkv
-PACKED_ATTENTION = Part(
-    "packed_attention",
-    on_triton(_packed_forward, _packed_backward, refuse=_refuse_packed, saved=lambda qkv: ()),
 )
 
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..parts import Case
-from ..support import HALF, UNMEASURED, Backend
+from ..dispatch.parts import Case
+from ..dispatch.support import HALF, UNMEASURED, Backend
 
 Saved = tuple[Tensor, ...]
 aten = torch.ops.aten

@@ -13,8 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .. import tables
-from ..dispatch import INTERPRETED
+from ..dispatch import INTERPRETED, tables
 
 TABLE = Path(__file__).with_name("tiles.json")
 Made = TypeVar("Made")

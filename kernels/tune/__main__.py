@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 
-from .. import choices
-from ..tables import user_table
+from ..dispatch import choices
+from ..dispatch.tables import user_table
 from . import backends, measuring, tiles
 from .shapes import BATCHES, SHAPES
 

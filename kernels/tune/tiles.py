@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..attention import attention_reference
 from ..cct_block.products import FOLD_FROM
-from ..example import Sizes
+from ..common.example import Sizes
 from ..linear import linear
 from ..quick_gelu import quick_gelu_reference
 from ..triton import ONE_TILE
@@ -129,7 +129,7 @@ ATTENTION = [
 
 
 def attention_work(op: str, shape: Sizes, batches: tuple[int, ...]) -> Iterator[Work]:
-    from ..triton import attention
+    from ..attention import triton as attention
 
     length, heads, backward = shape.tokens + 1, shape.width // 64, op != "attention"
     candidates = attention_candidates(length, op.endswith("dk_dv"))

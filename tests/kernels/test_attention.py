@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from xclip_fast.kernels.attention import ATTENTION, attention_reference, libraries
 from xclip_fast.kernels.dispatch import INTERPRETED
-from xclip_fast.kernels.parts import Case
+from xclip_fast.kernels.dispatch.parts import Case
 
 CANDIDATES = {candidate.name: candidate for candidate in ATTENTION.backends}
 

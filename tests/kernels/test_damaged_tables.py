@@ -4,7 +4,7 @@ import json
 import logging
 
 import pytest
-from xclip_fast.kernels import choices, tables
+from xclip_fast.kernels.dispatch import choices, tables
 
 GOOD = {"arch": 90, "where": {"M": [1, 64]}, "milliseconds": {"triton": 0.1, "library": 0.2}}
 

@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from xclip_fast.kernels.cct_block import fused, products
 from xclip_fast.kernels.cct_block.example import example
+from xclip_fast.kernels.common.example import FLOAT8, TINY, Maker
 from xclip_fast.kernels.dispatch import INTERPRETED, OPS, BackendError, Op
-from xclip_fast.kernels.example import FLOAT8, TINY, Maker
+from xclip_fast.kernels.dispatch.support import Backend
 from xclip_fast.kernels.linear import product
-from xclip_fast.kernels.support import Backend
 
 from xclip_fast import kernels
 

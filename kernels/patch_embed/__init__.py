@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import cpu
-from .dispatch import Op, triton_backend
-from .example import Maker, Sizes
-from .layer_norm import layer_norm_reference
-from .linear import linear
+from .. import cpu
+from ..common.example import Maker, Sizes
+from ..dispatch import Op
+from ..dispatch.support import on_triton
+from ..layer_norm import layer_norm_reference
+from ..linear import linear
 
 
 def constants(values: Sequence[float], like: Tensor, dtype: torch.dtype) -> Tensor:
@@ -90,7 +91,7 @@ def _example(sizes: Sizes, make: Maker) -> tuple[Any, ...]:
 
 _op = Op(
     patch_embed_reference,
-    triton_backend("patch_embed", refuse=_refuse),
+    on_triton("patch_embed", refuse=_refuse),
     example=_example,
     saved=_saved,
     autocast=("weight",),

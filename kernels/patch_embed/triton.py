@@ -14,11 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..derived import kept
+from ..common.derived import kept
+from ..layer_norm.triton import Positions, normalize, normalize_backward
 from ..linear import linear
-from .gemm import rows_of
-from .launching import Prepared, cdiv, prepared, tile
-from .layer_norm import Positions, normalize, normalize_backward
+from ..triton.gemm import rows_of
+from ..triton.launching import Prepared, cdiv, prepared, tile
 
 
 @triton.jit

@@ -15,12 +15,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ..attention import attention_reference, reference_backward, takes
+from ..attention import triton as attention
+from ..attention.tiles import LOG2_E, attend_tile, power_of_two
+from ..layer_norm.triton import Spare, normalize_backward
 from ..linear import product
-from . import ONE_TILE, attention
-from .attention_tiles import LOG2_E, attend_tile, power_of_two
-from .column_sums import scaled
-from .launching import Prepared, arch, cdiv, next_power_of_2, prepared, tile
-from .layer_norm import Spare, normalize_backward
+from ..triton import ONE_TILE
+from ..triton.column_sums import scaled
+from ..triton.launching import Prepared, arch, cdiv, next_power_of_2, prepared, tile
 
 APART = 16  # rows up to which QKV and attention are two launches: the first has more programs than there are heads
 SLICE = 32  # columns of a row whose mean and M2 stand in one slot

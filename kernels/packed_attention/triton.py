@@ -1,5 +1,5 @@
 """Attention of sequences that fit in one tile: one program a sequence and head. Causal over packed labels, forward and
-backward; over sequences of equal length, backward (attention.py has their forward).
+backward; over sequences of equal length, backward (attention/triton.py has their forward).
 
 M rows in all, K labels, F sequences of S rows, H heads, C channels of a head.
 """
@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention_tiles import LOG2_E, attend_tile, attend_tile_backward, channels_contiguous
-from .launching import launch, tile
+from ..attention.tiles import LOG2_E, attend_tile, attend_tile_backward, channels_contiguous
+from ..triton.launching import launch, tile
 
 
 @triton.jit

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import tables
 
-TABLE = Path(__file__).with_name("choices.json")
+TABLE = Path(__file__).parents[1] / "choices.json"
 
 
 def known(name: str) -> bool:

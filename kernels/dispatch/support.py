@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .. import triton
+
 HALF = (torch.bfloat16, torch.float16)
 ON_TRITON = (*HALF, torch.float32)
 FLOATS = (*ON_TRITON, torch.float64)
@@ -79,10 +81,19 @@ class Backend:
         return self.refuse(*about) if self.refuse else None
 
 
-def on_triton(forward: Callable[..., Any], backward: Callable[..., Any] | None, **more: Any) -> Backend:
-    """A backend of Triton's kernels: half and single precision, CUDA from compute capability 8.0."""
-    given: dict[str, Any] = {"dtypes": ON_TRITON, "device_types": ("cuda",), "capability": 8, "package": "triton"}
-    return Backend("triton", forward, backward, **{**given, **more})
+# what Triton's kernels support: half and single precision, CUDA from compute capability 8.0
+TRITON: dict[str, Any] = {"dtypes": ON_TRITON, "device_types": ("cuda",), "capability": 8, "package": "triton"}
+
+
+def on_triton(op: str, **more: Any) -> Backend:
+    """The backend of ``forward`` and ``backward`` in ``kernels/<op>/triton.py``, which the first call imports."""
+    return Backend(
+        "triton",
+        lambda *args: getattr(triton, op).forward(*args),
+        lambda *args: getattr(triton, op).backward(*args),
+        **TRITON,
+        **more,
+    )
 
 
 def installed(package: str) -> bool:

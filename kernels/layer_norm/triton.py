@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .gemm import rows_of
-from .launching import Prepared, cdiv, next_power_of_2, prepared, processors, tile
+from ..triton.gemm import rows_of
+from ..triton.launching import Prepared, cdiv, next_power_of_2, prepared, processors, tile
 
 
 @triton.jit
