@@ -48,6 +48,7 @@ class Backend:
     dtypes: tuple[torch.dtype, ...] = FLOATS
     device_types: tuple[str, ...] = ()  # empty: any
     capability: int = 0  # the least major compute capability of a CUDA device
+    last_capability: int = 99  # the greatest
     package: str = ""
     install: str = ""  # the command that installs the package
     opt_in: str = ""  # why it is taken only where it is asked for or was measured to be fast
@@ -78,6 +79,8 @@ class Backend:
             major = call.interpreted // 10 if assumed else torch.cuda.get_device_properties(call.device).major
             if major < self.capability:
                 return f"compute capability {major}.x is below {self.capability}.0"
+            if major > self.last_capability:
+                return f"compute capability {major}.x is above {self.last_capability}.x, the last one with kernels"
         return self.refuse(*about) if self.refuse else None
 
 
