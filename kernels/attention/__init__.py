@@ -4,6 +4,8 @@ F sequences (frames), S rows of each, H heads of C channels. In a cross-frame co
 spare one: its key and value are the message's (equation 8), its query is dead.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -28,21 +30,22 @@ def attention_reference(qkv_FS3HC: Tensor, causal: bool = False, bias: Tensor | 
     return F.scaled_dot_product_attention(query, key, value, is_causal=causal).transpose(1, 2)
 
 
-# A candidate's forward(save, qkv (F, S, 3, H, C), causal) returns (out (F, S, H, C), what its backward wants beside);
-# backward(dout, qkv, out, saved, causal) returns dqkv (F, S, 3, H, C), contiguous.
+# A candidate's forward(save, qkv, *mixing) returns (out, what its backward wants beside); backward(dout, qkv, out,
+# saved, *mixing) returns dqkv, contiguous. qkv and dqkv are (F, S, 3, H, C), out and dout (F, S, H, C). In ATTENTION
+# mixing is causal. In WINDOW_ATTENTION it is causal and the bias (W, H, S, S), and backward returns dqkv and dbias.
 
 
-def _plain_forward(save: bool, qkv: Tensor, causal: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
-    return attention_reference(qkv, causal), ()
+def _reference_forward(save: bool, qkv: Tensor, *mixing: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
+    return attention_reference(qkv, *mixing), ()
 
 
 def reference_backward(
-    dout: Tensor, qkv: Tensor, out: Tensor, saved: tuple[Tensor, ...], causal: bool = False
-) -> Tensor:
+    dout: Tensor, qkv: Tensor, out: Tensor, saved: tuple[Tensor, ...], causal: bool = False, *bias: Tensor
+) -> Any:
     with torch.enable_grad():  # forward once more
-        leaf = qkv.detach().requires_grad_()
-        (dqkv,) = torch.autograd.grad(attention_reference(leaf, causal), leaf, dout)
-    return dqkv
+        leaves = [each.detach().requires_grad_() for each in (qkv, *bias)]
+        gradients = torch.autograd.grad(attention_reference(leaves[0], causal, *leaves[1:]), leaves, dout)
+    return gradients if bias else gradients[0]
 
 
 def takes(channels: int) -> bool:
@@ -72,27 +75,11 @@ ATTENTION = Part(
     libraries.XFORMERS,
     on_triton("attention", opt_in=UNMEASURED, refuse=_refuse_triton, saved=triton_saved),
     libraries.EFFICIENT,
-    Backend("reference", _plain_forward, reference_backward, saved=lambda qkv: ()),
+    Backend("reference", _reference_forward, reference_backward, saved=lambda qkv: ()),
 )
 
 
-def _window_forward(save: bool, qkv: Tensor, bias: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-    return attention_reference(qkv, bias=bias), ()
-
-
-def _window_backward(
-    dout: Tensor, qkv: Tensor, out: Tensor, saved: tuple[Tensor, ...], bias: Tensor
-) -> tuple[Tensor, Tensor]:
-    with torch.enable_grad():  # forward once more: attention is a small part of a block with windows
-        leaves = [each.detach().requires_grad_() for each in (qkv, bias)]
-        dqkv, dbias = torch.autograd.grad(attention_reference(leaves[0], bias=leaves[1]), leaves, dout)
-    return dqkv, dbias
-
-
-# With a bias on the scores, by torch's SDPA, which chooses among its own kernels those that take one (memory-efficient,
-# cuDNN). forward(save, qkv (F, S, 3, H, C), bias (W, H, S, S)) -> (out (F, S, H, C), ()); backward(dout, qkv, out, (),
-# bias) -> dqkv, dbias.
+# by torch's SDPA, which chooses among its own kernels those that take a bias (memory-efficient, cuDNN)
 WINDOW_ATTENTION = Part(
-    "window_attention",
-    Backend("library", _window_forward, _window_backward, saved=lambda qkv: ()),
+    "window_attention", Backend("library", _reference_forward, reference_backward, saved=lambda qkv: ())
 )

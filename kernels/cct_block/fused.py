@@ -36,6 +36,13 @@ def _norms(b: Block) -> tuple[Norm, Norm]:
     return Norm(b.ln_1_weight, b.ln_1_bias, b.eps), Norm(b.ln_2_weight, b.ln_2_bias, b.eps)
 
 
+def _mixing(b: Block) -> tuple[Any, ...]:
+    """What a candidate of the attention takes beside the projection."""
+    if b.offsets is not None:
+        return b.offsets, b.longest
+    return (b.causal,) if b.bias is None else (b.causal, b.bias)
+
+
 def forward(save: bool, *args: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     b = Block(*args)
     return run(save, b, plan_of(b, save))
@@ -100,12 +107,7 @@ def _diffuse(
     """
     x = _rows(b.x)
     heads = qkv.view(*b.x.shape[:-1], 3, b.heads, -1)
-    if b.bias is not None:
-        mixed, saved = p.attention.forward(save, heads, b.bias)
-    elif b.offsets is None:
-        mixed, saved = p.attention.forward(save, heads, b.causal)
-    else:
-        mixed, saved = p.attention.forward(heads, b.offsets, b.longest), ()
+    mixed, saved = p.attention.forward(save, heads, *_mixing(b))
     mixed_rows = mixed.reshape(x.shape)
     if b.rows is not None:
         mixed_rows, x = mixed_rows[b.rows], x[b.rows]
@@ -189,12 +191,9 @@ def backward(
     if b.rows is not None:
         dmixed, dz = _spread(dmixed, b.rows, x), _spread(dz, b.rows, x)
     heads = qkv.view(*b.x.shape[:-1], 3, b.heads, -1)
+    dqkv = p.attention.backward(dmixed.view(mixed.shape), heads, mixed, tuple(attention_saved), *_mixing(b))
     if b.bias is not None:
-        dqkv, given["bias"] = p.attention.backward(dmixed.view(mixed.shape), heads, mixed, (), b.bias)
-    elif b.offsets is None:
-        dqkv = p.attention.backward(dmixed.view(mixed.shape), heads, mixed, tuple(attention_saved), b.causal)
-    else:
-        dqkv = p.attention.backward(dmixed.view(mixed.shape), heads, b.offsets, b.longest)
+        dqkv, given["bias"] = dqkv
     dqkv = dqkv.reshape(qkv.shape)
     # qkv = LN_1([x, m]) W^T + b, and x passes it: the messages stood in the spare rows
     _, given["in_bias"], _ = triton.column_sums.scaled(dqkv, dtype)

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import dispatch
 from ..attention import ATTENTION, WINDOW_ATTENTION
 from ..common.block import GELUS, Block
-from ..dispatch import choices
+from ..dispatch import tables
 from ..dispatch.parts import Case, Part
 from ..dispatch.support import Backend, installed
 from ..layer_norm import WIDEST_ROW
@@ -139,7 +139,7 @@ def slots(case: Case) -> dict[str, tuple[Part, Case, dict[str, int]]]:
 
 
 _kept_plan = functools.lru_cache(4096)(_find_plan)
-choices.kept.append(_kept_plan)
+tables.kept.append(_kept_plan)
 
 
 def refuse(*args: Any) -> str | None:

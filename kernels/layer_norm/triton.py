@@ -43,8 +43,8 @@ def layer_norm_fwd_kernel(
     product_ptr,  # (M, D) or None: x is x + s (product + product_bias), and written to z
     product_bias_ptr,  # (D,) or None
     drop_ptr,  # (M / sample_rows,) or None: s
-    z_ptr,  # (M, D), with product; or None, with position
     later_ptr,  # (D,) or None: added to what is written to z, and not to what is normalized
+    z_ptr,  # (M, D), with product; or None, with position
     position_ptr,  # (positions, D) or None: added to x, row i in row i of every ``length`` rows; x is written to z
     first_ptr,  # (D,), with position: added in the first of every ``length`` rows
     weight_ptr,  # (D,)
@@ -273,28 +273,12 @@ def normalize(
         z = torch.empty(M, D, dtype=x.dtype if positions is None else dtype, device=x.device)
     y = None if dtype is None else torch.empty(M, D, dtype=dtype, device=x.device)
     mean, rstd = (torch.empty(M, dtype=torch.float32, device=x.device) if statistics else None for _ in range(2))
-    product, product_bias, drop_scale, later = branch or (None, None, None, None)
     spares, length = _spare(spare, M)
     position, first, length = positions or (None, None, length)
-    count = 0 if position is None else len(position)
-    sample_rows = _sample_rows(M, drop_scale)
-    _forward(x.device, x.element_size(), M, D, x.stride(0), length, count, sample_rows, eps)(
-        x,
-        product,
-        product_bias,
-        drop_scale,
-        z,
-        later,
-        position,
-        first,
-        weight,
-        bias,
-        y,
-        scale,
-        mean,
-        rstd,
-        *spares,
-    )
+    count, sample_rows = 0 if position is None else len(position), _sample_rows(M, branch and branch.drop_scale)
+    run = _forward(x.device, x.element_size(), M, D, x.stride(0), length, count, sample_rows, eps)
+    added = (*(branch or (None,) * 4), z, position, first)
+    run(x, *added, weight, bias, y, scale, mean, rstd, *spares)
     return x if z is None else z, y, mean, rstd
 
 

@@ -40,7 +40,7 @@ def _refuse(case: Case) -> str | None:
     return None if case.length <= limit else f"the longest label has {case.length} tokens, more than {limit} {where}"
 
 
-# forward(qkv (M, 3, H, C), offsets, longest) -> (M, H, C); backward(dout, qkv, offsets, longest) -> dqkv
+# as ATTENTION, of qkv (M, 3, H, C); mixing is offsets and longest
 PACKED_ATTENTION = Part(
     "packed_attention",
     on_triton("packed_attention", refuse=_refuse, saved=lambda qkv: ()),

@@ -219,8 +219,7 @@ def _prepare(
     # float32 runs on the ordinary units, from registers, where tiles in descriptor layout only cost more of them
     descriptors = arch(device) >= 90 and dtype != torch.float32
     by_tile = descriptors and aligned and describable(a_row, K) and describable(b_row, K)
-    heavy = int(residual_row is not None)
-    sizes = {"m": M, "n": N, "k": K, "bytes": size, "heavy": heavy, "aligned": int(by_tile)}
+    sizes = {"m": M, "n": N, "k": K, "bytes": size, "residual": int(residual_row is not None), "aligned": int(by_tile)}
     config = dict(tile("gemm", device, **sizes))
     occupancy = config.pop("OCCUPANCY", 1)
     width = config["BLOCK_N"] // config["SUBTILES"]
@@ -304,17 +303,7 @@ def gemm(
 
     slots, merge = launches.slots, launches.merge
     parts = (None, None) if merge is None else (floats(slots, M), floats(slots, M))
-    launches.product(
-        a,
-        b,
-        y,
-        bias,
-        *(norm or (None, None, None)),
-        u,
-        drop_scale,
-        residual,
-        *parts,
-    )
+    launches.product(a, b, y, bias, *(norm or (None, None, None)), u, drop_scale, residual, *parts)
     outputs = [y] if u is None else [y, u]
     if merge is not None:
         statistics = floats(M), floats(M)

@@ -466,21 +466,21 @@ def test_a_launch_is_on_the_device_of_its_tensors(monkeypatch: pytest.MonkeyPatc
 
 def test_the_tile_cache_stays_small_and_right(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/nonexistent")
-    launching.forget()
+    tables.forget()
     draw, device = random.Random(0), torch.device("cpu")
     table = ahead_of_time.json.loads(launching.TABLE.read_text())
     for arch in ARCHS:
         with launching.assumed_gpu(arch, 132):
             for rows in range(1, 6000):
-                sizes = {"m": rows, "n": 768, "k": 3072, "bytes": 2, "heavy": rows % 2, "aligned": 1}
+                sizes = {"m": rows, "n": 768, "k": 3072, "bytes": 2, "residual": rows % 2, "aligned": 1}
                 launching.tile("gemm", device, **sizes)
             for _ in range(500):
                 sizes = {"m": draw.choice((1, 128, 129, 2048, 2049, 8191, 8192, 10**6)), "n": 768, "k": 768}
-                sizes |= {"bytes": draw.choice((2, 4)), "heavy": draw.randint(0, 1), "aligned": draw.randint(0, 1)}
+                sizes |= {"bytes": draw.choice((2, 4)), "residual": draw.randint(0, 1), "aligned": draw.randint(0, 1)}
                 newest_first = sorted(table["gemm"], key=lambda row: -row["arch"])
                 fitting = (row for row in newest_first if row["arch"] <= arch and tables.holds(row, sizes))
                 assert launching.tile("gemm", device, **sizes) == next(fitting)["use"]
-    assert launching._tile.cache_info().currsize <= 4096
+    assert tables.first.cache_info().currsize <= 4096
 
 
 def test_integers_by_triton() -> None:

@@ -41,16 +41,16 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Write]:
     monkeypatch.setattr(choices, "TABLE", tmp_path / "shipped" / "choices.json")
     monkeypatch.setattr(choices, "architecture", lambda x: 90)
     monkeypatch.setattr(cuda_library, "refuse_device", lambda *_: None)
-    choices.forget()
+    tables.forget()
 
     def write(op: str, *rows: dict[str, Any], shipped: bool = False) -> None:
         path = choices.TABLE if shipped else tables.user_table("choices.json")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({op: rows}))
-        choices.forget()
+        tables.forget()
 
     yield write
-    choices.forget()
+    tables.forget()
 
 
 def row(*order: str, arch: int = 90, **where: Any) -> dict[str, Any]:
@@ -451,11 +451,11 @@ def test_every_tile_table_can_be_measured(op: str, small: dict[str, float], monk
     assert (wrong, len(rows)) == (0, 4 if op == "gemm" else 1), said
     tune.merge(tables.user_table("tiles.json"), {op: rows})
     launching = importlib.import_module("xclip_fast.kernels.triton.launching")
-    launching.forget()
+    tables.forget()
     for found in rows:
         sizes = {name: bounds[0] for name, bounds in found["where"].items()}
         assert launching.tile(op, torch.device("cpu"), **sizes) == found["use"]
-    launching.forget()
+    tables.forget()
     right = tune_tiles._right
     monkeypatch.setattr(tune_tiles, "_right", lambda *given, **options: 2 * right(*given, **options))
     monkeypatch.setattr(tune_tiles, "attention_reference", lambda qkv: 2 * qkv[:, :, 0])
