@@ -19,13 +19,14 @@ from .plans import Plan, case_of, plan, plan_of
 from .products import Layer, Norm, Normed, Target, slope
 
 
-def _plain(args: Sequence[Any]) -> Block:
+def _plain(b: Block) -> Block:
     """The arguments with neighboring numbers side by side, as kernels read them; a copy of those that are not."""
-    plain: Any = [
-        arg.contiguous() if isinstance(arg, Tensor) and not arg.is_contiguous() and arg.stride(-1) != 1 else arg
-        for arg in args
-    ]
-    return Block(*plain)
+    apart: dict[str, Any] = {
+        name: arg.contiguous()
+        for name, arg in zip(b._fields, b, strict=True)
+        if isinstance(arg, Tensor) and not arg.is_contiguous() and arg.stride(-1) != 1
+    }
+    return b._replace(**apart) if apart else b
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -148,7 +149,7 @@ def saved_like(*args: Any) -> tuple[Tensor, ...]:
 def backward(
     grads: Sequence[Any], saved: Sequence[Tensor], needs: Sequence[torch.dtype | None], *args: Any
 ) -> list[Tensor]:
-    b = _plain(args)
+    b = _plain(Block(*args))
     p, x, dtype = plan_of(b, True), _rows(b.x), b.in_weight.dtype
     assert p.attention.backward is not None
     qkv, mixed, z, u, mean_1, rstd_1, mean_2, rstd_2, *rest = saved

@@ -33,6 +33,7 @@ class Plan(NamedTuple):
 
 PARTS = (NORM_LINEAR, LINEAR_RESIDUAL, MESSAGE, ATTENTION, PACKED_ATTENTION, WINDOW_ATTENTION)
 PART_NAMES = tuple(dict.fromkeys(name for part in PARTS for name in part.names if name != "reference"))
+_PLANNED = frozenset(("auto", *PART_NAMES))
 
 
 def case_of(b: Block, training: bool) -> Case:
@@ -71,19 +72,16 @@ def case_of(b: Block, training: bool) -> Case:
     )
 
 
-def plan(case: Case) -> Plan | str:
-    """The plan of a kind of call, or why there is none."""
-    return _kept_plan(case, tuple(_swapped.items()))
-
-
 @contextlib.contextmanager
 def swap(slot: str, name: str) -> Iterator[None]:
     """Take this candidate in a slot of every plan inside the block, whatever it refuses: for tuning and tests."""
     _swapped[slot] = name
+    plan.cache_clear()
     try:
         yield
     finally:
         del _swapped[slot]
+        plan.cache_clear()
 
 
 _swapped: dict[str, str] = {}
@@ -98,7 +96,9 @@ def _refusal(*case: Any) -> str | None:
 _refusal._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _find_plan(case: Case, swapped: tuple[tuple[str, str], ...] = ()) -> Plan | str:
+@functools.lru_cache(4096)
+def plan(case: Case) -> Plan | str:
+    """The plan of a kind of call, or why there is none."""
     if case.rows == 0:
         return "there are no rows"
     asked = case.interpreted > 1 or (case.interpreted and case.forced != "auto")
@@ -114,7 +114,7 @@ def _find_plan(case: Case, swapped: tuple[tuple[str, str], ...] = ()) -> Plan | 
         return "the package triton is not installed (pip install triton)"
     found: dict[str, Any] = {"message": None}
     for slot, (part, part_case, sizes) in slots(case).items():
-        name = dict(swapped).get(slot)
+        name = _swapped.get(slot)
         found[slot] = part.choose(part_case, **sizes) if name is None else part.backends[part.names.index(name)]
     reasons = [each for each in found.values() if isinstance(each, str)]
     return "; ".join(reasons) if reasons else Plan(**found)
@@ -138,8 +138,7 @@ def slots(case: Case) -> dict[str, tuple[Part, Case, dict[str, int]]]:
     return {**found, "message": (MESSAGE, case, {})} if case.frames else found
 
 
-_kept_plan = functools.lru_cache(4096)(_find_plan)
-tables.kept.append(_kept_plan)
+tables.kept.append(plan)
 
 
 def refuse(*args: Any) -> str | None:
@@ -161,7 +160,7 @@ def inference_plan(b: Block) -> Plan | None:
     """The plan of an eager call that wants no gradient, if there is one. The op would find the same, but it asks what
     the backend for every call of a forward is; None: ask it."""
     x = b.x
-    if dispatch.forced_backend() not in ("auto", *PART_NAMES):
+    if dispatch.forced_backend() not in _PLANNED:
         return None
     if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in b):
         return None

@@ -63,14 +63,14 @@ class Prepared:
         self.kernel, self.grid, self.numbers, self.options = kernel, grid, numbers, options
         self.allocator, self.index = _descriptor_memory(device), device.index if device.type == "cuda" else None
         self.compiled: dict[tuple[torch.dtype | None, ...], Any] = {}
-        self.direct = DIRECT and isinstance(kernel, triton.JITFunction)
+        self.direct = DIRECT and isinstance(kernel, triton.JITFunction) and 0 not in grid
         self.whole_grid = (*grid, 1, 1)[:3]
         self.rest = (*numbers, *(options[name] for name in kernel.arg_names if name in options))
 
     def __call__(self, *tensors: Tensor | None) -> None:
         """Launch with these tensors. An empty grid is no launch."""
         direct = self.direct and (self.index is None or self.index == torch.cuda.current_device())
-        if direct and 0 not in self.grid and not _observed(self.kernel):
+        if direct and not _observed(self.kernel):
             dtypes: list[torch.dtype | None] = []
             addresses = 0
             for tensor in tensors:
