@@ -72,7 +72,5 @@ def model(job: Job, variant: str, batch: int, backend: str, kind: str) -> Iterat
     from . import headline
 
     row: Row = {"op": kind, "variant": variant, "batch": batch, "contender": backend, "precision": job.precision}
-    with job.trying(backend, row):
-        if backend not in job.without:
-            row |= headline.once(job, variant, batch, backend, kind)
+    row |= job.attempt(backend, row, headline.once, job, variant, batch, backend, kind) or {}
     yield row

@@ -349,7 +349,7 @@ def test_what_is_wrong_is_left_out(
         assert f"{2 * len(left_out)} backends or tiles" in said.err
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="on a GPU, gpu_check measures them")
+@pytest.mark.skipif(not INTERPRETED, reason="on a GPU, xclip-fast tune measures them")
 @pytest.mark.parametrize("part", sorted(tune_backends.SLOTS))
 def test_every_part_can_be_measured(part: str, small: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
     """In its place in a block."""
