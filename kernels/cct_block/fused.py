@@ -198,7 +198,7 @@ def backward(
     dqkv = dqkv.reshape(qkv.shape)
     # qkv = LN_1([x, m]) W^T + b, and x passes it: the messages stood in the spare rows
     _, given["in_bias"], _ = triton.column_sums.scaled(dqkv, dtype)
-    spare = triton.layer_norm.Spare(message_saved[2], *message_saved[3][2:]) if b.frames else None
+    spare = triton.rows.Spare(message_saved[2], *message_saved[3][2:]) if b.frames else None
     first = triton.layer_norm.normalize_backward(
         torch.mm(dqkv, b.in_weight),
         x,

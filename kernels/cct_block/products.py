@@ -18,7 +18,7 @@ from ..dispatch.parts import Case, Part
 from ..dispatch.support import HALF, ON_TRITON, TRITON, UNMEASURED, Backend
 
 if TYPE_CHECKING:
-    from ..layer_norm.triton import Spare
+    from ..triton.rows import Spare
 
 # Rows from which LayerNorm is folded into a product: with fewer, folding the weight costs more than it saves. Not
 # measured.

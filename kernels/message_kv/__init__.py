@@ -10,7 +10,7 @@ from ..dispatch.parts import Part
 from ..dispatch.support import on_triton
 
 # A backend's forward(save, block) reads only the class tokens and returns the messages m (F, D) with their statistics
-# (layer_norm/triton.Spare); a function that writes their keys and values into a view (F, 2D), any row stride,
+# (Spare of triton/rows.py); a function that writes their keys and values into a view (F, 2D), any row stride,
 # for a projection that has not made them of m; and what backward wants, SAVED tensors: message token (F, D), qkv
 # (F, 3D), m (F, D), mean and 1 / sigma of LN_m and of LN_1 (4, F), the attention (F, D) and its log-sum-exp.
 # backward(dm (F, D), saved, dtypes of the gradients that are wanted by name, block) returns the gradients of parameters

@@ -17,8 +17,8 @@ from torch import Tensor
 from ..common.derived import kept
 from ..layer_norm.triton import Positions, normalize, normalize_backward
 from ..linear import linear, product
-from ..triton.gemm import rows_of
 from ..triton.launching import Prepared, cdiv, prepared, tile
+from ..triton.rows import rows_of
 
 
 @triton.jit

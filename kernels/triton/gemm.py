@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .activation import quick_gelu_value
 from .launching import Prepared, arch, cdiv, next_power_of_2, prepared, processors, tile
+from .rows import rows_of_sample
 
 
 @triton.jit
@@ -178,12 +179,6 @@ def _merge_statistics_kernel(
     tl.store(rstd_ptr + rows, 1.0 / tl.sqrt(variance + eps), mask=rows < M)
 
 
-def rows_of(x: Tensor) -> Tensor:
-    """x (..., D) as rows (M, D) with D contiguous: a view where the strides allow it, else a copy."""
-    rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
-
-
 class _Launches(NamedTuple):
     """What a product launches."""
 
@@ -289,7 +284,7 @@ def gemm(
         a_row,
         b.stride(0),
         None if residual is None else residual.stride(0),
-        1 if drop_scale is None else M // max(drop_scale.shape[0], 1),
+        rows_of_sample(M, drop_scale),
         activation,
         not (a.data_ptr() | b.data_ptr()) % 16,
         keep,
