@@ -118,12 +118,6 @@ def _views(qkv: Tensor) -> dict[str, Tensor]:
     return {"q": qkv[:, :, 0], "k": qkv[:, :, 1], "v": qkv[:, :, 2]}
 
 
-def _gradients(qkv: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """An empty dqkv (F, S, 3, H, C) and its views dq, dk, dv, into which flash-attn writes."""
-    dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
-    return dqkv, {f"d{name}": view for name, view in _views(dqkv).items()}
-
-
 @functools.cache
 def bind(module: str, *names: str) -> tuple[Any, ...]:
     """The functions ``names`` of ``module``."""
@@ -184,12 +178,14 @@ class _FlashAttn(NamedTuple):
 
     def backward(self, dout: Tensor, qkv: Tensor, out: Tensor, saved: Saved, causal: bool) -> Tensor:
         _, backward = bind(self.module, *self.names)
-        dqkv, gradients = _gradients(qkv)
+        dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
+        gradients = {f"d{name}": view for name, view in _views(dqkv).items()}  # they are written
         options = {**self.options, **self.backward_options, self.lse: saved[0], self.causal: causal}
         backward(dout=dout, **_views(qkv), out=out, softmax_scale=qkv.shape[-1] ** -0.5, **gradients, **options)
         return dqkv
 
     def backend(self, name: str, package: str, install: str, **supported: Any) -> Backend:
+        """Its backend. supported: fields that differ from the other libraries'."""
         refuse = _refusing(self.module, self.wanted())
         given = {**LIBRARY, "refuse": refuse, "saved": log_sum_exp, **supported}
         return Backend(name, self.forward, self.backward, package=package, install=install, **given)
@@ -226,10 +222,7 @@ _XFORMERS: dict[str, tuple[str, ...]] = {
 
 
 def _mask(causal: bool) -> Any:
-    if not causal:
-        return None
-    (lower,) = bind("xformers.ops", "LowerTriangularMask")
-    return lower()
+    return bind("xformers.ops", "LowerTriangularMask")[0]() if causal else None
 
 
 def _xformers_forward(save: bool, qkv: Tensor, causal: bool) -> tuple[Tensor, Saved]:
