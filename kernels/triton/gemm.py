@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .activation import quick_gelu_value
 from .launching import Prepared, arch, cdiv, next_power_of_2, prepared, processors, tile
+from .rows import rows_of_sample
 
 
 @triton.jit
@@ -178,12 +179,6 @@ def _merge_statistics_kernel(
     tl.store(rstd_ptr + rows, 1.0 / tl.sqrt(variance + eps), mask=rows < M)
 
 
-def rows_of(x: Tensor) -> Tensor:
-    """x (..., D) as rows (M, D) with D contiguous: a view where the strides allow it, else a copy."""
-    rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
-
-
 class _Launches(NamedTuple):
     """What a product launches."""
 
@@ -219,8 +214,7 @@ def _prepare(
     # float32 runs on the ordinary units, from registers, where tiles in descriptor layout only cost more of them
     descriptors = arch(device) >= 90 and dtype != torch.float32
     by_tile = descriptors and aligned and describable(a_row, K) and describable(b_row, K)
-    heavy = int(residual_row is not None)
-    sizes = {"m": M, "n": N, "k": K, "bytes": size, "heavy": heavy, "aligned": int(by_tile)}
+    sizes = {"m": M, "n": N, "k": K, "bytes": size, "residual": int(residual_row is not None), "aligned": int(by_tile)}
     config = dict(tile("gemm", device, **sizes))
     occupancy = config.pop("OCCUPANCY", 1)
     width = config["BLOCK_N"] // config["SUBTILES"]
@@ -290,7 +284,7 @@ def gemm(
         a_row,
         b.stride(0),
         None if residual is None else residual.stride(0),
-        1 if drop_scale is None else M // max(drop_scale.shape[0], 1),
+        rows_of_sample(M, drop_scale),
         activation,
         not (a.data_ptr() | b.data_ptr()) % 16,
         keep,
@@ -304,17 +298,7 @@ def gemm(
 
     slots, merge = launches.slots, launches.merge
     parts = (None, None) if merge is None else (floats(slots, M), floats(slots, M))
-    launches.product(
-        a,
-        b,
-        y,
-        bias,
-        *(norm or (None, None, None)),
-        u,
-        drop_scale,
-        residual,
-        *parts,
-    )
+    launches.product(a, b, y, bias, *(norm or (None, None, None)), u, drop_scale, residual, *parts)
     outputs = [y] if u is None else [y, u]
     if merge is not None:
         statistics = floats(M), floats(M)
