@@ -83,7 +83,7 @@ def main() -> int:
         output, started = output_of(name), time.perf_counter()
         given = [f"data.train={train}", f"data.cache={args.work / 'cache'}", f"output={output}", *MODELS[name]]
         given += ["data.val=null", f"seed={args.seed}", *args.overrides]
-        command = [sys.executable, "-m", "xclip_fast.train", "motion", *given]
+        command = [sys.executable, "-m", "xclip_fast", "train", "motion", *given]
         with open(output.with_suffix(".txt"), "w") as log:
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}
             done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment)

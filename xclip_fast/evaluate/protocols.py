@@ -22,7 +22,7 @@ from ..console import Bar, print_rows
 from ..data.manifest.manifest import Manifest
 from ..files import write_text
 from ..inference.placement import load_model, placed
-from ..processes import find_device, join_processes
+from ..inference.processes import find_device, join_processes
 from ..text.labels import candidates, readable
 from ..weights.recipe import Trained
 from .command import named
@@ -176,11 +176,10 @@ def main(
         if not draws and kinetics400 is not None:
             chosen = kinetics600_draws(videos[0].classes, read_classes(kinetics400), seed)
     trained = Trained.read(checkpoint)
-    settings |= trained.choose(*(settings.get(name) for name in ("frames", "sampling", "stride", "templates")))
     with join_processes(find_device(device)) as process, reserved(None if process.rank else out, overwrite):
         model = load_model(checkpoint, variant).to(**placed(process.device, dtype))
         with Bar(hidden=process.rank > 0) as bar:
-            settings = {"progress": bar.update, **settings}
+            settings = {"progress": bar.update, **trained.complete(settings)}
             if chosen:
                 results = over_draws(model, videos[0], chosen, **settings)
             else:

@@ -1,7 +1,7 @@
 """Train or fine-tune an X-CLIP (sections 4.1 to 4.5 of the paper; the recipe is in config.py).
 
-    python -m xclip_fast.train config.yaml data.train=train.jsonl optim.lr=1e-5
-    torchrun --nproc-per-node 8 -m xclip_fast.train config.yaml
+    xclip-fast train config.yaml data.train=train.jsonl optim.lr=1e-5
+    torchrun --nproc-per-node 8 -m xclip_fast train config.yaml
 
 A step never waits for the device: its measurements are copied to pinned memory and read a few steps later. Every
 random number depends on (seed, step, process) or (seed, epoch, video) alone. So a resumed run gives the same weights as
@@ -27,11 +27,11 @@ import torch
 from ..data.manifest.manifest import Manifest
 from ..evaluate.loop import evaluate
 from ..files import write_text
+from ..inference.processes import Process, find_device, join_processes
+from ..inference.tuning import tune_before
 from ..model import XCLIP
-from ..processes import Process, find_device, join_processes
 from ..schema import ConfigError
 from ..text.templates import TEMPLATES
-from ..tuning import tune_before
 from ..weights import checkpoint
 from ..weights.recipe import FILE as TRAINED
 from ..weights.recipe import Trained

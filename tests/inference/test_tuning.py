@@ -11,8 +11,9 @@ from xclip_fast.kernels import choices, tables
 from xclip_fast.kernels.dispatch import INTERPRETED
 from xclip_fast.kernels.tune import __main__ as kernels_tune
 
-from xclip_fast import VARIANTS, tuning
+from xclip_fast import VARIANTS
 from xclip_fast.cli.main import app
+from xclip_fast.inference import tuning
 
 B16, CUDA = VARIANTS["B/16-8f"], torch.device("cuda")
 LONG_JOB = math.ceil(1000 * tuning.SECONDS / tuning.SAVED["B/16"][False])

@@ -6,12 +6,12 @@ import contextlib
 import sys
 from typing import TYPE_CHECKING
 
-from .console import Bar
+from ..console import Bar
 
 if TYPE_CHECKING:
     import torch
 
-    from .config import XCLIPConfig
+    from ..config import XCLIPConfig
 
 SECONDS = 60.0
 # Milliseconds a video that measuring can save, in inference and in training. Computed, not measured: how much faster
@@ -32,7 +32,7 @@ def tune(model: str, seconds: float = SECONDS, *, rehearse: bool = False) -> int
     Returns:
         0, or 1 if something went wrong; standard error says what.
     """
-    from .kernels.tune.__main__ import main
+    from ..kernels.tune.__main__ import main
 
     arguments = ["--model", model, "--seconds", str(seconds / 2), *(["--rehearse"] if rehearse else [])]
     for more in ([], ["--backends"]):
@@ -53,8 +53,8 @@ def tune_before(config: XCLIPConfig, videos: int, device: str | torch.device, *,
     """
     import torch
 
-    from .kernels import choices
-    from .kernels.tune.shapes import SHAPES
+    from ..kernels import choices
+    from ..kernels.tune.shapes import SHAPES
 
     sizes = tuple(getattr(config.vision, name, None) for name in ("width", "patch_size", "image_size"))
     model = next((name for name, each in SHAPES.items() if (each.width, each.patch, each.image) == sizes), None)
