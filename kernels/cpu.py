@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .arguments import GELUS, Block
 from .attention import attention_reference
+from .common.block import GELUS, Block
 from .dispatch import forced_backend
 from .linear import NATIVE_ON_CPU
 from .quick_gelu import SLOPE

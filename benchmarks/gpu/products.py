@@ -60,8 +60,8 @@ def plain(product: str, x: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor, 
 
 def folded_weight(product: str, given: Operands) -> tuple[torch.Tensor, Row]:
     """The weight with LayerNorm folded in, and what a product with it takes besides."""
+    from xclip_fast.kernels.layer_norm.triton import row_statistics
     from xclip_fast.kernels.triton.fold import fold
-    from xclip_fast.kernels.triton.layer_norm import row_statistics
 
     x, weight, bias, gamma, beta, _ = given
     folded, sums, shift = fold(weight, gamma, beta, bias)

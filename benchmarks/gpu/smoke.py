@@ -17,9 +17,9 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 def op(job: Job, op: str, backend: str) -> Iterator[Row]:
     """One op on one backend: two videos, then one video with an odd number of frames."""
+    from xclip_fast.kernels.common.example import FLOAT8
     from xclip_fast.kernels.dispatch import OPS, BackendError
     from xclip_fast.kernels.dispatch import backend as forced
-    from xclip_fast.kernels.example import FLOAT8
 
     from . import compare
 

@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 import torch
 from typer.testing import CliRunner
-from xclip_fast.kernels import choices, tables
-from xclip_fast.kernels.dispatch import INTERPRETED
+from xclip_fast.kernels.dispatch import INTERPRETED, choices, tables
 from xclip_fast.kernels.tune import __main__ as kernels_tune
 
 from xclip_fast import VARIANTS
@@ -22,7 +21,7 @@ LONG_JOB = math.ceil(1000 * tuning.SECONDS / tuning.SAVED["B/16"][False])
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    choices.forget()
+    tables.forget()
     return tmp_path
 
 
@@ -48,7 +47,7 @@ def gpu(home: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         if "--backends" in arguments:
             row = {"arch": 100, "where": {}, "milliseconds": {"library": 1.0}}
             kernels_tune.merge(tables.user_table("choices.json"), {"norm_linear": [row]})
-            choices.forget()
+            tables.forget()
         return 0
 
     monkeypatch.setattr(kernels_tune, "main", measured)
@@ -56,7 +55,7 @@ def gpu(home: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *size, device: empty(*size))
     yield calls
-    choices.forget()
+    tables.forget()
 
 
 def test_a_long_job_tunes_once_within_its_minute(gpu: list[list[str]]) -> None:

@@ -6,6 +6,7 @@ Triton's kernels run here in Triton's interpreter where there is no GPU (float32
 
 import contextlib
 import functools
+import importlib
 import itertools
 import os
 import subprocess
@@ -19,14 +20,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from xclip_fast.kernels.cct_block import fused, products
 from xclip_fast.kernels.cct_block.example import example
+from xclip_fast.kernels.common.example import FLOAT8, TINY, Maker
 from xclip_fast.kernels.dispatch import INTERPRETED, OPS, BackendError, Op
-from xclip_fast.kernels.example import FLOAT8, TINY, Maker
+from xclip_fast.kernels.dispatch.support import Backend
 from xclip_fast.kernels.linear import product
-from xclip_fast.kernels.support import Backend
 
 from xclip_fast import kernels
 
 WIDTH, HEADS, EPS = 128, 2, 1e-5
+PATCH_KERNELS = "xclip_fast.kernels.patch_embed.triton"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -353,13 +355,17 @@ def test_statistics_go_from_block_to_block(monkeypatch: pytest.MonkeyPatch) -> N
         assert (wrong - wanted).abs().max() > 0.01
 
 
+@pytest.mark.parametrize(
+    ("name", "case", "weights", "products"),
+    [("cct_block", "message, drop path", 7, 4), ("patch_embed", "example", 1, 1)],
+)
 def test_the_gradient_of_a_weight_that_autocast_lowers_is_computed_in_its_own_dtype(
-    monkeypatch: pytest.MonkeyPatch,
+    name: str, case: str, weights: int, products: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    op, args = OPS["cct_block"], cast(CASES["cct_block", "message, drop path"](), torch.float32)
+    op, args = OPS[name], cast(CASES[name, case](), torch.float32)
     if "triton" not in usable(op, args):
         pytest.skip("triton is not installed (pip install triton)")
-    casts, asked = [], []
+    casts, asked, module = [], [], fused if name == "cct_block" else importlib.import_module(PATCH_KERNELS)
     copy = torch._foreach_copy_
 
     def watched(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -367,11 +373,11 @@ def test_the_gradient_of_a_weight_that_autocast_lowers_is_computed_in_its_own_dt
         return product(a, b, dtype)
 
     monkeypatch.setattr(torch, "_foreach_copy_", lambda to, given: casts.append(len(to)) or copy(to, given))
-    monkeypatch.setattr(fused, "product", watched)
+    monkeypatch.setattr(module, "product", watched)
     with torch.autocast(DEVICE, torch.float16), kernels.backend("triton"):
         run(op, args)
-    assert casts == [7]  # all weights of the block at once
-    assert asked == 4 * [(torch.float16, torch.float32)]
+    assert casts == [weights]  # all at once
+    assert asked == products * [(torch.float16, torch.float32)]
 
 
 def test_a_gradient_of_a_gradient_is_refused() -> None:

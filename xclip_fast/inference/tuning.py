@@ -53,7 +53,7 @@ def tune_before(config: XCLIPConfig, videos: int, device: str | torch.device, *,
     """
     import torch
 
-    from ..kernels import choices
+    from ..kernels.dispatch import choices
     from ..kernels.tune.shapes import SHAPES
 
     sizes = tuple(getattr(config.vision, name, None) for name in ("width", "patch_size", "image_size"))

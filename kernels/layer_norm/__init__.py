@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import Op, triton_backend
-from .support import ON_TRITON, UNMEASURED, Backend, installed
+from ..dispatch import Op
+from ..dispatch.support import ON_TRITON, UNMEASURED, Backend, installed, on_triton
 
 WIDEST_ROW = 2048  # kernels hold a row in registers
 
@@ -42,7 +42,7 @@ def _refuse_apex(x: Tensor, *_: object) -> str | None:
 
 _op = Op(
     layer_norm_reference,
-    triton_backend("layer_norm", refuse_rows),
+    on_triton("layer_norm", refuse=refuse_rows),
     Backend("apex", _apex, dtypes=ON_TRITON, opt_in=UNMEASURED, refuse=_refuse_apex),
     example=lambda sizes, make: (
         make.normal(sizes.sequences, sizes.tokens, sizes.width),

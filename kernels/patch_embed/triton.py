@@ -14,11 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..derived import kept
-from ..linear import linear
-from .gemm import rows_of
-from .launching import Prepared, cdiv, prepared, tile
-from .layer_norm import Positions, normalize, normalize_backward
+from ..common.derived import kept
+from ..layer_norm.triton import Positions, normalize, normalize_backward
+from ..linear import linear, product
+from ..triton.launching import Prepared, cdiv, prepared, tile
+from ..triton.rows import rows_of
 
 
 @triton.jit
@@ -152,7 +152,7 @@ def backward(grads: Sequence[Any], saved: Sequence[Tensor], needs: Sequence[Any]
     dframes = dweight = None
     if needs[1]:
         patches = patches_of(frames, weight, position, mean, std, spare)
-        dcolumns = linear(dtokens.to(weight.dtype).view(-1, width).T, patches.T)[:, : 3 * patch * patch]
+        dcolumns = product(dtokens.to(weight.dtype).view(-1, width).T, patches, needs[1])[:, : 3 * patch * patch]
         if frames.dtype == torch.uint8:
             dcolumns = dcolumns.unflatten(1, (patch, patch, 3)).permute(0, 3, 1, 2)
         dweight = dcolumns.reshape(weight.shape).contiguous()

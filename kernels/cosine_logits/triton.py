@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launching import cdiv, launch, tile
+from ..triton.launching import cdiv, launch, tile
 
 
 @triton.jit(do_not_specialize=["labels"])

@@ -8,10 +8,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .activation import quick_gelu_value
-from .column_sums import scaled
-from .launching import Prepared, cdiv, prepared
-from .layer_norm import saturate
+from ..layer_norm.triton import saturate
+from ..triton.activation import quick_gelu_value
+from ..triton.column_sums import scaled
+from ..triton.launching import Prepared, cdiv, prepared
 
 BLOCK = 1024
 

@@ -3,10 +3,10 @@ and value are a fourth where the projection of the frames' tokens does not make 
 
 B videos, T frames, F = B T rows, D width, H heads of C channels. F is small, so a product takes as long as its loads:
 they run several steps ahead. A LayerNorm takes its statistics from the product that wrote its rows: otherwise each
-program would wait for whole rows before its first step. Backward recomputes LN(.).
+program would wait for whole rows before its first step.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,13 +14,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..attention import attention_reference, reference_backward, takes
-from ..linear import product
-from . import ONE_TILE, attention
-from .attention_tiles import LOG2_E, attend_tile, power_of_two
-from .column_sums import scaled
-from .launching import Prepared, arch, cdiv, next_power_of_2, prepared, tile
-from .layer_norm import Spare, normalize_backward
+from ..attention import attention_reference, takes
+from ..attention import triton as attention
+from ..attention.tiles import LOG2_E, attend_tile, power_of_two
+from ..triton import ONE_TILE
+from ..triton.launching import Prepared, arch, cdiv, next_power_of_2, prepared, tile
+from ..triton.rows import Spare
+from .triton_backward import backward
+
+__all__ = ["backward", "forward"]
 
 APART = 16  # rows up to which QKV and attention are two launches: the first has more programs than there are heads
 SLICE = 32  # columns of a row whose mean and M2 stand in one slot
@@ -331,44 +333,3 @@ def forward(save: bool, b: Any) -> tuple[Spare, Callable[[Tensor], None], tuple[
     if statistics is None or qkv is None:
         return spare, write, ()
     return spare, write, (message, qkv, fused, statistics, mixed, *(lse or (statistics.new_empty(0),)))
-
-
-def backward(
-    dfused: Tensor, saved: Sequence[Tensor], wanted: Mapping[str, torch.dtype], b: Any
-) -> tuple[dict[str, Tensor], Tensor]:
-    message, qkv, _, (mean, rstd, *_), mixed, lse = saved
-    dtype, width, frames = message.dtype, message.shape[1], b.frames
-    given: dict[str, Tensor] = {}
-
-    def parameters(name: str, dy: Tensor, x: Tensor) -> None:
-        """The gradients of the weight and the bias of y = x W^T + b."""
-        if f"{name}_weight" in wanted:
-            given[f"{name}_weight"] = product(dy.T, x, wanted[f"{name}_weight"])
-        if f"{name}_bias" in wanted:
-            given[f"{name}_bias"] = scaled(dy, dy.dtype, sums_dtype=getattr(b, f"{name}_bias").dtype)[1]
-
-    # m + s (attention Wo + bo)
-    dbranch = dfused
-    if b.drop_fusion is not None:
-        dbranch = (dfused.view(-1, frames, width) * b.drop_fusion[:, None, None].to(dtype)).view_as(dfused)
-    heads = qkv.view(-1, frames, 3, b.heads, width // b.heads)
-    dmixed = torch.mm(dbranch, b.message_out_weight).view(heads[:, :, 0].shape)
-    backward = attention.backward if takes(heads.shape[-1]) else reference_backward
-    dqkv = backward(dmixed, heads, mixed.view(dmixed.shape), (lse,)).reshape(qkv.shape)
-    parameters("message_out", dbranch, mixed)
-    # qkv = LN_m(m) W + b, and the residual
-    dmessage, given["message_ln_weight"], given["message_ln_bias"], normed, *_ = normalize_backward(
-        torch.mm(dqkv, b.message_in_weight),
-        message,
-        mean,
-        rstd,
-        b.message_ln_weight,
-        extra=dfused,
-        bias=b.message_ln_bias,
-        normed_dtype=dtype,
-    )
-    assert normed is not None
-    parameters("message_in", dqkv, normed)
-    # m = x_class Wm + bm
-    parameters("message_fc", dmessage, b.x[:, 0].to(dtype))
-    return given, torch.mm(dmessage, b.message_fc_weight)

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .. import triton
+
 HALF = (torch.bfloat16, torch.float16)
 ON_TRITON = (*HALF, torch.float32)
 FLOATS = (*ON_TRITON, torch.float64)
@@ -46,6 +48,7 @@ class Backend:
     dtypes: tuple[torch.dtype, ...] = FLOATS
     device_types: tuple[str, ...] = ()  # empty: any
     capability: int = 0  # the least major compute capability of a CUDA device
+    last_capability: int = 99  # the greatest
     package: str = ""
     install: str = ""  # the command that installs the package
     opt_in: str = ""  # why it is taken only where it is asked for or was measured to be fast
@@ -76,13 +79,24 @@ class Backend:
             major = call.interpreted // 10 if assumed else torch.cuda.get_device_properties(call.device).major
             if major < self.capability:
                 return f"compute capability {major}.x is below {self.capability}.0"
+            if major > self.last_capability:
+                return f"compute capability {major}.x is above {self.last_capability}.x, the last one with kernels"
         return self.refuse(*about) if self.refuse else None
 
 
-def on_triton(forward: Callable[..., Any], backward: Callable[..., Any] | None, **more: Any) -> Backend:
-    """A backend of Triton's kernels: half and single precision, CUDA from compute capability 8.0."""
-    given: dict[str, Any] = {"dtypes": ON_TRITON, "device_types": ("cuda",), "capability": 8, "package": "triton"}
-    return Backend("triton", forward, backward, **{**given, **more})
+# what Triton's kernels support: half and single precision, CUDA from compute capability 8.0
+TRITON: dict[str, Any] = {"dtypes": ON_TRITON, "device_types": ("cuda",), "capability": 8, "package": "triton"}
+
+
+def on_triton(op: str, **more: Any) -> Backend:
+    """The backend of ``forward`` and ``backward`` in ``kernels/<op>/triton.py``, which the first call imports."""
+    return Backend(
+        "triton",
+        lambda *args: getattr(triton, op).forward(*args),
+        lambda *args: getattr(triton, op).backward(*args),
+        **TRITON,
+        **more,
+    )
 
 
 def installed(package: str) -> bool:

@@ -1,32 +1,20 @@
 """The message path of a block (equation 7): class tokens in, each frame's message as key and value out."""
 
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import triton
-from .attention import triton_saved
-from .parts import Part
-from .support import on_triton
+from ..attention import triton_saved
+from ..dispatch.parts import Part
+from ..dispatch.support import on_triton
 
 # A backend's forward(save, block) reads only the class tokens and returns the messages m (F, D) with their statistics
-# (triton/layer_norm.Spare); a function that writes their keys and values into a view (F, 2D), any row stride,
+# (Spare of triton/rows.py); a function that writes their keys and values into a view (F, 2D), any row stride,
 # for a projection that has not made them of m; and what backward wants, SAVED tensors: message token (F, D), qkv
 # (F, 3D), m (F, D), mean and 1 / sigma of LN_m and of LN_1 (4, F), the attention (F, D) and its log-sum-exp.
 # backward(dm (F, D), saved, dtypes of the gradients that are wanted by name, block) returns the gradients of parameters
 # by name and of the class tokens (F, D).
-
-
-def _triton_forward(save: bool, b: Any) -> tuple[Any, Callable[[Tensor], None], tuple[Tensor, ...]]:
-    return triton.message_kv.forward(save, b)
-
-
-def _triton_backward(
-    dm: Tensor, saved: Any, wanted: Mapping[str, torch.dtype], b: Any
-) -> tuple[dict[str, Tensor], Tensor]:
-    return triton.message_kv.backward(dm, saved, wanted, b)
 
 
 SAVED = 6
@@ -42,4 +30,4 @@ def _saved(b: Any) -> tuple[Tensor, ...]:
     return empty(frames, width), qkv, empty(frames, width), statistics, mixed, *(lse or (statistics.new_empty(0),))
 
 
-MESSAGE = Part("message_kv", on_triton(_triton_forward, _triton_backward, saved=_saved))
+MESSAGE = Part("message_kv", on_triton("message_kv", saved=_saved))

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from . import tables
 
-TABLE = Path(__file__).with_name("choices.json")
+TABLE = Path(__file__).parents[1] / "choices.json"
 
 
 def known(name: str) -> bool:
     """Whether any table has rows under this name: what a call costs where nothing was measured."""
-    return bool(_rows(name))
+    return bool(tables.rows(TABLE, name))
 
 
 def architecture(x: Tensor) -> int | None:
@@ -29,38 +29,17 @@ def architecture(x: Tensor) -> int | None:
 
 def measured_on(architecture: int) -> bool:
     """Whether the parts of a block were measured on such a GPU."""
-    return any(row["arch"] == architecture for row in _rows("norm_linear"))
+    return any(row["arch"] == architecture for row in tables.rows(TABLE, "norm_linear"))
 
 
 def order(name: str, architecture: int, sizes: dict[str, Any]) -> tuple[str, ...]:
     """The backends (or tiles) of the first row that holds, the fastest first; none if no row holds."""
-    return _order(name, architecture, tuple(sizes.items()))
-
-
-def forget() -> None:
-    """Read the tables again at the next call."""
-    for cached in (_rows, _order, tables.rows, *kept):
-        cached.cache_clear()
-
-
-kept: list[Any] = []  # functools caches of what was chosen by the tables
-
-
-@functools.cache
-def _rows(name: str) -> tuple[dict[str, Any], ...]:
-    return (*tables.rows(tables.user_table(TABLE.name), name), *tables.rows(TABLE, name))
+    row = tables.first(TABLE, name, range(architecture, architecture + 1), tuple(sizes.items()))
+    medians: dict[str, float] = row["milliseconds"] if row else {}
+    return tuple(sorted(medians, key=medians.__getitem__))
 
 
 @functools.cache
 def _capability(index: int) -> int:
     major, minor = torch.cuda.get_device_capability(index)
     return 10 * major + minor
-
-
-@functools.lru_cache(4096)  # labels come in any number
-def _order(name: str, architecture: int, sizes: tuple[tuple[str, Any], ...]) -> tuple[str, ...]:
-    for row in _rows(name):
-        if row["arch"] == architecture and tables.holds(row, dict(sizes)):
-            medians: dict[str, float] = row["milliseconds"]
-            return tuple(sorted(medians, key=medians.__getitem__))
-    return ()

@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import choices
-from .dispatch import log_once
+from . import choices, log_once
 from .support import Backend, Call, asked
 
 

@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import cuda_library, dispatch
-from .dispatch import Op, forced_backend
-from .example import FLOAT8, Maker, Sizes
-from .layer_norm import WIDEST_ROW
-from .quick_gelu import quick_gelu, quick_gelu_reference
-from .support import FLOATS, Backend, installed
+from .. import cuda_library, dispatch
+from ..common.example import FLOAT8, Maker, Sizes
+from ..dispatch import Op, forced_backend
+from ..dispatch.support import FLOATS, Backend, installed
+from ..layer_norm import WIDEST_ROW
+from ..quick_gelu import quick_gelu, quick_gelu_reference
 
 LARGEST = 448.0  # of e4m3
 OPERANDS = (*FLOATS, FLOAT8)  # the dtypes among an op's arguments
@@ -76,7 +76,7 @@ def _normed_in_one_pass(x: Tensor, ln_weight: Tensor, ln_bias: Tensor, eps: floa
     """``normed_rows`` of x (M, K)."""
     if not _on_triton(x):
         return normed_rows(x, ln_weight, ln_bias, eps)
-    from .triton.layer_norm import layer_norm_fp8
+    from ..layer_norm.triton import layer_norm_fp8
 
     return layer_norm_fp8(x, ln_weight, ln_bias, eps)
 
@@ -109,7 +109,7 @@ class _Library:
             return u
         if not _on_triton(x8):
             return saturate(quick_gelu(u) / h_scale)
-        from .triton.quick_gelu import quick_gelu as in_one_pass
+        from ..quick_gelu.triton import quick_gelu as in_one_pass
 
         return in_one_pass(u, torch.empty_like(u, dtype=FLOAT8), h_scale)
 

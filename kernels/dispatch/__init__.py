@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import choices, registration, triton
-from .example import Maker, Sizes
-from .support import FLOATS, Backend, Call, asked, on_triton
+from ..common.example import Maker, Sizes
+from . import choices, registration
+from .support import FLOATS, Backend, Call, asked
 
 logger = logging.getLogger("xclip_fast")
 
@@ -39,16 +39,6 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Whether Triton's kernels take tensors that are on no GPU, if they are asked for. A compute capability (90 for 9.0):
 # every choice is that of such a GPU, wherever the tensors are (fake_gpu.py).
 off_gpu = int(INTERPRETED)
-
-
-def triton_backend(op: str, refuse: Callable[..., str | None] | None = None) -> Backend:
-    """The backend of ``kernels/triton/<op>.py``, imported at its first call."""
-
-    return on_triton(
-        lambda save, *args: getattr(triton, op).forward(save, *args),
-        lambda grads, saved, needs, *args: getattr(triton, op).backward(grads, saved, needs, *args),
-        refuse=refuse,
-    )
 
 
 def backends() -> tuple[str, ...]:

@@ -1,5 +1,5 @@
 """Attention of sequences that fit in one tile: one program a sequence and head. Causal over packed labels, forward and
-backward; over sequences of equal length, backward (attention.py has their forward).
+backward; over sequences of equal length, backward (attention/triton.py has their forward).
 
 M rows in all, K labels, F sequences of S rows, H heads, C channels of a head.
 """
@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention_tiles import LOG2_E, attend_tile, attend_tile_backward, channels_contiguous
-from .launching import launch, tile
+from ..attention.tiles import LOG2_E, attend_tile, attend_tile_backward, channels_contiguous
+from ..triton.launching import launch, tile
 
 
 @triton.jit
@@ -86,23 +86,23 @@ def packed_attention_bwd_kernel(
     tl.store(to + HEADS * C, dk.to(dqkv_ptr.dtype.element_ty), mask=inside)
 
 
-def forward(qkv: Tensor, offsets: Tensor, longest: int) -> Tensor:
-    """(M, 3, H, C), offsets (K + 1,) -> (M, H, C)."""
+def forward(save: bool, qkv: Tensor, offsets: Tensor, longest: int) -> tuple[Tensor, tuple[()]]:
+    """(M, 3, H, C), offsets (K + 1,) -> (M, H, C). Nothing is saved."""
     qkv, offsets = channels_contiguous(qkv), offsets.contiguous()
     rows, _, heads, channels = qkv.shape
     out = qkv.new_empty(rows, heads, channels)
-    use = tile("causal_attention_packed", qkv.device, longest=longest, bytes=qkv.element_size())
+    use = tile("packed_attention", qkv.device, longest=longest, bytes=qkv.element_size())
     grid, numbers = ((offsets.shape[0] - 1) * heads,), (*qkv.stride()[:3], channels**-0.5 * LOG2_E)
     launch(packed_attention_fwd_kernel, grid, qkv, offsets, out, *numbers, HEADS=heads, C=channels, **use)
-    return out
+    return out, ()
 
 
-def backward(dout: Tensor, qkv: Tensor, offsets: Tensor, longest: int) -> Tensor:
+def backward(dout: Tensor, qkv: Tensor, out: Tensor, saved: tuple[()], offsets: Tensor, longest: int) -> Tensor:
     """dqkv (M, 3, H, C)."""
     qkv, offsets = channels_contiguous(qkv), offsets.contiguous()
     heads, channels = qkv.shape[2:]
     dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
-    use = tile("causal_attention_packed_backward", qkv.device, longest=longest, bytes=qkv.element_size())
+    use = tile("packed_attention", qkv.device, longest=longest, bytes=qkv.element_size())
     grid, shape = ((offsets.shape[0] - 1) * heads,), {"HEADS": heads, "C": channels}
     numbers = (0, 0, *qkv.stride()[:3], channels**-0.5 * LOG2_E, channels**-0.5)
     launch(packed_attention_bwd_kernel, grid, qkv, offsets, dout.contiguous(), dqkv, *numbers, **shape, **use)

@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import ONE_TILE
-from .launching import cdiv, next_power_of_2, tile
+from ..triton import ONE_TILE
+from ..triton.launching import cdiv, next_power_of_2, tile
 
 LOG2_E = 1.4426950408889634
 

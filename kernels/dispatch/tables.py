@@ -14,6 +14,7 @@ from typing import Any
 
 log = logging.getLogger("xclip_fast")
 _told: set[Path] = set()  # damaged tables that a line was logged of
+RENAMED = {"heavy": "residual"}  # sizes in the tables of earlier versions
 
 
 def user_table(name: str) -> Path:
@@ -23,9 +24,26 @@ def user_table(name: str) -> Path:
 
 
 @functools.cache
-def rows(path: Path, name: str) -> tuple[dict[str, Any], ...]:
-    """The rows of a table under a name; none if there is no such table."""
-    return tuple(_table(path).get(name, ()))
+def rows(shipped: Path, name: str) -> tuple[dict[str, Any], ...]:
+    """The rows under a name: the user's own, then the shipped ones, in each those of the newest architecture first."""
+    tables = (_table(path).get(name, ()) for path in (user_table(shipped.name), shipped))
+    return tuple(row for table in tables for row in sorted(table, key=lambda row: -row["arch"]))
+
+
+@functools.lru_cache(4096)  # labels come in any number
+def first(shipped: Path, name: str, architectures: range, sizes: tuple[tuple[str, Any], ...]) -> dict[str, Any] | None:
+    """The first row under a name that holds for one of these architectures and for these sizes."""
+    fitting = (row for row in rows(shipped, name) if row["arch"] in architectures and holds(row, dict(sizes)))
+    return next(fitting, None)
+
+
+kept: list[Any] = [rows, first]  # functools caches of what the tables say or decide
+
+
+def forget() -> None:
+    """Read the tables again at the next call."""
+    for cached in kept:
+        cached.cache_clear()
 
 
 def _table(path: Path) -> dict[str, list[dict[str, Any]]]:
@@ -42,6 +60,7 @@ def _table(path: Path) -> dict[str, list[dict[str, Any]]]:
                     raise ValueError(f"a row that is none: {row!r:.80}")
                 if not all(ms > 0 for ms in row.get("milliseconds", {}).values()):
                     raise ValueError(f"times that are none: {row!r:.80}")
+                row["where"] = {RENAMED.get(size, size): bounds for size, bounds in row.get("where", {}).items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         if path not in _told:
             _told.add(path)

@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention_backward import backward
-from .attention_tiles import LOG2_E, channels_contiguous, fits_one_tile, sequence_tile
-from .launching import Prepared, prepared
+from ..triton.launching import Prepared, prepared
+from .tiles import LOG2_E, channels_contiguous, fits_one_tile, sequence_tile
+from .triton_backward import backward
 
 __all__ = ["backward", "forward"]
 
@@ -90,8 +90,8 @@ def attention_fwd_kernel(
                 tl.store(lse_at, m_i + tl.log2(l_i), mask=row < S if masked else None)
 
 
-def forward(save: bool, qkv: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """(F, S, 3, H, C) -> (F, S, H, C), and, if ``save``, log2 of the sum of each row's exponentials."""
+def forward(save: bool, qkv: Tensor, causal: bool = False) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """(F, S, 3, H, C) -> (F, S, H, C), and, if ``save``, log2 of the sum of each row's exponentials. Never causal."""
     qkv = channels_contiguous(qkv)
     count, length, _, heads, channels = qkv.shape
     save = save and not fits_one_tile(qkv)

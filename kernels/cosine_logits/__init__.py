@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from .dispatch import Op, triton_backend
+from ..dispatch import Op
+from ..dispatch.support import on_triton
 
 
 def cosine_logits_reference(video: Tensor, text: Tensor, scale: Tensor) -> Tensor:
@@ -23,7 +24,7 @@ def _saved(video: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
 
 _op = Op(
     cosine_logits_reference,
-    triton_backend("cosine_logits"),
+    on_triton("cosine_logits"),
     example=lambda sizes, make: (
         make.normal(sizes.videos, sizes.embed),
         make.normal(sizes.videos, sizes.labels, sizes.embed),

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from .dispatch import Op, triton_backend
+from ..dispatch import Op
+from ..dispatch.support import on_triton
 
 SLOPE = 1.702
 
@@ -17,7 +18,7 @@ def quick_gelu_reference(x: Tensor) -> Tensor:
 
 _op = Op(
     quick_gelu_reference,
-    triton_backend("quick_gelu"),
+    on_triton("quick_gelu"),
     example=lambda sizes, make: (make.normal(sizes.sequences, sizes.tokens, 4 * sizes.width),),
     saved=lambda x: (),
 )

@@ -1,6 +1,6 @@
 """Backward of attention: two launches, dq with delta, then dk and dv; one for sequences that fit in one tile.
 
-Letters and tiles as in attention.py. No atomics: every sum has one order, and results repeat bit by bit.
+Letters and tiles as in triton.py. No atomics: every sum has one order, and results repeat bit by bit.
 """
 
 from collections.abc import Sequence
@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention_tiles import LOG2_E, channels_contiguous, fits_one_tile, power_of_two, sequence_tile
-from .launching import launch, tile
-from .packed_attention import packed_attention_bwd_kernel
+from ..packed_attention.triton import packed_attention_bwd_kernel
+from ..triton.launching import launch, tile
+from .tiles import LOG2_E, channels_contiguous, fits_one_tile, power_of_two, sequence_tile
 
 
 @triton.jit
@@ -149,7 +149,7 @@ def attention_dk_dv_kernel(
             tl.store(dk_at + HEADS * C, dv.to(dk_ptr.dtype.element_ty), mask=inside)
 
 
-def backward(dout: Tensor, qkv: Tensor, out: Tensor, saved: Sequence[Tensor]) -> Tensor:
+def backward(dout: Tensor, qkv: Tensor, out: Tensor, saved: Sequence[Tensor], causal: bool = False) -> Tensor:
     """dqkv (F, S, 3, H, C) of ``attention.forward``."""
     qkv, dout = channels_contiguous(qkv), dout.contiguous()
     count, length, _, heads, channels = qkv.shape

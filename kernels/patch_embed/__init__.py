@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import cpu
-from .dispatch import Op, triton_backend
-from .example import Maker, Sizes
-from .layer_norm import layer_norm_reference
-from .linear import linear
+from .. import cpu
+from ..common.example import Maker, Sizes
+from ..dispatch import Op
+from ..dispatch.support import on_triton
+from ..layer_norm import layer_norm_reference, refuse_rows
+from ..linear import linear
 
 
 def constants(values: Sequence[float], like: Tensor, dtype: torch.dtype) -> Tensor:
@@ -65,11 +66,6 @@ def patch_embed_reference(
     return layer_norm_reference(F.pad(tokens_FLD, (0, 0, 0, int(spare))), ln_weight, ln_bias, eps)
 
 
-def _refuse(frames: Tensor, weight: Tensor, *_: Any) -> str | None:
-    width = weight.shape[0]
-    return None if 1 <= width <= 2048 else f"width {width} is not between 1 and 2048"
-
-
 def _saved(frames: Tensor, weight: Tensor, class_embedding: Tensor, position: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     """The tokens before LN_pre (F, L or L + 1, D) and the mean and 1 / sigma of each."""
     shape = (frames.shape[0], position.shape[0] + rest[-1], position.shape[1])
@@ -90,7 +86,7 @@ def _example(sizes: Sizes, make: Maker) -> tuple[Any, ...]:
 
 _op = Op(
     patch_embed_reference,
-    triton_backend("patch_embed", refuse=_refuse),
+    on_triton("patch_embed", refuse=lambda frames, weight, class_embedding, *_: refuse_rows(class_embedding)),
     example=_example,
     saved=_saved,
     autocast=("weight",),
