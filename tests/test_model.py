@@ -411,9 +411,11 @@ def test_cache_is_bounded(tiny_model: XCLIP) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_whole_model_with_triton_kernels(tiny_model: XCLIP, dtype: torch.dtype) -> None:
+def test_whole_model_with_triton_kernels(tiny_model: XCLIP, dtype: torch.dtype, request: pytest.FixtureRequest) -> None:
     """Forward and every gradient; in the interpreter on a CPU."""
     pytest.importorskip("triton", reason="triton is not installed (pip install triton)")
+    if dtype == torch.float16:
+        request.getfixturevalue("shallow_model")  # leaves one layer of each kind in the model
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, video = tiny_model.to(device, dtype), frames().to(device)
 
@@ -451,8 +453,7 @@ def test_drop_path_grows_with_depth() -> None:
     assert rates == pytest.approx([0, 0.05, 0.1, 0.15, 0.2])
 
 
-def test_compile_in_one_graph_gives_the_same_numbers(shallow_model: XCLIP, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TORCHINDUCTOR_DEBUG_COMPILE", "1")  # g++ -O0 takes half the time
+def test_compile_in_one_graph_gives_the_same_numbers(shallow_model: XCLIP) -> None:
     video, tokens = frames(), tokenize(LABELS)
     compiled = torch.compile(shallow_model, fullgraph=True)
     with torch.no_grad():

@@ -68,7 +68,9 @@ def cct_block(block: Block) -> tuple[Tensor, Statistics | None]:
     elif block.x.device.type == "cpu" and _on_cpu(block):
         return cpu.block(block), None
     found = None if torch.compiler.is_compiling() else plans.inference_plan(block)
-    y, mean, rstd = _op(*block) if found is None else fused.run(False, block, found)[0]
+    if found is not None:
+        return fused.run(False, block, found)[:2]
+    y, mean, rstd = _op(*block)
     return y, (mean, rstd) if mean.numel() else None
 
 

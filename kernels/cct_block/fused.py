@@ -33,10 +33,6 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def _norms(b: Block) -> tuple[Norm, Norm]:
-    return Norm(b.ln_1_weight, b.ln_1_bias, b.eps), Norm(b.ln_2_weight, b.ln_2_bias, b.eps)
-
-
 def _mixing(b: Block) -> tuple[Any, ...]:
     """What a candidate of the attention takes beside the projection."""
     if b.offsets is not None:
@@ -46,42 +42,41 @@ def _mixing(b: Block) -> tuple[Any, ...]:
 
 def forward(save: bool, *args: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     b = Block(*args)
-    return run(save, b, plan_of(b, save))
+    y, statistics, saved = run(save, b, plan_of(b, save))
+    return (y, *(statistics or (torch.empty(0, dtype=torch.float32, device=y.device) for _ in range(2)))), saved
 
 
-def run(save: bool, b: Block, p: Plan) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """``forward`` by a plan."""
+def run(save: bool, b: Block, p: Plan) -> tuple[Tensor, tuple[Tensor, Tensor] | None, tuple[Tensor, ...]]:
+    """``forward`` by a plan: y, the statistics of its rows if they are left, and what backward wants."""
     b = _plain(b)
-    x, (norm_1, norm_2) = _rows(b.x), _norms(b)
+    norm_1, norm_2 = Norm(b.ln_1_weight, b.ln_1_bias, b.eps), Norm(b.ln_2_weight, b.ln_2_bias, b.eps)
 
     def project(spare: Any) -> tuple[Tensor, Normed]:
         layer = Layer(norm_1, b.in_weight, b.in_bias)
-        qkv, _, known = p.qkv.forward(save, x, Normed(None, b.mean, b.rstd), layer, spare)
+        qkv, _, known = p.qkv.forward(save, _rows(b.x), Normed(None, b.mean, b.rstd), layer, spare)
         return qkv, known
 
     qkv, known_1, message_saved = _with_message(save, b, p, project)
     # the library adds its product to z in place where nobody wants z again; the bias is added when z is written
     in_place = not save and p.out.name == p.projection.name == "library" and b.drop_feed_forward is None
     in_place = in_place and b.x.dtype == b.projection_weight.dtype
-    dtype, later = b.in_weight.dtype, b.projection_bias if in_place else None
-    z, known_2, mixed, attention_saved = _diffuse(save, b, p, qkv, dtype, later)
+    later = b.projection_bias if in_place else None
+    z, known_2, mixed, attention_saved = _diffuse(save, b, p, qkv, norm_2, later)
     # y = z + FFN(LN_2(z))
     h, u, known_2 = p.fc.forward(save, z, known_2, Layer(norm_2, b.fc_weight, b.fc_bias, b.activation))
     # what reads the rows anyway has no use for them
     leave = b.statistics and b.rows is None and p.qkv.name != "library" and b.x.dtype == b.in_weight.dtype
     if in_place:
-        y, left, leave = torch.addmm(z, h, b.projection_weight.T, out=z), Normed(), False
+        y, left = torch.addmm(z, h, b.projection_weight.T, out=z), Normed()
     else:
         target = Target(z, b.drop_feed_forward, norm_1 if leave else None, None, leave)
         y, left = p.projection.forward(h, b.projection_weight, b.projection_bias, target)
     y = y.view(b.x.shape if b.rows is None else z.shape)
-    outputs: tuple[Any, ...] = (y, left.mean, left.rstd)
-    if not leave:
-        outputs = (y, *(torch.empty(0, dtype=torch.float32, device=x.device) for _ in range(2)))
+    statistics = None if left.mean is None or left.rstd is None else (left.mean, left.rstd)
     if not save:
-        return outputs, ()
-    statistics: Any = (known_1.mean, known_1.rstd, known_2.mean, known_2.rstd)
-    return outputs, (qkv, mixed, z, u, *statistics, *message_saved, *attention_saved)
+        return y, statistics, ()
+    of_rows: Any = (known_1.mean, known_1.rstd, known_2.mean, known_2.rstd)
+    return y, statistics, (qkv, mixed, z, u, *of_rows, *message_saved, *attention_saved)
 
 
 def _with_message(
@@ -99,11 +94,12 @@ def _with_message(
 
 
 def _diffuse(
-    save: bool, b: Block, p: Plan, qkv: Tensor, dtype: torch.dtype | None, later: Tensor | None = None
+    save: bool, b: Block, p: Plan, qkv: Tensor, norm: Norm | None, later: Tensor | None = None
 ) -> tuple[Tensor, Normed, Tensor, tuple[Tensor, ...]]:
-    """z = x + IFA(LN_1([x, m])) (R, D) and what is known of LN_2(z), in ``dtype``; the attention and what it saves.
+    """z = x + IFA(LN_1([x, m])) (R, D) and what is known of LN_2(z); the attention and what it saves.
 
     Args:
+        norm: LN_2, if it is wanted.
         later: (D,), added to the z that is returned, not to the one that is normalized; for the library alone.
     """
     x = _rows(b.x)
@@ -112,8 +108,7 @@ def _diffuse(
     mixed_rows = mixed.reshape(x.shape)
     if b.rows is not None:
         mixed_rows, x = mixed_rows[b.rows], x[b.rows]
-    norm = Norm(b.ln_2_weight, b.ln_2_bias, b.eps) if dtype else None
-    target = Target(x, b.drop_attention, norm, dtype, save, later)
+    target = Target(x, b.drop_attention, norm, b.in_weight.dtype, save, later)
     z, known = p.out.forward(mixed_rows, b.out_weight, b.out_bias, target)
     return z, known, mixed, saved
 

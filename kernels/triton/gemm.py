@@ -57,7 +57,6 @@ def gemm_kernel(
     ACTIVATION: tl.constexpr,  # whether quick_gelu is applied
     LOAD_DESCRIPTORS: tl.constexpr,
     STORE_DESCRIPTORS: tl.constexpr,
-    PRECISION: tl.constexpr,
     EVEN_K: tl.constexpr,  # K is a multiple of BLOCK_K
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -94,7 +93,7 @@ def gemm_kernel(
                 b_rows = tl.minimum(tile_n * BLOCK_N + tl.arange(0, BLOCK_N), N - 1).to(tl.int64)
                 b_at = b_ptr + b_rows[None, :] * b_row + ks[:, None]
                 b = tl.load(b_at, mask=None if EVEN_K else ks[:, None] < K, other=zero)
-            acc = tl.dot(a, b, acc, input_precision=PRECISION)
+            acc = tl.dot(a, b, acc, input_precision="ieee")
         rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
         in_rows = rows < M
         if mean_ptr is not None:
@@ -227,7 +226,6 @@ def _prepare(
         ACTIVATION=activation,
         LOAD_DESCRIPTORS=by_tile,
         STORE_DESCRIPTORS=descriptors and describable(N, N, out.itemsize) and (not keep or describable(N, N)),
-        PRECISION="ieee",
         EVEN_K=K % config["BLOCK_K"] == 0,
         **config,
     )

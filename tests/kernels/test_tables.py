@@ -1,4 +1,4 @@
-"""A damaged table in the user's cache makes nothing fail."""
+"""Tables in the user's cache: a damaged one makes nothing fail, one of an earlier version still holds."""
 
 import json
 import logging
