@@ -1,7 +1,9 @@
-"""Maps the folders to packages and builds the CUDA library of csrc/ where nvcc is; the rest is in pyproject.toml.
+"""Maps the folders to packages and builds the libraries of csrc/; the rest is in pyproject.toml.
 
-XCLIP_FAST_CUDA=0 skips the library, =1 makes its absence an error; otherwise a failure to build it is told (by pip with
--v, by ``xclip-fast info`` always) and the install goes on without. No GPU is asked for.
+The CPU library is built on x86-64 Linux where g++ is (or what CXX names), the CUDA library where nvcc is.
+
+XCLIP_FAST_CUDA=0 skips the CUDA library, =1 makes its absence an error; otherwise a failure to build a library is told
+(by pip with -v, by ``xclip-fast info`` always) and the install goes on without. No GPU is asked for.
 CUTLASS_DIR: a folder with include/cutlass/cutlass.h, else the package nvidia-cutlass, which pip brings as a requirement
 of the build.
 """
@@ -9,6 +11,7 @@ of the build.
 import hashlib
 import importlib.util
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -79,8 +82,18 @@ def build_library(nvcc: str) -> Path:
     return library
 
 
+def build_cpu_library(compiler: str) -> Path:
+    library = ROOT / "build" / "cpu" / "libxclip_fast_cpu.so"
+    library.parent.mkdir(parents=True, exist_ok=True)
+    # OpenMP's functions are found in the process, where torch has loaded them: a second OpenMP would bring more threads
+    options = ["-O3", "-std=c++17", "-mavx2", "-mfma", "-mf16c", "-fPIC", "-fvisibility=hidden"]
+    told(compiler, *options, "-fopenmp", "-c", ROOT / "csrc" / "cpu.cpp", "-o", library.with_suffix(".o"))
+    told(compiler, "-shared", library.with_suffix(".o"), "-o", library)
+    return library
+
+
 class BuildLibrary(build_ext):
-    """CMake in place of a compiler; the library's name has no Python in it, for it serves every one."""
+    """Our own builds in place of setuptools'; a library's name has no Python in it, for it serves every one."""
 
     def get_ext_filename(self, fullname: str) -> str:
         return os.path.join(*fullname.split(".")) + ".so"
@@ -89,15 +102,16 @@ class BuildLibrary(build_ext):
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         # setuptools copies the library into the sources of an editable install, but not this note
-        note = (ROOT / "kernels" if self.editable_mode else target.parent) / "libxclip_fast.failed"
+        note = (ROOT / "kernels" if self.editable_mode else target.parent) / f"{target.stem}.failed"
+        on_cpu = target.stem == CPU_LIBRARY
         try:
-            library = build_library(NVCC or "nvcc")
+            library = build_cpu_library(CXX or "g++") if on_cpu else build_library(NVCC or "nvcc")
         except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
-            if WISH == "1":
+            if WISH == "1" and not on_cpu:
                 raise
             # a library that is there stays: it still loads if its interface is the wanted one
             note.write_text(f"its build failed at install: {error}\n", encoding="utf-8")
-            print(f"xclip-fast: no new CUDA library: {error}", file=sys.stderr)
+            print(f"xclip-fast: no new {target.name}: {error}", file=sys.stderr)
             return
         note.unlink(missing_ok=True)
         part = target.with_name(f".{target.name}.part")
@@ -138,6 +152,11 @@ NVCC = find_nvcc() if WISH != "0" and sys.platform == "linux" else None
 if WISH == "1" and NVCC is None:
     raise SystemExit("XCLIP_FAST_CUDA=1, but nvcc is not on the PATH, in CUDA_HOME or in /usr/local/cuda/bin")
 
+CPU_LIBRARY = "libxclip_fast_cpu"
+is_x86_linux = sys.platform == "linux" and platform.machine() == "x86_64"
+CXX = shutil.which(os.environ.get("CXX", "g++")) if is_x86_linux else None
+LIBRARIES = [CPU_LIBRARY] * bool(CXX) + ["libxclip_fast"] * bool(NVCC)
+
 FOLDERS = sorted(str(file.parent.relative_to(ROOT)) for file in (ROOT / "kernels").rglob("__init__.py"))
 KERNELS = {f"xclip_fast.{folder}".replace("/", "."): folder for folder in FOLDERS}
 
@@ -151,7 +170,7 @@ setup(
         "xclip_fast.kernels": ["*.json"],
         "xclip_fast.kernels.triton": ["*.json"],
     },
-    ext_modules=[Extension("xclip_fast.kernels.libxclip_fast", [], optional=True)] if NVCC else [],
+    ext_modules=[Extension(f"xclip_fast.kernels.{name}", [], optional=True) for name in LIBRARIES],
     cmdclass={"build_ext": BuildLibrary, "editable_wheel": EditableWheel},
     setup_requires=["nvidia-cutlass>=4.2,<5"] if NVCC and find_cutlass() is None else [],
 )

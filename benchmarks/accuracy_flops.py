@@ -204,22 +204,6 @@ def escaped(text: str) -> str:
     return text.replace("|", "\\|").replace("*", "\\*")
 
 
-def print_table(points: Sequence[Point]) -> None:
-    if not sys.stdout.isatty():
-        print(markdown(points), end="")
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*COLUMNS)
-    for point in points:
-        table.add_row(*cells(point), style="dim" if point.origin == PAPER else None)
-    console = Console(highlight=False)
-    console.print(table)
-    for note in notes(points):
-        console.print(note, markup=False)
-
-
 def plot(points: Sequence[Point], path: Path) -> None:
     """Top-1 against the GFLOPs of all views, and against views/s; both logarithmic."""
     import matplotlib
@@ -272,13 +256,8 @@ def plot(points: Sequence[Point], path: Path) -> None:
         for axes in (left, right):
             axes.margins(x=0.26, y=0.1)
             axes.grid(alpha=0.3)
-        handles, labels = [], []
-        for axes in (left, right):
-            for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-                if label not in labels:
-                    handles.append(handle)
-                    labels.append(label)
-        figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+        handles = {line.get_label(): line for axes in (left, right) for line in axes.get_lines()}
+        figure.legend(handles.values(), handles, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
         measured = any(point.origin == MEASURED for point in points)
         figure.suptitle("X-CLIP: accuracy against cost" + ("" if measured else " (the paper's accuracies only)"))
         figure.savefig(path, dpi=150)
@@ -299,7 +278,7 @@ def main(argv: list[str] | None = None) -> int:
     evaluations, speeds = read(args.files)
     measured = measured_points(evaluations, speeds)
     points = [*paper_points(), *measured, *mixed_points(speeds, measured)]
-    print_table(points)
+    print(markdown(points), end="")
     if args.markdown:
         write_text(args.markdown, markdown(points))
     if args.plot:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import xclip_fast
+from xclip_fast import flops
 from xclip_fast.config import VARIANTS, VisionConfig, XCLIPConfig
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -102,12 +103,7 @@ def contenders_of(
         yield COMPUTING, lambda: torch.cat([model(part.to(device), tokens).cpu() for part in videos.split(batch)])
         return
     for name, one in ours.items():
-        calls: dict[str, Callable[[], Any]] = {
-            "tower": functools.partial(one.encode_video, video),
-            "cached": functools.partial(one, video, tokens),
-            "encoded": functools.partial(forgetful, one, video, tokens),
-        }
-        yield name, calls[work]
+        yield name, our_call(work, one, video, tokens)
     if work != "encoded" and has_graphs(device) and batch <= GRAPHED_UP_TO:
         tower = model.graphed(batch, frames)
         cached = lambda: model.similarity(tower(video), model.encode_text(tokens))  # noqa: E731
@@ -115,14 +111,7 @@ def contenders_of(
     if hf is None:
         return
     pixels = normalized(video, config).to(dtype)
-    padded = xclip_fast.tokenize(labels, config.text.context_length, pad=True).to(device)
-    if work == "tower":
-        peer: Callable[[], Any] = functools.partial(hf_video, hf, pixels)
-    elif work == "cached":
-        # features from our encoder, because theirs takes long; the "encoded" row checks that they are equal
-        peer = functools.partial(hf_cached, hf, pixels, model.encode_text(tokens))
-    else:
-        peer = lambda: hf(input_ids=padded, pixel_values=pixels).logits_per_video  # noqa: E731
+    peer = peer_call(work, hf, pixels, model, labels)
     yield EAGER, peer
     if compiled:
         torch._dynamo.reset()
@@ -138,6 +127,35 @@ def contenders_of(
             except Exception as error:  # noted in its row, as a failed call
                 engine = functools.partial(reraise, error)
             yield name, engine
+
+
+def our_call(work: str, model: xclip_fast.XCLIP, video: Tensor, tokens: Tensor) -> Callable[[], Any]:
+    """The call of our model for a work that reads no files."""
+    calls: dict[str, Callable[[], Any]] = {
+        "tower": functools.partial(model.encode_video, video),
+        "cached": functools.partial(model, video, tokens),  # the labels stay encoded after the first call
+        "encoded": functools.partial(forgetful, model, video, tokens),
+    }
+    return calls[work]
+
+
+def peer_call(work: str, hf: Any, pixels: Tensor, model: xclip_fast.XCLIP, labels: list[str]) -> Callable[[], Any]:
+    """The same work by Hugging Face's model, on normalized pixels."""
+    length = model.config.text.context_length
+    if work == "tower":
+        return functools.partial(hf_video, hf, pixels)
+    if work == "cached":
+        # features from our encoder, because theirs takes long; the "encoded" row checks that they are equal
+        return functools.partial(hf_cached, hf, pixels, model.encode_text(xclip_fast.tokenize(labels, length)))
+    padded = xclip_fast.tokenize(labels, length, pad=True).to(pixels.device)
+    return lambda: hf(input_ids=padded, pixel_values=pixels).logits_per_video
+
+
+def products_of(work: str, config: XCLIPConfig, lengths: list[int], batch: int) -> list[flops.Product]:
+    """The matrix products of our forward; ``lengths``: the tokens of each label."""
+    products = flops.products(config, labels=lengths, batch=batch, counting="actual")
+    left_out = {"encoded": (), "tower": ("text", "prompts", "similarity")}.get(work, ("text",))
+    return [product for product in products if product.part not in left_out]
 
 
 class Tower(torch.nn.Module):

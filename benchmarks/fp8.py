@@ -25,12 +25,18 @@ from xclip_fast.data.loader.loader import loader
 from xclip_fast.data.manifest.manifest import Manifest
 from xclip_fast.data.transforms import TestTransform
 from xclip_fast.text.labels import candidates
+from xclip_fast.weights.recipe import Trained
 
 
 def batches(manifest: Manifest, model: XCLIP, args: argparse.Namespace) -> Any:
     config = model.config
-    views: dict[str, Any] = {"sampling": args.sampling, "stride": args.stride}
-    transform = TestTransform(frames=config.num_frames, size=config.vision.image_size, **views)
+    trained = Trained.read(args.checkpoint)
+    transform = TestTransform(
+        frames=config.num_frames,
+        size=config.vision.image_size,
+        sampling=trained.sampling,
+        stride=trained.stride,
+    )
     device = model.visual.conv1.weight.device
     return loader(manifest, transform, args.batch_size, device=device, workers=args.workers)
 
@@ -64,10 +70,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("test", type=Path, help="manifest of videos to classify")
     parser.add_argument(
         "--calibration-videos", type=int, default=64, help="number of videos to calibrate on (default 64)"
-    )
-    parser.add_argument("--sampling", default="sparse", help="sparse or dense (default sparse)")
-    parser.add_argument(
-        "--stride", type=int, default=1, help="frames between the frames of a clip, with dense sampling (default 1)"
     )
     parser.add_argument("--batch-size", type=int, default=16, help="videos in a batch (default 16)")
     parser.add_argument("--workers", type=int, help="worker processes of the loader; 0: decode in this process")

@@ -3,10 +3,9 @@
     python benchmarks/gpu_bundle.py dist/gpu-bundle
     (on the machine, in that folder)  python3 benchmarks/gpu_check.py --out DIR
 
-The folder holds the repository's files, the CUDA library (kernels/libxclip_fast.so), the library with CUTLASS's trace,
-which says why a launch failed (traced/), and wheels of av for Python 3.12 (wheels/), so that nothing is built on that
-machine. Building the library here takes nvcc, cmake and CUTLASS's headers; without them the script leaves it out and
-says so.
+The folder holds the repository's files, the CUDA library (kernels/libxclip_fast.so) and wheels of av for Python 3.12
+(wheels/), so that nothing is built on that machine. Building the library here takes nvcc, cmake and CUTLASS's headers;
+without them the script leaves it out and says so.
 """
 
 from __future__ import annotations
@@ -35,34 +34,18 @@ def copy_tree(to: Path) -> None:
             shutil.copy2(ROOT / name, to / name)
 
 
-def build(folder: Path, traced: bool, to: Path) -> None:
-    """Build the CUDA library with CMake in a folder, and copy it to another."""
-    options = [f"-DPython3_EXECUTABLE={sys.executable}", f"-DXCLIP_FAST_TRACE={'ON' if traced else 'OFF'}"]
-    subprocess.run(["cmake", "-S", ROOT, "-B", folder, *options], check=True)
-    subprocess.run(["cmake", "--build", folder, "--parallel", str(os.cpu_count() or 1)], check=True)
-    to.mkdir(exist_ok=True)
-    shutil.copy2(folder / "libxclip_fast.so", to)
-
-
 def add_library(to: Path, work: Path) -> None:
-    build(work / "plain", False, to / "kernels")
-    build(work / "traced", True, to / "traced")
+    """Build the CUDA library with CMake in the folder ``work``, and copy it into the bundle."""
+    subprocess.run(["cmake", "-S", ROOT, "-B", work, f"-DPython3_EXECUTABLE={sys.executable}"], check=True)
+    subprocess.run(["cmake", "--build", work, "--parallel", str(os.cpu_count() or 1)], check=True)
+    shutil.copy2(work / "libxclip_fast.so", to / "kernels")
 
 
 def add_wheels(to: Path) -> None:
-    pip = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "-q",
-        "--no-deps",
-        "--only-binary=:all:",
-        "--python-version",
-        "3.12",
-    ]
-    pip += ["--implementation", "cp", *(option for platform in PLATFORMS for option in ("--platform", platform))]
-    subprocess.run([*pip, "-d", str(to / "wheels"), "av>=18,<20"], check=True)
+    pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:"]
+    platforms = [f"--platform={platform}" for platform in PLATFORMS]
+    python = ["--python-version", "3.12", "--implementation", "cp"]
+    subprocess.run([*pip, *python, *platforms, "-d", str(to / "wheels"), "av>=18,<20"], check=True)
 
 
 def main(argv: list[str] | None = None) -> int:

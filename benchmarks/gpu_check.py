@@ -5,8 +5,8 @@
     python benchmarks/gpu_check.py --out DIR --rehearse         # on a CPU at tiny sizes
 
 Each case runs in its own process with a time limit, and each row goes to DIR/rows.jsonl at once, so a crash, a hang or
-a wrong result costs only that case. The script also writes log.txt (the end of each case's output), table.txt,
-results.json and choices.json. It works with an installed package or in a bare copy of the repository
+a wrong result costs only that case. The script also writes log.txt (the end of each case's output), table.txt and
+results.json. It works with an installed package or in a bare copy of the repository
 (``make gpu-bundle``). README.md in this folder lists the stages.
 """
 
@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.util
-import json
 import math
 import os
 import shlex
@@ -110,24 +109,17 @@ def prepare(scratch: Path, rehearse: bool) -> None:
 
 
 def write_results(out: Path, rows: list[Row], stamp: Row, seconds: dict[str, float]) -> None:
-    """Write and print the table; write results.json, which has what all rows share once, and choices.json from the rows
-    of the stage "table"."""
+    """Write and print the table; write results.json, which has what all rows share once."""
     import measuring
     from gpu import report
 
     environment = next((row["environment"] for row in rows if "environment" in row), {})
-    left_out = {*stamp, "date", "entry", "environment"}
+    left_out = {*stamp, "date", "environment"}
     measured = [{key: rounded(value) for key, value in row.items() if key not in left_out} for row in rows]
     measuring.write_json(out / "results.json", {"environment": environment, "rows": measured})
 
     text = "\n".join(report.lines(rows, seconds))
     (out / "table.txt").write_text(text + "\n", encoding="utf-8")
-    table: dict[str, list[object]] = {}
-    for row in rows:
-        if "entry" in row:
-            table.setdefault(row["op"], []).append(row["entry"])
-    if table:
-        (out / "choices.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
     print(text, flush=True)
 
 

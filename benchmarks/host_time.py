@@ -16,7 +16,7 @@ os.environ.pop("TRITON_INTERPRET", None)
 
 import torch
 from xclip_fast.kernels import fake_gpu
-from xclip_fast.kernels.cct_block import Block, fused
+from xclip_fast.kernels.cct_block import Block, plans
 from xclip_fast.kernels.cct_block.example import example
 
 from xclip_fast import kernels
@@ -43,7 +43,7 @@ def product(*args: Any, out: Any = None) -> torch.Tensor:
 def measure(name: str, rounds: int = 300, calls: int = 5) -> tuple[int, float]:
     """Kernels launched by a block with these products, and the microseconds that it takes."""
     block, op = arguments(name), room.cct_block
-    with fake_gpu.fake_gpu(90) as launches, kernels.backend(name), fused.swap("attention", "triton"), torch.no_grad():
+    with fake_gpu.fake_gpu(90) as launches, kernels.backend(name), plans.swap("attention", "triton"), torch.no_grad():
         op(block)
         launches.clear()
         op(block)

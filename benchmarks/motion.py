@@ -16,6 +16,7 @@ import resource
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -74,40 +75,37 @@ def main() -> int:
     made = time.perf_counter() - begin
     print(f"{10 * (args.clips + args.test_clips)} clips in {made:.0f} s", flush=True)
 
-    waiting, running, seconds, failed = list(names), {}, {}, []
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    while waiting or running:
-        while waiting and len(running) < 2:
-            name = waiting.pop(0)
-            output = args.work / f"model-{list(MODELS).index(name)}"
-            given = [f"data.train={train}", f"data.cache={args.work / 'cache'}", f"output={output}", *MODELS[name]]
-            given += ["data.val=null", f"seed={args.seed}", *args.overrides]
-            command = [sys.executable, "-m", "xclip_fast.train", "motion", *given]
-            with open(args.work / f"{output.name}.txt", "w") as log:
-                process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
-            running[name] = (process, output, time.perf_counter())
-        time.sleep(0.2)
-        for name, (process, output, started) in list(running.items()):
-            if process.poll() is None:
-                continue
-            del running[name]
-            seconds[name] = time.perf_counter() - started
-            if process.returncode:  # the other models go on
-                print((args.work / f"{output.name}.txt").read_text(), file=sys.stderr)
-                failed.append(name)
+    def output_of(name: str) -> Path:
+        return args.work / f"model-{list(MODELS).index(name)}"
+
+    def trained(name: str) -> tuple[bool, float]:
+        """Whether the training succeeded, and its seconds. What it says is in a file beside its folder."""
+        output, started = output_of(name), time.perf_counter()
+        given = [f"data.train={train}", f"data.cache={args.work / 'cache'}", f"output={output}", *MODELS[name]]
+        given += ["data.val=null", f"seed={args.seed}", *args.overrides]
+        command = [sys.executable, "-m", "xclip_fast", "train", "motion", *given]
+        with open(output.with_suffix(".txt"), "w") as log:
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+        if done.returncode:  # the other models go on
+            print(output.with_suffix(".txt").read_text(), file=sys.stderr)
+        return done.returncode == 0, time.perf_counter() - started
+
+    with ThreadPoolExecutor(2) as pool:
+        ended = dict(zip(names, pool.map(trained, names), strict=True))
     rows: list[dict[str, Any]] = []
     clips = {"seed": args.seed, "clips_per_class": args.clips, "test_clips_per_class": args.test_clips}
     report = {"environment": measuring.environment("cpu"), **clips, "rows": rows}
     print("| model | top-1 | right pair | right order in it (chance 50 %) | training, s |\n|---|---|---|---|---|")
-    for name in names:
-        if name in failed:
+    for name, (succeeded, seconds) in ended.items():
+        if not succeeded:
             rows.append({"model": name, "note": "its training failed"})
-            print(f"| {name} | its training failed | | | {seconds[name]:.0f} |", flush=True)
+            print(f"| {name} | its training failed | | | {seconds:.0f} |", flush=True)
             continue
-        found = test(args.work / f"model-{list(MODELS).index(name)}" / "last", held_out)
-        rows.append({"model": name, **found, "train_seconds": seconds[name]})
+        found = test(output_of(name) / "last", held_out)
+        rows.append({"model": name, **found, "train_seconds": seconds})
         figures = " | ".join(f"{100 * found[key]:.1f} %" for key in ("top1", "pair", "order"))
-        print(f"| {name} | {figures} | {seconds[name]:.0f} |", flush=True)
+        print(f"| {name} | {figures} | {seconds:.0f} |", flush=True)
         if args.json:
             measuring.write_json(args.json, report)
     total = time.perf_counter() - begin
@@ -115,7 +113,7 @@ def main() -> int:
     print(f"{10 * args.test_clips} test clips; all of it took {total:.0f} s, and {busy:.0f} s of processor time")
     if args.json:
         measuring.write_json(args.json, report | {"seconds": total, "processor_seconds": busy})
-    return 1 if failed else 0
+    return 0 if all(succeeded for succeeded, _ in ended.values()) else 1
 
 
 if __name__ == "__main__":

@@ -28,13 +28,13 @@ import measuring
 import numpy as np
 
 BUCKET, ON_S3 = "clips", 50
+BROKEN = 50  # one file of so many is
 LOOPBACK = "127.0.0.1"
 
 
 def main() -> None:
     parser = arguments.parser(__doc__)
     parser.add_argument("--clips", type=int, default=2000, help="number of clips (default 2000)")
-    parser.add_argument("--broken", type=float, default=0.02, help="share of broken files (default 0.02)")
     parser.add_argument("--json", type=Path, help="append the result to this file")
     options = parser.parse_args()
     from moto.server import ThreadedMotoServer
@@ -53,7 +53,7 @@ def main() -> None:
     }
     try:
         with tempfile.TemporaryDirectory(prefix="xclip-scale-") as folder:
-            result = run(Path(folder), options.clips, options.broken)
+            result = run(Path(folder), options.clips)
     finally:
         s3.stop()
     versions = {name: importlib.metadata.version(name) for name in ("ray", "lancedb", "moto")}
@@ -61,11 +61,11 @@ def main() -> None:
     measuring.append_json(options.json, {"benchmark": "scale", "environment": environment, **result})
 
 
-def run(folder: Path, clips: int, broken: float) -> dict[str, Any]:
+def run(folder: Path, clips: int) -> dict[str, Any]:
     from ray.cluster_utils import Cluster
 
     begun = time.perf_counter()
-    bad = _make_clips(folder, clips, broken)
+    bad = _make_clips(folder, clips)
     result: dict[str, Any] = {"clips": clips, "broken": len(bad), "on_s3": ON_S3, "make_s": _since(begun)}
     weights = folder / "weights"
     measuring.small_model().save_pretrained(weights)
@@ -129,7 +129,7 @@ def run(folder: Path, clips: int, broken: float) -> dict[str, Any]:
     return {**result, "moments": len(ours), "each_once": True, "largest_difference": worst}
 
 
-def _make_clips(folder: Path, clips: int, broken: float) -> list[str]:
+def _make_clips(folder: Path, clips: int) -> list[str]:
     import s3fs
 
     from xclip_fast.data.motion import CLASSES, render, write_clip
@@ -139,7 +139,7 @@ def _make_clips(folder: Path, clips: int, broken: float) -> list[str]:
     bad = []
     for number in range(clips):
         path = videos / f"{number:05}.mp4"
-        if number % round(1 / broken) == 3:
+        if number % BROKEN == 3:
             path.write_bytes(b"broken" * 50)
             bad.append(path.name)
         else:

@@ -1,8 +1,7 @@
-"""Search at full size: many rows, a long film, runs that are killed, two runs at once.
+"""Search at full size: many rows, and a long film.
 
     python benchmarks/search.py rows --count 1000000     # time of a query, of adding 100 videos, of building the index
     python benchmarks/search.py film --minutes 60        # known events found, peak memory, time next to decoding alone
-    python benchmarks/search.py kill --times 30          # SIGKILL at random moments, and two runs at once
 
 Each prints one JSON object, and appends it to --json FILE. The models are small and have random weights; the vectors of
 `rows` are random.
@@ -13,8 +12,6 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import random
-import resource
-import signal
 import statistics
 import subprocess
 import sys
@@ -44,21 +41,17 @@ E, CHUNK = 512, 20_000
 
 def main() -> None:
     parser = arguments.parser(__doc__)
-    parser.add_argument("what", choices=("rows", "film", "kill"))
+    parser.add_argument("what", choices=("rows", "film"))
     parser.add_argument("--count", type=int, default=1_000_000, help="number of rows (default 1000000)")
     parser.add_argument("--patches", type=int, default=0, help="patch features to store with each row (default 0)")
     parser.add_argument("--minutes", type=int, default=60, help="length of the film (default 60)")
-    parser.add_argument("--times", type=int, default=30, help="number of kills (default 30)")
-    parser.add_argument("--folder", type=Path, help="folder to keep the data in (default: a temporary folder)")
     parser.add_argument("--json", type=Path, help="append the result to this file")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="xclip-search-") as scratch:
-        folder = options.folder or Path(scratch)
-        folder.mkdir(parents=True, exist_ok=True)
         if options.what == "rows":
-            result = rows(folder, options.count, options.patches)
+            result = rows(Path(scratch), options.count, options.patches)
         else:
-            result = film(folder, options.minutes) if options.what == "film" else kill(folder, options.times)
+            result = film(Path(scratch), options.minutes)
     versions = {name: importlib.metadata.version(name) for name in ("lancedb", "pyarrow")}
     environment = measuring.environment("cpu") | {"usable_cores": usable_cores()} | versions
     measuring.append_json(options.json, {"benchmark": options.what, "environment": environment, **result})
@@ -232,7 +225,6 @@ def _make_film(folder: Path, minutes: int) -> tuple[Path, list[tuple[float, Path
 
 
 def _cut_film(path: Path, out: Path, seconds: int) -> None:
-
     with av.open(str(path)) as source, av.open(str(out), "w") as target:
         output = target.add_stream_from_template(source.streams.video[0])
         for packet in source.demux(video=0):
@@ -240,97 +232,6 @@ def _cut_film(path: Path, out: Path, seconds: int) -> None:
                 break
             packet.stream = output
             target.mux(packet)
-
-
-def kill(folder: Path, times: int) -> dict[str, Any]:
-    """400 clips, 8 of them broken: kills each run after a random time, then lets one finish.
-
-    Then two runs at once write one store.
-    """
-    videos = folder / "videos"
-    videos.mkdir()
-    for number in range(400):
-        if number % 50 == 7:
-            (videos / f"{number:03}.mp4").write_bytes(b"broken" * 99)
-            continue
-        pictures = render(CLASSES[number % 10], number, frames=24, size=(120, 160))
-        write_clip(videos / f"{number:03}.mp4", pictures, 12, preset="ultrafast")
-    weights = _weights(folder)
-    code = "import sys; from xclip_fast.search import Index, add; add._SECONDS = 0.3; "
-    code += "i = Index.open(sys.argv[1], sys.argv[2], device='cpu', dtype='float32'); print('ready', flush=True); "
-    code += "s = i.add(sys.argv[3], batch_size=1, on_file=lambda path, error: print(path, flush=True)); print('end')"
-    command = [sys.executable, "-c", code, str(folder / "store"), str(weights), str(videos)]
-    rng = random.Random(1)
-    kills, worked, ended = 0, 0, 0
-    while kills < times:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        assert process.stdout is not None
-        if rng.random() < 0.8:
-            process.stdout.readline()  # ready: the kill falls into the work, otherwise into the start
-            time.sleep(rng.uniform(0, 0.8))
-        else:
-            time.sleep(rng.uniform(0, 4))
-        ended += process.poll() is not None
-        process.send_signal(signal.SIGKILL)
-        worked += len(process.stdout.read().splitlines())
-        process.wait()
-        kills += 1
-        if (folder / "store").exists() and (folder / "store" / "moments.lance").exists():
-            _check_store(folder / "store")
-    begun = time.perf_counter()
-    last = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
-    last_run = time.perf_counter() - begun
-    whole = Index.open(folder / "whole", weights, device="cpu", dtype="float32")
-    whole.add(videos)
-    worst = _compare(folder / "store", whole)
-
-    command[command.index(str(folder / "store"))] = str(folder / "both")
-    begun = time.perf_counter()
-    pair = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    shares = [len(process.communicate()[0].splitlines()) - 2 for process in pair]
-    assert [process.returncode for process in pair] == [0, 0]
-    both = time.perf_counter() - begun
-    assert sum(shares) == 400, shares
-    return {
-        "videos": 400,
-        "broken": 8,
-        "kills": kills,
-        "kills_after_the_end": ended,
-        "files_done_in_killed_runs": worked,
-        "files_left_for_the_last_run": len(last) - 2,
-        "last_run_s": round(last_run, 1),
-        "moments": 392,
-        "lost": 0,
-        "twice": 0,
-        "largest_difference_from_an_unbroken_run": worst,
-        "two_at_once": {
-            "files_of_each": shares,
-            "seconds": round(both, 1),
-            "largest_difference_from_an_unbroken_run": _compare(folder / "both", whole),
-        },
-    }
-
-
-def _compare(store: Path, whole: Any) -> float:
-    """The largest difference of a vector from those of an unbroken run; both hold each file once."""
-    ours, theirs = (_rows(index) for index in (Index.open(store, device="cpu", dtype="float32"), whole))
-    assert ours.keys() == theirs.keys()
-    assert len(ours) == 392
-    worst = max(float(np.abs(ours[key] - theirs[key]).max()) for key in ours)
-    assert worst < 1e-3, worst
-    return worst
-
-
-def _check_store(store: Path) -> None:
-
-    ids = Store.open(store).table.search().select(["id"]).to_arrow()["id"].to_pylist()
-    assert len(ids) == len(set(ids)), "a row is stored twice"
-
-
-def _rows(index: Any) -> dict[tuple[str, float], Any]:
-    found = index.store.table.search().where("error IS NULL").select(["path", "start", "vector"]).to_arrow().to_pylist()
-    assert len(found) == len({(row["path"], row["start"]) for row in found})
-    return {(row["path"], row["start"]): np.array(row["vector"]) for row in found}
 
 
 def _weights(folder: Path) -> Path:
@@ -345,5 +246,4 @@ def _seconds(work: Callable[[], Any]) -> float:
 
 
 if __name__ == "__main__":
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     main()

@@ -41,6 +41,7 @@ from contenders import (
     has_peer,
     huggingface,
     least_cosine,
+    products_of,
     quantized,
     write_clips,
 )
@@ -126,9 +127,7 @@ class Cell:
 
     def work_products(self, lengths: list[int]) -> list[flops.Product]:
         """The matrix products of our forward."""
-        products = flops.products(VARIANTS[self.variant], labels=lengths, batch=self.batch, counting="actual")
-        left_out = {"encoded": (), "tower": ("text", "prompts", "similarity")}.get(self.work, ("text",))
-        return [product for product in products if product.part not in left_out]
+        return products_of(self.work, VARIANTS[self.variant], lengths, self.batch)
 
     def estimate(self, lengths: list[int], rates: dict[str, float]) -> tuple[float, float]:
         """Rough seconds of one call of ours, and of Hugging Face's."""

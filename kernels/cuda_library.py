@@ -14,21 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .derived import cast
+from .common.derived import cast
 
 ABI = 6  # XCLIP_FAST_ABI of csrc/include/xclip_fast.h
 TILES = {"auto": -1, "square": 0, "wide": 1}
 DTYPES = {torch.bfloat16: 0, torch.float16: 1}
+_HALF = ("Norm", "NormGelu", "Residual", "ResidualStatistics")
 # (epilogue of csrc/include/gemm.cuh, dtype) -> its tiles: the calls of run_on_tile in csrc/product_*.cu
 BUILT: dict[tuple[str, torch.dtype], tuple[str, ...]] = {
-    ("Norm", torch.bfloat16): ("wide", "square"),
-    ("Norm", torch.float16): ("square",),
-    ("NormGelu", torch.bfloat16): ("wide", "square"),
-    ("NormGelu", torch.float16): ("square",),
-    ("Residual", torch.bfloat16): ("wide", "square"),
-    ("Residual", torch.float16): ("square",),
-    ("ResidualStatistics", torch.bfloat16): ("wide", "square"),
-    ("ResidualStatistics", torch.float16): ("square",),
+    **{(name, torch.bfloat16): ("wide", "square") for name in _HALF},
+    **{(name, torch.float16): ("square",) for name in _HALF},
     ("Fp8", torch.float8_e4m3fn): ("wide", "square"),
     ("Fp8Gelu", torch.float8_e4m3fn): ("wide", "square"),
     ("Fp8Residual", torch.float8_e4m3fn): ("square",),

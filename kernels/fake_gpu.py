@@ -47,7 +47,7 @@ class Launch:
     """One kernel launch.
 
     Attributes:
-        kernel: module and function, as ``"gemm.gemm_kernel"``.
+        kernel: the name of its function, as ``"gemm_kernel"``.
         grid: programs along each axis.
         arguments: every argument by name; tensors as meta tensors of their shape, strides and dtype.
         options: what the compiler got: num_warps, num_stages and the rest.
@@ -132,8 +132,7 @@ class _Kernel:
 
     def __init__(self, source: Any, options: dict[str, Any], descriptors: int) -> None:
         self.source, self.options, self.descriptors = source, options, descriptors
-        function = source.fn.fn
-        self.name = f"{function.__module__.rsplit('.', 1)[-1]}.{function.__name__}"
+        self.name = source.fn.__name__
 
     def launch_metadata(self, *_: Any) -> None:
         return None

@@ -1,6 +1,7 @@
 """Shared by all tests: seeds, the GPU rule, small configurations."""
 
 import os
+import signal
 from collections.abc import Generator
 
 import pytest
@@ -12,6 +13,9 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU where a test asks for them
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a script; a test's programs inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a missing file's name is not looked up on the Hugging Face Hub
 
@@ -70,3 +74,12 @@ def tiny_config() -> XCLIPConfig:
 @pytest.fixture
 def tiny_model(tiny_config: XCLIPConfig) -> xclip_fast.XCLIP:
     return rough(xclip_fast.XCLIP(tiny_config).eval())
+
+
+@pytest.fixture
+def shallow_model(tiny_model: xclip_fast.XCLIP) -> xclip_fast.XCLIP:
+    """Every kind of layer once: tracing takes seconds a layer, and compiling more."""
+    for layers in (tiny_model.visual.transformer.resblocks, tiny_model.text.transformer.resblocks):
+        del layers[1:]
+    del tiny_model.prompts_generator.decoder[1:]
+    return tiny_model

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from xclip_fast.kernels.dispatch import OPS
-from xclip_fast.kernels.parts import PARTS
-from xclip_fast.kernels.support import Backend
+from xclip_fast.kernels.dispatch.parts import PARTS
+from xclip_fast.kernels.dispatch.support import Backend
 
 from xclip_fast import backend, info
 

@@ -411,9 +411,11 @@ def test_cache_is_bounded(tiny_model: XCLIP) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_whole_model_with_triton_kernels(tiny_model: XCLIP, dtype: torch.dtype) -> None:
+def test_whole_model_with_triton_kernels(tiny_model: XCLIP, dtype: torch.dtype, request: pytest.FixtureRequest) -> None:
     """Forward and every gradient; in the interpreter on a CPU."""
     pytest.importorskip("triton", reason="triton is not installed (pip install triton)")
+    if dtype == torch.float16:
+        request.getfixturevalue("shallow_model")  # leaves one layer of each kind in the model
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, video = tiny_model.to(device, dtype), frames().to(device)
 
@@ -451,42 +453,40 @@ def test_drop_path_grows_with_depth() -> None:
     assert rates == pytest.approx([0, 0.05, 0.1, 0.15, 0.2])
 
 
-def test_compile_in_one_graph_gives_the_same_numbers(tiny_model: XCLIP) -> None:
-    for blocks in (tiny_model.visual.transformer, tiny_model.text.transformer):
-        del blocks.resblocks[1:]  # every kind of layer once: compiling takes minutes otherwise
+def test_compile_in_one_graph_gives_the_same_numbers(shallow_model: XCLIP) -> None:
     video, tokens = frames(), tokenize(LABELS)
-    compiled = torch.compile(tiny_model, fullgraph=True)
+    compiled = torch.compile(shallow_model, fullgraph=True)
     with torch.no_grad():
-        torch.testing.assert_close(compiled(video, tokens), tiny_model(video, tokens), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(compiled(video, tokens), shallow_model(video, tokens), rtol=1e-4, atol=1e-4)
 
 
-def test_compile_takes_another_number_of_frames_but_no_strings(tiny_model: XCLIP) -> None:
-    compiled = torch.compile(tiny_model, fullgraph=True, backend="eager")
+def test_compile_takes_another_number_of_frames_but_no_strings(shallow_model: XCLIP) -> None:
+    compiled = torch.compile(shallow_model, fullgraph=True, backend="eager")
     video, tokens = frames(2, 5), tokenize(LABELS)
-    torch.testing.assert_close(compiled(video, tokens), tiny_model(video, tokens))
+    torch.testing.assert_close(compiled(video, tokens), shallow_model(video, tokens))
     with pytest.raises(Exception, match=r"pass xclip_fast\.tokenize\(labels\) instead"):
         compiled(video, LABELS)
 
 
-def test_compiled_training_step_gives_the_same_gradients(tiny_model: XCLIP) -> None:
+def test_compiled_training_step_gives_the_same_gradients(shallow_model: XCLIP) -> None:
     video, tokens = frames(), tokenize(LABELS)
-    tiny_model(video, tokens).sum().backward()
-    wanted = {name: parameter.grad.clone() for name, parameter in tiny_model.named_parameters()}
-    tiny_model.zero_grad()
-    torch.compile(tiny_model, fullgraph=True, backend="aot_eager")(video, tokens).sum().backward()
-    for name, parameter in tiny_model.named_parameters():
+    shallow_model(video, tokens).sum().backward()
+    wanted = {name: parameter.grad.clone() for name, parameter in shallow_model.named_parameters()}
+    shallow_model.zero_grad()
+    torch.compile(shallow_model, fullgraph=True, backend="aot_eager")(video, tokens).sum().backward()
+    for name, parameter in shallow_model.named_parameters():
         torch.testing.assert_close(parameter.grad, wanted[name], rtol=1e-3, atol=1e-4)
 
 
-def test_export_gives_the_same_numbers_for_other_batches(tiny_model: XCLIP) -> None:
+def test_export_gives_the_same_numbers_for_other_batches(shallow_model: XCLIP) -> None:
     video, tokens = frames(2), tokenize(LABELS)
     batch, labels = torch.export.Dim("batch", min=2, max=64), torch.export.Dim("labels", min=2, max=512)
-    program = torch.export.export(tiny_model, (video, tokens), dynamic_shapes=({0: batch}, {0: labels}))
+    program = torch.export.export(shallow_model, (video, tokens), dynamic_shapes=({0: batch}, {0: labels}))
     assert not any("xclip_fast" in str(node.target) for node in program.graph.nodes)  # plain ATen, loads anywhere
     more, fewer = frames(5), tokenize(LABELS[:3])
     assert fewer.shape[1] == tokens.shape[1]  # the longest label is among them
     with torch.no_grad():
-        torch.testing.assert_close(program.module()(more, fewer), tiny_model(more, fewer), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(program.module()(more, fewer), shallow_model(more, fewer), rtol=1e-4, atol=1e-4)
 
 
 def test_scripts_find_the_public_names() -> None:

@@ -4,15 +4,20 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .acceleration import accelerate
-    from .config import VARIANTS, SwinConfig, TextConfig, VisionConfig, XCLIPConfig
-    from .data.decode.decoder import decode
-    from .data.decode.windows import decode_windows
-    from .kernels import backend
-    from .model import XCLIP
-    from .nn import FastCCTBlock, VideoFeatures
-    from .search import Index
-    from .text.tokenizer import tokenize
+    from .acceleration import accelerate as accelerate
+    from .config import VARIANTS as VARIANTS
+    from .config import SwinConfig as SwinConfig
+    from .config import TextConfig as TextConfig
+    from .config import VisionConfig as VisionConfig
+    from .config import XCLIPConfig as XCLIPConfig
+    from .data.decode.decoder import decode as decode
+    from .data.decode.windows import decode_windows as decode_windows
+    from .kernels import backend as backend
+    from .model import XCLIP as XCLIP
+    from .nn import FastCCTBlock as FastCCTBlock
+    from .nn import VideoFeatures as VideoFeatures
+    from .search import Index as Index
+    from .text.tokenizer import tokenize as tokenize
 
 # Where each public name lives. It is imported at its first use, so that `xclip-fast --help` does not wait for torch.
 _HOMES = {
@@ -31,22 +36,7 @@ _HOMES = {
     "decode_windows": "data.decode.windows",
     "tokenize": "text.tokenizer",
 }
-__all__ = [
-    "VARIANTS",
-    "XCLIP",
-    "FastCCTBlock",
-    "Index",
-    "SwinConfig",
-    "TextConfig",
-    "VideoFeatures",
-    "VisionConfig",
-    "XCLIPConfig",
-    "accelerate",
-    "backend",
-    "decode",
-    "decode_windows",
-    "tokenize",
-]
+__all__ = list(_HOMES)
 __version__ = "0.1.0"
 
 

@@ -226,11 +226,16 @@ def full_disk(path: str | os.PathLike[str], more: str = "") -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, ValueError) as error:  # LanceDB has no error of its own for it
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(error):
+        if is_full(error):
             raise OSError(
                 f"{path}: could not be written, no space left on the disk{more}; make room and start again"
             ) from error
         raise
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether a disk or a quota that is full is the error, by its number or its text."""
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(error)
 
 
 def _beside(target: Path) -> bool:

@@ -20,10 +20,10 @@ import torch
 from . import __version__
 from .console import first_line, print_rows
 from .kernels import BackendError, Block, cuda_library, dispatch
-from .kernels.cct_block.fused import case_of
-from .kernels.example import Maker, Sizes
+from .kernels.cct_block.plans import case_of
+from .kernels.common.example import Maker, Sizes
+from .kernels.dispatch.parts import PARTS
 from .kernels.linear import NATIVE_ON_CPU
-from .kernels.parts import PARTS
 
 # Name as shown, module, distributions that contain it, how to install it (empty: xclip-fast requires it).
 _PACKAGES = (

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -21,11 +21,12 @@ from .inference import fp8 as quantization
 from .inference.cuda_graphs import GraphedVideoTower
 from .kernels.linear import linear
 from .nn.assembly import parts_of
+from .nn.checks import check_features, check_video
 from .nn.features import VideoFeatures
 from .nn.layers import WithoutInit
 from .nn.mit import MultiFrameIntegration
-from .nn.parts import is_plain, layer_norm
-from .nn.prompt import VideoSpecificPrompt
+from .nn.parts import apply_linear, layer_norm
+from .nn.prompt import VideoSpecificPrompt, plain_logits
 from .nn.swin import SwinTower
 from .nn.text import TextEncoder
 from .nn.vit import VisionTower
@@ -34,8 +35,6 @@ from .text.tokenizer import tokenize
 from .weights import checkpoint, hub
 
 logger = logging.getLogger("xclip_fast")
-
-LARGEST_PIXEL = 30.0  # of normalized videos; of unnormalized ones, 255
 
 
 class XCLIP(nn.Module):
@@ -66,7 +65,7 @@ class XCLIP(nn.Module):
         self.config = config
         for name, part in parts_of(config).items():
             setattr(self, name, part)
-        self._checked_range = False
+        self.checked_range = False  # of a video on a GPU, by check_video
         self._graphed: dict[tuple[int, int], GraphedVideoTower] = {}
 
     def forward(self, video: Tensor, text: Tensor | str | Sequence[str] | None = None) -> Tensor:
@@ -97,7 +96,7 @@ class XCLIP(nn.Module):
         Raises:
             ValueError: if the video has another shape or dtype.
         """
-        self._check_video(video)
+        check_video(self, video)
         batch, frames = video.shape[:2]
         x_FLD = self.visual(video.flatten(0, 1), frames)
         frame_FD, patches_FND = self.visual.split(x_FLD)
@@ -165,15 +164,14 @@ class XCLIP(nn.Module):
         Raises:
             TypeError, ValueError: if the features have another type or shape.
         """
-        self._check_features(video_features, text_features)
+        check_features(self, video_features, text_features)
         video_BE = video_features.video
         if self.head is not None:
-            plain = is_plain({"head": self.head})
-            logits = linear(video_BE, self.head.weight, self.head.bias) if plain else self.head(video_BE)
+            logits = apply_linear("head", self.head, video_BE)
             return logits.to(torch.promote_types(logits.dtype, torch.float32))
         assert text_features is not None
         if self.prompts_generator is None:
-            logits_BK = _plain_logits(video_BE, text_features, self.logit_scale)
+            logits_BK = plain_logits(video_BE, text_features, self.logit_scale)
         else:
             c_hat_BKE = text_features + self.prompts_generator(text_features, video_features.patches)
             logits_BK = kernels.cosine_logits(video_BE, c_hat_BKE, self.logit_scale)
@@ -319,7 +317,7 @@ class XCLIP(nn.Module):
         self,
         folder: str | os.PathLike[str],
         *,
-        layout: Literal["xclip_fast", "huggingface"] = "xclip_fast",
+        layout: checkpoint.Layout = "xclip_fast",
         overwrite: bool = False,
     ) -> None:
         """Writes weights and config into ``folder``, atomically.
@@ -334,9 +332,7 @@ class XCLIP(nn.Module):
         """
         checkpoint.write(self.state_dict(), self.config, folder, layout=layout, overwrite=overwrite)
 
-    def push_to_hub(
-        self, name: str, *, layout: Literal["xclip_fast", "huggingface"] = "xclip_fast", **options: Any
-    ) -> str:
+    def push_to_hub(self, name: str, *, layout: checkpoint.Layout = "xclip_fast", **options: Any) -> str:
         """Uploads weights and config to a repository of the Hugging Face Hub. A missing repository is created.
 
         Args:
@@ -352,11 +348,7 @@ class XCLIP(nn.Module):
         """
         return hub.upload(lambda folder: self.save_pretrained(folder, layout=layout), name, **options)
 
-    def expand_from(
-        self,
-        clip: str | os.PathLike[str] | Mapping[str, Tensor] | nn.Module | Any,
-        part: Literal["both", "visual", "text"] = "both",
-    ) -> XCLIP:
+    def expand_from(self, clip: checkpoint.Start, part: checkpoint.Part = "both") -> XCLIP:
         """Copies the weights of an image CLIP (section 3.2): IFA, FFN and text tower. CFA, MIT and prompts stay new.
 
         Args:
@@ -375,72 +367,3 @@ class XCLIP(nn.Module):
         quantization.refuse_change(self, "expand_from")
         checkpoint.expand(self, clip, part)
         return self
-
-    def _check_features(self, video_features: VideoFeatures, text_features: Tensor | None) -> None:
-        E = self.config.embed_dim
-        if not isinstance(video_features, VideoFeatures):
-            raise TypeError(f"video_features is a {type(video_features).__name__}; the result of encode_video wanted")
-        video_BE, patches_BNE = video_features
-        if video_BE.dim() != 2 or video_BE.shape[1] != E:
-            raise ValueError(f"video features of shape {tuple(video_BE.shape)} given; (B, {E}) wanted, of this model")
-        if self.head is not None:
-            if text_features is not None:
-                raise ValueError("text features given, but this model has a linear head (num_classes): leave them out")
-            return
-        if not isinstance(text_features, Tensor):
-            raise TypeError(f"text_features is a {type(text_features).__name__}; the result of encode_text wanted")
-        if text_features.dim() != 2 or text_features.shape[1] != E or not text_features.is_floating_point():
-            raise ValueError(
-                f"text features of shape {tuple(text_features.shape)} {text_features.dtype} given; floating (K, {E}) "
-                "wanted, of this model"
-            )
-        wanted = (video_BE.shape[0], self.config.vision.patches, E)
-        if self.prompts_generator is not None and patches_BNE.shape != wanted:
-            raise ValueError(
-                f"patch features of shape {tuple(patches_BNE.shape)} given; {wanted} wanted, of this model"
-            )
-
-    def _check_video(self, video: Tensor) -> None:
-        size = self.config.vision.image_size
-        if not isinstance(video, Tensor):
-            raise TypeError(f"video is a {type(video).__name__}; a torch.Tensor wanted (torch.from_numpy makes one)")
-        if video.dtype == torch.uint8:
-            wanted, right = "uint8 (B, T, H, W, 3)", video.dim() == 5 and video.shape[2:] == (size, size, 3)
-        else:
-            wanted = "float (B, T, 3, H, W), normalized"
-            right = video.is_floating_point() and video.dim() == 5 and video.shape[2:] == (3, size, size)
-        if not right or video.shape[1] == 0:
-            raise ValueError(
-                f"video of shape {tuple(video.shape)} {video.dtype} given; "
-                f"{wanted} with H = W = {size} and T >= 1 wanted"
-            )
-        if video.dtype != torch.uint8:
-            self._check_range(video)
-
-    def _check_range(self, video: Tensor) -> None:
-        """Refuses NaN and pixels from 0 to 255. On a GPU, where reading waits, only the first call is checked."""
-        if type(video) is not Tensor or torch.compiler.is_compiling() or video.device.type not in ("cpu", "cuda"):
-            return
-        if torch._C._functorch.peek_interpreter_stack() is not None or torch._C._len_torch_dispatch_stack() > 0:
-            return  # a transform without values, or a mode that records the computation
-        if video.numel() == 0:
-            return
-        if video.is_cuda:
-            if self._checked_range or torch.cuda.is_current_stream_capturing():
-                return
-            self._checked_range = True
-        least, most = (bound.item() for bound in torch.aminmax(video.detach()))
-        if not -LARGEST_PIXEL <= least <= most <= LARGEST_PIXEL:
-            raise ValueError(
-                f"the video's values reach from {least:g} to {most:g}; normalized ones lie within about 3 of 0. Pass "
-                "uint8 (B, T, H, W, 3) as decoded, or (video / 255 - mean) / std with the config's image_mean and "
-                "image_std"
-            )
-
-
-def _plain_logits(video_BE: Tensor, text_KE: Tensor, scale: Tensor) -> Tensor:
-    """exp(scale) cos(v, c) (equation 3) if all videos share the labels' features: (B, K), at least float32."""
-    precise = torch.promote_types(video_BE.dtype, torch.float32)
-    with torch.autocast(video_BE.device.type, enabled=False):
-        video_BE, text_KE = (F.normalize(features.to(precise), dim=-1) for features in (video_BE, text_KE))
-        return scale.to(precise).exp() * (video_BE @ text_KE.T)

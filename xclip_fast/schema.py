@@ -14,12 +14,21 @@ import math
 import reprlib
 import types
 import typing
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 
 class ConfigError(ValueError):
     """A configuration that is refused. The message says what was given, what was wanted and what to do."""
+
+
+@contextlib.contextmanager
+def config_errors(where: str, more: str = "") -> Iterator[None]:
+    """Turns a ValueError or an OSError of the block into a ConfigError: ``where``, the error, and ``more``."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"{where}: {error}{more}") from error
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import kernels
 from .config import VARIANTS
-from .kernels.cct_block import fused
+from .kernels.cct_block import plans
 from .kernels.fake_gpu import Launch, fake_gpu
 from .model import XCLIP
 
@@ -83,7 +83,8 @@ class Work:
             if bare:
                 moved = 2 * (self.rows * self.inner + self.inner * self.columns + self.rows * self.columns)
         elif self.kind == "attention":
-            rate = gpu.attention_backward if "bwd" in self.name or "backward" in self.name else gpu.attention
+            backward = any(part in self.name for part in _PRODUCTS)
+            rate = gpu.attention_backward if backward else gpu.attention
         return max(moved / gpu.memory, self.operations / rate, gpu.launch)
 
 
@@ -129,9 +130,9 @@ def work(name: str, given: dict[str, Any]) -> Work:
         a, b = tensors[-3:-1]
         rows, columns = a.shape[:-1].numel(), b.shape[-1]
         return _product(name, moved, rows, columns, a.shape[-1])
-    if name in ("gemm.gemm_kernel", "message_kv.message_rows_kernel"):
+    if name in ("gemm_kernel", "message_rows_kernel"):
         return _product(name, moved, given["M"], given["N"], given["K"])
-    if name == "message_kv.message_attention_kernel":
+    if name == "message_attention_kernel":
         rows, width = given["M"], given["K"]
         qkv = _product(name, moved, rows, 3 * width, width)
         return dataclasses.replace(qkv, operations=qkv.operations + 4 * rows * width * given["frames"])
@@ -217,7 +218,7 @@ def _choosing(gpu: Gpu, backend: str, attention: str) -> Iterator[list[Launch]]:
         launches = stack.enter_context(fake_gpu(gpu.architecture, gpu.sms, chooses=True))
         stack.enter_context(kernels.backend(backend))
         if backend != "auto":
-            stack.enter_context(fused.swap("attention", attention))
+            stack.enter_context(plans.swap("attention", attention))
         yield launches
 
 

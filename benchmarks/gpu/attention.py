@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from xclip_fast.kernels import dispatch
 from xclip_fast.kernels.attention import ATTENTION, attention_reference
-from xclip_fast.kernels.parts import Case, refusal
-from xclip_fast.kernels.support import Backend
+from xclip_fast.kernels.dispatch.parts import Case, refusal
+from xclip_fast.kernels.dispatch.support import Backend
 from xclip_fast.kernels.tune.tiles import ATTENTION as TILES
 
 from .case import Job, Row

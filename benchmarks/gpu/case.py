@@ -90,6 +90,14 @@ class Job:
                 raise
         self.at("")
 
+    def attempt(self, contender: str, row: Row, call: Callable[..., Any], *args: Any) -> Any:
+        """``call(*args)``; None if the contender ended an earlier try, or if it raises, which its row says."""
+        if contender in self.without:
+            return None
+        with self.trying(contender, row):
+            return call(*args)
+        return None
+
     def lost(self) -> bool:
         """Whether a GPU error makes every later call of this process fail."""
         import torch

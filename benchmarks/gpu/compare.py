@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from ops import test_ops
 from torch import Tensor
+from xclip_fast.kernels.common.example import TINY, Maker, Sizes
 from xclip_fast.kernels.dispatch import OPS, backend
-from xclip_fast.kernels.example import TINY, Maker, Sizes
 
 FP8_LIMIT = 0.03  # two ways to round to 8 bits differ by a step in places
 

@@ -23,11 +23,12 @@ from contenders import (
     HF_INSTALLED,
     OURS,
     TOLERANCE,
-    hf_cached,
-    hf_video,
     huggingface,
     least_cosine,
     normalized,
+    our_call,
+    peer_call,
+    products_of,
     quantized,
 )
 from labels import label_list
@@ -35,13 +36,12 @@ from measuring import largest_error
 from torch import Tensor
 
 import xclip_fast
-from xclip_fast import flops
 from xclip_fast.config import VARIANTS, TextConfig, VisionConfig, XCLIPConfig
 
 from .case import Job, Row
 
 Calls = dict[str, Callable[[], Any]]
-OUTSIDE = {"tower": ("text", "prompts", "similarity"), "whole": ("text",)}  # parts that the work does not include
+WORKS = {"tower": "tower", "whole": "cached"}  # the kinds of work of throughput.py
 
 
 def config_of(job: Job, variant: str) -> XCLIPConfig:
@@ -52,8 +52,8 @@ def config_of(job: Job, variant: str) -> XCLIPConfig:
     return XCLIPConfig(vision=vision, text=text, embed_dim=64, num_frames=2)
 
 
-def named(job: Job, variant: str) -> str:
-    return "tiny" if job.tiny else variant
+def base_of(job: Job, op: str, variant: str, batch: int) -> Row:
+    return {"op": op, "variant": "tiny" if job.tiny else variant, "batch": batch, "precision": job.precision}
 
 
 def labels_of(job: Job) -> list[str]:
@@ -84,11 +84,7 @@ def under(name: str, call: Callable[[], Any]) -> Callable[[], Any]:
 def peer_of(job: Job, model: xclip_fast.XCLIP, video: Tensor, kind: str) -> Callable[[], Any]:
     """Hugging Face's model with the same weights and the same work, on normalized pixels."""
     hf: Any = huggingface(model).to(job.device, job.dtype)
-    config = model.config
-    pixels = normalized(video, config).to(job.dtype)
-    if kind == "tower":
-        return functools.partial(hf_video, hf, pixels)
-    return functools.partial(hf_cached, hf, pixels, model.encode_text(tokens_of(job, model)))
+    return peer_call(WORKS[kind], hf, normalized(video, model.config).to(job.dtype), model, labels_of(job))
 
 
 def tokens_of(job: Job, model: xclip_fast.XCLIP) -> Tensor:
@@ -96,9 +92,7 @@ def tokens_of(job: Job, model: xclip_fast.XCLIP) -> Tensor:
 
 
 def work_of(job: Job, model: xclip_fast.XCLIP, video: Tensor, kind: str) -> Callable[[], Any]:
-    if kind == "tower":
-        return functools.partial(model.encode_video, video)
-    return functools.partial(model, video, tokens_of(job, model))  # the labels stay encoded after the first call
+    return our_call(WORKS[kind], model, video, tokens_of(job, model))
 
 
 def limit_seconds(job: Job, model: xclip_fast.XCLIP, batch: int, kind: str) -> tuple[float, float]:
@@ -106,11 +100,7 @@ def limit_seconds(job: Job, model: xclip_fast.XCLIP, batch: int, kind: str) -> t
     from . import attention
 
     config = model.config
-    products = [
-        product
-        for product in flops.products(config, labels=[4] * len(labels_of(job)), batch=batch, counting="actual")
-        if product.part not in OUTSIDE[kind]
-    ]
+    products = products_of(WORKS[kind], config, [4] * len(labels_of(job)), batch)
     with job.quiet():
         gemms = measuring.own_gemms(products, job.dtype, job.device)
     frames, tokens = batch * config.num_frames, config.vision.patches + 1
@@ -162,15 +152,12 @@ def inference(
     model = build(job, variant)
     video = videos(job, model, batch)
     for kind in kinds:
-        base: Row = {"op": kind, "variant": named(job, variant), "batch": batch, "precision": job.precision}
+        base = base_of(job, kind, variant, batch)
         with torch.inference_mode():
-            limit = {"ms": None}
             row: Row = {**base, "contender": "limit"}
-            with job.trying("limit", row):
-                if "limit" not in job.without:
-                    gemms, mixing = limit_seconds(job, model, batch, kind)
-                    limit["ms"] = row["ms"] = 1e3 * (gemms + mixing)
-                    row |= {"gemms_ms": 1e3 * gemms, "attention_ms": 1e3 * mixing}
+            gemms, mixing = job.attempt("limit", row, limit_seconds, job, model, batch, kind) or (0.0, 0.0)
+            if gemms:
+                row |= {"ms": 1e3 * (gemms + mixing), "gemms_ms": 1e3 * gemms, "attention_ms": 1e3 * mixing}
             yield row
             call = work_of(job, model, video, kind)
             calls: Calls = {OURS: call}
@@ -178,21 +165,23 @@ def inference(
             if graph:
                 calls[GRAPHED] = graphed(job, model, video, kind)
             if fp8:
-                with job.trying(FP8, row := {**base, "contender": FP8}):
-                    if FP8 not in job.without:
-                        calls[FP8] = work_of(job, quantized(model), video, kind)
-                        calls[f"{FP8} library"] = under("library", calls[FP8])  # where the CUDA library is missing
+                row = {**base, "contender": FP8}
+                model_fp8 = job.attempt(FP8, row, quantized, model)
+                if model_fp8 is not None:
+                    calls[FP8] = work_of(job, model_fp8, video, kind)
+                    calls[f"{FP8} library"] = under("library", calls[FP8])  # where the CUDA library is missing
                 if "note" in row:
                     yield row
             if HF_INSTALLED:
-                with job.trying(EAGER, row := {**base, "contender": EAGER}):
-                    if EAGER not in job.without:
-                        calls[EAGER] = peer_of(job, model, video, kind)
+                row = {**base, "contender": EAGER}
+                peer = job.attempt(EAGER, row, peer_of, job, model, video, kind)
+                if peer is not None:
+                    calls[EAGER] = peer
                 if "note" in row:
                     yield row
             found = job.measure(calls, 8.0)
             truth = EAGER if EAGER in found and "output" in found[EAGER] else f"{OURS} reference"
-            yield from rows_of(job, found, base, truth, 1e-3 * (limit["ms"] or 0.0))
+            yield from rows_of(job, found, base, truth, gemms + mixing)
 
 
 def graphed(job: Job, model: xclip_fast.XCLIP, video: Tensor, kind: str = "tower") -> Callable[[], Any]:
@@ -203,65 +192,6 @@ def graphed(job: Job, model: xclip_fast.XCLIP, video: Tensor, kind: str = "tower
     if kind == "tower":
         return functools.partial(graph, video)
     return functools.partial(graph.logits, video, model.encode_text(tokens_of(job, model)))
-
-
-def kernels(
-    job: Job, variant: str, batch: int, backends: tuple[str, ...] = (), step: bool = False, graph: bool = False
-) -> Iterator[Row]:
-    """The GPU kernels of one call of the tower, or of a training step: [name, calls, microseconds in all]; and the time
-    in which the CPU launched them."""
-    op = "training step" if step else "tower"
-    calls: Calls = {}
-    if step:
-        _, contenders = training_contenders(job, variant, batch, HF_INSTALLED)
-        calls = {name: contender.step for name, contender in contenders.items()}
-    else:
-        model = build(job, variant)
-        video = videos(job, model, batch)
-        calls = {OURS: work_of(job, model, video, "tower")}
-        if graph:
-            calls[GRAPHED] = graphed(job, model, video)
-        if HF_INSTALLED:
-            calls[EAGER] = peer_of(job, model, video, "tower")
-    calls |= {f"{OURS} {name}": under(name, calls[OURS]) for name in backends}
-    for name, call in calls.items():
-        row: Row = {"op": op, "variant": named(job, variant), "batch": batch, "precision": job.precision}
-        row |= {"contender": name, "direction": "kernels"}
-        with job.trying(name, row), torch.inference_mode(not step):
-            if name in job.without:
-                continue
-            row["kernels"], row["launching_ms"] = kernels_of(job, call)
-            row["busy_ms"] = 1e-3 * sum(us for _, _, us in row["kernels"])
-        yield row
-
-
-def kernels_of(job: Job, call: Callable[[], Any]) -> tuple[list[tuple[str, int, float]], float]:
-    """(name, calls, microseconds in all) of each kernel of a call, the longest first; on a CPU, of each operator.
-    Then the least milliseconds, of five calls, until a call returns."""
-    from torch.profiler import ProfilerActivity, profile
-
-    activity, time_of = ProfilerActivity.CUDA, "self_device_time_total"
-    if job.device == "cpu":
-        activity, time_of = ProfilerActivity.CPU, "self_cpu_time_total"
-
-    def wait() -> None:
-        if job.device == "cuda":
-            torch.cuda.synchronize()
-
-    call()
-    with job.quiet():
-        wait()
-        times = []
-        for _ in range(5):
-            begin = time.perf_counter()
-            call()
-            times.append(time.perf_counter() - begin)
-            wait()
-        with profile(activities=[activity]) as found:
-            call()
-            wait()
-    rows = [(event.key[:120], event.count, getattr(event, time_of)) for event in found.key_averages()]
-    return sorted(rows, key=lambda row: -row[2]), 1e3 * min(times)
 
 
 def compiled(job: Job, variant: str, batch: int, step: bool = False) -> Iterator[Row]:
@@ -279,8 +209,7 @@ def compiled(job: Job, variant: str, batch: int, step: bool = False) -> Iterator
         with torch.inference_mode():
             eager = peer_of(job, model, video, "tower")
         calls = {OURS: work_of(job, model, video, "tower"), EAGER: eager, COMPILED: torch.compile(eager, **how)}
-    base: Row = {"op": "training step" if step else "tower", "variant": named(job, variant), "batch": batch}
-    base["precision"] = job.precision
+    base = base_of(job, "training step" if step else "tower", variant, batch)
     with torch.inference_mode(not step):
         begin = time.perf_counter()
         job.at(COMPILED)
@@ -301,13 +230,11 @@ def compiled(job: Job, variant: str, batch: int, step: bool = False) -> Iterator
 def step(job: Job, variant: str, batch: int, backends: tuple[str, ...] = ()) -> Iterator[Row]:
     """A training step with a frozen text tower: forward, backward, fused AdamW; weights in float32 and autocast."""
     cell, contenders = training_contenders(job, variant, batch, HF_INSTALLED)
-    base: Row = {"op": "training step", "variant": named(job, variant), "batch": batch, "precision": job.precision}
-    products = flops.products(VARIANTS[cell.variant], labels=[4] * len(labels_of(job)), batch=batch, counting="actual")
-    forward = [product for product in products if product.part != "text"]
+    base = base_of(job, "training step", variant, batch)
+    forward = products_of("cached", VARIANTS[cell.variant], [4] * len(labels_of(job)), batch)
     with job.quiet():
-        gemms = 3 * measuring.own_gemms(
-            forward, job.dtype, job.device
-        )  # forward, and a product for each of two gradients
+        # forward, and a product for each of two gradients
+        gemms = 3 * measuring.own_gemms(forward, job.dtype, job.device)
     yield {**base, "contender": "limit", "ms": 1e3 * gemms}
     ours = contenders[OURS]
     calls: Calls = {OURS: ours.step} | {f"{OURS} {name}": under(name, ours.step) for name in backends}
@@ -315,12 +242,11 @@ def step(job: Job, variant: str, batch: int, backends: tuple[str, ...] = ()) -> 
     losses = {}
     with torch.no_grad():  # before the first step: all of ours share one model
         for name in calls:
-            with job.trying(name, row := {**base, "contender": name}):
-                if name not in job.without:
-                    contender = contenders.get(name, ours)
-                    losses[name] = under(
-                        name.removeprefix(OURS).strip() if name.startswith(f"{OURS} ") else "auto", contender.loss
-                    )()
+            row: Row = {**base, "contender": name}
+            forced = name.removeprefix(OURS).strip() if name.startswith(f"{OURS} ") else "auto"
+            loss = job.attempt(name, row, under(forced, contenders.get(name, ours).loss))
+            if loss is not None:
+                losses[name] = loss
             if "note" in row:
                 yield row
     found = job.measure({name: call for name, call in calls.items() if name in losses}, 12.0)

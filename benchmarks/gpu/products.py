@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from xclip_fast.kernels.tune.tiles import GEMM as TILES
 
 from .case import Job, Row
 
@@ -19,22 +20,6 @@ EPS = 1e-5
 SHAPES = {"qkv": (2304, 768), "out": (768, 768), "fc1": (3072, 768), "fc2": (768, 3072)}  # N, K
 TINY = {"qkv": (192, 64), "out": (64, 64), "fc1": (256, 64), "fc2": (64, 256)}
 ROWS = (1576, 12608, 50432)  # 1, 8 and 32 videos of 8 frames of 197 tokens
-
-
-def tile(m: int, n: int, k: int, warps: int, stages: int, subtiles: int, flatten: bool, occupancy: int = 1) -> Row:
-    use: Row = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP_M": 8, "SUBTILES": subtiles, "FLATTEN": flatten}
-    return {**use, "num_warps": warps, "num_stages": stages, **({"OCCUPANCY": occupancy} if occupancy > 1 else {})}
-
-
-TILES = (  # larger and deeper ones lost at every shape on an H200
-    tile(128, 128, 64, 4, 3, 4, False, 2),  # two programs on an SM: one multiplies while the other stores
-    tile(128, 128, 64, 4, 3, 4, True, 2),
-    tile(128, 128, 64, 8, 3, 4, False, 2),
-    tile(128, 256, 64, 8, 3, 4, True),
-    tile(64, 128, 64, 4, 4, 2, False, 2),
-    tile(64, 64, 64, 4, 4, 1, False, 3),
-    tile(128, 64, 64, 4, 4, 1, False, 2),
-)
 
 
 class Operands(NamedTuple):
@@ -75,8 +60,8 @@ def plain(product: str, x: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor, 
 
 def folded_weight(product: str, given: Operands) -> tuple[torch.Tensor, Row]:
     """The weight with LayerNorm folded in, and what a product with it takes besides."""
+    from xclip_fast.kernels.layer_norm.triton import row_statistics
     from xclip_fast.kernels.triton.fold import fold
-    from xclip_fast.kernels.triton.layer_norm import row_statistics
 
     x, weight, bias, gamma, beta, _ = given
     folded, sums, shift = fold(weight, gamma, beta, bias)
@@ -140,9 +125,7 @@ def compile_tiles(job: Job, product: str, numbers: list[int]) -> Iterator[Row]:
     for number in numbers:
         use = TILES[number]
         row: Row = {"op": product, "tile": use, "direction": "compile"}
-        with job.trying(f"tile {number}", row):
-            if f"tile {number}" not in job.without:
-                forced(use, triton_call(product, given))()
+        job.attempt(f"tile {number}", row, forced(use, triton_call(product, given)))
         if "note" in row:
             yield row
 

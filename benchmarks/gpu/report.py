@@ -58,8 +58,6 @@ def _line(row: Row, *first: str) -> str:
         "terabytes_per_s": "{:.2f} TB/s",
         "teraflop_per_s": "{:.0f} TFLOP/s",
         "host_us": "{:.1f} us of the host",
-        "clips_per_second": "{:.0f} clips/s",
-        "data_wait": "{:.1%} waiting for data",
         "compile_s": "compiled in {:.0f} s",
         "forward_ms": "forward {:.2f} ms",
         "backward_ms": "backward {:.2f} ms",
@@ -92,13 +90,13 @@ def _every(rows: list[Row]) -> Iterator[str]:
     yield from (_line(row) for row in rows if not trouble(row))
 
 
-def _best(rows: list[Row], group: tuple[str, ...], kind: str) -> Iterator[str]:
+def _best(rows: list[Row], *group: str) -> Iterator[str]:
     """The fastest contender of each kind in each group."""
     groups: dict[tuple[Any, ...], dict[str, Row]] = {}
     for row in rows:
         if "ms" in row and not trouble(row):
             best = groups.setdefault(tuple(row.get(name) for name in group), {})
-            name = row.get("kind") or str(row[kind]).split(" ")[0]
+            name = row.get("kind") or str(row["contender"]).split(" ")[0]
             if name not in best or row["ms"] < best[name]["ms"]:
                 best[name] = row
     for key, best in groups.items():
@@ -109,8 +107,6 @@ def _best(rows: list[Row], group: tuple[str, ...], kind: str) -> Iterator[str]:
 SHOWN: dict[str, Any] = {
     "machine": _machine,
     "headline": _every,
-    "products": lambda rows: _best(rows, ("op", "m"), "contender"),
-    "attention": lambda rows: _best(rows, ("tokens", "direction"), "contender"),
-    "table": lambda rows: _best(rows, ("op",), "contender"),
-    "files": _every,
+    "products": lambda rows: _best(rows, "op", "m"),
+    "attention": lambda rows: _best(rows, "tokens", "direction"),
 }

@@ -28,7 +28,7 @@ PRELOADED = (
     "transformers.models.x_clip.modeling_x_clip",
     "gpu.case",
 )  # importing them does not start CUDA
-HANG_SECONDS = 8.0  # time limit of a case that hangs in a rehearsal
+HANG_SECONDS = 4.0  # time limit of a case that hangs in a rehearsal
 PATIENCE = 3  # factor of the time limits in a rehearsal, on a machine that may be busy
 TRIES = 4  # of a case, each without the contenders that ended the earlier ones
 

@@ -17,9 +17,9 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 def op(job: Job, op: str, backend: str) -> Iterator[Row]:
     """One op on one backend: two videos, then one video with an odd number of frames."""
+    from xclip_fast.kernels.common.example import FLOAT8
     from xclip_fast.kernels.dispatch import OPS, BackendError
     from xclip_fast.kernels.dispatch import backend as forced
-    from xclip_fast.kernels.example import FLOAT8
 
     from . import compare
 
@@ -72,7 +72,5 @@ def model(job: Job, variant: str, batch: int, backend: str, kind: str) -> Iterat
     from . import headline
 
     row: Row = {"op": kind, "variant": variant, "batch": batch, "contender": backend, "precision": job.precision}
-    with job.trying(backend, row):
-        if backend not in job.without:
-            row |= headline.once(job, variant, batch, backend, kind)
+    row |= job.attempt(backend, row, headline.once, job, variant, batch, backend, kind) or {}
     yield row

@@ -19,8 +19,6 @@ SECONDS = {  # limit of each stage; 380 s for the first four
     "products": 90.0,
     "attention": 50.0,
     "tests": 100.0,
-    "table": 60.0,
-    "files": 60.0,
 }
 BACKENDS = ("reference", "library", "triton", "cuda")  # each is forced, in addition to the default
 
@@ -38,8 +36,8 @@ def smoke(rehearse: bool) -> list[Case]:
 
     cases = []
     if not rehearse:
-        options = {"traced": str(ROOT / "traced" / "libxclip_fast.so")}
-        cases.append(Case("CUDA library", "suite:cuda_library", options, 60, together=True))
+        options = {"files": ["tests/kernels/test_cuda_library.py"], "select": "gpu", "workers": 2, "matching": ""}
+        cases.append(Case("CUDA library", "suite:tests", options, 60, together=True))
     for op, entry in OPS.items():
         for name in entry.names:
             if name != "reference" and not (rehearse and name == "cuda"):
@@ -50,7 +48,6 @@ def smoke(rehearse: bool) -> list[Case]:
     models += [("whole", "auto"), ("graph", "auto"), ("fp8", "auto")]
     if rehearse:
         models = [("tower", "triton"), ("training step", "triton"), *models[-3:]]
-        cases.append(Case("launches", "bind:launches", {}, 100, together=True))
     for kind, name in models:
         # several steps of 32 at a time do not fit into the memory of an H100
         batch = 1 if rehearse or kind == "graph" else 8 if kind == "training step" and name != "auto" else 32
@@ -72,7 +69,7 @@ def headline(rehearse: bool) -> list[Case]:
         return Case(name, "headline:inference", {"variant": variant, "batch": batch, **more}, seconds)
 
     def kernels(name: str, batch: int, **more: object) -> Case:
-        return Case(name, "headline:kernels", {"variant": "B/16-8f", "batch": batch, **more}, 30)
+        return Case(name, "profiled:kernels", {"variant": "B/16-8f", "batch": batch, **more}, 30)
 
     peer = {"variant": "B/16-8f", "batch": many}
     cases = [
@@ -131,17 +128,6 @@ def tests(rehearse: bool) -> list[Case]:
     return [Case("pytest", "suite:tests", options, SECONDS["tests"])]
 
 
-def table(rehearse: bool) -> list[Case]:
-    from . import table as stage
-
-    ops = stage.OPS[-1:] if rehearse else stage.OPS
-    return [Case(op, "table:op", {"op": op}, 25) for op in ops]
-
-
-def files(rehearse: bool) -> list[Case]:
-    return [Case("training on mp4 files", "files:data_wait", {}, 60)]
-
-
 STAGES: dict[str, Callable[[bool], list[Case]]] = {
     "machine": machine,
     "smoke": smoke,
@@ -149,7 +135,5 @@ STAGES: dict[str, Callable[[bool], list[Case]]] = {
     "products": products,
     "attention": attention,
     "tests": tests,
-    "table": table,
-    "files": files,
 }
 assert set(STAGES) == set(SECONDS)

@@ -20,23 +20,6 @@ SECONDS = 60  # limit of a test
 PYTEST = "import sys; sys.path.remove(''); import pytest; sys.exit(pytest.main(sys.argv[1:]))"
 
 
-def cuda_library(job: Job, traced: str) -> Iterator[Row]:
-    """The tests of the CUDA library. If one fails, a library with CUTLASS's trace (XCLIP_FAST_TRACE) says why."""
-    file = "tests/kernels/test_cuda_library.py"
-    row: Row = {}
-    for row in tests(job, [file], "gpu", 2, ""):
-        yield row
-    if row.get("exit_code") and Path(traced).exists():
-        command = [sys.executable, "-c", PYTEST, file, "-m", "gpu", "-q", "-o", "addopts=--import-mode=importlib"]
-        environment = {**os.environ, "XCLIP_FAST_CUDA_LIBRARY": traced}
-        done = subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=job.left(), check=False
-        )
-        words = [line for line in done.stdout.splitlines() if "cutlass" in line and "rror" in line]
-        said = "CUTLASS says: " + " | ".join(dict.fromkeys(words))[:1500]
-        yield {"contender": "cuda", "right": False, "note": said}
-
-
 def tests(job: Job, files: list[str], select: str, workers: int, matching: str) -> Iterator[Row]:
     """A row for each test, when it ends."""
     if importlib.util.find_spec("pytest") is None:

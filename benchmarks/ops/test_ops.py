@@ -9,8 +9,8 @@ its reason, and one that disagrees with the reference is a failure: no timing of
 import pytest
 import torch
 import xclip_fast.kernels  # noqa: F401  which defines the ops
+from xclip_fast.kernels.common.example import FLOAT8, Maker, Sizes
 from xclip_fast.kernels.dispatch import OPS, BackendError, backend
-from xclip_fast.kernels.example import FLOAT8, Maker, Sizes
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"

@@ -4,13 +4,15 @@ F sequences (frames), S rows of each, H heads of C channels. In a cross-frame co
 spare one: its key and value are the message's (equation 8), its query is dead.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import triton
-from ..parts import Case, Part
-from ..support import UNMEASURED, Backend, on_triton
+from ..dispatch.parts import Case, Part
+from ..dispatch.support import UNMEASURED, Backend, on_triton
+from ..triton import ONE_TILE
 from . import libraries
 
 
@@ -28,41 +30,22 @@ def attention_reference(qkv_FS3HC: Tensor, causal: bool = False, bias: Tensor | 
     return F.scaled_dot_product_attention(query, key, value, is_causal=causal).transpose(1, 2)
 
 
-def packed_reference(qkv_M3HC: Tensor, offsets: Tensor, longest: int) -> Tensor:
-    """Causal attention of each label over itself.
-
-    Args:
-        qkv_M3HC: (M, 3, H, C), the rows of all labels, one label after another.
-        offsets: (K + 1,), integer: label k owns rows offsets[k] to offsets[k + 1] - 1; offsets[K] = M.
-        longest: rows of the longest label.
-
-    Returns:
-        (M, H, C).
-    """
-    rows, labels = qkv_M3HC.shape[0], offsets.shape[0] - 1
-    offsets, device = offsets.long(), qkv_M3HC.device
-    label_M = torch.repeat_interleave(torch.arange(labels, device=device), offsets.diff(), output_size=rows)
-    place_M = torch.arange(rows, device=device) - offsets[label_M]
-    # padding stands behind a label's last token, where causal attention never looks
-    padded = qkv_M3HC.new_zeros(labels, longest, *qkv_M3HC.shape[1:]).index_put((label_M, place_M), qkv_M3HC)
-    return attention_reference(padded, causal=True)[label_M, place_M]
+# A candidate's forward(save, qkv, *mixing) returns (out, what its backward wants beside); backward(dout, qkv, out,
+# saved, *mixing) returns dqkv, contiguous. qkv and dqkv are (F, S, 3, H, C), out and dout (F, S, H, C). In ATTENTION
+# mixing is causal. In WINDOW_ATTENTION it is causal and the bias (W, H, S, S), and backward returns dqkv and dbias.
 
 
-# A candidate's forward(save, qkv (F, S, 3, H, C), causal) returns (out (F, S, H, C), what its backward wants beside);
-# backward(dout, qkv, out, saved, causal) returns dqkv (F, S, 3, H, C), contiguous.
-
-
-def _plain_forward(save: bool, qkv: Tensor, causal: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
-    return attention_reference(qkv, causal), ()
+def _reference_forward(save: bool, qkv: Tensor, *mixing: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
+    return attention_reference(qkv, *mixing), ()
 
 
 def reference_backward(
-    dout: Tensor, qkv: Tensor, out: Tensor, saved: tuple[Tensor, ...], causal: bool = False
-) -> Tensor:
+    dout: Tensor, qkv: Tensor, out: Tensor, saved: tuple[Tensor, ...], causal: bool = False, *bias: Tensor
+) -> Any:
     with torch.enable_grad():  # forward once more
-        leaf = qkv.detach().requires_grad_()
-        (dqkv,) = torch.autograd.grad(attention_reference(leaf, causal), leaf, dout)
-    return dqkv
+        leaves = [each.detach().requires_grad_() for each in (qkv, *bias)]
+        gradients = torch.autograd.grad(attention_reference(leaves[0], causal, *leaves[1:]), leaves, dout)
+    return gradients if bias else gradients[0]
 
 
 def takes(channels: int) -> bool:
@@ -70,17 +53,9 @@ def takes(channels: int) -> bool:
     return channels in (16, 32, 64)
 
 
-def _triton_forward(save: bool, qkv: Tensor, causal: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
-    return triton.attention.forward(save, qkv)
-
-
-def _triton_backward(dout: Tensor, qkv: Tensor, out: Tensor, saved: tuple[Tensor, ...], causal: bool) -> Tensor:
-    return triton.attention.backward(dout, qkv, out, saved)
-
-
 def triton_saved(qkv: Tensor) -> tuple[Tensor, ...]:
     """An empty log-sum-exp, if its forward saves one."""
-    one_tile = not takes(qkv.shape[-1]) or qkv.shape[1] <= triton.ONE_TILE[qkv.element_size()]
+    one_tile = not takes(qkv.shape[-1]) or qkv.shape[1] <= ONE_TILE[qkv.element_size()]
     return () if one_tile else libraries.log_sum_exp(qkv)
 
 
@@ -98,56 +73,13 @@ ATTENTION = Part(
     libraries.FLASH_ATTN_4,
     libraries.FLASH_ATTN,
     libraries.XFORMERS,
-    on_triton(_triton_forward, _triton_backward, opt_in=UNMEASURED, refuse=_refuse_triton, saved=triton_saved),
+    on_triton("attention", opt_in=UNMEASURED, refuse=_refuse_triton, saved=triton_saved),
     libraries.EFFICIENT,
-    Backend("reference", _plain_forward, reference_backward, saved=lambda qkv: ()),
+    Backend("reference", _reference_forward, reference_backward, saved=lambda qkv: ()),
 )
 
 
-def _packed_forward(qkv: Tensor, offsets: Tensor, longest: int) -> Tensor:
-    return triton.packed_attention.forward(qkv, offsets, longest)
-
-
-def _packed_backward(dout: Tensor, qkv: Tensor, offsets: Tensor, longest: int) -> Tensor:
-    return triton.packed_attention.backward(dout, qkv, offsets, longest)
-
-
-def _refuse_packed(case: Case) -> str | None:
-    if not takes(case.channels):
-        return f"head size {case.channels} is not 16, 32 or 64"
-    # what fits in one tile of the kernel without spilling registers
-    limit, where = 128, "in a tile"
-    if case.dtype == torch.float32:
-        limit, where = 32, "in float32"
-    elif case.device.type == "cuda" and torch.cuda.get_device_capability(case.device)[0] < 9:
-        limit, where = 64, "before compute capability 9.0"
-    return None if case.length <= limit else f"the longest label has {case.length} tokens, more than {limit} {where}"
-
-
-# forward(qkv (M, 3, H, C), offsets, longest) -> (M, H, C); backward(dout, qkv, offsets, longest) -> dqkv
-PACKED_ATTENTION = Part(
-    "packed_attention",
-    on_triton(_packed_forward, _packed_backward, refuse=_refuse_packed, saved=lambda qkv: ()),
-)
-
-
-def _window_forward(save: bool, qkv: Tensor, bias: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-    return attention_reference(qkv, bias=bias), ()
-
-
-def _window_backward(
-    dout: Tensor, qkv: Tensor, out: Tensor, saved: tuple[Tensor, ...], bias: Tensor
-) -> tuple[Tensor, Tensor]:
-    with torch.enable_grad():  # forward once more: attention is a small part of a block with windows
-        leaves = [each.detach().requires_grad_() for each in (qkv, bias)]
-        dqkv, dbias = torch.autograd.grad(attention_reference(leaves[0], bias=leaves[1]), leaves, dout)
-    return dqkv, dbias
-
-
-# With a bias on the scores, by torch's SDPA, which chooses among its own kernels those that take one (memory-efficient,
-# cuDNN). forward(save, qkv (F, S, 3, H, C), bias (W, H, S, S)) -> (out (F, S, H, C), ()); backward(dout, qkv, out, (),
-# bias) -> dqkv, dbias.
+# by torch's SDPA, which chooses among its own kernels those that take a bias (memory-efficient, cuDNN)
 WINDOW_ATTENTION = Part(
-    "window_attention",
-    Backend("library", _window_forward, _window_backward, saved=lambda qkv: ()),
+    "window_attention", Backend("library", _reference_forward, reference_backward, saved=lambda qkv: ())
 )

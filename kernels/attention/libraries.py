@@ -8,14 +8,15 @@ inner functions are used; they are bound by name, and a version that has other n
 import functools
 import importlib
 import inspect
-from collections.abc import Callable
-from typing import Any
+import types
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..parts import Case
-from ..support import HALF, UNMEASURED, Backend
+from ..dispatch.parts import Case
+from ..dispatch.support import HALF, UNMEASURED, Backend
 
 Saved = tuple[Tensor, ...]
 aten = torch.ops.aten
@@ -117,12 +118,6 @@ def _views(qkv: Tensor) -> dict[str, Tensor]:
     return {"q": qkv[:, :, 0], "k": qkv[:, :, 1], "v": qkv[:, :, 2]}
 
 
-def _gradients(qkv: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """An empty dqkv (F, S, 3, H, C) and its views dq, dk, dv, into which flash-attn writes."""
-    dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
-    return dqkv, {f"d{name}": view for name, view in _views(dqkv).items()}
-
-
 @functools.cache
 def bind(module: str, *names: str) -> tuple[Any, ...]:
     """The functions ``names`` of ``module``."""
@@ -144,93 +139,94 @@ def unfit(module: str, wanted: dict[str, tuple[str, ...]]) -> str | None:
     return None
 
 
-_FLASH2, _FLASH3, _FLASH4 = "flash_attn.flash_attn_interface", "flash_attn_interface", "flash_attn.cute.interface"
-_FORWARD, _BACKWARD = ("q", "k", "v", "softmax_scale", "causal"), ("dout", "q", "k", "v", "out", "softmax_scale")
-_WANTED: dict[str, dict[str, tuple[str, ...]]] = {
-    _FLASH2: {
-        "_flash_attn_forward": (*_FORWARD, "window_size_left", "alibi_slopes", "return_softmax"),
-        "_flash_attn_backward": (*_BACKWARD, "causal", "softmax_lse", "dq", "dk", "dv", "window_size_left"),
-    },
-    _FLASH3: {
-        "_flash_attn_forward": _FORWARD,
-        "_flash_attn_backward": (*_BACKWARD, "is_causal", "softmax_lse", "dq", "dk", "dv"),
-    },
-    _FLASH4: {
-        "_flash_attn_fwd": (*_FORWARD, "return_lse"),
-        "_flash_attn_bwd": (*_BACKWARD, "lse", "causal", "dq", "dk", "dv"),
-    },
-    "xformers.ops": {
-        "memory_efficient_attention_forward": ("query", "key", "value", "attn_bias"),
-        "memory_efficient_attention_forward_requires_grad": ("query", "key", "value", "attn_bias"),
-        "memory_efficient_attention_backward": ("grad", "output", "lse", "query", "key", "value", "attn_bias"),
-    },
-}
-
-
-def _refuse_module(module: str) -> Callable[[Case], str | None]:
+def _refusing(module: str, wanted: dict[str, tuple[str, ...]]) -> Callable[[Case], str | None]:
     def refuse(case: Case) -> str | None:
         if case.channels % 8 or case.channels > 256:
             return f"head size {case.channels} is not a multiple of 8 up to 256"
-        return unfit(module, _WANTED[module])
+        return unfit(module, wanted)
 
     return refuse
 
 
-def _flash2_forward(save: bool, qkv: Tensor, causal: bool) -> tuple[Tensor, Saved]:
-    (forward, _) = bind(_FLASH2, *_WANTED[_FLASH2])
-    options = {"dropout_p": 0.0, "softcap": 0.0, "alibi_slopes": None, "return_softmax": False, "causal": causal}
-    window = {"window_size_left": -1, "window_size_right": -1}
-    out, lse, *_ = forward(**_views(qkv), softmax_scale=qkv.shape[-1] ** -0.5, **options, **window)
-    return out, (lse,) if save else ()
+_NONE: Mapping[str, Any] = types.MappingProxyType({})
 
 
-def _flash2_backward(dout: Tensor, qkv: Tensor, out: Tensor, saved: Saved, causal: bool) -> Tensor:
-    (_, backward) = bind(_FLASH2, *_WANTED[_FLASH2])
-    dqkv, gradients = _gradients(qkv)
-    options = {"dropout_p": 0.0, "softcap": 0.0, "alibi_slopes": None, "deterministic": False, "causal": causal}
-    window = {"window_size_left": -1, "window_size_right": -1, "softmax_scale": qkv.shape[-1] ** -0.5}
-    backward(dout=dout, **_views(qkv), out=out, softmax_lse=saved[0], **gradients, **options, **window)
-    return dqkv
+class _FlashAttn(NamedTuple):
+    """A version of flash-attn: the functions below its autograd, and what only this version calls so."""
+
+    module: str
+    names: tuple[str, str]  # of forward and backward
+    lse: str = "softmax_lse"  # arguments of backward: log-sum-exp and causal
+    causal: str = "causal"
+    options: Mapping[str, Any] = _NONE  # of both
+    forward_options: Mapping[str, Any] = _NONE
+    backward_options: Mapping[str, Any] = _NONE
+    asks_lse: bool = False  # whether forward has an argument return_lse
+
+    def wanted(self) -> dict[str, tuple[str, ...]]:
+        """The arguments that the functions must have."""
+        both = ("q", "k", "v", "softmax_scale", *self.options)
+        forward = (*both, "causal", *self.forward_options, *(("return_lse",) if self.asks_lse else ()))
+        backward = (*both, "dout", "out", self.lse, "dq", "dk", "dv", self.causal, *self.backward_options)
+        return dict(zip(self.names, (forward, backward), strict=True))
+
+    def forward(self, save: bool, qkv: Tensor, causal: bool) -> tuple[Tensor, Saved]:
+        forward, _ = bind(self.module, *self.names)
+        options = {**self.options, **self.forward_options, **({"return_lse": save} if self.asks_lse else {})}
+        out, lse, *_ = forward(**_views(qkv), softmax_scale=qkv.shape[-1] ** -0.5, causal=causal, **options)
+        return out, (lse,) if save else ()
+
+    def backward(self, dout: Tensor, qkv: Tensor, out: Tensor, saved: Saved, causal: bool) -> Tensor:
+        _, backward = bind(self.module, *self.names)
+        dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
+        gradients = {f"d{name}": view for name, view in _views(dqkv).items()}  # they are written
+        options = {**self.options, **self.backward_options, self.lse: saved[0], self.causal: causal}
+        backward(dout=dout, **_views(qkv), out=out, softmax_scale=qkv.shape[-1] ** -0.5, **gradients, **options)
+        return dqkv
+
+    def backend(self, name: str, package: str, install: str, **supported: Any) -> Backend:
+        """Its backend. supported: fields that differ from the other libraries'."""
+        refuse = _refusing(self.module, self.wanted())
+        given = {**LIBRARY, "refuse": refuse, "saved": log_sum_exp, **supported}
+        return Backend(name, self.forward, self.backward, package=package, install=install, **given)
 
 
-def _flash3_forward(save: bool, qkv: Tensor, causal: bool) -> tuple[Tensor, Saved]:
-    (forward, _) = bind(_FLASH3, *_WANTED[_FLASH3])
-    out, lse, *_ = forward(**_views(qkv), softmax_scale=qkv.shape[-1] ** -0.5, causal=causal)
-    return out, (lse,) if save else ()
+LIBRARY: dict[str, Any] = {"dtypes": HALF, "device_types": ("cuda",), "capability": 8, "opt_in": UNMEASURED}
+_NAMES = ("_flash_attn_forward", "_flash_attn_backward")
+FLASH2 = _FlashAttn(
+    "flash_attn.flash_attn_interface",
+    _NAMES,
+    options={"dropout_p": 0.0, "softcap": 0.0, "alibi_slopes": None, "window_size_left": -1, "window_size_right": -1},
+    forward_options={"return_softmax": False},
+    backward_options={"deterministic": False},
+)
+FLASH3 = _FlashAttn("flash_attn_interface", _NAMES, causal="is_causal")
+FLASH4 = _FlashAttn("flash_attn.cute.interface", ("_flash_attn_fwd", "_flash_attn_bwd"), lse="lse", asks_lse=True)
+FLASH_ATTN = FLASH2.backend("flash_attn", "flash_attn", "pip install flash-attn")
+FLASH_ATTN_3 = FLASH3.backend(
+    "flash_attn_3",
+    "flash_attn_interface",
+    "pip install ./hopper in a clone of Dao-AILab/flash-attention",
+    capability=9,
+    last_capability=9,
+)
+FLASH_ATTN_4 = FLASH4.backend("flash_attn_4", "flash_attn.cute", "pip install flash-attn-4", capability=9)
 
 
-def _flash3_backward(dout: Tensor, qkv: Tensor, out: Tensor, saved: Saved, causal: bool) -> Tensor:
-    (_, backward) = bind(_FLASH3, *_WANTED[_FLASH3])
-    dqkv, gradients = _gradients(qkv)
-    options = {"softmax_scale": qkv.shape[-1] ** -0.5, "is_causal": causal}
-    backward(dout=dout, **_views(qkv), out=out, softmax_lse=saved[0], **gradients, **options)
-    return dqkv
-
-
-def _flash4_forward(save: bool, qkv: Tensor, causal: bool) -> tuple[Tensor, Saved]:
-    (forward, _) = bind(_FLASH4, *_WANTED[_FLASH4])
-    options = {"softmax_scale": qkv.shape[-1] ** -0.5, "causal": causal, "return_lse": save}
-    out, lse, *_ = forward(**_views(qkv), **options)
-    return out, (lse,) if save else ()
-
-
-def _flash4_backward(dout: Tensor, qkv: Tensor, out: Tensor, saved: Saved, causal: bool) -> Tensor:
-    (_, backward) = bind(_FLASH4, *_WANTED[_FLASH4])
-    dqkv, gradients = _gradients(qkv)
-    options = {"softmax_scale": qkv.shape[-1] ** -0.5, "causal": causal}
-    backward(**_views(qkv), out=out, dout=dout, lse=saved[0], **gradients, **options)
-    return dqkv
+_QKV = ("query", "key", "value", "attn_bias")
+_XFORMERS: dict[str, tuple[str, ...]] = {
+    "memory_efficient_attention_forward": _QKV,
+    "memory_efficient_attention_forward_requires_grad": _QKV,
+    "memory_efficient_attention_backward": ("grad", "output", "lse", *_QKV),
+}
 
 
 def _mask(causal: bool) -> Any:
-    if not causal:
-        return None
-    (lower,) = bind("xformers.ops", "LowerTriangularMask")
-    return lower()
+    return bind("xformers.ops", "LowerTriangularMask")[0]() if causal else None
 
 
 def _xformers_forward(save: bool, qkv: Tensor, causal: bool) -> tuple[Tensor, Saved]:
-    forward, forward_saving, _ = bind("xformers.ops", *_WANTED["xformers.ops"])
+    forward, forward_saving, _ = bind("xformers.ops", *_XFORMERS)
     given = dict(zip(("query", "key", "value"), _views(qkv).values(), strict=True))
     if not save:
         return forward(**given, attn_bias=_mask(causal)), ()
@@ -239,43 +235,17 @@ def _xformers_forward(save: bool, qkv: Tensor, causal: bool) -> tuple[Tensor, Sa
 
 
 def _xformers_backward(dout: Tensor, qkv: Tensor, out: Tensor, saved: Saved, causal: bool) -> Tensor:
-    (*_, backward) = bind("xformers.ops", *_WANTED["xformers.ops"])
+    (*_, backward) = bind("xformers.ops", *_XFORMERS)
     given = dict(zip(("query", "key", "value"), _views(qkv).values(), strict=True))
     gradients = backward(grad=dout, output=out, lse=saved[0], **given, attn_bias=_mask(causal))
     return torch.stack(list(gradients[:3]), 2)
 
 
-def _library(
-    name: str, package: str, module: str, forward: Any, backward: Any, capability: int, install: str = ""
-) -> Backend:
-    return Backend(
-        name,
-        forward,
-        backward,
-        dtypes=HALF,
-        device_types=("cuda",),
-        capability=capability,
-        package=package,
-        install=install,
-        opt_in=UNMEASURED,
-        refuse=_refuse_module(module),
-        saved=None if package == "xformers" else log_sum_exp,  # its kernels pad differently
-    )
-
-
-FLASH_ATTN = _library(
-    "flash_attn", "flash_attn", _FLASH2, _flash2_forward, _flash2_backward, 8, "pip install flash-attn"
+XFORMERS = Backend(
+    "xformers",
+    _xformers_forward,
+    _xformers_backward,
+    package="xformers",
+    refuse=_refusing("xformers.ops", _XFORMERS),
+    **LIBRARY,  # what its kernels save is not known beforehand: they pad differently
 )
-FLASH_ATTN_3 = _library(
-    "flash_attn_3",
-    "flash_attn_interface",
-    _FLASH3,
-    _flash3_forward,
-    _flash3_backward,
-    9,
-    "pip install ./hopper in a clone of Dao-AILab/flash-attention",
-)
-FLASH_ATTN_4 = _library(
-    "flash_attn_4", "flash_attn.cute", _FLASH4, _flash4_forward, _flash4_backward, 9, "pip install flash-attn-4"
-)
-XFORMERS = _library("xformers", "xformers", "xformers.ops", _xformers_forward, _xformers_backward, 8)

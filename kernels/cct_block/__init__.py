@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from .. import cpu
-from ..arguments import LOWERED, Block
+from ..common.block import LOWERED, Block
 from ..dispatch import Op, forced_backend
-from ..support import Backend
-from . import fused
+from ..dispatch.support import Backend
+from . import fused, plans
 from .example import example
 from .fused import diffuse
 from .reference import cct_block_reference, composed, own_linear
@@ -33,7 +33,7 @@ cct_block_reference.__signature__ = inspect.Signature(  # type: ignore[attr-defi
 
 _op = Op(
     cct_block_reference,
-    Backend("fused", fused.forward, fused.backward, refuse=fused.refuse, parts=fused.PART_NAMES),
+    Backend("fused", fused.forward, fused.backward, refuse=plans.refuse, parts=plans.PART_NAMES),
     example=lambda sizes, make: tuple(
         example(
             sizes.sequences,
@@ -67,8 +67,10 @@ def cct_block(block: Block) -> tuple[Tensor, Statistics | None]:
         return composed(block), None
     elif block.x.device.type == "cpu" and _on_cpu(block):
         return cpu.block(block), None
-    found = None if torch.compiler.is_compiling() else fused.inference_plan(block)
-    y, mean, rstd = _op(*block) if found is None else fused.run(False, block, found)[0]
+    found = None if torch.compiler.is_compiling() else plans.inference_plan(block)
+    if found is not None:
+        return fused.run(False, block, found)[:2]
+    y, mean, rstd = _op(*block)
     return y, (mean, rstd) if mean.numel() else None
 
 

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arguments import Block
-from ..example import Maker
+from ..common.block import Block
+from ..common.example import Maker
 
 
 def example(

@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import cuda_library, triton
-from ..arguments import GELUS
-from ..derived import cast, kept
-from ..parts import Case, Part
-from ..support import HALF, ON_TRITON, UNMEASURED, Backend, on_triton
+from ..common.block import GELUS
+from ..common.derived import cast, kept
+from ..dispatch.parts import Case, Part
+from ..dispatch.support import HALF, ON_TRITON, TRITON, UNMEASURED, Backend
 
 if TYPE_CHECKING:
-    from ..triton.layer_norm import Spare
+    from ..triton.rows import Spare
 
 # Rows from which LayerNorm is folded into a product: with fewer, folding the weight costs more than it saves. Not
 # measured.
@@ -178,7 +178,7 @@ def _backends(library: Any, fused: Any, on_cuda: Any) -> tuple[Backend, ...]:
     own: dict[str, Any] = {"opt_in": UNMEASURED, "saved": _nothing}
     return (
         Backend("library", library, dtypes=ON_TRITON, saved=_nothing),
-        on_triton(functools.partial(fused, _gemm), None, refuse=_refuse_float32, **own),
+        Backend("triton", functools.partial(fused, _gemm), refuse=_refuse_float32, **TRITON, **own),
         Backend(
             "cuda", functools.partial(fused, on_cuda), dtypes=HALF, refuse=_refuse_cuda, inference_only=True, **own
         ),

@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..arguments import GELUS, Block
-from ..attention import attention_reference, packed_reference
+from ..attention import attention_reference
+from ..common.block import GELUS, Block
 from ..layer_norm import layer_norm_reference
 from ..linear import linear
+from ..packed_attention import packed_reference
 from ..quick_gelu import quick_gelu_reference
 
 Linears = Callable[[str, Tensor], Tensor]

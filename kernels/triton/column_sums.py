@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .activation import quick_gelu_slope, quick_gelu_value
 from .launching import Prepared, cdiv, prepared, processors, tile
+from .rows import rows_of_sample
 
 
 @triton.jit(do_not_specialize=["M", "sample_rows"])
@@ -95,8 +96,7 @@ def scaled(
     changes = drop_scale is not None or slope_at is not None or x.dtype != dtype
     y = torch.empty(M, N, dtype=dtype, device=device) if changes else None
     h = torch.empty(M, N, dtype=dtype, device=device) if keep else None
-    sample_rows = 1 if drop_scale is None else M // max(drop_scale.shape[0], 1)
-    first, groups, last = _prepare(device, M, N, x.stride(0), sample_rows)
+    first, groups, last = _prepare(device, M, N, x.stride(0), rows_of_sample(M, drop_scale))
     sums = (torch.empty if M else torch.zeros)(N, dtype=sums_dtype, device=device)
     if last is None:
         first(x, slope_at, drop_scale, y, h, sums)

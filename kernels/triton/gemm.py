@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .activation import quick_gelu_value
 from .launching import Prepared, arch, cdiv, next_power_of_2, prepared, processors, tile
+from .rows import rows_of_sample
 
 
 @triton.jit
@@ -56,7 +57,6 @@ def gemm_kernel(
     ACTIVATION: tl.constexpr,  # whether quick_gelu is applied
     LOAD_DESCRIPTORS: tl.constexpr,
     STORE_DESCRIPTORS: tl.constexpr,
-    PRECISION: tl.constexpr,
     EVEN_K: tl.constexpr,  # K is a multiple of BLOCK_K
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -93,7 +93,7 @@ def gemm_kernel(
                 b_rows = tl.minimum(tile_n * BLOCK_N + tl.arange(0, BLOCK_N), N - 1).to(tl.int64)
                 b_at = b_ptr + b_rows[None, :] * b_row + ks[:, None]
                 b = tl.load(b_at, mask=None if EVEN_K else ks[:, None] < K, other=zero)
-            acc = tl.dot(a, b, acc, input_precision=PRECISION)
+            acc = tl.dot(a, b, acc, input_precision="ieee")
         rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
         in_rows = rows < M
         if mean_ptr is not None:
@@ -178,12 +178,6 @@ def _merge_statistics_kernel(
     tl.store(rstd_ptr + rows, 1.0 / tl.sqrt(variance + eps), mask=rows < M)
 
 
-def rows_of(x: Tensor) -> Tensor:
-    """x (..., D) as rows (M, D) with D contiguous: a view where the strides allow it, else a copy."""
-    rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
-
-
 class _Launches(NamedTuple):
     """What a product launches."""
 
@@ -219,8 +213,7 @@ def _prepare(
     # float32 runs on the ordinary units, from registers, where tiles in descriptor layout only cost more of them
     descriptors = arch(device) >= 90 and dtype != torch.float32
     by_tile = descriptors and aligned and describable(a_row, K) and describable(b_row, K)
-    heavy = int(residual_row is not None)
-    sizes = {"m": M, "n": N, "k": K, "bytes": size, "heavy": heavy, "aligned": int(by_tile)}
+    sizes = {"m": M, "n": N, "k": K, "bytes": size, "residual": int(residual_row is not None), "aligned": int(by_tile)}
     config = dict(tile("gemm", device, **sizes))
     occupancy = config.pop("OCCUPANCY", 1)
     width = config["BLOCK_N"] // config["SUBTILES"]
@@ -233,7 +226,6 @@ def _prepare(
         ACTIVATION=activation,
         LOAD_DESCRIPTORS=by_tile,
         STORE_DESCRIPTORS=descriptors and describable(N, N, out.itemsize) and (not keep or describable(N, N)),
-        PRECISION="ieee",
         EVEN_K=K % config["BLOCK_K"] == 0,
         **config,
     )
@@ -290,7 +282,7 @@ def gemm(
         a_row,
         b.stride(0),
         None if residual is None else residual.stride(0),
-        1 if drop_scale is None else M // max(drop_scale.shape[0], 1),
+        rows_of_sample(M, drop_scale),
         activation,
         not (a.data_ptr() | b.data_ptr()) % 16,
         keep,
@@ -304,17 +296,7 @@ def gemm(
 
     slots, merge = launches.slots, launches.merge
     parts = (None, None) if merge is None else (floats(slots, M), floats(slots, M))
-    launches.product(
-        a,
-        b,
-        y,
-        bias,
-        *(norm or (None, None, None)),
-        u,
-        drop_scale,
-        residual,
-        *parts,
-    )
+    launches.product(a, b, y, bias, *(norm or (None, None, None)), u, drop_scale, residual, *parts)
     outputs = [y] if u is None else [y, u]
     if merge is not None:
         statistics = floats(M), floats(M)

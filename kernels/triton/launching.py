@@ -5,7 +5,7 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,8 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .. import tables
-from ..dispatch import INTERPRETED
+from ..dispatch import INTERPRETED, tables
 
 TABLE = Path(__file__).with_name("tiles.json")
 Made = TypeVar("Made")
@@ -64,14 +63,14 @@ class Prepared:
         self.kernel, self.grid, self.numbers, self.options = kernel, grid, numbers, options
         self.allocator, self.index = _descriptor_memory(device), device.index if device.type == "cuda" else None
         self.compiled: dict[tuple[torch.dtype | None, ...], Any] = {}
-        self.direct = DIRECT and isinstance(kernel, triton.JITFunction)
+        self.direct = DIRECT and isinstance(kernel, triton.JITFunction) and 0 not in grid
         self.whole_grid = (*grid, 1, 1)[:3]
         self.rest = (*numbers, *(options[name] for name in kernel.arg_names if name in options))
 
     def __call__(self, *tensors: Tensor | None) -> None:
         """Launch with these tensors. An empty grid is no launch."""
         direct = self.direct and (self.index is None or self.index == torch.cuda.current_device())
-        if direct and 0 not in self.grid and not _observed(self.kernel):
+        if direct and not _observed(self.kernel):
             dtypes: list[torch.dtype | None] = []
             addresses = 0
             for tensor in tensors:
@@ -115,7 +114,13 @@ def prepared(make: Callable[..., Made]) -> Callable[..., Made]:
     """Keeps the last 4,096 results of a function of sizes and a device that makes a ``Prepared``."""
     cached = functools.lru_cache(4096, typed=True)(make)
     _prepared.append(cached)
+    tables.kept.append(cached)
     return cached
+
+
+def _forget_prepared() -> None:
+    for cached in _prepared:
+        cached.cache_clear()
 
 
 @functools.cache
@@ -132,12 +137,12 @@ def assumed_gpu(architecture: int, sms: int) -> Iterator[None]:
     """Choose tiles and grids as for a GPU of this architecture and number of multiprocessors, whatever the device."""
     global _assumed
     before, _assumed = _assumed, (architecture, sms)
-    _forget(_prepared)
+    _forget_prepared()
     try:
         yield
     finally:
         _assumed = before
-        _forget(_prepared)
+        _forget_prepared()
 
 
 def arch(device: torch.device) -> int:
@@ -168,15 +173,11 @@ def tile(op: str, device: torch.device, **sizes: int) -> dict[str, Any]:
     if op in _forced_tiles:
         return _forced_tiles[op]
     architecture = arch(device)
-    use = _tile(op, architecture, tuple(sizes.items()))
-    if use is None:
+    row = tables.first(TABLE, op, range(architecture + 1), tuple(sizes.items()))
+    if row is None:
         raise LookupError(f"no tile for {op} on architecture {architecture} with {sizes} in {TABLE}")
+    use: dict[str, Any] = row["use"]
     return use
-
-
-@functools.lru_cache(4096)  # labels come in any number
-def _tile(op: str, architecture: int, sizes: tuple[tuple[str, int], ...]) -> dict[str, Any] | None:
-    return next((row["use"] for row in _rows(op, architecture) if tables.holds(row, dict(sizes))), None)
 
 
 _forced_tiles: dict[str, dict[str, Any]] = {}
@@ -186,28 +187,9 @@ _forced_tiles: dict[str, dict[str, Any]] = {}
 def forced_tile(op: str, use: dict[str, Any]) -> Iterator[None]:
     """Take this tile for ``op`` inside the block, whatever the tables say: for tuning and tests."""
     _forced_tiles[op] = use
-    _forget(_prepared)
+    _forget_prepared()
     try:
         yield
     finally:
         del _forced_tiles[op]
-        _forget(_prepared)
-
-
-@functools.cache
-def _rows(op: str, architecture: int) -> list[dict[str, Any]]:
-    """The rows of an op for an architecture in their order."""
-    rows = []
-    for table in (tables.rows(tables.user_table(TABLE.name), op), tables.rows(TABLE, op)):
-        rows += sorted((row for row in table if row["arch"] <= architecture), key=lambda row: -row["arch"])
-    return rows
-
-
-def forget() -> None:
-    """Read the tables again at the next call."""
-    _forget((_tile, _rows, tables.rows, *_prepared))
-
-
-def _forget(caches: Iterable[Any]) -> None:
-    for cached in caches:
-        cached.cache_clear()
+        _forget_prepared()

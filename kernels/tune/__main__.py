@@ -23,8 +23,7 @@ from typing import Any
 
 import torch
 
-from .. import choices
-from ..tables import user_table
+from ..dispatch import choices, tables
 from . import backends, measuring, tiles
 from .shapes import BATCHES, SHAPES
 
@@ -72,7 +71,7 @@ def main(arguments: list[str] | None = None, progress: Callable[[int, int], None
         other = "without" if options.backends else "with"
         parser.error(f"--op {min(others)} is measured {other} --backends; here: {', '.join(module.NAMES)}")
     table = (choices if options.backends else launching).TABLE
-    path = table if options.commit else user_table(table.name)
+    path = table if options.commit else tables.user_table(table.name)
     batches, wrong, end = tuple(sorted(set(options.batch))), 0, time.monotonic() + options.seconds
     with measuring.rehearsed() if options.rehearse else contextlib.nullcontext():
         for index, op in enumerate(ops):
@@ -83,8 +82,7 @@ def main(arguments: list[str] | None = None, progress: Callable[[int, int], None
             wrong += refused
             if not options.rehearse:
                 merge(path, {op: rows})
-                choices.forget()
-                launching.forget()
+                tables.forget()
     progress(len(ops), len(ops))
     print("a rehearsal: nothing is written" if options.rehearse else f"written to {path}")
     if wrong:

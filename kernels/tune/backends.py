@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arguments import Block
-from ..cct_block import fused
+from ..cct_block import plans
 from ..cct_block.example import example
+from ..common.block import Block
+from ..common.example import Maker, Sizes
 from ..dispatch import OPS, Op, backend
-from ..example import Maker, Sizes
-from ..parts import refusal
+from ..dispatch.parts import refusal
 from . import measuring
 from .measuring import Contest, Contests, Where
 from .shapes import boundaries
@@ -71,7 +71,7 @@ def contests(name: str, shape: Sizes, batches: tuple[int, ...], say: Callable[[s
             continue
         for (sizes, block), slot in itertools.product(blocks(shape, batches), SLOTS[name]):
             with backend("fused"):
-                own = fused.slots(fused.case_of(block, training))[slot][2]
+                own = plans.slots(plans.case_of(block, training))[slot][2]
             of_part = functools.partial(_of_a_part, slot)
             contest = functools.partial(_contest, OPS["cct_block"], tuple(block), training, of_part, say)
             yield where | sizes | _is(**own), contest
@@ -105,12 +105,12 @@ def _of_an_op(op: Op, given: tuple[Any, ...], training: bool) -> Iterator[tuple[
 
 def _of_a_part(slot: str, op: Op, given: tuple[Any, ...], training: bool) -> Iterator[tuple[str, str | None, Any]]:
     def swapped(op: Op, args: tuple[Any, ...], cotangent: Tensor | None, name: str) -> list[Tensor]:
-        with fused.swap(slot, name):
+        with plans.swap(slot, name):
             return run(op, args, cotangent, "fused")
 
     with backend("fused"):
-        case = fused.case_of(Block(*given), training)
-    for candidate in fused.slots(case)[slot][0].backends:
+        case = plans.case_of(Block(*given), training)
+    for candidate in plans.slots(case)[slot][0].backends:
         yield candidate.name, refusal(candidate, case), swapped
 
 

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .. import choices, cuda_library
-from ..dispatch import INTERPRETED
-from ..example import TINY, Sizes
+from .. import cuda_library
+from ..common.example import TINY, Sizes
+from ..dispatch import INTERPRETED, choices
 from . import shapes
 
 DEVICE, DTYPE = "cuda", torch.bfloat16  # of what is measured

@@ -1,6 +1,6 @@
 """The shapes that tuning measures: those of one model at a few numbers of videos."""
 
-from ..example import Sizes
+from ..common.example import Sizes
 
 SHAPES = {
     "B/32": Sizes(patch=32),

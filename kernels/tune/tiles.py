@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..attention import attention_reference
 from ..cct_block.products import FOLD_FROM
-from ..example import Sizes
+from ..common.example import Sizes
 from ..linear import linear
 from ..quick_gelu import quick_gelu_reference
 from ..triton import ONE_TILE
@@ -99,12 +99,12 @@ def gemm_work(shape: Sizes, batches: tuple[int, ...]) -> Iterator[Work]:
             (width, width, {"residual": residual}),
         ):
             x, weight, bias = normal(m, k), normal(n, k) * k**-0.5, normal(n)
-            heavy = int("residual" in extra)
+            added = int("residual" in extra)
             given: dict[str, Any] = {**extra, "bias": bias}
-            if not heavy and m >= FOLD_FROM:
+            if not added and m >= FOLD_FROM:
                 given["norm"] = (*norm, weight.float().sum(1))
             where = {"m": boundaries(every, m), "n": [n, n], "k": [k, k], "bytes": [2, 2]}
-            where |= {"heavy": [heavy, heavy], "aligned": [1, 1]}
+            where |= {"residual": [added, added], "aligned": [1, 1]}
             cycles = functools.partial(gemm_cycles, m=m, n=n, k=k, sms=processors(x.device))
             candidates = sorted(GEMM, key=cycles)[:TRIED]
             call = functools.partial(gemm, x, weight, **given)
@@ -129,7 +129,7 @@ ATTENTION = [
 
 
 def attention_work(op: str, shape: Sizes, batches: tuple[int, ...]) -> Iterator[Work]:
-    from ..triton import attention
+    from ..attention import triton as attention
 
     length, heads, backward = shape.tokens + 1, shape.width // 64, op != "attention"
     candidates = attention_candidates(length, op.endswith("dk_dv"))

@@ -1,7 +1,9 @@
 """The benchmarks run, say what they did, and refuse what they cannot do."""
 
+import functools
 import importlib
 import importlib.util
+import itertools
 import json
 import math
 import time
@@ -36,9 +38,10 @@ def contenders(throughput):
 
 @pytest.fixture
 def quick(contenders, measuring, monkeypatch, one_thread):
-    """A run of seconds: one thread, two runs, small clips, no large GEMM."""
+    """A run of seconds: one thread, two runs without pauses, small clips, no large GEMM."""
     monkeypatch.setattr(measuring, "gemm_rate", lambda dtype, device: 1e11)
     monkeypatch.setattr(measuring, "CPU_RUNS", 2)
+    monkeypatch.setattr(measuring, "measure", functools.partial(measuring.measure, pause=0.0))
     monkeypatch.setattr(contenders, "CLIP_FRAMES", 6)
     monkeypatch.setattr(contenders, "CLIP_SIZE", (64, 80))
 
@@ -269,14 +272,17 @@ def test_the_peer_is_compiled_once_a_variant_and_within_its_time(throughput, tmp
     monkeypatch.setitem(VARIANTS, "B/16-8f", tiny_config)
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda call, mode: compiled.append(mode) or call)
-    options = ("--variants", "tiny,B/16-8f", "--precisions", "fp32,bf16", "--batch-sizes", "1,2", "--compile")
-    code, report = tiny_run(throughput, tmp_path, *options, "--works", "cached,tower")
+    variants = ("B/16-8f", "tiny")
+    cells = itertools.product(variants, ("fp32", "bf16"), (1, 8, 64), ("cached", "tower"))
+    chosen = throughput.compiled_cells([throughput.Cell(*cell) for cell in cells])
+    assert chosen == {throughput.Cell(variant, "fp32", 8, "tower") for variant in variants}
+
+    options = ("--variants", "tiny,B/16-8f", "--precisions", "fp32", "--batch-sizes", "1,2", "--compile")
+    code, report = tiny_run(throughput, tmp_path, *options, "--works", "tower")
     assert code == 0
     assert compiled == ["default"] * 2
     rows = [row for row in report["rows"] if row["contender"] == "HF compiled"]
-    assert [(row["variant"], row["precision"], row["batch"], row["work"]) for row in rows] == [
-        (variant, "fp32", 2, "tower") for variant in ("B/16-8f", "tiny")
-    ]
+    assert [(row["variant"], row["batch"]) for row in rows] == [(variant, 2) for variant in variants]
 
     monkeypatch.setitem(throughput.COMPILE_SECONDS, "cpu", 1e9)
     code, report = tiny_run(throughput, tmp_path, "--precisions", "fp32", "--works", "tower", "--compile")
@@ -471,7 +477,7 @@ def test_measure_takes_turns(measuring):
     def contender(name):
         return lambda: calls.append(name) or torch.zeros(1)
 
-    results = measuring.measure({"a": contender("a"), "b": contender("b")}, "cpu", 60.0)
+    results = measuring.measure({"a": contender("a"), "b": contender("b")}, "cpu", 60.0, pause=0.0)
     rounds = [calls[start : start + 2] for start in range(0, len(calls), 2)]
     assert len(rounds) == 1 + measuring.CPU_RUNS
     assert all(sorted(names) == ["a", "b"] for names in rounds)

@@ -58,30 +58,21 @@ def test_sigterm_ends_the_cases_too(tmp_path):
 
 
 def test_every_stage_gives_its_rows_and_a_fault_costs_its_case_alone(tmp_path):
-    """A case that is killed, one that hangs and one that is wrong: all other rows are there."""
+    """A case that is killed, one that hangs and one that is wrong: all other rows are there. The bundle's test below
+    has the stage tests."""
     cases = ["versions", "ceilings", "overhead", "quick_gelu triton", "layer_norm triton", "tower library"]
-    cases += [
-        "cosine_logits triton",
-        "fp8 auto",
-        "B/16 8",
-        "B/16 1",
-        "qkv",
-        "197 tokens",
-        "pytest",
-        "layer_norm",
-        "mp4",
-    ]
+    cases += ["cosine_logits triton", "fp8 auto", "B/16 1", "kernels 1", "qkv", "197 tokens"]
     faults = ["--break", "layer_norm triton=kill", "--break", "quick_gelu triton=wrong", "--break", "qkv 12608=hang"]
     done, rows = rehearse(tmp_path, "--cases", ",".join(cases), *faults)
     assert done.returncode == 1, done.stderr
     stages = dict.fromkeys(row["stage"] for row in rows)
-    assert list(stages) == ["machine", "smoke", "headline", "products", "attention", "tests", "table", "files"]
+    assert list(stages) == ["machine", "smoke", "headline", "products", "attention"]
     noted = {(row["case"], row["note"].split(":")[0]) for row in rows if row.get("note")}
     noted = {(case, note) for case, note in noted if note not in ("refused", "skipped")}
     assert noted == {
         ("layer_norm triton", "killed by signal 9"),
         ("quick_gelu triton", "WRONG"),
-        ("qkv 12608", "stopped after 8 s"),
+        ("qkv 12608", "stopped after 4 s"),
     }, done.stderr
 
     def of(case):
@@ -97,8 +88,7 @@ def test_every_stage_gives_its_rows_and_a_fault_costs_its_case_alone(tmp_path):
     }
     timed = [row for row in rows if "ms" in row]
     assert all(row["ms"] > 0 for row in timed)
-    assert {row["stage"] for row in timed} == {"machine", "headline", "products", "attention", "table"}
-    assert sum(row.get("outcome") == "passed" for row in of("pytest")) > 10
+    assert {row["stage"] for row in timed} == {"machine", "headline", "products", "attention"}
     for row in rows[1:]:  # the first one finds what the others carry
         assert {"device", "torch", "python", "date", "command", "at_s"} <= set(row)
         assert row["rehearsed"] is True
@@ -107,14 +97,7 @@ def test_every_stage_gives_its_rows_and_a_fault_costs_its_case_alone(tmp_path):
     assert "-- wrong: quick_gelu triton" in table
     assert table in done.stdout
     assert "Traceback" not in done.stderr
-    assert set(json.loads((tmp_path / "choices.json").read_text())) == {"layer_norm"}
-    assert {path.name for path in tmp_path.iterdir()} <= {
-        "rows.jsonl",
-        "results.json",
-        "log.txt",
-        "table.txt",
-        "choices.json",
-    }
+    assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl", "results.json", "log.txt", "table.txt"}
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["environment"]["device"]
     assert len(results["rows"]) == len(rows)
@@ -157,7 +140,7 @@ def test_a_test_that_fails_or_hangs_leaves_the_others(check, tmp_path, monkeypat
     )
     results = tmp_path / "results"
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
-    environment |= {"PYTHONPATH": str(SCRIPT.parent), "GPU_CHECK_RESULTS": str(results), "GPU_CHECK_TEST_SECONDS": "4"}
+    environment |= {"PYTHONPATH": str(SCRIPT.parent), "GPU_CHECK_RESULTS": str(results), "GPU_CHECK_TEST_SECONDS": "2"}
     command = [sys.executable, "-m", "pytest", "test_some.py", "-q", "-n", "2", "--max-worker-restart", "9"]
     command += ["-p", "gpu.watch", "-p", "no:cacheprovider", "-c", "/dev/null", "--rootdir", "."]
     subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=100)
@@ -242,7 +225,8 @@ def test_a_bundle_is_laid_out_as_pip_would_and_nothing_is_built(tmp_path, monkey
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
     assert done.returncode == 0, done.stderr
     assert "restarted" not in done.stderr
-    assert len((folder / "out" / "rows.jsonl").read_text().splitlines()) > 10
+    rows = [json.loads(line) for line in (folder / "out" / "rows.jsonl").read_text().splitlines()]
+    assert sum(row.get("outcome") == "passed" for row in rows) > 10
     assert bundle.main([str(folder), "--no-library", "--no-wheels"]) == 0  # in place of the old one
     other = tmp_path / "mine"
     other.mkdir()

@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 
 import xclip_fast
+from xclip_fast.cli import main as cli
 
 COMMAND = [sys.executable, "-m", "xclip_fast"]
 
 
-def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=120, cwd=cwd)
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=120)
 
 
 def seconds(*arguments: str) -> float:
@@ -67,13 +68,18 @@ NAMED = {
 
 
 @pytest.mark.parametrize("command", NAMED)
-def test_what_is_no_checkpoint_or_manifest_is_named(tmp_path: Path, command: str) -> None:
+def test_what_is_no_checkpoint_or_manifest_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
     for name in ("runs/mine/best", "runs/new", "videos"):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "runs/mine/best/model.safetensors").touch()
     (tmp_path / "runs/new/config.yaml").touch()
-    done = run(*command.split(), cwd=tmp_path)
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: ")
-    assert NAMED[command] in done.stderr
-    assert "label" not in done.stderr
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as left:
+        cli.main(command.split())
+    complaint = capsys.readouterr().err
+    assert left.value.code == 1
+    assert complaint.startswith("error: ")
+    assert NAMED[command] in complaint
+    assert "label" not in complaint

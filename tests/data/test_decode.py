@@ -17,7 +17,7 @@ import pytest
 import torch
 from av.video.reformatter import Interpolation
 
-from xclip_fast.data.decode import decoder as module
+from xclip_fast.data.decode import chosen as module
 from xclip_fast.data.decode import plan as planning
 from xclip_fast.data.decode import reading
 from xclip_fast.data.decode.decoder import (
@@ -850,7 +850,11 @@ def test_a_stored_plan_of_another_file(suffix, tmp_path):
 
 def test_random_frames_stay_the_same_when_a_plan_fails(clip, monkeypatch):
     expected = decode(clip, 6, size=32, rng=sample_rng(5, 0, 0))
-    monkeypatch.setattr(module, "by_plan", lambda *_: False)
+
+    def failing(*_):
+        raise planning.PlanFails
+
+    monkeypatch.setattr(module, "planned_frames", failing)
     assert torch.equal(decode(clip, 6, size=32, rng=sample_rng(5, 0, 0)), expected)
 
 

@@ -111,6 +111,3 @@ def test_dataset(tmp_path):
         write_dataset(tmp_path, 2, 6, **settings)
     assert {path: path.read_bytes() for path, _ in found} == {path: data for path, (data, _) in before.items()}
     assert not list(tmp_path.rglob(".*"))
-
-    write_dataset(tmp_path, 2, 6, overwrite=True, **settings)
-    assert all(path.read_bytes() != before[path][0] for path, _ in found)

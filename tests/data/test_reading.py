@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from xclip_fast.data.decode import decode, decode_frames, decode_many, decoder, probe, reading, source, windows
+from xclip_fast.data.decode import chosen, decode, decode_frames, decode_many, probe, reading, source
 from xclip_fast.data.decode.fields import may_hold_fields
 from xclip_fast.data.decode.reading import open_video
 from xclip_fast.data.decode.source import ReadError, Source, VideoError
@@ -159,8 +159,7 @@ def test_lack_of_memory_is_no_damage(folder, monkeypatch):
     def none(*_, **__):
         raise MemoryError
 
-    for module in (decoder, windows):
-        monkeypatch.setattr(module, "VideoReformatter", lambda: type("Reformatter", (), {"reformat": none})())
+    monkeypatch.setattr(chosen, "VideoReformatter", lambda: type("Reformatter", (), {"reformat": none})())
     with pytest.raises(ReadError, match="not enough memory"):
         decode_frames(folder / "EIO_a.mp4", [0])
     bad, *_ = decode_many([folder / "EIO_a.mp4"], 2, errors="return")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import xclip_fast
-from xclip_fast.data.decode import plan, windows
+from xclip_fast.data.decode import chosen, plan
 from xclip_fast.data.decode.decoder import VideoError, decode, probe
 from xclip_fast.data.decode.source import ReadError
 from xclip_fast.data.decode.windows import decode_windows, window_spans
@@ -142,11 +142,10 @@ def test_without_a_plan_it_decodes_from_end_to_end(clip, tmp_path, monkeypatch):
     def failing(*given):
         for number, pair in enumerate(honest(*given)):
             if number == 9:
-                return False
+                raise plan.PlanFails
             yield pair
-        return True
 
-    monkeypatch.setattr(windows, "planned_frames", failing)
+    monkeypatch.setattr(chosen, "planned_frames", failing)
     again = list(decode_windows(clip, 2.0, 1.0, 4, size=32))
     assert [part.start for part in again] == [part.start for part in want]
     assert all(torch.equal(a.frames, b.frames) for a, b in zip(again, want, strict=True))
@@ -159,16 +158,11 @@ def test_each_frame_is_decoded_once_and_memory_is_bounded(tmp_path, monkeypatch)
     honest = plan.planned_frames
 
     def counting(*given):
-        frames = honest(*given)
-        while True:
-            try:
-                number, frame = next(frames)
-            except StopIteration as end:
-                return end.value
+        for number, frame in honest(*given):
             decoded.append(number)
             yield number, frame
 
-    monkeypatch.setattr(windows, "planned_frames", counting)
+    monkeypatch.setattr(chosen, "planned_frames", counting)
     tracemalloc.start()
     count = 0
     for part in decode_windows(path, 1.0, 0.2, 8, size=224):

@@ -23,7 +23,7 @@ from xclip_fast.evaluate import Prediction, evaluate, main, report, write
 from xclip_fast.evaluate import report as evaluation_files
 from xclip_fast.evaluate.loop import NOT_A_NUMBER
 from xclip_fast.evaluate.report import _confusion_png
-from xclip_fast.processes import find_device
+from xclip_fast.inference.processes import find_device
 from xclip_fast.weights.recipe import Trained
 
 pytestmark = pytest.mark.usefixtures("one_thread")

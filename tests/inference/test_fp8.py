@@ -140,15 +140,15 @@ def test_it_survives_moving_copying_and_saving_of_the_module(quantized: XCLIP) -
     assert all(buffer.device.type == "meta" for buffer in blocks(low.to("meta"))[0].fp8.buffers())
 
 
-def test_it_compiles_in_one_graph(tiny_model: XCLIP) -> None:
+def test_it_compiles_in_one_graph(shallow_model: XCLIP) -> None:
     """Also a model that was compiled, and run, before it was quantized."""
-    video = videos(tiny_model)
+    video = videos(shallow_model)
     torch._dynamo.reset()
-    compiled = torch.compile(tiny_model, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(shallow_model, fullgraph=True, backend="aot_eager")
     with torch.inference_mode():
-        for change in (lambda: None, lambda: tiny_model.quantize("fp8", calibration=video)):
+        for change in (lambda: None, lambda: shallow_model.quantize("fp8", calibration=video)):
             change()
-            torch.testing.assert_close(compiled(video, TOKENS), tiny_model(video, TOKENS), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(compiled(video, TOKENS), shallow_model(video, TOKENS), rtol=1e-4, atol=1e-4)
 
 
 def test_cuda_graphs_notice_it(tiny_model: XCLIP) -> None:

@@ -2,7 +2,7 @@
 
     python tests/kernels/ahead_of_time.py ARCH [--all]
 
-runs the launchers of kernels/triton on meta tensors, on a GPU that is not there (fake_gpu.py), compiles each distinct
+runs the launchers of every op on meta tensors, on a GPU that is not there (fake_gpu.py), compiles each distinct
 kernel for the architecture, and prints one JSON object a kernel: name, configuration, registers, stack, shared memory,
 instructions. Without ``--all`` a kernel is left out that another one contains (``heaviest``). Not in the interpreter:
 TRITON_INTERPRET must be unset.
@@ -22,11 +22,12 @@ import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from xclip_fast.kernels.arguments import LOWERED
 from xclip_fast.kernels.cct_block import fused
 from xclip_fast.kernels.cct_block.example import example
+from xclip_fast.kernels.common.block import LOWERED
 from xclip_fast.kernels.fake_gpu import Launch, fake_gpu
-from xclip_fast.kernels.triton import layer_norm, quick_gelu
+from xclip_fast.kernels.layer_norm import triton as layer_norm
+from xclip_fast.kernels.quick_gelu import triton as quick_gelu
 
 from xclip_fast import kernels
 
@@ -120,7 +121,7 @@ def run(op: str, args: tuple[Any, ...]) -> None:
                 outputs, saved = fused.forward(True, *args)
                 fused.backward([torch.empty_like(outputs[0])], saved, needs, *args)
         return
-    module = importlib.import_module(f"xclip_fast.kernels.triton.{op}")
+    module = importlib.import_module(f"xclip_fast.kernels.{op}.triton")
     needs = [arg.dtype if isinstance(arg, Tensor) and arg.dtype.is_floating_point else None for arg in args]
     module.forward(False, *args)
     outputs, saved = module.forward(True, *args)

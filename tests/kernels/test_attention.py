@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 from xclip_fast.kernels.attention import ATTENTION, attention_reference, libraries
-from xclip_fast.kernels.dispatch import INTERPRETED
-from xclip_fast.kernels.parts import Case
+from xclip_fast.kernels.dispatch import INTERPRETED, support
+from xclip_fast.kernels.dispatch.parts import Case, refusal
 
 CANDIDATES = {candidate.name: candidate for candidate in ATTENTION.backends}
 
@@ -137,9 +137,9 @@ def xformers(played: Played) -> dict[str, Any]:
 
 
 LIBRARIES = {
-    "flash_attn": (libraries._FLASH2, flash_attn_2),
-    "flash_attn_3": (libraries._FLASH3, flash_attn_3),
-    "flash_attn_4": (libraries._FLASH4, flash_attn_4),
+    "flash_attn": (libraries.FLASH2.module, flash_attn_2),
+    "flash_attn_3": (libraries.FLASH3.module, flash_attn_3),
+    "flash_attn_4": (libraries.FLASH4.module, flash_attn_4),
     "xformers": ("xformers.ops", xformers),
 }
 
@@ -162,7 +162,8 @@ def test_a_library_is_called_as_its_interface_says(
     module, functions = LIBRARIES[name]
     played, candidate, qkv = Played(), CANDIDATES[name], packed()
     install(monkeypatch, module, functions(played))
-    assert libraries.unfit(module, libraries._WANTED[module]) is None
+    assert candidate.refuse is not None
+    assert candidate.refuse(kind()) is None
     out, saved = candidate.forward(True, qkv, causal)
     # views of the packed projection, no copies
     assert played.addresses == [(qkv[:, :, part].data_ptr(), qkv[:, :, part].stride()) for part in range(3)]
@@ -182,7 +183,7 @@ def test_a_version_with_other_names_is_refused(
     request.addfinalizer(libraries.bind.cache_clear)
     module, functions = LIBRARIES[name]
     given = functions(Played())
-    first = next(iter(libraries._WANTED[module]))
+    first = next(iter(given))
     install(monkeypatch, module, {**given, first: lambda x: x})
     refuse = CANDIDATES[name].refuse
     assert refuse is not None
@@ -238,3 +239,15 @@ def test_reasons_of_refusal() -> None:
     assert found["cudnn"] == "device cpu is not cuda"
     assert found["reference"] is None
     assert "dtype torch.float64" in (ATTENTION.refusals(kind(dtype=torch.float64))["flash"] or "")
+
+
+def test_flash_attn_3_is_of_hopper_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its kernels are built for compute capability 9.0. Those of flash-attn 2 and 4 have no upper end."""
+    monkeypatch.setattr(support, "installed", lambda package: True)
+    monkeypatch.setattr(libraries, "unfit", lambda module, wanted: None)
+    for architecture, reason in ((80, "8.x is below 9.0"), (90, None), (100, "10.x is above 9.x"), (120, "12.x")):
+        case = kind(interpreted=architecture)
+        found = refusal(CANDIDATES["flash_attn_3"], case)
+        assert (found is None) if reason is None else (found is not None and reason in found), found
+        assert refusal(CANDIDATES["flash_attn"], case) is None
+        assert (refusal(CANDIDATES["flash_attn_4"], case) is None) == (architecture >= 90)

@@ -16,13 +16,13 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from xclip_fast.kernels import choices, cuda_library, dispatch, support, tables
-from xclip_fast.kernels.cct_block import fused
+from xclip_fast.kernels import cuda_library, dispatch
+from xclip_fast.kernels.cct_block import plans
 from xclip_fast.kernels.cct_block.products import NORM_LINEAR
-from xclip_fast.kernels.dispatch import INTERPRETED, OPS, Op
-from xclip_fast.kernels.example import Sizes
-from xclip_fast.kernels.parts import PARTS, Case
-from xclip_fast.kernels.support import Backend
+from xclip_fast.kernels.common.example import Sizes
+from xclip_fast.kernels.dispatch import INTERPRETED, OPS, Op, choices, support, tables
+from xclip_fast.kernels.dispatch.parts import PARTS, Case
+from xclip_fast.kernels.dispatch.support import Backend
 from xclip_fast.kernels.tune import __main__ as tune
 from xclip_fast.kernels.tune import backends as tune_backends
 from xclip_fast.kernels.tune import measuring
@@ -41,16 +41,16 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Write]:
     monkeypatch.setattr(choices, "TABLE", tmp_path / "shipped" / "choices.json")
     monkeypatch.setattr(choices, "architecture", lambda x: 90)
     monkeypatch.setattr(cuda_library, "refuse_device", lambda *_: None)
-    choices.forget()
+    tables.forget()
 
     def write(op: str, *rows: dict[str, Any], shipped: bool = False) -> None:
         path = choices.TABLE if shipped else tables.user_table("choices.json")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({op: rows}))
-        choices.forget()
+        tables.forget()
 
     yield write
-    choices.forget()
+    tables.forget()
 
 
 def row(*order: str, arch: int = 90, **where: Any) -> dict[str, Any]:
@@ -121,7 +121,7 @@ def test_nothing_unmeasured_replaces_the_library(
     monkeypatch.setattr(dispatch, "INTERPRETED", False)
     monkeypatch.setattr(dispatch, "off_gpu", False)
     monkeypatch.setattr(support, "installed", lambda package: installed and package == "triton")
-    monkeypatch.setattr(fused, "installed", lambda package: installed and package == "triton")
+    monkeypatch.setattr(plans, "installed", lambda package: installed and package == "triton")
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         arguments = cuda_arguments(dtype)
         for name in PASSES:
@@ -129,11 +129,11 @@ def test_nothing_unmeasured_replaces_the_library(
             assert op.choose(arguments[name], training).name == ("triton" if installed else "reference")
         block = kernels.Block(*arguments["cct_block"])
         with torch.set_grad_enabled(training):
-            found = fused._find_plan(fused.case_of(block, training))
+            found = plans.plan.__wrapped__(plans.case_of(block, training))
         if not installed:
             assert "triton is not installed" in str(found)
             continue
-        assert isinstance(found, fused.Plan)
+        assert isinstance(found, plans.Plan)
         attention = "efficient" if dtype == torch.float32 else "cudnn"
         names = [candidate.name for candidate in found if candidate is not None]
         assert names == ["library", "triton", attention, "library", "library", "library"]
@@ -218,12 +218,12 @@ def test_a_trace_does_not_ask(write: Write) -> None:
 
 def test_a_plan_is_kept_until_the_tables_change(write: Write) -> None:
     given = kind(interpreted=True, forced="fused", dtype=torch.float16)
-    first = fused.plan(given)
-    assert fused.plan(given) is first
+    first = plans.plan(given)
+    assert plans.plan(given) is first
     write("norm_linear", row("cuda"))
-    second = fused.plan(given)
-    assert isinstance(first, fused.Plan)
-    assert isinstance(second, fused.Plan)
+    second = plans.plan(given)
+    assert isinstance(first, plans.Plan)
+    assert isinstance(second, plans.Plan)
     assert (first.qkv.name, second.qkv.name, second.out.name) == ("library", "cuda", "library")
 
 
@@ -257,8 +257,8 @@ def test_rows_are_measured_where_the_ops_look_for_them(monkeypatch: pytest.Monke
             assert tables.holds({"where": where}, found), (name, where, found)
     assert set(tune_backends.SLOTS) == {name for name, part in PARTS.items() if len(part.backends) > 1}
     for where, block in tune_backends.blocks(TINY, BATCHES):
-        case = fused.case_of(block, False)
-        for _, _, own in fused.slots(case).values():
+        case = plans.case_of(block, False)
+        for _, _, own in plans.slots(case).values():
             assert tables.holds({"where": where}, {**case.sizes(), **own, "k": case.width})
 
 
@@ -349,7 +349,7 @@ def test_what_is_wrong_is_left_out(
         assert f"{2 * len(left_out)} backends or tiles" in said.err
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="on a GPU, gpu_check measures them")
+@pytest.mark.skipif(not INTERPRETED, reason="on a GPU, xclip-fast tune measures them")
 @pytest.mark.parametrize("part", sorted(tune_backends.SLOTS))
 def test_every_part_can_be_measured(part: str, small: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
     """In its place in a block."""
@@ -451,11 +451,11 @@ def test_every_tile_table_can_be_measured(op: str, small: dict[str, float], monk
     assert (wrong, len(rows)) == (0, 4 if op == "gemm" else 1), said
     tune.merge(tables.user_table("tiles.json"), {op: rows})
     launching = importlib.import_module("xclip_fast.kernels.triton.launching")
-    launching.forget()
+    tables.forget()
     for found in rows:
         sizes = {name: bounds[0] for name, bounds in found["where"].items()}
         assert launching.tile(op, torch.device("cpu"), **sizes) == found["use"]
-    launching.forget()
+    tables.forget()
     right = tune_tiles._right
     monkeypatch.setattr(tune_tiles, "_right", lambda *given, **options: 2 * right(*given, **options))
     monkeypatch.setattr(tune_tiles, "attention_reference", lambda qkv: 2 * qkv[:, :, 0])

@@ -26,7 +26,7 @@ from xclip_fast.kernels.cct_block import products
 from xclip_fast.kernels.cct_block.example import example
 from xclip_fast.kernels.cct_block.products import LINEAR_RESIDUAL, NORM_LINEAR
 from xclip_fast.kernels.dispatch import INTERPRETED, OPS
-from xclip_fast.kernels.parts import PARTS, Case, Part
+from xclip_fast.kernels.dispatch.parts import PARTS, Case, Part
 
 from xclip_fast import info, kernels
 

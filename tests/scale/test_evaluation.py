@@ -39,6 +39,7 @@ def test_parts_make_the_whole(data):
         got = merge(data, [evaluate_part(model, data, chunk, **arguments) for chunk in chunks][::-1])
         assert (got.top1, got.top5, got.videos) == (want.top1, want.top5, len(data))
         assert np.array_equal(got.confusion, want.confusion)
+        assert got.loss == pytest.approx(want.loss, rel=1e-5)
         assert [each.sample for each in got.predictions] == [each.sample for each in want.predictions]
         for mine, theirs in zip(got.predictions, want.predictions, strict=True):
             assert dataclasses.replace(mine, top=()) == dataclasses.replace(theirs, top=())

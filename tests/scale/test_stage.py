@@ -13,7 +13,7 @@ from xclip_fast import XCLIP
 from xclip_fast.data.decode.source import ReadError
 from xclip_fast.data.motion import CLASSES, render, write_clip
 from xclip_fast.inference.batches import Answer, Finished, Reading, answers
-from xclip_fast.scale.stage import ModelSpec, VideoStage, as_answers, files
+from xclip_fast.scale.stage import ModelSpec, VideoStage, as_answers
 
 READING = Reading(3, 32, window=2.0, stride=1.0)
 
@@ -52,7 +52,7 @@ def test_the_stage_gives_what_the_loop_gives(home):
     assert windows[0]["frames"].shape == (4, 3, 32, 32, 3)
     results = [one(batch) for batch in windows]
     assert all("frames" not in batch for batch in results)
-    got = list(as_answers(files(results[::-1]), lambda row: [torch.from_numpy(np.array(row["vector"]))]))
+    got = list(as_answers(results[::-1], ["vector"]))
     model = XCLIP.from_pretrained(home / "a")
     want = list(answers(model, paths(home), READING, lambda found: found[:1]))
 
@@ -97,22 +97,22 @@ def test_answers_that_are_no_numbers_are_errors(home):
     broken = stage(home)
     with torch.no_grad():
         broken.model.visual.proj.fill_(float("nan"))
-    (file,) = files([broken({"path": paths(home)[:1]})])
-    assert "not a number" in file.error
+    (done,) = as_answers([broken({"path": paths(home)[:1]})], ["vector"])
+    assert "not a number" in str(done.error)
 
 
 def test_an_error_of_this_run_is_no_fact(home, monkeypatch):
     monkeypatch.setenv("XCLIP_FAST_MAX_PIXELS", "99")
-    (done,) = as_answers(files([stage(home)({"path": paths(home)[:1]})]), list)
+    (done,) = as_answers([stage(home)({"path": paths(home)[:1]})], [])
     assert isinstance(done.error, ReadError)
     monkeypatch.delenv("XCLIP_FAST_MAX_PIXELS")
-    (done,) = as_answers(files([stage(home)({"path": [str(home / "broken.mp4")]})]), list)
+    (done,) = as_answers([stage(home)({"path": [str(home / "broken.mp4")]})], [])
     assert not isinstance(done.error, ReadError)
 
 
 def test_empty_batches(home):
     assert stage(home)({"path": []}) == {}
-    assert list(files([{}])) == []
+    assert list(as_answers([{}], [])) == []
     only_bad = stage(home)({"path": [str(home / "broken.mp4")]})
     assert only_bad["vector"].shape == (1, 64)
 
@@ -122,10 +122,9 @@ def test_a_file_that_is_never_complete_is_never_given(home):
     rows = rebatch(list(one.decode({"path": paths(home)[2:3]})), 99)[0]
     answered = one(rows)
     without = {name: np.delete(column, 4, 0) for name, column in answered.items()}
-    assert list(files([without])) == []
-    assert [len(file.rows) for file in files([without, {name: column[4:5] for name, column in answered.items()}])] == [
-        9
-    ]
+    assert list(as_answers([without], ["vector"])) == []
+    *windows, done = as_answers([without, {name: column[4:5] for name, column in answered.items()}], ["vector"])
+    assert (len(windows), done.error) == (9, None)
 
 
 @pytest.mark.skipif(

@@ -81,7 +81,8 @@ def test_nothing_that_a_pickle_can_reach_runs(tmp_path, trap):
     saver.finish()
     (good,) = checkpoints.complete(tmp_path / "run")
     index = json.loads((good / "index.json").read_text())
-    tried = 0
+    archive, tried = io.BytesIO(), 0
+    torch.save(0, archive)
     for function in reachable():
         for args in arguments:
             try:
@@ -90,8 +91,6 @@ def test_nothing_that_a_pickle_can_reach_runs(tmp_path, trap):
                 continue
             tried += 1
             (good / ".metadata").write_bytes(bad)  # where torch looks
-            archive = io.BytesIO()
-            torch.save(0, archive)
             replaced = io.BytesIO()
             with zipfile.ZipFile(archive) as old, zipfile.ZipFile(replaced, "w") as new:
                 for entry in old.infolist():

@@ -57,11 +57,10 @@ def accelerate(model: Model) -> Model:
         if isinstance(module, FastCCTBlock | TransformerBlock) or hasattr(type(module), "_accelerated_from"):
             swapped += 1
             continue
-        style = next((style for style in STYLES if style.parts(module) is not None), None)
-        if style is None:
+        known = next(((style, parts) for style in STYLES if (parts := style.parts(module)) is not None), None)
+        if known is None:
             continue
-        parts = style.parts(module)
-        assert parts is not None
+        style, parts = known
         activation, reason = read_activation(module, parts, style)
         trials: dict[bool, _Trial] = {}
         if (

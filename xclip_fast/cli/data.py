@@ -15,9 +15,7 @@ commands = typer.Typer()
 
 @commands.command()
 def index(
-    source: Annotated[
-        Path, typer.Argument(metavar="DIR|LIST", help="Folder of videos, list, or tar shards.", show_default=False)
-    ],
+    source: Annotated[Path, typer.Argument(metavar="DIR|LIST", help="Folder of videos, list, or tar shards.")],
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Manifest to write. Default: beside the data.")
     ] = None,
@@ -74,8 +72,8 @@ def index(
 
 @commands.command()
 def transcode(
-    source: Annotated[Path, typer.Argument(metavar="DIR|VIDEO", help="Folder or file to copy.", show_default=False)],
-    out: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder for the copies.", show_default=False)],
+    source: Annotated[Path, typer.Argument(metavar="DIR|VIDEO", help="Folder or file to copy.")],
+    out: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder for the copies.")],
     short_side: Annotated[
         int, typer.Option(min=16, help="Short side in pixels. Smaller videos keep their size.")
     ] = 256,
@@ -124,9 +122,7 @@ def transcode(
 
 @commands.command()
 def motion(
-    folder: Annotated[
-        Path, typer.Argument(metavar="FOLDER", help="Folder that gets train/ and test/.", show_default=False)
-    ],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder that gets train/ and test/.")],
     clips: Annotated[int, typer.Option(min=1, help="Training clips of each of the ten classes.")] = 1000,
     test_clips: Annotated[int, typer.Option(min=1, help="Test clips of each class.")] = 100,
     size: Annotated[int, typer.Option(min=16, help="Width and height in pixels.")] = 64,

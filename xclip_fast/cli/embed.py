@@ -93,10 +93,10 @@ def embed(
         )
     if not given and not imported and not index:
         raise typer.BadParameter("no videos given", param_hint="VIDEO")
+    from ..inference.tuning import tune_before
     from ..search.feature_file import import_features
     from ..search.parquet import ParquetFolder
     from ..search.store import Store, is_store
-    from ..tuning import tune_before
 
     if is_store(out):
         checkpoint, variant = opt.stored_weights(out, checkpoint, variant, random_weights)
@@ -181,8 +181,8 @@ def _embed_file(
 ) -> bool:
     """Writes the features of all videos into one file. Returns True if something failed."""
     from ..inference.batches import Reading, answers
+    from ..inference.tuning import tune_before
     from ..search.feature_file import check_out, fingerprint, write_features
-    from ..tuning import tune_before
     from ..weights.recipe import Trained
 
     try:

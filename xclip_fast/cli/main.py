@@ -20,8 +20,6 @@ from ..console import complain
 from . import data, embed, predict, search, tools, train
 
 app = typer.Typer(
-    help="X-CLIP video recognition: classify, embed and search video files; train and evaluate.",
-    add_completion=True,
     no_args_is_help=True,
     rich_markup_mode=None,  # errors stay one line, help stays plain in a pipe
     pretty_exceptions_enable=False,

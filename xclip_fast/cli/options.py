@@ -27,7 +27,6 @@ Videos = Annotated[
         metavar="VIDEO",
         help="Video files, folders, globs in quotes, lists of paths (.txt, .jsonl), URLs, or - to read paths from "
         "standard input.",
-        show_default=False,
     ),
 ]
 Checkpoint = Annotated[
@@ -96,7 +95,7 @@ EvalWorkers = Annotated[
     int | None,
     typer.Option(min=0, max=1024, help="Decoding processes; 0: decode in this one. Default: by the number of cores."),
 ]
-Weights = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Weights, a file or folder.", show_default=False)]
+Weights = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Weights, a file or folder.")]
 Html = Annotated[Path | None, typer.Option(metavar="FILE", help="Also write a web page with pictures.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing output.")]
 
@@ -235,12 +234,7 @@ def stored_weights(
 
     if checkpoint is not None:
         return checkpoint, variant
-    if place.is_dir():
-        made_with = Store.open(place).settings
-        stored, shape = made_with.checkpoint, made_with.variant
-    else:
-        metadata = FeatureFile(place).metadata
-        stored, shape = metadata["checkpoint"], metadata["variant"]
-    if not random_weights and not stored:
+    made_with = (Store.open(place) if place.is_dir() else FeatureFile(place)).settings
+    if not random_weights and not made_with.checkpoint:
         raise ValueError(f"{place}: was made with random weights; to use it all the same, add --random-weights")
-    return (None if random_weights else Path(stored)), variant or shape or None
+    return (None if random_weights else Path(made_with.checkpoint)), variant or made_with.variant or None

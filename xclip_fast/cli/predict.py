@@ -29,7 +29,6 @@ def classify(
         typer.Option(
             help="'a,b,c', a .txt with one label on each line, or a .csv (one column, or id,name). "
             "Default: as in training.",
-            show_default=False,
         ),
     ] = None,
     checkpoint: opt.Checkpoint = None,

@@ -21,12 +21,8 @@ commands = typer.Typer()
 
 @commands.command()
 def search(
-    store: Annotated[
-        Path, typer.Argument(metavar="STORE", help="Store or feature file that `embed` wrote.", show_default=False)
-    ],
-    queries: Annotated[
-        list[str] | None, typer.Argument(metavar="QUERY", help="Text to look for.", show_default=False)
-    ] = None,
+    store: Annotated[Path, typer.Argument(metavar="STORE", help="Store or feature file that `embed` wrote.")],
+    queries: Annotated[list[str] | None, typer.Argument(metavar="QUERY", help="Text to look for.")] = None,
     like: Annotated[
         list[str] | None, typer.Option(metavar="VIDEO", help="Look for moments like this video. May be repeated.")
     ] = None,

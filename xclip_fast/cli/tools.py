@@ -88,7 +88,7 @@ def tune(
     First the tiles of the Triton kernels, then the backends. Every contender is compared with a reference before it is
     timed. The winners go to ~/.cache/xclip_fast.
     """
-    from ..tuning import tune
+    from ..inference.tuning import tune
 
     if rehearse:  # read when the kernels are imported
         os.environ["TRITON_INTERPRET"] = "1"
@@ -97,10 +97,8 @@ def tune(
 
 @commands.command()
 def convert(
-    source: Annotated[
-        Path, typer.Argument(metavar="SOURCE", help="Checkpoint in any layout, file or folder.", show_default=False)
-    ],
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder to write.", show_default=False)],
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="Checkpoint in any layout, file or folder.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder to write.")],
     layout: Annotated[Literal["xclip_fast", "huggingface"], typer.Option(help="Layout of the result.")] = "xclip_fast",
     drop_config: Annotated[
         bool, typer.Option("--drop-config", help="Leave out a pickled training configuration.")
@@ -120,12 +118,10 @@ def convert(
 
 @commands.command()
 def export(
-    checkpoint: Annotated[
-        Path, typer.Argument(metavar="CHECKPOINT", help="Weights of any layout, file or folder.", show_default=False)
-    ],
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Weights of any layout, file or folder.")],
     folder: Annotated[
         Path | None,
-        typer.Argument(metavar="[FOLDER]", help="The folder to write; default: NAME-FORMAT here.", show_default=False),
+        typer.Argument(metavar="[FOLDER]", help="The folder to write; default: NAME-FORMAT here."),
     ] = None,
     format: Annotated[Literal["onnx", "openvino", "tensorrt", "torch"], typer.Option(help="Whose files.")] = "onnx",
     dtype: Annotated[

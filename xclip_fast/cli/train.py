@@ -21,7 +21,6 @@ def train(
         typer.Argument(
             metavar="CONFIG",
             help="YAML file, or a configuration of the package, such as template, motion or k400-b16-8f.",
-            show_default=False,
         ),
     ],
     overrides: Annotated[
@@ -35,7 +34,7 @@ def train(
     """Train or fine-tune a model.
 
     The same command resumes a run that was stopped. On several GPUs:
-    torchrun --nproc-per-node 8 -m xclip_fast.train CONFIG KEY=VALUE...
+    torchrun --nproc-per-node 8 -m xclip_fast train CONFIG KEY=VALUE...
     """
     from ..train.loop import main as run
 
@@ -45,9 +44,7 @@ def train(
 @commands.command()
 def evaluate(
     checkpoint: opt.Weights,
-    manifest: Annotated[
-        Path, typer.Argument(metavar="MANIFEST", help="Manifest that `index` wrote.", show_default=False)
-    ],
+    manifest: Annotated[Path, typer.Argument(metavar="MANIFEST", help="Manifest that `index` wrote.")],
     clips: Annotated[int, typer.Option(min=1, help="Temporal views of a video. The paper tests with 4.")] = 1,
     crops: Annotated[int, typer.Option(help="Spatial views, 1 or 3. The paper tests with 3.")] = 1,
     labels: Annotated[
@@ -112,7 +109,6 @@ def protocol(
         typer.Argument(
             metavar="PROTOCOL",
             help="zero-shot-hmdb51, zero-shot-ucf101, zero-shot-kinetics600, few-shot-hmdb51 or few-shot-ucf101.",
-            show_default=False,
         ),
     ],
     checkpoint: opt.Weights,
@@ -168,9 +164,7 @@ def protocol(
 
 @commands.command("few-shot")
 def few_shot(
-    manifest: Annotated[
-        Path, typer.Argument(metavar="MANIFEST", help="Manifest of the training videos.", show_default=False)
-    ],
+    manifest: Annotated[Path, typer.Argument(metavar="MANIFEST", help="Manifest of the training videos.")],
     shots: Annotated[int, typer.Option(min=1, help="Videos of each class. The paper has 2, 4, 8 and 16.")],
     out: Annotated[Path, typer.Option(metavar="FILE", help=".jsonl: a manifest to train on. .json or .csv: a list.")],
     seed: Annotated[int, typer.Option(min=0, help="Seed of the draw.")] = 0,

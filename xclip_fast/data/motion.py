@@ -17,7 +17,7 @@ import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
 
-from ..files import locked
+from ..files import locked, replaced
 from .sampling import sample_rng
 
 CLASSES = (
@@ -140,26 +140,21 @@ def write_clip(
     height, width = frames[0].shape[:2]
     if codec in ("libx264", "libx265") and "420" in pix_fmt and (height % 2 or width % 2):
         raise ValueError(f"{path}: {codec} needs even sides for {pix_fmt}, got {width}x{height}; use pix_fmt='yuv444p'")
-    part = path.with_name(f".{path.stem}.part{path.suffix}")  # what a kill leaves, the next run writes over
-    try:
-        with av.open(part, "w") as container:
-            stream = container.add_stream(codec, rate=fps, options={key: str(value) for key, value in options.items()})
-            assert isinstance(stream, av.VideoStream)
-            stream.width, stream.height, stream.pix_fmt = width, height, pix_fmt
-            stream.codec_context.thread_count = 1
-            if times is not None:
-                stream.codec_context.time_base = Fraction(1, 1000)
-            reformatter = VideoReformatter()
-            for number, array in enumerate(frames):
-                picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(array), "rgb24")
-                frame = reformatter.reformat(picture, format=pix_fmt, threads=1)
-                frame.time_base = Fraction(1, fps) if times is None else Fraction(1, 1000)
-                frame.pts = number if times is None else round(1000 * times[number])
-                container.mux(stream.encode(frame))
-            container.mux(stream.encode(None))
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with replaced(path) as part, av.open(part, "w") as container:
+        stream = container.add_stream(codec, rate=fps, options={key: str(value) for key, value in options.items()})
+        assert isinstance(stream, av.VideoStream)
+        stream.width, stream.height, stream.pix_fmt = width, height, pix_fmt
+        stream.codec_context.thread_count = 1
+        if times is not None:
+            stream.codec_context.time_base = Fraction(1, 1000)
+        reformatter = VideoReformatter()
+        for number, array in enumerate(frames):
+            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(array), "rgb24")
+            frame = reformatter.reformat(picture, format=pix_fmt, threads=1)
+            frame.time_base = Fraction(1, fps) if times is None else Fraction(1, 1000)
+            frame.pts = number if times is None else round(1000 * times[number])
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
 
 
 def write_dataset(
@@ -169,15 +164,14 @@ def write_dataset(
     *,
     frames: int = 32,
     size: tuple[int, int] = (128, 128),
-    overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
     **options: str | int | float,
 ) -> list[tuple[Path, str]]:
     """Write `folder/<label with underscores>/<index>.mp4` for every class and index; return (path, label) pairs.
 
-    A file that is there already with the same content stays as it is; with other content it raises FileExistsError,
-    unless `overwrite`; so it does if another process is writing into the folder. `progress(done, total)` is called
-    after each clip; `options` go to the encoder, H.264 with the preset ultrafast if they name no other.
+    A file that is there already with the same content stays as it is; with other content it raises FileExistsError. So
+    it does if another process is writing into the folder. `progress(done, total)` is called after each clip; `options`
+    go to the encoder, H.264 with the preset ultrafast if they name no other.
     """
     if options.get("codec", "libx264") == "libx264":
         options = {"preset": "ultrafast", **options}
@@ -191,7 +185,7 @@ def write_dataset(
                 path = home / f"{index:05d}.mp4"
                 write_clip(new, render(label, seed, index, frames=frames, size=size), **options)  # type: ignore[arg-type]
                 try:
-                    if overwrite or not path.exists():
+                    if not path.exists():
                         os.replace(new, path)
                     elif not filecmp.cmp(new, path, shallow=False):
                         raise FileExistsError(f"{path}: exists with other content; delete it or choose another folder")

@@ -7,11 +7,11 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from ..console import Bar
-from ..data.sampling import Sampling
 from ..inference.placement import load_model, placed
-from ..processes import find_device, join_processes
+from ..inference.processes import find_device, join_processes
 from ..text.labels import plain_name
 from ..weights.recipe import Trained
 from .loop import evaluate
@@ -36,26 +36,19 @@ def main(
     *,
     out: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
-    clips: int = 1,
-    crops: int = 1,
-    frames: int | None = None,
-    sampling: Sampling | None = None,
-    stride: int | None = None,
     labels: Sequence[str] | Mapping[str, str] | None = None,
-    templates: Sequence[str] | bool | None = None,
     variant: str | None = None,
-    batch_size: int | None = None,
     device: str = "auto",
     dtype: str = "auto",
-    workers: int | None = None,
     run: Callable[..., Evaluation] = evaluate,
+    **settings: Any,
 ) -> Evaluation | None:
     """Reads a checkpoint and a manifest, calls ``evaluate``, prints the figures and writes the files into ``out``.
 
-    The arguments are those of ``evaluate``. ``frames``, ``sampling``, ``stride``, ``labels`` and ``templates`` default
-    to the values of the training (``weights.recipe.Trained``); ``templates`` may also be True or False. Under torchrun
-    each process takes its part of the videos. The first process prints and writes; the others return None. ``run``
-    replaces ``evaluate``, as on a cluster (``scale.evaluation``).
+    ``settings`` are the other arguments of ``evaluate``. ``frames``, ``sampling``, ``stride``, ``labels`` and
+    ``templates`` default to the values of the training (``weights.recipe.Trained``); ``templates`` may also be True or
+    False. Under torchrun each process takes its part of the videos. The first process prints and writes; the others
+    return None. ``run`` replaces ``evaluate``, as on a cluster (``scale.evaluation``).
 
     Raises:
         FileExistsError: before anything is computed, if ``out`` holds an evaluation and ``overwrite`` is not set.
@@ -78,17 +71,7 @@ def main(
         if labels is None and videos.classes:
             labels = trained.texts(videos.classes, model.config.num_classes is not None)
         with Bar(hidden=process.rank > 0) as bar:
-            result = run(
-                model,
-                videos,
-                clips=clips,
-                crops=crops,
-                **trained.choose(frames, sampling, stride, templates),
-                labels=labels,
-                batch_size=batch_size,
-                workers=workers,
-                progress=bar.update,
-            )
+            result = run(model, videos, labels=labels, progress=bar.update, **trained.complete(settings))
         if process.rank:
             return None
         result = named(result, checkpoint, manifest)

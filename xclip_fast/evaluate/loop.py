@@ -44,7 +44,6 @@ def evaluate(
     labels: Sequence[str] | Mapping[str, str] | None = None,
     templates: Sequence[str] | None = None,
     batch_size: int | None = None,
-    device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     workers: int | None = None,
     distributed: bool = True,
@@ -62,8 +61,8 @@ def evaluate(
             A mapping: from each class to its text. With a linear head: the names of its outputs, in order.
         templates: sentences with ``{}``; the text features are the mean over them (``encode_text_ensemble``).
         batch_size: views (not videos) at once; by default 64 on a GPU, 8 on a CPU.
-        device, dtype: by default the model's own. Another device moves the model there. float16 or bfloat16 for a
-            model in float32 means autocast: its parameters stay float32.
+        dtype: by default the model's own. float16 or bfloat16 for a model in float32 means autocast: its parameters
+            stay float32.
         workers: as for ``data.loader.loader``, which also takes the remaining arguments (``loading``).
         distributed: if ``torch.distributed`` is initialized, each process takes its part of the videos, and all return
             the whole result. False: this process takes all videos.
@@ -82,9 +81,6 @@ def evaluate(
     if model.config.num_classes is None:
         refuse_same_texts(texts, model.config.label_tokens)
     place = next(model.parameters()).device
-    if device is not None and torch.device(device) != place:
-        model.to(device)
-        place = next(model.parameters()).device
     if batch_size is None:
         batch_size = 64 if place.type == "cuda" else 8
     if batch_size < 1:
@@ -121,7 +117,7 @@ def evaluate(
             def score(frames: Tensor) -> Tensor:
                 return logits(model.encode_video(frames))
 
-            for row, answer in predictions(score, batches, chunk, len(names), least, truth_of_class):
+            for row, answer in predictions(score, batches, chunk, least, truth_of_class):
                 if answer is None:
                     failed[row] = NOT_A_NUMBER
                 else:
@@ -196,12 +192,8 @@ def _gather(
     for rank, (_, _, _, said) in enumerate(parts):
         if said is not None:
             raise RuntimeError(f"evaluation failed in process {rank} of {world}: {said}")
-    together: dict[int, Any] = {}
-    for part, _, _, _ in parts:
-        if together.keys() & part.keys():
-            raise RuntimeError(f"video {min(together.keys() & part.keys())} was evaluated by two processes")
-        together |= part
-    return together, {row: why for part in parts for row, why in part[1].items()}, max(part[2] for part in parts)
+    together, lost = ({row: found for part in parts for row, found in part[at].items()} for at in (0, 1))
+    return together, lost, max(part[2] for part in parts)
 
 
 def _evaluation(

@@ -21,7 +21,7 @@ class Answer(NamedTuple):
 
 
 def predictions(
-    score: Callable[[Tensor], Tensor], batches: Any, chunk: int, labels: int, least: int, truth_of_class: list[int]
+    score: Callable[[Tensor], Tensor], batches: Any, chunk: int, least: int, truth_of_class: list[int]
 ) -> Iterator[tuple[int, Answer | None]]:
     """(row, answer) of each video; None for an answer that is not finite.
 
@@ -39,8 +39,6 @@ def predictions(
         if not count:
             continue
         logits_BVK = torch.cat(logits).unflatten(0, (count, views))
-        if logits_BVK.shape[-1] != labels:
-            raise ValueError(f"the model gave {logits_BVK.shape[-1]} logits for a video; {labels} wanted")
         finite_B = logits_BVK.isfinite().flatten(1).all(1)
         probabilities_BK = logits_BVK.softmax(-1).mean(1)
         # stable: of equal values the first label wins, on every device

@@ -22,8 +22,8 @@ from ..console import Bar, print_rows
 from ..data.manifest.manifest import Manifest
 from ..files import write_text
 from ..inference.placement import load_model, placed
-from ..processes import find_device, join_processes
-from ..text.labels import candidates, readable
+from ..inference.processes import find_device, join_processes
+from ..text.labels import candidates
 from ..weights.recipe import Trained
 from .command import named
 from .loop import Evaluation, evaluate
@@ -45,24 +45,18 @@ def mean_std(values: Sequence[float]) -> tuple[float, float]:
 
 
 def over_splits(
-    model: XCLIP,
-    manifests: Sequence[Manifest],
-    *,
-    trained: Trained | None = None,
-    **settings: Any,
+    model: XCLIP, manifests: Sequence[Manifest], *, trained: Trained | None = None, **settings: Any
 ) -> list[Evaluation]:
     """``evaluate`` on each test split, with class names as words.
 
     ``trained``: the recipe of a checkpoint that was trained on these classes; it gives the texts or the outputs' names.
     ``settings`` go to ``evaluate``.
     """
-    results = []
-    for manifest in manifests:
-        labels: list[str] | dict[str, str] | None = {name: readable(name) for name in manifest.classes}
-        if trained is not None:
-            labels = trained.texts(manifest.classes, model.config.num_classes is not None)
-        results.append(evaluate(model, manifest, labels=labels, **settings))
-    return results
+    trained, linear_head = trained or Trained(), model.config.num_classes is not None
+    return [
+        evaluate(model, manifest, labels=trained.texts(manifest.classes, linear_head), **settings)
+        for manifest in manifests
+    ]
 
 
 def over_draws(model: XCLIP, manifest: Manifest, draws: Sequence[Sequence[str]], **settings: Any) -> list[Evaluation]:
@@ -176,11 +170,10 @@ def main(
         if not draws and kinetics400 is not None:
             chosen = kinetics600_draws(videos[0].classes, read_classes(kinetics400), seed)
     trained = Trained.read(checkpoint)
-    settings |= trained.choose(*(settings.get(name) for name in ("frames", "sampling", "stride", "templates")))
     with join_processes(find_device(device)) as process, reserved(None if process.rank else out, overwrite):
         model = load_model(checkpoint, variant).to(**placed(process.device, dtype))
         with Bar(hidden=process.rank > 0) as bar:
-            settings = {"progress": bar.update, **settings}
+            settings = {"progress": bar.update, **trained.complete(settings)}
             if chosen:
                 results = over_draws(model, videos[0], chosen, **settings)
             else:

@@ -85,15 +85,10 @@ def write_samples(
         raise ValueError(f"{path}: .json, .csv or .jsonl wanted")
 
 
-def new_classes(larger: Sequence[str], smaller: Sequence[str], renamed: Mapping[str, str] | None = None) -> list[str]:
-    """The classes of ``larger`` that ``smaller`` does not have in any spelling (``plain_name``), in order.
-
-    ``renamed``: from names in ``larger`` to other names of the same class in ``smaller``. Kinetics-600 renamed some
-    classes of Kinetics-400; the paper's 220 new classes are those that remain without them.
-    """
+def new_classes(larger: Sequence[str], smaller: Sequence[str]) -> list[str]:
+    """The classes of ``larger`` that ``smaller`` does not have in any spelling (``plain_name``), in order."""
     known = {plain_name(name) for name in smaller}
-    other = {plain_name(new): plain_name(old) for new, old in (renamed or {}).items()}
-    return [name for name in larger if other.get(plain_name(name), plain_name(name)) not in known]
+    return [name for name in larger if plain_name(name) not in known]
 
 
 def draw_classes(classes: Sequence[str], size: int = 160, draws: int = 3, seed: int = 0) -> list[list[str]]:

@@ -1,34 +1,29 @@
 """The loop of `classify`, `embed` and the Python API: threads decode ahead and the model answers in batches.
 
-A batch and `_AHEAD` windows of each file in work bound the memory, whatever the number and length of the files.
+A batch and a few windows of each file in work bound the memory, whatever the number and length of the files.
 """
 
 from __future__ import annotations
 
 import contextlib
-import queue
-import threading
-from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..data.decode.source import ReadError, as_source, limit, too_slow
+from ..data.decode.ahead import decode_ahead
+from ..data.decode.source import as_source
 from ..data.decode.windows import Span, Window, check_windows, decode_spans, window_spans
 from ..data.remote import Limits, local_path
 from ..data.sampling import Sampling
-from ..data.threads import Job, Threads, progress, usable_cores
 from .labels import NOT_A_NUMBER
 
 if TYPE_CHECKING:
     from ..model import XCLIP
     from ..nn.features import VideoFeatures
 
-_AHEAD = 4  # windows of one file that may wait for the model
 WINDOW, WHOLE_BELOW = 10.0, 30.0  # seconds; see `Reading.moments`
 
 
@@ -140,7 +135,7 @@ def answers(
             yield Finished(path, item or failed)
             failed = None
 
-    with contextlib.closing(_decode_ahead(paths, reading, workers)) as decoded:
+    with contextlib.closing(decode_ahead(paths, reading.windows, workers)) as decoded:
         for path, item in decoded:
             waiting.append((path, item))
             videos += isinstance(item, Window)
@@ -148,71 +143,3 @@ def answers(
                 yield from compute()
                 waiting, videos = [], 0
         yield from compute()
-
-
-def _decode_ahead(
-    paths: Iterable[str], reading: Reading, workers: int | None
-) -> Generator[tuple[str, Window | ValueError | None], None, None]:
-    """For each path in order: its windows, then None or an error. Paths are read from `paths` one at a time."""
-    if workers is None:
-        workers = usable_cores()
-    threads = (
-        max(1, workers // len(paths)) if isinstance(paths, Sequence) and paths else 1
-    )  # of the decoder of one file
-    stop = threading.Event()
-
-    def put(target: queue.Queue[Any], item: Any) -> None:
-        while not stop.is_set():
-            progress()
-            try:
-                return target.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-
-    def read(path: str, target: queue.Queue[Any], _: None) -> None:
-        try:
-            with contextlib.closing(reading.windows(path, threads)) as windows:
-                for window in windows:
-                    put(target, window)
-                    if stop.is_set():
-                        return
-        except BaseException as error:  # raised where the windows are used
-            put(target, error)
-        else:
-            put(target, None)
-
-    # A decoder that hangs keeps its thread; neither Ctrl-C nor the other files wait for it.
-    pool = Threads(workers, "decode", lambda: None, limit("XCLIP_FAST_MAX_SECONDS"))
-    ahead: deque[tuple[str, queue.Queue[Any], Job]] = deque()
-
-    def take(path: str, source: queue.Queue[Any], job: Job) -> Any:
-        while True:
-            with contextlib.suppress(queue.Empty):
-                return source.get(timeout=0.2)
-            pool.check()
-            if job.future.done() and job.future.exception() and source.empty():
-                return too_slow(path)
-
-    def drain() -> Iterator[tuple[str, Window | ValueError | None]]:
-        path, source, job = ahead.popleft()
-        while True:
-            item = take(path, source, job)
-            if isinstance(item, MemoryError):
-                item = ReadError(f"{path}: not enough memory to decode it")
-            if isinstance(item, BaseException) and not isinstance(item, ValueError):
-                raise item
-            yield path, item
-            if not isinstance(item, Window):
-                return
-
-    try:
-        for path in paths:
-            windows: queue.Queue[Any] = queue.Queue(_AHEAD)
-            ahead.append((path, windows, pool.submit(Job(partial(read, path, windows)))))
-            if len(ahead) >= 2 * workers:
-                yield from drain()
-        while ahead:
-            yield from drain()
-    finally:
-        stop.set()
-        pool.close(patience=1)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .. import kernels
+from ..kernels.linear import linear
 from .fp8 import Fp8Weights
 
 logger = logging.getLogger("xclip_fast")
@@ -198,6 +199,14 @@ def layer_norm(norm: nn.Module, x: Tensor) -> Tensor:
     if isinstance(norm, nn.LayerNorm) and is_plain({"LayerNorm": norm}):
         return kernels.layer_norm(x, norm.weight, norm.bias, norm.eps)
     result: Tensor = norm(x)
+    return result
+
+
+def apply_linear(name: str, layer: nn.Linear, x: Tensor) -> Tensor:
+    """``layer(x)``, by our product if the layer of this name is plain."""
+    if is_plain({name: layer}):
+        return linear(x, layer.weight, layer.bias)
+    result: Tensor = layer(x)
     return result
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import kernels
@@ -73,3 +74,11 @@ class VideoSpecificPrompt(nn.Module):
         for layer in self.decoder:
             prompts = layer(prompts, patches_BNE)
         return self.alpha * prompts
+
+
+def plain_logits(video_BE: Tensor, text_KE: Tensor, scale: Tensor) -> Tensor:
+    """exp(scale) cos(v, c) (equation 3) if all videos share the labels' features: (B, K), at least float32."""
+    precise = torch.promote_types(video_BE.dtype, torch.float32)
+    with torch.autocast(video_BE.device.type, enabled=False):
+        video_BE, text_KE = (F.normalize(features.to(precise), dim=-1) for features in (video_BE, text_KE))
+        return scale.to(precise).exp() * (video_BE @ text_KE.T)

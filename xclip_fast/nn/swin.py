@@ -17,9 +17,8 @@ from torch import Tensor, nn
 
 from .. import kernels
 from ..config import SwinConfig, XCLIPConfig
-from ..kernels.linear import linear
 from .layers import TransformerBlock, init_linear, run_block
-from .parts import is_plain, layer_norm
+from .parts import apply_linear, layer_norm
 from .text import Transformer
 from .vit import normalized
 
@@ -99,13 +98,7 @@ class Merging(nn.Module):
     def forward(self, x_FCGG: Tensor) -> Tensor:
         x_FGGC = x_FCGG.permute(0, 2, 3, 1)
         parts = [x_FGGC[:, row::2, column::2] for column in (0, 1) for row in (0, 1)]
-        normed = layer_norm(self.norm, torch.cat(parts, -1).flatten(1, 2))
-        reduced: Tensor
-        if is_plain({"reduction": self.reduction}):
-            reduced = linear(normed, self.reduction.weight)
-        else:
-            reduced = self.reduction(normed)
-        return reduced
+        return apply_linear("reduction", self.reduction, layer_norm(self.norm, torch.cat(parts, -1).flatten(1, 2)))
 
 
 class SwinTower(nn.Module):

@@ -10,9 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from .stage import Batch, VideoStage, as_answers, files
+from .stage import Batch, VideoStage, as_answers
 
 
 @dataclass(frozen=True)
@@ -21,16 +19,13 @@ class ClusterOptions:
 
     Attributes:
         address: a running cluster; "auto" finds that of this machine, None starts one in this process.
-        actors: how many, each with a model (default: one for each GPU, or for half of the CPUs).
-        actor_cpus, actor_gpus: of each actor.
+        actors: how many, each with a model and a CPU (default: one for each GPU, or for half of the CPUs).
         decoders: decoding tasks at once (default: one for each CPU that the actors leave).
         batch_size: windows in a batch of a model.
     """
 
     address: str | None = None
     actors: int | None = None
-    actor_cpus: float = 1.0
-    actor_gpus: float | None = None
     decoders: int | None = None
     batch_size: int = 16
 
@@ -56,13 +51,11 @@ def _only_errors(logger: str) -> None:
     logging.getLogger(logger).setLevel(logging.ERROR)
 
 
-def pool_sizes(ray: Any, options: ClusterOptions) -> tuple[int, float, float]:
+def pool_sizes(ray: Any, options: ClusterOptions) -> tuple[int, int, float]:
     """The number of actors, the GPUs of each, and the CPUs of the cluster."""
     total = ray.cluster_resources()
-    gpus = options.actor_gpus if options.actor_gpus is not None else float(total.get("GPU", 0) > 0)
-    cpus = total.get("CPU", 1)
-    default = total.get("GPU", 0) // gpus if gpus else cpus // 2 // options.actor_cpus
-    return options.actors or max(1, int(default)), gpus, cpus
+    gpus, cpus = total.get("GPU", 0), total.get("CPU", 1)
+    return options.actors or max(1, int(gpus or cpus // 2)), int(gpus > 0), cpus
 
 
 def run(stage: VideoStage, paths: Sequence[str], options: ClusterOptions) -> Iterator[Batch]:
@@ -81,14 +74,14 @@ def run(stage: VideoStage, paths: Sequence[str], options: ClusterOptions) -> Ite
     context.target_max_block_size = 32 << 20  # bytes: the windows of a long film are passed on while it is decoded
     context.print_on_execution_start = False
     actors, gpus, cpus = pool_sizes(ray, options)
-    decoders = options.decoders or max(1, math.floor(cpus - actors * options.actor_cpus))
-    share = min(1.0, max(0.01, (cpus - actors * options.actor_cpus) / decoders))
+    decoders = options.decoders or max(1, math.floor(cpus - actors))
+    share = min(1.0, max(0.01, (cpus - actors) / decoders))
     blocks = max(1, min(len(paths), max(decoders * 4, len(paths) // 256)))
     rows = ray.data.from_items([{"path": path} for path in paths], override_num_blocks=blocks)
     windows = rows.map_batches(
         stage.decode,
         batch_size=1,
-        num_cpus=share if share != options.actor_cpus else share * 0.99,
+        num_cpus=share if share != 1 else 0.99,
         compute=TaskPoolStrategy(size=decoders),
     )
     answers = windows.map_batches(
@@ -96,7 +89,7 @@ def run(stage: VideoStage, paths: Sequence[str], options: ClusterOptions) -> Ite
         fn_constructor_args=(stage,),
         batch_size=options.batch_size,
         compute=ActorPoolStrategy(size=actors),
-        num_cpus=options.actor_cpus,
+        num_cpus=1,
         num_gpus=gpus or None,
     )
     yield from answers.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=1)
@@ -117,13 +110,9 @@ def cluster_answers(
     stage: VideoStage, options: ClusterOptions, columns: Sequence[str]
 ) -> Callable[[Iterable[str]], Iterator[Any]]:
     """As `inference.batches.answers`, on a cluster: the named columns of each window as float tensors."""
-    import torch
-
-    def values(row: dict[str, Any]) -> list[torch.Tensor]:
-        return [torch.from_numpy(np.array(row[name])).float() for name in columns]
 
     def embed(paths: Iterable[str]) -> Iterator[Any]:
         given = list(paths)
-        return as_answers(files(run(stage, given, options)), values) if given else iter(())
+        return as_answers(run(stage, given, options), columns) if given else iter(())
 
     return embed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -51,9 +52,12 @@ def merge(manifest: Manifest, parts: Iterable[Part]) -> Evaluation:
         raise ValueError(f"none of {len(manifest)} videos could be evaluated: {first or 'the manifest is empty'}")
     if len(predictions) + len(failed) != len(manifest):
         raise RuntimeError(f"{len(predictions)} videos were answered and {len(failed)} failed, of {len(manifest)}")
+    counted = sum(each.counted for each in found)
+    losses = math.fsum(each.loss * each.counted for each in found if each.counted)
     return dataclasses.replace(
         found[0],
         videos=len(manifest),
+        loss=losses / counted if counted else math.nan,
         predictions=tuple(sorted(predictions, key=lambda each: each.sample)),
         failed=dict(sorted(failed.items())),
         failed_names={row: manifest.name(row) for row in sorted(failed)},
@@ -89,7 +93,7 @@ def spread(spec: ModelSpec, options: ClusterOptions) -> Callable[..., Evaluation
 
         begun = time.perf_counter()
         actors, gpus, _ = pool_sizes(ray, options)
-        kind = ray.remote(num_cpus=options.actor_cpus, num_gpus=gpus, max_restarts=-1, max_task_retries=-1)(_Evaluator)
+        kind = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=-1, max_task_retries=-1)(_Evaluator)
         pool = ActorPool([kind.remote(spec) for _ in range(actors)])
         shared = ray.put(manifest)
         chunks = [list(range(at, min(at + _PART, len(manifest)))) for at in range(0, len(manifest), _PART)]

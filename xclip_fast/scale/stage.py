@@ -6,14 +6,14 @@ array or a list. A bad file is a row with an error, never an exception.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 if TYPE_CHECKING:
-    from ..inference.batches import Reading
+    from ..inference.batches import Answer, Finished, Reading
     from ..model import XCLIP
 
 Batch = dict[str, Any]
@@ -141,18 +141,17 @@ class VideoStage:
         return {**self.__dict__, "_model": None, "_logits": None}  # each worker reads the weights itself
 
 
-@dataclass
-class File:
-    """All results of one file: rows in order of time, or an error, and then whether to read it again."""
+def as_answers(batches: Iterable[Batch], columns: Sequence[str]) -> Iterator[Answer | Finished]:
+    """The rows in the form of `inference.batches.answers`: an Answer for each window of a file, then Finished.
 
-    path: str
-    rows: list[dict[str, Any]]
-    error: str
-    again: bool = False
+    Rows come in any order; a file is given once it is complete. The values of an answer are these columns, as float
+    tensors.
+    """
+    import torch
 
+    from ..data.decode.source import ReadError
+    from ..inference.batches import Answer, Finished
 
-def files(batches: Iterator[Batch] | Sequence[Batch]) -> Iterator[File]:
-    """Collects rows that come in any order, and yields each file once it is complete."""
     waiting: dict[str, dict[int, dict[str, Any]]] = {}
     ends: dict[str, tuple[int, str, bool]] = {}
     for batch in batches:
@@ -163,21 +162,13 @@ def files(batches: Iterator[Batch] | Sequence[Batch]) -> Iterator[File]:
                 ends[path] = -1 - number, str(row["error"]), bool(row["again"])
             else:
                 waiting.setdefault(path, {})[number] = row
-            if path in ends and len(waiting.get(path, ())) >= ends[path][0]:
-                count, error, again = ends.pop(path)
-                rows = [each for _, each in sorted(waiting.pop(path, {}).items())][:count]
-                error = error or next((str(each["error"]) for each in rows if each["error"]), "")
-                yield File(path, rows, error, again)
-
-
-def as_answers(found: Iterator[File], names: Callable[[dict[str, Any]], list[Any]]) -> Iterator[Any]:
-    """The files in the form of `answers`: an Answer for each window, then Finished."""
-    from ..data.decode.source import ReadError
-    from ..inference.batches import Answer, Finished
-
-    for file in found:
-        if not file.error:
-            for row in file.rows:
-                yield Answer(file.path, float(row["start"]), float(row["end"]), names(row))
-        kind = ReadError if file.again else ValueError
-        yield Finished(file.path, kind(file.error) if file.error else None)
+            if path not in ends or len(waiting.get(path, ())) < ends[path][0]:
+                continue
+            count, error, again = ends.pop(path)
+            rows = [each for _, each in sorted(waiting.pop(path, {}).items())][:count]
+            error = error or next((str(each["error"]) for each in rows if each["error"]), "")
+            for each in [] if error else rows:
+                values = [torch.from_numpy(np.array(each[name])).float() for name in columns]
+                yield Answer(path, float(each["start"]), float(each["end"]), values)
+            kind = ReadError if again else ValueError
+            yield Finished(path, kind(error) if error else None)

@@ -205,8 +205,8 @@ class Writer:
         if patches is not None and not patches.half().isfinite().all():
             self.problem = ValueError(f"{name}: patch features do not fit into half precision; leave out --patches")
             return
-        rows = [(start, end, vector.numpy(), None if patches is None else patches.half().numpy())]
-        self.sink.write_batch(record_batch(name, self.work.known[name], rows, self.store.settings))
+        features = [None if each is None else each.half().numpy() for each in (vector, patches)]
+        self.sink.write_batch(record_batch(self.store.settings, name, self.work.known[name], start, end, *features))
         self.count += 1
 
     def finish(self, name: str, error: ValueError | None) -> None:
@@ -220,7 +220,7 @@ class Writer:
             known = known._replace(error=reason)
             if isinstance(error, ReadError):
                 known = known._replace(stamp=_AGAIN, digest=None)
-            self.sink.write_batch(record_batch(name, known, [], self.store.settings))
+            self.sink.write_batch(record_batch(self.store.settings, name, known))
             self.errors[name] = reason
             self.count = 0
         self.counts[name] = self.count
@@ -275,10 +275,7 @@ def _local(path: str) -> tuple[int, str]:
 def _sha256(path: str) -> str:
     try:
         with open(path, "rb") as file:
-            digest = hashlib.sha256()
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
-            return digest.hexdigest()
+            return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise VideoError(f"{path}: {error.strerror}") from error
 

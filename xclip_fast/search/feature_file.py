@@ -71,11 +71,10 @@ class FeatureFile:
     """An open file of features: moments of whole videos, for `query.find`."""
 
     def __init__(self, path: Path) -> None:
-
         metadata = read_metadata(path)
         if metadata is None:
             raise ValueError(f"{path}: not a file of features; `xclip-fast embed` writes them")
-        self.path, self.metadata = path, metadata
+        self.path = path
         try:
             self.names: list[str] = parse_json(metadata["names"])
             frames = int(metadata.get("frames", 8))
@@ -182,7 +181,7 @@ def import_features(store: Store, path: Path) -> Summary:
     """
     source = FeatureFile(path)
     mine = store.settings
-    if source.metadata["fingerprint"] != mine.fingerprint:
+    if source.settings.fingerprint != mine.fingerprint:
         raise ValueError(f"{path}: made with other weights than {store.folder}; embed its videos again")
     if mine.patches and not source.settings.patches:
         raise ValueError(f"{path}: holds no patches, and {store.folder} stores them; make a store without --patches")

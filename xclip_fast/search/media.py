@@ -38,7 +38,7 @@ def pictures(path: str, start: float, end: float, width: int = 320) -> tuple[byt
     Both are `width` pixels wide at most. `end` 0 means the end of the video. Raises VideoError.
     """
     with local_path(path) as name:
-        stop = end if end > start else _duration(name)
+        stop = end if end > start else probe(name).duration
         wanted = np.linspace(start, stop, _PREVIEW, endpoint=False)
         found: list[np.ndarray] = []
         for time, picture_HWC in _frames(name, start, stop, width):
@@ -79,10 +79,6 @@ def cut(hit: Hit, folder: Path) -> Path:
     finally:
         os.unlink(draft)
         os.close(descriptor)
-
-
-def _duration(path: str) -> float:
-    return probe(path).duration
 
 
 def _decoded(container: Any, stream: Any, start: float, end: float) -> Iterator[tuple[float, Any]]:

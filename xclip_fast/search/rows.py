@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -119,33 +118,24 @@ def row_id(path: str, start: float) -> str:
 
 
 def record_batch(
-    path: str, known: Known, moments: Sequence[tuple[float, float, Any, Any]], settings: StoreSettings
+    settings: StoreSettings,
+    path: str,
+    known: Known,
+    start: float = 0.0,
+    end: float = 0.0,
+    vector: np.ndarray | None = None,
+    patches: np.ndarray | None = None,
 ) -> Any:
-    """A file's rows, or some of them, as an Arrow batch.
-
-    ``moments``: (start, end, vector (E,), patches (N, E) or None) of each; none if the file has an error.
-    """
+    """One row as an Arrow batch. ``vector`` (E,) and ``patches`` (N, E) are None if the file has an error."""
     import pyarrow as pa
 
     schema = schema_of(settings)
-    failed = not moments
-    moments = moments or [(0.0, 0.0, None, None)]
-    count = len(moments)
-
-    def column(index: int, field: Any) -> Any:
-        if failed:
-            return pa.nulls(1, field.type)
-        values = np.concatenate([np.asarray(moment[index], np.float16).reshape(-1) for moment in moments])
-        return pa.FixedSizeListArray.from_arrays(pa.array(values), field.type.list_size)
-
-    arrays = [
-        pa.array([row_id(path, moment[0]) for moment in moments]),
-        pa.array([path] * count),
-        pa.array([moment[0] for moment in moments], pa.float64()),
-        pa.array([moment[1] for moment in moments], pa.float64()),
-        *(pa.array([value] * count, schema.field(4 + at).type) for at, value in enumerate(known)),
-        column(2, schema.field("vector")),
-    ]
-    if settings.patches:
-        arrays.append(column(3, schema.field("patches")))
+    plain = [row_id(path, start), path, start, end, *known]
+    arrays = [pa.array([value], field.type) for value, field in zip(plain, schema, strict=False)]
+    for value, field in zip((vector, patches), list(schema)[len(plain) :], strict=False):
+        if value is None:
+            arrays.append(pa.nulls(1, field.type))
+        else:
+            numbers = pa.array(value.astype(np.float16).reshape(-1))
+            arrays.append(pa.FixedSizeListArray.from_arrays(numbers, field.type.list_size))
     return pa.record_batch(arrays, schema=schema)

@@ -62,24 +62,21 @@ def candidates(
     return names, texts, truth_of_class
 
 
-def same_texts(texts: Sequence[str], context_length: int) -> list[tuple[str, str]]:
-    """Pairs of texts that are the same for the model: the same first ``context_length`` tokens, without case."""
+def refuse_same_texts(texts: Sequence[str], context_length: int) -> None:
+    """Raises ValueError if two labels are the same text for the model: each would get half of the probability.
+
+    The model reads the first ``context_length`` tokens, without case.
+    """
     from .tokenizer import tokenize
 
     first: dict[tuple[int, ...], str] = {}
     pairs = []
     for text, row in zip(texts, tokenize(list(texts), context_length).tolist(), strict=True):
-        if (other := first.get(tuple(row))) is not None:
-            pairs.append((other, text))
-        first.setdefault(tuple(row), text)
-    return pairs
-
-
-def refuse_same_texts(texts: Sequence[str], context_length: int) -> None:
-    """Raises ValueError if two labels are the same text for the model: each would get half of the probability."""
-    if pairs := same_texts(texts, context_length):
-        named = "; ".join(f"{a!r:.80} and {b!r:.80}" for a, b in pairs[:3])
+        if (tokens := tuple(row)) in first:
+            pairs.append(f"{first[tokens]!r:.80} and {text!r:.80}")
+        first.setdefault(tokens, text)
+    if pairs:
         raise ValueError(
-            f"labels that are the same text for the model, which reads {context_length} tokens without case: {named}. "
-            "Leave out one of each, or write different texts"
+            f"labels that are the same text for the model, which reads {context_length} tokens without case: "
+            f"{'; '.join(pairs[:3])}. Leave out one of each, or write different texts"
         )

@@ -9,10 +9,8 @@ and the strategy may change between saving and reading.
 
 from __future__ import annotations
 
-import errno
 import io
 import json
-import os
 import re
 import shutil
 import warnings
@@ -25,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..files import exchange, read_json, refuse_inflated, sync
+from ..files import exchange, is_full, read_json, refuse_inflated, sync
 from ..schema import ConfigError
 
 _COMPLETE = re.compile(r"step-(\d{8,})")
@@ -136,10 +134,12 @@ def _write_index(folder: Path, metadata: Any, written: Any) -> None:
             chunks.append({"offsets": list(chunk.offsets), "sizes": list(chunk.sizes), **here})
         dtype = str(found.properties.dtype).removeprefix("torch.")
         tensors[name] = {"dtype": dtype, "size": list(found.size), "chunks": chunks}
-    with (folder / _INDEX).open("w", encoding="utf-8") as file:
-        json.dump({"format": 1, "tensors": tensors}, file)
-        file.flush()
-        os.fsync(file.fileno())
+    _write_json(folder / _INDEX, {"format": 1, "tensors": tensors})
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values), encoding="utf-8")
+    sync(path)
 
 
 def _read_index(checkpoint: Path) -> Any:
@@ -262,10 +262,7 @@ class Checkpoints:
             raise self._failed(part, error) from error
 
     def _complete(self, part: Path, counted: dict[str, Any]) -> None:
-        with (part / _NUMBERS).open("w", encoding="utf-8") as file:
-            json.dump(counted, file)
-            file.flush()
-            os.fsync(file.fileno())
+        _write_json(part / _NUMBERS, counted)
         target = self.folder / part.name.removeprefix(".").removesuffix(".part")
         if exchange(part, target):  # one of the same step, from before a resume or a validation
             sync(self.folder)
@@ -280,7 +277,7 @@ class Checkpoints:
             shutil.rmtree(old.replace(old.with_name(f".{old.name}.part")))
 
     def _failed(self, part: Path, error: BaseException) -> SaveError:
-        full = _is_full(error)
+        full = any(map(is_full, _causes(error)))
         if self.rank == 0:
             shutil.rmtree(part, ignore_errors=True)  # the space is needed
         last = latest(self.folder)
@@ -301,14 +298,6 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         for failure in failures.values() if isinstance(failures, dict) else ():
             yield from _causes(failure[0])
         error = error.__cause__ or error.__context__
-
-
-def _is_full(error: BaseException) -> bool:
-    """Whether a full disk is the cause."""
-    return any(
-        getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(cause)
-        for cause in _causes(error)
-    )
 
 
 def _reason(error: BaseException) -> str:

@@ -6,18 +6,19 @@ that differ. ``schema`` checks every key and every value.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import difflib
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from ..config import XCLIPConfig, variant
+from ..data.sampling import Sampling
 from ..data.transforms import TrainTransform
 from ..files import require_regular
-from ..schema import ConfigError, Count, NotNegative, Positive, Range, Share, build
+from ..schema import ConfigError, Count, NotNegative, Positive, Range, Share, build, config_errors
 
 YAML_BYTES = 1 << 20  # the largest YAML file that is read
 ALIASES = 20  # the most aliases in one YAML text
@@ -47,6 +48,8 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
+    """``data:``. The keys of ``TrainTransform`` stand here too; ``augmentation`` collects those that are no fields."""
+
     train: str | None = None  # manifest, from `xclip-fast index`
     val: str | None = None
     val_fraction: Share = 0.0  # of the training videos of each class, held out if there is no val
@@ -55,21 +58,17 @@ class DataConfig:
     shots_seed: int = 0
     frames: Annotated[int, Range(1, 1024)] | None = None  # T; None: the model's
     size: Count | None = None  # pixels of a side; None: the model's
-    # TrainTransform's own arguments
-    sampling: Literal["sparse", "dense"] = TrainTransform.sampling
-    stride: int = TrainTransform.stride  # of dense sampling
-    scales: tuple[float, ...] = TrainTransform.scales
-    flip: Share = TrainTransform.flip
-    jitter_probability: Share = TrainTransform.jitter_probability
-    brightness: float = TrainTransform.brightness
-    contrast: float = TrainTransform.contrast
-    saturation: float = TrainTransform.saturation
-    hue: float = TrainTransform.hue
-    gray: Share = TrainTransform.gray
+    sampling: Sampling = TrainTransform.sampling
+    stride: Count = TrainTransform.stride  # of dense sampling
     workers: Annotated[int, Range(0, max(64, 4 * (os.cpu_count() or 1)))] | None = None  # None: the loader's default
     cache: str | None = None  # folder for decoded frames, for small data
     cache_bytes: Annotated[int, Range(0)] | None = None
     max_bad: Share = 0.05  # a larger share of unreadable videos stops the run
+    augmentation: dict[str, Any] = dataclasses.field(default_factory=dict, metadata={"keys_of": TrainTransform})
+
+    def __post_init__(self) -> None:
+        every = dataclasses.asdict(TrainTransform(**self.augmentation))
+        object.__setattr__(self, "augmentation", {key: every[key] for key in every if not hasattr(self, key)})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,12 +160,10 @@ def load(config: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
                 f"{config}: neither a file nor a configuration of the package"
                 + (f"; similar names: {', '.join(near)}" if near else f"; the package has {', '.join(known)}")
             )
-    try:
+    with config_errors(f"{path}: cannot be read as YAML"):
         if require_regular(path) > YAML_BYTES:
             raise ConfigError(f"{path}: has more than {YAML_BYTES} bytes; this is not a configuration")
         values = parse_yaml(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read as YAML: {error}") from error
     values = {} if values is None else values
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: keys and values wanted, {type(values).__name__} found")
@@ -174,15 +171,11 @@ def load(config: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
         key, separator, text = override.partition("=")
         if not separator or not key:
             raise ConfigError(f"override {override!r}: key=value wanted, such as optim.lr=1e-5")
-        try:
+        with config_errors(f"override {override!r:.200}: {text!r:.200} is not a YAML value"):
             value = parse_yaml(text)
-        except ValueError as error:
-            raise ConfigError(f"override {override!r:.200}: {text!r:.200} is not a YAML value: {error}") from error
         set_value(values, key, value)
-    try:
+    with config_errors(path.name):
         return from_dict(values)
-    except ConfigError as error:
-        raise ConfigError(f"{path.name}: {error}") from error
 
 
 def parse_yaml(text: str) -> Any:
@@ -239,8 +232,9 @@ def from_dict(values: Mapping[str, Any]) -> TrainConfig:
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:
     """The configuration as plain values for JSON or YAML. ``from_dict`` reads them back."""
-    values = _plain(dataclasses.asdict(config))
+    values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))  # tuples become lists
     values["model"] |= values["model"].pop("shape")
+    values["data"] |= values["data"].pop("augmentation")
     return values
 
 
@@ -269,10 +263,8 @@ def model_config(config: ModelConfig, base: XCLIPConfig | None = None) -> XCLIPC
         values["mit_heads"] = values["prompt_heads"] = None
     for key, value in config.shape.items():
         values[key] = {**values[key], **value} if isinstance(value, dict) else value
-    try:
+    with config_errors("model"):
         return XCLIPConfig.from_dict(values)
-    except ValueError as error:
-        raise ConfigError(f"model: {error}") from error
 
 
 def accumulation(config: OptimConfig, world: int) -> tuple[int, int]:
@@ -298,10 +290,8 @@ def _check(config: TrainConfig) -> None:
     if data.val is not None and data.val_fraction:
         raise ConfigError("data.val and data.val_fraction exclude each other: give one of them")
     if config.model.variant is not None:
-        try:
+        with config_errors("model.variant"):
             variant(config.model.variant)
-        except ValueError as error:
-            raise ConfigError(f"model.variant: {error}") from error
     if config.model.init is None:
         shape = model_config(config.model)
         if data.size is not None and data.size != shape.vision.image_size:
@@ -309,12 +299,6 @@ def _check(config: TrainConfig) -> None:
                 f"data.size is {data.size} and model.vision.image_size is {shape.vision.image_size}; "
                 "make them equal, or leave data.size out"
             )
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else copy.copy(value)
 
 
 def _flat(values: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, Any]]:

@@ -1,7 +1,7 @@
 """Train or fine-tune an X-CLIP (sections 4.1 to 4.5 of the paper; the recipe is in config.py).
 
-    python -m xclip_fast.train config.yaml data.train=train.jsonl optim.lr=1e-5
-    torchrun --nproc-per-node 8 -m xclip_fast.train config.yaml
+    xclip-fast train config.yaml data.train=train.jsonl optim.lr=1e-5
+    torchrun --nproc-per-node 8 -m xclip_fast train config.yaml
 
 A step never waits for the device: its measurements are copied to pinned memory and read a few steps later. Every
 random number depends on (seed, step, process) or (seed, epoch, video) alone. So a resumed run gives the same weights as
@@ -27,11 +27,10 @@ import torch
 from ..data.manifest.manifest import Manifest
 from ..evaluate.loop import evaluate
 from ..files import write_text
+from ..inference.processes import Process, find_device, join_processes
+from ..inference.tuning import tune_before
 from ..model import XCLIP
-from ..processes import Process, find_device, join_processes
 from ..schema import ConfigError
-from ..text.templates import TEMPLATES
-from ..tuning import tune_before
 from ..weights import checkpoint
 from ..weights.recipe import FILE as TRAINED
 from ..weights.recipe import Trained
@@ -46,7 +45,6 @@ from .metrics import Diverged, Measured, Meter
 from .output_dir import output_folder
 from .setup import (
     SHAPE,
-    Data,
     Objective,
     build_model,
     gather_full_model,
@@ -166,7 +164,7 @@ def _train(config: TrainConfig, process: Process, fresh: bool, held: contextlib.
         save_minutes=config.checkpoint.every_minutes,
         with_norm=config.optim.clip_grad is not None,
     )
-    settings = validation_settings(config, data)
+    settings = validation_settings(config, trained)
 
     def save() -> None:
         nonlocal saved
@@ -295,16 +293,13 @@ def handle_signals(meter: Meter) -> Iterator[None]:
             signal.signal(each, handler)
 
 
-def validation_settings(config: TrainConfig, data: Data) -> dict[str, Any]:
+def validation_settings(config: TrainConfig, trained: Trained) -> dict[str, Any]:
     """The arguments of ``evaluate`` that a run's validations share."""
     return {
         "clips": config.validation.clips,
         "crops": config.validation.crops,
-        "frames": config.data.frames,
-        "sampling": config.data.sampling,
-        "stride": config.data.stride,
-        "labels": dict(zip(data.train.classes, data.texts, strict=True)),
-        "templates": TEMPLATES if config.text_templates else None,
+        "labels": trained.labels,
+        **trained.choose(),
         "batch_size": config.validation.batch_size or config.optim.device_batch,
         "dtype": torch.bfloat16 if config.precision == "bf16" else None,
         **loading(config.data),

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..processes import Process
+from ..inference.processes import Process
 from . import log as training_log
 
 LAG = 4  # steps from a measurement to its reading

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
@@ -19,7 +18,6 @@ from ..weights import layouts
 from .config import OptimConfig
 
 Towers = Literal["visual", "text", "both", "none"]
-_VISUAL = re.compile(r"visual\.")
 
 
 def is_new(name: str, also: Iterable[str] = ()) -> bool:
@@ -33,7 +31,7 @@ def freeze(model: nn.Module, towers: Towers, also_new: Iterable[str] = ()) -> No
     The logit scale belongs to the text tower, as in the released code.
     """
     for name, parameter in model.named_parameters():
-        tower = "visual" if _VISUAL.match(name) else "text"
+        tower = "visual" if name.startswith("visual.") else "text"
         parameter.requires_grad_(is_new(name, also_new) or towers in (tower, "both"))
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch.distributed as dist
 
 from ..files import locked, write_text
-from ..processes import Process
+from ..inference.processes import Process
 from ..schema import ConfigError
 from . import checkpoints as training_checkpoint
 from . import config as train_config

@@ -24,9 +24,9 @@ from ..data.sampling import epoch_order
 from ..data.transforms import TrainTransform
 from ..evaluate.sample_lists import few_shot
 from ..files import read_json
+from ..inference.processes import Process
 from ..model import XCLIP
-from ..processes import Process
-from ..schema import ConfigError
+from ..schema import ConfigError, config_errors
 from ..text.labels import readable, refuse_same_texts
 from ..text.templates import TEMPLATES
 from ..text.tokenizer import tokenize
@@ -71,10 +71,8 @@ def read_data(data: DataConfig, seed: int) -> Data:
     elif data.val_fraction:
         train, val = _hold_out(train, data.val_fraction, seed)
     if data.shots is not None:
-        try:
+        with config_errors("data.shots"):
             train = train.select(few_shot(train, data.shots, data.shots_seed))
-        except ValueError as error:
-            raise ConfigError(f"data.shots: {error}") from error
     if data.labels is not None:
         texts = _read_labels(data.labels, train.classes)
     else:
@@ -89,10 +87,8 @@ def _manifest(key: str, path: str) -> Manifest:
         )
     if not Path(path).is_file():
         raise ConfigError(f"{key}: there is no file {path}; `xclip-fast index` makes a manifest of your videos")
-    try:
+    with config_errors(key):
         return Manifest.read(path)
-    except ValueError as error:
-        raise ConfigError(f"{key}: {error}") from error
 
 
 def _check_labels(key: str, path: str, manifest: Manifest) -> None:
@@ -128,10 +124,8 @@ def _hold_out(manifest: Manifest, fraction: float, seed: int) -> tuple[Manifest,
 
 
 def _read_labels(path: str, classes: Sequence[str]) -> list[str]:
-    try:
+    with config_errors(f"data.labels: {path} cannot be read"):
         labels = [name for _, name in label_rows(path)]
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"data.labels: {path} cannot be read: {error}") from error
     if len(labels) != len(classes):
         raise ConfigError(
             f"data.labels: {path} has {len(labels)} lines, and the data {len(classes)} classes "
@@ -176,10 +170,8 @@ def resume_model(folder: Path, seed: int) -> XCLIP:
         ConfigError: if the folder's ``model.json`` is missing or damaged.
     """
     torch.manual_seed(seed)
-    try:
+    with config_errors(f"{folder / SHAPE}", "; start over with --fresh"):
         return XCLIP(XCLIPConfig.from_dict(read_json(folder / SHAPE)))
-    except (ValueError, OSError) as error:
-        raise ConfigError(f"{folder / SHAPE}: {error}; start over with --fresh") from error
 
 
 def _check_fit(shape: XCLIPConfig, texts: Sequence[str], size: int | None, templates: bool) -> None:
@@ -192,10 +184,8 @@ def _check_fit(shape: XCLIPConfig, texts: Sequence[str], size: int | None, templ
     if templates and (shape.num_classes is not None or shape.prompt == "vectors"):
         raise ConfigError("text_templates is true, and the model has a linear head or learned vectors; set it to false")
     if shape.num_classes is None:
-        try:
+        with config_errors("the labels", "; data.labels takes a file of texts"):
             refuse_same_texts(texts, shape.label_tokens)
-        except ValueError as error:
-            raise ConfigError(f"the labels: {error}; data.labels takes a file of texts") from error
 
 
 def training_loader(
@@ -203,9 +193,8 @@ def training_loader(
 ) -> Any:
     from ..data.loader.loader import loader
 
-    own: dict[str, Any] = {"frames": data.frames or shape.num_frames, "size": shape.vision.image_size}
-    names = [field.name for field in dataclasses.fields(TrainTransform) if field.name not in own]
-    transform = TrainTransform(**own, **{name: getattr(data, name) for name in names})
+    frames, size = data.frames or shape.num_frames, shape.vision.image_size
+    transform = TrainTransform(frames, size, data.sampling, data.stride, **data.augmentation)
     return loader(
         manifest,
         transform,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 from ..data.sampling import Sampling
@@ -97,3 +97,8 @@ class Trained:
             "stride": stride or (self.stride if same else 1),
             "templates": sentences or None,
         }
+
+    def complete(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """``settings`` for ``evaluate``, with what ``choose`` gives for them."""
+        given = (settings.get(name) for name in ("frames", "sampling", "stride", "templates"))
+        return {**settings, **self.choose(*given)}

@@ -15,26 +15,25 @@ Every function here takes a path or a `Source` (with a stored plan, or a member 
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import contextlib
+import math
+from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from fractions import Fraction
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
-from av.video.frame import VideoFrame
-from av.video.reformatter import VideoReformatter
 
 from ..sampling import Sampling
-from ..threads import Job, Threads, usable_cores
 from ..transforms import View, apply_frame
-from .picture import EXACT_COLOR, Upright
-from .plan import Plan, by_plan, make_plan, still_fits
-from .reading import all_frames, log, no_frame, open_video
-from .source import ReadError, Source, VideoError, as_source, limit, too_slow
-from .times import frame_times
-from .windows import Video, decode_span
+from .ahead import decode_ahead
+from .chosen import chosen_pictures
+from .picture import Upright
+from .plan import Plan, make_plan
+from .reading import all_frames, no_frame, open_video
+from .source import Source, VideoError, as_source
+from .times import clock_of, frame_times
+from .windows import Span, VideoPath, Window, decode_spans
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ class VideoInfo:
 
 
 def decode(
-    path: Video,
+    path: VideoPath,
     frames: int = 8,
     sampling: Sampling = "sparse",
     *,
@@ -81,13 +80,21 @@ def decode(
     size * 256 / 224, with the pixels of an evaluation. `threads`: of the decoder of this file. For many files use
     `decode_many`, which gives each file one thread. Raises VideoError, also for a `start` after the end of the video.
     """
-    span = decode_span(
-        as_source(path), start, end, frames, sampling, size=size, stride=stride, rng=rng, threads=threads
-    )
-    return span.frames
+    source, begin = as_source(path), 0.0 if start is None else start
+    if not 0 <= begin < (math.inf if end is None else end):
+        raise ValueError(f"start is {start} and end is {end} seconds; 0 <= start < end wanted")
+
+    def spans(duration: float) -> list[Span]:
+        if begin >= duration:
+            raise VideoError(f"{source}: lasts {duration:.3f} seconds, and the start is {begin:g}")
+        return [(begin, duration if end is None else min(end, duration))]
+
+    parts = decode_spans(source, spans, frames, sampling, size=size, stride=stride, rng=rng, threads=threads)
+    with contextlib.closing(parts):
+        return next(parts).frames
 
 
-def decode_frames(path: Video, indices: Sequence[int] | np.ndarray, *, threads: int = 1) -> np.ndarray:
+def decode_frames(path: VideoPath, indices: Sequence[int] | np.ndarray, *, threads: int = 1) -> np.ndarray:
     """The frames with these numbers, in this order, full size: uint8 (n, H, W, 3), RGB.
 
     Raises VideoError for a bad file or a picture size that changes, and IndexError for a number out of range.
@@ -96,24 +103,20 @@ def decode_frames(path: Video, indices: Sequence[int] | np.ndarray, *, threads: 
     wanted = [int(index) for index in indices]
     if not wanted:
         raise ValueError(f"{source}: no frame numbers given")
-    pictures: list[Any] = [None] * len(wanted)
 
-    def choose(total: int) -> list[int]:
+    def choose(times: np.ndarray) -> list[int]:
+        total = len(times)
         if not 0 <= min(wanted) <= max(wanted) < total:
             raise IndexError(f"{source}: has frames 0 to {total - 1}; frames {min(wanted)} to {max(wanted)} are wanted")
         return wanted
 
-    def keep(picture_HWC: np.ndarray, places: list[int]) -> None:
-        for place in places:
-            pictures[place] = picture_HWC
-
-    _pick(source, choose, keep, threads)
-    if len({picture.shape for picture in pictures}) > 1:
+    pictures = dict(chosen_pictures(source, choose, threads))
+    if len({picture.shape for picture in pictures.values()}) > 1:
         raise VideoError(f"{source}: the picture size changes within the video; use decode(), which resizes")
-    return np.stack(pictures)
+    return np.stack([pictures[number] for number in wanted])
 
 
-def decode_views(path: Video, views: Sequence[View], *, out: np.ndarray | None = None, threads: int = 1) -> np.ndarray:
+def decode_views(path: VideoPath, views: Sequence[View], *, out: np.ndarray | None = None) -> np.ndarray:
     """Several views of one video: uint8 (V, T, S, S, 3), RGB. Each frame is decoded once, also for several views.
 
     All views must have the same number of frames and the same size. `out`: array for the result, uint8 of that shape.
@@ -125,7 +128,6 @@ def decode_views(path: Video, views: Sequence[View], *, out: np.ndarray | None =
         raise ValueError(
             f"{source}: at least one view wanted, all with one frame count and size; got {len(views)} views"
         )
-    numbers = np.concatenate([view.frames for view in views])
     shape = (len(views), len(views[0].frames), views[0].size, views[0].size, 3)
     if out is None:
         out = np.empty(shape, np.uint8)
@@ -134,16 +136,20 @@ def decode_views(path: Video, views: Sequence[View], *, out: np.ndarray | None =
     drawn = {view.drawn_from for view in views if view.drawn_from is not None}
     counts = {count for count, _, _ in drawn} or ({len(source.plan.pts)} if source.plan else set())
 
-    def choose(total: int) -> np.ndarray:
-        if counts - {total} or not 0 <= numbers.min() <= numbers.max() < total:
-            known = " and ".join(map(str, sorted(counts))) or f"{numbers.max() + 1} at least"
-            raise VideoError(f"{source}: has {total} frames, not {known} as indexed; index it again")
-        return numbers
+    places: dict[int, list[tuple[int, int]]] = {}  # the view and the place in it of each frame number
+    for number, view in enumerate(views):
+        for step, frame in enumerate(view.frames.tolist()):
+            places.setdefault(frame, []).append((number, step))
 
-    def draw(picture_HWC: np.ndarray, places: list[int]) -> None:
+    def choose(times: np.ndarray) -> Collection[int]:
+        if counts - {len(times)} or not 0 <= min(places) <= max(places) < len(times):
+            known = " and ".join(map(str, sorted(counts))) or f"{max(places) + 1} at least"
+            raise VideoError(f"{source}: has {len(times)} frames, not {known} as indexed; index it again")
+        return places
+
+    for frame, picture_HWC in chosen_pictures(source, choose):
         height, width = picture_HWC.shape[:2]
-        for place in places:
-            number, step = divmod(place, shape[1])
+        for number, step in places[frame]:
             view = views[number]
             if view.drawn_from is not None and view.drawn_from[1:] != (width, height):
                 wanted = "x".join(map(str, view.drawn_from[1:]))
@@ -154,13 +160,11 @@ def decode_views(path: Video, views: Sequence[View], *, out: np.ndarray | None =
             if left + across > width or top + down > height:
                 raise VideoError(f"{source}: a frame has {width}x{height} pixels; the crop {view.crop} goes beyond it")
             apply_frame(view, picture_HWC, out[number, step])
-
-    _pick(source, choose, draw, threads)
     return out
 
 
 def decode_many(
-    paths: Iterable[Video],
+    paths: Iterable[VideoPath],
     frames: int = 8,
     sampling: Sampling = "sparse",
     *,
@@ -177,43 +181,25 @@ def decode_many(
     """
     if errors not in ("raise", "return"):
         raise ValueError(f"errors is {errors!r}; it must be 'raise' or 'return'")
-    if workers is None:
-        workers = usable_cores()
-    seconds = limit("XCLIP_FAST_MAX_SECONDS")
-    pool = Threads(workers, "decode", lambda: None, seconds)
-    waiting: deque[tuple[Source, Job]] = deque()
 
-    def finished() -> torch.Tensor | VideoError:
-        source, job = waiting.popleft()
-        try:
-            return pool.result(job)
-        except TimeoutError:
-            error: VideoError = too_slow(source)
-        except VideoError as bad:
-            error = bad
-        except MemoryError as bad:
-            error = ReadError(f"{source}: not enough memory to decode it")
-            error.__cause__ = bad
-        if errors == "raise":
-            raise error
-        return error
+    def whole(source: Source, threads: int) -> Generator[Window, None, None]:
+        return decode_spans(source, _whole, frames, sampling, size=size, stride=stride, threads=threads)
 
-    def work(source: Source) -> Callable[[Any], torch.Tensor]:
-        return lambda _: decode(source, frames, sampling, size=size, stride=stride)
-
-    try:
-        for path in paths:
-            source = as_source(path)
-            waiting.append((source, pool.submit(Job(work(source)))))
-            if len(waiting) >= 2 * workers:
-                yield finished()
-        while waiting:
-            yield finished()
-    finally:
-        pool.close(patience=1)
+    with contextlib.closing(decode_ahead(map(as_source, paths), whole, workers)) as decoded:
+        for _, item in decoded:
+            if isinstance(item, Window):
+                yield item.frames
+            elif item is not None:
+                if errors == "raise" or not isinstance(item, VideoError):
+                    raise item
+                yield item
 
 
-def probe(path: Video) -> VideoInfo:
+def _whole(duration: float) -> list[Span]:
+    return [(0.0, duration)]
+
+
+def probe(path: VideoPath) -> VideoInfo:
     """Size, codec, timing, true frame count and plan. Decodes one frame, or all if the packets do not match the frames.
 
     Raises VideoError.
@@ -230,8 +216,7 @@ def probe(path: Video) -> VideoInfo:
         if plan is not None and first.pts != plan.pts[0]:
             plan = None  # the packets do not match the decoded frames
         height, width = Upright()(first, np.empty((first.height, first.width, 1))).shape[:2]
-        base = Fraction(stream.time_base or Fraction(1, 90000))  # PyAV 19's own type rounds products, even to 0
-        step = max(1, round(1 / ((stream.average_rate or 25) * base)))
+        base, step = clock_of(stream)
         times = plan.pts if plan else frame_times([first.pts, *(frame.pts for frame in frames)], step)
         count, span = len(times), (times[-1] - times[0]) * base
         # n frames span n - 1 intervals; the last frame lasts as long as the others on average.
@@ -250,65 +235,3 @@ def probe(path: Video) -> VideoInfo:
             colorspace=int(first.colorspace),
             interlaced=bool(first.interlaced_frame),
         )
-
-
-def _pick(
-    source: Source,
-    choose: Callable[[int], Sequence[int] | np.ndarray],
-    use: Callable[[np.ndarray, list[int]], None],
-    threads: int,
-) -> None:
-    """Calls `use(frame (H, W, 3), places)` for each frame number in `choose(frame count)`.
-
-    `places`: the positions of that number in the answer of `choose`. If a plan fails on the way, the calls start over
-    from the first frame.
-    """
-    reformatter, upright = VideoReformatter(), Upright()
-    places: dict[int, list[int]] = {}
-
-    def pick(total: int) -> list[int]:
-        places.clear()
-        for place, number in enumerate(choose(total)):
-            places.setdefault(int(number), []).append(place)
-        return sorted(places)
-
-    def take(number: int, frame: VideoFrame) -> None:
-        rgb = reformatter.reformat(frame, format="rgb24", interpolation=EXACT_COLOR, threads=1)
-        use(upright(frame, rgb.to_ndarray()), places[number])
-
-    failed = None
-    if source.plan is not None:
-        with open_video(source, threads) as (container, stream):
-            if still_fits(source.plan, source, container, stream):
-                try:
-                    numbers = pick(len(source.plan.pts))
-                except (IndexError, VideoError):
-                    numbers = []  # the errors of a wrong frame count come below
-                if numbers and by_plan(container, stream, source.plan, numbers, take):
-                    return
-                failed = source.plan if numbers else None
-        log.info("%s: does not match its stored plan; planning it again", source)
-    with open_video(source, threads) as (container, stream):
-        plan = make_plan(container, stream)
-        if plan is not None:
-            if plan != failed and by_plan(container, stream, plan, pick(len(plan.pts)), take):
-                return
-            log.info("%s: seeking did not give the frames of its packets; decoding the whole file", source)
-    with open_video(source, threads) as (container, stream):
-        total = sum(1 for _ in all_frames(container, stream))
-        if not total:
-            raise no_frame(source, stream)
-    try:
-        last = pick(total)[-1]
-    except (VideoError, IndexError) as error:
-        if plan is not None and total < len(plan.pts):
-            raise VideoError(
-                f"{source}: is damaged: only {total} of its {len(plan.pts)} frames can be decoded"
-            ) from error
-        raise
-    with open_video(source, threads) as (container, stream):
-        for number, frame in enumerate(all_frames(container, stream)):
-            if number in places:
-                take(number, frame)
-            if number == last:
-                break

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_left
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, dropwhile, groupby
 
@@ -41,6 +41,10 @@ class Plan:
     pts: list[int]
     start: list[int]
     keyframes: list[tuple[int, int]]
+
+
+class PlanFails(Exception):
+    """The file does not follow the plan."""
 
 
 def can_plan(container: InputContainer, stream: VideoStream) -> bool:
@@ -133,26 +137,10 @@ def still_fits(plan: Plan, source: Source, container: InputContainer, stream: Vi
     return True
 
 
-def by_plan(
-    container: InputContainer,
-    stream: VideoStream,
-    plan: Plan,
-    numbers: Sequence[int],
-    take: Callable[[int, VideoFrame], None],
-) -> bool:
-    """Passes the frames of these sorted numbers to `take`. Returns False if the file does not follow the plan."""
-    frames = planned_frames(container, stream, plan, numbers)
-    while True:
-        try:
-            take(*next(frames))
-        except StopIteration as end:
-            return end.value
-
-
 def planned_frames(
     container: InputContainer, stream: VideoStream, plan: Plan, numbers: Sequence[int]
-) -> Generator[tuple[int, VideoFrame], None, bool]:
-    """Yields the frames of these sorted numbers. Returns False if the file does not follow the plan."""
+) -> Iterator[tuple[int, VideoFrame]]:
+    """Yields the frames of these sorted numbers. Raises PlanFails if the file does not follow the plan."""
     context = stream.codec_context
     skips = context.codec.canonical_name in _SKIP_UNREFERENCED
     for start, group in groupby(numbers, plan.start.__getitem__):
@@ -163,7 +151,7 @@ def planned_frames(
             packet = next(packets, None)
             shown = packet is not None and not packet.is_discard
             if packet is not None and shown and not _among(plan.pts, packet.pts):
-                return False  # a frame that is not in the plan: later numbers would be wrong
+                raise PlanFails  # a frame that is not in the plan: later numbers would be wrong
             wanted = packet is not None and shown and packet.pts in targets
             if skips:
                 # Frames that no other frame refers to are skipped, unless they are wanted themselves.
@@ -176,17 +164,16 @@ def planned_frames(
             except av.FFmpegError as error:
                 if lacks_memory(error):
                     raise
-                return False
+                raise PlanFails from error
             for frame in frames:
                 if frame.pts is None or (frame.is_corrupt and frame.pts >= plan.keyframes[start][0]):
-                    return False  # the concealment of damage depends on all earlier frames
+                    raise PlanFails  # the concealment of damage depends on all earlier frames
                 if frame.pts in targets:
                     yield targets.pop(frame.pts), frame
             if packet is None:
                 break
         if targets:
-            return False
-    return True
+            raise PlanFails
 
 
 def _among(times: Sequence[int], time: int | None) -> bool:

@@ -4,8 +4,17 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
+from fractions import Fraction
+
+from av.video.stream import VideoStream
 
 _REORDER = 32  # frames; no codec reorders more
+
+
+def clock_of(stream: VideoStream) -> tuple[Fraction, int]:
+    """The seconds of a tick of the stream's clock, and the ticks of a frame at its average rate."""
+    base = Fraction(stream.time_base or Fraction(1, 90000))  # PyAV 19's own type rounds products, even to 0
+    return base, max(1, round(1 / ((stream.average_rate or 25) * base)))
 
 
 def frame_times(given: Sequence[int | None], step: int) -> list[int]:

@@ -13,7 +13,6 @@ from pathlib import Path
 
 from ...files import parse_json, require_regular
 from ..decode.video import DamagedPlan, Video
-from .listing import Entry
 from .manifest import VERSION, Manifest, checked, header_line, row_line
 from .probing import file_status, look_all, real_folder
 from .sources import Labels, read_source
@@ -73,8 +72,7 @@ def index(
     home = str(listing.root)
     real_folder.cache_clear()
     wanted = {_key(home, entry): entry for entry in listing.entries}  # a list may name a video twice
-    facts = {key: Video(entry.path, None, entry.member, entry.offset, entry.size) for key, entry in wanted.items()}
-    facts.update({key: replace(facts[key], error=entry.error) for key, entry in wanted.items() if entry.error})
+    facts = {key: replace(entry, label=None) for key, entry in wanted.items()}
     facts.update(_still_true(home, facts, _known(reuse, partial), follow_links))
     todo = [key for key, row in facts.items() if row.error is None and not row.frames]
     done = len(facts) - len(todo)
@@ -182,5 +180,5 @@ def _unchanged(root: str, wanted: Video, row: Video, follow_links: bool) -> bool
     return (status.st_mtime_ns, size) == (row.mtime_ns, row.size)
 
 
-def _key(root: str, video: Video | Entry) -> _Key:
+def _key(root: str, video: Video) -> _Key:
     return os.path.join(root, video.path), video.member, video.offset

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...files import errors_name, require_regular
+from ..decode.video import Video
 
 VIDEO_NAME = re.compile(
     r"[^.].*\.(3gp|avi|flv|m2ts|m4v|mkv|mov|mp4|mpe?g|mts|ogv|ts|webm|wmv)", re.IGNORECASE | re.DOTALL
@@ -21,29 +22,16 @@ VIDEO_NAME = re.compile(
 """The names of video files. Names that begin with a dot are skipped."""
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """A video that a source names: its path below the root, with "/" between folders, and its label.
-
-    A member of a tar file has the path of the tar file; `offset` and `size` say in bytes where its data lies. An entry
-    with an `error` cannot be used.
-    """
-
-    path: str
-    label: int | None = None
-    member: str | None = None
-    offset: int | None = None
-    size: int = 0
-    error: str | None = None
-
-
 @dataclass(frozen=True)
 class Listing:
-    """The videos of a source, in its order. `root` has no symbolic links. `notes` tell what was left out."""
+    """The videos of a source, in its order, without facts. An entry with an error cannot be used.
+
+    `root` has no symbolic links. `notes` tell what was left out.
+    """
 
     root: Path
     classes: tuple[str, ...]
-    entries: tuple[Entry, ...]
+    entries: tuple[Video, ...]
     notes: tuple[str, ...] = ()
 
 
@@ -62,10 +50,14 @@ class Request:
         """The folder of the list, or the folder that was given."""
         return self.path if self.path.is_dir() else self.path.parent
 
-    def listing(self, classes: Sequence[str], entries: Iterable[Entry], notes: Sequence[str] = ()) -> Listing:
-        """A listing below the given root, or below the folder if no root was given."""
-        root = os.path.realpath(self.folder if self.root is None else self.root)
-        return Listing(Path(root), tuple(classes), tuple(entries), tuple(notes))
+    @property
+    def top(self) -> str:
+        """The given root, or the folder if no root was given."""
+        return os.fspath(self.folder) if self.root is None else self.root
+
+    def listing(self, classes: Sequence[str], entries: Iterable[Video], notes: Sequence[str] = ()) -> Listing:
+        """A listing below ``top``."""
+        return Listing(Path(os.path.realpath(self.top)), tuple(classes), tuple(entries), tuple(notes))
 
 
 def lines_of(path: Path) -> list[tuple[int, str]]:
@@ -123,9 +115,9 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def walk(root: Path, follow_links: bool) -> tuple[list[Entry], list[str]]:
+def walk(root: Path, follow_links: bool) -> tuple[list[Video], list[str]]:
     """Every video below a folder, sorted by path, and notes on files that were left out."""
-    found: list[Entry] = []
+    found: list[Video] = []
     others: Counter[str] = Counter()
     first = os.stat(root)
     folders: list[tuple[str, tuple[tuple[int, int], ...]]]
@@ -137,7 +129,7 @@ def walk(root: Path, follow_links: bool) -> tuple[list[Entry], list[str]]:
         except OSError as error:
             if not below:
                 raise
-            found.append(Entry(below.rstrip("/"), error=f"is a folder that cannot be listed ({error.strerror})"))
+            found.append(Video(below.rstrip("/"), error=f"is a folder that cannot be listed ({error.strerror})"))
             continue
         for entry in inside:
             path = below + entry.name
@@ -145,15 +137,15 @@ def walk(root: Path, follow_links: bool) -> tuple[list[Entry], list[str]]:
                 continue
             folder = is_folder(entry)
             if folder and entry.is_symlink() and not follow_links:
-                found.append(Entry(path, error="is a link to a folder; --follow-links (follow_links=True) enters it"))
+                found.append(Video(path, error="is a link to a folder; --follow-links (follow_links=True) enters it"))
             elif folder:
                 status = entry.stat()
                 if (status.st_dev, status.st_ino) in above:
-                    found.append(Entry(path, error="is a link to one of its own parent folders"))
+                    found.append(Video(path, error="is a link to one of its own parent folders"))
                 else:
                     folders.append((f"{path}/", (*above, (status.st_dev, status.st_ino))))
             elif VIDEO_NAME.fullmatch(entry.name):
-                found.append(Entry(path))
+                found.append(Video(path))
             else:
                 others[os.path.splitext(entry.name)[1].lower() or "no suffix"] += 1
     others.pop(".jsonl", None)
@@ -189,19 +181,18 @@ class Place:
     """
 
     def __init__(self, request: Request) -> None:
-        root = request.folder if request.root is None else request.root
-        self.roots = dict.fromkeys((os.path.abspath(root), os.path.realpath(root)))
+        self.roots = dict.fromkeys((os.path.abspath(request.top), os.path.realpath(request.top)))
         self._spelled: dict[str, dict[str, str]] = {}  # folder -> composed name -> name
 
-    def entry(self, path: str, label: int | None) -> Entry:
+    def entry(self, path: str, label: int | None) -> Video:
         below = posixpath.normpath(path.replace(os.sep, "/"))
         if posixpath.isabs(below):
             for root in self.roots:
                 if below.startswith(f"{root.rstrip('/')}/"):
-                    return Entry(self._there(below[len(root.rstrip("/")) + 1 :]), label)
+                    return Video(self._there(below[len(root.rstrip("/")) + 1 :]), label)
         elif below.split("/", 1)[0] != "..":
-            return Entry(self._there(below), label)
-        return Entry(
+            return Video(self._there(below), label)
+        return Video(
             path,
             label,
             error=f"lies outside of the root folder ({next(iter(self.roots))}); --root (root=) gives another",

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ...text.labels import readable
-from .listing import VIDEO_NAME, Entry, Listing, Place, Request, class_numbers, csv_of, lines_of, walk
+from ..decode.video import Video
+from .listing import VIDEO_NAME, Listing, Place, Request, class_numbers, csv_of, lines_of, walk
 
 HMDB_LIST = re.compile(r"(.+)_test_split(\d+)\.txt", re.DOTALL)
 _SAME_SPLIT = {"val": "validate", "valid": "validate", "validation": "validate", "training": "train", "testing": "test"}
@@ -29,7 +30,7 @@ def kinetics(request: Request) -> Listing:
     wanted = _SAME_SPLIT.get(request.split or "", request.split)
     raw = sorted({row[column["label"]] for _, row in rows if len(row) == len(head)}) if "label" in column else []
     number_of, classes = class_numbers(request, raw, [name.replace("_", " ") for name in raw])
-    entries: list[Entry] = []
+    entries: list[Video] = []
     for number, row in rows:
         try:
             cells = {name: row[place].strip() for name, place in column.items()}
@@ -47,7 +48,7 @@ class _KineticsFiles:
     """Finds files below the root by YouTube id. Their names are {id}_{start:06d}_{end:06d}.mp4 or {id}.mp4."""
 
     def __init__(self, request: Request) -> None:
-        root = Path(request.folder if request.root is None else request.root)
+        root = Path(request.top)
         found, self.notes = walk(root, request.follow_links)
         self.by_name: dict[str, list[str]] = defaultdict(list)
         for entry in found:
@@ -56,7 +57,7 @@ class _KineticsFiles:
         links = [entry.path for entry in found if entry.error is not None]
         self.why = f"no file of that name below {root}" + (f" ({len(links)} folders not entered)" if links else "")
 
-    def __call__(self, youtube_id: str, start: int, end: int, hints: set[str], label: int | None) -> Entry:
+    def __call__(self, youtube_id: str, start: int, end: int, hints: set[str], label: int | None) -> Video:
         name = f"{youtube_id}_{start:06d}_{end:06d}"
         for stem in (name, f"{youtube_id}_{start}_{end}", youtube_id):
             paths = self.by_name.get(stem, [])
@@ -65,8 +66,8 @@ class _KineticsFiles:
                 best = max(
                     paths, key=lambda path: len(words & {part.replace("_", " ") for part in path.split("/")[:-1]})
                 )
-                return Entry(best, label)
-        return Entry(f"{name}.mp4", label, error=self.why)
+                return Video(best, label)
+        return Video(f"{name}.mp4", label, error=self.why)
 
 
 def ucf101(request: Request) -> Listing:
@@ -91,7 +92,7 @@ def ucf101(request: Request) -> Listing:
     number_of, classes = class_numbers(request, raw, [readable(name) for name in raw], str(index))
     root = request.root or _first_with(path.parent, raw, "UCF-101")
     place = Place(Request(path, root=root))
-    entries: list[Entry] = []
+    entries: list[Video] = []
     for number, line in lines_of(path):
         match = re.fullmatch(r"\s*((?:\S+/)?([^/\s]+)/\S.*?)(?:\s+(\d+))?\s*", line)
         if match is None or match[2] not in number_of or (match[3] and match[3] != str(raw.index(match[2]) + 1)):
@@ -123,7 +124,7 @@ def hmdb51(request: Request) -> Listing:
     place = Place(Request(request.path, root=root))
     below = {entry.name: entry.is_dir() for entry in os.scandir(root)}
     flat = not any(below.get(each) for each in raw) and any(map(VIDEO_NAME.fullmatch, below))
-    entries: list[Entry] = []
+    entries: list[Video] = []
     for each, name in lists:
         for number, line in lines_of(request.path / name):
             file, _, use = line.strip().rpartition(" ")

@@ -92,8 +92,7 @@ def look_all(
     if workers == 0:
         yield from ((number, look(root, row, follow_links)) for number, row in enumerate(rows))
         return
-    if workers is None:
-        workers = usable_cores()
+    workers = usable_cores() if workers is None else workers
     crew = [_start(root, follow_links, timeout) for _ in range(min(workers, len(rows)))]
     waiting = iter(enumerate(rows))
     try:

@@ -21,7 +21,8 @@ from itertools import product
 from pathlib import Path
 
 from ...files import parse_json
-from .listing import VIDEO_NAME, Entry, Listing, Request
+from ..decode.video import Video
+from .listing import VIDEO_NAME, Listing, Request
 
 _LABEL_SUFFIXES = ("cls", "json", "txt")  # the first one with a label counts
 _LONGEST_LABEL = 65536  # bytes
@@ -42,7 +43,7 @@ class _Member(tarfile.TarInfo):
 
 @dataclass
 class _Sample:
-    videos: list[Entry] = field(default_factory=list)
+    videos: list[Video] = field(default_factory=list)
     labels: dict[str, int | str] = field(default_factory=dict)  # by suffix
     error: str | None = None  # what is wrong with a label
 
@@ -126,7 +127,7 @@ def _read(folder: Path, name: str) -> list[_Sample]:
             raise
         reason = f"cannot be read to its end ({getattr(error, 'strerror', None) or error})"
     if reason:
-        samples["/"] = _Sample([Entry(name, error=f"the tar file {reason}")])
+        samples["/"] = _Sample([Video(name, error=f"the tar file {reason}")])
     return [sample for sample in samples.values() if sample.videos]
 
 
@@ -160,10 +161,10 @@ def _take(tar: tarfile.TarFile, member: tarfile.TarInfo, shard: str, length: int
             sample.error = f"its label in {member.name} cannot be read ({error})"
 
 
-def _member(member: tarfile.TarInfo, shard: str, length: int) -> Entry:
+def _member(member: tarfile.TarInfo, shard: str, length: int) -> Video:
     if member.size < 0:
-        return Entry(shard, member=member.name, offset=0, error=f"has an impossible size of {member.size} bytes")
-    entry = Entry(shard, member=member.name, offset=member.offset_data, size=member.size)
+        return Video(shard, member=member.name, offset=0, error=f"has an impossible size of {member.size} bytes")
+    entry = Video(shard, member=member.name, offset=member.offset_data, size=member.size)
     if not member.isfile():
         kind = "link" if member.issym() or member.islnk() else "device or pipe"
         return replace(entry, error=f"is a {kind} in the tar file, not a file")

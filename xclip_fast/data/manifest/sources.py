@@ -48,8 +48,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ...files import errors_name, require_regular
+from ..decode.video import Video
 from .labels import Labels, read_labels
-from .listing import VIDEO_NAME, Entry, Listing, Place, Request, class_numbers, is_folder, lines_of, walk
+from .listing import VIDEO_NAME, Listing, Place, Request, class_numbers, is_folder, lines_of, walk
 from .official import HMDB_LIST, hmdb51, kinetics, ucf101
 from .shards import read_shards
 
@@ -148,8 +149,8 @@ def _folder(request: Request) -> Listing:
     used = {entry.path.split("/", 1)[0] for entry in found}
     notes += [f"{request.path}: the folder of class {top!r} holds no video" for top in tops if top not in used]
     numbers = [number_of[entry.path.split("/", 1)[0]] for entry in found]
-    entries = [Entry(entry.path, label, error=entry.error) for entry, label in zip(found, numbers, strict=True)]
-    entries += [Entry(entry.path, error="lies outside of the class folders") for entry in loose]
+    entries = [Video(entry.path, label, error=entry.error) for entry, label in zip(found, numbers, strict=True)]
+    entries += [Video(entry.path, error="lies outside of the class folders") for entry in loose]
     return request.listing(classes, sorted(entries, key=lambda entry: entry.path), notes)
 
 
@@ -169,7 +170,7 @@ def _flat(request: Request) -> Listing:
 
 def _lines(request: Request) -> Listing:
     """A path and the id of its label on each line. The path may contain spaces. Lines of paths alone have no label."""
-    entries: list[Entry] = []
+    entries: list[Video] = []
     place = Place(request)
     numbered = lines_of(request.path)
     bare = [VIDEO_NAME.fullmatch(line.strip()) is not None for _, line in numbered]

@@ -17,6 +17,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -131,8 +132,7 @@ def transcode(
                 return "skipped", made["damage"]
         return "done", _copy(name, target, parts, settings, stop)
 
-    if workers is None:
-        workers = usable_cores()
+    workers = usable_cores() if workers is None else workers
     waiting: dict[Future[tuple[str, str | None]], str] = {}
     left = iter(names.items())
     pool = ThreadPoolExecutor(workers, thread_name_prefix="transcode")
@@ -246,11 +246,8 @@ def _made(target: Path) -> dict[str, Any] | None:
 
 def _digest(name: str) -> str:
     """A hash of the file's content: a source that was only touched or moved need not be copied again."""
-    digest = hashlib.blake2b(digest_size=16)
     with open(name, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, partial(hashlib.blake2b, digest_size=16)).hexdigest()
 
 
 def _clear(parts: Path) -> None:

@@ -1,0 +1,144 @@
+"""The C++ library of csrc/cpu.cpp, loaded with ctypes: products of inference on CPUs with AVX2.
+
+M rows, N outputs, K summed. Panels are rows in the library's own order: (M up to the next multiple of 8, K) floats.
+"""
+
+import ctypes
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ABI = 1  # that of xclip_fast_cpu_abi in csrc/cpu.cpp
+FILE = Path(__file__).parents[1] / "libxclip_fast_cpu.so"
+UNIT = 8  # M is rounded up to it; N and K are multiples of it
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+class _Rows(ctypes.Structure):
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("length", ctypes.c_int64),
+        ("frame_stride", ctypes.c_int64),
+        ("row_stride", ctypes.c_int64),
+    ]
+
+
+class _Product(ctypes.Structure):
+    _fields_ = [
+        ("rows", ctypes.c_int64),
+        ("outputs", ctypes.c_int64),
+        ("summed", ctypes.c_int64),
+        ("x", _Rows),
+        ("last", _Rows),
+        ("ln_weight", ctypes.c_void_p),
+        ("ln_bias", ctypes.c_void_p),
+        ("eps", ctypes.c_float),
+        ("dtype", ctypes.c_int32),
+        ("panels", ctypes.c_void_p),
+        ("weight", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("quick_gelu", ctypes.c_int32),
+        ("threads", ctypes.c_int32),
+        ("y_panels", ctypes.c_void_p),
+        ("y", _Rows),
+        ("residual", _Rows),
+    ]
+
+
+@functools.cache
+def load() -> tuple[Any, str | None]:
+    """The library and None, or None and the reason why products do not run on it."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    if capability != "AVX2":  # with AVX-512 oneDNN has wider registers
+        return None, f"it is made for AVX2, and torch uses {capability} here"
+    if not FILE.exists():
+        note = FILE.with_suffix(".failed")
+        why = f": {note.read_text(encoding='utf-8').strip()}" if note.exists() else ""
+        return None, f"no CPU library {FILE.name} in this package{why} (built by pip install where g++ is)"
+    try:
+        library = ctypes.CDLL(str(FILE))  # OpenMP's symbols are those that torch has loaded: one pool of threads
+        library.xclip_fast_cpu_product.argtypes = [ctypes.POINTER(_Product)]
+        library.xclip_fast_cpu_product.restype = None
+        abi = library.xclip_fast_cpu_abi()
+    except (OSError, AttributeError) as error:
+        return None, f"the CPU library {FILE} does not load: {error}"
+    if abi != ABI:
+        return None, f"the CPU library {FILE} has interface {abi}, wanted {ABI}: install again"
+    return library, None
+
+
+def panel_floats(rows: int, width: int) -> int:
+    """The size of the panels of (rows, width)."""
+    return -(-rows // UNIT) * UNIT * width
+
+
+def takes(*weights: Tensor) -> bool:
+    """Whether the library multiplies with these: (N, K), contiguous, in a dtype and of widths that it knows."""
+    return load()[0] is not None and all(
+        w.dtype in _DTYPES and w.is_contiguous() and not (w.shape[0] % UNIT or w.shape[1] % UNIT) for w in weights
+    )
+
+
+def product(
+    rows: int,
+    panels: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    x: Tensor | None = None,
+    norm: tuple[Tensor, Tensor, float] | None = None,
+    last: Tensor | None = None,
+    y: Tensor | None = None,
+    residual: Tensor | None = None,
+    y_panels: Tensor | None = None,
+    quick_gelu: bool = False,
+) -> None:
+    """act(LN(x) W^T + b) + residual, in float32.
+
+    Args:
+        rows: M.
+        panels: ``panel_floats(M, K)`` floats: x, or room for it if ``x`` is given.
+        weight: (N, K), one of float32, bfloat16 and float16.
+        bias: (N,), float32.
+        x: (M, K) or (frames, length, K), float32, with neighboring columns.
+        norm: weight (K,), bias (K,) and eps of LN; None: no LN.
+        last: (frames, K), float32, in place of the last row of each frame of ``x``.
+        y: (M, N) or (frames, length, N), float32, with neighboring columns: the result.
+        residual: like ``y``. It may be ``y`` itself.
+        y_panels: in place of ``y``, ``panel_floats(M, N)`` floats: the result as panels.
+        quick_gelu: whether act is quick_gelu.
+    """
+    ln_weight, ln_bias, eps = norm or (None, None, 0.0)
+    call = _Product(
+        rows,
+        *weight.shape,
+        _rows(x),
+        _rows(None if last is None else last[:, None]),
+        _address(ln_weight),
+        _address(ln_bias),
+        eps,
+        _DTYPES[weight.dtype],
+        _address(panels),
+        _address(weight),
+        _address(bias),
+        quick_gelu,
+        torch.get_num_threads(),
+        _address(y_panels),
+        _rows(y),
+        _rows(residual),
+    )
+    load()[0].xclip_fast_cpu_product(ctypes.byref(call))
+
+
+def _address(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+def _rows(x: Tensor | None) -> _Rows:
+    if x is None:
+        return _Rows()
+    frames = x if x.dim() == 3 else x[None]
+    return _Rows(frames.data_ptr(), frames.shape[1], frames.stride(0), frames.stride(1))

@@ -1,0 +1,164 @@
+"""Products of inference on a CPU with LayerNorm, activation and residual around them, on the fastest library there is.
+
+With AVX2 that is the one of csrc/cpu.cpp. Elsewhere, and where it was not built, oneDNN multiplies if the CPU has
+AVX-512, or instructions for the half-precision dtype, and else torch's own choice (docs/performance.md). There
+quick_gelu is torch's SiLU, since u sigmoid(1.702 u) = silu(1.702 u) / 1.702: the LayerNorm before the first product
+carries the factor, and the second product carries its inverse.
+
+F frames, L rows of a frame, M rows, I inputs, O outputs.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..common.block import GELUS
+from ..dispatch import forced_backend
+from ..linear import NATIVE_ON_CPU
+from ..quick_gelu import SLOPE
+from . import buffers, library
+
+Norm = tuple[Tensor, Tensor, float]  # weight, bias, eps of a LayerNorm
+_pointwise: Any = torch.ops.mkldnn._linear_pointwise
+
+
+class Products:
+    """Products in the dtype that this CPU computes ``given`` in.
+
+    Attributes:
+        dtype: of x and the results; float32 for a half-precision dtype without instructions.
+        onednn: whether oneDNN multiplies.
+    """
+
+    def __init__(self, given: torch.dtype) -> None:
+        self.dtype = given if NATIVE_ON_CPU.get(given, True) else torch.float32
+        wide = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+        self.onednn = forced_backend() == "onednn" or NATIVE_ON_CPU.get(self.dtype, wide)
+
+    def _library_takes(self, *weights: Tensor) -> bool:
+        return self.dtype == torch.float32 and not self.onednn and library.takes(*weights)
+
+    def linear(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        *,
+        norm: Norm | None = None,
+        last: Tensor | None = None,
+        residual: Tensor | None = None,
+        out: Tensor | None = None,
+        name: str = "",
+    ) -> Tensor:
+        """LN(x) W^T + b + residual.
+
+        Args:
+            x: (M, I), or (F, L, I) of any strides.
+            weight: (O, I). bias: (O,).
+            norm: weight, bias and eps of LN; None: no LN.
+            last: (F, I), in place of the last row of each frame of ``x``.
+            residual: as many rows of O as ``x`` has, (M, O) or (F, L, O).
+            out: like ``residual``, overwritten with the result; it may be ``residual``.
+            name: of the buffer for the result if ``out`` is None; "": new memory.
+
+        Returns:
+            ``out``, or (M, O).
+        """
+        (columns, width), count = weight.shape, x.numel() // weight.shape[1]
+        if not self._library_takes(weight):
+            y = self._plain(_normed(x, norm, last), weight, bias, name)
+            if residual is None:
+                return y
+            return torch.add(residual, y.view(residual.shape), out=out)
+        y = buffers.take(name, count, columns, torch.float32) if out is None else out
+        library.product(
+            count,
+            _panels("panels", count, width),
+            weight,
+            bias.float(),
+            x=_beside(x),
+            norm=_in_float32(norm),
+            last=last,
+            y=y,
+            residual=residual,
+        )
+        return y
+
+    def mlp(
+        self,
+        x: Tensor,
+        norm: Norm,
+        fc: Sequence[Tensor],
+        projection: Sequence[Tensor],
+        activation: str,
+        out: Tensor | None,
+    ) -> Tensor:
+        """x + W2 act(W1 LN(x) + b1) + b2: (M, D) or (F, L, D), written to ``out`` or new."""
+        (hidden, width), count = fc[0].shape, x.numel() // x.shape[-1]
+        if self._library_takes(fc[0], projection[0]):
+            quick = activation == "quick_gelu"
+            panels, inner = _panels("panels", count, width), _panels("wide", count, hidden)
+            y = torch.empty_like(x) if out is None else out
+            library.product(
+                count,
+                panels,
+                fc[0],
+                fc[1].float(),
+                x=_beside(x),
+                norm=_in_float32(norm),
+                y_panels=inner,
+                quick_gelu=quick,
+            )
+            if not quick:
+                torch.ops.aten.gelu_(inner, approximate=GELUS[activation])
+            library.product(count, inner, projection[0], projection[1].float(), y=y, residual=_beside(x))
+            return y
+        scale = SLOPE if activation == "quick_gelu" else 1.0
+        at_least = torch.promote_types(self.dtype, torch.float32)  # the scaled vectors are not rounded once more
+        normed = _normed(x, (norm[0].to(at_least) * scale, norm[1].to(at_least) * scale, norm[2]))
+        bias = (fc[1].to(at_least) * scale).to(self.dtype)
+        inner = self._plain(normed, fc[0], bias, "wide", activation)
+        y = self._plain(inner, *projection, "product", alpha=1 / scale)
+        return torch.add(x, y.view(x.shape), out=out)
+
+    def _plain(
+        self, x: Tensor, weight: Tensor, bias: Tensor, name: str, activation: str = "", alpha: float = 1.0
+    ) -> Tensor:
+        """act(alpha x W^T + b) by oneDNN or by torch's own choice: (M, I) to (M, O). act is SiLU for "quick_gelu"."""
+        weight = weight.to(self.dtype)
+        if self.onednn:
+            attribute = "gelu" if activation in GELUS else "swish" if activation else "none"
+            y = _pointwise(x, weight, (bias / alpha).to(x.dtype), attribute, [], GELUS.get(activation, ""))
+            return y if alpha == 1.0 else y.mul_(alpha)
+        y = buffers.take(name, len(x), len(weight), x.dtype)
+        torch.addmm(bias.to(x.dtype), x, weight.T, alpha=alpha, out=y)
+        if activation in GELUS:
+            return torch.ops.aten.gelu_(y, approximate=GELUS[activation])
+        return F.silu(y, inplace=True) if activation else y
+
+
+def _normed(x: Tensor, norm: Norm | None, last: Tensor | None = None) -> Tensor:
+    """LN(x) with ``last`` in place of each frame's last row, as (M, I)."""
+    width = x.shape[-1:]
+    if norm is not None:
+        weight, bias, eps = norm[0].to(x.dtype), norm[1].to(x.dtype), norm[2]
+        x = F.layer_norm(x, width, weight, bias, eps)
+        if last is not None:
+            x[:, -1] = F.layer_norm(last, width, weight, bias, eps)
+    return x.reshape(-1, *width)
+
+
+def _in_float32(norm: Norm | None) -> Norm | None:
+    return None if norm is None else (norm[0].float(), norm[1].float(), norm[2])
+
+
+def _panels(name: str, rows: int, width: int) -> Tensor:
+    return buffers.take(name, 1, library.panel_floats(rows, width), torch.float32)
+
+
+def _beside(x: Tensor) -> Tensor:
+    """x with neighboring columns."""
+    return x if x.stride(-1) == 1 else x.contiguous()
