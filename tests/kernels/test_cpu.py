@@ -1,4 +1,4 @@
-"""Inference on a CPU (kernels/cpu.py) against float64, after changes of weights and from every kind of caller."""
+"""Inference on a CPU (kernels/cpu) against float64, after changes of weights and from every kind of caller."""
 
 import copy
 import dataclasses
@@ -13,6 +13,9 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from xclip_fast.kernels import cpu
+from xclip_fast.kernels.cpu import buffers, library
+from xclip_fast.kernels.cpu.products import Products
+from xclip_fast.kernels.linear import NATIVE_ON_CPU
 
 import xclip_fast
 from xclip_fast import FastCCTBlock, kernels
@@ -44,9 +47,20 @@ def taken(monkeypatch):
             return function(*args, **kwargs)
 
         monkeypatch.setattr(cpu, name, functools.partial(counted, name, getattr(cpu, name)))
-    buffer = cpu._buffer
-    monkeypatch.setattr(cpu, "_buffer", lambda *args: buffer(*args).fill_(float("nan")))
+    buffer = buffers.take
+    monkeypatch.setattr(buffers, "take", lambda *args: buffer(*args).fill_(float("nan")))
     return calls
+
+
+@pytest.fixture(params=["library", "torch", "onednn"])
+def multiplied(request, monkeypatch):
+    """Each of the ways to multiply in turn."""
+    if request.param == "library" and library.load()[0] is None:
+        pytest.skip(library.load()[1])
+    if request.param == "torch":
+        monkeypatch.setattr(library, "takes", lambda *weights: False)
+    with kernels.backend("onednn" if request.param == "onednn" else "auto"):
+        yield request.param
 
 
 @pytest.fixture
@@ -57,11 +71,10 @@ def threads():
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("backend", ["auto", "onednn"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("videos", "frames", "length"), [(1, 1, 2), (2, 3, 5), (1, 5, 50), (3, 2, 17)])
 @pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
-def test_block_is_as_exact_as_torch_of_its_dtype(videos, frames, length, dtype, backend, activation, taken):
+def test_block_is_as_exact_as_torch_of_its_dtype(videos, frames, length, dtype, activation, multiplied, taken):
     block = random_block(frames=frames, activation=activation).to(dtype)
     x = torch.randn(videos * frames, length, 64).to(dtype)
     with torch.no_grad():
@@ -69,7 +82,7 @@ def test_block_is_as_exact_as_torch_of_its_dtype(videos, frames, length, dtype, 
         with kernels.backend("reference"):
             plain = block(x)
         assert not taken
-        with kernels.backend(backend), cpu.workspace():
+        with cpu.workspace():
             given = block(x)
     assert taken == ["cross_frame_attention", "feed_forward"]
     assert given.dtype == dtype
@@ -77,18 +90,84 @@ def test_block_is_as_exact_as_torch_of_its_dtype(videos, frames, length, dtype, 
     assert error(given, wanted) <= 2 * error(plain, wanted) + torch.finfo(dtype).eps
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
-@pytest.mark.parametrize(("width", "heads"), [(64, 2), (192, 3)])
-def test_threads_that_share_a_product(count, width, heads, threads, taken):
-    """With 2 of 3 heads for each thread, say, no head may be parted; 5 threads leave the sharing to MKL."""
-    threads(count)
-    block, x = random_block(width, heads), torch.randn(6, 9, width)
-    with torch.no_grad(), cpu.workspace():
-        wanted = copy.deepcopy(block).double()(x.double())
-        assert error(block(x), wanted) < 1e-6
-        weight, bias = block.attn.in_proj_weight, block.attn.in_proj_bias
-        wanted = nn.functional.linear(x.double(), weight.double(), bias.double())
-        assert error(cpu.linear(x, weight, bias), wanted) < 1e-6
+def panels(rows, width):
+    return torch.full((library.panel_floats(rows, width),), float("nan"))
+
+
+@pytest.mark.skipif(library.load()[0] is None, reason=str(library.load()[1]))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("frames", "length", "width", "columns"),
+    # panels of 8, 16 and 24 rows, and K in one, two and five parts
+    [(1, 1, 8, 8), (2, 4, 64, 200), (3, 5, 768, 96), (1, 17, 1032, 24), (7, 29, 96, 392), (5, 17, 3584, 40)],
+)
+def test_products_of_the_library(frames, length, width, columns, dtype, threads):
+    """LayerNorm, another last row, residual and strides; then a product of what quick_gelu left in panels."""
+    torch.manual_seed(0)
+    weight, bias = (torch.randn(columns, width) * width**-0.5).to(dtype), torch.randn(columns)
+    norm = torch.randn(width), torch.randn(width), 1e-5
+    x = torch.randn(frames, length + 1, 2 * width)[:, :-1, width:] + 1  # strides of its own
+    last, residual = torch.randn(frames, width), torch.randn(frames, length, columns)
+    whole = x.clone()
+    whole[:, -1] = last
+
+    def composed(dtype):
+        normed = nn.functional.layer_norm(whole.to(dtype), (width,), norm[0].to(dtype), norm[1].to(dtype), norm[2])
+        return nn.functional.linear(normed, weight.to(dtype), bias.to(dtype)) + residual.to(dtype)
+
+    rows, results = frames * length, []
+    for count in (1, 2, 3):
+        threads(count)
+        y = torch.full((frames, length + 1, columns), float("nan"))
+        given = dict(x=x, norm=norm, last=last, residual=residual)
+        library.product(rows, panels(rows, width), weight, bias, y=y[:, :-1], **given)
+        assert y[:, -1].isnan().all()
+        results.append(y[:, :-1])
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+    slack = torch.finfo(torch.float32).eps
+    wanted = composed(torch.float64)
+    assert error(results[0], wanted) <= 2 * error(composed(torch.float32), wanted) + slack
+
+    hidden, back = panels(rows, columns), (torch.randn(width, columns) * columns**-0.5).to(dtype)
+    library.product(rows, panels(rows, width), weight, bias, x=x, y_panels=hidden, quick_gelu=True)
+    y = torch.randn(frames, length, width)
+    library.product(rows, hidden, back, norm[1], y=y, residual=x)
+
+    def mlp(dtype):
+        u = nn.functional.linear(x.to(dtype), weight.to(dtype), bias.to(dtype))
+        return nn.functional.linear(u * torch.sigmoid(1.702 * u), back.to(dtype), norm[1].to(dtype)) + x.to(dtype)
+
+    wanted = mlp(torch.float64)
+    assert error(y, wanted) <= 2 * error(mlp(torch.float32), wanted) + slack
+
+
+@pytest.mark.skipif(library.load()[0] is None, reason=str(library.load()[1]))
+def test_quick_gelu_of_the_library_at_the_ends():
+    u = torch.tensor([0.0, -0.0, 1e-30, -1e-30, 88.0, -88.0, 3e4, -3e4, 1e38, float("nan"), -5.0, 51.0] * 2)
+    hidden = panels(len(u), 8)
+    library.product(
+        len(u),
+        panels(len(u), 8),
+        torch.eye(8),
+        torch.zeros(8),
+        x=u[:, None] * torch.ones(8),
+        y_panels=hidden,
+        quick_gelu=True,
+    )
+    given, wanted = hidden.view(8, len(u))[0], (u.double() * torch.sigmoid(1.702 * u.double())).float()
+    assert torch.allclose(given, wanted, rtol=1e-6, atol=1e-30, equal_nan=True)
+
+
+def test_widths_that_the_library_does_not_take():
+    """Neither a width that is no multiple of 8, nor a weight that is a view of another."""
+    for width, heads in ((60, 3), (64, 2)):
+        block, x = random_block(width, heads), torch.randn(6, 9, width)
+        if width == 64:
+            block.attn.in_proj_weight.data = block.attn.in_proj_weight.data.T.contiguous().T
+        assert not library.takes(block.attn.in_proj_weight)
+        with torch.no_grad():
+            assert error(block(x), copy.deepcopy(block).double()(x.double())) < 1e-6
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told to keep freed memory")
@@ -165,16 +244,14 @@ def to_half(block):
 @pytest.mark.parametrize(
     "change", [fused_step, edited_data, edited_numpy, loaded, assigned, merged_lora, to_half], ids=lambda f: f.__name__
 )
-@pytest.mark.parametrize("backend", ["auto", "onednn"])
-def test_changed_weights_count_at_once(change, backend):
+def test_changed_weights_count_at_once(change, multiplied):
     block = random_block()
     x = torch.randn(6, 5, 64)
-    with kernels.backend(backend), torch.no_grad():
+    with torch.no_grad():
         before = block(x)
     change(block)
     with torch.no_grad():
-        with kernels.backend(backend):
-            given = block(x.to(block.ln_1.weight.dtype))
+        given = block(x.to(block.ln_1.weight.dtype))
         wanted = copy.deepcopy(block).double()(x.double())
     tolerance = 1e-5 if block.ln_1.weight.dtype == torch.float32 else 5e-3
     assert error(given, wanted) < tolerance
@@ -247,8 +324,8 @@ def test_a_workspace_ends_with_its_block_and_serves_both_modes():
             first = block(x)
         with torch.no_grad():
             assert torch.equal(block(x), first)
-        assert cpu._local.buffers
-    assert cpu._local.buffers is None
+        assert buffers._local.buffers
+    assert buffers._local.buffers is None
 
 
 @pytest.fixture(scope="module")
@@ -292,31 +369,40 @@ def test_normalized_pixels_are_the_same_as_levels(model):
             assert torch.allclose(given, wanted, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("count", [1, 2])
-def test_passes_over_memory_of_a_block(count, threads):
+def test_passes_over_memory_of_a_block(multiplied, monkeypatch):
     """The calls of one block that read as much as its stream, in order. docs/performance.md names them."""
-    threads(count)
     block, x = random_block(), torch.randn(12, 60, 64)
-    stream = Stream(Stream(x).with_spare_row(), True)
+    stream, seen = Stream(Stream(x).with_spare_row(), True), []
+    product = library.product
+
+    def recorded(rows, *args, **kwargs):
+        if rows >= 12 * 60:
+            seen.append("library")
+        product(rows, *args, **kwargs)
+
     with torch.no_grad(), cpu.workspace():
         block(stream)
+        monkeypatch.setattr(library, "product", recorded)
         with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
             block(stream)
     work = {"aten::baddbmm", "aten::bmm", "aten::addmm", "aten::copy_", "aten::add", "aten::add_", "aten::mul"}
     work |= {"aten::native_layer_norm", "aten::_scaled_dot_product_flash_attention_for_cpu", "aten::cat", "aten::fill_"}
-    work |= {"aten::silu_"}
-    seen = [
-        event.name.removeprefix("aten::")
+    work |= {"aten::silu_", "aten::mul_", "mkldnn::_linear_pointwise"}
+    called = [
+        event.name.split("::")[-1]
         for event in profiler.events()
         if event.name in work and any(torch.Size(shape).numel() >= x.numel() for shape in event.input_shapes if shape)
     ]
-    # copy_ inside a product fills it with its bias; add writes the residual with the product
-    product = ["baddbmm" if count > 1 else "addmm", "copy_"]
-    mixed = ["copy_"] if count > 1 else []  # the heads of all threads beside each other
-    assert seen == [
-        *("native_layer_norm", *product, "_scaled_dot_product_flash_attention_for_cpu", *mixed, *product, "add"),
-        *("native_layer_norm", *product, "silu_", *product, "add"),
-    ]
+    attention = "_scaled_dot_product_flash_attention_for_cpu"
+    if multiplied == "library":  # one call rewrites x (LayerNorm is in it) and multiplies
+        assert seen == ["library"] * 4
+        assert called == [attention]
+    elif multiplied == "torch":  # copy_ inside a product fills it with its bias; add writes the residual
+        product, normed = ["addmm", "copy_"], "native_layer_norm"
+        assert called == [normed, *product, attention, *product, "add", normed, *product, "silu_", *product, "add"]
+    else:
+        product, normed = "_linear_pointwise", "native_layer_norm"
+        assert called == [normed, product, attention, product, "add", normed, product, product, "mul_", "add"]
 
 
 def test_a_model_may_be_trained_between_two_inferences(model):
@@ -336,6 +422,6 @@ def test_a_model_may_be_trained_between_two_inferences(model):
     assert error(before, wanted) > 1e-3
 
 
-@pytest.mark.skipif(cpu.NATIVE_ON_CPU[torch.bfloat16], reason="this CPU has bfloat16 instructions")
+@pytest.mark.skipif(NATIVE_ON_CPU[torch.bfloat16], reason="this CPU has bfloat16 instructions")
 def test_half_precision_is_rounded_once_where_the_cpu_has_no_instructions_for_it():
-    assert cpu._Products(torch.bfloat16).dtype == torch.float32
+    assert Products(torch.bfloat16).dtype == torch.float32
