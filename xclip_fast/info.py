@@ -23,6 +23,7 @@ from .kernels import BackendError, Block, cuda_library, dispatch
 from .kernels.cct_block.plans import case_of
 from .kernels.common.example import Maker, Sizes
 from .kernels.dispatch.parts import PARTS
+from .kernels.cpu import library as cpu_library
 from .kernels.linear import NATIVE_ON_CPU
 
 # Name as shown, module, distributions that contain it, how to install it (empty: xclip-fast requires it).
@@ -94,7 +95,8 @@ def show(as_json: bool = False) -> None:
     products = [f"{dtype} {'native' if on else 'products in float32'}" for dtype, on in cpu["native_gemm"].items()]
     instructions = ", ".join(cpu["instructions"]) or "no vector instructions known"
     threads = f"{cpu['threads']} thread" + "s" * (cpu["threads"] != 1)
-    devices = [("cpu", cpu["model"], f"{threads}, {instructions}; {', '.join(products)}")]
+    library = "the CPU library multiplies" if cpu["library"] is None else f"without the CPU library: {cpu['library']}"
+    devices = [("cpu", cpu["model"], f"{threads}, {instructions}; {library}; {', '.join(products)}")]
     for gpu in cuda["devices"]:
         size = f"sm_{gpu['capability'].replace('.', '')}, {gpu['memory_gib']} GiB, {gpu['multiprocessors']} SMs"
         devices.append((f"cuda:{gpu['index']}", gpu["name"], size))
@@ -190,6 +192,7 @@ def _cpu() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(),  # the code path that torch takes
         "instructions": [name for name, ask in questions.items() if ask is not None and ask()],
+        "library": cpu_library.load()[1],  # why the products of inference do not run on it, or None
         "native_gemm": {_dtype_name(dtype): native for dtype, native in NATIVE_ON_CPU.items()},
     }
 

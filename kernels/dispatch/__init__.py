@@ -42,7 +42,7 @@ off_gpu = int(INTERPRETED)
 
 
 def backends() -> tuple[str, ...]:
-    """The names of all backends: those of the ops, those of the parts of a block, and onednn (cpu.py)."""
+    """The names of all backends: those of the ops, those of the parts of a block, and onednn (cpu/)."""
     return tuple(sorted(_names))
 
 

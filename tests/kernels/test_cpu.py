@@ -184,7 +184,8 @@ def test_memory_of_one_call_serves_the_next():
         return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
     faults()
-    assert faults() < 200  # 4,500 if nothing is kept
+    # 4,500 each time if nothing is kept; the system may take pages back, but not each time
+    assert min(faults() for _ in range(4)) < 200
 
 
 def test_rows_computed_in_parts(monkeypatch, taken):
