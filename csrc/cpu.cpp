@@ -126,6 +126,7 @@ __attribute__((noinline)) void multiply(const float* weight, int64_t stride, con
   for (int n = 0; n < Outputs; ++n)
 #pragma GCC unroll 3
     for (int v = 0; v < Vectors; ++v) sums[n][v] = _mm256_setzero_ps();
+#pragma GCC unroll 4
   for (int k = 0; k < depth; ++k, ++weight, panel += Vectors * kVector) {
     __m256 x[Vectors];
 #pragma GCC unroll 3
