@@ -22,8 +22,8 @@ from .console import first_line, print_rows
 from .kernels import BackendError, Block, cuda_library, dispatch
 from .kernels.cct_block.plans import case_of
 from .kernels.common.example import Maker, Sizes
-from .kernels.dispatch.parts import PARTS
 from .kernels.cpu import library as cpu_library
+from .kernels.dispatch.parts import PARTS
 from .kernels.linear import NATIVE_ON_CPU
 
 # Name as shown, module, distributions that contain it, how to install it (empty: xclip-fast requires it).
