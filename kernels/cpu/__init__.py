@@ -132,7 +132,7 @@ def feed_forward(
     for part in _parts(len(given), HIDDEN_BYTES // (4 * len(fc[0]) * given[0].numel() // width)):
         rows, result = given[part].to(products.dtype), taken[part]
         narrow = result.dtype != products.dtype
-        written = products.mlp(rows, (*ln, eps), fc, projection, activation, None if narrow else result)
+        written = products.mlp(rows, (ln[0], ln[1], eps), fc, projection, activation, None if narrow else result)
         if narrow:
             result.copy_(written.view(result.shape))
     return y

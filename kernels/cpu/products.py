@@ -21,7 +21,7 @@ from ..linear import NATIVE_ON_CPU
 from ..quick_gelu import SLOPE
 from . import buffers, library
 
-Norm = tuple[Tensor, Tensor, float]  # weight, bias, eps of a LayerNorm
+Norm = tuple[Any, Any, float]  # weight, bias, eps of a LayerNorm; Any: a block's parameters are optional
 _pointwise: Any = torch.ops.mkldnn._linear_pointwise
 
 
@@ -44,8 +44,8 @@ class Products:
     def linear(
         self,
         x: Tensor,
-        weight: Tensor,
-        bias: Tensor,
+        weight: Any,
+        bias: Any,
         *,
         norm: Norm | None = None,
         last: Tensor | None = None,
