@@ -121,7 +121,7 @@ class Products:
         normed = _normed(x, (norm[0].to(at_least) * scale, norm[1].to(at_least) * scale, norm[2]))
         bias = (fc[1].to(at_least) * scale).to(self.dtype)
         inner = self._plain(normed, fc[0], bias, "wide", activation)
-        y = self._plain(inner, *projection, "product", alpha=1 / scale)
+        y = self._plain(inner, projection[0], projection[1], "product", alpha=1 / scale)
         return torch.add(x, y.view(x.shape), out=out)
 
     def _plain(
