@@ -1,4 +1,4 @@
-// Products of inference on a CPU with AVX2: y = act(LN(x) W^T + b) + residual, for kernels/cpu.py. C interface, no torch.
+// Inference on a CPU with AVX2, for kernels/cpu: products y = act(LN(x) W^T + b) + residual, and attention. C interface.
 //
 // W is read where it lies: each of its elements is broadcast and multiplied with 24 rows of x at a time. So nothing of W is
 // packed, and every change of a weight counts at once. x is rewritten into panels of 24 rows, (K, 24) each, which takes
@@ -7,10 +7,10 @@
 // M rows of x, N outputs, K summed.
 
 #include <immintrin.h>
+#include <omp.h>
 
 #include <algorithm>
 #include <cstdint>
-#include <vector>
 
 namespace {
 
@@ -48,6 +48,15 @@ struct Product {
   int32_t quick_gelu, threads;
   float* y_panels;                     // (M up to the next multiple of 8, N): the result as panels, or null:
   Rows y, residual;                    // the result as rows, with a residual or without
+};
+
+struct Attention {
+  int64_t frames, keys, queries, heads, channels;  // the first `queries` of the `keys` rows of a frame ask
+  const float* qkv;                                // (frames, keys, 3, heads, channels)
+  float* y;                                        // (frames, queries, heads, channels)
+  float* scratch;                                  // for each thread (channels + 24) (keys up to a multiple of 8) and 48 channels
+  float scale;
+  int32_t threads;
 };
 }
 
@@ -245,11 +254,70 @@ void task(const Product& p, int64_t n0, int64_t n1, int64_t m0, int64_t m1, floa
   }
 }
 
+// Rewrites 8 rows of `depth` floats, of which `count` exist, to columns of a matrix `width` wide.
+void transpose_rows(const float* rows, int64_t stride, int64_t count, int64_t depth, float scale, float* out, int64_t width) {
+  for (int64_t k = 0; k < depth; k += kVector) {
+    __m256 v[kVector];
+    for (int64_t i = 0; i < kVector; ++i)
+      v[i] = _mm256_mul_ps(_mm256_loadu_ps(rows + std::min(i, count - 1) * stride + k), _mm256_set1_ps(scale));
+    transpose(v);
+    for (int i = 0; i < kVector; ++i) _mm256_store_ps(out + (k + i) * width, v[i]);
+  }
+}
+
+// The 8 Vectors queries from `first` on, of one head: scores, softmax and values with the queries side by side.
+template <int Vectors>
+void attend(const Attention& a, const float* query, int64_t first, const float* key, const float* values, int64_t padded,
+            float* scores, float* y) {
+  constexpr int width = Vectors * kVector;
+  const int64_t row = 3 * a.heads * a.channels;
+  float* panel = scores + kPanel * padded;       // (channels, width): the queries
+  float* mixed = panel + kPanel * a.channels;    // (channels, width): the result
+  for (int v = 0; v < Vectors; ++v) {
+    const int64_t at = first + v * kVector;
+    transpose_rows(query + at * row, row, a.queries - at, a.channels, a.scale, panel + v * kVector, width);
+  }
+  for (int64_t i = 0; i < a.keys; i += 4) {
+    const int64_t k = std::min(i, a.keys - 4);  // the last four may overlap the four before
+    __m256 sums[4 * Vectors] = {};
+    multiply<4, Vectors>(key + k * row, row, panel, static_cast<int>(a.channels), sums);
+    for (int j = 0; j < 4 * Vectors; ++j) _mm256_store_ps(scores + k * width + j * kVector, sums[j]);
+  }
+  __m256 inverse[Vectors];
+  for (int v = 0; v < Vectors; ++v) {
+    float* column = scores + v * kVector;
+    __m256 most = _mm256_load_ps(column), total = _mm256_setzero_ps();
+    for (int64_t k = 1; k < a.keys; ++k) most = _mm256_max_ps(most, _mm256_load_ps(column + k * width));
+    for (int64_t k = 0; k < a.keys; ++k) {
+      const __m256 e = exponential(_mm256_sub_ps(_mm256_load_ps(column + k * width), most));
+      _mm256_store_ps(column + k * width, e);
+      total = _mm256_add_ps(total, e);
+    }
+    inverse[v] = _mm256_div_ps(_mm256_set1_ps(1.0f), total);
+  }
+  for (int64_t c = 0; c < a.channels; c += 4) {
+    __m256 sums[4 * Vectors] = {};
+    multiply<4, Vectors>(values + c * padded, padded, scores, static_cast<int>(a.keys), sums);
+    for (int j = 0; j < 4 * Vectors; ++j)
+      _mm256_store_ps(mixed + c * width + j * kVector, _mm256_mul_ps(sums[j], inverse[j % Vectors]));
+  }
+  for (int v = 0; v < Vectors; ++v) {
+    const int64_t at = first + v * kVector;
+    for (int64_t c = 0; c < a.channels; c += kVector) {
+      __m256 rows[kVector];
+      for (int i = 0; i < kVector; ++i) rows[i] = _mm256_load_ps(mixed + (c + i) * width + v * kVector);
+      transpose(rows);
+      for (int64_t i = 0; i < std::min<int64_t>(kVector, a.queries - at); ++i)
+        _mm256_storeu_ps(y + (at + i) * a.heads * a.channels + c, rows[i]);
+    }
+  }
+}
+
 }  // namespace
 
 extern "C" {
 
-__attribute__((visibility("default"))) int32_t xclip_fast_cpu_abi() { return 1; }
+__attribute__((visibility("default"))) int32_t xclip_fast_cpu_abi() { return 2; }
 
 __attribute__((visibility("default"))) void xclip_fast_cpu_product(const Product* product) {
   const Product& p = *product;
@@ -269,6 +337,29 @@ __attribute__((visibility("default"))) void xclip_fast_cpu_product(const Product
     for (int64_t i = 0; i < chunks * blocks; ++i) {
       const int64_t n = i / blocks * kChunk, m = i % blocks * rows_of_task;
       task(p, n, std::min(n + kChunk, p.outputs), m, std::min(m + rows_of_task, p.rows), partials, wide);
+    }
+  }
+}
+
+__attribute__((visibility("default"))) void xclip_fast_cpu_attention(const Attention* attention) {
+  const Attention& a = *attention;
+  const int64_t width = a.heads * a.channels, padded = (a.keys + kVector - 1) / kVector * kVector;
+  const int64_t scratch = (a.channels + kPanel) * padded + 2 * kPanel * a.channels;
+#pragma omp parallel num_threads(a.threads)
+  {
+    float* values = a.scratch + omp_get_thread_num() * scratch;  // (channels, padded)
+#pragma omp for schedule(dynamic)
+    for (int64_t i = 0; i < a.frames * a.heads; ++i) {
+      const int64_t frame = i / a.heads, head = i % a.heads * a.channels;
+      const float* query = a.qkv + frame * a.keys * 3 * width + head;
+      const float *key = query + width, *value = key + width;
+      for (int64_t k = 0; k < a.keys; k += kVector)
+        transpose_rows(value + k * 3 * width, 3 * width, a.keys - k, a.channels, 1.0f, values + k, padded);
+      for (int64_t first = 0; first < a.queries; first += kPanel) {
+        const int vectors = vectors_of_panel(a.queries, first);
+        (vectors == 3 ? attend<3> : vectors == 2 ? attend<2> : attend<1>)(
+            a, query, first, key, values, padded, values + a.channels * padded, a.y + frame * a.queries * width + head);
+      }
     }
   }
 }

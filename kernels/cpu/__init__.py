@@ -80,8 +80,7 @@ def cross_frame_attention(b: Block, products: Products, x_FSD: Tensor, message_F
     # the message takes the spare row's place in the projection
     norm = b.ln_1_weight, b.ln_1_bias, b.eps
     qkv = products.linear(x, b.in_weight, b.in_bias, norm=norm, last=message_FD, name="wide")
-    query, key, value = qkv.view(count, length, 3, b.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-    mixed = F.scaled_dot_product_attention(query[:, :, :-1], key, value).transpose(1, 2).flatten(2)
+    mixed = products.attention(qkv.view(count, length, 3, b.heads, -1), length - 1)
     z_FLD = buffers.take("stream", count * (length - 1), width, products.dtype).view(count, length - 1, width)
     return products.linear(mixed, b.out_weight, b.out_bias, residual=x[:, :-1], out=z_FLD)
 
@@ -93,7 +92,9 @@ def self_attention(b: Block, products: Products) -> Tensor:
     rows = x.reshape(-1, width)
     qkv = products.linear(rows, b.in_weight, b.in_bias, norm=(b.ln_1_weight, b.ln_1_bias, b.eps), name="wide")
     heads = qkv.view(*x.shape[:-1], 3, b.heads, -1)
-    if b.offsets is None:
+    if b.offsets is None and not b.causal and b.bias is None:
+        mixed = products.attention(heads, x.shape[1])
+    elif b.offsets is None:
         mixed = attention_reference(heads, b.causal, b.bias)
     else:
         mixed = causal_attention_packed(heads, b.offsets.diff())

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ABI = 1  # that of xclip_fast_cpu_abi in csrc/cpu.cpp
+ABI = 2  # that of xclip_fast_cpu_abi in csrc/cpu.cpp
 FILE = Path(__file__).parents[1] / "libxclip_fast_cpu.so"
 UNIT = 8  # M is rounded up to it; N and K are multiples of it
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -48,6 +48,21 @@ class _Product(ctypes.Structure):
     ]
 
 
+class _Attention(ctypes.Structure):
+    _fields_ = [
+        ("frames", ctypes.c_int64),
+        ("keys", ctypes.c_int64),
+        ("queries", ctypes.c_int64),
+        ("heads", ctypes.c_int64),
+        ("channels", ctypes.c_int64),
+        ("qkv", ctypes.c_void_p),
+        ("y", ctypes.c_void_p),
+        ("scratch", ctypes.c_void_p),
+        ("scale", ctypes.c_float),
+        ("threads", ctypes.c_int32),
+    ]
+
+
 @functools.cache
 def load() -> tuple[Any, str | None]:
     """The library and None, or None and the reason why products do not run on it."""
@@ -61,7 +76,8 @@ def load() -> tuple[Any, str | None]:
     try:
         library = ctypes.CDLL(str(FILE))  # OpenMP's symbols are those that torch has loaded: one pool of threads
         library.xclip_fast_cpu_product.argtypes = [ctypes.POINTER(_Product)]
-        library.xclip_fast_cpu_product.restype = None
+        library.xclip_fast_cpu_attention.argtypes = [ctypes.POINTER(_Attention)]
+        library.xclip_fast_cpu_product.restype = library.xclip_fast_cpu_attention.restype = None
         abi = library.xclip_fast_cpu_abi()
     except (OSError, AttributeError) as error:
         return None, f"the CPU library {FILE} does not load: {error}"
@@ -131,6 +147,31 @@ def product(
         _rows(residual),
     )
     load()[0].xclip_fast_cpu_product(ctypes.byref(call))
+
+
+def attention_floats(keys: int, channels: int) -> int:
+    """The size of the scratch memory of ``attention``."""
+    padded = panel_floats(keys, 1)
+    return torch.get_num_threads() * ((channels + 24) * padded + 48 * channels)
+
+
+def attention(qkv: Tensor, queries: int, scratch: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(C)) v of the first ``queries`` rows of each frame.
+
+    Args:
+        qkv: (frames, rows, 3, heads, C), float32, contiguous; at least 4 rows, C a multiple of 8.
+        scratch: ``attention_floats(rows, C)`` floats.
+
+    Returns:
+        (frames, queries, heads, C).
+    """
+    frames, keys, _, heads, channels = qkv.shape
+    y = qkv.new_empty(frames, queries, heads, channels)
+    sizes = frames, keys, queries, heads, channels
+    addresses = _address(qkv), _address(y), _address(scratch)
+    call = _Attention(*sizes, *addresses, channels**-0.5, torch.get_num_threads())
+    load()[0].xclip_fast_cpu_attention(ctypes.byref(call))
+    return y
 
 
 def _address(x: Tensor | None) -> int | None:

@@ -87,6 +87,15 @@ class Products:
         )
         return y
 
+    def attention(self, qkv: Tensor, queries: int) -> Tensor:
+        """Attention of the first ``queries`` rows of each frame, (F, S, 3, H, C) to (F, queries, H C)."""
+        count, rows, _, _, channels = qkv.shape
+        if count and rows >= 4 and channels % library.UNIT == 0 and self._library_takes():
+            scratch = buffers.take("scores", 1, library.attention_floats(rows, channels), torch.float32)
+            return library.attention(qkv, queries, scratch).flatten(2)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        return F.scaled_dot_product_attention(query[:, :, :queries], key, value).transpose(1, 2).flatten(2)
+
     def mlp(
         self,
         x: Tensor,

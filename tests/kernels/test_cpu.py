@@ -143,6 +143,33 @@ def test_products_of_the_library(frames, length, width, columns, dtype, threads)
 
 
 @pytest.mark.skipif(library.load()[0] is None, reason=str(library.load()[1]))
+@pytest.mark.parametrize("channels", [8, 64, 80])
+@pytest.mark.parametrize(
+    ("frames", "keys", "queries"), [(1, 4, 3), (2, 5, 5), (3, 51, 50), (2, 198, 197), (1, 42, 41), (1, 578, 16)]
+)
+def test_attention_of_the_library(frames, keys, queries, channels, threads):
+    torch.manual_seed(0)
+    qkv, results = 2 * torch.randn(frames, keys, 3, 3, channels), []
+    for count in (1, 2, 3):
+        threads(count)
+        scratch = torch.full((library.attention_floats(keys, channels),), float("nan"))
+        results.append(library.attention(qkv, queries, scratch))
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+    def composed(qkv):
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)
+        return nn.functional.scaled_dot_product_attention(query[:, :, :queries], key, value).transpose(1, 2)
+
+    wanted = composed(qkv.double())
+    assert error(results[0], wanted) <= 2 * error(composed(qkv), wanted) + torch.finfo(torch.float32).eps
+    qkv[0, 1, 1, 0, 0] = float("nan")  # a key that all queries of one head see
+    spoiled = library.attention(qkv, queries, scratch).isnan()
+    assert spoiled[0, :, 0].all()
+    assert not spoiled[:, :, 1:].any()
+
+
+@pytest.mark.skipif(library.load()[0] is None, reason=str(library.load()[1]))
 def test_quick_gelu_of_the_library_at_the_ends():
     u = torch.tensor([0.0, -0.0, 1e-30, -1e-30, 88.0, -88.0, 3e4, -3e4, 1e38, float("nan"), -5.0, 51.0] * 2)
     hidden = panels(len(u), 8)
@@ -374,16 +401,21 @@ def test_passes_over_memory_of_a_block(multiplied, monkeypatch):
     """The calls of one block that read as much as its stream, in order. docs/performance.md names them."""
     block, x = random_block(), torch.randn(12, 60, 64)
     stream, seen = Stream(Stream(x).with_spare_row(), True), []
-    product = library.product
+    product, attention = library.product, library.attention
 
     def recorded(rows, *args, **kwargs):
         if rows >= 12 * 60:
-            seen.append("library")
+            seen.append("product")
         product(rows, *args, **kwargs)
+
+    def attended(*args):
+        seen.append("attention")
+        return attention(*args)
 
     with torch.no_grad(), cpu.workspace():
         block(stream)
         monkeypatch.setattr(library, "product", recorded)
+        monkeypatch.setattr(library, "attention", attended)
         with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
             block(stream)
     work = {"aten::baddbmm", "aten::bmm", "aten::addmm", "aten::copy_", "aten::add", "aten::add_", "aten::mul"}
@@ -394,16 +426,16 @@ def test_passes_over_memory_of_a_block(multiplied, monkeypatch):
         for event in profiler.events()
         if event.name in work and any(torch.Size(shape).numel() >= x.numel() for shape in event.input_shapes if shape)
     ]
-    attention = "_scaled_dot_product_flash_attention_for_cpu"
+    flash = "_scaled_dot_product_flash_attention_for_cpu"
     if multiplied == "library":  # one call rewrites x (LayerNorm is in it) and multiplies
-        assert seen == ["library"] * 4
-        assert called == [attention]
+        assert seen == ["product", "attention", "product", "product", "product"]
+        assert called == []
     elif multiplied == "torch":  # copy_ inside a product fills it with its bias; add writes the residual
         product, normed = ["addmm", "copy_"], "native_layer_norm"
-        assert called == [normed, *product, attention, *product, "add", normed, *product, "silu_", *product, "add"]
+        assert called == [normed, *product, flash, *product, "add", normed, *product, "silu_", *product, "add"]
     else:
         product, normed = "_linear_pointwise", "native_layer_norm"
-        assert called == [normed, product, attention, product, "add", normed, product, product, "mul_", "add"]
+        assert called == [normed, product, flash, product, "add", normed, product, product, "mul_", "add"]
 
 
 def test_a_model_may_be_trained_between_two_inferences(model):
