@@ -1,8 +1,9 @@
-// Inference on a CPU with AVX2, for kernels/cpu: products y = act(LN(x) W^T + b) + residual, and attention. C interface.
+// Inference on a CPU with AVX2, for kernels/cpu: products y = act(LN(x) W^T + b) + residual, and attention.
 //
-// W is read where it lies: each of its elements is broadcast and multiplied with 24 rows of x at a time. So nothing of W is
-// packed, and every change of a weight counts at once. x is rewritten into panels of 24 rows, (K, 24) each, which takes
-// one pass, and LayerNorm is part of that pass. The last panel has 8 or 16 rows where that is enough.
+// W is read where it lies: each of its elements is broadcast and multiplied with 24 rows of x at a time. So nothing of
+// W is packed, and every change of a weight counts at once. x is rewritten into panels of 24 rows, (K, 24) each, which
+// takes one pass, and LayerNorm is part of that pass. The last panel has 8 or 16 rows where that is enough. Attention
+// does the same with keys, and with values that it transposes, in place of W.
 //
 // M rows of x, N outputs, K summed.
 
@@ -19,8 +20,8 @@ constexpr int kPanel = 3 * kVector;        // rows of a full panel: 4 outputs x 
 constexpr int kGroup = 8;                  // outputs computed one after another; N is a multiple of it
 constexpr int kChunk = 192;                // outputs of a task
 constexpr int kDepth = 768;                // K is cut into parts of at most this: the panels of a task stay in L2
-constexpr int kPanels[] = {2, 8, 8};       // panels of a task by dtype of W: widening W pays if many panels use it
-
+constexpr int kMostPanels = 9;             // of a task
+constexpr int kPanels[] = {2, kMostPanels, kMostPanels};  // by dtype of W: widening W pays if many panels use it
 constexpr int kChain = 384;                // products that are summed one after another: longer chains round more
 
 enum Dtype { kFloat32, kBfloat16, kFloat16 };
@@ -54,7 +55,7 @@ struct Attention {
   int64_t frames, keys, queries, heads, channels;  // the first `queries` of the `keys` rows of a frame ask
   const float* qkv;                                // (frames, keys, 3, heads, channels)
   float* y;                                        // (frames, queries, heads, channels)
-  float* scratch;                                  // for each thread (channels + 24) (keys up to a multiple of 8) and 48 channels
+  float* scratch;  // for each thread (channels + 24) (keys up to the next multiple of 8) + 48 channels
   float scale;
   int32_t threads;
 };
@@ -62,7 +63,7 @@ struct Attention {
 
 namespace {
 
-const float* row(const Rows& rows, int64_t m) {
+float* row(const Rows& rows, int64_t m) {
   return rows.data + m / rows.length * rows.frame_stride + m % rows.length * rows.row_stride;
 }
 
@@ -92,7 +93,7 @@ void transpose(__m256 v[8]) {
   }
 }
 
-// Rewrites 8 rows of x, from row m on, to columns of a panel whose rows are `width` apart; past the end the last row counts.
+// Rewrites 8 rows of x, from row m on, to columns of a panel `width` wide; past the end the last row counts.
 void pack(const Product& p, int64_t m, float* panel, int width) {
   const float* rows[kVector];
   __m256 mean[kVector], scale[kVector];
@@ -129,7 +130,8 @@ void pack(const Product& p, int64_t m, float* panel, int width) {
 
 // Adds Outputs x (8 Vectors) sums over `depth` to `out`. Apart from its caller, so that all sums are registers.
 template <int Outputs, int Vectors>
-__attribute__((noinline)) void multiply(const float* weight, int64_t stride, const float* panel, int depth, __m256* out) {
+__attribute__((noinline)) void multiply(const float* weight, int64_t stride, const float* panel, int depth,
+                                        __m256* out) {
   __m256 sums[Outputs][Vectors];
 #pragma GCC unroll 8
   for (int n = 0; n < Outputs; ++n)
@@ -183,7 +185,8 @@ void tile(const Product& p, const float* weight, int64_t stride, int64_t m, int6
     multiply<Outputs, Vectors>(weight + i, stride, panel + i * width, std::min(depth - i, kChain), sums);
   float* out = is_last && p.y_panels ? p.y_panels + m * p.outputs + n * width : partial;
   for (int i = 0; i < Outputs * Vectors; ++i) {
-    const __m256 before = is_first ? _mm256_broadcast_ss(p.bias + n + i / Vectors) : _mm256_load_ps(partial + i * kVector);
+    const __m256 before =
+        is_first ? _mm256_broadcast_ss(p.bias + n + i / Vectors) : _mm256_load_ps(partial + i * kVector);
     const __m256 value = _mm256_add_ps(sums[i], before);
     _mm256_store_ps(out + i * kVector, is_last && p.quick_gelu ? quick_gelu(value) : value);
   }
@@ -195,7 +198,7 @@ void write_rows(const Product& p, int64_t m, int64_t n0, int64_t n1, const float
   float* y[kVector];
   const float* residual[kVector];
   for (int i = 0; i < count; ++i) {
-    y[i] = const_cast<float*>(row(p.y, m + i));
+    y[i] = row(p.y, m + i);
     residual[i] = p.residual.data ? row(p.residual, m + i) : nullptr;
   }
   for (int64_t n = n0; n < n1; n += kVector) {
@@ -255,7 +258,8 @@ void task(const Product& p, int64_t n0, int64_t n1, int64_t m0, int64_t m1, floa
 }
 
 // Rewrites 8 rows of `depth` floats, of which `count` exist, to columns of a matrix `width` wide.
-void transpose_rows(const float* rows, int64_t stride, int64_t count, int64_t depth, float scale, float* out, int64_t width) {
+void transpose_rows(const float* rows, int64_t stride, int64_t count, int64_t depth, float scale, float* out,
+                    int64_t width) {
   for (int64_t k = 0; k < depth; k += kVector) {
     __m256 v[kVector];
     for (int64_t i = 0; i < kVector; ++i)
@@ -267,8 +271,8 @@ void transpose_rows(const float* rows, int64_t stride, int64_t count, int64_t de
 
 // The 8 Vectors queries from `first` on, of one head: scores, softmax and values with the queries side by side.
 template <int Vectors>
-void attend(const Attention& a, const float* query, int64_t first, const float* key, const float* values, int64_t padded,
-            float* scores, float* y) {
+void attend(const Attention& a, const float* query, int64_t first, const float* key, const float* values,
+            int64_t padded, float* scores, float* y) {
   constexpr int width = Vectors * kVector;
   const int64_t row = 3 * a.heads * a.channels;
   float* panel = scores + kPanel * padded;       // (channels, width): the queries
@@ -321,8 +325,9 @@ __attribute__((visibility("default"))) int32_t xclip_fast_cpu_abi() { return 2; 
 
 __attribute__((visibility("default"))) void xclip_fast_cpu_product(const Product* product) {
   const Product& p = *product;
-  const int64_t rows_of_task = kPanels[p.dtype] * kPanel;
-  const int64_t chunks = (p.outputs + kChunk - 1) / kChunk, blocks = (p.rows + rows_of_task - 1) / rows_of_task;
+  const int64_t panels = (p.rows + kPanel - 1) / kPanel, chunks = (p.outputs + kChunk - 1) / kChunk;
+  const int64_t blocks = (panels + kPanels[p.dtype] - 1) / kPanels[p.dtype];
+  const int64_t rows_of_task = (panels + blocks - 1) / blocks * kPanel;
 #pragma omp parallel num_threads(p.threads)
   {
     if (p.x.data) {
@@ -332,7 +337,7 @@ __attribute__((visibility("default"))) void xclip_fast_cpu_product(const Product
         pack(p, m, p.panels + first * p.summed + m - first, vectors_of_panel(p.rows, first) * kVector);
       }
     }
-    alignas(64) float partials[kChunk * kPanel * 8], wide[kGroup * kDepth];
+    alignas(64) float partials[kChunk * kPanel * kMostPanels], wide[kGroup * kDepth];
 #pragma omp for schedule(dynamic)
     for (int64_t i = 0; i < chunks * blocks; ++i) {
       const int64_t n = i / blocks * kChunk, m = i % blocks * rows_of_task;

@@ -186,6 +186,31 @@ def test_quick_gelu_of_the_library_at_the_ends():
     assert torch.allclose(given, wanted, rtol=1e-6, atol=1e-30, equal_nan=True)
 
 
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX2", reason="the library is for AVX2")
+def test_a_library_that_is_missing_or_damaged(tmp_path, monkeypatch):
+    """The reason is told, and a block is computed without the library."""
+    file = tmp_path / "libxclip_fast_cpu.so"
+    monkeypatch.setattr(library, "FILE", file)
+    block, x = random_block(), torch.randn(6, 9, 64)
+    with torch.no_grad():
+        wanted = block(x)
+        for content, note, reason in (
+            (None, None, "no CPU library libxclip_fast_cpu.so in this package (built by pip install where g++ is)"),
+            (None, "its build failed at install: no -fopenmp", "in this package: its build failed at install"),
+            (b"not a library", None, "does not load"),
+        ):
+            if content is not None:
+                file.write_bytes(content)
+            if note is not None:
+                file.with_suffix(".failed").write_text(note)
+            library.load.cache_clear()
+            try:
+                assert reason in library.load()[1]
+                assert torch.allclose(block(x), wanted, atol=1e-5)
+            finally:
+                library.load.cache_clear()
+
+
 def test_widths_that_the_library_does_not_take():
     """Neither a width that is no multiple of 8, nor a weight that is a view of another."""
     for width, heads in ((60, 3), (64, 2)):
