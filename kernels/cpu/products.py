@@ -78,12 +78,12 @@ class Products:
             count,
             _panels("panels", count, width),
             weight,
-            bias.float(),
+            _vector(bias),
             x=_beside(x),
             norm=_in_float32(norm),
             last=last,
             y=y,
-            residual=residual,
+            residual=None if residual is None else _beside(residual),
         )
         return y
 
@@ -110,12 +110,12 @@ class Products:
         if self._library_takes(fc[0], projection[0]):
             quick = activation == "quick_gelu"
             panels, inner = _panels("panels", count, width), _panels("wide", count, hidden)
-            y = torch.empty_like(x) if out is None else out
+            y = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
             library.product(
                 count,
                 panels,
                 fc[0],
-                fc[1].float(),
+                _vector(fc[1]),
                 x=_beside(x),
                 norm=_in_float32(norm),
                 y_panels=inner,
@@ -123,7 +123,7 @@ class Products:
             )
             if not quick:
                 torch.ops.aten.gelu_(inner, approximate=GELUS[activation])
-            library.product(count, inner, projection[0], projection[1].float(), y=y, residual=_beside(x))
+            library.product(count, inner, projection[0], _vector(projection[1]), y=y, residual=_beside(x))
             return y
         scale = SLOPE if activation == "quick_gelu" else 1.0
         at_least = torch.promote_types(self.dtype, torch.float32)  # the scaled vectors are not rounded once more
@@ -161,7 +161,11 @@ def _normed(x: Tensor, norm: Norm | None, last: Tensor | None = None) -> Tensor:
 
 
 def _in_float32(norm: Norm | None) -> Norm | None:
-    return None if norm is None else (norm[0].float(), norm[1].float(), norm[2])
+    return None if norm is None else (_vector(norm[0]), _vector(norm[1]), norm[2])
+
+
+def _vector(x: Tensor) -> Tensor:
+    return x.float().contiguous()
 
 
 def _panels(name: str, rows: int, width: int) -> Tensor:

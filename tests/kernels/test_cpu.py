@@ -261,6 +261,23 @@ def test_released_layout_and_an_input_that_stays_as_it_is():
     assert torch.equal(x, before)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_tensors_of_any_strides(dtype, multiplied):
+    block, x = random_block().to(dtype), torch.randn(6, 64, 5).to(dtype).transpose(1, 2)
+    for parameter in block.parameters():
+        if parameter.dim() == 1:
+            parameter.data = torch.stack((parameter.data, parameter.data + 1), 1)[:, 0]
+    with torch.no_grad():
+        wanted = copy.deepcopy(block).double()(x.double())
+        with kernels.backend("reference"):
+            plain = block(x.contiguous())
+        assert error(block(x), wanted) <= 2 * error(plain, wanted) + torch.finfo(dtype).eps
+        ffn = [(block.ln_2.weight, block.ln_2.bias)]
+        ffn += [(linear.weight, linear.bias) for linear in (block.mlp.c_fc, block.mlp.c_proj)]
+        given, wanted = cpu.feed_forward(x, *ffn, 1e-5), cpu.feed_forward(x.contiguous(), *ffn, 1e-5)
+        assert torch.allclose(given, wanted, rtol=1e-5, atol=1e-6)
+
+
 def fused_step(block):
     optimizer = torch.optim.AdamW(block.parameters(), lr=0.1, fused=True)
     for parameter in block.parameters():
