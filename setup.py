@@ -1,6 +1,6 @@
 """Maps the folders to packages and builds the libraries of csrc/; the rest is in pyproject.toml.
 
-The CPU library is built on x86-64 Linux where g++ is (or what CXX names), the CUDA library where nvcc is.
+The CPU library is built on x86-64 Linux where g++ is (CXX names another GCC), the CUDA library where nvcc is.
 
 XCLIP_FAST_CUDA=0 skips the CUDA library, =1 makes its absence an error; otherwise a failure to build a library is told
 (by pip with -v, by ``xclip-fast info`` always) and the install goes on without. No GPU is asked for.
@@ -12,6 +12,7 @@ import hashlib
 import importlib.util
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -82,13 +83,13 @@ def build_library(nvcc: str) -> Path:
     return library
 
 
-def build_cpu_library(compiler: str) -> Path:
+def build_cpu_library(compiler: list[str]) -> Path:
     library = ROOT / "build" / "cpu" / "libxclip_fast_cpu.so"
     library.parent.mkdir(parents=True, exist_ok=True)
     # OpenMP's functions are found in the process, where torch has loaded them: a second OpenMP would bring more threads
     options = ["-O3", "-std=c++17", "-mavx2", "-mfma", "-mf16c", "-fPIC", "-fvisibility=hidden"]
-    told(compiler, *options, "-fopenmp", "-c", ROOT / "csrc" / "cpu.cpp", "-o", library.with_suffix(".o"))
-    told(compiler, "-shared", library.with_suffix(".o"), "-o", library)
+    told(*compiler, *options, "-fopenmp", "-c", ROOT / "csrc" / "cpu.cpp", "-o", library.with_suffix(".o"))
+    told(*compiler, "-shared", library.with_suffix(".o"), "-o", library)
     return library
 
 
@@ -105,11 +106,13 @@ class BuildLibrary(build_ext):
         note = (ROOT / "kernels" if self.editable_mode else target.parent) / f"{target.stem}.failed"
         on_cpu = target.stem == CPU_LIBRARY
         try:
-            library = build_cpu_library(CXX or "g++") if on_cpu else build_library(NVCC or "nvcc")
+            library = build_cpu_library(CXX) if on_cpu else build_library(NVCC or "nvcc")
         except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
             if WISH == "1" and not on_cpu:
                 raise
-            # a library that is there stays: it still loads if its interface is the wanted one
+            # a CUDA library that is there stays: it still loads if its interface is the wanted one
+            for old in (target, note.with_suffix(".so")) if on_cpu else ():
+                old.unlink(missing_ok=True)
             note.write_text(f"its build failed at install: {error}\n", encoding="utf-8")
             print(f"xclip-fast: no new {target.name}: {error}", file=sys.stderr)
             return
@@ -153,9 +156,10 @@ if WISH == "1" and NVCC is None:
     raise SystemExit("XCLIP_FAST_CUDA=1, but nvcc is not on the PATH, in CUDA_HOME or in /usr/local/cuda/bin")
 
 CPU_LIBRARY = "libxclip_fast_cpu"
+CXX = shlex.split(os.environ.get("CXX") or "g++")
 is_x86_linux = sys.platform == "linux" and platform.machine() == "x86_64"
-CXX = shutil.which(os.environ.get("CXX", "g++")) if is_x86_linux else None
-LIBRARIES = [CPU_LIBRARY] * bool(CXX) + ["libxclip_fast"] * bool(NVCC)
+has_compiler = bool(os.environ.get("CXX") or shutil.which("g++"))
+LIBRARIES = [CPU_LIBRARY] * (is_x86_linux and has_compiler) + ["libxclip_fast"] * bool(NVCC)
 
 FOLDERS = sorted(str(file.parent.relative_to(ROOT)) for file in (ROOT / "kernels").rglob("__init__.py"))
 KERNELS = {f"xclip_fast.{folder}".replace("/", "."): folder for folder in FOLDERS}

@@ -155,7 +155,7 @@ __attribute__((noinline)) void multiply(const float* weight, int64_t stride, con
     for (int v = 0; v < Vectors; ++v) out[n * Vectors + v] = _mm256_add_ps(out[n * Vectors + v], sums[n][v]);
 }
 
-// e^x within 2 units in the last place; x in [-87, 88] after clamping.
+// e^x within 3 units in the last place; x in [-87, 88] after clamping.
 __m256 exponential(__m256 x) {
   x = _mm256_max_ps(_mm256_set1_ps(-87.0f), _mm256_min_ps(_mm256_set1_ps(88.0f), x));
   const __m256 n = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT);
@@ -325,6 +325,7 @@ __attribute__((visibility("default"))) int32_t xclip_fast_cpu_abi() { return 2; 
 
 __attribute__((visibility("default"))) void xclip_fast_cpu_product(const Product* product) {
   const Product& p = *product;
+  if (!p.rows) return;
   const int64_t panels = (p.rows + kPanel - 1) / kPanel, chunks = (p.outputs + kChunk - 1) / kChunk;
   const int64_t blocks = (panels + kPanels[p.dtype] - 1) / kPanels[p.dtype];
   const int64_t rows_of_task = (panels + blocks - 1) / blocks * kPanel;
@@ -337,7 +338,7 @@ __attribute__((visibility("default"))) void xclip_fast_cpu_product(const Product
         pack(p, m, p.panels + first * p.summed + m - first, vectors_of_panel(p.rows, first) * kVector);
       }
     }
-    alignas(64) float partials[kChunk * kPanel * kMostPanels], wide[kGroup * kDepth];
+    alignas(64) static thread_local float partials[kChunk * kPanel * kMostPanels], wide[kGroup * kDepth];
 #pragma omp for schedule(dynamic)
     for (int64_t i = 0; i < chunks * blocks; ++i) {
       const int64_t n = i / blocks * kChunk, m = i % blocks * rows_of_task;

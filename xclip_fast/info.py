@@ -95,7 +95,7 @@ def show(as_json: bool = False) -> None:
     products = [f"{dtype} {'native' if on else 'products in float32'}" for dtype, on in cpu["native_gemm"].items()]
     instructions = ", ".join(cpu["instructions"]) or "no vector instructions known"
     threads = f"{cpu['threads']} thread" + "s" * (cpu["threads"] != 1)
-    library = "the CPU library multiplies" if cpu["library"] is None else f"without the CPU library: {cpu['library']}"
+    library = "with the CPU library" if cpu["library"] is None else f"without the CPU library: {cpu['library']}"
     devices = [("cpu", cpu["model"], f"{threads}, {instructions}; {library}; {', '.join(products)}")]
     for gpu in cuda["devices"]:
         size = f"sm_{gpu['capability'].replace('.', '')}, {gpu['memory_gib']} GiB, {gpu['multiprocessors']} SMs"

@@ -129,6 +129,8 @@ def feed_forward(
     width = x.shape[-1]
     products = Products(x.dtype)
     y = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
+    if x.numel() == 0:
+        return y
     given, taken = (x, y) if x.dim() == 3 else (x.reshape(-1, width), y.view(-1, width))
     for part in _parts(len(given), HIDDEN_BYTES // (4 * len(fc[0]) * given[0].numel() // width)):
         rows, result = given[part].to(products.dtype), taken[part]
@@ -143,7 +145,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """x W^T + b: x (..., I), weight (O, I), bias (O,) -> (..., O) in x's dtype."""
     products = Products(x.dtype)
     rows = x.reshape(-1, x.shape[-1]).to(products.dtype)
-    return products.linear(rows, weight, bias).view(*x.shape[:-1], -1).to(x.dtype)
+    return products.linear(rows, weight, bias).view(*x.shape[:-1], len(weight)).to(x.dtype)
 
 
 def patch_embed(
@@ -165,8 +167,11 @@ def patch_embed(
     levels, products = frames.dtype == torch.uint8, Products(torch.float32)
     # (u / 255 - mean) / std, in the kernel's order: channel, row, column of a patch
     per_pixel = patch * patch
-    scale = torch.tensor([1 / (255 * deviation) for deviation in std]).repeat_interleave(per_pixel)
-    shift = torch.tensor([-m / deviation for m, deviation in zip(mean, std, strict=True)]).repeat_interleave(per_pixel)
+    scales = (
+        [1 / (255 * deviation) for deviation in std],
+        [-m / deviation for m, deviation in zip(mean, std, strict=True)],
+    )
+    scale, shift = torch.tensor(scales, dtype=torch.float32, device="cpu").repeat_interleave(per_pixel, 1)
     x_FLD = weight.new_empty(len(frames), tokens, width)
     for part in _parts(len(frames), HIDDEN_BYTES // (4 * kernel.shape[1] * tokens)):
         given = frames[part].permute(0, 3, 1, 2) if levels else frames[part]

@@ -75,14 +75,14 @@ def load() -> tuple[Any, str | None]:
         return None, f"no CPU library {FILE.name} in this package{why} (built by pip install where g++ is)"
     try:
         library = ctypes.CDLL(str(FILE))  # OpenMP's symbols are those that torch has loaded: one pool of threads
+        abi = library.xclip_fast_cpu_abi()
+        if abi != ABI:
+            return None, f"the CPU library {FILE} has interface {abi}, wanted {ABI}: install again"
         library.xclip_fast_cpu_product.argtypes = [ctypes.POINTER(_Product)]
         library.xclip_fast_cpu_attention.argtypes = [ctypes.POINTER(_Attention)]
         library.xclip_fast_cpu_product.restype = library.xclip_fast_cpu_attention.restype = None
-        abi = library.xclip_fast_cpu_abi()
     except (OSError, AttributeError) as error:
         return None, f"the CPU library {FILE} does not load: {error}"
-    if abi != ABI:
-        return None, f"the CPU library {FILE} has interface {abi}, wanted {ABI}: install again"
     return library, None
 
 
@@ -116,7 +116,7 @@ def product(
 
     Args:
         rows: M.
-        panels: ``panel_floats(M, K)`` floats: x, or room for it if ``x`` is given.
+        panels: (panel_floats(M, K),): x, or room for it if ``x`` is given.
         weight: (N, K), one of float32, bfloat16 and float16.
         bias: (N,), float32.
         x: (M, K) or (frames, length, K), float32, with neighboring columns.
@@ -124,10 +124,29 @@ def product(
         last: (frames, K), float32, in place of the last row of each frame of ``x``.
         y: (M, N) or (frames, length, N), float32, with neighboring columns: the result.
         residual: like ``y``. It may be ``y`` itself.
-        y_panels: in place of ``y``, ``panel_floats(M, N)`` floats: the result as panels.
+        y_panels: in place of ``y``, (panel_floats(M, N),): the result as panels.
         quick_gelu: whether act is quick_gelu.
+
+    Raises:
+        RuntimeError: for sizes that do not fit those of the weight.
     """
     ln_weight, ln_bias, eps = norm or (None, None, 0.0)
+    outputs, summed = weight.shape
+    for name, given, count, width in (
+        ("x", x, rows, summed),
+        ("bias", bias, 1, outputs),
+        ("weight of LayerNorm", ln_weight, 1, summed),
+        ("bias of LayerNorm", ln_bias, 1, summed),
+        ("last", last, 1 if x is None else len(x), summed),
+        ("y", y, rows, outputs),
+        ("residual", residual, rows, outputs),
+        ("panels", panels, 1, panel_floats(rows, summed)),
+        ("y_panels", y_panels, 1, panel_floats(rows, outputs)),
+    ):
+        if given is not None and (given.shape[-1] != width or given.numel() != count * width):
+            raise RuntimeError(
+                f"{name} is {tuple(given.shape)}, wanted {count} x {width} for a weight {outputs} x {summed}"
+            )
     call = _Product(
         rows,
         *weight.shape,

@@ -68,12 +68,14 @@ class Products:
             ``out``, or (M, O).
         """
         (columns, width), count = weight.shape, x.numel() // weight.shape[1]
+        if x.numel() == 0:
+            return x.new_empty(0, columns) if out is None else out
         if not self._library_takes(weight):
             y = self._plain(_normed(x, norm, last), weight, bias, name)
             if residual is None:
                 return y
             return torch.add(residual, y.view(residual.shape), out=out)
-        y = buffers.take(name, count, columns, torch.float32) if out is None else out
+        y = out if out is not None and out.stride(-1) == 1 else buffers.take(name, count, columns, torch.float32)
         library.product(
             count,
             _panels("panels", count, width),
@@ -85,7 +87,7 @@ class Products:
             y=y,
             residual=None if residual is None else _beside(residual),
         )
-        return y
+        return y if out is None or y is out else out.copy_(y.view(out.shape))
 
     def attention(self, qkv: Tensor, queries: int) -> Tensor:
         """Attention of the first ``queries`` rows of each frame, (F, S, 3, H, C) to (F, queries, H C)."""
@@ -110,7 +112,9 @@ class Products:
         if self._library_takes(fc[0], projection[0]):
             quick = activation == "quick_gelu"
             panels, inner = _panels("panels", count, width), _panels("wide", count, hidden)
-            y = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
+            y = torch.empty_like(x, memory_format=torch.contiguous_format)
+            if out is not None and out.stride(-1) == 1:
+                y = out
             library.product(
                 count,
                 panels,
@@ -124,7 +128,7 @@ class Products:
             if not quick:
                 torch.ops.aten.gelu_(inner, approximate=GELUS[activation])
             library.product(count, inner, projection[0], _vector(projection[1]), y=y, residual=_beside(x))
-            return y
+            return y if out is None or y is out else out.copy_(y)
         scale = SLOPE if activation == "quick_gelu" else 1.0
         at_least = torch.promote_types(self.dtype, torch.float32)  # the scaled vectors are not rounded once more
         normed = _normed(x, (norm[0].to(at_least) * scale, norm[1].to(at_least) * scale, norm[2]))

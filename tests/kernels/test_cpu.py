@@ -278,6 +278,69 @@ def test_tensors_of_any_strides(dtype, multiplied):
         assert torch.allclose(given, wanted, rtol=1e-5, atol=1e-6)
 
 
+def test_results_of_any_strides(multiplied):
+    """The residual stream of one column-major frame, whose strides the first product's result may take over."""
+    block, x = random_block(frames=1), torch.randn(1, 64, 9).transpose(1, 2)
+    block.attn.out_proj.weight.data = block.attn.out_proj.weight.data.T.contiguous().T
+    ffn = [(block.ln_2.weight, block.ln_2.bias), (block.mlp.c_fc.weight, block.mlp.c_fc.bias)]
+    ffn += [(block.mlp.c_proj.weight, block.mlp.c_proj.bias)]
+    out = torch.zeros(1, 64, 200)[:, :, :9].transpose(1, 2)
+    with torch.no_grad():
+        assert error(block(x), copy.deepcopy(block).double()(x.double())) < 1e-6
+        wanted = cpu.feed_forward(x.contiguous(), *ffn, 1e-5)
+        assert cpu.feed_forward(x, *ffn, 1e-5, out=out) is out
+    assert torch.allclose(out, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_sizes_that_do_not_fit_and_empty_ones(multiplied):
+    weight, bias = torch.randn(16, 64), torch.randn(16)
+    ffn = (torch.ones(64), torch.ones(64)), (torch.randn(256, 64), torch.randn(256)), (torch.randn(64, 256), bias)
+    with torch.no_grad(), cpu.workspace():
+        for call in (
+            lambda: cpu.linear(torch.randn(6, 32), weight, bias),
+            lambda: cpu.linear(torch.randn(6, 64), weight, bias[:3]),
+            lambda: cpu.feed_forward(torch.randn(6, 32), *ffn, 1e-5),
+            lambda: cpu.feed_forward(torch.randn(6, 64), *ffn, 1e-5),  # the last bias
+        ):
+            with pytest.raises(RuntimeError):
+                call()
+        assert cpu.linear(torch.randn(0, 64), weight, bias).shape == (0, 16)
+        assert cpu.feed_forward(torch.randn(0, 64), *ffn, 1e-5).shape == (0, 64)
+        spare = random_block()(Stream(torch.randn(3, 1, 64), True)).x  # frames of a spare row alone
+    assert torch.equal(spare, torch.zeros(3, 1, 64))
+
+
+def test_a_thread_with_a_small_stack():
+    block, x, results = random_block(), torch.randn(6, 50, 64), []
+    before = threading.stack_size(128 << 10)
+
+    def run():
+        with torch.inference_mode():
+            results.append(block(x))
+
+    try:
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+    finally:
+        threading.stack_size(before)
+    with torch.no_grad():
+        assert torch.allclose(results[0], block(x), atol=1e-6)
+
+
+def test_defaults_of_torch_do_not_count(multiplied):
+    frames = torch.randint(256, (2, 32, 32, 3), dtype=torch.uint8)
+    weights = torch.randn(64, 3, 16, 16), torch.randn(64), torch.randn(5, 64), (torch.ones(64), torch.zeros(64))
+    with torch.no_grad():
+        wanted = cpu.patch_embed(frames, *weights, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), 1e-5)
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            given = cpu.patch_embed(frames, *weights, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), 1e-5)
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert torch.equal(given, wanted)
+
+
 def fused_step(block):
     optimizer = torch.optim.AdamW(block.parameters(), lr=0.1, fused=True)
     for parameter in block.parameters():
@@ -369,7 +432,7 @@ def test_threads_copies_and_inference_mode():
         for twin in (copy.deepcopy(block), pickle.loads(pickle.dumps(block))):
             assert torch.equal(twin(x), wanted)
     results = {}
-    intra_op = torch.get_num_threads()  # a new thread starts with torch's default, and rounding depends on it
+    intra_op = torch.get_num_threads()  # without the library, rounding depends on it
 
     def run(number):
         torch.set_num_threads(intra_op)
