@@ -133,11 +133,7 @@ def feed_forward(
         return y
     given, taken = (x, y) if x.dim() == 3 else (x.reshape(-1, width), y.view(-1, width))
     for part in _parts(len(given), HIDDEN_BYTES // (4 * len(fc[0]) * given[0].numel() // width)):
-        rows, result = given[part].to(products.dtype), taken[part]
-        narrow = result.dtype != products.dtype
-        written = products.mlp(rows, (ln[0], ln[1], eps), fc, projection, activation, None if narrow else result)
-        if narrow:
-            result.copy_(written.view(result.shape))
+        products.mlp(given[part].to(products.dtype), (ln[0], ln[1], eps), fc, projection, activation, taken[part])
     return y
 
 

@@ -9,7 +9,7 @@ F frames, L rows of a frame, M rows, I inputs, O outputs.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -75,7 +75,7 @@ class Products:
             if residual is None:
                 return y
             return torch.add(residual, y.view(residual.shape), out=out)
-        y = out if out is not None and out.stride(-1) == 1 else buffers.take(name, count, columns, torch.float32)
+        y = out if _is_direct(out) else buffers.take(name, count, columns, torch.float32)
         library.product(
             count,
             _panels("panels", count, width),
@@ -105,30 +105,29 @@ class Products:
         fc: Sequence[Tensor],
         projection: Sequence[Tensor],
         activation: str,
-        out: Tensor | None,
+        out: Tensor,
     ) -> Tensor:
-        """x + W2 act(W1 LN(x) + b1) + b2: (M, D) or (F, L, D), written to ``out`` or new."""
+        """x + W2 act(W1 LN(x) + b1) + b2: (M, D) or (F, L, D), written to ``out``, which may be of a narrower dtype."""
         (hidden, width), count = fc[0].shape, x.numel() // x.shape[-1]
         if self._library_takes(fc[0], projection[0]):
             quick = activation == "quick_gelu"
             panels, inner = _panels("panels", count, width), _panels("wide", count, hidden)
-            y = torch.empty_like(x, memory_format=torch.contiguous_format)
-            if out is not None and out.stride(-1) == 1:
-                y = out
+            x = _beside(x)
+            y = out if _is_direct(out) else torch.empty_like(x, memory_format=torch.contiguous_format)
             library.product(
                 count,
                 panels,
                 fc[0],
                 _vector(fc[1]),
-                x=_beside(x),
+                x=x,
                 norm=_in_float32(norm),
                 y_panels=inner,
                 quick_gelu=quick,
             )
             if not quick:
                 torch.ops.aten.gelu_(inner, approximate=GELUS[activation])
-            library.product(count, inner, projection[0], _vector(projection[1]), y=y, residual=_beside(x))
-            return y if out is None or y is out else out.copy_(y)
+            library.product(count, inner, projection[0], _vector(projection[1]), y=y, residual=x)
+            return y if y is out else out.copy_(y)
         scale = SLOPE if activation == "quick_gelu" else 1.0
         at_least = torch.promote_types(self.dtype, torch.float32)  # the scaled vectors are not rounded once more
         normed = _normed(x, (norm[0].to(at_least) * scale, norm[1].to(at_least) * scale, norm[2]))
@@ -174,6 +173,11 @@ def _vector(x: Tensor) -> Tensor:
 
 def _panels(name: str, rows: int, width: int) -> Tensor:
     return buffers.take(name, 1, library.panel_floats(rows, width), torch.float32)
+
+
+def _is_direct(out: Tensor | None) -> TypeGuard[Tensor]:
+    """Whether the library can write to ``out`` itself."""
+    return out is not None and out.dtype == torch.float32 and out.stride(-1) == 1
 
 
 def _beside(x: Tensor) -> Tensor:
