@@ -52,8 +52,12 @@ def test_search_page(here, monkeypatch, capsys):
         else:
             assert left.value.code == 0, (line, err)
             assert out
-    for made in ("juggling.html", "page.html", "labels.html", "found", "features.safetensors"):
+    for made in ("juggling.html", "page.html", "labels.html", "found"):
         assert (here / made).exists()
+    (block,) = [block for block in blocks("search.md") if "rows.parquet" in block and "import" in block]
+    names: dict = {}
+    exec(compile(block, "docs/search.md", "exec"), names)
+    assert names["features"].shape == (len(names["table"]), CONFIG.embed_dim)
 
 
 def test_python_of_the_search_page(here, capsys):
