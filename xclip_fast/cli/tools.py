@@ -121,7 +121,7 @@ def export(
     checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Weights of any layout, file or folder.")],
     folder: Annotated[
         Path | None,
-        typer.Argument(metavar="[FOLDER]", help="The folder to write; default: NAME-FORMAT here."),
+        typer.Argument(metavar="FOLDER", help="The folder to write. Default: NAME-FORMAT here."),
     ] = None,
     format: Annotated[Literal["onnx", "openvino", "tensorrt", "torch"], typer.Option(help="Whose files.")] = "onnx",
     dtype: Annotated[
