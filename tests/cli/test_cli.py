@@ -248,13 +248,15 @@ def test_without_weights_it_refuses_or_warns(home, run, monkeypatch):
         (["embed", "{clip}", "-c", "{home}/a", "--out", "{home}/s.parquet", "--index"], 2, "--index"),
         (["embed", "{clip}", "-c", "{home}/a", "--out", "{home}/s", "--window", "0"], 1, "window is 0"),
         (["embed", "{home}/a", "-c", "{home}/a", "--out", "{home}/s"], 1, "no video file"),
-        (["search", "{home}/nothing", "a"], 1, "no store"),
-        (["search", "{home}/nothing", "a", "-c", "{home}/a"], 1, "no store"),
-        (["search", "{home}/a", "a"], 1, "no store"),
-        (["search", "{clip}", "a"], 1, "no store"),
+        (["search", "{home}/nothing", "a"], 1, "is not a store"),
+        (["search", "{home}/nothing", "a", "-c", "{home}/a"], 1, "is not a store"),
+        (["search", "{home}/a", "a"], 1, "is not a store"),
+        (["search", "{clip}", "a"], 1, "is not a store"),
         (["search", "{clip}", " "], 2, "the query is empty"),
         (["search", "{clip}"], 2, "--interactive"),
         (["classify", "{clip}", "--labels", "a", "-c", "{home}/a", "--stride", "2"], 2, "--window"),
+        (["flops", "--time", "--variants", "X"], 2, "'X' is none of"),
+        (["flops", "--time", "--batches", "1,x"], 2, "'x' is not a positive"),
         (["motion", "{home}/m", "--size", "17"], 2, "H.264 needs even numbers"),
         (["convert", "{home}/a"], 2, "FOLDER"),
         (["convert", "{home}/a", "{home}/c", "--layout", "x"], 2, "--layout"),
@@ -327,7 +329,7 @@ def test_errors_of_the_machine_are_lines_and_bugs_are_not(home, run, monkeypatch
     arguments = ("classify", clips(home)[0], "--labels", "a", "-c", home / "a")
     for error, line in (
         (RuntimeError("CUDA out of memory.\nTried to allocate"), "error: CUDA out of memory. Tried to allocate\n"),
-        (ModuleNotFoundError("No module named 'av'"), "error: No module named 'av'\n"),
+        (ModuleNotFoundError(name="av.video"), "error: av is not installed: pip install av\n"),
         (MemoryError(), "error: MemoryError\n"),
     ):
         monkeypatch.setattr(options, "load_model", lambda *_, error=error: (_ for _ in ()).throw(error))

@@ -257,7 +257,7 @@ def test_another_model_and_other_settings_are_refused(tmp_path, weights, videos)
     (tmp_path / "other" / "file").write_text("")
     with pytest.raises(FileExistsError, match="is not a store"):
         Index.open(tmp_path / "other", weights / "a")
-    with pytest.raises(FileNotFoundError, match="no store"):
+    with pytest.raises(FileNotFoundError, match="is not a store"):
         Index.open(tmp_path / "nothing")
 
 

@@ -206,8 +206,8 @@ def read_recipe(checkpoint: Path | None) -> Trained:
     return Trained.read(checkpoint)
 
 
-def load_model(checkpoint: Path | None, variant: str | None, random_weights: bool) -> XCLIP:
-    """The model on the CPU, in the checkpoint's precision."""
+def check_weights(checkpoint: Path | None, random_weights: bool) -> None:
+    """Raises an error unless one of ``--checkpoint`` and ``--random-weights`` is given, and not both."""
     if (checkpoint is None) != random_weights:
         why = (
             "cannot go with --random-weights"
@@ -215,6 +215,11 @@ def load_model(checkpoint: Path | None, variant: str | None, random_weights: boo
             else "missing; for a trial without weights: --random-weights"
         )
         raise typer.BadParameter(why, param_hint="--checkpoint")
+
+
+def load_model(checkpoint: Path | None, variant: str | None, random_weights: bool) -> XCLIP:
+    """The model on the CPU, in the checkpoint's precision."""
+    check_weights(checkpoint, random_weights)
     from .. import config
     from ..inference import placement
 

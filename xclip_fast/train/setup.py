@@ -86,7 +86,10 @@ def _manifest(key: str, path: str) -> Manifest:
             f"{key}: {path} is a folder; make a manifest of it with `xclip-fast index {path}` and give that"
         )
     if not Path(path).is_file():
-        raise ConfigError(f"{key}: there is no file {path}; `xclip-fast index` makes a manifest of your videos")
+        raise ConfigError(
+            f"{key}: there is no file {path}; `xclip-fast index` makes a manifest of your videos, and "
+            "`xclip-fast motion data/motion` generates videos to try"
+        )
     with config_errors(key):
         return Manifest.read(path)
 
@@ -150,7 +153,9 @@ def build_model(
         _check_fit(shape, texts, size, templates)
         return XCLIP(shape)
     if not Path(settings.init).exists() and not is_name(settings.init):
-        raise ConfigError(f"model.init: there is no {settings.init}; give a checkpoint, or null for random weights")
+        raise ConfigError(
+            f"model.init: {settings.init}: no such file or folder; give a checkpoint, or null for random weights"
+        )
     try:
         base = None if settings.variant else checkpoint.read(settings.init).config
         shape = train_config.model_config(settings, base)
