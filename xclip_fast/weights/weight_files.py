@@ -135,8 +135,9 @@ def write_weights(state: Mapping[str, Tensor], path: Path) -> None:
 
     path.touch()
     mode = stat.S_IMODE(path.stat().st_mode)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     try:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, path, {"format": "pt"})
+        save_file(tensors, path, metadata={"format": "pt"})
         path.chmod(mode)  # safetensors makes it private
     except SafetensorError as error:
         number = errno.ENOSPC if f"code: {errno.ENOSPC}," in str(error) else errno.EIO
