@@ -436,7 +436,8 @@ def test_a_store_on_the_command_line(home, run, tmp_path, monkeypatch):
     """embed, embed again, search with filters, several queries, an example, and from standard input."""
     pytest.importorskip("lancedb", reason=NO_LANCEDB)
     store, options = tmp_path / "store", ("--device", "cpu", "--dtype", "float32")
-    code, out, err = run("embed", home / "clips", home / "broken.mp4", "--out", store, "-c", home / "a", *options)
+    monkeypatch.chdir(home)
+    code, out, err = run("embed", home / "clips", "broken.mp4", "--out", store, "-c", home / "a", *options)
     assert code == 1
     assert "4 added" in out
     assert "4 moments of 4 videos" in out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -119,7 +120,7 @@ def embed(
             )
         for name, reason in summary.failed.items():
             if reason not in inputs.empty:
-                failed |= complain(reason if name in reason else f"{name}: {reason}")
+                failed |= complain(reason if os.path.basename(name) in reason else f"{name}: {reason}")
         files, moments, _ = store.counts()
         print(f"{plain(str(out))}: {summary}; it holds {moments} moments of {files} videos")
     if index and isinstance(store, Store):
