@@ -8,7 +8,6 @@ first frame. Audio and metadata are left out.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
 import json
@@ -23,15 +22,13 @@ from typing import Any, Literal
 
 import av
 
-from ...files import parse_json
+from ...files import parse_json, replaced
 from ..decode.reading import ESCAPED
 from ..decode.source import Source, VideoError
 from ..manifest.listing import videos_below
-from ..parts import lock, remove_unlocked
 from ..threads import usable_cores
 from .reencode import CannotWrite, Settings, check, finish, reencode
 
-_PARTS = ".transcoding"  # files being written, in the out folder; each is locked by the run that writes it
 _MAKER = "xclip-fast transcode"
 _HOPELESS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}  # errors that every later file would meet, too
 
@@ -101,8 +98,6 @@ def transcode(
     if not names:
         return summary
     out.mkdir(parents=True, exist_ok=True)
-    parts = out / _PARTS
-    _clear(parts)
     by_target: dict[Path, list[str]] = {}
     for name, target in names.items():
         by_target.setdefault(target, []).append(name)
@@ -130,7 +125,7 @@ def transcode(
                 made["mtime_ns"] == status.st_mtime_ns or made.get("digest") == _digest(name)
             ):
                 return "skipped", made["damage"]
-        return "done", _copy(name, target, parts, settings, stop)
+        return "done", _copy(name, target, settings, stop)
 
     workers = usable_cores() if workers is None else workers
     waiting: dict[Future[tuple[str, str | None]], str] = {}
@@ -151,17 +146,13 @@ def transcode(
                     progress(finished, len(names))
     except OSError as error:
         if error.errno in _HOPELESS:
-            raise OSError(
-                error.errno,
-                f"{error.strerror}, after {finished} of {len(names)} videos; mend it and run the same command to go on",
-                os.fspath(out),
-            ) from error
+            why = f"{os.strerror(error.errno)}, after {finished} of {len(names)} videos"
+            mend = "mend it and run the same command to go on"
+            raise OSError(error.errno, f"{why}; {mend}", os.fspath(out)) from error
         raise
     finally:
         stop.set()
         pool.shutdown(cancel_futures=True)
-        with contextlib.suppress(OSError):  # another run's files are in it
-            parts.rmdir()
     return summary
 
 
@@ -251,39 +242,13 @@ def _digest(name: str) -> str:
         return hashlib.file_digest(file, partial(hashlib.blake2b, digest_size=16)).hexdigest()
 
 
-def _clear(parts: Path) -> None:
-    """Removes the files of killed runs: those that no process has locked."""
-    if parts.is_symlink():
-        raise ValueError(f"{parts}: is a link, and drafts would be written elsewhere; remove it")
-    for part in parts.glob("*.part.mp4") if parts.is_dir() else ():
-        remove_unlocked(part)
-
-
-@contextlib.contextmanager
-def _part(parts: Path) -> Iterator[tuple[Path, int]]:
-    """A new locked file and its descriptor. If the file still exists at the end of the block, it is removed."""
-    while True:
-        parts.mkdir(exist_ok=True)
-        path = parts / f"{os.getpid()}-{threading.get_ident()}-{os.urandom(4).hex()}.part.mp4"
-        try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-        except FileNotFoundError:  # another run ended and removed the folder
-            continue
-        try:
-            lock(descriptor)
-            if path.exists():  # otherwise a new run took it for a leftover
-                yield path, descriptor
-                return
-        finally:
-            os.close(descriptor)
-            path.unlink(missing_ok=True)
-
-
-def _copy(name: str, target: Path, parts: Path, settings: Settings, stop: threading.Event) -> str | None:
+def _copy(name: str, target: Path, settings: Settings, stop: threading.Event) -> str | None:
     """Transcodes one file. Returns its damage, if any. Raises VideoError and OSError."""
     source = os.stat(name)
-    with _part(parts) as (draft, _), _part(parts) as (whole, descriptor):
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with replaced(target) as whole:
         try:
+            draft = whole.with_suffix(".draft.mp4")
             found, clock = reencode(name, draft, settings, stop.is_set)
             damage = "; ".join(found) or None
             made = {"settings": asdict(settings), "size": source.st_size, "mtime_ns": source.st_mtime_ns}
@@ -295,10 +260,7 @@ def _copy(name: str, target: Path, parts: Path, settings: Settings, stop: thread
                 raise OSError(error.errno, os.strerror(error.errno), os.fspath(target)) from error
             raise VideoError(f"{Source(name)}: cannot be encoded as H.264 ({error})") from error
         check(whole, clock)
-        os.fsync(descriptor)
         now = os.stat(name)
         if (now.st_size, now.st_mtime_ns) != (source.st_size, source.st_mtime_ns):
             raise VideoError(f"{Source(name)}: changed while it was read; run it again")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(whole, target)
     return damage
