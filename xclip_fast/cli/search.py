@@ -93,11 +93,11 @@ def search(
         if page is not None:
             page.add_hits(title, hits)
         if clips is not None:
-            from ..search.media import cut
+            from ..search.media import cut, in_thread
 
             for hit in hits:
                 try:
-                    print(f"written: {plain(str(cut(hit, clips)))}", file=sys.stderr)
+                    print(f"written: {plain(str(in_thread(cut, hit, clips)))}", file=sys.stderr)
                 except (ValueError, OSError) as error:
                     failed |= complain(error)
     if page is not None:

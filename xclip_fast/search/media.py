@@ -7,10 +7,11 @@ import io
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import av
 import numpy as np
@@ -29,6 +30,14 @@ _BT601 = 6  # FFmpeg's AVCOL_SPC_SMPTE170M
 _TICKS = 90_000  # a second, in the files written here
 _PREVIEW = 24  # frames, over the whole moment
 _RATE = 8  # frames a second that a preview plays at
+
+T = TypeVar("T")
+
+
+def in_thread(work: Callable[..., T], *args: Any) -> T:
+    """The result of a call in another thread. In the main thread, Python loses a Ctrl-C while FFmpeg reads a file."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(work, *args).result()
 
 
 def pictures(path: str, start: float, end: float, width: int = 320) -> tuple[bytes, bytes]:

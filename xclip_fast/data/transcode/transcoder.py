@@ -113,19 +113,22 @@ def transcode(
         there = _identity(target)
         if there in originals:
             return "failed", f"{shown}: its copy would replace {goal}, which is a source; choose another out folder"
-        if there and not overwrite:
-            made = _made(target)
-            if made is None:
-                return "failed", f"{shown}: {goal} exists and is not a copy by xclip-fast; --overwrite replaces it"
-            if made["settings"] != asdict(settings):
-                changed = ", ".join(f"{key} {value}" for key, value in made["settings"].items())
-                return "failed", f"{shown}: {goal} was made with other settings ({changed}); --overwrite replaces it"
-            status = os.stat(name)
-            if made["size"] == status.st_size and (
-                made["mtime_ns"] == status.st_mtime_ns or made.get("digest") == _digest(name)
-            ):
-                return "skipped", made["damage"]
-        return "done", _copy(name, target, settings, stop)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with replaced(target) as whole:  # also for a copy that is there: it removes what a killed run left
+            if there and not overwrite:
+                made = _made(target)
+                if made is None:
+                    return "failed", f"{shown}: {goal} exists and is not a copy by xclip-fast; --overwrite replaces it"
+                if made["settings"] != asdict(settings):
+                    changed = ", ".join(f"{key} {value}" for key, value in made["settings"].items())
+                    why = f"{shown}: {goal} was made with other settings ({changed}); --overwrite replaces it"
+                    return "failed", why
+                status = os.stat(name)
+                if made["size"] == status.st_size and (
+                    made["mtime_ns"] == status.st_mtime_ns or made.get("digest") == _digest(name)
+                ):
+                    return "skipped", made["damage"]
+            return "done", _copy(name, whole, settings, stop)
 
     workers = usable_cores() if workers is None else workers
     waiting: dict[Future[tuple[str, str | None]], str] = {}
@@ -242,25 +245,23 @@ def _digest(name: str) -> str:
         return hashlib.file_digest(file, partial(hashlib.blake2b, digest_size=16)).hexdigest()
 
 
-def _copy(name: str, target: Path, settings: Settings, stop: threading.Event) -> str | None:
+def _copy(name: str, whole: Path, settings: Settings, stop: threading.Event) -> str | None:
     """Transcodes one file. Returns its damage, if any. Raises VideoError and OSError."""
     source = os.stat(name)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with replaced(target) as whole:
-        try:
-            draft = whole.with_suffix(".draft.mp4")
-            found, clock = reencode(name, draft, settings, stop.is_set)
-            damage = "; ".join(found) or None
-            made = {"settings": asdict(settings), "size": source.st_size, "mtime_ns": source.st_mtime_ns}
-            made["digest"] = _digest(name)
-            # The damage is known only now, and the note stands before the packets.
-            finish(draft, whole, clock, f"{_MAKER}: {json.dumps(made | {'damage': damage})}")
-        except CannotWrite as error:
-            if error.errno in _HOPELESS:
-                raise OSError(error.errno, os.strerror(error.errno), os.fspath(target)) from error
-            raise VideoError(f"{Source(name)}: cannot be encoded as H.264 ({error})") from error
-        check(whole, clock)
-        now = os.stat(name)
-        if (now.st_size, now.st_mtime_ns) != (source.st_size, source.st_mtime_ns):
-            raise VideoError(f"{Source(name)}: changed while it was read; run it again")
+    draft = whole.with_suffix(".draft.mp4")
+    try:
+        found, clock = reencode(name, draft, settings, stop.is_set)
+        damage = "; ".join(found) or None
+        made = {"settings": asdict(settings), "size": source.st_size, "mtime_ns": source.st_mtime_ns}
+        made["digest"] = _digest(name)
+        # The damage is known only now, and the note stands before the packets.
+        finish(draft, whole, clock, f"{_MAKER}: {json.dumps(made | {'damage': damage})}")
+    except CannotWrite as error:
+        if error.errno in _HOPELESS:
+            raise OSError(error.errno, os.strerror(error.errno), os.fspath(whole)) from error
+        raise VideoError(f"{Source(name)}: cannot be encoded as H.264 ({error})") from error
+    check(whole, clock)
+    now = os.stat(name)
+    if (now.st_size, now.st_mtime_ns) != (source.st_size, source.st_mtime_ns):
+        raise VideoError(f"{Source(name)}: changed while it was read; run it again")
     return damage
