@@ -36,11 +36,7 @@ CLIPS = (  # name, codec, options of the encoder; two that DALI's CPU operators 
 
 
 def row(root, name, label=None, **facts):
-    info = probe(root / name)
-    facts_of_file = ("frames", "width", "height", "codec", "pix_fmt", "rotation", "colorspace", "interlaced")
-    known = {fact: getattr(info, fact) for fact in facts_of_file}
-    size = os.path.getsize(root / name)
-    return replace(Video(name, label, size=size, packed=info.plan and pack_plan(info.plan), **known), **facts)
+    return replace(probe(root / name), path=name, label=label, size=os.path.getsize(root / name), **facts)
 
 
 @pytest.fixture(scope="module")

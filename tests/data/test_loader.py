@@ -23,7 +23,7 @@ import pytest
 import torch
 
 from xclip_fast.data.decode.decoder import VideoError, decode_views, probe
-from xclip_fast.data.decode.video import Video, pack_plan
+from xclip_fast.data.decode.video import Video
 from xclip_fast.data.loader import cache as cache_module
 from xclip_fast.data.loader import dali
 from xclip_fast.data.loader import workers as watched
@@ -90,10 +90,9 @@ def manifest(folder: Path) -> Manifest:
 
 
 def _video(path: Path) -> Video:
-    info, status = probe(path), path.stat()
-    facts = {name: getattr(info, name) for name in ("frames", "width", "height", "codec", "pix_fmt", "duration", "fps")}
-    facts |= {"size": status.st_size, "mtime_ns": status.st_mtime_ns, "packed": info.plan and pack_plan(info.plan)}
-    return Video(path.name, int(path.stem) % 2, **facts)
+    status = path.stat()
+    of_row = {"path": path.name, "label": int(path.stem) % 2, "size": status.st_size, "mtime_ns": status.st_mtime_ns}
+    return replace(probe(path), **of_row)
 
 
 @pytest.fixture
