@@ -29,7 +29,7 @@ from ..sampling import epoch_batches, epoch_order
 from ..threads import processes_and_threads
 from .batches import Batch, DataError, Report, moved
 from .cache import FrameCache
-from .tasks import Decode, Decoder, Task, sample_shape
+from .tasks import Decoder, Task, sample_shape
 from .workers import Workers, check_shared_memory
 
 log = logging.getLogger(__name__)
@@ -50,8 +50,8 @@ class Loader:
         batch_size: videos of a batch on this rank.
         device: of the batches; "auto": CUDA if there is one.
         decoder: "dali" or "cpu" allows only that one.
-        rank, world: this process takes every world-th of each batch_size * world videos, from number `rank` on.
-        drop_last: leave out the last batch if it is not full. Otherwise it is shorter, on some ranks perhaps empty.
+        rank, world: this process takes every world-th of each batch_size * world videos, from number `rank` on. The
+            last batch may be shorter, on some ranks perhaps empty.
         workers, threads: processes, and threads in each. By default there are two threads for each core of this process
             (the machine's cores over LOCAL_WORLD_SIZE), four in a process. workers=0 decodes in threads of this
             process, without prefetching and without protection from files that crash or hang the decoder.
@@ -61,7 +61,6 @@ class Loader:
             allowed unless it is 0. Videos that the index lists as bad are never tried and do not count. An evaluation
             may take 1.0 and report "n of m" (`Report.summary`).
         timeout: seconds that one video may take before the decoder counts as hung.
-        decode: a function in the place of `decode.decode_views`. Its frames are not cached.
 
     Raises:
         ValueError: for a bad argument. ImportError: for decoder="dali" without DALI. RuntimeError: if /dev/shm cannot
@@ -80,7 +79,6 @@ class Loader:
         shuffle: bool = False,
         rank: int = 0,
         world: int = 1,
-        drop_last: bool = False,
         workers: int | None = None,
         threads: int | None = None,
         prefetch: int = 2,
@@ -88,7 +86,6 @@ class Loader:
         cache_bytes: int | None = None,
         max_bad: float = 0.05,
         timeout: float = 60.0,
-        decode: Decode | None = None,
     ) -> None:
         if not isinstance(manifest, Manifest):
             manifest = Manifest.read(manifest)
@@ -108,7 +105,7 @@ class Loader:
             raise ValueError(f"timeout is {timeout}; a positive number of seconds is wanted")
         if decoder not in ("auto", "dali", "cpu"):
             raise ValueError(f"decoder is {decoder!r}; it must be 'auto', 'dali' or 'cpu'")
-        refused = _no_dali(place, cache is not None or decode is not None)
+        refused = _no_dali(place, cache is not None)
         if decoder == "dali" and refused:
             raise (ImportError if "not installed" in refused else ValueError)(f"decoder='dali': {refused}")
         if decoder == "auto" and refused and place.type == "cuda":
@@ -117,12 +114,12 @@ class Loader:
         dali = decoder != "cpu" and not refused
         if not dali:
             check_shared_memory(batch_size * math.prod(sample_shape(transform)), workers, prefetch)
-        kept = FrameCache(cache, cache_bytes) if cache is not None and decode is None else None
-        make = Decoder(transform, seed, threads, workers, kept, decode)
+        kept = None if cache is None else FrameCache(cache, cache_bytes)
+        make = Decoder(transform, seed, threads, workers, kept)
         self.manifest, self.batch_size, self.device = manifest, batch_size, place
         self.decoder: Literal["dali", "cpu"] = "dali" if dali else "cpu"
         self.workers, self._max_bad = Workers(make, workers, prefetch, place.type == "cuda", timeout), max_bad
-        self._shuffle, self._rank, self._world, self._drop_last = shuffle, rank, world, drop_last
+        self._shuffle, self._rank, self._world = shuffle, rank, world
         self._usable = manifest.usable
         self._epoch, self._start, self._consumed = 0, 0, 0
         self._active: weakref.ref[Generator[Batch, None, None]] | None = None
@@ -148,8 +145,7 @@ class Loader:
         self._epoch, self._start, self._consumed = epoch, 0, 0
 
     def __len__(self) -> int:
-        step = self.batch_size * self._world
-        return len(self._usable) // step if self._drop_last else -(-len(self._usable) // step)
+        return -(-len(self._usable) // (self.batch_size * self._world))
 
     def __iter__(self) -> Iterator[Batch]:
         self._end()
@@ -215,7 +211,6 @@ class Loader:
             "seed": make.seed,
             "global_batch": self.batch_size * self._world,
             "shuffle": self._shuffle,
-            "drop_last": self._drop_last,
         }
 
     @functools.cached_property
@@ -226,7 +221,7 @@ class Loader:
 
     def _batches(self, epoch: int) -> list[np.ndarray]:
         order = epoch_order(len(self._usable), self.workers.decoder.seed, epoch, self._shuffle)
-        return epoch_batches(self._usable[order], self.batch_size, self._rank, self._world, self._drop_last)
+        return epoch_batches(self._usable[order], self.batch_size, self._rank, self._world)
 
     def _new_report(self, done: list[np.ndarray]) -> None:
         """Starts the report of an epoch in which these batches were delivered before, except for bad videos."""
@@ -248,17 +243,12 @@ class Loader:
         self.epoch = epoch + 1
 
     def _on_cpu(self, epoch: int, batches: list[np.ndarray]) -> Generator[Batch, None, None]:
-        def task(turn: int, number: int, rows: np.ndarray) -> Task:
-            return Task(turn, number, epoch, rows, self.manifest.select(rows))
+        def make(turn: int, number: int, rows: np.ndarray) -> Task:
+            good = self._good(rows)
+            return Task(turn, number, epoch, good, self.manifest.select(good))
 
         copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        results = self.workers.results(
-            range(len(batches)),
-            lambda turn, number: task(turn, number, self._good(batches[number])),
-            lambda turn, row: task(turn, -1, np.array([row], np.int64)),
-            self._bad,
-        )
-        with contextlib.closing(results):
+        with contextlib.closing(self.workers.results(batches, make, self._bad)) as results:
             for result in results:
                 for row, reason in result.bad.items():
                     self._bad(row, reason)
@@ -337,12 +327,12 @@ class Loader:
 loader = Loader  # used as a function: `for batch in loader(...)`
 
 
-def _no_dali(device: torch.device, own: bool) -> str | None:
+def _no_dali(device: torch.device, cached: bool) -> str | None:
     """The reason why DALI is not used, or None."""
     if device.type != "cuda":
         return f"DALI is for CUDA devices, and the device is {device}"
-    if own:
-        return "a cache or a decode function of the caller gives the frames, on the CPU"
+    if cached:
+        return "a cache gives the frames, on the CPU"
     from ..decode.dali_support import missing
 
     return missing()
