@@ -81,11 +81,7 @@ def read_data(data: DataConfig, seed: int) -> Data:
 
 
 def _manifest(key: str, path: str) -> Manifest:
-    if Path(path).is_dir():
-        raise ConfigError(
-            f"{key}: {path} is a folder; make a manifest of it with `xclip-fast index {path}` and give that"
-        )
-    if not Path(path).is_file():
+    if not Path(path).exists():
         raise ConfigError(f"{key}: there is no file {path}; `xclip-fast index` makes a manifest of your videos")
     with config_errors(key):
         return Manifest.read(path)
