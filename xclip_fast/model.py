@@ -306,11 +306,7 @@ class XCLIP(nn.Module):
         return model.to(device=device, dtype=dtype).eval()
 
     def save_pretrained(
-        self,
-        folder: str | os.PathLike[str],
-        *,
-        layout: checkpoint.Layout = "xclip_fast",
-        overwrite: bool = False,
+        self, folder: str | os.PathLike[str], *, layout: checkpoint.Layout = "xclip_fast", overwrite: bool = False
     ) -> None:
         """Writes weights and config into ``folder``, atomically.
 

@@ -179,7 +179,8 @@ def _several(rank: int, videos: str, output: str) -> None:
 
 def test_two_processes_compute_what_one_does(videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2]))  # the processes import tests.train.test_train
-    torch.multiprocessing.spawn(_several, (str(videos), str(tmp_path)), nprocs=2)
+    # one import of torch for both
+    torch.multiprocessing.start_processes(_several, (str(videos), str(tmp_path)), nprocs=2, start_method="forkserver")
     plain = {"model__vision__drop_path": 0.0, "mixing__probability": 0.0}
     one = run(videos, tmp_path / "one", **plain, optim__ema=0.9, data__val=str(videos / "val.jsonl"))
     torch.testing.assert_close(losses(tmp_path / "ddp"), losses(one), rtol=1e-5, atol=1e-6)

@@ -97,8 +97,6 @@ def draw_classes(classes: Sequence[str], size: int = 160, draws: int = 3, seed: 
     They depend on the seed and the names alone, not on the order of the names.
     """
     names = sorted(classes)
-    if not 1 <= size <= len(names) or draws < 1:
-        raise ValueError(f"{draws} draws of {size} of {len(names)} classes: at least one of 1 to {len(names)} wanted")
     return [
         [names[index] for index in sorted(sample_rng(seed, 1, draw).permutation(len(names))[:size])]
         for draw in range(draws)

@@ -127,10 +127,11 @@ class Loader:
         self._told: set[str] = set()
         self._reasons: dict[tuple[str, str | None], str] = {}  # of bad videos: (path, member) -> reason
         self._distinct = len({self._identify(row) for row in self._usable.tolist()})
-        self.report = Report(0)
-        self._enter(manifest.bad, check=False)
+        self.report = Report(manifest.name)
+        for row, reason in manifest.bad.items():
+            self._enter(row, reason)
         self._of_index = len(self._reasons)
-        self._new_report(self._batches(0))
+        self._new_report(self._batches(0), 0)
         weakref.finalize(self, self.workers.close)
 
     @property
@@ -152,7 +153,7 @@ class Loader:
         first, self._start = self._start, 0
         batches = self._batches(self._epoch)
         self._consumed = first
-        self._new_report(batches[:first])
+        self._new_report(batches, first)
         generator = self._iterate(self._epoch, batches, first)
         self._active = weakref.ref(generator)
         return generator
@@ -174,7 +175,7 @@ class Loader:
             raise ValueError(f"batch is {batch}; an epoch has {len(self)} batches")
         self.epoch = epoch
         self._start = self._consumed = batch
-        self._new_report(self._batches(epoch)[:batch])
+        self._new_report(self._batches(epoch), batch)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resumes a saved state. Raises ValueError if it belongs to another dataset, seed, batch size or transform."""
@@ -184,7 +185,9 @@ class Loader:
                     f"this state belongs to another dataset or order: its {name} is {state.get(name)!r}, here it is "
                     f"{here!r}. Resume with the old data and settings, or start a new run"
                 )
-        self._enter({int(row): reason for row, reason in state.get("bad", {}).items()})
+        for row, reason in state.get("bad", {}).items():
+            self._enter(int(row), reason)
+        self._check()
         self.seek(state["epoch"], state["batches"])
 
     def quarantined(self) -> Manifest:
@@ -223,15 +226,12 @@ class Loader:
         order = epoch_order(len(self._usable), self.workers.decoder.seed, epoch, self._shuffle)
         return epoch_batches(self._usable[order], self.batch_size, self._rank, self._world)
 
-    def _new_report(self, done: list[np.ndarray]) -> None:
-        """Starts the report of an epoch in which these batches were delivered before, except for bad videos."""
+    def _new_report(self, batches: list[np.ndarray], done: int) -> None:
+        """Starts the report of an epoch of which `done` batches were delivered before, except for bad videos."""
         bad = self.report.bad
-        rows, of_index = len(self._usable), len(self.manifest) - len(self._usable)
-        step = self.batch_size * self._world
-        last = len(range(self._rank, rows % step, self._world))
-        total = rows // step * self.batch_size + last + len(range(self._rank, of_index, self._world))
-        delivered = sum(int(row) not in bad for rows in done for row in rows)
-        self.report = Report(total, delivered, bad, self.report.names)
+        of_index = range(self._rank, len(self.manifest) - len(self._usable), self._world)
+        delivered = sum(int(row) not in bad for rows in batches[:done] for row in rows)
+        self.report = Report(self.manifest.name, sum(map(len, batches)) + len(of_index), delivered, bad)
 
     def _iterate(self, epoch: int, batches: list[np.ndarray], first: int) -> Generator[Batch, None, None]:
         start = self._on_gpu if self.decoder == "dali" else self._on_cpu
@@ -298,20 +298,17 @@ class Loader:
 
     def _bad(self, row: int, reason: str) -> None:
         """Enters a bad video and logs it the first time. Raises DataError if there are too many."""
-        if self._enter({row: reason}, check=False):
+        if self._enter(row, reason):
             log.warning("%s: left out: %s", self.manifest.name(row), reason)
             self._check()
 
-    def _enter(self, bad: dict[int, str], check: bool = True) -> bool:
-        """Enters bad videos in the report. Returns True if one of them is new."""
-        before = len(self._reasons)
-        for row, reason in bad.items():
-            self.report.bad[row] = reason
-            self.report.names[row] = self.manifest.name(row)
-            self._reasons.setdefault(self._identify(row), reason)
-        if check:
-            self._check()
-        return len(self._reasons) > before
+    def _enter(self, row: int, reason: str) -> bool:
+        """Enters a bad video in the report. Returns True if it is new."""
+        video = self._identify(row)
+        is_new = video not in self._reasons
+        self.report.bad[row] = reason
+        self._reasons.setdefault(video, reason)
+        return is_new
 
     def _check(self) -> None:
         found = len(self._reasons) - self._of_index

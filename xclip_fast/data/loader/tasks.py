@@ -110,10 +110,8 @@ class Decoder:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, _pool=None, _slots=queue.SimpleQueue())
 
-    def __getitem__(self, task: Task) -> Result:
-        return self.__getitems__(task)
-
-    def __getitems__(self, task: Task) -> Result:
+    def decode(self, task: Task) -> Result:
+        """Decodes a batch with the threads of this process."""
         if self._pool is None:
             self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="decode")
             for slot in range(self.threads):
@@ -137,6 +135,8 @@ class Decoder:
             return Result(task.number, frames, task.rows, bad, notes, None)
         good = np.array([not reason for reason in found])
         return Result(task.number, frames[torch.from_numpy(good)], task.rows[good], bad, notes, None)
+
+    __getitems__ = decode  # the name that DataLoader calls
 
     def _one(self, task: Task, place: int, out: np.ndarray, worker: int) -> str | None:
         """Decodes one video of a task. Returns "", or the reason of a failure; None if the task is no longer wanted."""

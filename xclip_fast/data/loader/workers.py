@@ -75,7 +75,7 @@ class Workers:
         try:
             while done < len(batches):
                 try:
-                    result = self._next(turn) if self.workers else self.decoder[make(turn, done, batches[done])]
+                    result = self._next(turn) if self.workers else self.decoder.decode(make(turn, done, batches[done]))
                     if result.number != done and result.failure is None:
                         raise RuntimeError(f"batch {result.number} came where {done} was due")
                 except _TROUBLE as error:
