@@ -424,7 +424,7 @@ def test_refused_before_the_first_step(videos: Path, tmp_path: Path) -> None:
     refused("data.train: there is no file .*missing.jsonl", data__train=str(tmp_path / "missing.jsonl"))
     refused("is a folder, not a manifest; `xclip-fast index", data__train=str(videos / "train"))
     refused("data.train is missing", data__train=None)
-    refused("model.init: there is no nowhere.pt", model__init="nowhere.pt")
+    refused("model.init: nowhere.pt: no such file", model__init="nowhere.pt")
     refused("data.shots: 3 usable videos of each class wanted", data__shots=3)
     refused(
         "nothing is left to train",

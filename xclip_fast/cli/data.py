@@ -136,6 +136,8 @@ def motion(
     from ..data import manifest
     from ..data.motion import CLASSES, write_dataset
 
+    if size % 2:
+        raise typer.BadParameter(f"{size} is odd, and H.264 needs even numbers", param_hint="--size")
     for number, (split, count) in enumerate({"train": clips, "test": test_clips}.items()):
         with Bar() as bar:
             write_dataset(folder / split, count, 2 * seed + number, size=(size, size), progress=bar.update)

@@ -206,8 +206,8 @@ def read_recipe(checkpoint: Path | None) -> Trained:
     return Trained.read(checkpoint)
 
 
-def load_model(checkpoint: Path | None, variant: str | None, random_weights: bool) -> XCLIP:
-    """The model on the CPU, in the checkpoint's precision."""
+def check_weights(checkpoint: Path | None, random_weights: bool) -> None:
+    """Raises an error unless one of ``--checkpoint`` and ``--random-weights`` is given, and not both."""
     if (checkpoint is None) != random_weights:
         why = (
             "cannot go with --random-weights"
@@ -215,6 +215,11 @@ def load_model(checkpoint: Path | None, variant: str | None, random_weights: boo
             else "missing; for a trial without weights: --random-weights"
         )
         raise typer.BadParameter(why, param_hint="--checkpoint")
+
+
+def load_model(checkpoint: Path | None, variant: str | None, random_weights: bool) -> XCLIP:
+    """The model on the CPU, in the checkpoint's precision."""
+    check_weights(checkpoint, random_weights)
     from .. import config
     from ..inference import placement
 
@@ -228,13 +233,12 @@ def load_model(checkpoint: Path | None, variant: str | None, random_weights: boo
 def stored_weights(
     place: Path, checkpoint: Path | None, variant: str | None, random_weights: bool
 ) -> tuple[Path | None, str | None]:
-    """The given checkpoint and variant; without them, those that a store or a feature file was made with."""
-    from ..search.feature_file import FeatureFile
+    """The given checkpoint and variant; without them, those that a store was made with."""
     from ..search.store import Store
 
+    made_with = Store.open(place).settings
     if checkpoint is not None:
         return checkpoint, variant
-    made_with = (Store.open(place) if place.is_dir() else FeatureFile(place)).settings
     if not random_weights and not made_with.checkpoint:
         raise ValueError(f"{place}: was made with random weights; to use it all the same, add --random-weights")
     return (None if random_weights else Path(made_with.checkpoint)), variant or made_with.variant or None

@@ -62,6 +62,7 @@ def classify(
     separated by tabs. With --window it answers for each moment of a video and prints the start and end in seconds.
     A video that cannot be read is reported. The others are still classified, and the exit code is 1.
     """
+    opt.check_weights(checkpoint, random_weights)
     import torch
 
     from ..data.remote import Limits

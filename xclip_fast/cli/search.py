@@ -21,7 +21,7 @@ commands = typer.Typer()
 
 @commands.command()
 def search(
-    store: Annotated[Path, typer.Argument(metavar="STORE", help="Store or feature file that `embed` wrote.")],
+    store: Annotated[Path, typer.Argument(metavar="STORE", help="Store that `embed` wrote.")],
     queries: Annotated[list[str] | None, typer.Argument(metavar="QUERY", help="Text to look for.")] = None,
     like: Annotated[
         list[str] | None, typer.Option(metavar="VIDEO", help="Look for moments like this video. May be repeated.")
@@ -64,12 +64,12 @@ def search(
         raise typer.BadParameter("the query is empty", param_hint="QUERY")
     if not texts and not like and not interactive:
         raise typer.BadParameter("missing; give a text, --like VIDEO or --interactive", param_hint="QUERY")
-    from ..search.index import Index, open_moments
+    from ..search.index import Index, open_store
 
     checkpoint, variant = opt.stored_weights(store, checkpoint, variant, random_weights)
     target = opt.device_and_dtype(device, dtype)
     model = opt.load_model(checkpoint, variant, random_weights)
-    moments = open_moments(store, model, checkpoint)
+    moments = open_store(store, model, checkpoint=checkpoint)
     searcher = Index(moments, model.to(**target), None if root is None else str(root))
     if searcher.note:
         print(f"note: {searcher.note}", file=sys.stderr)

@@ -49,7 +49,7 @@ class Store:
         """Raises FileNotFoundError, or ValueError if the folder holds another table."""
         path = Path(folder)
         if not is_store(path):
-            raise FileNotFoundError(f"{folder}: no store; `xclip-fast embed VIDEO... --out {folder}` makes one")
+            raise FileNotFoundError(f"{folder}: is not a store; `xclip-fast embed VIDEO... --out STORE` makes one")
         return cls(path, _connect(path).open_table(_TABLE))
 
     @classmethod

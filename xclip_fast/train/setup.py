@@ -82,7 +82,10 @@ def read_data(data: DataConfig, seed: int) -> Data:
 def _manifest(key: str, path: str) -> Manifest:
     """The manifest that a key of the configuration names: every usable video has a label."""
     if not Path(path).exists():
-        raise ConfigError(f"{key}: there is no file {path}; `xclip-fast index` makes a manifest of your videos")
+        raise ConfigError(
+            f"{key}: there is no file {path}; `xclip-fast index` makes a manifest of your videos, and "
+            "`xclip-fast motion data/motion` generates videos to try"
+        )
     with config_errors(key):
         manifest = Manifest.read(path)
     usable = manifest.usable
@@ -144,7 +147,9 @@ def build_model(
         _check_fit(shape, texts, size, templates)
         return XCLIP(shape)
     if not Path(settings.init).exists() and not is_name(settings.init):
-        raise ConfigError(f"model.init: there is no {settings.init}; give a checkpoint, or null for random weights")
+        raise ConfigError(
+            f"model.init: {settings.init}: no such file or folder; give a checkpoint, or null for random weights"
+        )
     try:
         base = None if settings.variant else checkpoint.read(settings.init).config
         shape = train_config.model_config(settings, base)

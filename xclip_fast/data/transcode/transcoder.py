@@ -194,9 +194,10 @@ def _targets(
                 raise ValueError("the root of a folder is the folder itself; leave root out")
             if out.exists() and out.samefile(folder):
                 raise ValueError(f"{out} is the folder of the sources; choose another one for the copies")
-            mine = _identity(out)
-            for found in videos_below(folder, lambda inner: _identity(inner) == mine):
-                yield found, (out / os.path.relpath(found, folder)).with_suffix(".mp4")
+            copies = out.resolve()
+            for found in videos_below(folder):
+                if not Path(found).parent.resolve().is_relative_to(copies):
+                    yield found, (out / os.path.relpath(found, folder)).with_suffix(".mp4")
             return
         if not folder.exists():
             raise FileNotFoundError(errno.ENOENT, "no such file or folder", os.fspath(folder))
