@@ -143,7 +143,7 @@ def main(
         model = load_model(checkpoint, variant).to(**placed(process.device, dtype))
         # zero-shot: the model was not trained on these classes, so their names are the texts
         known, linear_head = trained if what.table == 5 else Trained(), model.config.num_classes is not None
-        labels = chosen or [known.texts(part.classes, linear_head) for part in videos]
+        labels: list[Any] = chosen or [known.texts(part.classes, linear_head) for part in videos]
         with Bar(hidden=process.rank > 0) as bar:
             settings = {"progress": bar.update, **trained.complete(settings)}
             results = [
