@@ -27,7 +27,7 @@ import measuring
 import numpy as np
 
 from xclip_fast.data.decode.decoder import probe
-from xclip_fast.data.decode.video import Video, pack_plan
+from xclip_fast.data.decode.video import Video
 from xclip_fast.data.loader.loader import loader
 from xclip_fast.data.manifest.manifest import Manifest
 from xclip_fast.data.motion import CLASSES, render, write_clip
@@ -39,7 +39,6 @@ BAD = ("corrupt", "truncated", "audio only", "missing", "empty", "text")
 EVERY = 50  # every 50th video is bad
 LOOKS = 20  # measurements of memory, evenly over the run
 SLACK = 1.05, 16 * 2**20  # factor and bytes by which memory may grow after the first tenth
-FACTS = ("frames", "width", "height", "codec", "pix_fmt", "duration", "fps")
 
 
 def make_pool(folder: Path, clips: int) -> list[tuple[Path, Video]]:
@@ -52,9 +51,7 @@ def make_pool(folder: Path, clips: int) -> list[tuple[Path, Video]]:
         frames = render(CLASSES[label], 0, number, frames=CLIP_FRAMES, size=CLIP_SIZE)
         quiet: dict[str, Any] = {"x265-params": "log-level=error"} if codec == "libx265" else {}
         write_clip(path, frames, codec=codec, pix_fmt="yuvj420p" if codec == "mjpeg" else "yuv420p", **quiet)
-        info = probe(path)
-        facts = {name: getattr(info, name) for name in FACTS}
-        pool.append((path, Video(path.name, label, packed=pack_plan(info.plan) if info.plan else None, **facts)))
+        pool.append((path, replace(probe(path), path=path.name, label=label)))
     return pool
 
 
