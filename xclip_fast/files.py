@@ -195,9 +195,9 @@ def full_disk(path: str | os.PathLike[str], more: str = "") -> Iterator[None]:
         yield
     except (OSError, RuntimeError, ValueError) as error:  # LanceDB has no error of its own for it
         if is_full(error):
-            raise OSError(
-                f"{path}: could not be written, no space left on the disk{more}; make room and start again"
-            ) from error
+            full = OSError(f"{path}: could not be written, no space left on the disk{more}; make room and start again")
+            full.errno = errno.ENOSPC
+            raise full from error
         raise
 
 

@@ -269,9 +269,9 @@ class Train(Command):
 
 
 class Look(Command):
-    """`search --html --clips`. The next cut removes a second name of a clip that is there."""
+    """`search --html --clips`. The next cut of a clip removes what a kill left beside it."""
 
-    extra = (".cutting-",)
+    extra = (".0 0.0-0.2.mp4.", ".1 0.0-0.2.mp4.")
 
     def run(self, out: Path) -> None:
         from xclip_fast.search.media import cut

@@ -384,15 +384,16 @@ def test_a_real_process_in_a_pipe_that_closes(home):
     assert process.wait(60) == 1
 
 
-def test_an_interrupt_is_exit_code_130_without_a_traceback(home):
+def test_an_interrupt_leaves_nothing_behind(home, tmp_path):
     process = start(
-        home, "classify", *[home / "clips"] * 300, "--frames", 64, "--labels", "a,b", "-c", home / "a"
+        home, "classify", *[home / "clips"] * 300, "--labels", "a,b", "-c", home / "a", "--html", tmp_path / "page.html"
     )  # fmt: skip
     assert process.stdout.readline()  # it has begun
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in err
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_command_line_imports_nothing_heavy_of_its_own():

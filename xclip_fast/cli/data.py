@@ -133,11 +133,11 @@ def motion(
     The classes differ in the order of their frames. The command writes mp4 files and manifests. `xclip-fast train
     motion` reads them from data/motion.
     """
+    if size % 2:
+        raise typer.BadParameter(f"{size} is odd, and H.264 needs even numbers", param_hint="--size")
     from ..data import manifest
     from ..data.motion import CLASSES, write_dataset
 
-    if size % 2:
-        raise typer.BadParameter(f"{size} is odd, and H.264 needs even numbers", param_hint="--size")
     for number, (split, count) in enumerate({"train": clips, "test": test_clips}.items()):
         with Bar() as bar:
             write_dataset(folder / split, count, 2 * seed + number, size=(size, size), progress=bar.update)

@@ -70,7 +70,7 @@ def embed(
     opt.set_threads(threads)
     from ..data.remote import Limits
     from ..inference.tuning import tune_before
-    from ..search.index import PARQUET, Index, open_store
+    from ..search.index import PARQUET, Index
     from ..search.store import Store, is_store
 
     if index and out.suffix == PARQUET:
@@ -79,11 +79,12 @@ def embed(
         checkpoint, variant = opt.stored_weights(out, checkpoint, variant, random_weights)
     target = opt.device_and_dtype(device, dtype)
     model = opt.load_model(checkpoint, variant, random_weights)
-    store = open_store(
+    opened = Index.open(
         out,
-        model,
-        checkpoint=checkpoint,
+        checkpoint,
+        model=model,
         root=root,
+        **target,
         variant=variant,
         window=window,
         stride=stride,
@@ -92,7 +93,7 @@ def embed(
         sampling=sampling,
         frame_stride=frame_stride,
     )
-    opened = Index(store, model.to(**target), None if root is None else str(root))
+    store = opened.store
     if inputs is not None:
         limits = Limits(max_bytes, max_seconds)
         embedding = None

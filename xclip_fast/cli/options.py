@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from ..scale.cluster import ClusterOptions
     from ..scale.stage import ModelSpec
     from ..search.page import Page
-    from ..weights.recipe import Trained
 
 
 Videos = Annotated[
@@ -194,16 +193,6 @@ def set_threads(threads: int | None) -> None:
         import torch
 
         torch.set_num_threads(threads)
-
-
-def read_recipe(checkpoint: Path | None) -> Trained:
-    """The recipe that the checkpoint was trained with. Raises an error if the checkpoint has no weights."""
-    from ..weights.checkpoint import find_weights
-    from ..weights.recipe import Trained
-
-    if checkpoint is not None:
-        find_weights(checkpoint)
-    return Trained.read(checkpoint)
 
 
 def check_weights(checkpoint: Path | None, random_weights: bool) -> None:

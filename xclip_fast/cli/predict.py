@@ -69,8 +69,12 @@ def classify(
     from ..inference.batches import Answer, Reading, answers
     from ..inference.labels import label_scorer
     from ..text.labels import refuse_same_texts
+    from ..weights.checkpoint import find_weights
+    from ..weights.recipe import Trained
 
-    trained = opt.read_recipe(checkpoint)
+    if checkpoint is not None:
+        find_weights(checkpoint)  # its error comes before one of missing labels
+    trained = Trained.read(checkpoint)
     names = list(trained.labels.values()) if labels is None else opt.parse_labels(labels)
     if not names:
         raise typer.BadParameter(

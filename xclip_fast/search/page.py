@@ -12,7 +12,7 @@ from pathlib import Path
 from ..console import plain
 from ..data.remote import is_remote
 from ..files import require_regular, write_text
-from .media import pictures
+from .media import in_thread, pictures
 from .query import Hit
 
 LIMIT = 24 << 20  # bytes of pictures in a page
@@ -89,7 +89,7 @@ class Page:
             self.without += 1
             return '<p class="none">No picture: the page is full.</p>'
         try:
-            still, preview = pictures(path, *best)
+            still, preview = in_thread(pictures, path, *best)
         except (ValueError, OSError) as error:
             return f'<p class="none">No picture: {_text(" ".join(str(error).split()))}</p>'
         image = f'<img src="{_data("image/jpeg", still)}" alt="A frame of {name}">'
