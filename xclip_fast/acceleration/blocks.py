@@ -108,18 +108,16 @@ def _compute(module: nn.Module, parts: Parts, style: Style, activation: str, x: 
         drop = style.drops(parts, x_FLD) if module.training else DropScales()
         y_FLD = _infer_apart(parts, activation, x_FLD, causal) if drop == DropScales() else None
         if y_FLD is None:
-            parameters = block_parameters(parts.ln_1, _weights(parts.attention), parts.ln_2, parts.fc, parts.projection)
             branches = (drop.diffusion, drop.feed_forward)
-            y_FLD = plain_block(x_FLD, parts.heads, parameters, branches, activation, causal=causal)
+            y_FLD = plain_block(x_FLD, parts.heads, _block_parameters(parts), branches, activation, causal=causal)
         return y_FLD if batch_first else y_FLD.transpose(0, 1)
     stream = x if isinstance(x, Stream) else style.stream(x)
     frames = stream.x.shape[0]
     if frames % parts.frames:
         raise ValueError(f"{frames} frames given, which are not whole videos of {parts.frames} frames")
     assert parts.message_ln is not None
-    message, attention = _weights(parts.message_attention), _weights(parts.attention)
-    modules = (parts.message_fc, parts.message_ln, message, parts.ln_1, attention, parts.ln_2)
-    parameters = message_parameters(*modules, parts.fc, parts.projection)
+    parameters = _block_parameters(parts)
+    parameters |= message_parameters(parts.message_fc, parts.message_ln, _weights(parts.message_attention))
     drop = style.drops(parts, stream.x) if module.training else DropScales()
     stream = cct_block(stream, parts.frames, parts.heads, parameters, drop, activation)
     return stream if isinstance(x, Stream) else style.tokens(stream)
@@ -252,6 +250,10 @@ def _read_call(
             return "it was not tried out before torch.compile"
         trial = trials[call.flag] = _try_out(module, parts, style, call.flag)
     return (call, trial) if trial.reason is None else trial.reason
+
+
+def _block_parameters(parts: Parts) -> dict[str, Any]:
+    return block_parameters(parts.ln_1, _weights(parts.attention), parts.ln_2, parts.fc, parts.projection)
 
 
 def _weights(attention: Any) -> Attention:
