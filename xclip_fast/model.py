@@ -102,18 +102,13 @@ class XCLIP(nn.Module):
         frame_FD, patches_FND = self.visual.split(x_FLD)
         h_FE = linear(frame_FD, self.visual.proj.T)
         h_BTE = h_FE.unflatten(0, (batch, frames))
-        return VideoFeatures(
-            video=h_BTE.mean(1) if self.mit is None else self.mit(h_BTE),
-            patches=self._patch_features(patches_FND, batch, frames),
-        )
-
-    def _patch_features(self, patches_FND: Tensor, batch: int, frames: int) -> Tensor:
+        video_BE = h_BTE.mean(1) if self.mit is None else self.mit(h_BTE)
         if self.prompts_generator is None:
-            return patches_FND.new_empty(batch, 0, self.config.embed_dim)
+            return VideoFeatures(video_BE, patches_FND.new_empty(batch, 0, self.config.embed_dim))
         z_FND = layer_norm(self.prompts_visual_ln, patches_FND)
         # the projection is linear, so it is applied once to the mean
         z_BND = z_FND.unflatten(0, (batch, frames)).mean(1)
-        return linear(z_BND, self.prompts_visual_proj.T)
+        return VideoFeatures(video_BE, linear(z_BND, self.prompts_visual_proj.T))
 
     def encode_text(self, text: Tensor | str | Sequence[str]) -> Tensor:
         """Labels to features (section 3.3).
@@ -131,12 +126,11 @@ class XCLIP(nn.Module):
                 f"this model has a linear head for {self.config.num_classes} classes and no text encoder: call "
                 "model(video), or take a config with num_classes=None"
             )
-        vectors = () if self.prompts_vectors is None else (self.prompts_vectors,)
-        if isinstance(text, Tensor):
-            return self.text(text, *vectors)
-        if torch.compiler.is_compiling():
-            raise TypeError("strings cannot be compiled or exported: pass xclip_fast.tokenize(labels) instead")
-        return self.text(tokenize(text, self.config.label_tokens), *vectors)
+        if not isinstance(text, Tensor):
+            if torch.compiler.is_compiling():
+                raise TypeError("strings cannot be compiled or exported: pass xclip_fast.tokenize(labels) instead")
+            text = tokenize(text, self.config.label_tokens)
+        return self.text(text, self.prompts_vectors)
 
     def encode_text_ensemble(self, labels: str | Sequence[str], templates: Sequence[str] = TEMPLATES) -> Tensor:
         """Labels to the mean of their normalized features over sentences (the ensemble of Table 9).
@@ -226,11 +220,9 @@ class XCLIP(nn.Module):
     def quantize(self, mode: Literal["fp8"], *, calibration: Tensor | Iterable[Tensor]) -> XCLIP:
         """Computes the large products of the vision tower in float8 (e4m3), for inference on GPUs that have it.
 
-        These are, in every block, the QKV projection of the frame tokens and both layers of the FFN. Everything else
-        stays as it is. A weight has a scale for each output channel. LayerNorm's output has a scale for each row, from
-        its own values. quick_gelu's output has one scale for each layer: twice the largest value of the calibration
-        videos fits (docs/kernels.md). The model should be in bfloat16. In other dtypes and on other devices float8 is
-        emulated, which is slow.
+        These are the QKV projection of the frame tokens and both layers of the FFN in every block; docs/kernels.md
+        describes the scales. The model should be in bfloat16. In other dtypes and on other devices float8 is emulated,
+        which is slow.
 
         The model keeps its weights beside the float8 copies, which take half the memory of bfloat16 weights.
         ``state_dict`` and ``save_pretrained`` write only the weights, so quantization is not saved. It survives ``to``
@@ -314,11 +306,7 @@ class XCLIP(nn.Module):
         return model.to(device=device, dtype=dtype).eval()
 
     def save_pretrained(
-        self,
-        folder: str | os.PathLike[str],
-        *,
-        layout: checkpoint.Layout = "xclip_fast",
-        overwrite: bool = False,
+        self, folder: str | os.PathLike[str], *, layout: checkpoint.Layout = "xclip_fast", overwrite: bool = False
     ) -> None:
         """Writes weights and config into ``folder``, atomically.
 

@@ -64,6 +64,8 @@ NAMED = {
     "classify -c nothing clip.mp4": "nothing: no such file or folder",
     "classify -c microsoft/xclip-base-patch32 a.mp4": "hf download microsoft/xclip-base-patch32 --local-dir",
     "evaluate runs/mine/best videos": "videos is a folder, not a manifest; `xclip-fast index videos` makes one of it",
+    "index nothing": "error: nothing: No such file or directory\n",  # without Python's [Errno 2]
+    "evaluate runs/mine/best nothing.jsonl": "error: nothing.jsonl: No such file or directory\n",
 }
 
 

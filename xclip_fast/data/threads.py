@@ -6,7 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, wait
+from concurrent.futures import Future, InvalidStateError, wait
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -43,18 +43,17 @@ class Job:
 
     work: Callable[[Any], Any]
     future: Future[Any] = field(default_factory=Future)
-    lock: threading.Lock = field(default_factory=threading.Lock)
 
     def finish(self, value: Any = None, error: BaseException | None = None) -> bool:
         """Settles the future. Returns False if it was settled before: a thread that was given up may come back."""
-        with self.lock:
-            if self.future.done():
-                return False
+        try:
             if error is None:
                 self.future.set_result(value)
             else:
                 self.future.set_exception(error)
-            return True
+        except InvalidStateError:
+            return False
+        return True
 
 
 class Threads:

@@ -160,15 +160,12 @@ def _blocks(vision: SwinConfig, eps: float) -> list[nn.Module]:
 
 def _to_windows(x_FND: Tensor, grid: int, window: int) -> Tensor:
     """Tokens row by row to tokens window by window."""
-    if grid == window:
-        return x_FND
     count = grid // window
     return x_FND.unflatten(1, (count, window, count, window)).transpose(2, 3).flatten(1, 4)
 
 
 def _from_windows(x_FND: Tensor, grid: int, window: int) -> Tensor:
-    if grid == window:
-        return x_FND
+    """Tokens window by window to tokens row by row."""
     count = grid // window
     return x_FND.unflatten(1, (count, count, window, window)).transpose(2, 3).flatten(1, 4)
 

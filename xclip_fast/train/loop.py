@@ -55,7 +55,7 @@ from .setup import (
     training_loader,
 )
 
-FEW_STEPS = 100  # a shorter run says that it hardly trains
+FEW_STEPS, SMALL_MOVE = 100, 0.01  # a run of fewer steps, whose learning rates sum to less, says that it hardly trains
 
 
 def main(config: str, overrides: Sequence[str] = (), *, fresh: bool = False) -> Path:
@@ -148,7 +148,7 @@ def _train(config: TrainConfig, process: Process, fresh: bool, held: contextlib.
         f"{len(data.train.usable)} videos, "
         f"{len(data.texts)} classes"
     )
-    if steps < FEW_STEPS and not step:
+    if steps < FEW_STEPS and steps * config.optim.lr < SMALL_MOVE and not step:
         records.say(
             f"note: {steps} steps at a learning rate of {config.optim.lr:g} change little, because a step of AdamW "
             "moves a weight by about the learning rate. If accuracy does not rise, raise optim.lr or optim.epochs"
