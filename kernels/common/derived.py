@@ -30,11 +30,11 @@ def kept(what: str, make: Callable[..., Made], weight: Tensor, *more: Tensor | N
     owner, found = _kept.get(number, (None, {}))
     if owner is None or owner() is not weight:
         owner, found = _kept[number] = weakref.ref(weight, lambda _: _kept.pop(number, None)), {}
-    before, made = found.get(what, (None, None))
-    if before != state:
+    before = found.get(what)
+    if before is None or before[0] != state:
         with torch.inference_mode(False), torch.no_grad():  # usable in a later training step
-            made = make(weight, *more)
-        found[what] = state, made
+            before = found[what] = state, make(weight, *more)
+    made: Made = before[1]
     return made
 
 

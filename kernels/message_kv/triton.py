@@ -305,16 +305,16 @@ def forward(save: bool, b: Any) -> tuple[Spare, Callable[[Tensor], None], tuple[
     token = torch.empty(count, width, dtype=dtype, device=device)
     launches.token(b.x[:, 0], weights[0], b.message_fc_bias, *_NO_NORM, None, None, token, parts)
     # attention of qkv = LN_m(m) W + b over the frames of each video
-    given = (token, weights[1], b.message_in_bias, b.message_ln_weight, b.message_ln_bias, parts, *first)
+    qkv_given = (token, weights[1], b.message_in_bias, b.message_ln_weight, b.message_ln_bias, parts, *first)
     qkv = None if launches.qkv is None and not save else torch.empty(count, 3 * width, dtype=dtype, device=device)
     lse: tuple[Tensor, ...] = ()
     if launches.attention is not None:
         mixed = torch.empty_like(token)
-        launches.attention(*given, qkv, mixed)
+        launches.attention(*qkv_given, qkv, mixed)
     else:
         assert launches.qkv is not None
         assert qkv is not None
-        launches.qkv(*given, None, None, qkv, None)
+        launches.qkv(*qkv_given, None, None, qkv, None)
         heads = qkv.view(-1, frames, 3, b.heads, width // b.heads)
         out, lse = attention.forward(save, heads) if takes(heads.shape[-1]) else (attention_reference(heads), ())
         mixed = out.reshape(token.shape)
