@@ -17,6 +17,7 @@ from xclip_fast.cli import main as cli
 from xclip_fast.cli import options
 from xclip_fast.data.decode.decoder import decode
 from xclip_fast.data.motion import CLASSES, render, write_clip
+from xclip_fast.inference.placement import placed
 
 NO_LANCEDB = "LanceDB is not installed: pip install 'xclip-fast[search]'"
 LABELS = ["riding a bike", "swimming", "a cat", "moving right", "cooking", "黒い猫 🐈"]
@@ -231,9 +232,9 @@ def test_without_weights_it_refuses_or_warns(home, run, monkeypatch):
         (["classify", "{clip}", "--labels", "a", "-c", "{home}/a", "--frames", "0"], 2, "--frames"),
         (["classify", "{clip}", "--labels", "a", "-c", "{home}/a", "--batch-size", "x"], 2, "--batch-size"),
         (["classify", "{clip}", "--labels", "a", "-c", "{home}/a", "--dtype", "int8"], 2, "--dtype"),
-        (["classify", "{clip}", "--labels", "a", "-c", "{home}/a", "--device", "tpu"], 2, "cuda:N"),
-        (["classify", "{clip}", "--labels", "a", "-c", "{home}/a", "--device", "cpu:x"], 2, "cuda:N"),
-        (["classify", "{clip}", "--labels", "a", "-c", "{home}/a", "--device", "cuda:99"], 1, "--device cuda:99"),
+        (["classify", "{clip}", "--labels", "a", "-c", "{home}/a", "--device", "tpu"], 1, "cuda:N"),
+        (["classify", "{clip}", "--labels", "a", "-c", "{home}/a", "--device", "cpu:x"], 1, "cuda:N"),
+        (["classify", "{clip}", "--labels", "a", "-c", "{home}/a", "--device", "cuda:99"], 1, "device is cuda:99: "),
         (["classify", "{clip}", "--labels", "a", "--random-weights", "--variant", "B/17"], 2, "B/16-8f"),
         (["classify", "{clip}", "--labels", "a", "-c", "{home}/a", "--variant", "B/16-8f"], 1, "heads"),
         (["classify", "{clip}", "--labels", "a", "-c", "{home}/nothing"], 1, "no such file or folder"),
@@ -420,10 +421,10 @@ def test_the_precision_follows_the_gpu(monkeypatch, capability, dtype):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert options.device_and_dtype("auto", "auto") == {"device": "cuda", "dtype": dtype}
-    assert options.device_and_dtype("cuda:0", "float32") == {"device": "cuda:0", "dtype": torch.float32}
+    assert placed("auto", "auto") == {"device": torch.device("cuda"), "dtype": dtype}
+    assert placed("cuda:0", "float32") == {"device": torch.device("cuda:0"), "dtype": torch.float32}
     with pytest.raises(ValueError, match="cuda:1"):
-        options.device_and_dtype("cuda:1", "auto")
+        placed("cuda:1", "auto")
 
 
 def test_output_that_is_closed_from_the_start(monkeypatch):

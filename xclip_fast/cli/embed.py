@@ -69,6 +69,7 @@ def embed(
         raise typer.Exit(1)  # the folders are empty, and no store has rows of them
     opt.set_threads(threads)
     from ..data.remote import Limits
+    from ..inference.placement import placed
     from ..inference.tuning import tune_before
     from ..search.index import PARQUET, Index
     from ..search.store import Store, is_store
@@ -77,7 +78,7 @@ def embed(
         raise typer.BadParameter(f"works with a store only; {out} holds Parquet files", param_hint="--index")
     if is_store(out):
         checkpoint, variant = opt.stored_weights(out, checkpoint, variant, random_weights)
-    target = opt.device_and_dtype(device, dtype)
+    target = placed(device, dtype)
     model = opt.load_model(checkpoint, variant, random_weights)
     opened = Index.open(
         out,

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -141,23 +141,6 @@ def find_videos(given: Sequence[str] | None) -> tuple[Inputs, bool]:
     if not inputs.paths and not inputs.folders:
         raise typer.Exit(1)
     return inputs, failed
-
-
-def device_and_dtype(device: str, dtype: str) -> dict[str, Any]:
-    """``device`` and ``dtype`` as arguments of ``Module.to``."""
-    import torch
-
-    from ..inference.placement import placed
-
-    kind, _, index = device.partition(":")
-    if kind not in ("auto", "cpu", "cuda") or (index and not (kind == "cuda" and index.isdecimal())):
-        raise typer.BadParameter(f"{device!r} is not auto, cpu, cuda or cuda:N", param_hint="--device")
-    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
-        from ..info import collect_cuda
-
-        cuda = collect_cuda()
-        raise ValueError(f"--device {device}: {cuda['reason'] or 'there are only ' + str(len(cuda['devices']))}")
-    return placed(device, dtype)
 
 
 def cluster(

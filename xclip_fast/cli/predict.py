@@ -68,6 +68,7 @@ def classify(
     from ..data.remote import Limits
     from ..inference.batches import Answer, Reading, answers
     from ..inference.labels import label_scorer
+    from ..inference.placement import placed
     from ..text.labels import refuse_same_texts
     from ..weights.checkpoint import find_weights
     from ..weights.recipe import Trained
@@ -84,7 +85,7 @@ def classify(
     sentences = chosen.pop("templates")
     inputs, failed = opt.find_videos(videos)
     opt.set_threads(threads)
-    target = opt.device_and_dtype(device, dtype)
+    target = placed(device, dtype)
     model = opt.load_model(checkpoint, variant, random_weights).to(**target)
     outputs = model.config.num_classes
     if outputs is not None and (sentences or outputs != len(names)):

@@ -64,10 +64,11 @@ def search(
         raise typer.BadParameter("the query is empty", param_hint="QUERY")
     if not texts and not like and not interactive:
         raise typer.BadParameter("missing; give a text, --like VIDEO or --interactive", param_hint="QUERY")
+    from ..inference.placement import placed
     from ..search.index import Index
 
     checkpoint, variant = opt.stored_weights(store, checkpoint, variant, random_weights)
-    target = opt.device_and_dtype(device, dtype)
+    target = placed(device, dtype)
     model = opt.load_model(checkpoint, variant, random_weights)
     searcher = Index.open(store, checkpoint, model=model, root=root, **target)
     if searcher.note:
