@@ -211,10 +211,13 @@ def mlp_fp8_reference(
 
 
 def _mlp(x: Tensor, ln_weight: Tensor, ln_bias: Tensor, *rest: Any) -> Tensor:
-    rows, first, second, (hidden_scale, eps) = x.reshape(-1, x.shape[-1]), rest[:3], rest[3:6], rest[6:]
+    first: Any = rest[:3]
+    second: Any = rest[3:6]
+    hidden_scale, eps = rest[6:]
+    rows = x.reshape(-1, x.shape[-1])
     normed = _normed_in_one_pass(rows, ln_weight, ln_bias, eps)
-    hidden8 = cuda_library.fp8_linear(*normed, *first, h_scale=hidden_scale)
-    return cuda_library.fp8_linear_residual(hidden8, *second, residual=rows).view(x.shape)
+    hidden8 = cuda_library.fp8_linear(*normed, *first, hidden_scale)
+    return cuda_library.fp8_linear_residual(hidden8, *second, rows).view(x.shape)
 
 
 def _mlp_example(sizes: Sizes, make: Maker) -> tuple[Any, ...]:
