@@ -210,14 +210,23 @@ def mlp_fp8_reference(
     return y.to(x.dtype)
 
 
-def _mlp(x: Tensor, ln_weight: Tensor, ln_bias: Tensor, *rest: Any) -> Tensor:
-    first: Any = rest[:3]
-    second: Any = rest[3:6]
-    hidden_scale, eps = rest[6:]
+def _mlp(
+    x: Tensor,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    weight1_8: Tensor,
+    weight1_scale: Tensor,
+    bias1: Tensor,
+    weight2_8: Tensor,
+    weight2_scale: Tensor,
+    bias2: Tensor,
+    hidden_scale: float,
+    eps: float,
+) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
     normed = _normed_in_one_pass(rows, ln_weight, ln_bias, eps)
-    hidden8 = cuda_library.fp8_linear(*normed, *first, hidden_scale)
-    return cuda_library.fp8_linear_residual(hidden8, *second, rows).view(x.shape)
+    hidden8 = cuda_library.fp8_linear(*normed, weight1_8, weight1_scale, bias1, hidden_scale)
+    return cuda_library.fp8_linear_residual(hidden8, weight2_8, weight2_scale, bias2, rows).view(x.shape)
 
 
 def _mlp_example(sizes: Sizes, make: Maker) -> tuple[Any, ...]:
