@@ -98,7 +98,8 @@ class XCLIP(nn.Module):
         """
         check_video(self, video)
         batch, frames = video.shape[:2]
-        x_FLD = self.visual(video.flatten(0, 1), frames)
+        with kernels.cpu.workspace():
+            x_FLD = self.visual(video.flatten(0, 1), frames)
         frame_FD, patches_FND = self.visual.split(x_FLD)
         h_FE = linear(frame_FD, self.visual.proj.T)
         h_BTE = h_FE.unflatten(0, (batch, frames))

@@ -109,6 +109,9 @@ class Branch(NamedTuple):
     later: Tensor | None = None  # (D,): added to the result behind the LayerNorm
 
 
+_NO_BRANCH = (None,) * 4
+
+
 class Positions(NamedTuple):
     """What is added to each of the sequences of equal length that x holds."""
 
@@ -162,17 +165,24 @@ def normalize(
         x, or what was added to it with it, in x's or the positions' dtype (M, D); LN of it (M, D); mean and rstd (M,)
         float32; None for what is not wanted.
     """
-    M, D = x.shape
-    z = None
-    if branch is not None or (positions is not None and statistics):
-        z = torch.empty(M, D, dtype=x.dtype if positions is None else dtype, device=x.device)
-    y = None if dtype is None else torch.empty(M, D, dtype=dtype, device=x.device)
-    mean, rstd = (torch.empty(M, dtype=torch.float32, device=x.device) if statistics else None for _ in range(2))
+    (M, D), device, stored = x.shape, x.device, x.dtype
+    product, product_bias, drop_scale, later = branch or _NO_BRANCH
     spares, length = spare_arguments(spare, M)
-    position, first, length = positions or (None, None, length)
-    count, sample_rows = 0 if position is None else len(position), rows_of_sample(M, branch and branch.drop_scale)
-    run = _forward(x.device, x.element_size(), M, D, x.stride(0), length, count, sample_rows, eps)
-    added = (*(branch or (None,) * 4), z, position, first)
+    position = first = z = y = mean = rstd = None
+    count = 0
+    if positions is not None:
+        (position, first, length), stored = positions, dtype or stored
+        count = len(position)
+    if branch is not None or (positions is not None and statistics):
+        z = torch.empty(M, D, dtype=stored, device=device)
+    if dtype is not None:
+        y = torch.empty(M, D, dtype=dtype, device=device)
+    if statistics:
+        mean = torch.empty(M, dtype=torch.float32, device=device)
+        rstd = torch.empty_like(mean)
+    sample_rows = rows_of_sample(M, drop_scale)
+    run = _forward(device, x.dtype.itemsize, M, D, x.stride()[0], length, count, sample_rows, eps)
+    added = product, product_bias, drop_scale, later, z, position, first
     run(x, *added, weight, bias, y, scale, mean, rstd, *spares)
     return x if z is None else z, y, mean, rstd
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from .. import kernels
+from ..kernels.dispatch import log_once
 from ..nn.cct import Attention, DropScales, FastCCTBlock, Stream, cct_block, message_parameters
 from ..nn.layers import TransformerBlock, block_parameters, plain_block
 from ..nn.parts import is_watched
@@ -153,7 +154,7 @@ def _subclass(original: Any, style: Style) -> type[nn.Module]:
         plan = "its parts have changed" if parts is None else _read_call(self, parts, style, args, kwargs)
         if parts is None or isinstance(plan, str):
             if not torch.compiler.is_compiling():
-                _log_fallback(original.__name__, str(plan))
+                log_once(f"{original.__name__} computes as before, not accelerated: {plan}")
             if not isinstance(x, Stream):
                 return original.forward(self, *args, **kwargs)
             y = original.forward(self, style.tokens(x), *args[1:], **kwargs)
@@ -305,8 +306,3 @@ def _try_out(module: nn.Module, parts: Parts, style: Style, flag: bool = False) 
     off = ((ours - theirs).abs().max() / theirs.abs().max()).item()
     reason = None if off <= tolerance else f"it computes something else: off by {off:.1g} in a trial"
     return _Trial(types, activation, returns_tuple, reason)
-
-
-@functools.cache
-def _log_fallback(name: str, reason: str) -> None:
-    logger.warning("%s computes as before, not accelerated: %s", name, reason)

@@ -53,18 +53,13 @@ class Measured:
         sums = torch.cat([torch.stack([losses.sum(), correct.sum(), norm]), known.to(device, non_blocking=True)])
         if world > 1:
             dist.all_reduce(sums)
-        self.sums, self.losses, self.samples = (_to_host(values) for values in (sums, losses, samples))
+        host = (values.to("cpu", non_blocking=True) for values in (sums, losses, samples))  # into pinned memory
+        self.sums, self.losses, self.samples = host
         self.sent = time.monotonic()
         if device.type == "cuda":
             self.event = torch.cuda.Event()
             self.event.record()
         return self
-
-
-def _to_host(values: Tensor) -> Tensor:
-    if values.device.type == "cpu":
-        return values
-    return torch.empty_like(values, device="cpu", pin_memory=True).copy_(values, non_blocking=True)
 
 
 @dataclasses.dataclass

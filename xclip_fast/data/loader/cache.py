@@ -42,7 +42,7 @@ class FrameCache:
 
     The default limit is the present size of the folder plus half of the free space on its disk. If the cache is full,
     other videos are decoded every time. No video is evicted: every epoch reads all of them, so none is a better choice
-    than the first ones. `notes` collects messages for people, each once.
+    than the first ones. `notes`: messages for people by their kind, the first of each.
     """
 
     def __init__(self, folder: str | os.PathLike[str], limit: int | None = None) -> None:
@@ -55,8 +55,7 @@ class FrameCache:
         if limit < 0:
             raise ValueError(f"cache_bytes is {limit}; it must not be negative")
         self.limit = limit
-        self.notes: list[str] = []
-        self._told: set[str] = set()
+        self.notes: dict[str, str] = {}
         self._cannot: set[str] = set()  # files of videos that cannot be decoded to their end
         self._broken = False
         self._checked: dict[str, np.ndarray] = {}  # by file: frames whose checksum is right, bool (F,)
@@ -168,9 +167,7 @@ class FrameCache:
         return used
 
     def _note(self, kind: str, text: str) -> None:
-        if kind not in self._told:
-            self._told.add(kind)
-            self.notes.append(text)
+        self.notes.setdefault(kind, text)
 
 
 def _key(source: Source, shape: tuple[int, ...]) -> str:

@@ -110,11 +110,16 @@ def dali_batches(
 
 @dataclass(eq=False)
 class _Pending:
-    """A batch in preparation: a job for each row, and the runs of DALI as (places in the batch, job)."""
+    """A batch in preparation: a job for each row, and the runs of DALI as (places in the batch, job).
+
+    By place: `pixels`, the views decoded on the CPU, and `bad`, the reasons of videos that cannot be decoded.
+    """
 
     rows: np.ndarray
-    samples: list[Job]
+    samples: list[Job] = field(default_factory=list)
     runs: list[tuple[list[int], Job]] = field(default_factory=list)
+    pixels: dict[int, np.ndarray] = field(default_factory=dict)
+    bad: dict[int, str] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -144,7 +149,7 @@ class _Epoch:
 
     def begin(self, rows: np.ndarray) -> _Pending:
         """Start the jobs of a batch."""
-        pending, room = _Pending(rows, []), _MEMORY
+        pending, room = _Pending(rows), _MEMORY
         groups: list[list[int]] = [[]]
         for place, row in enumerate(rows.tolist()):
             video = self.manifest.videos[row]
@@ -217,17 +222,16 @@ class _Epoch:
 
     def finish(self, pending: _Pending) -> Batch:
         """Wait for a batch, decode failed samples on the CPU, and assemble it."""
-        bad: dict[int, str] = {}
-        pixels: dict[int, np.ndarray] = {}
+        bad = pending.bad
         parts: list[tuple[list[int], torch.Tensor]] = []
         for place, job in enumerate(pending.samples):
-            self.collect(place, job, pixels, bad)
+            self.collect(pending, place, job)
         for places, job in pending.runs:
-            places = [place for place in places if place not in bad and place not in pixels]
+            places = [place for place in places if place not in bad and place not in pending.pixels]
             try:
                 tensor = self.engines.result(job)
             except (RuntimeError, MemoryError, TimeoutError) as error:
-                self.mend(pending, places, error, pixels, bad)
+                self.mend(pending, places, error)
                 continue
             if tensor is not None:
                 parts.append((places, torch.from_dlpack(tensor)))
@@ -236,28 +240,26 @@ class _Epoch:
             self.on_bad(int(pending.rows[place]), bad[place])
         kept = [place for place in range(len(pending.rows)) if place not in bad]
         rows = pending.rows[kept]
-        return Batch(self.assemble(kept, parts, pixels), *map(self.move, (self.manifest.labels[rows], rows)))
+        return Batch(self.assemble(pending, kept, parts), *map(self.move, (self.manifest.labels[rows], rows)))
 
-    def collect(self, place: int, job: Job, pixels: dict[int, np.ndarray], bad: dict[int, str]) -> None:
+    def collect(self, pending: _Pending, place: int, job: Job) -> None:
         try:
             sample = self.readers.result(job)
         except (VideoError, DamagedPlan, TimeoutError, MemoryError) as error:
-            bad[place] = str(error) or "not enough memory to decode it"
+            pending.bad[place] = str(error) or "not enough memory to decode it"
         else:
             if isinstance(sample, np.ndarray):
-                pixels[place] = sample
+                pending.pixels[place] = sample
 
-    def mend(
-        self, pending: _Pending, places: list[int], error: Exception, pixels: dict[int, np.ndarray], bad: dict[int, str]
-    ) -> None:
+    def mend(self, pending: _Pending, places: list[int], error: Exception) -> None:
         """Decode the samples of a failed run on the CPU."""
         why = f"DALI failed: {_first_line(error)}"
         log.warning("a batch of %d videos is decoded on the CPU: %s", len(places), why)
         rows = [int(pending.rows[place]) for place in places]
         jobs = [self.readers.submit(Job(partial(self.decode, row))) for row in rows]
         for place, job in zip(places, jobs, strict=True):
-            self.collect(place, job, pixels, bad)
-        blamed = [row for place, row in zip(places, rows, strict=True) if place in bad]
+            self.collect(pending, place, job)
+        blamed = [row for place, row in zip(places, rows, strict=True) if place in pending.bad]
         for row in blamed or rows:
             self.route(row, why)
         if blamed:
@@ -269,17 +271,16 @@ class _Epoch:
                 f"repair DALI. The last error: {error}"
             ) from error
 
-    def assemble(
-        self, kept: list[int], parts: list[tuple[list[int], torch.Tensor]], pixels: dict[int, np.ndarray]
-    ) -> torch.Tensor:
+    def assemble(self, pending: _Pending, kept: list[int], parts: list[tuple[list[int], torch.Tensor]]) -> torch.Tensor:
         """The frames of these places of a batch, in order, on the device."""
         if len(parts) == 1 and parts[0][0] == kept:
             return parts[0][1]
         shape = self.shape if self.shape[0] > 1 else self.shape[1:]
         frames = torch.empty((len(kept), *shape), dtype=torch.uint8, device=self.device)
-        if pixels:
-            places = sorted(pixels)
-            parts = [*parts, (places, self.move(np.stack([pixels[place].reshape(shape) for place in places])))]
+        if pending.pixels:
+            places = sorted(pending.pixels)
+            pixels = np.stack([pending.pixels[place].reshape(shape) for place in places])
+            parts = [*parts, (places, self.move(pixels))]
         where = {place: number for number, place in enumerate(kept)}
         for places, part in parts:
             frames.index_copy_(0, self.move(np.array([where[place] for place in places])), part)

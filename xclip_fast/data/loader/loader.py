@@ -252,9 +252,9 @@ class Loader:
             for result in results:
                 for row, reason in result.bad.items():
                     self._bad(row, reason)
-                for note in result.notes:
-                    if note not in self._told:
-                        self._told.add(note)
+                for kind, note in result.notes.items():
+                    if kind not in self._told:
+                        self._told.add(kind)
                         log.warning("%s", note)
                 frames = result.frames[:, 0] if result.frames.shape[1] == 1 else result.frames
                 parts = (frames, torch.from_numpy(self.manifest.labels[result.rows]), torch.from_numpy(result.rows))

@@ -47,16 +47,17 @@ class Task(NamedTuple):
 
 
 class Result(NamedTuple):
-    """A batch: frames uint8 (B, V, T, S, S, 3) of `rows`, the reasons for missing rows (`bad`), and `notes` for people.
+    """A batch: frames uint8 (B, V, T, S, S, 3) of `rows`, and the reasons for missing rows (`bad`).
 
-    `failure` is the traceback of an error that is not a video's fault. `number` is -1 if the batch is no longer wanted.
+    `notes`: those of the cache. `failure` is the traceback of an error that is not a video's fault. `number` is -1 if
+    the batch is no longer wanted.
     """
 
     number: int
     frames: torch.Tensor
     rows: np.ndarray
     bad: dict[int, str]
-    notes: list[str]
+    notes: dict[str, str]
     failure: str | None
 
 
@@ -124,13 +125,11 @@ class Decoder:
             # A list, so that no thread still writes to `out` if an error leaves this function.
             found = list(self._pool.map(lambda place: self._one(task, place, out[place], worker), range(len(out))))
         except Exception:  # the parent raises it, with this traceback
-            return Result(task.number, none, task.rows[:0], {}, [], traceback.format_exc())
+            return Result(task.number, none, task.rows[:0], {}, {}, traceback.format_exc())
         if None in found:
-            return Result(-1, none, task.rows[:0], {}, [], None)
+            return Result(-1, none, task.rows[:0], {}, {}, None)
         bad = {int(row): reason for row, reason in zip(task.rows, found, strict=True) if reason}
-        notes: list[str] = []
-        if self.cache is not None:
-            notes, self.cache.notes = self.cache.notes, notes
+        notes = {} if self.cache is None else dict(self.cache.notes)
         if not bad:
             return Result(task.number, frames, task.rows, bad, notes, None)
         good = np.array([not reason for reason in found])
