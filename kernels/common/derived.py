@@ -12,7 +12,7 @@ Made = TypeVar("Made")
 _kept: dict[int, tuple[Any, dict[str, tuple[list[Any], Any]]]] = {}
 
 
-def kept(what: str, make: Callable[..., Made], weight: Tensor, *more: Tensor | None) -> Made:
+def kept(what: str, make: Callable[..., Made], weight: Tensor, *more: Tensor) -> Made:
     """``make(weight, *more)``, or what it gave the last time if none of the tensors has changed since.
 
     Made anew where a change would not be noticed: while a CUDA graph is captured, whose replays see new weights, and
@@ -20,12 +20,10 @@ def kept(what: str, make: Callable[..., Made], weight: Tensor, *more: Tensor | N
     """
     if torch.compiler.is_compiling() or (weight.is_cuda and torch.cuda.is_current_stream_capturing()):
         return make(weight, *more)
-    state: list[Any] = []
-    for tensor in (weight, *more):
-        if tensor is not None:
-            if tensor.is_inference():
-                return make(weight, *more)
-            state += (tensor.data_ptr(), tensor._version, tensor.dtype)
+    try:
+        state = [(tensor.data_ptr(), tensor._version, tensor.dtype) for tensor in (weight, *more)]
+    except RuntimeError:  # an inference tensor has no version
+        return make(weight, *more)
     number = id(weight)
     owner, found = _kept.get(number, (None, {}))
     if owner is None or owner() is not weight:

@@ -22,7 +22,7 @@ from .triton_backward import normalize_backward
 def layer_norm_fwd_kernel(
     x_ptr,  # (M, D), rows x_row apart
     product_ptr,  # (M, D) or None: x is x + s (product + product_bias), and written to z
-    product_bias_ptr,  # (D,) or None
+    product_bias_ptr,  # (D,), with product
     drop_ptr,  # (M / sample_rows,) or None: s
     later_ptr,  # (D,) or None: added to what is written to z, and not to what is normalized
     z_ptr,  # (M, D), with product; or None, with position
@@ -54,8 +54,7 @@ def layer_norm_fwd_kernel(
     at = rows[:, None].to(tl.int64) * D + columns[None, :]
     if product_ptr is not None:
         product = tl.load(product_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        if product_bias_ptr is not None:
-            product += tl.load(product_bias_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)[None, :]
+        product += tl.load(product_bias_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)[None, :]
         if drop_ptr is not None:
             product *= tl.load(drop_ptr + rows // sample_rows, mask=rows < M, other=0.0).to(tl.float32)[:, None]
         x += product
@@ -98,7 +97,7 @@ class Branch(NamedTuple):
     """What is added to the residual stream: s (product + bias)."""
 
     product: Tensor  # (M, D), contiguous
-    bias: Tensor | None = None  # (D,)
+    bias: Tensor  # (D,)
     drop_scale: Tensor | None = None  # (B,), M a multiple of B: s of each sample
     later: Tensor | None = None  # (D,): added to the result behind the LayerNorm
 

@@ -37,7 +37,7 @@ def gemm_kernel(
     a_ptr,  # (M, K), rows a_row apart
     b_ptr,  # (N, K), rows b_row apart
     y_ptr,  # (M, N), rows y_row apart
-    bias_ptr,  # (N,) or None
+    bias_ptr,  # (N,)
     mean_ptr,  # (M,) float32 or None: the LayerNorm of a whose weight is already in b
     rstd_ptr,  # (M,) float32, with mean
     b_sum_ptr,  # (N,) float32: sums of b over K, with mean
@@ -119,8 +119,7 @@ def gemm_kernel(
                 # LN(x) W = r (x W' - mu s)
                 b_sum = tl.load(b_sum_ptr + columns, mask=in_columns, other=0.0)[None, :]
                 value = rstd * (value - mean * b_sum)
-            if bias_ptr is not None:
-                value += tl.load(bias_ptr + columns, mask=in_columns, other=0.0).to(tl.float32)[None, :]
+            value += tl.load(bias_ptr + columns, mask=in_columns, other=0.0).to(tl.float32)[None, :]
             if ACTIVATION:
                 if u_ptr is not None:
                     if STORE_DESCRIPTORS:
@@ -242,7 +241,7 @@ def gemm(
     a: Tensor,
     b: Tensor,
     *,
-    bias: Tensor | None = None,
+    bias: Tensor,
     norm: tuple[Tensor, Tensor, Tensor] | None = None,
     activation: bool = False,
     keep: bool = False,
@@ -250,7 +249,7 @@ def gemm(
     residual: Tensor | None = None,
     statistics_eps: float | None = None,
 ) -> tuple[Tensor, ...]:
-    """y = residual + s act(LN(a) b^T + bias), each part optional.
+    """y = residual + s act(LN(a) b^T + bias); all but product and bias are optional.
 
     Args:
         a: (M, K), unit stride along K, any row stride.

@@ -170,8 +170,8 @@ def test_descriptors_only_where_the_hardware_takes_them() -> None:
     odd = store[: 16 * 63].view(16, 63)
     with fake_gpu(90) as launches:
         for x, w in ((aligned, weight), (shifted, weight), (padded, weight), (odd, store[: 64 * 63].view(64, 63))):
-            gemm(x, w)
-        gemm(aligned, store[: 64 * 63].view(63, 64))  # its result has an odd row stride
+            gemm(x, w, bias=store[:64])
+        gemm(aligned, store[: 64 * 63].view(63, 64), bias=store[:63])  # its result has an odd row stride
     flags = [(each.arguments["LOAD_DESCRIPTORS"], each.arguments["STORE_DESCRIPTORS"]) for each in launches]
     assert flags == [(True, True), (False, True), (False, True), (False, True), (True, False)]
     for launch in launches:
