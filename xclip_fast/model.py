@@ -219,11 +219,11 @@ class XCLIP(nn.Module):
         return self
 
     def quantize(self, mode: Literal["fp8"], *, calibration: Tensor | Iterable[Tensor]) -> XCLIP:
-        """Computes the large products of the vision tower in float8 (e4m3), for inference on GPUs that have it.
+        """Computes the large products of the vision tower in float8 (e4m3), for inference.
 
         These are the QKV projection of the frame tokens and both layers of the FFN in every block; docs/kernels.md
-        describes the scales. The model should be in bfloat16. In other dtypes and on other devices float8 is emulated,
-        which is slow.
+        describes the scales. It needs the CUDA library, a GPU of compute capability 9.0 and a model in bfloat16.
+        Elsewhere float8 is emulated, which is slow.
 
         The model keeps its weights beside the float8 copies, which take half the memory of bfloat16 weights.
         ``state_dict`` and ``save_pretrained`` write only the weights, so quantization is not saved. It survives ``to``

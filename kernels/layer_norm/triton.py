@@ -18,12 +18,6 @@ from ..triton.rows import Spare, load_rows, rows_of, rows_of_sample, spare_argum
 from .triton_backward import normalize_backward
 
 
-@triton.jit
-def saturate(value):
-    """What e4m3 cannot hold becomes its largest, 448."""
-    return tl.minimum(tl.maximum(value, -448.0), 448.0)
-
-
 @triton.jit(do_not_specialize=["M", "sample_rows"])
 def layer_norm_fwd_kernel(
     x_ptr,  # (M, D), rows x_row apart
@@ -95,7 +89,7 @@ def layer_norm_fwd_kernel(
         if scale_ptr is not None:
             largest = tl.max(tl.where(inside, tl.abs(y), 0.0), 1)
             scale = tl.where(largest == 0.0, 1.0, largest / 448.0)
-            y = saturate(tl.div_rn(y, scale[:, None]))
+            y = tl.minimum(tl.maximum(tl.div_rn(y, scale[:, None]), -448.0), 448.0)  # division may round up
             tl.store(scale_ptr + rows, scale, mask=rows < M)
         tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
 

@@ -18,10 +18,9 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import torch
 
 from ..sampling import Sampling
 from ..transforms import TestTransform, View, apply_frame
@@ -34,6 +33,9 @@ from .source import Source, VideoError, as_source
 from .times import clock_of, frame_times
 from .video import Video, pack_plan
 from .windows import Span, VideoPath, Window, decode_spans
+
+if TYPE_CHECKING:  # torch takes seconds to import, and `index`, `transcode` and `motion` need none of it
+    import torch
 
 
 def decode(

@@ -15,14 +15,17 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from ..sampling import Sampling, frame_indices
 from ..transforms import TestTransform, apply_frame
 from .chosen import chosen_pictures
 from .source import ReadError, Source, VideoError, as_source, limit
+
+if TYPE_CHECKING:
+    import torch
 
 VideoPath = str | os.PathLike[str] | Source
 
@@ -120,6 +123,8 @@ def decode_spans(
         except ReadError as error:
             raise ReadError(f"{source}: {error}") from error
         return {number for _, numbers in waiting for number in numbers}
+
+    import torch
 
     with contextlib.closing(chosen_pictures(source, choose, threads)) as pictures:
         for number, picture_HWC in pictures:
