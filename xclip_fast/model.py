@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -218,48 +218,13 @@ class XCLIP(nn.Module):
             self.text.recompute = enabled
         return self
 
-    def quantize(self, mode: Literal["fp8"], *, calibration: Tensor | Iterable[Tensor]) -> XCLIP:
-        """Computes the large products of the vision tower in float8 (e4m3), for inference.
-
-        These are the QKV projection of the frame tokens and both layers of the FFN in every block; docs/kernels.md
-        describes the scales. It needs the CUDA library, a GPU of compute capability 9.0 and a model in bfloat16.
-        Elsewhere float8 is emulated, which is slow.
-
-        The model keeps its weights beside the float8 copies, which take half the memory of bfloat16 weights.
-        ``state_dict`` and ``save_pretrained`` write only the weights, so quantization is not saved. It survives ``to``
-        (the copies keep their dtypes), copying and ``torch.compile``. Weights that are changed in place are not
-        noticed: call ``dequantize`` and quantize again.
-
-        Args:
-            mode: "fp8".
-            calibration: typical videos, as for ``encode_video``: one batch (B, T, H, W, 3), or an iterable of batches,
-                such as ``(batch.frames for batch in loader)``. They are moved to the model's device.
-
-        Returns:
-            the model itself, in evaluation mode. Training it, or computing gradients, is an error.
-
-        Raises:
-            ValueError: for another mode, for no calibration video or one of a wrong shape, for values that are not
-                finite, or for a vision tower without cross-frame communication or quick_gelu.
-            TypeError: if ``calibration`` is neither a tensor nor an iterable of tensors.
-            RuntimeError: if the model is quantized already.
-        """
-        quantization.quantize(self, mode, calibration)
-        return self
-
-    def dequantize(self) -> XCLIP:
-        """Undoes ``quantize``: the model computes as before, to the last bit.
-
-        Returns:
-            the model itself. A model that is not quantized stays as it is.
-        """
-        quantization.dequantize(self)
-        return self
+    quantize = quantization.quantize  # to float8, for inference
+    dequantize = quantization.dequantize
 
     @property
     def quantized(self) -> str | None:
         """The mode of ``quantize``, or None."""
-        return quantization.mode(self)
+        return quantization.mode_of(self)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As in ``torch.nn.Module``. A quantized model raises RuntimeError, because its copies would be stale."""

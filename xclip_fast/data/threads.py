@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -111,11 +112,9 @@ class Threads:
 
     def close(self, patience: float = 5) -> None:
         """Drops the jobs that have not begun, and waits at most `patience` seconds for the threads to end."""
-        try:
+        with contextlib.suppress(Empty):
             while True:
                 self.jobs.get_nowait()
-        except Empty:
-            pass
         for _ in self.threads:
             self.jobs.put(None)
         end = time.monotonic() + patience

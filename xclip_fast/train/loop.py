@@ -17,6 +17,7 @@ import json
 import math
 import signal
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -274,23 +275,22 @@ def handle_signals(meter: Meter) -> Iterator[None]:
     """SIGTERM (from a scheduler) and Ctrl-C end the run after a checkpoint. A second signal ends it at once."""
     before: dict[int, Any] = {}
 
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
     def handle(number: int, _: Any) -> None:
         meter.signal = number
-        for each, handler in before.items():
-            signal.signal(each, handler)
+        restore()
         print("saving a checkpoint, then ending; a second signal ends at once, without a checkpoint", file=sys.stderr)
 
-    try:
+    if threading.current_thread() is threading.main_thread():  # no other may set them
         for number in (signal.SIGTERM, signal.SIGINT):
             before[number] = signal.signal(number, handle)
-    except ValueError:  # not in the main thread
-        yield
-        return
     try:
         yield
     finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
+        restore()
 
 
 def validation_settings(config: TrainConfig, trained: Trained) -> dict[str, Any]:

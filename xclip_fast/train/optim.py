@@ -128,16 +128,13 @@ def set_step(made: torch.optim.Optimizer, step: int) -> None:
 
 
 @contextlib.contextmanager
-def reduce_gradients(net: nn.Module, now: bool) -> Iterator[None]:
+def reduce_gradients(net: Any, now: bool) -> Iterator[None]:
     """Sums gradients over the processes in the last accumulation step alone."""
-    target: Any = net
-    if isinstance(net, nn.parallel.DistributedDataParallel) and not now:
-        with net.no_sync():
-            yield
-        return
-    if hasattr(net, "set_requires_gradient_sync"):
-        target.set_requires_gradient_sync(now)
-    yield
+    if hasattr(net, "set_requires_gradient_sync"):  # FSDP2
+        net.set_requires_gradient_sync(now)
+    waits = isinstance(net, nn.parallel.DistributedDataParallel) and not now
+    with net.no_sync() if waits else contextlib.nullcontext():
+        yield
 
 
 def reduce_scalars(model: nn.Module, world: int) -> None:

@@ -14,7 +14,7 @@ import logging
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from collections.abc import Callable, Generator, Iterable, MutableMapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
@@ -57,7 +57,7 @@ def dali_batches(
     time_limit: float = 60.0,
     routes: MutableMapping[int, str | None] | None = None,
     on_bad: Callable[[int, str], None] | None = None,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """The batches of these rows of the manifest, in this order, decoded by DALI. `device="cpu"`: by its CPU operators.
 
     `workers` threads read files and decode the videos that DALI cannot. `routes` is kept from epoch to epoch: row ->

@@ -264,7 +264,7 @@ class Loader:
         from .dali import dali_batches
 
         make = self.workers.decoder
-        items: Any = dali_batches(
+        return dali_batches(
             self.manifest,
             make.transform,
             [self._good(rows) for rows in batches],
@@ -276,21 +276,19 @@ class Loader:
             routes=self._routes,
             on_bad=self._bad,
         )
-        with contextlib.closing(items):
-            for item in items:
-                yield Batch(*item)
 
     def _good(self, rows: np.ndarray) -> np.ndarray:
         """These rows without the known bad videos. Those are entered in the report."""
         if not self._reasons:
             return rows
-        keep = np.ones(len(rows), bool)
-        for place, row in enumerate(rows.tolist()):
+        good: list[int] = []
+        for row in rows.tolist():
             reason = self._reasons.get(self._identify(row))
-            if reason is not None:
-                keep[place] = False
+            if reason is None:
+                good.append(row)
+            else:
                 self._bad(row, reason)
-        return rows[keep]
+        return np.array(good, np.int64)
 
     def _identify(self, row: int) -> tuple[str, str | None]:
         video = self.manifest.videos[row]
