@@ -1,7 +1,7 @@
 """Accuracy against FLOPs and throughput, as the paper's Figure 1, beside the paper's own points.
 
     python benchmarks/accuracy_flops.py                                        # the paper's points alone
-    python benchmarks/accuracy_flops.py runs/ throughput.json --plot out.png --markdown out.md
+    python benchmarks/accuracy_flops.py runs/ throughput.json --plot out.png > out.md
 
 The arguments are, in any order, results of `xclip-fast evaluate --out` (summary.json, its folder, or a folder of such
 folders) and of `benchmarks/throughput.py --json`. Each row names the source of its figures. Accuracies on other numbers
@@ -22,7 +22,6 @@ import arguments
 from arguments import fail
 
 from xclip_fast.config import PAPER_TABLE1, VARIANTS
-from xclip_fast.files import write_text
 
 PAPER_VIEWS = (4, 3)
 PAPER_CLASSES = 400
@@ -266,10 +265,9 @@ def plot(points: Sequence[Point], path: Path) -> None:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = arguments.parser(__doc__)
     parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="evaluations and throughput runs")
-    parser.add_argument("--markdown", type=Path, help="write the table here")
     parser.add_argument("--plot", type=Path, help="draw here (needs matplotlib)")
     args = parser.parse_args(argv)
-    arguments.check_outputs(markdown=args.markdown, plot=args.plot)
+    arguments.check_outputs(plot=args.plot)
     return args
 
 
@@ -279,8 +277,6 @@ def main(argv: list[str] | None = None) -> int:
     measured = measured_points(evaluations, speeds)
     points = [*paper_points(), *measured, *mixed_points(speeds, measured)]
     print(markdown(points), end="")
-    if args.markdown:
-        write_text(args.markdown, markdown(points))
     if args.plot:
         plot(points, args.plot)
     return 0

@@ -1,4 +1,4 @@
-"""Decoding a few frames of a video file: ours beside a full decode, a seek per frame, OpenCV, TorchCodec, DALI.
+"""Decoding a few frames of a video file: ours beside a full decode, a seek per frame, OpenCV, DALI.
 
     python benchmarks/decode.py                                     # minutes
     python benchmarks/decode.py --keyframes 12 --frames 8 --json out.json
@@ -64,7 +64,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--pictures", help=f"{GENERATED}, {', '.join(FILMS)} or files of your own (default: all at hand)"
     )
-    parser.add_argument("--clips", type=int, default=1, help="different generated clips of each kind")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="of the loader")
     parser.add_argument("--seconds", type=float, default=120.0, help="time limit, roughly")
     parser.add_argument("--json", type=Path, help="write the rows here: quartiles of the times, ratios")
@@ -75,8 +74,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args.works = arguments.chosen("--works", args.works, [], WORKS)
     if max(args.frames) > CLIP_FRAMES:
         fail(f"--frames {max(args.frames)}: the clips have {CLIP_FRAMES}")
-    if args.clips < 1:
-        fail(f"--clips {args.clips}: at least 1 wanted")
     args.pictures = find_pictures(args.pictures)
     if "file" not in args.works:  # the loader takes the first pictures only
         args.pictures = dict(list(args.pictures.items())[:1])
@@ -144,58 +141,57 @@ def new_row(cell: Cell, contender: str) -> dict[str, Any]:
             "note": ""}  # fmt: skip
 
 
-def file_rows(cell: Cell, paths: list[Path], plans: dict[Path, Source], seconds: float) -> list[dict]:
-    """The rows of one file after another on one thread."""
+def file_rows(cell: Cell, path: Path, seconds: float) -> list[dict]:
+    """The rows of one file on one thread."""
     frames = cell[-1]
     numbers = frame_indices(CLIP_FRAMES, frames, "sparse").tolist()
-    truth = [full_decode(path, numbers) for path in paths]
+    truth = full_decode(path, numbers)
     begin = time.perf_counter()
     rows: list[dict[str, Any]] = []
     calls: dict[str, Callable[[], Any]] = {}
     first: dict[str, Times] = {}
-    for name, call in contenders_of(plans):
+    for name, call in contenders_of(Source(str(path), size=path.stat().st_size, plan=probe(path).plan)):
         row = new_row(cell, name)
         rows.append(row)
         if isinstance(call, str):
             row["note"] = call
             continue
-        every = functools.partial(lambda call: [call(path, numbers) for path in paths], call)
+        decode = functools.partial(call, path, numbers)
         try:
-            found, first[name] = timed(every)
+            found, first[name] = timed(decode)
         except Exception as error:  # decoders raise errors of many kinds; the others go on
             row["note"] = measuring.failure(error)
             continue
         row["note"] = compare(row, found, truth, exact=name in (FULL, PLANNED, STORED, SEEKING))
         if not row["note"]:
-            calls[name] = every
+            calls[name] = decode
     times = take_turns(calls, first, seconds - (time.perf_counter() - begin))
     for row in rows:
         if row["contender"] not in times:
             continue
         (mine, cpu), (full, full_cpu) = (zip(*times[name], strict=True) for name in (row["contender"], FULL))
         row |= {"seconds": measuring.quartiles(mine), "cpu_seconds": measuring.quartiles(cpu), "n": len(mine)}
-        row["clips_per_second"] = len(paths) / statistics.median(mine)
+        row["clips_per_second"] = 1 / statistics.median(mine)
         row["frames_per_second"] = frames * row["clips_per_second"]
         row["ratio_to_full"], row["cpu_ratio_to_full"] = measuring.ratio(full, mine), measuring.ratio(full_cpu, cpu)
     return rows
 
 
-def compare(row: dict[str, Any], found: list[np.ndarray], truth: list[np.ndarray], exact: bool) -> str:
+def compare(row: dict[str, Any], found: np.ndarray, truth: np.ndarray, exact: bool) -> str:
     """Notes the largest mean difference of a frame in `row`. Returns what is wrong with the pixels, or ""."""
-    if [clip.shape for clip in found] != [clip.shape for clip in truth]:
-        return f"outputs differ: {found[0].shape} instead of {truth[0].shape}"
-    each = [abs(a.astype(np.int16) - b).mean((1, 2, 3)).max() for a, b in zip(found, truth, strict=True)]
-    row["largest_mean_difference"] = float(max(each))
-    if row["largest_mean_difference"] > (0 if exact else NEAR):
-        return f"outputs differ from the full decode's by {max(each):.3g} levels on average"
+    if found.shape != truth.shape:
+        return f"outputs differ: {found.shape} instead of {truth.shape}"
+    largest = row["largest_mean_difference"] = float(abs(found.astype(np.int16) - truth).mean((1, 2, 3)).max())
+    if largest > (0 if exact else NEAR):
+        return f"outputs differ from the full decode's by {largest:.3g} levels on average"
     return ""
 
 
-def loader_rows(cell: Cell, paths: list[Path], device: str, seconds: float) -> list[dict]:
-    """The rows of the loader over many files on all cores: cropped, resized batches on the device."""
-    with tempfile.TemporaryDirectory(dir=paths[0].parent) as folder:
+def loader_rows(cell: Cell, path: Path, device: str, seconds: float) -> list[dict]:
+    """The rows of the loader over many copies of a file on all cores: cropped, resized batches on the device."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         for place in range(LOADED_FILES):
-            shutil.copy(paths[place % len(paths)], Path(folder) / f"{place:03}.mp4")
+            shutil.copy(path, Path(folder) / f"{place:03}.mp4")
         manifest = index(folder, workers=0)
         loaders: dict[str, Any] = {}
         rows = []
@@ -268,13 +264,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(1 if args.device == "cpu" else torch.get_num_threads())
     with tempfile.TemporaryDirectory() as folder:
         print("writing the clips ...", file=sys.stderr)
-        files: dict[tuple[str, int | str], list[Path]] = {}
+        files: dict[tuple[str, int | str], Path] = {}
         for number, (name, film) in enumerate(args.pictures.items()):
             home = Path(folder) / str(number)
             home.mkdir()
-            written = write_clips(home, args.keyframes, args.clips, CLIP_FRAMES, CLIP_SIZE, film)
-            files |= {(name, kind): paths for kind, paths in written.items()}
-        clips = [clip_facts(*kind, path) for kind, paths in files.items() for path in paths]
+            written = write_clips(home, args.keyframes, CLIP_FRAMES, CLIP_SIZE, film)
+            files |= {(name, kind): path for kind, path in written.items()}
+        clips = [clip_facts(*kind, path) for kind, path in files.items()]
         report = {"environment": measuring.environment(args.device), "clips": clips, "rows": rows}
         # The loader with the fewest frames: there decoding weighs most.
         cells = [(work, *kind, frames) for work in args.works for kind in files for frames in args.frames]
@@ -283,13 +279,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         for done, cell in enumerate(cells):
             seconds = max(0.5, deadline - time.perf_counter()) / (len(cells) - done)
             work, name, kind, frames = cell
-            paths = files[name, kind]
             try:
                 if work == "file":
-                    plans = {path: Source(str(path), size=path.stat().st_size, plan=probe(path).plan) for path in paths}
-                    rows += file_rows(cell, paths, plans, seconds)
+                    rows += file_rows(cell, files[name, kind], seconds)
                 else:
-                    rows += loader_rows(cell, paths, args.device, seconds)
+                    rows += loader_rows(cell, files[name, kind], args.device, seconds)
             except Exception as error:  # the other cells go on
                 rows.append(new_row(cell, STORED if work == "file" else LOADER) | {"note": measuring.failure(error)})
             if args.json:  # after every cell: a run that is stopped keeps what it measured

@@ -19,7 +19,6 @@ from xclip_fast.data.decode.picture import EXACT_COLOR
 
 FULL, STORED, PLANNED, SEEKING = "full decode", "ours, stored plan", "ours, first sight", "seek for each frame"
 OPENCV, OPENCV_SEEKING = "OpenCV, full", "OpenCV, seeking"
-EXACT, APPROXIMATE = "TorchCodec, exact", "TorchCodec, approximate"
 
 
 def converter() -> Callable[[av.VideoFrame], np.ndarray]:
@@ -72,32 +71,12 @@ def opencv(path: Path, numbers: Sequence[int], seek: bool) -> np.ndarray:
         capture.release()
 
 
-def torchcodec(path: Path, numbers: Sequence[int], mode: str) -> np.ndarray:
-    from torchcodec.decoders import VideoDecoder
-
-    decoder = VideoDecoder(str(path), dimension_order="NHWC", num_ffmpeg_threads=1, seek_mode=mode)
-    return decoder.get_frames_at(list(numbers)).data.numpy()
-
-
-def contenders_of(plans: dict[Path, Source]) -> Iterator[tuple[str, Callable[..., np.ndarray] | str]]:
-    """Each contender's name, and its function or why it cannot run."""
+def contenders_of(planned: Source) -> Iterator[tuple[str, Callable[..., np.ndarray] | str]]:
+    """Each contender's name, and its function or why it cannot run. `planned`: the file with its plan."""
     yield FULL, full_decode
     yield PLANNED, decode_frames
-    yield STORED, lambda path, numbers: decode_frames(plans[path], numbers)
+    yield STORED, lambda path, numbers: decode_frames(planned, numbers)
     yield SEEKING, seek_for_each
-    cv2 = {OPENCV: functools.partial(opencv, seek=False), OPENCV_SEEKING: functools.partial(opencv, seek=True)}
-    codec = {name: functools.partial(torchcodec, mode=name.split()[-1]) for name in (EXACT, APPROXIMATE)}
-    for module, package, entries in (("cv2", "opencv-python-headless", cv2), ("torchcodec", "torchcodec", codec)):
-        note = ""
-        if importlib.util.find_spec(module) is None:
-            note = f"not installed: pip install {package}"
-        else:
-            try:
-                importlib.import_module(module)
-            except (ImportError, OSError, RuntimeError) as error:
-                cause: BaseException = error
-                while cause.__cause__ or cause.__context__:  # the innermost one says what is missing
-                    cause = cause.__cause__ or cause.__context__ or cause
-                note = f"cannot be imported: {(str(cause) or type(cause).__name__).splitlines()[0]}"
-        for name, call in entries.items():
-            yield name, note or call
+    note = "" if importlib.util.find_spec("cv2") else "not installed: pip install opencv-python-headless"
+    for name, seek in ((OPENCV, False), (OPENCV_SEEKING, True)):
+        yield name, note or functools.partial(opencv, seek=seek)

@@ -89,29 +89,19 @@ def footage(path: Path, frames: int, size: tuple[int, int]) -> list[np.ndarray]:
 
 
 def write_clips(
-    folder: Path,
-    keyframes: Sequence[int | str],
-    clips: int,
-    frames: int,
-    size: tuple[int, int],
-    real: Path | None = None,
-) -> dict[int | str, list[Path]]:
-    """Writes the files of each kind in this (height, width): generated scenes, or one clip of the video `real`."""
-    files: dict[int | str, list[Path]] = {kind: [] for kind in keyframes}
-    intervals = [kind for kind in keyframes if isinstance(kind, int)]
-    for seed in range(1 if real else clips):
-        clip = footage(real, frames, size) if real else render(seed, frames, size)
-        for every in intervals or [250]:
-            path = folder / f"every-{every}" / f"{seed}.mp4"
-            path.parent.mkdir(exist_ok=True)
-            write_clip(path, clip, g=every, preset="medium")
-            if every in files:
-                files[every].append(path)
+    folder: Path, keyframes: Sequence[int | str], frames: int, size: tuple[int, int], real: Path | None = None
+) -> dict[int | str, Path]:
+    """Writes a clip of each kind in this (height, width): a generated scene, or a part of the video `real`."""
+    clip = footage(real, frames, size) if real else render(0, frames, size)
+    files: dict[int | str, Path] = {}
+    for every in [kind for kind in keyframes if isinstance(kind, int)] or [250]:
+        files[every] = folder / f"{every}.mp4"
+        write_clip(files[every], clip, g=every, preset="medium")
+    last = list(files.values())[-1]
     for copy, purpose in COPIES.items():
-        if copy not in files:
-            continue
-        summary = transcode(folder / f"every-{(intervals or [250])[-1]}", folder / copy, purpose=purpose)
-        if summary.failed:
-            raise RuntimeError(f"transcode failed: {summary.failed}")
-        files[copy] = sorted((folder / copy).glob("*.mp4"))
-    return files
+        if copy in keyframes:
+            summary = transcode(last, folder / copy, purpose=purpose)
+            if summary.failed:
+                raise RuntimeError(f"transcode failed: {summary.failed}")
+            files[copy] = folder / copy / last.name
+    return {kind: files[kind] for kind in keyframes}

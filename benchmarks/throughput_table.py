@@ -19,11 +19,15 @@ def print_table(report: dict[str, Any], works: dict[str, str]) -> None:
     threads = environment["threads"]
     print(f"{environment['device']}, {threads} thread{'s' * (threads > 1)}, {report['labels']['count']} labels")
     notes: dict[str, None] = {}
+    empty = 0  # cells in which nothing was measured
     for key, group in itertools.groupby(rows, key=lambda row: [row[name] for name in CELL]):
         variant, precision, batch, work = key
+        own = list(group)
+        if all(row["note"].startswith("not run") for row in own):
+            empty += 1
+            continue
         print(f"\n{variant} {precision}, {'1 video' if batch == 1 else f'{batch} videos'}, {works[work]}")
         print(f"  {'':16} {'views/s':>8} {'x paper':>8}  {'speed of ours over it':24} {'of GEMM':>7} {'n':>4}")
-        own = list(group)
         for row in own:
             if row["note"]:
                 notes.setdefault(NOT_RUN if row["note"].startswith("not run") else row["note"], None)
@@ -43,6 +47,8 @@ def print_table(report: dict[str, Any], works: dict[str, str]) -> None:
         print("Times are longer than on an idle machine, and ratios vary. Run it again alone.")
     for note in notes:
         print(note)
+    if empty:
+        print(f"{empty} kinds of work were {NOT_RUN}. Give a larger --seconds")
 
 
 def speed_over(row: dict[str, Any], group: list[dict[str, Any]]) -> str:

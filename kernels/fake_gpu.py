@@ -13,6 +13,7 @@ process must run without Triton's interpreter: TRITON_INTERPRET unset.
 import contextlib
 import dataclasses
 import threading
+import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -133,6 +134,7 @@ class _Kernel:
     def __init__(self, source: Any, options: dict[str, Any], descriptors: int) -> None:
         self.source, self.options, self.descriptors = source, options, descriptors
         self.name = source.fn.__name__
+        self.metadata = types.SimpleNamespace(global_scratch_size=descriptors * DESCRIPTOR_BYTES)
 
     def launch_metadata(self, *_: Any) -> None:
         return None

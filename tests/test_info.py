@@ -19,8 +19,7 @@ from xclip_fast import backend, info
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder to put fake packages into; what they import is forgotten afterwards."""
     monkeypatch.syspath_prepend(tmp_path)
-    for name in ("apex", "flash_attn"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
     return tmp_path
 
 
@@ -107,26 +106,6 @@ def test_a_package_that_does_not_import_is_told_so(site):
     found = info._versions()["flash-attn"]
     assert found["version"] == "unknown"
     assert found["note"] == "installed, but its import fails: OSError: undefined symbol: abc"
-
-
-@pytest.mark.parametrize(
-    ("files", "note"),
-    [
-        (["apex/__init__.py", "apex/normalization/__init__.py"], "NVIDIA's, but built without its CUDA extensions"),
-        (["apex/__init__.py", "apex/normalization/__init__.py", "fused_layer_norm_cuda.py"], "NVIDIA's"),
-        (["apex/__init__.py", "apex/models.py"], "PyPI's apex, an unrelated package; xclip-fast does not use it"),
-    ],
-)
-def test_the_two_apexes_are_told_apart(site, files, note):
-    for file in files:
-        (site / file).parent.mkdir(parents=True, exist_ok=True)
-        (site / file).write_text("raise SystemExit('imported')")  # looked at, never run
-    assert info._versions()["apex"]["note"] == note
-
-
-def test_no_apex():
-    if not info._exists("apex"):
-        assert "build NVIDIA's from its sources" in info._versions()["apex"]["note"]
 
 
 def test_why_there_is_no_cuda_device(monkeypatch):

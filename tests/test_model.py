@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from small import gelu_mlp, normalized, plain_transformer
 from torch import Tensor
+from xclip_fast.kernels import dispatch
 
 import xclip_fast
 from xclip_fast import VARIANTS, XCLIP, XCLIPConfig, tokenize
-from xclip_fast.nn import mit
 from xclip_fast.nn import text as text_module
 
 LABELS = ["riding a bike", "swimming", "playing the accordion while walking", "yoga"]
@@ -156,7 +156,7 @@ def test_any_number_of_frames_works(tiny_model: XCLIP, count: int) -> None:
 
 
 def test_interpolated_temporal_embedding_is_logged_once(tiny_model: XCLIP, caplog: pytest.LogCaptureFixture) -> None:
-    mit._log_interpolation.cache_clear()
+    dispatch._logged.clear()
     with caplog.at_level(logging.WARNING, "xclip_fast"):
         for _ in range(3):
             tiny_model.encode_video(frames(1, 6))

@@ -17,12 +17,9 @@ import shutil
 import socket
 import stat
 import zipfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from typing import Any, BinaryIO
 
 log = logging.getLogger("xclip_fast")
 
@@ -109,35 +106,6 @@ def write_text(path: str | os.PathLike[str], text: str, *, errors: str = "strict
     """Write a text file, whole or not at all (``replaced``)."""
     with replaced(path) as part:
         part.write_text(text, encoding="utf-8", errors=errors, newline="")
-
-
-def save_tensors(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file. Raises OSError where the disk refuses."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    Path(path).touch()
-    mode = stat.S_IMODE(os.stat(path).st_mode)
-    try:
-        save_file(dict(tensors), path, metadata=dict(metadata))
-        os.chmod(path, mode)  # safetensors makes it private
-    except SafetensorError as error:
-        number = errno.ENOSPC if f"code: {errno.ENOSPC}," in str(error) else errno.EIO
-        raise OSError(number, f"{os.fspath(path)}: could not be written: {error}") from error
-
-
-def check_new_file(path: Path, overwrite: bool) -> None:
-    """Checks that a file may be written here.
-
-    Raises:
-        ValueError: if the path is a folder, or is not in an existing folder.
-        FileExistsError: if the file exists and ``overwrite`` is not set.
-    """
-    if path.is_dir() or not path.parent.is_dir():
-        what = "is a folder" if path.is_dir() else "its folder does not exist"
-        raise ValueError(f"{path}: {what}; a file in an existing folder is wanted")
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"{path}: is there already; choose another name or add --overwrite")
 
 
 @contextlib.contextmanager
@@ -227,9 +195,9 @@ def full_disk(path: str | os.PathLike[str], more: str = "") -> Iterator[None]:
         yield
     except (OSError, RuntimeError, ValueError) as error:  # LanceDB has no error of its own for it
         if is_full(error):
-            raise OSError(
-                f"{path}: could not be written, no space left on the disk{more}; make room and start again"
-            ) from error
+            full = OSError(f"{path}: could not be written, no space left on the disk{more}; make room and start again")
+            full.errno = errno.ENOSPC
+            raise full from error
         raise
 
 

@@ -136,7 +136,6 @@ def _versions() -> dict[str, dict[str, str | None]]:
     found["CUDA library"] = {"version": version, "note": reason or str(cuda_library.path())}
     for name, module, distributions, install in _PACKAGES:
         found[name] = _package(module, distributions, install, name not in _NOT_IMPORTED)
-    found["apex"] = _apex()
     return found
 
 
@@ -167,22 +166,6 @@ def _exists(module: str) -> bool:
         return importlib.util.find_spec(module) is not None
     except (ImportError, ValueError):  # its parent package is missing, or a stub of it is in sys.modules
         return False
-
-
-def _apex() -> dict[str, str | None]:
-    """NVIDIA's apex or PyPI's unrelated package of that name; the files inside tell them apart, without an import."""
-    spec = importlib.util.find_spec("apex") if _exists("apex") else None
-    if spec is None:
-        return {
-            "version": None,
-            "note": "not installed; build NVIDIA's from its sources (`pip install apex` installs another package)",
-        }
-    version = _distribution_version("apex") or "unknown"
-    places = [Path(place) for place in spec.submodule_search_locations or ()]
-    if not any((place / "normalization").is_dir() for place in places):
-        return {"version": version, "note": "PyPI's apex, an unrelated package; xclip-fast does not use it"}
-    built = _exists("fused_layer_norm_cuda")
-    return {"version": version, "note": "NVIDIA's" + ("" if built else ", but built without its CUDA extensions")}
 
 
 def _cpu() -> dict[str, Any]:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -98,22 +98,18 @@ class XCLIP(nn.Module):
         """
         check_video(self, video)
         batch, frames = video.shape[:2]
-        x_FLD = self.visual(video.flatten(0, 1), frames)
+        with kernels.cpu.workspace():
+            x_FLD = self.visual(video.flatten(0, 1), frames)
         frame_FD, patches_FND = self.visual.split(x_FLD)
         h_FE = linear(frame_FD, self.visual.proj.T)
         h_BTE = h_FE.unflatten(0, (batch, frames))
-        return VideoFeatures(
-            video=h_BTE.mean(1) if self.mit is None else self.mit(h_BTE),
-            patches=self._patch_features(patches_FND, batch, frames),
-        )
-
-    def _patch_features(self, patches_FND: Tensor, batch: int, frames: int) -> Tensor:
+        video_BE = h_BTE.mean(1) if self.mit is None else self.mit(h_BTE)
         if self.prompts_generator is None:
-            return patches_FND.new_empty(batch, 0, self.config.embed_dim)
+            return VideoFeatures(video_BE, patches_FND.new_empty(batch, 0, self.config.embed_dim))
         z_FND = layer_norm(self.prompts_visual_ln, patches_FND)
         # the projection is linear, so it is applied once to the mean
         z_BND = z_FND.unflatten(0, (batch, frames)).mean(1)
-        return linear(z_BND, self.prompts_visual_proj.T)
+        return VideoFeatures(video_BE, linear(z_BND, self.prompts_visual_proj.T))
 
     def encode_text(self, text: Tensor | str | Sequence[str]) -> Tensor:
         """Labels to features (section 3.3).
@@ -131,12 +127,11 @@ class XCLIP(nn.Module):
                 f"this model has a linear head for {self.config.num_classes} classes and no text encoder: call "
                 "model(video), or take a config with num_classes=None"
             )
-        vectors = () if self.prompts_vectors is None else (self.prompts_vectors,)
-        if isinstance(text, Tensor):
-            return self.text(text, *vectors)
-        if torch.compiler.is_compiling():
-            raise TypeError("strings cannot be compiled or exported: pass xclip_fast.tokenize(labels) instead")
-        return self.text(tokenize(text, self.config.label_tokens), *vectors)
+        if not isinstance(text, Tensor):
+            if torch.compiler.is_compiling():
+                raise TypeError("strings cannot be compiled or exported: pass xclip_fast.tokenize(labels) instead")
+            text = tokenize(text, self.config.label_tokens)
+        return self.text(text, self.prompts_vectors)
 
     def encode_text_ensemble(self, labels: str | Sequence[str], templates: Sequence[str] = TEMPLATES) -> Tensor:
         """Labels to the mean of their normalized features over sentences (the ensemble of Table 9).
@@ -223,50 +218,13 @@ class XCLIP(nn.Module):
             self.text.recompute = enabled
         return self
 
-    def quantize(self, mode: Literal["fp8"], *, calibration: Tensor | Iterable[Tensor]) -> XCLIP:
-        """Computes the large products of the vision tower in float8 (e4m3), for inference on GPUs that have it.
-
-        These are, in every block, the QKV projection of the frame tokens and both layers of the FFN. Everything else
-        stays as it is. A weight has a scale for each output channel. LayerNorm's output has a scale for each row, from
-        its own values. quick_gelu's output has one scale for each layer: twice the largest value of the calibration
-        videos fits (docs/kernels.md). The model should be in bfloat16. In other dtypes and on other devices float8 is
-        emulated, which is slow.
-
-        The model keeps its weights beside the float8 copies, which take half the memory of bfloat16 weights.
-        ``state_dict`` and ``save_pretrained`` write only the weights, so quantization is not saved. It survives ``to``
-        (the copies keep their dtypes), copying and ``torch.compile``. Weights that are changed in place are not
-        noticed: call ``dequantize`` and quantize again.
-
-        Args:
-            mode: "fp8".
-            calibration: typical videos, as for ``encode_video``: one batch (B, T, H, W, 3), or an iterable of batches,
-                such as ``(batch.frames for batch in loader)``. They are moved to the model's device.
-
-        Returns:
-            the model itself, in evaluation mode. Training it, or computing gradients, is an error.
-
-        Raises:
-            ValueError: for another mode, for no calibration video or one of a wrong shape, for values that are not
-                finite, or for a vision tower without cross-frame communication or quick_gelu.
-            TypeError: if ``calibration`` is neither a tensor nor an iterable of tensors.
-            RuntimeError: if the model is quantized already.
-        """
-        quantization.quantize(self, mode, calibration)
-        return self
-
-    def dequantize(self) -> XCLIP:
-        """Undoes ``quantize``: the model computes as before, to the last bit.
-
-        Returns:
-            the model itself. A model that is not quantized stays as it is.
-        """
-        quantization.dequantize(self)
-        return self
+    quantize = quantization.quantize  # to float8, for inference
+    dequantize = quantization.dequantize
 
     @property
     def quantized(self) -> str | None:
         """The mode of ``quantize``, or None."""
-        return quantization.mode(self)
+        return quantization.mode_of(self)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As in ``torch.nn.Module``. A quantized model raises RuntimeError, because its copies would be stale."""
@@ -314,11 +272,7 @@ class XCLIP(nn.Module):
         return model.to(device=device, dtype=dtype).eval()
 
     def save_pretrained(
-        self,
-        folder: str | os.PathLike[str],
-        *,
-        layout: checkpoint.Layout = "xclip_fast",
-        overwrite: bool = False,
+        self, folder: str | os.PathLike[str], *, layout: checkpoint.Layout = "xclip_fast", overwrite: bool = False
     ) -> None:
         """Writes weights and config into ``folder``, atomically.
 

@@ -126,7 +126,7 @@ def work(name: str, given: dict[str, Any]) -> Work:
     for value in given.values():
         tensors += [each for each in value if isinstance(each, Tensor)] if isinstance(value, list | tuple) else []
     moved = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    if name in ("mm", "addmm", "bmm", "baddbmm", "_scaled_mm"):
+    if name in ("mm", "addmm", "bmm", "baddbmm"):
         a, b = tensors[-3:-1]
         rows, columns = a.shape[:-1].numel(), b.shape[-1]
         return _product(name, moved, rows, columns, a.shape[-1])

@@ -169,7 +169,6 @@ def inference(
                 model_fp8 = job.attempt(FP8, row, quantized, model)
                 if model_fp8 is not None:
                     calls[FP8] = work_of(job, model_fp8, video, kind)
-                    calls[f"{FP8} library"] = under("library", calls[FP8])  # where the CUDA library is missing
                 if "note" in row:
                     yield row
             if HF_INSTALLED:

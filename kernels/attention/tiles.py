@@ -40,7 +40,7 @@ def attend_tile_backward(q, k, v, do, seen, scale):
 
 def channels_contiguous(x: Tensor) -> Tensor:
     """x itself if the channels of a head are neighbors, as in every view of a packed projection; else a copy."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+    return x if x.stride()[-1] == 1 else x.contiguous()
 
 
 def power_of_two(rows: int) -> int:

@@ -93,11 +93,11 @@ def attention_fwd_kernel(
 def forward(save: bool, qkv: Tensor, causal: bool = False) -> tuple[Tensor, tuple[Tensor, ...]]:
     """(F, S, 3, H, C) -> (F, S, H, C), and, if ``save``, log2 of the sum of each row's exponentials. Never causal."""
     qkv = channels_contiguous(qkv)
-    count, length, _, heads, channels = qkv.shape
+    (count, length, _, heads, channels), dtype, device = qkv.shape, qkv.dtype, qkv.device
     save = save and not fits_one_tile(qkv)
-    out = torch.empty(count, length, heads, channels, dtype=qkv.dtype, device=qkv.device)
-    lse = torch.empty((count, heads, length) if save else 1, dtype=torch.float32, device=qkv.device)
-    _prepare(qkv.device, qkv.dtype.itemsize, count, length, heads, channels, save, *qkv.stride()[:4])(qkv, out, lse)
+    out = torch.empty(count, length, heads, channels, dtype=dtype, device=device)
+    lse = torch.empty((count, heads, length) if save else 1, dtype=torch.float32, device=device)
+    _prepare(device, dtype.itemsize, count, length, heads, channels, save, *qkv.stride()[:4])(qkv, out, lse)
     return out, (lse,) if save else ()
 
 

@@ -63,13 +63,14 @@ def cct_block(block: Block) -> tuple[Tensor, Statistics | None]:
     """
     if torch.compiler.is_compiling():
         block = block._replace(backend=forced_backend(), statistics=False)
-    elif block.x.numel() == 0:
-        return composed(block), None
-    elif block.x.device.type == "cpu" and _on_cpu(block):
-        return cpu.block(block), None
-    found = None if torch.compiler.is_compiling() else plans.inference_plan(block)
-    if found is not None:
-        return fused.run(False, block, found)[:2]
+    else:
+        if block.x.numel() == 0:
+            return composed(block), None
+        if block.x.device.type == "cpu" and _on_cpu(block):
+            return cpu.block(block), None
+        found = plans.inference_plan(block)
+        if found is not None:
+            return fused.run(False, block, found)[:2]
     y, mean, rstd = _op(*block)
     return y, (mean, rstd) if mean.numel() else None
 

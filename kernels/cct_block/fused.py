@@ -4,6 +4,7 @@ M rows of the residual stream, R rows that leave the block, D width, F frames of
 """
 
 import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,15 +19,20 @@ from . import reference
 from .plans import Plan, case_of, plan, plan_of
 from .products import Layer, Norm, Normed, Target, slope
 
+_TENSORS = [name for name, annotation in Block.__annotations__.items() if annotation in (Tensor, Tensor | None)]
+_tensors = operator.attrgetter(*_TENSORS)
+
 
 def _plain(b: Block) -> Block:
     """The arguments with neighboring numbers side by side, as kernels read them; a copy of those that are not."""
-    apart: dict[str, Any] = {
-        name: arg.contiguous()
-        for name, arg in zip(b._fields, b, strict=True)
-        if isinstance(arg, Tensor) and not arg.is_contiguous() and arg.stride(-1) != 1
-    }
-    return b._replace(**apart) if apart else b
+    for arg in _tensors(b):
+        if arg is not None and not arg.is_contiguous():
+            break
+    else:
+        return b
+    given = {name: getattr(b, name) for name in _TENSORS}
+    apart = {name: arg for name, arg in given.items() if arg is not None and arg.stride(-1) != 1}
+    return b._replace(**{name: arg.contiguous() for name, arg in apart.items()})
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -49,11 +55,12 @@ def forward(save: bool, *args: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor, .
 def run(save: bool, b: Block, p: Plan) -> tuple[Tensor, tuple[Tensor, Tensor] | None, tuple[Tensor, ...]]:
     """``forward`` by a plan: y, the statistics of its rows if they are left, and what backward wants."""
     b = _plain(b)
+    x = _rows(b.x)
     norm_1, norm_2 = Norm(b.ln_1_weight, b.ln_1_bias, b.eps), Norm(b.ln_2_weight, b.ln_2_bias, b.eps)
 
     def project(spare: Any) -> tuple[Tensor, Normed]:
         layer = Layer(norm_1, b.in_weight, b.in_bias)
-        qkv, _, known = p.qkv.forward(save, _rows(b.x), Normed(None, b.mean, b.rstd), layer, spare)
+        qkv, _, known = p.qkv.forward(save, x, Normed(None, b.mean, b.rstd), layer, spare)
         return qkv, known
 
     qkv, known_1, message_saved = _with_message(save, b, p, project)
@@ -61,7 +68,7 @@ def run(save: bool, b: Block, p: Plan) -> tuple[Tensor, tuple[Tensor, Tensor] | 
     in_place = not save and p.out.name == p.projection.name == "library" and b.drop_feed_forward is None
     in_place = in_place and b.x.dtype == b.projection_weight.dtype
     later = b.projection_bias if in_place else None
-    z, known_2, mixed, attention_saved = _diffuse(save, b, p, qkv, norm_2, later)
+    z, known_2, mixed, attention_saved = _diffuse(save, b, p, x, qkv, norm_2, later)
     # y = z + FFN(LN_2(z))
     h, u, known_2 = p.fc.forward(save, z, known_2, Layer(norm_2, b.fc_weight, b.fc_bias, b.activation))
     # what reads the rows anyway has no use for them
@@ -89,20 +96,20 @@ def _with_message(
     message, write, saved = p.message.forward(save, b)
     qkv, known = project(message)
     if known.rows is None:
-        write(qkv.view(*b.x.shape[:2], -1)[:, -1, b.x.shape[2] :])
+        write(qkv.view(b.x.shape[0], -1)[:, -2 * b.x.shape[2] :])  # the spare row is a frame's last
     return qkv, known, saved
 
 
 def _diffuse(
-    save: bool, b: Block, p: Plan, qkv: Tensor, norm: Norm | None, later: Tensor | None = None
+    save: bool, b: Block, p: Plan, x: Tensor, qkv: Tensor, norm: Norm | None, later: Tensor | None = None
 ) -> tuple[Tensor, Normed, Tensor, tuple[Tensor, ...]]:
     """z = x + IFA(LN_1([x, m])) (R, D) and what is known of LN_2(z); the attention and what it saves.
 
     Args:
+        x: (M, D), the rows of b.x.
         norm: LN_2, if it is wanted.
         later: (D,), added to the z that is returned, not to the one that is normalized; for the library alone.
     """
-    x = _rows(b.x)
     heads = qkv.view(*b.x.shape[:-1], 3, b.heads, -1)
     mixed, saved = p.attention.forward(save, heads, *_mixing(b))
     mixed_rows = mixed.reshape(x.shape)
@@ -119,7 +126,7 @@ def diffuse(b: Block, project: Callable[[], Tensor]) -> Tensor:
     if isinstance(found, str):
         return reference.diffuse(b, project(), functools.partial(reference.own_linear, b))
     qkv, *_ = _with_message(False, b, found, lambda _: (project(), Normed()))
-    return _diffuse(False, b, found, qkv, None)[0].view(b.x.shape)
+    return _diffuse(False, b, found, _rows(b.x), qkv, None)[0].view(b.x.shape)
 
 
 def saved_like(*args: Any) -> tuple[Tensor, ...]:

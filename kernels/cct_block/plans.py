@@ -38,17 +38,17 @@ _PLANNED = frozenset(("auto", *PART_NAMES))
 
 def case_of(b: Block, training: bool) -> Case:
     """The kind of call that these arguments are."""
-    x, device = b.x, b.x.device
-    width, packed = int(x.shape[-1]), b.offsets is not None
-    dtype = b.in_weight.dtype
+    x, device, shape = b.x, b.x.device, b.x.shape
+    width, packed, dtype = int(shape[-1]), b.offsets is not None, b.in_weight.dtype
     if dtype != torch.float64:
         dtype = dispatch.autocast_dtype(device.type) or dtype
     if b.backend:  # traced: sizes may be symbols, and the plan must not depend on them
         count, length, rows = 1, 1, 1
     elif b.offsets is not None:
-        count, length, rows = b.offsets.shape[0] - 1, b.longest, x.shape[0]
+        count, length, rows = b.offsets.shape[0] - 1, b.longest, shape[0]
     else:
-        (count, length), rows = x.shape[:2], x.shape[0] * x.shape[1]
+        count, length, _ = shape
+        rows = count * length
     return Case(
         device,
         dtype,

@@ -128,7 +128,9 @@ def _fused_norm_linear(
 ) -> tuple[Tensor, Tensor | None, Normed]:
     norm, weight, bias, activation = layer
     keep = bool(activation) and save
-    options: Any = {"activation": bool(activation), **({"keep": True} if keep else {})}
+    options = {"activation": bool(activation)}
+    if keep:  # only Triton's products are taken for training
+        options["keep"] = True
     if known.rows is None and x.dtype == weight.dtype != torch.float32 and x.shape[0] >= FOLD_FROM:
         mean, rstd = known.mean, known.rstd
         if mean is None or rstd is None:

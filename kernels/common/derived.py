@@ -12,27 +12,27 @@ Made = TypeVar("Made")
 _kept: dict[int, tuple[Any, dict[str, tuple[list[Any], Any]]]] = {}
 
 
-def kept(what: str, make: Callable[..., Made], weight: Tensor, *more: Tensor | None) -> Made:
+def kept(what: str, make: Callable[..., Made], weight: Tensor, *more: Tensor) -> Made:
     """``make(weight, *more)``, or what it gave the last time if none of the tensors has changed since.
 
     Made anew where a change would not be noticed: while a CUDA graph is captured, whose replays see new weights, and
     for inference tensors, which have no version.
     """
-    state: list[Any] = []
-    captured = weight.is_cuda and torch.cuda.is_current_stream_capturing()
-    for tensor in (weight, *more):
-        if tensor is not None:
-            if captured or tensor.is_inference() or torch.compiler.is_compiling():
-                return make(weight, *more)
-            state += (tensor.data_ptr(), tensor._version, tensor.dtype)
+    if torch.compiler.is_compiling() or (weight.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return make(weight, *more)
+    try:
+        state = [(tensor.data_ptr(), tensor._version, tensor.dtype) for tensor in (weight, *more)]
+    except RuntimeError:  # an inference tensor has no version
+        return make(weight, *more)
     number = id(weight)
     owner, found = _kept.get(number, (None, {}))
     if owner is None or owner() is not weight:
         owner, found = _kept[number] = weakref.ref(weight, lambda _: _kept.pop(number, None)), {}
-    if what not in found or found[what][0] != state:
+    before = found.get(what)
+    if before is None or before[0] != state:
         with torch.inference_mode(False), torch.no_grad():  # usable in a later training step
-            found[what] = (state, make(weight, *more))
-    made: Made = found[what][1]
+            before = found[what] = state, make(weight, *more)
+    made: Made = before[1]
     return made
 
 

@@ -2,7 +2,6 @@
 
 The rows of an op in choices.json hold the median milliseconds of each backend that computed the right thing there;
 ``python -m xclip_fast.kernels.tune --backends`` measures and writes them. Where no row holds, the op's own order does.
-Rows under ``cuda <call>`` do the same for the tiles of the CUDA library's products.
 """
 
 import functools
@@ -33,7 +32,7 @@ def measured_on(architecture: int) -> bool:
 
 
 def order(name: str, architecture: int, sizes: dict[str, Any]) -> tuple[str, ...]:
-    """The backends (or tiles) of the first row that holds, the fastest first; none if no row holds."""
+    """The backends of the first row that holds, the fastest first; none if no row holds."""
     row = tables.first(TABLE, name, range(architecture, architecture + 1), tuple(sizes.items()))
     medians: dict[str, float] = row["milliseconds"] if row else {}
     return tuple(sorted(medians, key=medians.__getitem__))

@@ -1,10 +1,9 @@
 """Two ops whose products are in float8 (e4m3), for inference: LayerNorm and a linear layer, and a whole FFN.
 
-What is normalized is quantized row by row, a weight channel by channel. Around the products run one pass of Triton's
-each, or torch's own calls. M rows, D width, O columns. docs/kernels.md says what is quantized, and how.
+What is normalized is quantized row by row, a weight channel by channel. The products are those of the CUDA library;
+without it the ops are emulated. M rows, D width, O columns. docs/kernels.md says what is quantized, and how.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import cuda_library, dispatch
+from .. import cuda_library, triton
 from ..common.example import FLOAT8, Maker, Sizes
-from ..dispatch import Op, forced_backend
+from ..dispatch import Op
 from ..dispatch.support import FLOATS, Backend, installed
 from ..layer_norm import WIDEST_ROW
-from ..quick_gelu import quick_gelu, quick_gelu_reference
+from ..quick_gelu import quick_gelu_reference
 
 LARGEST = 448.0  # of e4m3
 OPERANDS = (*FLOATS, FLOAT8)  # the dtypes among an op's arguments
@@ -61,64 +60,11 @@ def _exact_product(x8: Tensor, weight8: Tensor) -> Tensor:
     return F.linear(x8.float(), weight8.float())
 
 
-# ---- the passes around the products
-
-
-def _on_triton(x: Tensor) -> bool:
-    """Whether Triton's passes run, or torch's own: elsewhere than on a GPU, without Triton, and while torch.compile
-    traces, which fuses torch's own."""
-    if not installed("triton") or torch.compiler.is_compiling() or x.shape[-1] > WIDEST_ROW:
-        return False
-    return x.is_cuda or bool(dispatch.off_gpu and not dispatch.INTERPRETED)
-
-
 def _normed_in_one_pass(x: Tensor, ln_weight: Tensor, ln_bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """``normed_rows`` of x (M, K)."""
-    if not _on_triton(x):
+    """``normed_rows`` of x (M, K): one pass of Triton's on a GPU."""
+    if not (x.is_cuda and installed("triton")) or x.shape[-1] > WIDEST_ROW:
         return normed_rows(x, ln_weight, ln_bias, eps)
-    from ..layer_norm.triton import layer_norm_fp8
-
-    return layer_norm_fp8(x, ln_weight, ln_bias, eps)
-
-
-# ---- the products of each backend
-
-
-class _Library:
-    """The float8 products of ``cuda_library``, by ``torch._scaled_mm``."""
-
-    @staticmethod
-    def fp8_linear(
-        x8: Tensor,
-        x_scale: Tensor,
-        weight8: Tensor,
-        weight_scale: Tensor,
-        bias: Tensor | None,
-        h_scale: float | None = None,
-    ) -> Tensor:
-        u = torch._scaled_mm(
-            x8,
-            weight8.contiguous().t(),
-            scale_a=x_scale[:, None],
-            scale_b=weight_scale.float().contiguous()[None],
-            bias=None if bias is None else bias.bfloat16(),
-            out_dtype=torch.bfloat16,
-            use_fast_accum=True,
-        )
-        if h_scale is None:
-            return u
-        if not _on_triton(x8):
-            return saturate(quick_gelu(u) / h_scale)
-        from ..quick_gelu.triton import quick_gelu as in_one_pass
-
-        return in_one_pass(u, torch.empty_like(u, dtype=FLOAT8), h_scale)
-
-    @staticmethod
-    def fp8_linear_residual(
-        x8: Tensor, weight8: Tensor, weight_scale: Tensor, bias: Tensor | None, rows: Tensor
-    ) -> Tensor:
-        ones = torch.ones(len(x8), dtype=torch.float32, device=x8.device)
-        return rows + _Library.fp8_linear(x8, ones, weight8, weight_scale, bias)
+    return triton.layer_norm.layer_norm_fp8(x, ln_weight, ln_bias, eps)
 
 
 def _refuse(x: Tensor, *weights: Tensor) -> str | None:
@@ -131,43 +77,23 @@ def _refuse(x: Tensor, *weights: Tensor) -> str | None:
     return None
 
 
-def _refuse_library(x: Tensor) -> str | None:
-    """Why ``torch._scaled_mm`` is not taken for x, or None."""
-    if x.device.type == "cpu":
-        if forced_backend() != "library":
-            return "torch._scaled_mm is no faster than float32 on a CPU: taken only if asked for (backend('library'))"
-    elif x.device.type != "cuda":
-        return f"device {x.device.type} is not cuda or cpu"
-    else:
-        properties = torch.cuda.get_device_properties(x.device)
-        if (properties.major, properties.minor) < (8, 9):
-            return f"compute capability {properties.major}.{properties.minor} is below 8.9"
-    return None
-
-
 def _op(
     reference: Callable[..., Tensor],
     compute: Callable[..., Tensor],
     weights: slice,
     example: Callable[[Sizes, Maker], tuple[Any, ...]],
 ) -> Op:
-    """An op with its backends. weights: the places of its weights among the arguments."""
+    """An op with its backend. weights: the places of its weights among the arguments."""
     return Op(
         reference,
         Backend(
             "cuda",
-            lambda save, *args: ((compute(cuda_library, *args),), ()),
+            lambda save, *args: ((compute(*args),), ()),
             dtypes=OPERANDS,
             refuse=lambda x, *args: (
                 cuda_library.refuse_device(x.device.type, x.device.index) or _refuse(x, *args[weights])
             ),
             inference_only=True,
-        ),
-        Backend(
-            "library",
-            functools.partial(compute, _Library),
-            dtypes=OPERANDS,
-            refuse=lambda x, *args: _refuse_library(x) or _refuse(x, *args[weights]),
         ),
         example=example,
         dtypes=OPERANDS,
@@ -210,11 +136,10 @@ def ln_linear_fp8_reference(
     return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
-def _ln_linear(products: Any, x: Tensor, ln_weight: Tensor, ln_bias: Tensor, *rest: Any) -> Tensor:
+def _ln_linear(x: Tensor, ln_weight: Tensor, ln_bias: Tensor, *rest: Any) -> Tensor:
     *linear, eps = rest
     normed = _normed_in_one_pass(x.reshape(-1, x.shape[-1]), ln_weight, ln_bias, eps)
-    y: Tensor = products.fp8_linear(*normed, *linear)
-    return y.view(*x.shape[:-1], linear[0].shape[0])
+    return cuda_library.fp8_linear(*normed, *linear).view(*x.shape[:-1], linear[0].shape[0])
 
 
 _ln_linear_op = _op(
@@ -285,12 +210,23 @@ def mlp_fp8_reference(
     return y.to(x.dtype)
 
 
-def _mlp(products: Any, x: Tensor, ln_weight: Tensor, ln_bias: Tensor, *rest: Any) -> Tensor:
-    rows, first, second, (hidden_scale, eps) = x.reshape(-1, x.shape[-1]), rest[:3], rest[3:6], rest[6:]
+def _mlp(
+    x: Tensor,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    weight1_8: Tensor,
+    weight1_scale: Tensor,
+    bias1: Tensor,
+    weight2_8: Tensor,
+    weight2_scale: Tensor,
+    bias2: Tensor,
+    hidden_scale: float,
+    eps: float,
+) -> Tensor:
+    rows = x.reshape(-1, x.shape[-1])
     normed = _normed_in_one_pass(rows, ln_weight, ln_bias, eps)
-    hidden8 = products.fp8_linear(*normed, *first, hidden_scale)
-    y: Tensor = products.fp8_linear_residual(hidden8, *second, rows)
-    return y.view(x.shape)
+    hidden8 = cuda_library.fp8_linear(*normed, weight1_8, weight1_scale, bias1, hidden_scale)
+    return cuda_library.fp8_linear_residual(hidden8, weight2_8, weight2_scale, bias2, rows).view(x.shape)
 
 
 def _mlp_example(sizes: Sizes, make: Maker) -> tuple[Any, ...]:

@@ -18,17 +18,11 @@ from ..triton.rows import Spare, load_rows, rows_of, rows_of_sample, spare_argum
 from .triton_backward import normalize_backward
 
 
-@triton.jit
-def saturate(value):
-    """What e4m3 cannot hold becomes its largest, 448."""
-    return tl.minimum(tl.maximum(value, -448.0), 448.0)
-
-
 @triton.jit(do_not_specialize=["M", "sample_rows"])
 def layer_norm_fwd_kernel(
     x_ptr,  # (M, D), rows x_row apart
     product_ptr,  # (M, D) or None: x is x + s (product + product_bias), and written to z
-    product_bias_ptr,  # (D,) or None
+    product_bias_ptr,  # (D,), with product
     drop_ptr,  # (M / sample_rows,) or None: s
     later_ptr,  # (D,) or None: added to what is written to z, and not to what is normalized
     z_ptr,  # (M, D), with product; or None, with position
@@ -60,8 +54,7 @@ def layer_norm_fwd_kernel(
     at = rows[:, None].to(tl.int64) * D + columns[None, :]
     if product_ptr is not None:
         product = tl.load(product_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        if product_bias_ptr is not None:
-            product += tl.load(product_bias_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)[None, :]
+        product += tl.load(product_bias_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)[None, :]
         if drop_ptr is not None:
             product *= tl.load(drop_ptr + rows // sample_rows, mask=rows < M, other=0.0).to(tl.float32)[:, None]
         x += product
@@ -95,7 +88,7 @@ def layer_norm_fwd_kernel(
         if scale_ptr is not None:
             largest = tl.max(tl.where(inside, tl.abs(y), 0.0), 1)
             scale = tl.where(largest == 0.0, 1.0, largest / 448.0)
-            y = saturate(tl.div_rn(y, scale[:, None]))
+            y = tl.minimum(tl.maximum(tl.div_rn(y, scale[:, None]), -448.0), 448.0)  # division may round up
             tl.store(scale_ptr + rows, scale, mask=rows < M)
         tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
 
@@ -104,9 +97,12 @@ class Branch(NamedTuple):
     """What is added to the residual stream: s (product + bias)."""
 
     product: Tensor  # (M, D), contiguous
-    bias: Tensor | None = None  # (D,)
+    bias: Tensor  # (D,)
     drop_scale: Tensor | None = None  # (B,), M a multiple of B: s of each sample
     later: Tensor | None = None  # (D,): added to the result behind the LayerNorm
+
+
+_NO_BRANCH = (None,) * 4
 
 
 class Positions(NamedTuple):
@@ -162,17 +158,24 @@ def normalize(
         x, or what was added to it with it, in x's or the positions' dtype (M, D); LN of it (M, D); mean and rstd (M,)
         float32; None for what is not wanted.
     """
-    M, D = x.shape
-    z = None
-    if branch is not None or (positions is not None and statistics):
-        z = torch.empty(M, D, dtype=x.dtype if positions is None else dtype, device=x.device)
-    y = None if dtype is None else torch.empty(M, D, dtype=dtype, device=x.device)
-    mean, rstd = (torch.empty(M, dtype=torch.float32, device=x.device) if statistics else None for _ in range(2))
+    (M, D), device, stored = x.shape, x.device, x.dtype
+    product, product_bias, drop_scale, later = branch or _NO_BRANCH
     spares, length = spare_arguments(spare, M)
-    position, first, length = positions or (None, None, length)
-    count, sample_rows = 0 if position is None else len(position), rows_of_sample(M, branch and branch.drop_scale)
-    run = _forward(x.device, x.element_size(), M, D, x.stride(0), length, count, sample_rows, eps)
-    added = (*(branch or (None,) * 4), z, position, first)
+    position = first = z = y = mean = rstd = None
+    count = 0
+    if positions is not None:
+        (position, first, length), stored = positions, dtype or stored
+        count = len(position)
+    if branch is not None or (positions is not None and statistics):
+        z = torch.empty(M, D, dtype=stored, device=device)
+    if dtype is not None:
+        y = torch.empty(M, D, dtype=dtype, device=device)
+    if statistics:
+        mean = torch.empty(M, dtype=torch.float32, device=device)
+        rstd = torch.empty_like(mean)
+    sample_rows = rows_of_sample(M, drop_scale)
+    run = _forward(device, x.dtype.itemsize, M, D, x.stride()[0], length, count, sample_rows, eps)
+    added = product, product_bias, drop_scale, later, z, position, first
     run(x, *added, weight, bias, y, scale, mean, rstd, *spares)
     return x if z is None else z, y, mean, rstd
 

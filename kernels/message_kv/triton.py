@@ -7,7 +7,7 @@ program would wait for whole rows before its first step.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -206,7 +206,7 @@ def message_attention_kernel(
 
 
 @prepared
-def _prepare(
+def _rows(
     device: torch.device,
     size: int,
     rows: int,
@@ -218,7 +218,7 @@ def _prepare(
     frames: int,
     eps: float,
 ) -> Prepared:
-    """For a weight (columns, depth) of ``size`` bytes a number."""
+    """``message_rows_kernel`` for a weight (columns, depth) of ``size`` bytes a number."""
     options = tile("message_kv", device, rows=rows, columns=columns, bytes=size)
     return Prepared(
         device,
@@ -232,34 +232,7 @@ def _prepare(
     )
 
 
-def _rows(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    *,
-    norm: tuple[Tensor, Tensor, float] | None = None,
-    x_parts: Tensor | None = None,
-    statistics: Tensor | None = None,
-    residual: Tensor | None = None,
-    drop_scale: Tensor | None = None,
-    frames: int = 1,
-    y_parts: Tensor | None = None,
-    to: Tensor | None = None,
-) -> Tensor:
-    """residual + s (LN(x) W^T + b) in the weight's dtype, written ``to`` rows of any stride if given; LN's (mean, rstd)
-    go into ``statistics`` (2, M). LN takes x's ``x_parts``; those of the result go into ``y_parts``."""
-    rows, (columns, depth) = x.shape[0], weight.shape
-    y = torch.empty(rows, columns, dtype=weight.dtype, device=x.device) if to is None else to
-    norm_weight, norm_bias, eps = norm or (None, None, 0.0)
-    mean, rstd = (None, None) if statistics is None else statistics
-    strides = x.stride(0), weight.stride(0), y.stride(0)
-    launch = _prepare(x.device, weight.dtype.itemsize, rows, columns, depth, *strides, frames, eps)
-    launch(x, weight, bias, norm_weight, norm_bias, x_parts, mean, rstd, residual, drop_scale, y, y_parts)
-    return y
-
-
-@prepared
-def _prepare_attention(
+def _attention(
     device: torch.device, size: int, rows: int, width: int, weight_row: int, frames: int, heads: int, eps: float
 ) -> Prepared:
     options = tile("message_attention", device, rows=rows, bytes=size)
@@ -277,59 +250,86 @@ def _prepare_attention(
     )
 
 
-def _attention(
-    save: bool, b: Any, message: Tensor, parts: Tensor, statistics: Tensor | None
-) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
-    """Attention of qkv = LN_m(m) W + b over the frames of each video (F, D); if ``save``, qkv (F, 3D) and its
-    log-sum-exp, unless a sequence fits in one tile."""
-    (count, width), frames, channels = message.shape, b.frames, message.shape[1] // b.heads
-    layer, norm = (b.message_in_weight, b.message_in_bias), (b.message_ln_weight, b.message_ln_bias)
-    apart = count <= APART and arch(message.device) >= 90
-    if takes(channels) and frames <= ONE_TILE[message.element_size()] and not apart:
-        mixed, qkv = torch.empty_like(message), message.new_empty(count, 3 * width) if save else None
-        mean, rstd = (None, None) if statistics is None else statistics
-        sizes = message.element_size(), count, width, layer[0].stride(0), frames, b.heads, b.eps
-        launch = _prepare_attention(message.device, *sizes)
-        launch(message, *layer, *norm, parts, mean, rstd, qkv, mixed)
-        return mixed, qkv, ()
-    qkv = _rows(message, *layer, norm=(*norm, b.eps), x_parts=parts, statistics=statistics)
-    heads = qkv.view(-1, frames, 3, b.heads, channels)
-    out, lse = attention.forward(save, heads) if takes(channels) else (attention_reference(heads), ())
-    return out.reshape(message.shape), qkv, lse
+class _Launches(NamedTuple):
+    """What the path launches."""
+
+    token: Prepared  # m = x_class Wm + bm
+    qkv: Prepared | None  # LN_m(m) W + b, where its attention is another launch
+    attention: Prepared | None  # where both are one launch
+    output: Prepared  # m + s (attention Wo + bo)
+
+
+@prepared
+def _prepare(
+    device: torch.device,
+    size: int,
+    count: int,
+    width: int,
+    x_row: int,
+    weight_rows: tuple[int, int, int],
+    frames: int,
+    heads: int,
+    eps: float,
+) -> _Launches:
+    """For F = ``count`` frames and weights of ``size`` bytes a number with these row strides, in the order of use."""
+    token_row, qkv_row, output_row = weight_rows
+    square = device, size, count, width, width
+    token = _rows(*square, x_row, token_row, width, 1, 0.0)
+    output = _rows(*square, width, output_row, width, frames, 0.0)
+    apart = count <= APART and arch(device) >= 90
+    if takes(width // heads) and frames <= ONE_TILE[size] and not apart:
+        return _Launches(token, None, _attention(device, size, count, width, qkv_row, frames, heads, eps), output)
+    qkv = _rows(device, size, count, 3 * width, width, width, qkv_row, 3 * width, 1, eps)
+    return _Launches(token, qkv, None, output)
+
+
+_NO_NORM = (None,) * 5  # LayerNorm's weight and bias, the parts of x, mean and rstd
 
 
 def forward(save: bool, b: Any) -> tuple[Spare, Callable[[Tensor], None], tuple[Tensor, ...]]:
-    (count, _, width), frames = b.x.shape, b.frames
-    videos = count // frames
-    if count != videos * frames or (b.drop_fusion is not None and b.drop_fusion.shape != (videos,)):
+    (count, _, width), frames, device, dtype = b.x.shape, b.frames, b.x.device, b.in_weight.dtype
+    if count % frames or (b.drop_fusion is not None and b.drop_fusion.shape != (count // frames,)):
         given = "" if b.drop_fusion is None else f" and drop path factors {tuple(b.drop_fusion.shape)}"
         raise ValueError(
             f"{count} frames, {frames} a video{given} do not fit: there must be a multiple of {frames} of the first, "
             "and a factor for each video"
         )
-    statistics = b.x.new_empty(4, count, dtype=torch.float32) if save else None
-    first, second = (None, None) if statistics is None else (statistics[:2], statistics[2:])
-    message_parts, fused_parts = b.x.new_empty(2, 2, count, cdiv(width, SLICE), dtype=torch.float32)
-    # m = x_class Wm + bm; qkv = LN_m(m) W + b; m + s (attention Wo + bo)
-    message = _rows(b.x[:, 0], b.message_fc_weight, b.message_fc_bias, y_parts=message_parts)
-    mixed, qkv, lse = _attention(save, b, message, message_parts, first)
-    fused = _rows(
-        mixed,
-        b.message_out_weight,
-        b.message_out_bias,
-        residual=message,
-        drop_scale=b.drop_fusion,
-        frames=frames,
-        y_parts=fused_parts,
-    )
+    weights = b.message_fc_weight, b.message_in_weight, b.message_out_weight
+    strides = tuple([weight.stride()[0] for weight in weights])
+    launches = _prepare(device, dtype.itemsize, count, width, b.x.stride()[0], strides, frames, b.heads, b.eps)
+    statistics = torch.empty(4, count, dtype=torch.float32, device=device) if save else None
+    first, second = ((None, None), (None, None)) if statistics is None else (statistics[:2], statistics[2:])
+    # mean and M2 of the slices: of the message token's rows, then of the messages'
+    parts = torch.empty(2, count, cdiv(width, SLICE), dtype=torch.float32, device=device)
+    # m = x_class Wm + bm
+    token = torch.empty(count, width, dtype=dtype, device=device)
+    launches.token(b.x[:, 0], weights[0], b.message_fc_bias, *_NO_NORM, None, None, token, parts)
+    # attention of qkv = LN_m(m) W + b over the frames of each video
+    qkv_given = (token, weights[1], b.message_in_bias, b.message_ln_weight, b.message_ln_bias, parts, *first)
+    qkv = None if launches.qkv is None and not save else torch.empty(count, 3 * width, dtype=dtype, device=device)
+    lse: tuple[Tensor, ...] = ()
+    if launches.attention is not None:
+        mixed = torch.empty_like(token)
+        launches.attention(*qkv_given, qkv, mixed)
+    else:
+        assert launches.qkv is not None
+        assert qkv is not None
+        launches.qkv(*qkv_given, None, None, qkv, None)
+        heads = qkv.view(-1, frames, 3, b.heads, width // b.heads)
+        out, lse = attention.forward(save, heads) if takes(heads.shape[-1]) else (attention_reference(heads), ())
+        mixed = out.reshape(token.shape)
+    # m + s (attention Wo + bo)
+    message = torch.empty_like(token)
+    launches.output(mixed, weights[2], b.message_out_bias, *_NO_NORM, token, b.drop_fusion, message, parts)
 
     def write(key_value: Tensor) -> None:
         # LN_1(.) [Wk, Wv] + b
-        norm = (b.ln_1_weight, b.ln_1_bias, b.eps)
-        layer = (b.in_weight[width:], b.in_bias[width:])
-        _rows(fused, *layer, norm=norm, x_parts=fused_parts, statistics=second, to=key_value)
+        weight, norm = b.in_weight[width:], (b.ln_1_weight, b.ln_1_bias, parts, *second)
+        strides = width, weight.stride()[0], key_value.stride()[0]
+        launch = _rows(device, dtype.itemsize, count, 2 * width, width, *strides, 1, b.eps)
+        launch(message, weight, b.in_bias[width:], *norm, None, None, key_value, None)
 
-    spare = Spare(fused, *((None, None) if second is None else second))
+    spare = Spare(message, *second)
     if statistics is None or qkv is None:
         return spare, write, ()
-    return spare, write, (message, qkv, fused, statistics, mixed, *(lse or (statistics.new_empty(0),)))
+    return spare, write, (token, qkv, message, statistics, mixed, *(lse or (statistics.new_empty(0),)))

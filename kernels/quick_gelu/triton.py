@@ -1,4 +1,4 @@
-"""quick_gelu(u) = u sigmoid(1.702 u), elementwise, and in e4m3 (compute capability 8.9) over a scale."""
+"""quick_gelu(u) = u sigmoid(1.702 u), elementwise."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,7 +8,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..layer_norm.triton import saturate
 from ..triton.activation import quick_gelu_value
 from ..triton.column_sums import scaled
 from ..triton.launching import Prepared, cdiv, prepared
@@ -21,27 +20,23 @@ def quick_gelu_fwd_kernel(
     x_ptr,  # (size,)
     y_ptr,  # (size,)
     size,
-    scale,  # or None: y is quick_gelu(x) / scale, saturated at 448
     BLOCK: tl.constexpr,
 ):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     u = tl.load(x_ptr + at, mask=at < size).to(tl.float32)
-    y = quick_gelu_value(u)
-    if scale is not None:
-        y = saturate(y / scale)
-    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=at < size)
+    tl.store(y_ptr + at, quick_gelu_value(u).to(y_ptr.dtype.element_ty), mask=at < size)
 
 
-def quick_gelu(x: Tensor, to: Tensor | None = None, scale: float | None = None) -> Tensor:
-    """quick_gelu of a contiguous tensor, over ``scale`` if given; ``to``: where to, which may be x itself."""
+def quick_gelu(x: Tensor, to: Tensor | None = None) -> Tensor:
+    """quick_gelu of a contiguous tensor; ``to``: where to, which may be x itself."""
     y = torch.empty_like(x) if to is None else to
-    _prepare(x.device, x.numel(), scale)(x, y)
+    _prepare(x.device, x.numel())(x, y)
     return y
 
 
 @prepared
-def _prepare(device: torch.device, size: int, scale: float | None) -> Prepared:
-    return Prepared(device, quick_gelu_fwd_kernel, (cdiv(size, BLOCK),), (size, scale), BLOCK=BLOCK)
+def _prepare(device: torch.device, size: int) -> Prepared:
+    return Prepared(device, quick_gelu_fwd_kernel, (cdiv(size, BLOCK),), (size,), BLOCK=BLOCK)
 
 
 def forward(save: bool, x: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:

@@ -13,7 +13,7 @@ def fold_kernel(
     weight_ptr,  # (N, D), strides weight_row, weight_column
     gamma_ptr,  # (D,)
     beta_ptr,  # (D,)
-    bias_ptr,  # (N,) or None
+    bias_ptr,  # (N,)
     folded_ptr,  # (N, D): W' = W diag(gamma), rounded to the weight's dtype
     sums_ptr,  # (N,) float32: s, the row sums of W' as rounded
     shift_ptr,  # (N,) float32: b' = W beta + b
@@ -34,13 +34,11 @@ def fold_kernel(
     folded = (weight * gamma).to(folded_ptr.dtype.element_ty)
     tl.store(folded_ptr + rows[:, None].to(tl.int64) * D + columns[None, :], folded, mask=inside)
     tl.store(sums_ptr + rows, tl.sum(folded.to(tl.float32), 1), mask=rows < N)
-    shift = tl.sum(weight * beta, 1)
-    if bias_ptr is not None:
-        shift += tl.load(bias_ptr + rows, mask=rows < N, other=0.0).to(tl.float32)
+    shift = tl.sum(weight * beta, 1) + tl.load(bias_ptr + rows, mask=rows < N, other=0.0).to(tl.float32)
     tl.store(shift_ptr + rows, shift, mask=rows < N)
 
 
-def fold(weight: Tensor, gamma: Tensor, beta: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def fold(weight: Tensor, gamma: Tensor, beta: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """W' = W diag(gamma) (N, D) in W's dtype, its row sums and b' = W beta + b, (N,) float32 each."""
     N, D = weight.shape
     folded = torch.empty(N, D, dtype=weight.dtype, device=weight.device)

@@ -37,7 +37,7 @@ def gemm_kernel(
     a_ptr,  # (M, K), rows a_row apart
     b_ptr,  # (N, K), rows b_row apart
     y_ptr,  # (M, N), rows y_row apart
-    bias_ptr,  # (N,) or None
+    bias_ptr,  # (N,)
     mean_ptr,  # (M,) float32 or None: the LayerNorm of a whose weight is already in b
     rstd_ptr,  # (M,) float32, with mean
     b_sum_ptr,  # (N,) float32: sums of b over K, with mean
@@ -119,8 +119,7 @@ def gemm_kernel(
                 # LN(x) W = r (x W' - mu s)
                 b_sum = tl.load(b_sum_ptr + columns, mask=in_columns, other=0.0)[None, :]
                 value = rstd * (value - mean * b_sum)
-            if bias_ptr is not None:
-                value += tl.load(bias_ptr + columns, mask=in_columns, other=0.0).to(tl.float32)[None, :]
+            value += tl.load(bias_ptr + columns, mask=in_columns, other=0.0).to(tl.float32)[None, :]
             if ACTIVATION:
                 if u_ptr is not None:
                     if STORE_DESCRIPTORS:
@@ -242,7 +241,7 @@ def gemm(
     a: Tensor,
     b: Tensor,
     *,
-    bias: Tensor | None = None,
+    bias: Tensor,
     norm: tuple[Tensor, Tensor, Tensor] | None = None,
     activation: bool = False,
     keep: bool = False,
@@ -250,7 +249,7 @@ def gemm(
     residual: Tensor | None = None,
     statistics_eps: float | None = None,
 ) -> tuple[Tensor, ...]:
-    """y = residual + s act(LN(a) b^T + bias), each part optional.
+    """y = residual + s act(LN(a) b^T + bias); all but product and bias are optional.
 
     Args:
         a: (M, K), unit stride along K, any row stride.
@@ -267,7 +266,7 @@ def gemm(
         y (M, N), contiguous, in the promoted dtype of a and residual, then those of u, mean, rstd that were asked for.
     """
     (M, K), (a_row, a_step), device = a.shape, a.stride(), a.device
-    b = b if b.stride(1) == 1 else b.contiguous()
+    b = b if b.stride()[1] == 1 else b.contiguous()
     N = b.shape[0]
     assert a_step == 1 or K == 1
     assert a.dtype == b.dtype
@@ -280,8 +279,8 @@ def gemm(
         N,
         K,
         a_row,
-        b.stride(0),
-        None if residual is None else residual.stride(0),
+        b.stride()[0],
+        None if residual is None else residual.stride()[0],
         rows_of_sample(M, drop_scale),
         activation,
         not (a.data_ptr() | b.data_ptr()) % 16,
@@ -290,16 +289,16 @@ def gemm(
     )
     y = torch.empty(M, N, dtype=dtype, device=device)
     u = torch.empty(M, N, dtype=a.dtype, device=device) if keep else None
-
-    def floats(*shape: int) -> Tensor:
-        return torch.empty(*shape, dtype=torch.float32, device=device)
-
-    slots, merge = launches.slots, launches.merge
-    parts = (None, None) if merge is None else (floats(slots, M), floats(slots, M))
-    launches.product(a, b, y, bias, *(norm or (None, None, None)), u, drop_scale, residual, *parts)
-    outputs = [y] if u is None else [y, u]
-    if merge is not None:
-        statistics = floats(M), floats(M)
-        merge(*parts, *statistics)
-        outputs += statistics
-    return tuple(outputs)
+    mean, rstd, b_sums = norm or (None, None, None)
+    part_mean = part_m2 = None
+    if launches.merge is not None:
+        part_mean = torch.empty(launches.slots, M, dtype=torch.float32, device=device)
+        part_m2 = torch.empty_like(part_mean)
+    launches.product(a, b, y, bias, mean, rstd, b_sums, u, drop_scale, residual, part_mean, part_m2)
+    outputs = (y,) if u is None else (y, u)
+    if launches.merge is None:
+        return outputs
+    mean = torch.empty(M, dtype=torch.float32, device=device)
+    rstd = torch.empty_like(mean)
+    launches.merge(part_mean, part_m2, mean, rstd)
+    return *outputs, mean, rstd

@@ -69,8 +69,7 @@ class Prepared:
 
     def __call__(self, *tensors: Tensor | None) -> None:
         """Launch with these tensors. An empty grid is no launch."""
-        direct = self.direct and (self.index is None or self.index == torch.cuda.current_device())
-        if direct and not _observed(self.kernel):
+        if self.direct and not _observed(self.kernel):
             dtypes: list[torch.dtype | None] = []
             addresses = 0
             for tensor in tensors:
@@ -79,32 +78,32 @@ class Prepared:
                 else:
                     dtypes.append(tensor.dtype)
                     addresses |= tensor.data_ptr()
-            if not addresses % 16:
-                return self._run(tuple(dtypes), tensors)
-        return launch(self.kernel, self.grid, *tensors, *self.numbers, **self.options)
-
-    def _run(self, dtypes: tuple[torch.dtype | None, ...], tensors: tuple[Tensor | None, ...]) -> None:
-        triton.set_allocator(self.allocator)
-        compiled = self.compiled.get(dtypes)
-        if compiled is None:
-            self.compiled[dtypes] = self.kernel[self.grid](*tensors, *self.numbers, **self.options)
-            return
-        driver = triton.runtime.driver.active
-        stream = driver.get_current_stream(driver.get_current_device())
-        # no metadata and no hooks: only hooks read the metadata
-        launched = (stream, compiled.function, compiled.packed_metadata, None, None, None)
-        compiled.run(*self.whole_grid, *launched, *tensors, *self.rest)
+            driver, key = triton.runtime.driver.active, tuple(dtypes)
+            device = driver.get_current_device()
+            if not addresses % 16 and (self.index is None or self.index == device):
+                compiled = self.compiled.get(key)
+                if compiled is None or compiled.metadata.global_scratch_size:  # of tensor descriptors
+                    triton.set_allocator(self.allocator)
+                if compiled is None:
+                    self.compiled[key] = self.kernel[self.grid](*tensors, *self.numbers, **self.options)
+                    return
+                # no metadata and no hooks: only hooks read the metadata
+                launched = driver.get_current_stream(device), compiled.function, compiled.packed_metadata
+                compiled.run(*self.whole_grid, *launched, None, None, None, *tensors, *self.rest)
+                return
+        launch(self.kernel, self.grid, *tensors, *self.numbers, **self.options)
 
 
 # the versions of Triton whose compiled kernels are run as above
 DIRECT = (3, 6) <= tuple(int(part) for part in triton.__version__.split(".")[:2]) <= (3, 9)
 
 
-def _observed(kernel: Any) -> bool:
+def _observed(kernel: Any) -> Any:
     """Whether somebody has set a hook of Triton's or a knob that a launch depends on."""
-    runtime = triton.knobs.runtime
+    knobs = triton.knobs
+    runtime = knobs.runtime
     hooks = runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls or kernel.pre_run_hooks
-    return bool(hooks or runtime.__dict__ or triton.knobs.compilation.__dict__)
+    return hooks or runtime.__dict__ or knobs.compilation.__dict__
 
 
 _prepared: list[Any] = []

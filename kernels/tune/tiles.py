@@ -65,7 +65,7 @@ def _right(
     x: Tensor,
     weight: Tensor,
     *,
-    bias: Tensor | None = None,
+    bias: Tensor,
     norm: tuple[Tensor, Tensor, Tensor] | None = None,
     activation: bool = False,
     residual: Tensor | None = None,
@@ -76,8 +76,7 @@ def _right(
     if norm is not None:
         mean, rstd, sums = norm
         y = rstd[:, None] * (y - mean[:, None] * sums)
-    if bias is not None:
-        y = y + bias
+    y = y + bias
     if activation:
         y = quick_gelu_reference(y)
     return y if residual is None else y + residual

@@ -11,10 +11,10 @@ import torch
 from small import QuickGELU, assert_close, is_swapped, randomize
 from torch import nn
 from torch.nn.utils import prune
+from xclip_fast.kernels import dispatch
 
 from xclip_fast import XCLIP, FastCCTBlock, TextConfig, VisionConfig, XCLIPConfig, accelerate
 from xclip_fast.acceleration import blocks
-from xclip_fast.acceleration.blocks import _log_fallback
 from xclip_fast.nn import cct
 
 FRAMES, WIDTH, HEADS = 3, 128, 2
@@ -22,7 +22,7 @@ FRAMES, WIDTH, HEADS = 3, 128, 2
 
 @pytest.fixture(autouse=True)
 def _log_again():
-    _log_fallback.cache_clear()
+    dispatch._logged.clear()
 
 
 def both(model):

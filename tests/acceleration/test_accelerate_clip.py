@@ -9,16 +9,16 @@ import torch
 import torch.nn.functional as F
 from small import QuickGELU, assert_close, is_swapped, randomize
 from torch import nn
+from xclip_fast.kernels import dispatch
 
 from xclip_fast import accelerate
-from xclip_fast.acceleration.blocks import _log_fallback
 
 WIDTH, HEADS = 128, 2
 
 
 @pytest.fixture(autouse=True)
 def _log_again():
-    _log_fallback.cache_clear()
+    dispatch._logged.clear()
 
 
 def swapped(model, least):

@@ -37,9 +37,7 @@ from xclip_fast.data.transcode import transcode
 from xclip_fast.evaluate.loop import evaluate
 from xclip_fast.evaluate.report import reserved, write
 from xclip_fast.evaluate.sample_lists import write_samples
-from xclip_fast.inference.batches import Reading, answers
 from xclip_fast.search import Index, add
-from xclip_fast.search.feature_file import FeatureFile, write_features
 from xclip_fast.search.query import Hit
 from xclip_fast.search.store import Store, is_store
 from xclip_fast.weights import checkpoint
@@ -238,26 +236,6 @@ class EmbedParquet(Embed):
         return self._rows([row for part in parts for row in pq.read_table(part).to_pylist()])
 
 
-class EmbedFile(Command):
-    def _write(self, out: Path, videos: str) -> None:
-        model = XCLIP.from_pretrained(self.data / "a")
-        paths = sorted(map(str, (self.data / videos).glob("[0-9]*.mp4")))
-        found = answers(model, paths, Reading(3, 32), lambda features: features[:1], workers=1)
-        about = {"fingerprint": "0", "checkpoint": "", "variant": ""}
-        write_features(out / "x.safetensors", model, found, len(paths), metadata=about, overwrite=True)
-
-    def old(self, out: Path) -> None:
-        self._write(out, "earlier")
-
-    def run(self, out: Path) -> None:
-        self._write(out, "videos")
-
-    def content(self, out: Path) -> Content:  # the bytes of the same file differ: its metadata have no order
-
-        found = FeatureFile(out / "x.safetensors")
-        return {"x": (found.names, str(found.file.get_tensor("video").tolist()))}
-
-
 class Train(Command):
     """Goes on from the checkpoint after the first of two steps. Only the weights must be whole at each moment."""
 
@@ -291,9 +269,9 @@ class Train(Command):
 
 
 class Look(Command):
-    """`search --html --clips`. The next cut removes a second name of a clip that is there."""
+    """`search --html --clips`. The next cut of a clip removes what a kill left beside it."""
 
-    extra = (".cutting-",)
+    extra = (".0 0.0-0.2.mp4.", ".1 0.0-0.2.mp4.")
 
     def run(self, out: Path) -> None:
         from xclip_fast.search.media import cut
@@ -318,7 +296,6 @@ COMMANDS: dict[str, type[Command]] = {
     "train": Train,
     "embed": Embed,
     "embed-parquet": EmbedParquet,
-    "embed-safetensors": EmbedFile,
     "search-html-clips": Look,
 }
 

@@ -24,7 +24,6 @@ COUNTS = {  # changes that are tried in a plain run: the slower the command, the
     "train": 3,
     "embed": 4,
     "embed-parquet": 3,
-    "embed-safetensors": 3,
     "search-html-clips": 2,
 }
 

@@ -84,9 +84,8 @@ def test_measured_beside_the_paper(script, tmp_path, capsys):
         ("L/14-8f", "fp16", "cached", "xclip-fast", None),
     )
     files = [str(tmp_path), other, store(tmp_path / "throughput.json", speeds)]
-    assert script.main([*files, "--markdown", str(tmp_path / "out.md")]) == 0
+    assert script.main(files) == 0
     said = capsys.readouterr().out
-    assert (tmp_path / "out.md").read_text() == said
     assert "No accuracy was measured" not in said
     rows = table(said)
     measured = {(row["model"], row["views"]): row for row in rows if row["origin"] == "measured here"}

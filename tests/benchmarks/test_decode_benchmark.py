@@ -27,7 +27,7 @@ def bench(monkeypatch):
 
 def quick_run(bench, tmp_path, *options):
     path = tmp_path / "out.json"
-    common = ["--clips", "1", "--device", "cpu", "--seconds", "200", "--json", str(path)]
+    common = ["--device", "cpu", "--seconds", "200", "--json", str(path)]
     code = bench.main([*common, *(() if "--pictures" in options else ("--pictures", "generated")), *options])
     return code, json.loads(path.read_text())
 
@@ -38,7 +38,7 @@ def test_every_contender_gives_the_same_frames(bench, tmp_path, capsys):
     )
     assert code == 0
     rows = {(row["keyframe_every"], row["frames"], row["contender"]): row for row in report["rows"]}
-    assert len(rows) == len(report["rows"]) == 4 * 2 * 8
+    assert len(rows) == len(report["rows"]) == 4 * 2 * 6
     for (_, frames, contender), row in rows.items():
         if contender in (bench.FULL, bench.PLANNED, bench.STORED, bench.SEEKING):
             assert row["largest_mean_difference"] == 0
@@ -53,7 +53,7 @@ def test_every_contender_gives_the_same_frames(bench, tmp_path, capsys):
             for key in ("ratio_to_full", "cpu_ratio_to_full"):
                 assert row[key]["low"] <= row[key]["high"]
         else:
-            assert row["note"].startswith(("not installed: pip install", "cannot be imported"))
+            assert row["note"].startswith("not installed: pip install")
     full = rows[12, 2, bench.FULL]
     assert full["ratio_to_full"]["median"] == 1
     clips = {clip["keyframe_every"]: clip for clip in report["clips"]}
@@ -151,7 +151,6 @@ def test_scenes_are_as_said(bench):
         (["--frames", "8,"], "'' is not a positive"),
         (["--frames", "41"], "the clips have 40"),
         (["--works", "files"], "'files' is not one of"),
-        (["--clips", "0"], "at least 1"),
         (["--seconds", "0"], "positive"),
         (["--pictures", "generated,/no/such/video"], "no such file"),
         (["--json", "/no/such/folder/out.json"], "existing folder"),

@@ -1,8 +1,9 @@
-"""The commands of docs/search.md, run as they are written, in one folder and in their order."""
+"""The commands of README and docs/search.md, run as they are written, in one folder and in their order."""
 
 import io
 import re
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -36,6 +37,29 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def test_readme(here, capsys):
+    """Without the lines that need a network, a GPU or a VideoX file."""
+    pytest.importorskip("lancedb", reason="LanceDB is not installed: pip install 'xclip-fast[search]'")
+    page = (DOCS.parent / "README.md").read_text(encoding="utf-8")
+    fences = re.findall(r"^```(bash|python)\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    lines = [line for kind, block in fences if kind == "bash" for line in block.splitlines()]
+    shutil.copy("videos/dog.mp4", "clip.mp4")
+    for folder in ("my_videos", "val"):
+        shutil.copytree("videos", f"{folder}/riding")
+    commands = [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("xclip-fast ")]
+    ours = [command for command in commands if command[0] in ("classify", "embed", "search", "index", "info")]
+    assert len(ours) == 6
+    for command in ours:
+        with pytest.raises(SystemExit) as left:
+            cli.main(command)
+        out, err = capsys.readouterr()
+        assert (left.value.code, bool(out)) == (0, True), (command, err)
+    assert (here / "page.html").exists()
+    code = next(block for kind, block in fences if kind == "python")
+    exec(compile(code.replace("frames=8", "frames=3, size=32"), "README.md", "exec"), {})  # of the test's weights
+    assert capsys.readouterr().out in ("riding a bike\n", "swimming\n")
+
+
 def test_search_page(here, monkeypatch, capsys):
     pytest.importorskip("lancedb", reason="LanceDB is not installed: pip install 'xclip-fast[search]'")
     commands = [line for block in blocks("search.md") for line in block.splitlines() if "xclip-fast " in line]
@@ -52,8 +76,12 @@ def test_search_page(here, monkeypatch, capsys):
         else:
             assert left.value.code == 0, (line, err)
             assert out
-    for made in ("juggling.html", "page.html", "labels.html", "found", "features.safetensors"):
+    for made in ("juggling.html", "page.html", "labels.html", "found"):
         assert (here / made).exists()
+    (block,) = [block for block in blocks("search.md") if "rows.parquet" in block and "import" in block]
+    names: dict = {}
+    exec(compile(block, "docs/search.md", "exec"), names)
+    assert names["features"].shape == (len(names["table"]), CONFIG.embed_dim)
 
 
 def test_python_of_the_search_page(here, capsys):

@@ -40,6 +40,15 @@ def test_help_imports_in_less_than_a_third_of_a_second() -> None:
     assert seconds(*COMMAND[1:], "--help") - seconds("-c", "pass") < 0.3
 
 
+@pytest.mark.parametrize("command", ["index nothing", "transcode nothing out"])
+def test_commands_on_files_do_not_wait_for_torch(command: str, tmp_path: Path) -> None:
+    code = "import sys; from xclip_fast.cli.main import main\ntry: main()\nfinally: print('torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *command.split()], capture_output=True, text=True, timeout=120, cwd=tmp_path
+    )
+    assert (done.returncode, done.stdout) == (1, "False\n"), done.stderr
+
+
 def test_version_and_completion() -> None:
     done = run("--version")
     assert (done.returncode, done.stdout) == (0, f"xclip-fast {xclip_fast.__version__}\n")
@@ -64,6 +73,8 @@ NAMED = {
     "classify -c nothing clip.mp4": "nothing: no such file or folder",
     "classify -c microsoft/xclip-base-patch32 a.mp4": "hf download microsoft/xclip-base-patch32 --local-dir",
     "evaluate runs/mine/best videos": "videos is a folder, not a manifest; `xclip-fast index videos` makes one of it",
+    "index nothing": "error: nothing: No such file or directory\n",  # without Python's [Errno 2]
+    "evaluate runs/mine/best nothing.jsonl": "error: nothing.jsonl: No such file or directory\n",
 }
 
 

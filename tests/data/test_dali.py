@@ -36,11 +36,7 @@ CLIPS = (  # name, codec, options of the encoder; two that DALI's CPU operators 
 
 
 def row(root, name, label=None, **facts):
-    info = probe(root / name)
-    facts_of_file = ("frames", "width", "height", "codec", "pix_fmt", "rotation", "colorspace", "interlaced")
-    known = {fact: getattr(info, fact) for fact in facts_of_file}
-    size = os.path.getsize(root / name)
-    return replace(Video(name, label, size=size, packed=info.plan and pack_plan(info.plan), **known), **facts)
+    return replace(probe(root / name), path=name, label=label, size=os.path.getsize(root / name), **facts)
 
 
 @pytest.fixture(scope="module")
@@ -202,6 +198,9 @@ def stand(monkeypatch):
     made = []
 
     def batches(manifest, rows, trouble=lambda encoded: None, **options):
+        for name, usual in (("ahead", 3), ("streams", 2), ("memory", 2 << 30)):
+            monkeypatch.setattr(dali, f"_{name.upper()}", options.pop(name, usual))
+
         def make(**_):
             made.append(time.monotonic())
             return Stand(trouble)
@@ -478,7 +477,7 @@ def test_views_agree_with_the_torch_ones(manifest, transform, draws):
 @pytest.mark.parametrize("transform", [TrainTransform(frames=3, size=64), TestTransform(3, 64, clips=2, crops=3)])
 def test_batches_agree_with_the_cpu_path(manifest, transform):
     rows = [np.array([0, 2, 1]), np.array([4, 3]), np.array([3, 1, 0])]
-    got = list(dali.dali_batches(manifest, transform, rows, seed=7, epoch=2, device="cpu", threads=1, workers=2))
+    got = list(dali.dali_batches(manifest, transform, rows, seed=7, epoch=2, device="cpu", workers=2))
     assert [batch.samples.tolist() for batch in got] == [part.tolist() for part in rows]
     for batch in got:
         for number, frames in zip(batch.samples.tolist(), batch.frames.numpy(), strict=True):
@@ -490,7 +489,7 @@ def test_batches_agree_with_the_cpu_path(manifest, transform):
 def test_batches_are_not_overwritten(manifest):
     """A batch is DALI's own memory; it must stay as it is while later ones are made."""
     rows = [np.array([0, 1, 3]), *[np.array([3, 0, 1])] * 6]
-    batches = dali.dali_batches(manifest, TestTransform(2, 32), rows, device="cpu", threads=1)
+    batches = dali.dali_batches(manifest, TestTransform(2, 32), rows, device="cpu")
     first = next(batches)
     kept = first.frames.clone()
     rest = list(batches)

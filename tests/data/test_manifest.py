@@ -78,21 +78,8 @@ def test_index_and_read_back(data, clip):
     assert manifest.usable.dtype == manifest.labels.dtype == np.int64
     assert manifest.labels.tolist() == [0, *[1] * 7]
     video = rows(manifest)["run/0.mp4"]
-    info = probe(clip)
-    for name in (
-        "frames",
-        "width",
-        "height",
-        "codec",
-        "pix_fmt",
-        "rotation",
-        "duration",
-        "fps",
-        "colorspace",
-        "interlaced",
-        "plan",
-    ):
-        assert getattr(video, name) == getattr(info, name), name
+    of_row = {name: getattr(video, name) for name in ("path", "label", "size", "mtime_ns")}
+    assert video == replace(probe(clip), **of_row)
     assert video.plan is not None
     assert (video.size, video.mtime_ns) == ((s := (data / "run/0.mp4").stat()).st_size, s.st_mtime_ns)
     assert not any(str(data) in reason for reason in manifest.bad.values())
@@ -134,7 +121,6 @@ def test_where_the_root_is(tmp_path):
         assert Manifest.read(tmp_path / place) == manifest
     (tmp_path / "link.jsonl").symlink_to("data/sub/m.jsonl")
     assert Manifest.read(tmp_path / "link.jsonl").root == tmp_path / "data"
-    assert Manifest.read(tmp_path / "m.jsonl", root=tmp_path / "lists").root == tmp_path / "lists"
 
 
 def test_odd_names_survive(tmp_path, clip):

@@ -104,12 +104,11 @@ def test_epoch_order():
 
 
 @pytest.mark.parametrize("samples", [0, 1, 15, 16, 17, 64, 101])
-@pytest.mark.parametrize("drop_last", [False, True])
-def test_every_world_sees_the_same_batches(samples, drop_last):
+def test_every_world_sees_the_same_batches(samples):
     order = epoch_order(samples, 0, 0, True)
     plans = {}
     for world, batch_size in ((1, 16), (2, 8), (4, 4), (8, 2), (16, 1)):
-        ranks = [epoch_batches(order, batch_size, rank, world, drop_last) for rank in range(world)]
+        ranks = [epoch_batches(order, batch_size, rank, world) for rank in range(world)]
         assert len({len(batches) for batches in ranks}) == 1  # or a rank would wait for ever for another
         assert all(len(batch) <= batch_size for batches in ranks for batch in batches)
         assert all(len(batch) == batch_size for batches in ranks for batch in batches[:-1])
@@ -118,7 +117,7 @@ def test_every_world_sees_the_same_batches(samples, drop_last):
         assert all(max(size) - min(size) <= 1 for size in sizes)
     assert all(plan == plans[1] for plan in plans.values())
     seen = [sample for batch in plans[1] for sample in batch]
-    assert len(seen) == (samples // 16 * 16 if drop_last else samples)
+    assert len(seen) == samples
     assert len(set(seen)) == len(seen)
     assert [set(batch) for batch in plans[1]] == [set(order[at : at + 16].tolist()) for at in range(0, len(seen), 16)]
 
@@ -152,9 +151,6 @@ def test_bad_arguments():
             frame_indices(10, 8, clip=clip, clips=3)
     with pytest.raises(ValueError, match="2 clips with random frames"):
         frame_indices(10, 8, clip=0, clips=2, rng=sample_rng(0, 0, 0))
-    for arguments in ((-1, 0, 0), (5, -1, 0), (5, 0, -1)):
+    for arguments in ((5, -1, 0), (5, 0, -1)):
         with pytest.raises(ValueError, match="is -1"):
             epoch_order(*arguments, True)
-    for arguments in ((0, 0, 1), (4, 2, 2), (4, -1, 2), (4, 0, 0)):
-        with pytest.raises(ValueError, match=f"batch_size is {arguments[0]}, rank {arguments[1]} of"):
-            epoch_batches(np.arange(9), *arguments)

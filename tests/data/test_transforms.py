@@ -299,7 +299,7 @@ def test_test_crops_lie_inside(size, crops):
 FRAMES = [(340, 256), (320, 240), (384, 288), (1280, 720), (360, 640), (171, 128), (101, 77), (224, 224), (64, 48)]
 
 
-@pytest.mark.parametrize("shape", [*FRAMES, (7, 2000)], ids=str)
+@pytest.mark.parametrize("shape", [*FRAMES, (7, 500)], ids=str)
 @pytest.mark.parametrize("crops", [1, 3])
 def test_test_crops_are_cut_from_the_resized_frame(shape, crops):
     """As the released pipeline: the whole frame is resized, then cropped. Old and new differed by 35 levels here."""

@@ -191,7 +191,7 @@ def test_the_command(model: XCLIP, tmp_path: Path, capsys: pytest.CaptureFixture
     assert (tmp_path / "weights" / "model.safetensors").read_bytes() == before
     code, _, err = run("weights", "out", "--format", "onnx", "--dtype", "bfloat16")
     assert code == 1
-    assert "onnx in torch.bfloat16 is not supported" in err
+    assert "onnx in bfloat16 is not supported; choose one of float32, float16" in err
     monkeypatch.setattr(folder, "FORMATS", {"onnx": dataclasses.replace(ONNX, packages=("no_such_package",))})
     code, _, err = run("weights", "out")
     assert code == 1

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
+from xclip_fast.kernels import dispatch
 
 from xclip_fast import XCLIP, TextConfig, VisionConfig, XCLIPConfig
-from xclip_fast.nn import parts
 
 LABELS = torch.tensor([[97, 5, 99, 0], [97, 7, 8, 99]])
 
@@ -32,7 +32,7 @@ def make_video() -> Tensor:
 
 @pytest.fixture(autouse=True)
 def _log_again() -> None:
-    parts._log_change.cache_clear()
+    dispatch._logged.clear()
 
 
 def leaves(model: nn.Module) -> list[str]:

@@ -86,7 +86,7 @@ def test_what_is_stored_and_what_is_found(tmp_path, weights, videos):
     assert all(hit.path == str(videos / "film.mp4") for hit in hits)
 
 
-def test_patches_rank_as_the_model_does(tmp_path, weights, videos):
+def test_patches_rank_as_the_model_does(tmp_path, weights, videos, monkeypatch):
     index = open_index(tmp_path, weights, patches=True)
     index.add([videos / f"{i}.mp4" for i in range(3)])
     model = XCLIP.from_pretrained(weights / "a")
@@ -97,6 +97,9 @@ def test_patches_rank_as_the_model_does(tmp_path, weights, videos):
     assert scores == pytest.approx({f"{i}.mp4": float(want[i]) for i in range(3)}, abs=1e-3)
     with pytest.raises(ValueError, match="patches 4, not 0"):
         open_index(tmp_path, weights, patches=False)
+    monkeypatch.setattr(index.store, "patches", lambda rows: dict.fromkeys(rows, np.full((4, 64), np.nan, np.float16)))
+    with pytest.raises(ValueError, match=r"mp4: its stored features are not numbers; embed it again"):
+        index.search("a cat")
 
 
 def test_unchanged_changed_new_and_gone(tmp_path, weights, videos, monkeypatch):
@@ -254,7 +257,7 @@ def test_another_model_and_other_settings_are_refused(tmp_path, weights, videos)
     (tmp_path / "other" / "file").write_text("")
     with pytest.raises(FileExistsError, match="is not a store"):
         Index.open(tmp_path / "other", weights / "a")
-    with pytest.raises(FileNotFoundError, match="no store"):
+    with pytest.raises(FileNotFoundError, match="is not a store"):
         Index.open(tmp_path / "nothing")
 
 

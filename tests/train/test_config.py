@@ -150,7 +150,6 @@ def test_overrides_are_yaml() -> None:
         ({"mixing": {"switch": 2}}, "mixing.switch is 2.0; at most 1 wanted"),
         ({"model": {"variant": "B/15"}}, "model.variant: no variant"),
         ({"model": {"vision": {"patch_size": 15}}}, "model: .*multiple of patch_size"),
-        ({"data": {"size": 112}}, "make them equal"),
         ({"data": {"val": "a", "val_fraction": 0.1}}, "exclude each other"),
         ({"validation": {"crops": 2}}, "one of 1, 3 wanted"),
         ({"optim": {"clip_grad": 0}}, "clip_grad is 0.0; a number above 0 wanted, or null"),

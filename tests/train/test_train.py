@@ -179,7 +179,8 @@ def _several(rank: int, videos: str, output: str) -> None:
 
 def test_two_processes_compute_what_one_does(videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2]))  # the processes import tests.train.test_train
-    torch.multiprocessing.spawn(_several, (str(videos), str(tmp_path)), nprocs=2)
+    # one import of torch for both
+    torch.multiprocessing.start_processes(_several, (str(videos), str(tmp_path)), nprocs=2, start_method="forkserver")
     plain = {"model__vision__drop_path": 0.0, "mixing__probability": 0.0}
     one = run(videos, tmp_path / "one", **plain, optim__ema=0.9, data__val=str(videos / "val.jsonl"))
     torch.testing.assert_close(losses(tmp_path / "ddp"), losses(one), rtol=1e-5, atol=1e-6)
@@ -421,9 +422,9 @@ def test_refused_before_the_first_step(videos: Path, tmp_path: Path) -> None:
     refused("labels.txt has 2 lines, and the data 10 classes", data__labels=str(tmp_path / "labels.txt"))
     refused("model.num_classes is 400, and the data has 10 classes", model__num_classes=400)
     refused("data.train: there is no file .*missing.jsonl", data__train=str(tmp_path / "missing.jsonl"))
-    refused("is a folder; make a manifest of it with `xclip-fast index", data__train=str(videos / "train"))
+    refused("is a folder, not a manifest; `xclip-fast index", data__train=str(videos / "train"))
     refused("data.train is missing", data__train=None)
-    refused("model.init: there is no nowhere.pt", model__init="nowhere.pt")
+    refused("model.init: nowhere.pt: no such file", model__init="nowhere.pt")
     refused("data.shots: 3 usable videos of each class wanted", data__shots=3)
     refused(
         "nothing is left to train",

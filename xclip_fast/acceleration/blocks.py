@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from .. import kernels
+from ..kernels.dispatch import log_once
 from ..nn.cct import Attention, DropScales, FastCCTBlock, Stream, cct_block, message_parameters
 from ..nn.layers import TransformerBlock, block_parameters, plain_block
 from ..nn.parts import is_watched
@@ -61,17 +62,15 @@ def accelerate(model: Model) -> Model:
         if known is None:
             continue
         style, parts = known
-        activation, reason = read_activation(module, parts, style)
+        _, reason = read_activation(module, parts, style)
         trials: dict[bool, _Trial] = {}
-        if (
-            reason is None
-            and find_change_of(module, parts, style, kinds_of(types_of(module, parts), activation)) is None
-        ):
-            trials[False] = trial = _try_out(module, parts, style, activation)
+        kinds = kinds_of(types_of(module, parts), None)
+        if reason is None and find_change_of(module, parts, style, kinds) is None:
+            trials[False] = trial = _try_out(module, parts, style)
             reason = trial.reason
             call = style.read_call(module, (None,), {"is_causal": True}) if style.has_flag else None
             if isinstance(call, Call) and call.flag:
-                trials[True] = _try_out(module, parts, style, activation, flag=True)
+                trials[True] = _try_out(module, parts, style, flag=True)
         if reason is None:
             original: Any = type(module)
             module.__class__ = _subclass(original, style)
@@ -109,20 +108,17 @@ def _compute(module: nn.Module, parts: Parts, style: Style, activation: str, x: 
         x_FLD = x if batch_first else x.transpose(0, 1)
         drop = style.drops(parts, x_FLD) if module.training else DropScales()
         y_FLD = _infer_apart(parts, activation, x_FLD, causal) if drop == DropScales() else None
-        if y_FLD is not None:
-            return y_FLD if batch_first else y_FLD.transpose(0, 1)
-        parameters = block_parameters(parts.ln_1, _weights(parts.attention), parts.ln_2, parts.fc, parts.projection)
-        branches = (drop.diffusion, drop.feed_forward)
-        y_FLD = plain_block(x_FLD, parts.heads, parameters, branches, activation, causal=causal)
+        if y_FLD is None:
+            branches = (drop.diffusion, drop.feed_forward)
+            y_FLD = plain_block(x_FLD, parts.heads, _block_parameters(parts), branches, activation, causal=causal)
         return y_FLD if batch_first else y_FLD.transpose(0, 1)
     stream = x if isinstance(x, Stream) else style.stream(x)
     frames = stream.x.shape[0]
     if frames % parts.frames:
         raise ValueError(f"{frames} frames given, which are not whole videos of {parts.frames} frames")
     assert parts.message_ln is not None
-    message, attention = _weights(parts.message_attention), _weights(parts.attention)
-    modules = (parts.message_fc, parts.message_ln, message, parts.ln_1, attention, parts.ln_2)
-    parameters = message_parameters(*modules, parts.fc, parts.projection)
+    parameters = _block_parameters(parts)
+    parameters |= message_parameters(parts.message_fc, parts.message_ln, _weights(parts.message_attention))
     drop = style.drops(parts, stream.x) if module.training else DropScales()
     stream = cct_block(stream, parts.frames, parts.heads, parameters, drop, activation)
     return stream if isinstance(x, Stream) else style.tokens(stream)
@@ -158,7 +154,7 @@ def _subclass(original: Any, style: Style) -> type[nn.Module]:
         plan = "its parts have changed" if parts is None else _read_call(self, parts, style, args, kwargs)
         if parts is None or isinstance(plan, str):
             if not torch.compiler.is_compiling():
-                _log_fallback(original.__name__, str(plan))
+                log_once(f"{original.__name__} computes as before, not accelerated: {plan}")
             if not isinstance(x, Stream):
                 return original.forward(self, *args, **kwargs)
             y = original.forward(self, style.tokens(x), *args[1:], **kwargs)
@@ -253,13 +249,12 @@ def _read_call(
     if trial is None:  # the first call of this kind; or an adapter or a hook was there until now
         if torch.compiler.is_compiling():
             return "it was not tried out before torch.compile"
-        activation, refused = read_activation(module, parts, style)
-        if refused:
-            trial = _Trial(types, activation, reason=refused)
-        else:
-            trial = _try_out(module, parts, style, activation, call.flag)
-        trials[call.flag] = trial
+        trial = trials[call.flag] = _try_out(module, parts, style, call.flag)
     return (call, trial) if trial.reason is None else trial.reason
+
+
+def _block_parameters(parts: Parts) -> dict[str, Any]:
+    return block_parameters(parts.ln_1, _weights(parts.attention), parts.ln_2, parts.fc, parts.projection)
 
 
 def _weights(attention: Any) -> Attention:
@@ -276,9 +271,12 @@ def _weights(attention: Any) -> Attention:
     return Attention(weight, bias, out)
 
 
-def _try_out(module: nn.Module, parts: Parts, style: Style, activation: str, flag: bool = False) -> _Trial:
+def _try_out(module: nn.Module, parts: Parts, style: Style, flag: bool = False) -> _Trial:
     """Compares the block's own forward with ours on a small input. ``flag``: with is_causal=True."""
     types = types_of(module, parts)
+    activation, refused = read_activation(module, parts, style)
+    if refused:
+        return _Trial(types, activation, reason=refused)
     forward = getattr(type(module), "_accelerated_from", type(module)).forward
     like = parts.ln_1.weight
     mask = getattr(module, "attn_mask", None)  # OpenAI's, which fits one length only
@@ -308,8 +306,3 @@ def _try_out(module: nn.Module, parts: Parts, style: Style, activation: str, fla
     off = ((ours - theirs).abs().max() / theirs.abs().max()).item()
     reason = None if off <= tolerance else f"it computes something else: off by {off:.1g} in a trial"
     return _Trial(types, activation, returns_tuple, reason)
-
-
-@functools.cache
-def _log_fallback(name: str, reason: str) -> None:
-    logger.warning("%s computes as before, not accelerated: %s", name, reason)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -17,18 +16,14 @@ from ..nn.parts import PLAIN, Kinds, find_change
 from .styles import Parts, Style
 
 
-def types_of(module: nn.Module, parts: Parts) -> tuple[type, ...]:
+def types_of(module: Any, parts: Parts) -> tuple[type, ...]:
     """The types of a block's modules without weights, and of its attentions and norms, except torch's own."""
-    mlp = operator.attrgetter("mlp")(module)
-    known = {*parts.attentions, mlp, *(norm for norm in _norms(parts) if isinstance(norm, nn.LayerNorm))}
+    norms = (parts.message_ln, parts.ln_1, parts.ln_2)
+    known = {*parts.attentions, module.mlp, *(norm for norm in norms if isinstance(norm, nn.LayerNorm))}
     for each in module.modules():
         if each is not module and not hasattr(each, "weight") and not list(each.parameters()):
             known.add(each)
     return tuple(sorted({type(each) for each in known}, key=lambda kind: (kind.__module__, kind.__qualname__)))
-
-
-def _norms(parts: Parts) -> tuple[Any, ...]:
-    return tuple(norm for norm in (parts.message_ln, parts.ln_1, parts.ln_2) if norm is not None)
 
 
 @functools.cache
@@ -102,7 +97,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def read_activation(module: nn.Module, parts: Parts, style: Style) -> tuple[str, str | None]:
+def read_activation(module: Any, parts: Parts, style: Style) -> tuple[str, str | None]:
     """The activation of a block's FFN, and the reason why the block cannot be replaced, or None."""
     if "forward" in module.__dict__:
         return "", "its forward was replaced by another library"
@@ -112,7 +107,7 @@ def read_activation(module: nn.Module, parts: Parts, style: Style) -> tuple[str,
         return "", f"the drop probability of {type(parts.drop_path).__name__} is unknown"
     points = torch.linspace(-3, 3, 13, device="cpu")
     found = "quick_gelu"
-    for child in operator.attrgetter("mlp")(module).children():
+    for child in module.mlp.children():
         if child in (parts.fc, parts.projection) or list(child.parameters()) or isinstance(child, nn.Dropout):
             continue
         with torch.no_grad():

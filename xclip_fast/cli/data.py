@@ -133,6 +133,8 @@ def motion(
     The classes differ in the order of their frames. The command writes mp4 files and manifests. `xclip-fast train
     motion` reads them from data/motion.
     """
+    if size % 2:
+        raise typer.BadParameter(f"{size} is odd, and H.264 needs even numbers", param_hint="--size")
     from ..data import manifest
     from ..data.motion import CLASSES, write_dataset
 

@@ -60,6 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             sys.stdout.flush()
     except BrokenPipeError:  # the reader of our output has gone; Python must not complain at exit either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        complain(f"{package} is not installed: pip install {package}" if package else error)
     except (ValueError, OSError, ImportError, MemoryError) as error:
         complain(error)
     except RuntimeError as error:

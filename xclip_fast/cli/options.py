@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from ..scale.cluster import ClusterOptions
     from ..scale.stage import ModelSpec
     from ..search.page import Page
-    from ..weights.recipe import Trained
 
 
 Videos = Annotated[
@@ -144,23 +143,6 @@ def find_videos(given: Sequence[str] | None) -> tuple[Inputs, bool]:
     return inputs, failed
 
 
-def device_and_dtype(device: str, dtype: str) -> dict[str, Any]:
-    """``device`` and ``dtype`` as arguments of ``Module.to``."""
-    import torch
-
-    from ..inference.placement import placed
-
-    kind, _, index = device.partition(":")
-    if kind not in ("auto", "cpu", "cuda") or (index and not (kind == "cuda" and index.isdecimal())):
-        raise typer.BadParameter(f"{device!r} is not auto, cpu, cuda or cuda:N", param_hint="--device")
-    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
-        from ..info import collect_cuda
-
-        cuda = collect_cuda()
-        raise ValueError(f"--device {device}: {cuda['reason'] or 'there are only ' + str(len(cuda['devices']))}")
-    return placed(device, dtype)
-
-
 def cluster(
     checkpoint: Path | None,
     variant: str | None,
@@ -196,18 +178,8 @@ def set_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def read_recipe(checkpoint: Path | None) -> Trained:
-    """The recipe that the checkpoint was trained with. Raises an error if the checkpoint has no weights."""
-    from ..weights.checkpoint import find_weights
-    from ..weights.recipe import Trained
-
-    if checkpoint is not None:
-        find_weights(checkpoint)
-    return Trained.read(checkpoint)
-
-
-def load_model(checkpoint: Path | None, variant: str | None, random_weights: bool) -> XCLIP:
-    """The model on the CPU, in the checkpoint's precision."""
+def check_weights(checkpoint: Path | None, random_weights: bool) -> None:
+    """Raises an error unless one of ``--checkpoint`` and ``--random-weights`` is given, and not both."""
     if (checkpoint is None) != random_weights:
         why = (
             "cannot go with --random-weights"
@@ -215,6 +187,11 @@ def load_model(checkpoint: Path | None, variant: str | None, random_weights: boo
             else "missing; for a trial without weights: --random-weights"
         )
         raise typer.BadParameter(why, param_hint="--checkpoint")
+
+
+def load_model(checkpoint: Path | None, variant: str | None, random_weights: bool) -> XCLIP:
+    """The model on the CPU, in the checkpoint's precision."""
+    check_weights(checkpoint, random_weights)
     from .. import config
     from ..inference import placement
 
@@ -228,13 +205,12 @@ def load_model(checkpoint: Path | None, variant: str | None, random_weights: boo
 def stored_weights(
     place: Path, checkpoint: Path | None, variant: str | None, random_weights: bool
 ) -> tuple[Path | None, str | None]:
-    """The given checkpoint and variant; without them, those that a store or a feature file was made with."""
-    from ..search.feature_file import FeatureFile
+    """The given checkpoint and variant; without them, those that a store was made with."""
     from ..search.store import Store
 
+    made_with = Store.open(place).settings
     if checkpoint is not None:
         return checkpoint, variant
-    made_with = (Store.open(place) if place.is_dir() else FeatureFile(place)).settings
     if not random_weights and not made_with.checkpoint:
         raise ValueError(f"{place}: was made with random weights; to use it all the same, add --random-weights")
     return (None if random_weights else Path(made_with.checkpoint)), variant or made_with.variant or None

@@ -62,14 +62,20 @@ def classify(
     separated by tabs. With --window it answers for each moment of a video and prints the start and end in seconds.
     A video that cannot be read is reported. The others are still classified, and the exit code is 1.
     """
+    opt.check_weights(checkpoint, random_weights)
     import torch
 
     from ..data.remote import Limits
     from ..inference.batches import Answer, Reading, answers
     from ..inference.labels import label_scorer
+    from ..inference.placement import placed
     from ..text.labels import refuse_same_texts
+    from ..weights.checkpoint import find_weights
+    from ..weights.recipe import Trained
 
-    trained = opt.read_recipe(checkpoint)
+    if checkpoint is not None:
+        find_weights(checkpoint)  # its error comes before one of missing labels
+    trained = Trained.read(checkpoint)
     names = list(trained.labels.values()) if labels is None else opt.parse_labels(labels)
     if not names:
         raise typer.BadParameter(
@@ -79,7 +85,7 @@ def classify(
     sentences = chosen.pop("templates")
     inputs, failed = opt.find_videos(videos)
     opt.set_threads(threads)
-    target = opt.device_and_dtype(device, dtype)
+    target = placed(device, dtype)
     model = opt.load_model(checkpoint, variant, random_weights).to(**target)
     outputs = model.config.num_classes
     if outputs is not None and (sentences or outputs != len(names)):

@@ -21,7 +21,7 @@ commands = typer.Typer()
 
 @commands.command()
 def search(
-    store: Annotated[Path, typer.Argument(metavar="STORE", help="Store or feature file that `embed` wrote.")],
+    store: Annotated[Path, typer.Argument(metavar="STORE", help="Store that `embed` wrote.")],
     queries: Annotated[list[str] | None, typer.Argument(metavar="QUERY", help="Text to look for.")] = None,
     like: Annotated[
         list[str] | None, typer.Option(metavar="VIDEO", help="Look for moments like this video. May be repeated.")
@@ -64,13 +64,13 @@ def search(
         raise typer.BadParameter("the query is empty", param_hint="QUERY")
     if not texts and not like and not interactive:
         raise typer.BadParameter("missing; give a text, --like VIDEO or --interactive", param_hint="QUERY")
-    from ..search.index import Index, open_moments
+    from ..inference.placement import placed
+    from ..search.index import Index
 
     checkpoint, variant = opt.stored_weights(store, checkpoint, variant, random_weights)
-    target = opt.device_and_dtype(device, dtype)
+    target = placed(device, dtype)
     model = opt.load_model(checkpoint, variant, random_weights)
-    moments = open_moments(store, model, checkpoint)
-    searcher = Index(moments, model.to(**target), None if root is None else str(root))
+    searcher = Index.open(store, checkpoint, model=model, root=root, **target)
     if searcher.note:
         print(f"note: {searcher.note}", file=sys.stderr)
     page = opt.open_page(html, overwrite, random_weights)
@@ -93,11 +93,11 @@ def search(
         if page is not None:
             page.add_hits(title, hits)
         if clips is not None:
-            from ..search.media import cut
+            from ..search.media import cut, in_thread
 
             for hit in hits:
                 try:
-                    print(f"written: {plain(str(cut(hit, clips)))}", file=sys.stderr)
+                    print(f"written: {plain(str(in_thread(cut, hit, clips)))}", file=sys.stderr)
                 except (ValueError, OSError) as error:
                     failed |= complain(error)
     if page is not None:

@@ -35,7 +35,7 @@ def flops(
     launch is recorded, and divided by a ceiling; "x" is the time over the limit. Nothing is measured.
     """
     if time:
-        _predict(gpu, variants.split(","), [int(batch) for batch in batches.split(",")], as_json)
+        _predict(gpu, variants.split(","), batches.split(","), as_json)
         return
     from ..flops import table
 
@@ -48,11 +48,17 @@ def flops(
     print_rows(None, ("variant", *columns), cells, header_in_pipe=True)
 
 
-def _predict(gpu: str, variants: list[str], batches: list[int], as_json: bool) -> None:
+def _predict(gpu: str, variants: list[str], batches: list[str], as_json: bool) -> None:
+    from ..config import VARIANTS
+
+    if unknown := [name for name in variants if name not in VARIANTS]:
+        raise typer.BadParameter(f"{unknown[0]!r} is none of {', '.join(VARIANTS)}", param_hint="--variants")
+    if bad := [batch for batch in batches if not batch.isdecimal() or not int(batch)]:
+        raise typer.BadParameter(f"{bad[0]!r} is not a positive whole number", param_hint="--batches")
     from ..time_model import GPUS, PLANS, predict
 
     rows = [
-        [predict(variant, batch, GPUS[gpu], training=training, plan=plan) for plan in PLANS]
+        [predict(variant, int(batch), GPUS[gpu], training=training, plan=plan) for plan in PLANS]
         for variant in variants
         for training in (False, True)
         for batch in batches
@@ -121,7 +127,7 @@ def export(
     checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Weights of any layout, file or folder.")],
     folder: Annotated[
         Path | None,
-        typer.Argument(metavar="[FOLDER]", help="The folder to write; default: NAME-FORMAT here."),
+        typer.Argument(metavar="FOLDER", help="The folder to write. Default: NAME-FORMAT here."),
     ] = None,
     format: Annotated[Literal["onnx", "openvino", "tensorrt", "torch"], typer.Option(help="Whose files.")] = "onnx",
     dtype: Annotated[

@@ -59,7 +59,7 @@ def find_videos(given: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
         elif os.path.isdir(name):
             kind = "video file in this folder"
             found.folders.append(name)
-            found.paths += sorted(videos_below(name))
+            found.paths += videos_below(name)
         elif os.path.isfile(name) and name.lower().endswith((".txt", ".jsonl")):
             kind = "video in this list"
             found.paths += _listed(Path(name))

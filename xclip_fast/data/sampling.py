@@ -15,11 +15,15 @@ def sample_rng(seed: int, epoch: int, sample: int) -> np.random.Generator:
     Philox in counter mode: the seed is the key and (sample, epoch) is the upper half of the counter, so two samples
     never share numbers. All three values must be in [0, 2**64).
     """
-    for name, value in (("seed", seed), ("epoch", epoch), ("sample", sample)):
-        if not 0 <= value < 2**64:
-            raise ValueError(f"{name} is {value}; it must lie in [0, 2**64)")
+    _check_64_bits(seed=seed, epoch=epoch, sample=sample)
     counter = np.array([0, 0, sample, epoch], np.uint64)
     return np.random.Generator(np.random.Philox(key=np.array([seed, 0], np.uint64), counter=counter))
+
+
+def _check_64_bits(**values: int) -> None:
+    for name, value in values.items():
+        if not 0 <= value < 2**64:
+            raise ValueError(f"{name} is {value}; it must lie in [0, 2**64)")
 
 
 def frame_indices(
@@ -72,32 +76,21 @@ def epoch_order(samples: int, seed: int, epoch: int, shuffle: bool) -> np.ndarra
     """A permutation of 0 to `samples` - 1 for one epoch, int64 (samples,), the same on every machine.
 
     It sorts raw numbers of Philox (key (seed, 1), which `sample_rng` never uses) instead of NumPy's shuffle, so it is
-    the same in other versions of NumPy. Raises ValueError for a negative count, or a seed or epoch outside [0, 2**64).
+    the same in other versions of NumPy. Raises ValueError for a seed or epoch outside [0, 2**64).
     """
-    for name, value in (("seed", seed), ("epoch", epoch)):
-        if not 0 <= value < 2**64:
-            raise ValueError(f"{name} is {value}; it must lie in [0, 2**64)")
-    if samples < 0:
-        raise ValueError(f"samples is {samples}; it must not be negative")
+    _check_64_bits(seed=seed, epoch=epoch)
     if not shuffle:
         return np.arange(samples, dtype=np.int64)
     philox = np.random.Philox(key=np.array([seed, 1], np.uint64), counter=np.array([0, 0, 0, epoch], np.uint64))
     return np.argsort(philox.random_raw(samples), kind="stable").astype(np.int64, copy=False)
 
 
-def epoch_batches(
-    order: np.ndarray, batch_size: int, rank: int = 0, world: int = 1, drop_last: bool = False
-) -> list[np.ndarray]:
+def epoch_batches(order: np.ndarray, batch_size: int, rank: int, world: int) -> list[np.ndarray]:
     """The batches of one rank: of each batch_size * world samples of `order`, every `world`-th, from `rank` on.
 
     Global batches of the same size hold the same samples with any number of ranks. All ranks get the same number of
     batches. In the last batch a rank may have fewer samples than `batch_size`, even none. Nothing is padded or
-    repeated: every sample comes once, on one rank. `drop_last` leaves out the last global batch if it is not full.
+    repeated: every sample comes once, on one rank.
     """
-    if batch_size < 1 or not 0 <= rank < world:
-        raise ValueError(
-            f"batch_size is {batch_size}, rank {rank} of world {world}; batch_size >= 1 and 0 <= rank < world wanted"
-        )
     step = batch_size * world
-    end = len(order) - len(order) % step if drop_last else len(order)
-    return [order[start : min(start + step, end)][rank::world] for start in range(0, end, step)]
+    return [order[start : start + step][rank::world] for start in range(0, len(order), step)]

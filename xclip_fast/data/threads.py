@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, wait
+from concurrent.futures import Future, InvalidStateError, wait
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -43,18 +44,17 @@ class Job:
 
     work: Callable[[Any], Any]
     future: Future[Any] = field(default_factory=Future)
-    lock: threading.Lock = field(default_factory=threading.Lock)
 
     def finish(self, value: Any = None, error: BaseException | None = None) -> bool:
         """Settles the future. Returns False if it was settled before: a thread that was given up may come back."""
-        with self.lock:
-            if self.future.done():
-                return False
+        try:
             if error is None:
                 self.future.set_result(value)
             else:
                 self.future.set_exception(error)
-            return True
+        except InvalidStateError:
+            return False
+        return True
 
 
 class Threads:
@@ -112,11 +112,9 @@ class Threads:
 
     def close(self, patience: float = 5) -> None:
         """Drops the jobs that have not begun, and waits at most `patience` seconds for the threads to end."""
-        try:
+        with contextlib.suppress(Empty):
             while True:
                 self.jobs.get_nowait()
-        except Empty:
-            pass
         for _ in self.threads:
             self.jobs.put(None)
         end = time.monotonic() + patience

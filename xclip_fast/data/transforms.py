@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal
 
 import numpy as np
-import torch
 
 from ..schema import Count, NotNegative, Range, Share, check
 from .sampling import Sampling, frame_indices
@@ -233,6 +232,8 @@ def _resized(box_HWC: np.ndarray, across: int, down: int, x: int, y: int, size: 
 
     Only the part of the box that this square needs is resized.
     """
+    import torch
+
     height, width = box_HWC.shape[:2]
     left, skip_x, right = _part(width, across, x, size)
     top, skip_y, bottom = _part(height, down, y, size)

@@ -15,7 +15,7 @@ from ..inference.processes import find_device, join_processes
 from ..text.labels import plain_name
 from ..weights.recipe import Trained
 from .loop import evaluate
-from .report import check_folder, reserved, write
+from .report import reserved, write
 from .result import Evaluation, show
 
 log = logging.getLogger("xclip_fast")
@@ -55,8 +55,6 @@ def main(
     """
     from ..data.manifest.manifest import Manifest
 
-    if out is not None:
-        check_folder(out, overwrite)
     videos = Manifest.read(manifest)
     trained = Trained.read(checkpoint)
     known = {plain_name(name) for name in trained.labels}

@@ -99,7 +99,6 @@ def evaluate(
         shuffle=False,
         rank=rank,
         world=world,
-        drop_last=False,
         workers=workers,
         **{"max_bad": 1.0, **loading},  # a video that fails is named, and stops nothing
     )

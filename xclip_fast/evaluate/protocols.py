@@ -14,7 +14,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -27,60 +27,29 @@ from ..text.labels import candidates
 from ..weights.recipe import Trained
 from .command import named
 from .loop import Evaluation, evaluate
-from .paper import DRAWS, PROTOCOLS, SHOTS, Reported, paper_rows
+from .paper import PROTOCOLS, SHOTS, Reported, paper_rows
 from .report import reserved, write
 from .sample_lists import draw_classes, few_shot, new_classes, read_classes, read_draws, write_draws, write_samples
 
-if TYPE_CHECKING:
-    from ..model import XCLIP
-
 logger = logging.getLogger("xclip_fast")
 
-NEW_CLASSES, DRAWN, FRAMES = 220, 160, 32
+NEW_CLASSES, DRAWN, DRAWS, FRAMES = 220, 160, 3, 32
 
 
-def mean_std(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and standard deviation of a sample (divided by n - 1). A single value has the deviation NaN."""
-    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")
-
-
-def over_splits(
-    model: XCLIP, manifests: Sequence[Manifest], *, trained: Trained | None = None, **settings: Any
-) -> list[Evaluation]:
-    """``evaluate`` on each test split, with class names as words.
-
-    ``trained``: the recipe of a checkpoint that was trained on these classes; it gives the texts or the outputs' names.
-    ``settings`` go to ``evaluate``.
-    """
-    trained, linear_head = trained or Trained(), model.config.num_classes is not None
-    return [
-        evaluate(model, manifest, labels=trained.texts(manifest.classes, linear_head), **settings)
-        for manifest in manifests
-    ]
-
-
-def over_draws(model: XCLIP, manifest: Manifest, draws: Sequence[Sequence[str]], **settings: Any) -> list[Evaluation]:
-    """``evaluate`` on the videos of each draw's classes. The labels to choose from are these classes.
+def of_classes(manifest: Manifest, number: int, names: Sequence[str]) -> Manifest:
+    """The manifest's videos of the classes in draw ``number``.
 
     Raises:
         ValueError: if the manifest has no videos of a drawn class.
     """
-    results = []
-    for number, names in enumerate(draws, 1):
-        label_of_class = candidates(manifest.classes, list(names))[2]
-        rows = [
-            row
-            for row, video in enumerate(manifest.videos)
-            if video.label is not None and label_of_class[video.label] >= 0
-        ]
-        seen = {label_of_class[video.label] for row in rows if (video := manifest.videos[row]).label is not None}
-        if missing := [name for index, name in enumerate(names) if index not in seen]:
-            raise ValueError(
-                f"draw {number}: no videos of {len(missing)} of its {len(names)} classes: "
-                f"{', '.join(map(repr, missing[:5]))}; check the spelling and the data set"
-            )
-        results.append(evaluate(model, manifest.select(rows), labels=list(names), **settings))
-    return results
+    label_of_class = candidates(manifest.classes, names)[2]
+    labels = np.array([*label_of_class, -1])[manifest.labels]  # the last entry is for videos without a class
+    if missing := [name for index, name in enumerate(names) if index not in labels]:
+        raise ValueError(
+            f"draw {number}: no videos of {len(missing)} of its {len(names)} classes: "
+            f"{', '.join(map(repr, missing[:5]))}; check the spelling and the data set"
+        )
+    return manifest.select(np.flatnonzero(labels >= 0))
 
 
 def sample(
@@ -150,11 +119,9 @@ def main(
     if protocol not in PROTOCOLS:
         raise ValueError(f"protocol {protocol!r}: one of {', '.join(PROTOCOLS)} wanted")
     what = PROTOCOLS[protocol]
-    wanted = 1 if what.table == 4 else what.parts
-    if len(manifests) != wanted:
-        raise ValueError(
-            f"{protocol} takes {wanted} manifest{'s' if wanted > 1 else ''}, and {len(manifests)} are given"
-        )
+    if len(manifests) != what.manifests:
+        plural = "s" if what.manifests > 1 else ""
+        raise ValueError(f"{protocol} takes {what.manifests} manifest{plural}, and {len(manifests)} are given")
     if what.table == 5 and shots is None:
         raise ValueError(f"{protocol} needs the number of training videos of each class: --shots 2 (shots=2)")
     if what.table == 4 and not draws and kinetics400 is None:
@@ -169,19 +136,22 @@ def main(
         chosen = read_draws(draws)
         if not draws and kinetics400 is not None:
             chosen = kinetics600_draws(videos[0].classes, read_classes(kinetics400), seed)
+        manifests = [manifests[0]] * len(chosen)
+        videos = [of_classes(videos[0], number, names) for number, names in enumerate(chosen, 1)]
     trained = Trained.read(checkpoint)
     with join_processes(find_device(device)) as process, reserved(None if process.rank else out, overwrite):
         model = load_model(checkpoint, variant).to(**placed(process.device, dtype))
+        # zero-shot: the model was not trained on these classes, so their names are the texts
+        known, linear_head = trained if what.table == 5 else Trained(), model.config.num_classes is not None
+        labels: list[Any] = chosen or [known.texts(part.classes, linear_head) for part in videos]
         with Bar(hidden=process.rank > 0) as bar:
             settings = {"progress": bar.update, **trained.complete(settings)}
-            if chosen:
-                results = over_draws(model, videos[0], chosen, **settings)
-            else:
-                results = over_splits(model, videos, trained=trained if what.table == 5 else None, **settings)
+            results = [
+                named(evaluate(model, part, labels=names, **settings), checkpoint, path)
+                for part, names, path in zip(videos, labels, manifests, strict=True)
+            ]
         if process.rank:
             return None
-        sources = list(manifests) if len(manifests) == len(results) else [manifests[0]] * len(results)
-        results = [named(*each) for each in zip(results, [checkpoint] * len(results), sources, strict=True)]
         report = _report(protocol, results, shots, None if draws or not chosen else seed)
         show(report)
         if out is not None:
@@ -201,10 +171,9 @@ def _report(protocol: str, results: Sequence[Evaluation], shots: int | None, see
     figures: dict[str, Any] = {}
     for name in ("top1", "top5"):
         values = [100 * getattr(result, name) for result in results]
-        mean, std = mean_std(values)
         figures[name] = {
-            "mean": _number(mean),
-            "std": _number(std),
+            "mean": _number(np.mean(values)),
+            "std": _number(np.std(values, ddof=1)) if len(values) > 1 else None,
             "parts": [_number(value) for value in values],
         }
     return {
@@ -252,8 +221,8 @@ def show(report: dict[str, Any]) -> None:
         _note(f"the paper has no row for {report['shots']} shots, only for {', '.join(map(str, SHOTS))}")
 
 
-def _number(value: float) -> float | None:
-    return None if np.isnan(value) else round(value, 4)
+def _number(value: float | np.floating[Any]) -> float | None:
+    return None if np.isnan(value) else round(float(value), 4)
 
 
 def _note(text: str) -> None:

@@ -51,7 +51,7 @@ def few_shot(manifest: Manifest, shots: int, seed: int = 0) -> np.ndarray:
         raise ValueError(f"{shots} usable videos of each class wanted: {', '.join(few[:5])}{more}")
     chosen: list[int] = []
     for name, rows in zip(manifest.classes, rows_of, strict=True):
-        rows.sort(key=lambda row: _name(manifest, row))
+        rows.sort(key=lambda row: (manifest.videos[row].path, manifest.videos[row].member or ""))
         # the checksum of the name, not its number: the order of the classes does not matter
         order = sample_rng(seed, 0, zlib.crc32(name.encode("utf-8", "surrogatepass"))).permutation(len(rows))
         chosen += [rows[index] for index in order[:shots]]
@@ -97,8 +97,6 @@ def draw_classes(classes: Sequence[str], size: int = 160, draws: int = 3, seed: 
     They depend on the seed and the names alone, not on the order of the names.
     """
     names = sorted(classes)
-    if not 1 <= size <= len(names) or draws < 1:
-        raise ValueError(f"{draws} draws of {size} of {len(names)} classes: at least one of 1 to {len(names)} wanted")
     return [
         [names[index] for index in sorted(sample_rng(seed, 1, draw).permutation(len(names))[:size])]
         for draw in range(draws)
@@ -147,8 +145,3 @@ def read_classes(path: str | os.PathLike[str]) -> list[str]:
     if not names:
         raise ValueError(f"{path}: holds no class names")
     return names
-
-
-def _name(manifest: Manifest, row: int) -> tuple[str, str]:
-    video = manifest.videos[row]
-    return video.path, video.member or ""

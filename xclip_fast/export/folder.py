@@ -115,7 +115,7 @@ def _checked(model: XCLIP, format: str, dtype: torch.dtype, frames: int | None) 
     chosen = FORMATS[format]
     if dtype not in chosen.dtypes:
         raise ValueError(
-            f"{format} in {dtype} is not supported; choose one of {', '.join(str(known) for known in chosen.dtypes)}"
+            f"{format} in {_name(dtype)} is not supported; choose one of {', '.join(map(_name, chosen.dtypes))}"
         )
     if frames is not None and frames < 1:
         raise ValueError(f"frames {frames} must be at least 1")
@@ -159,7 +159,7 @@ def _summary(
     for graph, written in zip(graphs, found, strict=True):
         inputs = {
             name: {
-                "dtype": str(example.dtype).removeprefix("torch."),
+                "dtype": _name(example.dtype),
                 "shape": [axes.get(axis, size) for axis, size in enumerate(example.shape)],
             }
             for name, example, axes in zip(graph.inputs, graph.example(2, 3), graph.axes, strict=True)
@@ -172,9 +172,13 @@ def _summary(
     return {
         "xclip_fast_version": __version__,
         "format": chosen.name,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": _name(dtype),
         "frames": frames,
         "label_tokens": model.config.label_tokens,  # the most of one label, as tokenize's second argument
         "graphs": described,
         "model": model.config.to_dict(),
     }
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

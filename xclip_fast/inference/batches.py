@@ -18,6 +18,7 @@ from ..data.decode.source import as_source
 from ..data.decode.windows import Span, Window, check_windows, decode_spans, window_spans
 from ..data.remote import Limits, local_path
 from ..data.sampling import Sampling
+from ..data.transforms import TestTransform
 from .labels import NOT_A_NUMBER
 
 if TYPE_CHECKING:
@@ -69,16 +70,9 @@ class Reading:
 
     def windows(self, path: str, threads: int = 1) -> Generator[Window, None, None]:
         """The windows of one file, local or remote, in order. Raises VideoError."""
+        test = TestTransform(self.frames, self.size, sampling=self.sampling, stride=self.frame_stride)
         with local_path(path, self.limits) as name:
-            yield from decode_spans(
-                as_source(name),
-                self.spans,
-                self.frames,
-                self.sampling,
-                size=self.size,
-                stride=self.frame_stride,
-                threads=threads,
-            )
+            yield from decode_spans(as_source(name), self.spans, test, threads=threads)
 
 
 class Answer(NamedTuple):

@@ -1,4 +1,4 @@
-"""FP8 inference: ``XCLIP.quantize`` and ``XCLIP.dequantize``. docs/kernels.md describes the scheme.
+"""FP8 inference: the methods ``XCLIP.quantize`` and ``XCLIP.dequantize``. docs/kernels.md describes the scheme.
 
 F frames of all videos, L tokens of a frame, D width.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,24 +18,52 @@ from ..kernels.linear import linear
 from ..nn.cct import FastCCTBlock, Stream
 from ..nn.fp8 import Fp8Weights
 
+if TYPE_CHECKING:
+    from ..model import XCLIP
+
 MODES = ("fp8",)
 # Factor of the static scales over the largest value in the calibration. Larger values saturate. e4m3 is a
 # floating-point format, so the margin costs accuracy only for the smallest values (docs/kernels.md has figures).
 MARGIN = 2.0
 
 
-def mode(model: Any) -> str | None:
+def mode_of(model: XCLIP) -> str | None:
     """The mode that ``model`` is quantized to, or None."""
     return "fp8" if any(getattr(block, "fp8", None) is not None for block in _blocks(model)) else None
 
 
-def quantize(model: Any, wanted: str, calibration: Tensor | Iterable[Tensor]) -> None:
-    """See ``XCLIP.quantize``. If it fails, ``model`` is unchanged, except that it is in evaluation mode."""
-    if wanted not in MODES:
-        raise ValueError(f"mode {wanted!r} given; {' or '.join(map(repr, MODES))} wanted")
-    if mode(model):
+def quantize(model: XCLIP, mode: Literal["fp8"], *, calibration: Tensor | Iterable[Tensor]) -> XCLIP:
+    """Computes the large products of the vision tower in float8 (e4m3), for inference.
+
+    These are the QKV projection of the frame tokens and both layers of the FFN in every block; docs/kernels.md
+    describes the scales. It needs the CUDA library, a GPU of compute capability 9.0 and a model in bfloat16.
+    Elsewhere float8 is emulated, which is slow.
+
+    The model keeps its weights beside the float8 copies, which take half the memory of bfloat16 weights.
+    ``state_dict`` and ``save_pretrained`` write only the weights, so quantization is not saved. It survives ``to``
+    (the copies keep their dtypes), copying and ``torch.compile``. Weights that are changed in place are not
+    noticed: call ``dequantize`` and quantize again. If this fails, the model is unchanged, except that it is in
+    evaluation mode.
+
+    Args:
+        mode: "fp8".
+        calibration: typical videos, as for ``encode_video``: one batch (B, T, H, W, 3), or an iterable of batches,
+            such as ``(batch.frames for batch in loader)``. They are moved to the model's device.
+
+    Returns:
+        the model itself, in evaluation mode. Training it, or computing gradients, is an error.
+
+    Raises:
+        ValueError: for another mode, for no calibration video or one of a wrong shape, for values that are not
+            finite, or for a vision tower without cross-frame communication or quick_gelu.
+        TypeError: if ``calibration`` is neither a tensor nor an iterable of tensors.
+        RuntimeError: if the model is quantized already.
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode {mode!r} given; {' or '.join(map(repr, MODES))} wanted")
+    if mode_of(model):
         raise RuntimeError(
-            f"the model is quantized to {mode(model)} already; to calibrate it again, dequantize() it first"
+            f"the model is quantized to {mode_of(model)} already; to calibrate it again, dequantize() it first"
         )
     blocks = _blocks(model)
     if not all(isinstance(block, FastCCTBlock) for block in blocks):
@@ -62,21 +90,27 @@ def quantize(model: Any, wanted: str, calibration: Tensor | Iterable[Tensor]) ->
                 raise ValueError(f"block {index} of the vision tower: {error}") from error
     for block, weights in zip(blocks, made, strict=True):
         block.fp8 = weights
+    return model
 
 
-def dequantize(model: Any) -> None:
-    """See ``XCLIP.dequantize``."""
+def dequantize(model: XCLIP) -> XCLIP:
+    """Undoes ``quantize``: the model computes as before, to the last bit.
+
+    Returns:
+        the model itself. A model that is not quantized stays as it is.
+    """
     for block in _blocks(model):
         if isinstance(block, FastCCTBlock):
             block.fp8 = None
+    return model
 
 
 def refuse_change(model: Any, what: str) -> None:
     """Raise RuntimeError if weights that ``what`` would change have float8 copies, which would stay the same."""
-    if mode(model):
+    if mode_of(model):
         raise RuntimeError(
-            f"{what} changes weights, and this model computes with {mode(model)} copies of the old ones: dequantize() "
-            "it first, and quantize() it afterwards"
+            f"{what} changes weights, and this model computes with {mode_of(model)} copies of the old ones: "
+            "dequantize() it first, and quantize() it afterwards"
         )
 
 

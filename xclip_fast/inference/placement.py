@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .processes import find_device
+
 if TYPE_CHECKING:
     from ..model import XCLIP
 
@@ -22,11 +24,11 @@ def automatic_dtype(device: torch.device) -> torch.dtype:
 
 
 def placed(device: str | torch.device = "auto", dtype: str | torch.dtype = "auto") -> dict[str, Any]:
-    """The arguments of ``Module.to``. ``"auto"``: a GPU if there is one, and ``automatic_dtype``."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    """The arguments of ``Module.to``. A name of a device is that of ``find_device``; "auto": ``automatic_dtype``."""
+    if isinstance(device, str):
+        device = find_device(device)
     if dtype == "auto":
-        dtype = automatic_dtype(torch.device(device))
+        dtype = automatic_dtype(device)
     elif isinstance(dtype, str):
         if dtype not in DTYPES:
             raise ValueError(f"dtype {dtype!r}: auto, {', '.join(DTYPES[:-1])} or {DTYPES[-1]} wanted")

@@ -26,16 +26,18 @@ def find_device(device: str) -> torch.device:
     """The device of a name: auto, cpu, cuda or cuda:N. Under torchrun, cuda is the GPU of this process.
 
     Raises:
-        ValueError: if the name is none of these, or torch sees no CUDA device.
+        ValueError: if the name is none of these, or torch sees no such CUDA device.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         raise ValueError(f"device is {device!r}, not auto, cpu, cuda or cuda:N")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(
-            f"device is {device}, and torch sees no CUDA device; use cpu, or install a CUDA build of torch"
-        )
+    if device.startswith("cuda") and int(device.partition(":")[2] or 0) >= torch.cuda.device_count():
+        from ..info import collect_cuda
+
+        cuda = collect_cuda()
+        why = cuda["reason"] or f"there are only {len(cuda['devices'])}"
+        raise ValueError(f"device is {device}: {why}; auto takes what is there")
     if device == "cuda" and "LOCAL_RANK" in os.environ:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     return torch.device(device)

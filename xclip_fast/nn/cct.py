@@ -45,19 +45,9 @@ class DropScales(NamedTuple):
     feed_forward: Tensor | None = None
 
 
-def message_parameters(
-    message_fc: Any,
-    message_ln: nn.LayerNorm,
-    fusion: Attention,
-    ln_1: nn.LayerNorm,
-    diffusion: Attention,
-    ln_2: nn.LayerNorm,
-    fc: Any,
-    projection: Any,
-) -> dict[str, Any]:
-    """The arguments of ``kernels.Block`` that the modules of a block hold. Their LayerNorms must have one epsilon."""
+def message_parameters(message_fc: Any, message_ln: nn.LayerNorm, fusion: Attention) -> dict[str, Any]:
+    """The arguments of ``kernels.Block`` that the modules of the message hold, for those of ``block_parameters``."""
     return {
-        **block_parameters(ln_1, diffusion, ln_2, fc, projection),
         "message_fc_weight": message_fc.weight,
         "message_fc_bias": message_fc.bias,
         "message_ln_weight": message_ln.weight,
@@ -72,7 +62,7 @@ def message_parameters(
 def cct_block(
     stream: Stream, frames: int, heads: int, parameters: dict[str, Any], drop: DropScales, activation: str
 ) -> Stream:
-    """A block (equations 7 to 9) on the ``message_parameters`` of its modules.
+    """A block (equations 7 to 9) on the ``block_parameters`` and ``message_parameters`` of its modules.
 
     The message joins as a key and a value only, so nothing is concatenated and no row is thrown away.
     """
@@ -215,8 +205,8 @@ class FastCCTBlock(nn.Module):
         message, attention = (
             Attention(each.in_proj_weight, each.in_proj_bias, each.out_proj) for each in (self.message_attn, self.attn)
         )
-        modules = (self.message_fc, self.message_ln, message, self.ln_1, attention, self.ln_2)
-        return message_parameters(*modules, self.mlp.c_fc, self.mlp.c_proj)
+        parameters = block_parameters(self.ln_1, attention, self.ln_2, self.mlp.c_fc, self.mlp.c_proj)
+        return parameters | message_parameters(self.message_fc, self.message_ln, message)
 
     def _call_modules(self, x_LFD: Tensor, frames: int, drop: DropScales) -> Tensor:
         """Equations 7 to 9 by calling the modules, on tokens in the released layout."""

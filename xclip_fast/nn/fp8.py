@@ -42,9 +42,6 @@ class Fp8Weights(nn.Module):
             self.register_buffer(f"{name}_scale", scale, persistent=False)
         self.projection_scale *= hidden_scale
 
-    def extra_repr(self) -> str:
-        return f"hidden_scale={self.hidden_scale:.3g}"
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Fp8Weights:
         """``to``, ``cuda``, ``half`` and the like change the device, not the dtypes."""
         buffers: Any = self._buffers

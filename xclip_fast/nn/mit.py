@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-import logging
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels.dispatch import log_once
 from .layers import TransformerBlock, init_linear
-
-logger = logging.getLogger("xclip_fast")
 
 
 class MultiFrameIntegration(nn.Module):
@@ -62,10 +58,6 @@ class MultiFrameIntegration(nn.Module):
                 raise ValueError(f"{frames} frames given; this model has positions for {position_1TE.shape[1]}")
             return position_1TE[:, :frames]
         if not torch.compiler.is_compiling():
-            _log_interpolation(position_1TE.shape[1], frames)
+            trained = position_1TE.shape[1]
+            log_once(f"the temporal embedding of {trained} frames is interpolated to the {frames} given")
         return F.interpolate(position_1TE.transpose(1, 2), size=frames, mode="linear").transpose(1, 2)
-
-
-@functools.cache
-def _log_interpolation(trained: int, given: int) -> None:
-    logger.warning("the temporal embedding of %d frames is interpolated to the %d given", trained, given)

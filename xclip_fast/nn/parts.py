@@ -6,8 +6,6 @@ modules below, without hooks. Other modules (an adapter, a quantized layer, a pa
 
 from __future__ import annotations
 
-import functools
-import logging
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -18,10 +16,9 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .. import kernels
+from ..kernels.dispatch import log_once
 from ..kernels.linear import linear
 from .fp8 import Fp8Weights
-
-logger = logging.getLogger("xclip_fast")
 
 
 class QuickGELU(nn.Module):
@@ -106,7 +103,7 @@ def is_plain(
     """
     reason = find_change(parts, PLAIN[activation], heads, eps)
     if reason is not None and not torch.compiler.is_compiling():
-        _log_change(reason)
+        log_once(f"{reason}: such blocks call their modules one by one, which is slower")
     return reason is None
 
 
@@ -187,11 +184,6 @@ def _find_attention_change(state: dict[str, Any], heads: int | None, batch_first
     if heads is not None and state["num_heads"] != heads:
         return f"has {state['num_heads']} heads instead of {heads}"
     return "drops attention weights" if state["dropout"] and state["training"] else None
-
-
-@functools.cache
-def _log_change(reason: str) -> None:
-    logger.warning("%s: such blocks call their modules one by one, which is slower", reason)
 
 
 def layer_norm(norm: nn.Module, x: Tensor) -> Tensor:

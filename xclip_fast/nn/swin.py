@@ -15,7 +15,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .. import kernels
 from ..config import SwinConfig, XCLIPConfig
 from .layers import TransformerBlock, init_linear, run_block
 from .parts import apply_linear, layer_norm
@@ -127,14 +126,6 @@ class SwinTower(nn.Module):
 
     def forward(self, frames: Tensor, num_frames: int) -> Tensor:
         """uint8 (F, H, W, 3) or normalized (F, 3, H, W), F = B * num_frames, to tokens (F, N, D)."""
-        with kernels.cpu.workspace():
-            return self._forward(frames, num_frames)
-
-    def split(self, x_FND: Tensor) -> tuple[Tensor, Tensor]:
-        """The feature of each frame (F, D), the mean of its normalized tokens, and its tokens (F, N, D)."""
-        return layer_norm(self.ln_post, x_FND).mean(1), x_FND
-
-    def _forward(self, frames: Tensor, num_frames: int) -> Tensor:
         x_FCGG = normalized(frames, self.proj, self.config.image_mean, self.config.image_std)
         blocks, samples = iter(self.transformer.resblocks), frames.shape[0] // num_frames
         for embedding, depth, grid in zip(self.embeddings, self.vision.depths, self.vision.grids, strict=True):
@@ -145,6 +136,10 @@ class SwinTower(nn.Module):
             x_FND = _from_windows(x_FND, grid, window)
             x_FCGG = x_FND.transpose(1, 2).unflatten(2, (grid, grid))
         return x_FND
+
+    def split(self, x_FND: Tensor) -> tuple[Tensor, Tensor]:
+        """The feature of each frame (F, D), the mean of its normalized tokens, and its tokens (F, N, D)."""
+        return layer_norm(self.ln_post, x_FND).mean(1), x_FND
 
 
 def _blocks(vision: SwinConfig, eps: float) -> list[nn.Module]:
@@ -160,15 +155,12 @@ def _blocks(vision: SwinConfig, eps: float) -> list[nn.Module]:
 
 def _to_windows(x_FND: Tensor, grid: int, window: int) -> Tensor:
     """Tokens row by row to tokens window by window."""
-    if grid == window:
-        return x_FND
     count = grid // window
     return x_FND.unflatten(1, (count, window, count, window)).transpose(2, 3).flatten(1, 4)
 
 
 def _from_windows(x_FND: Tensor, grid: int, window: int) -> Tensor:
-    if grid == window:
-        return x_FND
+    """Tokens window by window to tokens row by row."""
     count = grid // window
     return x_FND.unflatten(1, (count, count, window, window)).transpose(2, 3).flatten(1, 4)
 

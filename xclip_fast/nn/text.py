@@ -103,22 +103,21 @@ class TextEncoder(nn.Module):
             )
         if tokens_KL.shape[1] > self.config.context_length:
             raise ValueError(f"{tokens_KL.shape[1]} tokens a label given; at most {self.config.context_length} fit")
-        vectors = () if vectors_PW is None else (vectors_PW,)
         if vectors_PW is not None:
             tokens_KL = _with_places(tokens_KL, vectors_PW.shape[0])
         if torch.compiler.is_compiling():
-            return self._encode_padded(tokens_KL, *vectors)
+            return self._encode_padded(tokens_KL, vectors_PW)
         if find_change(self._modules, _PLAIN[self.config.activation], self.config.heads, self.ln_final.eps) is not None:
-            return self._encode_trimmed(tokens_KL, *vectors)
-        parameters = [*self.parameters(), *vectors]
-        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters):
-            self.forget()  # a training step follows; fused optimizers do not raise the versions of weights
-            return self._encode_packed(tokens_KL, *vectors)
-        # no parameters: a replica of DataParallel
-        if len(parameters) == len(vectors) or any(_untraceable(p) for p in parameters):
+            return self._encode_trimmed(tokens_KL, vectors_PW)
+        parameters: list[Tensor] = list(self.parameters())
+        is_replica = not parameters  # of DataParallel
+        parameters += [] if vectors_PW is None else [vectors_PW]
+        # a training step follows, and fused optimizers do not raise the versions of weights
+        trains = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters)
+        if trains or is_replica or any(map(_untraceable, parameters)):
             self.forget()
-            return self._encode_packed(tokens_KL, *vectors)
-        return self._cached(tokens_KL, parameters, *vectors)
+            return self._encode_packed(tokens_KL, vectors_PW)
+        return self._cached(tokens_KL, parameters, vectors_PW)
 
     def forget(self) -> None:
         """Empties the cache. Call it after editing weights through ``.data`` or ``.numpy()``.
@@ -140,7 +139,7 @@ class TextEncoder(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_cache": collections.OrderedDict(), "_encoded_with": []}
 
-    def _cached(self, tokens_KL: Tensor, parameters: list[Tensor], *vectors: Tensor) -> Tensor:
+    def _cached(self, tokens_KL: Tensor, parameters: list[Tensor], vectors_PW: Tensor | None) -> Tensor:
         # the storages are kept, so that no other weight can get the address of an old one
         state = [(p.untyped_storage(), p.data_ptr(), p._version, _steps[0]) for p in parameters]
         if [item[1:] for item in state] != [item[1:] for item in self._encoded_with]:
@@ -150,20 +149,20 @@ class TextEncoder(nn.Module):
             tuple(tokens_KL.shape),
             tokens_KL.dtype,
             tokens_KL.cpu().numpy().tobytes(),
-            bool(vectors),
+            vectors_PW is not None,
             kernels.dispatch.autocast_dtype(parameters[0].device.type),
             kernels.forced_backend(),
         )
         features_KE = self._cache.pop(key, None)
         if features_KE is None:
             with torch.inference_mode(False), torch.no_grad():  # usable in a later training step
-                features_KE = self._encode_packed(tokens_KL, *vectors)
+                features_KE = self._encode_packed(tokens_KL, vectors_PW)
         self._cache[key] = features_KE
         if len(self._cache) > CACHED_LABEL_SETS:
             self._cache.popitem(last=False)
         return features_KE.clone()  # the caller may normalize it in place
 
-    def _encode_packed(self, tokens_KL: Tensor, vectors_PW: Tensor | None = None) -> Tensor:
+    def _encode_packed(self, tokens_KL: Tensor, vectors_PW: Tensor | None) -> Tensor:
         if tokens_KL.shape[0] > LABELS_AT_ONCE:  # attention pads to the longest of them
             parts = tokens_KL.split(LABELS_AT_ONCE)
             return torch.cat([self._encode_packed(part_KL, vectors_PW) for part_KL in parts])
@@ -191,14 +190,14 @@ class TextEncoder(nn.Module):
         ends = offsets[1:][order_K.argsort().to(device)] - 1
         return self._project(self._through(x_SW, (True, offsets, longest), ends))
 
-    def _encode_trimmed(self, tokens_KL: Tensor, vectors_PW: Tensor | None = None) -> Tensor:
+    def _encode_trimmed(self, tokens_KL: Tensor, vectors_PW: Tensor | None) -> Tensor:
         """Calls the modules on padded labels (longest, K, W). Hooks want every call, so nothing is cached."""
         self.forget()
         longest = int(tokens_KL.argmax(1).max()) + 1 if len(tokens_KL) else 1
         parts = tokens_KL[:, :longest].split(LABELS_AT_ONCE)
         return torch.cat([self._encode_padded(part_KL, vectors_PW) for part_KL in parts])
 
-    def _encode_padded(self, tokens_KL: Tensor, vectors_PW: Tensor | None = None) -> Tensor:
+    def _encode_padded(self, tokens_KL: Tensor, vectors_PW: Tensor | None) -> Tensor:
         tokens_KL = tokens_KL.to(self.positional_embedding.device)
         self._check_room(tokens_KL.shape[1], vectors_PW)
         x_KLW = self.token_embedding(tokens_KL)

@@ -53,16 +53,6 @@ class VisionTower(nn.Module):
 
     def forward(self, frames: Tensor, num_frames: int) -> Tensor:
         """uint8 (F, H, W, 3) or normalized (F, 3, H, W), F = B * num_frames, to tokens (F, L, D)."""
-        with kernels.cpu.workspace():
-            return self._forward(frames, num_frames)
-
-    def split(self, x_FLD: Tensor) -> tuple[Tensor, Tensor]:
-        """The feature of each frame (F, D), normalized, and its patches (F, N, D)."""
-        # the gradients of a split are put side by side in one pass; those of two slices are padded and added
-        class_F1D, patches_FND = x_FLD.split([1, x_FLD.shape[1] - 1], 1)
-        return layer_norm(self.ln_post, class_F1D.squeeze(1)), patches_FND
-
-    def _forward(self, frames: Tensor, num_frames: int) -> Tensor:
         pre_norm = self.ln_pre if self.vision.pre_norm else None
         blocks, cross_frame = self.transformer.resblocks, self.vision.cross_frame
         watched = cross_frame and any(is_watched(block) for block in blocks)
@@ -94,6 +84,12 @@ class VisionTower(nn.Module):
             stream = run_block(block, self.recompute, stream, num_frames)
         result: Tensor = stream.tokens() if isinstance(stream, Stream) else stream
         return result
+
+    def split(self, x_FLD: Tensor) -> tuple[Tensor, Tensor]:
+        """The feature of each frame (F, D), normalized, and its patches (F, N, D)."""
+        # the gradients of a split are put side by side in one pass; those of two slices are padded and added
+        class_F1D, patches_FND = x_FLD.split([1, x_FLD.shape[1] - 1], 1)
+        return layer_norm(self.ln_post, class_F1D.squeeze(1)), patches_FND
 
     def _embed(self, frames: Tensor) -> Tensor:
         """Equation 4 without CLIP's LayerNorm after it, by calling the convolution: the ViTs of Table 10."""

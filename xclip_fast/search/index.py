@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -17,7 +19,6 @@ from ..data.remote import Limits
 from ..inference.batches import Finished, Reading, answers
 from ..weights.hub import reference
 from .add import Summary, plan, readable_path, run
-from .feature_file import FeatureFile, fingerprint
 from .parquet import ParquetFolder
 from .query import Filters, Hit, find
 from .rows import StoreSettings
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 
 _LARGE = 100_000  # moments; above it an index pays
 PARQUET = ".parquet"
-_PLAIN = "holds no patches: plain cosine, without video-specific prompts"
 Paths = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 
 
@@ -41,11 +41,11 @@ class Index:
         for hit in index.search("somebody juggling", top=5):
             print(hit.path, hit.start, hit.end, hit.score)
 
-    `store`: the LanceDB store, or a file of features, which can be searched but does not grow. `model`: the model, on
-    its device.
+    `store`: the LanceDB store, or Parquet files, which grow in the same way and cannot be searched. `model`: the model,
+    on its device.
     """
 
-    def __init__(self, store: Store | ParquetFolder | FeatureFile, model: XCLIP, root: str | None = None) -> None:
+    def __init__(self, store: Store | ParquetFolder, model: XCLIP, root: str | None = None) -> None:
         self.store, self.model = store, model
         self.root = store.settings.root if root is None else os.path.abspath(root)
 
@@ -88,8 +88,6 @@ class Index:
 
     def __len__(self) -> int:
         """The number of moments."""
-        if isinstance(self.store, FeatureFile):
-            return len(self.store.names)
         self.store.refresh()
         return self.store.counts()[1]
 
@@ -118,8 +116,6 @@ class Index:
             on_plan: called once with the number of files to embed.
             embed: replaces the model and the loop, for example on a cluster. Returns the results of `answers`.
         """
-        if isinstance(self.store, FeatureFile):
-            raise ValueError(f"{self.store.path}: a file of features does not grow; make a store of it")
         inputs = videos if isinstance(videos, Inputs) else find_videos(videos)
         work = plan(self.store, inputs, root=self.root, digest=digest, retry=retry)
         work.summary.failed.update((line.partition(": ")[0], line) for line in inputs.empty)
@@ -186,8 +182,6 @@ class Index:
     @property
     def note(self) -> str | None:
         """A note for the user about this store, or None."""
-        if isinstance(self.store, FeatureFile):
-            return None if self.prompted else f"{self.store.path} {_PLAIN}"
         if isinstance(self.store, ParquetFolder):
             return None
         rows = self.store.table.count_rows()
@@ -210,12 +204,17 @@ class Index:
         )
 
 
-def open_moments(place: Path, model: XCLIP, checkpoint: str | os.PathLike[str] | None) -> Store | FeatureFile:
-    """A store, or a file of features, to search in. Raises ValueError if another model made it."""
-    found = Store.open(place) if place.is_dir() else FeatureFile(place)
-    other = "" if checkpoint is None else os.fspath(checkpoint)
-    found.check(replace(found.settings, fingerprint=fingerprint(model), checkpoint=other))
-    return found
+def fingerprint(model: XCLIP) -> str:
+    """SHA-256 of the shape and the weights, the same for the same model in any layout."""
+    values = model.config.to_dict()
+    for name in ("logit_scale", "temporal_std"):  # initial values, without effect on a trained model
+        del values[name]
+    del values["vision"]["drop_path"]
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def open_store(

@@ -7,11 +7,11 @@ import io
 import math
 import os
 import re
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import av
 import numpy as np
@@ -22,14 +22,22 @@ from ..data.decode.decoder import probe
 from ..data.decode.picture import Upright
 from ..data.decode.reading import open_video
 from ..data.decode.source import VideoError
-from ..data.parts import lock, remove_unlocked
 from ..data.remote import local_path
+from ..files import replaced
 from .query import Hit
 
 _BT601 = 6  # FFmpeg's AVCOL_SPC_SMPTE170M
 _TICKS = 90_000  # a second, in the files written here
 _PREVIEW = 24  # frames, over the whole moment
 _RATE = 8  # frames a second that a preview plays at
+
+T = TypeVar("T")
+
+
+def in_thread(work: Callable[..., T], *args: Any) -> T:
+    """The result of a call in another thread. In the main thread, Python loses a Ctrl-C while FFmpeg reads a file."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(work, *args).result()
 
 
 def pictures(path: str, start: float, end: float, width: int = 320) -> tuple[bytes, bytes]:
@@ -56,29 +64,17 @@ def cut(hit: Hit, folder: Path) -> Path:
     Raises VideoError.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    stem = re.sub(r"[^\w. -]", "_", os.path.splitext(os.path.basename(hit.path))[0])[:100].lstrip(".") or "clip"
-    for left in folder.glob(".cutting-*.mp4"):
-        remove_unlocked(left)
-    descriptor, draft = tempfile.mkstemp(prefix=".cutting-", suffix=".mp4", dir=folder)
-    try:
-        lock(descriptor)
-        with local_path(hit.path) as name:
-            _write(name, hit.start, hit.end if hit.end > hit.start else math.inf, draft)
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(draft, 0o666 & ~mask)
-        for number in range(1, 1_000_000):
-            suffix = "" if number == 1 else f" ({number})"
+    stem = re.sub(r"[^\w. -]", "_", os.path.splitext(os.path.basename(hit.path))[0])[:60].lstrip(".") or "clip"
+    number, suffix = 1, ""
+    with local_path(hit.path) as name:
+        while True:
             target = folder / f"{stem} {hit.start:.1f}-{hit.end:.1f}{suffix}.mp4"
-            try:
-                os.link(draft, target)  # unlike a rename, it never replaces a file
-                return target
-            except FileExistsError:
-                continue
-        raise FileExistsError(f"{folder}: too many files named {stem}")
-    finally:
-        os.unlink(draft)
-        os.close(descriptor)
+            with contextlib.suppress(FileExistsError), replaced(target) as draft:  # another process may be writing it
+                if not os.path.lexists(target):
+                    _write(name, hit.start, hit.end if hit.end > hit.start else math.inf, draft)
+                    return target
+            number += 1
+            suffix = f" ({number})"
 
 
 def _decoded(container: Any, stream: Any, start: float, end: float) -> Iterator[tuple[float, Any]]:
@@ -168,7 +164,7 @@ def _video_stream(container: Any, size: tuple[int, int], rate: Any, crf: int) ->
     return stream
 
 
-def _write(path: str, start: float, end: float, out: str) -> None:
+def _write(path: str, start: float, end: float, out: Path) -> None:
     """The frames and the sound of a moment, encoded anew."""
     with av.open(f"file:{out}", "w", format="mp4", options={"movflags": "+faststart"}) as container:
         with open_video(path) as (source, stream):

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from ..console import plain
 from ..data.remote import is_remote
-from ..files import check_new_file, replaced, require_regular
-from .media import pictures
+from ..files import require_regular, write_text
+from .media import in_thread, pictures
 from .query import Hit
 
 LIMIT = 24 << 20  # bytes of pictures in a page
@@ -38,8 +38,12 @@ class Page:
         self._check()
 
     def _check(self) -> None:
-        check_new_file(self.out, self.overwrite)
+        if self.out.is_dir() or not self.out.parent.is_dir():
+            what = "is a folder" if self.out.is_dir() else "its folder does not exist"
+            raise ValueError(f"{self.out}: {what}; a file in an existing folder is wanted")
         if self.out.exists():
+            if not self.overwrite:
+                raise FileExistsError(f"{self.out}: is there already; choose another name or add --overwrite")
             require_regular(self.out)
             with open(self.out, "rb") as file:
                 if _MARK.encode() not in file.read(4096):
@@ -85,7 +89,7 @@ class Page:
             self.without += 1
             return '<p class="none">No picture: the page is full.</p>'
         try:
-            still, preview = pictures(path, *best)
+            still, preview = in_thread(pictures, path, *best)
         except (ValueError, OSError) as error:
             return f'<p class="none">No picture: {_text(" ".join(str(error).split()))}</p>'
         image = f'<img src="{_data("image/jpeg", still)}" alt="A frame of {name}">'
@@ -137,8 +141,7 @@ class Page:
     def write(self) -> None:
         """Writes the file, whole or not at all."""
         self._check()
-        with replaced(self.out) as part:
-            part.write_text(self.render(), encoding="utf-8")
+        write_text(self.out, self.render())
 
 
 def clock(seconds: float) -> str:

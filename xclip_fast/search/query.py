@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from ..model import XCLIP
+    from .store import Store
 
 _SHORTLIST = 100  # the least number of moments that are ranked again and merged with their neighbors
 
@@ -85,18 +86,8 @@ class Filters:
         return f"(?s)^(.*/)?{out}$"
 
 
-class Moments(Protocol):
-    """Stored moments: a `Store`, or a file of features."""
-
-    def nearest(self, vector_E: Tensor, count: int, where: str | None = None) -> Any:
-        """An Arrow table of _rowid, path, start, end, vector: the rows with the largest cosine."""
-
-    def patches(self, rows: Sequence[int]) -> dict[int, Any]:
-        """float16 (N, E) of each row."""
-
-
 def find(
-    moments: Moments,
+    store: Store,
     query_1E: Tensor,
     *,
     model: XCLIP | None,
@@ -115,14 +106,14 @@ def find(
     if not unit_1E.isfinite().all():
         raise ValueError("the features of the query are not numbers; the weights may be damaged")
     count = max(_SHORTLIST, 10 * top)
-    table = moments.nearest(unit_1E[0], count, (filters or Filters()).sql())
+    table = store.nearest(unit_1E[0], count, (filters or Filters()).sql())
     if not table.num_rows:
         return []
     flat = table["vector"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
     video_BE = torch.from_numpy(flat.astype(np.float32).reshape(table.num_rows, -1))
     scores = (F.normalize(video_BE, dim=-1) @ unit_1E[0]).tolist()
     if model is not None:
-        scores = _prompted(moments, table["_rowid"].to_pylist(), video_BE, query_1E, model)
+        scores = _prompted(store, table["_rowid"].to_pylist(), video_BE, query_1E, model)
     for path, score in zip(table["path"].to_pylist(), scores, strict=True):
         if not math.isfinite(score):
             raise ValueError(f"{path}: its stored features are not numbers; embed it again")
@@ -134,7 +125,7 @@ def find(
     return (merge_neighbors(hits) if merge else hits)[:top]
 
 
-def _prompted(moments: Moments, rows: list[int], video_BE: Tensor, text_1E: Tensor, model: XCLIP) -> list[float]:
+def _prompted(store: Store, rows: list[int], video_BE: Tensor, text_1E: Tensor, model: XCLIP) -> list[float]:
     """Cosines with the prompted text (equation 10)."""
     from ..nn.features import VideoFeatures
 
@@ -143,7 +134,7 @@ def _prompted(moments: Moments, rows: list[int], video_BE: Tensor, text_1E: Tens
     with torch.inference_mode():
         for start in range(0, len(rows), 64):
             part = rows[start : start + 64]
-            stored = moments.patches(part)
+            stored = store.patches(part)
             patches_BNE = torch.from_numpy(np.stack([stored[row] for row in part])).to(like)
             found = VideoFeatures(video_BE[start : start + 64].to(like), patches_BNE)
             logits_B1 = model.similarity(found, text_1E.to(like))

@@ -20,7 +20,7 @@ _KEY, _VERSION = b"xclip_fast_store", 1  # of the settings in the metadata of an
 class StoreSettings:
     """The settings that all rows of a store share. They are written when the store is made.
 
-    `fingerprint`: of the model (`feature_file.fingerprint`). `patches`: N, if patch features are stored; otherwise 0.
+    `fingerprint`: of the model (`index.fingerprint`). `patches`: N, if patch features are stored; otherwise 0.
     `root`: the folder that local paths are relative to; "" for absolute paths.
     """
 
@@ -45,13 +45,6 @@ class Known(NamedTuple):
     stamp: str
     digest: str | None
     error: str | None
-
-
-def check_fingerprint(place: Path, made_with: StoreSettings, wanted: StoreSettings) -> None:
-    """Raises ValueError if they belong to different models."""
-    if made_with.fingerprint != wanted.fingerprint:
-        ours, theirs = (f"{each.checkpoint or 'random'}, {each.fingerprint[:12]}" for each in (made_with, wanted))
-        raise ValueError(f"{place}: made with other weights ({ours}) than {theirs}; use the former, or embed again")
 
 
 def metadata_of(settings: StoreSettings) -> dict[bytes, bytes]:
@@ -84,7 +77,9 @@ def read_settings(place: Path, schema: Any) -> StoreSettings:
 
 def check_settings(place: Path, made_with: StoreSettings, wanted: StoreSettings) -> None:
     """Raises ValueError if rows with the wanted settings do not belong beside the others."""
-    check_fingerprint(place, made_with, wanted)
+    if made_with.fingerprint != wanted.fingerprint:
+        ours, theirs = (f"{each.checkpoint or 'random'}, {each.fingerprint[:12]}" for each in (made_with, wanted))
+        raise ValueError(f"{place}: made with other weights ({ours}) than {theirs}; use the former, or embed again")
     mine, other = asdict(made_with), asdict(wanted)
     for name in ("checkpoint", "variant", "root"):  # the same weights may lie elsewhere, the files too
         del mine[name], other[name]

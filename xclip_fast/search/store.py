@@ -15,7 +15,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from ..data.parts import lock
 from ..files import full_disk
 from .rows import Known, StoreSettings, check_settings, metadata_of, read_settings, schema_of
 
@@ -49,7 +48,7 @@ class Store:
         """Raises FileNotFoundError, or ValueError if the folder holds another table."""
         path = Path(folder)
         if not is_store(path):
-            raise FileNotFoundError(f"{folder}: no store; `xclip-fast embed VIDEO... --out {folder}` makes one")
+            raise FileNotFoundError(f"{folder}: is not a store; `xclip-fast embed VIDEO... --out STORE` makes one")
         return cls(path, _connect(path).open_table(_TABLE))
 
     @classmethod
@@ -228,7 +227,9 @@ def _connect(folder: Path) -> Any:
 def _locked(folder: Path) -> Iterator[None]:
     """Lets one process at a time commit. Raises OSError if the disk is full."""
     with full_disk(folder, ". What was stored before is unchanged"), open(folder / ".lock", "ab") as file:
-        lock(file)
+        if fcntl is not None:
+            with contextlib.suppress(OSError):  # some network file systems have no locks
+                fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 

@@ -105,7 +105,7 @@ def load(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
 
     class Reader(dcp.FileSystemReader):
         def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
-            return _read_index(checkpoint)
+            return metadata
 
         def _slice_file(self, file: Any, sinfo: Any) -> Any:
             part = io.BytesIO(super()._slice_file(file, sinfo).read())
@@ -113,7 +113,7 @@ def load(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
             return part
 
     try:
-        _read_index(checkpoint)  # it has better errors than dcp.load
+        metadata = _read_index(checkpoint)
         dcp.load(tensors, storage_reader=Reader(checkpoint), no_dist=not dist.is_initialized())
     except (Exception, dcp.api.CheckpointException) as error:  # damaged bytes raise errors of many kinds
         raise ValueError(

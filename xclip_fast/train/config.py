@@ -286,19 +286,13 @@ def accumulation(config: OptimConfig, world: int) -> tuple[int, int]:
 
 def _check(config: TrainConfig) -> None:
     """Refuse values that do not fit each other. The run itself checks what needs files."""
-    data = config.data
-    if data.val is not None and data.val_fraction:
+    if config.data.val is not None and config.data.val_fraction:
         raise ConfigError("data.val and data.val_fraction exclude each other: give one of them")
     if config.model.variant is not None:
         with config_errors("model.variant"):
             variant(config.model.variant)
     if config.model.init is None:
-        shape = model_config(config.model)
-        if data.size is not None and data.size != shape.vision.image_size:
-            raise ConfigError(
-                f"data.size is {data.size} and model.vision.image_size is {shape.vision.image_size}; "
-                "make them equal, or leave data.size out"
-            )
+        model_config(config.model)
 
 
 def _flat(values: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, Any]]:

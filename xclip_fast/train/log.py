@@ -189,7 +189,6 @@ def _sentence(record: Mapping[str, Any], *, short: bool = False) -> str:
             + f", loss {_loss(record)} of {record['predicted']} videos"
             + (f", {record['failed']} unreadable" if record["failed"] else "")
         )
-    loss = "-" if record["loss"] is None else f"{record['loss']:.4f}"
     left = (
         time.strftime("%H:%M:%S", time.gmtime(record["eta"]))
         if record["eta"] < 86400
@@ -197,8 +196,8 @@ def _sentence(record: Mapping[str, Any], *, short: bool = False) -> str:
     )
     speed = f"{record['clips_per_second']:.1f} clips/s  data wait {100 * record['data_wait']:.0f} %"
     if short:
-        return f"loss {loss}  {speed}  {left}"
-    return f"loss {loss}  lr {record['lr']:.2e}  {speed}  {record['memory'] / 2**30:.1f} GiB  {left} left"
+        return f"loss {_loss(record)}  {speed}  {left}"
+    return f"loss {_loss(record)}  lr {record['lr']:.2e}  {speed}  {record['memory'] / 2**30:.1f} GiB  {left} left"
 
 
 def rank(record: Mapping[str, Any], metric: str) -> tuple[float, float]:

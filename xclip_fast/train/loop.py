@@ -17,6 +17,7 @@ import json
 import math
 import signal
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ from .setup import (
     training_loader,
 )
 
-FEW_STEPS = 100  # a shorter run says that it hardly trains
+FEW_STEPS, SMALL_MOVE = 100, 0.01  # a run of fewer steps, whose learning rates sum to less, says that it hardly trains
 
 
 def main(config: str, overrides: Sequence[str] = (), *, fresh: bool = False) -> Path:
@@ -148,7 +149,7 @@ def _train(config: TrainConfig, process: Process, fresh: bool, held: contextlib.
         f"{len(data.train.usable)} videos, "
         f"{len(data.texts)} classes"
     )
-    if steps < FEW_STEPS and not step:
+    if steps < FEW_STEPS and steps * config.optim.lr < SMALL_MOVE and not step:
         records.say(
             f"note: {steps} steps at a learning rate of {config.optim.lr:g} change little, because a step of AdamW "
             "moves a weight by about the learning rate. If accuracy does not rise, raise optim.lr or optim.epochs"
@@ -274,23 +275,22 @@ def handle_signals(meter: Meter) -> Iterator[None]:
     """SIGTERM (from a scheduler) and Ctrl-C end the run after a checkpoint. A second signal ends it at once."""
     before: dict[int, Any] = {}
 
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
     def handle(number: int, _: Any) -> None:
         meter.signal = number
-        for each, handler in before.items():
-            signal.signal(each, handler)
+        restore()
         print("saving a checkpoint, then ending; a second signal ends at once, without a checkpoint", file=sys.stderr)
 
-    try:
+    if threading.current_thread() is threading.main_thread():  # no other may set them
         for number in (signal.SIGTERM, signal.SIGINT):
             before[number] = signal.signal(number, handle)
-    except ValueError:  # not in the main thread
-        yield
-        return
     try:
         yield
     finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
+        restore()
 
 
 def validation_settings(config: TrainConfig, trained: Trained) -> dict[str, Any]:

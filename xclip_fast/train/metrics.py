@@ -6,6 +6,7 @@ B videos of a batch.
 from __future__ import annotations
 
 import collections
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -52,7 +53,8 @@ class Measured:
         sums = torch.cat([torch.stack([losses.sum(), correct.sum(), norm]), known.to(device, non_blocking=True)])
         if world > 1:
             dist.all_reduce(sums)
-        self.sums, self.losses, self.samples = (_to_host(values) for values in (sums, losses, samples))
+        host = (values.to("cpu", non_blocking=True) for values in (sums, losses, samples))  # into pinned memory
+        self.sums, self.losses, self.samples = host
         self.sent = time.monotonic()
         if device.type == "cuda":
             self.event = torch.cuda.Event()
@@ -60,41 +62,25 @@ class Measured:
         return self
 
 
-def _to_host(values: Tensor) -> Tensor:
-    if values.device.type == "cpu":
-        return values
-    return torch.empty_like(values, device="cpu", pin_memory=True).copy_(values, non_blocking=True)
-
-
+@dataclasses.dataclass
 class Meter:
     """Reads measurements ``LAG`` steps late and writes the records.
 
     ``save`` and ``stop`` say what all processes agreed on.
-
-    Args:
-        name_of: the name of a training video, by its row.
-        step: steps done before. steps: of the whole run. epoch_steps: of one epoch.
-        log_every: steps from one record to the next.
-        save_minutes: minutes from one checkpoint to the next that ``wishes`` asks for; None: it asks for none.
-        with_norm: records have the gradient's norm.
     """
 
-    def __init__(
-        self,
-        records: training_log.Log,
-        process: Process,
-        name_of: Callable[[int], str],
-        *,
-        step: int,
-        steps: int,
-        epoch_steps: int,
-        log_every: int,
-        save_minutes: float | None,
-        with_norm: bool,
-    ) -> None:
-        self.records, self.process, self.name_of = records, process, name_of
-        self.step, self.steps, self.epoch_steps = step, steps, epoch_steps
-        self.log_every, self.save_minutes, self.with_norm = log_every, save_minutes, with_norm
+    records: training_log.Log
+    process: Process
+    name_of: Callable[[int], str]  # the name of a training video, by its row
+    _: dataclasses.KW_ONLY
+    step: int  # steps done
+    steps: int  # of the whole run
+    epoch_steps: int  # of one epoch
+    log_every: int  # steps from one record to the next
+    save_minutes: float | None  # from one checkpoint to the next that ``wishes`` asks for; None: it asks for none
+    with_norm: bool  # records have the gradient's norm
+
+    def __post_init__(self) -> None:
         self.pending: collections.deque[Measured] = collections.deque()
         self.save = self.stop = self.asked = False
         self.signal = 0  # the number of the signal that asks to end

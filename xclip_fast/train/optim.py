@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,18 +17,16 @@ from ..schema import ConfigError
 from ..weights import layouts
 from .config import OptimConfig
 
-Towers = Literal["visual", "text", "both", "none"]
-
 
 def is_new(name: str, also: Iterable[str] = ()) -> bool:
     """Whether a parameter of ``XCLIP`` is one that an image CLIP does not have, or starts with one of ``also``."""
     return layouts.is_new(name) or name.startswith(tuple(also))
 
 
-def freeze(model: nn.Module, towers: Towers, also_new: Iterable[str] = ()) -> None:
+def freeze(model: nn.Module, towers: str, also_new: Iterable[str] = ()) -> None:
     """Sets which parameters are trained (Table 7): new ones always, inherited ones only in the given towers.
 
-    The logit scale belongs to the text tower, as in the released code.
+    ``towers``: "visual", "text", "both" or "none". The logit scale belongs to the text tower, as in the released code.
     """
     for name, parameter in model.named_parameters():
         tower = "visual" if name.startswith("visual.") else "text"
@@ -130,16 +128,13 @@ def set_step(made: torch.optim.Optimizer, step: int) -> None:
 
 
 @contextlib.contextmanager
-def reduce_gradients(net: nn.Module, now: bool) -> Iterator[None]:
+def reduce_gradients(net: Any, now: bool) -> Iterator[None]:
     """Sums gradients over the processes in the last accumulation step alone."""
-    target: Any = net
-    if isinstance(net, nn.parallel.DistributedDataParallel) and not now:
-        with net.no_sync():
-            yield
-        return
-    if hasattr(net, "set_requires_gradient_sync"):
-        target.set_requires_gradient_sync(now)
-    yield
+    if hasattr(net, "set_requires_gradient_sync"):  # FSDP2
+        net.set_requires_gradient_sync(now)
+    waits = isinstance(net, nn.parallel.DistributedDataParallel) and not now
+    with net.no_sync() if waits else contextlib.nullcontext():
+        yield
 
 
 def reduce_scalars(model: nn.Module, world: int) -> None:
@@ -155,33 +150,20 @@ def clip_gradients(parameters: Iterable[nn.Parameter], largest: float) -> Tensor
 
     Parameters may be sharded (DTensor), whole, or mixed. Returns the norm before the scaling, float32 ().
     """
-    sharded: list[Tensor] = []
-    whole: list[Tensor] = []
-    mesh = None
+    whole: list[nn.Parameter] = []
+    sharded: list[nn.Parameter] = []
     for parameter in parameters:
-        gradient: Any = parameter.grad
-        if gradient is None:
-            continue
-        if hasattr(gradient, "to_local"):
-            sharded.append(gradient.to_local())
-            mesh = gradient.device_mesh
-        else:
-            whole.append(gradient)
-    squares = [_square(part) for part in (sharded, whole) if part]
-    if not squares:
-        return torch.zeros(())
-    if mesh is not None:
-        torch.distributed.all_reduce(squares[0], group=mesh.get_group())
-    norm = torch.stack(squares).sum().sqrt()
-    scale = (largest / (norm + 1e-6)).clamp(max=1.0)
-    for part in (sharded, whole):
-        if part:
-            torch._foreach_mul_(part, scale)
-    return norm
-
-
-def _square(tensors: list[Tensor]) -> Tensor:
-    return torch.stack(torch._foreach_norm(tensors)).float().square().sum()
+        if parameter.grad is not None:
+            (sharded if hasattr(parameter.grad, "to_local") else whole).append(parameter)
+    parts = [part for part in (whole, sharded) if part]  # torch takes gradients of one kind
+    norms = []
+    for part in parts:
+        norm: Any = nn.utils.get_total_norm([parameter.grad for parameter in part if parameter.grad is not None])
+        norms.append(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    total = nn.utils.get_total_norm(norms)
+    for part in parts:
+        nn.utils.clip_grads_with_norm_(part, largest, total)
+    return total
 
 
 def start_ema(model: nn.Module) -> dict[str, Tensor]:

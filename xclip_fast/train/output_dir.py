@@ -62,9 +62,8 @@ def _output_folder(config: TrainConfig, fresh: bool, held: contextlib.ExitStack)
         old = train_config.load(folder / CONFIG)
         if changed := train_config.differences(old, config):
             raise ConfigError(
-                f"{folder} holds checkpoints of another configuration. These keys differ:\n  "
-                + "\n  ".join(changed)
-                + "\ngive the old values to go on, choose another output folder, or start over beside it with --fresh"
+                f"{folder} holds checkpoints of another configuration. These keys differ: {'; '.join(changed)}. "
+                "Give the old values to go on, choose another output folder, or start over beside it with --fresh"
             )
     write_text(folder / CONFIG, train_config.to_yaml(config))
     return folder, resume

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from ..config import XCLIPConfig
+from ..data.loader.loader import Loader
 from ..data.manifest.labels import label_rows
 from ..data.manifest.manifest import Manifest
 from ..data.sampling import epoch_order
@@ -57,10 +57,9 @@ def read_data(data: DataConfig, seed: int) -> Data:
             "data.train is missing; give the manifest of the training videos, which `xclip-fast index` writes"
         )
     train = _manifest("data.train", data.train)
-    val = None if data.val is None else _manifest("data.val", data.val)
-    _check_labels("data.train", data.train, train)
-    if val is not None:
-        _check_labels("data.val", str(data.val), val)
+    val = None
+    if data.val is not None:
+        val = _manifest("data.val", data.val)
         if val.classes != train.classes:
             odd = sorted(set(val.classes) ^ set(train.classes))
             raise ConfigError(
@@ -81,17 +80,14 @@ def read_data(data: DataConfig, seed: int) -> Data:
 
 
 def _manifest(key: str, path: str) -> Manifest:
-    if Path(path).is_dir():
+    """The manifest that a key of the configuration names: every usable video has a label."""
+    if not Path(path).exists():
         raise ConfigError(
-            f"{key}: {path} is a folder; make a manifest of it with `xclip-fast index {path}` and give that"
+            f"{key}: there is no file {path}; `xclip-fast index` makes a manifest of your videos, and "
+            "`xclip-fast motion data/motion` generates videos to try"
         )
-    if not Path(path).is_file():
-        raise ConfigError(f"{key}: there is no file {path}; `xclip-fast index` makes a manifest of your videos")
     with config_errors(key):
-        return Manifest.read(path)
-
-
-def _check_labels(key: str, path: str, manifest: Manifest) -> None:
+        manifest = Manifest.read(path)
     usable = manifest.usable
     if not len(usable):
         bad = next(iter(manifest.bad.items()), None)
@@ -105,13 +101,14 @@ def _check_labels(key: str, path: str, manifest: Manifest) -> None:
             f"{key}: {len(without)} of {len(usable)} videos in {path} have no label, "
             f"the first {manifest.name(without[0])}; index them with labels"
         )
+    return manifest
 
 
 def _hold_out(manifest: Manifest, fraction: float, seed: int) -> tuple[Manifest, Manifest]:
     """Returns (rest, held out). Each class with two videos or more gives this share, at least one."""
     held: list[int] = []
     for label in range(len(manifest.classes)):
-        rows = np.flatnonzero((manifest.labels == label) & np.isin(np.arange(len(manifest)), manifest.usable))
+        rows = manifest.usable[manifest.labels[manifest.usable] == label]
         count = min(len(rows) - 1, max(1, round(fraction * len(rows))))
         if count > 0:
             held += rows[epoch_order(len(rows), seed, label, True)[:count]].tolist()
@@ -150,7 +147,9 @@ def build_model(
         _check_fit(shape, texts, size, templates)
         return XCLIP(shape)
     if not Path(settings.init).exists() and not is_name(settings.init):
-        raise ConfigError(f"model.init: there is no {settings.init}; give a checkpoint, or null for random weights")
+        raise ConfigError(
+            f"model.init: {settings.init}: no such file or folder; give a checkpoint, or null for random weights"
+        )
     try:
         base = None if settings.variant else checkpoint.read(settings.init).config
         shape = train_config.model_config(settings, base)
@@ -190,12 +189,10 @@ def _check_fit(shape: XCLIPConfig, texts: Sequence[str], size: int | None, templ
 
 def training_loader(
     data: DataConfig, seed: int, manifest: Manifest, shape: XCLIPConfig, batch_size: int, process: Process
-) -> Any:
-    from ..data.loader.loader import loader
-
+) -> Loader:
     frames, size = data.frames or shape.num_frames, shape.vision.image_size
     transform = TrainTransform(frames, size, data.sampling, data.stride, **data.augmentation)
-    return loader(
+    return Loader(
         manifest,
         transform,
         batch_size,

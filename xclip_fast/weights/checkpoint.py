@@ -19,14 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from ..config import XCLIPConfig
-from ..files import save_tensors, staged
+from ..files import staged
 from . import hub, neighbors, open_clip, timm_vit, unicl
 from .huggingface import config_from_huggingface, config_to_huggingface, read_processor, tokenizer_files, warn_of_heads
 from .layouts import CheckpointError, State, check_keys, infer_config, shapes, to_huggingface, to_ours
 from .open_clip import config_from_open_clip
 from .recipe import FILE as TRAINED
 from .recipe import Trained
-from .weight_files import read_object, read_weights
+from .weight_files import read_object, read_weights, write_weights
 from .wrappers import unwrap
 
 __all__ = ["Checkpoint", "CheckpointError", "check_keys", "clip_state", "convert", "expand", "read", "shapes", "write"]
@@ -173,8 +173,7 @@ def write(
     texts |= {name: text for name, text in beside.items() if text is not None}
     owned = {*texts, *beside, "model.safetensors", *(["processor_config.json"] if layout == "huggingface" else [])}
     with staged(folder, owned, last="model.safetensors") as part:
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-        save_tensors(tensors, part / "model.safetensors", {"format": "pt"})
+        write_weights(state, part / "model.safetensors")
         for name, text in texts.items():
             (part / name).write_text(text, encoding="utf-8")
 

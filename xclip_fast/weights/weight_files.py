@@ -7,11 +7,14 @@ but tensors, reads a TorchScript archive.
 
 from __future__ import annotations
 
+import errno
 import pickle
 import re
+import stat
 import warnings
 import zipfile
 from collections import OrderedDict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +126,22 @@ def _read_file(path: Path, drop_config: bool) -> dict[str, Any]:
             raise
         raise CheckpointError(f"{path}: is damaged or incomplete; download it again ({first_line(error)})") from error
     raise CheckpointError(f"{path}: is neither a safetensors nor a PyTorch file (it begins with {head!r})")
+
+
+def write_weights(state: Mapping[str, Tensor], path: Path) -> None:
+    """Writes a safetensors file. Raises OSError if the disk refuses."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+        path.chmod(mode)  # safetensors makes it private
+    except SafetensorError as error:
+        number = errno.ENOSPC if f"code: {errno.ENOSPC}," in str(error) else errno.EIO
+        raise OSError(number, f"{path}: could not be written: {error}") from error
 
 
 def _read_torch(path: Path, drop_config: bool) -> Any:

@@ -18,45 +18,24 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import torch
 
 from ..sampling import Sampling
-from ..transforms import View, apply_frame
+from ..transforms import TestTransform, View, apply_frame
 from .ahead import decode_ahead
 from .chosen import chosen_pictures
 from .picture import Upright
-from .plan import Plan, make_plan
+from .plan import make_plan
 from .reading import all_frames, no_frame, open_video
 from .source import Source, VideoError, as_source
 from .times import clock_of, frame_times
+from .video import Video, pack_plan
 from .windows import Span, VideoPath, Window, decode_spans
 
-
-@dataclass(frozen=True)
-class VideoInfo:
-    """The facts that `probe` finds.
-
-    `width` and `height` are as displayed, after `rotation` (degrees clockwise: 0, 90, 180, 270). `frames` is the number
-    of real frames, which the header may misstate. `duration` is in seconds; `fps` is the average. `plan` is for
-    `Source`; None if the packets do not match the frames. `colorspace` is the matrix of the first frame in FFmpeg's
-    numbers (1: BT.709, 2: not stated, 5 and 6: BT.601, 9: BT.2020). `interlaced`: the first frame holds two fields.
-    """
-
-    frames: int
-    width: int
-    height: int
-    codec: str
-    pix_fmt: str
-    rotation: int
-    duration: float
-    fps: float
-    plan: Plan | None = field(default=None, repr=False)
-    colorspace: int = 2
-    interlaced: bool = False
+if TYPE_CHECKING:  # torch takes seconds to import, and `index`, `transcode` and `motion` need none of it
+    import torch
 
 
 def decode(
@@ -89,12 +68,13 @@ def decode(
             raise VideoError(f"{source}: lasts {duration:.3f} seconds, and the start is {begin:g}")
         return [(begin, duration if end is None else min(end, duration))]
 
-    parts = decode_spans(source, spans, frames, sampling, size=size, stride=stride, rng=rng, threads=threads)
+    test = TestTransform(frames, size, sampling=sampling, stride=stride)
+    parts = decode_spans(source, spans, test, rng=rng, threads=threads)
     with contextlib.closing(parts):
         return next(parts).frames
 
 
-def decode_frames(path: VideoPath, indices: Sequence[int] | np.ndarray, *, threads: int = 1) -> np.ndarray:
+def decode_frames(path: VideoPath, indices: Sequence[int] | np.ndarray) -> np.ndarray:
     """The frames with these numbers, in this order, full size: uint8 (n, H, W, 3), RGB.
 
     Raises VideoError for a bad file or a picture size that changes, and IndexError for a number out of range.
@@ -110,7 +90,7 @@ def decode_frames(path: VideoPath, indices: Sequence[int] | np.ndarray, *, threa
             raise IndexError(f"{source}: has frames 0 to {total - 1}; frames {min(wanted)} to {max(wanted)} are wanted")
         return wanted
 
-    pictures = dict(chosen_pictures(source, choose, threads))
+    pictures = dict(chosen_pictures(source, choose))
     if len({picture.shape for picture in pictures.values()}) > 1:
         raise VideoError(f"{source}: the picture size changes within the video; use decode(), which resizes")
     return np.stack([pictures[number] for number in wanted])
@@ -181,9 +161,10 @@ def decode_many(
     """
     if errors not in ("raise", "return"):
         raise ValueError(f"errors is {errors!r}; it must be 'raise' or 'return'")
+    test = TestTransform(frames, size, sampling=sampling, stride=stride)
 
     def whole(source: Source, threads: int) -> Generator[Window, None, None]:
-        return decode_spans(source, _whole, frames, sampling, size=size, stride=stride, threads=threads)
+        return decode_spans(source, lambda duration: [(0.0, duration)], test, threads=threads)
 
     with contextlib.closing(decode_ahead(map(as_source, paths), whole, workers)) as decoded:
         for _, item in decoded:
@@ -195,14 +176,10 @@ def decode_many(
                 yield item
 
 
-def _whole(duration: float) -> list[Span]:
-    return [(0.0, duration)]
+def probe(path: VideoPath) -> Video:
+    """A video's size, codec, timing, true frame count and plan, under its own path.
 
-
-def probe(path: VideoPath) -> VideoInfo:
-    """Size, codec, timing, true frame count and plan. Decodes one frame, or all if the packets do not match the frames.
-
-    Raises VideoError.
+    Decodes one frame, or all if the packets do not match the frames. Raises VideoError.
     """
     source = as_source(path)
     with open_video(source) as (container, stream):
@@ -222,16 +199,17 @@ def probe(path: VideoPath) -> VideoInfo:
         # n frames span n - 1 intervals; the last frame lasts as long as the others on average.
         rate = (count - 1) / span if span else stream.average_rate or 25
         duration = float(count / rate)
-        return VideoInfo(
-            count,
-            width,
-            height,
-            codec,
-            first.format.name,
+        return Video(
+            source.path,
+            frames=count,
+            width=width,
+            height=height,
+            codec=codec,
+            pix_fmt=first.format.name,
             rotation=-first.rotation % 360,
             duration=duration,
             fps=count / duration,
-            plan=plan,
             colorspace=int(first.colorspace),
             interlaced=bool(first.interlaced_frame),
+            packed=None if plan is None else pack_plan(plan),
         )

@@ -8,7 +8,6 @@ stored and used again. Otherwise all packets of the file must be read.
 from __future__ import annotations
 
 import os
-from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, dropwhile, groupby
@@ -141,7 +140,7 @@ def planned_frames(
     container: InputContainer, stream: VideoStream, plan: Plan, numbers: Sequence[int]
 ) -> Iterator[tuple[int, VideoFrame]]:
     """Yields the frames of these sorted numbers. Raises PlanFails if the file does not follow the plan."""
-    context = stream.codec_context
+    context, known = stream.codec_context, set(plan.pts)
     skips = context.codec.canonical_name in _SKIP_UNREFERENCED
     for start, group in groupby(numbers, plan.start.__getitem__):
         targets = {plan.pts[number]: number for number in group}
@@ -150,7 +149,7 @@ def planned_frames(
         while to_send:
             packet = next(packets, None)
             shown = packet is not None and not packet.is_discard
-            if packet is not None and shown and not _among(plan.pts, packet.pts):
+            if packet is not None and shown and packet.pts not in known:
                 raise PlanFails  # a frame that is not in the plan: later numbers would be wrong
             wanted = packet is not None and shown and packet.pts in targets
             if skips:
@@ -174,13 +173,6 @@ def planned_frames(
                 break
         if targets:
             raise PlanFails
-
-
-def _among(times: Sequence[int], time: int | None) -> bool:
-    if time is None:
-        return False
-    at = bisect_left(times, time)
-    return at < len(times) and times[at] == time
 
 
 def _packets_from(container: InputContainer, stream: VideoStream, plan: Plan, start: int) -> Iterator[av.Packet]:

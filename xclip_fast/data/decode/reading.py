@@ -56,7 +56,7 @@ def open_video(path: str | os.PathLike[str] | Source, threads: int = 1) -> Itera
     file = File(source)
     try:
         try:
-            with _opened(source, file) as container:
+            with _open(source, file) as container:
                 yield container, _video_stream(source, file, container, threads)
         except (av.FFmpegError, OSError, MemoryError) as error:
             if lacks_memory(error):
@@ -69,13 +69,12 @@ def open_video(path: str | os.PathLike[str] | Source, threads: int = 1) -> Itera
         file.close()
 
 
-@contextmanager
-def _opened(source: Source, file: File) -> Iterator[InputContainer]:
+def _open(source: Source, file: File) -> InputContainer:
     options = {"protocol_whitelist": "none", "format_whitelist": _FORMATS, "fflags": "+discardcorrupt"}
     # FFmpeg may decode a frame while it looks for the streams.
     options["max_pixels"] = str(limit("XCLIP_FAST_MAX_PIXELS"))
     try:
-        container: Any = av.open(file, "r", options=options, buffer_size=_BUFFER, io_open=_refuse, **ESCAPED)
+        return av.open(file, "r", options=options, buffer_size=_BUFFER, io_open=_refuse, **ESCAPED)
     except (av.FFmpegError, OSError, MemoryError) as error:
         if lacks_memory(error):
             raise
@@ -83,10 +82,6 @@ def _opened(source: Source, file: File) -> Iterator[InputContainer]:
         if isinstance(error, av.error.ArgumentError):
             why = "its format holds no video, or refers to other files"
         raise VideoError(f"{source}: cannot be opened as a video ({why})") from error
-    try:
-        yield container
-    finally:
-        container.close()
 
 
 def _video_stream(source: Source, file: File, container: InputContainer, threads: int) -> VideoStream:

@@ -1,4 +1,4 @@
-"""One video: a row of a manifest."""
+"""The facts about one video, as `probe` finds them and a row of a manifest stores them."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from .plan import Plan
 
 @dataclass(frozen=True, slots=True)
 class Video:
-    """One row: the facts about a video file or a member of a tar shard.
+    """The facts about a video file or a member of a tar shard: a row of a manifest.
 
-    `path` is relative to the manifest's root, with "/" between folders. For a member of a tar it is the path of the
+    In a manifest, `path` is relative to its root, with "/" between folders. For a member of a tar it is the path of the
     shard; `member` and `offset` (bytes) give the place in it. `size` is in bytes (of the member, in a shard);
-    `mtime_ns` is the file's. `label` is an index into the manifest's classes, or None. `width` and `height` are as
-    displayed, after `rotation` (degrees clockwise); `duration` is in seconds; `fps` is the average; `colorspace` is
-    FFmpeg's number (1: BT.709, 2: not stated); `interlaced`: a frame holds two fields. `packed` is the compressed
-    decoding plan; `plan` unpacks it. A row with an `error` (one line) may lack the other facts.
+    `mtime_ns` is the file's. `label` is an index into the manifest's classes, or None. `frames` is the number of real
+    frames, which the header may misstate. `width` and `height` are as displayed, after `rotation` (degrees clockwise).
+    `duration` is in seconds; `fps` is the average. `colorspace` is the matrix of the first frame in FFmpeg's numbers
+    (1: BT.709, 2: not stated, 5 and 6: BT.601, 9: BT.2020). `interlaced`: the first frame holds two fields. `packed` is
+    the compressed decoding plan; `plan` unpacks it. A row with an `error` (one line) may lack the other facts.
     """
 
     path: str

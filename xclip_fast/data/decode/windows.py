@@ -15,14 +15,17 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from ..sampling import Sampling, frame_indices
 from ..transforms import TestTransform, apply_frame
 from .chosen import chosen_pictures
 from .source import ReadError, Source, VideoError, as_source, limit
+
+if TYPE_CHECKING:
+    import torch
 
 VideoPath = str | os.PathLike[str] | Source
 
@@ -48,25 +51,23 @@ def decode_windows(
     frames: int = 8,
     sampling: Sampling = "sparse",
     *,
-    whole_below: float | None = None,
     size: int = 224,
     frame_stride: int = 1,
     threads: int = 1,
 ) -> Iterator[Window]:
     """Windows of `window` seconds, one every `stride` seconds (default: half a window), in order of time.
 
-    A video of at most `whole_below` seconds (default: `window`) is one window. The last window ends with the video and
-    may be shorter. `frames`, `sampling`, `size` and `threads` are those of `decode`, for each window; `frame_stride` is
-    its `stride`. Memory does not grow with the video's length, except for the list of frame times (about 100 bytes for
-    each frame).
+    The last window ends with the video and may be shorter. `frames`, `sampling`, `size` and `threads` are those of
+    `decode`, for each window; `frame_stride` is its `stride`. Memory does not grow with the video's length, except for
+    the list of frame times (about 100 bytes for each frame).
 
     Raises ValueError for a window or stride that is not positive, and VideoError for a bad file.
     """
     stride = window / 2 if stride is None else stride
-    whole_below = window if whole_below is None else whole_below
-    check_windows(window, stride, whole_below)
-    spans = partial(window_spans, window=window, stride=stride, whole_below=whole_below)
-    return decode_spans(as_source(path), spans, frames, sampling, size=size, stride=frame_stride, threads=threads)
+    check_windows(window, stride, window)
+    test = TestTransform(frames, size, sampling=sampling, stride=frame_stride)
+    spans = partial(window_spans, window=window, stride=stride)
+    return decode_spans(as_source(path), spans, test, threads=threads)
 
 
 def check_windows(window: float, stride: float, whole_below: float) -> None:
@@ -78,14 +79,12 @@ def check_windows(window: float, stride: float, whole_below: float) -> None:
         raise ValueError(f"whole_below is {whole_below} seconds; it must not be negative")
 
 
-def window_spans(duration: float, window: float, stride: float, whole_below: float = 0.0) -> list[Span]:
+def window_spans(duration: float, window: float, stride: float) -> list[Span]:
     """The windows of a video of `duration` seconds: each span starts `stride` seconds after the one before it.
 
-    A video of at most `whole_below` seconds is one span. The last span is the first that reaches the end, and is cut
-    off there. Raises ReadError for more than XCLIP_FAST_MAX_WINDOWS.
+    The last span is the first that reaches the end, and is cut off there. Raises ReadError for more than
+    XCLIP_FAST_MAX_WINDOWS.
     """
-    if duration <= whole_below:
-        return [(0.0, duration)]
     count = 1 + max(0, math.ceil(min((duration - window) / stride, 2.0**53) - 1e-9))
     if count > (most := limit("XCLIP_FAST_MAX_WINDOWS")):  # of a time stamp far off, or of a tiny stride
         raise ReadError(
@@ -99,19 +98,16 @@ def window_spans(duration: float, window: float, stride: float, whole_below: flo
 def decode_spans(
     source: Source,
     spans: Callable[[float], Sequence[Span]],
-    frames: int = 8,
-    sampling: Sampling = "sparse",
+    test: TestTransform,
     *,
-    size: int = 224,
-    stride: int = 1,
     rng: np.random.Generator | None = None,
     threads: int = 1,
 ) -> Generator[Window, None, None]:
-    """The parts of a video in `spans(duration in seconds)`, which are sorted by time.
+    """The parts of a video in `spans(duration in seconds)`, which are sorted by time, as one view of `test` each.
 
     A span without a frame shows the frame before it. Raises VideoError.
     """
-    test = TestTransform(frames, size, sampling=sampling, stride=stride)
+    size = test.size
     state = {} if rng is None else rng.bit_generator.state
     waiting: deque[tuple[Span, list[int]]] = deque()  # the windows to come, with their frame numbers
     held: dict[int, np.ndarray] = {}  # frames (S, S, 3) that a window still needs
@@ -127,6 +123,8 @@ def decode_spans(
         except ReadError as error:
             raise ReadError(f"{source}: {error}") from error
         return {number for _, numbers in waiting for number in numbers}
+
+    import torch
 
     with contextlib.closing(chosen_pictures(source, choose, threads)) as pictures:
         for number, picture_HWC in pictures:

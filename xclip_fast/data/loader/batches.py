@@ -5,6 +5,7 @@ Sizes: B videos, V views, T frames, S pixels a side.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -33,15 +34,15 @@ class DataError(ValueError):
 class Report:
     """The outcome of an epoch on one rank.
 
-    `total`: this rank's videos, with those that the index lists as bad. The totals of all ranks add up to the rows of
-    the manifest. `delivered`: the videos delivered so far. `bad`: row -> reason, for every bad video that this rank
-    knows; it is kept from epoch to epoch. `names`: row -> file, for the bad videos.
+    `name_of`: the file of a row. `total`: this rank's videos, with those that the index lists as bad. The totals of all
+    ranks add up to the rows of the manifest. `delivered`: the videos delivered so far. `bad`: row -> reason, for every
+    bad video that this rank knows; it is kept from epoch to epoch.
     """
 
-    total: int
+    name_of: Callable[[int], str]
+    total: int = 0
     delivered: int = 0
     bad: dict[int, str] = field(default_factory=dict)
-    names: dict[int, str] = field(default_factory=dict)
 
     def summary(self) -> str:
         """ "n of m videos", and the unreadable ones by name."""
@@ -52,7 +53,7 @@ class Report:
 
     def listed(self) -> str:
         """The first bad videos by name, each with its reason."""
-        parts = [f"{self.names[row]}: {self.bad[row]}" for row in sorted(self.bad)[:_SHOWN]]
+        parts = [f"{self.name_of(row)}: {self.bad[row]}" for row in sorted(self.bad)[:_SHOWN]]
         more = len(self.bad) - len(parts)
         return "; ".join(parts) + (f"; and {more} more" if more else "")
 

@@ -1,9 +1,9 @@
 """Decoded videos kept on disk, so that a small data set is decoded once.
 
-Each video is one `.npy` file of all its frames, uint8 (F, H, W, 3), full size, read by memory mapping: a view reads
-only the frames it needs. A CRC-32 of each frame follows the frames. Each process checks a frame when it first reads it.
-A file with a wrong frame is deleted and made again. The name of the file is a hash of the video's path, its place in a
-tar shard, its present size and time of change (not those in the index), and the version of the decoder.
+Each video is one file of all its frames, uint8 (F, H, W, 3), full size, read by memory mapping: a view reads only the
+frames it needs. A CRC-32 of each frame follows the frames. Each process checks a frame when it first reads it. A file
+with a wrong frame is deleted and made again. The name of the file is a hash of the frames' shape, the video's path, its
+place in a tar shard, its present size and time of change (not those in the index), and the version of the decoder.
 
 Files are written under another name and then renamed, so several processes may fill one folder. Each process looks at
 the folder's size only every few seconds, so each may exceed the limit by one video.
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import math
 import os
 import shutil
@@ -43,7 +42,7 @@ class FrameCache:
 
     The default limit is the present size of the folder plus half of the free space on its disk. If the cache is full,
     other videos are decoded every time. No video is evicted: every epoch reads all of them, so none is a better choice
-    than the first ones. `notes` collects messages for people, each once.
+    than the first ones. `notes`: messages for people by their kind, the first of each.
     """
 
     def __init__(self, folder: str | os.PathLike[str], limit: int | None = None) -> None:
@@ -56,8 +55,7 @@ class FrameCache:
         if limit < 0:
             raise ValueError(f"cache_bytes is {limit}; it must not be negative")
         self.limit = limit
-        self.notes: list[str] = []
-        self._told: set[str] = set()
+        self.notes: dict[str, str] = {}
         self._cannot: set[str] = set()  # files of videos that cannot be decoded to their end
         self._broken = False
         self._checked: dict[str, np.ndarray] = {}  # by file: frames whose checksum is right, bool (F,)
@@ -70,20 +68,19 @@ class FrameCache:
 
         `video`: the source's row of the manifest. Raises VideoError.
         """
-        frames = self._frames(source, video)
+        frames = self._frames(source, (video.frames, video.height, video.width, 3))
         if frames is None or not self._sound(frames, np.concatenate([view.frames for view in views])):
             decode_views(source, views, out=out)
             return
         for view, out_TSSC in zip(views, out, strict=True):
             apply(view, frames[view.frames], out_TSSC)
 
-    def _frames(self, source: Source, video: Video) -> np.memmap | None:
+    def _frames(self, source: Source, shape: tuple[int, ...]) -> np.memmap | None:
         """All frames of the video, (F, H, W, 3), mapped from the cache; None if the cache does not have them."""
         try:
-            path = self.folder / f"{_key(source)}.npy"
+            path = self.folder / f"{_key(source, shape)}.frames"
         except OSError:  # no such file: the decoder has the better error
             return None
-        shape = (video.frames, video.height, video.width, 3)
         stored = _mapped(path, shape)
         if stored is not None:
             return stored
@@ -98,7 +95,7 @@ class FrameCache:
         path = Path(str(frames.filename))
         checked = self._checked.setdefault(path.name, np.zeros(len(frames), bool))
         try:
-            sums = np.fromfile(path, "<u4", offset=int(frames.offset) + frames.size)
+            sums = np.fromfile(path, "<u4", offset=frames.size)
         except OSError:  # another process has just deleted it
             return False
         for number in np.unique(numbers[~checked[numbers]]).tolist():
@@ -132,14 +129,12 @@ class FrameCache:
         step = max(1, _CHUNK // max(1, math.prod(shape[1:])))
         try:
             with open(part, "xb") as file:
-                file.write(_header(shape))
                 for start in range(0, shape[0], step):
                     try:
                         frames = decode_frames(source, range(start, min(start + step, shape[0])))
                     except (VideoError, IndexError):
-                        self._cannot.add(path.name)
-                        return False
-                    if frames.shape[1:] != shape[1:]:
+                        frames = None
+                    if frames is None or frames.shape[1:] != shape[1:]:
                         self._cannot.add(path.name)
                         return False
                     frames = np.ascontiguousarray(frames)  # turned pictures keep their order in memory
@@ -172,35 +167,21 @@ class FrameCache:
         return used
 
     def _note(self, kind: str, text: str) -> None:
-        if kind not in self._told:
-            self._told.add(kind)
-            self.notes.append(text)
+        self.notes.setdefault(kind, text)
 
 
-def _key(source: Source) -> str:
+def _key(source: Source, shape: tuple[int, ...]) -> str:
     status = os.stat(source.path)
-    facts = (_PIXELS, os.path.abspath(source.path), source.offset, source.size, status.st_size, status.st_mtime_ns)
-    text = repr((*facts, av.__version__))
+    file = (os.path.abspath(source.path), source.offset, source.size, status.st_size, status.st_mtime_ns)
+    text = repr((_PIXELS, *file, shape, av.__version__))
     return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=20).hexdigest()
 
 
-def _header(shape: tuple[int, ...]) -> bytes:
-    file = io.BytesIO()
-    np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-    return file.getvalue()
-
-
 def _mapped(path: Path, shape: tuple[int, ...]) -> np.memmap | None:
-    """The array in this file, or None if the file is missing, incomplete or of another shape."""
-    # Not np.load: it parses the header as Python, which several threads at once cannot do under Python 3.11.
-    header = _header(shape)
+    """The frames in this file, or None if the file is missing or incomplete."""
     try:
-        with open(path, "rb") as file:
-            if (
-                file.read(len(header)) != header
-                or os.fstat(file.fileno()).st_size != len(header) + math.prod(shape) + 4 * shape[0]
-            ):
-                return None
-            return np.memmap(file, np.uint8, "r", len(header), shape)
+        if os.path.getsize(path) != math.prod(shape) + 4 * shape[0]:
+            return None
+        return np.memmap(path, np.uint8, "r", shape=shape)
     except (OSError, ValueError):
         return None

@@ -14,7 +14,7 @@ import logging
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from collections.abc import Callable, Generator, Iterable, MutableMapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,16 +28,21 @@ from ..decode.decoder import decode_views
 from ..decode.source import VideoError
 from ..decode.video import DamagedPlan
 from ..manifest.manifest import Manifest
-from ..sampling import sample_rng
 from ..threads import Job, Threads, cores_of_rank
 from ..transforms import View
 from .batches import Batch
 from .dali_graph import inputs_of, make_pipeline, read_encoded
-from .tasks import sample_shape
+from .tasks import draw_views, sample_shape
 
 log = logging.getLogger(__name__)
 
+_AHEAD = 3  # batches that are prepared while one is used
+_STREAMS = 2  # pipelines that take turns
+_MEMORY = 2 << 30  # bytes of full-size frames in a run of a pipeline; larger batches are split
 _GIVE_UP = 5  # failed runs in a row without a bad file: then DALI itself is broken
+
+_Sample = dict[str, np.ndarray] | np.ndarray
+"""A prepared row: the inputs of DALI, or the views as decoded on the CPU, uint8 (V, T, S, S, 3)."""
 
 
 def dali_batches(
@@ -48,21 +53,15 @@ def dali_batches(
     seed: int = 0,
     epoch: int = 0,
     device: str | torch.device = "cuda",
-    ahead: int = 3,
-    streams: int = 2,
-    threads: int | None = None,
     workers: int | None = None,
     time_limit: float = 60.0,
-    memory: int = 2 << 30,
     routes: MutableMapping[int, str | None] | None = None,
     on_bad: Callable[[int, str], None] | None = None,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """The batches of these rows of the manifest, in this order, decoded by DALI. `device="cpu"`: by its CPU operators.
 
-    While one batch is used, `ahead` further ones are prepared. `streams` pipelines of `threads` decoders each take
-    turns. `workers` threads read files and decode the videos that DALI cannot. A run of a pipeline holds at most
-    `memory` bytes of full-size frames; larger batches are split. `routes` is kept from epoch to epoch: row -> the
-    reason for the CPU, or None for DALI.
+    `workers` threads read files and decode the videos that DALI cannot. `routes` is kept from epoch to epoch: row ->
+    the reason for the CPU, or None for DALI.
 
     A video that cannot be decoded is left out of its batch and passed to `on_bad(row, reason)`, which may raise an
     error to stop. If a run fails or takes longer than `time_limit` seconds, its samples are decoded on the CPU. A hung
@@ -76,7 +75,6 @@ def dali_batches(
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     cores = cores_of_rank()
-    random = getattr(transform, "random", True)
     todo = deque(np.asarray(rows, np.int64) for rows in batches)
     shape = sample_shape(transform)
     make = partial(
@@ -84,27 +82,25 @@ def dali_batches(
         views=shape[0],
         size=shape[2],
         batch_size=max((len(rows) for rows in todo), default=0) or 1,
-        threads=threads or max(1, min(8, cores // streams)),
+        threads=max(1, min(8, cores // _STREAMS)),
         device_id=device.index if device.type == "cuda" else None,
     )
     run = _Epoch(
         manifest=manifest,
         transform=transform,
-        random=random,
         seed=seed,
         epoch=epoch,
         device=device,
         shape=shape,
-        memory=memory,
         readers=Threads(workers or cores, "video reader", lambda: None, time_limit),
-        engines=Threads(streams, "dali", lambda: _Pipe(make), time_limit),
+        engines=Threads(_STREAMS, "dali", lambda: _Pipe(make), time_limit),
         routes={} if routes is None else routes,
         on_bad=on_bad or (lambda row, why: log.warning("%s: left out: %s", manifest.name(row), why)),
     )
     waiting: deque[_Pending] = deque()
     try:
         while todo or waiting:
-            while todo and len(waiting) <= ahead:
+            while todo and len(waiting) <= _AHEAD:
                 waiting.append(run.begin(todo.popleft()))
             yield run.finish(waiting.popleft())
     finally:
@@ -113,20 +109,17 @@ def dali_batches(
 
 
 @dataclass(eq=False)
-class _Sample:
-    """A prepared row: the inputs of DALI, or the views as decoded on the CPU, uint8 (V, T, S, S, 3)."""
-
-    inputs: dict[str, np.ndarray] | None = None
-    pixels_VTSSC: np.ndarray | None = None
-
-
-@dataclass(eq=False)
 class _Pending:
-    """A batch in preparation: a job for each row, and the runs of DALI as (places in the batch, job)."""
+    """A batch in preparation: a job for each row, and the runs of DALI as (places in the batch, job).
+
+    By place: `pixels`, the views decoded on the CPU, and `bad`, the reasons of videos that cannot be decoded.
+    """
 
     rows: np.ndarray
-    samples: list[Job]
+    samples: list[Job] = field(default_factory=list)
     runs: list[tuple[list[int], Job]] = field(default_factory=list)
+    pixels: dict[int, np.ndarray] = field(default_factory=dict)
+    bad: dict[int, str] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -135,12 +128,10 @@ class _Epoch:
 
     manifest: Manifest
     transform: Any
-    random: bool
     seed: int
     epoch: int
     device: torch.device
     shape: tuple[int, ...]
-    memory: int
     readers: Threads
     engines: Threads
     routes: MutableMapping[int, str | None]
@@ -158,7 +149,7 @@ class _Epoch:
 
     def begin(self, rows: np.ndarray) -> _Pending:
         """Start the jobs of a batch."""
-        pending, room = _Pending(rows, []), self.memory
+        pending, room = _Pending(rows), _MEMORY
         groups: list[list[int]] = [[]]
         for place, row in enumerate(rows.tolist()):
             video = self.manifest.videos[row]
@@ -172,7 +163,7 @@ class _Epoch:
                 need = frames * video.width * video.height * 3
                 if need > room and groups[-1]:
                     groups.append([])
-                    room = self.memory
+                    room = _MEMORY
                 room -= need
                 groups[-1].append(place)
             pending.samples.append(Job(partial(self.prepare, row)))
@@ -183,12 +174,10 @@ class _Epoch:
         return pending
 
     def views(self, row: int) -> list[View]:
-        video = self.manifest.videos[row]
-        rng = sample_rng(self.seed, self.epoch, row) if self.random else None
-        return self.transform.views(video.frames, video.width, video.height, rng)
+        return draw_views(self.transform, self.manifest.videos[row], self.seed, self.epoch, row)
 
     def prepare(self, row: int, _: object) -> _Sample:
-        """Read the file for DALI, or decode it here. Raises VideoError."""
+        """Read the file for DALI, or decode it here. Raises VideoError and DamagedPlan."""
         video = self.manifest.videos[row]
         if video.error is not None:
             raise VideoError(video.error)
@@ -198,18 +187,14 @@ class _Epoch:
                 encoded = read_encoded(path, video.offset, video.size)
                 why = container(encoded[:8].tobytes())
                 if why is None:
-                    return _Sample(inputs_of(encoded, self.views(row), video.colorspace))
+                    return inputs_of(encoded, self.views(row), video.colorspace)
             except OSError as error:  # the CPU decoder has the better error, if the file is bad
                 why = f"has changed since it was indexed: {error}"
             self.route(row, why)
         return self.decode(row)
 
     def decode(self, row: int, _: object = None) -> _Sample:
-        try:
-            source = self.manifest.source(row)
-        except DamagedPlan as error:
-            raise VideoError(str(error)) from error
-        return _Sample(pixels_VTSSC=decode_views(source, self.views(row)))
+        return decode_views(self.manifest.source(row), self.views(row))
 
     def decode_when_ready(self, samples: list[Job]) -> Job:
         """A job of the engines that starts when the last of these samples is ready."""
@@ -217,8 +202,8 @@ class _Epoch:
 
         def decode(pipe: _Pipe) -> Any:
             """The views of the samples that DALI decodes: a DALI tensor (n, ...)."""
-            done = [None if job.future.exception() else job.future.result().inputs for job in samples]
-            ready = [inputs for inputs in done if inputs is not None]
+            done = [job.future.result() for job in samples if not job.future.exception()]
+            ready = [sample for sample in done if isinstance(sample, dict)]
             return pipe.run({name: [inputs[name] for inputs in ready] for name in ready[0]}) if ready else None
 
         job = Job(decode)
@@ -237,17 +222,16 @@ class _Epoch:
 
     def finish(self, pending: _Pending) -> Batch:
         """Wait for a batch, decode failed samples on the CPU, and assemble it."""
-        bad: dict[int, str] = {}
-        pixels: dict[int, np.ndarray] = {}
+        bad = pending.bad
         parts: list[tuple[list[int], torch.Tensor]] = []
         for place, job in enumerate(pending.samples):
-            self.collect(place, job, pixels, bad)
+            self.collect(pending, place, job)
         for places, job in pending.runs:
-            places = [place for place in places if place not in bad and place not in pixels]
+            places = [place for place in places if place not in bad and place not in pending.pixels]
             try:
                 tensor = self.engines.result(job)
             except (RuntimeError, MemoryError, TimeoutError) as error:
-                self.mend(pending, places, error, pixels, bad)
+                self.mend(pending, places, error)
                 continue
             if tensor is not None:
                 parts.append((places, torch.from_dlpack(tensor)))
@@ -256,28 +240,26 @@ class _Epoch:
             self.on_bad(int(pending.rows[place]), bad[place])
         kept = [place for place in range(len(pending.rows)) if place not in bad]
         rows = pending.rows[kept]
-        return Batch(self.assemble(kept, parts, pixels), *map(self.move, (self.manifest.labels[rows], rows)))
+        return Batch(self.assemble(pending, kept, parts), *map(self.move, (self.manifest.labels[rows], rows)))
 
-    def collect(self, place: int, job: Job, pixels: dict[int, np.ndarray], bad: dict[int, str]) -> None:
+    def collect(self, pending: _Pending, place: int, job: Job) -> None:
         try:
             sample = self.readers.result(job)
-        except (VideoError, TimeoutError, MemoryError) as error:
-            bad[place] = str(error) or "not enough memory to decode it"
+        except (VideoError, DamagedPlan, TimeoutError, MemoryError) as error:
+            pending.bad[place] = str(error) or "not enough memory to decode it"
         else:
-            if sample.pixels_VTSSC is not None:
-                pixels[place] = sample.pixels_VTSSC
+            if isinstance(sample, np.ndarray):
+                pending.pixels[place] = sample
 
-    def mend(
-        self, pending: _Pending, places: list[int], error: Exception, pixels: dict[int, np.ndarray], bad: dict[int, str]
-    ) -> None:
+    def mend(self, pending: _Pending, places: list[int], error: Exception) -> None:
         """Decode the samples of a failed run on the CPU."""
         why = f"DALI failed: {_first_line(error)}"
         log.warning("a batch of %d videos is decoded on the CPU: %s", len(places), why)
         rows = [int(pending.rows[place]) for place in places]
         jobs = [self.readers.submit(Job(partial(self.decode, row))) for row in rows]
         for place, job in zip(places, jobs, strict=True):
-            self.collect(place, job, pixels, bad)
-        blamed = [row for place, row in zip(places, rows, strict=True) if place in bad]
+            self.collect(pending, place, job)
+        blamed = [row for place, row in zip(places, rows, strict=True) if place in pending.bad]
         for row in blamed or rows:
             self.route(row, why)
         if blamed:
@@ -289,17 +271,16 @@ class _Epoch:
                 f"repair DALI. The last error: {error}"
             ) from error
 
-    def assemble(
-        self, kept: list[int], parts: list[tuple[list[int], torch.Tensor]], pixels: dict[int, np.ndarray]
-    ) -> torch.Tensor:
+    def assemble(self, pending: _Pending, kept: list[int], parts: list[tuple[list[int], torch.Tensor]]) -> torch.Tensor:
         """The frames of these places of a batch, in order, on the device."""
         if len(parts) == 1 and parts[0][0] == kept:
             return parts[0][1]
         shape = self.shape if self.shape[0] > 1 else self.shape[1:]
         frames = torch.empty((len(kept), *shape), dtype=torch.uint8, device=self.device)
-        if pixels:
-            places = sorted(pixels)
-            parts = [*parts, (places, self.move(np.stack([pixels[place].reshape(shape) for place in places])))]
+        if pending.pixels:
+            places = sorted(pending.pixels)
+            pixels = np.stack([pending.pixels[place].reshape(shape) for place in places])
+            parts = [*parts, (places, self.move(pixels))]
         where = {place: number for number, place in enumerate(kept)}
         for places, part in parts:
             frames.index_copy_(0, self.move(np.array([where[place] for place in places])), part)

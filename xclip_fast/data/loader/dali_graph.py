@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ..decode.dali_support import BT709, require
+from ..decode.dali_support import BT709
 from ..transforms import View
 
 
@@ -49,7 +49,6 @@ def make_pipeline(*, views: int, size: int, batch_size: int, threads: int, devic
     The frames of all views are decoded once, and each view is a branch of the graph. Otherwise three crops of a clip
     would decode it three times.
     """
-    require()
     from nvidia.dali import fn, pipeline_def, types
 
     @pipeline_def(

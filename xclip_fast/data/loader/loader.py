@@ -29,7 +29,7 @@ from ..sampling import epoch_batches, epoch_order
 from ..threads import processes_and_threads
 from .batches import Batch, DataError, Report, moved
 from .cache import FrameCache
-from .tasks import Decode, Decoder, Task, sample_shape
+from .tasks import Decoder, Task, sample_shape
 from .workers import Workers, check_shared_memory
 
 log = logging.getLogger(__name__)
@@ -50,8 +50,8 @@ class Loader:
         batch_size: videos of a batch on this rank.
         device: of the batches; "auto": CUDA if there is one.
         decoder: "dali" or "cpu" allows only that one.
-        rank, world: this process takes every world-th of each batch_size * world videos, from number `rank` on.
-        drop_last: leave out the last batch if it is not full. Otherwise it is shorter, on some ranks perhaps empty.
+        rank, world: this process takes every world-th of each batch_size * world videos, from number `rank` on. The
+            last batch may be shorter, on some ranks perhaps empty.
         workers, threads: processes, and threads in each. By default there are two threads for each core of this process
             (the machine's cores over LOCAL_WORLD_SIZE), four in a process. workers=0 decodes in threads of this
             process, without prefetching and without protection from files that crash or hang the decoder.
@@ -61,7 +61,6 @@ class Loader:
             allowed unless it is 0. Videos that the index lists as bad are never tried and do not count. An evaluation
             may take 1.0 and report "n of m" (`Report.summary`).
         timeout: seconds that one video may take before the decoder counts as hung.
-        decode: a function in the place of `decode.decode_views`. Its frames are not cached.
 
     Raises:
         ValueError: for a bad argument. ImportError: for decoder="dali" without DALI. RuntimeError: if /dev/shm cannot
@@ -80,7 +79,6 @@ class Loader:
         shuffle: bool = False,
         rank: int = 0,
         world: int = 1,
-        drop_last: bool = False,
         workers: int | None = None,
         threads: int | None = None,
         prefetch: int = 2,
@@ -88,7 +86,6 @@ class Loader:
         cache_bytes: int | None = None,
         max_bad: float = 0.05,
         timeout: float = 60.0,
-        decode: Decode | None = None,
     ) -> None:
         if not isinstance(manifest, Manifest):
             manifest = Manifest.read(manifest)
@@ -108,7 +105,7 @@ class Loader:
             raise ValueError(f"timeout is {timeout}; a positive number of seconds is wanted")
         if decoder not in ("auto", "dali", "cpu"):
             raise ValueError(f"decoder is {decoder!r}; it must be 'auto', 'dali' or 'cpu'")
-        refused = _no_dali(place, cache is not None or decode is not None)
+        refused = _no_dali(place, cache is not None)
         if decoder == "dali" and refused:
             raise (ImportError if "not installed" in refused else ValueError)(f"decoder='dali': {refused}")
         if decoder == "auto" and refused and place.type == "cuda":
@@ -117,12 +114,12 @@ class Loader:
         dali = decoder != "cpu" and not refused
         if not dali:
             check_shared_memory(batch_size * math.prod(sample_shape(transform)), workers, prefetch)
-        kept = FrameCache(cache, cache_bytes) if cache is not None and decode is None else None
-        make = Decoder(transform, seed, threads, workers, kept, decode)
+        kept = None if cache is None else FrameCache(cache, cache_bytes)
+        make = Decoder(transform, seed, threads, workers, kept)
         self.manifest, self.batch_size, self.device = manifest, batch_size, place
         self.decoder: Literal["dali", "cpu"] = "dali" if dali else "cpu"
         self.workers, self._max_bad = Workers(make, workers, prefetch, place.type == "cuda", timeout), max_bad
-        self._shuffle, self._rank, self._world, self._drop_last = shuffle, rank, world, drop_last
+        self._shuffle, self._rank, self._world = shuffle, rank, world
         self._usable = manifest.usable
         self._epoch, self._start, self._consumed = 0, 0, 0
         self._active: weakref.ref[Generator[Batch, None, None]] | None = None
@@ -130,10 +127,11 @@ class Loader:
         self._told: set[str] = set()
         self._reasons: dict[tuple[str, str | None], str] = {}  # of bad videos: (path, member) -> reason
         self._distinct = len({self._identify(row) for row in self._usable.tolist()})
-        self.report = Report(0)
-        self._enter(manifest.bad, check=False)
+        self.report = Report(manifest.name)
+        for row, reason in manifest.bad.items():
+            self._enter(row, reason)
         self._of_index = len(self._reasons)
-        self._new_report(self._batches(0))
+        self._new_report(self._batches(0), 0)
         weakref.finalize(self, self.workers.close)
 
     @property
@@ -148,15 +146,14 @@ class Loader:
         self._epoch, self._start, self._consumed = epoch, 0, 0
 
     def __len__(self) -> int:
-        step = self.batch_size * self._world
-        return len(self._usable) // step if self._drop_last else -(-len(self._usable) // step)
+        return -(-len(self._usable) // (self.batch_size * self._world))
 
     def __iter__(self) -> Iterator[Batch]:
         self._end()
         first, self._start = self._start, 0
         batches = self._batches(self._epoch)
         self._consumed = first
-        self._new_report(batches[:first])
+        self._new_report(batches, first)
         generator = self._iterate(self._epoch, batches, first)
         self._active = weakref.ref(generator)
         return generator
@@ -178,7 +175,7 @@ class Loader:
             raise ValueError(f"batch is {batch}; an epoch has {len(self)} batches")
         self.epoch = epoch
         self._start = self._consumed = batch
-        self._new_report(self._batches(epoch)[:batch])
+        self._new_report(self._batches(epoch), batch)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resumes a saved state. Raises ValueError if it belongs to another dataset, seed, batch size or transform."""
@@ -188,7 +185,9 @@ class Loader:
                     f"this state belongs to another dataset or order: its {name} is {state.get(name)!r}, here it is "
                     f"{here!r}. Resume with the old data and settings, or start a new run"
                 )
-        self._enter({int(row): reason for row, reason in state.get("bad", {}).items()})
+        for row, reason in state.get("bad", {}).items():
+            self._enter(int(row), reason)
+        self._check()
         self.seek(state["epoch"], state["batches"])
 
     def quarantined(self) -> Manifest:
@@ -215,7 +214,6 @@ class Loader:
             "seed": make.seed,
             "global_batch": self.batch_size * self._world,
             "shuffle": self._shuffle,
-            "drop_last": self._drop_last,
         }
 
     @functools.cached_property
@@ -226,17 +224,14 @@ class Loader:
 
     def _batches(self, epoch: int) -> list[np.ndarray]:
         order = epoch_order(len(self._usable), self.workers.decoder.seed, epoch, self._shuffle)
-        return epoch_batches(self._usable[order], self.batch_size, self._rank, self._world, self._drop_last)
+        return epoch_batches(self._usable[order], self.batch_size, self._rank, self._world)
 
-    def _new_report(self, done: list[np.ndarray]) -> None:
-        """Starts the report of an epoch in which these batches were delivered before, except for bad videos."""
+    def _new_report(self, batches: list[np.ndarray], done: int) -> None:
+        """Starts the report of an epoch of which `done` batches were delivered before, except for bad videos."""
         bad = self.report.bad
-        rows, of_index = len(self._usable), len(self.manifest) - len(self._usable)
-        step = self.batch_size * self._world
-        last = len(range(self._rank, rows % step, self._world))
-        total = rows // step * self.batch_size + last + len(range(self._rank, of_index, self._world))
-        delivered = sum(int(row) not in bad for rows in done for row in rows)
-        self.report = Report(total, delivered, bad, self.report.names)
+        of_index = range(self._rank, len(self.manifest) - len(self._usable), self._world)
+        delivered = sum(int(row) not in bad for rows in batches[:done] for row in rows)
+        self.report = Report(self.manifest.name, sum(map(len, batches)) + len(of_index), delivered, bad)
 
     def _iterate(self, epoch: int, batches: list[np.ndarray], first: int) -> Generator[Batch, None, None]:
         start = self._on_gpu if self.decoder == "dali" else self._on_cpu
@@ -248,23 +243,18 @@ class Loader:
         self.epoch = epoch + 1
 
     def _on_cpu(self, epoch: int, batches: list[np.ndarray]) -> Generator[Batch, None, None]:
-        def task(turn: int, number: int, rows: np.ndarray) -> Task:
-            return Task(turn, number, epoch, rows, self.manifest.select(rows))
+        def make(turn: int, number: int, rows: np.ndarray) -> Task:
+            good = self._good(rows)
+            return Task(turn, number, epoch, good, self.manifest.select(good))
 
         copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        results = self.workers.results(
-            range(len(batches)),
-            lambda turn, number: task(turn, number, self._good(batches[number])),
-            lambda turn, row: task(turn, -1, np.array([row], np.int64)),
-            self._bad,
-        )
-        with contextlib.closing(results):
+        with contextlib.closing(self.workers.results(batches, make, self._bad)) as results:
             for result in results:
                 for row, reason in result.bad.items():
                     self._bad(row, reason)
-                for note in result.notes:
-                    if note not in self._told:
-                        self._told.add(note)
+                for kind, note in result.notes.items():
+                    if kind not in self._told:
+                        self._told.add(kind)
                         log.warning("%s", note)
                 frames = result.frames[:, 0] if result.frames.shape[1] == 1 else result.frames
                 parts = (frames, torch.from_numpy(self.manifest.labels[result.rows]), torch.from_numpy(result.rows))
@@ -274,7 +264,7 @@ class Loader:
         from .dali import dali_batches
 
         make = self.workers.decoder
-        items: Any = dali_batches(
+        return dali_batches(
             self.manifest,
             make.transform,
             [self._good(rows) for rows in batches],
@@ -286,21 +276,19 @@ class Loader:
             routes=self._routes,
             on_bad=self._bad,
         )
-        with contextlib.closing(items):
-            for item in items:
-                yield Batch(*item)
 
     def _good(self, rows: np.ndarray) -> np.ndarray:
         """These rows without the known bad videos. Those are entered in the report."""
         if not self._reasons:
             return rows
-        keep = np.ones(len(rows), bool)
-        for place, row in enumerate(rows.tolist()):
+        good: list[int] = []
+        for row in rows.tolist():
             reason = self._reasons.get(self._identify(row))
-            if reason is not None:
-                keep[place] = False
+            if reason is None:
+                good.append(row)
+            else:
                 self._bad(row, reason)
-        return rows[keep]
+        return np.array(good, np.int64)
 
     def _identify(self, row: int) -> tuple[str, str | None]:
         video = self.manifest.videos[row]
@@ -308,20 +296,17 @@ class Loader:
 
     def _bad(self, row: int, reason: str) -> None:
         """Enters a bad video and logs it the first time. Raises DataError if there are too many."""
-        if self._enter({row: reason}, check=False):
+        if self._enter(row, reason):
             log.warning("%s: left out: %s", self.manifest.name(row), reason)
             self._check()
 
-    def _enter(self, bad: dict[int, str], check: bool = True) -> bool:
-        """Enters bad videos in the report. Returns True if one of them is new."""
-        before = len(self._reasons)
-        for row, reason in bad.items():
-            self.report.bad[row] = reason
-            self.report.names[row] = self.manifest.name(row)
-            self._reasons.setdefault(self._identify(row), reason)
-        if check:
-            self._check()
-        return len(self._reasons) > before
+    def _enter(self, row: int, reason: str) -> bool:
+        """Enters a bad video in the report. Returns True if it is new."""
+        video = self._identify(row)
+        is_new = video not in self._reasons
+        self.report.bad[row] = reason
+        self._reasons.setdefault(video, reason)
+        return is_new
 
     def _check(self) -> None:
         found = len(self._reasons) - self._of_index
@@ -337,12 +322,12 @@ class Loader:
 loader = Loader  # used as a function: `for batch in loader(...)`
 
 
-def _no_dali(device: torch.device, own: bool) -> str | None:
+def _no_dali(device: torch.device, cached: bool) -> str | None:
     """The reason why DALI is not used, or None."""
     if device.type != "cuda":
         return f"DALI is for CUDA devices, and the device is {device}"
-    if own:
-        return "a cache or a decode function of the caller gives the frames, on the CPU"
+    if cached:
+        return "a cache gives the frames, on the CPU"
     from ..decode.dali_support import missing
 
     return missing()

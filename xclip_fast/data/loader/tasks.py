@@ -8,7 +8,6 @@ from __future__ import annotations
 import queue
 import time
 import traceback
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -18,18 +17,22 @@ from torch.utils.data import get_worker_info
 
 from ..decode.decoder import decode_views
 from ..decode.source import VideoError
-from ..decode.video import DamagedPlan, one_line
+from ..decode.video import DamagedPlan, Video, one_line
 from ..manifest.manifest import Manifest
 from ..sampling import sample_rng
+from ..transforms import View
 from .cache import FrameCache
 
-Decode = Callable[..., Any]
-"""(source, views, *, out), as `decode.decode_views`."""
+
+def draw_views(transform: Any, video: Video, seed: int, epoch: int, row: int) -> list[View]:
+    """The transform's views of the video in this row, in this epoch."""
+    rng = sample_rng(seed, epoch, row) if getattr(transform, "random", True) else None
+    return transform.views(video.frames, video.width, video.height, rng)
 
 
 def sample_shape(transform: Any) -> tuple[int, ...]:
     """(V, T, S, S, 3) of one sample. It is the same for every video, so it is asked for any."""
-    views = transform.views(64, 64, 64, sample_rng(0, 0, 0) if getattr(transform, "random", True) else None)
+    views = draw_views(transform, Video("", frames=64, width=64, height=64), 0, 0, 0)
     return len(views), len(views[0].frames), views[0].size, views[0].size, 3
 
 
@@ -44,16 +47,17 @@ class Task(NamedTuple):
 
 
 class Result(NamedTuple):
-    """A batch: frames uint8 (B, V, T, S, S, 3) of `rows`, the reasons for missing rows (`bad`), and `notes` for people.
+    """A batch: frames uint8 (B, V, T, S, S, 3) of `rows`, and the reasons for missing rows (`bad`).
 
-    `failure` is the traceback of an error that is not a video's fault. `number` is -1 if the batch is no longer wanted.
+    `notes`: those of the cache. `failure` is the traceback of an error that is not a video's fault. `number` is -1 if
+    the batch is no longer wanted.
     """
 
     number: int
     frames: torch.Tensor
     rows: np.ndarray
     bad: dict[int, str]
-    notes: list[str]
+    notes: dict[str, str]
     failure: str | None
 
 
@@ -94,18 +98,9 @@ class Table:
 class Decoder:
     """The dataset for torch's DataLoader: it turns a task into a result. It is pickled once for each worker."""
 
-    def __init__(
-        self,
-        transform: Any,
-        seed: int,
-        threads: int,
-        workers: int,
-        cache: FrameCache | None = None,
-        decode: Decode | None = None,
-    ) -> None:
-        self.transform, self.seed, self.threads = transform, seed, threads
+    def __init__(self, transform: Any, seed: int, threads: int, workers: int, cache: FrameCache | None) -> None:
+        self.transform, self.seed, self.threads, self.cache = transform, seed, threads, cache
         self.shape = sample_shape(transform)
-        self.cache, self.decode = cache, decode
         self.table = Table(max(1, workers), threads)
         self._pool: ThreadPoolExecutor | None = None
         self._slots: queue.SimpleQueue[int] = queue.SimpleQueue()
@@ -116,10 +111,8 @@ class Decoder:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, _pool=None, _slots=queue.SimpleQueue())
 
-    def __getitem__(self, task: Task) -> Result:
-        return self.__getitems__(task)
-
-    def __getitems__(self, task: Task) -> Result:
+    def decode(self, task: Task) -> Result:
+        """Decodes a batch with the threads of this process."""
         if self._pool is None:
             self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="decode")
             for slot in range(self.threads):
@@ -132,17 +125,17 @@ class Decoder:
             # A list, so that no thread still writes to `out` if an error leaves this function.
             found = list(self._pool.map(lambda place: self._one(task, place, out[place], worker), range(len(out))))
         except Exception:  # the parent raises it, with this traceback
-            return Result(task.number, none, task.rows[:0], {}, [], traceback.format_exc())
+            return Result(task.number, none, task.rows[:0], {}, {}, traceback.format_exc())
         if None in found:
-            return Result(-1, none, task.rows[:0], {}, [], None)
+            return Result(-1, none, task.rows[:0], {}, {}, None)
         bad = {int(row): reason for row, reason in zip(task.rows, found, strict=True) if reason}
-        notes: list[str] = []
-        if self.cache is not None:
-            notes, self.cache.notes = self.cache.notes, notes
+        notes = {} if self.cache is None else dict(self.cache.notes)
         if not bad:
             return Result(task.number, frames, task.rows, bad, notes, None)
         good = np.array([not reason for reason in found])
         return Result(task.number, frames[torch.from_numpy(good)], task.rows[good], bad, notes, None)
+
+    __getitems__ = decode  # the name that DataLoader calls
 
     def _one(self, task: Task, place: int, out: np.ndarray, worker: int) -> str | None:
         """Decodes one video of a task. Returns "", or the reason of a failure; None if the task is no longer wanted."""
@@ -161,15 +154,14 @@ class Decoder:
         row, video = int(task.rows[place]), task.manifest.videos[place]
         if min(video.frames, video.width, video.height) < 1:
             return "the manifest has no facts about it; index the data again"
-        rng = sample_rng(self.seed, task.epoch, row) if getattr(self.transform, "random", True) else None
         source = None
         try:
             source = task.manifest.source(place)
-            views = self.transform.views(video.frames, video.width, video.height, rng)
-            if self.decode is None and self.cache is not None:
+            views = draw_views(self.transform, video, self.seed, task.epoch, row)
+            if self.cache is not None:
                 self.cache.decode_views(source, views, video=video, out=out)
             else:
-                (self.decode or decode_views)(source, views, out=out)
+                decode_views(source, views, out=out)
         except (VideoError, DamagedPlan, IndexError, OSError, MemoryError) as error:
             return one_line(str(error).removeprefix(f"{source}: ")) or type(error).__name__
         return ""

@@ -20,7 +20,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,9 @@ log = logging.getLogger(__name__)
 _POLL = 1  # seconds between two looks at the workers while a batch is awaited
 _FRUITLESS = 3  # restarts in a row without a batch and without a video to blame
 _START = 120.0  # seconds that a process may take to start
+
+MakeTask = Callable[[int, int, np.ndarray], Task]
+"""(turn, number, rows) to the task that decodes these rows, without those that are known to be bad."""
 
 
 class Workers:
@@ -52,32 +55,33 @@ class Workers:
         self._suspected: set[int] = set()
 
     def results(
-        self,
-        numbers: range,
-        make: Callable[[int, int], Task],
-        single: Callable[[int, int], Task],
-        give_up: Callable[[int, str], None],
+        self, batches: Sequence[np.ndarray], make: MakeTask, give_up: Callable[[int, str], None]
     ) -> Generator[Result, None, None]:
-        """The results of the tasks with these numbers, in order, each once.
+        """The results of these batches of rows, in order, each once.
 
-        `make(turn, number)` makes a task when there is room for it, `single(turn, row)` a task of one video.
-        `give_up(row, reason)` is called for a video that killed or hung its worker; later tasks must leave it out.
+        `make` makes a task when there is room for it. `give_up(row, reason)` is called for a video that killed or hung
+        its worker; later tasks must leave it out.
+
         Raises RuntimeError if workers keep dying without a video to blame, or with the traceback of another error.
         """
         self._turn += 1
         turn = self.table.turn = self._turn
-        self._feed.tasks = lambda: (make(turn, number) for number in numbers[done:] if self.table.turn == turn)
         done, fruitless = 0, 0
+
+        def tasks() -> Iterator[Task]:
+            return (make(turn, at, batches[at]) for at in range(done, len(batches)) if self.table.turn == turn)
+
+        self._feed.tasks = tasks
         try:
-            while done < len(numbers):
+            while done < len(batches):
                 try:
-                    result = self._next(turn) if self.workers else self.decoder[make(turn, numbers[done])]
-                    if result.number != numbers[done] and result.failure is None:
-                        raise RuntimeError(f"batch {result.number} came where {numbers[done]} was due")
+                    result = self._next(turn) if self.workers else self.decoder.decode(make(turn, done, batches[done]))
+                    if result.number != done and result.failure is None:
+                        raise RuntimeError(f"batch {result.number} came where {done} was due")
                 except _TROUBLE as error:
                     if not self.workers:
                         raise
-                    fruitless = 0 if self._recover(error, turn, single, give_up) else fruitless + 1
+                    fruitless = 0 if self._recover(error, turn, make, give_up) else fruitless + 1
                     if fruitless > _FRUITLESS:
                         raise RuntimeError(self._hopeless(error)) from error
                     continue
@@ -90,7 +94,7 @@ class Workers:
                 yield result
         finally:
             self.table.turn = 0
-            if done < len(numbers) and not sys.is_finalizing():
+            if done < len(batches) and not sys.is_finalizing():
                 self._drain(5.0)
             self._feed.tasks = _no_tasks  # `make` may refer to the loader that owns this
 
@@ -148,13 +152,7 @@ class Workers:
             persistent_workers=True,
         )
 
-    def _recover(
-        self,
-        error: BaseException,
-        turn: int,
-        single: Callable[[int, int], Task],
-        give_up: Callable[[int, str], None],
-    ) -> bool:
+    def _recover(self, error: BaseException, turn: int, make: MakeTask, give_up: Callable[[int, str], None]) -> bool:
         """Ends all workers and looks for the video that is to blame. Returns False if this found nothing."""
         suspects: list[int] = []
         for number, process in enumerate(self.processes):
@@ -169,7 +167,7 @@ class Workers:
         given_up = 0
         for row in suspects:
             verdict = f"the worker that decodes it died or hung, twice ({reason})" if row in self._suspected else ""
-            verdict = verdict or self._alone(single(turn, row))
+            verdict = verdict or self._alone(make(turn, -1, np.array([row], np.int64)))
             if verdict:
                 give_up(row, verdict)
                 given_up += 1

@@ -9,7 +9,7 @@ import posixpath
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,15 +98,6 @@ def _check_list(path: Path) -> None:
         raise ValueError(f"{path}: has {size} bytes, too many for a list")
 
 
-def videos_below(
-    folder: str | os.PathLike[str], leave_out: Callable[[str], bool] = lambda inner: False
-) -> Iterator[str]:
-    """The video files in a folder and its subfolders, without hidden ones and those that ``leave_out`` names."""
-    for here, inner, names in os.walk(folder):
-        inner[:] = sorted(name for name in inner if name[0] != "." and not leave_out(os.path.join(here, name)))
-        yield from (os.path.join(here, name) for name in sorted(names) if VIDEO_NAME.fullmatch(name))
-
-
 def is_folder(entry: os.DirEntry[str]) -> bool:
     """Whether an entry is a folder to look into. A folder with the name of a video is not."""
     try:
@@ -153,6 +144,12 @@ def walk(root: Path, follow_links: bool) -> tuple[list[Video], list[str]]:
     kinds = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(9))
     notes = [f"{root}: skipped files that have no video suffix: {kinds}"] if others else []
     return sorted(found, key=lambda entry: entry.path), notes
+
+
+def videos_below(folder: str | os.PathLike[str]) -> list[str]:
+    """The paths of the video files below a folder, sorted. Hidden files and links to folders are left out."""
+    found, _ = walk(Path(folder), follow_links=False)
+    return [os.path.join(folder, video.path) for video in found if video.error is None]
 
 
 def class_numbers(

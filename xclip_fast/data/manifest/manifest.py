@@ -57,8 +57,8 @@ class Manifest:
         return len(self.videos)
 
     @staticmethod
-    def read(path: str | os.PathLike[str], root: str | os.PathLike[str] | None = None) -> Manifest:
-        """Read a manifest. `root`: the folder of the videos, if they have moved since it was written.
+    def read(path: str | os.PathLike[str]) -> Manifest:
+        """Read a manifest.
 
         A damaged line is a video with an error, and is logged. Raises ValueError for a file that is not a manifest or
         has no good line, and OSError if it cannot be read.
@@ -78,8 +78,8 @@ class Manifest:
                 "for faster decoding",
                 path,
             )
-        if root is None:  # a relative root starts at the folder of the real file
-            root = os.path.join(os.path.dirname(os.path.realpath(path)), header["root"])
+        # a relative root starts at the folder of the real file
+        root = os.path.join(os.path.dirname(os.path.realpath(path)), header["root"])
         return Manifest(Path(os.path.realpath(root)), tuple(header["classes"]), videos, version)
 
     def write(self, path: str | os.PathLike[str]) -> None:

@@ -19,10 +19,10 @@ from typing import Any
 
 from ..decode.decoder import probe
 from ..decode.source import ReadError, Source, VideoError
-from ..decode.video import Video, one_line, pack_plan
+from ..decode.video import Video, one_line
 from ..threads import usable_cores
 
-_FACTS = ("frames", "width", "height", "codec", "pix_fmt", "rotation", "duration", "fps", "colorspace", "interlaced")
+_OF_ROW = ("path", "label", "member", "offset", "size", "mtime_ns")  # not of the video itself
 
 
 def look(root: str, row: Video, follow_links: bool) -> Video:
@@ -35,7 +35,7 @@ def look(root: str, row: Video, follow_links: bool) -> Video:
     try:
         before = file_status(root, row.path, follow_links)
         row = replace(row, mtime_ns=before.st_mtime_ns, size=row.size if row.offset is not None else before.st_size)
-        info = probe(source)
+        video = probe(source)
         after = os.stat(source.path)
     except VideoError as error:
         passing = isinstance(error, ReadError)
@@ -48,8 +48,7 @@ def look(root: str, row: Video, follow_links: bool) -> Video:
         return replace(row, error=text, mtime_ns=0)
     if (after.st_mtime_ns, after.st_size) != (before.st_mtime_ns, before.st_size):
         return replace(row, error="changed while it was read; index again", mtime_ns=0)
-    facts: dict[str, Any] = {name: getattr(info, name) for name in _FACTS}
-    return replace(row, **facts, packed=None if info.plan is None else pack_plan(info.plan))
+    return replace(video, **{name: getattr(row, name) for name in _OF_ROW})
 
 
 def file_status(root: str, path: str, follow_links: bool) -> os.stat_result:

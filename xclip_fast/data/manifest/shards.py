@@ -12,6 +12,7 @@ In shards without labels the top folders are the classes, if all videos lie in f
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import tarfile
@@ -53,6 +54,8 @@ def read_shards(request: Request) -> Listing:
     if request.root is not None:
         raise ValueError(f"{request.path}: the root of tar files is their folder; leave --root (root=) out")
     folder, names = _shard_names(request.path)
+    for name in names:
+        _refuse_compressed(folder / name)
     samples = [sample for name in names for sample in _read(folder, name)]
     labels: Sequence[int | str | None]
     if any(sample.labels for sample in samples):
@@ -103,17 +106,20 @@ def _expand(pattern: str) -> Iterator[str]:
     return map("".join, product(*choices))
 
 
+def _refuse_compressed(path: Path) -> None:
+    with contextlib.suppress(OSError), open(path, "rb") as file:  # `_read` names the error
+        start = file.read(6)
+        for magic, tool in _COMPRESSED.items():
+            if start.startswith(magic):
+                raise ValueError(f"{path}: is compressed and cannot be read in place; uncompress it first: {tool}")
+
+
 def _read(folder: Path, name: str) -> list[_Sample]:
     """The samples of one shard, in its order. An error of the shard itself is a row, too."""
     path = folder / name
     samples: dict[str, _Sample] = {}
     try:
-        with open(path, "rb") as file:
-            start, length = file.read(6), os.fstat(file.fileno()).st_size
-        for magic, tool in _COMPRESSED.items():
-            if start.startswith(magic):
-                raise ValueError(f"{path}: is compressed and cannot be read in place; uncompress it first: {tool}")
-        at = -1
+        at, length = -1, os.path.getsize(path)
         with tarfile.open(path, "r:", tarinfo=_Member) as tar:
             while tar.offset > at and (member := tar.next()) is not None:
                 at = member.offset
@@ -123,8 +129,6 @@ def _read(folder: Path, name: str) -> list[_Sample]:
                 raise tarfile.TarError(f"the member at byte {at} has an impossible size")
             reason = _after(path, tar.offset, length)
     except (OSError, tarfile.TarError, ValueError, OverflowError) as error:
-        if isinstance(error, ValueError) and "is compressed" in str(error):
-            raise
         reason = f"cannot be read to its end ({getattr(error, 'strerror', None) or error})"
     if reason:
         samples["/"] = _Sample([Video(name, error=f"the tar file {reason}")])

@@ -8,7 +8,6 @@ first frame. Audio and metadata are left out.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
 import json
@@ -23,15 +22,13 @@ from typing import Any, Literal
 
 import av
 
-from ...files import parse_json
+from ...files import parse_json, replaced
 from ..decode.reading import ESCAPED
 from ..decode.source import Source, VideoError
 from ..manifest.listing import videos_below
-from ..parts import lock, remove_unlocked
 from ..threads import usable_cores
 from .reencode import CannotWrite, Settings, check, finish, reencode
 
-_PARTS = ".transcoding"  # files being written, in the out folder; each is locked by the run that writes it
 _MAKER = "xclip-fast transcode"
 _HOPELESS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}  # errors that every later file would meet, too
 
@@ -101,8 +98,6 @@ def transcode(
     if not names:
         return summary
     out.mkdir(parents=True, exist_ok=True)
-    parts = out / _PARTS
-    _clear(parts)
     by_target: dict[Path, list[str]] = {}
     for name, target in names.items():
         by_target.setdefault(target, []).append(name)
@@ -118,19 +113,22 @@ def transcode(
         there = _identity(target)
         if there in originals:
             return "failed", f"{shown}: its copy would replace {goal}, which is a source; choose another out folder"
-        if there and not overwrite:
-            made = _made(target)
-            if made is None:
-                return "failed", f"{shown}: {goal} exists and is not a copy by xclip-fast; --overwrite replaces it"
-            if made["settings"] != asdict(settings):
-                changed = ", ".join(f"{key} {value}" for key, value in made["settings"].items())
-                return "failed", f"{shown}: {goal} was made with other settings ({changed}); --overwrite replaces it"
-            status = os.stat(name)
-            if made["size"] == status.st_size and (
-                made["mtime_ns"] == status.st_mtime_ns or made.get("digest") == _digest(name)
-            ):
-                return "skipped", made["damage"]
-        return "done", _copy(name, target, parts, settings, stop)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with replaced(target) as whole:  # also for a copy that is there: it removes what a killed run left
+            if there and not overwrite:
+                made = _made(target)
+                if made is None:
+                    return "failed", f"{shown}: {goal} exists and is not a copy by xclip-fast; --overwrite replaces it"
+                if made["settings"] != asdict(settings):
+                    changed = ", ".join(f"{key} {value}" for key, value in made["settings"].items())
+                    why = f"{shown}: {goal} was made with other settings ({changed}); --overwrite replaces it"
+                    return "failed", why
+                status = os.stat(name)
+                if made["size"] == status.st_size and (
+                    made["mtime_ns"] == status.st_mtime_ns or made.get("digest") == _digest(name)
+                ):
+                    return "skipped", made["damage"]
+            return "done", _copy(name, whole, settings, stop)
 
     workers = usable_cores() if workers is None else workers
     waiting: dict[Future[tuple[str, str | None]], str] = {}
@@ -151,17 +149,13 @@ def transcode(
                     progress(finished, len(names))
     except OSError as error:
         if error.errno in _HOPELESS:
-            raise OSError(
-                error.errno,
-                f"{error.strerror}, after {finished} of {len(names)} videos; mend it and run the same command to go on",
-                os.fspath(out),
-            ) from error
+            why = f"{os.strerror(error.errno)}, after {finished} of {len(names)} videos"
+            mend = "mend it and run the same command to go on"
+            raise OSError(error.errno, f"{why}; {mend}", os.fspath(out)) from error
         raise
     finally:
         stop.set()
         pool.shutdown(cancel_futures=True)
-        with contextlib.suppress(OSError):  # another run's files are in it
-            parts.rmdir()
     return summary
 
 
@@ -194,9 +188,10 @@ def _targets(
                 raise ValueError("the root of a folder is the folder itself; leave root out")
             if out.exists() and out.samefile(folder):
                 raise ValueError(f"{out} is the folder of the sources; choose another one for the copies")
-            mine = _identity(out)
-            for found in videos_below(folder, lambda inner: _identity(inner) == mine):
-                yield found, (out / os.path.relpath(found, folder)).with_suffix(".mp4")
+            copies = out.resolve()
+            for found in videos_below(folder):
+                if not Path(found).parent.resolve().is_relative_to(copies):
+                    yield found, (out / os.path.relpath(found, folder)).with_suffix(".mp4")
             return
         if not folder.exists():
             raise FileNotFoundError(errno.ENOENT, "no such file or folder", os.fspath(folder))
@@ -250,54 +245,23 @@ def _digest(name: str) -> str:
         return hashlib.file_digest(file, partial(hashlib.blake2b, digest_size=16)).hexdigest()
 
 
-def _clear(parts: Path) -> None:
-    """Removes the files of killed runs: those that no process has locked."""
-    if parts.is_symlink():
-        raise ValueError(f"{parts}: is a link, and drafts would be written elsewhere; remove it")
-    for part in parts.glob("*.part.mp4") if parts.is_dir() else ():
-        remove_unlocked(part)
-
-
-@contextlib.contextmanager
-def _part(parts: Path) -> Iterator[tuple[Path, int]]:
-    """A new locked file and its descriptor. If the file still exists at the end of the block, it is removed."""
-    while True:
-        parts.mkdir(exist_ok=True)
-        path = parts / f"{os.getpid()}-{threading.get_ident()}-{os.urandom(4).hex()}.part.mp4"
-        try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-        except FileNotFoundError:  # another run ended and removed the folder
-            continue
-        try:
-            lock(descriptor)
-            if path.exists():  # otherwise a new run took it for a leftover
-                yield path, descriptor
-                return
-        finally:
-            os.close(descriptor)
-            path.unlink(missing_ok=True)
-
-
-def _copy(name: str, target: Path, parts: Path, settings: Settings, stop: threading.Event) -> str | None:
+def _copy(name: str, whole: Path, settings: Settings, stop: threading.Event) -> str | None:
     """Transcodes one file. Returns its damage, if any. Raises VideoError and OSError."""
     source = os.stat(name)
-    with _part(parts) as (draft, _), _part(parts) as (whole, descriptor):
-        try:
-            found, clock = reencode(name, draft, settings, stop.is_set)
-            damage = "; ".join(found) or None
-            made = {"settings": asdict(settings), "size": source.st_size, "mtime_ns": source.st_mtime_ns}
-            made["digest"] = _digest(name)
-            # The damage is known only now, and the note stands before the packets.
-            finish(draft, whole, clock, f"{_MAKER}: {json.dumps(made | {'damage': damage})}")
-        except CannotWrite as error:
-            if error.errno in _HOPELESS:
-                raise OSError(error.errno, os.strerror(error.errno), os.fspath(target)) from error
-            raise VideoError(f"{Source(name)}: cannot be encoded as H.264 ({error})") from error
-        check(whole, clock)
-        os.fsync(descriptor)
-        now = os.stat(name)
-        if (now.st_size, now.st_mtime_ns) != (source.st_size, source.st_mtime_ns):
-            raise VideoError(f"{Source(name)}: changed while it was read; run it again")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(whole, target)
+    draft = whole.with_suffix(".draft.mp4")
+    try:
+        found, clock = reencode(name, draft, settings, stop.is_set)
+        damage = "; ".join(found) or None
+        made = {"settings": asdict(settings), "size": source.st_size, "mtime_ns": source.st_mtime_ns}
+        made["digest"] = _digest(name)
+        # The damage is known only now, and the note stands before the packets.
+        finish(draft, whole, clock, f"{_MAKER}: {json.dumps(made | {'damage': damage})}")
+    except CannotWrite as error:
+        if error.errno in _HOPELESS:
+            raise OSError(error.errno, os.strerror(error.errno), os.fspath(whole)) from error
+        raise VideoError(f"{Source(name)}: cannot be encoded as H.264 ({error})") from error
+    check(whole, clock)
+    now = os.stat(name)
+    if (now.st_size, now.st_mtime_ns) != (source.st_size, source.st_mtime_ns):
+        raise VideoError(f"{Source(name)}: changed while it was read; run it again")
     return damage
