@@ -19,14 +19,14 @@
 
 namespace {
 
-constexpr int kVector = 8;                 // floats of a register
-constexpr int kPanel = 3 * kVector;        // rows of a full panel: 4 outputs x 24 rows are 12 registers of sums
-constexpr int kUnit = 8;      // N and K are multiples of it
-constexpr int kChunk = 96;     // outputs of a task
-constexpr int kDepth = 192;    // of K, for a full panel
-constexpr int kMostPanels = 9;  // of a task
-constexpr int kMostDepth = kDepth * kPanel / kVector;  // of K, for a panel of 8 rows
-constexpr int64_t kLine = 64;  // bytes of a cache line
+constexpr int kVector = 8;           // floats of a register
+constexpr int kPanel = 3 * kVector;  // rows of a full panel: 4 outputs x 24 rows are 12 registers of sums
+constexpr int kUnit = 8;             // N and K are multiples of it
+constexpr int kChunk = 96;           // outputs of a task
+constexpr int kMostPanels = 9;       // of a task
+constexpr int kPart = 192 * kPanel;  // floats of a panel's part: 18 KiB of L1
+constexpr int64_t kLine = 64;        // bytes of a cache line
+constexpr int kTasks = 3;            // for each thread, where there are so many panels
 
 enum Dtype { kFloat32, kBfloat16, kFloat16 };
 
@@ -242,11 +242,11 @@ void widen(const Product& p, int64_t n0, int64_t n1, int64_t k, int depth, float
 // Outputs n0 to n1 of the panels of rows m0 to m1. The products of a panel are (n1 - n0, its rows). Outputs from n2 on are
 // probably this thread's next ones.
 void task(const Product& p, int64_t n0, int64_t n1, int64_t n2, int64_t m0, int64_t m1, float* sums, float* wide) {
-  const int64_t limit = kDepth * kPanel / (vectors_of_panel(p.rows, m0) * kVector);
-  const int64_t parts = (p.summed + limit - 1) / limit;
+  const int64_t limit = kPart / (vectors_of_panel(p.rows, 0) * kVector), parts = (p.summed + limit - 1) / limit;
   const int64_t most = ((p.summed + parts - 1) / parts + kUnit - 1) / kUnit * kUnit;
   const int outputs = static_cast<int>(n1 - n0);
   const int64_t panels = (m1 - m0 + kPanel - 1) / kPanel, size = p.dtype == kFloat32 ? 4 : 2;
+  const bool fetches = panels > 1;  // one panel takes its weights from memory as fast as it can
   for (int64_t k = 0; k < p.summed; k += most) {
     const int depth = static_cast<int>(std::min(most, p.summed - k));
     const bool is_last = k + depth == p.summed;
@@ -256,14 +256,13 @@ void task(const Product& p, int64_t n0, int64_t n1, int64_t n2, int64_t m0, int6
     Ahead ahead;
     ahead.stride = p.summed * size, ahead.step = panels * kLine;
     const char* next = is_last ? static_cast<const char*>(p.weight) + n2 * ahead.stride : address + depth * size;
-    const bool has_next = panels > 1 && !(is_last && n2 + outputs > p.outputs);  // nothing pays for fetching it twice
-    const int64_t lines = has_next ? most * size / kLine : 0;
+    const int64_t lines = fetches && !(is_last && n2 + outputs > p.outputs) ? most * size / kLine : 0;
     for (int64_t m = m0, at = 0; m < m1; m += kPanel, ++at) {
       const int vectors = vectors_of_panel(p.rows, m), width = vectors * kVector;
       float* out = sums + (m - m0) * kChunk;
       ahead.weight = next + at * kLine;
       ahead.lines = (lines - at + panels - 1) / panels;
-      ahead.panel_lines = panels > 1 ? depth * width * 16 / outputs / kLine : 0;
+      ahead.panel_lines = fetches ? depth * width * 16 / outputs / kLine : 0;
       const bool wraps = m + kPanel >= m1;
       const int64_t m_next = wraps ? m0 : m + kPanel, k_next = !wraps ? k : is_last ? 0 : k + depth;
       ahead.panel = reinterpret_cast<const char*>(p.panels + m_next * p.summed +
@@ -341,7 +340,8 @@ __attribute__((visibility("default"))) void xclip_fast_cpu_product(const Product
   const Product& p = *product;
   if (!p.rows) return;
   const int64_t panels = (p.rows + kPanel - 1) / kPanel, chunks = (p.outputs + kChunk - 1) / kChunk;
-  const int64_t blocks = (panels + kMostPanels - 1) / kMostPanels;
+  const int64_t most = std::clamp<int64_t>(panels * chunks / (kTasks * p.threads), 1, kMostPanels);
+  const int64_t blocks = (panels + most - 1) / most;
   const int64_t rows_of_task = (panels + blocks - 1) / blocks * kPanel;
 #pragma omp parallel num_threads(p.threads)
   {
@@ -352,7 +352,7 @@ __attribute__((visibility("default"))) void xclip_fast_cpu_product(const Product
         pack(p, m, p.panels + first * p.summed + m - first, vectors_of_panel(p.rows, first) * kVector);
       }
     }
-    alignas(64) static thread_local float sums[kChunk * kPanel * kMostPanels], wide[kChunk * kMostDepth];
+    alignas(64) static thread_local float sums[kChunk * kPanel * kMostPanels], wide[kChunk * kPart / kVector];
 #pragma omp for schedule(dynamic)
     for (int64_t i = 0; i < chunks * blocks; ++i) {
       const int64_t n = i / blocks * kChunk, m = i % blocks * rows_of_task;
