@@ -239,8 +239,8 @@ void widen(const Product& p, int64_t n0, int64_t n1, int64_t k, int depth, float
   }
 }
 
-// Outputs n0 to n1 of the panels of rows m0 to m1. The products of a panel are (n1 - n0, its rows). Outputs from n2 on are
-// probably this thread's next ones.
+// Outputs n0 to n1 of the panels of rows m0 to m1. The products of a panel are (n1 - n0, its rows). From n2 on are
+// probably the next outputs of this thread.
 void task(const Product& p, int64_t n0, int64_t n1, int64_t n2, int64_t m0, int64_t m1, float* sums, float* wide) {
   const int64_t limit = kPart / (vectors_of_panel(p.rows, 0) * kVector), parts = (p.summed + limit - 1) / limit;
   const int64_t most = ((p.summed + parts - 1) / parts + kUnit - 1) / kUnit * kUnit;
