@@ -5,6 +5,10 @@
 // takes one pass, and LayerNorm is part of that pass. The last panel has 8 or 16 rows where that is enough. Attention
 // does the same with keys, and with values that it transposes, in place of W.
 //
+// A task multiplies some outputs with some panels, over one part of K after another. A panel's part stays in the L1
+// cache while the outputs pass, and the outputs' part of W stays in L2 while the panels pass. What comes next is
+// fetched into L2 meanwhile.
+//
 // M rows of x, N outputs, K summed.
 
 #include <immintrin.h>
@@ -15,14 +19,14 @@
 
 namespace {
 
-constexpr int kVector = 8;                 // floats of a register
-constexpr int kPanel = 3 * kVector;        // rows of a full panel: 4 outputs x 24 rows are 12 registers of sums
-constexpr int kGroup = 8;                  // outputs computed one after another; N is a multiple of it
-constexpr int kChunk = 192;                // outputs of a task
-constexpr int kDepth = 768;                // K is cut into parts of at most this: the panels of a task stay in L2
-constexpr int kMostPanels = 9;             // of a task
-constexpr int kPanels[] = {2, kMostPanels, kMostPanels};  // by dtype of W: widening W pays if many panels use it
-constexpr int kChain = 384;                // products that are summed one after another: longer chains round more
+constexpr int kVector = 8;           // floats of a register
+constexpr int kPanel = 3 * kVector;  // rows of a full panel: 4 outputs x 24 rows are 12 registers of sums
+constexpr int kUnit = 8;             // N and K are multiples of it
+constexpr int kChunk = 96;           // outputs of a task
+constexpr int kMostPanels = 9;       // of a task
+constexpr int kPart = 192 * kPanel;  // floats of a panel's part: 18 KiB of L1
+constexpr int64_t kLine = 64;        // bytes of a cache line
+constexpr int kTasks = 3;            // for each thread, where there are so many panels
 
 enum Dtype { kFloat32, kBfloat16, kFloat16 };
 
@@ -128,31 +132,46 @@ void pack(const Product& p, int64_t m, float* panel, int width) {
   }
 }
 
-// Adds Outputs x (8 Vectors) sums over `depth` to `out`. Apart from its caller, so that all sums are registers.
+// Lines that are fetched into L2: `lines` of each weight, and `panel_lines` for each few outputs.
+struct Ahead {
+  const char* weight = nullptr;
+  int64_t stride = 0, step = 0, lines = 0;  // bytes from a weight to the next one, and from a line to the next one
+  const char* panel = nullptr;
+  int64_t panel_lines = 0;
+};
+
+// `outputs` x (8 Vectors) sums over `depth`, written to `out` or added to it. `outputs` is a multiple of Outputs.
 template <int Outputs, int Vectors>
-__attribute__((noinline)) void multiply(const float* weight, int64_t stride, const float* panel, int depth,
-                                        __m256* out) {
-  __m256 sums[Outputs][Vectors];
+__attribute__((noinline)) void multiply(const float* weight, int64_t stride, int outputs, const float* panel, int depth,
+                                        bool add, float* out, Ahead ahead) {
+  for (int n = 0; n < outputs; n += Outputs, weight += Outputs * stride) {
+    for (int i = 0; i < Outputs; ++i, ahead.weight += ahead.stride)
+      for (int64_t j = 0; j < ahead.lines; ++j) _mm_prefetch(ahead.weight + j * ahead.step, _MM_HINT_T1);
+    for (int64_t j = 0; j < ahead.panel_lines; ++j, ahead.panel += kLine) _mm_prefetch(ahead.panel, _MM_HINT_T1);
+    __m256 sums[Outputs][Vectors];
 #pragma GCC unroll 8
-  for (int n = 0; n < Outputs; ++n)
+    for (int i = 0; i < Outputs; ++i)
 #pragma GCC unroll 3
-    for (int v = 0; v < Vectors; ++v) sums[n][v] = _mm256_setzero_ps();
+      for (int v = 0; v < Vectors; ++v) sums[i][v] = _mm256_setzero_ps();
+    const float *w = weight, *row = panel;
 #pragma GCC unroll 4
-  for (int k = 0; k < depth; ++k, ++weight, panel += Vectors * kVector) {
-    __m256 x[Vectors];
+    for (int k = 0; k < depth; ++k, ++w, row += Vectors * kVector) {
+      __m256 x[Vectors];
 #pragma GCC unroll 3
-    for (int v = 0; v < Vectors; ++v) x[v] = _mm256_load_ps(panel + v * kVector);
+      for (int v = 0; v < Vectors; ++v) x[v] = _mm256_load_ps(row + v * kVector);
 #pragma GCC unroll 8
-    for (int n = 0; n < Outputs; ++n) {
-      const __m256 w = _mm256_broadcast_ss(weight + n * stride);
+      for (int i = 0; i < Outputs; ++i) {
+        const __m256 factor = _mm256_broadcast_ss(w + i * stride);
 #pragma GCC unroll 3
-      for (int v = 0; v < Vectors; ++v) sums[n][v] = _mm256_fmadd_ps(w, x[v], sums[n][v]);
+        for (int v = 0; v < Vectors; ++v) sums[i][v] = _mm256_fmadd_ps(factor, x[v], sums[i][v]);
+      }
     }
-  }
 #pragma GCC unroll 8
-  for (int n = 0; n < Outputs; ++n)
+    for (int i = 0; i < Outputs; ++i)
 #pragma GCC unroll 3
-    for (int v = 0; v < Vectors; ++v) out[n * Vectors + v] = _mm256_add_ps(out[n * Vectors + v], sums[n][v]);
+      for (int v = 0; v < Vectors; ++v, out += kVector)
+        _mm256_store_ps(out, add ? _mm256_add_ps(_mm256_load_ps(out), sums[i][v]) : sums[i][v]);
+  }
 }
 
 // e^x within 3 units in the last place; x in [-87, 88] after clamping.
@@ -173,48 +192,43 @@ __m256 quick_gelu(__m256 u) {
   return _mm256_div_ps(u, _mm256_add_ps(_mm256_set1_ps(1.0f), e));
 }
 
-// Some outputs of one panel, over one part of K. `partial` holds the sums before it, and after it.
-template <int Outputs, int Vectors>
-void tile(const Product& p, const float* weight, int64_t stride, int64_t m, int64_t n, int64_t k, int depth,
-          float* partial) {
-  constexpr int width = Vectors * kVector;
-  const bool is_first = k == 0, is_last = k + depth == p.summed;
-  __m256 sums[Outputs * Vectors] = {};
-  const float* panel = p.panels + m * p.summed + k * width;
-  for (int i = 0; i < depth; i += kChain)
-    multiply<Outputs, Vectors>(weight + i, stride, panel + i * width, std::min(depth - i, kChain), sums);
-  float* out = is_last && p.y_panels ? p.y_panels + m * p.outputs + n * width : partial;
-  for (int i = 0; i < Outputs * Vectors; ++i) {
-    const __m256 before =
-        is_first ? _mm256_broadcast_ss(p.bias + n + i / Vectors) : _mm256_load_ps(partial + i * kVector);
-    const __m256 value = _mm256_add_ps(sums[i], before);
-    _mm256_store_ps(out + i * kVector, is_last && p.quick_gelu ? quick_gelu(value) : value);
+// Writes outputs n0 to n1 of the panel of rows from m on, whose products are columns `width` wide, to y or y_panels.
+void finish(const Product& p, int64_t m, int width, int64_t n0, int64_t n1, const float* sums) {
+  if (p.y_panels) {
+    float* y = p.y_panels + m * p.outputs + n0 * width;
+    for (int64_t n = n0; n < n1; ++n)
+      for (int i = 0; i < width; i += kVector, sums += kVector, y += kVector) {
+        const __m256 value = _mm256_add_ps(_mm256_load_ps(sums), _mm256_broadcast_ss(p.bias + n));
+        _mm256_store_ps(y, p.quick_gelu ? quick_gelu(value) : value);
+      }
+    return;
   }
-}
-
-// Writes the rows m to m + 7 of outputs n0 to n1, whose sums are columns `width` wide, with the residual.
-void write_rows(const Product& p, int64_t m, int64_t n0, int64_t n1, const float* sums, int width) {
-  const int count = static_cast<int>(std::min<int64_t>(kVector, p.rows - m));
-  float* y[kVector];
-  const float* residual[kVector];
-  for (int i = 0; i < count; ++i) {
-    y[i] = row(p.y, m + i);
-    residual[i] = p.residual.data ? row(p.residual, m + i) : nullptr;
-  }
-  for (int64_t n = n0; n < n1; n += kVector) {
-    __m256 v[kVector];
-    for (int i = 0; i < kVector; ++i) v[i] = _mm256_load_ps(sums + (n - n0 + i) * width);
-    transpose(v);
+  for (const int64_t end = std::min(m + width, p.rows); m < end; m += kVector, sums += kVector) {
+    const int count = static_cast<int>(std::min<int64_t>(kVector, end - m));
+    float* y[kVector];
+    const float* residual[kVector];
     for (int i = 0; i < count; ++i) {
-      if (p.residual.data) v[i] = _mm256_add_ps(v[i], _mm256_loadu_ps(residual[i] + n));
-      _mm256_storeu_ps(y[i] + n, v[i]);
+      y[i] = row(p.y, m + i);
+      residual[i] = p.residual.data ? row(p.residual, m + i) : nullptr;
+    }
+    for (int64_t n = n0; n < n1; n += kVector) {
+      const __m256 bias = _mm256_loadu_ps(p.bias + n);
+      __m256 v[kVector];
+      for (int i = 0; i < kVector; ++i) v[i] = _mm256_load_ps(sums + (n - n0 + i) * width);
+      transpose(v);
+      for (int i = 0; i < count; ++i) {
+        v[i] = _mm256_add_ps(v[i], bias);
+        if (p.residual.data) v[i] = _mm256_add_ps(v[i], _mm256_loadu_ps(residual[i] + n));
+        _mm256_storeu_ps(y[i] + n, v[i]);
+      }
     }
   }
 }
 
-void widen(const Product& p, int64_t n, int64_t k, int depth, float* out) {
-  const uint16_t* weight = static_cast<const uint16_t*>(p.weight) + n * p.summed + k;
-  for (int i = 0; i < kGroup; ++i, weight += p.summed, out += kDepth)
+// Rewrites `depth` columns from k on, of the weights of outputs n0 to n1, to float32.
+void widen(const Product& p, int64_t n0, int64_t n1, int64_t k, int depth, float* out) {
+  for (int64_t n = n0; n < n1; ++n, out += depth) {
+    const uint16_t* weight = static_cast<const uint16_t*>(p.weight) + n * p.summed + k;
     for (int j = 0; j < depth; j += kVector) {
       const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(weight + j));
       const __m256 wide = p.dtype == kFloat16
@@ -222,38 +236,43 @@ void widen(const Product& p, int64_t n, int64_t k, int depth, float* out) {
                               : _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
       _mm256_store_ps(out + j, wide);
     }
+  }
 }
 
-// Outputs n0 to n1 of the panels of rows m0 to m1. Partial sums of a panel are (n1 - n0, its rows).
-void task(const Product& p, int64_t n0, int64_t n1, int64_t m0, int64_t m1, float* partials, float* wide) {
-  const int64_t parts = (p.summed + kDepth - 1) / kDepth;
-  const int64_t most = ((p.summed + parts - 1) / parts + kVector - 1) / kVector * kVector;
+// Outputs n0 to n1 of the panels of rows m0 to m1. The products of a panel are (n1 - n0, its rows). From n2 on are
+// probably the next outputs of this thread.
+void task(const Product& p, int64_t n0, int64_t n1, int64_t n2, int64_t m0, int64_t m1, float* sums, float* wide) {
+  const int64_t limit = kPart / (vectors_of_panel(p.rows, 0) * kVector), parts = (p.summed + limit - 1) / limit;
+  const int64_t most = ((p.summed + parts - 1) / parts + kUnit - 1) / kUnit * kUnit;
+  const int outputs = static_cast<int>(n1 - n0);
+  const int64_t panels = (m1 - m0 + kPanel - 1) / kPanel, size = p.dtype == kFloat32 ? 4 : 2;
+  const bool fetches = panels > 1;  // one panel takes its weights from memory as fast as it can
   for (int64_t k = 0; k < p.summed; k += most) {
     const int depth = static_cast<int>(std::min(most, p.summed - k));
-    for (int64_t n = n0; n < n1; n += kGroup) {
-      const float* weight = static_cast<const float*>(p.weight) + n * p.summed + k;
-      int64_t stride = p.summed;
-      if (p.dtype != kFloat32) {
-        widen(p, n, k, depth, wide);
-        weight = wide, stride = kDepth;
-      }
-      for (int64_t m = m0; m < m1; m += kPanel) {
-        const int vectors = vectors_of_panel(p.rows, m), width = vectors * kVector;
-        float* partial = partials + (m - m0) * kChunk + (n - n0) * width;
-        if (vectors == 1) {
-          tile<8, 1>(p, weight, stride, m, n, k, depth, partial);
-          continue;
-        }
-        for (int i = 0; i < kGroup; i += 4)
-          (vectors == 3 ? tile<4, 3> : tile<4, 2>)(p, weight + i * stride, stride, m, n + i, k, depth,
-                                                   partial + i * width);
-      }
+    const bool is_last = k + depth == p.summed;
+    const char* address = static_cast<const char*>(p.weight) + (n0 * p.summed + k) * size;
+    const float* weight = reinterpret_cast<const float*>(address);
+    if (p.dtype != kFloat32) widen(p, n0, n1, k, depth, wide), weight = wide;
+    Ahead ahead;
+    ahead.stride = p.summed * size, ahead.step = panels * kLine;
+    const char* next = is_last ? static_cast<const char*>(p.weight) + n2 * ahead.stride : address + depth * size;
+    const int64_t lines = fetches && !(is_last && n2 + outputs > p.outputs) ? most * size / kLine : 0;
+    for (int64_t m = m0, at = 0; m < m1; m += kPanel, ++at) {
+      const int vectors = vectors_of_panel(p.rows, m), width = vectors * kVector;
+      float* out = sums + (m - m0) * kChunk;
+      ahead.weight = next + at * kLine;
+      ahead.lines = (lines - at + panels - 1) / panels;
+      ahead.panel_lines = fetches ? depth * width * 16 / outputs / kLine : 0;
+      const bool wraps = m + kPanel >= m1;
+      const int64_t m_next = wraps ? m0 : m + kPanel, k_next = !wraps ? k : is_last ? 0 : k + depth;
+      ahead.panel = reinterpret_cast<const char*>(p.panels + m_next * p.summed +
+                                                  k_next * vectors_of_panel(p.rows, m_next) * kVector);
+      (vectors == 3   ? multiply<4, 3>
+       : vectors == 2 ? multiply<4, 2>
+                      : multiply<8, 1>)(weight, p.dtype == kFloat32 ? p.summed : depth, outputs,
+                                        p.panels + m * p.summed + k * width, depth, k > 0, out, ahead);
+      if (is_last) finish(p, m, width, n0, n1, out);
     }
-  }
-  if (p.y_panels) return;
-  for (int64_t m = m0; m < m1; m += kVector) {
-    const int64_t first = m / kPanel * kPanel;
-    write_rows(p, m, n0, n1, partials + (first - m0) * kChunk + m - first, vectors_of_panel(p.rows, first) * kVector);
   }
 }
 
@@ -281,12 +300,10 @@ void attend(const Attention& a, const float* query, int64_t first, const float* 
     const int64_t at = first + v * kVector;
     transpose_rows(query + at * row, row, a.queries - at, a.channels, a.scale, panel + v * kVector, width);
   }
-  for (int64_t i = 0; i < a.keys; i += 4) {
-    const int64_t k = std::min(i, a.keys - 4);  // the last four may overlap the four before
-    __m256 sums[4 * Vectors] = {};
-    multiply<4, Vectors>(key + k * row, row, panel, static_cast<int>(a.channels), sums);
-    for (int j = 0; j < 4 * Vectors; ++j) _mm256_store_ps(scores + k * width + j * kVector, sums[j]);
-  }
+  const int channels = static_cast<int>(a.channels), keys = static_cast<int>(a.keys);
+  multiply<4, Vectors>(key, row, keys / 4 * 4, panel, channels, false, scores, {});
+  const int64_t last = a.keys - 4;  // the last four keys may overlap the four before
+  multiply<4, Vectors>(key + last * row, row, 4, panel, channels, false, scores + last * width, {});
   __m256 inverse[Vectors];
   for (int v = 0; v < Vectors; ++v) {
     float* column = scores + v * kVector;
@@ -299,17 +316,13 @@ void attend(const Attention& a, const float* query, int64_t first, const float* 
     }
     inverse[v] = _mm256_div_ps(_mm256_set1_ps(1.0f), total);
   }
-  for (int64_t c = 0; c < a.channels; c += 4) {
-    __m256 sums[4 * Vectors] = {};
-    multiply<4, Vectors>(values + c * padded, padded, scores, static_cast<int>(a.keys), sums);
-    for (int j = 0; j < 4 * Vectors; ++j)
-      _mm256_store_ps(mixed + c * width + j * kVector, _mm256_mul_ps(sums[j], inverse[j % Vectors]));
-  }
+  multiply<4, Vectors>(values, padded, channels, scores, keys, false, mixed, {});
   for (int v = 0; v < Vectors; ++v) {
     const int64_t at = first + v * kVector;
     for (int64_t c = 0; c < a.channels; c += kVector) {
       __m256 rows[kVector];
-      for (int i = 0; i < kVector; ++i) rows[i] = _mm256_load_ps(mixed + (c + i) * width + v * kVector);
+      for (int i = 0; i < kVector; ++i)
+        rows[i] = _mm256_mul_ps(_mm256_load_ps(mixed + (c + i) * width + v * kVector), inverse[v]);
       transpose(rows);
       for (int64_t i = 0; i < std::min<int64_t>(kVector, a.queries - at); ++i)
         _mm256_storeu_ps(y + (at + i) * a.heads * a.channels + c, rows[i]);
@@ -327,7 +340,8 @@ __attribute__((visibility("default"))) void xclip_fast_cpu_product(const Product
   const Product& p = *product;
   if (!p.rows) return;
   const int64_t panels = (p.rows + kPanel - 1) / kPanel, chunks = (p.outputs + kChunk - 1) / kChunk;
-  const int64_t blocks = (panels + kPanels[p.dtype] - 1) / kPanels[p.dtype];
+  const int64_t most = std::clamp<int64_t>(panels * chunks / (kTasks * p.threads), 1, kMostPanels);
+  const int64_t blocks = (panels + most - 1) / most;
   const int64_t rows_of_task = (panels + blocks - 1) / blocks * kPanel;
 #pragma omp parallel num_threads(p.threads)
   {
@@ -338,11 +352,12 @@ __attribute__((visibility("default"))) void xclip_fast_cpu_product(const Product
         pack(p, m, p.panels + first * p.summed + m - first, vectors_of_panel(p.rows, first) * kVector);
       }
     }
-    alignas(64) static thread_local float partials[kChunk * kPanel * kMostPanels], wide[kGroup * kDepth];
+    alignas(64) static thread_local float sums[kChunk * kPanel * kMostPanels], wide[kChunk * kPart / kVector];
 #pragma omp for schedule(dynamic)
     for (int64_t i = 0; i < chunks * blocks; ++i) {
       const int64_t n = i / blocks * kChunk, m = i % blocks * rows_of_task;
-      task(p, n, std::min(n + kChunk, p.outputs), m, std::min(m + rows_of_task, p.rows), partials, wide);
+      task(p, n, std::min(n + kChunk, p.outputs), (i + p.threads) / blocks * kChunk, m,
+           std::min(m + rows_of_task, p.rows), sums, wide);
     }
   }
 }

@@ -69,7 +69,8 @@ def messages(b: Block, products: Products) -> Tensor:
     m_FD = products.linear(b.x[:, 0].to(products.dtype), b.message_fc_weight, b.message_fc_bias)
     norm = b.message_ln_weight, b.message_ln_bias, b.eps
     qkv = products.linear(m_FD, b.message_in_weight, b.message_in_bias, norm=norm)
-    mixed = attention_reference(qkv.view(-1, b.frames, 3, b.heads, m_FD.shape[1] // b.heads)).reshape(m_FD.shape)
+    mixed = products.attention(qkv.view(-1, b.frames, 3, b.heads, m_FD.shape[1] // b.heads), b.frames)
+    mixed = mixed.reshape(m_FD.shape)
     return products.linear(mixed, b.message_out_weight, b.message_out_bias, residual=m_FD)
 
 

@@ -5,6 +5,7 @@ M rows, N outputs, K summed. Panels are rows in the library's own order: (M up t
 
 import ctypes
 import functools
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -17,50 +18,9 @@ UNIT = 8  # M is rounded up to it; N and K are multiples of it
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
-class _Rows(ctypes.Structure):
-    _fields_ = [
-        ("data", ctypes.c_void_p),
-        ("length", ctypes.c_int64),
-        ("frame_stride", ctypes.c_int64),
-        ("row_stride", ctypes.c_int64),
-    ]
-
-
-class _Product(ctypes.Structure):
-    _fields_ = [
-        ("rows", ctypes.c_int64),
-        ("outputs", ctypes.c_int64),
-        ("summed", ctypes.c_int64),
-        ("x", _Rows),
-        ("last", _Rows),
-        ("ln_weight", ctypes.c_void_p),
-        ("ln_bias", ctypes.c_void_p),
-        ("eps", ctypes.c_float),
-        ("dtype", ctypes.c_int32),
-        ("panels", ctypes.c_void_p),
-        ("weight", ctypes.c_void_p),
-        ("bias", ctypes.c_void_p),
-        ("quick_gelu", ctypes.c_int32),
-        ("threads", ctypes.c_int32),
-        ("y_panels", ctypes.c_void_p),
-        ("y", _Rows),
-        ("residual", _Rows),
-    ]
-
-
-class _Attention(ctypes.Structure):
-    _fields_ = [
-        ("frames", ctypes.c_int64),
-        ("keys", ctypes.c_int64),
-        ("queries", ctypes.c_int64),
-        ("heads", ctypes.c_int64),
-        ("channels", ctypes.c_int64),
-        ("qkv", ctypes.c_void_p),
-        ("y", ctypes.c_void_p),
-        ("scratch", ctypes.c_void_p),
-        ("scale", ctypes.c_float),
-        ("threads", ctypes.c_int32),
-    ]
+# The structs of csrc/cpu.cpp: integers and addresses (q), float32 (f), int32 (i).
+_PRODUCT = struct.Struct("3q 4q4q 2qfi 3q2i q4q4q")
+_ATTENTION = struct.Struct("5q3qfi")
 
 
 @functools.cache
@@ -78,9 +38,8 @@ def load() -> tuple[Any, str | None]:
         abi = library.xclip_fast_cpu_abi()
         if abi != ABI:
             return None, f"the CPU library {FILE} has interface {abi}, wanted {ABI}: install again"
-        library.xclip_fast_cpu_product.argtypes = [ctypes.POINTER(_Product)]
-        library.xclip_fast_cpu_attention.argtypes = [ctypes.POINTER(_Attention)]
-        library.xclip_fast_cpu_product.restype = library.xclip_fast_cpu_attention.restype = None
+        for function in (library.xclip_fast_cpu_product, library.xclip_fast_cpu_attention):
+            function.argtypes, function.restype = [ctypes.c_char_p], None
     except (OSError, AttributeError) as error:
         return None, f"the CPU library {FILE} does not load: {error}"
     return library, None
@@ -147,25 +106,17 @@ def product(
             raise RuntimeError(
                 f"{name} is {tuple(given.shape)}, wanted {count} x {width} for a weight {outputs} x {summed}"
             )
-    call = _Product(
-        rows,
-        *weight.shape,
-        _rows(x),
-        _rows(None if last is None else last[:, None]),
-        _address(ln_weight),
-        _address(ln_bias),
-        eps,
-        _DTYPES[weight.dtype],
-        _address(panels),
-        _address(weight),
-        _address(bias),
-        quick_gelu,
-        torch.get_num_threads(),
+    call = _PRODUCT.pack(
+        *(rows, outputs, summed),
+        *_rows(x),
+        *((0, 0, 0, 0) if last is None else (last.data_ptr(), 1, last.stride(0), 0)),
+        *(_address(ln_weight), _address(ln_bias), eps, _DTYPES[weight.dtype]),
+        *(panels.data_ptr(), weight.data_ptr(), bias.data_ptr(), quick_gelu, torch.get_num_threads()),
         _address(y_panels),
-        _rows(y),
-        _rows(residual),
+        *_rows(y),
+        *_rows(residual),
     )
-    load()[0].xclip_fast_cpu_product(ctypes.byref(call))
+    load()[0].xclip_fast_cpu_product(call)
 
 
 def attention_floats(keys: int, channels: int) -> int:
@@ -187,18 +138,20 @@ def attention(qkv: Tensor, queries: int, scratch: Tensor) -> Tensor:
     frames, keys, _, heads, channels = qkv.shape
     y = qkv.new_empty(frames, queries, heads, channels)
     sizes = frames, keys, queries, heads, channels
-    addresses = _address(qkv), _address(y), _address(scratch)
-    call = _Attention(*sizes, *addresses, channels**-0.5, torch.get_num_threads())
-    load()[0].xclip_fast_cpu_attention(ctypes.byref(call))
+    addresses = qkv.data_ptr(), y.data_ptr(), scratch.data_ptr()
+    call = _ATTENTION.pack(*sizes, *addresses, channels**-0.5, torch.get_num_threads())
+    load()[0].xclip_fast_cpu_attention(call)
     return y
 
 
-def _address(x: Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
 
 
-def _rows(x: Tensor | None) -> _Rows:
+def _rows(x: Tensor | None) -> tuple[int, int, int, int]:
+    """The struct ``Rows``: address, rows of a frame, and the strides of frames and rows."""
     if x is None:
-        return _Rows()
-    frames = x if x.dim() == 3 else x[None]
-    return _Rows(frames.data_ptr(), frames.shape[1], frames.stride(0), frames.stride(1))
+        return 0, 0, 0, 0
+    if x.dim() == 2:
+        return x.data_ptr(), len(x), 0, x.stride(0)
+    return x.data_ptr(), x.shape[1], x.stride(0), x.stride(1)

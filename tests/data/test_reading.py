@@ -152,7 +152,7 @@ def test_an_index_beside_a_sick_disk(folder, tmp_path):
     text.write_text("EIO_a.mp4\n" * 400)
     command = [sys.executable, "-m", "xclip_fast", "index", str(text)]
     run = subprocess.run(command, env=os.environ | sick, capture_output=True, text=True)
-    assert (run.returncode, f"Input/output error: '{text}'" in run.stderr) == (1, True), run.stderr
+    assert (run.returncode, f"{text}: Input/output error" in run.stderr) == (1, True), run.stderr
 
 
 def test_lack_of_memory_is_no_damage(folder, monkeypatch):

@@ -98,7 +98,7 @@ class TrainTransform:
         short, steps = min(width, height), len(self.scales)
         pairs = [(i, j) for i in range(steps) for j in range(steps) if abs(i - j) <= 1]
         i, j = pairs[int(u[0] * len(pairs))]
-        across, down = _share(self.scales[i], short), _share(self.scales[j], short)
+        across, down = (max(1, round(self.scales[each] * short)) for each in (i, j))
         box = (*_place(int(u[1] * 5), width - across, height - down), across, down)
         color = self._color(u[4:]) if u[3] < self.jitter_probability else np.eye(3, 4)
         if u[12] < self.gray:
@@ -313,10 +313,6 @@ def recolor(picture_HWC: np.ndarray, color: np.ndarray, out_HWC: np.ndarray) -> 
         level += offset
         np.rint(level, out=level)
         out_HWC[..., channel] = np.clip(level, 0, 255, out=level)
-
-
-def _share(scale: float, short: int) -> int:
-    return max(1, round(scale * short))
 
 
 def _place(position: int, spare_x: int, spare_y: int) -> tuple[int, int]:

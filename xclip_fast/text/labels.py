@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 
@@ -28,7 +29,7 @@ def candidates(
         raise ValueError(f"labels {labels!r} is one string; a list of strings wanted")
     names = tuple(classes if labels is None else labels)
     texts = list(labels.values()) if isinstance(labels, Mapping) else list(names)
-    repeated = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+    repeated = sorted(name for name, count in Counter(names).items() if count > 1)
     if not names or repeated:
         what = f"{', '.join(map(repr, repeated[:3]))} more than once" if repeated else "none"
         where = "the manifest's classes" if labels is None else "labels"
@@ -53,7 +54,7 @@ def candidates(
             f"none of the {len(classes)} classes ({', '.join(classes[:3])}, ...) is among the {len(names)} labels "
             f"({', '.join(names[:3])}, ...); spell them alike, or give a mapping from class to text"
         )
-    twice = next((index for index in taken if taken.count(index) > 1), None) if len(set(taken)) < len(taken) else None
+    twice = next((index for index, count in Counter(taken).items() if count > 1), None)
     if twice is not None:
         which = [name for name, index in zip(classes, truth_of_class, strict=True) if index == twice]
         raise ValueError(

@@ -33,16 +33,16 @@ def _parameter_sets(data: bytes) -> Iterator[bytes]:
 
 def _frames_only(unit: bytes) -> bool:
     bits = _Bits(unit.replace(b"\0\0\3", b"\0\0"))
-    bits.skip(8)
+    bits.read(8)
     profile = bits.read(8)
-    bits.skip(16)
+    bits.read(16)
     bits.golomb()  # id
     if profile in _HIGH_PROFILES:
         if bits.golomb() == 3:  # chroma_format_idc
-            bits.skip(1)
+            bits.read(1)
         bits.golomb()
         bits.golomb()  # bit depths
-        bits.skip(1)
+        bits.read(1)
         if bits.read(1):  # scaling matrices, whose length varies
             return False
     bits.golomb()  # log2_max_frame_num_minus4
@@ -50,13 +50,13 @@ def _frames_only(unit: bytes) -> bool:
     if order == 0:
         bits.golomb()
     elif order == 1:
-        bits.skip(1)
+        bits.read(1)
         bits.golomb()
         bits.golomb()
         for _ in range(min(bits.golomb(), 255)):
             bits.golomb()
     bits.golomb()  # max_num_ref_frames
-    bits.skip(1)
+    bits.read(1)
     bits.golomb()
     bits.golomb()  # size
     return bits.read(1) == 1
@@ -64,17 +64,14 @@ def _frames_only(unit: bytes) -> bool:
 
 class _Bits:
     def __init__(self, data: bytes) -> None:
-        self._data, self._at = data, 0
-
-    def skip(self, count: int) -> None:
-        self._at += count
+        self._value, self._left = int.from_bytes(data, "big"), 8 * len(data)
 
     def read(self, count: int) -> int:
-        value = 0
-        for at in range(self._at, self._at + count):
-            value = value << 1 | self._data[at >> 3] >> (7 - at % 8) & 1
-        self._at += count
-        return value
+        """The next bits as a number. Raises IndexError at the end."""
+        self._left -= count
+        if self._left < 0:
+            raise IndexError
+        return self._value >> self._left & ((1 << count) - 1)
 
     def golomb(self) -> int:
         """An unsigned Exp-Golomb code."""

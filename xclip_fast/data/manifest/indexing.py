@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ...files import parse_json, require_regular
-from ..decode.video import DamagedPlan, Video
+from ..decode.video import Video
 from .manifest import VERSION, Manifest, checked, header_line, row_line
 from .probing import file_status, look_all, real_folder
 from .sources import Labels, read_source
@@ -170,9 +170,6 @@ def _unchanged(root: str, wanted: Video, row: Video, follow_links: bool) -> bool
         return False
     try:
         row.plan  # noqa: B018  with a damaged plan the row is not used
-    except DamagedPlan:
-        return False
-    try:
         status = file_status(root, wanted.path, follow_links)
     except (OSError, ValueError):
         return False

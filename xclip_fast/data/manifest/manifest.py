@@ -169,10 +169,9 @@ def _header(path: Path, line: bytes) -> dict[str, Any]:
             "Make it again with `xclip-fast index`"
         )
     classes = header.get("classes")
-    if not isinstance(header.get("root"), str) or not isinstance(classes, list):
-        raise ValueError(f"{path}: the header needs a root and classes; run `xclip-fast index` again")
-    if not all(isinstance(name, str) for name in classes):
-        raise ValueError(f"{path}: each class needs a name in the header; run `xclip-fast index` again")
+    named = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
+    if not named or not isinstance(header.get("root"), str):
+        raise ValueError(f"{path}: the header needs a root and the names of classes; run `xclip-fast index` again")
     return header
 
 

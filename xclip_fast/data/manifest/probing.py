@@ -160,13 +160,12 @@ def _serve(connection: Connection, root: str, follow_links: bool, timeout: float
     """Answers rows until the other end closes or its process is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process
     logging.disable(logging.WARNING)  # the row says what matters
+    alarm = getattr(signal, "alarm", lambda seconds: None)  # ends this process if it hangs and the parent is killed
     try:
         while os.getppid() == parent:
             if connection.poll(1):
-                if hasattr(signal, "alarm"):  # if the parent is killed while this one hangs
-                    signal.alarm(int(timeout) + 60)
+                alarm(int(timeout) + 60)
                 connection.send(look(root, connection.recv(), follow_links))
-                if hasattr(signal, "alarm"):
-                    signal.alarm(0)
+                alarm(0)
     except (EOFError, OSError):
         return
