@@ -190,7 +190,7 @@ def gemm_seconds(rows: int, inner: int, columns: int, dtype: torch.dtype, device
 
 
 def limit_seconds(rows: int, inner: int, columns: int, dtype: torch.dtype, device: str, seconds: float = 1.0) -> float:
-    """As ``gemm_seconds``. On a CPU it is the fastest of torch's choice, oneDNN with a packed weight and our division.
+    """As ``gemm_seconds``. On a CPU it is the fastest of torch's choice, oneDNN with a packed weight, and ours.
 
     A CPU without instructions for ``dtype`` computes in float32.
     """

@@ -158,6 +158,15 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     assert (path.read_text(), os.listdir(tmp_path)) == ("2\n", ["x.json"])
 
 
+def test_names_as_long_as_they_may_be(tmp_path):
+    for name in ("z" * 254 + "a", "z" * 254 + "b", "д" * 127):
+        with files.replaced(tmp_path / name) as part, files.replaced(tmp_path / f"{name[:-1]}c") as other:
+            part.write_text(name)
+            other.write_text("c")
+        assert (tmp_path / name).read_text() == name
+    assert len(list(tmp_path.iterdir())) == 5
+
+
 def test_what_is_no_regular_file(tmp_path):
     os.mkfifo(tmp_path / "fifo")
     for path, kind in ((tmp_path / "fifo", "a pipe"), ("/dev/zero", "a device"), (tmp_path, "a folder")):

@@ -6,7 +6,6 @@ An answer is a table on a terminal and tab-separated lines in a pipe. Progress b
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -16,7 +15,7 @@ def complain(error: object, bar: Bar | None = None) -> bool:
     """Prints one line on standard error. Returns True, for ``failed |= complain(...)``."""
     text = str(error)
     if isinstance(error, OSError) and error.strerror:  # without Python's "[Errno 2]"
-        text = f"{os.fspath(error.filename)}: {error.strerror}" if error.filename else error.strerror
+        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     message = " ".join(line.strip() for line in text.splitlines()) or type(error).__name__
     with contextlib.nullcontext() if bar is None else bar.aside():
         print(f"error: {plain(message)}", file=sys.stderr, flush=True)

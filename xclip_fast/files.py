@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import hashlib
 import json
 import logging
 import os
@@ -25,6 +26,7 @@ log = logging.getLogger("xclip_fast")
 
 TEXT_BYTES = 64 << 20  # the largest text or JSON file that is read whole; a configuration is far smaller
 _UNFINISHED = ".unfinished"  # in a staging folder while its content is being written
+_LONG_NAME = 200  # bytes; a longer one has no room for what is added to it
 _EXCHANGE = 2  # RENAME_EXCHANGE of Linux's renameat2
 
 
@@ -120,8 +122,11 @@ def replaced(path: str | os.PathLike[str]) -> Iterator[Path]:
         OSError: if the folder cannot be written, before the block runs; if the disk is full, which the message says.
     """
     path = Path(path)
-    scratch = path.with_name(f".{path.name[:200]}.part")  # a folder: libraries put files of their own beside theirs
-    with full_disk(path), locked(path.with_name(f".{path.name[:200]}.writing"), path):
+    name = path.name
+    if len(os.fsencode(name)) > _LONG_NAME:
+        name = hashlib.blake2b(os.fsencode(name), digest_size=16).hexdigest()
+    scratch = path.with_name(f".{name}.part")  # a folder: libraries put files of their own beside theirs
+    with full_disk(path), locked(path.with_name(f".{name}.writing"), path):
         remove(scratch)
         scratch.mkdir()
         try:

@@ -56,7 +56,7 @@ def refusal(backend: Backend, case: Case) -> str | None:
     """Why a backend of a part does not take this case, or None."""
     if backend.backward is not None and backend.saved is None and case.traced and case.training:
         return "what it saves for backward is not known when a graph is traced"
-    call = Call(case.device, (case.dtype,), case.training, case.traced, case.interpreted)
+    call = Call(case.device, (case.dtype,), case.training, case.interpreted)
     return backend.refusal(call, case)
 
 

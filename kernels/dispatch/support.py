@@ -27,7 +27,6 @@ class Call(NamedTuple):
     device: torch.device
     dtypes: tuple[torch.dtype, ...]  # of its floating tensors
     training: bool = False
-    traced: bool = False  # in a graph
     interpreted: int = 0  # Triton's kernels take tensors that are on no GPU (see dispatch.off_gpu)
 
 

@@ -362,6 +362,17 @@ def test_tree_is_kept_and_a_second_run_skips(source, tmp_path):
     assert probe(out / "z.mp4").height == 48
 
 
+def test_long_names_and_copies_above_their_sources(source, tmp_path):
+    names = ["z" * 250 + "a.mp4", "z" * 250 + "b.mp4", "д" * 125 + ".mp4"]
+    for name in names:
+        write_clip(source / "new.mp4", textured(2))
+        os.rename(source / "new.mp4", source / name)
+    summary = transcode(source, source.parent)
+    assert (len(summary.done), summary.failed) == (3, {})
+    assert {path.name for path in source.parent.glob("*.mp4")} == set(names)
+    assert len(transcode(source, source.parent).skipped) == 3
+
+
 def test_lists_of_files_and_their_root(source, tmp_path):
     (source / "a").mkdir()
     (source / "b").mkdir()

@@ -446,6 +446,7 @@ def test_unknown_devices_are_refused():
         find_device("tpu")
 
 
+@pytest.mark.usefixtures("manifest")
 def test_an_output_that_cannot_be_written_is_refused_before_the_work(checkpoint, folder, tmp_path, monkeypatch):
     def worked(*_, **__):
         raise AssertionError("evaluated")
@@ -486,6 +487,7 @@ def test_labels_that_are_one_text_are_refused(tiny_model, manifest):
         evaluate(tiny_model, manifest, labels={name: "the same" for name in manifest.classes}, workers=0)
 
 
+@pytest.mark.usefixtures("manifest")
 def test_classes_that_training_did_not_know_are_told(checkpoint, folder, tmp_path, caplog):
     shutil.copytree(checkpoint, tmp_path / "c")
     (tmp_path / "c" / "trained.json").write_text(Trained({"cooking": "cooking"}).to_json())

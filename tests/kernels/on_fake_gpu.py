@@ -314,6 +314,21 @@ def test_other_alignment_strides_dtype_and_tile_are_another_launch(through_trito
     assert launches[10].grid != launches[0].grid == launches[11].grid
 
 
+def test_the_message_path_is_kept_for_the_strides_of_its_weights(through_triton: list[str]) -> None:
+    block = example(256, 18, 64, 8, dtype=BF16)
+    padded = torch.zeros(192, 72, dtype=BF16)[:, :64]
+    worked_out: list[int] = []
+    with fake_gpu(90) as launches, kernels.backend("library"), plans.swap("attention", "triton"):
+        for weight in (block.message_in_weight, padded, block.message_in_weight, padded):
+            before = len(through_triton)
+            fused.forward(False, *block._replace(message_in_weight=weight))
+            worked_out.append(len(through_triton) - before)
+    found = [each for each in launches if each.kernel == "message_attention_kernel"]
+    assert [each.arguments["weight_row"] for each in found] == [64, 72, 64, 72]
+    assert all(same(one, other) for one, other in zip(found[:2], found[2:], strict=True))
+    assert worked_out[0] >= worked_out[1] > 0 == worked_out[2] == worked_out[3]
+
+
 def test_hooks_and_knobs_are_asked(through_triton: list[str]) -> None:
     """With a hook or a knob that is set, every launch is Triton's own."""
     x, runtime, kernel = torch.zeros(16, 128), triton.knobs.runtime, layer_norm.layer_norm_fwd_kernel

@@ -67,7 +67,7 @@ class Index:
             folder: of the store.
             checkpoint: the weights (default: those that made the store).
             model: a model in place of the checkpoint, in the precision of its checkpoint.
-            device, dtype: "auto", or as for `torch.nn.Module.to`.
+            device: "auto", "cpu", "cuda" or "cuda:N". dtype: "auto", or as for `torch.nn.Module.to`.
             root: folder of the videos. Paths are stored relative to it (default: absolute paths). For an existing store
                 with a root: the present place of that folder.
             settings: of a new store, as in `open_store`: `window`, `stride`, `patches`, `frames`, ...

@@ -189,8 +189,9 @@ def _targets(
             if out.exists() and out.samefile(folder):
                 raise ValueError(f"{out} is the folder of the sources; choose another one for the copies")
             copies = out.resolve()
+            is_inside = copies.is_relative_to(folder.resolve())  # then what lies in it is no source
             for found in videos_below(folder):
-                if not Path(found).parent.resolve().is_relative_to(copies):
+                if not (is_inside and Path(found).parent.resolve().is_relative_to(copies)):
                     yield found, (out / os.path.relpath(found, folder)).with_suffix(".mp4")
             return
         if not folder.exists():
@@ -248,7 +249,7 @@ def _digest(name: str) -> str:
 def _copy(name: str, whole: Path, settings: Settings, stop: threading.Event) -> str | None:
     """Transcodes one file. Returns its damage, if any. Raises VideoError and OSError."""
     source = os.stat(name)
-    draft = whole.with_suffix(".draft.mp4")
+    draft = whole.with_name("draft")  # a name that no copy has
     try:
         found, clock = reencode(name, draft, settings, stop.is_set)
         damage = "; ".join(found) or None
