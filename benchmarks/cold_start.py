@@ -48,7 +48,7 @@ def one_run(checkpoint: str, clip: str, labels: str) -> dict[str, tuple[float, f
     """(wall seconds, processor seconds of all threads) of each part in a new process."""
     begin = time.time(), 0.0
     given = [sys.executable, "-c", CHILD, checkpoint, clip, labels]
-    marks = [begin, *json.loads(subprocess.run(given, capture_output=True, text=True, check=True).stdout)]
+    marks = [begin, *json.loads(subprocess.run(given, stdout=subprocess.PIPE, text=True, check=True).stdout)]
     pairs = zip(PARTS, itertools.pairwise(marks), strict=True)
     return {part: (after[0] - before[0], after[1] - before[1]) for part, (before, after) in pairs}
 
