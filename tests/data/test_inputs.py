@@ -46,6 +46,21 @@ def test_folders_globs_and_files(folder):
         find_videos([""])
 
 
+def test_a_folder_that_cannot_be_listed_does_not_stop_the_others(folder, monkeypatch):
+    scandir = os.scandir
+    (folder / "locked").mkdir()
+
+    def refusing(path):
+        if Path(path).name == "locked":
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    found = find_videos(["locked", "v/b.mp4"])
+    assert found.paths == ["v/b.mp4"]
+    assert found.empty == ["locked: no video file in this folder, which cannot be listed (Permission denied)"]
+
+
 def test_lists_and_standard_input(folder, monkeypatch):
     (folder / "v" / "list.txt").write_text("b.mp4\r\n\nin/c.webm\nhttps://host/d.mp4\n/abs/e.mp4\n")
     assert find_videos("v/list.txt").paths == ["v/b.mp4", "v/in/c.webm", "https://host/d.mp4", "/abs/e.mp4"]

@@ -421,6 +421,7 @@ def test_refused_before_the_first_step(videos: Path, tmp_path: Path) -> None:
     (tmp_path / "labels.txt").write_text("one\ntwo\n")
     refused("labels.txt has 2 lines, and the data 10 classes", data__labels=str(tmp_path / "labels.txt"))
     refused("model.num_classes is 400, and the data has 10 classes", model__num_classes=400)
+    refused("data.size is 112, and the model takes 16; leave data.size out", data__size=112)
     refused("data.train: there is no file .*missing.jsonl", data__train=str(tmp_path / "missing.jsonl"))
     refused("is a folder, not a manifest; `xclip-fast index", data__train=str(videos / "train"))
     refused("data.train is missing", data__train=None)

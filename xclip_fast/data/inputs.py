@@ -59,7 +59,10 @@ def find_videos(given: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
         elif os.path.isdir(name):
             kind = "video file in this folder"
             found.folders.append(name)
-            found.paths += videos_below(name)
+            try:
+                found.paths += videos_below(name)
+            except OSError as error:
+                kind += f", which cannot be listed ({error.strerror})"
         elif os.path.isfile(name) and name.lower().endswith((".txt", ".jsonl")):
             kind = "video in this list"
             found.paths += _listed(Path(name))
