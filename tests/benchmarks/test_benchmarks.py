@@ -512,6 +512,15 @@ def test_gemms_of_the_model_are_weighted_by_their_number(measuring, monkeypatch)
     assert seen == [(2, 3, 4)]
 
 
+def test_a_slow_contender_does_not_stop_the_others(measuring):
+    def waits(seconds):
+        return lambda: time.sleep(seconds) or torch.zeros(1)
+
+    results = measuring.measure({"slow": waits(0.3), "a": waits(0.0), "b": waits(0.0)}, "cpu", 0.6, pause=0.0)
+    assert len(results["slow"]["seconds"]) == 1 and results["slow"]["warm_ups"] == 0
+    assert len(results["a"]["seconds"]) == len(results["b"]["seconds"]) == 10
+
+
 def test_gemm_seconds_are_measured(measuring):
     assert 0 < measuring.gemm_seconds(8, 8, 8, torch.float32, "cpu") < 1
 
