@@ -24,7 +24,7 @@ constexpr int kPanel = 3 * kVector;  // rows of a full panel: 4 outputs x 24 row
 constexpr int kUnit = 8;             // N and K are multiples of it
 constexpr int kChunk = 96;           // outputs of a task
 constexpr int kMostPanels = 9;       // of a task
-constexpr int kPart = 192 * kPanel;  // floats of a panel's part: 18 KiB of L1
+constexpr int kDepth = 192;          // of K: a part of a panel is 18 KiB of L1
 constexpr int64_t kLine = 64;        // bytes of a cache line
 constexpr int kTasks = 3;            // for each thread, where there are so many panels
 
@@ -242,7 +242,7 @@ void widen(const Product& p, int64_t n0, int64_t n1, int64_t k, int depth, float
 // Outputs n0 to n1 of the panels of rows m0 to m1. The products of a panel are (n1 - n0, its rows). From n2 on are
 // probably the next outputs of this thread.
 void task(const Product& p, int64_t n0, int64_t n1, int64_t n2, int64_t m0, int64_t m1, float* sums, float* wide) {
-  const int64_t limit = kPart / (vectors_of_panel(p.rows, 0) * kVector), parts = (p.summed + limit - 1) / limit;
+  const int64_t parts = (p.summed + kDepth - 1) / kDepth;
   const int64_t most = ((p.summed + parts - 1) / parts + kUnit - 1) / kUnit * kUnit;
   const int outputs = static_cast<int>(n1 - n0);
   const int64_t panels = (m1 - m0 + kPanel - 1) / kPanel, size = p.dtype == kFloat32 ? 4 : 2;
@@ -352,7 +352,7 @@ __attribute__((visibility("default"))) void xclip_fast_cpu_product(const Product
         pack(p, m, p.panels + first * p.summed + m - first, vectors_of_panel(p.rows, first) * kVector);
       }
     }
-    alignas(64) static thread_local float sums[kChunk * kPanel * kMostPanels], wide[kChunk * kPart / kVector];
+    alignas(64) static thread_local float sums[kChunk * kPanel * kMostPanels], wide[kChunk * kDepth];
 #pragma omp for schedule(dynamic)
     for (int64_t i = 0; i < chunks * blocks; ++i) {
       const int64_t n = i / blocks * kChunk, m = i % blocks * rows_of_task;

@@ -125,6 +125,9 @@ def test_products_of_the_library(frames, length, width, columns, dtype, threads)
         results.append(y[:, :-1])
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
+    alone, given = torch.empty(1, length, columns), dict(x=x[:1], norm=norm, last=last[:1], residual=residual[:1])
+    library.product(length, panels(length, width), weight, bias, y=alone, **given)
+    assert torch.equal(alone, results[0][:1])
     slack = torch.finfo(torch.float32).eps
     wanted = composed(torch.float64)
     assert error(results[0], wanted) <= 2 * error(composed(torch.float32), wanted) + slack
