@@ -10,6 +10,7 @@ of the build.
 
 import hashlib
 import importlib.util
+import itertools
 import os
 import platform
 import shlex
@@ -87,9 +88,12 @@ def build_cpu_library(compiler: list[str]) -> Path:
     library = ROOT / "build" / "cpu" / "libxclip_fast_cpu.so"
     library.parent.mkdir(parents=True, exist_ok=True)
     # OpenMP's functions are found in the process, where torch has loaded them: a second OpenMP would bring more threads
-    options = ["-O3", "-std=c++17", "-mavx2", "-mfma", "-mf16c", "-fPIC", "-fvisibility=hidden"]
-    told(*compiler, *options, "-fopenmp", "-c", ROOT / "csrc" / "cpu.cpp", "-o", library.with_suffix(".o"))
-    told(*compiler, "-shared", library.with_suffix(".o"), "-o", library)
+    options = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fopenmp"]
+    objects = [library.with_name(f"{source.stem}-{name}.o") for name in CPU_SETS for source in CPU_SOURCES]
+    for target, (name, source) in zip(objects, itertools.product(CPU_SETS, CPU_SOURCES), strict=True):
+        flags = [*CPU_SETS[name], f"-DXCLIP_FAST_SET={name}"]
+        told(*compiler, *options, *flags, "-c", source, "-o", target)
+    told(*compiler, "-shared", *objects, "-o", library)
     return library
 
 
@@ -156,6 +160,14 @@ if WISH == "1" and NVCC is None:
     raise SystemExit("XCLIP_FAST_CUDA=1, but nvcc is not on the PATH, in CUDA_HOME or in /usr/local/cuda/bin")
 
 CPU_LIBRARY = "libxclip_fast_cpu"
+CPU_SOURCES = sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
+CPU_SETS = {  # the instruction sets of csrc/cpu/vector.h
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": AVX512,
+    "avx512_bf16": [*AVX512, "-mavx512bf16"],
+    "amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
+}
 CXX = shlex.split(os.environ.get("CXX") or "g++")
 is_x86_linux = sys.platform == "linux" and platform.machine() == "x86_64"
 has_compiler = bool(os.environ.get("CXX") or shutil.which("g++"))

@@ -175,7 +175,7 @@ def _cpu() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(),  # the code path that torch takes
         "instructions": [name for name, ask in questions.items() if ask is not None and ask()],
-        "library": cpu_library.load()[1],  # why the products of inference do not run on it, or None
+        "library": cpu_library.load(cpu_library.instruction_set(torch.float32))[1],  # why the products of inference do not run on it, or None
         "native_gemm": {_dtype_name(dtype): native for dtype, native in NATIVE_ON_CPU.items()},
     }
 

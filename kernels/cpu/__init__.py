@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..attention import attention_reference
 from ..common.block import Block
 from ..dispatch import forced_backend
-from . import buffers
+from . import buffers, library
 from .buffers import workspace
 from .products import Products
 
@@ -49,6 +49,8 @@ def takes(x: Tensor, *parameters: Tensor) -> bool:
 def block(b: Block) -> Tensor:
     """A whole block (equations 7 to 9), or its rows that are asked for. A spare row comes out as zeros."""
     products = Products(b.x.dtype)
+    if products.takes_block(b):
+        return _block_of_library(b, products.dtype)
     ffn = (b.ln_2_weight, b.ln_2_bias), (b.fc_weight, b.fc_bias), (b.projection_weight, b.projection_bias)
     if not b.frames:
         z = self_attention(b, products)
@@ -62,6 +64,22 @@ def block(b: Block) -> Tensor:
         z_FLD = cross_frame_attention(b, products, b.x[part], message_FD[part])
         feed_forward(z_FLD, *ffn, b.eps, b.activation, out=y_FSD[part, :-1])
     return y_FSD
+
+
+def _block_of_library(b: Block, dtype: torch.dtype) -> Tensor:
+    count, length, width = b.x.shape
+    x = b.x.to(dtype)
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    part = next(_parts(count, HIDDEN_BYTES // (4 * len(b.fc_bias) * length))).stop
+    linear = ("message_fc", "message_in", "message_out", "in", "out", "fc", "projection")
+    parameters = [
+        *(getattr(b, f"{name}_{kind}") for name in linear for kind in ("weight", "bias")),
+        *(getattr(b, f"{name}_{kind}") for name in ("message_ln", "ln_1", "ln_2") for kind in ("weight", "bias")),
+    ]
+    parameters = [p if p is None or p.dim() == 2 else p.to(dtype).contiguous() for p in parameters]
+    library.block(x, y, b.heads, b.frames, part, b.eps, parameters)
+    return y.to(b.x.dtype)
 
 
 def messages(b: Block, products: Products) -> Tensor:

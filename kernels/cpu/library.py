@@ -1,60 +1,117 @@
-"""The C++ library of csrc/cpu.cpp, loaded with ctypes: products of inference on CPUs with AVX2.
+"""The C++ library of csrc/cpu, loaded with ctypes: products and attention of inference.
 
-M rows, N outputs, K summed. Panels are rows in the library's own order: (M up to the next multiple of 8, K) floats.
+M rows, N outputs, K summed. Panels are rows in the library's own order: (M up to the next multiple of ``rows``, K)
+elements. An element is float32, or bfloat16 where the CPU multiplies it.
 """
 
 import ctypes
 import functools
 import struct
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-ABI = 2  # that of xclip_fast_cpu_abi in csrc/cpu.cpp
+from . import buffers
+
+ABI = 3  # that of xclip_fast_cpu_abi in csrc/cpu/interface.h
 FILE = Path(__file__).parents[1] / "libxclip_fast_cpu.so"
-UNIT = 8  # M is rounded up to it; N and K are multiples of it
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
-
-# The structs of csrc/cpu.cpp: integers and addresses (q), float32 (f), int32 (i).
+# The structs of csrc/cpu/interface.h: integers and addresses (q), float32 (f), int32 (i).
 _PRODUCT = struct.Struct("3q 4q4q 2qfi 3q2i q4q4q")
-_ATTENTION = struct.Struct("5q3qfi")
+_BLOCK = struct.Struct("7q 4q4q q f3i 14q 6q")
+
+
+class Functions(NamedTuple):
+    """Those of one instruction set.
+
+    Attributes:
+        dtype: of rows and panels.
+        rows: M is rounded up to a multiple of it.
+        unit: N, K and the channels of a head are multiples of it.
+    """
+
+    dtype: torch.dtype
+    rows: int
+    unit: int
+    product: Any
+    block: Any
+    block_memory: Any
+
+
+SETS = {
+    "avx2": (torch.float32, 8, 8),
+    "avx512": (torch.float32, 16, 16),
+    "avx512_bf16": (torch.bfloat16, 16, 32),
+    "amx": (torch.bfloat16, 16, 32),
+}
 
 
 @functools.cache
-def load() -> tuple[Any, str | None]:
-    """The library and None, or None and the reason why products do not run on it."""
+def instruction_set(dtype: torch.dtype) -> str | None:
+    """The one of ``SETS`` that computes with this dtype here, or None."""
     capability = torch.backends.cpu.get_cpu_capability()
-    if capability != "AVX2":  # with AVX-512 oneDNN has wider registers
-        return None, f"it is made for AVX2, and torch uses {capability} here"
+    if dtype == torch.float32:
+        return "avx512" if capability == "AVX512" else "avx2" if capability == "AVX2" else None
+    if dtype != torch.bfloat16 or capability != "AVX512":
+        return None
+    if torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx():
+        return "amx"
+    return "avx512_bf16" if torch.cpu._is_avx512_bf16_supported() else None
+
+
+@functools.cache
+def load(name: str | None) -> tuple[Functions | None, str | None]:
+    """The functions of an instruction set and None, or None and the reason why there are none."""
+    if name is None:
+        return None, f"it has no products for a CPU with {torch.backends.cpu.get_cpu_capability()}"
     if not FILE.exists():
         note = FILE.with_suffix(".failed")
         why = f": {note.read_text(encoding='utf-8').strip()}" if note.exists() else ""
         return None, f"no CPU library {FILE.name} in this package{why} (built by pip install where g++ is)"
     try:
         library = ctypes.CDLL(str(FILE))  # OpenMP's symbols are those that torch has loaded: one pool of threads
-        abi = library.xclip_fast_cpu_abi()
+        abi = library[f"xclip_fast_cpu_abi_{name}"]()
         if abi != ABI:
             return None, f"the CPU library {FILE} has interface {abi}, wanted {ABI}: install again"
-        for function in (library.xclip_fast_cpu_product, library.xclip_fast_cpu_attention):
+        found = [library[f"xclip_fast_cpu_{each}_{name}"] for each in ("product", "block", "block_memory")]
+        for function in found:
             function.argtypes, function.restype = [ctypes.c_char_p], None
+        found[-1].restype = ctypes.c_int64
     except (OSError, AttributeError) as error:
         return None, f"the CPU library {FILE} does not load: {error}"
-    return library, None
+    return Functions(*SETS[name], *found), None
 
 
-def panel_floats(rows: int, width: int) -> int:
-    """The size of the panels of (rows, width)."""
-    return -(-rows // UNIT) * UNIT * width
+def functions(dtype: torch.dtype) -> Functions | None:
+    """Those that compute with this dtype, or None."""
+    return load(instruction_set(dtype))[0]
 
 
-def takes(*weights: Tensor) -> bool:
-    """Whether the library multiplies with these: (N, K), contiguous, in a dtype and of widths that it knows."""
-    return load()[0] is not None and all(
-        w.dtype in _DTYPES and w.is_contiguous() and not (w.shape[0] % UNIT or w.shape[1] % UNIT) for w in weights
+def panel_size(rows: int, width: int, dtype: torch.dtype) -> int:
+    """The number of elements of the panels of (rows, width)."""
+    multiple = _functions(dtype).rows
+    return -(-rows // multiple) * multiple * width
+
+
+def takes(dtype: torch.dtype, *weights: Tensor) -> bool:
+    """Whether the library multiplies rows of ``dtype`` with these: (N, K), contiguous, of widths that it knows, and in a
+    dtype that it knows, bfloat16 for rows of bfloat16."""
+    here = functions(dtype)
+    return here is not None and all(
+        (w.dtype == dtype or (dtype == torch.float32 and w.dtype in _DTYPES))
+        and w.is_contiguous()
+        and not (w.shape[0] % here.unit or w.shape[1] % here.unit)
+        for w in weights
     )
+
+
+def _functions(dtype: torch.dtype) -> Functions:
+    found = functions(dtype)
+    assert found is not None, "takes() comes first"
+    return found
 
 
 def product(
@@ -71,19 +128,19 @@ def product(
     y_panels: Tensor | None = None,
     quick_gelu: bool = False,
 ) -> None:
-    """act(LN(x) W^T + b) + residual, in float32.
+    """act(LN(x) W^T + b) + residual. All but the weight are of the dtype of ``panels``, float32 or bfloat16.
 
     Args:
         rows: M.
-        panels: (panel_floats(M, K),): x, or room for it if ``x`` is given.
-        weight: (N, K), one of float32, bfloat16 and float16.
-        bias: (N,), float32.
-        x: (M, K) or (frames, length, K), float32, with neighboring columns.
+        panels: (panel_size(M, K),): x, or room for it if ``x`` is given.
+        weight: (N, K), one that the library ``takes``.
+        bias: (N,).
+        x: (M, K) or (frames, length, K), with neighboring columns.
         norm: weight (K,), bias (K,) and eps of LN; None: no LN.
-        last: (frames, K), float32, in place of the last row of each frame of ``x``.
-        y: (M, N) or (frames, length, N), float32, with neighboring columns: the result.
+        last: (frames, K), in place of the last row of each frame of ``x``.
+        y: (M, N) or (frames, length, N), with neighboring columns: the result.
         residual: like ``y``. It may be ``y`` itself.
-        y_panels: in place of ``y``, (panel_floats(M, N),): the result as panels.
+        y_panels: in place of ``y``, (panel_size(M, N),): the result as panels.
         quick_gelu: whether act is quick_gelu.
 
     Raises:
@@ -99,8 +156,8 @@ def product(
         ("last", last, 1 if x is None else len(x), summed),
         ("y", y, rows, outputs),
         ("residual", residual, rows, outputs),
-        ("panels", panels, 1, panel_floats(rows, summed)),
-        ("y_panels", y_panels, 1, panel_floats(rows, outputs)),
+        ("panels", panels, 1, panel_size(rows, summed, panels.dtype)),
+        ("y_panels", y_panels, 1, panel_size(rows, outputs, panels.dtype)),
     ):
         if given is not None and (given.shape[-1] != width or given.numel() != count * width):
             raise RuntimeError(
@@ -116,32 +173,32 @@ def product(
         *_rows(y),
         *_rows(residual),
     )
-    load()[0].xclip_fast_cpu_product(call)
+    _functions(panels.dtype).product(call)
 
 
-def attention_floats(keys: int, channels: int) -> int:
-    """The size of the scratch memory of ``attention``."""
-    padded = panel_floats(keys, 1)
-    return torch.get_num_threads() * ((channels + 24) * padded + 48 * channels)
-
-
-def attention(qkv: Tensor, queries: int, scratch: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(C)) v of the first ``queries`` rows of each frame.
+def block(x: Tensor, y: Tensor, heads: int, frames: int, part: int, eps: float, parameters: list[Tensor | None]) -> None:
+    """A residual block with quick_gelu (equations 7 to 9). All but the weights are of x's dtype, float32 or bfloat16.
 
     Args:
-        qkv: (frames, rows, 3, heads, C), float32, contiguous; at least 4 rows, C a multiple of 8.
-        scratch: ``attention_floats(rows, C)`` floats.
-
-    Returns:
-        (frames, queries, heads, C).
+        x: (F, S, D), with neighboring columns. With messages, the last row of a frame is not read.
+        y: like ``x``: the result. With messages, the last row of a frame becomes 0.
+        heads: D / heads is a multiple of the functions' ``unit``.
+        frames: whose messages attend to each other; 0: no messages.
+        part: frames that are computed at a time, so that memory does not grow with F.
+        eps: of every LayerNorm.
+        parameters: weight and bias of message_fc, message_in, message_out, in, out, fc and projection, then of
+            message_ln, ln_1 and ln_2; None for those of the messages if there are none. The library ``takes`` the
+            weights of the products.
     """
-    frames, keys, _, heads, channels = qkv.shape
-    y = qkv.new_empty(frames, queries, heads, channels)
-    sizes = frames, keys, queries, heads, channels
-    addresses = qkv.data_ptr(), y.data_ptr(), scratch.data_ptr()
-    call = _ATTENTION.pack(*sizes, *addresses, channels**-0.5, torch.get_num_threads())
-    load()[0].xclip_fast_cpu_attention(call)
-    return y
+    count, length, width = x.shape
+    given = (count, length, heads, width, len(parameters[11]), frames, part)  # type: ignore[arg-type]
+    addresses = [_address(parameter) for parameter in parameters]
+    kind = _DTYPES[parameters[6].dtype], torch.get_num_threads(), 0  # type: ignore[union-attr]
+    here = _functions(x.dtype)
+    memory = 0
+    needed = here.block_memory(_BLOCK.pack(*given, *_rows(x), *_rows(y), memory, eps, *kind, *addresses))
+    memory = buffers.take("block", 1, needed, x.dtype)
+    here.block(_BLOCK.pack(*given, *_rows(x), *_rows(y), memory.data_ptr(), eps, *kind, *addresses))
 
 
 def _address(x: Tensor | None) -> int:

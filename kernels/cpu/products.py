@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..common.block import GELUS
+from ..common.block import GELUS, Block
 from ..dispatch import forced_backend
 from ..linear import NATIVE_ON_CPU
 from ..quick_gelu import SLOPE
@@ -30,16 +30,33 @@ class Products:
 
     Attributes:
         dtype: of x and the results; float32 for a half-precision dtype without instructions.
-        onednn: whether oneDNN multiplies.
+        library: the functions of this package's library for this dtype, or None.
+        onednn: whether oneDNN multiplies what the library does not take.
     """
 
     def __init__(self, given: torch.dtype) -> None:
-        self.dtype = given if NATIVE_ON_CPU.get(given, True) else torch.float32
-        wide = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-        self.onednn = forced_backend() == "onednn" or NATIVE_ON_CPU.get(self.dtype, wide)
+        forced = forced_backend() == "onednn"
+        native = NATIVE_ON_CPU.get(given, True)
+        if given == torch.float16 and not forced and library.functions(torch.float32) is not None:
+            native = torch.cpu._is_amx_fp16_supported()  # without AMX, oneDNN's float16 is no faster than float32
+        self.dtype = given if native else torch.float32
+        self.library = None if forced else library.functions(self.dtype)
+        wide = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+        self.onednn = forced or NATIVE_ON_CPU.get(self.dtype, wide)
 
     def _library_takes(self, *weights: Tensor) -> bool:
-        return self.dtype == torch.float32 and not self.onednn and library.takes(*weights)
+        return self.library is not None and library.takes(self.dtype, *weights)
+
+    def takes_block(self, b: Block) -> bool:
+        """Whether the library computes this block as a whole."""
+        if self.library is None or b.x.dim() != 3 or b.activation != "quick_gelu" or b.causal:
+            return False
+        if any(each is not None for each in (b.bias, b.rows, b.offsets)):
+            return False
+        weights = [b.in_weight, b.out_weight, b.fc_weight, b.projection_weight]
+        if b.frames:
+            weights += [b.message_fc_weight, b.message_in_weight, b.message_out_weight]
+        return b.x.shape[-1] // b.heads % self.library.unit == 0 and self._library_takes(*weights)
 
     def linear(
         self,
@@ -75,14 +92,14 @@ class Products:
             if residual is None:
                 return y
             return torch.add(residual, y.view(residual.shape), out=out)
-        y = out if _is_direct(out) else buffers.take(name, count, columns, torch.float32)
+        y = out if self._is_direct(out) else buffers.take(name, count, columns, self.dtype)
         library.product(
             count,
-            _panels("panels", count, width),
+            self._panels("panels", count, width),
             weight,
-            _vector(bias),
+            self._vector(bias),
             x=_beside(x),
-            norm=_in_float32(norm),
+            norm=self._vectors(norm),
             last=last,
             y=y,
             residual=None if residual is None else _beside(residual),
@@ -91,10 +108,6 @@ class Products:
 
     def attention(self, qkv: Tensor, queries: int) -> Tensor:
         """Attention of the first ``queries`` rows of each frame, (F, S, 3, H, C) to (F, queries, H C)."""
-        count, rows, _, _, channels = qkv.shape
-        if count and rows >= 4 and channels % library.UNIT == 0 and self._library_takes():
-            scratch = buffers.take("scores", 1, library.attention_floats(rows, channels), torch.float32)
-            return library.attention(qkv, queries, scratch).flatten(2)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         return F.scaled_dot_product_attention(query[:, :, :queries], key, value).transpose(1, 2).flatten(2)
 
@@ -111,22 +124,22 @@ class Products:
         (hidden, width), count = fc[0].shape, x.numel() // x.shape[-1]
         if self._library_takes(fc[0], projection[0]):
             quick = activation == "quick_gelu"
-            panels, inner = _panels("panels", count, width), _panels("wide", count, hidden)
+            panels, inner = self._panels("panels", count, width), self._panels("wide", count, hidden)
             x = _beside(x)
-            y = out if _is_direct(out) else torch.empty_like(x, memory_format=torch.contiguous_format)
+            y = out if self._is_direct(out) else torch.empty_like(x, memory_format=torch.contiguous_format)
             library.product(
                 count,
                 panels,
                 fc[0],
-                _vector(fc[1]),
+                self._vector(fc[1]),
                 x=x,
-                norm=_in_float32(norm),
+                norm=self._vectors(norm),
                 y_panels=inner,
                 quick_gelu=quick,
             )
             if not quick:
                 torch.ops.aten.gelu_(inner, approximate=GELUS[activation])
-            library.product(count, inner, projection[0], _vector(projection[1]), y=y, residual=x)
+            library.product(count, inner, projection[0], self._vector(projection[1]), y=y, residual=x)
             return y if y is out else out.copy_(y)
         scale = SLOPE if activation == "quick_gelu" else 1.0
         at_least = torch.promote_types(self.dtype, torch.float32)  # the scaled vectors are not rounded once more
@@ -135,6 +148,19 @@ class Products:
         inner = self._plain(normed, fc[0], bias, "wide", activation)
         y = self._plain(inner, projection[0], projection[1], "product", alpha=1 / scale)
         return torch.add(x, y.view(x.shape), out=out)
+
+    def _vector(self, x: Tensor) -> Tensor:
+        return x.to(self.dtype).contiguous()
+
+    def _vectors(self, norm: Norm | None) -> Norm | None:
+        return None if norm is None else (self._vector(norm[0]), self._vector(norm[1]), norm[2])
+
+    def _panels(self, name: str, rows: int, width: int) -> Tensor:
+        return buffers.take(name, 1, library.panel_size(rows, width, self.dtype), self.dtype)
+
+    def _is_direct(self, out: Tensor | None) -> TypeGuard[Tensor]:
+        """Whether the library can write to ``out`` itself."""
+        return out is not None and out.dtype == self.dtype and out.stride(-1) == 1
 
     def _plain(
         self, x: Tensor, weight: Tensor, bias: Tensor, name: str, activation: str = "", alpha: float = 1.0
@@ -161,23 +187,6 @@ def _normed(x: Tensor, norm: Norm | None, last: Tensor | None = None) -> Tensor:
         if last is not None:
             x[:, -1] = F.layer_norm(last, width, weight, bias, eps)
     return x.reshape(-1, *width)
-
-
-def _in_float32(norm: Norm | None) -> Norm | None:
-    return None if norm is None else (_vector(norm[0]), _vector(norm[1]), norm[2])
-
-
-def _vector(x: Tensor) -> Tensor:
-    return x.float().contiguous()
-
-
-def _panels(name: str, rows: int, width: int) -> Tensor:
-    return buffers.take(name, 1, library.panel_floats(rows, width), torch.float32)
-
-
-def _is_direct(out: Tensor | None) -> TypeGuard[Tensor]:
-    """Whether the library can write to ``out`` itself."""
-    return out is not None and out.dtype == torch.float32 and out.stride(-1) == 1
 
 
 def _beside(x: Tensor) -> Tensor:

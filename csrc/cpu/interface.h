@@ -1,0 +1,107 @@
+// What kernels/cpu/library.py calls, once for each instruction set.
+
+#pragma once
+
+#include <cstdint>
+#include <new>
+
+#include "vector.h"
+
+#define XCLIP_FAST_JOIN(a, b) a##b
+#define XCLIP_FAST_NAME(function, set) XCLIP_FAST_JOIN(function, set)
+// A function that the library exports; its name ends in the instruction set.
+#define EXPORT(name) __attribute__((visibility("default"))) XCLIP_FAST_NAME(name##_, XCLIP_FAST_SET)
+
+constexpr int32_t kAbi = 3;
+
+extern "C" {
+
+// Row m is at data + (m / length) * frame_stride + (m % length) * row_stride; null data: none.
+struct Rows {
+  Element* data;
+  int64_t length, frame_stride, row_stride;
+};
+
+struct Product {
+  int64_t rows, outputs, summed;         // M, N, K
+  Rows x;                                // null: the panels hold x already
+  Rows last;                             // (frames, K): takes the place of the last row of each frame of x; or null
+  const Element *ln_weight, *ln_bias;    // (K,), or null: no LayerNorm
+  float eps;
+  int32_t dtype;                         // of W: kFloat32, kBfloat16, kFloat16
+  Element* panels;                       // (M up to the next multiple of kVector, K): x, rewritten
+  const void* weight;                    // (N, K)
+  const Element* bias;                   // (N,)
+  int32_t quick_gelu, threads;
+  Element* y_panels;                     // (M up to the next multiple of kVector, N): the result as panels, or null:
+  Rows y, residual;                      // the result as rows, with a residual or without
+};
+
+struct Parameters {
+  const void* weight;
+  const Element* bias;
+};
+
+struct Norm {
+  const Element *weight, *bias;
+};
+
+// A residual block (equations 7 to 9), with quick_gelu.
+struct Block {
+  int64_t frames, length, heads, width, hidden;  // length: rows of a frame of x
+  int64_t of_video;                              // frames whose messages attend to each other; 0: no messages
+  int64_t part;                                  // frames that are computed at a time
+  Rows x, y;     // with messages, the last row of a frame is theirs: it is not read, and becomes 0
+  Element* memory;  // block_memory() elements
+  float eps;
+  int32_t dtype, threads, reserved;
+  Parameters message_fc, message_in, message_out, in, out, fc, projection;
+  Norm message_ln, ln_1, ln_2;
+};
+}
+
+namespace {
+
+struct Attention {
+  int64_t frames, keys, queries, heads, channels;  // the first `queries` of the `keys` rows of a frame ask
+  const Element* qkv;                              // (frames, keys, 3, heads, channels)
+  Element* y;                                      // (frames, queries, heads, channels)
+};
+
+}  // namespace
+
+namespace {
+
+enum Dtype { kFloat32, kBfloat16, kFloat16 };
+
+// N, K, and channels of a head are multiples of it.
+constexpr int kUnit = kVector * kPack;
+
+template <class Number>
+inline Number least(Number a, Number b) {
+  return a < b ? a : b;
+}
+
+inline int64_t parts(int64_t count, int64_t size) { return (count + size - 1) / size; }
+
+// Memory of one thread, which serves its next call.
+class Scratch {
+ public:
+  ~Scratch() { operator delete(data_, std::align_val_t(64)); }
+
+  float* take(int64_t floats) {
+    if (floats > size_) {
+      operator delete(data_, std::align_val_t(64));
+      data_ = nullptr;  // in case that there is no memory
+      data_ = static_cast<float*>(operator new(floats * sizeof(float), std::align_val_t(64)));
+      size_ = floats;
+    }
+    return data_;
+  }
+
+ private:
+  float* data_ = nullptr;
+  int64_t size_ = 0;
+};
+
+}  // namespace

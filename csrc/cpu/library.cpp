@@ -1,0 +1,129 @@
+// Inference on a CPU for kernels/cpu: products, and whole residual blocks.
+
+#include <omp.h>
+
+#include "attention.h"
+#include "interface.h"
+#include "multiply.h"
+#include "product.h"
+
+namespace {
+
+Rows rows_of(Element* data, int64_t count, int64_t width) { return {data, count, 0, width}; }
+
+// Elements of panels.
+int64_t panels_of(int64_t rows, int64_t width) { return parts(rows, kVector) * kVector * width; }
+
+// The memory of a block: one piece after another.
+class Pieces {
+ public:
+  explicit Pieces(Element* memory) : next_(memory) {}
+
+  Element* take(int64_t elements) {
+    Element* piece = next_;
+    next_ += parts(elements, 64) * 64;
+    return piece;
+  }
+
+  Element* next() const { return next_; }
+
+ private:
+  Element* next_;
+};
+
+struct Memory {
+  Element *message, *message_qkv, *message_mixed, *panels, *wide, *mixed, *stream, *end;
+
+  explicit Memory(const Block& b) {
+    const int64_t messages = b.of_video ? b.frames : 0, rows = b.part * b.length;
+    Pieces pieces(b.memory);
+    message = pieces.take(messages * b.width);
+    message_qkv = pieces.take(messages * 3 * b.width);
+    message_mixed = pieces.take(messages * b.width);
+    panels = pieces.take(panels_of(rows > messages ? rows : messages, b.width));
+    const int64_t qkv = rows * 3 * b.width, inner = panels_of(rows, b.hidden);
+    wide = pieces.take(qkv > inner ? qkv : inner);
+    mixed = pieces.take(rows * b.width);
+    stream = pieces.take(rows * b.width);
+    end = pieces.next();
+  }
+};
+
+// The block, by all threads of a team together.
+void run(const Block& b) {
+  const Memory memory(b);
+  const int64_t width = b.width, channels = width / b.heads;
+  const auto product = [&](int64_t rows, Rows x, Norm norm, const Parameters& by, int64_t outputs, int64_t summed) {
+    Product p{};
+    p.rows = rows, p.outputs = outputs, p.summed = summed;
+    p.x = x, p.ln_weight = norm.weight, p.ln_bias = norm.bias, p.eps = b.eps;
+    p.dtype = b.dtype, p.panels = memory.panels, p.weight = by.weight, p.bias = by.bias, p.threads = b.threads;
+    return p;
+  };
+  if (b.of_video) {
+    const Rows class_rows{b.x.data, 1, b.x.frame_stride, 0}, message = rows_of(memory.message, b.frames, width);
+    Product p = product(b.frames, class_rows, {}, b.message_fc, width, width);
+    p.y = message;
+    multiply_rows(p);
+    p = product(b.frames, message, b.message_ln, b.message_in, 3 * width, width);
+    p.y = rows_of(memory.message_qkv, b.frames, 3 * width);
+    multiply_rows(p);
+    attend({b.frames / b.of_video, b.of_video, b.of_video, b.heads, channels, memory.message_qkv, memory.message_mixed});
+    p = product(b.frames, rows_of(memory.message_mixed, b.frames, width), {}, b.message_out, width, width);
+    p.y = p.residual = message;
+    multiply_rows(p);
+  }
+  const int64_t tokens = b.of_video ? b.length - 1 : b.length;
+  for (int64_t first = 0; first < b.frames; first += b.part) {
+    const int64_t frames = least(b.part, b.frames - first), rows = frames * tokens;
+    Rows x = b.x, y = b.y;
+    x.data += first * x.frame_stride, x.length = b.length;
+    y.data += first * y.frame_stride, y.length = tokens;
+    Product p = product(frames * b.length, x, b.ln_1, b.in, 3 * width, width);
+    if (b.of_video) p.last = {memory.message + first * width, 1, width, 0};
+    p.y = rows_of(memory.wide, frames * b.length, 3 * width);
+    multiply_rows(p);
+    attend({frames, b.length, tokens, b.heads, channels, memory.wide, memory.mixed});
+    x.length = tokens;
+    const Rows stream = rows_of(memory.stream, rows, width);
+    p = product(rows, rows_of(memory.mixed, rows, width), {}, b.out, width, width);
+    p.y = stream, p.residual = x;
+    multiply_rows(p);
+    p = product(rows, stream, b.ln_2, b.fc, b.hidden, width);
+    p.y_panels = memory.wide, p.quick_gelu = true;
+    multiply_rows(p);
+    p = product(rows, {}, {}, b.projection, width, b.hidden);
+    p.panels = memory.wide, p.y = y, p.residual = stream;
+    multiply_rows(p);
+    if (!b.of_video) continue;
+#pragma omp for schedule(static)
+    for (int64_t frame = 0; frame < frames; ++frame)
+      __builtin_memset(y.data + frame * y.frame_stride + tokens * y.row_stride, 0, width * sizeof(Element));
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+int32_t EXPORT(xclip_fast_cpu_abi)() { return kAbi; }
+
+void EXPORT(xclip_fast_cpu_product)(const Product* product) {
+#pragma omp parallel num_threads(product->threads)
+  {
+    const Tiles tiles;
+    multiply_rows(*product);
+  }
+}
+
+// Elements of the block's memory.
+int64_t EXPORT(xclip_fast_cpu_block_memory)(const Block* block) { return Memory(*block).end - block->memory; }
+
+void EXPORT(xclip_fast_cpu_block)(const Block* block) {
+#pragma omp parallel num_threads(block->threads)
+  {
+    const Tiles tiles;
+    run(*block);
+  }
+}
+}
