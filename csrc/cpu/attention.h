@@ -59,10 +59,11 @@ struct Head {
       pack_rows(query + at * stride, stride, a.queries - at, channels, panel + v * kVector, width);
     }
     const Word* weight = reinterpret_cast<const Word*>(key);
-    multiply(vectors, weight, stride / kPack, static_cast<int>(whole), panel, depth, false, scores, {});
-    if (whole < a.keys) multiply(vectors, last_keys, depth, kUnit, panel, depth, false, scores + whole * width, {});
+    Nothing nothing;
+    multiply(vectors, weight, stride / kPack, static_cast<int>(whole), panel, depth, false, scores, {}, nothing);
+    if (whole < a.keys) multiply(vectors, last_keys, depth, kUnit, panel, depth, false, scores + whole * width, {}, nothing);
     for (int v = 0; v < vectors; ++v) softmax(scores + v * kVector, width, v * kVector);
-    multiply(vectors, values, padded / kPack, channels, scores, static_cast<int>(padded / kPack), false, mixed, {});
+    multiply(vectors, values, padded / kPack, channels, scores, static_cast<int>(padded / kPack), false, mixed, {}, nothing);
     for (int v = 0; v < vectors; ++v) {
       const int64_t at = first + v * kVector;
       const Vector inverse = load(panel + v * kVector);
@@ -104,7 +105,7 @@ void attend(const Attention& a) {
   const int64_t width = a.heads * a.channels, stride = 3 * width, padded = parts(a.keys, kUnit) * kUnit;
   const int64_t whole = a.keys / kUnit * kUnit;
   static thread_local Scratch scratch;
-  float* values = scratch.take(a.channels * (padded + kUnit + 2 * kPanel) + padded * kPanel);
+  float* values = scratch.take<float>(a.channels * (padded + kUnit + 2 * kPanel) + padded * kPanel);
   float* last_keys = values + a.channels * padded;
   float* scores = last_keys + a.channels * kUnit;
   float* panel = scores + padded * kPanel;

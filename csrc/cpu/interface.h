@@ -3,7 +3,7 @@
 #pragma once
 
 #include <cstdint>
-#include <new>
+#include <cstdlib>
 
 #include "vector.h"
 
@@ -24,6 +24,7 @@ struct Rows {
 
 struct Product {
   int64_t rows, outputs, summed;         // M, N, K
+  int64_t turns;                         // a row of x is so many times as long as W, which meets it so often
   Rows x;                                // null: the panels hold x already
   Rows last;                             // (frames, K): takes the place of the last row of each frame of x; or null
   const Element *ln_weight, *ln_bias;    // (K,), or null: no LayerNorm
@@ -35,6 +36,15 @@ struct Product {
   int32_t quick_gelu, threads;
   Element* y_panels;                     // (M up to the next multiple of kVector, N): the result as panels, or null:
   Rows y, residual;                      // the result as rows, with a residual or without
+};
+
+// Frames of pixels, to rows of patches in the order of a convolution's weight: channel, row, column.
+struct Patches {
+  const uint8_t* frames;                 // (count, height, width, 3)
+  int64_t count, height, width, patch;   // height and width are multiples of patch
+  const Element* values;                 // (3, 256, kPack): of each level of a channel, summands that are exact together
+  Element* y;                            // (count * patches of a frame, kPack, 3 * patch^2): one kind of summands, then the other
+  int64_t threads;
 };
 
 struct Parameters {
@@ -52,7 +62,6 @@ struct Block {
   int64_t of_video;                              // frames whose messages attend to each other; 0: no messages
   int64_t part;                                  // frames that are computed at a time
   Rows x, y;     // with messages, the last row of a frame is theirs: it is not read, and becomes 0
-  Element* memory;  // block_memory() elements
   float eps;
   int32_t dtype, threads, reserved;
   Parameters message_fc, message_in, message_out, in, out, fc, projection;
@@ -87,20 +96,23 @@ inline int64_t parts(int64_t count, int64_t size) { return (count + size - 1) / 
 // Memory of one thread, which serves its next call.
 class Scratch {
  public:
-  ~Scratch() { operator delete(data_, std::align_val_t(64)); }
+  ~Scratch() { free(data_); }
 
-  float* take(int64_t floats) {
-    if (floats > size_) {
-      operator delete(data_, std::align_val_t(64));
-      data_ = nullptr;  // in case that there is no memory
-      data_ = static_cast<float*>(operator new(floats * sizeof(float), std::align_val_t(64)));
-      size_ = floats;
+  template <class Number>
+  Number* take(int64_t numbers) {
+    const int64_t bytes = parts(numbers * sizeof(Number), kPage) * kPage;
+    if (bytes > size_) {
+      free(data_);
+      data_ = aligned_alloc(kPage, bytes);
+      if (!data_) abort();
+      size_ = bytes;
     }
-    return data_;
+    return static_cast<Number*>(data_);
   }
 
  private:
-  float* data_ = nullptr;
+  static constexpr int64_t kPage = 4096;
+  void* data_ = nullptr;
   int64_t size_ = 0;
 };
 

@@ -14,48 +14,37 @@ Rows rows_of(Element* data, int64_t count, int64_t width) { return {data, count,
 // Elements of panels.
 int64_t panels_of(int64_t rows, int64_t width) { return parts(rows, kVector) * kVector * width; }
 
-// The memory of a block: one piece after another.
-class Pieces {
- public:
-  explicit Pieces(Element* memory) : next_(memory) {}
-
-  Element* take(int64_t elements) {
-    Element* piece = next_;
-    next_ += parts(elements, 64) * 64;
-    return piece;
-  }
-
-  Element* next() const { return next_; }
-
- private:
-  Element* next_;
-};
-
+// What lies between the steps of a block.
 struct Memory {
-  Element *message, *message_qkv, *message_mixed, *panels, *wide, *mixed, *stream, *end;
+  Element *message, *message_qkv, *message_mixed, *panels, *wide, *mixed, *stream;
 
   explicit Memory(const Block& b) {
     const int64_t messages = b.of_video ? b.frames : 0, rows = b.part * b.length;
-    Pieces pieces(b.memory);
-    message = pieces.take(messages * b.width);
-    message_qkv = pieces.take(messages * 3 * b.width);
-    message_mixed = pieces.take(messages * b.width);
-    panels = pieces.take(panels_of(rows > messages ? rows : messages, b.width));
     const int64_t qkv = rows * 3 * b.width, inner = panels_of(rows, b.hidden);
-    wide = pieces.take(qkv > inner ? qkv : inner);
-    mixed = pieces.take(rows * b.width);
-    stream = pieces.take(rows * b.width);
-    end = pieces.next();
+    const struct {
+      Element** piece;
+      int64_t elements;
+    } pieces[] = {{&message, messages * b.width},
+                  {&message_qkv, messages * 3 * b.width},
+                  {&message_mixed, messages * b.width},
+                  {&panels, panels_of(rows > messages ? rows : messages, b.width)},
+                  {&wide, qkv > inner ? qkv : inner},
+                  {&mixed, rows * b.width},
+                  {&stream, rows * b.width}};
+    int64_t size = 0;
+    for (const auto& each : pieces) size += parts(each.elements, 64) * 64;
+    static thread_local Scratch scratch;
+    Element* next = scratch.take<Element>(size);
+    for (const auto& each : pieces) *each.piece = next, next += parts(each.elements, 64) * 64;
   }
 };
 
 // The block, by all threads of a team together.
-void run(const Block& b) {
-  const Memory memory(b);
+void run(const Block& b, const Memory& memory) {
   const int64_t width = b.width, channels = width / b.heads;
   const auto product = [&](int64_t rows, Rows x, Norm norm, const Parameters& by, int64_t outputs, int64_t summed) {
     Product p{};
-    p.rows = rows, p.outputs = outputs, p.summed = summed;
+    p.rows = rows, p.outputs = outputs, p.summed = summed, p.turns = 1;
     p.x = x, p.ln_weight = norm.weight, p.ln_bias = norm.bias, p.eps = b.eps;
     p.dtype = b.dtype, p.panels = memory.panels, p.weight = by.weight, p.bias = by.bias, p.threads = b.threads;
     return p;
@@ -116,14 +105,30 @@ void EXPORT(xclip_fast_cpu_product)(const Product* product) {
   }
 }
 
-// Elements of the block's memory.
-int64_t EXPORT(xclip_fast_cpu_block_memory)(const Block* block) { return Memory(*block).end - block->memory; }
+void EXPORT(xclip_fast_cpu_patches)(const Patches* patches) {
+  const Patches& p = *patches;
+  const int64_t down = p.height / p.patch, across = p.width / p.patch, summed = 3 * p.patch * p.patch;
+#pragma omp parallel for num_threads(p.threads) schedule(dynamic)
+  for (int64_t strip = 0; strip < p.count * down; ++strip)
+    for (int64_t row = 0; row < p.patch; ++row) {
+      const uint8_t* pixels = p.frames + (strip * p.patch + row) * p.width * 3;
+      for (int64_t i = 0; i < across; ++i, pixels += 3 * p.patch)
+        for (int64_t channel = 0; channel < 3; ++channel) {
+          Element* y = p.y + (strip * across + i) * summed * kPack + (channel * p.patch + row) * p.patch;
+          const Element* values = p.values + channel * 256 * kPack;
+          for (int64_t column = 0; column < p.patch; ++column)
+            for (int kind = 0; kind < kPack; ++kind)
+              y[kind * summed + column] = values[pixels[3 * column + channel] * kPack + kind];
+        }
+    }
+}
 
 void EXPORT(xclip_fast_cpu_block)(const Block* block) {
+  const Memory memory(*block);
 #pragma omp parallel num_threads(block->threads)
   {
     const Tiles tiles;
-    run(*block);
+    run(*block, memory);
   }
 }
 }

@@ -8,12 +8,12 @@ namespace {
 
 constexpr int64_t kLine = 64;  // bytes of a cache line
 
-// Lines that are fetched into L2: `lines` of each weight, and `panel_lines` for each few outputs.
+// What is fetched into the caches meanwhile: `lines` of each of the next weights, and the next panel.
 struct Ahead {
   const char* weight = nullptr;
   int64_t stride = 0, step = 0, lines = 0;  // bytes from a weight to the next one, and from a line to the next one
   const char* panel = nullptr;
-  int64_t panel_lines = 0;
+  int64_t panel_lines = 0;  // for each call of fetch()
 
   void fetch(int outputs) {
     for (int i = 0; i < outputs; ++i, weight += stride)
@@ -26,6 +26,7 @@ struct Ahead {
 
 constexpr int kPanelVectors = 2;  // of rows in a full panel
 constexpr int kOutputs = 32;      // of an inner loop: 4 tiles of sums
+constexpr int kChunk = 192;       // outputs of a task
 constexpr int kDepth = 128;       // words of K: a part of a panel is 16 KiB of L1
 
 // Until it ends, this thread's tiles are 16 rows of 64 bytes.
@@ -42,11 +43,13 @@ class Tiles {
   ~Tiles() { _tile_release(); }
 };
 
+constexpr int kStep = 16;  // words of K of a tile
+
 // `outputs` x (16 Vectors) sums over `depth` words, written to `out` or added to it. `outputs` is a multiple of
-// kOutputs, and depth one of 16.
-template <int Vectors>
+// kOutputs, and depth one of kStep. side.step() is called between tiles, whose unit leaves the others idle.
+template <int Vectors, class Side>
 __attribute__((noinline)) void multiply(const Word* weight, int64_t stride, int outputs, const Word* panel, int depth,
-                                        bool add, float* out, Ahead ahead) {
+                                        bool add, float* out, Ahead ahead, Side& side) {
   constexpr int64_t width = Vectors * kVector, row = width * sizeof(float);
   asm volatile("" ::: "memory");  // the compiler does not see that tiles are loaded from memory
   for (int n = 0; n < outputs; n += kOutputs, weight += kOutputs * stride, out += kOutputs * width) {
@@ -63,8 +66,9 @@ __attribute__((noinline)) void multiply(const Word* weight, int64_t stride, int 
       _tile_zero(2);
       _tile_zero(3);
     }
-    for (int k = 0; k < depth; k += 16) {
-      ahead.fetch(kOutputs * 16 / depth);
+    for (int k = 0; k < depth; k += kStep) {
+      ahead.fetch(kOutputs * kStep / depth);
+      side.step();
       _tile_loadd(4, weight + k, stride * sizeof(Word));
       _tile_loadd(6, panel + k * width, row);
       _tile_dpbf16ps(0, 4, 6);
@@ -99,6 +103,7 @@ constexpr int kOutputs = 4;  // 4 x 3 registers of sums
 constexpr int kDepth = 192;  // words of K: a part of a panel is 18 KiB of L1
 #endif
 constexpr int kPanelVectors = 3;  // of rows in a full panel
+constexpr int kChunk = 96;        // outputs of a task
 
 inline Vector multiply_add(Vector a, Vector b, Vector c) {
 #ifdef __AVX512BF16__
@@ -108,14 +113,17 @@ inline Vector multiply_add(Vector a, Vector b, Vector c) {
 #endif
 }
 
+constexpr int kStep = kDepth;  // one step for all of K
+
 // `outputs` x (kVector Vectors) sums over `depth` words, written to `out` or added to it. `outputs` is a multiple of
-// kOutputs.
-template <int Vectors>
+// kOutputs. side.step() is called between them.
+template <int Vectors, class Side>
 __attribute__((noinline)) void multiply(const Word* weight, int64_t stride, int outputs, const Word* panel, int depth,
-                                        bool add, float* out, Ahead ahead) {
+                                        bool add, float* out, Ahead ahead, Side& side) {
   constexpr int Outputs = Vectors == 1 ? 8 : kOutputs;
   for (int n = 0; n < outputs; n += Outputs, weight += Outputs * stride) {
     ahead.fetch(Outputs);
+    side.step();
     Vector sums[Outputs][Vectors];
 #pragma GCC unroll 8
     for (int i = 0; i < Outputs; ++i)
@@ -150,12 +158,19 @@ inline int vectors_of_panel(int64_t rows, int64_t first) {
   return static_cast<int>(((left < kPanel ? left : kPanel) + kVector - 1) / kVector);
 }
 
+// Nothing to do beside a product.
+struct Nothing {
+  void step() {}
+  void all() {}
+};
+
 // multiply<vectors>.
-inline void multiply(int vectors, const Word* weight, int64_t stride, int outputs, const Word* panel, int depth,
-                     bool add, float* out, Ahead ahead) {
-  (vectors == 1   ? multiply<1>
-   : vectors == 2 ? multiply<2>
-                  : multiply<kPanelVectors>)(weight, stride, outputs, panel, depth, add, out, ahead);
+template <class Side>
+void multiply(int vectors, const Word* weight, int64_t stride, int outputs, const Word* panel, int depth, bool add,
+              float* out, Ahead ahead, Side& side) {
+  (vectors == 1   ? multiply<1, Side>
+   : vectors == 2 ? multiply<2, Side>
+                  : multiply<kPanelVectors, Side>)(weight, stride, outputs, panel, depth, add, out, ahead, side);
 }
 
 }  // namespace

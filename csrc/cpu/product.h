@@ -18,7 +18,6 @@
 
 namespace {
 
-constexpr int kChunk = 96;  // outputs of a task
 constexpr int kTasks = 3;   // for each thread, where there are so many panels
 constexpr int kMostPanels = kPanel == 32 ? 13 : 9;  // of a task
 
@@ -32,7 +31,7 @@ inline Word* words(Element* panels) { return reinterpret_cast<Word*>(panels); }
 void pack(const Product& p, int64_t m, Word* panel, int width) {
   const Element* rows[kVector];
   Vector mean[kVector], scale[kVector];
-  const int64_t depth = p.summed;
+  const int64_t depth = p.summed * p.turns;
   for (int i = 0; i < kVector; ++i) {
     const int64_t at = least(m + i, p.rows - 1);
     const bool is_last = p.last.data && at % p.x.length == p.x.length - 1;
@@ -65,57 +64,86 @@ void pack(const Product& p, int64_t m, Word* panel, int width) {
   }
 }
 
-// Writes outputs n0 to n1 of the panel of rows from m on, whose products are columns `width` wide, to y or y_panels.
-void finish(const Product& p, int64_t m, int width, int64_t n0, int64_t n1, const float* sums) {
-  if (p.y_panels) {
-    Word* y = words(p.y_panels + m * p.outputs) + n0 / kPack * width;
-    const auto result = [&](int64_t n, const float* at) {
-      const Vector value = load(at) + all(wide(p.bias[n]));
-      return p.quick_gelu ? quick_gelu(value) : value;
+// Writes outputs n0 to n1 of the panel of rows from m on, whose products are columns `width` wide, to y or y_panels: a
+// block of it at a time, so that it goes on between the tiles of the next panel.
+class Finish {
+ public:
+  Finish() = default;
+
+  // `steps`: calls of step() after which all is done.
+  Finish(const Product& p, int64_t m, int width, int64_t n0, int64_t n1, const float* sums, int steps)
+      : p_(&p), sums_(sums), m_(m), n0_(n0), width_(width), vectors_(width / kVector) {
+    across_ = p.residual.data ? kVector : kUnit;  // outputs of a block
+    if (p.y_panels) across_ = kPack;
+    blocks_ = static_cast<int>((n1 - n0) / across_) * vectors_;
+    each_ = (blocks_ + steps - 1) / steps;
+  }
+
+  void step() {
+    for (int i = 0; i < each_ && next_ < blocks_; ++i) block(next_++);
+  }
+
+  void all() {
+    while (next_ < blocks_) block(next_++);
+  }
+
+ private:
+  void block(int i) {
+    if (p_->y_panels) return panels(i / vectors_ * across_, i % vectors_ * kVector);
+    const int rows = blocks_ / vectors_, vector = i / rows;
+    if (i % rows == 0) {  // addresses are found once for all blocks of a row
+      const int64_t m = m_ + vector * kVector;
+      count_ = static_cast<int>(least<int64_t>(kVector, p_->rows - m));
+      for (int j = 0; j < count_; ++j) {
+        y_[j] = row(p_->y, m + j) + n0_;
+        residual_[j] = p_->residual.data ? row(p_->residual, m + j) + n0_ : nullptr;
+      }
+    }
+    rows_of(i % rows * across_, sums_ + vector * kVector);
+  }
+
+  Vector result(int64_t n, const float* sums) const { return load(sums + n * width_) + ::all(wide(p_->bias[n0_ + n])); }
+
+  void panels(int64_t n, int column) const {
+    Word* y = words(p_->y_panels + m_ * p_->outputs) + (n0_ + n) / kPack * width_ + column;
+    const auto hidden = [&](int64_t i) {
+      const Vector value = result(n + i, sums_ + column);
+      return p_->quick_gelu ? quick_gelu(value) : value;
     };
-    for (int64_t n = n0; n < n1; n += kPack, sums += kPack * width)
-      for (int i = 0; i < width; i += kVector, y += kVector) {
 #ifdef __AVX512BF16__
-        store(y, pair(narrow(result(n, sums + i)), narrow(result(n + 1, sums + width + i))));
+    store(y, pair(narrow(hidden(0)), narrow(hidden(1))));
 #else
-        store(y, result(n, sums + i));
+    store(y, hidden(0));
 #endif
-      }
-    return;
   }
-  for (const int64_t end = least(m + width, p.rows); m < end; m += kVector, sums += kVector) {
-    const int count = static_cast<int>(least<int64_t>(kVector, end - m));
-    Element* y[kVector];
-    const Element* residual[kVector];
-    for (int i = 0; i < count; ++i) {
-      y[i] = row(p.y, m + i);
-      residual[i] = p.residual.data ? row(p.residual, m + i) : nullptr;
-    }
+
+  void rows_of(int64_t n, const float* sums) const {
+    Vector v[kVector];
 #ifdef __AVX512BF16__
-    if (!p.residual.data) {  // rounded before rows and columns change places: half as much to move
-      for (int64_t n = n0; n < n1; n += kUnit) {
-        Vector v[kVector];
-        const auto result = [&](int64_t i) { return narrow(load(sums + (n - n0 + i) * width) + all(wide(p.bias[n + i]))); };
-        for (int i = 0; i < kVector; ++i) v[i] = pair(result(2 * i), result(2 * i + 1));
-        transpose(v);
-        for (int i = 0; i < count; ++i) store(reinterpret_cast<Word*>(y[i] + n), v[i]);
-      }
-      continue;
+    if (!p_->residual.data) {  // rounded before rows and columns change places: half as much to move
+      for (int i = 0; i < kVector; ++i) v[i] = pair(narrow(result(n + 2 * i, sums)), narrow(result(n + 2 * i + 1, sums)));
+      transpose(v);
+      for (int i = 0; i < count_; ++i) store(reinterpret_cast<Word*>(y_[i] + n), v[i]);
+      return;
     }
 #endif
-    for (int64_t n = n0; n < n1; n += kVector) {
-      const Vector bias = load(p.bias + n);
-      Vector v[kVector];
-      for (int i = 0; i < kVector; ++i) v[i] = load(sums + (n - n0 + i) * width);
-      transpose(v);
-      for (int i = 0; i < count; ++i) {
-        v[i] += bias;
-        if (p.residual.data) v[i] += load(residual[i] + n);
-        store(y[i] + n, v[i]);
-      }
+    for (int i = 0; i < kVector; ++i) v[i] = load(sums + (n + i) * width_);
+    transpose(v);
+    const Vector bias = load(p_->bias + n0_ + n);
+    for (int i = 0; i < count_; ++i) {
+      v[i] += bias;
+      if (p_->residual.data) v[i] += load(residual_[i] + n);
+      store(y_[i] + n, v[i]);
     }
   }
-}
+
+  const Product* p_ = nullptr;
+  const float* sums_ = nullptr;
+  int64_t m_ = 0, n0_ = 0;
+  int width_ = 0, vectors_ = 1, across_ = 1, blocks_ = 0, each_ = 0, next_ = 0, count_ = 0;
+  Element* y_[kVector];
+  const Element* residual_[kVector];
+};
 
 #ifndef __AVX512BF16__
 // Rewrites `depth` columns from k on, of the weights of outputs n0 to n1, to float32.
@@ -133,39 +161,43 @@ void widen(const Product& p, int64_t n0, int64_t n1, int64_t k, int depth, float
 // probably the next outputs of this thread. `sums` has kChunk floats for each row, and then `widened` weights.
 void task(const Product& p, int64_t n0, int64_t n1, int64_t n2, int64_t m0, int64_t m1, float* sums,
           [[maybe_unused]] float* widened) {
-  const int64_t depth_of_all = p.summed / kPack, most_units = parts(parts(depth_of_all, parts(depth_of_all, kDepth)), 16);
-  const int64_t most = most_units * 16;
+  const int64_t whole = p.summed / kPack, most = parts(parts(whole, parts(whole, kDepth)), 16) * 16;
+  const int64_t pieces = parts(whole, most) * p.turns, panels = parts(m1 - m0, kPanel), of_panel = whole * p.turns;
   const int outputs = static_cast<int>(n1 - n0);
-  const int64_t panels = parts(m1 - m0, kPanel), size = p.dtype == kFloat32 ? 4 : 2;
-  const int64_t word = size * kPack;  // bytes of a weight's word
-  const bool fetches = panels > 1;    // one panel takes its weights from memory as fast as it can
-  for (int64_t k = 0; k < depth_of_all; k += most) {
-    const int depth = static_cast<int>(least(most, depth_of_all - k));
-    const bool is_last = k + depth == depth_of_all;
-    const char* address = static_cast<const char*>(p.weight) + (n0 * depth_of_all + k) * word;
+  const int64_t word = (p.dtype == kFloat32 ? 4 : 2) * kPack, stride = whole * word;  // bytes
+  const char* weights = static_cast<const char*>(p.weight);
+  Finish finish;
+  for (int64_t piece = 0, k = 0, at = 0; piece < pieces; ++piece) {  // word k of a weight meets word `at` of a panel
+    const int depth = static_cast<int>(least(most, whole - k));
+    const bool is_last = piece + 1 == pieces;
+    const char* address = weights + n0 * stride + k * word;
     const Word* weight = reinterpret_cast<const Word*>(address);
-    int64_t stride = depth_of_all;
+    int64_t row = whole;  // words from a weight to the next one
 #ifndef __AVX512BF16__
-    if (p.dtype != kFloat32) widen(p, n0, n1, k, depth, widened), weight = widened, stride = depth;
+    if (p.dtype != kFloat32) widen(p, n0, n1, k, depth, widened), weight = widened, row = depth;
 #endif
-    Ahead ahead;
-    ahead.stride = depth_of_all * word, ahead.step = panels * kLine;
-    const char* next = is_last ? static_cast<const char*>(p.weight) + n2 * ahead.stride : address + depth * word;
-    const int64_t lines = fetches && !(is_last && n2 + outputs > p.outputs) ? most * word / kLine : 0;
-    for (int64_t m = m0, at = 0; m < m1; m += kPanel, ++at) {
+    k = k + depth == whole ? 0 : k + depth;
+    const char* next = weights + (is_last ? n2 : n0) * stride + k * word;
+    const int64_t lines = is_last && n2 + outputs > p.outputs ? 0 : most * word / kLine;
+    for (int64_t m = m0, i = 0; m < m1; m += kPanel, ++i) {
       const int vectors = vectors_of_panel(p.rows, m), width = vectors * kVector;
-      float* out = sums + (m - m0) * kChunk;
-      ahead.weight = next + at * kLine;
-      ahead.lines = (lines - at + panels - 1) / panels;
-      ahead.panel_lines = fetches ? 10 : 0;
       const bool wraps = m + kPanel >= m1;
-      const int64_t m_next = wraps ? m0 : m + kPanel, k_next = !wraps ? k : is_last ? 0 : k + depth;
-      ahead.panel = reinterpret_cast<const char*>(words(p.panels + m_next * p.summed) +
-                                                  k_next * vectors_of_panel(p.rows, m_next) * kVector);
-      multiply(vectors, weight, stride, outputs, words(p.panels + m * p.summed) + k * width, depth, k > 0, out, ahead);
-      if (is_last) finish(p, m, width, n0, n1, out);
+      const int64_t m_next = wraps ? m0 : m + kPanel, at_next = !wraps ? at : is_last ? 0 : at + depth;
+      const Word* panel = words(p.panels) + m_next * of_panel + at_next * vectors_of_panel(p.rows, m_next) * kVector;
+      const int64_t steps = outputs / kOutputs * parts(depth, kStep);  // of a call of multiply()
+      const Ahead ahead{next + i * kLine, stride,
+                        panels * kLine,   (lines - i + panels - 1) / panels,
+                        reinterpret_cast<const char*>(panel), panels > 1 ? depth * width * 4 / kLine / steps : 0};
+      float* out = sums + (m - m0) * kChunk;
+      multiply(vectors, weight, row, outputs, words(p.panels) + m * of_panel + at * width, depth, piece > 0, out, ahead,
+               finish);
+      if (!is_last) continue;
+      finish.all();
+      finish = Finish(p, m, width, n0, n1, out, static_cast<int>(steps));
     }
+    at += depth;
   }
+  finish.all();
 }
 
 // The whole product, by all threads of a team together.
@@ -179,11 +211,11 @@ void multiply_rows(const Product& p) {
 #pragma omp for schedule(dynamic)
     for (int64_t m = 0; m < p.rows; m += kVector) {
       const int64_t first = m / kPanel * kPanel;
-      pack(p, m, words(p.panels + first * p.summed) + m - first, vectors_of_panel(p.rows, first) * kVector);
+      pack(p, m, words(p.panels) + first * (p.summed * p.turns / kPack) + m - first, vectors_of_panel(p.rows, first) * kVector);
     }
   }
   static thread_local Scratch scratch;
-  float* sums = scratch.take(kChunk * (kPanel * kMostPanels + kDepth));
+  float* sums = scratch.take<float>(kChunk * (kPanel * kMostPanels + kDepth));
 #pragma omp for schedule(dynamic)
   for (int64_t i = 0; i < chunks * blocks; ++i) {
     const int64_t n = i / blocks * kChunk, m = i % blocks * rows_of_task;

@@ -175,6 +175,8 @@ def patch_embed(
 ) -> Tensor:
     """LN_pre([x_class, E x_1, ..., E x_N] + e_spa) (equation 4), as ``kernels.patch_embed``, by one product."""
     (width, _, patch, _), tokens = weight.shape, len(position)
+    if frames.dtype == torch.uint8 and Products(weight.dtype).library_takes(weight.reshape(width, -1)):
+        return _patch_embed_of_levels(frames, weight, class_embedding, position, ln, tuple(mean), tuple(std), eps)
     # in float32: the levels of pixels are not exact in half precision once they are normalized
     kernel, position = weight.reshape(width, -1).float(), position.float()
     first = class_embedding.float() + position[0]
@@ -201,6 +203,33 @@ def patch_embed(
         residual = position[1:].expand(count, -1, -1)
         products.linear(pixels, kernel, kernel.new_zeros(width), residual=residual, out=embedded[:, 1:])
         embedded[:, 0] = first
+        x_FLD[part] = F.layer_norm(embedded, (width,), ln_weight, ln_bias, eps)
+    return x_FLD
+
+
+def _patch_embed_of_levels(
+    frames: Tensor,
+    weight: Tensor,
+    class_embedding: Tensor,
+    position: Tensor,
+    ln: Sequence[Tensor],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    eps: float,
+) -> Tensor:
+    (width, _, patch, _), tokens = weight.shape, len(position)
+    kernel, products = weight.reshape(width, -1), Products(weight.dtype)
+    class_embedding, position, ln_weight, ln_bias = (x.to(products.dtype) for x in (class_embedding, position, *ln))
+    x_FLD = weight.new_empty(len(frames), tokens, width)
+    for part in _parts(len(frames), HIDDEN_BYTES // (4 * kernel.shape[1] * tokens)):
+        given = frames[part].contiguous()
+        summands = 4 // products.dtype.itemsize
+        pixels = buffers.take("wide", len(given) * (tokens - 1), kernel.shape[1] * summands, products.dtype)
+        library.patches(given, patch, mean, std, pixels)
+        embedded = buffers.take("stream", len(given) * tokens, width, products.dtype).view(-1, tokens, width)
+        residual = position[1:].expand(len(given), -1, -1)
+        products.linear(pixels, kernel, kernel.new_zeros(width), residual=residual, out=embedded[:, 1:])
+        embedded[:, 0] = class_embedding + position[0]
         x_FLD[part] = F.layer_norm(embedded, (width,), ln_weight, ln_bias, eps)
     return x_FLD
 

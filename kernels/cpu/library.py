@@ -13,15 +13,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import buffers
-
 ABI = 3  # that of xclip_fast_cpu_abi in csrc/cpu/interface.h
 FILE = Path(__file__).parents[1] / "libxclip_fast_cpu.so"
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 # The structs of csrc/cpu/interface.h: integers and addresses (q), float32 (f), int32 (i).
-_PRODUCT = struct.Struct("3q 4q4q 2qfi 3q2i q4q4q")
-_BLOCK = struct.Struct("7q 4q4q q f3i 14q 6q")
+_PRODUCT = struct.Struct("4q 4q4q 2qfi 3q2i q4q4q")
+_PATCHES = struct.Struct("8q")
+_BLOCK = struct.Struct("7q 4q4q f3i 14q 6q")
 
 
 class Functions(NamedTuple):
@@ -38,7 +37,7 @@ class Functions(NamedTuple):
     unit: int
     product: Any
     block: Any
-    block_memory: Any
+    patches: Any
 
 
 SETS = {
@@ -76,10 +75,9 @@ def load(name: str | None) -> tuple[Functions | None, str | None]:
         abi = library[f"xclip_fast_cpu_abi_{name}"]()
         if abi != ABI:
             return None, f"the CPU library {FILE} has interface {abi}, wanted {ABI}: install again"
-        found = [library[f"xclip_fast_cpu_{each}_{name}"] for each in ("product", "block", "block_memory")]
+        found = [library[f"xclip_fast_cpu_{each}_{name}"] for each in ("product", "block", "patches")]
         for function in found:
             function.argtypes, function.restype = [ctypes.c_char_p], None
-        found[-1].restype = ctypes.c_int64
     except (OSError, AttributeError) as error:
         return None, f"the CPU library {FILE} does not load: {error}"
     return Functions(*SETS[name], *found), None
@@ -135,7 +133,8 @@ def product(
         panels: (panel_size(M, K),): x, or room for it if ``x`` is given.
         weight: (N, K), one that the library ``takes``.
         bias: (N,).
-        x: (M, K) or (frames, length, K), with neighboring columns.
+        x: (M, K) or (frames, length, K), with neighboring columns; or several times K wide: the weight meets each K
+            columns of a row in turn.
         norm: weight (K,), bias (K,) and eps of LN; None: no LN.
         last: (frames, K), in place of the last row of each frame of ``x``.
         y: (M, N) or (frames, length, N), with neighboring columns: the result.
@@ -147,16 +146,17 @@ def product(
         RuntimeError: for sizes that do not fit those of the weight.
     """
     ln_weight, ln_bias, eps = norm or (None, None, 0.0)
-    outputs, summed = weight.shape
+    (outputs, summed), turns = weight.shape, 1 if x is None else x.shape[-1] // weight.shape[1]
+    inputs = summed * turns
     for name, given, count, width in (
-        ("x", x, rows, summed),
+        ("x", x, rows, inputs),
         ("bias", bias, 1, outputs),
-        ("weight of LayerNorm", ln_weight, 1, summed),
-        ("bias of LayerNorm", ln_bias, 1, summed),
-        ("last", last, 1 if x is None else len(x), summed),
+        ("weight of LayerNorm", ln_weight, 1, inputs),
+        ("bias of LayerNorm", ln_bias, 1, inputs),
+        ("last", last, 1 if x is None else len(x), inputs),
         ("y", y, rows, outputs),
         ("residual", residual, rows, outputs),
-        ("panels", panels, 1, panel_size(rows, summed, panels.dtype)),
+        ("panels", panels, 1, panel_size(rows, inputs, panels.dtype)),
         ("y_panels", y_panels, 1, panel_size(rows, outputs, panels.dtype)),
     ):
         if given is not None and (given.shape[-1] != width or given.numel() != count * width):
@@ -164,7 +164,7 @@ def product(
                 f"{name} is {tuple(given.shape)}, wanted {count} x {width} for a weight {outputs} x {summed}"
             )
     call = _PRODUCT.pack(
-        *(rows, outputs, summed),
+        *(rows, outputs, summed, turns),
         *_rows(x),
         *((0, 0, 0, 0) if last is None else (last.data_ptr(), 1, last.stride(0), 0)),
         *(_address(ln_weight), _address(ln_bias), eps, _DTYPES[weight.dtype]),
@@ -191,14 +191,51 @@ def block(x: Tensor, y: Tensor, heads: int, frames: int, part: int, eps: float, 
             weights of the products.
     """
     count, length, width = x.shape
-    given = (count, length, heads, width, len(parameters[11]), frames, part)  # type: ignore[arg-type]
-    addresses = [_address(parameter) for parameter in parameters]
-    kind = _DTYPES[parameters[6].dtype], torch.get_num_threads(), 0  # type: ignore[union-attr]
-    here = _functions(x.dtype)
-    memory = 0
-    needed = here.block_memory(_BLOCK.pack(*given, *_rows(x), *_rows(y), memory, eps, *kind, *addresses))
-    memory = buffers.take("block", 1, needed, x.dtype)
-    here.block(_BLOCK.pack(*given, *_rows(x), *_rows(y), memory.data_ptr(), eps, *kind, *addresses))
+    here, fc, linear = _functions(x.dtype), parameters[10], parameters[6]
+    assert fc is not None and linear is not None
+    call = _BLOCK.pack(
+        *(count, length, heads, width, len(fc), frames, part),
+        *_rows(x),
+        *_rows(y),
+        *(eps, _DTYPES[linear.dtype], torch.get_num_threads(), 0),
+        *(_address(parameter) for parameter in parameters),
+    )
+    here.block(call)
+
+
+def patches(frames: Tensor, patch: int, mean: tuple[float, ...], std: tuple[float, ...], out: Tensor) -> None:
+    """Normalized pixels of patches as rows, in the order of a convolution's weight (channel, row, column).
+
+    A bfloat16 has too few bits for a normalized level. So a row has the rounded values, and then what they lack.
+
+    Args:
+        frames: uint8 (F, H, W, 3), contiguous; H and W multiples of ``patch``.
+        mean, std: of each channel, of pixels in [0, 1].
+        out: (F H W / patch^2, 3 patch^2) float32, or twice as wide in bfloat16.
+    """
+    count, height, width, _ = frames.shape
+    values = _levels(mean, std, out.dtype)
+    call = _PATCHES.pack(
+        *(frames.data_ptr(), count, height, width, patch),
+        *(values.data_ptr(), out.data_ptr(), torch.get_num_threads()),
+    )
+    _functions(out.dtype).patches(call)
+
+
+@functools.lru_cache(8)
+def _levels(mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype) -> Tensor:
+    """(u / 255 - mean) / std of each channel and level as a sum of elements, (3, 256) or (3, 256, 2)."""
+    with torch.inference_mode(False):
+        level = torch.arange(256, dtype=torch.float32, device="cpu")
+        scale, shift = (torch.tensor(each, dtype=torch.float32, device="cpu")[:, None] for each in (
+            [1 / (255 * deviation) for deviation in std],
+            [-m / deviation for m, deviation in zip(mean, std, strict=True)],
+        ))
+        value = torch.addcmul(shift, level, scale)
+        if dtype == torch.float32:
+            return value
+        rounded = value.to(dtype)
+        return torch.stack((rounded, (value - rounded.float()).to(dtype)), -1)
 
 
 def _address(x: Tensor | None) -> int:

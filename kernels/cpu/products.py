@@ -44,7 +44,7 @@ class Products:
         wide = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
         self.onednn = forced or NATIVE_ON_CPU.get(self.dtype, wide)
 
-    def _library_takes(self, *weights: Tensor) -> bool:
+    def library_takes(self, *weights: Tensor) -> bool:
         return self.library is not None and library.takes(self.dtype, *weights)
 
     def takes_block(self, b: Block) -> bool:
@@ -56,7 +56,7 @@ class Products:
         weights = [b.in_weight, b.out_weight, b.fc_weight, b.projection_weight]
         if b.frames:
             weights += [b.message_fc_weight, b.message_in_weight, b.message_out_weight]
-        return b.x.shape[-1] // b.heads % self.library.unit == 0 and self._library_takes(*weights)
+        return b.x.shape[-1] // b.heads % self.library.unit == 0 and self.library_takes(*weights)
 
     def linear(
         self,
@@ -84,10 +84,10 @@ class Products:
         Returns:
             ``out``, or (M, O).
         """
-        (columns, width), count = weight.shape, x.numel() // weight.shape[1]
+        columns, width, count = len(weight), x.shape[-1], x.numel() // x.shape[-1] if x.numel() else 0
         if x.numel() == 0:
             return x.new_empty(0, columns) if out is None else out
-        if not self._library_takes(weight):
+        if not self.library_takes(weight):
             y = self._plain(_normed(x, norm, last), weight, bias, name)
             if residual is None:
                 return y
@@ -122,7 +122,7 @@ class Products:
     ) -> Tensor:
         """x + W2 act(W1 LN(x) + b1) + b2: (M, D) or (F, L, D), written to ``out``, which may be of a narrower dtype."""
         (hidden, width), count = fc[0].shape, x.numel() // x.shape[-1]
-        if self._library_takes(fc[0], projection[0]):
+        if self.library_takes(fc[0], projection[0]):
             quick = activation == "quick_gelu"
             panels, inner = self._panels("panels", count, width), self._panels("wide", count, hidden)
             x = _beside(x)
