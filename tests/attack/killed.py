@@ -36,7 +36,6 @@ from xclip_fast.data.motion import CLASSES, render, write_clip, write_dataset
 from xclip_fast.data.transcode import transcode
 from xclip_fast.evaluate.loop import evaluate
 from xclip_fast.evaluate.report import reserved, write
-from xclip_fast.evaluate.sample_lists import write_samples
 from xclip_fast.search import Index, add
 from xclip_fast.search.query import Hit
 from xclip_fast.search.store import Store, is_store
@@ -147,16 +146,6 @@ class Convert(Command):
 
     def run(self, out: Path) -> None:
         checkpoint.convert(self.data / "b", out / "w", "huggingface", overwrite=True)
-
-
-class FewShot(Command):
-    def old(self, out: Path) -> None:
-        for suffix in ("jsonl", "json", "csv"):
-            write_samples(Manifest.read(self.data / "m.jsonl"), [0], out / f"drawn.{suffix}")
-
-    def run(self, out: Path) -> None:
-        for suffix in ("jsonl", "json", "csv"):
-            write_samples(Manifest.read(self.data / "m.jsonl"), [1, 2], out / f"drawn.{suffix}")
 
 
 class Evaluate(Command):
@@ -277,7 +266,6 @@ COMMANDS: dict[str, type[Command]] = {
     "transcode": Transcode,
     "motion": Motion,
     "convert": Convert,
-    "few-shot": FewShot,
     "evaluate": Evaluate,
     "train": Train,
     "embed": Embed,

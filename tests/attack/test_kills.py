@@ -19,7 +19,6 @@ COUNTS = {  # changes that are tried in a plain run: the slower the command, the
     "transcode": 5,
     "motion": 3,
     "convert": 3,
-    "few-shot": 4,
     "evaluate": 2,
     "train": 3,
     "embed": 4,

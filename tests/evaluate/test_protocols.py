@@ -1,8 +1,6 @@
 """Sample lists, class draws, and protocols from manifest to the row beside the paper's."""
 
-import csv
 import dataclasses
-import io
 import json
 import statistics
 import sys
@@ -26,7 +24,6 @@ from xclip_fast.evaluate.sample_lists import (
     read_classes,
     read_draws,
     write_draws,
-    write_samples,
 )
 from xclip_fast.text.labels import readable
 from xclip_fast.weights import checkpoint
@@ -81,27 +78,14 @@ def test_few_shot_refusals(many):
         few_shot(dataclasses.replace(many, classes=(), videos=()), 2)
 
 
-@pytest.mark.parametrize("name", ["list.json", "list.csv"])
-def test_lists_name_the_videos(many, tmp_path, name):
-    rows = few_shot(many, 11)
-    write_samples(many, rows, tmp_path / name, about={"shots": 11, "seed": 0})
-    assert [path.name for path in tmp_path.iterdir()] == [name]
-    text = (tmp_path / name).read_text(errors="surrogateescape")
-    if name.endswith("json"):
-        content = json.loads(text)
-        assert (content["shots"], content["count"]) == (11, len(rows))
-        found = [(each["path"], each["label"]) for each in content["samples"]]
-    else:
-        found = [(each["path"], each["label"]) for each in csv.DictReader(io.StringIO(text, newline=""))]
-    assert found == [(many.videos[row].path, many.classes[many.videos[row].label]) for row in rows]
-
-
-def test_a_list_as_a_manifest(many, tmp_path):
-    rows = few_shot(many, 2)
-    write_samples(many, rows, tmp_path / "two.jsonl")
-    assert places(Manifest.read(tmp_path / "two.jsonl"), range(6)) == places(many, rows)
-    with pytest.raises(ValueError, match=r"\.json, \.csv or \.jsonl wanted"):
-        write_samples(many, rows, tmp_path / "two.txt")
+def test_drawn_videos_as_a_manifest(many, tmp_path):
+    many.write(tmp_path / "all.jsonl")
+    assert protocols.sample(tmp_path / "all.jsonl", 2, tmp_path / "two.jsonl") == 6
+    assert places(Manifest.read(tmp_path / "two.jsonl"), range(6)) == places(many, few_shot(many, 2))
+    with pytest.raises(FileExistsError, match="--overwrite"):
+        protocols.sample(tmp_path / "all.jsonl", 2, tmp_path / "two.jsonl")
+    with pytest.raises(ValueError, match="jsonl wanted"):
+        protocols.sample(tmp_path / "all.jsonl", 2, tmp_path / "two.csv")
 
 
 def test_new_classes_and_draws(tmp_path):
