@@ -68,9 +68,9 @@ XCLIP_FAST_API int xclip_fast_norm_linear(int dtype, int tile, const void* x, in
 /* y = residual + scale (x W^T + bias), and, if wanted, the row statistics that the next LayerNorm wants.
  *
  * x (M, K), w (N, K), residual (M, N) and y (M, N) contiguous in dtype (BF16, FP16). bias (N) float32 or null; scale (M)
- * float32, each row's drop path factor, or null: 1. y may not overlap the others. mean (M) and rstd (M) = 1 / sqrt(variance + eps) of y's rows before they are rounded,
- * float32, merged from the mean and M2 of each tile, with partials: room for xclip_fast_statistics_floats(M, N) floats;
- * or all three null. */
+ * float32, each row's drop path factor, or null: 1. y may not overlap the others. mean (M) and rstd (M) = 1 /
+ * sqrt(variance + eps) of y's rows before they are rounded, float32, merged from the mean and M2 of each tile, with
+ * partials: room for xclip_fast_statistics_floats(M, N) floats; or all three null. */
 XCLIP_FAST_API int xclip_fast_linear_residual(int dtype, int tile, const void* x, int64_t x_row, const void* w,
                                               int64_t w_row, const float* bias, const float* scale,
                                               const void* residual, int64_t residual_row, float eps, float* partials,

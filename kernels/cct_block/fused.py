@@ -66,7 +66,7 @@ def run(save: bool, b: Block, p: Plan) -> tuple[Tensor, tuple[Tensor, Tensor] | 
     in_place = in_place and b.x.dtype == b.projection_weight.dtype
     # z = x + IFA(LN_1([x, m])) (R, D), and what is known of LN_2(z)
     mixed, attention_saved = p.attention.forward(save, qkv.view(*b.x.shape[:-1], 3, b.heads, -1), *_mixing(b))
-    mixed_rows = mixed.reshape(x.shape)
+    mixed_rows = mixed.reshape_as(x)  # a shape as an argument would take torch several times as long
     if b.rows is not None:
         mixed_rows, x = mixed_rows[b.rows], x[b.rows]
     later = b.projection_bias if in_place else None
@@ -81,7 +81,7 @@ def run(save: bool, b: Block, p: Plan) -> tuple[Tensor, tuple[Tensor, Tensor] | 
     else:
         target = Target(z, b.drop_feed_forward, norm_1 if leave else None, None, leave)
         y, left = p.projection.forward(h, b.projection_weight, b.projection_bias, target)
-    y = y.view(b.x.shape if b.rows is None else z.shape)
+    y = y.view_as(b.x) if b.rows is None else y
     statistics = None if left.mean is None or left.rstd is None else (left.mean, left.rstd)
     if not save:
         return y, statistics, ()

@@ -186,7 +186,7 @@ def forward(
     _, y, mean, rstd = normalize(rows_of(x), weight.contiguous(), bias.contiguous(), eps, x.dtype, save)
     assert y is not None
     saved = () if mean is None or rstd is None else (mean, rstd)
-    return (y.view(x.shape),), saved
+    return (y.view_as(x),), saved
 
 
 def backward(grads: Sequence[Any], saved: Sequence[Tensor], needs: Sequence[Any], *args: Any) -> list[Tensor]:
