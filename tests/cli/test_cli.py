@@ -330,7 +330,9 @@ def test_errors_of_the_machine_are_lines_and_bugs_are_not(home, run, monkeypatch
     arguments = ("classify", clips(home)[0], "--labels", "a", "-c", home / "a")
     for error, line in (
         (RuntimeError("CUDA out of memory.\nTried to allocate"), "error: CUDA out of memory. Tried to allocate\n"),
-        (ModuleNotFoundError(name="av.video"), "error: av is not installed: pip install av\n"),
+        (ModuleNotFoundError(name="av.video"), "error: the Python module av is not installed: pip install av\n"),
+        (ModuleNotFoundError(name="yaml"), "error: the Python module yaml is not installed: pip install pyyaml\n"),
+        (ModuleNotFoundError(name="PIL.Image"), "error: the Python module PIL is not installed\n"),
         (MemoryError(), "error: MemoryError\n"),
     ):
         monkeypatch.setattr(options, "load_model", lambda *_, error=error: (_ for _ in ()).throw(error))

@@ -298,19 +298,25 @@ def test_command_and_two_processes(checkpoint, folder, manifest, tmp_path, capsy
     with pytest.raises(FileExistsError, match="--overwrite"):
         main(checkpoint, folder / "manifest.jsonl", out=one)
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    settings = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", TWO, str(checkpoint), str(folder / "manifest.jsonl"), str(two)],
-        env={**os.environ, **settings},
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
+    def run_two():
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        settings = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+        return subprocess.run(
+            [sys.executable, "-c", TWO, str(checkpoint), str(folder / "manifest.jsonl"), str(two)],
+            env={**os.environ, **settings},
+            capture_output=True,
+            text=True,
+            timeout=200,
+            check=False,
+        )
+
+    done = run_two()
     assert done.returncode == 0, done.stderr
+    refused = run_two()
+    assert refused.returncode
+    assert refused.stderr.count("FileExistsError: ") == 2, refused.stderr  # both, before the work
     assert done.stdout.count("top-1") == 1  # one of the two speaks
     assert figures(two) == figures(one)
     summary = json.loads((two / "summary.json").read_text())

@@ -292,14 +292,19 @@ def _same_file(path: str, candidates: Sequence[str], root: str) -> str | None:
 
 
 def _is_gone(name: str, inputs: Inputs, root: str) -> bool:
-    """Whether a stored file belongs to a folder that was just listed, and no longer exists there."""
+    """Whether a stored file belongs to a folder that was just listed, and no longer exists there.
+
+    A file below a subfolder that cannot be listed may still exist.
+    """
+    full = name if is_remote(name) else readable_path(name, root)
+    if any(full.startswith(os.path.abspath(folder) + os.sep) for folder in inputs.unlisted):
+        return False
     for folder in inputs.folders:
         if is_remote(folder) or is_remote(name):
             within = name.startswith(folder) and folder.endswith("/")
             if within and any(path.startswith(folder) for path in inputs.paths):
                 return True  # the listing decides
             continue
-        full = readable_path(name, root)
         above = os.path.abspath(folder) + os.sep
         if full.startswith(above) and not os.path.lexists(full):
             return any(os.path.abspath(path).startswith(above) for path in inputs.paths)
