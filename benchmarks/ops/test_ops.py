@@ -11,6 +11,7 @@ import torch
 import xclip_fast.kernels  # noqa: F401  which defines the ops
 from xclip_fast.kernels.common.example import Maker, Sizes
 from xclip_fast.kernels.dispatch import OPS, BackendError, backend
+from xclip_fast.kernels.tune.backends import cast
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -19,16 +20,6 @@ B, K = (32, 400) if GPU else (1, 100)
 SIZES = Sizes(videos=B, labels=K)
 NOT_DIFFERENTIABLE = {"patch_embed"}  # with uint8 frames
 ROWS = [(op, name) for op in OPS for name in OPS[op].names]
-
-
-def cast(args, dtype):
-    """The floating arguments in `dtype`."""
-
-    def one(arg):
-        floating = isinstance(arg, torch.Tensor) and arg.is_floating_point()
-        return arg.to(dtype) if floating else arg
-
-    return [one(arg) for arg in args]
 
 
 def first(op, result):
@@ -48,7 +39,7 @@ def test_op(benchmark, op, name, direction, dtype):
     args = cast(OPS[op].example(SIZES, Maker(DEVICE)), dtype)
     with backend(name):  # some are used only if they are forced
         try:
-            OPS[op].choose(tuple(args), differentiated)
+            OPS[op].choose(args, differentiated)
         except BackendError as refused:
             pytest.skip(str(refused))
     wide = first(op, OPS[op].reference(*cast(args, torch.float32)))
