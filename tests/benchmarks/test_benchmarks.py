@@ -526,7 +526,7 @@ def test_a_training_cell_that_fails_costs_that_cell(training, tmp_path, monkeypa
         return real(cell, *rest)
 
     monkeypatch.setattr(training, "contenders_of", failing)
-    monkeypatch.setattr(training, "loading", lambda args, variant: {"variant": variant, "note": "left out"})
+    monkeypatch.setattr(training, "loading", lambda args, variant: {"variant": variant, "batch": 2, "note": "left out"})
     code, report = training_run(training, tmp_path, "--recompute", "yes,no", "--no-peers")
     assert code == 1
     assert [row["note"] for row in report["rows"]] == ["failed: OutOfResources: out of resource: shared memory", ""]
