@@ -1,4 +1,4 @@
-"""Float32 products on a CPU: the library of csrc/cpu.cpp, MKL and oneDNN.
+"""Float32 products on a CPU: the library of csrc/cpu, MKL and oneDNN.
 
     OMP_NUM_THREADS=2 pytest benchmarks/ops/test_cpu_products.py -n 0 --benchmark-only --no-cov
 
