@@ -15,7 +15,7 @@ void pack_rows(const Element* rows, int64_t stride, int64_t count, int64_t depth
     for (int64_t i = 0; i < kVector; ++i)
       v[i] = load(reinterpret_cast<const Word*>(rows + least(i, count - 1) * stride + k));
     transpose(v);
-    for (int i = 0; i < kVector; ++i) store(out + (k / kPack + i) * width, v[i]);
+    for (int i = 0; i < kVector; ++i) store(out + (k / kPair + i) * width, v[i]);
   }
 }
 
@@ -25,7 +25,7 @@ void transpose_rows(const Element* rows, int64_t stride, int64_t count, int64_t 
   for (int64_t c = 0; c < depth; c += kVector) {
     Vector v[kVector];
     for (int i = 0; i < kVector; ++i) {
-      const Element* at = rows + i * kPack * stride + c;
+      const Element* at = rows + i * kPair * stride + c;
 #ifdef __AVX512BF16__
       const Halves none = _mm256_setzero_si256();
       v[i] = pair(2 * i < count ? load_halves(at) : none, 2 * i + 1 < count ? load_halves(at + stride) : none);
@@ -53,17 +53,17 @@ struct Head {
   // The kVector `vectors` queries from `first` on: scores, softmax and values with the queries side by side.
   void answer(int64_t first, int vectors) {
     const int64_t width = vectors * kVector, whole = a.keys / kUnit * kUnit;
-    const int channels = static_cast<int>(a.channels), depth = channels / kPack;
+    const int channels = static_cast<int>(a.channels), depth = channels / kPair;
     for (int v = 0; v < vectors; ++v) {
       const int64_t at = first + v * kVector;
       pack_rows(query + at * stride, stride, a.queries - at, channels, panel + v * kVector, width);
     }
     const Word* weight = reinterpret_cast<const Word*>(key);
     Nothing nothing;
-    multiply(vectors, weight, stride / kPack, static_cast<int>(whole), panel, depth, false, scores, {}, nothing);
+    multiply(vectors, weight, stride / kPair, static_cast<int>(whole), panel, depth, false, scores, {}, nothing);
     if (whole < a.keys) multiply(vectors, last_keys, depth, kUnit, panel, depth, false, scores + whole * width, {}, nothing);
     for (int v = 0; v < vectors; ++v) softmax(scores + v * kVector, width, v * kVector);
-    const int64_t words = padded / kPack;
+    const int64_t words = padded / kPair;
     for (int64_t k = 0; k < words; k += kDepth)
       multiply(vectors, values + k, words, channels, scores + k * width, static_cast<int>(least<int64_t>(kDepth, words - k)),
                k > 0, mixed, {}, nothing);
@@ -91,7 +91,7 @@ struct Head {
       part += e;
       return e;
     };
-    for (int64_t k = 0; k < padded; k += kPack) {
+    for (int64_t k = 0; k < padded; k += kPair) {
       if (k % 64 == 0) total += part, part = all(0.0f);
       const Vector e = weight(k);
 #ifdef __AVX512BF16__
@@ -121,10 +121,10 @@ void attend(const Attention& a) {
               last_keys, scores, panel + a.channels * kPanel, panel};
     const Element* value = head.key + width;
     for (int64_t k = 0; k < a.keys; k += kUnit)
-      transpose_rows(value + k * stride, stride, a.keys - k, a.channels, values + k / kPack, padded / kPack);
+      transpose_rows(value + k * stride, stride, a.keys - k, a.channels, values + k / kPair, padded / kPair);
     for (int64_t k = 0; k < kUnit && whole < a.keys; ++k)
       for (int64_t c = 0; c < a.channels; c += kUnit)
-        store(last_keys + (k * a.channels + c) / kPack,
+        store(last_keys + (k * a.channels + c) / kPair,
               whole + k < a.keys ? load(reinterpret_cast<const Word*>(head.key + (whole + k) * stride + c)) : all(0.0f));
     for (int64_t first = 0; first < a.queries; first += kPanel) head.answer(first, vectors_of_panel(a.queries, first));
   }

@@ -30,11 +30,11 @@ struct Product {
   const Element *ln_weight, *ln_bias;    // (K,), or null: no LayerNorm
   float eps;
   int32_t dtype;                         // of W: kFloat32, kBfloat16, kFloat16
-  Element* panels;                       // (M up to the next multiple of kVector, K): x, rewritten
+  Word* panels;                          // (M up to the next multiple of kVector, K / kPair, kKinds): x, rewritten
   const void* weight;                    // (N, K)
   const Element* bias;                   // (N,)
   int32_t quick_gelu, threads;
-  Element* y_panels;                     // (M up to the next multiple of kVector, N): the result as panels, or null:
+  Word* y_panels;                        // the result as such panels, or null:
   Rows y, residual;                      // the result as rows, with a residual or without
 };
 
@@ -71,6 +71,9 @@ struct Block {
 
 namespace {
 
+// The words of a row in panels.
+inline int64_t words_of(int64_t width) { return width / kPair * kKinds; }
+
 struct Attention {
   int64_t frames, keys, queries, heads, channels;  // the first `queries` of the `keys` rows of a frame ask
   const Element* qkv;                              // (frames, keys, 3, heads, channels)
@@ -84,7 +87,7 @@ namespace {
 enum Dtype { kFloat32, kBfloat16, kFloat16 };
 
 // N, K, and channels of a head are multiples of it.
-constexpr int kUnit = kVector * kPack;
+constexpr int kUnit = kVector * kPair;
 
 template <class Number>
 inline Number least(Number a, Number b) {

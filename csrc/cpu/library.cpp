@@ -2,40 +2,46 @@
 
 #include <omp.h>
 
+#ifndef XCLIP_FAST_SPLIT
 #include "attention.h"
+#endif
 #include "interface.h"
 #include "multiply.h"
 #include "product.h"
 
+extern "C" void xclip_fast_cpu_attend_avx512(const Attention* attention);
+
 namespace {
+
+#ifdef XCLIP_FAST_SPLIT
+void attend(const Attention& a) { xclip_fast_cpu_attend_avx512(&a); }
+#endif
 
 Rows rows_of(Element* data, int64_t count, int64_t width) { return {data, count, 0, width}; }
 
-// Elements of panels.
-int64_t panels_of(int64_t rows, int64_t width) { return parts(rows, kVector) * kVector * width; }
+int64_t panels_of(int64_t rows, int64_t width) { return parts(rows, kVector) * kVector * words_of(width); }
 
 // What lies between the steps of a block.
 struct Memory {
-  Element *message, *message_qkv, *message_mixed, *panels, *wide, *mixed, *stream;
+  Element *message, *message_qkv, *message_mixed, *qkv, *mixed, *stream;
+  Word *panels, *inner;  // inner and qkv share their memory
 
   explicit Memory(const Block& b) {
     const int64_t messages = b.of_video ? b.frames : 0, rows = b.part * b.length;
-    const int64_t qkv = rows * 3 * b.width, inner = panels_of(rows, b.hidden);
-    const struct {
-      Element** piece;
-      int64_t elements;
-    } pieces[] = {{&message, messages * b.width},
-                  {&message_qkv, messages * 3 * b.width},
-                  {&message_mixed, messages * b.width},
-                  {&panels, panels_of(rows > messages ? rows : messages, b.width)},
-                  {&wide, qkv > inner ? qkv : inner},
-                  {&mixed, rows * b.width},
-                  {&stream, rows * b.width}};
+    const int64_t wide = rows * 3 * b.width / kPack, hidden = panels_of(rows, b.hidden);
+    const int64_t words[] = {messages * b.width, messages * 3 * b.width, messages * b.width, rows * b.width,
+                             rows * b.width,     panels_of(rows > messages ? rows : messages, b.width),
+                             wide > hidden ? wide : hidden};
+    Word* pieces[7];
     int64_t size = 0;
-    for (const auto& each : pieces) size += parts(each.elements, 64) * 64;
+    for (const int64_t each : words) size += parts(each, kBlock) * kBlock;
     static thread_local Scratch scratch;
-    Element* next = scratch.take<Element>(size);
-    for (const auto& each : pieces) *each.piece = next, next += parts(each.elements, 64) * 64;
+    Word* next = scratch.take<Word>(size);
+    for (int i = 0; i < 7; ++i) pieces[i] = next, next += parts(words[i], kBlock) * kBlock;
+    const auto elements = [](Word* piece) { return reinterpret_cast<Element*>(piece); };
+    message = elements(pieces[0]), message_qkv = elements(pieces[1]), message_mixed = elements(pieces[2]);
+    mixed = elements(pieces[3]), stream = elements(pieces[4]), panels = pieces[5], inner = pieces[6];
+    qkv = elements(inner);
   }
 };
 
@@ -70,19 +76,19 @@ void run(const Block& b, const Memory& memory) {
     y.data += first * y.frame_stride, y.length = tokens;
     Product p = product(frames * b.length, x, b.ln_1, b.in, 3 * width, width);
     if (b.of_video) p.last = {memory.message + first * width, 1, width, 0};
-    p.y = rows_of(memory.wide, frames * b.length, 3 * width);
+    p.y = rows_of(memory.qkv, frames * b.length, 3 * width);
     multiply_rows(p);
-    attend({frames, b.length, tokens, b.heads, channels, memory.wide, memory.mixed});
+    attend({frames, b.length, tokens, b.heads, channels, memory.qkv, memory.mixed});
     x.length = tokens;
     const Rows stream = rows_of(memory.stream, rows, width);
     p = product(rows, rows_of(memory.mixed, rows, width), {}, b.out, width, width);
     p.y = stream, p.residual = x;
     multiply_rows(p);
     p = product(rows, stream, b.ln_2, b.fc, b.hidden, width);
-    p.y_panels = memory.wide, p.quick_gelu = true;
+    p.y_panels = memory.inner, p.quick_gelu = true;
     multiply_rows(p);
     p = product(rows, {}, {}, b.projection, width, b.hidden);
-    p.panels = memory.wide, p.y = y, p.residual = stream;
+    p.panels = memory.inner, p.y = y, p.residual = stream;
     multiply_rows(p);
     if (!b.of_video) continue;
 #pragma omp for schedule(static)
@@ -92,6 +98,10 @@ void run(const Block& b, const Memory& memory) {
 }
 
 }  // namespace
+
+#ifndef XCLIP_FAST_SPLIT
+extern "C" void XCLIP_FAST_NAME(xclip_fast_cpu_attend_, XCLIP_FAST_SET)(const Attention* a) { attend(*a); }
+#endif
 
 extern "C" {
 

@@ -27,7 +27,7 @@ struct Ahead {
 constexpr int kPanelVectors = 2;  // of rows in a full panel
 constexpr int kOutputs = 32;      // of an inner loop: 4 tiles of sums
 constexpr int kChunk = 192;       // outputs of a task
-constexpr int kDepth = 128;       // words of K: a part of a panel is 16 KiB of L1
+constexpr int kDepth = kKinds == 1 ? 128 : 64;  // words of K: a part of a panel is 16 or 24 KiB of L1
 
 // Until it ends, this thread's tiles are 16 rows of 64 bytes.
 class Tiles {
@@ -43,7 +43,7 @@ class Tiles {
   ~Tiles() { _tile_release(); }
 };
 
-constexpr int kStep = 16;  // words of K of a tile
+constexpr int kStep = kBlock;  // words of K of a tile
 
 // `outputs` x (16 Vectors) sums over `depth` words, written to `out` or added to it. `outputs` is a multiple of
 // kOutputs, and depth one of kStep. side.step() is called between tiles, whose unit leaves the others idle.
@@ -66,19 +66,26 @@ __attribute__((noinline)) void multiply(const Word* weight, int64_t stride, int 
       _tile_zero(2);
       _tile_zero(3);
     }
-    for (int k = 0; k < depth; k += kStep) {
+    const Word *w = weight, *x = panel;
+    for (int k = 0; k < depth; k += kStep, w += kKinds * kStep, x += kKinds * kStep * width) {
       ahead.fetch(kOutputs * kStep / depth);
       side.step();
-      _tile_loadd(4, weight + k, stride * sizeof(Word));
-      _tile_loadd(6, panel + k * width, row);
-      _tile_dpbf16ps(0, 4, 6);
-      if constexpr (Vectors == 2) {
-        _tile_loadd(7, panel + k * width + 16, row);
-        _tile_dpbf16ps(1, 4, 7);
+#pragma GCC unroll 3
+      for (int kind = 0; kind < kKinds; ++kind) {
+        _tile_loadd(4, w + kind * kStep, stride * sizeof(Word));
+        _tile_loadd(5, w + 16 * stride + kind * kStep, stride * sizeof(Word));
+#pragma GCC unroll 3
+        for (int other = 0; other < kKinds - kind; ++other) {
+          _tile_loadd(6, x + other * kStep * width, row);
+          _tile_dpbf16ps(0, 4, 6);
+          _tile_dpbf16ps(2, 5, 6);
+          if constexpr (Vectors == 2) {
+            _tile_loadd(7, x + other * kStep * width + 16, row);
+            _tile_dpbf16ps(1, 4, 7);
+            _tile_dpbf16ps(3, 5, 7);
+          }
+        }
       }
-      _tile_loadd(5, weight + 16 * stride + k, stride * sizeof(Word));
-      _tile_dpbf16ps(2, 5, 6);
-      if constexpr (Vectors == 2) _tile_dpbf16ps(3, 5, 7);
     }
     _tile_stored(0, out, row);
     _tile_stored(2, out + 16 * width, row);

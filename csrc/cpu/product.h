@@ -25,8 +25,6 @@ inline Element* row(const Rows& rows, int64_t m) {
   return rows.data + m / rows.length * rows.frame_stride + m % rows.length * rows.row_stride;
 }
 
-inline Word* words(Element* panels) { return reinterpret_cast<Word*>(panels); }
-
 // Rewrites kVector rows of x, from row m on, to columns of a panel `width` wide; past the end the last row counts.
 void pack(const Product& p, int64_t m, Word* panel, int width) {
   const Element* rows[kVector];
@@ -49,18 +47,24 @@ void pack(const Product& p, int64_t m, Word* panel, int width) {
   const auto normed = [&](int i, int64_t k) {
     return SIMD(fmadd_ps)((load(rows[i] + k) - mean[i]) * scale[i], load(p.ln_weight + k), load(p.ln_bias + k));
   };
-  for (int64_t k = 0; k < depth; k += kUnit) {
-    Vector v[kVector];
+  for (int64_t k = 0; k < depth; k += kUnit, panel += kVector * kKinds * width) {
+    Vector v[kKinds][kVector];
     for (int i = 0; i < kVector; ++i) {
-      if (!p.ln_weight) v[i] = load(reinterpret_cast<const Word*>(rows[i] + k));
+      const auto number = [&](int64_t at) { return p.ln_weight ? normed(i, at) : load(rows[i] + at); };
 #ifdef __AVX512BF16__
-      else v[i] = join(normed(i, k), normed(i, k + kVector));
+      Vector first = number(k), second = number(k + kVector);
+      for (int kind = 0; kind < kKinds; ++kind) {
+        const Halves half = split(first);
+        v[kind][i] = join(half, split(second));
+      }
 #else
-      else v[i] = normed(i, k);
+      v[0][i] = number(k);
 #endif
     }
-    transpose(v);
-    for (int i = 0; i < kVector; ++i) store(panel + (k / kPack + i) * width, v[i]);
+    for (int kind = 0; kind < kKinds; ++kind) {
+      transpose(v[kind]);
+      for (int i = 0; i < kVector; ++i) store(panel + (kind * kVector + i) * width, v[kind][i]);
+    }
   }
 }
 
@@ -73,8 +77,7 @@ class Finish {
   // `steps`: calls of step() after which all is done.
   Finish(const Product& p, int64_t m, int width, int64_t n0, int64_t n1, const float* sums, int steps)
       : p_(&p), sums_(sums), m_(m), n0_(n0), width_(width), vectors_(width / kVector) {
-    across_ = p.residual.data ? kVector : kUnit;  // outputs of a block
-    if (p.y_panels) across_ = kPack;
+    across_ = p.y_panels ? kPair : p.residual.data ? kVector : kVector * kPack;  // outputs of a block
     blocks_ = static_cast<int>((n1 - n0) / across_) * vectors_;
     each_ = (blocks_ + steps - 1) / steps;
   }
@@ -105,13 +108,19 @@ class Finish {
   Vector result(int64_t n, const float* sums) const { return load(sums + n * width_) + ::all(wide(p_->bias[n0_ + n])); }
 
   void panels(int64_t n, int column) const {
-    Word* y = words(p_->y_panels + m_ * p_->outputs) + (n0_ + n) / kPack * width_ + column;
+    const int64_t word = (n0_ + n) / kPair;
+    Word* y = p_->y_panels + m_ * words_of(p_->outputs) +
+              (word / kBlock * kKinds * kBlock + word % kBlock) * width_ + column;
     const auto hidden = [&](int64_t i) {
       const Vector value = result(n + i, sums_ + column);
       return p_->quick_gelu ? quick_gelu(value) : value;
     };
 #ifdef __AVX512BF16__
-    store(y, pair(narrow(hidden(0)), narrow(hidden(1))));
+    Vector first = hidden(0), second = hidden(1);
+    for (int kind = 0; kind < kKinds; ++kind, y += kBlock * width_) {
+      const Halves half = split(first);
+      store(y, pair(half, split(second)));
+    }
 #else
     store(y, hidden(0));
 #endif
@@ -119,7 +128,7 @@ class Finish {
 
   void rows_of(int64_t n, const float* sums) const {
     Vector v[kVector];
-#ifdef __AVX512BF16__
+#if defined(__AVX512BF16__) && !defined(XCLIP_FAST_SPLIT)
     if (!p_->residual.data) {  // rounded before rows and columns change places: half as much to move
       for (int i = 0; i < kVector; ++i) v[i] = pair(narrow(result(n + 2 * i, sums)), narrow(result(n + 2 * i + 1, sums)));
       transpose(v);
@@ -145,26 +154,46 @@ class Finish {
   const Element* residual_[kVector];
 };
 
-#ifndef __AVX512BF16__
-// Rewrites `depth` columns from k on, of the weights of outputs n0 to n1, to float32.
-void widen(const Product& p, int64_t n0, int64_t n1, int64_t k, int depth, float* out) {
-  for (int64_t n = n0; n < n1; ++n, out += depth) {
-    const uint16_t* weight = static_cast<const uint16_t*>(p.weight) + n * p.summed + k;
-    for (int j = 0; j < depth; j += kVector)
-      store(out + j, p.dtype == kFloat16 ? SIMD(cvtph_ps)(load_halves(weight + j))
-                                         : load(reinterpret_cast<const Bfloat16*>(weight + j)));
-  }
-}
+// Whether weights that are not float32 are rewritten, and all are.
+#ifdef XCLIP_FAST_SPLIT
+constexpr bool kRewritesSome = true, kRewritesAll = true;
+#else
+constexpr bool kRewritesSome = kPair == 1, kRewritesAll = false;
 #endif
 
+// Rewrites `depth` words from word k on, of the weights of outputs n0 to n1, to float32, or to words of all kinds.
+[[maybe_unused]] void rewrite(const Product& p, int64_t n0, int64_t n1, int64_t k, int depth, Word* out) {
+  for (int64_t n = n0; n < n1; ++n) {
+    const int64_t at = n * p.summed + k * kPair;
+    const auto number = [&](int64_t i) {
+      const char* weight = static_cast<const char*>(p.weight);
+      if (p.dtype == kFloat32) return load(reinterpret_cast<const float*>(weight) + at + i);
+      weight += 2 * (at + i);
+      return p.dtype == kFloat16 ? SIMD(cvtph_ps)(load_halves(weight)) : load(reinterpret_cast<const Bfloat16*>(weight));
+    };
+    for (int64_t i = 0; i < depth * kPair; i += kUnit, out += kVector * kKinds) {
+#ifdef XCLIP_FAST_SPLIT
+      Vector first = number(i), second = number(i + kVector);
+      for (int kind = 0; kind < kKinds; ++kind) {
+        const Halves half = split(first);
+        store(out + kind * kBlock, join(half, split(second)));
+      }
+#else
+      store(out, number(i));
+#endif
+    }
+  }
+}
+
 // Outputs n0 to n1 of the panels of rows m0 to m1. The products of a panel are (n1 - n0, its rows). From n2 on are
-// probably the next outputs of this thread. `sums` has kChunk floats for each row, and then `widened` weights.
+// probably the next outputs of this thread. `sums` has kChunk floats for each row, and `rewritten` has
+// room for a part of the weights.
 void task(const Product& p, int64_t n0, int64_t n1, int64_t n2, int64_t m0, int64_t m1, float* sums,
-          [[maybe_unused]] float* widened) {
-  const int64_t whole = p.summed / kPack, most = parts(parts(whole, parts(whole, kDepth)), 16) * 16;
-  const int64_t pieces = parts(whole, most) * p.turns, panels = parts(m1 - m0, kPanel), of_panel = whole * p.turns;
+          Word* rewritten) {
+  const int64_t whole = p.summed / kPair, most = parts(parts(whole, parts(whole, kDepth)), 16) * 16;
+  const int64_t pieces = parts(whole, most) * p.turns, panels = parts(m1 - m0, kPanel), of_panel = words_of(p.summed) * p.turns;
   const int outputs = static_cast<int>(n1 - n0);
-  const int64_t word = (p.dtype == kFloat32 ? 4 : 2) * kPack, stride = whole * word;  // bytes
+  const int64_t word = (p.dtype == kFloat32 ? 4 : 2) * kPair, stride = whole * word;  // bytes
   const char* weights = static_cast<const char*>(p.weight);
   Finish finish;
   for (int64_t piece = 0, k = 0, at = 0; piece < pieces; ++piece) {  // word k of a weight meets word `at` of a panel
@@ -173,9 +202,10 @@ void task(const Product& p, int64_t n0, int64_t n1, int64_t n2, int64_t m0, int6
     const char* address = weights + n0 * stride + k * word;
     const Word* weight = reinterpret_cast<const Word*>(address);
     int64_t row = whole;  // words from a weight to the next one
-#ifndef __AVX512BF16__
-    if (p.dtype != kFloat32) widen(p, n0, n1, k, depth, widened), weight = widened, row = depth;
-#endif
+    if (kRewritesAll || (kRewritesSome && p.dtype != kFloat32)) {
+      rewrite(p, n0, n1, k, depth, rewritten);
+      weight = rewritten, row = depth * kKinds;
+    }
     k = k + depth == whole ? 0 : k + depth;
     const char* next = weights + (is_last ? n2 : n0) * stride + k * word;
     const int64_t lines = is_last && n2 + outputs > p.outputs ? 0 : most * word / kLine;
@@ -183,13 +213,13 @@ void task(const Product& p, int64_t n0, int64_t n1, int64_t n2, int64_t m0, int6
       const int vectors = vectors_of_panel(p.rows, m), width = vectors * kVector;
       const bool wraps = m + kPanel >= m1;
       const int64_t m_next = wraps ? m0 : m + kPanel, at_next = !wraps ? at : is_last ? 0 : at + depth;
-      const Word* panel = words(p.panels) + m_next * of_panel + at_next * vectors_of_panel(p.rows, m_next) * kVector;
+      const Word* panel = p.panels + m_next * of_panel + at_next * kKinds * vectors_of_panel(p.rows, m_next) * kVector;
       const int64_t steps = outputs / kOutputs * parts(depth, kStep);  // of a call of multiply()
       const Ahead ahead{next + i * kLine, stride,
                         panels * kLine,   (lines - i + panels - 1) / panels,
-                        reinterpret_cast<const char*>(panel), panels > 1 ? depth * width * 4 / kLine / steps : 0};
+                        reinterpret_cast<const char*>(panel), panels > 1 ? depth * kKinds * width * 4 / kLine / steps : 0};
       float* out = sums + (m - m0) * kChunk;
-      multiply(vectors, weight, row, outputs, words(p.panels) + m * of_panel + at * width, depth, piece > 0, out, ahead,
+      multiply(vectors, weight, row, outputs, p.panels + m * of_panel + at * kKinds * width, depth, piece > 0, out, ahead,
                finish);
       if (!is_last) continue;
       finish.all();
@@ -211,11 +241,11 @@ void multiply_rows(const Product& p) {
 #pragma omp for schedule(dynamic)
     for (int64_t m = 0; m < p.rows; m += kVector) {
       const int64_t first = m / kPanel * kPanel;
-      pack(p, m, words(p.panels) + first * (p.summed * p.turns / kPack) + m - first, vectors_of_panel(p.rows, first) * kVector);
+      pack(p, m, p.panels + first * words_of(p.summed) * p.turns + m - first, vectors_of_panel(p.rows, first) * kVector);
     }
   }
   static thread_local Scratch scratch;
-  float* sums = scratch.take<float>(kChunk * (kPanel * kMostPanels + kDepth));
+  float* sums = scratch.take<float>(kChunk * (kPanel * kMostPanels + kKinds * kDepth));
 #pragma omp for schedule(dynamic)
   for (int64_t i = 0; i < chunks * blocks; ++i) {
     const int64_t n = i / blocks * kChunk, m = i % blocks * rows_of_task;

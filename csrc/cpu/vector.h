@@ -6,6 +6,10 @@
 // | -mavx512f -mavx512bw ...                  | 16 floats | float32                    | multiply-adds          |
 // | -mavx512bf16, too                         | 16 floats | bfloat16                   | dot products of pairs  |
 // | -mamx-tile -mamx-bf16, too                | 16 floats | bfloat16                   | tiles of 16 x 16 sums  |
+// | -DXCLIP_FAST_SPLIT, too                   | 16 floats | float32                    | 6 of such tiles        |
+//
+// The last one splits a float32 into three bfloat16, whose sum it is: a = a0 + a1 + a2, each at most 2^-8 of the one
+// before. Of the nine products of two numbers, the six that are not below 2^-24 of the whole are summed.
 
 #pragma once
 
@@ -37,13 +41,26 @@ struct Bfloat16 {
   uint16_t bits;
 };
 
-#ifdef __AVX512BF16__
+#if defined(__AVX512BF16__) && !defined(XCLIP_FAST_SPLIT)
 using Element = Bfloat16;
 #else
 using Element = float;
 #endif
 
-constexpr int kPack = sizeof(Word) / sizeof(Element);
+#ifdef XCLIP_FAST_SPLIT
+constexpr int kKinds = 3;  // of words: those of a0, a1 and a2
+#else
+constexpr int kKinds = 1;
+#endif
+
+#ifdef __AVX512BF16__
+constexpr int kPair = 2;  // numbers of a word
+#else
+constexpr int kPair = 1;
+#endif
+
+constexpr int kPack = sizeof(Word) / sizeof(Element);  // elements of 32 bits
+constexpr int kBlock = 16;                             // words of K whose kinds lie together
 
 inline Vector all(float x) { return SIMD(set1_ps)(x); }
 
@@ -76,12 +93,21 @@ inline Halves narrow(Vector v) { return (Halves)_mm512_cvtneps_pbh(v); }
 inline void store(Bfloat16* p, Vector v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(v)); }
 
 // Words of the numbers of two vectors, one behind the other.
-inline Vector join(Vector first, Vector second) { return (Vector)_mm512_cvtne2ps_pbh(second, first); }
+inline Vector join(Halves first, Halves second) {
+  return (Vector)_mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1);
+}
 
 // Words of one number of each vector.
 inline Vector pair(Halves first, Halves second) {
   const Integers high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(second), 16);
   return (Vector)_mm512_or_si512(_mm512_cvtepu16_epi32(first), high);
+}
+
+// The next kind of v, which becomes the rest.
+inline Halves split(Vector& v) {
+  const Halves kind = narrow(v);
+  v -= (Vector)_mm512_slli_epi32(_mm512_cvtepu16_epi32(kind), 16);
+  return kind;
 }
 #endif
 
@@ -128,7 +154,7 @@ inline Vector exponential(Vector x) {
   const Integers exponent = SIMD(cvtps_epi32)(x * all(1.44269504f));  // the nearest integer
   const Vector n = SIMD(cvtepi32_ps)(exponent);
   x = SIMD(fnmadd_ps)(n, all(0.693145752f), x);  // ln 2, its leading bits
-#ifdef __AVX512BF16__
+#if defined(__AVX512BF16__) && !defined(XCLIP_FAST_SPLIT)
   Vector y = all(1.0f / 24);
   for (const float factor : {1.0f / 6, 0.5f, 1.0f, 1.0f}) y = SIMD(fmadd_ps)(y, x, all(factor));
 #else
@@ -142,7 +168,7 @@ inline Vector exponential(Vector x) {
 
 inline Vector quick_gelu(Vector u) {
   const Vector divisor = all(1.0f) + exponential(u * all(-1.702f));
-#ifdef __AVX512BF16__
+#if defined(__AVX512BF16__) && !defined(XCLIP_FAST_SPLIT)
   return u * _mm512_rcp14_ps(divisor);
 #else
   return u / divisor;

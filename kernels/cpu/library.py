@@ -29,22 +29,25 @@ class Functions(NamedTuple):
     Attributes:
         dtype: of rows and panels.
         rows: M is rounded up to a multiple of it.
+        kinds: numbers of 16 bits that each of a panel is made of, or 0: it is itself.
         unit: N, K and the channels of a head are multiples of it.
     """
 
     dtype: torch.dtype
     rows: int
     unit: int
+    kinds: int
     product: Any
     block: Any
     patches: Any
 
 
-SETS = {
-    "avx2": (torch.float32, 8, 8),
-    "avx512": (torch.float32, 16, 16),
-    "avx512_bf16": (torch.bfloat16, 16, 32),
-    "amx": (torch.bfloat16, 16, 32),
+SETS = {  # those of csrc/cpu/vector.h
+    "avx2": (torch.float32, 8, 8, 0),
+    "avx512": (torch.float32, 16, 16, 0),
+    "avx512_bf16": (torch.bfloat16, 16, 32, 1),
+    "amx": (torch.bfloat16, 16, 32, 1),
+    "amx_fp32": (torch.float32, 16, 32, 3),
 }
 
 
@@ -52,13 +55,12 @@ SETS = {
 def instruction_set(dtype: torch.dtype) -> str | None:
     """The one of ``SETS`` that computes with this dtype here, or None."""
     capability = torch.backends.cpu.get_cpu_capability()
+    has_amx = capability == "AVX512" and torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx()
     if dtype == torch.float32:
-        return "avx512" if capability == "AVX512" else "avx2" if capability == "AVX2" else None
+        return "amx_fp32" if has_amx else {"AVX512": "avx512", "AVX2": "avx2"}.get(capability)
     if dtype != torch.bfloat16 or capability != "AVX512":
         return None
-    if torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx():
-        return "amx"
-    return "avx512_bf16" if torch.cpu._is_avx512_bf16_supported() else None
+    return "amx" if has_amx else "avx512_bf16" if torch.cpu._is_avx512_bf16_supported() else None
 
 
 @functools.cache
@@ -89,9 +91,10 @@ def functions(dtype: torch.dtype) -> Functions | None:
 
 
 def panel_size(rows: int, width: int, dtype: torch.dtype) -> int:
-    """The number of elements of the panels of (rows, width)."""
-    multiple = _functions(dtype).rows
-    return -(-rows // multiple) * multiple * width
+    """The number of elements of ``dtype`` that the panels of (rows, width) take."""
+    here = _functions(dtype)
+    numbers = -(-rows // here.rows) * here.rows * width
+    return numbers * 2 * here.kinds // dtype.itemsize if here.kinds else numbers
 
 
 def takes(dtype: torch.dtype, *weights: Tensor) -> bool:

@@ -123,23 +123,19 @@ class Products:
         """x + W2 act(W1 LN(x) + b1) + b2: (M, D) or (F, L, D), written to ``out``, which may be of a narrower dtype."""
         (hidden, width), count = fc[0].shape, x.numel() // x.shape[-1]
         if self.library_takes(fc[0], projection[0]):
-            quick = activation == "quick_gelu"
-            panels, inner = self._panels("panels", count, width), self._panels("wide", count, hidden)
             x = _beside(x)
             y = out if self._is_direct(out) else torch.empty_like(x, memory_format=torch.contiguous_format)
-            library.product(
-                count,
-                panels,
-                fc[0],
-                self._vector(fc[1]),
-                x=x,
-                norm=self._vectors(norm),
-                y_panels=inner,
-                quick_gelu=quick,
-            )
-            if not quick:
-                torch.ops.aten.gelu_(inner, approximate=GELUS[activation])
-            library.product(count, inner, projection[0], self._vector(projection[1]), y=y, residual=x)
+            panels, given = self._panels("panels", count, width), dict(x=x, norm=self._vectors(norm))
+            first, second = (fc[0], self._vector(fc[1])), (projection[0], self._vector(projection[1]))
+            if activation == "quick_gelu":
+                inner = self._panels("wide", count, hidden)
+                library.product(count, panels, *first, **given, y_panels=inner, quick_gelu=True)
+                library.product(count, inner, *second, y=y, residual=x)
+            else:
+                rows = buffers.take("wide", count, hidden, self.dtype)
+                library.product(count, panels, *first, **given, y=rows)
+                torch.ops.aten.gelu_(rows, approximate=GELUS[activation])
+                library.product(count, self._panels("inner", count, hidden), *second, x=rows, y=y, residual=x)
             return y if y is out else out.copy_(y)
         scale = SLOPE if activation == "quick_gelu" else 1.0
         at_least = torch.promote_types(self.dtype, torch.float32)  # the scaled vectors are not rounded once more
