@@ -162,11 +162,13 @@ if WISH == "1" and NVCC is None:
 CPU_LIBRARY = "libxclip_fast_cpu"
 CPU_SOURCES = sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
+AMX = [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]
 CPU_SETS = {  # the instruction sets of csrc/cpu/vector.h
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": AVX512,
     "avx512_bf16": [*AVX512, "-mavx512bf16"],
-    "amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
+    "amx": AMX,
+    "amx_fp32": [*AMX, "-DXCLIP_FAST_SPLIT"],
 }
 CXX = shlex.split(os.environ.get("CXX") or "g++")
 is_x86_linux = sys.platform == "linux" and platform.machine() == "x86_64"
