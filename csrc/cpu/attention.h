@@ -109,6 +109,7 @@ void attend(const Attention& a) {
   const int64_t width = a.heads * a.channels, stride = 3 * width, padded = parts(a.keys, kUnit) * kUnit;
   const int64_t whole = a.keys / kUnit * kUnit;
   static thread_local Scratch scratch;
+  const Tiles tiles;
   float* values = scratch.take<float>(a.channels * (padded + kUnit + 2 * kPanel) + padded * kPanel);
   float* last_keys = values + a.channels * padded;
   float* scores = last_keys + a.channels * kUnit;

@@ -9,13 +9,7 @@
 #include "multiply.h"
 #include "product.h"
 
-extern "C" void xclip_fast_cpu_attend_avx512(const Attention* attention);
-
 namespace {
-
-#ifdef XCLIP_FAST_SPLIT
-void attend(const Attention& a) { xclip_fast_cpu_attend_avx512(&a); }
-#endif
 
 Rows rows_of(Element* data, int64_t count, int64_t width) { return {data, count, 0, width}; }
 
@@ -45,50 +39,72 @@ struct Memory {
   }
 };
 
+}  // namespace
+
+// Those of the plain set serve the one of split numbers, too.
+extern "C" void xclip_fast_cpu_messages_avx512(const Block* block, const Memory* memory);
+extern "C" void xclip_fast_cpu_attend_avx512(const Attention* attention);
+
+namespace {
+
+Product product(const Block& b, Word* panels, int64_t rows, Rows x, Norm norm, const Parameters& by, int64_t outputs,
+                int64_t summed) {
+  Product p{};
+  p.rows = rows, p.outputs = outputs, p.summed = summed, p.turns = 1;
+  p.x = x, p.ln_weight = norm.weight, p.ln_bias = norm.bias, p.eps = b.eps;
+  p.dtype = b.dtype, p.panels = panels, p.weight = by.weight, p.bias = by.bias, p.threads = b.threads;
+  return p;
+}
+
+#ifdef XCLIP_FAST_SPLIT
+// Few rows do not pay for splitting the weights.
+void messages(const Block& b, const Memory& memory) { xclip_fast_cpu_messages_avx512(&b, &memory); }
+
+void attend(const Attention& a) { xclip_fast_cpu_attend_avx512(&a); }
+#else
+// The messages of all frames (equation 7), by all threads of a team together.
+void messages(const Block& b, const Memory& memory) {
+  const int64_t width = b.width;
+  const Rows class_rows{b.x.data, 1, b.x.frame_stride, 0}, message = rows_of(memory.message, b.frames, width);
+  Product p = product(b, memory.panels, b.frames, class_rows, {}, b.message_fc, width, width);
+  p.y = message;
+  multiply_rows(p);
+  p = product(b, memory.panels, b.frames, message, b.message_ln, b.message_in, 3 * width, width);
+  p.y = rows_of(memory.message_qkv, b.frames, 3 * width);
+  multiply_rows(p);
+  attend({b.frames / b.of_video, b.of_video, b.of_video, b.heads, width / b.heads, memory.message_qkv,
+          memory.message_mixed});
+  p = product(b, memory.panels, b.frames, rows_of(memory.message_mixed, b.frames, width), {}, b.message_out, width,
+              width);
+  p.y = p.residual = message;
+  multiply_rows(p);
+}
+#endif
+
 // The block, by all threads of a team together.
 void run(const Block& b, const Memory& memory) {
-  const int64_t width = b.width, channels = width / b.heads;
-  const auto product = [&](int64_t rows, Rows x, Norm norm, const Parameters& by, int64_t outputs, int64_t summed) {
-    Product p{};
-    p.rows = rows, p.outputs = outputs, p.summed = summed, p.turns = 1;
-    p.x = x, p.ln_weight = norm.weight, p.ln_bias = norm.bias, p.eps = b.eps;
-    p.dtype = b.dtype, p.panels = memory.panels, p.weight = by.weight, p.bias = by.bias, p.threads = b.threads;
-    return p;
-  };
-  if (b.of_video) {
-    const Rows class_rows{b.x.data, 1, b.x.frame_stride, 0}, message = rows_of(memory.message, b.frames, width);
-    Product p = product(b.frames, class_rows, {}, b.message_fc, width, width);
-    p.y = message;
-    multiply_rows(p);
-    p = product(b.frames, message, b.message_ln, b.message_in, 3 * width, width);
-    p.y = rows_of(memory.message_qkv, b.frames, 3 * width);
-    multiply_rows(p);
-    attend({b.frames / b.of_video, b.of_video, b.of_video, b.heads, channels, memory.message_qkv, memory.message_mixed});
-    p = product(b.frames, rows_of(memory.message_mixed, b.frames, width), {}, b.message_out, width, width);
-    p.y = p.residual = message;
-    multiply_rows(p);
-  }
-  const int64_t tokens = b.of_video ? b.length - 1 : b.length;
+  const int64_t width = b.width, tokens = b.of_video ? b.length - 1 : b.length;
+  if (b.of_video) messages(b, memory);
   for (int64_t first = 0; first < b.frames; first += b.part) {
     const int64_t frames = least(b.part, b.frames - first), rows = frames * tokens;
     Rows x = b.x, y = b.y;
     x.data += first * x.frame_stride, x.length = b.length;
     y.data += first * y.frame_stride, y.length = tokens;
-    Product p = product(frames * b.length, x, b.ln_1, b.in, 3 * width, width);
+    Product p = product(b, memory.panels, frames * b.length, x, b.ln_1, b.in, 3 * width, width);
     if (b.of_video) p.last = {memory.message + first * width, 1, width, 0};
     p.y = rows_of(memory.qkv, frames * b.length, 3 * width);
     multiply_rows(p);
-    attend({frames, b.length, tokens, b.heads, channels, memory.qkv, memory.mixed});
+    attend({frames, b.length, tokens, b.heads, width / b.heads, memory.qkv, memory.mixed});
     x.length = tokens;
     const Rows stream = rows_of(memory.stream, rows, width);
-    p = product(rows, rows_of(memory.mixed, rows, width), {}, b.out, width, width);
+    p = product(b, memory.panels, rows, rows_of(memory.mixed, rows, width), {}, b.out, width, width);
     p.y = stream, p.residual = x;
     multiply_rows(p);
-    p = product(rows, stream, b.ln_2, b.fc, b.hidden, width);
+    p = product(b, memory.panels, rows, stream, b.ln_2, b.fc, b.hidden, width);
     p.y_panels = memory.inner, p.quick_gelu = true;
     multiply_rows(p);
-    p = product(rows, {}, {}, b.projection, width, b.hidden);
-    p.panels = memory.inner, p.y = y, p.residual = stream;
+    p = product(b, memory.inner, rows, {}, {}, b.projection, width, b.hidden);
+    p.y = y, p.residual = stream;
     multiply_rows(p);
     if (!b.of_video) continue;
 #pragma omp for schedule(static)
@@ -100,7 +116,13 @@ void run(const Block& b, const Memory& memory) {
 }  // namespace
 
 #ifndef XCLIP_FAST_SPLIT
-extern "C" void XCLIP_FAST_NAME(xclip_fast_cpu_attend_, XCLIP_FAST_SET)(const Attention* a) { attend(*a); }
+extern "C" void XCLIP_FAST_NAME(xclip_fast_cpu_messages_, XCLIP_FAST_SET)(const Block* block, const Memory* memory) {
+  messages(*block, *memory);
+}
+
+extern "C" void XCLIP_FAST_NAME(xclip_fast_cpu_attend_, XCLIP_FAST_SET)(const Attention* attention) {
+  attend(*attention);
+}
 #endif
 
 extern "C" {
@@ -109,10 +131,7 @@ int32_t EXPORT(xclip_fast_cpu_abi)() { return kAbi; }
 
 void EXPORT(xclip_fast_cpu_product)(const Product* product) {
 #pragma omp parallel num_threads(product->threads)
-  {
-    const Tiles tiles;
-    multiply_rows(*product);
-  }
+  multiply_rows(*product);
 }
 
 void EXPORT(xclip_fast_cpu_patches)(const Patches* patches) {
@@ -136,9 +155,6 @@ void EXPORT(xclip_fast_cpu_patches)(const Patches* patches) {
 void EXPORT(xclip_fast_cpu_block)(const Block* block) {
   const Memory memory(*block);
 #pragma omp parallel num_threads(block->threads)
-  {
-    const Tiles tiles;
-    run(*block, memory);
-  }
+  run(*block, memory);
 }
 }

@@ -27,7 +27,7 @@ struct Ahead {
 constexpr int kPanelVectors = 2;  // of rows in a full panel
 constexpr int kOutputs = 32;      // of an inner loop: 4 tiles of sums
 constexpr int kChunk = 192;       // outputs of a task
-constexpr int kDepth = kKinds == 1 ? 128 : 64;  // words of K: a part of a panel is 16 or 24 KiB of L1
+constexpr int kDepth = kKinds == 1 ? 128 : 192;  // words of K; of one kind, a part of a panel is 16 KiB of L1
 
 // Until it ends, this thread's tiles are 16 rows of 64 bytes.
 class Tiles {

@@ -173,6 +173,8 @@ constexpr bool kRewritesSome = kPair == 1, kRewritesAll = false;
     };
     for (int64_t i = 0; i < depth * kPair; i += kUnit, out += kVector * kKinds) {
 #ifdef XCLIP_FAST_SPLIT
+      for (int64_t line = i; line < i + kUnit; line += 16)  // of a few weights on: the CPU does not guess that row
+        _mm_prefetch(static_cast<const float*>(p.weight) + at + 4 * p.summed + line, _MM_HINT_T0);
       Vector first = number(i), second = number(i + kVector);
       for (int kind = 0; kind < kKinds; ++kind) {
         const Halves half = split(first);
@@ -208,7 +210,7 @@ void task(const Product& p, int64_t n0, int64_t n1, int64_t n2, int64_t m0, int6
     }
     k = k + depth == whole ? 0 : k + depth;
     const char* next = weights + (is_last ? n2 : n0) * stride + k * word;
-    const int64_t lines = is_last && n2 + outputs > p.outputs ? 0 : most * word / kLine;
+    const int64_t lines = kRewritesAll || (is_last && n2 + outputs > p.outputs) ? 0 : most * word / kLine;
     for (int64_t m = m0, i = 0; m < m1; m += kPanel, ++i) {
       const int vectors = vectors_of_panel(p.rows, m), width = vectors * kVector;
       const bool wraps = m + kPanel >= m1;
@@ -246,6 +248,7 @@ void multiply_rows(const Product& p) {
     }
   }
   static thread_local Scratch scratch;
+  const Tiles tiles;
   float* sums = scratch.take<float>(kChunk * (kPanel * kMostPanels + kKinds * kDepth));
 #pragma omp for schedule(dynamic)
   for (int64_t i = 0; i < chunks * blocks; ++i) {
