@@ -217,6 +217,7 @@ def plot(points: Sequence[Point], path: Path) -> None:
         for point in points:
             series.setdefault((point.origin, point.data, point.decoded), []).append(point)
         colors = iter(["#1f5fa8", "#c2571a", "#2d8a4e", "#8a3d9c", "#a8891f", "#4c4c4c"] * (1 + len(series) // 6))
+        names: dict[Any, list[Any]] = {left: [], right: []}
         for (origin, data, decoded), members in series.items():
             color = "gray" if origin == PAPER else next(colors)
             label = {
@@ -238,10 +239,10 @@ def plot(points: Sequence[Point], path: Path) -> None:
                 axes.plot(x, y, linestyle="none", label=label, markersize=6, **style)
                 for point in placed:
                     name = point.model if origin != MEASURED else f"{point.model} {point.clips}x{point.crops}"
-                    # names kept apart: the paper's below the curve, which falls on the right
+                    # the paper's names stand below the curve, which falls on the right
                     below = (6 if axes is left else -6, -9)
                     across, up = {PAPER: below, MEASURED: (6, 4), MIXED: (-6, 4)}[origin]
-                    axes.annotate(
+                    text = axes.annotate(
                         name.replace("$", r"\$"),  # a dollar sign would begin a formula
                         (getattr(point, cost), point.top1),
                         textcoords="offset points",
@@ -249,7 +250,9 @@ def plot(points: Sequence[Point], path: Path) -> None:
                         ha="left" if across > 0 else "right",
                         fontsize=7.5,
                         color=color,
+                        arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.5},
                     )
+                    names[axes].append(text)
         left.set(xscale="log", xlabel="GFLOPs of all views of a video (multiply-adds)", ylabel="top-1 accuracy, %")
         right.set(xscale="log", xlabel="views per second")
         for axes in (left, right):
@@ -259,7 +262,29 @@ def plot(points: Sequence[Point], path: Path) -> None:
         figure.legend(handles.values(), handles, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
         measured = any(point.origin == MEASURED for point in points)
         figure.suptitle("X-CLIP: accuracy against cost" + ("" if measured else " (the paper's accuracies only)"))
+        figure.draw_without_rendering()  # only then the places of the names are known
+        for texts in names.values():
+            keep_apart(texts)
         figure.savefig(path, dpi=150)
+
+
+def keep_apart(texts: Sequence[Any]) -> list[Any]:
+    """Moves names down until none covers another or a point. A line ties each to its point. Returns their boxes."""
+    from matplotlib.text import Text
+    from matplotlib.transforms import Bbox
+
+    corners = [text.axes.transData.transform(text.xy) - 4 for text in texts]  # of markers 8 pixels wide
+    markers = [Bbox.from_bounds(*corner, 8, 8) for corner in corners]
+    boxes: list[Any] = []
+    for text in sorted(texts, key=lambda text: -Text.get_window_extent(text).y0):
+        box = Text.get_window_extent(text)  # of the name alone, without its line
+        while any(box.overlaps(other) for other in [*markers, *boxes]):
+            across, up = text.xyann
+            text.xyann = (across, up - 3)
+            text.update_positions(text.figure.canvas.get_renderer())
+            box = Text.get_window_extent(text)
+        boxes.append(box)
+    return boxes
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -23,8 +23,7 @@ from xclip_fast.config import VARIANTS, VisionConfig, XCLIPConfig
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2, "fp16": 1e-2}  # between outputs of the same random weights
-FP8_COSINE = 0.99  # of outputs in float8 and bfloat16; less is an error (fp8.py measures accuracy)
-OURS, GRAPHED, FP8 = "xclip-fast", "xclip-fast graph", "xclip-fast fp8"
+OURS, GRAPHED = "xclip-fast", "xclip-fast graph"
 DECODING, COMPUTING = "decoding alone", "model alone"  # of "from mp4 files", in which both run at once
 EAGER, COMPILED = "Hugging Face", "HF compiled"
 HF_INSTALLED = importlib.util.find_spec("transformers") is not None
@@ -34,7 +33,7 @@ CLIP_FRAMES, CLIP_SIZE = 96, (256, 340)  # of the generated mp4 files
 
 
 def has_peer(variant: str) -> bool:
-    """Whether Hugging Face has this model, and float8 takes it: not X-Florence, whose tower has windows."""
+    """Whether Hugging Face has this model: not X-Florence, whose tower has windows."""
     return isinstance(VARIANTS[variant].vision, VisionConfig)
 
 
@@ -78,7 +77,6 @@ def contenders_of(
     work: str,
     batch: int,
     model: xclip_fast.XCLIP,
-    fp8: xclip_fast.XCLIP | None,
     hf: Any,
     labels: list[str],
     files: list[Path],
@@ -90,10 +88,8 @@ def contenders_of(
     frames, size = config.num_frames, config.vision.image_size
     tokens = xclip_fast.tokenize(labels, config.text.context_length)
     video = torch.randint(256, (batch, frames, size, size, 3), dtype=torch.uint8, device=device)
-    ours = {OURS: model} if fp8 is None or work == "files" else {OURS: model, FP8: fp8}
     if work in ("cached", "files"):
-        for one in ours.values():
-            one.encode_text(tokens)
+        model.encode_text(tokens)
     if work == "files":
         # files are repeated to fill the batches; each counts as one video
         paths = list(itertools.islice(itertools.cycle(files), BATCHES_A_CALL * batch))
@@ -102,8 +98,7 @@ def contenders_of(
         yield DECODING, lambda: decoded(paths, frames, size)
         yield COMPUTING, lambda: torch.cat([model(part.to(device), tokens).cpu() for part in videos.split(batch)])
         return
-    for name, one in ours.items():
-        yield name, our_call(work, one, video, tokens)
+    yield OURS, our_call(work, model, video, tokens)
     if work != "encoded" and has_graphs(device) and batch <= GRAPHED_UP_TO:
         tower = model.graphed(batch, frames)
         cached = lambda: model.similarity(tower(video), model.encode_text(tokens))  # noqa: E731
@@ -209,18 +204,3 @@ def write_clips(folder: Path) -> list[Path]:
     for path, label in zip(paths, CLASSES[::2], strict=False):
         write_clip(path, render(label, 0, frames=CLIP_FRAMES, size=CLIP_SIZE))
     return paths
-
-
-def quantized(model: xclip_fast.XCLIP) -> xclip_fast.XCLIP:
-    """A copy in float8, calibrated on random frames, as the timed input."""
-    config, device = model.config, model.logit_scale.device
-    size = config.vision.image_size
-    video = torch.randint(256, (4, config.num_frames, size, size, 3), dtype=torch.uint8, device=device)
-    return copy.deepcopy(model).quantize("fp8", calibration=video)
-
-
-def least_cosine(ours: Any, theirs: Any) -> float:
-    """The least cosine over the videos of a batch and over several outputs."""
-    if isinstance(ours, tuple):
-        return min(least_cosine(*pair) for pair in zip(ours, theirs, strict=True))
-    return F.cosine_similarity(ours.float().flatten(1), theirs.float().flatten(1)).min().item()

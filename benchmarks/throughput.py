@@ -30,8 +30,6 @@ from contenders import (
     COMPILED,
     DECODING,
     EAGER,
-    FP8,
-    FP8_COSINE,
     GRAPHED,
     HF_INSTALLED,
     OURS,
@@ -40,9 +38,7 @@ from contenders import (
     contenders_of,
     has_peer,
     huggingface,
-    least_cosine,
     products_of,
-    quantized,
     write_clips,
 )
 from measuring import largest_error, ratios
@@ -82,14 +78,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--engines", default="", help=f"also Hugging Face's video tower in these, on a CPU: {', '.join(ENGINES)}"
     )
-    parser.add_argument("--fp8", action="store_true", help="also ours quantized to float8, beside bf16 (see README.md)")
     args = parser.parse_args(argv)
     arguments.check_model_options(args)
     gpu = args.device == "cuda"
     args.variants = chosen("--variants", args.variants, list(PAPER_TABLE1) if gpu else ["B/32-8f", "B/16-8f"], VARIANTS)
     args.precisions = chosen("--precisions", args.precisions, ["bf16", "fp16"] if gpu else ["fp32", "bf16"], PRECISIONS)
-    if args.fp8 and "bf16" not in args.precisions:
-        fail("--fp8 is measured beside bf16: add it to --precisions")
     args.engines = chosen("--engines", args.engines, [], ENGINES) if args.engines else []
     if gpu and args.engines:
         fail("--engines are measured on a CPU: add --device cpu")
@@ -190,14 +183,6 @@ def rows_of(
         views = cell.batch * (BATCHES_A_CALL if cell.work == "files" else 1)
         row["views_per_second"] = views / row["median_s"]
         row["ratio_to_paper"] = row["views_per_second"] / paper.views_per_second if paper else None
-        if name == FP8:
-            cosine = least_cosine(results[OURS]["output"], result["output"]) if ours else math.nan
-            row["cosine"] = cosine if math.isfinite(cosine) else None
-            if cosine >= FP8_COSINE:
-                row["ratios"] = ratios(OURS, ours, result["seconds"])
-            elif ours:
-                row["note"] = f"outputs differ from those in bf16, cosine {cosine:.5f} below {FP8_COSINE}: no ratio"
-            continue
         if name != OURS:
             error = math.nan
             if ours:  # decoding gives frames
@@ -240,8 +225,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if work in args.works
     ]
     costs = {cell: cell.estimate(lengths, rates) for cell in cells}
-    if args.fp8:  # ours runs twice
-        costs |= {cell: (2 * costs[cell][0], costs[cell][1]) for cell in cells if cell.precision == "bf16"}
     planned = plan(costs, 0.75 * (deadline - time.perf_counter()))  # the rest of the time builds the models
     to_compile = compiled_cells(cells) if args.compile else set()
     variants = sorted(args.variants, key=lambda variant: args.compile and variant != "B/16-8f")
@@ -306,12 +289,9 @@ def measured(
     end = time.perf_counter() + seconds
     for module in filter(None, (model, hf)):
         module.to(args.device, PRECISIONS[cell.precision])
-    fp8 = None
-    if args.fp8 and has_peer(cell.variant) and cell.precision == "bf16" and cell.work != "files":
-        fp8 = quantized(model)
     engines = [ENGINES[name] for name in args.engines if seconds >= ENGINE_SECONDS]
     with torch.inference_mode():
-        given = (cell.work, cell.batch, model, fp8, hf, args.labels, files, compiles, engines)
+        given = (cell.work, cell.batch, model, hf, args.labels, files, compiles, engines)
         results = measuring.measure(dict(contenders_of(*given)), args.device, max(end - time.perf_counter(), 0.0))
         return rows_of(cell, results, lengths, rate, args.device)
 

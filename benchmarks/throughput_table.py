@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-from contenders import FP8, GRAPHED, OURS
+from contenders import GRAPHED, OURS
 from measuring import ratio_text, shown
 
 BUSY = 0.25  # load average per core before the run; above it, other programs disturb the run
@@ -36,8 +36,6 @@ def print_table(report: dict[str, Any], works: dict[str, str]) -> None:
             paper, share = shown(row["ratio_to_paper"], "{:.3g}"), shown(row.get("share_of_own_gemms"), "{:.0%}")
             figures = f"{row['views_per_second']:8.3g} {paper:>8}  {speed_over(row, own):24} {share:>7} {row['n']:4}"
             print(f"  {row['contender']:16} {figures}")
-            if row.get("cosine") is not None:
-                print(f"  {'':16} cosine with bf16's outputs {row['cosine']:.5f}")
     print()
     cores, load = environment["cores"], (environment["load_average"] or [0.0])[0]
     if environment["clock"] == "process_time":
@@ -56,6 +54,6 @@ def speed_over(row: dict[str, Any], group: list[dict[str, Any]]) -> str:
     ours, name = group[0].get("ratios", {}), row["contender"]
     if name == OURS:
         return ""
-    if name in (GRAPHED, FP8):
+    if name == GRAPHED:
         return next((f"{ratio_text(found)} {against}" for against, found in row.get("ratios", {}).items()), "")
     return ratio_text(ours.get(name, {})) or "no ratio of one call"

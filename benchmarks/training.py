@@ -29,7 +29,6 @@ import torch.nn.functional as F
 from arguments import chosen, fail
 from contenders import COMPILED, EAGER, HF_INSTALLED, OURS, PRECISIONS, hf_cached, huggingface, normalized
 from torch import Tensor, nn
-from training_table import print_table
 
 import xclip_fast
 from xclip_fast import flops
@@ -319,6 +318,35 @@ def measured(
     contenders = dict(made)
     steps = {name: contender.step for name, contender in contenders.items()}
     return rows_of(cell, contenders, measuring.measure(steps, args.device, seconds), lengths, rate, args.device)
+
+
+def print_table(report: dict[str, Any]) -> None:
+    print(f"{report['environment']['device']}, training steps, {report['labels']['count']} labels")
+    gigabytes = functools.partial(measuring.shown, form="{:.2f} GB", unit=1e-9)
+    for row in report["rows"]:
+        recomputed = ", activations recomputed" if row["recompute"] else ""
+        print(f"\n{row['variant']} {row['precision']}, trained: {row['towers']}{recomputed}, {row['contender']}")
+        if "median_s" in row:
+            print(f"  {row['clips_per_second']:.3g} clips/s, batches of {row['batch']}, n = {row['n']}")
+            print("  " + ", ".join(f"{part} {1e3 * seconds:.3g} ms" for part, seconds in row["parts_s"].items()))
+            print(f"  state {gigabytes(row['state_bytes'])}, peak {gigabytes(row['peak_bytes']) or 'unknown'}")
+            if "share_of_gemm" in row:
+                print(f"  {row['share_of_gemm']:.0%} of the GEMM rate")
+        for peer, ratio in row.get("ratios", {}).items():
+            print(f"  {measuring.ratio_text(ratio)} the speed of {peer}")
+        if row["note"]:
+            print(f"  {row['note']}")
+    print()
+    for row in report["loading"]:
+        batch = (
+            f"a batch of {row['batch']} from mp4 files ({row['variant']}, {row.get('decoder')}), beside the step above"
+        )
+        print("data: " + (row["note"] if "note" in row else f"{1e3 * row['seconds']:.3g} ms for {batch}"))
+    for row in report["table7"]:
+        total = gigabytes(row.get("total_bytes")) or row["note"] or "unknown"
+        print(f"Table 7, trained: {row['towers']}: {total} with {row['contender']}; the paper: {row['paper_gb']} GB")
+    rates = ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in report["gemm_flop_per_s"].items())
+    print(f"GEMM rate in this run, GFLOP/s: {rates}")
 
 
 def main(argv: list[str] | None = None) -> int:

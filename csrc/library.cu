@@ -46,27 +46,26 @@ Facts facts(int device) {
   return *known[device];
 }
 
-// A matrix that TMA reads or writes: rows of `columns` elements, `unit` of which are 16 bytes.
-int check_matrix(void const* matrix, int64_t rows, int64_t columns, int64_t row, int unit = 8) {
+// A matrix that TMA reads or writes: rows of `columns` elements, 8 of which are 16 bytes.
+int check_matrix(void const* matrix, int64_t rows, int64_t columns, int64_t row) {
   if (rows > 0 && columns > 0 && matrix == nullptr) {
     return XCLIP_FAST_BAD_POINTER;
   }
   if (row < columns || row > (int64_t(1) << 38)) {
     return XCLIP_FAST_BAD_SIZE;
   }
-  return whole_16_bytes(matrix) && columns % unit == 0 && row % unit == 0 ? XCLIP_FAST_OK : XCLIP_FAST_BAD_ALIGNMENT;
+  return whole_16_bytes(matrix) && columns % 8 == 0 && row % 8 == 0 ? XCLIP_FAST_OK : XCLIP_FAST_BAD_ALIGNMENT;
 }
 
-// Checks what all products share, `unit` and `y_unit` elements of x and w and of y being 16 bytes, and calls `call` on
-// the device, whose processors it notes.
+// Checks what all products share, and calls `call` on the device, whose processors it notes.
 template <class Call>
-int launch(Operands& given, int unit, int y_unit, Call&& call) {
+int launch(Operands& given, Call&& call) {
   if (!is_size(given.m) || !is_size(given.n) || !is_size(given.k) || given.k == 0) {
     return XCLIP_FAST_BAD_SIZE;
   }
-  int code = check_matrix(given.x, given.m, given.k, given.x_row, unit);
-  code = code ? code : check_matrix(given.w, given.n, given.k, given.w_row, unit);
-  code = code ? code : check_matrix(given.y, given.m, given.n, given.n, y_unit);
+  int code = check_matrix(given.x, given.m, given.k, given.x_row);
+  code = code ? code : check_matrix(given.w, given.n, given.k, given.w_row);
+  code = code ? code : check_matrix(given.y, given.m, given.n, given.n);
   if (code) {
     return code;
   }
@@ -137,7 +136,7 @@ const char* xclip_fast_error(int code) {
     case XCLIP_FAST_OK:
       return "success";
     case XCLIP_FAST_BAD_SIZE:
-      return "a size or scale is negative, zero where it may not be, or too large, or a row stride is below the row's "
+      return "a size is negative, zero where it may not be, or too large, or a row stride is below the row's "
              "length";
     case XCLIP_FAST_BAD_ALIGNMENT:
       return "the base or the rows of a matrix, or K or N, are not in whole 16 bytes";
@@ -173,7 +172,7 @@ int xclip_fast_norm_linear(int dtype, int tile, const void* x, int64_t x_row, co
   if (any(given) && (normed != (rstd != nullptr) || normed != (w_sums != nullptr))) {
     return XCLIP_FAST_BAD_POINTER;
   }
-  return launch(given, 8, 8, [&] {
+  return launch(given, [&] {
     return activation ? norm_gelu(dtype, tile, given, extra) : norm(dtype, tile, given, extra);
   });
 }
@@ -203,38 +202,9 @@ int xclip_fast_linear_residual(int dtype, int tile, const void* x, int64_t x_row
   }
   float* const squares = partials + xclip_fast_statistics_floats(m, n) / 2;
   ResidualArguments const extra{bias, scale, partials, squares, mean, rstd, eps};
-  return launch(given, 8, 8, [&] {
+  return launch(given, [&] {
     return wanted ? residual_statistics(dtype, tile, given, extra) : residual_add(dtype, tile, given, extra);
   });
-}
-
-int xclip_fast_fp8_linear(int tile, const void* x, int64_t x_row, const void* w, int64_t w_row, const float* x_scale,
-                          const float* w_scale, const float* bias, int activation, float y_scale, void* y, int64_t m,
-                          int64_t n, int64_t k, int device, void* stream) {
-  Operands given{x, x_row, w, w_row, nullptr, n, y, m, n, k, device, 0, stream};
-  if (any(given) && (x_scale == nullptr || w_scale == nullptr)) {
-    return XCLIP_FAST_BAD_POINTER;
-  }
-  if (activation && !(y_scale > 0.0f)) {
-    return XCLIP_FAST_BAD_SIZE;
-  }
-  ScaledArguments const extra{x_scale, w_scale, bias, activation ? 1.0f / y_scale : 1.0f};
-  return launch(given, 16, activation ? 16 : 8,
-                [&] { return activation ? fp8_linear_gelu(tile, given, extra) : fp8_linear(tile, given, extra); });
-}
-
-int xclip_fast_fp8_linear_residual(int tile, const void* x, int64_t x_row, const void* w, int64_t w_row,
-                                   const float* w_scale, const float* bias, const void* residual, int64_t residual_row,
-                                   void* y, int64_t m, int64_t n, int64_t k, int device, void* stream) {
-  Operands given{x, x_row, w, w_row, residual, residual_row, y, m, n, k, device, 0, stream};
-  if (int const code = check_matrix(residual, m, n, residual_row)) {
-    return code;
-  }
-  if (any(given) && w_scale == nullptr) {
-    return XCLIP_FAST_BAD_POINTER;
-  }
-  ScaledArguments const extra{nullptr, w_scale, bias, 1.0f};
-  return launch(given, 16, 8, [&] { return fp8_linear_residual(tile, given, extra); });
 }
 
 }  // extern "C"

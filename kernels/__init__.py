@@ -4,10 +4,9 @@
 # package's, to ask for its version: it must find nothing here, above all no second copy of the ops.
 if __name__ == "xclip_fast.kernels":
     from . import cpu
-    from .cct_block import Block, Statistics, cct_block, composed, diffuse, own_linear
+    from .cct_block import Block, Statistics, cct_block, composed
     from .cosine_logits import cosine_logits
     from .dispatch import BackendError, backend, forced_backend
-    from .fp8 import ln_linear_fp8, mlp_fp8, quantize_weight
     from .layer_norm import layer_norm
     from .linear import linear
     from .patch_embed import patch_embed
@@ -22,14 +21,9 @@ if __name__ == "xclip_fast.kernels":
         "composed",
         "cosine_logits",
         "cpu",
-        "diffuse",
         "forced_backend",
         "layer_norm",
         "linear",
-        "ln_linear_fp8",
-        "mlp_fp8",
-        "own_linear",
         "patch_embed",
-        "quantize_weight",
         "quick_gelu",
     ]

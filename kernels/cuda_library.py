@@ -1,5 +1,5 @@
 """The CUDA library of csrc/, loaded with ctypes, and its calls on tensors: products on Hopper's tensor cores with the
-block's epilogues. The parts of a block and the ops on float8 name them as their backend ``cuda``.
+block's epilogues. The parts of a block name them as their backend ``cuda``.
 
 M rows, N columns, K summed; docs/kernels.md derives the epilogues. Memory comes from torch, work goes on torch's
 current stream, nothing waits.
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .common.derived import cast
 
-ABI = 6  # XCLIP_FAST_ABI of csrc/include/xclip_fast.h
+ABI = 7  # XCLIP_FAST_ABI of csrc/include/xclip_fast.h
 TILES = {"auto": -1, "square": 0, "wide": 1}
 DTYPES = {torch.bfloat16: 0, torch.float16: 1}
 _HALF = ("Norm", "NormGelu", "Residual", "ResidualStatistics")
@@ -24,9 +24,6 @@ _HALF = ("Norm", "NormGelu", "Residual", "ResidualStatistics")
 BUILT: dict[tuple[str, torch.dtype], tuple[str, ...]] = {
     **{(name, torch.bfloat16): ("wide", "square") for name in _HALF},
     **{(name, torch.float16): ("square",) for name in _HALF},
-    ("Fp8", torch.float8_e4m3fn): ("wide", "square"),
-    ("Fp8Gelu", torch.float8_e4m3fn): ("wide", "square"),
-    ("Fp8Residual", torch.float8_e4m3fn): ("square",),
 }
 BESIDE = Path(__file__).with_name("libxclip_fast.so")
 
@@ -39,8 +36,6 @@ _SIGNATURES = {
     "norm_linear": "i ii pl pl pppp i p lll ip",
     "linear_residual": "i ii pl pl pp pl fppp p lll ip",
     "statistics_floats": "l ll",
-    "fp8_linear": "i i pl pl ppp if p lll ip",
-    "fp8_linear_residual": "i i pl pl pp pl p lll ip",
 }
 SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     f"xclip_fast_{name}": (_KINDS[kinds[0]], [_KINDS[kind] for kind in kinds[1:].replace(" ", "")])
@@ -143,12 +138,8 @@ def tiles(
 ) -> tuple[str, ...]:
     """The tiles that a product takes, or none if it was not built: of operands of ``dtype``, with a residual
     (``statistics`` of the result), or with an activation."""
-    if dtype == torch.float8_e4m3fn:
-        name = "Fp8Residual" if residual else "Fp8Gelu" if activation else "Fp8"
-    elif residual:
-        name = "ResidualStatistics" if statistics else "Residual"
-    else:
-        name = "NormGelu" if activation else "Norm"
+    added = "ResidualStatistics" if statistics else "Residual"
+    name = added if residual else "NormGelu" if activation else "Norm"
     return ("auto", *BUILT[name, dtype]) if (name, dtype) in BUILT else ()
 
 
@@ -225,46 +216,3 @@ def linear_residual(
 @functools.lru_cache(1024)
 def _statistics_floats(M: int, N: int) -> int:
     return int(_library().xclip_fast_statistics_floats(M, N))
-
-
-# ---- 8 bits, e4m3
-
-
-def fp8_linear(
-    x: Tensor,
-    x_scale: Tensor,
-    weight: Tensor,
-    w_scale: Tensor,
-    bias: Tensor | None,
-    h_scale: float | None = None,
-    *,
-    tile: str = "auto",
-) -> Tensor:
-    """u = x_scale w_scale (x W^T) + b in bfloat16; or, given ``h_scale``, quick_gelu(u) / h_scale in e4m3, saturated.
-
-    Args:
-        x: (M, K), weight: (N, K), e4m3. x_scale: (M,), w_scale: (N,), float32. bias: (N,).
-
-    Returns:
-        (M, N).
-    """
-    (M, K), N = x.shape, weight.shape[0]
-    y = torch.empty(M, N, dtype=torch.bfloat16 if h_scale is None else x.dtype, device=x.device)
-    if M:
-        rest = (_floats(x_scale), _floats(w_scale), _floats(bias), int(h_scale is not None), h_scale or 1.0, y)
-        _call("fp8_linear", *_operands(x, weight, tile), *rest, M, N, K, *_place(x))
-    return y
-
-
-def fp8_linear_residual(
-    x: Tensor, weight: Tensor, w_scale: Tensor, bias: Tensor | None, residual: Tensor, *, tile: str = "auto"
-) -> Tensor:
-    """residual + w_scale (x W^T) + b: x (M, K), weight (N, K) e4m3, w_scale (N,) float32 with the scale of x in it,
-    bias (N,), residual (M, N) bf16 -> bf16 (M, N)."""
-    (M, K), N = x.shape, weight.shape[0]
-    y = torch.empty(M, N, dtype=torch.bfloat16, device=x.device)
-    if M:
-        residual = matrix(residual)
-        rest = (_floats(w_scale), _floats(bias), residual, residual.stride(0), y)
-        _call("fp8_linear_residual", *_operands(x, weight, tile), *rest, M, N, K, *_place(x))
-    return y

@@ -2,7 +2,9 @@
 
 import os
 import signal
-from collections.abc import Generator
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -49,6 +51,21 @@ def pytest_make_collect_report(
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def unlistable(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
+    """A function that makes a folder one that cannot be listed, also for the superuser."""
+    scandir = os.scandir
+    refused: set[str] = set()
+
+    def refusing(path: str | os.PathLike[str] | int = ".") -> Any:
+        if not isinstance(path, int) and os.path.abspath(path) in refused:
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    return lambda folder: refused.add(os.path.abspath(folder))
 
 
 @pytest.fixture

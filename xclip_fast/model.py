@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from . import kernels
 from .config import XCLIPConfig, variant
-from .inference import fp8 as quantization
 from .inference.cuda_graphs import GraphedVideoTower
 from .kernels.linear import linear
 from .nn.assembly import parts_of
@@ -218,19 +217,6 @@ class XCLIP(nn.Module):
             self.text.recompute = enabled
         return self
 
-    quantize = quantization.quantize  # to float8, for inference
-    dequantize = quantization.dequantize
-
-    @property
-    def quantized(self) -> str | None:
-        """The mode of ``quantize``, or None."""
-        return quantization.mode_of(self)
-
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As in ``torch.nn.Module``. A quantized model raises RuntimeError, because its copies would be stale."""
-        quantization.refuse_change(self, "load_state_dict")
-        return super().load_state_dict(*args, **kwargs)
-
     @classmethod
     def from_pretrained(
         cls,
@@ -316,8 +302,6 @@ class XCLIP(nn.Module):
 
         Raises:
             checkpoint.CheckpointError: if widths, layers or vocabulary differ.
-            RuntimeError: if the model is quantized.
         """
-        quantization.refuse_change(self, "expand_from")
         checkpoint.expand(self, clip, part)
         return self

@@ -17,19 +17,15 @@ import training
 from contenders import (
     COMPILED,
     EAGER,
-    FP8,
-    FP8_COSINE,
     GRAPHED,
     HF_INSTALLED,
     OURS,
     TOLERANCE,
     huggingface,
-    least_cosine,
     normalized,
     our_call,
     peer_call,
     products_of,
-    quantized,
 )
 from labels import label_list
 from measuring import largest_error
@@ -123,14 +119,11 @@ def rows_of(job: Job, found: dict[str, dict[str, Any]], base: Row, truth: str, l
         row |= {"ms": 1e3 * median, "low_ms": 1e3 * min(seconds), "high_ms": 1e3 * max(seconds), "n": len(seconds)}
         row |= {"views_per_second": base["batch"] / median, "peak_bytes": result["peak_memory"]}
         output = job.wrong(result["output"]) if name == OURS else result["output"]
-        if name.startswith(FP8):
-            row["cosine"] = least_cosine(output, found[OURS]["output"])
-            row["right"] = row["cosine"] >= FP8_COSINE
-        elif right is not None and name != truth:
+        if right is not None and name != truth:
             row["error"] = largest_error(output, right)
             row["right"] = row["error"] <= TOLERANCE[job.precision]
         if row.get("right") is False:
-            yield {**row, "note": f"WRONG compared with {truth}: {row.get('error', row.get('cosine')):.3g}; no ratio"}
+            yield {**row, "note": f"WRONG compared with {truth}: {row['error']:.3g}; no ratio"}
             continue
         if name not in (EAGER, COMPILED) and limit:
             row |= {"limit_ms": 1e3 * limit, "over_limit": median / limit}
@@ -146,7 +139,6 @@ def inference(
     kinds: tuple[str, ...] = ("tower",),
     backends: tuple[str, ...] = (),
     graph: bool = False,
-    fp8: bool = False,
 ) -> Iterator[Row]:
     """The video tower or the whole model (with encoded labels): ours, each backend, Hugging Face eager."""
     model = build(job, variant)
@@ -164,13 +156,6 @@ def inference(
             calls |= {f"{OURS} {name}": under(name, call) for name in backends}
             if graph:
                 calls[GRAPHED] = graphed(job, model, video, kind)
-            if fp8:
-                row = {**base, "contender": FP8}
-                model_fp8 = job.attempt(FP8, row, quantized, model)
-                if model_fp8 is not None:
-                    calls[FP8] = work_of(job, model_fp8, video, kind)
-                if "note" in row:
-                    yield row
             if HF_INSTALLED:
                 row = {**base, "contender": EAGER}
                 peer = job.attempt(EAGER, row, peer_of, job, model, video, kind)
@@ -287,16 +272,10 @@ def once(job: Job, variant: str, batch: int, backend: str, kind: str) -> Row:
             right = under("reference", work_of(job, model, video, "tower" if kind != "whole" else kind))()
             if kind == "graph":
                 got = graphed(job, model, video)()
-            elif kind == "fp8":
-                got = under(backend, work_of(job, quantized(model), video, "tower"))()
             else:
                 got = under(backend, work_of(job, model, video, kind))()
-    if kind == "fp8":
-        cosine = least_cosine(got, right)
-        found: Row = {"cosine": cosine, "right": cosine >= FP8_COSINE}
-    else:
-        error = largest_error(job.wrong(got), right)
-        found = {"error": error, "limit": TOLERANCE[job.precision], "right": error <= TOLERANCE[job.precision]}
+    error = largest_error(job.wrong(got), right)
+    found: Row = {"error": error, "limit": TOLERANCE[job.precision], "right": error <= TOLERANCE[job.precision]}
     if not found["right"]:
-        found["note"] = f"WRONG compared with the reference: {found.get('error', found.get('cosine')):.3g}"
+        found["note"] = f"WRONG compared with the reference: {error:.3g}"
     return {**found, "seconds": time.perf_counter() - begin}

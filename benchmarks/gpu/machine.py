@@ -46,15 +46,6 @@ def ceilings(job: Job) -> Iterator[Row]:
         ms = job.milliseconds(functools.partial(torch.mm, a, b))
         name = str(dtype).removeprefix("torch.")
         yield {"contender": f"mm {n}", "precision": name, "ms": ms, "teraflop_per_s": 2e-9 * n**3 / ms}
-    if not job.tiny:
-        row: Row = {"contender": f"mm {n}", "precision": "float8"}
-        with job.trying("float8", row):
-            x, w = (torch.randn(n, n, device="cuda").to(torch.float8_e4m3fn) for _ in range(2))
-            one = torch.ones((), device="cuda")
-            call = lambda: torch._scaled_mm(x, w.T, one, one, out_dtype=torch.bfloat16, use_fast_accum=True)  # noqa: E731
-            row["ms"] = job.milliseconds(call)
-            row["teraflop_per_s"] = 2e-9 * n**3 / row["ms"]
-        yield row
 
 
 def overhead(job: Job) -> Iterator[Row]:

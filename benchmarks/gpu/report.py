@@ -54,7 +54,6 @@ def _line(row: Row, *first: str) -> str:
         "over_limit": "{:.2f} of the limit",
         "to_ours": "{:.2f} of ours",
         "over_bare": "{:.2f} of bare",
-        "cosine": "cosine {:.5f}",
         "terabytes_per_s": "{:.2f} TB/s",
         "teraflop_per_s": "{:.0f} TFLOP/s",
         "host_us": "{:.1f} us of the host",

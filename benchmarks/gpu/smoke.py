@@ -17,9 +17,9 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 def op(job: Job, op: str, backend: str) -> Iterator[Row]:
     """One op on one backend: two videos, then one video with an odd number of frames."""
-    from xclip_fast.kernels.common.example import FLOAT8
     from xclip_fast.kernels.dispatch import OPS, BackendError
     from xclip_fast.kernels.dispatch import backend as forced
+    from xclip_fast.kernels.tune.backends import cast, run
 
     from . import compare
 
@@ -30,32 +30,28 @@ def op(job: Job, op: str, backend: str) -> Iterator[Row]:
         for direction in ("forward", "backward"):
             row: Row = {"op": op, "contender": backend, "precision": name, "direction": direction}
             grad = direction == "backward"
-            if grad and not entry.differentiable:
-                continue
             with job.trying(f"{name} {direction}", row):
                 if f"{name} {direction}" in job.without:
                     continue
                 for videos, frames in ((2, 8), (1, 3)):
                     args = compare.arguments(op, videos, frames, job.device, job.tiny)
-                    given = compare.wanting(args, dtype, grad)
+                    given = cast(args, dtype, grad)
                     try:
                         with forced(backend):
-                            entry.choose(tuple(given), grad)
+                            entry.choose(given, grad)
                     except BackendError as refused:
                         row["note"] = f"refused: {refused}"
                         break
                     if grad and not any(isinstance(arg, Tensor) and arg.requires_grad for arg in given):
                         row["note"] = "refused: no argument has a gradient"
                         break
-                    exact_args = compare.wanting(given, torch.float64, grad)
-                    output = compare.results(op, given, "reference")[0]
-                    cotangent = torch.randn_like(output) if grad else None
-                    exact = compare.results(op, exact_args, "reference", cotangent)
-                    torchs = compare.results(op, given, "reference", cotangent)
+                    cotangent = torch.randn_like(run(entry, given, None)[0]) if grad else None
+                    exact_cotangent = None if cotangent is None else cotangent.double()
+                    exact = run(entry, cast(given, torch.float64, grad), exact_cotangent)
+                    torchs = run(entry, given, cotangent)
                     compare.poison(job.device)
-                    got = job.wrong(compare.results(op, given, backend, cotangent))
-                    fp8 = any(isinstance(arg, Tensor) and arg.dtype == FLOAT8 for arg in args)
-                    error, limit = compare.judge(list(got), exact, torchs, fp8)
+                    got = job.wrong(run(entry, given, cotangent, backend))
+                    error, limit = compare.judge(list(got), exact, torchs)
                     if not row.get("error", 0.0) > row.get("limit", 1.0):
                         row |= {"error": error, "limit": limit, "videos": videos, "frames": frames}
                     row["right"] = row.get("right", True) and error <= limit

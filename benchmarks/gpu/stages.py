@@ -45,9 +45,9 @@ def smoke(rehearse: bool) -> list[Case]:
                 cases.append(Case(f"{op} {name}", "smoke:op", options, 40, together=True))
     models = [("tower", name) for name in ("auto", "triton", "cuda", "library")]
     models += [("training step", name) for name in ("auto", "triton", "library")]
-    models += [("whole", "auto"), ("graph", "auto"), ("fp8", "auto")]
+    models += [("whole", "auto"), ("graph", "auto")]
     if rehearse:
-        models = [("tower", "triton"), ("training step", "triton"), *models[-3:]]
+        models = [("tower", "triton"), ("training step", "triton"), *models[-2:]]
     for kind, name in models:
         # several steps of 32 at a time do not fit into the memory of an H100
         batch = 1 if rehearse or kind == "graph" else 8 if kind == "training step" and name != "auto" else 32
@@ -80,7 +80,6 @@ def headline(rehearse: bool) -> list[Case]:
         Case("HF compiled", "headline:compiled", peer, 90, early=True),
         Case("HF compiled step", "headline:compiled", {**peer, "step": True}, 90, early=True),
         inference("L/14 32", "L/14-8f", many, 40),
-        inference("B/16 fp8", "B/16-8f", many, 40, fp8=True),
         inference("B/32 32", "B/32-8f", many, 30, graph=True),
         inference("B/16 8", "B/16-8f", some, 50, backends=names[1:], graph=True),
         kernels("kernels", many, backends=names[1:]),

@@ -9,8 +9,9 @@ its reason, and one that disagrees with the reference is a failure: no timing of
 import pytest
 import torch
 import xclip_fast.kernels  # noqa: F401  which defines the ops
-from xclip_fast.kernels.common.example import FLOAT8, Maker, Sizes
+from xclip_fast.kernels.common.example import Maker, Sizes
 from xclip_fast.kernels.dispatch import OPS, BackendError, backend
+from xclip_fast.kernels.tune.backends import cast
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -18,18 +19,7 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32] if GPU else [torch.float
 B, K = (32, 400) if GPU else (1, 100)
 SIZES = Sizes(videos=B, labels=K)
 NOT_DIFFERENTIABLE = {"patch_embed"}  # with uint8 frames
-NOT_DIFFERENTIABLE |= {name for name, op in OPS.items() if not op.differentiable}
 ROWS = [(op, name) for op in OPS for name in OPS[op].names]
-
-
-def cast(args, dtype):
-    """The floating arguments in `dtype`, except float8."""
-
-    def one(arg):
-        floating = isinstance(arg, torch.Tensor) and arg.is_floating_point() and arg.dtype != FLOAT8
-        return arg.to(dtype) if floating else arg
-
-    return [one(arg) for arg in args]
 
 
 def first(op, result):
@@ -44,12 +34,12 @@ def first(op, result):
 def test_op(benchmark, op, name, direction, dtype):
     differentiated = direction != "forward"
     if differentiated and op in NOT_DIFFERENTIABLE:
-        pytest.skip("its input is uint8, or it is for inference only")
+        pytest.skip("its input is uint8")
     torch.manual_seed(0)
     args = cast(OPS[op].example(SIZES, Maker(DEVICE)), dtype)
     with backend(name):  # some are used only if they are forced
         try:
-            OPS[op].choose(tuple(args), differentiated)
+            OPS[op].choose(args, differentiated)
         except BackendError as refused:
             pytest.skip(str(refused))
     wide = first(op, OPS[op].reference(*cast(args, torch.float32)))

@@ -61,12 +61,13 @@ struct Head {
     const Word* weight = reinterpret_cast<const Word*>(key);
     Nothing nothing;
     multiply(vectors, weight, stride / kPair, static_cast<int>(whole), panel, depth, false, scores, {}, nothing);
-    if (whole < a.keys) multiply(vectors, last_keys, depth, kUnit, panel, depth, false, scores + whole * width, {}, nothing);
+    if (whole < a.keys)
+      multiply(vectors, last_keys, depth, kUnit, panel, depth, false, scores + whole * width, {}, nothing);
     for (int v = 0; v < vectors; ++v) softmax(scores + v * kVector, width, v * kVector);
-    const int64_t words = padded / kPair;
-    for (int64_t k = 0; k < words; k += kDepth)
-      multiply(vectors, values + k, words, channels, scores + k * width, static_cast<int>(least<int64_t>(kDepth, words - k)),
-               k > 0, mixed, {}, nothing);
+    const int words = static_cast<int>(padded / kPair);
+    for (int k = 0; k < words; k += kDepth)
+      multiply(vectors, values + k, words, channels, scores + k * width, least<int>(kDepth, words - k), k > 0, mixed, {},
+               nothing);
     for (int v = 0; v < vectors; ++v) {
       const int64_t at = first + v * kVector;
       const Vector inverse = load(panel + v * kVector);
@@ -123,10 +124,11 @@ void attend(const Attention& a) {
     const Element* value = head.key + width;
     for (int64_t k = 0; k < a.keys; k += kUnit)
       transpose_rows(value + k * stride, stride, a.keys - k, a.channels, values + k / kPair, padded / kPair);
-    for (int64_t k = 0; k < kUnit && whole < a.keys; ++k)
-      for (int64_t c = 0; c < a.channels; c += kUnit)
-        store(last_keys + (k * a.channels + c) / kPair,
-              whole + k < a.keys ? load(reinterpret_cast<const Word*>(head.key + (whole + k) * stride + c)) : all(0.0f));
+    for (int64_t k = whole; k < padded && whole < a.keys; ++k)
+      for (int64_t c = 0; c < a.channels; c += kUnit) {
+        const Word* key = reinterpret_cast<const Word*>(head.key + k * stride + c);
+        store(last_keys + ((k - whole) * a.channels + c) / kPair, k < a.keys ? load(key) : all(0.0f));
+      }
     for (int64_t first = 0; first < a.queries; first += kPanel) head.answer(first, vectors_of_panel(a.queries, first));
   }
 }

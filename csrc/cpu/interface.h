@@ -42,8 +42,8 @@ struct Product {
 struct Patches {
   const uint8_t* frames;                 // (count, height, width, 3)
   int64_t count, height, width, patch;   // height and width are multiples of patch
-  const Element* values;                 // (3, 256, kPack): of each level of a channel, summands that are exact together
-  Element* y;                            // (count * patches of a frame, kPack, 3 * patch^2): one kind of summands, then the other
+  const Element* values;                 // (3, 256, kPack): of each level of a channel, its summands
+  Element* y;                            // (count * patches of a frame, kPack, 3 * patch^2)
   int64_t threads;
 };
 

@@ -27,6 +27,7 @@ struct Ahead {
 constexpr int kPanelVectors = 2;  // of rows in a full panel
 constexpr int kOutputs = 32;      // of an inner loop: 4 tiles of sums
 constexpr int kChunk = 192;       // outputs of a task
+constexpr int kMostPanels = 13;   // of a task
 constexpr int kDepth = kKinds == 1 ? 128 : 192;  // words of K; of one kind, a part of a panel is 16 KiB of L1
 
 // Until it ends, this thread's tiles are 16 rows of 64 bytes.
@@ -116,6 +117,7 @@ constexpr int kDepth = 192;  // words of K: a part of a panel is 18 KiB of L1
 #endif
 constexpr int kPanelVectors = 3;  // of rows in a full panel
 constexpr int kChunk = 96;        // outputs of a task
+constexpr int kMostPanels = 9;    // of a task
 
 inline Vector multiply_add(Vector a, Vector b, Vector c) {
 #ifdef __AVX512BF16__

@@ -1,13 +1,13 @@
-// Products y = act(LN(x) W^T + b) + residual of inference, for kernels/cpu.
+// Products y = act(LN(x) W^T + b) + residual.
 //
 // W is read where it lies: an element of it (or a pair of elements, or a tile) is multiplied with many rows of x at a
-// time. So nothing of W is packed, and every change of a weight counts at once. x is rewritten into panels of kPanel
-// rows, whose words lie as (K, kPanel), which takes one pass, and LayerNorm is part of that pass. The last panel has
-// fewer vectors of rows where they are enough.
+// time. So no packed W is kept, and every change of a weight counts at once. x is rewritten into panels of kPanel rows,
+// whose words lie as (K, kPanel), which takes one pass, and LayerNorm is part of that pass. The last panel has fewer
+// vectors of rows where they are enough. Split numbers have kBlock words of each kind in turn.
 //
 // A task multiplies some outputs with some panels, over one part of K after another. A panel's part stays in the L1
 // cache while the outputs pass, and the outputs' part of W stays in L2 while the panels pass. What comes next is
-// fetched into L2 meanwhile.
+// fetched meanwhile, and the results of the panel before are written.
 //
 // M rows of x, N outputs, K summed.
 
@@ -18,8 +18,7 @@
 
 namespace {
 
-constexpr int kTasks = 3;   // for each thread, where there are so many panels
-constexpr int kMostPanels = kPanel == 32 ? 13 : 9;  // of a task
+constexpr int kTasks = 3;  // for each thread, where there are so many panels
 
 inline Element* row(const Rows& rows, int64_t m) {
   return rows.data + m / rows.length * rows.frame_stride + m % rows.length * rows.row_stride;
@@ -93,8 +92,8 @@ class Finish {
  private:
   void block(int i) {
     if (p_->y_panels) return panels(i / vectors_ * across_, i % vectors_ * kVector);
-    const int rows = blocks_ / vectors_, vector = i / rows;
-    if (i % rows == 0) {  // addresses are found once for all blocks of a row
+    const int blocks_of_row = blocks_ / vectors_, vector = i / blocks_of_row;
+    if (i % blocks_of_row == 0) {  // addresses are found once for all blocks of a row
       const int64_t m = m_ + vector * kVector;
       count_ = static_cast<int>(least<int64_t>(kVector, p_->rows - m));
       for (int j = 0; j < count_; ++j) {
@@ -102,7 +101,7 @@ class Finish {
         residual_[j] = p_->residual.data ? row(p_->residual, m + j) + n0_ : nullptr;
       }
     }
-    rows_of(i % rows * across_, sums_ + vector * kVector);
+    rows(i % blocks_of_row * across_, sums_ + vector * kVector);
   }
 
   Vector result(int64_t n, const float* sums) const { return load(sums + n * width_) + ::all(wide(p_->bias[n0_ + n])); }
@@ -126,11 +125,12 @@ class Finish {
 #endif
   }
 
-  void rows_of(int64_t n, const float* sums) const {
+  void rows(int64_t n, const float* sums) const {
     Vector v[kVector];
 #if defined(__AVX512BF16__) && !defined(XCLIP_FAST_SPLIT)
     if (!p_->residual.data) {  // rounded before rows and columns change places: half as much to move
-      for (int i = 0; i < kVector; ++i) v[i] = pair(narrow(result(n + 2 * i, sums)), narrow(result(n + 2 * i + 1, sums)));
+      for (int i = 0; i < kVector; ++i)
+        v[i] = pair(narrow(result(n + 2 * i, sums)), narrow(result(n + 2 * i + 1, sums)));
       transpose(v);
       for (int i = 0; i < count_; ++i) store(reinterpret_cast<Word*>(y_[i] + n), v[i]);
       return;
@@ -154,22 +154,21 @@ class Finish {
   const Element* residual_[kVector];
 };
 
-// Whether weights that are not float32 are rewritten, and all are.
-#ifdef XCLIP_FAST_SPLIT
-constexpr bool kRewritesSome = true, kRewritesAll = true;
-#else
-constexpr bool kRewritesSome = kPair == 1, kRewritesAll = false;
-#endif
+// Whether weights are rewritten to words of this set.
+inline bool rewrites(const Product& p) {
+  return kKinds > 1 || (p.dtype == kFloat32 ? kPair > 1 : kPair == 1);
+}
 
 // Rewrites `depth` words from word k on, of the weights of outputs n0 to n1, to float32, or to words of all kinds.
-[[maybe_unused]] void rewrite(const Product& p, int64_t n0, int64_t n1, int64_t k, int depth, Word* out) {
+void rewrite(const Product& p, int64_t n0, int64_t n1, int64_t k, int depth, Word* out) {
   for (int64_t n = n0; n < n1; ++n) {
     const int64_t at = n * p.summed + k * kPair;
     const auto number = [&](int64_t i) {
       const char* weight = static_cast<const char*>(p.weight);
       if (p.dtype == kFloat32) return load(reinterpret_cast<const float*>(weight) + at + i);
       weight += 2 * (at + i);
-      return p.dtype == kFloat16 ? SIMD(cvtph_ps)(load_halves(weight)) : load(reinterpret_cast<const Bfloat16*>(weight));
+      if (p.dtype == kFloat16) return SIMD(cvtph_ps)(load_halves(weight));
+      return load(reinterpret_cast<const Bfloat16*>(weight));
     };
     for (int64_t i = 0; i < depth * kPair; i += kUnit, out += kVector * kKinds) {
 #ifdef XCLIP_FAST_SPLIT
@@ -188,12 +187,12 @@ constexpr bool kRewritesSome = kPair == 1, kRewritesAll = false;
 }
 
 // Outputs n0 to n1 of the panels of rows m0 to m1. The products of a panel are (n1 - n0, its rows). From n2 on are
-// probably the next outputs of this thread. `sums` has kChunk floats for each row, and `rewritten` has
-// room for a part of the weights.
-void task(const Product& p, int64_t n0, int64_t n1, int64_t n2, int64_t m0, int64_t m1, float* sums,
-          Word* rewritten) {
-  const int64_t whole = p.summed / kPair, most = parts(parts(whole, parts(whole, kDepth)), 16) * 16;
-  const int64_t pieces = parts(whole, most) * p.turns, panels = parts(m1 - m0, kPanel), of_panel = words_of(p.summed) * p.turns;
+// probably the next outputs of this thread. `sums` has kChunk floats for each row, and `rewritten` has room for a
+// part of the weights.
+void task(const Product& p, int64_t n0, int64_t n1, int64_t n2, int64_t m0, int64_t m1, float* sums, Word* rewritten) {
+  const int64_t whole = p.summed / kPair, most = parts(parts(whole, parts(whole, kDepth)), kBlock) * kBlock;
+  const int64_t pieces = parts(whole, most) * p.turns, of_panel = words_of(p.summed) * p.turns;
+  const int64_t panels = parts(m1 - m0, kPanel);
   const int outputs = static_cast<int>(n1 - n0);
   const int64_t word = (p.dtype == kFloat32 ? 4 : 2) * kPair, stride = whole * word;  // bytes
   const char* weights = static_cast<const char*>(p.weight);
@@ -204,25 +203,25 @@ void task(const Product& p, int64_t n0, int64_t n1, int64_t n2, int64_t m0, int6
     const char* address = weights + n0 * stride + k * word;
     const Word* weight = reinterpret_cast<const Word*>(address);
     int64_t row = whole;  // words from a weight to the next one
-    if (kRewritesAll || (kRewritesSome && p.dtype != kFloat32)) {
+    if (rewrites(p)) {
       rewrite(p, n0, n1, k, depth, rewritten);
       weight = rewritten, row = depth * kKinds;
     }
     k = k + depth == whole ? 0 : k + depth;
     const char* next = weights + (is_last ? n2 : n0) * stride + k * word;
-    const int64_t lines = kRewritesAll || (is_last && n2 + outputs > p.outputs) ? 0 : most * word / kLine;
+    const int64_t lines = kKinds > 1 || (is_last && n2 + outputs > p.outputs) ? 0 : most * word / kLine;
     for (int64_t m = m0, i = 0; m < m1; m += kPanel, ++i) {
       const int vectors = vectors_of_panel(p.rows, m), width = vectors * kVector;
       const bool wraps = m + kPanel >= m1;
       const int64_t m_next = wraps ? m0 : m + kPanel, at_next = !wraps ? at : is_last ? 0 : at + depth;
       const Word* panel = p.panels + m_next * of_panel + at_next * kKinds * vectors_of_panel(p.rows, m_next) * kVector;
       const int64_t steps = outputs / kOutputs * parts(depth, kStep);  // of a call of multiply()
-      const Ahead ahead{next + i * kLine, stride,
-                        panels * kLine,   (lines - i + panels - 1) / panels,
-                        reinterpret_cast<const char*>(panel), panels > 1 ? depth * kKinds * width * 4 / kLine / steps : 0};
+      Ahead ahead{next + i * kLine, stride, panels * kLine, (lines - i + panels - 1) / panels};
+      ahead.panel = reinterpret_cast<const char*>(panel);
+      ahead.panel_lines = panels > 1 ? depth * kKinds * width * 4 / kLine / steps : 0;
+      const Word* x = p.panels + m * of_panel + at * kKinds * width;
       float* out = sums + (m - m0) * kChunk;
-      multiply(vectors, weight, row, outputs, p.panels + m * of_panel + at * kKinds * width, depth, piece > 0, out, ahead,
-               finish);
+      multiply(vectors, weight, row, outputs, x, depth, piece > 0, out, ahead, finish);
       if (!is_last) continue;
       finish.all();
       finish = Finish(p, m, width, n0, n1, out, static_cast<int>(steps));
@@ -244,7 +243,8 @@ void multiply_rows(const Product& p) {
 #pragma omp for schedule(dynamic)
     for (int64_t m = 0; m < p.rows; m += kVector) {
       const int64_t first = m / kPanel * kPanel;
-      pack(p, m, p.panels + first * words_of(p.summed) * p.turns + m - first, vectors_of_panel(p.rows, first) * kVector);
+      Word* panel = p.panels + first * words_of(p.summed) * p.turns;
+      pack(p, m, panel + m - first, vectors_of_panel(p.rows, first) * kVector);
     }
   }
   static thread_local Scratch scratch;

@@ -82,34 +82,4 @@ struct AddResidualValue {
 template <class T>
 struct AddResidual : Elementwise<AddResidualValue, T> {};
 
-// s t (x W) + b of scaled 8-bit operands
-struct ScaledValue {
-  CUTLASS_HOST_DEVICE static float value(float acc, float row, float column, float bias) {
-    return row * (column * acc) + bias;
-  }
-};
-template <class T>
-struct Scaled : Elementwise<ScaledValue, T> {};
-
-// quick_gelu of that, times one number
-template <class T>
-struct ScaledGelu {
-  CUTLASS_DEVICE T operator()(T const& acc, T const& row, T const& column, T const& bias, T const& inverse) const {
-    T result = quick_gelu(Scaled<T>{}(acc, row, column, bias));
-    CUTLASS_PRAGMA_UNROLL
-    for (int i = 0; i < T::kElements; ++i) {
-      result[i] *= inverse[i];
-    }
-    return result;
-  }
-};
-
-struct ScaledResidualValue {
-  CUTLASS_HOST_DEVICE static float value(float acc, float column, float bias, float residual) {
-    return residual + (column * acc + bias);
-  }
-};
-template <class T>
-struct ScaledResidual : Elementwise<ScaledResidualValue, T> {};
-
 }  // namespace xclip_fast

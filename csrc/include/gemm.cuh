@@ -4,8 +4,7 @@
 //
 // A product starts early (overlap.cuh). CUTLASS's producer warps wait for the kernel before it: one loads x and W, one
 // the residual. The consumer warps read the vectors and write y and the sums of tiles behind a tile's first WGMMA, and
-// so behind the mbarrier that a load of x completes, which is behind the wait. The scale of fp8_linear_gelu is given by
-// value, because CUTLASS would read a pointer to it before the wait.
+// so behind the mbarrier that a load of x completes, which is behind the wait.
 #pragma once
 
 #include <atomic>
@@ -67,7 +66,6 @@ typename Node::Arguments norm_arguments(NormArguments const& given) {
 template <class Tile, class Element>
 struct Norm {
   using Source = void;
-  using Output = Element;
   using Tree = NormNode<Tile, Element>;
   using Arguments = NormArguments;
   static typename Tree::Arguments arguments(Arguments const& given) { return norm_arguments<Tree>(given); }
@@ -77,7 +75,6 @@ struct Norm {
 template <class Tile, class Element>
 struct NormGelu {
   using Source = void;
-  using Output = Element;
   using Inner = NormNode<Tile, float>;
   using Tree = Apply<QuickGelu, Element, Inner>;
   using Arguments = NormArguments;
@@ -94,7 +91,6 @@ using ResidualNode =
 template <class Tile, class Element>
 struct Residual {
   using Source = Element;
-  using Output = Element;
   using Tree = ResidualNode<Tile, Element, Element>;
   using Arguments = ResidualArguments;
   static typename Tree::Arguments arguments(Arguments const& given) {
@@ -113,7 +109,6 @@ using SumRow = fusion::Sm90ColReduction<Add, cutlass::plus, cutlass::plus, 0, ty
 template <class Tile, class Element>
 struct ResidualStatistics {
   using Source = Element;
-  using Output = Element;
   using Sums = fusion::Sm90EVT<SumRow<Tile, cutlass::plus>, ResidualNode<Tile, float, Element>>;
   using Squares = fusion::Sm90EVT<SumRow<Tile, cutlass::square_and_plus>, Sums>;
   using Tree = Apply<cutlass::epilogue::thread::Identity, Element, Squares>;
@@ -125,64 +120,23 @@ struct ResidualStatistics {
   }
 };
 
-// 8-bit operands: y = s t (x W^T) + b in bfloat16
-template <class Tile, class>
-struct Fp8 {
-  using Source = void;
-  using Output = cutlass::bfloat16_t;
-  using Tree = Apply<Scaled, Output, fusion::Sm90AccFetch, OfRow<Tile>, OfColumn<Tile>, OfColumn<Tile>>;
-  using Arguments = ScaledArguments;
-  static typename Tree::Arguments arguments(Arguments const& given) {
-    return {{}, {given.x_scale, 1.0f, {}}, {given.w_scale, 1.0f, {}}, {given.bias, 0.0f, {}}, {}};
-  }
-};
-
-// quick_gelu of that in 8 bits, over one scale
-template <class Tile, class Element>
-struct Fp8Gelu {
-  using Source = void;
-  using Output = Element;
-  using Tree = Apply<ScaledGelu, Output, fusion::Sm90AccFetch, OfRow<Tile>, OfColumn<Tile>, OfColumn<Tile>,
-                     fusion::Sm90ScalarBroadcast<float>>;
-  using Arguments = ScaledArguments;
-  static typename Tree::Arguments arguments(Arguments const& given) {
-    return {
-        {}, {given.x_scale, 1.0f, {}}, {given.w_scale, 1.0f, {}}, {given.bias, 0.0f, {}}, {{given.y_inverse}, {}, {}},
-        {}};
-  }
-};
-
-// y = residual + t (x W^T) + b in bfloat16
-template <class Tile, class>
-struct Fp8Residual {
-  using Source = cutlass::bfloat16_t;
-  using Output = cutlass::bfloat16_t;
-  using Tree =
-      Apply<ScaledResidual, Output, fusion::Sm90AccFetch, OfColumn<Tile>, OfColumn<Tile>, fusion::Sm90SrcFetch<Source>>;
-  using Arguments = ScaledArguments;
-  static typename Tree::Arguments arguments(Arguments const& given) {
-    return {{}, {given.w_scale, 1.0f, {}}, {given.bias, 0.0f, {}}, {}, {}};
-  }
-};
-
 template <class Tile, class Element, template <class, class> class Epilogue>
 struct Product {
   using Fusion = Epilogue<Tile, Element>;
-  using Output = typename Fusion::Output;
-  static constexpr int kAlignment = 16 / sizeof(Element), kOutputAlignment = 16 / sizeof(Output);
+  static constexpr int kAlignment = 16 / sizeof(Element);
 
   using Usual =
       epilogue::CollectiveBuilder<cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, typename Tile::Shape,
                                   typename Tile::Cluster, epilogue::EpilogueTileAuto, float, float,
-                                  typename Fusion::Source, cutlass::layout::RowMajor, kOutputAlignment, Output,
-                                  cutlass::layout::RowMajor, kOutputAlignment, typename Tile::EpilogueSchedule,
+                                  typename Fusion::Source, cutlass::layout::RowMajor, kAlignment, Element,
+                                  cutlass::layout::RowMajor, kAlignment, typename Tile::EpilogueSchedule,
                                   typename Fusion::Tree>;
 
   // Narrow subtiles: 8 stages of the residual and 4 of y, which share memory, in place of CUTLASS's 4 and 2.
   using Narrow =
       epilogue::detail::Sm90TmaBuilderImpl<typename Tile::Shape, cute::Shape<cute::_64, cute::Int<Tile::kSubtile>>,
                                            float, float, typename Fusion::Source, cutlass::layout::RowMajor,
-                                           kOutputAlignment, Output, cutlass::layout::RowMajor, kOutputAlignment,
+                                           kAlignment, Element, cutlass::layout::RowMajor, kAlignment,
                                            typename Fusion::Tree,
                                            cutlass::epilogue::Sm90TmaWarpSpecialized<8, 4, Tile::kSubtile / 2, true,
                                                                                      false>>;
@@ -208,8 +162,8 @@ struct Product {
                                        {int(given.m), int(given.n), int(given.k), 1},
                                        {static_cast<Element const*>(given.x), row_major(given.x_row),
                                         static_cast<Element const*>(given.w), row_major(given.w_row)},
-                                       {Fusion::arguments(extra), static_cast<Output const*>(given.source),
-                                        row_major(given.source_row), static_cast<Output*>(given.y), row_major(given.n)},
+                                       {Fusion::arguments(extra), static_cast<Element const*>(given.source),
+                                        row_major(given.source_row), static_cast<Element*>(given.y), row_major(given.n)},
                                        hardware};
     // the persistent scheduler and these trees need no workspace; should CUTLASS change that, refuse
     if (Gemm::can_implement(arguments) != cutlass::Status::kSuccess || Gemm::get_workspace_size(arguments) != 0) {

@@ -39,20 +39,10 @@ struct ResidualArguments {
   float eps;
 };
 
-struct ScaledArguments {
-  float const* x_scale;
-  float const* w_scale;
-  float const* bias;
-  float y_inverse;
-};
-
 int norm(int dtype, int tile, Operands const& operands, NormArguments const& extra);
 int norm_gelu(int dtype, int tile, Operands const& operands, NormArguments const& extra);
 int residual_add(int dtype, int tile, Operands const& operands, ResidualArguments const& extra);
 int residual_statistics(int dtype, int tile, Operands const& operands, ResidualArguments const& extra);
-int fp8_linear(int tile, Operands const& operands, ScaledArguments const& extra);
-int fp8_linear_gelu(int tile, Operands const& operands, ScaledArguments const& extra);
-int fp8_linear_residual(int tile, Operands const& operands, ScaledArguments const& extra);
 
 // What follows a product with statistics: those of its tiles become those of the rows (library.cu).
 int merge_statistics(Operands const& operands, ResidualArguments const& extra, int tile_rows, int tile_columns);

@@ -23,7 +23,7 @@ extern "C" {
 #endif
 
 /* Changes with every change of a signature or a constant below; kernels/cuda_library.py asks for exactly this one. */
-#define XCLIP_FAST_ABI 6
+#define XCLIP_FAST_ABI 7
 
 /* Element types. */
 #define XCLIP_FAST_BF16 0
@@ -68,9 +68,9 @@ XCLIP_FAST_API int xclip_fast_norm_linear(int dtype, int tile, const void* x, in
 /* y = residual + scale (x W^T + bias), and, if wanted, the row statistics that the next LayerNorm wants.
  *
  * x (M, K), w (N, K), residual (M, N) and y (M, N) contiguous in dtype (BF16, FP16). bias (N) float32 or null; scale (M)
- * float32, each row's drop path factor, or null: 1. y may not overlap the others. mean (M) and rstd (M) = 1 / sqrt(variance + eps) of y's rows before they are rounded,
- * float32, merged from the mean and M2 of each tile, with partials: room for xclip_fast_statistics_floats(M, N) floats;
- * or all three null. */
+ * float32, each row's drop path factor, or null: 1. y may not overlap the others. mean (M) and rstd (M) = 1 /
+ * sqrt(variance + eps) of y's rows before they are rounded, float32, merged from the mean and M2 of each tile, with
+ * partials: room for xclip_fast_statistics_floats(M, N) floats; or all three null. */
 XCLIP_FAST_API int xclip_fast_linear_residual(int dtype, int tile, const void* x, int64_t x_row, const void* w,
                                               int64_t w_row, const float* bias, const float* scale,
                                               const void* residual, int64_t residual_row, float eps, float* partials,
@@ -79,22 +79,6 @@ XCLIP_FAST_API int xclip_fast_linear_residual(int dtype, int tile, const void* x
 
 /* Floats of the partial results of those statistics, on whatever tile. */
 XCLIP_FAST_API int64_t xclip_fast_statistics_floats(int64_t m, int64_t n);
-
-/* y = act(x_scale w_scale (x W^T) + bias) of e4m3 matrices.
- *
- * x (M, K), w (N, K) e4m3; x_scale (M), w_scale (N) float32; bias (N) float32 or null. y (M, N) contiguous; activation
- * 0: BF16; 1: e4m3, quick_gelu(.) / y_scale, saturated at 448. */
-XCLIP_FAST_API int xclip_fast_fp8_linear(int tile, const void* x, int64_t x_row, const void* w, int64_t w_row,
-                                         const float* x_scale, const float* w_scale, const float* bias, int activation,
-                                         float y_scale, void* y, int64_t m, int64_t n, int64_t k, int device,
-                                         void* stream);
-
-/* y = residual + w_scale (x W^T) + bias: x (M, K), w (N, K) e4m3, w_scale (N) float32 with the scale of x in it, bias
- * (N) float32 or null, residual (M, N) and y (M, N) contiguous BF16. y may not overlap the others. */
-XCLIP_FAST_API int xclip_fast_fp8_linear_residual(int tile, const void* x, int64_t x_row, const void* w, int64_t w_row,
-                                                  const float* w_scale, const float* bias, const void* residual,
-                                                  int64_t residual_row, void* y, int64_t m, int64_t n, int64_t k,
-                                                  int device, void* stream);
 
 #ifdef __cplusplus
 }

@@ -21,7 +21,7 @@ __all__ = ["backward", "forward"]
 def attention_fwd_kernel(
     qkv_ptr,  # (F, S, 3, H, C), C contiguous
     out_ptr,  # (F, S, H, C)
-    lse_ptr,  # (F, H, S): log2 of the sum of the exponentials
+    lse_ptr,  # (F, H, S), with SAVE: log2 of the sum of the exponentials
     stride_f,
     stride_s,
     stride_3,
@@ -95,10 +95,10 @@ def forward(save: bool, qkv: Tensor, causal: bool = False) -> tuple[Tensor, tupl
     qkv = channels_contiguous(qkv)
     (count, length, _, heads, channels), dtype, device = qkv.shape, qkv.dtype, qkv.device
     save = save and not fits_one_tile(qkv)
-    out = torch.empty(count, length, heads, channels, dtype=dtype, device=device)
-    lse = torch.empty((count, heads, length) if save else 1, dtype=torch.float32, device=device)
+    out = qkv.new_empty(count, length, heads, channels)
+    lse = torch.empty(count, heads, length, dtype=torch.float32, device=device) if save else None
     _prepare(device, dtype.itemsize, count, length, heads, channels, save, *qkv.stride()[:4])(qkv, out, lse)
-    return out, (lse,) if save else ()
+    return out, () if lse is None else (lse,)
 
 
 @prepared

@@ -16,10 +16,9 @@ from ..dispatch import Op, forced_backend
 from ..dispatch.support import Backend
 from . import fused, plans
 from .example import example
-from .fused import diffuse
-from .reference import cct_block_reference, composed, own_linear
+from .reference import cct_block_reference, composed
 
-__all__ = ["Block", "Statistics", "cct_block", "composed", "diffuse", "own_linear"]
+__all__ = ["Block", "Statistics", "cct_block", "composed"]
 
 Statistics = tuple[Tensor, Tensor]  # mean and 1 / sqrt(variance + eps) of each row, (M,) float32
 

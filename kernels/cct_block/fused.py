@@ -3,9 +3,8 @@
 M rows of the residual stream, R rows that leave the block, D width, F frames of S rows.
 """
 
-import functools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,8 +14,7 @@ from .. import triton
 from ..common.block import Block
 from ..linear import product
 from ..message_kv import SAVED
-from . import reference
-from .plans import Plan, case_of, plan, plan_of
+from .plans import Plan, plan_of
 from .products import Layer, Norm, Normed, Target, slope
 
 _TENSORS = [name for name, annotation in Block.__annotations__.items() if annotation in (Tensor, Tensor | None)]
@@ -57,18 +55,23 @@ def run(save: bool, b: Block, p: Plan) -> tuple[Tensor, tuple[Tensor, Tensor] | 
     b = _plain(b)
     x = _rows(b.x)
     norm_1, norm_2 = Norm(b.ln_1_weight, b.ln_1_bias, b.eps), Norm(b.ln_2_weight, b.ln_2_bias, b.eps)
-
-    def project(spare: Any) -> tuple[Tensor, Normed]:
-        layer = Layer(norm_1, b.in_weight, b.in_bias)
-        qkv, _, known = p.qkv.forward(save, x, Normed(None, b.mean, b.rstd), layer, spare)
-        return qkv, known
-
-    qkv, known_1, message_saved = _with_message(save, b, p, project)
+    # the packed projection (M, 3D) of LN_1([x, m]), with the messages in the spare rows
+    message, write, message_saved = (None, None, ()) if p.message is None else p.message.forward(save, b)
+    known = Normed(None, b.mean, b.rstd)
+    qkv, _, known_1 = p.qkv.forward(save, x, known, Layer(norm_1, b.in_weight, b.in_bias), message)
+    if write is not None and known_1.rows is None:
+        write(qkv.view(b.x.shape[0], -1)[:, -2 * b.x.shape[2] :])  # the spare row is a frame's last
     # the library adds its product to z in place where nobody wants z again; the bias is added when z is written
     in_place = not save and p.out.name == p.projection.name == "library" and b.drop_feed_forward is None
     in_place = in_place and b.x.dtype == b.projection_weight.dtype
+    # z = x + IFA(LN_1([x, m])) (R, D), and what is known of LN_2(z)
+    mixed, attention_saved = p.attention.forward(save, qkv.view(*b.x.shape[:-1], 3, b.heads, -1), *_mixing(b))
+    mixed_rows = mixed.reshape_as(x)  # a shape as an argument would take torch several times as long
+    if b.rows is not None:
+        mixed_rows, x = mixed_rows[b.rows], x[b.rows]
     later = b.projection_bias if in_place else None
-    z, known_2, mixed, attention_saved = _diffuse(save, b, p, x, qkv, norm_2, later)
+    target = Target(x, b.drop_attention, norm_2, b.in_weight.dtype, save, later)
+    z, known_2 = p.out.forward(mixed_rows, b.out_weight, b.out_bias, target)
     # y = z + FFN(LN_2(z))
     h, u, known_2 = p.fc.forward(save, z, known_2, Layer(norm_2, b.fc_weight, b.fc_bias, b.activation))
     # what reads the rows anyway has no use for them
@@ -78,55 +81,12 @@ def run(save: bool, b: Block, p: Plan) -> tuple[Tensor, tuple[Tensor, Tensor] | 
     else:
         target = Target(z, b.drop_feed_forward, norm_1 if leave else None, None, leave)
         y, left = p.projection.forward(h, b.projection_weight, b.projection_bias, target)
-    y = y.view(b.x.shape if b.rows is None else z.shape)
+    y = y.view_as(b.x) if b.rows is None else y
     statistics = None if left.mean is None or left.rstd is None else (left.mean, left.rstd)
     if not save:
         return y, statistics, ()
     of_rows: Any = (known_1.mean, known_1.rstd, known_2.mean, known_2.rstd)
     return y, statistics, (qkv, mixed, z, u, *of_rows, *message_saved, *attention_saved)
-
-
-def _with_message(
-    save: bool, b: Block, p: Plan, project: Callable[[Any], tuple[Tensor, Normed]]
-) -> tuple[Tensor, Normed, tuple[Tensor, ...]]:
-    """The packed projection (M, 3D) that ``project`` makes, with the messages' keys and values in the spare rows; what
-    is known of LN_1; what backward wants. ``project`` takes the messages in place of the spare rows, or None."""
-    if p.message is None:
-        return *project(None), ()
-    message, write, saved = p.message.forward(save, b)
-    qkv, known = project(message)
-    if known.rows is None:
-        write(qkv.view(b.x.shape[0], -1)[:, -2 * b.x.shape[2] :])  # the spare row is a frame's last
-    return qkv, known, saved
-
-
-def _diffuse(
-    save: bool, b: Block, p: Plan, x: Tensor, qkv: Tensor, norm: Norm | None, later: Tensor | None = None
-) -> tuple[Tensor, Normed, Tensor, tuple[Tensor, ...]]:
-    """z = x + IFA(LN_1([x, m])) (R, D) and what is known of LN_2(z); the attention and what it saves.
-
-    Args:
-        x: (M, D), the rows of b.x.
-        norm: LN_2, if it is wanted.
-        later: (D,), added to the z that is returned, not to the one that is normalized; for the library alone.
-    """
-    heads = qkv.view(*b.x.shape[:-1], 3, b.heads, -1)
-    mixed, saved = p.attention.forward(save, heads, *_mixing(b))
-    mixed_rows = mixed.reshape(x.shape)
-    if b.rows is not None:
-        mixed_rows, x = mixed_rows[b.rows], x[b.rows]
-    target = Target(x, b.drop_attention, norm, b.in_weight.dtype, save, later)
-    z, known = p.out.forward(mixed_rows, b.out_weight, b.out_bias, target)
-    return z, known, mixed, saved
-
-
-def diffuse(b: Block, project: Callable[[], Tensor]) -> Tensor:
-    """z = x + IFA(LN_1([x, m])) for a projection (F, S, 3D) that is computed elsewhere: for inference."""
-    found = plan(case_of(b, False)) if not torch.compiler.is_compiling() else "traced"
-    if isinstance(found, str):
-        return reference.diffuse(b, project(), functools.partial(reference.own_linear, b))
-    qkv, *_ = _with_message(False, b, found, lambda _: (project(), Normed()))
-    return _diffuse(False, b, found, _rows(b.x), qkv, None)[0].view(b.x.shape)
 
 
 def saved_like(*args: Any) -> tuple[Tensor, ...]:

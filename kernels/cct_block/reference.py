@@ -1,8 +1,5 @@
 """A block in plain differentiable torch: fallback on any device and dtype, oracle of the tests, peer of benchmarks."""
 
-import functools
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,8 +11,6 @@ from ..linear import linear
 from ..packed_attention import packed_reference
 from ..quick_gelu import quick_gelu_reference
 
-Linears = Callable[[str, Tensor], Tensor]
-
 
 def cct_block_reference(*args: object) -> tuple[Tensor, Tensor, Tensor]:
     b = Block(*args)  # type: ignore[arg-type]
@@ -24,41 +19,27 @@ def cct_block_reference(*args: object) -> tuple[Tensor, Tensor, Tensor]:
     return y, nothing, torch.empty_like(nothing)
 
 
-def composed(b: Block, linears: Linears | None = None) -> Tensor:
-    """The block out of torch's parts.
-
-    Args:
-        linears: computes the linear layers by the name of their weight ("fc", "out", "message_fc", ...); by default
-            those of the block itself.
-    """
-    apply = linears or functools.partial(own_linear, b)
+def composed(b: Block) -> Tensor:
+    """The block out of torch's parts."""
     normed = layer_norm_reference(b.x, b.ln_1_weight, b.ln_1_bias, b.eps)
     if b.frames:
-        normed[:, -1] = normed_message(b, apply)  # in the spare row; its query is used by nobody
-    x = attend(b, linear(normed, b.in_weight, b.in_bias), apply)
+        normed[:, -1] = normed_message(b)  # in the spare row; its query is used by nobody
+    x = attend(b, _linear(b, "in", normed))
     # z + FFN(LN_2(z)), which the spare row does not need
     tokens = x[:, :-1] if b.frames else x
-    hidden = apply("fc", layer_norm_reference(tokens, b.ln_2_weight, b.ln_2_bias, b.eps))
+    hidden = _linear(b, "fc", layer_norm_reference(tokens, b.ln_2_weight, b.ln_2_bias, b.eps))
     approximate = GELUS.get(b.activation)
     hidden = quick_gelu_reference(hidden) if approximate is None else F.gelu(hidden, approximate=approximate)
-    y = tokens + scale_samples(apply("projection", hidden), b.drop_feed_forward)
+    y = tokens + scale_samples(_linear(b, "projection", hidden), b.drop_feed_forward)
     return torch.cat([y, x[:, -1:]], dim=1) if b.frames else y
 
 
-def own_linear(b: Block, name: str, x: Tensor) -> Tensor:
+def _linear(b: Block, name: str, x: Tensor) -> Tensor:
     """The linear layer of a block whose weight has this name."""
     return linear(x, getattr(b, f"{name}_weight"), getattr(b, f"{name}_bias"))
 
 
-def diffuse(b: Block, qkv: Tensor, apply: Linears) -> Tensor:
-    """z = x + IFA(LN_1([x, m])) for the projection of LN_1(x), (F, S, 3D), whose spare row is written."""
-    if b.frames:
-        # the message is a key and a value, in place of the spare row's
-        qkv[:, -1, b.x.shape[-1] :] = message_key_value(b, apply)
-    return attend(b, qkv, apply)
-
-
-def attend(b: Block, qkv: Tensor, apply: Linears) -> Tensor:
+def attend(b: Block, qkv: Tensor) -> Tensor:
     """x + attention for its projection (F, S, 3D)."""
     x, width = b.x, b.x.shape[-1]
     qkv = qkv.unflatten(-1, (3, b.heads, width // b.heads))
@@ -68,25 +49,19 @@ def attend(b: Block, qkv: Tensor, apply: Linears) -> Tensor:
         mixed = packed_reference(qkv, b.offsets, b.longest).flatten(-2)
     if b.rows is not None:
         x, mixed = x.reshape(-1, width)[b.rows], mixed.reshape(-1, width)[b.rows]
-    return x + scale_samples(apply("out", mixed), b.drop_attention)
+    return x + scale_samples(_linear(b, "out", mixed), b.drop_attention)
 
 
-def message_key_value(b: Block, apply: Linears) -> Tensor:
-    """Each frame's message as key and value (F, 2D): [k_m, v_m] = LN_1(m) [Wk, Wv] + b."""
-    width = b.x.shape[-1]
-    return linear(normed_message(b, apply), b.in_weight[width:], b.in_bias[width:])
-
-
-def normed_message(b: Block, apply: Linears) -> Tensor:
+def normed_message(b: Block) -> Tensor:
     """LN_1(m) (F, D) of each frame's message."""
     width = b.x.shape[-1]
     # m = x_class Wm + bm
-    m_FD = apply("message_fc", b.x[:, 0])
+    m_FD = _linear(b, "message_fc", b.x[:, 0])
     # m = m + CFA(LN_m(m)): attention over the T messages of one video
     normed = F.layer_norm(m_FD, (width,), b.message_ln_weight, b.message_ln_bias, b.eps)
-    qkv = apply("message_in", normed)
+    qkv = _linear(b, "message_in", normed)
     mixed = attention_reference(qkv.view(-1, b.frames, 3, b.heads, width // b.heads)).reshape(-1, width)
-    m_FD = m_FD + scale_samples(apply("message_out", mixed), b.drop_fusion)
+    m_FD = m_FD + scale_samples(_linear(b, "message_out", mixed), b.drop_fusion)
     return layer_norm_reference(m_FD, b.ln_1_weight, b.ln_1_bias, b.eps)
 
 

@@ -8,8 +8,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-FLOAT8 = torch.float8_e4m3fn
-
 
 class Sizes(NamedTuple):
     """The sizes of a call. The defaults are those of B/16 with one video."""

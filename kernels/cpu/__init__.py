@@ -1,7 +1,8 @@
 """Inference on a CPU: a block in as few passes over memory as possible.
 
 No packed or folded copy of a weight is kept, so every change of a weight counts at once. Without instructions for a
-half-precision dtype, a block is computed in float32 and rounded once at its end.
+half-precision dtype, a block is computed in float32 and rounded once at its end. The library of csrc/cpu computes a
+whole block by one call. What it does not take is composed here of products.
 
 F frames, L tokens of a frame, S = L + 1 rows of it, D width, H heads, M rows.
 """
@@ -67,7 +68,8 @@ def block(b: Block) -> Tensor:
 
 
 def _block_of_library(b: Block, dtype: torch.dtype) -> Tensor:
-    count, length, width = b.x.shape
+    """The same by one call of the library, with rows of ``dtype``."""
+    count, length, _ = b.x.shape
     x = b.x.to(dtype)
     x = x if x.stride(-1) == 1 else x.contiguous()
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -217,6 +219,7 @@ def _patch_embed_of_levels(
     std: tuple[float, ...],
     eps: float,
 ) -> Tensor:
+    """The same for uint8 frames, whose pixels the library rewrites."""
     (width, _, patch, _), tokens = weight.shape, len(position)
     kernel, products = weight.reshape(width, -1), Products(weight.dtype)
     class_embedding, position, ln_weight, ln_bias = (x.to(products.dtype) for x in (class_embedding, position, *ln))

@@ -1,7 +1,6 @@
-"""The C++ library of csrc/cpu, loaded with ctypes: products and attention of inference.
+"""The C++ library of csrc/cpu, loaded with ctypes: products and whole blocks of inference.
 
-M rows, N outputs, K summed. Panels are rows in the library's own order: (M up to the next multiple of ``rows``, K)
-elements. An element is float32, or bfloat16 where the CPU multiplies it.
+M rows, N outputs, K summed. Panels are rows in the library's own order.
 """
 
 import ctypes
@@ -28,9 +27,9 @@ class Functions(NamedTuple):
 
     Attributes:
         dtype: of rows and panels.
-        rows: M is rounded up to a multiple of it.
-        kinds: numbers of 16 bits that each of a panel is made of, or 0: it is itself.
+        rows: panels have M up to the next multiple of it.
         unit: N, K and the channels of a head are multiples of it.
+        kinds: bfloat16 numbers that make one of a panel, or 0: float32.
     """
 
     dtype: torch.dtype
@@ -98,8 +97,10 @@ def panel_size(rows: int, width: int, dtype: torch.dtype) -> int:
 
 
 def takes(dtype: torch.dtype, *weights: Tensor) -> bool:
-    """Whether the library multiplies rows of ``dtype`` with these: (N, K), contiguous, of widths that it knows, and in a
-    dtype that it knows, bfloat16 for rows of bfloat16."""
+    """Whether the library multiplies rows of ``dtype`` with these weights, (N, K).
+
+    They are contiguous, N and K multiples of ``unit``, and bfloat16 for rows of bfloat16.
+    """
     here = functions(dtype)
     return here is not None and all(
         (w.dtype == dtype or (dtype == torch.float32 and w.dtype in _DTYPES))
@@ -179,7 +180,9 @@ def product(
     _functions(panels.dtype).product(call)
 
 
-def block(x: Tensor, y: Tensor, heads: int, frames: int, part: int, eps: float, parameters: list[Tensor | None]) -> None:
+def block(
+    x: Tensor, y: Tensor, heads: int, frames: int, part: int, eps: float, parameters: list[Tensor | None]
+) -> None:
     """A residual block with quick_gelu (equations 7 to 9). All but the weights are of x's dtype, float32 or bfloat16.
 
     Args:
@@ -195,7 +198,8 @@ def block(x: Tensor, y: Tensor, heads: int, frames: int, part: int, eps: float, 
     """
     count, length, width = x.shape
     here, fc, linear = _functions(x.dtype), parameters[10], parameters[6]
-    assert fc is not None and linear is not None
+    assert fc is not None
+    assert linear is not None
     call = _BLOCK.pack(
         *(count, length, heads, width, len(fc), frames, part),
         *_rows(x),
@@ -230,10 +234,13 @@ def _levels(mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype)
     """(u / 255 - mean) / std of each channel and level as a sum of elements, (3, 256) or (3, 256, 2)."""
     with torch.inference_mode(False):
         level = torch.arange(256, dtype=torch.float32, device="cpu")
-        scale, shift = (torch.tensor(each, dtype=torch.float32, device="cpu")[:, None] for each in (
-            [1 / (255 * deviation) for deviation in std],
-            [-m / deviation for m, deviation in zip(mean, std, strict=True)],
-        ))
+        scale, shift = (
+            torch.tensor(each, dtype=torch.float32, device="cpu")[:, None]
+            for each in (
+                [1 / (255 * deviation) for deviation in std],
+                [-m / deviation for m, deviation in zip(mean, std, strict=True)],
+            )
+        )
         value = torch.addcmul(shift, level, scale)
         if dtype == torch.float32:
             return value

@@ -1,6 +1,6 @@
 """Products of inference on a CPU with LayerNorm, activation and residual around them, on the fastest library there is.
 
-With AVX2 that is the one of csrc/cpu.cpp. Elsewhere, and where it was not built, oneDNN multiplies if the CPU has
+That is the one of csrc/cpu. For what it does not take, and where it was not built, oneDNN multiplies if the CPU has
 AVX-512, or instructions for the half-precision dtype, and else torch's own choice (docs/performance.md). There
 quick_gelu is torch's SiLU, since u sigmoid(1.702 u) = silu(1.702 u) / 1.702: the LayerNorm before the first product
 carries the factor, and the second product carries its inverse.
@@ -45,6 +45,7 @@ class Products:
         self.onednn = forced or NATIVE_ON_CPU.get(self.dtype, wide)
 
     def library_takes(self, *weights: Tensor) -> bool:
+        """Whether the library multiplies with these."""
         return self.library is not None and library.takes(self.dtype, *weights)
 
     def takes_block(self, b: Block) -> bool:

@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from ..common.example import Maker, Sizes
 from . import choices, registration
-from .support import FLOATS, Backend, Call, asked
+from .support import Backend, Call, asked
 
 logger = logging.getLogger("xclip_fast")
 
@@ -93,8 +93,6 @@ class Op:
         autocast: the arguments that kernels take in the dtype of an enclosing ``torch.autocast``. Plain torch calls
             obey autocast themselves.
         sizes: of the arguments, by name: what the speed of the backends depends on. None: not in the measured table.
-        dtypes: floating dtypes that the reference takes.
-        differentiable: False for an op for inference, which refuses arguments whose gradient is wanted.
     """
 
     def __init__(
@@ -105,16 +103,13 @@ class Op:
         saved: Callable[..., tuple[Tensor, ...]] = lambda *_: (),
         autocast: tuple[str, ...] = (),
         sizes: Callable[..., dict[str, int]] | None = None,
-        dtypes: tuple[torch.dtype, ...] = FLOATS,
-        differentiable: bool = True,
     ) -> None:
         self.name = reference.__name__.removesuffix("_reference")
         self.reference = reference
         self.example = example
         self.saved = saved
         self.sizes = sizes
-        self.differentiable = differentiable
-        self.backends = (*backends, Backend("reference", reference, dtypes=dtypes))
+        self.backends = (*backends, Backend("reference", reference))
         self.names = tuple(name for candidate in self.backends for name in (candidate.name, *candidate.parts))
         returned = inspect.signature(reference, eval_str=True).return_annotation
         self.outputs = len(typing.get_args(returned)) or 1
@@ -183,13 +178,8 @@ class Op:
 
     def __call__(self, *args: Any) -> Any:
         training = torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
-        if training and not self.differentiable:
-            raise RuntimeError(
-                f"{self.name} is for inference only, and a gradient is wanted: call it under torch.inference_mode() or "
-                "torch.no_grad()"
-            )
         chosen = self.choose(args, training)
-        if chosen.backward is None and not chosen.inference_only:
+        if chosen.backward is None:
             return chosen.forward(*args)
         if torch.compiler.is_compiling():
             args = self.lowered(args)

@@ -54,13 +54,11 @@ def register(op: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
 
     def forward(*args: Any) -> list[Tensor]:
         chosen = op.choose(args)
-        plain = chosen.backward is None and not chosen.inference_only
+        plain = chosen.backward is None
         return _fresh(_as_tuple(chosen.forward(*args)) if plain else chosen.forward(False, *args)[0], args)
 
     registered = torch.library.custom_op(name, forward, mutates_args=(), schema=f"({arguments}) -> Tensor[]")
     registered.register_fake(fake)
-    if not op.differentiable:
-        return registered, registered
 
     def forward_saving(*args: Any) -> list[Tensor]:
         outputs, saved = op.choose(args, training=True, kernels=True).forward(True, *args)

@@ -98,12 +98,17 @@ def on_triton(op: str, **more: Any) -> Backend:
     )
 
 
+_found: dict[str, bool] = {}  # a look takes some 80 us if a package is missing, or not imported yet
+
+
 def installed(package: str) -> bool:
-    """Whether a package can be imported; it is not."""
-    try:
-        return importlib.util.find_spec(package) is not None
-    except ModuleNotFoundError:  # of a part of a package whose parent is missing
-        return False
+    """Whether a package can be imported; it is not. Looked up once."""
+    if package not in _found:
+        try:
+            _found[package] = importlib.util.find_spec(package) is not None
+        except ModuleNotFoundError:  # of a part of a package whose parent is missing
+            _found[package] = False
+    return _found[package]
 
 
 # what torch.compiler.assume_constant_result does, which would import the compiler with this package

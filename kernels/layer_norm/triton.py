@@ -31,7 +31,6 @@ def layer_norm_fwd_kernel(
     weight_ptr,  # (D,)
     bias_ptr,  # (D,)
     y_ptr,  # (M, D) or None: no LayerNorm of it
-    scale_ptr,  # (M,) float32 or None: y is in e4m3, over the row's largest value / 448, which is written here
     mean_ptr,  # (M,) float32 or None: not wanted
     rstd_ptr,  # (M,) float32, with mean
     spare_ptr,  # (M / length, D) or None: takes the place of x in the last of every ``length`` rows
@@ -85,11 +84,6 @@ def layer_norm_fwd_kernel(
         weight = tl.load(weight_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)[None, :]
         bias = tl.load(bias_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)[None, :]
         y = off * rstd[:, None] * weight + bias
-        if scale_ptr is not None:
-            largest = tl.max(tl.where(inside, tl.abs(y), 0.0), 1)
-            scale = tl.where(largest == 0.0, 1.0, largest / 448.0)
-            y = tl.minimum(tl.maximum(tl.div_rn(y, scale[:, None]), -448.0), 448.0)  # division may round up
-            tl.store(scale_ptr + rows, scale, mask=rows < M)
         tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
@@ -141,7 +135,6 @@ def normalize(
     statistics: bool = False,
     branch: Branch | None = None,
     spare: Spare | None = None,
-    scale: Tensor | None = None,
     positions: Positions | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """One pass over x (M, D), any row stride.
@@ -151,7 +144,6 @@ def normalize(
         statistics: the mean and 1 / sqrt(variance + eps) of each row are wanted.
         branch: added to x first.
         spare: takes the place of rows of x.
-        scale: (M,) float32, for the dtype e4m3: written, what each row of LN(x) was divided by.
         positions: added to x first, in ``dtype``, and without a branch. The sum is written if statistics are wanted.
 
     Returns:
@@ -176,7 +168,7 @@ def normalize(
     sample_rows = rows_of_sample(M, drop_scale)
     run = _forward(device, x.dtype.itemsize, M, D, x.stride()[0], length, count, sample_rows, eps)
     added = product, product_bias, drop_scale, later, z, position, first
-    run(x, *added, weight, bias, y, scale, mean, rstd, *spares)
+    run(x, *added, weight, bias, y, mean, rstd, *spares)
     return x if z is None else z, y, mean, rstd
 
 
@@ -188,22 +180,13 @@ def row_statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return mean, rstd
 
 
-def layer_norm_fp8(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """LN(x) of x (M, D) in e4m3, contiguous, each row over its scale, and the scales (M,) float32."""
-    x = rows_of(x)
-    scale = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
-    _, y, *_ = normalize(x, weight.contiguous(), bias.contiguous(), eps, torch.float8_e4m3fn, scale=scale)
-    assert y is not None
-    return y, scale
-
-
 def forward(
     save: bool, x: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     _, y, mean, rstd = normalize(rows_of(x), weight.contiguous(), bias.contiguous(), eps, x.dtype, save)
     assert y is not None
     saved = () if mean is None or rstd is None else (mean, rstd)
-    return (y.view(x.shape),), saved
+    return (y.view_as(x),), saved
 
 
 def backward(grads: Sequence[Any], saved: Sequence[Tensor], needs: Sequence[Any], *args: Any) -> list[Tensor]:

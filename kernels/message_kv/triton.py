@@ -302,7 +302,7 @@ def forward(save: bool, b: Any) -> tuple[Spare, Callable[[Tensor], None], tuple[
     # mean and M2 of the slices: of the message token's rows, then of the messages'
     parts = torch.empty(2, count, cdiv(width, SLICE), dtype=torch.float32, device=device)
     # m = x_class Wm + bm
-    token = torch.empty(count, width, dtype=dtype, device=device)
+    token = weights[0].new_empty(count, width)
     launches.token(b.x[:, 0], weights[0], b.message_fc_bias, *_NO_NORM, None, None, token, parts)
     # attention of qkv = LN_m(m) W + b over the frames of each video
     qkv_given = (token, weights[1], b.message_in_bias, b.message_ln_weight, b.message_ln_bias, parts, *first)
@@ -317,7 +317,7 @@ def forward(save: bool, b: Any) -> tuple[Spare, Callable[[Tensor], None], tuple[
         launches.qkv(*qkv_given, None, None, qkv, None)
         heads = qkv.view(-1, frames, 3, b.heads, width // b.heads)
         out, lse = attention.forward(save, heads) if takes(heads.shape[-1]) else (attention_reference(heads), ())
-        mixed = out.reshape(token.shape)
+        mixed = out.reshape_as(token)
     # m + s (attention Wo + bo)
     message = torch.empty_like(token)
     launches.output(mixed, weights[2], b.message_out_bias, *_NO_NORM, token, b.drop_fusion, message, parts)

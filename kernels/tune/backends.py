@@ -84,9 +84,9 @@ def _contest(
     contenders: Callable[..., Iterator[tuple[str, str | None, Callable[..., list[Tensor]]]]],
     say: Callable[[str], None],
 ) -> Contest:
-    given = _cast(args, measuring.DTYPE, training)
+    given = cast(args, measuring.DTYPE, training)
     cotangent = torch.randn_like(run(op, given, None)[0]) if training else None
-    exact = run(op, _cast(given, torch.float64, training), None if cotangent is None else cotangent.double())
+    exact = run(op, cast(given, torch.float64, training), None if cotangent is None else cotangent.double())
     baseline = run(op, given, cotangent)
     calls: dict[str, Callable[[], Any]] = {}
     for name, refused, call in contenders(op, given, training):
@@ -114,7 +114,8 @@ def _of_a_part(slot: str, op: Op, given: tuple[Any, ...], training: bool) -> Ite
         yield candidate.name, refusal(candidate, case), swapped
 
 
-def _cast(args: tuple[Any, ...], dtype: torch.dtype, training: bool = False) -> tuple[Any, ...]:
+def cast(args: tuple[Any, ...], dtype: torch.dtype, training: bool = False) -> tuple[Any, ...]:
+    """The arguments, the floating ones in a dtype and, for training, as leaves of autograd."""
     return tuple(
         arg.detach().to(dtype).requires_grad_(training) if isinstance(arg, Tensor) and arg.is_floating_point() else arg
         for arg in args
@@ -135,12 +136,13 @@ def run(op: Op, args: tuple[Any, ...], cotangent: Tensor | None, name: str = "re
     return [output.detach(), *(grad for grad in grads if grad is not None)]
 
 
+def error(got: Tensor, exact: Tensor) -> float:
+    """The largest difference relative to the largest value; NaN if there is any NaN."""
+    return float((got.double() - exact.double()).abs().max() / exact.double().abs().max().clamp(min=1e-30))
+
+
 def agrees(got: list[Tensor], exact: list[Tensor], baseline: list[Tensor]) -> bool:
-    """err <= 2 err(torch in the same dtype) + eps of each result, by the largest difference of all; NaN is wrong."""
-
-    def error(tensor: Tensor, right: Tensor) -> float:
-        return float((tensor.double() - right).abs().max() / right.abs().max().clamp(min=1e-30))
-
+    """err <= 2 err(torch in the same dtype) + eps of each result; NaN is wrong."""
     return len(got) == len(exact) and all(
         mine.shape == right.shape and error(mine, right) <= 2 * error(torchs, right) + torch.finfo(mine.dtype).eps
         for mine, right, torchs in zip(got, exact, baseline, strict=True)

@@ -36,7 +36,6 @@ from xclip_fast.data.motion import CLASSES, render, write_clip, write_dataset
 from xclip_fast.data.transcode import transcode
 from xclip_fast.evaluate.loop import evaluate
 from xclip_fast.evaluate.report import reserved, write
-from xclip_fast.evaluate.sample_lists import write_samples
 from xclip_fast.search import Index, add
 from xclip_fast.search.query import Hit
 from xclip_fast.search.store import Store, is_store
@@ -149,16 +148,6 @@ class Convert(Command):
         checkpoint.convert(self.data / "b", out / "w", "huggingface", overwrite=True)
 
 
-class FewShot(Command):
-    def old(self, out: Path) -> None:
-        for suffix in ("jsonl", "json", "csv"):
-            write_samples(Manifest.read(self.data / "m.jsonl"), [0], out / f"drawn.{suffix}")
-
-    def run(self, out: Path) -> None:
-        for suffix in ("jsonl", "json", "csv"):
-            write_samples(Manifest.read(self.data / "m.jsonl"), [1, 2], out / f"drawn.{suffix}")
-
-
 class Evaluate(Command):
     """The figures are computed once: an evaluation changes no file before its report."""
 
@@ -211,11 +200,8 @@ class Embed(Command):
     def content(self, out: Path) -> Content:
         if not is_store(out / self.name):
             return {}
-        return self._rows(Store.open(out / self.name).table.to_arrow().to_pylist())
-
-    def _rows(self, rows: list[dict[str, Any]]) -> Content:
         found: Content = {}
-        for row in rows:
+        for row in Store.open(out / self.name).table.to_arrow().to_pylist():
             key = f"{row['path']} {row['start']:g}"
             assert key not in found, f"{key} is there twice"
             found[key] = (row["end"], row["error"], row["size"], str(row["vector"]))
@@ -223,17 +209,6 @@ class Embed(Command):
         for key, row in found.items():
             by_file.setdefault(key.split()[0], []).append((key, row))
         return {name: sorted(each) for name, each in by_file.items()}
-
-
-class EmbedParquet(Embed):
-    name = "rows.parquet"
-    extra = ()
-
-    def content(self, out: Path) -> Content:
-        import pyarrow.parquet as pq
-
-        parts = sorted((out / self.name).glob("part-*.parquet"))
-        return self._rows([row for part in parts for row in pq.read_table(part).to_pylist()])
 
 
 class Train(Command):
@@ -291,11 +266,9 @@ COMMANDS: dict[str, type[Command]] = {
     "transcode": Transcode,
     "motion": Motion,
     "convert": Convert,
-    "few-shot": FewShot,
     "evaluate": Evaluate,
     "train": Train,
     "embed": Embed,
-    "embed-parquet": EmbedParquet,
     "search-html-clips": Look,
 }
 

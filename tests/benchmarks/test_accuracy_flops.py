@@ -1,6 +1,7 @@
 """The table and plot of accuracy against cost: what is measured and what is the paper's stay apart."""
 
 import importlib
+import itertools
 import json
 from pathlib import Path
 
@@ -100,6 +101,18 @@ def test_measured_beside_the_paper(script, tmp_path, capsys):
     assert "cannot be compared with the paper's" in said
     mixed = [row for row in rows if row["origin"].startswith("accuracy: paper")]
     assert [(row["model"], row["top-1 %"], row["views/s"]) for row in mixed] == [("B/32-8f", "80.4", "3000")]
+
+
+def test_names_stay_apart_where_a_point_lies_far_away(script, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    found = []
+    plain = script.keep_apart
+    monkeypatch.setattr(script, "keep_apart", lambda texts: found.append(plain(texts)))
+    far = store(tmp_path / "far.json", summary(None, labels=4, top1=0.05))
+    script.main([far, "--plot", str(tmp_path / "out.png")])
+    assert [len(boxes) for boxes in found] == [len(PAPER_TABLE1) + 1] * 2
+    for boxes in found:
+        assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
 
 
 def test_a_plot(script, tmp_path, capsys):

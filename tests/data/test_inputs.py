@@ -46,19 +46,17 @@ def test_folders_globs_and_files(folder):
         find_videos([""])
 
 
-def test_a_folder_that_cannot_be_listed_does_not_stop_the_others(folder, monkeypatch):
-    scandir = os.scandir
+def test_a_folder_that_cannot_be_listed_does_not_stop_the_others(folder, unlistable):
     (folder / "locked").mkdir()
-
-    def refusing(path):
-        if Path(path).name == "locked":
-            raise PermissionError(13, "Permission denied", path)
-        return scandir(path)
-
-    monkeypatch.setattr(os, "scandir", refusing)
-    found = find_videos(["locked", "v/b.mp4"])
-    assert found.paths == ["v/b.mp4"]
-    assert found.empty == ["locked: no video file in this folder, which cannot be listed (Permission denied)"]
+    unlistable(folder / "locked")
+    unlistable(folder / "v" / "in")
+    found = find_videos(["locked", "v"])
+    assert found.paths == ["v/a.MKV", "v/b.mp4", "v/odd[1].mp4"]
+    assert found.empty == [
+        "locked: no video file in this folder, which cannot be listed (Permission denied)",
+        "v/in: is a folder that cannot be listed (Permission denied)",
+    ]
+    assert found.unlisted == ["locked", "v/in"]
 
 
 def test_lists_and_standard_input(folder, monkeypatch):

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -360,6 +361,37 @@ def test_tree_is_kept_and_a_second_run_skips(source, tmp_path):
     assert "other settings (short_side 32" in other.failed[str(source / "z.mkv")]
     assert len(transcode(source, out, short_side=48, overwrite=True).done) == 4
     assert probe(out / "z.mp4").height == 48
+
+
+def test_nothing_is_written_for_copies_that_are_there(source, tmp_path, monkeypatch):
+    write_clip(source / "a.mp4", textured(2))
+    out = tmp_path / "out"
+    transcode(source, out)
+    (out / ".a.mp4.part").mkdir()  # left by a killed run
+    assert len(transcode(source, out).skipped) == 1
+    assert os.listdir(out) == ["a.mp4"]
+    plain = os.open
+
+    def read_only(path, flags, *rest, **more):
+        if flags & os.O_CREAT:
+            raise OSError(errno.EROFS, "Read-only file system", path)
+        return plain(path, flags, *rest, **more)
+
+    monkeypatch.setattr(os, "open", read_only)
+    assert len(transcode(source, out).skipped) == 1
+    shutil.copy(source / "a.mp4", source / "b.mp4")
+    with pytest.raises(OSError, match="Read-only file system, after"):
+        transcode(source, out)
+
+
+def test_a_subfolder_that_cannot_be_listed_is_named(source, tmp_path, unlistable):
+    for name in ("a.mp4", "locked/b.mp4"):
+        (source / name).parent.mkdir(exist_ok=True)
+        write_clip(source / name, textured(2))
+    unlistable(source / "locked")
+    summary = transcode(source, tmp_path / "out")
+    assert summary.done == [str(source / "a.mp4")]
+    assert summary.failed == {str(source / "locked"): "is a folder that cannot be listed (Permission denied)"}
 
 
 def test_long_names_and_copies_above_their_sources(source, tmp_path):

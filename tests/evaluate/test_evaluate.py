@@ -298,19 +298,25 @@ def test_command_and_two_processes(checkpoint, folder, manifest, tmp_path, capsy
     with pytest.raises(FileExistsError, match="--overwrite"):
         main(checkpoint, folder / "manifest.jsonl", out=one)
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    settings = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", TWO, str(checkpoint), str(folder / "manifest.jsonl"), str(two)],
-        env={**os.environ, **settings},
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
+    def run_two():
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        settings = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+        return subprocess.run(
+            [sys.executable, "-c", TWO, str(checkpoint), str(folder / "manifest.jsonl"), str(two)],
+            env={**os.environ, **settings},
+            capture_output=True,
+            text=True,
+            timeout=200,
+            check=False,
+        )
+
+    done = run_two()
     assert done.returncode == 0, done.stderr
+    refused = run_two()
+    assert refused.returncode
+    assert refused.stderr.count("FileExistsError: ") == 2, refused.stderr  # both, before the work
     assert done.stdout.count("top-1") == 1  # one of the two speaks
     assert figures(two) == figures(one)
     summary = json.loads((two / "summary.json").read_text())
@@ -323,11 +329,6 @@ def test_command_and_two_processes(checkpoint, folder, manifest, tmp_path, capsy
 
 
 def stored(folder):
-    """The predictions in a folder, from whichever file there is."""
-    if (folder / "predictions.parquet").exists():
-        import pyarrow.parquet
-
-        return pyarrow.parquet.read_table(folder / "predictions.parquet").to_pylist()
     return [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
 
 
@@ -349,26 +350,23 @@ def result(tiny_model, manifest):
     return dataclasses.replace(found, labels=labels, predictions=predictions)
 
 
-@pytest.mark.parametrize("without", [(), ("pyarrow", "matplotlib")])
-def test_files(result, tmp_path, monkeypatch, without):
-    for package in without:
-        monkeypatch.setitem(sys.modules, package, None)
+@pytest.mark.parametrize("with_pictures", [True, False])
+def test_files(result, tmp_path, monkeypatch, with_pictures):
+    if with_pictures:
+        pytest.importorskip("matplotlib")
+    else:
+        monkeypatch.setitem(sys.modules, "matplotlib", None)
     folder = tmp_path / "new" / "folder"
     paths = write(result, folder)
     assert all(path.stat().st_size for path in paths)
     names = {path.name for path in paths}
-    assert {"summary.json", "per_class.csv", "confusion.csv"} < names
+    assert {"summary.json", "per_class.csv", "confusion.csv", "predictions.jsonl"} <= names
     assert set(os.listdir(folder)) == names
     assert os.listdir(tmp_path / "new") == ["folder"]
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["top1"] == result.top1
-    for package, name in (("pyarrow", "predictions.parquet"), ("matplotlib", "confusion.png")):
-        there = package not in without and package_is_there(package)
-        assert (name in names) == there
-        assert any(
-            f"pip install 'xclip-fast[{'train' if package == 'pyarrow' else 'plot'}]'" in note
-            for note in summary["notes"]
-        ) == (not there)
+    assert ("confusion.png" in names) == with_pictures
+    assert any("pip install 'xclip-fast[plot]'" in note for note in summary["notes"]) != with_pictures
     with open(folder / "confusion.csv", encoding="utf-8", newline="") as file:
         rows = list(csv.reader(file))
     assert [row[0] for row in rows[1:]] == rows[0][1:]
@@ -383,23 +381,16 @@ def test_files(result, tmp_path, monkeypatch, without):
     assert kept[0]["probabilities"] == pytest.approx([value for _, value in result.predictions[0].top])
 
 
-def package_is_there(name):
-    try:
-        __import__(name)
-    except ImportError:
-        return False
-    return True
-
-
 def test_files_of_others_stay_and_old_ones_go(result, tmp_path, monkeypatch):
     (tmp_path / "mine.txt").write_text("kept")
-    (tmp_path / "predictions.jsonl").write_text("of an older evaluation")
-    with pytest.raises(FileExistsError, match=r"already holds predictions\.jsonl"):
+    (tmp_path / "predictions.parquet").write_text("of an older evaluation")
+    with pytest.raises(FileExistsError, match=r"already holds predictions\.parquet"):
         write(result, tmp_path)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     write(result, tmp_path, overwrite=True)
     assert (tmp_path / "mine.txt").read_text() == "kept"
     assert (tmp_path / "summary.json").exists()
+    assert not (tmp_path / "predictions.parquet").exists()
     assert not any(name.startswith(".") for name in os.listdir(tmp_path))
     assert len(stored(tmp_path)) == 13
     with pytest.raises(NotADirectoryError, match="is a file"):

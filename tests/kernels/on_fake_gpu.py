@@ -63,9 +63,6 @@ def each_op(dtype: torch.dtype = BF16, stream: torch.dtype | None = None, arch: 
     for op, args in cases(dtype, *shapes["B/16"], 4, stream):
         if not ahead_of_time.refused(op, args, arch):
             run(op, args)
-    if arch >= 90:
-        x = meta(3152, 768, dtype=dtype)
-        layer_norm.layer_norm_fp8(x, *norm(768, stream or dtype), EPS)
     run("cct_block", ahead_of_time.block(example(2, 16, 768, 2, device="meta", dtype=stream or dtype), dtype))
 
 

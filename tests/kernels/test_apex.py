@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from xclip_fast.kernels.dispatch import support
 
 from xclip_fast import kernels
 from xclip_fast.train import optim
@@ -71,6 +72,7 @@ def apex(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         (file.parent / "__init__.py").touch()
     (tmp_path / "apex" / "__init__.py").touch()
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(support, "_found", {})
     forget()
     yield
     forget()

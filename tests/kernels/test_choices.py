@@ -299,7 +299,7 @@ def test_what_is_measured_is_chosen(small: dict[str, float], monkeypatch: pytest
     assert set(rows[0]["measured"]) == {"device", "torch", "triton", "library", "date"}
     assert "library 0.1000 ms, apex 0.2000 ms" in capsys.readouterr().out
     args = next(tune_backends.cases("layer_norm", TINY, (1,)))[1]
-    half = tune_backends._cast(args, torch.bfloat16)
+    half = tune_backends.cast(args, torch.bfloat16)
     assert op.choose(half).name == "library"
     small.update(library=0.5)
     assert tune.main(NORM) == 0  # measured anew: in place of the old rows

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from xclip_fast.kernels.cct_block import fused, products
 from xclip_fast.kernels.cct_block.example import example
-from xclip_fast.kernels.common.example import FLOAT8, TINY, Maker
+from xclip_fast.kernels.common.example import TINY, Maker
 from xclip_fast.kernels.dispatch import INTERPRETED, OPS, BackendError, Op
 from xclip_fast.kernels.dispatch.support import Backend
 from xclip_fast.kernels.linear import product
@@ -42,19 +42,6 @@ def norm_parameters(width: int = WIDTH) -> tuple[Tensor, Tensor]:
 
 def linear_parameters(out: int, width: int = WIDTH) -> tuple[Tensor, Tensor]:
     return normal(out, width, scale=width**-0.5), normal(out, scale=0.1)
-
-
-def linear8(out: int, width: int = WIDTH, scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
-    """A weight in float8, its scale times ``scale``, and a bias."""
-    weight, bias = linear_parameters(out, width)
-    weight8, weight_scale = kernels.quantize_weight(weight)
-    return weight8, scale * weight_scale.double(), bias
-
-
-def mlp8_case(x: Tensor, largest: float) -> tuple[Any, ...]:
-    """``largest``: the largest of quick_gelu that does not saturate."""
-    scale = largest / 448
-    return x, *norm_parameters(), *linear8(4 * WIDTH), *linear8(WIDTH, 4 * WIDTH, scale), scale, EPS
 
 
 def patch_case(frames: Tensor, patch: int = 8, spare: bool = True) -> tuple[Any, ...]:
@@ -104,14 +91,6 @@ CASES: dict[tuple[str, str], Callable[[], tuple[Any, ...]]] = {
     ("cct_block", "causal, some rows"): lambda: block_case(3, 6, width=64, causal=True, rows=torch.tensor([2, 7, 13])),
     ("cct_block", "packed"): lambda: block_case(labels=[3, 1, 12]),
     ("cct_block", "packed, some rows"): lambda: block_case(labels=[3, 1, 4], width=64, rows=torch.tensor([2, 3, 7])),
-    ("ln_linear_fp8", "outlier channels, no bias"): lambda: (
-        normal(50, WIDTH) + 50 * F.one_hot(torch.tensor(3), WIDTH),
-        *norm_parameters(),
-        *linear8(96)[:2],
-        None,
-        EPS,
-    ),
-    ("mlp_fp8", "saturates"): lambda: mlp8_case(normal(50, WIDTH), 0.5),
     ("patch_embed", "float"): lambda: patch_case(normal(3, 3, 24, 24)),
     ("patch_embed", "patches of 14, cropped"): lambda: patch_case(
         torch.randint(0, 256, (2, 45, 50, 3), dtype=torch.uint8)[:, 2:44, 5:47], 14, spare=False
@@ -129,14 +108,10 @@ EMPTY = {name: functools.partial(op.example, TINY._replace(videos=0), MAKER) for
 
 
 def cast(args: tuple[Any, ...], dtype: torch.dtype, grad: bool = False) -> tuple[Any, ...]:
-    grad = grad and not any(isinstance(arg, Tensor) and arg.dtype == FLOAT8 for arg in args)  # for inference only
-
     def one(arg: Any) -> Any:
         if not isinstance(arg, Tensor):
             return arg
         arg = arg.detach().to(DEVICE)
-        if arg.dtype == FLOAT8:
-            return arg
         # a drop path factor has no gradient
         return (
             arg.to(dtype).requires_grad_(grad and not (arg.dim() == 1 and len(arg) <= 4))
@@ -230,10 +205,7 @@ FIRST_CASES = {name: case for name, case in reversed(CASES)} | {"cct_block": "me
 def test_opcheck(name: str) -> None:
     """The registered op, which is for inference; that with gradients is checked below."""
     args = cast(CASES[name, FIRST_CASES[name]](), torch.float32)
-    checks: tuple[str, ...] = ("test_schema", "test_autograd_registration", "test_faketensor")
-    if not OPS[name].differentiable:
-        checks = checks[1:]  # the first cannot compare float8 tensors
-    torch.library.opcheck(OPS[name].registered, args, test_utils=(*checks, "test_aot_dispatch_dynamic"))
+    torch.library.opcheck(OPS[name].registered, args)
 
 
 @pytest.mark.parametrize("name", sorted(FIRST_CASES))
@@ -349,7 +321,10 @@ def test_statistics_go_from_block_to_block(monkeypatch: pytest.MonkeyPatch) -> N
         torch.testing.assert_close(statistics[1], rows.var(1, correction=0).add(EPS).rsqrt(), rtol=1e-3, atol=1e-3)
         wanted = kernels.cct_block(first._replace(x=y))[0]
         torch.testing.assert_close(
-            kernels.cct_block(first._replace(x=y, mean=statistics[0], rstd=statistics[1]))[0], wanted
+            kernels.cct_block(first._replace(x=y, mean=statistics[0], rstd=statistics[1]))[0],
+            wanted,
+            rtol=1e-3,
+            atol=1e-3,
         )
         wrong = kernels.cct_block(first._replace(x=y, mean=statistics[0] + 1, rstd=statistics[1]))[0]
         assert (wrong - wanted).abs().max() > 0.01

@@ -229,8 +229,6 @@ def test_own_folder_and_huggingface(tmp_path: Path) -> None:
     assert all(torch.equal(each, model.state_dict()[name]) for name, each in again.state_dict().items())
     with pytest.raises(checkpoint.CheckpointError, match="no vision tower with windows"):
         model.save_pretrained(tmp_path / "hf", layout="huggingface")
-    with pytest.raises(ValueError, match="plain blocks"):
-        model.quantize("fp8", calibration=video)
     (tmp_path / "ours" / "config.json").unlink()
     with pytest.raises(checkpoint.CheckpointError, match="pass config"):
         XCLIP.from_pretrained(tmp_path / "ours")

@@ -151,6 +151,20 @@ def test_a_folder_that_is_empty_now_drops_nothing(tmp_path, weights, videos):
     assert "no video file" in next(iter(summary.failed.values()))
 
 
+def test_a_subfolder_that_cannot_be_listed_drops_nothing(tmp_path, weights, videos, unlistable):
+    (videos / "locked").mkdir()
+    (videos / "2.mp4").rename(videos / "locked" / "2.mp4")
+    index = open_index(tmp_path, weights)
+    index.add(videos)
+    before = rows(index)
+    unlistable(videos / "locked")
+    (videos / "0.mp4").unlink()
+    summary = index.add(videos)
+    assert summary.dropped == [str(videos / "0.mp4")]
+    assert rows(index) == [row for row in before if row[0] != "0.mp4"]
+    assert "cannot be listed (Permission denied)" in summary.failed[str(videos / "locked")]
+
+
 def test_several_names_of_a_file_are_one_entry(tmp_path, weights, videos):
     os.link(videos / "0.mp4", videos / "hard.mp4")
     (videos / "soft.mp4").symlink_to("1.mp4")

@@ -370,7 +370,7 @@ def test_signal_saves_and_ends(videos: Path, tmp_path: Path, monkeypatch: pytest
     assert ended.value.code == 128 + number
     last = latest(tmp_path / "checkpoints")
     assert last is not None
-    assert 2 <= training_checkpoint.numbers(last)["step"] <= 10
+    assert training_checkpoint.numbers(last)["step"] == 2  # the signal came in the second step
 
 
 def test_what_a_run_leaves(videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

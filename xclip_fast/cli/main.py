@@ -7,8 +7,10 @@ import torch and the rest of the package inside their functions, so that ``--hel
 
 from __future__ import annotations
 
+import importlib.metadata
 import logging
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import Annotated, NoReturn
@@ -61,8 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except BrokenPipeError:  # the reader of our output has gone; Python must not complain at exit either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        complain(f"{package} is not installed: pip install {package}" if package else error)
+        complain(_missing(error))
     except (ValueError, OSError, ImportError, MemoryError) as error:
         complain(error)
     except RuntimeError as error:
@@ -70,6 +71,16 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             raise
         complain(error)
     sys.exit(1)
+
+
+def _missing(error: ModuleNotFoundError) -> str:
+    """The line for a missing module. It names a package to install only if xclip-fast requires that package."""
+    module = (error.name or "").partition(".")[0]
+    if not module:
+        return str(error)
+    package = "pyyaml" if module == "yaml" else module.replace("_", "-")
+    required = [re.split(r"[^\w-]", line)[0] for line in importlib.metadata.requires("xclip-fast") or ()]
+    return f"the Python module {module} is not installed" + (f": pip install {package}" if package in required else "")
 
 
 def _expected(error: RuntimeError) -> bool:

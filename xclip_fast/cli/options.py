@@ -129,7 +129,7 @@ def parse_labels(given: str) -> list[str]:
 
 
 def find_videos(given: Sequence[str] | None) -> tuple[Inputs, bool]:
-    """The video files of the arguments, and whether a folder or glob holds none."""
+    """The video files of the arguments, and whether a folder or glob holds none or cannot be listed."""
     from ..data.inputs import find_videos as find
 
     if "" in (given or ()):

@@ -166,7 +166,7 @@ def protocol(
 def few_shot(
     manifest: Annotated[Path, typer.Argument(metavar="MANIFEST", help="Manifest of the training videos.")],
     shots: Annotated[int, typer.Option(min=1, help="Videos of each class. The paper has 2, 4, 8 and 16.")],
-    out: Annotated[Path, typer.Option(metavar="FILE", help=".jsonl: a manifest to train on. .json or .csv: a list.")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Manifest to write, .jsonl, to train on.")],
     seed: Annotated[int, typer.Option(min=0, help="Seed of the draw.")] = 0,
     overwrite: opt.Overwrite = False,
 ) -> None:

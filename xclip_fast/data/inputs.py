@@ -20,12 +20,14 @@ class Inputs:
 
     `paths`: the videos in the given order, those of a folder sorted; a name that was given twice occurs twice.
     `folders`: the given folders, local or remote, in which a store looks for removed videos. `empty`: one line for each
-    folder, glob or list without a video.
+    folder, glob or list without a video, and for each subfolder that cannot be listed. `unlisted`: the folders that
+    cannot be listed, so that nothing is known of their videos.
     """
 
     paths: list[str] = field(default_factory=list)
     folders: list[str] = field(default_factory=list)
     empty: list[str] = field(default_factory=list)
+    unlisted: list[str] = field(default_factory=list)
 
 
 def find_videos(given: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> Inputs:
@@ -60,8 +62,12 @@ def find_videos(given: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
             kind = "video file in this folder"
             found.folders.append(name)
             try:
-                found.paths += videos_below(name)
+                paths, unlisted = videos_below(name)
+                found.paths += paths
+                found.unlisted += unlisted
+                found.empty += [f"{subfolder}: {reason}" for subfolder, reason in unlisted.items()]
             except OSError as error:
+                found.unlisted.append(name)
                 kind += f", which cannot be listed ({error.strerror})"
         elif os.path.isfile(name) and name.lower().endswith((".txt", ".jsonl")):
             kind = "video in this list"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -11,7 +12,7 @@ from typing import Any
 
 from ..console import Bar
 from ..inference.placement import load_model, placed
-from ..inference.processes import find_device, join_processes
+from ..inference.processes import decided_by_first, find_device, join_processes
 from ..text.labels import plain_name
 from ..weights.recipe import Trained
 from .loop import evaluate
@@ -64,7 +65,8 @@ def main(
             "result is zero-shot",
             *(manifest, len(videos.classes), videos.classes[0], len(known), next(iter(trained.labels))),
         )
-    with join_processes(find_device(device)) as process, reserved(None if process.rank else out, overwrite):
+    with join_processes(find_device(device)) as process, contextlib.ExitStack() as held:
+        decided_by_first(process, lambda: held.enter_context(reserved(out, overwrite)))
         model = load_model(checkpoint, variant).to(**placed(process.device, dtype))
         if labels is None and videos.classes:
             labels = trained.texts(videos.classes, model.config.num_classes is not None)

@@ -29,7 +29,7 @@ from .command import named
 from .loop import Evaluation, evaluate
 from .paper import PROTOCOLS, SHOTS, Reported, paper_rows
 from .report import reserved, write
-from .sample_lists import draw_classes, few_shot, new_classes, read_classes, read_draws, write_draws, write_samples
+from .sample_lists import draw_classes, few_shot, new_classes, read_classes, read_draws, write_draws
 
 logger = logging.getLogger("xclip_fast")
 
@@ -60,12 +60,14 @@ def sample(
     seed: int = 0,
     overwrite: bool = False,
 ) -> int:
-    """Draws few-shot training videos of a manifest into ``out`` (see ``write_samples``). Returns their number."""
+    """Draws few-shot training videos of a manifest and writes their manifest. Returns their number."""
+    if Path(out).suffix != ".jsonl":
+        raise ValueError(f"{out}: a name with .jsonl wanted, for a manifest")
     if os.path.exists(out) and not overwrite:
         raise FileExistsError(f"{out}: already exists; choose another name or add --overwrite")
     videos = Manifest.read(manifest)
     rows = few_shot(videos, shots, seed)
-    write_samples(videos, rows, out, about={"protocol": "few-shot", "shots": shots, "seed": seed})
+    videos.select(rows).write(out)
     return len(rows)
 
 

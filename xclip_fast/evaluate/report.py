@@ -25,8 +25,8 @@ FILES = (
     "per_class.csv",
     "confusion.csv",
     "confusion.png",
-    "predictions.parquet",
     "predictions.jsonl",
+    "predictions.parquet",  # of earlier versions
 )
 NAMES_UP_TO = 51  # classes (HMDB-51); with more, names in the picture would be unreadable
 COUNTS_UP_TO = 15
@@ -35,9 +35,8 @@ COUNTS_UP_TO = 15
 def write(evaluation: Evaluation, folder: str | os.PathLike[str], *, overwrite: bool = False) -> list[Path]:
     """Write ``FILES`` into the folder and return their paths.
 
-    Without pyarrow, ``predictions.jsonl`` takes the place of ``predictions.parquet``. Without matplotlib there is no
-    ``confusion.png``. The ``notes`` in the summary say so. All files appear in one step (``files.staged``). Other files
-    in the folder stay.
+    Without matplotlib there is no ``confusion.png``, and the ``notes`` in the summary say so. All files appear in one
+    step (``files.staged``). Other files in the folder stay.
 
     Raises:
         FileExistsError: if the folder holds an evaluation and ``overwrite`` is not set.
@@ -49,7 +48,7 @@ def write(evaluation: Evaluation, folder: str | os.PathLike[str], *, overwrite: 
         _per_class(evaluation, part / "per_class.csv")
         _confusion_csv(evaluation, part / "confusion.csv")
         _confusion_png(evaluation, part / "confusion.png", notes)
-        _predictions(evaluation, part, notes)
+        _predictions(evaluation, part / "predictions.jsonl")
         text = json.dumps({**evaluation.summary(), "notes": notes}, indent=1, allow_nan=False)
         (part / SUMMARY).write_text(text + "\n", encoding="utf-8")
         for note in notes:
@@ -163,45 +162,19 @@ def _short(label: str) -> str:
     return (label if len(label) <= 32 else label[:31] + "…").replace("$", r"\$")
 
 
-def _predictions(evaluation: Evaluation, folder: Path, notes: list[str]) -> None:
-    columns: dict[str, list[Any]] = {
-        "sample": [each.sample for each in evaluation.predictions],
-        "path": [each.path for each in evaluation.predictions],
-        "label": [each.label for each in evaluation.predictions],
-        "counted": [each.counted for each in evaluation.predictions],
-        "prediction": [each.top[0][0] for each in evaluation.predictions],
-        "correct": [each.top[0][0] == each.label if each.counted else None for each in evaluation.predictions],
-        "top5": [[label for label, _ in each.top] for each in evaluation.predictions],
-        "probabilities": [[value for _, value in each.top] for each in evaluation.predictions],
-    }
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet
-    except ImportError:
-        notes.append("predictions.jsonl instead of Parquet: pyarrow is not installed (pip install 'xclip-fast[train]')")
-        with open(folder / "predictions.jsonl", "w", encoding="ascii") as file:
-            for row in zip(*columns.values(), strict=True):
-                file.write(json.dumps(dict(zip(columns, row, strict=True))) + "\n")
-        return
-    strings = pa.list_(pa.string())
-    types = {
-        "sample": pa.int64(),
-        "path": pa.string(),
-        "label": pa.string(),
-        "counted": pa.bool_(),
-        "prediction": pa.string(),
-        "correct": pa.bool_(),
-        "top5": strings,
-        "probabilities": pa.list_(pa.float32()),
-    }
-    arrays = {name: pa.array(_text(values), types[name]) for name, values in columns.items()}
-    about = {b"xclip_fast": json.dumps(evaluation.summary(), allow_nan=False).encode()}
-    table = pa.table(arrays).replace_schema_metadata(about)
-    pyarrow.parquet.write_table(table, folder / "predictions.parquet")
-
-
-def _text(values: Any) -> Any:
-    """The values with all strings as valid UTF-8. A class name may come from a file name, which need not be UTF-8."""
-    if isinstance(values, list):
-        return [_text(value) for value in values]
-    return values.encode("utf-8", "backslashreplace").decode() if isinstance(values, str) else values
+def _predictions(evaluation: Evaluation, path: Path) -> None:
+    """One JSON object on each line. ASCII, because a class may have the name of a file, which need not be UTF-8."""
+    with open(path, "w", encoding="ascii") as file:
+        for each in evaluation.predictions:
+            labels, probabilities = zip(*each.top, strict=True)
+            row = {
+                "sample": each.sample,
+                "path": each.path,
+                "label": each.label,
+                "counted": each.counted,
+                "prediction": labels[0],
+                "correct": labels[0] == each.label if each.counted else None,
+                "top5": labels,
+                "probabilities": probabilities,
+            }
+            file.write(json.dumps(row) + "\n")

@@ -1,18 +1,15 @@
-"""The videos and the classes that a protocol draws from a seed, and the files of such draws.
+"""The videos and the classes that a protocol draws from a seed, and the files of drawn classes.
 
-A file names videos by path and classes by name. So it stays valid after the data set is indexed again, or after the
-order of its classes changes.
+A file names classes, so it stays valid after their order changes.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
 import re
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +21,7 @@ from ..data.sampling import sample_rng
 from ..files import load_json, write_text
 from ..text.labels import plain_name
 
-SAMPLES, DRAWS = "xclip_fast samples", "xclip_fast draws"
+DRAWS = "xclip_fast draws"
 
 
 def few_shot(manifest: Manifest, shots: int, seed: int = 0) -> np.ndarray:
@@ -56,33 +53,6 @@ def few_shot(manifest: Manifest, shots: int, seed: int = 0) -> np.ndarray:
         order = sample_rng(seed, 0, zlib.crc32(name.encode("utf-8", "surrogatepass"))).permutation(len(rows))
         chosen += [rows[index] for index in order[:shots]]
     return np.array(sorted(chosen), np.int64)
-
-
-def write_samples(
-    manifest: Manifest, rows: Iterable[int], path: str | os.PathLike[str], *, about: Mapping[str, Any] | None = None
-) -> None:
-    """Writes the drawn videos as ``.json`` (with ``about``), ``.csv``, or ``.jsonl``: a manifest of these videos."""
-    path = Path(path)
-    found = [int(row) for row in rows]
-    if path.suffix == ".jsonl":
-        manifest.select(found).write(path)
-        return
-    samples = []
-    for row in found:
-        video = manifest.videos[row]
-        label = None if video.label is None else manifest.classes[video.label]
-        samples.append({"path": video.path, "member": video.member, "label": label})
-    if path.suffix == ".csv":
-        text = io.StringIO(newline="")
-        writer = csv.writer(text)
-        writer.writerow(("path", "member", "label"))
-        writer.writerows((each["path"], each["member"] or "", each["label"] or "") for each in samples)
-        write_text(path, text.getvalue(), errors="surrogateescape")
-    elif path.suffix == ".json":
-        header = {"kind": SAMPLES, **(about or {}), "data": manifest.fingerprint, "count": len(samples)}
-        write_text(path, json.dumps({**header, "samples": samples}, indent=1) + "\n")
-    else:
-        raise ValueError(f"{path}: .json, .csv or .jsonl wanted")
 
 
 def new_classes(larger: Sequence[str], smaller: Sequence[str]) -> list[str]:

@@ -61,7 +61,7 @@ def export_model(
     several. All files appear in one step, and only if all graphs pass.
 
     Args:
-        model: any X-CLIP that is not quantized. It stays as it is; a copy on the CPU is traced.
+        model: any X-CLIP. It stays as it is; a copy on the CPU is traced.
         folder: made if it does not exist; its other files stay.
         format: a name in ``FORMATS``: "onnx", "openvino", "tensorrt" or "torch".
         dtype: of the weights and, except for OpenVINO, of the computation.
@@ -119,8 +119,6 @@ def _checked(model: XCLIP, format: str, dtype: torch.dtype, frames: int | None) 
         )
     if frames is not None and frames < 1:
         raise ValueError(f"frames {frames} must be at least 1")
-    if model.quantized:
-        raise ValueError("the model is quantized; call dequantize() before exporting it")
     if reason := chosen.missing():
         raise ImportError(f"{format}: {reason}")
     if reason := chosen.refuse():

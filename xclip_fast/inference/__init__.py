@@ -1,1 +1,1 @@
-"""A model at work: its device, processes and measured kernels, CUDA graphs, FP8, batches of video files."""
+"""A model at work: its device, processes and measured kernels, CUDA graphs, batches of video files."""

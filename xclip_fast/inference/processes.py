@@ -7,10 +7,13 @@ import dataclasses
 import datetime
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,3 +67,18 @@ def join_processes(device: torch.device) -> Iterator[Process]:
         yield Process(device, rank, world)
     finally:
         dist.destroy_process_group()
+
+
+def decided_by_first(process: Process, decide: Callable[[], T]) -> T:
+    """What ``decide`` returns in the first process. Every process raises its OSError or ValueError."""
+    found: list[Any] = [None, None]
+    if process.rank == 0:
+        try:
+            found[0] = decide()
+        except (OSError, ValueError) as error:
+            found[1] = error
+    if process.world > 1:
+        dist.broadcast_object_list(found)
+    if found[1] is not None:
+        raise found[1]
+    return found[0]

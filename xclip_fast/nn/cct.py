@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import kernels
-from .fp8 import Fp8Weights
 from .layers import Attention, block_parameters, drop_path_scale
 from .parts import Mlp, add_branch, is_plain_block, self_attention
 
@@ -107,7 +106,6 @@ class FastCCTBlock(nn.Module):
     """
 
     is_plain = is_plain_block
-    fp8: Fp8Weights | None  # set by XCLIP.quantize, for evaluation mode only
 
     def __init__(
         self,
@@ -140,7 +138,6 @@ class FastCCTBlock(nn.Module):
         self.ln_1 = nn.LayerNorm(d_model, layer_norm_eps)
         self.mlp = Mlp(d_model, activation)
         self.ln_2 = nn.LayerNorm(d_model, layer_norm_eps)
-        self.register_module("fp8", None)
 
     def forward(self, x: Any, num_frames: int | None = None) -> Any:
         """Tokens through the block.
@@ -155,7 +152,6 @@ class FastCCTBlock(nn.Module):
 
         Raises:
             ValueError: if x has another shape, or B * T is not a multiple of T.
-            RuntimeError: if the block is quantized and in training mode, or a gradient is wanted.
         """
         frames = self.num_frames if num_frames is None else num_frames
         if isinstance(x, Stream):
@@ -174,32 +170,10 @@ class FastCCTBlock(nn.Module):
         return y_FLD if self.batch_first else y_FLD.transpose(0, 1)
 
     def _run(self, stream: Stream, frames: int) -> Stream:
-        if self.fp8 is not None and self.training:
-            raise RuntimeError("a quantized block is for inference only: call eval(), or dequantize() to train it")
         drop = self.draw_drop_scales(stream.x, frames)
         if not self.is_plain():
             return Stream(self._call_modules(stream.tokens().transpose(0, 1), frames, drop).transpose(0, 1))
-        norm, fc, projection = self.ln_2, self.mlp.c_fc, self.mlp.c_proj
-        if self.fp8 is None:
-            return cct_block(stream, frames, self.heads, self._weights(), drop, self.activation)
-        fp8 = self.fp8
-        z = self.diffuse(stream.with_spare_row(), frames)
-        norm_2 = (norm.weight, norm.bias)
-        first, second = (fp8.fc, fp8.fc_scale, fc.bias), (fp8.projection, fp8.projection_scale, projection.bias)
-        return Stream(kernels.mlp_fp8(z, *norm_2, *first, *second, fp8.hidden_scale, norm.eps), True)
-
-    def diffuse(self, x_FSD: Tensor, frames: int) -> Tensor:
-        """The block up to its FFN (F, S, D), for inference. With ``fp8`` the QKV projection is in float8."""
-        block = kernels.Block(x=x_FSD, **self._weights(), heads=self.heads, activation=self.activation, frames=frames)
-        norm, fp8, bias = self.ln_1, self.fp8, self.attn.in_proj_bias
-
-        def project() -> Tensor:
-            if fp8 is None:
-                normed = kernels.layer_norm(x_FSD, norm.weight, norm.bias, norm.eps)
-                return kernels.own_linear(block, "in", normed)
-            return kernels.ln_linear_fp8(x_FSD, norm.weight, norm.bias, fp8.qkv, fp8.qkv_scale, bias, norm.eps)
-
-        return kernels.diffuse(block, project)
+        return cct_block(stream, frames, self.heads, self._weights(), drop, self.activation)
 
     def _weights(self) -> dict[str, Any]:
         message, attention = (

@@ -115,27 +115,6 @@ class TransformerBlock(nn.Module):
         more = {"causal": causal, "offsets": offsets, "longest": longest, "rows": rows, "bias": bias}
         return plain_block(x, self.heads, parameters, drop, self.activation, **more)
 
-    def with_context(self, x_FLD: Tensor, context_CKD: Tensor) -> Tensor:
-        """The block with K context tokens that are keys and values only.
-
-        The context tokens are rows after a frame's own, so every backend takes them. They are not computed after the
-        attention.
-
-        Args:
-            x_FLD: tokens of F frames.
-            context_CKD: C = F for each frame, or C = B for each video, whose F / B frames share them. They pass the
-                norm and the projection of the tokens.
-
-        Returns:
-            (F, L, D).
-        """
-        count, length, _ = x_FLD.shape
-        context_FKD = context_CKD.repeat_interleave(count // len(context_CKD), 0)
-        x_FSD = torch.cat([x_FLD, context_FKD], 1)
-        start_F = torch.arange(0, count * x_FSD.shape[1], x_FSD.shape[1], device=x_FLD.device)
-        rows = (start_F[:, None] + torch.arange(length, device=x_FLD.device)).flatten()
-        return self(x_FSD, rows=rows, samples=len(context_CKD)).view(x_FLD.shape)
-
     def _call_modules(self, x_BSD: Tensor, causal: bool, samples: int | None, bias: Tensor | None) -> Tensor:
         """The block by calling its modules, on tokens in the released layout (S, B, D)."""
         drop = self._draw_drop_scales(x_BSD, samples)

@@ -18,7 +18,6 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from .. import kernels
 from ..kernels.dispatch import log_once
 from ..kernels.linear import linear
-from .fp8 import Fp8Weights
 
 
 class QuickGELU(nn.Module):
@@ -72,7 +71,7 @@ class CrossAttention(nn.Module):
 Kinds = dict[type, Callable[..., Any]]
 
 _SHARED = (nn.Linear, NonDynamicallyQuantizableLinear, nn.LayerNorm, nn.MultiheadAttention, nn.Conv2d)
-_OURS = (Mlp, CrossAttention, Fp8Weights)
+_OURS = (Mlp, CrossAttention)
 # By the activation of a block: the modules that it may replace, and their own forward.
 PLAIN: dict[str, Kinds] = {
     activation: {kind: kind.forward for kind in (*_SHARED, *_OURS, *modules)}

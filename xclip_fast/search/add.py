@@ -16,7 +16,6 @@ from ..data.decode.source import ReadError, VideoError
 from ..data.inputs import Inputs
 from ..data.remote import describe, is_remote
 from ..inference.batches import Answer, Finished
-from .parquet import ParquetFolder
 from .rows import Known, record_batch, schema_of
 from .store import Store
 
@@ -74,7 +73,7 @@ def readable_path(stored: str, root: str) -> str:
     return os.path.join(root, stored) if root and not is_remote(stored) else stored
 
 
-def plan(store: Store | ParquetFolder, inputs: Inputs, *, root: str, digest: bool = False, retry: bool = False) -> Plan:
+def plan(store: Store, inputs: Inputs, *, root: str, digest: bool = False, retry: bool = False) -> Plan:
     """Compares the given files with the stored ones.
 
     A file is unchanged if its size and its time of change are unchanged; with `digest`, if its content is. Failed files
@@ -128,7 +127,7 @@ def plan(store: Store | ParquetFolder, inputs: Inputs, *, root: str, digest: boo
 
 
 def run(
-    store: Store | ParquetFolder,
+    store: Store,
     work: Plan,
     embed: Callable[[Iterable[str]], Iterator[Answer | Finished]],
     on_file: Callable[[str, ValueError | None], None] = lambda path, error: None,
@@ -181,7 +180,7 @@ class Writer:
     Rows wait in memory, and beyond 64 MB in an unnamed temporary file. So a long film with patches takes no more.
     """
 
-    def __init__(self, store: Store | ParquetFolder, work: Plan) -> None:
+    def __init__(self, store: Store, work: Plan) -> None:
         import pyarrow as pa
 
         self.store, self.work, self.pa = store, work, pa
@@ -292,14 +291,19 @@ def _same_file(path: str, candidates: Sequence[str], root: str) -> str | None:
 
 
 def _is_gone(name: str, inputs: Inputs, root: str) -> bool:
-    """Whether a stored file belongs to a folder that was just listed, and no longer exists there."""
+    """Whether a stored file belongs to a folder that was just listed, and no longer exists there.
+
+    A file below a subfolder that cannot be listed may still exist.
+    """
+    full = name if is_remote(name) else readable_path(name, root)
+    if any(full.startswith(os.path.abspath(folder) + os.sep) for folder in inputs.unlisted):
+        return False
     for folder in inputs.folders:
         if is_remote(folder) or is_remote(name):
             within = name.startswith(folder) and folder.endswith("/")
             if within and any(path.startswith(folder) for path in inputs.paths):
                 return True  # the listing decides
             continue
-        full = readable_path(name, root)
         above = os.path.abspath(folder) + os.sep
         if full.startswith(above) and not os.path.lexists(full):
             return any(os.path.abspath(path).startswith(above) for path in inputs.paths)

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..inference.processes import Process
 from . import log as training_log
 
-LAG = 4  # steps from a measurement to its reading
+LAG = 4  # steps from a measurement on a GPU to its reading, so that the host never waits; a CPU's is read at once
 
 
 class Diverged(ValueError):
@@ -64,7 +64,7 @@ class Measured:
 
 @dataclasses.dataclass
 class Meter:
-    """Reads measurements ``LAG`` steps late and writes the records.
+    """Reads measurements, those of a GPU ``LAG`` steps late, and writes the records.
 
     ``save`` and ``stop`` say what all processes agreed on.
     """
@@ -108,7 +108,7 @@ class Meter:
 
     def take(self, measured: Measured) -> None:
         self.pending.append(measured)
-        if len(self.pending) > LAG:
+        if len(self.pending) > (LAG if self.process.device.type == "cuda" else 0):
             self._read(self.pending.popleft())
 
     def read_all(self) -> None:

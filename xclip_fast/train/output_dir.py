@@ -6,12 +6,9 @@ import contextlib
 import os
 import re
 from pathlib import Path
-from typing import Any
-
-import torch.distributed as dist
 
 from ..files import locked, write_text
-from ..inference.processes import Process
+from ..inference.processes import Process, decided_by_first
 from ..schema import ConfigError
 from . import checkpoints as training_checkpoint
 from . import config as train_config
@@ -30,19 +27,10 @@ def output_folder(
     Raises:
         ConfigError: if another run is in the folder, or it has checkpoints of another configuration.
     """
-    found: list[Any] = [None]
-    if process.rank == 0:
-        try:
-            found = [_output_folder(config, fresh, held)]
-        except ConfigError as error:
-            found = [error]
-        except OSError as error:
-            found = [ConfigError(f"output: {config.output}: {error}; give a folder that can be written")]
-    if process.world > 1:
-        dist.broadcast_object_list(found)
-    if isinstance(found[0], ConfigError):
-        raise found[0]
-    return found[0]
+    try:
+        return decided_by_first(process, lambda: _output_folder(config, fresh, held))
+    except OSError as error:
+        raise ConfigError(f"output: {config.output}: {error}; give a folder that can be written") from error
 
 
 def _output_folder(config: TrainConfig, fresh: bool, held: contextlib.ExitStack) -> tuple[Path, Path | None]:

@@ -38,9 +38,9 @@ _STALE = 3600.0  # seconds; an older unfinished file belongs to a killed process
 
 
 class FrameCache:
-    """A folder of decoded videos that holds at most `limit` bytes.
+    """A folder of decoded videos that holds at most `limit` bytes of them.
 
-    The default limit is the present size of the folder plus half of the free space on its disk. If the cache is full,
+    The default limit is the present size of its videos plus half of the free space on its disk. If the cache is full,
     other videos are decoded every time. No video is evicted: every epoch reads all of them, so none is a better choice
     than the first ones. `notes`: messages for people by their kind, the first of each.
     """
@@ -152,7 +152,7 @@ class FrameCache:
                 part.unlink(missing_ok=True)
 
     def _look(self) -> int:
-        """The bytes in the folder. Files that killed processes left are removed."""
+        """The bytes of our files in the folder. Unfinished files that killed processes left are removed."""
         used = 0
         with os.scandir(self.folder) as entries:
             for entry in entries:
@@ -160,7 +160,7 @@ class FrameCache:
                     status = entry.stat()
                     if entry.name.endswith(".part") and time.time() - status.st_mtime > _STALE:
                         os.unlink(entry.path)
-                    else:
+                    elif entry.name.endswith((".frames", ".part")):  # other files are not read, so they do not count
                         used += status.st_size
                 except FileNotFoundError:  # another process renamed or removed it just now
                     continue

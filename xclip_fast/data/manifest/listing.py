@@ -106,6 +106,9 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
+_UNLISTED = "is a folder that cannot be listed"
+
+
 def walk(root: Path, follow_links: bool) -> tuple[list[Video], list[str]]:
     """Every video below a folder, sorted by path, and notes on files that were left out."""
     found: list[Video] = []
@@ -120,7 +123,7 @@ def walk(root: Path, follow_links: bool) -> tuple[list[Video], list[str]]:
         except OSError as error:
             if not below:
                 raise
-            found.append(Video(below.rstrip("/"), error=f"is a folder that cannot be listed ({error.strerror})"))
+            found.append(Video(below.rstrip("/"), error=f"{_UNLISTED} ({error.strerror})"))
             continue
         for entry in inside:
             path = below + entry.name
@@ -146,10 +149,14 @@ def walk(root: Path, follow_links: bool) -> tuple[list[Video], list[str]]:
     return sorted(found, key=lambda entry: entry.path), notes
 
 
-def videos_below(folder: str | os.PathLike[str]) -> list[str]:
-    """The paths of the video files below a folder, sorted. Hidden files and links to folders are left out."""
-    found, _ = walk(Path(folder), follow_links=False)
-    return [os.path.join(folder, video.path) for video in found if video.error is None]
+def videos_below(folder: str | os.PathLike[str]) -> tuple[list[str], dict[str, str]]:
+    """The paths of the video files below a folder, sorted, and the subfolders that cannot be listed, with the reason.
+
+    Hidden files and links to folders are left out.
+    """
+    found = [(os.path.join(folder, video.path), video.error) for video in walk(Path(folder), follow_links=False)[0]]
+    unlisted = {path: error for path, error in found if error is not None and error.startswith(_UNLISTED)}
+    return [path for path, error in found if error is None], unlisted
 
 
 def class_numbers(

@@ -8,6 +8,7 @@ first frame. Audio and metadata are left out.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -93,8 +94,8 @@ def transcode(
     if workers is not None and workers < 1:
         raise ValueError(f"workers is {workers}; it must be at least 1")
     out = Path(out)
-    names = dict(_targets(sources, out, root))
     summary = Summary()
+    names = dict(_targets(sources, out, root, summary.failed))
     if not names:
         return summary
     out.mkdir(parents=True, exist_ok=True)
@@ -113,21 +114,22 @@ def transcode(
         there = _identity(target)
         if there in originals:
             return "failed", f"{shown}: its copy would replace {goal}, which is a source; choose another out folder"
+        if there and not overwrite:
+            made = _made(target)
+            if made is None:
+                return "failed", f"{shown}: {goal} exists and is not a copy by xclip-fast; --overwrite replaces it"
+            if made["settings"] != asdict(settings):
+                changed = ", ".join(f"{key} {value}" for key, value in made["settings"].items())
+                return "failed", f"{shown}: {goal} was made with other settings ({changed}); --overwrite replaces it"
+            status = os.stat(name)
+            if made["size"] == status.st_size and (
+                made["mtime_ns"] == status.st_mtime_ns or made.get("digest") == _digest(name)
+            ):
+                with contextlib.suppress(OSError), replaced(target):
+                    pass  # this removes what a killed run left; a disk that cannot be written has nothing to remove
+                return "skipped", made["damage"]
         target.parent.mkdir(parents=True, exist_ok=True)
-        with replaced(target) as whole:  # also for a copy that is there: it removes what a killed run left
-            if there and not overwrite:
-                made = _made(target)
-                if made is None:
-                    return "failed", f"{shown}: {goal} exists and is not a copy by xclip-fast; --overwrite replaces it"
-                if made["settings"] != asdict(settings):
-                    changed = ", ".join(f"{key} {value}" for key, value in made["settings"].items())
-                    why = f"{shown}: {goal} was made with other settings ({changed}); --overwrite replaces it"
-                    return "failed", why
-                status = os.stat(name)
-                if made["size"] == status.st_size and (
-                    made["mtime_ns"] == status.st_mtime_ns or made.get("digest") == _digest(name)
-                ):
-                    return "skipped", made["damage"]
+        with replaced(target) as whole:
             return "done", _copy(name, whole, settings, stop)
 
     workers = usable_cores() if workers is None else workers
@@ -178,9 +180,12 @@ def _note(summary: Summary, name: str, future: Future[tuple[str, str | None]]) -
 
 
 def _targets(
-    sources: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], out: Path, root: str | os.PathLike[str] | None
+    sources: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    out: Path,
+    root: str | os.PathLike[str] | None,
+    failed: dict[str, str],
 ) -> Iterator[tuple[str, Path]]:
-    """Each source with the path of its copy."""
+    """Each source with the path of its copy. Subfolders that cannot be listed are added to ``failed``."""
     if isinstance(sources, (str, os.PathLike)):
         folder = Path(sources)
         if folder.is_dir():
@@ -190,7 +195,9 @@ def _targets(
                 raise ValueError(f"{out} is the folder of the sources; choose another one for the copies")
             copies = out.resolve()
             is_inside = copies.is_relative_to(folder.resolve())  # then what lies in it is no source
-            for found in videos_below(folder):
+            paths, unlisted = videos_below(folder)
+            failed.update(unlisted)
+            for found in paths:
                 if not (is_inside and Path(found).parent.resolve().is_relative_to(copies)):
                     yield found, (out / os.path.relpath(found, folder)).with_suffix(".mp4")
             return
