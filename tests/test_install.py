@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import platform
 import runpy
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import setuptools
+from xclip_fast.kernels.cpu import library as cpu_library
 
 ROOT = Path(__file__).parents[1]
 
@@ -64,6 +66,26 @@ def test_a_wish_for_the_library_makes_its_absence_an_error(build: Any):
     space.update(WISH="1", build_library=lambda nvcc: (_ for _ in ()).throw(RuntimeError("no cmake")))
     with pytest.raises(RuntimeError, match="no cmake"):
         command.build_extension(extension)
+
+
+@pytest.mark.skipif(not (shutil.which("g++") and shutil.which("nm")), reason="needs g++ and nm")
+@pytest.mark.skipif(platform.machine() != "x86_64" or sys.platform != "linux", reason="needs Linux on x86_64")
+def test_no_function_of_another_instruction_set_serves_a_cpu_without_it(build: Any, tmp_path: Path):
+    """Of functions that several objects share by name (weak symbols), the linker takes any, also one with AVX-512."""
+    _, _, space = build
+    library = space["build_cpu_library"](["g++"])
+    assert set(cpu_library.SETS) == set(space["CPU_SETS"])
+    for name in space["CPU_SETS"]:
+        (file,) = library.parent.glob(f"*-{name}.o")
+        done = subprocess.run(["nm", "--defined-only", file], check=True, capture_output=True, text=True)
+        symbols = [line.split()[-2:] for line in done.stdout.splitlines()]
+        assert all(symbol.endswith(f"_{name}") for kind, symbol in symbols if kind == "T")
+        shared = {symbol for kind, symbol in symbols if kind in "WVuiC"}
+        assert shared <= {"DW.ref.__gxx_personality_v0"}  # an address of the C++ library
+    exported = subprocess.run(["nm", "-D", "--defined-only", library], check=True, capture_output=True, text=True)
+    functions = {line.split()[-1] for line in exported.stdout.splitlines()}
+    calls = ("abi", "product", "block", "patches")
+    assert functions == {f"xclip_fast_cpu_{call}_{name}" for call in calls for name in space["CPU_SETS"]}
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None or shutil.which("cmake") is None, reason="needs nvcc and cmake")

@@ -65,7 +65,9 @@ struct Head {
       multiply(vectors, last_keys, depth, kUnit, panel, depth, false, scores + whole * width, {}, nothing);
     for (int v = 0; v < vectors; ++v) softmax(scores + v * kVector, width, v * kVector);
     const int words = static_cast<int>(padded / kPair);
-    multiply(vectors, values, words, channels, scores, words, false, mixed, {}, nothing);
+    for (int k = 0; k < words; k += kDepth)
+      multiply(vectors, values + k, words, channels, scores + k * width, least<int>(kDepth, words - k), k > 0, mixed, {},
+               nothing);
     for (int v = 0; v < vectors; ++v) {
       const int64_t at = first + v * kVector;
       const Vector inverse = load(panel + v * kVector);
@@ -82,15 +84,16 @@ struct Head {
   // Rewrites a column of scores to words of e^(scale (score - largest)), and 0 past the keys. The queries' place takes
   // the inverse of the sum.
   void softmax(float* column, int64_t width, int64_t at) {
-    Vector most = load(column), total = all(0.0f);
+    Vector most = load(column), total = all(0.0f), part = all(0.0f);
     for (int64_t k = 1; k < a.keys; ++k) most = SIMD(max_ps)(most, load(column + k * width));
     const auto weight = [&](int64_t k) {
       if (k >= a.keys) return all(0.0f);
       const Vector e = exponential((load(column + k * width) - most) * all(scale));
-      total += e;
+      part += e;
       return e;
     };
     for (int64_t k = 0; k < padded; k += kPair) {
+      if (k % 64 == 0) total += part, part = all(0.0f);
       const Vector e = weight(k);
 #ifdef __AVX512BF16__
       store(column + k / 2 * width, pair(narrow(e), narrow(weight(k + 1))));
@@ -98,7 +101,7 @@ struct Head {
       store(column + k * width, e);
 #endif
     }
-    store(panel + at, all(1.0f) / total);
+    store(panel + at, all(1.0f) / (total + part));
   }
 };
 

@@ -53,8 +53,11 @@ __attribute__((noinline)) void multiply(const Word* weight, int64_t stride, int 
                                         bool add, float* out, Ahead ahead, Side& side) {
   constexpr int64_t width = Vectors * kVector, row = width * sizeof(float);
   asm volatile("" ::: "memory");  // the compiler does not see that tiles are loaded from memory
+  // sums of split numbers start anew in each part of K: a tile rounds them six times for each pair
+  alignas(64) float part[kKinds == 1 ? 1 : kOutputs * width];
   for (int n = 0; n < outputs; n += kOutputs, weight += kOutputs * stride, out += kOutputs * width) {
-    if (add) {
+    float* sums = kKinds > 1 && add ? part : out;
+    if (kKinds == 1 && add) {
       _tile_loadd(0, out, row);
       _tile_loadd(2, out + 16 * width, row);
       if constexpr (Vectors == 2) {
@@ -88,12 +91,14 @@ __attribute__((noinline)) void multiply(const Word* weight, int64_t stride, int 
         }
       }
     }
-    _tile_stored(0, out, row);
-    _tile_stored(2, out + 16 * width, row);
+    _tile_stored(0, sums, row);
+    _tile_stored(2, sums + 16 * width, row);
     if constexpr (Vectors == 2) {
-      _tile_stored(1, out + 16, row);
-      _tile_stored(3, out + 16 * width + 16, row);
+      _tile_stored(1, sums + 16, row);
+      _tile_stored(3, sums + 16 * width + 16, row);
     }
+    if (sums == out) continue;
+    for (int i = 0; i < kOutputs * width; i += kVector) store(out + i, load(out + i) + load(part + i));
   }
 }
 

@@ -233,6 +233,7 @@ void task(const Product& p, int64_t n0, int64_t n1, int64_t n2, int64_t m0, int6
 
 // The whole product, by all threads of a team together.
 void multiply_rows(const Product& p) {
+  if (p.rows == 0) return;  // of frames that have a spare row alone
   const int64_t panels = parts(p.rows, kPanel), chunks = parts(p.outputs, kChunk);
   const int64_t wanted = panels * chunks / (kTasks * p.threads);
   const int64_t most = wanted < 1 ? 1 : least<int64_t>(wanted, kMostPanels);

@@ -76,6 +76,11 @@ def is_swapped(module):
     return hasattr(type(module), "_accelerated_from")
 
 
+def error(given, wanted):
+    """The largest difference, relative to the largest value."""
+    return ((given.double() - wanted).abs().max() / wanted.abs().max()).item()
+
+
 def assert_close(got, wanted, relative=1e-5):
     """Compares two tensors by the largest difference, relative to the largest value."""
     assert got.shape == wanted.shape
