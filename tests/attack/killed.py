@@ -200,8 +200,11 @@ class Embed(Command):
     def content(self, out: Path) -> Content:
         if not is_store(out / self.name):
             return {}
+        return self._rows(Store.open(out / self.name).table.to_arrow().to_pylist())
+
+    def _rows(self, rows: list[dict[str, Any]]) -> Content:
         found: Content = {}
-        for row in Store.open(out / self.name).table.to_arrow().to_pylist():
+        for row in rows:
             key = f"{row['path']} {row['start']:g}"
             assert key not in found, f"{key} is there twice"
             found[key] = (row["end"], row["error"], row["size"], str(row["vector"]))
@@ -209,6 +212,17 @@ class Embed(Command):
         for key, row in found.items():
             by_file.setdefault(key.split()[0], []).append((key, row))
         return {name: sorted(each) for name, each in by_file.items()}
+
+
+class EmbedParquet(Embed):
+    name = "rows.parquet"
+    extra = ()
+
+    def content(self, out: Path) -> Content:
+        import pyarrow.parquet as pq
+
+        parts = sorted((out / self.name).glob("part-*.parquet"))
+        return self._rows([row for part in parts for row in pq.read_table(part).to_pylist()])
 
 
 class Train(Command):
@@ -269,6 +283,7 @@ COMMANDS: dict[str, type[Command]] = {
     "evaluate": Evaluate,
     "train": Train,
     "embed": Embed,
+    "embed-parquet": EmbedParquet,
     "search-html-clips": Look,
 }
 

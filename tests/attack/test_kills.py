@@ -22,6 +22,7 @@ COUNTS = {  # changes that are tried in a plain run: the slower the command, the
     "evaluate": 2,
     "train": 3,
     "embed": 4,
+    "embed-parquet": 3,
     "search-html-clips": 2,
 }
 
@@ -32,7 +33,7 @@ COUNTS = {  # changes that are tried in a plain run: the slower the command, the
 def test_killed_and_full_at_changes_to_files(tmp_path):
     commands = dict(COUNTS)
     if importlib.util.find_spec("lancedb") is None:
-        del commands["embed"]
+        del commands["embed"], commands["embed-parquet"]
     library = tmp_path / "file_events.so"
     build = ["gcc", "-shared", "-fPIC", "-O1", "-Wall", "-Werror", "-o", library, HERE / "file_events.c", "-ldl"]
     subprocess.run(build, check=True)

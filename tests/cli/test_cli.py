@@ -88,7 +88,7 @@ def test_classify_answers_as_the_model_does(home, run, batch):
 @pytest.mark.parametrize("command", ["classify", "embed"])
 def test_the_threads_of_the_model_are_set(home, run, tmp_path, command):
     before = torch.get_num_threads()
-    given = ["--labels", "a,b"] if command == "classify" else ["--out", tmp_path / "features"]
+    given = ["--labels", "a,b"] if command == "classify" else ["--out", tmp_path / "features.parquet"]
     torch.set_num_threads(3)
     try:
         code, _, error = run(command, clips(home)[0], *given, "-c", home / "a", "--device", "cpu", "--threads", 2)
@@ -245,8 +245,8 @@ def test_without_weights_it_refuses_or_warns(home, run, monkeypatch):
         (["embed", "{clip}", "-c", "{home}/a", "--out", "{home}"], 1, "is not a store"),
         (["embed", "{clip}", "-c", "{home}/a", "--out", "{clip}"], 1, "is not a store"),
         (["embed", "-c", "{home}/a", "--out", "{home}/s"], 2, "VIDEO"),
-        (["embed", "{clip}", "-c", "{home}/a", "--out", "{home}/s.safetensors"], 2, "name a folder, such as"),
-        (["embed", "{clip}", "-c", "{home}/a", "--out", "{home}/s.parquet"], 2, "docs/search.md"),
+        (["embed", "{clip}", "-c", "{home}/a", "--out", "{home}/s.safetensors"], 2, "s.parquet"),
+        (["embed", "{clip}", "-c", "{home}/a", "--out", "{home}/s.parquet", "--index"], 2, "--index"),
         (["embed", "{clip}", "-c", "{home}/a", "--out", "{home}/s", "--window", "0"], 1, "window is 0"),
         (["embed", "{home}/a", "-c", "{home}/a", "--out", "{home}/s"], 1, "no video file"),
         (["search", "{home}/nothing", "a"], 1, "is not a store"),
@@ -314,7 +314,7 @@ def test_answers_that_are_no_numbers_are_errors(home, run, tmp_path):
     code, out, err = run("classify", clips(home)[0], "--labels", "a,b", "-c", tmp_path / "nan", "--json")
     assert (code, out) == (1, "")
     assert "not a number" in err
-    code, _, err = run("embed", clips(home)[0], "--out", tmp_path / "f", "-c", tmp_path / "nan")
+    code, _, err = run("embed", clips(home)[0], "--out", tmp_path / "f.parquet", "-c", tmp_path / "nan")
     assert (code, "not a number" in err) == (1, True)
 
 

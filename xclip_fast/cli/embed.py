@@ -19,7 +19,7 @@ def embed(
     videos: opt.Videos = None,
     out: Annotated[
         Path,
-        typer.Option(metavar="STORE", help="Folder of the store."),
+        typer.Option(metavar="STORE", help="Folder of the store. Or NAME.parquet, for other programs."),
     ] = ...,  # type: ignore[assignment]  # typer's mark of a required option
     checkpoint: opt.Checkpoint = None,
     variant: opt.Variant = None,
@@ -59,8 +59,8 @@ def embed(
     given folders. A stopped run goes on. Videos longer than 30 s are cut into moments of 10 s, one every 5 s. The store
     keeps the settings that it was made with.
     """
-    if out.suffix in (".safetensors", ".parquet"):
-        why = f"name a folder, such as {out.with_suffix('')}; docs/search.md writes the rows of a store as Parquet"
+    if out.suffix == ".safetensors":
+        why = f"name a folder for a store ({out.with_suffix('')}) or for Parquet files ({out.with_suffix('.parquet')})"
         raise typer.BadParameter(why, param_hint="--out")
     if not videos and not index:
         raise typer.BadParameter("no videos given", param_hint="VIDEO")
@@ -71,9 +71,11 @@ def embed(
     from ..data.remote import Limits
     from ..inference.placement import placed
     from ..inference.tuning import tune_before
-    from ..search.index import Index
-    from ..search.store import is_store
+    from ..search.index import PARQUET, Index
+    from ..search.store import Store, is_store
 
+    if index and out.suffix == PARQUET:
+        raise typer.BadParameter(f"works with a store only; {out} holds Parquet files", param_hint="--index")
     if is_store(out):
         checkpoint, variant = opt.stored_weights(out, checkpoint, variant, random_weights)
     target = placed(device, dtype)
@@ -123,7 +125,7 @@ def embed(
                 failed |= complain(reason if os.path.basename(name) in reason else f"{name}: {reason}")
         files, moments, _ = store.counts()
         print(f"{plain(str(out))}: {summary}; it holds {moments} moments of {files} videos")
-    if index:
+    if index and isinstance(store, Store):
         store.build_index()
         print(f"{plain(str(out))}: index built over {len(opened)} moments")
     raise typer.Exit(int(failed))

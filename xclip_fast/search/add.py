@@ -16,6 +16,7 @@ from ..data.decode.source import ReadError, VideoError
 from ..data.inputs import Inputs
 from ..data.remote import describe, is_remote
 from ..inference.batches import Answer, Finished
+from .parquet import ParquetFolder
 from .rows import Known, record_batch, schema_of
 from .store import Store
 
@@ -73,7 +74,7 @@ def readable_path(stored: str, root: str) -> str:
     return os.path.join(root, stored) if root and not is_remote(stored) else stored
 
 
-def plan(store: Store, inputs: Inputs, *, root: str, digest: bool = False, retry: bool = False) -> Plan:
+def plan(store: Store | ParquetFolder, inputs: Inputs, *, root: str, digest: bool = False, retry: bool = False) -> Plan:
     """Compares the given files with the stored ones.
 
     A file is unchanged if its size and its time of change are unchanged; with `digest`, if its content is. Failed files
@@ -127,7 +128,7 @@ def plan(store: Store, inputs: Inputs, *, root: str, digest: bool = False, retry
 
 
 def run(
-    store: Store,
+    store: Store | ParquetFolder,
     work: Plan,
     embed: Callable[[Iterable[str]], Iterator[Answer | Finished]],
     on_file: Callable[[str, ValueError | None], None] = lambda path, error: None,
@@ -180,7 +181,7 @@ class Writer:
     Rows wait in memory, and beyond 64 MB in an unnamed temporary file. So a long film with patches takes no more.
     """
 
-    def __init__(self, store: Store, work: Plan) -> None:
+    def __init__(self, store: Store | ParquetFolder, work: Plan) -> None:
         import pyarrow as pa
 
         self.store, self.work, self.pa = store, work, pa

@@ -19,6 +19,7 @@ from ..data.remote import Limits
 from ..inference.batches import Finished, Reading, answers
 from ..weights.hub import reference
 from .add import Summary, plan, readable_path, run
+from .parquet import ParquetFolder
 from .query import Filters, Hit, find
 from .rows import StoreSettings
 from .store import Store, is_store
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 
 _LARGE = 100_000  # moments; above it an index pays
+PARQUET = ".parquet"
 Paths = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 
 
@@ -39,10 +41,11 @@ class Index:
         for hit in index.search("somebody juggling", top=5):
             print(hit.path, hit.start, hit.end, hit.score)
 
-    `store`: the LanceDB store. `model`: the model, on its device.
+    `store`: the LanceDB store, or Parquet files, which grow in the same way and cannot be searched. `model`: the model,
+    on its device.
     """
 
-    def __init__(self, store: Store, model: XCLIP, root: str | None = None) -> None:
+    def __init__(self, store: Store | ParquetFolder, model: XCLIP, root: str | None = None) -> None:
         self.store, self.model = store, model
         self.root = store.settings.root if root is None else os.path.abspath(root)
 
@@ -148,6 +151,8 @@ class Index:
         Raises:
             ValueError: for an empty text.
         """
+        if isinstance(self.store, ParquetFolder):
+            raise ValueError(f"{self.store.folder}: Parquet files are for other programs; search in a store")
         self.store.refresh()
         prompted = None
         if isinstance(query, str):
@@ -177,6 +182,8 @@ class Index:
     @property
     def note(self) -> str | None:
         """A note for the user about this store, or None."""
+        if isinstance(self.store, ParquetFolder):
+            return None
         rows = self.store.table.count_rows()
         if rows > _LARGE and not self.store.indexed:
             return f"{rows} moments without an index; `xclip-fast embed --out {self.store.folder} --index` builds one"
@@ -223,8 +230,10 @@ def open_store(
     frames: int | None = None,
     sampling: str | None = None,
     frame_stride: int | None = None,
-) -> Store:
+) -> Store | ParquetFolder:
     """Opens the store in a folder, or creates one. The model must have the precision of its checkpoint.
+
+    A folder named `*.parquet` gets Parquet files instead.
 
     Args:
         window, stride: seconds. Default: windows of 10 s every 5 s in videos longer than 30 s. A given window cuts
@@ -264,4 +273,6 @@ def open_store(
         patches=patch_count,
         root="" if root is None else os.path.abspath(root),
     )
+    if os.fspath(folder).endswith(PARQUET):
+        return ParquetFolder(folder, settings)
     return Store.create(Path(folder), settings)
