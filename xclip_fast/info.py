@@ -169,13 +169,14 @@ def _exists(module: str) -> bool:
 
 
 def _cpu() -> dict[str, Any]:
+    no_library = cpu_library.load(cpu_library.instruction_set(torch.float32))[1]
     questions = {name: getattr(torch.cpu, question, None) for name, question in _INSTRUCTIONS.items()}
     return {
         "model": _cpu_model(),
         "threads": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(),  # the code path that torch takes
         "instructions": [name for name, ask in questions.items() if ask is not None and ask()],
-        "library": cpu_library.load(cpu_library.instruction_set(torch.float32))[1],  # why the products of inference do not run on it, or None
+        "library": no_library,  # the reason, or None: inference runs on it
         "native_gemm": {_dtype_name(dtype): native for dtype, native in NATIVE_ON_CPU.items()},
     }
 
