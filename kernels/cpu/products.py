@@ -126,15 +126,15 @@ class Products:
         if self.library_takes(fc[0], projection[0]):
             x = _beside(x)
             y = out if self._is_direct(out) else torch.empty_like(x, memory_format=torch.contiguous_format)
-            panels, normed = self._panels("panels", count, width), self._vectors(norm)
+            panels, ln = self._panels("panels", count, width), self._vectors(norm)
             first, second = (fc[0], self._vector(fc[1])), (projection[0], self._vector(projection[1]))
             if activation == "quick_gelu":
                 inner = self._panels("wide", count, hidden)
-                library.product(count, panels, *first, x=x, norm=normed, y_panels=inner, quick_gelu=True)
+                library.product(count, panels, *first, x=x, norm=ln, y_panels=inner, quick_gelu=True)
                 library.product(count, inner, *second, y=y, residual=x)
             else:
                 rows = buffers.take("wide", count, hidden, self.dtype)
-                library.product(count, panels, *first, x=x, norm=normed, y=rows)
+                library.product(count, panels, *first, x=x, norm=ln, y=rows)
                 torch.ops.aten.gelu_(rows, approximate=GELUS[activation])
                 library.product(count, self._panels("inner", count, hidden), *second, x=rows, y=y, residual=x)
             return y if y is out else out.copy_(y)
