@@ -8,10 +8,9 @@ import threading
 
 import pytest
 import torch
-from torch import nn
+from small import error
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
-from small import error
 from xclip_fast.kernels import cpu
 from xclip_fast.kernels.cpu import buffers, library
 from xclip_fast.kernels.cpu.products import Products
@@ -102,7 +101,8 @@ def test_block_is_as_exact_as_torch_of_its_dtype(videos, frames, length, dtype, 
 
 
 @pytest.mark.skipif(
-    library.instruction_set(torch.float32) is None, reason="the library has no products for the CPU that torch sees here"
+    library.instruction_set(torch.float32) is None,
+    reason="the library has no products for what torch sees of this CPU",
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_library_that_is_missing_or_damaged(dtype, tmp_path, monkeypatch, taken):
@@ -140,7 +140,9 @@ def made_block(width, heads, *, messages=False, dtype=torch.float32, **arguments
 
 
 def as_dtype(b, dtype):
-    is_floating = lambda each: isinstance(each, torch.Tensor) and each.is_floating_point()
+    def is_floating(each):
+        return isinstance(each, torch.Tensor) and each.is_floating_point()
+
     return b._replace(**{name: each.detach().to(dtype) for name, each in b._asdict().items() if is_floating(each)})
 
 
@@ -201,7 +203,10 @@ def test_patch_embed(width, patch, dtype, multiplied, taken):
     frames = torch.randint(256, (3, 2 * patch, 3 * patch, 3), dtype=torch.uint8)
     weight, position = torch.randn(width, 3, patch, patch) / 48, torch.randn(7, width)
     weights = [x.to(dtype) for x in (weight, torch.randn(width), position, torch.rand(width) + 0.5, torch.randn(width))]
-    given = lambda weights: kernels.patch_embed(frames, *weights, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), 1e-5, True)
+
+    def given(weights):
+        return kernels.patch_embed(frames, *weights, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), 1e-5, True)
+
     with torch.no_grad():
         y, wanted = given(weights), given([x.double() for x in weights])
         with kernels.backend("reference"):

@@ -79,7 +79,10 @@ def as_exact_as_torch(given, composed, dtype):
 def test_products(frames, length, inputs, outputs, here, by_threads):
     """LayerNorm, another last row, residual and strides; then a product of what quick_gelu left in panels."""
     width, columns, rows = inputs * here.unit, outputs * here.unit, frames * length
-    draw = lambda *shape: torch.randn(shape).to(here.dtype)
+
+    def draw(*shape):
+        return torch.randn(shape).to(here.dtype)
+
     weight, bias = draw(columns, width) * width**-0.5, draw(columns)
     norm = draw(width), draw(width), 1e-5
     x = draw(frames, length + 1, 2 * width)[:, :-1, width:] + 1
@@ -111,9 +114,7 @@ def test_products(frames, length, inputs, outputs, here, by_threads):
 
     def mlp():
         hidden, y = panels(rows, columns, here.dtype), poisoned(frames, length, width, dtype=here.dtype)
-        library.product(
-            rows, panels(rows, width, here.dtype), weight, bias, x=x, y_panels=hidden, quick_gelu=True
-        )
+        library.product(rows, panels(rows, width, here.dtype), weight, bias, x=x, y_panels=hidden, quick_gelu=True)
         library.product(rows, hidden, back, norm[1], y=y, residual=x)
         return y
 
@@ -151,7 +152,10 @@ def test_half_precision_weights_of_float32_rows(half, here):
 def test_a_weight_that_meets_a_row_in_turns(turns, inputs, here, by_threads):
     """And a residual that is the same for all frames."""
     width, columns, frames, length = inputs * here.unit, 3 * here.unit, 3, 13
-    draw = lambda *shape: torch.randn(shape).to(here.dtype)
+
+    def draw(*shape):
+        return torch.randn(shape).to(here.dtype)
+
     x, weight, bias = draw(frames * length, turns * width), draw(columns, width) * width**-0.5, draw(columns)
     residual = draw(length, columns).expand(frames, -1, -1)
 
