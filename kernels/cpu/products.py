@@ -54,7 +54,7 @@ class Products:
             return False
         if any(each is not None for each in (b.bias, b.rows, b.offsets)):
             return False
-        weights = [b.in_weight, b.out_weight, b.fc_weight, b.projection_weight]
+        weights: list[Any] = [b.in_weight, b.out_weight, b.fc_weight, b.projection_weight]
         if b.frames:
             weights += [b.message_fc_weight, b.message_in_weight, b.message_out_weight]
         return b.x.shape[-1] // b.heads % self.library.unit == 0 and self.library_takes(*weights)

@@ -102,7 +102,7 @@ def test_block_is_as_exact_as_torch_of_its_dtype(videos, frames, length, dtype, 
 
 @pytest.mark.skipif(
     library.instruction_set(torch.float32) is None,
-    reason="the library has no products for the CPU that torch sees here",
+    reason="the library has no products for what torch sees of this CPU",
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_library_that_is_missing_or_damaged(dtype, tmp_path, monkeypatch, taken):
@@ -167,7 +167,7 @@ def packed(width):
         (60, 3, {"messages": True}, 0),
         (60, 3, packed(60), 0),
     ],
-    ids=str,
+    ids=lambda each: "+".join(each) if isinstance(each, dict) else str(each),  # a tensor has another in each process
 )
 def test_what_the_library_does_not_compute_as_a_whole(width, heads, arguments, by_library, dtype, taken, products):
     if Products(dtype).library is None:
