@@ -88,10 +88,10 @@ def build_cpu_library(compiler: list[str]) -> Path:
     library.parent.mkdir(parents=True, exist_ok=True)
     # OpenMP's functions are found in the process, where torch has loaded them: a second OpenMP would bring more threads
     options = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fopenmp", "-Wno-subobject-linkage"]
-    source, objects = ROOT / "csrc" / "cpu" / "library.cpp", []
+    objects = []
     for name, flags in CPU_SETS.items():
         objects.append(library.with_name(f"{name}.o"))
-        told(*compiler, *options, *flags, f"-DXCLIP_FAST_SET={name}", "-c", source, "-o", objects[-1])
+        told(*compiler, *options, *flags, f"-DXCLIP_FAST_SET={name}", "-c", CPU_SOURCE, "-o", objects[-1])
     told(*compiler, "-shared", *objects, "-o", library)
     return library
 
@@ -159,6 +159,7 @@ if WISH == "1" and NVCC is None:
     raise SystemExit("XCLIP_FAST_CUDA=1, but nvcc is not on the PATH, in CUDA_HOME or in /usr/local/cuda/bin")
 
 CPU_LIBRARY = "libxclip_fast_cpu"
+CPU_SOURCE = ROOT / "csrc" / "cpu" / "library.cpp"
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
 AMX = [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]
 CPU_SETS = {  # the instruction sets of csrc/cpu/vector.h

@@ -24,7 +24,6 @@ struct Rows {
 
 struct Product {
   int64_t rows, outputs, summed;         // M, N, K
-  int64_t turns;                         // a row of x is so many times as long as W, which meets it so often
   Rows x;                                // null: the panels hold x already
   Rows last;                             // (frames, K): takes the place of the last row of each frame of x; or null
   const Element *ln_weight, *ln_bias;    // (K,), or null: no LayerNorm
@@ -42,8 +41,8 @@ struct Product {
 struct Patches {
   const uint8_t* frames;                 // (count, height, width, 3)
   int64_t count, height, width, patch;   // height and width are multiples of patch
-  const Element* values;                 // (3, 256, kPack): of each level of a channel, its summands
-  Element* y;                            // (count * patches of a frame, kPack, 3 * patch^2)
+  const float* values;                   // (3, 256): of each level of a channel
+  float* y;                              // (count * patches of a frame, 3 * patch^2)
   int64_t threads;
 };
 

@@ -50,7 +50,7 @@ namespace {
 Product product(const Block& b, Word* panels, int64_t rows, Rows x, Norm norm, const Parameters& by, int64_t outputs,
                 int64_t summed) {
   Product p{};
-  p.rows = rows, p.outputs = outputs, p.summed = summed, p.turns = 1;
+  p.rows = rows, p.outputs = outputs, p.summed = summed;
   p.x = x, p.ln_weight = norm.weight, p.ln_bias = norm.bias, p.eps = b.eps;
   p.dtype = b.dtype, p.panels = panels, p.weight = by.weight, p.bias = by.bias, p.threads = b.threads;
   return p;
@@ -143,11 +143,9 @@ void EXPORT(xclip_fast_cpu_patches)(const Patches* patches) {
       const uint8_t* pixels = p.frames + (strip * p.patch + row) * p.width * 3;
       for (int64_t i = 0; i < across; ++i, pixels += 3 * p.patch)
         for (int64_t channel = 0; channel < 3; ++channel) {
-          Element* y = p.y + (strip * across + i) * summed * kPack + (channel * p.patch + row) * p.patch;
-          const Element* values = p.values + channel * 256 * kPack;
-          for (int64_t column = 0; column < p.patch; ++column)
-            for (int kind = 0; kind < kPack; ++kind)
-              y[kind * summed + column] = values[pixels[3 * column + channel] * kPack + kind];
+          float* y = p.y + (strip * across + i) * summed + (channel * p.patch + row) * p.patch;
+          const float* values = p.values + channel * 256;
+          for (int64_t column = 0; column < p.patch; ++column) y[column] = values[pixels[3 * column + channel]];
         }
     }
 }

@@ -28,7 +28,7 @@ inline Element* row(const Rows& rows, int64_t m) {
 void pack(const Product& p, int64_t m, Word* panel, int width) {
   const Element* rows[kVector];
   Vector mean[kVector], scale[kVector];
-  const int64_t depth = p.summed * p.turns;
+  const int64_t depth = p.summed;
   for (int i = 0; i < kVector; ++i) {
     const int64_t at = least(m + i, p.rows - 1);
     const bool is_last = p.last.data && at % p.x.length == p.x.length - 1;
@@ -191,15 +191,15 @@ void rewrite(const Product& p, int64_t n0, int64_t n1, int64_t k, int depth, Wor
 // part of the weights.
 void task(const Product& p, int64_t n0, int64_t n1, int64_t n2, int64_t m0, int64_t m1, float* sums, Word* rewritten) {
   const int64_t whole = p.summed / kPair, most = parts(parts(whole, parts(whole, kDepth)), kBlock) * kBlock;
-  const int64_t pieces = parts(whole, most) * p.turns, of_panel = words_of(p.summed) * p.turns;
+  const int64_t of_panel = words_of(p.summed);
   const int64_t panels = parts(m1 - m0, kPanel);
   const int outputs = static_cast<int>(n1 - n0);
   const int64_t word = (p.dtype == kFloat32 ? 4 : 2) * kPair, stride = whole * word;  // bytes
   const char* weights = static_cast<const char*>(p.weight);
   Finish finish;
-  for (int64_t piece = 0, k = 0, at = 0; piece < pieces; ++piece) {  // word k of a weight meets word `at` of a panel
+  for (int64_t k = 0; k < whole; k += most) {
     const int depth = static_cast<int>(least(most, whole - k));
-    const bool is_last = piece + 1 == pieces;
+    const bool is_last = k + depth == whole;
     const char* address = weights + n0 * stride + k * word;
     const Word* weight = reinterpret_cast<const Word*>(address);
     int64_t row = whole;  // words from a weight to the next one
@@ -207,26 +207,25 @@ void task(const Product& p, int64_t n0, int64_t n1, int64_t n2, int64_t m0, int6
       rewrite(p, n0, n1, k, depth, rewritten);
       weight = rewritten, row = depth * kKinds;
     }
-    k = k + depth == whole ? 0 : k + depth;
-    const char* next = weights + (is_last ? n2 : n0) * stride + k * word;
+    const int64_t k_after = is_last ? 0 : k + depth;
+    const char* next = weights + (is_last ? n2 : n0) * stride + k_after * word;
     const int64_t lines = kKinds > 1 || (is_last && n2 + outputs > p.outputs) ? 0 : most * word / kLine;
     for (int64_t m = m0, i = 0; m < m1; m += kPanel, ++i) {
       const int vectors = vectors_of_panel(p.rows, m), width = vectors * kVector;
       const bool wraps = m + kPanel >= m1;
-      const int64_t m_next = wraps ? m0 : m + kPanel, at_next = !wraps ? at : is_last ? 0 : at + depth;
-      const Word* panel = p.panels + m_next * of_panel + at_next * kKinds * vectors_of_panel(p.rows, m_next) * kVector;
+      const int64_t m_next = wraps ? m0 : m + kPanel, k_next = wraps ? k_after : k;
+      const Word* panel = p.panels + m_next * of_panel + k_next * kKinds * vectors_of_panel(p.rows, m_next) * kVector;
       const int64_t steps = outputs / kOutputs * parts(depth, kStep);  // of a call of multiply()
       Ahead ahead{next + i * kLine, stride, panels * kLine, (lines - i + panels - 1) / panels};
       ahead.panel = reinterpret_cast<const char*>(panel);
       ahead.panel_lines = panels > 1 ? depth * kKinds * width * 4 / kLine / steps : 0;
-      const Word* x = p.panels + m * of_panel + at * kKinds * width;
+      const Word* x = p.panels + m * of_panel + k * kKinds * width;
       float* out = sums + (m - m0) * kChunk;
-      multiply(vectors, weight, row, outputs, x, depth, piece > 0, out, ahead, finish);
+      multiply(vectors, weight, row, outputs, x, depth, k > 0, out, ahead, finish);
       if (!is_last) continue;
       finish.all();
       finish = Finish(p, m, width, n0, n1, out, static_cast<int>(steps));
     }
-    at += depth;
   }
   finish.all();
 }
@@ -243,7 +242,7 @@ void multiply_rows(const Product& p) {
 #pragma omp for schedule(dynamic)
     for (int64_t m = 0; m < p.rows; m += kVector) {
       const int64_t first = m / kPanel * kPanel;
-      Word* panel = p.panels + first * words_of(p.summed) * p.turns;
+      Word* panel = p.panels + first * words_of(p.summed);
       pack(p, m, panel + m - first, vectors_of_panel(p.rows, first) * kVector);
     }
   }

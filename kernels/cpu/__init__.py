@@ -177,64 +177,37 @@ def patch_embed(
 ) -> Tensor:
     """LN_pre([x_class, E x_1, ..., E x_N] + e_spa) (equation 4), as ``kernels.patch_embed``, by one product."""
     (width, _, patch, _), tokens = weight.shape, len(position)
-    if frames.dtype == torch.uint8 and Products(weight.dtype).library_takes(weight.reshape(width, -1)):
-        return _patch_embed_of_levels(frames, weight, class_embedding, position, ln, tuple(mean), tuple(std), eps)
     # in float32: the levels of pixels are not exact in half precision once they are normalized
-    kernel, position = weight.reshape(width, -1).float(), position.float()
-    first = class_embedding.float() + position[0]
+    products, kernel, position = Products(torch.float32), weight.reshape(width, -1), position.float()
+    first, bias = class_embedding.float() + position[0], torch.zeros(width, dtype=torch.float32, device="cpu")
     ln_weight, ln_bias = (parameter.float() for parameter in ln)
-    levels, products = frames.dtype == torch.uint8, Products(torch.float32)
-    # (u / 255 - mean) / std, in the kernel's order: channel, row, column of a patch
-    per_pixel = patch * patch
-    scales = (
-        [1 / (255 * deviation) for deviation in std],
-        [-m / deviation for m, deviation in zip(mean, std, strict=True)],
-    )
-    scale, shift = torch.tensor(scales, dtype=torch.float32, device="cpu").repeat_interleave(per_pixel, 1)
     x_FLD = weight.new_empty(len(frames), tokens, width)
     for part in _parts(len(frames), HIDDEN_BYTES // (4 * kernel.shape[1] * tokens)):
-        given = frames[part].permute(0, 3, 1, 2) if levels else frames[part]
-        count, _, height, length = given.shape
-        grid = given.unflatten(3, (length // patch, patch)).unflatten(2, (height // patch, patch))
-        grid = grid.permute(0, 2, 4, 1, 3, 5)
-        pixels = buffers.take("wide", count * (tokens - 1), kernel.shape[1], torch.float32)
-        pixels.view(grid.shape).copy_(grid)
-        if levels:
-            torch.addcmul(shift, pixels, scale, out=pixels)
-        embedded = buffers.take("stream", count * tokens, width, torch.float32).view(count, tokens, width)
-        residual = position[1:].expand(count, -1, -1)
-        products.linear(pixels, kernel, kernel.new_zeros(width), residual=residual, out=embedded[:, 1:])
+        given = frames[part]
+        pixels = buffers.take("wide", len(given) * (tokens - 1), kernel.shape[1], torch.float32)
+        if given.dtype == torch.uint8 and products.library is not None:
+            library.patches(given.contiguous(), patch, tuple(mean), tuple(std), pixels)
+        else:
+            _rewrite_pixels(given, patch, mean, std, pixels)
+        embedded = buffers.take("stream", len(given) * tokens, width, torch.float32).view(-1, tokens, width)
+        residual = position[1:].expand(len(given), -1, -1)
+        products.linear(pixels, kernel, bias, residual=residual, out=embedded[:, 1:])
         embedded[:, 0] = first
         x_FLD[part] = F.layer_norm(embedded, (width,), ln_weight, ln_bias, eps)
     return x_FLD
 
 
-def _patch_embed_of_levels(
-    frames: Tensor,
-    weight: Tensor,
-    class_embedding: Tensor,
-    position: Tensor,
-    ln: Sequence[Tensor],
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    eps: float,
-) -> Tensor:
-    """The same for uint8 frames, whose pixels the library rewrites."""
-    (width, _, patch, _), tokens = weight.shape, len(position)
-    kernel, products = weight.reshape(width, -1), Products(weight.dtype)
-    class_embedding, position, ln_weight, ln_bias = (x.to(products.dtype) for x in (class_embedding, position, *ln))
-    x_FLD = weight.new_empty(len(frames), tokens, width)
-    for part in _parts(len(frames), HIDDEN_BYTES // (4 * kernel.shape[1] * tokens)):
-        given = frames[part].contiguous()
-        summands = 4 // products.dtype.itemsize
-        pixels = buffers.take("wide", len(given) * (tokens - 1), kernel.shape[1] * summands, products.dtype)
-        library.patches(given, patch, mean, std, pixels)
-        embedded = buffers.take("stream", len(given) * tokens, width, products.dtype).view(-1, tokens, width)
-        residual = position[1:].expand(len(given), -1, -1)
-        products.linear(pixels, kernel, kernel.new_zeros(width), residual=residual, out=embedded[:, 1:])
-        embedded[:, 0] = class_embedding + position[0]
-        x_FLD[part] = F.layer_norm(embedded, (width,), ln_weight, ln_bias, eps)
-    return x_FLD
+def _rewrite_pixels(frames: Tensor, patch: int, mean: Sequence[float], std: Sequence[float], out: Tensor) -> None:
+    """As ``library.patches``, by torch; also for frames (F, 3, H, W) that are normalized already."""
+    levels = frames.dtype == torch.uint8
+    given = frames.permute(0, 3, 1, 2) if levels else frames
+    height, length = given.shape[2:]
+    grid = given.unflatten(3, (length // patch, patch)).unflatten(2, (height // patch, patch))
+    grid = grid.permute(0, 2, 4, 1, 3, 5)
+    out.view(grid.shape).copy_(grid)
+    if levels:
+        scale, shift = (x.repeat_interleave(patch * patch) for x in library.scale_and_shift(mean, std))
+        torch.addcmul(shift, out, scale, out=out)
 
 
 def causal_attention_packed(qkv_S3HC: Tensor, lengths: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ M rows, N outputs, K summed. Panels are rows in the library's own order.
 import ctypes
 import functools
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ FILE = Path(__file__).parents[1] / "libxclip_fast_cpu.so"
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 # The structs of csrc/cpu/interface.h: integers and addresses (q), float32 (f), int32 (i).
-_PRODUCT = struct.Struct("4q 4q4q 2qfi 3q2i q4q4q")
+_PRODUCT = struct.Struct("3q 4q4q 2qfi 3q2i q4q4q")
 _PATCHES = struct.Struct("8q")
 _BLOCK = struct.Struct("7q 4q4q f3i 14q 6q")
 
@@ -137,8 +138,7 @@ def product(
         panels: (panel_size(M, K),): x, or room for it if ``x`` is given.
         weight: (N, K), one that the library ``takes``.
         bias: (N,).
-        x: (M, K) or (frames, length, K), with neighboring columns; or several times K wide: the weight meets each K
-            columns of a row in turn.
+        x: (M, K) or (frames, length, K), with neighboring columns.
         norm: weight (K,), bias (K,) and eps of LN; None: no LN.
         last: (frames, K), in place of the last row of each frame of ``x``.
         y: (M, N) or (frames, length, N), with neighboring columns: the result.
@@ -150,17 +150,16 @@ def product(
         RuntimeError: for sizes that do not fit those of the weight.
     """
     ln_weight, ln_bias, eps = norm or (None, None, 0.0)
-    (outputs, summed), turns = weight.shape, 1 if x is None else x.shape[-1] // weight.shape[1]
-    inputs = summed * turns
+    outputs, summed = weight.shape
     for name, given, count, width in (
-        ("x", x, rows, inputs),
+        ("x", x, rows, summed),
         ("bias", bias, 1, outputs),
-        ("weight of LayerNorm", ln_weight, 1, inputs),
-        ("bias of LayerNorm", ln_bias, 1, inputs),
-        ("last", last, 1 if x is None else len(x), inputs),
+        ("weight of LayerNorm", ln_weight, 1, summed),
+        ("bias of LayerNorm", ln_bias, 1, summed),
+        ("last", last, 1 if x is None else len(x), summed),
         ("y", y, rows, outputs),
         ("residual", residual, rows, outputs),
-        ("panels", panels, 1, panel_size(rows, inputs, panels.dtype)),
+        ("panels", panels, 1, panel_size(rows, summed, panels.dtype)),
         ("y_panels", y_panels, 1, panel_size(rows, outputs, panels.dtype)),
     ):
         if given is not None and (given.shape[-1] != width or given.numel() != count * width):
@@ -168,7 +167,7 @@ def product(
                 f"{name} is {tuple(given.shape)}, wanted {count} x {width} for a weight {outputs} x {summed}"
             )
     call = _PRODUCT.pack(
-        *(rows, outputs, summed, turns),
+        *(rows, outputs, summed),
         *_rows(x),
         *((0, 0, 0, 0) if last is None else (last.data_ptr(), 1, last.stride(0), 0)),
         *(_address(ln_weight), _address(ln_bias), eps, _DTYPES[weight.dtype]),
@@ -213,39 +212,33 @@ def block(
 def patches(frames: Tensor, patch: int, mean: tuple[float, ...], std: tuple[float, ...], out: Tensor) -> None:
     """Normalized pixels of patches as rows, in the order of a convolution's weight (channel, row, column).
 
-    A bfloat16 has too few bits for a normalized level. So a row has the rounded values, and then what they lack.
-
     Args:
         frames: uint8 (F, H, W, 3), contiguous; H and W multiples of ``patch``.
         mean, std: of each channel, of pixels in [0, 1].
-        out: (F H W / patch^2, 3 patch^2) float32, or twice as wide in bfloat16.
+        out: (F H W / patch^2, 3 patch^2), float32, overwritten.
     """
     count, height, width, _ = frames.shape
-    values = _levels(mean, std, out.dtype)
-    call = _PATCHES.pack(
-        *(frames.data_ptr(), count, height, width, patch),
-        *(values.data_ptr(), out.data_ptr(), torch.get_num_threads()),
-    )
-    _functions(out.dtype).patches(call)
+    values = _levels(mean, std)
+    sizes, addresses = (count, height, width, patch), (values.data_ptr(), out.data_ptr())
+    _functions(out.dtype).patches(_PATCHES.pack(frames.data_ptr(), *sizes, *addresses, torch.get_num_threads()))
 
 
 @functools.lru_cache(8)
-def _levels(mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype) -> Tensor:
-    """(u / 255 - mean) / std of each channel and level as a sum of elements, (3, 256) or (3, 256, 2)."""
+def _levels(mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """(u / 255 - mean) / std of each channel and level u, (3, 256)."""
     with torch.inference_mode(False):
+        scale, shift = scale_and_shift(mean, std)
         level = torch.arange(256, dtype=torch.float32, device="cpu")
-        scale, shift = (
-            torch.tensor(each, dtype=torch.float32, device="cpu")[:, None]
-            for each in (
-                [1 / (255 * deviation) for deviation in std],
-                [-m / deviation for m, deviation in zip(mean, std, strict=True)],
-            )
-        )
-        value = torch.addcmul(shift, level, scale)
-        if dtype == torch.float32:
-            return value
-        rounded = value.to(dtype)
-        return torch.stack((rounded, (value - rounded.float()).to(dtype)), -1)
+        return torch.addcmul(shift[:, None], level, scale[:, None])
+
+
+def scale_and_shift(mean: Sequence[float], std: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """Of each channel, so that scale u + shift = (u / 255 - mean) / std: (3,) float32 each."""
+    scale = [1 / (255 * deviation) for deviation in std]
+    shift = [-m / deviation for m, deviation in zip(mean, std, strict=True)]
+    return torch.tensor(scale, dtype=torch.float32, device="cpu"), torch.tensor(
+        shift, dtype=torch.float32, device="cpu"
+    )
 
 
 def _address(x: Tensor | None) -> int:
