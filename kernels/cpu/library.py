@@ -194,14 +194,30 @@ def block(
         eps: of every LayerNorm.
         parameters: weight and bias of message_fc, message_in, message_out, in, out, fc and projection, then of
             message_ln, ln_1 and ln_2; None for those of the messages if there are none. The library ``takes`` the
-            weights of the products.
+            weights of the products, all of one dtype.
+
+    Raises:
+        RuntimeError: for sizes that do not fit each other.
     """
     count, length, width = x.shape
-    here, fc, linear = _functions(x.dtype), parameters[10], parameters[6]
+    here, linear, fc = _functions(x.dtype), parameters[6], parameters[11]
     assert fc is not None
     assert linear is not None
+    hidden = len(fc)
+    attention = [(3 * width, width), (3 * width,), (width, width), (width,)]
+    ffn = [(hidden, width), (hidden,), (width, hidden), (width,)]
+    wanted = [(width, width), (width,), *attention, *attention, *ffn, *[(width,)] * 6]
+    given = [None if parameter is None else tuple(parameter.shape) for parameter in parameters]
+    if not frames:
+        wanted = [*wanted[6:14], *wanted[16:]]
+        given = [*given[6:14], *given[16:]]
+    if given != wanted or width % heads or (frames and count % frames):
+        raise RuntimeError(
+            f"x is {tuple(x.shape)} with {heads} heads and videos of {frames} frames; parameters are {given}, "
+            f"wanted {wanted}"
+        )
     call = _BLOCK.pack(
-        *(count, length, heads, width, len(fc), frames, part),
+        *(count, length, heads, width, hidden, frames, part),
         *_rows(x),
         *_rows(y),
         *(eps, _DTYPES[linear.dtype], torch.get_num_threads(), 0),
@@ -219,9 +235,18 @@ def patches(frames: Tensor, patch: int, mean: tuple[float, ...], std: tuple[floa
         frames: uint8 (F, H, W, 3), contiguous; H and W multiples of ``patch``.
         mean, std: of each channel, of pixels in [0, 1].
         out: (F H W / patch^2, 3 patch^2) float32, or twice as wide in bfloat16.
+
+    Raises:
+        RuntimeError: for sizes that do not fit each other.
     """
-    count, height, width, _ = frames.shape
+    count, height, width, channels = frames.shape
     values = _levels(mean, std, out.dtype)
+    numbers = frames.numel() * 4 // out.dtype.itemsize
+    if channels != 3 or len(values) != 3 or height % patch or width % patch or out.numel() != numbers:
+        raise RuntimeError(
+            f"frames are {tuple(frames.shape)} with {len(values)} means, wanted (F, H, W, 3) of H and W in multiples "
+            f"of {patch}, and {out.numel()} numbers of pixels"
+        )
     call = _PATCHES.pack(
         *(frames.data_ptr(), count, height, width, patch),
         *(values.data_ptr(), out.data_ptr(), torch.get_num_threads()),

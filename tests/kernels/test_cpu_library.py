@@ -247,6 +247,22 @@ def test_blocks(videos, frames, rows, channels, has_messages, here):
     assert torch.equal(y[:, tokens:], torch.zeros_like(y[:, tokens:]))
 
 
+def test_sizes_of_blocks_and_patches_that_do_not_fit(here):
+    b = random_block(6, 5, 64, 3, here)
+    changes = [{"frames": 4}, {"heads": 3}, {"fc_bias": b.fc_bias[:32]}, {"ln_1_weight": b.ln_1_weight[:64]}]
+    changes += [{"in_weight": b.in_weight[:192]}, {"projection_weight": b.projection_weight[:, :256]}]
+    changes += [{"message_fc_weight": b.message_fc_weight[:64]}, {"message_ln_bias": None}]
+    for change in changes:
+        with pytest.raises(RuntimeError, match="wanted"):
+            run(b._replace(**change))
+    room = torch.empty(4 * 4, 3 * 16 * 16 * 4 // here.dtype.itemsize, dtype=here.dtype)
+    for shape in ((4, 48, 32, 3), (4, 32, 40, 3), (3, 32, 32, 3), (3, 32, 32, 4)):
+        with pytest.raises(RuntimeError, match="wanted"):
+            library.patches(torch.zeros(shape, dtype=torch.uint8), 16, MEAN, STD, room)
+    with pytest.raises(RuntimeError, match="2 means"):
+        library.patches(torch.zeros(4, 32, 32, 3, dtype=torch.uint8), 16, MEAN[:2], STD[:2], room)
+
+
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
 def test_blocks_of_half_precision_weights(half, here):
     if here.dtype != torch.float32:
