@@ -54,12 +54,13 @@ SETS = {  # those of csrc/cpu/vector.h
 def instruction_set(dtype: torch.dtype) -> str | None:
     """The one of ``SETS`` that computes with this dtype here, or None."""
     capability = torch.backends.cpu.get_cpu_capability()
-    has_amx = capability == "AVX512" and torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx()
+    has_bf16 = capability == "AVX512" and torch.cpu._is_avx512_bf16_supported()
+    has_amx = has_bf16 and torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx()
     if dtype == torch.float32:
         return "amx_fp32" if has_amx else {"AVX512": "avx512", "AVX2": "avx2"}.get(capability)
-    if dtype != torch.bfloat16 or capability != "AVX512":
+    if dtype != torch.bfloat16 or not has_bf16:
         return None
-    return "amx" if has_amx else "avx512_bf16" if torch.cpu._is_avx512_bf16_supported() else None
+    return "amx" if has_amx else "avx512_bf16"
 
 
 @functools.cache
@@ -79,7 +80,9 @@ def load(name: str | None) -> tuple[Functions | None, str | None]:
         found = [library[f"xclip_fast_cpu_{each}_{name}"] for each in ("product", "block", "patches")]
         for function in found:
             function.argtypes, function.restype = [ctypes.c_char_p], None
-    except (OSError, AttributeError) as error:
+    except AttributeError:
+        return None, f"the CPU library {FILE} has no functions for {name}, it is an older one: install again"
+    except OSError as error:
         return None, f"the CPU library {FILE} does not load: {error}"
     return Functions(*SETS[name], *found), None
 

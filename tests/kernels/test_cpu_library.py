@@ -21,7 +21,7 @@ def missing(name):
     """Why an instruction set cannot run here, or None."""
     capability = torch.backends.cpu.get_cpu_capability()
     has = capability == "AVX512" or (capability == "AVX2" and name == "avx2")
-    if name == "avx512_bf16":
+    if name not in ("avx2", "avx512"):
         has = has and torch.cpu._is_avx512_bf16_supported()
     if name.startswith("amx"):
         has = has and torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx()
