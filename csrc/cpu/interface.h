@@ -80,10 +80,6 @@ struct Attention {
   Element* y;                                      // (frames, queries, heads, channels)
 };
 
-}  // namespace
-
-namespace {
-
 enum Dtype { kFloat32, kBfloat16, kFloat16 };
 
 // N, K, and channels of a head are multiples of it.

@@ -156,7 +156,7 @@ class Finish {
 
 // Whether weights are rewritten to words of this set.
 inline bool rewrites(const Product& p) {
-  return kKinds > 1 || (p.dtype == kFloat32 ? kPair > 1 : kPair == 1);
+  return kKinds > 1 || (kPair == 1 && p.dtype != kFloat32);
 }
 
 // Rewrites `depth` words from word k on, of the weights of outputs n0 to n1, to float32, or to words of all kinds.
