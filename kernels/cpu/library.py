@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-ABI = 3  # that of xclip_fast_cpu_abi in csrc/cpu/interface.h
+ABI = 4  # that of xclip_fast_cpu_abi in csrc/cpu/interface.h
 FILE = Path(__file__).parents[1] / "libxclip_fast_cpu.so"
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 # The structs of csrc/cpu/interface.h: integers and addresses (q), float32 (f), int32 (i).
-_PRODUCT = struct.Struct("4q 4q4q 2qfi 3q2i q4q4q")
+_PRODUCT = struct.Struct("4q 4q4q 2qfi 4q q4q4q")
 _PATCHES = struct.Struct("8q")
 _BLOCK = struct.Struct("7q 4q4q f3i 14q 6q")
 
@@ -131,9 +131,8 @@ def product(
     y: Tensor | None = None,
     residual: Tensor | None = None,
     y_panels: Tensor | None = None,
-    quick_gelu: bool = False,
 ) -> None:
-    """act(LN(x) W^T + b) + residual. All but the weight are of the dtype of ``panels``, float32 or bfloat16.
+    """LN(x) W^T + b + residual. All but the weight are of the dtype of ``panels``, float32 or bfloat16.
 
     Args:
         rows: M.
@@ -146,8 +145,7 @@ def product(
         last: (frames, K), in place of the last row of each frame of ``x``.
         y: (M, N) or (frames, length, N), with neighboring columns: the result.
         residual: like ``y``. It may be ``y`` itself.
-        y_panels: in place of ``y``, (panel_size(M, N),): the result as panels.
-        quick_gelu: whether act is quick_gelu.
+        y_panels: in place of ``y`` and ``residual``, (panel_size(M, N),): quick_gelu of the result as panels.
 
     Raises:
         RuntimeError: for sizes that do not fit those of the weight.
@@ -175,7 +173,7 @@ def product(
         *_rows(x),
         *((0, 0, 0, 0) if last is None else (last.data_ptr(), 1, last.stride(0), 0)),
         *(_address(ln_weight), _address(ln_bias), eps, _DTYPES[weight.dtype]),
-        *(panels.data_ptr(), weight.data_ptr(), bias.data_ptr(), quick_gelu, torch.get_num_threads()),
+        *(panels.data_ptr(), weight.data_ptr(), bias.data_ptr(), torch.get_num_threads()),
         _address(y_panels),
         *_rows(y),
         *_rows(residual),

@@ -114,7 +114,7 @@ def test_products(frames, length, inputs, outputs, here, by_threads):
 
     def mlp():
         hidden, y = panels(rows, columns, here.dtype), poisoned(frames, length, width, dtype=here.dtype)
-        library.product(rows, panels(rows, width, here.dtype), weight, bias, x=x, y_panels=hidden, quick_gelu=True)
+        library.product(rows, panels(rows, width, here.dtype), weight, bias, x=x, y_panels=hidden)
         library.product(rows, hidden, back, norm[1], y=y, residual=x)
         return y
 
@@ -177,7 +177,7 @@ def test_quick_gelu_at_the_ends(here):
     u = torch.tensor(u, dtype=here.dtype)[:, None].repeat(1, here.unit)
     weight, bias = torch.eye(here.unit, dtype=here.dtype), torch.zeros(here.unit, dtype=here.dtype)
     hidden, y = panels(*u.shape, here.dtype), torch.empty_like(u)
-    library.product(len(u), panels(*u.shape, here.dtype), weight, bias, x=u, y_panels=hidden, quick_gelu=True)
+    library.product(len(u), panels(*u.shape, here.dtype), weight, bias, x=u, y_panels=hidden)
     library.product(len(u), hidden, weight, bias, y=y)
     wanted = u.double() * torch.sigmoid(1.702 * u.double())
     rtol = 1e-6 if here.dtype == torch.float32 else 2**-8
