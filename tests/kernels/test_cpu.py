@@ -541,8 +541,7 @@ def test_a_whole_block_is_one_call(dtype, taken, products):
 
 
 def test_passes_over_memory_of_a_block(multiplied, products):
-    """The operations that read as much as the stream, in order, of a block that the library does not compute whole.
-    docs/performance.md names them."""
+    """The operations that read as much as the stream, in order, of a block that the library does not compute whole."""
     activation = "gelu" if multiplied == "library" else "quick_gelu"
     block, x = random_block(activation=activation), torch.randn(12, 60, 64)
     stream = Stream(Stream(x).with_spare_row(), True)
