@@ -1,6 +1,7 @@
 """Maps the folders to packages and builds the libraries of csrc/; the rest is in pyproject.toml.
 
-The CPU library is built on x86-64 Linux where g++ is (CXX names another GCC), the CUDA library where nvcc is.
+The CPU library is built on x86-64 Linux where g++ 11 or later is (CXX names another GCC), the CUDA library where nvcc
+is.
 
 XCLIP_FAST_CUDA=0 skips the CUDA library, =1 makes its absence an error; otherwise a failure to build a library is told
 (by pip with -v, by ``xclip-fast info`` always) and the install goes on without. No GPU is asked for.

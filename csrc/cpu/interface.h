@@ -12,7 +12,7 @@
 // A function that the library exports; its name ends in the instruction set.
 #define EXPORT(name) __attribute__((visibility("default"))) XCLIP_FAST_NAME(name##_, XCLIP_FAST_SET)
 
-constexpr int32_t kAbi = 3;
+constexpr int32_t kAbi = 4;
 
 extern "C" {
 
@@ -32,8 +32,8 @@ struct Product {
   Word* panels;                          // (M up to the next multiple of kVector, K / kPair, kKinds): x, rewritten
   const void* weight;                    // (N, K)
   const Element* bias;                   // (N,)
-  int32_t quick_gelu, threads;
-  Word* y_panels;                        // the result as such panels, or null:
+  int64_t threads;
+  Word* y_panels;                        // quick_gelu of the result as such panels, or null:
   Rows y, residual;                      // the result as rows, with a residual or without
 };
 
@@ -78,10 +78,6 @@ struct Attention {
   const Element* qkv;                              // (frames, keys, 3, heads, channels)
   Element* y;                                      // (frames, queries, heads, channels)
 };
-
-}  // namespace
-
-namespace {
 
 enum Dtype { kFloat32, kBfloat16, kFloat16 };
 

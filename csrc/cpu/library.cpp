@@ -101,7 +101,7 @@ void run(const Block& b, const Memory& memory) {
     p.y = stream, p.residual = x;
     multiply_rows(p);
     p = product(b, memory.panels, rows, stream, b.ln_2, b.fc, b.hidden, width);
-    p.y_panels = memory.inner, p.quick_gelu = true;
+    p.y_panels = memory.inner;
     multiply_rows(p);
     p = product(b, memory.inner, rows, {}, {}, b.projection, width, b.hidden);
     p.y = y, p.residual = stream;

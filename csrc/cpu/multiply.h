@@ -130,7 +130,7 @@ inline Vector multiply_add(Vector a, Vector b, Vector c) {
 constexpr int kStep = kDepth;  // one step for all of K
 
 // `outputs` x (kVector Vectors) sums over `depth` words, written to `out` or added to it. `outputs` is a multiple of
-// kOutputs. side.step() is called between them.
+// 8. side.step() is called between them.
 template <int Vectors, class Side>
 __attribute__((noinline)) void multiply(const Word* weight, int64_t stride, int outputs, const Word* panel, int depth,
                                         bool add, float* out, Ahead ahead, Side& side) {
@@ -175,7 +175,6 @@ inline int vectors_of_panel(int64_t rows, int64_t first) {
 // Nothing to do beside a product.
 struct Nothing {
   void step() {}
-  void all() {}
 };
 
 // multiply<vectors>.

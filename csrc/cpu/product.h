@@ -1,4 +1,4 @@
-// Products y = act(LN(x) W^T + b) + residual.
+// Products y = LN(x) W^T + b + residual, or quick_gelu(LN(x) W^T + b).
 //
 // W is read where it lies: an element of it (or a pair of elements, or a tile) is multiplied with many rows of x at a
 // time. So no packed W is kept, and every change of a weight counts at once. x is rewritten into panels of kPanel rows,
@@ -110,10 +110,7 @@ class Finish {
     const int64_t word = (n0_ + n) / kPair;
     Word* y = p_->y_panels + m_ * words_of(p_->outputs) +
               (word / kBlock * kKinds * kBlock + word % kBlock) * width_ + column;
-    const auto hidden = [&](int64_t i) {
-      const Vector value = result(n + i, sums_ + column);
-      return p_->quick_gelu ? quick_gelu(value) : value;
-    };
+    const auto hidden = [&](int64_t i) { return quick_gelu(result(n + i, sums_ + column)); };
 #ifdef __AVX512BF16__
     Vector first = hidden(0), second = hidden(1);
     for (int kind = 0; kind < kKinds; ++kind, y += kBlock * width_) {
@@ -156,7 +153,7 @@ class Finish {
 
 // Whether weights are rewritten to words of this set.
 inline bool rewrites(const Product& p) {
-  return kKinds > 1 || (p.dtype == kFloat32 ? kPair > 1 : kPair == 1);
+  return kKinds > 1 || (kPair == 1 && p.dtype != kFloat32);
 }
 
 // Rewrites `depth` words from word k on, of the weights of outputs n0 to n1, to float32, or to words of all kinds.

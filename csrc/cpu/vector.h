@@ -148,7 +148,7 @@ inline void transpose(Vector v[kVector]) {
   }
 }
 
-// e^x; x in [-87, 88] after clamping. Within 3 units in the last place, or within 2^-14 for bfloat16.
+// e^x; x in [-87, 88] after clamping. Within 3 units in the last place, or within 2^-12 for bfloat16.
 inline Vector exponential(Vector x) {
   x = SIMD(max_ps)(all(-87.0f), SIMD(min_ps)(all(88.0f), x));
   const Integers exponent = SIMD(cvtps_epi32)(x * all(1.44269504f));  // the nearest integer

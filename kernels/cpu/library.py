@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-ABI = 3  # that of xclip_fast_cpu_abi in csrc/cpu/interface.h
+ABI = 4  # that of xclip_fast_cpu_abi in csrc/cpu/interface.h
 FILE = Path(__file__).parents[1] / "libxclip_fast_cpu.so"
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 # The structs of csrc/cpu/interface.h: integers and addresses (q), float32 (f), int32 (i).
-_PRODUCT = struct.Struct("3q 4q4q 2qfi 3q2i q4q4q")
+_PRODUCT = struct.Struct("3q 4q4q 2qfi 4q q4q4q")
 _PATCHES = struct.Struct("8q")
 _BLOCK = struct.Struct("7q 4q4q f3i 14q 6q")
 
@@ -55,12 +55,13 @@ SETS = {  # those of csrc/cpu/vector.h
 def instruction_set(dtype: torch.dtype) -> str | None:
     """The one of ``SETS`` that computes with this dtype here, or None."""
     capability = torch.backends.cpu.get_cpu_capability()
-    has_amx = capability == "AVX512" and torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx()
+    has_bf16 = capability == "AVX512" and torch.cpu._is_avx512_bf16_supported()
+    has_amx = has_bf16 and torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx()
     if dtype == torch.float32:
         return "amx_fp32" if has_amx else {"AVX512": "avx512", "AVX2": "avx2"}.get(capability)
-    if dtype != torch.bfloat16 or capability != "AVX512":
+    if dtype != torch.bfloat16 or not has_bf16:
         return None
-    return "amx" if has_amx else "avx512_bf16" if torch.cpu._is_avx512_bf16_supported() else None
+    return "amx" if has_amx else "avx512_bf16"
 
 
 @functools.cache
@@ -80,7 +81,9 @@ def load(name: str | None) -> tuple[Functions | None, str | None]:
         found = [library[f"xclip_fast_cpu_{each}_{name}"] for each in ("product", "block", "patches")]
         for function in found:
             function.argtypes, function.restype = [ctypes.c_char_p], None
-    except (OSError, AttributeError) as error:
+    except AttributeError:
+        return None, f"the CPU library {FILE} has no functions for {name}, it is an older one: install again"
+    except OSError as error:
         return None, f"the CPU library {FILE} does not load: {error}"
     return Functions(*SETS[name], *found), None
 
@@ -129,9 +132,8 @@ def product(
     y: Tensor | None = None,
     residual: Tensor | None = None,
     y_panels: Tensor | None = None,
-    quick_gelu: bool = False,
 ) -> None:
-    """act(LN(x) W^T + b) + residual. All but the weight are of the dtype of ``panels``, float32 or bfloat16.
+    """LN(x) W^T + b + residual. All but the weight are of the dtype of ``panels``, float32 or bfloat16.
 
     Args:
         rows: M.
@@ -143,8 +145,7 @@ def product(
         last: (frames, K), in place of the last row of each frame of ``x``.
         y: (M, N) or (frames, length, N), with neighboring columns: the result.
         residual: like ``y``. It may be ``y`` itself.
-        y_panels: in place of ``y``, (panel_size(M, N),): the result as panels.
-        quick_gelu: whether act is quick_gelu.
+        y_panels: in place of ``y`` and ``residual``, (panel_size(M, N),): quick_gelu of the result as panels.
 
     Raises:
         RuntimeError: for sizes that do not fit those of the weight.
@@ -171,7 +172,7 @@ def product(
         *_rows(x),
         *((0, 0, 0, 0) if last is None else (last.data_ptr(), 1, last.stride(0), 0)),
         *(_address(ln_weight), _address(ln_bias), eps, _DTYPES[weight.dtype]),
-        *(panels.data_ptr(), weight.data_ptr(), bias.data_ptr(), quick_gelu, torch.get_num_threads()),
+        *(panels.data_ptr(), weight.data_ptr(), bias.data_ptr(), torch.get_num_threads()),
         _address(y_panels),
         *_rows(y),
         *_rows(residual),
@@ -193,14 +194,30 @@ def block(
         eps: of every LayerNorm.
         parameters: weight and bias of message_fc, message_in, message_out, in, out, fc and projection, then of
             message_ln, ln_1 and ln_2; None for those of the messages if there are none. The library ``takes`` the
-            weights of the products.
+            weights of the products, all of one dtype.
+
+    Raises:
+        RuntimeError: for sizes that do not fit each other.
     """
     count, length, width = x.shape
-    here, fc, linear = _functions(x.dtype), parameters[10], parameters[6]
+    here, linear, fc = _functions(x.dtype), parameters[6], parameters[11]
     assert fc is not None
     assert linear is not None
+    hidden = len(fc)
+    attention = [(3 * width, width), (3 * width,), (width, width), (width,)]
+    ffn = [(hidden, width), (hidden,), (width, hidden), (width,)]
+    wanted = [(width, width), (width,), *attention, *attention, *ffn, *[(width,)] * 6]
+    given = [None if parameter is None else tuple(parameter.shape) for parameter in parameters]
+    if not frames:
+        wanted = [*wanted[6:14], *wanted[16:]]
+        given = [*given[6:14], *given[16:]]
+    if given != wanted or width % heads or (frames and count % frames):
+        raise RuntimeError(
+            f"x is {tuple(x.shape)} with {heads} heads and videos of {frames} frames; parameters are {given}, "
+            f"wanted {wanted}"
+        )
     call = _BLOCK.pack(
-        *(count, length, heads, width, len(fc), frames, part),
+        *(count, length, heads, width, hidden, frames, part),
         *_rows(x),
         *_rows(y),
         *(eps, _DTYPES[linear.dtype], torch.get_num_threads(), 0),
@@ -216,9 +233,17 @@ def patches(frames: Tensor, patch: int, mean: tuple[float, ...], std: tuple[floa
         frames: uint8 (F, H, W, 3), contiguous; H and W multiples of ``patch``.
         mean, std: of each channel, of pixels in [0, 1].
         out: (F H W / patch^2, 3 patch^2), float32, overwritten.
+
+    Raises:
+        RuntimeError: for sizes that do not fit each other.
     """
-    count, height, width, _ = frames.shape
+    count, height, width, channels = frames.shape
     values = _levels(mean, std)
+    if channels != 3 or len(values) != 3 or height % patch or width % patch or out.numel() != frames.numel():
+        raise RuntimeError(
+            f"frames are {tuple(frames.shape)} with {len(values)} means, wanted (F, H, W, 3) of H and W in multiples "
+            f"of {patch}, and {out.numel()} numbers of pixels"
+        )
     sizes, addresses = (count, height, width, patch), (values.data_ptr(), out.data_ptr())
     _functions(out.dtype).patches(_PATCHES.pack(frames.data_ptr(), *sizes, *addresses, torch.get_num_threads()))
 

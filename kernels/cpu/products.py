@@ -130,7 +130,7 @@ class Products:
             first, second = (fc[0], self._vector(fc[1])), (projection[0], self._vector(projection[1]))
             if activation == "quick_gelu":
                 inner = self._panels("wide", count, hidden)
-                library.product(count, panels, *first, x=x, norm=ln, y_panels=inner, quick_gelu=True)
+                library.product(count, panels, *first, x=x, norm=ln, y_panels=inner)
                 library.product(count, inner, *second, y=y, residual=x)
             else:
                 rows = buffers.take("wide", count, hidden, self.dtype)

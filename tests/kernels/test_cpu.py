@@ -130,6 +130,18 @@ def test_a_library_that_is_missing_or_damaged(dtype, tmp_path, monkeypatch, take
     assert taken == ["cross_frame_attention", "feed_forward"] * 3
 
 
+@pytest.mark.skipif(library.functions(torch.float32) is None, reason="needs the CPU library")
+def test_a_library_of_another_interface(monkeypatch):
+    library.load.cache_clear()
+    try:
+        monkeypatch.setattr(library, "ABI", -1)
+        assert "wanted -1: install again" in library.load("avx2")[1]
+        library.load.cache_clear()
+        assert "has no functions for avx3, it is an older one: install again" in library.load("avx3")[1]
+    finally:
+        library.load.cache_clear()
+
+
 def made_block(width, heads, *, messages=False, dtype=torch.float32, **arguments):
     """The arguments of a block of 6 frames of 9 rows."""
     parameters = random_block(width, heads)._weights()
@@ -529,8 +541,7 @@ def test_a_whole_block_is_one_call(dtype, taken, products):
 
 
 def test_passes_over_memory_of_a_block(multiplied, products):
-    """The operations that read as much as the stream, in order, of a block that the library does not compute whole.
-    docs/performance.md names them."""
+    """The operations that read as much as the stream, in order, of a block that the library does not compute whole."""
     activation = "gelu" if multiplied == "library" else "quick_gelu"
     block, x = random_block(activation=activation), torch.randn(12, 60, 64)
     stream = Stream(Stream(x).with_spare_row(), True)

@@ -21,7 +21,7 @@ def missing(name):
     """Why an instruction set cannot run here, or None."""
     capability = torch.backends.cpu.get_cpu_capability()
     has = capability == "AVX512" or (capability == "AVX2" and name == "avx2")
-    if name == "avx512_bf16":
+    if name not in ("avx2", "avx512"):
         has = has and torch.cpu._is_avx512_bf16_supported()
     if name.startswith("amx"):
         has = has and torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx()
@@ -114,7 +114,7 @@ def test_products(frames, length, inputs, outputs, here, by_threads):
 
     def mlp():
         hidden, y = panels(rows, columns, here.dtype), poisoned(frames, length, width, dtype=here.dtype)
-        library.product(rows, panels(rows, width, here.dtype), weight, bias, x=x, y_panels=hidden, quick_gelu=True)
+        library.product(rows, panels(rows, width, here.dtype), weight, bias, x=x, y_panels=hidden)
         library.product(rows, hidden, back, norm[1], y=y, residual=x)
         return y
 
@@ -176,7 +176,7 @@ def test_quick_gelu_at_the_ends(here):
     u = torch.tensor(u, dtype=here.dtype)[:, None].repeat(1, here.unit)
     weight, bias = torch.eye(here.unit, dtype=here.dtype), torch.zeros(here.unit, dtype=here.dtype)
     hidden, y = panels(*u.shape, here.dtype), torch.empty_like(u)
-    library.product(len(u), panels(*u.shape, here.dtype), weight, bias, x=u, y_panels=hidden, quick_gelu=True)
+    library.product(len(u), panels(*u.shape, here.dtype), weight, bias, x=u, y_panels=hidden)
     library.product(len(u), hidden, weight, bias, y=y)
     wanted = u.double() * torch.sigmoid(1.702 * u.double())
     rtol = 1e-6 if here.dtype == torch.float32 else 2**-8
@@ -240,6 +240,22 @@ def test_blocks(videos, frames, rows, channels, has_messages, here):
     y, tokens = run(b), rows - has_messages
     as_exact_as_torch(y[:, :tokens], lambda dtype: by_reference(b, dtype), here.dtype)
     assert torch.equal(y[:, tokens:], torch.zeros_like(y[:, tokens:]))
+
+
+def test_sizes_of_blocks_and_patches_that_do_not_fit(here):
+    b = random_block(6, 5, 64, 3, here)
+    changes = [{"frames": 4}, {"heads": 3}, {"fc_bias": b.fc_bias[:32]}, {"ln_1_weight": b.ln_1_weight[:64]}]
+    changes += [{"in_weight": b.in_weight[:192]}, {"projection_weight": b.projection_weight[:, :256]}]
+    changes += [{"message_fc_weight": b.message_fc_weight[:64]}, {"message_ln_bias": None}]
+    for change in changes:
+        with pytest.raises(RuntimeError, match="wanted"):
+            run(b._replace(**change))
+    room = torch.empty(4 * 4, 3 * 16 * 16 * 4 // here.dtype.itemsize, dtype=here.dtype)
+    for shape in ((4, 48, 32, 3), (4, 32, 40, 3), (3, 32, 32, 3), (3, 32, 32, 4)):
+        with pytest.raises(RuntimeError, match="wanted"):
+            library.patches(torch.zeros(shape, dtype=torch.uint8), 16, MEAN, STD, room)
+    with pytest.raises(RuntimeError, match="2 means"):
+        library.patches(torch.zeros(4, 32, 32, 3, dtype=torch.uint8), 16, MEAN[:2], STD[:2], room)
 
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
