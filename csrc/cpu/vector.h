@@ -167,6 +167,7 @@ inline Vector exponential(Vector x) {
 }
 
 inline Vector quick_gelu(Vector u) {
+  u = SIMD(max_ps)(all(-1e30f), u);  // e^x ends at 88: a lower one would not vanish
   const Vector divisor = all(1.0f) + exponential(u * all(-1.702f));
 #if defined(__AVX512BF16__) && !defined(XCLIP_FAST_SPLIT)
   return u * _mm512_rcp14_ps(divisor);
