@@ -110,11 +110,10 @@ struct Tiles {
 
 #ifdef __AVX512F__
 constexpr int kOutputs = 8;  // of an inner loop: 8 x 3 registers of sums
-constexpr int kDepth = 192;  // words of K: a part of a panel is 36 KiB of L1
 #else
 constexpr int kOutputs = 4;  // 4 x 3 registers of sums
-constexpr int kDepth = 192;  // words of K: a part of a panel is 18 KiB of L1
 #endif
+constexpr int kDepth = 192;       // words of K: a part of a panel is 18 KiB of L1 with AVX2, 36 with AVX-512
 constexpr int kPanelVectors = 3;  // of rows in a full panel
 constexpr int kChunk = 96;        // outputs of a task
 constexpr int kMostPanels = 9;    // of a task

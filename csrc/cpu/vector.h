@@ -1,14 +1,15 @@
 // Vectors of one instruction set, and the numbers that rows are made of. Every file is compiled for each set:
 //
-// | compiled with                             | vector    | element of rows and panels | products               |
-// |-------------------------------------------|-----------|----------------------------|------------------------|
-// | -mavx2 -mfma -mf16c                       | 8 floats  | float32                    | multiply-adds          |
-// | -mavx512f -mavx512bw ...                  | 16 floats | float32                    | multiply-adds          |
-// | -mavx512bf16, too                         | 16 floats | bfloat16                   | dot products of pairs  |
-// | -mamx-tile -mamx-bf16, too                | 16 floats | bfloat16                   | tiles of 16 x 16 sums  |
-// | -DXCLIP_FAST_SPLIT, too                   | 16 floats | float32                    | 6 of such tiles        |
+// | compiled with                             | vector    | element of rows | products               |
+// |-------------------------------------------|-----------|-----------------|------------------------|
+// | -mavx2 -mfma -mf16c                       | 8 floats  | float32         | multiply-adds          |
+// | -mavx512f -mavx512bw ...                  | 16 floats | float32         | multiply-adds          |
+// | -mavx512bf16, too                         | 16 floats | bfloat16        | dot products of pairs  |
+// | -mamx-tile -mamx-bf16, too                | 16 floats | bfloat16        | tiles of 16 x 16 sums  |
+// | -DXCLIP_FAST_SPLIT, too                   | 16 floats | float32         | 6 of such tiles        |
 //
-// The last one splits a float32 into three bfloat16, whose sum it is: a = a0 + a1 + a2, each at most 2^-8 of the one
+// Panels have the same elements, but for the last set: it has three bfloat16 for each.
+// It splits a float32 into three bfloat16, whose sum it is: a = a0 + a1 + a2, each at most 2^-8 of the one
 // before. Of the nine products of two numbers, the six that are not below 2^-24 of the whole are summed.
 
 #pragma once
