@@ -126,7 +126,7 @@ def test_renamed_classes_are_told(caplog):
         ("e.csv", "label,youtube_id,split\nabseiling,x,val\nair drumming,y,val\nabseiling,z,val\n"),
         ("f.json", '["abseiling", "air drumming"]'),
         ("g.json", '{"\\"abseiling\\"": 0, "\\"air drumming\\"": 1}'),
-        ("h.jsonl", '{"xclip_fast_manifest": 1, "root": ".", "classes": ["abseiling", "air drumming"]}\n'),
+        ("h.jsonl", '{"xclip_fast_manifest": 2, "root": ".", "classes": ["abseiling", "air drumming"]}\n'),
     ],
 )
 def test_class_lists(tmp_path, name, text):
