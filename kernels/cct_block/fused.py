@@ -126,7 +126,7 @@ def backward(
     # y = z + s (h W2^T + b2), h = act(u)
     dbranch, given["projection_bias"], _ = triton.column_sums.scaled(dy, dtype, b.drop_feed_forward)
     keep = "projection_weight" in wanted
-    du, given["fc_bias"], h = slope(dbranch, b.projection_weight, u, b.activation, keep)
+    du, given["fc_bias"], h = slope(p.fc.name, dbranch, b.projection_weight, u, b.activation, keep)
     if h is not None:
         given["projection_weight"] = product(dbranch.T, h, wanted["projection_weight"])
     del h
