@@ -154,12 +154,12 @@ def backward(
     if b.rows is not None:
         dmixed, dz = _spread(dmixed, b.rows, x), _spread(dz, b.rows, x)
     heads = qkv.view(*b.x.shape[:-1], 3, b.heads, -1)
-    dqkv = p.attention.backward(dmixed.view(mixed.shape), heads, mixed, tuple(attention_saved), *_mixing(b))
-    if b.bias is not None:
-        dqkv, given["bias"] = dqkv
-    dqkv = dqkv.reshape(qkv.shape)
+    attention = dmixed.view(mixed.shape), heads, mixed, tuple(attention_saved), *_mixing(b)
+    dqkv, sums, *dbias = p.attention.backward(*attention)
+    dqkv, given["bias"] = dqkv.reshape(qkv.shape), dbias[0] if dbias else None
     # qkv = LN_1([x, m]) W^T + b, and x passes it: the messages stood in the spare rows
-    _, given["in_bias"], _ = triton.column_sums.scaled(dqkv, dtype)
+    if "in_bias" in wanted:
+        given["in_bias"] = triton.column_sums.scaled(dqkv, dtype)[1] if sums is None else sums.sum(0)
     spare = triton.rows.Spare(message_saved[2], *message_saved[3][2:]) if b.frames else None
     first = triton.layer_norm.normalize_backward(
         torch.mm(dqkv, b.in_weight),

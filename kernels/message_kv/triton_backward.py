@@ -34,7 +34,7 @@ def backward(
     heads = qkv.view(-1, frames, 3, b.heads, width // b.heads)
     dmixed = torch.mm(dbranch, b.message_out_weight).view(heads[:, :, 0].shape)
     backward = attention.backward if takes(heads.shape[-1]) else reference_backward
-    dqkv = backward(dmixed, heads, mixed.view(dmixed.shape), (lse,)).reshape(qkv.shape)
+    dqkv = backward(dmixed, heads, mixed.view(dmixed.shape), (lse,))[0].reshape(qkv.shape)
     parameters("message_out", dbranch, mixed)
     # qkv = LN_m(m) W + b, and the residual
     dmessage, given["message_ln_weight"], given["message_ln_bias"], normed, *_ = normalize_backward(
