@@ -195,8 +195,8 @@ def backward(
 
 def _handed(dy: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
     """The copy of dy in ``dtype`` and the sums of its columns that the block behind made, if dy is still as it was."""
-    version, low, sums = getattr(dy, "_handed_on", (None, None, None))
-    return (low, sums) if low is not None and low.dtype == dtype and version == dy._version else None
+    found: Any = getattr(dy, "_handed_on", None)
+    return found[1:] if found and found[0] == dy._version and found[1].dtype == dtype else None
 
 
 def _spread(rows: Tensor, at: Tensor, like: Tensor) -> Tensor:
