@@ -17,8 +17,6 @@ import functools
 import itertools
 import statistics
 import sys
-import tempfile
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -246,34 +244,9 @@ def table7(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             yield row
 
 
-def loading(args: argparse.Namespace, variant: str) -> dict[str, Any]:
-    """Seconds for a batch from generated mp4 files through the training transform, the model idle."""
-    from xclip_fast.data.loader.loader import loader
-    from xclip_fast.data.manifest import index
-    from xclip_fast.data.motion import write_dataset
-    from xclip_fast.data.transforms import TrainTransform
-
-    config = VARIANTS[variant]
-    with tempfile.TemporaryDirectory() as folder:
-        write_dataset(folder, 1, frames=96, size=(256, 340))
-        manifest = index(folder)
-        batches = 12 if args.device == "cuda" else 6
-        manifest = manifest.select(row % len(manifest) for row in range(batches * args.batch_size))
-        transform = TrainTransform(frames=config.num_frames, size=config.vision.image_size)
-        source = loader(manifest, transform, args.batch_size, device=args.device)
-        for _ in source:  # workers start, files come into memory
-            pass
-        begin = time.perf_counter()
-        for batch in source:
-            batch.frames.sum().item()
-        seconds = (time.perf_counter() - begin) / batches
-        source.close()
-    return {"variant": variant, "batch": args.batch_size, "seconds": seconds, "decoder": source.decoder}
-
-
 def run(args: argparse.Namespace) -> dict[str, Any]:
     report, lengths = measuring.start_report(args, {name: PRECISIONS[name] for name in args.precisions})
-    report |= {"loading": [], "table7": []}
+    report["table7"] = []
     rates = report["gemm_flop_per_s"]
     cells = [
         Cell(variant, precision, args.batch_size, TEXT[text], recompute == "yes")
@@ -297,12 +270,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         print(f"{cell}: {rows[0].get('clips_per_second', 0):.3g} clips/s", file=sys.stderr)
         if args.device == "cuda":
             torch.cuda.empty_cache()
-    for variant in args.variants:
-        try:
-            row = loading(args, variant)
-        except Exception as error:  # as when av is not installed
-            row = {"variant": variant, "batch": args.batch_size, "note": measuring.failure(error)}
-        keep("loading", [row])
     if args.table7:
         for row in table7(args):
             keep("table7", [row])
@@ -337,11 +304,6 @@ def print_table(report: dict[str, Any]) -> None:
         if row["note"]:
             print(f"  {row['note']}")
     print()
-    for row in report["loading"]:
-        batch = (
-            f"a batch of {row['batch']} from mp4 files ({row['variant']}, {row.get('decoder')}), beside the step above"
-        )
-        print("data: " + (row["note"] if "note" in row else f"{1e3 * row['seconds']:.3g} ms for {batch}"))
     for row in report["table7"]:
         total = gigabytes(row.get("total_bytes")) or row["note"] or "unknown"
         print(f"Table 7, trained: {row['towers']}: {total} with {row['contender']}; the paper: {row['paper_gb']} GB")

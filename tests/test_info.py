@@ -8,11 +8,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from xclip_fast.kernels import dispatch
+from xclip_fast.kernels.cpu import library
 from xclip_fast.kernels.dispatch import OPS
 from xclip_fast.kernels.dispatch.parts import PARTS
 from xclip_fast.kernels.dispatch.support import Backend
 
 from xclip_fast import backend, info
+from xclip_fast.inference.placement import placed
 
 
 @pytest.fixture
@@ -84,6 +87,21 @@ def test_refusals_and_the_forced_backend_are_told(monkeypatch, capsys):
     assert "ops\tquick_gelu\tapex, reference\tnone" in lines
     assert all(line.split("\t")[0] in ("versions", "devices", "backend", "ops", "refused") for line in lines)
     assert "device cpu is not cuda" in out
+
+
+@pytest.mark.parametrize("reason", [None, "it is an older one: install again"])
+def test_the_cpu_library_and_its_instructions_are_named(monkeypatch, capsys, caplog, reason):
+    sets = {torch.float32: "avx512", torch.bfloat16: None}
+    monkeypatch.setattr(library, "instruction_set", sets.get)
+    monkeypatch.setattr(library, "load", lambda name: (None, reason))
+    monkeypatch.setattr(dispatch, "_logged", set())
+    info.show()
+    told = "with the CPU library: avx512 for float32;" if reason is None else f"without the CPU library: {reason};"
+    assert told in capsys.readouterr().out
+    for _ in range(2):
+        placed("cpu", "float32")  # what every command calls
+    assert len(caplog.records) == (reason is not None)
+    assert (reason or "") in caplog.text
 
 
 def test_missing_packages_are_named_with_the_command_that_installs_them(monkeypatch, capsys):

@@ -95,7 +95,8 @@ def show(as_json: bool = False) -> None:
     products = [f"{dtype} {'native' if on else 'products in float32'}" for dtype, on in cpu["native_gemm"].items()]
     instructions = ", ".join(cpu["instructions"]) or "no vector instructions known"
     threads = f"{cpu['threads']} thread" + "s" * (cpu["threads"] != 1)
-    library = "with the CPU library" if cpu["library"] is None else f"without the CPU library: {cpu['library']}"
+    sets = ", ".join(f"{name} for {dtype}" for dtype, name in cpu["library_instructions"].items())
+    library = f"without the CPU library: {cpu['library']}" if cpu["library"] else f"with the CPU library: {sets}"
     devices = [("cpu", cpu["model"], f"{threads}, {instructions}; {library}; {', '.join(products)}")]
     for gpu in cuda["devices"]:
         size = f"sm_{gpu['capability'].replace('.', '')}, {gpu['memory_gib']} GiB, {gpu['multiprocessors']} SMs"
@@ -169,7 +170,8 @@ def _exists(module: str) -> bool:
 
 
 def _cpu() -> dict[str, Any]:
-    no_library = cpu_library.load(cpu_library.instruction_set(torch.float32))[1]
+    sets = {dtype: cpu_library.instruction_set(dtype) for dtype in (torch.float32, torch.bfloat16)}
+    no_library = cpu_library.load(sets[torch.float32])[1]
     questions = {name: getattr(torch.cpu, question, None) for name, question in _INSTRUCTIONS.items()}
     return {
         "model": _cpu_model(),
@@ -177,6 +179,7 @@ def _cpu() -> dict[str, Any]:
         "capability": torch.backends.cpu.get_cpu_capability(),  # the code path that torch takes
         "instructions": [name for name, ask in questions.items() if ask is not None and ask()],
         "library": no_library,  # the reason, or None: inference runs on it
+        "library_instructions": {_dtype_name(dtype): name for dtype, name in sets.items() if not no_library and name},
         "native_gemm": {_dtype_name(dtype): native for dtype, native in NATIVE_ON_CPU.items()},
     }
 

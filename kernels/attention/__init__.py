@@ -31,8 +31,9 @@ def attention_reference(qkv_FS3HC: Tensor, causal: bool = False, bias: Tensor | 
 
 
 # A candidate's forward(save, qkv, *mixing) returns (out, what its backward wants beside); backward(dout, qkv, out,
-# saved, *mixing) returns dqkv, contiguous. qkv and dqkv are (F, S, 3, H, C), out and dout (F, S, H, C). In ATTENTION
-# mixing is causal. In WINDOW_ATTENTION it is causal and the bias (W, H, S, S), and backward returns dqkv and dbias.
+# saved, *mixing) returns dqkv, contiguous, and rows (N, 3 H C) float32 whose sum is that of dqkv's rows, or None if it
+# made none on the way. qkv and dqkv are (F, S, 3, H, C), out and dout (F, S, H, C). In ATTENTION mixing is causal. In
+# WINDOW_ATTENTION it is causal and the bias (W, H, S, S), and backward returns dbias as a third.
 
 
 def _reference_forward(save: bool, qkv: Tensor, *mixing: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -45,7 +46,7 @@ def reference_backward(
     with torch.enable_grad():  # forward once more
         leaves = [each.detach().requires_grad_() for each in (qkv, *bias)]
         gradients = torch.autograd.grad(attention_reference(leaves[0], causal, *leaves[1:]), leaves, dout)
-    return gradients if bias else gradients[0]
+    return gradients[0], None, *gradients[1:]
 
 
 def takes(channels: int) -> bool:

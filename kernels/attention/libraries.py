@@ -19,6 +19,7 @@ from ..dispatch.parts import Case
 from ..dispatch.support import HALF, UNMEASURED, Backend
 
 Saved = tuple[Tensor, ...]
+Found = tuple[Tensor, None]  # dqkv, and no sums of its rows
 aten = torch.ops.aten
 
 
@@ -28,9 +29,9 @@ def heads_first(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return query, key, value
 
 
-def _packed(*gradients: Tensor) -> Tensor:
-    """dq, dk, dv (F, H, S, C) as (F, S, 3, H, C)."""
-    return torch.stack([gradient.transpose(1, 2) for gradient in gradients], 2)
+def _packed(*gradients: Tensor) -> Found:
+    """What backward returns, of dq, dk, dv (F, H, S, C)."""
+    return torch.stack([gradient.transpose(1, 2) for gradient in gradients], 2), None
 
 
 def log_sum_exp(qkv: Tensor) -> tuple[Tensor]:
@@ -47,7 +48,7 @@ def _flash_forward(save: bool, qkv: Tensor, causal: bool) -> tuple[Tensor, Saved
     return out.transpose(1, 2), (lse, state, unused) if save else ()
 
 
-def _flash_backward(dout: Tensor, qkv: Tensor, out: Tensor, saved: Saved, causal: bool) -> Tensor:
+def _flash_backward(dout: Tensor, qkv: Tensor, out: Tensor, saved: Saved, causal: bool) -> Found:
     lse, *state = saved
     length, none = qkv.shape[1], None
     given = (dout.transpose(1, 2), *heads_first(qkv), out.transpose(1, 2), lse, none, none, length, length)
@@ -61,7 +62,7 @@ def _cudnn_forward(save: bool, qkv: Tensor, causal: bool) -> tuple[Tensor, Saved
     return out.transpose(1, 2), (lse, seed, offset) if save else ()
 
 
-def _cudnn_backward(dout: Tensor, qkv: Tensor, out: Tensor, saved: Saved, causal: bool) -> Tensor:
+def _cudnn_backward(dout: Tensor, qkv: Tensor, out: Tensor, saved: Saved, causal: bool) -> Found:
     length, none = qkv.shape[1], None
     given = (dout.transpose(1, 2), *heads_first(qkv), out.transpose(1, 2), *saved, none, none, none, length, length)
     return _packed(*aten._scaled_dot_product_cudnn_attention_backward(*given, 0.0, causal))
@@ -72,7 +73,7 @@ def _efficient_forward(save: bool, qkv: Tensor, causal: bool) -> tuple[Tensor, S
     return out.transpose(1, 2), (lse, seed, offset) if save else ()
 
 
-def _efficient_backward(dout: Tensor, qkv: Tensor, out: Tensor, saved: Saved, causal: bool) -> Tensor:
+def _efficient_backward(dout: Tensor, qkv: Tensor, out: Tensor, saved: Saved, causal: bool) -> Found:
     given = (dout.transpose(1, 2), *heads_first(qkv), None, out.transpose(1, 2), *saved)
     wanted = [True, True, True, False]
     return _packed(*aten._scaled_dot_product_efficient_attention_backward(*given, 0.0, wanted, causal)[:3])
@@ -176,13 +177,13 @@ class _FlashAttn(NamedTuple):
         out, lse, *_ = forward(**_views(qkv), softmax_scale=qkv.shape[-1] ** -0.5, causal=causal, **options)
         return out, (lse,) if save else ()
 
-    def backward(self, dout: Tensor, qkv: Tensor, out: Tensor, saved: Saved, causal: bool) -> Tensor:
+    def backward(self, dout: Tensor, qkv: Tensor, out: Tensor, saved: Saved, causal: bool) -> Found:
         _, backward = bind(self.module, *self.names)
         dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
         gradients = {f"d{name}": view for name, view in _views(dqkv).items()}  # they are written
         options = {**self.options, **self.backward_options, self.lse: saved[0], self.causal: causal}
         backward(dout=dout, **_views(qkv), out=out, softmax_scale=qkv.shape[-1] ** -0.5, **gradients, **options)
-        return dqkv
+        return dqkv, None
 
     def backend(self, name: str, package: str, install: str, **supported: Any) -> Backend:
         """Its backend. supported: fields that differ from the other libraries'."""
@@ -234,11 +235,11 @@ def _xformers_forward(save: bool, qkv: Tensor, causal: bool) -> tuple[Tensor, Sa
     return out, (lse,)
 
 
-def _xformers_backward(dout: Tensor, qkv: Tensor, out: Tensor, saved: Saved, causal: bool) -> Tensor:
+def _xformers_backward(dout: Tensor, qkv: Tensor, out: Tensor, saved: Saved, causal: bool) -> Found:
     (*_, backward) = bind("xformers.ops", *_XFORMERS)
     given = dict(zip(("query", "key", "value"), _views(qkv).values(), strict=True))
     gradients = backward(grad=dout, output=out, lse=saved[0], **given, attn_bias=_mask(causal))
-    return torch.stack(list(gradients[:3]), 2)
+    return torch.stack(list(gradients[:3]), 2), None
 
 
 XFORMERS = Backend(

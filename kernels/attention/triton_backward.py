@@ -23,6 +23,7 @@ def attention_dq_kernel(
     lse_ptr,  # (F, H, S)
     delta_ptr,  # (F, H, S)
     dqkv_ptr,  # (F, S, 3, H, C): its queries are written
+    sums_ptr,  # (F, blocks of queries, 3, H, C) float32: rows whose sum is that of dqkv's rows
     stride_f,
     stride_s,
     stride_3,
@@ -59,6 +60,10 @@ def attention_dq_kernel(
             v_ptr = k_ptr + stride_3
             at = row[:, None] * (HEADS * C) + channel[None, :]
             do = tl.load(dout_ptr + at, mask=inside)
+            # sum_j dv_j = sum_i do_i, and sum_j dk_j = 0: a row of p has the sum 1, and one of ds 0
+            sums_at = sums_ptr + ((sequence * blocks + block) * 3 * HEADS + head) * C + channel
+            tl.store(sums_at + HEADS * C, tl.zeros((C,), tl.float32))
+            tl.store(sums_at + 2 * HEADS * C, tl.sum((tl.where(inside, do, 0.0) if masked else do).to(tl.float32), 0))
             delta = tl.sum(do.to(tl.float32) * tl.load(out_ptr + at, mask=inside).to(tl.float32), 1)
             at_row = (sequence * HEADS + head) * S + row
             tl.store(delta_ptr + at_row, delta, mask=valid)
@@ -79,8 +84,10 @@ def attention_dq_kernel(
                         ds = ds if whole else tl.where(key[None, :] < S, ds, 0.0)
                         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
 
+            dq *= factor
+            tl.store(sums_at, tl.sum(tl.where(inside, dq, 0.0) if masked else dq, 0))
             at_dq = row[:, None] * (3 * HEADS * C) + channel[None, :]
-            tl.store(dq_ptr + at_dq, (dq * factor).to(dq_ptr.dtype.element_ty), mask=inside)
+            tl.store(dq_ptr + at_dq, dq.to(dq_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -149,8 +156,10 @@ def attention_dk_dv_kernel(
             tl.store(dk_at + HEADS * C, dv.to(dk_ptr.dtype.element_ty), mask=inside)
 
 
-def backward(dout: Tensor, qkv: Tensor, out: Tensor, saved: Sequence[Tensor], causal: bool = False) -> Tensor:
-    """dqkv (F, S, 3, H, C) of ``attention.forward``."""
+def backward(
+    dout: Tensor, qkv: Tensor, out: Tensor, saved: Sequence[Tensor], causal: bool = False
+) -> tuple[Tensor, Tensor]:
+    """dqkv (F, S, 3, H, C) of ``attention.forward``, and rows (N, 3 H C) float32 whose sum is that of its rows."""
     qkv, dout = channels_contiguous(qkv), dout.contiguous()
     count, length, _, heads, channels = qkv.shape
     dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
@@ -159,14 +168,16 @@ def backward(dout: Tensor, qkv: Tensor, out: Tensor, saved: Sequence[Tensor], ca
     if fits_one_tile(qkv):
         use = tile("attention_one_tile_backward", qkv.device, length=length, bytes=qkv.element_size())
         grid, shape = (count * heads,), {"HEADS": heads, "C": channels, "BLOCK": power_of_two(length)}
-        launch(packed_attention_bwd_kernel, grid, qkv, None, dout, dqkv, length, *numbers, **shape, **use)
-        return dqkv
+        sums = torch.empty(count, 3 * heads * channels, dtype=torch.float32, device=qkv.device)
+        launch(packed_attention_bwd_kernel, grid, qkv, None, dout, dqkv, sums, length, *numbers, **shape, **use)
+        return dqkv, sums
     (lse,) = saved
     delta = torch.empty_like(lse)
     use, blocks, _ = sequence_tile("attention_dq", qkv.device, qkv.shape[0], qkv.shape[1], qkv.element_size())
     grid, numbers_dq = (count * heads * blocks,), (*numbers, use["FULL"] * use["BLOCK_N"])
-    launch(attention_dq_kernel, grid, qkv, out, dout, lse, delta, dqkv, *numbers_dq, **shape, **use)
+    sums = torch.empty(count * blocks, 3 * heads * channels, dtype=torch.float32, device=qkv.device)
+    launch(attention_dq_kernel, grid, qkv, out, dout, lse, delta, dqkv, sums, *numbers_dq, **shape, **use)
     use, _, blocks = sequence_tile("attention_dk_dv", qkv.device, qkv.shape[0], qkv.shape[1], qkv.element_size())
     grid, numbers_dk = (count * heads * blocks,), (*numbers, length // use["BLOCK_M"] * use["BLOCK_M"])
     launch(attention_dk_dv_kernel, grid, qkv, dout, lse, delta, dqkv, *numbers_dk, **shape, **use)
-    return dqkv
+    return dqkv, sums

@@ -47,6 +47,7 @@ def packed_attention_bwd_kernel(
     offsets_ptr,  # (K + 1,): causal labels; or None: sequences of ``length`` rows, stride_f apart
     dout_ptr,  # (M, H, C)
     dqkv_ptr,  # (M, 3, H, C)
+    sums_ptr,  # (sequences, 3, H, C) float32: rows whose sum is that of dqkv's rows
     length,
     stride_f,
     stride_s,
@@ -76,11 +77,16 @@ def packed_attention_bwd_kernel(
     v = tl.load(at + stride_3 + stride_3, mask=inside, other=0.0)
     # rows behind the end: q = do = 0, so that they give nothing to dk and dv
     do = tl.load(dout_ptr + ((start + row)[:, None] * HEADS + head) * C + channel[None, :], mask=inside, other=0.0)
+    # sum_j dv_j = sum_i do_i, and sum_j dk_j = 0: a row of p has the sum 1, and one of ds 0
+    sums_at = sums_ptr + (sequence * 3 * HEADS + head) * C + channel
+    tl.store(sums_at + HEADS * C, tl.zeros((C,), tl.float32))
+    tl.store(sums_at + 2 * HEADS * C, tl.sum(do.to(tl.float32), 0))
     p, ds = attend_tile_backward(q, k, v, do, seen, scale)
     to = dqkv_ptr + ((start + row)[:, None] * 3 * HEADS + head) * C + channel[None, :]
     dv = tl.dot(tl.trans(p), do, input_precision="ieee")
     tl.store(to + 2 * HEADS * C, dv.to(dqkv_ptr.dtype.element_ty), mask=inside)
     dq = tl.dot(ds, k, input_precision="ieee") * factor
+    tl.store(sums_at, tl.sum(dq, 0))
     tl.store(to, dq.to(dqkv_ptr.dtype.element_ty), mask=inside)
     dk = tl.dot(tl.trans(ds), q, input_precision="ieee") * factor
     tl.store(to + HEADS * C, dk.to(dqkv_ptr.dtype.element_ty), mask=inside)
@@ -97,13 +103,16 @@ def forward(save: bool, qkv: Tensor, offsets: Tensor, longest: int) -> tuple[Ten
     return out, ()
 
 
-def backward(dout: Tensor, qkv: Tensor, out: Tensor, saved: tuple[()], offsets: Tensor, longest: int) -> Tensor:
-    """dqkv (M, 3, H, C)."""
+def backward(
+    dout: Tensor, qkv: Tensor, out: Tensor, saved: tuple[()], offsets: Tensor, longest: int
+) -> tuple[Tensor, Tensor]:
+    """dqkv (M, 3, H, C), and rows (K, 3 H C) float32 whose sum is that of its rows."""
     qkv, offsets = channels_contiguous(qkv), offsets.contiguous()
     heads, channels = qkv.shape[2:]
     dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     use = tile("packed_attention", qkv.device, longest=longest, bytes=qkv.element_size())
-    grid, shape = ((offsets.shape[0] - 1) * heads,), {"HEADS": heads, "C": channels}
+    sums = torch.empty(len(offsets) - 1, 3 * heads * channels, dtype=torch.float32, device=qkv.device)
+    grid, shape = (len(sums) * heads,), {"HEADS": heads, "C": channels}
     numbers = (0, 0, *qkv.stride()[:3], channels**-0.5 * LOG2_E, channels**-0.5)
-    launch(packed_attention_bwd_kernel, grid, qkv, offsets, dout.contiguous(), dqkv, *numbers, **shape, **use)
-    return dqkv
+    launch(packed_attention_bwd_kernel, grid, qkv, offsets, dout.contiguous(), dqkv, sums, *numbers, **shape, **use)
+    return dqkv, sums

@@ -498,23 +498,14 @@ def training_run(training, tmp_path, *options):
     return code, json.loads(path.read_text())
 
 
-def test_training_steps_beside_the_peer_without_av(training, tmp_path, monkeypatch, capsys):
+def test_training_steps_beside_the_peer(training, tmp_path):
     pytest.importorskip("transformers")
-
-    def without_av(args, variant):
-        raise ModuleNotFoundError("No module named 'av'")
-
-    monkeypatch.setattr(training, "loading", without_av)
     code, report = training_run(training, tmp_path, "--text", "frozen,trained")
     assert code == 0
     assert [(row["towers"], row["contender"]) for row in report["rows"]] == [
         (towers, contender) for towers in ("visual", "both") for contender in ("xclip-fast", "Hugging Face")
     ]
     assert all(row["clips_per_second"] > 0 for row in report["rows"])
-    assert report["loading"] == [
-        {"variant": "tiny", "batch": 2, "note": "failed: ModuleNotFoundError: No module named 'av'"}
-    ]
-    assert "No module named 'av'" in capsys.readouterr().out
 
 
 def test_a_training_cell_that_fails_costs_that_cell(training, tmp_path, monkeypatch):
@@ -526,7 +517,6 @@ def test_a_training_cell_that_fails_costs_that_cell(training, tmp_path, monkeypa
         return real(cell, *rest)
 
     monkeypatch.setattr(training, "contenders_of", failing)
-    monkeypatch.setattr(training, "loading", lambda args, variant: {"variant": variant, "batch": 2, "note": "left out"})
     code, report = training_run(training, tmp_path, "--recompute", "yes,no", "--no-peers")
     assert code == 1
     assert [row["note"] for row in report["rows"]] == ["failed: OutOfResources: out of resource: shared memory", ""]

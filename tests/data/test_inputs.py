@@ -57,6 +57,14 @@ def test_a_folder_that_cannot_be_listed_does_not_stop_the_others(folder, unlista
         "v/in: is a folder that cannot be listed (Permission denied)",
     ]
     assert found.unlisted == ["locked", "v/in"]
+    whole = "v/in: is a folder that cannot be listed (Permission denied)"
+    for pattern, paths in (("v/**/*.m*", ["v/b.mp4", "v/odd[1].mp4"]), ("v/*/*", []), ("v/**", None)):
+        globbed = find_videos(pattern)
+        assert globbed.empty[0] == whole
+        assert paths is None or sorted(globbed.paths) == paths
+    assert find_videos("v/*.mp4").empty == []  # it does not look into v/in
+    unlistable(folder)
+    assert find_videos("*.mp4").empty[0] == ".: is a folder that cannot be listed (Permission denied)"
 
 
 def test_lists_and_standard_input(folder, monkeypatch):

@@ -170,15 +170,16 @@ def test_damaged_manifests(line, message, tmp_path):
         manifest.source(1)
 
 
-@pytest.mark.parametrize("text", ["", "hello", "[]", "{}", "\xff", '{"xclip_fast_manifest": 1, "root": 3}'])
+@pytest.mark.parametrize("text", ["", "hello", "[]", "{}", "\xff", '{"xclip_fast_manifest": 2, "root": 3}'])
 def test_files_that_are_no_manifest(text, tmp_path):
     path = tmp_path / "m.jsonl"
     path.write_text(text, encoding="latin-1")
     with pytest.raises(ValueError, match=r"m\.jsonl"):
         Manifest.read(path)
-    path.write_text('{"xclip_fast_manifest": 3}')
-    with pytest.raises(ValueError, match=r"version 3.*again with `xclip-fast index`"):
-        Manifest.read(path)
+    for version in (1, 3):
+        path.write_text(json.dumps({"xclip_fast_manifest": version}))
+        with pytest.raises(ValueError, match=rf"version {version}.*again with `xclip-fast index`"):
+            Manifest.read(path)
 
 
 def test_two_dots_in_a_name_are_no_way_out(tmp_path):

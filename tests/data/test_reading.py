@@ -18,7 +18,7 @@ from xclip_fast.data.decode import chosen, decode, decode_frames, decode_many, p
 from xclip_fast.data.decode.fields import may_hold_fields
 from xclip_fast.data.decode.reading import open_video
 from xclip_fast.data.decode.source import ReadError, Source, VideoError
-from xclip_fast.data.manifest import Manifest, index
+from xclip_fast.data.manifest import index
 from xclip_fast.data.motion import render, write_clip
 from xclip_fast.inference.batches import Finished, Reading, answers
 
@@ -94,22 +94,6 @@ def test_an_index_keeps_no_read_error(folder, tmp_path, failing):
     assert {video.mtime_ns for video in sick.videos} == {0}
     failing["left"] = 0
     assert [video.frames for video in index(data, workers=0).videos] == [40] * 6
-
-
-def test_manifests_of_version_1_are_looked_at_again(folder, tmp_path, caplog):
-    data = tmp_path / "data"
-    shutil.copytree(folder, data)
-    whole = index(data, workers=0)
-    path = data / "manifest.jsonl"
-    text = path.read_text().replace('"xclip_fast_manifest": 2', '"xclip_fast_manifest": 1')
-    path.write_text(text.replace('"frames":40', '"frames":9'))  # as an index beside a sick disk wrote them
-    old = Manifest.read(path)
-    assert {video.frames for video in old.videos} == {9}
-    assert all(video.packed is None for video in old.videos)
-    assert "made by an earlier version" in caplog.text
-    old.select([0, 1]).write(tmp_path / "part.jsonl")
-    assert Manifest.read(tmp_path / "part.jsonl").version == 1
-    assert index(data, workers=0, reuse=[tmp_path / "part.jsonl"]) == whole
 
 
 @pytest.mark.skipif(shutil.which("gcc") is None or sys.platform != "linux", reason="needs gcc, on Linux")

@@ -608,7 +608,7 @@ def test_what_is_no_list(tmp_path):
     video = touch(tmp_path / "a.mp4")
     with pytest.raises(ValueError, match="is not a list of videos"):
         read_source(video)
-    manifest = touch(tmp_path / "manifest.jsonl", '{"xclip_fast_manifest": 1}')
+    manifest = touch(tmp_path / "manifest.jsonl", '{"xclip_fast_manifest": 2}')
     with pytest.raises(ValueError, match="is a manifest already"):
         read_source(manifest)
     with pytest.raises(ValueError, match="format is 'nothing'; it must be one of folder"):

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import socket
 import statistics
 import sys
 
@@ -124,7 +126,7 @@ def test_renamed_classes_are_told(caplog):
         ("e.csv", "label,youtube_id,split\nabseiling,x,val\nair drumming,y,val\nabseiling,z,val\n"),
         ("f.json", '["abseiling", "air drumming"]'),
         ("g.json", '{"\\"abseiling\\"": 0, "\\"air drumming\\"": 1}'),
-        ("h.jsonl", '{"xclip_fast_manifest": 1, "root": ".", "classes": ["abseiling", "air drumming"]}\n'),
+        ("h.jsonl", '{"xclip_fast_manifest": 2, "root": ".", "classes": ["abseiling", "air drumming"]}\n'),
     ],
 )
 def test_class_lists(tmp_path, name, text):
@@ -203,8 +205,24 @@ def test_zero_shot_over_three_splits(data, settings, tmp_path, capsys):
     assert f"this checkpoint, measured\t{mean:.1f} ± {std:.1f}\n" in said.out
     assert "X-CLIP-B/16, paper\t44.6 ± 5.2\n" in said.out
     assert "the paper tests with 32 frames and 1 view" in said.err
-    with pytest.raises(FileExistsError, match=r"already holds protocol\.json"):
+    (out / "protocol.json").unlink()
+    with pytest.raises(FileExistsError, match="already holds part1, part2, part3"):
         protocols.main("zero-shot-hmdb51", data / "model", splits, out=out, **settings)
+
+
+def _refused(rank, port, data, out):
+    """The body of one of two processes."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    with pytest.raises(FileExistsError, match=r"already holds protocol\.json"):
+        protocols.main("few-shot-hmdb51", data / "model", [data / "split0.jsonl"], shots=2, out=out, device="cpu")
+
+
+def test_all_processes_refuse_an_existing_output(data, tmp_path):
+    (tmp_path / "protocol.json").write_text("{}")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_refused, (port, data, tmp_path), 2)
 
 
 def test_kinetics600_draws(data, settings, tmp_path, monkeypatch, capsys):

@@ -194,12 +194,14 @@ def test_a_block_through_autograd() -> None:
 
 
 def passes(calls: list[tuple[str, dict[Any, Any]]], numel: int) -> int:
-    """Reads and writes of whole tensors of this size that are no operand or result of a product."""
+    """Reads and writes of whole tensors of this size that are no operand or result of a product. One of k times the
+    size counts as k."""
     return sum(
-        isinstance(tensor, Tensor) and tensor.numel() == numel
+        tensor.numel() // numel
         for name, given in calls
         if name not in ("mm", "addmm", "gemm_kernel") and not name.startswith("attention")
         for tensor in given.values()
+        if isinstance(tensor, Tensor)
     )
 
 
@@ -224,12 +226,14 @@ def counted(name: str) -> list[tuple[int, int]]:
         launches.clear()
         count(lambda: fused.forward(False, *block))
         outputs, saved = count(lambda: fused.forward(True, *block))
-        count(lambda: fused.backward([torch.empty_like(outputs[0])], saved, needs, *block))
+        dx, *_ = fused.backward([torch.empty_like(outputs[0])], saved, needs, *block)  # as of the block behind
+        launches.clear()
+        count(lambda: fused.backward([dx], saved, needs, *block))
     return found
 
 
 # as counted gives them, and as docs/kernels.md has them
-MOST = {"library": [(11, 6), (12, 9), (41, 11)], "triton": [(11, 0), (11, 0), (41, 11)]}
+MOST = {"library": [(11, 14), (12, 17), (36, 26)], "triton": [(11, 0), (11, 0), (36, 26)]}
 
 
 @pytest.mark.parametrize("name", sorted(MOST))

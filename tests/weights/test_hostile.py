@@ -2,7 +2,6 @@
 
 import argparse
 import collections
-import contextlib
 import inspect
 import io
 import json
@@ -80,7 +79,7 @@ def test_nothing_that_a_pickle_can_reach_runs(tmp_path, trap):
     saver.save({"weight": torch.zeros(3)}, {"step": 1})
     saver.finish()
     (good,) = checkpoints.complete(tmp_path / "run")
-    index = json.loads((good / "index.json").read_text())
+    (weights,) = good.glob("*.safetensors")
     archive, tried = io.BytesIO(), 0
     torch.save(0, archive)
     for function in reachable():
@@ -95,11 +94,10 @@ def test_nothing_that_a_pickle_can_reach_runs(tmp_path, trap):
             with zipfile.ZipFile(archive) as old, zipfile.ZipFile(replaced, "w") as new:
                 for entry in old.infolist():
                     new.writestr(entry.filename, bad if entry.filename.endswith("data.pkl") else old.read(entry))
-            (good / "__0_0.distcp").write_bytes(replaced.getvalue())
+            weights.write_bytes(replaced.getvalue())
             (tmp_path / "bad.pth").write_bytes(replaced.getvalue())
-            index["tensors"]["weight"]["chunks"][0]["bytes"] = len(replaced.getvalue())
-            (good / "index.json").write_text(json.dumps(index))
-            with contextlib.suppress(ValueError):
+            (good / "progress.json").write_text(json.dumps({"files": {weights.name: weights.stat().st_size}}))
+            with pytest.raises(ValueError, match="cannot be read into this model"):
                 checkpoints.load(good, {"weight": torch.zeros(3)})
             with pytest.raises(CheckpointError, match=r"bad\.pth"):
                 checkpoint.read(tmp_path / "bad.pth", drop_config=True)
@@ -108,26 +106,31 @@ def test_nothing_that_a_pickle_can_reach_runs(tmp_path, trap):
     assert tried > 300
 
 
-@pytest.mark.parametrize("damage", ["bytes", "outside", "offset", "dtype", "format", "list", "deep"])
-def test_a_damaged_index_is_named(tmp_path, damage):
+@pytest.mark.parametrize("damage", ["missing", "longer", "cut", "header", "place", "offsets", "dtype", "shape", "name"])
+def test_a_damaged_checkpoint_is_named(tmp_path, damage):
     saver = checkpoints.Checkpoints(tmp_path, 2)
     saver.save({"weight": torch.zeros(3)}, {"step": 1})
     saver.finish()
     (good,) = checkpoints.complete(tmp_path)
-    index = json.loads((good / "index.json").read_text())
-    about = index["tensors"]["weight"]
-    changes = {
-        "bytes": lambda: about["chunks"][0].update(bytes=10**12),
-        "outside": lambda: about["chunks"][0].update(file="../../secret"),
-        "offset": lambda: about["chunks"][0].update(start=-5),
-        "dtype": lambda: about.update(dtype="load"),
-        "format": lambda: index.update(format=2),
-        "list": lambda: index.update(tensors=[]),
-        "deep": lambda: None,
+    (weights,) = good.glob("*.safetensors")
+    data = weights.read_bytes()
+    replaced = {
+        "header": (data[:8], (10**12).to_bytes(8, "little")),
+        "place": (b'"data_offsets":[0,12]', b'"data_offsets":[0,92]'),
+        "offsets": (b'saved_offsets\\": [0]', b'saved_offsets\\": [5]'),
+        "dtype": (b'"F32"', b'"X32"'),
+        "shape": (b'"shape":[3]', b'"shape":[2]'),
+        "name": (b'"weight":{"dtype"', b'"height":{"dtype"'),
     }
-    changes[damage]()
-    (good / "index.json").write_text("[" * 10**5 if damage == "deep" else json.dumps(index))
-    with pytest.raises(ValueError, match=r"step-00000001: cannot be read into this model .*index\.json"):
+    if damage == "missing":
+        weights.unlink()
+    elif damage in ("longer", "cut"):
+        weights.write_bytes(data + b"0" if damage == "longer" else data[:-1])
+    else:
+        old, new = replaced[damage]
+        assert old in data
+        weights.write_bytes(data.replace(old, new))
+    with pytest.raises(ValueError, match="step-00000001: cannot be read into this model"):
         checkpoints.load(good, {"weight": torch.zeros(3)})
 
 

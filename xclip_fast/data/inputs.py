@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .manifest.listing import VIDEO_NAME, lines_of, videos_below
+from .manifest.listing import VIDEO_NAME, lines_of, unlisted_reason, videos_below
 from .manifest.manifest import Manifest
 from .remote import is_remote, remote_files
 
@@ -72,14 +72,33 @@ def find_videos(given: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
         elif os.path.isfile(name) and name.lower().endswith((".txt", ".jsonl")):
             kind = "video in this list"
             found.paths += _listed(Path(name))
-        elif any(sign in name for sign in "*?[") and not os.path.lexists(name):
+        elif glob.has_magic(name) and not os.path.lexists(name):
             kind = "file matches"
+            unlisted = _unlisted(name)
+            found.unlisted += unlisted
+            found.empty += [f"{folder}: {reason}" for folder, reason in unlisted.items()]
             found.paths += sorted(path for path in glob.glob(name, recursive=True) if not os.path.isdir(path))
         else:
             kind = ""
             found.paths.append(name)
         if len(found.paths) == before:
             found.empty.append(f"{name}: no {kind}")
+    return found
+
+
+def _unlisted(pattern: str) -> dict[str, str]:
+    """The folders that a glob looks into and cannot list, with the reason: ``glob`` passes over them silently."""
+    found: dict[str, str] = {}
+    pattern += "/*" if os.path.basename(pattern) == "**" else ""
+    while glob.has_magic(pattern):
+        pattern, name = os.path.split(pattern)
+        if not glob.has_magic(name):
+            continue
+        for folder in glob.glob(f"{pattern}/", recursive=True) if pattern else ["."]:
+            try:
+                os.scandir(folder).close()
+            except OSError as error:
+                found[folder.rstrip("/")] = unlisted_reason(error)
     return found
 
 

@@ -7,16 +7,16 @@ import dataclasses
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from ..console import Bar
 from ..inference.placement import load_model, placed
-from ..inference.processes import decided_by_first, find_device, join_processes
+from ..inference.processes import Process, decided_by_first, find_device, join_processes
 from ..text.labels import plain_name
 from ..weights.recipe import Trained
 from .loop import evaluate
-from .report import reserved, write
+from .report import FILES, reserved, write
 from .result import Evaluation, show
 
 log = logging.getLogger("xclip_fast")
@@ -29,6 +29,16 @@ def named(result: Evaluation, checkpoint: str | os.PathLike[str], manifest: str 
         model={"checkpoint": os.fspath(checkpoint), **result.model},
         data={"manifest": os.fspath(manifest), **result.data},
     )
+
+
+@contextlib.contextmanager
+def joined(
+    device: str, out: str | os.PathLike[str] | None, overwrite: bool, names: Collection[str] = FILES
+) -> Iterator[Process]:
+    """This process beside those of torchrun, with ``out`` reserved: if the first process refuses it, all raise."""
+    with join_processes(find_device(device)) as process, contextlib.ExitStack() as held:
+        decided_by_first(process, lambda: held.enter_context(reserved(out, overwrite, names)))
+        yield process
 
 
 def main(
@@ -65,8 +75,7 @@ def main(
             "result is zero-shot",
             *(manifest, len(videos.classes), videos.classes[0], len(known), next(iter(trained.labels))),
         )
-    with join_processes(find_device(device)) as process, contextlib.ExitStack() as held:
-        decided_by_first(process, lambda: held.enter_context(reserved(out, overwrite)))
+    with joined(device, out, overwrite) as process:
         model = load_model(checkpoint, variant).to(**placed(process.device, dtype))
         if labels is None and videos.classes:
             labels = trained.texts(videos.classes, model.config.num_classes is not None)

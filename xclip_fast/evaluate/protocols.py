@@ -22,13 +22,12 @@ from ..console import Bar, print_rows
 from ..data.manifest.manifest import Manifest
 from ..files import write_text
 from ..inference.placement import load_model, placed
-from ..inference.processes import find_device, join_processes
 from ..text.labels import candidates
 from ..weights.recipe import Trained
-from .command import named
+from .command import joined, named
 from .loop import Evaluation, evaluate
 from .paper import PROTOCOLS, SHOTS, Reported, paper_rows
-from .report import reserved, write
+from .report import write
 from .sample_lists import draw_classes, few_shot, new_classes, read_classes, read_draws, write_draws
 
 logger = logging.getLogger("xclip_fast")
@@ -130,8 +129,6 @@ def main(
         raise ValueError(
             f"{protocol} needs the class names of Kinetics-400 (--kinetics400 FILE, kinetics400=), or --draws (draws=)"
         )
-    if out is not None and (Path(out) / "protocol.json").exists() and not overwrite:
-        raise FileExistsError(f"{out}: already holds protocol.json; choose another folder or add --overwrite")
     videos = [Manifest.read(path) for path in manifests]
     chosen: list[list[str]] = []
     if what.table == 4:
@@ -141,16 +138,17 @@ def main(
         manifests = [manifests[0]] * len(chosen)
         videos = [of_classes(videos[0], number, names) for number, names in enumerate(chosen, 1)]
     trained = Trained.read(checkpoint)
-    with join_processes(find_device(device)) as process, reserved(None if process.rank else out, overwrite):
+    parts = [f"part{number}" for number in range(1, len(videos) + 1)]
+    with joined(device, out, overwrite, ["protocol.json", *parts]) as process:
         model = load_model(checkpoint, variant).to(**placed(process.device, dtype))
         # zero-shot: the model was not trained on these classes, so their names are the texts
         known, linear_head = trained if what.table == 5 else Trained(), model.config.num_classes is not None
-        labels: list[Any] = chosen or [known.texts(part.classes, linear_head) for part in videos]
+        labels: list[Any] = chosen or [known.texts(each.classes, linear_head) for each in videos]
         with Bar(hidden=process.rank > 0) as bar:
             settings = {"progress": bar.update, **trained.complete(settings)}
             results = [
-                named(evaluate(model, part, labels=names, **settings), checkpoint, path)
-                for part, names, path in zip(videos, labels, manifests, strict=True)
+                named(evaluate(model, each, labels=names, **settings), checkpoint, path)
+                for each, names, path in zip(videos, labels, manifests, strict=True)
             ]
         if process.rank:
             return None
@@ -159,8 +157,8 @@ def main(
         if out is not None:
             folder = Path(out)
             folder.mkdir(parents=True, exist_ok=True)
-            for number, result in enumerate(results, 1):
-                write(result, folder / f"part{number}", overwrite=overwrite)
+            for part, result in zip(parts, results, strict=True):
+                write(result, folder / part, overwrite=overwrite)
             if chosen:
                 write_draws(chosen, folder / "draws.json", about={"protocol": protocol, "seed": report["seed"]})
             write_text(folder / "protocol.json", json.dumps(report, indent=1, allow_nan=False) + "\n")

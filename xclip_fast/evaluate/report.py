@@ -7,7 +7,7 @@ import csv
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +57,12 @@ def write(evaluation: Evaluation, folder: str | os.PathLike[str], *, overwrite: 
 
 
 @contextlib.contextmanager
-def reserved(folder: str | os.PathLike[str] | None, overwrite: bool) -> Iterator[None]:
+def reserved(folder: str | os.PathLike[str] | None, overwrite: bool, names: Collection[str] = FILES) -> Iterator[None]:
     """Reserves the folder while the block lasts: no other evaluation may write to it. None reserves nothing.
 
     Raises:
-        FileExistsError: if another evaluation has reserved the folder, or if it holds one and ``overwrite`` is not set.
+        FileExistsError: if another evaluation has reserved the folder, or if it holds one of ``names`` and
+            ``overwrite`` is not set.
         OSError: if the folder cannot be written.
     """
     if folder is None:
@@ -71,24 +72,24 @@ def reserved(folder: str | os.PathLike[str] | None, overwrite: bool) -> Iterator
     home = target if target.is_dir() else target.parent
     with contextlib.ExitStack() as held:
         try:
-            check_folder(folder, overwrite)
+            check_folder(folder, overwrite, names)
             home.mkdir(parents=True, exist_ok=True)
             held.enter_context(locked(home / f".{target.name}.evaluating", folder))
         except PermissionError as error:
             raise PermissionError(f"{folder}: cannot be written ({error.strerror}); choose another folder") from error
-        check_folder(folder, overwrite)  # again: another evaluation may have ended meanwhile
+        check_folder(folder, overwrite, names)  # again: another evaluation may have ended meanwhile
         yield
 
 
-def check_folder(folder: str | os.PathLike[str], overwrite: bool) -> None:
-    """Raises FileExistsError if the folder holds an evaluation, NotADirectoryError if it cannot be a folder."""
+def check_folder(folder: str | os.PathLike[str], overwrite: bool, names: Collection[str] = FILES) -> None:
+    """Raises FileExistsError if the folder holds one of ``names``, NotADirectoryError if it cannot be a folder."""
     folder = Path(folder)
     above = next((parent for parent in folder.parents if parent.exists()), None)
     if above is not None and not above.is_dir():
         raise NotADirectoryError(f"{folder}: {above} is a file; choose another folder")
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder}: is a file; give a folder")
-    there = [name for name in FILES if (folder / name).exists()]
+    there = [name for name in names if (folder / name).exists()]
     if there and not overwrite:
         raise FileExistsError(f"{folder}: already holds {', '.join(there)}; choose another folder or add --overwrite")
 

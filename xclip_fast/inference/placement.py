@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..kernels.cpu import library
+from ..kernels.dispatch import log_once
 from .processes import find_device
 
 if TYPE_CHECKING:
@@ -24,9 +26,16 @@ def automatic_dtype(device: torch.device) -> torch.dtype:
 
 
 def placed(device: str | torch.device = "auto", dtype: str | torch.dtype = "auto") -> dict[str, Any]:
-    """The arguments of ``Module.to``. A name of a device is that of ``find_device``; "auto": ``automatic_dtype``."""
+    """The arguments of ``Module.to``. A name of a device is that of ``find_device``; "auto": ``automatic_dtype``.
+
+    For a CPU that the CPU library could use, its absence is logged.
+    """
     if isinstance(device, str):
         device = find_device(device)
+    instructions = library.instruction_set(torch.float32)
+    reason = library.load(instructions)[1]
+    if device.type == "cpu" and instructions is not None and reason is not None:
+        log_once(f"the model runs slower on this CPU than it could: {reason}")
     if dtype == "auto":
         dtype = automatic_dtype(device)
     elif isinstance(dtype, str):

@@ -1,15 +1,15 @@
 """Checkpoints of a training run. A run that resumes from one gives the weights of an unbroken run.
 
-A checkpoint is a folder ``step-00001234``. It holds the tensors (weights, optimizer, moving average), which
-``torch.distributed.checkpoint`` writes from a thread while training goes on, and two JSON files: the place of each
-tensor (``index.json``) and the run's counters (``progress.json``). It holds no pickled Python. It is written as
-``.step-00001234.part`` and renamed when it is complete, so a folder of its final name is whole. The number of processes
-and the strategy may change between saving and reading.
+A checkpoint is a folder ``step-00001234``. It holds the tensors (weights, optimizer, moving average) as safetensors,
+which ``torch.distributed.checkpoint`` writes from a thread while training goes on, and the run's counters
+(``progress.json``). It holds no pickled Python. It is written as ``.step-00001234.part`` and renamed when it is
+complete, so a folder of its final name is whole. The number of processes and the strategy may change between saving and
+reading.
 """
 
 from __future__ import annotations
 
-import io
+import itertools
 import json
 import re
 import shutil
@@ -23,15 +23,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..files import exchange, is_full, read_json, refuse_inflated, sync
+from ..files import exchange, is_full, read_json, sync
 from ..schema import ConfigError
 
 _COMPLETE = re.compile(r"step-(\d{8,})")
 _PART = re.compile(r"\.step-\d{8,}(\.old)?\.part")
 _NUMBERS = "progress.json"
-_INDEX = "index.json"  # instead of torch's pickled .metadata
-_DATA = re.compile(r"__\d+_\d+\.distcp")  # the files of tensors
-
+_FILE = 512 << 20  # bytes of tensors in a file, which is put together in memory
 
 # A single process needs no process group.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -53,7 +51,7 @@ def latest(folder: Path) -> Path | None:
 
 
 def numbers(checkpoint: Path) -> dict[str, Any]:
-    """The run's counters at the time of the checkpoint: step, best and so on."""
+    """The run's counters at the time of the checkpoint: step, best and so on; and the sizes of its files."""
     path = checkpoint / _NUMBERS
     try:
         found = read_json(path)
@@ -103,18 +101,14 @@ def load(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
     """
     import torch.distributed.checkpoint as dcp
 
-    class Reader(dcp.FileSystemReader):
-        def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
-            return metadata
-
-        def _slice_file(self, file: Any, sinfo: Any) -> Any:
-            part = io.BytesIO(super()._slice_file(file, sinfo).read())
-            refuse_inflated(part, sinfo.length)
-            return part
-
     try:
-        metadata = _read_index(checkpoint)
-        dcp.load(tensors, storage_reader=Reader(checkpoint), no_dist=not dist.is_initialized())
+        files = _files(checkpoint)
+        if files != (wanted := read_json(checkpoint / _NUMBERS).get("files")):
+            raise ValueError(
+                f"its files have the sizes {files}, and {wanted} are wanted: it is damaged, or of an earlier version"
+            )
+        reader = dcp.HuggingFaceStorageReader(str(checkpoint))
+        dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
     except (Exception, dcp.api.CheckpointException) as error:  # damaged bytes raise errors of many kinds
         raise ValueError(
             f"{checkpoint}: cannot be read into this model ({_reason(error)}); delete that folder to go on from the "
@@ -122,88 +116,14 @@ def load(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
         ) from error
 
 
-def _write_index(folder: Path, metadata: Any, written: Any) -> None:
-    """Writes the dtype, the size and the chunks of each tensor of a checkpoint as JSON."""
-    places = {result.index: result.storage_data for results in written for result in results}
-    tensors = {}
-    for name, found in metadata.state_dict_metadata.items():
-        chunks = []
-        for chunk in found.chunks:
-            place = places[_key(name, chunk.offsets)]
-            here = {"file": place.relative_path, "start": place.offset, "bytes": place.length}
-            chunks.append({"offsets": list(chunk.offsets), "sizes": list(chunk.sizes), **here})
-        dtype = str(found.properties.dtype).removeprefix("torch.")
-        tensors[name] = {"dtype": dtype, "size": list(found.size), "chunks": chunks}
-    _write_json(folder / _INDEX, {"format": 1, "tensors": tensors})
+def _files(folder: Path) -> dict[str, int]:
+    """The sizes of the files of tensors, by name."""
+    return {path.name: path.stat().st_size for path in sorted(folder.glob("*.safetensors"))}
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
     path.write_text(json.dumps(values), encoding="utf-8")
     sync(path)
-
-
-def _read_index(checkpoint: Path) -> Any:
-    """torch's ``Metadata`` of a checkpoint, from ``index.json``.
-
-    Raises:
-        ValueError: if the file is missing or damaged, or points outside the checkpoint.
-    """
-    from torch.distributed.checkpoint.filesystem import _StorageInfo
-    from torch.distributed.checkpoint.metadata import (
-        ChunkStorageMetadata,
-        Metadata,
-        TensorProperties,
-        TensorStorageMetadata,
-    )
-
-    if not (checkpoint / _INDEX).is_file():
-        raise ValueError(f"{_INDEX} is missing; the checkpoint is incomplete, or of another version of xclip-fast")
-    values = read_json(checkpoint / _INDEX)
-    tensors: dict[str, Any] = {}
-    places: dict[Any, Any] = {}
-    sizes = {path.name: path.stat().st_size for path in checkpoint.iterdir() if _DATA.fullmatch(path.name)}
-    try:
-        if values["format"] != 1:
-            raise ValueError(f"{_INDEX} has format {values['format']!r}; this version of xclip-fast reads format 1")
-        for name, about in values["tensors"].items():
-            chunks = []
-            for chunk in about["chunks"]:
-                offsets, shape = torch.Size(chunk["offsets"]), torch.Size(chunk["sizes"])
-                file, start, count = chunk["file"], chunk["start"], chunk["bytes"]
-                if not (start >= 0 and count > 0 and start + count <= sizes.get(file, -1)):
-                    raise ValueError(
-                        f"{_INDEX}: {name} should be {count} bytes at {start} in {file!r}; they are missing"
-                    )
-                chunks.append(ChunkStorageMetadata(offsets, shape))
-                places[_key(name, offsets)] = _StorageInfo(file, start, count)
-            properties = TensorProperties(dtype=_dtype(about["dtype"]))
-            tensors[name] = TensorStorageMetadata(properties, torch.Size(about["size"]), chunks)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{_INDEX} is damaged: {error!r}") from error
-    return Metadata(state_dict_metadata=tensors, storage_data=places)
-
-
-def _key(name: str, offsets: Any) -> Any:
-    from torch.distributed.checkpoint.metadata import MetadataIndex
-
-    return MetadataIndex(name, torch.Size(offsets))
-
-
-def _dtype(name: str) -> torch.dtype:
-    found = getattr(torch, name, None)
-    if not isinstance(found, torch.dtype):
-        raise ValueError(f"{_INDEX}: {name!r} is not a dtype of torch")
-    return found
-
-
-def _writer(folder: Path) -> Any:
-    import torch.distributed.checkpoint as dcp
-
-    class Writer(dcp.FileSystemWriter):
-        def finish(self, metadata: Any, results: Any) -> None:
-            _write_index(folder, metadata, results)
-
-    return Writer(folder)
 
 
 class Checkpoints:
@@ -231,7 +151,9 @@ class Checkpoints:
         self.finish()
         part = self.folder / f".step-{counted['step']:08d}.part"
         try:
-            writer = _writer(part)
+            ends = itertools.accumulate(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+            numbers = {name: 1 + end // _FILE for name, end in zip(tensors, ends, strict=True)}
+            writer = dcp.HuggingFaceStorageWriter(str(part), numbers, save_distributed=True)
             alone = self.group is None
             future: Any = dcp.async_save(tensors, storage_writer=writer, process_group=self.group, no_dist=alone)
         except OSError as error:
@@ -262,7 +184,7 @@ class Checkpoints:
             raise self._failed(part, error) from error
 
     def _complete(self, part: Path, counted: dict[str, Any]) -> None:
-        _write_json(part / _NUMBERS, counted)
+        _write_json(part / _NUMBERS, counted | {"files": _files(part)})
         target = self.folder / part.name.removeprefix(".").removesuffix(".part")
         if exchange(part, target):  # one of the same step, from before a resume or a validation
             sync(self.folder)

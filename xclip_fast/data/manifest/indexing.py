@@ -133,8 +133,6 @@ def _known(reuse: Sequence[str | os.PathLike[str] | Manifest], partial: Path) ->
     known: dict[_Key, Video] = {}
     for each in reuse:
         manifest = each if isinstance(each, Manifest) else Manifest.read(each)
-        if manifest.version < VERSION:
-            continue
         known.update((_key(str(manifest.root), video), video) for video in manifest.videos)
     root = ""
     for line in partial.open("rb") if partial.exists() else ():

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from ...files import errors_name, require_regular
 from ..decode.video import Video
@@ -106,12 +107,23 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-_UNLISTED = "is a folder that cannot be listed"
+def unlisted_reason(error: OSError) -> str:
+    """The error of a folder that cannot be listed."""
+    return f"is a folder that cannot be listed ({error.strerror})"
 
 
-def walk(root: Path, follow_links: bool) -> tuple[list[Video], list[str]]:
-    """Every video below a folder, sorted by path, and notes on files that were left out."""
+class Walked(NamedTuple):
+    """The files below a folder. ``unlisted`` are those of the ``videos``, by path, that are folders without a list."""
+
+    videos: list[Video]  # sorted by path
+    notes: list[str]  # on files that were left out
+    unlisted: set[str]
+
+
+def walk(root: Path, follow_links: bool) -> Walked:
+    """Every video below a folder. A folder that cannot be listed is a video with an error."""
     found: list[Video] = []
+    unlisted: set[str] = set()
     others: Counter[str] = Counter()
     first = os.stat(root)
     folders: list[tuple[str, tuple[tuple[int, int], ...]]]
@@ -123,7 +135,8 @@ def walk(root: Path, follow_links: bool) -> tuple[list[Video], list[str]]:
         except OSError as error:
             if not below:
                 raise
-            found.append(Video(below.rstrip("/"), error=f"{_UNLISTED} ({error.strerror})"))
+            unlisted.add(below.rstrip("/"))
+            found.append(Video(below.rstrip("/"), error=unlisted_reason(error)))
             continue
         for entry in inside:
             path = below + entry.name
@@ -146,7 +159,7 @@ def walk(root: Path, follow_links: bool) -> tuple[list[Video], list[str]]:
     others.pop(".partial", None)
     kinds = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(9))
     notes = [f"{root}: skipped files that have no video suffix: {kinds}"] if others else []
-    return sorted(found, key=lambda entry: entry.path), notes
+    return Walked(sorted(found, key=lambda entry: entry.path), notes, unlisted)
 
 
 def videos_below(folder: str | os.PathLike[str]) -> tuple[list[str], dict[str, str]]:
@@ -154,9 +167,11 @@ def videos_below(folder: str | os.PathLike[str]) -> tuple[list[str], dict[str, s
 
     Hidden files and links to folders are left out.
     """
-    found = [(os.path.join(folder, video.path), video.error) for video in walk(Path(folder), follow_links=False)[0]]
-    unlisted = {path: error for path, error in found if error is not None and error.startswith(_UNLISTED)}
-    return [path for path, error in found if error is None], unlisted
+    found = walk(Path(folder), follow_links=False)
+    unlisted = {
+        os.path.join(folder, each.path): str(each.error) for each in found.videos if each.path in found.unlisted
+    }
+    return [os.path.join(folder, each.path) for each in found.videos if each.error is None], unlisted
 
 
 def class_numbers(

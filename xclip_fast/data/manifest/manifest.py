@@ -30,10 +30,6 @@ from ..decode.video import Video, one_line, video_name
 log = logging.getLogger(__name__)
 
 VERSION = 2
-_READABLE = (1, 2)
-"""Version 1 mistook a read error for the end of a file, and a packet of field-coded video for a frame. Its decoding
-plans are not used, and `index` reads its videos again."""
-
 
 _DEFAULTS = {field.name: field.default for field in fields(Video)}
 _HINTS = {name: get_args(hint) or (hint,) for name, hint in get_type_hints(Video).items()}
@@ -43,15 +39,11 @@ _COUNTS = {"offset", "size", "frames", "width", "height"}
 
 @dataclass(frozen=True)
 class Manifest:
-    """The videos of a data set, in one folder `root`, and the names of their classes. Immutable.
-
-    `version`: that of the file it was read from.
-    """
+    """The videos of a data set, in one folder `root`, and the names of their classes. Immutable."""
 
     root: Path
     classes: tuple[str, ...]
     videos: tuple[Video, ...]
-    version: int = VERSION
 
     def __len__(self) -> int:
         return len(self.videos)
@@ -70,23 +62,15 @@ class Manifest:
         with errors_name(path), open(path, "rb") as file:
             header = _header(path, file.readline())
             videos = tuple(_rows(path, enumerate(file, 2), len(header["classes"])))
-        version = header["xclip_fast_manifest"]
-        if version < VERSION:
-            videos = tuple(replace(video, packed=None) for video in videos)
-            log.warning(
-                "%s: made by an earlier version, whose decoding plans are not used. Run `xclip-fast index` again "
-                "for faster decoding",
-                path,
-            )
         # a relative root starts at the folder of the real file
         root = os.path.join(os.path.dirname(os.path.realpath(path)), header["root"])
-        return Manifest(Path(os.path.realpath(root)), tuple(header["classes"]), videos, version)
+        return Manifest(Path(os.path.realpath(root)), tuple(header["classes"]), videos)
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Write the file, whole or not at all. A root above or below its folder is stored as a relative path."""
         path = Path(path)
         with replaced(path) as part, open(part, "x", encoding="ascii") as file:
-            file.write(header_line(self._stored_root(path), self.classes, self.version))
+            file.write(header_line(self._stored_root(path), self.classes))
             file.writelines(row_line(video) for video in self.videos)
 
     def _stored_root(self, path: Path) -> str:
@@ -148,8 +132,8 @@ class Manifest:
         return replace(self, videos=tuple(videos))
 
 
-def header_line(root: str, classes: Iterable[str], version: int = VERSION) -> str:
-    return json.dumps({"xclip_fast_manifest": version, "root": root, "classes": list(classes)}) + "\n"
+def header_line(root: str, classes: Iterable[str]) -> str:
+    return json.dumps({"xclip_fast_manifest": VERSION, "root": root, "classes": list(classes)}) + "\n"
 
 
 def row_line(video: Video) -> str:
@@ -163,10 +147,10 @@ def _header(path: Path, line: bytes) -> dict[str, Any]:
         version = header["xclip_fast_manifest"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: is not a manifest; make one with `xclip-fast index`") from error
-    if version not in _READABLE:
+    if version != VERSION:
         raise ValueError(
-            f"{path}: is a manifest of version {version!r}; this package reads {' and '.join(map(str, _READABLE))}. "
-            "Make it again with `xclip-fast index`"
+            f"{path}: is a manifest of version {version!r}; this package reads {VERSION}. Make it again with "
+            "`xclip-fast index`"
         )
     classes = header.get("classes")
     named = isinstance(classes, list) and all(isinstance(name, str) for name in classes)

@@ -49,7 +49,7 @@ class _KineticsFiles:
 
     def __init__(self, request: Request) -> None:
         root = Path(request.top)
-        found, self.notes = walk(root, request.follow_links)
+        found, self.notes, _ = walk(root, request.follow_links)
         self.by_name: dict[str, list[str]] = defaultdict(list)
         for entry in found:
             if entry.error is None:

@@ -130,7 +130,7 @@ def _kind(path: Path) -> str:
 def _folder(request: Request) -> Listing:
     """A folder for each class. Folders inside it belong to the same class."""
     _needs_folder(request)
-    found, notes = walk(request.folder, request.follow_links)
+    found, notes, _ = walk(request.folder, request.follow_links)
     tops = sorted(
         entry.name for entry in os.scandir(request.folder) if not entry.name.startswith(".") and is_folder(entry)
     )
@@ -164,7 +164,7 @@ def _needs_folder(request: Request) -> None:
 def _flat(request: Request) -> Listing:
     """A folder of videos without classes."""
     _needs_folder(request)
-    found, notes = walk(request.folder, request.follow_links)
+    found, notes, _ = walk(request.folder, request.follow_links)
     return request.listing(request.classes or (), found, notes)
 
 
