@@ -127,7 +127,7 @@ def backward(
     handed = _handed(grads[0], dtype) if b.drop_feed_forward is None else None
     dbranch, given["projection_bias"], *_ = handed or triton.column_sums.scaled(dy, dtype, b.drop_feed_forward)
     keep = "projection_weight" in wanted
-    du, given["fc_bias"], h = slope(dbranch, b.projection_weight, u, b.activation, keep)
+    du, given["fc_bias"], h = slope(p.fc.name, dbranch, b.projection_weight, u, b.activation, keep)
     if h is not None:
         given["projection_weight"] = product(dbranch.T, h, wanted["projection_weight"])
     del h
