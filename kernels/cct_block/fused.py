@@ -189,8 +189,12 @@ def backward(
     given["ln_1_weight"], given["ln_1_bias"] = first.dweight, first.dbias
     if first.normed is not None:
         given["in_weight"] = product(dqkv.T, first.normed, wanted["in_weight"])
-    gradients = ((given.get(name), dtype) for name, dtype in wanted.items())
-    return [gradient.to(dtype) for gradient, dtype in gradients if gradient is not None]
+    found = [(each, kind) for name, kind in wanted.items() if (each := given.get(name)) is not None]
+    gradients = [each if each.dtype == kind else torch.empty_like(each, dtype=kind) for each, kind in found]
+    casts = [(to, each) for to, (each, _) in zip(gradients, found, strict=True) if to is not each]
+    if casts:
+        torch._foreach_copy_([to for to, _ in casts], [each for _, each in casts])  # one launch
+    return gradients
 
 
 def _handed(dy: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:

@@ -108,7 +108,7 @@ class LayerNormGrads(NamedTuple):
     """What ``normalize_backward`` writes; None for what was not wanted."""
 
     dx: Tensor  # (M, D), in x's dtype
-    dweight: Tensor  # (D,), in the weight's dtype
+    dweight: Tensor  # (D,), in float32
     dbias: Tensor  # (D,), too
     normed: Tensor | None  # (M, D): LN(x)
     low: Tensor | None  # (M, D): s dx in the products' dtype
@@ -151,5 +151,5 @@ def normalize_backward(
     parts = torch.empty(2 if low_dtype is None else 3, *run.grid, D, dtype=torch.float32, device=x.device)
     read = (x, mean, rstd, weight, None if normed is None else bias, dy, extra)
     run(*read, dx, normed, *spares, drop_scale, low, *(*parts, None)[:3])
-    dweight, dbias, *sums = parts.sum(1).to(weight.dtype)
+    dweight, dbias, *sums = parts.sum(1)
     return LayerNormGrads(dx, dweight, dbias, normed, dx if same else low, sums[0] if sums else None)

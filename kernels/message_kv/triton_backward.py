@@ -51,7 +51,7 @@ def backward(
     dtoken, given["message_ln_weight"], given["message_ln_bias"], normed, _, given["message_fc_bias"] = below
     assert normed is not None
     weight("message_in", dqkv, normed)
-    given["message_in_bias"] = scaled(dqkv, dtype, sums_dtype=b.message_in_bias.dtype)[1]
+    given["message_in_bias"] = scaled(dqkv, dtype)[1]
     # token = x_class Wm + bm
     weight("message_fc", dtoken, b.x[:, 0].to(dtype))
     return given, torch.mm(dtoken, b.message_fc_weight)
