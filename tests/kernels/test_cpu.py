@@ -144,10 +144,9 @@ def test_a_library_of_another_interface(monkeypatch):
 
 def made_block(width, heads, *, messages=False, dtype=torch.float32, **arguments):
     """The arguments of a block of 6 frames of 9 rows."""
-    parameters = random_block(width, heads)._weights()
-    parameters = {name: each for name, each in parameters.items() if messages or not name.startswith("message")}
-    frames = 3 if messages else 0
-    b = kernels.Block(x=torch.randn(6, 9, width), **parameters, heads=heads, frames=frames)._replace(**arguments)
+    weights, message = random_block(width, heads)._weights()
+    more = (1e-5, "quick_gelu", *message, 3) if messages else ()
+    b = kernels.Block(torch.randn(6, 9, width), *weights, heads, *more)._replace(**arguments)
     return as_dtype(b, dtype)
 
 

@@ -205,13 +205,15 @@ def test_patches(patch, height, width, here, by_threads):
 def random_block(sequences, rows, channels, frames, here, heads=2):
     """A block with messages, or without any if ``frames`` is 0; and its x (sequences, rows, D)."""
     module = FastCCTBlock(heads * channels, heads, 1)
-    parameters = {}
-    for name, parameter in module._weights().items():
-        if isinstance(parameter, torch.Tensor) and (frames or not name.startswith("message")):
+
+    def drawn(parameters):
+        for parameter in parameters:
             scale = 0.5 if parameter.dim() == 1 else 1.5 * parameter.shape[1] ** -0.5
-            parameters[name] = (torch.randn(parameter.shape) * scale).to(here.dtype)
+            yield (torch.randn(parameter.shape) * scale).to(here.dtype)
+
+    weights, message = map(drawn, module._weights())
     x = torch.randn(sequences, rows, heads * channels).to(here.dtype)
-    return kernels.Block(x=x, **parameters, heads=heads, frames=frames)
+    return kernels.Block(x, *weights, heads, *((1e-5, "quick_gelu", *message, frames) if frames else ()))
 
 
 def run(b, x=None, y=None, part=None):

@@ -18,8 +18,8 @@ from torch.autograd import forward_ad
 
 from .. import kernels
 from ..kernels.dispatch import log_once
-from ..nn.cct import Attention, DropScales, FastCCTBlock, Stream, cct_block, message_parameters
-from ..nn.layers import TransformerBlock, block_parameters, plain_block
+from ..nn.cct import DropScales, FastCCTBlock, Stream, cct_block
+from ..nn.layers import Attention, TransformerBlock, Weights, attention_weights, pair
 from ..nn.parts import is_watched
 from .checks import find_change_of, kinds_of, read_activation, types_of
 from .styles import STYLES, Call, Parts, Style
@@ -109,18 +109,27 @@ def _compute(module: nn.Module, parts: Parts, style: Style, activation: str, x: 
         drop = style.drops(parts, x_FLD) if module.training else DropScales()
         y_FLD = _infer_apart(parts, activation, x_FLD, causal) if drop == DropScales() else None
         if y_FLD is None:
-            branches = (drop.diffusion, drop.feed_forward)
-            y_FLD = plain_block(x_FLD, parts.heads, _block_parameters(parts), branches, activation, causal=causal)
+            y_FLD = kernels.cct_block(
+                kernels.Block(
+                    x_FLD,
+                    *_block_weights(parts),
+                    parts.heads,
+                    parts.ln_1.eps,
+                    activation,
+                    drop_attention=drop.diffusion,
+                    drop_feed_forward=drop.feed_forward,
+                    causal=causal,
+                )
+            )[0]
         return y_FLD if batch_first else y_FLD.transpose(0, 1)
     stream = x if isinstance(x, Stream) else style.stream(x)
     frames = stream.x.shape[0]
     if frames % parts.frames:
         raise ValueError(f"{frames} frames given, which are not whole videos of {parts.frames} frames")
-    assert parts.message_ln is not None
-    parameters = _block_parameters(parts)
-    parameters |= message_parameters(parts.message_fc, parts.message_ln, _weights(parts.message_attention))
     drop = style.drops(parts, stream.x) if module.training else DropScales()
-    stream = cct_block(stream, parts.frames, parts.heads, parameters, drop, activation)
+    message = (*pair(parts.message_fc), *pair(parts.message_ln), *_weights(parts.message_attention))
+    numbers = parts.heads, parts.ln_1.eps, activation
+    stream = cct_block(stream, parts.frames, _block_weights(parts), *numbers, message, drop)
     return stream if isinstance(x, Stream) else style.tokens(stream)
 
 
@@ -253,22 +262,23 @@ def _read_call(
     return (call, trial) if trial.reason is None else trial.reason
 
 
-def _block_parameters(parts: Parts) -> dict[str, Any]:
-    return block_parameters(parts.ln_1, _weights(parts.attention), parts.ln_2, parts.fc, parts.projection)
+def _block_weights(parts: Parts) -> Weights:
+    layers = (*pair(parts.ln_2), *pair(parts.fc), *pair(parts.projection))
+    return (*pair(parts.ln_1), *_weights(parts.attention), *layers)
 
 
 def _weights(attention: Any) -> Attention:
-    """An attention's weights with q, k and v packed.
+    """An attention's weights with q, k and v packed, then those of its output layer.
 
     Separate weights are packed at every call. A kept copy would go stale: a fused optimizer, for example, changes a
     weight without raising its version.
     """
-    out = attention.out_proj
-    if hasattr(attention, "in_proj_weight"):
-        return Attention(attention.in_proj_weight, attention.in_proj_bias, out)
-    linears = (attention.q_proj, attention.k_proj, attention.v_proj)
-    weight, bias = (torch.cat([getattr(linear, name) for linear in linears]) for name in ("weight", "bias"))
-    return Attention(weight, bias, out)
+    if "in_proj_weight" in attention._parameters:
+        return attention_weights(attention)
+    modules = attention._modules
+    projections = [pair(modules[name]) for name in ("q_proj", "k_proj", "v_proj")]
+    weight, bias = (torch.cat(each) for each in zip(*projections, strict=True))
+    return (weight, bias, *pair(modules["out_proj"]))
 
 
 def _try_out(module: nn.Module, parts: Parts, style: Style, flag: bool = False) -> _Trial:

@@ -5,6 +5,7 @@ B videos, T frames, F = B T, L tokens of a frame (class token first), D width, H
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import kernels
-from .layers import Attention, block_parameters, drop_path_scale
+from .layers import Attention, Pair, Weights, attention_weights, block_weights, drop_path_scale, pair
 from .parts import Mlp, add_branch, is_plain_block, self_attention
 
 
@@ -44,43 +45,38 @@ class DropScales(NamedTuple):
     feed_forward: Tensor | None = None
 
 
-def message_parameters(message_fc: Any, message_ln: nn.LayerNorm, fusion: Attention) -> dict[str, Any]:
-    """The arguments of ``kernels.Block`` that the modules of the message hold, for those of ``block_parameters``."""
-    return {
-        "message_fc_weight": message_fc.weight,
-        "message_fc_bias": message_fc.bias,
-        "message_ln_weight": message_ln.weight,
-        "message_ln_bias": message_ln.bias,
-        "message_in_weight": fusion.in_weight,
-        "message_in_bias": fusion.in_bias,
-        "message_out_weight": fusion.out.weight,
-        "message_out_bias": fusion.out.bias,
-    }
+Message = tuple[*Pair, *Pair, *Attention]  # as ``kernels.Block`` has them, from ``message_fc_weight`` on
 
 
 def cct_block(
-    stream: Stream, frames: int, heads: int, parameters: dict[str, Any], drop: DropScales, activation: str
+    stream: Stream,
+    frames: int,
+    weights: Weights,
+    heads: int,
+    eps: float,
+    activation: str,
+    message: Message,
+    drop: DropScales,
 ) -> Stream:
-    """A block (equations 7 to 9) on the ``block_parameters`` and ``message_parameters`` of its modules.
+    """A block (equations 7 to 9).
 
     The message joins as a key and a value only, so nothing is concatenated and no row is thrown away.
     """
     mean, rstd = stream.statistics or (None, None)
-    x, statistics = kernels.cct_block(
-        kernels.Block(
-            x=stream.with_spare_row(),
-            **parameters,
-            heads=heads,
-            activation=activation,
-            frames=frames,
-            drop_fusion=drop.fusion,
-            drop_attention=drop.diffusion,
-            drop_feed_forward=drop.feed_forward,
-            mean=mean,
-            rstd=rstd,
-            statistics=True,
-        )
+    block = kernels.Block(
+        stream.with_spare_row(),
+        *weights,
+        heads,
+        eps,
+        activation,
+        *message,
+        frames,
+        *drop,
+        mean=mean,
+        rstd=rstd,
+        statistics=True,
     )
+    x, statistics = kernels.cct_block(block)
     return Stream(x, True, statistics)
 
 
@@ -173,14 +169,15 @@ class FastCCTBlock(nn.Module):
         drop = self.draw_drop_scales(stream.x, frames)
         if not self.is_plain():
             return Stream(self._call_modules(stream.tokens().transpose(0, 1), frames, drop).transpose(0, 1))
-        return cct_block(stream, frames, self.heads, self._weights(), drop, self.activation)
+        weights, message = self._weights()
+        modules: Mapping[str, Any] = self._modules
+        return cct_block(stream, frames, weights, self.heads, modules["ln_1"].eps, self.activation, message, drop)
 
-    def _weights(self) -> dict[str, Any]:
-        message, attention = (
-            Attention(each.in_proj_weight, each.in_proj_bias, each.out_proj) for each in (self.message_attn, self.attn)
-        )
-        parameters = block_parameters(self.ln_1, attention, self.ln_2, self.mlp.c_fc, self.mlp.c_proj)
-        return parameters | message_parameters(self.message_fc, self.message_ln, message)
+    def _weights(self) -> tuple[Weights, Message]:
+        """The weights of the block and of its message."""
+        modules = self._modules
+        layers, attention = (*pair(modules["message_fc"]), *pair(modules["message_ln"])), modules["message_attn"]
+        return block_weights(modules), (*layers, *attention_weights(attention))
 
     def _call_modules(self, x_LFD: Tensor, frames: int, drop: DropScales) -> Tensor:
         """Equations 7 to 9 by calling the modules, on tokens in the released layout."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,52 +13,31 @@ from torch.overrides import TorchFunctionMode
 from .. import kernels
 from .parts import Mlp, add_branch, is_plain_block, self_attention
 
-
-class Attention(NamedTuple):
-    """An attention's packed projection (3D, D), (3D,) and its output layer."""
-
-    in_weight: Tensor
-    in_bias: Tensor
-    out: Any
+Pair = tuple[Tensor, Tensor]  # weight and bias
+Attention = tuple[*Pair, *Pair]  # the packed projection (3D, D), (3D,), and the output layer
+Weights = tuple[*Pair, *Attention, *Pair, *Pair, *Pair]  # as ``kernels.Block`` has them, from ``ln_1_weight`` on
 
 
-def block_parameters(
-    ln_1: nn.LayerNorm, attention: Attention, ln_2: nn.LayerNorm, fc: Any, projection: Any
-) -> dict[str, Any]:
-    """The arguments of ``kernels.Block`` that these modules hold. The LayerNorms must have one epsilon."""
-    return {
-        "ln_1_weight": ln_1.weight,
-        "ln_1_bias": ln_1.bias,
-        "in_weight": attention.in_weight,
-        "in_bias": attention.in_bias,
-        "out_weight": attention.out.weight,
-        "out_bias": attention.out.bias,
-        "ln_2_weight": ln_2.weight,
-        "ln_2_bias": ln_2.bias,
-        "fc_weight": fc.weight,
-        "fc_bias": fc.bias,
-        "projection_weight": projection.weight,
-        "projection_bias": projection.bias,
-        "eps": ln_1.eps,
-    }
+# The modules are plain (parts.py), so their parameters are read where torch keeps them: ``module.weight`` takes
+# several times as long.
 
 
-def plain_block(
-    x: Tensor,
-    heads: int,
-    parameters: dict[str, Any],
-    drop: tuple[Tensor | None, Tensor | None],
-    activation: str,
-    **more: Any,
-) -> Tensor:
-    """A block without a message on the ``block_parameters`` of its modules.
+def pair(module: Any) -> Pair:
+    """The weight and bias of a layer."""
+    parameters = module._parameters
+    return parameters["weight"], parameters["bias"]
 
-    Args:
-        drop: drop path factors (B,) of the attention's and the FFN's branch.
-        more: ``causal``, ``offsets``, ``longest``, ``rows`` and ``bias``, as for ``TransformerBlock``.
-    """
-    more |= {"drop_attention": drop[0], "drop_feed_forward": drop[1]}
-    return kernels.cct_block(kernels.Block(x=x, **parameters, heads=heads, activation=activation, **more))[0]
+
+def attention_weights(attention: Any) -> Attention:
+    """The weights of an ``nn.MultiheadAttention``."""
+    parameters = attention._parameters
+    return parameters["in_proj_weight"], parameters["in_proj_bias"], *pair(attention._modules["out_proj"])
+
+
+def block_weights(modules: Mapping[str, Any]) -> Weights:
+    """The weights of the modules of a block under their released names."""
+    attention, mlp = attention_weights(modules["attn"]), modules["mlp"]._modules
+    return *pair(modules["ln_1"]), *attention, *pair(modules["ln_2"]), *pair(mlp["c_fc"]), *pair(mlp["c_proj"])
 
 
 class TransformerBlock(nn.Module):
@@ -110,10 +90,22 @@ class TransformerBlock(nn.Module):
             y = self._call_modules(x, causal, samples, bias)
             return y if rows is None else y.flatten(0, 1)[rows]
         drop = self._draw_drop_scales(x, samples)
-        attention = Attention(self.attn.in_proj_weight, self.attn.in_proj_bias, self.attn.out_proj)
-        parameters = block_parameters(self.ln_1, attention, self.ln_2, self.mlp.c_fc, self.mlp.c_proj)
-        more = {"causal": causal, "offsets": offsets, "longest": longest, "rows": rows, "bias": bias}
-        return plain_block(x, self.heads, parameters, drop, self.activation, **more)
+        modules: Mapping[str, Any] = self._modules
+        b = kernels.Block(
+            x,
+            *block_weights(modules),
+            self.heads,
+            modules["ln_1"].eps,
+            self.activation,
+            drop_attention=drop[0],
+            drop_feed_forward=drop[1],
+            causal=causal,
+            offsets=offsets,
+            longest=longest,
+            bias=bias,
+            rows=rows,
+        )
+        return kernels.cct_block(b)[0]
 
     def _call_modules(self, x_BSD: Tensor, causal: bool, samples: int | None, bias: Tensor | None) -> Tensor:
         """The block by calling its modules, on tokens in the released layout (S, B, D)."""

@@ -70,7 +70,8 @@ class CrossAttention(nn.Module):
 
 Kinds = dict[type, Callable[..., Any]]
 
-_SHARED = (nn.Linear, NonDynamicallyQuantizableLinear, nn.LayerNorm, nn.MultiheadAttention, nn.Conv2d)
+_LINEARS = (nn.Linear, NonDynamicallyQuantizableLinear)
+_SHARED = (*_LINEARS, nn.LayerNorm, nn.MultiheadAttention, nn.Conv2d)
 _OURS = (Mlp, CrossAttention)
 # By the activation of a block: the modules that it may replace, and their own forward.
 PLAIN: dict[str, Kinds] = {
@@ -108,7 +109,8 @@ def is_plain(
 
 def is_plain_block(block: Any) -> bool:
     """Whether the block computes from the parameters of its parts; see ``is_plain``."""
-    return is_plain(block._modules, heads=block.heads, eps=block.ln_1.eps, activation=block.activation)
+    modules = block._modules  # block.ln_1 takes several times as long
+    return is_plain(modules, heads=block.heads, eps=modules["ln_1"].eps, activation=block.activation)
 
 
 def is_watched(block: nn.Module) -> bool:
@@ -139,30 +141,31 @@ def find_change(
         if part is None:
             continue
         kind, state = type(part), part.__dict__
-        if kind not in kinds or kind.forward is not kinds[kind]:
+        if kinds.get(kind) is not kind.forward:
             return f"{name} is a {kind.__module__}.{kind.__qualname__}"
         if "forward" in state:
             return f"the forward of {name} was replaced"
-        for hooks in _HOOKS:
-            if state[hooks] and any(getattr(hook, "__module__", "") != _CAPTURES for hook in state[hooks].values()):
-                return f"{name} has a hook"
+        pre_hooks = state["_forward_pre_hooks"] or state["_backward_pre_hooks"]
+        if (pre_hooks or state["_forward_hooks"] or state["_backward_hooks"]) and _is_hooked(state):
+            return f"{name} has a hook"
         parameters = state["_parameters"]
         for tensor in parameters.values():
             if type(tensor) not in _TENSORS:
                 return f"{name} has a parameter of type {type(tensor).__name__}"
-        if issubclass(kind, nn.LayerNorm):
+        if kind in _LINEARS:
+            if parameters.get("bias") is None and name not in _WITHOUT_BIAS:
+                return f"{name} has no bias"
+        elif kind is nn.MultiheadAttention:
+            if reason := _find_attention_change(state, heads, batch_first):
+                return f"{name} {reason}"
+        elif issubclass(kind, nn.LayerNorm):
             if parameters.get("weight") is None or parameters.get("bias") is None or len(parameters) != 2:
                 return f"{name} has no weight, no bias or more than these"
             if eps is not None and state["eps"] != eps:
                 return f"{name} has the epsilon {state['eps']} instead of {eps}"
-        elif kind is nn.MultiheadAttention:
-            if reason := _find_attention_change(state, heads, batch_first):
-                return f"{name} {reason}"
         elif kind is nn.Conv2d:
             if parameters["bias"] is not None:
                 return f"{name} has a bias"
-        elif "bias" in parameters and parameters["bias"] is None and name not in _WITHOUT_BIAS:
-            return f"{name} has no bias"
         elif kind is nn.Dropout and state["p"] and state["training"]:
             return f"{name} drops values"
         elif kind is nn.GELU and state["approximate"] != "none":
@@ -170,6 +173,11 @@ def find_change(
         if (inner := state["_modules"]) and (reason := find_change(inner, kinds, heads, eps, batch_first)):
             return f"{name}.{reason}"
     return None
+
+
+def _is_hooked(state: dict[str, Any]) -> bool:
+    hooks = (hook for kind in _HOOKS for hook in state[kind].values())
+    return any(getattr(hook, "__module__", "") != _CAPTURES for hook in hooks)
 
 
 def _find_attention_change(state: dict[str, Any], heads: int | None, batch_first: bool) -> str | None:
