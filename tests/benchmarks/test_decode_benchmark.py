@@ -115,7 +115,7 @@ def test_scenes_are_as_said(bench):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--keyframes", "0"], "'0' is not a positive"),
+        (["--keyframes", "0"], "positive whole numbers"),
         (["--keyframes", "12,often"], "'often' is not a positive"),
         (["--frames", "8,"], "'' is not a positive"),
         (["--frames", "41"], "the clips have 40"),

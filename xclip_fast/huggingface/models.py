@@ -25,7 +25,7 @@ from ..text.tokenizer import tokenize
 from ..weights import checkpoint
 from ..weights.hub import locate
 from ..weights.recipe import Trained
-from .training import cross_entropy
+from .training import loss
 
 Video = str | os.PathLike[str] | np.ndarray | Tensor | Sequence[Any]
 
@@ -90,7 +90,9 @@ class XCLIPFastModel(PreTrainedModel):
         text = None if input_ids is None else self.xclip.encode_text(input_ids)
         logits = self.xclip.similarity(video, text)
         return XCLIPFastOutput(
-            loss=None if labels is None else cross_entropy(logits, labels, kwargs.get("num_items_in_batch")),
+            loss=None
+            if labels is None
+            else loss({"logits_per_video": logits}, labels, kwargs.get("num_items_in_batch")),
             logits_per_video=logits,
             logits_per_text=logits.T,
             video_embeds=video.video,
