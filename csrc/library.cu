@@ -57,14 +57,14 @@ int check_matrix(void const* matrix, int64_t rows, int64_t columns, int64_t row)
   return whole_16_bytes(matrix) && columns % 8 == 0 && row % 8 == 0 ? XCLIP_FAST_OK : XCLIP_FAST_BAD_ALIGNMENT;
 }
 
-// Checks what all products share, and calls `call` on the device, whose processors it notes.
+// Checks what all products share, and calls `call` on the device, whose processors it notes. w is (N, K), or (K, N).
 template <class Call>
-int launch(Operands& given, Call&& call) {
+int launch(Operands& given, Call&& call, bool w_is_kn = false) {
   if (!is_size(given.m) || !is_size(given.n) || !is_size(given.k) || given.k == 0) {
     return XCLIP_FAST_BAD_SIZE;
   }
   int code = check_matrix(given.x, given.m, given.k, given.x_row);
-  code = code ? code : check_matrix(given.w, given.n, given.k, given.w_row);
+  code = code ? code : check_matrix(given.w, w_is_kn ? given.k : given.n, w_is_kn ? given.n : given.k, given.w_row);
   code = code ? code : check_matrix(given.y, given.m, given.n, given.n);
   if (code) {
     return code;
@@ -162,19 +162,42 @@ int xclip_fast_check_device(int device) { return facts(device).code; }
 
 int xclip_fast_norm_linear(int dtype, int tile, const void* x, int64_t x_row, const void* w, int64_t w_row,
                            const float* mean, const float* rstd, const float* w_sums, const float* bias, int activation,
-                           void* y, int64_t m, int64_t n, int64_t k, int device, void* stream) {
+                           void* u, void* y, int64_t m, int64_t n, int64_t k, int device, void* stream) {
   Operands given{x, x_row, w, w_row, nullptr, n, y, m, n, k, device, 0, stream};
-  NormArguments const extra{mean, rstd, w_sums, bias};
-  if (!is_half(dtype)) {
+  NormArguments const extra{mean, rstd, w_sums, bias, u};
+  if (!is_half(dtype) || (u != nullptr && dtype != XCLIP_FAST_BF16)) {
     return XCLIP_FAST_BAD_DTYPE;
   }
-  bool const normed = mean != nullptr;
-  if (any(given) && (normed != (rstd != nullptr) || normed != (w_sums != nullptr))) {
+  bool const normed = mean != nullptr, half_normed = normed != (rstd != nullptr) || normed != (w_sums != nullptr);
+  if (any(given) && (half_normed || (u != nullptr && !activation))) {
     return XCLIP_FAST_BAD_POINTER;
   }
+  if (!whole_16_bytes(u)) {
+    return XCLIP_FAST_BAD_ALIGNMENT;
+  }
   return launch(given, [&] {
-    return activation ? norm_gelu(dtype, tile, given, extra) : norm(dtype, tile, given, extra);
+    return u != nullptr ? norm_gelu_kept(tile, given, extra)
+           : activation ? norm_gelu(dtype, tile, given, extra)
+                        : norm(dtype, tile, given, extra);
   });
+}
+
+int xclip_fast_slope(int dtype, int tile, const void* x, int64_t x_row, const void* w, int64_t w_row, const void* u,
+                     int64_t u_row, void* h, float* partials, void* y, int64_t m, int64_t n, int64_t k, int device,
+                     void* stream) {
+  Operands given{x, x_row, w, w_row, u, u_row, y, m, n, k, device, 0, stream};
+  if (dtype != XCLIP_FAST_BF16) {
+    return XCLIP_FAST_BAD_DTYPE;
+  }
+  int code = check_matrix(u, m, n, u_row);
+  code = code ? code : check_matrix(h, m, n, n);
+  if (code) {
+    return code;
+  }
+  if (any(given) && partials == nullptr) {
+    return XCLIP_FAST_BAD_POINTER;
+  }
+  return launch(given, [&] { return slope(tile, given, {h, partials}); }, /*w_is_kn=*/true);
 }
 
 int64_t xclip_fast_statistics_floats(int64_t m, int64_t n) {

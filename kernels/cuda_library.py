@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .common.derived import cast
 
-ABI = 7  # XCLIP_FAST_ABI of csrc/include/xclip_fast.h
+ABI = 8  # XCLIP_FAST_ABI of csrc/include/xclip_fast.h
 TILES = {"auto": -1, "square": 0, "wide": 1}
 DTYPES = {torch.bfloat16: 0, torch.float16: 1}
 _HALF = ("Norm", "NormGelu", "Residual", "ResidualStatistics")
@@ -24,6 +24,7 @@ _HALF = ("Norm", "NormGelu", "Residual", "ResidualStatistics")
 BUILT: dict[tuple[str, torch.dtype], tuple[str, ...]] = {
     **{(name, torch.bfloat16): ("wide", "square") for name in _HALF},
     **{(name, torch.float16): ("square",) for name in _HALF},
+    **{(name, torch.bfloat16): ("square",) for name in ("NormGeluKept", "Slope")},
 }
 BESIDE = Path(__file__).with_name("libxclip_fast.so")
 
@@ -33,7 +34,8 @@ _SIGNATURES = {
     "abi": "i",
     "error": "s i",
     "check_device": "i i",
-    "norm_linear": "i ii pl pl pppp i p lll ip",
+    "norm_linear": "i ii pl pl pppp i pp lll ip",
+    "slope": "i ii pl pl pl pp p lll ip",
     "linear_residual": "i ii pl pl pp pl fppp p lll ip",
     "statistics_floats": "l ll",
 }
@@ -135,11 +137,12 @@ def tiles(
     residual: bool = False,
     activation: bool = False,
     statistics: bool = False,
+    keep: bool = False,
 ) -> tuple[str, ...]:
     """The tiles that a product takes, or none if it was not built: of operands of ``dtype``, with a residual
-    (``statistics`` of the result), or with an activation."""
+    (``statistics`` of the result), or with an activation (``keep`` what it is applied to, and take its slope there)."""
     added = "ResidualStatistics" if statistics else "Residual"
-    name = added if residual else "NormGelu" if activation else "Norm"
+    name = added if residual else "NormGeluKept" if keep else "NormGelu" if activation else "Norm"
     return ("auto", *BUILT[name, dtype]) if (name, dtype) in BUILT else ()
 
 
@@ -159,23 +162,46 @@ def norm_linear(
     bias: Tensor | None = None,
     norm: tuple[Tensor, Tensor, Tensor] | None = None,
     activation: bool = False,
+    keep: bool = False,
     tile: str = "auto",
-) -> tuple[Tensor]:
-    """y = act(r (x W^T - mu s) + b).
+) -> tuple[Tensor, ...]:
+    """y = act(u) with u = r (x W^T - mu s) + b.
 
     Args:
         x: (M, K), weight: (N, K), one half-precision dtype. bias: (N,).
         norm: mu (M,), r (M,), s (N,), float32; None: no LayerNorm.
+        keep: u is wanted, too (bfloat16).
 
     Returns:
-        (M, N) in x's dtype.
+        (M, N) in x's dtype; with ``keep`` y and u.
     """
     (M, K), N = x.shape, weight.shape[0]
     y = torch.empty(M, N, dtype=x.dtype, device=x.device)
+    u = torch.empty(M, N, dtype=x.dtype, device=x.device) if keep else None
     if M:
-        rest = (*(norm or (None, None, None)), _floats(bias), int(activation))
+        rest = (*(norm or (None, None, None)), _floats(bias), int(activation), u)
         _call("norm_linear", DTYPES[x.dtype], *_operands(x, weight, tile), *rest, y, M, N, K, *_place(x))
-    return (y,)
+    return (y,) if u is None else (y, u)
+
+
+def slope(dy: Tensor, weight: Tensor, u: Tensor, *, tile: str = "auto") -> tuple[Tensor, Tensor, Tensor]:
+    """The backward pass of quick_gelu(u) W^T: du = (dy W) quick_gelu'(u).
+
+    Args:
+        dy: (M, K), weight: (K, N), u: (M, N), bfloat16.
+
+    Returns:
+        du (M, N); the sums of its columns before they were rounded (N,) float32, on one device always in the same
+        order; quick_gelu(u) (M, N).
+    """
+    (M, K), N = dy.shape, weight.shape[1]
+    du, h = (torch.empty(M, N, dtype=u.dtype, device=u.device) for _ in range(2))
+    parts = torch.empty(4 * -(-M // 128), N, dtype=torch.float32, device=dy.device)
+    if M:
+        u = matrix(u)
+        rest = (u, u.stride(0), h, parts, du, M, N, K)
+        _call("slope", DTYPES[dy.dtype], *_operands(dy, weight, tile), *rest, *_place(dy))
+    return du, parts.sum(0), h
 
 
 def linear_residual(

@@ -66,25 +66,25 @@ def test_typical_arguments_are_what_the_ops_take(dtype):
 
 def test_refusals_and_the_forced_backend_are_told(monkeypatch, capsys):
     op, other = OPS["quick_gelu"], OPS["cct_block"]
-    gpu_only = Backend("apex", op.reference, device_types=("cuda",))
+    gpu_only = Backend("cudnn", op.reference, device_types=("cuda",))
     monkeypatch.setattr(op, "backends", (gpu_only, op.backends[-1]))
-    monkeypatch.setattr(op, "names", ("apex", "reference"))
+    monkeypatch.setattr(op, "names", ("cudnn", "reference"))
     monkeypatch.setattr(other, "backends", other.backends[-1:])
     monkeypatch.setattr(other, "names", ("reference",))
     choice = info.collect()["ops"]["quick_gelu"]["cpu"]
     assert choice["chosen"] == "reference"
-    assert choice["backends"]["apex"].startswith("device cpu is not cuda")
+    assert choice["backends"]["cudnn"].startswith("device cpu is not cuda")
     assert choice["backends"]["reference"] is None
-    with backend("apex"):
+    with backend("cudnn"):
         found = info.collect()
-        assert found["forced_backend"] == "apex"
+        assert found["forced_backend"] == "cudnn"
         assert found["ops"]["quick_gelu"]["cpu"]["chosen"] is None  # forced, and refused
         assert found["ops"]["cct_block"]["cpu"]["chosen"] == "reference"  # has no such backend
         info.show()
     out = capsys.readouterr().out
     lines = out.splitlines()
-    assert "backend\tapex" in lines
-    assert "ops\tquick_gelu\tapex, reference\tnone" in lines
+    assert "backend\tcudnn" in lines
+    assert "ops\tquick_gelu\tcudnn, reference\tnone" in lines
     assert all(line.split("\t")[0] in ("versions", "devices", "backend", "ops", "refused") for line in lines)
     assert "device cpu is not cuda" in out
 

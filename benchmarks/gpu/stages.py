@@ -62,7 +62,6 @@ def smoke(rehearse: bool) -> list[Case]:
 
 def headline(rehearse: bool) -> list[Case]:
     names = ("reference", "triton") if rehearse else BACKENDS
-    training = [name for name in names[1:] if name != "cuda"]  # which computes no gradients
     many, some, few = (2, 3, 1) if rehearse else (32, 8, 1)
 
     def inference(name: str, variant: str, batch: int, seconds: float, **more: object) -> Case:
@@ -74,14 +73,14 @@ def headline(rehearse: bool) -> list[Case]:
     peer = {"variant": "B/16-8f", "batch": many}
     cases = [
         inference("B/16 32", "B/16-8f", many, 60, kinds=("tower", "whole"), backends=names, graph=True),
-        Case("B/16 step", "headline:step", {"variant": "B/16-8f", "batch": many, "backends": training}, 60),
+        Case("B/16 step", "headline:step", {"variant": "B/16-8f", "batch": many, "backends": names[1:]}, 60),
         inference("B/16 1", "B/16-8f", few, 40, backends=names[:1], graph=True),
-        inference("B/16 256", "B/16-8f", 4 if rehearse else 256, 50),
         Case("HF compiled", "headline:compiled", peer, 90, early=True),
-        Case("HF compiled step", "headline:compiled", {**peer, "step": True}, 90, early=True),
-        inference("L/14 32", "L/14-8f", many, 40),
         inference("B/32 32", "B/32-8f", many, 30, graph=True),
         inference("B/16 8", "B/16-8f", some, 50, backends=names[1:], graph=True),
+        inference("L/14 32", "L/14-8f", many, 40),
+        Case("HF compiled step", "headline:compiled", {**peer, "step": True}, 90, early=True),
+        inference("B/16 256", "B/16-8f", 4 if rehearse else 256, 50),
         kernels("kernels", many, backends=names[1:]),
         kernels("kernels step", many, step=True),
         kernels("kernels 1", few, graph=True),

@@ -18,11 +18,11 @@ CUTLASS_DEVICE float reciprocal_approx(float x) {
   return y;
 }
 
-// quick_gelu(u) = u sigmoid(1.702 u) = u / d with d = 1 + 2^(-1.702 log2(e) u). Four numbers share one reciprocal: 1 / d0
-// = d1 (d2 d3) / (d0 d1 d2 d3). The exponent ends at 31, so that the product of four stays finite: below u = -12.6
-// sigmoid is 2^-31 in place of less.
+// sigmoid(1.702 u) = 1 / d with d = 1 + 2^(-1.702 log2(e) u). Four numbers share one reciprocal: 1 / d0 = d1 (d2 d3) /
+// (d0 d1 d2 d3). The exponent ends at 31, so that the product of four stays finite: below u = -12.6 sigmoid is 2^-31 in
+// place of less.
 template <int N>
-CUTLASS_DEVICE cutlass::Array<float, N> quick_gelu(cutlass::Array<float, N> const& u) {
+CUTLASS_DEVICE cutlass::Array<float, N> sigmoid_1702(cutlass::Array<float, N> const& u) {
   static_assert(N % 4 == 0);
   cutlass::Array<float, N> result;
   CUTLASS_PRAGMA_UNROLL
@@ -34,13 +34,43 @@ CUTLASS_DEVICE cutlass::Array<float, N> quick_gelu(cutlass::Array<float, N> cons
     }
     float const low = d[0] * d[1], high = d[2] * d[3], inverse = reciprocal_approx(low * high);
     float const of_low = inverse * high, of_high = inverse * low;
-    result[i] = u[i] * (of_low * d[1]);
-    result[i + 1] = u[i + 1] * (of_low * d[0]);
-    result[i + 2] = u[i + 2] * (of_high * d[3]);
-    result[i + 3] = u[i + 3] * (of_high * d[2]);
+    result[i] = of_low * d[1];
+    result[i + 1] = of_low * d[0];
+    result[i + 2] = of_high * d[3];
+    result[i + 3] = of_high * d[2];
   }
   return result;
 }
+
+// quick_gelu(u) = u sigmoid(1.702 u)
+template <int N>
+CUTLASS_DEVICE cutlass::Array<float, N> quick_gelu(cutlass::Array<float, N> const& u) {
+  cutlass::Array<float, N> result = sigmoid_1702(u);
+  CUTLASS_PRAGMA_UNROLL
+  for (int i = 0; i < N; ++i) {
+    result[i] *= u[i];
+  }
+  return result;
+}
+
+// acc d quick_gelu(u) / du = acc (s + 1.702 h (1 - s)) with s = sigmoid(1.702 u), h = u s. The compiler computes s once
+// for this node and for the one that gives h.
+template <class T>
+struct TimesSlope;
+
+template <int N>
+struct TimesSlope<cutlass::Array<float, N>> {
+  using Values = cutlass::Array<float, N>;
+  CUTLASS_DEVICE Values operator()(Values const& acc, Values const& h, Values const& u) const {
+    Values const s = sigmoid_1702(u);
+    Values result;
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < N; ++i) {
+      result[i] = acc[i] * (s[i] + 1.702f * h[i] * (1.0f - s[i]));
+    }
+    return result;
+  }
+};
 
 // A node is a template over one type: the visitor names it with float and applies it to fragments of N floats.
 template <class Scalar, class T>

@@ -1,6 +1,7 @@
 // y = epilogue(x W^T) as a CUTLASS 3.x kernel: TMA loads and stores, warp-specialized, persistent, WGMMA, sm_90a.
 //
-// x (M, K) is row-major, W (N, K) is row-major too: for CUTLASS a column-major (K, N). y (M, N) is row-major.
+// x (M, K) is row-major, W (N, K) is row-major too: for CUTLASS a column-major (K, N). y (M, N) is row-major. Slope
+// takes x W in place of x W^T, with W (K, N) row-major.
 //
 // A product starts early (overlap.cuh). CUTLASS's producer warps wait for the kernel before it: one loads x and W, one
 // the residual. The consumer warps read the vectors and write y and the sums of tiles behind a tile's first WGMMA, and
@@ -23,6 +24,7 @@
 #include "cutlass/functional.h"
 #include "cutlass/gemm/kernel/tile_scheduler.hpp"
 
+#include "column_sums.cuh"
 #include "epilogues.cuh"
 #include "overlap.cuh"
 #include "products.cuh"
@@ -66,20 +68,67 @@ typename Node::Arguments norm_arguments(NormArguments const& given) {
 template <class Tile, class Element>
 struct Norm {
   using Source = void;
+  using Weight = cutlass::layout::ColumnMajor;
   using Tree = NormNode<Tile, Element>;
   using Arguments = NormArguments;
-  static typename Tree::Arguments arguments(Arguments const& given) { return norm_arguments<Tree>(given); }
+  static typename Tree::Arguments arguments(Arguments const& given, int64_t) { return norm_arguments<Tree>(given); }
 };
 
 // y = quick_gelu(u)
 template <class Tile, class Element>
 struct NormGelu {
   using Source = void;
+  using Weight = cutlass::layout::ColumnMajor;
   using Inner = NormNode<Tile, float>;
   using Tree = Apply<QuickGelu, Element, Inner>;
   using Arguments = NormArguments;
-  static typename Tree::Arguments arguments(Arguments const& given) {
+  static typename Tree::Arguments arguments(Arguments const& given, int64_t) {
     return {norm_arguments<Inner>(given), {}};
+  }
+};
+
+// A node that stores its input (M, N) in `Element` as well, by TMA, and passes it on.
+template <class Tile, class Element, class Source>
+struct Keep {
+  static_assert(Tile::kSubtile == 0, "its stages are those of CUTLASS's choice, or a store may not have read them");
+  using Descriptor = epilogue::detail::EpilogueDescriptor<typename Tile::Shape, epilogue::EpilogueTileAuto, Source,
+                                                          Element, typename Tile::EpilogueSchedule>;
+  using Store = epilogue::detail::AuxStoreDescriptor<Descriptor, cutlass::layout::RowMajor, Element>;
+  using Node = fusion::Sm90AuxStore<Store::Stages, typename Descriptor::EpilogueTile, Element, kRound,
+                                    typename Store::Stride, typename Store::SmemLayoutAtom, typename Store::CopyOpR2S>;
+};
+
+// y = quick_gelu(u); u is stored as well.
+template <class Tile, class Element>
+struct NormGeluKept {
+  using Source = void;
+  using Weight = cutlass::layout::ColumnMajor;
+  using Inner = NormNode<Tile, float>;
+  using Kept = fusion::Sm90EVT<typename Keep<Tile, Element, Source>::Node, Inner>;
+  using Tree = Apply<QuickGelu, Element, Kept>;
+  using Arguments = NormArguments;
+  static typename Tree::Arguments arguments(Arguments const& given, int64_t n) {
+    typename Kept::Arguments kept = {norm_arguments<Inner>(given),
+                                     {static_cast<Element*>(given.u), row_major(n)}};
+    return {kept, {}};
+  }
+};
+
+// y = (x W) quick_gelu'(u) and the sums of its columns; h = quick_gelu(u) is stored as well.
+template <class Tile, class Element>
+struct Slope {
+  using Source = Element;
+  using Weight = cutlass::layout::RowMajor;
+  using U = fusion::Sm90SrcFetch<Element>;
+  using H = fusion::Sm90EVT<typename Keep<Tile, Element, Source>::Node, Apply<QuickGelu, float, U>>;
+  using Wide = Apply<TimesSlope, float, fusion::Sm90AccFetch, H, U>;
+  using Sums = fusion::Sm90EVT<SumColumns<typename Tile::Shape>, Wide>;
+  using Tree = Apply<cutlass::epilogue::thread::Identity, Element, Sums>;
+  using Arguments = SlopeArguments;
+  static typename Tree::Arguments arguments(Arguments const& given, int64_t n) {
+    typename H::Arguments h = {{{}, {}}, {static_cast<Element*>(given.h), row_major(n)}};
+    typename Sums::Arguments sums = {{{}, h, {}, {}}, {given.partials}};
+    return {sums, {}};
   }
 };
 
@@ -91,9 +140,10 @@ using ResidualNode =
 template <class Tile, class Element>
 struct Residual {
   using Source = Element;
+  using Weight = cutlass::layout::ColumnMajor;
   using Tree = ResidualNode<Tile, Element, Element>;
   using Arguments = ResidualArguments;
-  static typename Tree::Arguments arguments(Arguments const& given) {
+  static typename Tree::Arguments arguments(Arguments const& given, int64_t) {
     return {{}, {given.bias, 0.0f, {}}, {given.scale, 1.0f, {}}, {}, {}};
   }
 };
@@ -109,11 +159,12 @@ using SumRow = fusion::Sm90ColReduction<Add, cutlass::plus, cutlass::plus, 0, ty
 template <class Tile, class Element>
 struct ResidualStatistics {
   using Source = Element;
+  using Weight = cutlass::layout::ColumnMajor;
   using Sums = fusion::Sm90EVT<SumRow<Tile, cutlass::plus>, ResidualNode<Tile, float, Element>>;
   using Squares = fusion::Sm90EVT<SumRow<Tile, cutlass::square_and_plus>, Sums>;
   using Tree = Apply<cutlass::epilogue::thread::Identity, Element, Squares>;
   using Arguments = ResidualArguments;
-  static typename Tree::Arguments arguments(Arguments const& given) {
+  static typename Tree::Arguments arguments(Arguments const& given, int64_t) {
     typename Sums::Arguments sums = {{{}, {given.bias, 0.0f, {}}, {given.scale, 1.0f, {}}, {}, {}},
                                      {given.sums, 0.0f, {}}};
     return {{sums, {given.squares, 0.0f, {}}}, {}};
@@ -145,7 +196,7 @@ struct Product {
 
   using CollectiveMainloop = typename cutlass::gemm::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Element, cutlass::layout::RowMajor, kAlignment, Element,
-      cutlass::layout::ColumnMajor, kAlignment, float, typename Tile::Shape, typename Tile::Cluster,
+      typename Fusion::Weight, kAlignment, float, typename Tile::Shape, typename Tile::Cluster,
       cutlass::gemm::collective::StageCountAutoCarveout<static_cast<int>(
           sizeof(typename CollectiveEpilogue::SharedStorage))>,
       typename Tile::Schedule>::CollectiveOp;
@@ -161,8 +212,8 @@ struct Product {
     typename Gemm::Arguments arguments{cutlass::gemm::GemmUniversalMode::kGemm,
                                        {int(given.m), int(given.n), int(given.k), 1},
                                        {static_cast<Element const*>(given.x), row_major(given.x_row),
-                                        static_cast<Element const*>(given.w), row_major(given.w_row)},
-                                       {Fusion::arguments(extra), static_cast<Element const*>(given.source),
+                                        static_cast<Element const*>(given.w), weight_stride(given.w_row)},
+                                       {Fusion::arguments(extra, given.n), static_cast<Element const*>(given.source),
                                         row_major(given.source_row), static_cast<Element*>(given.y), row_major(given.n)},
                                        hardware};
     // the persistent scheduler and these trees need no workspace; should CUTLASS change that, refuse
@@ -194,6 +245,14 @@ struct Product {
   }
 
  private:
+  static auto weight_stride(int64_t row) {
+    if constexpr (std::is_same_v<typename Fusion::Weight, cutlass::layout::ColumnMajor>) {
+      return row_major(row);
+    } else {
+      return cute::Stride<cute::_1, int64_t, int64_t>{cute::_1{}, row, int64_t(0)};
+    }
+  }
+
   static void const* entry() { return reinterpret_cast<void const*>(cutlass::device_kernel<Kernel>); }
 
   // Once for each device: the setting stays. `device` is current; facts() has checked that it is below 64.

@@ -26,6 +26,12 @@ struct NormArguments {
   float const* rstd;
   float const* sums;
   float const* bias;
+  void* u;  // (M, N), written, or null
+};
+
+struct SlopeArguments {
+  void* h;          // (M, N), written
+  float* partials;  // (4 of each 128 rows, N): sums of y's columns
 };
 
 // The last five are for row statistics of the result. The partial sums are m-major, a column of tiles after the other.
@@ -41,6 +47,8 @@ struct ResidualArguments {
 
 int norm(int dtype, int tile, Operands const& operands, NormArguments const& extra);
 int norm_gelu(int dtype, int tile, Operands const& operands, NormArguments const& extra);
+int norm_gelu_kept(int tile, Operands const& operands, NormArguments const& extra);
+int slope(int tile, Operands const& operands, SlopeArguments const& extra);
 int residual_add(int dtype, int tile, Operands const& operands, ResidualArguments const& extra);
 int residual_statistics(int dtype, int tile, Operands const& operands, ResidualArguments const& extra);
 

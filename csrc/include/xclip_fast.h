@@ -23,7 +23,7 @@ extern "C" {
 #endif
 
 /* Changes with every change of a signature or a constant below; kernels/cuda_library.py asks for exactly this one. */
-#define XCLIP_FAST_ABI 7
+#define XCLIP_FAST_ABI 8
 
 /* Element types. */
 #define XCLIP_FAST_BF16 0
@@ -58,12 +58,21 @@ XCLIP_FAST_API int xclip_fast_check_device(int device);
 /* y = act(rstd (x W^T - mean w_sums) + bias): the LayerNorm of x whose weight is folded into W.
  *
  * x (M, K) and w (N, K) in dtype (BF16, FP16); mean, rstd (M) float32, or both null: 0 and 1; w_sums (N) float32, the
- * sums of w's rows, null with mean; bias (N) float32 or null; act: quick_gelu if activation is not 0. y (M, N)
- * contiguous in dtype. */
+ * sums of w's rows, null with mean; bias (N) float32 or null; act: quick_gelu if activation is not 0. u (M, N)
+ * in BF16 or null: what the activation is applied to, only with activation. y (M, N) in dtype. u and y are contiguous. */
 XCLIP_FAST_API int xclip_fast_norm_linear(int dtype, int tile, const void* x, int64_t x_row, const void* w,
                                           int64_t w_row, const float* mean, const float* rstd, const float* w_sums,
-                                          const float* bias, int activation, void* y, int64_t m, int64_t n,
-                                          int64_t k, int device, void* stream);
+                                          const float* bias, int activation, void* u, void* y, int64_t m,
+                                          int64_t n, int64_t k, int device, void* stream);
+
+/* y = (x W) quick_gelu'(u), h = quick_gelu(u), and the sums of y's columns before they are rounded: the backward pass of
+ * quick_gelu(u) V^T, where x is the gradient of the result and W = V.
+ *
+ * x (M, K), w (K, N), u (M, N), h and y (M, N) contiguous, in dtype (BF16). partials (4 ceil(M / 128), N) float32: sums
+ * over parts of the rows. y and h may not overlap the others. */
+XCLIP_FAST_API int xclip_fast_slope(int dtype, int tile, const void* x, int64_t x_row, const void* w, int64_t w_row,
+                                    const void* u, int64_t u_row, void* h, float* partials, void* y, int64_t m,
+                                    int64_t n, int64_t k, int device, void* stream);
 
 /* y = residual + scale (x W^T + bias), and, if wanted, the row statistics that the next LayerNorm wants.
  *

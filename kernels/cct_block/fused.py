@@ -124,9 +124,10 @@ def backward(
     dy = dy if dy.stride(1) == 1 else dy.contiguous()
 
     # y = z + s (h W2^T + b2), h = act(u)
-    dbranch, given["projection_bias"], _ = triton.column_sums.scaled(dy, dtype, b.drop_feed_forward)
+    handed = _handed(grads[0], dtype) if b.drop_feed_forward is None else None
+    dbranch, given["projection_bias"], *_ = handed or triton.column_sums.scaled(dy, dtype, b.drop_feed_forward)
     keep = "projection_weight" in wanted
-    du, given["fc_bias"], h = slope(dbranch, b.projection_weight, u, b.activation, keep)
+    du, given["fc_bias"], h = slope(p.fc.name, dbranch, b.projection_weight, u, b.activation, keep)
     if h is not None:
         given["projection_weight"] = product(dbranch.T, h, wanted["projection_weight"])
     del h
@@ -157,12 +158,20 @@ def backward(
     attention = dmixed.view(mixed.shape), heads, mixed, tuple(attention_saved), *_mixing(b)
     dqkv, sums, *dbias = p.attention.backward(*attention)
     dqkv, given["bias"] = dqkv.reshape(qkv.shape), dbias[0] if dbias else None
-    # qkv = LN_1([x, m]) W^T + b, and x passes it: the messages stood in the spare rows
+    # qkv = LN_1([x, m]) W^T + b, and x passes it
     if "in_bias" in wanted:
         given["in_bias"] = triton.column_sums.scaled(dqkv, dtype)[1] if sums is None else sums.sum(0)
-    spare = triton.rows.Spare(message_saved[2], *message_saved[3][2:]) if b.frames else None
+    dnormed, spare = torch.mm(dqkv, b.in_weight), None
+    if p.message is not None and p.message.backward is not None:
+        # the messages stood in the spare rows, and began in the class rows
+        spare = triton.rows.Spare(message_saved[2], *message_saved[3][2:])
+        message_grads, dclass = p.message.backward(dnormed.view(b.x.shape)[:, -1], message_saved, wanted, b)
+        given |= message_grads
+        dz.view(b.x.shape)[:, 0].add_(dclass)
+    # for the block before, which drops nothing if this one doesn't; a compiled graph changes tensors without a version
+    hand_on = "x" in wanted and b.drop_feed_forward is None and not b.backend
     first = triton.layer_norm.normalize_backward(
-        torch.mm(dqkv, b.in_weight),
+        dnormed,
         x,
         mean_1,
         rstd_1,
@@ -171,20 +180,27 @@ def backward(
         normed_dtype=dtype if "in_weight" in wanted else None,
         extra=dz,
         spare=spare,
+        low_dtype=dtype if hand_on else None,
     )
+    del dnormed, dz
     given["x"] = dx = first.dx.view(b.x.shape)
+    if hand_on:
+        dx._handed_on = dx._version, first.low, first.sums  # type: ignore[attr-defined]
     given["ln_1_weight"], given["ln_1_bias"] = first.dweight, first.dbias
     if first.normed is not None:
         given["in_weight"] = product(dqkv.T, first.normed, wanted["in_weight"])
-    if p.message is not None and p.message.backward is not None:
-        # the class rows began the messages; spare rows have no gradient
-        dmessage = dx.new_empty(dx[:, -1].shape, dtype=dtype).copy_(dx[:, -1])
-        dx[:, -1].zero_()
-        message_grads, dclass = p.message.backward(dmessage, message_saved, wanted, b)
-        given |= message_grads
-        dx[:, 0].add_(dclass)
-    gradients = ((given.get(name), dtype) for name, dtype in wanted.items())
-    return [gradient.to(dtype) for gradient, dtype in gradients if gradient is not None]
+    found = [(each, kind) for name, kind in wanted.items() if (each := given.get(name)) is not None]
+    gradients = [each if each.dtype == kind else torch.empty_like(each, dtype=kind) for each, kind in found]
+    casts = [(to, each) for to, (each, _) in zip(gradients, found, strict=True) if to is not each]
+    if casts:
+        torch._foreach_copy_([to for to, _ in casts], [each for _, each in casts])  # one launch
+    return gradients
+
+
+def _handed(dy: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+    """The copy of dy in ``dtype`` and the sums of its columns that the block behind made, if dy is still as it was."""
+    found: Any = getattr(dy, "_handed_on", None)
+    return found[1:] if found and found[0] == dy._version and found[1].dtype == dtype else None
 
 
 def _spread(rows: Tensor, at: Tensor, like: Tensor) -> Tensor:

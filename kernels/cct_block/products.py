@@ -92,9 +92,14 @@ def _library_norm_linear(
     return (_activate(save, y, activation), y, known) if activation else (y, None, known)
 
 
-def slope(dy: Tensor, weight: Tensor, u: Tensor, activation: str, keep: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+def slope(
+    backend: str, dy: Tensor, weight: Tensor, u: Tensor, activation: str, keep: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """For backward: du = (dy W) act'(u) with dy (M, D), weight (D, O) and u (M, O), the sums of its columns in float32,
-    and act(u) if ``keep``."""
+    and act(u) if ``keep``. backend: what computed act(u)."""
+    if backend == "cuda":
+        du, sums, h = cuda_library.slope(dy, weight, u)
+        return du, sums, h if keep else None
     dh = torch.mm(dy, weight)
     if activation in GELUS:
         du = torch.ops.aten.gelu_backward(dh, u, approximate=GELUS[activation])
@@ -128,9 +133,7 @@ def _fused_norm_linear(
 ) -> tuple[Tensor, Tensor | None, Normed]:
     norm, weight, bias, activation = layer
     keep = bool(activation) and save
-    options = {"activation": bool(activation)}
-    if keep:  # only Triton's products are taken for training
-        options["keep"] = True
+    options = {"activation": bool(activation), "keep": keep}
     if known.rows is None and x.dtype == weight.dtype != torch.float32 and x.shape[0] >= FOLD_FROM:
         mean, rstd = known.mean, known.rstd
         if mean is None or rstd is None:
@@ -164,11 +167,19 @@ def _refuse_float32(case: Case) -> str | None:
 def _refuse_cuda(case: Case) -> str | None:
     if case.activation in GELUS:
         return "its epilogue has quick_gelu only"
-    if case.stream != case.dtype:
-        return f"a residual stream of {case.stream} beside weights of {case.dtype}"
+    if case.training and not cuda_library.tiles(case.dtype, keep=True):
+        return f"it was not built for training in {case.dtype}"
     if case.width % 8 or case.hidden % 8:
         return f"width {case.width}, {case.hidden} in the FFN: multiples of 8 wanted, for rows in whole 16 bytes"
     return cuda_library.refuse_device(case.device.type, case.device.index)
+
+
+def _refuse_cuda_residual(case: Case) -> str | None:
+    if case.training:
+        return "it computes no gradients"
+    if case.stream != case.dtype:
+        return f"a residual stream of {case.stream} beside weights of {case.dtype}"
+    return _refuse_cuda(case)
 
 
 def _nothing(*_: Any) -> tuple[Tensor, ...]:
@@ -176,16 +187,19 @@ def _nothing(*_: Any) -> tuple[Tensor, ...]:
     return ()
 
 
-def _backends(library: Any, fused: Any, on_cuda: Any) -> tuple[Backend, ...]:
+def _backends(library: Any, fused: Any, on_cuda: Any, refuse_cuda: Any) -> tuple[Backend, ...]:
     own: dict[str, Any] = {"opt_in": UNMEASURED, "saved": _nothing}
     return (
         Backend("library", library, dtypes=ON_TRITON, saved=_nothing),
         Backend("triton", functools.partial(fused, _gemm), refuse=_refuse_float32, **TRITON, **own),
-        Backend(
-            "cuda", functools.partial(fused, on_cuda), dtypes=HALF, refuse=_refuse_cuda, inference_only=True, **own
-        ),
+        Backend("cuda", functools.partial(fused, on_cuda), dtypes=HALF, refuse=refuse_cuda, partial=True, **own),
     )
 
 
-NORM_LINEAR = Part("norm_linear", *_backends(_library_norm_linear, _fused_norm_linear, cuda_library.norm_linear))
-LINEAR_RESIDUAL = Part("linear_residual", *_backends(_library_residual, _fused_residual, cuda_library.linear_residual))
+NORM_LINEAR = Part(
+    "norm_linear", *_backends(_library_norm_linear, _fused_norm_linear, cuda_library.norm_linear, _refuse_cuda)
+)
+LINEAR_RESIDUAL = Part(
+    "linear_residual",
+    *_backends(_library_residual, _fused_residual, cuda_library.linear_residual, _refuse_cuda_residual),
+)

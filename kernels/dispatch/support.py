@@ -51,8 +51,7 @@ class Backend:
     package: str = ""
     install: str = ""  # the command that installs the package
     opt_in: str = ""  # why it is taken only where it is asked for or was measured to be fast
-    # takes some kinds of call only and computes no gradients: asked for, it is the first choice, not the only one
-    inference_only: bool = False
+    partial: bool = False  # takes some kinds of call only: asked for, it is the first choice, not the only one
     # gets the op's arguments, or the part's Case: a reason for what the fields cannot say, or None
     refuse: Callable[..., str | None] | None = None
     parts: tuple[str, ...] = ()  # backends of its parts: who asks for one of these asks for this one
@@ -61,8 +60,6 @@ class Backend:
 
     def refusal(self, call: Call, *about: Any) -> str | None:
         """Why it does not take this call, or None; ``about``: what ``refuse`` gets."""
-        if self.inference_only and call.training:
-            return "it computes no gradients"
         if self.package and not installed(self.package):
             return f"the package {self.package} is not installed ({self.install or f'pip install {self.package}'})"
         for dtype in call.dtypes:
@@ -131,7 +128,7 @@ def asked(
     if not candidates:
         names = [*measured, *(each.name for each in backends)]
         candidates = sorted(backends, key=lambda each: names.index(each.name))
-    elif candidates[0].inference_only:
+    elif candidates[0].partial:
         candidates += [each for each in backends if each not in candidates]
     elif forced == "library":  # the products of the reference are the library's too
         candidates += [each for each in backends if each.name == "reference"]

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..dispatch import Op
-from ..dispatch.support import ON_TRITON, UNMEASURED, Backend, installed, on_triton
+from ..dispatch.support import on_triton
 
 WIDEST_ROW = 2048  # kernels hold a row in registers
 
@@ -26,24 +26,9 @@ def row_statistics_like(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(shape, dtype=torch.float32), x.new_empty(shape, dtype=torch.float32)
 
 
-def _apex(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    from apex.normalization.fused_layer_norm import fused_layer_norm_affine
-
-    y: Tensor = fused_layer_norm_affine(x, weight, bias, (x.shape[-1],), eps)
-    return y
-
-
-def _refuse_apex(x: Tensor, *_: object) -> str | None:
-    """NVIDIA's apex is not the package of that name on PyPI, which has no kernels."""
-    if not installed("apex.normalization"):
-        return "NVIDIA's apex is not installed (build it from github.com/NVIDIA/apex; PyPI's apex is another package)"
-    return None if x.is_cuda else f"device {x.device.type} is not cuda"
-
-
 _op = Op(
     layer_norm_reference,
     on_triton("layer_norm", refuse=refuse_rows),
-    Backend("apex", _apex, dtypes=ON_TRITON, opt_in=UNMEASURED, refuse=_refuse_apex),
     example=lambda sizes, make: (
         make.normal(sizes.sequences, sizes.tokens, sizes.width),
         *make.norm(sizes.width),
@@ -67,7 +52,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Te
     """
     rows = None if torch.is_grad_enabled() or torch.compiler.is_compiling() else _covering(x)
     if rows is None:
-        return _op(x, weight, bias, eps)
+        return _op(x.contiguous(), weight, bias, eps)  # a kernel would copy the rows in forward and again in backward
     y: Tensor = _op(rows, weight, bias, eps)
     return y.as_strided(x.shape, (x.stride(0) // x.stride(1) * x.shape[2], x.shape[2], 1))
 

@@ -22,7 +22,7 @@ def layer_norm_bwd_kernel(
     bias_ptr,  # (D,) or None: with normed
     dy_ptr,  # (M, D), rows dy_row apart
     extra_ptr,  # (M, D), rows extra_row apart, or None: added to dx
-    dx_ptr,  # (M, D)
+    dx_ptr,  # (M, D): with spare, 0 in the rows that it replaces
     normed_ptr,  # (M, D) or None: the forward's result, recomputed
     spare_ptr,  # (M / length, D) or None: takes the place of x in the last of every ``length`` rows
     spare_mean_ptr,  # (M / length,), with spare
@@ -78,6 +78,8 @@ def layer_norm_bwd_kernel(
         dx = rstd * (g - tl.sum(g, 1)[:, None] / D - x_hat * projection)
         if extra_ptr is not None:
             dx += tl.load(extra_ptr + wide * extra_row + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+        if spare_ptr is not None:
+            dx = tl.where(is_spare[:, None], 0.0, dx)
         tl.store(dx_ptr + wide * D + columns[None, :], dx.to(dx_ptr.dtype.element_ty), mask=inside)
         if drop_ptr is not None:
             dx *= tl.load(drop_ptr + rows // sample_rows, mask=rows < M, other=0.0).to(tl.float32)[:, None]
@@ -106,7 +108,7 @@ class LayerNormGrads(NamedTuple):
     """What ``normalize_backward`` writes; None for what was not wanted."""
 
     dx: Tensor  # (M, D), in x's dtype
-    dweight: Tensor  # (D,), in the weight's dtype
+    dweight: Tensor  # (D,), in float32
     dbias: Tensor  # (D,), too
     normed: Tensor | None  # (M, D): LN(x)
     low: Tensor | None  # (M, D): s dx in the products' dtype
@@ -133,7 +135,7 @@ def normalize_backward(
         mean, rstd: of x's rows, as the forward saved them.
         bias, normed_dtype: given, LN(x) is recomputed in that dtype on the way.
         extra: (M, D), added to dx: the gradient that reaches x past the LayerNorm.
-        spare: took the place of rows of x; the gradient of these stands in their place in dx.
+        spare: took the place of rows of x, whose gradient is 0; it adds to that of the parameters, and has none itself.
         drop_scale, low_dtype: given low_dtype, s dx is written in that dtype (unless that is dx itself) and its columns
             are summed: the gradient of the branch that was added to x.
     """
@@ -149,5 +151,5 @@ def normalize_backward(
     parts = torch.empty(2 if low_dtype is None else 3, *run.grid, D, dtype=torch.float32, device=x.device)
     read = (x, mean, rstd, weight, None if normed is None else bias, dy, extra)
     run(*read, dx, normed, *spares, drop_scale, low, *(*parts, None)[:3])
-    dweight, dbias, *sums = parts.sum(1).to(weight.dtype)
+    dweight, dbias, *sums = parts.sum(1)
     return LayerNormGrads(dx, dweight, dbias, normed, dx if same else low, sums[0] if sums else None)

@@ -13,8 +13,8 @@ from ..dispatch.support import on_triton
 # (Spare of triton/rows.py); a function that writes their keys and values into a view (F, 2D), any row stride,
 # for a projection that has not made them of m; and what backward wants, SAVED tensors: message token (F, D), qkv
 # (F, 3D), m (F, D), mean and 1 / sigma of LN_m and of LN_1 (4, F), the attention (F, D) and its log-sum-exp.
-# backward(dm (F, D), saved, dtypes of the gradients that are wanted by name, block) returns the gradients of parameters
-# by name and of the class tokens (F, D).
+# backward(dnormed (F, D), any row stride, saved, dtypes of the gradients that are wanted by name, block) returns the
+# gradients of parameters by name and of the class tokens (F, D). dnormed is that of LN_1(m).
 
 
 SAVED = 6

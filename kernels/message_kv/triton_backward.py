@@ -14,41 +14,44 @@ from ..triton.column_sums import scaled
 
 
 def backward(
-    dfused: Tensor, saved: Sequence[Tensor], wanted: Mapping[str, torch.dtype], b: Any
-) -> tuple[dict[str, Tensor], Tensor]:
-    message, qkv, _, (mean, rstd, *_), mixed, lse = saved
+    dnormed: Tensor, saved: Sequence[Tensor], wanted: Mapping[str, torch.dtype], b: Any
+) -> tuple[dict[str, Tensor | None], Tensor]:
+    token, qkv, message, (mean, rstd, mean_1, rstd_1), mixed, lse = saved
     dtype, width, frames = message.dtype, message.shape[1], b.frames
-    given: dict[str, Tensor] = {}
+    given: dict[str, Tensor | None] = {}
 
-    def parameters(name: str, dy: Tensor, x: Tensor) -> None:
-        """The gradients of the weight and the bias of y = x W^T + b."""
+    def weight(name: str, dy: Tensor, x: Tensor) -> None:
+        """The gradient of the weight of y = x W^T + b."""
         if f"{name}_weight" in wanted:
             given[f"{name}_weight"] = product(dy.T, x, wanted[f"{name}_weight"])
-        if f"{name}_bias" in wanted:
-            given[f"{name}_bias"] = scaled(dy, dy.dtype, sums_dtype=getattr(b, f"{name}_bias").dtype)[1]
 
-    # m + s (attention Wo + bo)
-    dbranch = dfused
-    if b.drop_fusion is not None:
-        dbranch = (dfused.view(-1, frames, width) * b.drop_fusion[:, None, None].to(dtype)).view_as(dfused)
+    # LN_1(m), whose parameters have their gradients elsewhere
+    known = mean_1, rstd_1, b.ln_1_weight
+    above = normalize_backward(dnormed, message, *known, drop_scale=b.drop_fusion, low_dtype=dtype)
+    dmessage, _, _, _, dbranch, given["message_out_bias"] = above
+    assert dbranch is not None
+    # m = token + s (attention Wo + bo)
     heads = qkv.view(-1, frames, 3, b.heads, width // b.heads)
     dmixed = torch.mm(dbranch, b.message_out_weight).view(heads[:, :, 0].shape)
     backward = attention.backward if takes(heads.shape[-1]) else reference_backward
     dqkv = backward(dmixed, heads, mixed.view(dmixed.shape), (lse,))[0].reshape(qkv.shape)
-    parameters("message_out", dbranch, mixed)
-    # qkv = LN_m(m) W + b, and the residual
-    dmessage, given["message_ln_weight"], given["message_ln_bias"], normed, *_ = normalize_backward(
+    weight("message_out", dbranch, mixed)
+    # qkv = LN_m(token) W + b, and the residual
+    below = normalize_backward(
         torch.mm(dqkv, b.message_in_weight),
-        message,
+        token,
         mean,
         rstd,
         b.message_ln_weight,
-        extra=dfused,
+        extra=dmessage,
         bias=b.message_ln_bias,
         normed_dtype=dtype,
+        low_dtype=dtype,
     )
+    dtoken, given["message_ln_weight"], given["message_ln_bias"], normed, _, given["message_fc_bias"] = below
     assert normed is not None
-    parameters("message_in", dqkv, normed)
-    # m = x_class Wm + bm
-    parameters("message_fc", dmessage, b.x[:, 0].to(dtype))
-    return given, torch.mm(dmessage, b.message_fc_weight)
+    weight("message_in", dqkv, normed)
+    given["message_in_bias"] = scaled(dqkv, dtype)[1]
+    # token = x_class Wm + bm
+    weight("message_fc", dtoken, b.x[:, 0].to(dtype))
+    return given, torch.mm(dtoken, b.message_fc_weight)

@@ -84,20 +84,19 @@ def scaled(
     drop_scale: Tensor | None = None,
     slope_at: Tensor | None = None,
     keep: bool = False,
-    sums_dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """x (M, N) times its drop path factors and the slope of quick_gelu at slope_at (M, N), and its column sums.
 
     Returns:
-        the product (M, N) in ``dtype`` (x itself if nothing changes it); its sums (N,) in ``sums_dtype``, added in
-        float32 and on one device always in the same order; quick_gelu(slope_at) (M, N) if ``keep``.
+        the product (M, N) in ``dtype`` (x itself if nothing changes it); its sums (N,) in float32, on one device
+        always added in the same order; quick_gelu(slope_at) (M, N) if ``keep``.
     """
     (M, N), device = x.shape, x.device
     changes = drop_scale is not None or slope_at is not None or x.dtype != dtype
     y = torch.empty(M, N, dtype=dtype, device=device) if changes else None
     h = torch.empty(M, N, dtype=dtype, device=device) if keep else None
     first, groups, last = _prepare(device, M, N, x.stride(0), rows_of_sample(M, drop_scale))
-    sums = (torch.empty if M else torch.zeros)(N, dtype=sums_dtype, device=device)
+    sums = (torch.empty if M else torch.zeros)(N, dtype=torch.float32, device=device)
     if last is None:
         first(x, slope_at, drop_scale, y, h, sums)
     else:

@@ -164,17 +164,17 @@ def test_the_fastest_that_takes_the_arguments(write: Write) -> None:
 
 def test_training_has_rows_of_its_own(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     op, taken = OPS["layer_norm"], []
-    for name in ("library", "apex"):
+    for name in ("library", "onednn"):
         played = Backend(name, lambda *args, name=name: taken.append(name) or op.reference(*args))
         monkeypatch.setattr(op, "backends", (played, *op.backends))
     monkeypatch.setattr(op, "names", tuple(each.name for each in op.backends))
-    write("layer_norm", row("apex", training=[True] * 2), row("library", training=[False] * 2))
+    write("layer_norm", row("onednn", training=[True] * 2), row("library", training=[False] * 2))
     x, norm = torch.randn(3, 64), torch.ones(64, requires_grad=True)
     op(x, norm, norm, 1e-5)
     with torch.no_grad():
         op(x, norm, norm, 1e-5)
     op(x, norm.detach(), norm.detach(), 1e-5)
-    assert taken == ["apex", "library", "library"]
+    assert taken == ["onednn", "library", "library"]
 
 
 def test_other_architectures_and_other_places(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -287,24 +287,24 @@ def give(monkeypatch: pytest.MonkeyPatch, op: Op, *added: Backend) -> None:
 
 def test_what_is_measured_is_chosen(small: dict[str, float], monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     op = OPS["layer_norm"]
-    give(monkeypatch, op, Backend("library", op.reference), Backend("apex", op.reference))
-    small.update(reference=0.3, library=0.1, apex=0.2)
+    give(monkeypatch, op, Backend("library", op.reference), Backend("onednn", op.reference))
+    small.update(reference=0.3, library=0.1, onednn=0.2)
     assert tune.main(NORM) == 0
     path = tables.user_table("choices.json")
     rows = json.loads(path.read_text())["layer_norm"]
     assert len(rows) == 2 * 2  # two heights, with and without gradients
     assert rows[0]["where"] == {"dtype": ["bfloat16"] * 2, "training": [False] * 2, "m": [0, 17], "k": [64, 64]}
-    assert rows[0]["milliseconds"] == {"library": 0.1, "apex": 0.2, "reference": 0.3}
+    assert rows[0]["milliseconds"] == {"library": 0.1, "onednn": 0.2, "reference": 0.3}
     assert rows[0]["measured"]["device"] == "a made-up GPU"
     assert set(rows[0]["measured"]) == {"device", "torch", "triton", "library", "date"}
-    assert "library 0.1000 ms, apex 0.2000 ms" in capsys.readouterr().out
+    assert "library 0.1000 ms, onednn 0.2000 ms" in capsys.readouterr().out
     args = next(tune_backends.cases("layer_norm", TINY, (1,)))[1]
     half = tune_backends.cast(args, torch.bfloat16)
     assert op.choose(half).name == "library"
     small.update(library=0.5)
     assert tune.main(NORM) == 0  # measured anew: in place of the old rows
     assert len(json.loads(path.read_text())["layer_norm"]) == 4
-    assert op.choose(half).name == "apex"
+    assert op.choose(half).name == "onednn"
     assert [file.name for file in path.parent.iterdir()] == ["choices.json"]  # nothing half-written is left
 
 
@@ -373,7 +373,7 @@ def test_every_op_can_be_measured(op: str, small: dict[str, float], monkeypatch:
     said: list[str] = []
     rows, wrong = measuring.measure(tune_backends, op, TINY, (1, 3), FOREVER, said.append)
     assert (wrong, len(rows)) == (0, 2 * 2)
-    usable = set(OPS[op].names) - {"cuda", "apex"} - (set() if INTERPRETED else {"triton"})
+    usable = set(OPS[op].names) - {"cuda"} - (set() if INTERPRETED else {"triton"})
     assert all(set(found["milliseconds"]) == usable for found in rows)
     assert any("cuda refuses: no such device" in line for line in said) == ("cuda" in OPS[op].names)
 

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from xclip_fast.kernels import cuda_library, dispatch
-from xclip_fast.kernels.cct_block import products
+from xclip_fast.kernels.cct_block import plans, products
 from xclip_fast.kernels.cct_block.example import example
 from xclip_fast.kernels.cct_block.products import LINEAR_RESIDUAL, NORM_LINEAR
 from xclip_fast.kernels.dispatch import INTERPRETED, OPS
@@ -152,7 +152,7 @@ def test_every_call_checks_its_arguments(library: Path) -> None:
     codes = {value: name for name, value in constants().items()}
     aligned = 1 << 20
     sizes = {"m": 64, "n": 128, "k": 64}
-    strides = {"x_row": 128, "w_row": 128, "residual_row": 128}
+    strides = dict.fromkeys(("x_row", "w_row", "u_row", "residual_row"), 128)
     usual = {**sizes, **strides, "device": 10_000, "stream": None, "tile": -1, "dtype": 0, "eps": 1e-5}
     usual |= {"activation": 1}
 
@@ -162,12 +162,18 @@ def test_every_call_checks_its_arguments(library: Path) -> None:
         code = getattr(loaded, f"xclip_fast_{name}")(*(given.get(name, aligned) for name in names))
         return codes.get(code, str(code))
 
-    for name in ("norm_linear", "linear_residual"):
+    for name in ("norm_linear", "slope", "linear_residual"):
         assert call(name) == "BAD_DEVICE"
         assert call(name, y=aligned + 8) == "BAD_ALIGNMENT"
         assert call(name, w=None) == "BAD_POINTER"
     assert call("norm_linear", mean=None) == call("norm_linear", w_sums=None) == "BAD_POINTER"
     assert call("norm_linear", mean=None, rstd=None, w_sums=None) == "BAD_DEVICE"
+    assert call("norm_linear", activation=0) == "BAD_POINTER"  # u is what it is applied to
+    assert call("norm_linear", activation=0, u=None) == call("norm_linear", dtype=1, u=None) == "BAD_DEVICE"
+    assert call("norm_linear", dtype=1) == call("slope", dtype=1) == "BAD_DTYPE"
+    assert call("norm_linear", u=aligned + 8) == call("slope", h=aligned + 8) == "BAD_ALIGNMENT"
+    assert call("slope", u=None) == call("slope", h=None) == call("slope", partials=None) == "BAD_POINTER"
+    assert call("slope", u_row=120) == call("slope", w_row=120) == "BAD_SIZE"
     assert call("linear_residual", mean=None) == call("linear_residual", partials=None) == "BAD_POINTER"
     assert call("linear_residual", partials=None, mean=None, rstd=None) == "BAD_DEVICE"
 
@@ -205,7 +211,7 @@ def test_kernels_start_early_and_wait_before_they_touch_memory(bodies: dict[str,
         assert "PREEXIT" in body, name
         assert body.count("ACQBULK") == (2 if "SrcFetch" in name else 1), name
         before, after = re.split("HGMMA" if product else "ACQBULK", body, maxsplit=1)
-        assert re.search(r"\bLDG\b", after), name
+        assert re.search(r"\b(LDG|STG)\b", after), name
         assert not re.search(r"\b(LDG|STG)\b", before), name
         if product:
             assert body.index("ACQBULK") < body.index("UTMALDG"), name
@@ -282,6 +288,11 @@ def quick_gelu(u: Tensor) -> Tensor:
     return u * torch.sigmoid(1.702 * u)
 
 
+def quick_gelu_slope(u: Tensor) -> Tensor:
+    s = torch.sigmoid(1.702 * u)
+    return s + 1.702 * u * s * (1 - s)
+
+
 class Memory:
     """Plays the library: reads and writes the memory that its arguments name, as the header says."""
 
@@ -311,14 +322,16 @@ class Memory:
     def row(self, pointer: int | None, count: int, dtype: torch.dtype = torch.float32) -> Tensor | None:
         return None if pointer is None else self.at(pointer, 1, count, count, dtype)[0]
 
-    def product(self, g: dict[str, Any]) -> Tensor:
+    def product(self, g: dict[str, Any], transposed: bool = True) -> Tensor:
         kind = self.kinds[g["dtype"]]
         assert g["x"] % 16 == g["w"] % 16 == g["y"] % 16 == g["x_row"] % 8 == g["w_row"] % 8 == 0
-        x, w = self.at(g["x"], g["m"], g["k"], g["x_row"], kind), self.at(g["w"], g["n"], g["k"], g["w_row"], kind)
-        return x.float() @ w.float().T
+        x = self.at(g["x"], g["m"], g["k"], g["x_row"], kind).float()
+        shape = (g["n"], g["k"]) if transposed else (g["k"], g["n"])
+        w = self.at(g["w"], *shape, g["w_row"], kind).float()
+        return x @ (w.T if transposed else w)
 
-    def out(self, g: dict[str, Any], value: Tensor) -> None:
-        self.at(g["y"], g["m"], g["n"], g["n"], self.kinds[g["dtype"]]).copy_(value)
+    def out(self, g: dict[str, Any], value: Tensor, name: str = "y") -> None:
+        self.at(g[name], g["m"], g["n"], g["n"], self.kinds[g["dtype"]]).copy_(value)
 
     def norm_linear(self, **g: Any) -> None:
         u = self.product(g)
@@ -327,7 +340,17 @@ class Memory:
             u = rstd[:, None] * (u - mean[:, None] * sums)  # type: ignore[index,operator]
         if g["bias"] is not None:
             u = u + self.row(g["bias"], g["n"])
+        if g["u"] is not None:
+            self.out(g, u, "u")
         self.out(g, quick_gelu(u) if g["activation"] else u)
+
+    def slope(self, **g: Any) -> None:
+        u = self.at(g["u"], g["m"], g["n"], g["u_row"], self.kinds[g["dtype"]]).float()
+        du = self.product(g, transposed=False) * quick_gelu_slope(u)
+        self.out(g, quick_gelu(u), "h")
+        self.out(g, du)
+        parts = self.at(g["partials"], 4 * -(-g["m"] // 128), g["n"], g["n"], torch.float32)
+        parts.zero_()[-1] = du.sum(0)
 
     def linear_residual(self, **g: Any) -> None:
         value = self.added(g)
@@ -414,8 +437,44 @@ def test_a_block_in_training_takes_the_library_and_says_so(
         OPS["cct_block"](*block)[0].sum().backward()
     assert weight.grad.isfinite().all()
     assert memory.calls == []
-    for part in ("norm_linear", "linear_residual"):
-        assert f"{part} runs on the backend library; cuda: it computes no gradients" in caplog.text
+    assert (
+        "norm_linear runs on the backend library; cuda: it was not built for training in torch.float16" in caplog.text
+    )
+    assert "linear_residual runs on the backend library; cuda: it computes no gradients" in caplog.text
+
+
+@interpreted
+@pytest.mark.parametrize("autocast", [False, True])
+def test_training_takes_the_products_around_the_activation(
+    autocast: bool, memory: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if they were built for float16: Triton's interpreter has no bfloat16."""
+    both = {(name, torch.float16): ("square",) for name in ("NormGeluKept", "Slope")}
+    monkeypatch.setattr(cuda_library, "BUILT", {**cuda_library.BUILT, **both})
+    plans.plan.cache_clear()
+    op, block = OPS["cct_block"], example(4, 5, 128, drops=True, dtype=torch.float64)
+    lowered = kernels.Block(*cast(block, torch.float32 if autocast else torch.float16))
+
+    def gradients(given: kernels.Block, name: str) -> dict[str, Tensor]:
+        leaves = {
+            field: value.detach().requires_grad_()
+            for field, value in given._asdict().items()
+            if isinstance(value, Tensor) and value.is_floating_point() and not field.startswith("drop")
+        }
+        lowering = autocast and given.x.dtype != torch.float64
+        with kernels.backend(name):
+            with torch.autocast("cpu", torch.float16, enabled=lowering):
+                y = op(*given._replace(**leaves))[0]
+            weights = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view(y.shape)
+            found = torch.autograd.grad(y[:, :-1].double().mul(weights[:, :-1]).sum(), list(leaves.values()))
+        return dict(zip(leaves, found, strict=True))
+
+    exact = gradients(kernels.Block(*cast(lowered, torch.float64)), "reference")
+    torchs, got = gradients(lowered, "reference"), gradients(lowered, "cuda")
+    plans.plan.cache_clear()
+    assert {"norm_linear", "slope"} <= set(memory.calls)
+    for name, right in exact.items():
+        assert error(got[name], right) <= 2 * error(torchs[name], right) + 4 * torch.finfo(torch.float16).eps, name
 
 
 def test_errors_of_the_library_carry_its_words(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -531,6 +590,10 @@ def test_products(tile: str, dtype: torch.dtype, device: str, guards: list[Tenso
         variance, center = torch.var_mean(added, -1, correction=0)
         statistics = [(center, 1e-5, 1e-5), ((variance + EPS).rsqrt(), 1e-4, 0.0)]
 
+        across, u = spread(k, n, 8, dtype, device, k**-0.5), spread(m, n, 8, dtype, device, 2.0)
+        du = (x.double() @ across.double()) * quick_gelu_slope(u.double())
+        sums_of_du = (du.sum(0), 1e-4, 1e-5 * m**0.5)
+
         def rounded(exact: Tensor) -> Wanted:
             return exact, half_ulp, 1e-4
 
@@ -542,12 +605,22 @@ def test_products(tile: str, dtype: torch.dtype, device: str, guards: list[Tenso
             "bias": (functools.partial(norm_linear, bias=bias), [rounded(product + bias.double())]),
             "norm": (fold, [rounded(normed)]),
             "quick_gelu": (functools.partial(fold, activation=True), [rounded(quick_gelu(normed))]),
+            "kept": (
+                functools.partial(fold, activation=True, keep=True),
+                [rounded(quick_gelu(normed)), rounded(normed)],
+            ),
+            "slope": (
+                functools.partial(cuda_library.slope, x, across, u, tile=tile),
+                [rounded(du), sums_of_du, rounded(quick_gelu(u.double()))],
+            ),
             "residual": (scaled, [rounded(added)]),
             "residual alone": (add, [rounded(source.double() + product)]),
             "statistics": (functools.partial(scaled, statistics_eps=EPS), [rounded(added), *statistics]),
         }
         options: dict[str, dict[str, Any]] = {
             "quick_gelu": {"activation": True},
+            "kept": {"keep": True},
+            "slope": {"keep": True},
             "residual": {"residual": True},
             "residual alone": {"residual": True},
             "statistics": {"residual": True, "statistics": True},
