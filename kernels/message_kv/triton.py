@@ -315,8 +315,7 @@ def forward(save: bool, b: Any) -> tuple[Spare, Callable[[Tensor], None], tuple[
         launches.qkv(*qkv_given, None, None, qkv, None)
     if launches.mixed is not None:
         mixed = torch.empty_like(token)
-        given = (*qkv_given, qkv, mixed) if launches.qkv is None else (qkv, mixed, None)
-        launches.mixed(*given)
+        launches.mixed(*((*qkv_given, qkv, mixed) if launches.qkv is None else (qkv, mixed, None)))
     else:
         assert qkv is not None
         heads = qkv.view(-1, frames, 3, b.heads, width // b.heads)
