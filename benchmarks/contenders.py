@@ -191,10 +191,11 @@ def from_files(model: xclip_fast.XCLIP, paths: list[Path], tokens: Tensor, batch
 
 
 def decoded(paths: list[Path], frames: int, size: int) -> Tensor:
-    from xclip_fast.data.decode.decoder import decode_many
+    from xclip_fast.data.decode.ahead import decode_ahead
+    from xclip_fast.inference.batches import Reading
 
-    videos: Any = decode_many(paths, frames=frames, sampling="sparse", size=size)
-    return torch.stack(list(videos))
+    found: Any = decode_ahead([str(path) for path in paths], Reading(frames, size).windows, None)
+    return torch.stack([window.frames for _, window in found if window is not None])
 
 
 def write_clips(folder: Path) -> list[Path]:

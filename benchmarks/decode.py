@@ -31,8 +31,9 @@ from arguments import fail
 from av.video.reformatter import VideoReformatter
 from scenes import COPIES, COPY, TRAINING, write_clips
 
-from xclip_fast.data.decode.decoder import Source, decode_frames, probe
+from xclip_fast.data.decode.decoder import decode_frames, probe
 from xclip_fast.data.decode.picture import EXACT_COLOR
+from xclip_fast.data.decode.source import Source
 from xclip_fast.data.manifest import Manifest, index
 from xclip_fast.data.sampling import frame_indices
 from xclip_fast.data.transforms import TestTransform

@@ -81,7 +81,7 @@ def main() -> int:
     def trained(name: str) -> tuple[bool, float]:
         """Whether the training succeeded, and its seconds. What it says is in a file beside its folder."""
         output, started = output_of(name), time.perf_counter()
-        given = [f"data.train={train}", f"data.cache={args.work / 'cache'}", f"output={output}", *MODELS[name]]
+        given = [f"data.train={train}", f"output={output}", *MODELS[name]]
         given += ["data.val=null", f"seed={args.seed}", *args.overrides]
         command = [sys.executable, "-m", "xclip_fast", "train", "motion", *given]
         with open(output.with_suffix(".txt"), "w") as log:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -44,13 +43,6 @@ class Gpu:
     attention: float
     attention_backward: float
     launch: float = 2.5e-6
-
-    def __str__(self) -> str:
-        return (
-            f"{self.memory / 1e12:.2f} TB/s, products {self.product / 1e12:.0f} TFLOP/s, attention "
-            f"{self.attention / 1e12:.0f} ({self.attention_backward / 1e12:.0f} backward), "
-            f"{self.launch * 1e6:.1f} us a launch"
-        )
 
 
 GPUS = {
@@ -205,26 +197,12 @@ def record(variant: str, batch: int, gpu: Gpu, *, training: bool = False, plan: 
             logits.sum().backward()
             model.zero_grad(set_to_none=True)
 
-    attention = "cudnn" if gpu.architecture >= 90 else "flash"
-    with _choosing(gpu, PLANS[plan], attention) as launches:
+    library = "cudnn" if gpu.architecture >= 90 else "flash"
+    attention = contextlib.nullcontext() if plan == "library" else plans.swap("attention", library)
+    with fake_gpu(gpu.architecture, gpu.sms, chooses=True) as launches, kernels.backend(PLANS[plan]), attention:
         run()  # folded weights are kept from here on
         launches.clear()
-        return recorded(launches, run)
-
-
-@contextlib.contextmanager
-def _choosing(gpu: Gpu, backend: str, attention: str) -> Iterator[list[Launch]]:
-    with contextlib.ExitStack() as stack:
-        launches = stack.enter_context(fake_gpu(gpu.architecture, gpu.sms, chooses=True))
-        stack.enter_context(kernels.backend(backend))
-        if backend != "auto":
-            stack.enter_context(plans.swap("attention", attention))
-        yield launches
-
-
-def recorded(launches: list[Launch], call: Callable[[], Any]) -> list[Work]:
-    """What ``call`` launches, inside ``fake_gpu``."""
-    with Recorder(launches) as recorder:
-        call()
+        with Recorder(launches) as recorder:
+            run()
     recorder.collect()
     return [work(name, given) for name, given in recorder.calls]

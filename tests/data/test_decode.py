@@ -21,19 +21,21 @@ from av.video.reformatter import Interpolation
 from xclip_fast.data.decode import chosen as module
 from xclip_fast.data.decode import plan as planning
 from xclip_fast.data.decode import reading
+from xclip_fast.data.decode.ahead import decode_ahead
 from xclip_fast.data.decode.decoder import (
-    Source,
     VideoError,
     decode,
     decode_frames,
-    decode_many,
     decode_views,
     probe,
 )
 from xclip_fast.data.decode.plan import Plan
+from xclip_fast.data.decode.source import Source
+from xclip_fast.data.decode.windows import Window
 from xclip_fast.data.motion import render, write_clip
 from xclip_fast.data.sampling import frame_indices, sample_rng
 from xclip_fast.data.transforms import TestTransform, TrainTransform, View, apply
+from xclip_fast.inference.batches import Reading
 
 QUIET265 = "log-level=none"
 EXACT = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
@@ -663,41 +665,33 @@ def test_bad_arguments(clip):
         decode(clip, 8, "random")
     with pytest.raises(ValueError, match="frames is 0"):
         decode(clip, 0)
-    with pytest.raises(ValueError, match="errors is 'ignore'"):
-        next(decode_many([clip], errors="ignore"))
 
 
-def test_decode_many(tmp_path, clip):
+def test_decoding_ahead(tmp_path, clip):
     bad = tmp_path / "bad.mp4"
     bad.write_text("no video")
-    paths = [clip, bad, clip, clip, tmp_path / "absent.mp4", clip]
-    expected = decode(clip, 4, size=32)
-    results = list(decode_many(paths, 4, size=32, workers=2, errors="return"))
-    assert [isinstance(result, VideoError) for result in results] == [False, True, False, False, True, False]
-    assert all(torch.equal(result, expected) for result in results if not isinstance(result, VideoError))
-    assert "bad.mp4" in str(results[1])
-
-    results = decode_many(paths, 4, size=32, workers=2)
-    assert torch.equal(next(results), expected)
-    with pytest.raises(VideoError, match=r"bad\.mp4"):
-        next(results)
-    with pytest.raises(StopIteration):
-        next(results)
-    assert list(decode_many([], workers=2)) == []
-    assert len(list(decode_many([clip] * 3, 2, "dense", size=16, stride=2))) == 3
+    paths = [str(path) for path in (clip, bad, clip, clip, tmp_path / "absent.mp4", clip)]
+    found = list(decode_ahead(paths, Reading(4, 32).windows, 2))
+    assert [path for path, item in found if not isinstance(item, Window)] == paths
+    errors = [item for _, item in found if isinstance(item, VideoError)]
+    assert ["bad.mp4" in str(errors[0]), "absent.mp4" in str(errors[1])] == [True, True]
+    windows = [item.frames for _, item in found if isinstance(item, Window)]
+    assert len(windows) == 4
+    assert all(torch.equal(window, decode(clip, 4, size=32)) for window in windows)
+    assert list(decode_ahead([], Reading(4, 32).windows, 2)) == []
 
 
-def test_decode_many_reads_only_a_little_ahead(clip):
+def test_only_a_little_is_decoded_ahead(clip):
     """A list of a million files must not be decoded into memory before the first is used."""
     taken = []
 
     def paths():
         for number in range(1000):
             taken.append(number)
-            yield clip
+            yield str(clip)
 
-    results = decode_many(paths(), 2, size=16, workers=2)
-    for _ in range(3):
+    results = decode_ahead(paths(), Reading(2, 16).windows, 2)
+    for _ in range(2 * 3):
         next(results)
     assert len(taken) <= 3 + 2 * 2
     results.close()

@@ -22,14 +22,12 @@ import numpy as np
 import pytest
 import torch
 
-from xclip_fast.data.decode.decoder import VideoError, decode_views, probe
+from xclip_fast.data.decode.decoder import decode_views, probe
 from xclip_fast.data.decode.video import Video
-from xclip_fast.data.loader import cache as cache_module
 from xclip_fast.data.loader import dali
 from xclip_fast.data.loader import workers as watched
-from xclip_fast.data.loader.cache import FrameCache
 from xclip_fast.data.loader.loader import Batch, DataError, Loader, loader
-from xclip_fast.data.manifest import Manifest, index
+from xclip_fast.data.manifest import Manifest
 from xclip_fast.data.motion import render, write_clip
 from xclip_fast.data.transforms import TestTransform, TrainTransform
 
@@ -218,9 +216,7 @@ def test_members_of_a_tar_file(manifest: Manifest, folder: Path, tmp_path: Path)
     ]
     data = Manifest(tmp_path, manifest.classes, tuple(videos))
     expected = _told(loader(manifest.select(range(4)), TRAIN, 4, workers=0))
-    for _ in range(2):
-        assert _told(loader(data, TRAIN, 4, workers=0, cache=tmp_path / "cache")) == expected
-    assert len(list((tmp_path / "cache").iterdir())) == 4
+    assert _told(loader(data, TRAIN, 4, workers=0)) == expected
     data = data.with_errors({3: "bad"})
     assert loader(data, TRAIN, 4, workers=0, max_bad=0.25).report.bad == {3: "bad"}  # a member is a video of its own
 
@@ -452,75 +448,6 @@ def test_ctrl_c_ends_all_processes(manifest: Manifest, hooks: Any, tmp_path: Pat
     assert time.monotonic() - start < 10
 
 
-def test_cache(manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = _told(loader(manifest, TRAIN, 4, workers=0))
-    doubled = replace(manifest, videos=manifest.videos * 2)  # two workers write the same files
-    batches = loader(doubled, TRAIN, 4, workers=2, threads=2, cache=tmp_path / "cache")
-    assert _rows(list(batches)) == list(range(2 * N))
-    batches.close()
-    files = sorted((tmp_path / "cache").iterdir())
-    assert [file.suffix for file in files] == [".frames"] * N
-    whole = files[3].read_bytes()
-    files[0].write_bytes(files[0].read_bytes()[:-1])
-    files[1].write_bytes(b"")
-    files[2].write_bytes(b"no array")
-    (files[3].parent / ".old.part").write_bytes(b"")
-    os.utime(files[3].parent / ".old.part", (0, 0))
-    written: list[str] = []
-    write = FrameCache._write
-
-    def watched(self: FrameCache, path: Path, *rest: Any) -> bool:
-        written.append(path.name)
-        return write(self, path, *rest)
-
-    monkeypatch.setattr(FrameCache, "_write", watched)
-    assert _told(loader(manifest, TRAIN, 4, workers=0, cache=tmp_path / "cache")) == expected
-    assert sorted(written) == [file.name for file in files[:3]]
-    assert sorted((tmp_path / "cache").iterdir()) == files
-    assert files[3].read_bytes() == whole
-
-
-def test_cache_that_is_full_or_cannot_be_written(
-    manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    expected = _told(loader(manifest, TRAIN, 4, workers=0))
-    one = 6 * 32 * 40 * 3
-    (tmp_path / "small").mkdir()
-    (tmp_path / "small" / "of-an-earlier-version.npy").write_bytes(
-        bytes(5 * one)
-    )  # nobody reads it, so it does not count
-    batches = loader(manifest, TRAIN, 4, workers=0, cache=tmp_path / "small", cache_bytes=3 * one + 1000)
-    assert _told(batches) == expected
-    assert len(list((tmp_path / "small").glob("*.frames"))) == 3
-    assert ["the cache is full" in record.getMessage() for record in caplog.records] == [True]
-
-    def fails(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    caplog.clear()
-    monkeypatch.setattr(os, "replace", fails)
-    assert _told(loader(manifest, TRAIN, 4, workers=0, cache=tmp_path / "full")) == expected
-    assert not list((tmp_path / "full").iterdir())
-    assert ["No space left on device" in record.getMessage() for record in caplog.records] == [True]
-
-
-def test_cache_knows_a_changed_file(manifest: Manifest, folder: Path, tmp_path: Path) -> None:
-    store, source = FrameCache(tmp_path / "cache"), replace(manifest.source(0), path=str(tmp_path / "clip.mp4"))
-    views = TestTransform(2, 16).views(6, 40, 32)
-    out = np.zeros((1, 2, 16, 16, 3), np.uint8)
-    for number in (0, 1):
-        (tmp_path / "clip.mp4").write_bytes((folder / f"{number:02d}.mp4").read_bytes())
-        store.decode_views(source, views, video=manifest.videos[0], out=out)
-        assert np.array_equal(out, decode_views(str(folder / f"{number:02d}.mp4"), views))
-    (tmp_path / "clip.mp4").unlink()
-    with pytest.raises(VideoError, match="no such file"):
-        store.decode_views(source, views, video=manifest.videos[0], out=out)
-    assert len(list(store.folder.iterdir())) == 2
-    with pytest.raises(ValueError, match="cache_bytes is -1"):
-        FrameCache(tmp_path / "cache", -1)
-    assert cache_module._mapped(tmp_path / "none.frames", (1, 1, 1, 3)) is None
-
-
 def test_no_cuda_device(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="'cuda:1', and torch sees no CUDA device"):
@@ -553,50 +480,11 @@ def test_soak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(result["reasons"]) == set(soak.BAD)
 
 
-def test_cache_of_turned_videos_and_a_folder_that_cannot_be_written(
-    manifest: Manifest, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    clip = tmp_path / "turned.mp4"
-    matrix = np.array([0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30], np.int32)
-    data = bytearray((folder / manifest.videos[0].path).read_bytes())
-    at = data.index(b"tkhd") + 4 + 40  # version and flags, times, track, duration, reserved, layer ... volume
-    data[at : at + 36] = matrix.astype(">i4").tobytes()
-    clip.write_bytes(data)
-    turned = index(tmp_path, tmp_path / "turned.jsonl", workers=0)
-    assert turned.videos[0].rotation in (90, 270)
-    plain, stored = (_told(loader(turned, TRAIN, 1, workers=0, cache=cache)) for cache in (None, tmp_path / "cache"))
-    assert plain == stored
-    assert len(list((tmp_path / "cache").glob("*.frames"))) == 1
-
-    def read_only(*_: object, **__: object) -> None:
-        raise OSError(30, "Read-only file system")
-
-    monkeypatch.setattr(Path, "unlink", read_only)
-    monkeypatch.setattr(os, "replace", read_only)
-    batches = loader(turned, TRAIN, 1, workers=0, cache=tmp_path / "other")
-    assert _told(batches) == plain
-    assert not batches.report.bad
-
-
 def test_what_was_found_bad_can_be_kept(manifest: Manifest, tmp_path: Path) -> None:
     batches = loader(_missing(manifest, 4), TRAIN, 4, workers=0)
     list(batches)
     batches.quarantined().write(tmp_path / "known.jsonl")
     assert list(Manifest.read(tmp_path / "known.jsonl").bad) == [4]
-
-
-def test_a_damaged_cache_is_noticed(manifest: Manifest, tmp_path: Path) -> None:
-    data = manifest.select(range(4))
-    plain = _told(loader(data, TRAIN, 4, workers=0))
-    assert _told(loader(data, TRAIN, 4, workers=0, cache=tmp_path)) == plain
-    for path in tmp_path.glob("*.frames"):
-        content = bytearray(path.read_bytes())
-        content[200::50] = bytes(len(content[200::50]))
-        path.write_bytes(content)
-    batches = loader(data, TRAIN, 4, workers=0, cache=tmp_path)
-    assert _told(batches) == plain
-    assert not batches.report.bad
-    assert _told(loader(data, TRAIN, 4, workers=0, cache=tmp_path)) == plain
 
 
 def test_seek(manifest: Manifest) -> None:

@@ -159,7 +159,6 @@ def test_overrides_are_yaml() -> None:
         ({"optim": {"betas": [0.9, 1]}}, "optim.betas"),
         ({"seed": 2**63}, "seed is 9223372036854775808; at most 9223372036854775807 wanted"),
         ({"validation": {"batch_size": 0}}, "validation.batch_size is 0"),
-        ({"data": {"cache_bytes": -1}}, "data.cache_bytes is -1"),
     ],
 )
 def test_refusals(values: dict, message: str) -> None:

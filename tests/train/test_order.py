@@ -40,7 +40,7 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def accuracy(clips: Path, output: Path, overrides: list[str]) -> float:
-    data = [f"data.train={clips / 'train.jsonl'}", f"data.cache={clips / 'cache'}", f"output={output}"]
+    data = [f"data.train={clips / 'train.jsonl'}", f"output={output}"]
     train.main("motion", [*data, *SHAPE, *overrides])
     model = XCLIP.from_pretrained(output / "last", dtype=torch.float32)
     return evaluate(model, Manifest.read(clips / "test.jsonl"), workers=0).top1

@@ -28,7 +28,7 @@ CONFIGS = Path(__file__).parents[1] / "configs"  # the shipped ones
 # data.train and data.val may move: the loader compares the data's fingerprint.
 MAY_CHANGE = (
     *("output", "log", "checkpoint", "validation", "device", "strategy", "compile", "activation_checkpointing"),
-    *("stop_after", "data.train", "data.val", "data.workers", "data.cache", "data.cache_bytes", "data.max_bad"),
+    *("stop_after", "data.train", "data.val", "data.workers", "data.max_bad"),
     "optim.device_batch",
 )
 
@@ -61,8 +61,6 @@ class DataConfig:
     sampling: Sampling = TrainTransform.sampling
     stride: Count = TrainTransform.stride  # of dense sampling
     workers: Annotated[int, Range(0, max(64, 4 * (os.cpu_count() or 1)))] | None = None  # None: the loader's default
-    cache: str | None = None  # folder for decoded frames, for small data
-    cache_bytes: Annotated[int, Range(0)] | None = None
     max_bad: Share = 0.05  # a larger share of unreadable videos stops the run
     augmentation: dict[str, Any] = dataclasses.field(default_factory=dict, metadata={"keys_of": TrainTransform})
 

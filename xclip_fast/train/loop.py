@@ -49,7 +49,6 @@ from .setup import (
     Objective,
     build_model,
     gather_full_model,
-    loading,
     parallelize,
     read_data,
     resume_model,
@@ -302,7 +301,7 @@ def validation_settings(config: TrainConfig, trained: Trained) -> dict[str, Any]
         **trained.choose(),
         "batch_size": config.validation.batch_size or config.optim.device_batch,
         "dtype": torch.bfloat16 if config.precision == "bf16" else None,
-        **loading(config.data),
+        "workers": config.data.workers,
     }
 
 

@@ -202,14 +202,8 @@ def training_loader(
         rank=process.rank,
         world=process.world,
         max_bad=data.max_bad,
-        **loading(data),
+        workers=data.workers,
     )
-
-
-def loading(data: DataConfig) -> dict[str, Any]:
-    """The loader's arguments that a training and a validation share, without those that are None."""
-    chosen = {name: getattr(data, name) for name in ("workers", "cache", "cache_bytes")}
-    return {name: value for name, value in chosen.items() if value is not None}
 
 
 class Objective(nn.Module):

@@ -17,22 +17,21 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..sampling import Sampling
 from ..transforms import TestTransform, View, apply_frame
-from .ahead import decode_ahead
 from .chosen import chosen_pictures
 from .picture import Upright
 from .plan import make_plan
 from .reading import all_frames, no_frame, open_video
-from .source import Source, VideoError, as_source
+from .source import VideoError, as_source
 from .times import clock_of, frame_times
 from .video import Video, pack_plan
-from .windows import Span, VideoPath, Window, decode_spans
+from .windows import Span, VideoPath, decode_spans
 
 if TYPE_CHECKING:  # torch takes seconds to import, and `index`, `transcode` and `motion` need none of it
     import torch
@@ -56,8 +55,8 @@ def decode(
 
     `sampling`, `stride` and `rng` are those of `frame_indices`; a video with fewer frames than wanted repeats them. The
     picture is the paper's test view, `TestTransform`: the center square after a resize to a short side of
-    size * 256 / 224, with the pixels of an evaluation. `threads`: of the decoder of this file. For many files use
-    `decode_many`, which gives each file one thread. Raises VideoError, also for a `start` after the end of the video.
+    size * 256 / 224, with the pixels of an evaluation. `threads`: of the decoder of this file. Raises VideoError, also
+    for a `start` after the end of the video.
     """
     source, begin = as_source(path), 0.0 if start is None else start
     if not 0 <= begin < (math.inf if end is None else end):
@@ -141,39 +140,6 @@ def decode_views(path: VideoPath, views: Sequence[View], *, out: np.ndarray | No
                 raise VideoError(f"{source}: a frame has {width}x{height} pixels; the crop {view.crop} goes beyond it")
             apply_frame(view, picture_HWC, out[number, step])
     return out
-
-
-def decode_many(
-    paths: Iterable[VideoPath],
-    frames: int = 8,
-    sampling: Sampling = "sparse",
-    *,
-    size: int = 224,
-    stride: int = 1,
-    workers: int | None = None,
-    errors: Literal["raise", "return"] = "raise",
-) -> Iterator[torch.Tensor | VideoError]:
-    """`decode` of each path, in order, by a pool of threads; by default one for each core (PyAV releases the GIL).
-
-    At most two results for each worker wait in memory. A bad file raises its VideoError in its turn. With
-    `errors="return"` the VideoError is yielded instead of the frames. A file whose decoding stops for
-    XCLIP_FAST_MAX_SECONDS (environment variable, default 120) is a bad file; its thread is left behind.
-    """
-    if errors not in ("raise", "return"):
-        raise ValueError(f"errors is {errors!r}; it must be 'raise' or 'return'")
-    test = TestTransform(frames, size, sampling=sampling, stride=stride)
-
-    def whole(source: Source, threads: int) -> Generator[Window, None, None]:
-        return decode_spans(source, lambda duration: [(0.0, duration)], test, threads=threads)
-
-    with contextlib.closing(decode_ahead(map(as_source, paths), whole, workers)) as decoded:
-        for _, item in decoded:
-            if isinstance(item, Window):
-                yield item.frames
-            elif item is not None:
-                if errors == "raise" or not isinstance(item, VideoError):
-                    raise item
-                yield item
 
 
 def probe(path: VideoPath) -> Video:

@@ -28,7 +28,6 @@ from ..manifest.manifest import Manifest
 from ..sampling import epoch_batches, epoch_order
 from ..threads import processes_and_threads
 from .batches import Batch, DataError, Report, moved
-from .cache import FrameCache
 from .tasks import Decoder, Task, sample_shape
 from .workers import Workers, check_shared_memory
 
@@ -56,7 +55,6 @@ class Loader:
             (the machine's cores over LOCAL_WORLD_SIZE), four in a process. workers=0 decodes in threads of this
             process, without prefetching and without protection from files that crash or hang the decoder.
         prefetch: the most batches that each worker prepares in advance. It bounds the memory.
-        cache, cache_bytes: folder for decoded frames and its limit in bytes; see `FrameCache`.
         max_bad: share of the usable videos that may be unreadable; more raise DataError. One unreadable video is always
             allowed unless it is 0. Videos that the index lists as bad are never tried and do not count. An evaluation
             may take 1.0 and report "n of m" (`Report.summary`).
@@ -82,8 +80,6 @@ class Loader:
         workers: int | None = None,
         threads: int | None = None,
         prefetch: int = 2,
-        cache: str | os.PathLike[str] | None = None,
-        cache_bytes: int | None = None,
         max_bad: float = 0.05,
         timeout: float = 60.0,
     ) -> None:
@@ -105,7 +101,7 @@ class Loader:
             raise ValueError(f"timeout is {timeout}; a positive number of seconds is wanted")
         if decoder not in ("auto", "dali", "cpu"):
             raise ValueError(f"decoder is {decoder!r}; it must be 'auto', 'dali' or 'cpu'")
-        refused = _no_dali(place, cache is not None)
+        refused = _no_dali(place)
         if decoder == "dali" and refused:
             raise (ImportError if "not installed" in refused else ValueError)(f"decoder='dali': {refused}")
         if decoder == "auto" and refused and place.type == "cuda":
@@ -114,8 +110,7 @@ class Loader:
         dali = decoder != "cpu" and not refused
         if not dali:
             check_shared_memory(batch_size * math.prod(sample_shape(transform)), workers, prefetch)
-        kept = None if cache is None else FrameCache(cache, cache_bytes)
-        make = Decoder(transform, seed, threads, workers, kept)
+        make = Decoder(transform, seed, threads, workers)
         self.manifest, self.batch_size, self.device = manifest, batch_size, place
         self.decoder: Literal["dali", "cpu"] = "dali" if dali else "cpu"
         self.workers, self._max_bad = Workers(make, workers, prefetch, place.type == "cuda", timeout), max_bad
@@ -124,7 +119,6 @@ class Loader:
         self._epoch, self._start, self._consumed = 0, 0, 0
         self._active: weakref.ref[Generator[Batch, None, None]] | None = None
         self._routes: dict[int, str | None] = {}  # row -> the reason why the CPU decodes it, or None
-        self._told: set[str] = set()
         self._reasons: dict[tuple[str, str | None], str] = {}  # of bad videos: (path, member) -> reason
         self._distinct = len({self._identify(row) for row in self._usable.tolist()})
         self.report = Report(manifest.name)
@@ -252,10 +246,6 @@ class Loader:
             for result in results:
                 for row, reason in result.bad.items():
                     self._bad(row, reason)
-                for kind, note in result.notes.items():
-                    if kind not in self._told:
-                        self._told.add(kind)
-                        log.warning("%s", note)
                 frames = result.frames[:, 0] if result.frames.shape[1] == 1 else result.frames
                 parts = (frames, torch.from_numpy(self.manifest.labels[result.rows]), torch.from_numpy(result.rows))
                 yield Batch(*(parts if copies is None else moved(parts, self.device, copies)))
@@ -322,12 +312,10 @@ class Loader:
 loader = Loader  # used as a function: `for batch in loader(...)`
 
 
-def _no_dali(device: torch.device, cached: bool) -> str | None:
+def _no_dali(device: torch.device) -> str | None:
     """The reason why DALI is not used, or None."""
     if device.type != "cuda":
         return f"DALI is for CUDA devices, and the device is {device}"
-    if cached:
-        return "a cache gives the frames, on the CPU"
     from ..decode.dali_support import missing
 
     return missing()

@@ -21,7 +21,6 @@ from ..decode.video import DamagedPlan, Video, one_line
 from ..manifest.manifest import Manifest
 from ..sampling import sample_rng
 from ..transforms import View
-from .cache import FrameCache
 
 
 def draw_views(transform: Any, video: Video, seed: int, epoch: int, row: int) -> list[View]:
@@ -49,15 +48,13 @@ class Task(NamedTuple):
 class Result(NamedTuple):
     """A batch: frames uint8 (B, V, T, S, S, 3) of `rows`, and the reasons for missing rows (`bad`).
 
-    `notes`: those of the cache. `failure` is the traceback of an error that is not a video's fault. `number` is -1 if
-    the batch is no longer wanted.
+    `failure` is the traceback of an error that is not a video's fault. `number` is -1 if the batch is no longer wanted.
     """
 
     number: int
     frames: torch.Tensor
     rows: np.ndarray
     bad: dict[int, str]
-    notes: dict[str, str]
     failure: str | None
 
 
@@ -98,8 +95,8 @@ class Table:
 class Decoder:
     """The dataset for torch's DataLoader: it turns a task into a result. It is pickled once for each worker."""
 
-    def __init__(self, transform: Any, seed: int, threads: int, workers: int, cache: FrameCache | None) -> None:
-        self.transform, self.seed, self.threads, self.cache = transform, seed, threads, cache
+    def __init__(self, transform: Any, seed: int, threads: int, workers: int) -> None:
+        self.transform, self.seed, self.threads = transform, seed, threads
         self.shape = sample_shape(transform)
         self.table = Table(max(1, workers), threads)
         self._pool: ThreadPoolExecutor | None = None
@@ -125,15 +122,14 @@ class Decoder:
             # A list, so that no thread still writes to `out` if an error leaves this function.
             found = list(self._pool.map(lambda place: self._one(task, place, out[place], worker), range(len(out))))
         except Exception:  # the parent raises it, with this traceback
-            return Result(task.number, none, task.rows[:0], {}, {}, traceback.format_exc())
+            return Result(task.number, none, task.rows[:0], {}, traceback.format_exc())
         if None in found:
-            return Result(-1, none, task.rows[:0], {}, {}, None)
+            return Result(-1, none, task.rows[:0], {}, None)
         bad = {int(row): reason for row, reason in zip(task.rows, found, strict=True) if reason}
-        notes = {} if self.cache is None else dict(self.cache.notes)
         if not bad:
-            return Result(task.number, frames, task.rows, bad, notes, None)
+            return Result(task.number, frames, task.rows, bad, None)
         good = np.array([not reason for reason in found])
-        return Result(task.number, frames[torch.from_numpy(good)], task.rows[good], bad, notes, None)
+        return Result(task.number, frames[torch.from_numpy(good)], task.rows[good], bad, None)
 
     __getitems__ = decode  # the name that DataLoader calls
 
@@ -158,10 +154,7 @@ class Decoder:
         try:
             source = task.manifest.source(place)
             views = draw_views(self.transform, video, self.seed, task.epoch, row)
-            if self.cache is not None:
-                self.cache.decode_views(source, views, video=video, out=out)
-            else:
-                decode_views(source, views, out=out)
+            decode_views(source, views, out=out)
         except (VideoError, DamagedPlan, IndexError, OSError, MemoryError) as error:
             return one_line(str(error).removeprefix(f"{source}: ")) or type(error).__name__
         return ""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Annotated, Literal
 
 import av
 import numpy as np
@@ -16,12 +17,16 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 from av.video.stream import VideoStream
 
+from ...schema import Count, Range
+from ...schema import check as check_fields
 from ..decode.picture import Upright
 from ..decode.reading import open_video, reason
 from ..decode.source import Source, VideoError
 from ..decode.times import frame_times
 
-PRESETS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow", "placebo")
+Preset = Literal[
+    "ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow", "placebo"
+]
 _BT601 = 6  # FFmpeg's AVCOL_SPC_SMPTE170M
 _SAME_SHAPE = 0.02  # relative change of the aspect ratio that the rounding of sides may cause
 _SCALING = Interpolation.BICUBIC | Interpolation.ACCURATE_RND  # without it, another matrix costs 3 dB
@@ -44,20 +49,15 @@ class Stopped(Exception):
 class Settings:
     """The encoding of the copies. Each copy stores its settings for later runs."""
 
-    short_side: int = 256
-    keyframe_every: int = 12
-    crf: float = 20
-    preset: str = "veryfast"
+    short_side: Annotated[int, Range(16)] = 256
+    keyframe_every: Count = 12
+    crf: Annotated[float, Range(0, 51)] = 20  # of x264: 0 is lossless, 51 the worst
+    preset: Preset = "veryfast"
 
     def __post_init__(self) -> None:
-        if self.short_side < 16 or self.short_side % 2:
-            raise ValueError(f"short_side is {self.short_side}; it must be even and at least 16 pixels")
-        if self.keyframe_every < 1:
-            raise ValueError(f"keyframe_every is {self.keyframe_every}; it must be at least 1 frame")
-        if not 0 <= self.crf <= 51:
-            raise ValueError(f"crf is {self.crf}; x264 takes 0 (lossless) to 51 (worst)")
-        if self.preset not in PRESETS:
-            raise ValueError(f"preset is {self.preset!r}; x264 has: {', '.join(PRESETS)}")
+        check_fields(self)
+        if self.short_side % 2:
+            raise ValueError(f"short_side is {self.short_side}; an even number of pixels is wanted")
 
     def options(self) -> dict[str, str]:
         """The options for libx264.

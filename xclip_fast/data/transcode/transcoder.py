@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -57,23 +57,22 @@ class Summary:
 
 
 def transcode(
-    sources: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    source: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
     short_side: int = 256,
     keyframe_every: int | None = None,
     crf: float = 20,
     preset: str = "veryfast",
-    root: str | os.PathLike[str] | None = None,
     workers: int | None = None,
     overwrite: bool = False,
     purpose: Purpose = "any",
     progress: Callable[[int, int], None] | None = None,
 ) -> Summary:
-    """Writes a fast copy of every video of a folder, or of a list of files, into the folder `out`.
+    """Writes a fast copy of a video, or of every video of a folder, into the folder `out`.
 
-    `a/b.avi` becomes `out/a/b.mp4`, relative to the given folder or to `root` (default: the common folder of the
-    files). In a folder, hidden files and folders, symbolic links to folders, and `out` itself are skipped.
+    `a/b.avi` becomes `out/a/b.mp4`, relative to the given folder. In a folder, hidden files and folders, symbolic links
+    to folders, and `out` itself are skipped.
 
     A copy appears when it is complete, so a run may be killed and started again. A copy of the same content with the
     same settings is skipped. A source that was replaced, also by one of equal size, is copied again. A file of another
@@ -90,12 +89,13 @@ def transcode(
     """
     if purpose not in KEYFRAME_EVERY:
         raise ValueError(f"purpose is {purpose!r}; it must be one of {', '.join(KEYFRAME_EVERY)}")
-    settings = Settings(short_side, KEYFRAME_EVERY[purpose] if keyframe_every is None else keyframe_every, crf, preset)
+    every = KEYFRAME_EVERY[purpose] if keyframe_every is None else keyframe_every
+    settings = Settings(short_side, every, crf, preset)  # type: ignore[arg-type]  # it checks the preset
     if workers is not None and workers < 1:
         raise ValueError(f"workers is {workers}; it must be at least 1")
     out = Path(out)
     summary = Summary()
-    names = dict(_targets(sources, out, root, summary.failed))
+    names = dict(_targets(Path(source), out, summary.failed))
     if not names:
         return summary
     out.mkdir(parents=True, exist_ok=True)
@@ -179,41 +179,22 @@ def _note(summary: Summary, name: str, future: Future[tuple[str, str | None]]) -
         summary.damaged[name] = reason
 
 
-def _targets(
-    sources: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
-    out: Path,
-    root: str | os.PathLike[str] | None,
-    failed: dict[str, str],
-) -> Iterator[tuple[str, Path]]:
+def _targets(source: Path, out: Path, failed: dict[str, str]) -> Iterator[tuple[str, Path]]:
     """Each source with the path of its copy. Subfolders that cannot be listed are added to ``failed``."""
-    if isinstance(sources, (str, os.PathLike)):
-        folder = Path(sources)
-        if folder.is_dir():
-            if root is not None:
-                raise ValueError("the root of a folder is the folder itself; leave root out")
-            if out.exists() and out.samefile(folder):
-                raise ValueError(f"{out} is the folder of the sources; choose another one for the copies")
-            copies = out.resolve()
-            is_inside = copies.is_relative_to(folder.resolve())  # then what lies in it is no source
-            paths, unlisted = videos_below(folder)
-            failed.update(unlisted)
-            for found in paths:
-                if not (is_inside and Path(found).parent.resolve().is_relative_to(copies)):
-                    yield found, (out / os.path.relpath(found, folder)).with_suffix(".mp4")
-            return
-        if not folder.exists():
-            raise FileNotFoundError(errno.ENOENT, "no such file or folder", os.fspath(folder))
-        sources = [folder]
-    files = [Path(source) for source in sources]
-    if not files:
+    if not source.exists():
+        raise FileNotFoundError(errno.ENOENT, "no such file or folder", os.fspath(source))
+    if not source.is_dir():
+        yield os.fspath(source), (out / source.name).with_suffix(".mp4")
         return
-    # Absolute, but with links unresolved: the name of a link is the name of the video.
-    full = [Path(os.path.abspath(file)) for file in files]
-    top = Path(os.path.abspath(root) if root is not None else os.path.commonpath([file.parent for file in full]))
-    for given, file in zip(files, full, strict=True):
-        if not file.is_relative_to(top):
-            raise ValueError(f"{given} is not in the root folder {top}")
-        yield os.fspath(given), (out / file.relative_to(top)).with_suffix(".mp4")
+    if out.exists() and out.samefile(source):
+        raise ValueError(f"{out} is the folder of the sources; choose another one for the copies")
+    copies = out.resolve()
+    is_inside = copies.is_relative_to(source.resolve())  # then what lies in it is no source
+    paths, unlisted = videos_below(source)
+    failed.update(unlisted)
+    for found in paths:
+        if not (is_inside and Path(found).parent.resolve().is_relative_to(copies)):
+            yield found, (out / os.path.relpath(found, source)).with_suffix(".mp4")
 
 
 def _identity(path: str | Path) -> tuple[int, int] | None:
