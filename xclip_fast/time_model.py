@@ -104,7 +104,7 @@ class Recorder(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         if function._opname not in self.FREE:
             results = result if isinstance(result, tuple | list) else (result,)
-            self._record(function._opname, dict(enumerate([*args, *results])))  # type: ignore[arg-type]
+            self._record(function._opname, dict(enumerate([*args, *results])))
         return result
 
     def _record(self, name: str, given: dict[Any, Any]) -> None:
