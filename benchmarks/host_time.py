@@ -34,10 +34,9 @@ def arguments(name: str) -> Block:
     return block._replace(mean=mean, rstd=rstd, statistics=True)
 
 
-def product(*args: Any, out: Any = None) -> torch.Tensor:
+def product(x: torch.Tensor, weight: torch.Tensor, bias: Any = None) -> torch.Tensor:
     """In place of cuBLAS: memory for the result."""
-    x, weight = args[-2:]
-    return x.new_empty(x.shape[0], weight.shape[1]) if out is None else out
+    return x.new_empty(x.shape[0], weight.shape[0])
 
 
 def measure(name: str, rounds: int = 300, calls: int = 5) -> tuple[int, float]:
@@ -61,7 +60,8 @@ def measure(name: str, rounds: int = 300, calls: int = 5) -> tuple[int, float]:
 
 
 def main() -> None:
-    torch.mm = torch.addmm = product  # type: ignore[assignment]
+    torch.nn.functional.linear = product  # type: ignore[assignment]
+    torch.addmm = lambda *args, out: out  # type: ignore[assignment]
     room._on_cpu = lambda block: False  # a GPU's tensors are not asked
     for name in ("triton", "library"):
         launches, microseconds = measure(name)

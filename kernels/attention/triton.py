@@ -97,12 +97,12 @@ def forward(save: bool, qkv: Tensor, causal: bool = False) -> tuple[Tensor, tupl
     save = save and not fits_one_tile(qkv)
     out = qkv.new_empty(count, length, heads, channels)
     lse = torch.empty(count, heads, length, dtype=torch.float32, device=device) if save else None
-    _prepare(device, dtype.itemsize, count, length, heads, channels, save, *qkv.stride()[:4])(qkv, out, lse)
+    prepare(device, dtype.itemsize, count, length, heads, channels, save, *qkv.stride()[:4])(qkv, out, lse)
     return out, () if lse is None else (lse,)
 
 
 @prepared
-def _prepare(
+def prepare(
     device: torch.device, size: int, count: int, length: int, heads: int, channels: int, save: bool, *strides: int
 ) -> Prepared:
     use, blocks, _ = sequence_tile("attention", device, count, length, size)

@@ -18,7 +18,7 @@ from .plans import Plan, plan_of
 from .products import Layer, Norm, Normed, Target, slope
 
 _TENSORS = [name for name, annotation in Block.__annotations__.items() if annotation in (Tensor, Tensor | None)]
-_tensors = operator.attrgetter(*_TENSORS)
+_tensors = operator.itemgetter(*(Block._fields.index(name) for name in _TENSORS))
 
 
 def _plain(b: Block) -> Block:

@@ -88,7 +88,7 @@ def _library_norm_linear(
     norm, weight, bias, activation = layer
     known = _normed(save, x, known, norm, weight.dtype, spare)
     assert known.rows is not None
-    y = torch.addmm(cast(bias, weight.dtype), known.rows, weight.T)
+    y = F.linear(known.rows, weight, cast(bias, weight.dtype))
     return (_activate(save, y, activation), y, known) if activation else (y, None, known)
 
 
@@ -109,7 +109,7 @@ def slope(
 
 def _library_residual(a: Tensor, weight: Tensor, bias: Tensor, to: Target) -> tuple[Tensor, Normed]:
     # product, then one pass: bias, drop path, residual, LayerNorm, statistics
-    branch = triton.layer_norm.Branch(torch.mm(a, weight.T), bias, to.drop_scale, to.later)
+    branch = triton.layer_norm.Branch(F.linear(a, weight), bias, to.drop_scale, to.later)
     ln_weight, ln_bias, eps = to.norm or (None, None, 0.0)
     dtype = to.dtype if to.norm else None
     z, rows, mean, rstd = triton.layer_norm.normalize(to.x, ln_weight, ln_bias, eps, dtype, to.statistics, branch)

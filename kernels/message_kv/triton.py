@@ -255,7 +255,7 @@ class _Launches(NamedTuple):
 
     token: Prepared  # m = x_class Wm + bm
     qkv: Prepared | None  # LN_m(m) W + b, where its attention is another launch
-    attention: Prepared | None  # where both are one launch
+    mixed: Prepared | None  # the attention; None: by the attention's own functions
     output: Prepared  # m + s (attention Wo + bo)
 
 
@@ -277,10 +277,13 @@ def _prepare(
     token = _rows(*square, x_row, token_row, width, 1, 0.0)
     output = _rows(*square, width, output_row, width, frames, 0.0)
     apart = count <= APART and arch(device) >= 90
-    if takes(width // heads) and frames <= ONE_TILE[size] and not apart:
+    one_tile = takes(width // heads) and frames <= ONE_TILE[size]
+    if one_tile and not apart:
         return _Launches(token, None, _attention(device, size, count, width, qkv_row, frames, heads, eps), output)
     qkv = _rows(device, size, count, 3 * width, width, width, qkv_row, 3 * width, 1, eps)
-    return _Launches(token, qkv, None, output)
+    strides = 3 * width * frames, 3 * width, width, width // heads
+    shape = size, count // frames, frames, heads, width // heads, False
+    return _Launches(token, qkv, attention.prepare(device, *shape, *strides) if one_tile else None, output)
 
 
 _NO_NORM = (None,) * 5  # LayerNorm's weight and bias, the parts of x, mean and rstd
@@ -303,18 +306,18 @@ def forward(save: bool, b: Any) -> tuple[Spare, Callable[[Tensor], None], tuple[
     parts = torch.empty(2, count, cdiv(width, SLICE), dtype=torch.float32, device=device)
     # m = x_class Wm + bm
     token = weights[0].new_empty(count, width)
-    launches.token(b.x[:, 0], weights[0], b.message_fc_bias, *_NO_NORM, None, None, token, parts)
+    launches.token(b.x, weights[0], b.message_fc_bias, *_NO_NORM, None, None, token, parts)  # a frame's first row
     # attention of qkv = LN_m(m) W + b over the frames of each video
     qkv_given = (token, weights[1], b.message_in_bias, b.message_ln_weight, b.message_ln_bias, parts, *first)
     qkv = None if launches.qkv is None and not save else torch.empty(count, 3 * width, dtype=dtype, device=device)
     lse: tuple[Tensor, ...] = ()
-    if launches.attention is not None:
-        mixed = torch.empty_like(token)
-        launches.attention(*qkv_given, qkv, mixed)
-    else:
-        assert launches.qkv is not None
-        assert qkv is not None
+    if launches.qkv is not None:
         launches.qkv(*qkv_given, None, None, qkv, None)
+    if launches.mixed is not None:
+        mixed = torch.empty_like(token)
+        launches.mixed(*((*qkv_given, qkv, mixed) if launches.qkv is None else (qkv, mixed, None)))
+    else:
+        assert qkv is not None
         heads = qkv.view(-1, frames, 3, b.heads, width // b.heads)
         out, lse = attention.forward(save, heads) if takes(heads.shape[-1]) else (attention_reference(heads), ())
         mixed = out.reshape_as(token)
