@@ -35,10 +35,6 @@ class XCLIPFastConfig(PreTrainedConfig):
 
     model_type = checkpoint.MODEL_TYPE
 
-    @classmethod
-    def from_xclip(cls, config: XCLIPConfig) -> XCLIPFastConfig:
-        return cls(**config.to_dict())
-
     def to_xclip(self) -> XCLIPConfig:
         names = [field.name for field in dataclasses.fields(XCLIPConfig)]
         return XCLIPConfig.from_dict({name: getattr(self, name) for name in names if hasattr(self, name)})
@@ -122,7 +118,7 @@ class XCLIPFastModel(PreTrainedModel):
         place = locate(pretrained_model_name_or_path, checkpoint.WEIGHTS, revision)
         found = checkpoint.read(place)
         state = {f"xclip.{name}": tensor for name, tensor in found.state.items()}
-        config = XCLIPFastConfig.from_xclip(found.config)
+        config = XCLIPFastConfig(**found.config.to_dict())
         model = super().from_pretrained(None, config=config, state_dict=state, **kwargs)
         model.name_or_path = model.config._name_or_path = str(pretrained_model_name_or_path)
         return model
