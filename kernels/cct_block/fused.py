@@ -111,7 +111,9 @@ def saved_like(*args: Any) -> tuple[Tensor, ...]:
 def backward(
     grads: Sequence[Any], saved: Sequence[Tensor], needs: Sequence[torch.dtype | None], *args: Any
 ) -> list[Tensor]:
-    b = _plain(Block(*args))
+    b = Block(*args)
+    behind = getattr(b.x.grad_fn, "chosen", None)  # the backend of the op whose output x is
+    b = _plain(b)
     p, x, dtype = plan_of(b, True), _rows(b.x), b.in_weight.dtype
     assert p.attention.backward is not None
     qkv, mixed, z, u, mean_1, rstd_1, mean_2, rstd_2, *rest = saved
@@ -126,6 +128,7 @@ def backward(
     # y = z + s (h W2^T + b2), h = act(u)
     handed = _handed(grads[0], dtype) if b.drop_feed_forward is None else None
     dbranch, given["projection_bias"], *_ = handed or triton.column_sums.scaled(dy, dtype, b.drop_feed_forward)
+    del handed
     keep = "projection_weight" in wanted
     du, given["fc_bias"], h = slope(p.fc.name, dbranch, b.projection_weight, u, b.activation, keep)
     if h is not None:
@@ -168,8 +171,9 @@ def backward(
         message_grads, dclass = p.message.backward(dnormed.view(b.x.shape)[:, -1], message_saved, wanted, b)
         given |= message_grads
         dz.view(b.x.shape)[:, 0].add_(dclass)
-    # for the block before, which drops nothing if this one doesn't; a compiled graph changes tensors without a version
-    hand_on = "x" in wanted and b.drop_feed_forward is None and not b.backend
+    # for the block before, which drops nothing if this one doesn't. What else may get the gradient first, as a
+    # collective or a compiled graph, changes tensors without a version.
+    hand_on = "x" in wanted and b.drop_feed_forward is None and getattr(behind, "backward", None) is backward
     first = triton.layer_norm.normalize_backward(
         dnormed,
         x,
@@ -199,7 +203,7 @@ def backward(
 
 def _handed(dy: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
     """The copy of dy in ``dtype`` and the sums of its columns that the block behind made, if dy is still as it was."""
-    found: Any = getattr(dy, "_handed_on", None)
+    found: Any = vars(dy).pop("_handed_on", None)  # the copy's memory is free once it is read
     return found[1:] if found and found[0] == dy._version and found[1].dtype == dtype else None
 
 
