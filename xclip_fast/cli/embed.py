@@ -69,6 +69,8 @@ def embed(
         raise typer.Exit(1)  # the folders are empty, and no store has rows of them
     opt.set_threads(threads)
     from ..data.remote import Limits
+
+    opt.import_torch()
     from ..inference.placement import placed
     from ..inference.tuning import tune_before
     from ..search.index import PARQUET, Index

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Sequence
@@ -168,6 +169,16 @@ def open_page(html: Path | None, overwrite: bool, random_weights: bool) -> Page 
     from ..search.page import Page
 
     return Page(html, overwrite=overwrite, random_weights=random_weights)
+
+
+def import_torch() -> None:
+    """Imports torch without Python's garbage collector, which would look for garbage in all that torch brings."""
+    if "torch" not in sys.modules:
+        gc.disable()
+        import torch  # noqa: F401
+
+        gc.freeze()  # no later collection looks at it either
+        gc.enable()
 
 
 def set_threads(threads: int | None) -> None:

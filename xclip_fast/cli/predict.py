@@ -63,6 +63,7 @@ def classify(
     A video that cannot be read is reported. The others are still classified, and the exit code is 1.
     """
     opt.check_weights(checkpoint, random_weights)
+    opt.import_torch()
     import torch
 
     from ..data.remote import Limits
