@@ -10,7 +10,6 @@ of classes than 400 are marked, because they cannot be compared with the paper's
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import sys
@@ -287,17 +286,12 @@ def keep_apart(texts: Sequence[Any]) -> list[Any]:
     return boxes
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
+def main(argv: list[str] | None = None) -> int:
     parser = arguments.parser(__doc__)
     parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="evaluations and throughput runs")
     parser.add_argument("--plot", type=Path, help="draw here (needs matplotlib)")
     args = parser.parse_args(argv)
     arguments.check_outputs(plot=args.plot)
-    return args
-
-
-def main(argv: list[str] | None = None) -> int:
-    args = parse(argv)
     evaluations, speeds = read(args.files)
     measured = measured_points(evaluations, speeds)
     points = [*paper_points(), *measured, *mixed_points(speeds, measured)]

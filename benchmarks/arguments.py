@@ -68,6 +68,14 @@ def chosen(option: str, given: str, default: list[str], known: Any) -> list[str]
     return list(dict.fromkeys(names))
 
 
+def numbers(option: str, given: str) -> list[int]:
+    """The comma-separated numbers of an option."""
+    parts = given.split(",")
+    if not all(part.isdecimal() and int(part) for part in parts):
+        fail(f"{option} {given}: positive whole numbers wanted, separated by commas")
+    return [int(part) for part in parts]
+
+
 def start(main: Callable[[], int | None]) -> NoReturn:
     """Runs the program. Ctrl-C ends it with exit code 130, without a traceback."""
     try:

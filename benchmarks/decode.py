@@ -27,7 +27,7 @@ import av
 import measuring
 import numpy as np
 import torch
-from arguments import fail
+from arguments import fail, numbers
 from av.video.reformatter import VideoReformatter
 from scenes import COPIES, COPY, TRAINING, write_clips
 
@@ -67,8 +67,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="write the rows here: quartiles of the times, ratios")
     args = parser.parse_args(argv)
     args.device = arguments.device(args.device)
-    args.keyframes = [part if part in COPIES else number("--keyframes", part) for part in args.keyframes.split(",")]
-    args.frames = [number("--frames", part) for part in args.frames.split(",")]
+    args.keyframes = [part if part in COPIES else numbers("--keyframes", part)[0] for part in args.keyframes.split(",")]
+    args.frames = numbers("--frames", args.frames)
     args.works = arguments.chosen("--works", args.works, [], WORKS)
     args.pictures = args.pictures.split(",")
     if max(args.frames) > CLIP_FRAMES:
@@ -80,12 +80,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         fail(f"--seconds {args.seconds}: a positive time wanted")
     arguments.check_outputs(json=args.json)
     return args
-
-
-def number(option: str, given: str) -> int:
-    if not given.isdecimal() or not int(given):
-        fail(f"{option}: {given!r} is not a positive whole number")
-    return int(given)
 
 
 def converter() -> Callable[[av.VideoFrame], np.ndarray]:

@@ -8,7 +8,6 @@ Each graph gets the inputs that the model gets, in turn with it. "ours over it" 
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 import time
 from collections.abc import Callable
@@ -28,17 +27,13 @@ FORMATS = (ONNX, OPENVINO)
 SIZES = ((1, 1), (3, 400))  # videos, labels
 
 
-def parse() -> argparse.Namespace:
+def main() -> None:
     parser = arguments.parser(__doc__)
     parser.add_argument("--variant", default="B/16-8f", choices=xclip_fast.VARIANTS)
     parser.add_argument("--seconds", type=float, default=120.0, help="to time within, conversion not counted")
     parser.add_argument("--processor-time", action="store_true", help="of one thread, for a busy machine")
     parser.add_argument("--json", type=Path, help="write every raw timing here")
-    return parser.parse_args()
-
-
-def main() -> None:
-    args = parse()
+    args = parser.parse_args()
     if args.processor_time:
         torch.set_num_threads(1)
         measuring.clock = time.process_time

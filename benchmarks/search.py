@@ -154,14 +154,15 @@ def _recall(store: Any) -> float:
 def film(folder: Path, minutes: int) -> dict[str, Any]:
     """A film with twelve known events: whether a search by example finds their moments."""
     path, events = _make_film(folder, minutes)
-    weights = _weights(folder)
+    weights = folder / "weights"
+    measuring.small_model(32, 8).save_pretrained(weights)
     run = "import resource, sys; from xclip_fast.search import Index; "
     run += "i = Index.open(sys.argv[1], sys.argv[2], device='cpu', dtype='float32'); s = i.add(sys.argv[3]); "
     run += "assert not s.failed, s.failed; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, s.moments)"
     seconds: dict[str, float] = {}
     peak: dict[str, int] = {}
-    short = folder / "short.mp4"
-    _cut_film(path, short, 120)
+    (folder / "two").mkdir()
+    short, _ = _make_film(folder / "two", 2)
     moments = 0
     for name, source in (("short", short), ("film", path)):
         begun = time.perf_counter()
@@ -222,21 +223,6 @@ def _make_film(folder: Path, minutes: int) -> tuple[Path, list[tuple[float, Path
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), "rgb24")))
         container.mux(stream.encode(None))
     return path, clips
-
-
-def _cut_film(path: Path, out: Path, seconds: int) -> None:
-    with av.open(str(path)) as source, av.open(str(out), "w") as target:
-        output = target.add_stream_from_template(source.streams.video[0])
-        for packet in source.demux(video=0):
-            if packet.pts is None or packet.pts * packet.time_base > seconds:
-                break
-            packet.stream = output
-            target.mux(packet)
-
-
-def _weights(folder: Path) -> Path:
-    measuring.small_model(32, 8).save_pretrained(folder / "weights", overwrite=True)
-    return folder / "weights"
 
 
 def _seconds(work: Callable[[], Any]) -> float:

@@ -11,7 +11,6 @@ minute. The exit code is 0 if all checks pass.
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import tempfile
@@ -156,16 +155,12 @@ def soak(
     }
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
+def main(argv: list[str] | None = None) -> int:
     parser = arguments.parser(__doc__)
     parser.add_argument("--samples", type=int, default=20_000, help="number of videos (default 20000)")
     parser.add_argument("--folder", type=Path, help="folder for temporary files (hard links); default: the system's")
     parser.add_argument("--json", type=Path, help="write the result here")
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str] | None = None) -> int:
-    args = parse(argv)
+    args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="soak-", dir=args.folder) as folder:
         result = {"environment": measuring.environment("cpu"), **soak(Path(folder), args.samples)}
     print(f"{result['summary']}, in {result['seconds']:.0f} s ({result['videos_per_second']:.0f} videos/s)")

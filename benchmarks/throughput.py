@@ -24,7 +24,7 @@ import arguments
 import cpu_engines
 import measuring
 import torch
-from arguments import chosen, fail
+from arguments import chosen, fail, numbers
 from contenders import (
     BATCHES_A_CALL,
     COMPILED,
@@ -59,7 +59,7 @@ COMPILE_SECONDS = {"cuda": 150.0, "cpu": 60.0}  # the least time left for a comp
 ENGINES = {name.lower().replace(" ", ""): name for name in cpu_engines.FORMATS}  # "openvino": "OpenVINO"
 ENGINE_SECONDS = 45.0  # the least time left for an engine's conversion to start
 COMPILED_BATCH = 32  # the compiled peer runs at the batch size nearest to this
-GPU_BATCHES = (1, 8, 32, 64, 128, 256, 512)  # until throughput grows by less than SATURATED
+GPU_BATCHES = "1,8,32,64,128,256,512"  # until throughput grows by less than SATURATED
 SATURATED = 1.05
 
 
@@ -87,26 +87,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if gpu and args.engines:
         fail("--engines are measured on a CPU: add --device cpu")
     args.works = chosen("--works", args.works, list(WORKS), WORKS)
-    args.batch_sizes, args.until_saturated = batch_sizes(args.batch_sizes, gpu)
+    args.until_saturated = gpu and args.batch_sizes == "auto"
+    sizes = (GPU_BATCHES if gpu else "1") if args.batch_sizes == "auto" else args.batch_sizes
+    args.batch_sizes = numbers("--batch-sizes", sizes)
     if args.processor_time:
         if gpu or args.threads not in (None, 1):
             fail("--processor-time is for one thread of a CPU: add --device cpu --threads 1")
         args.threads = 1
     arguments.check_outputs(json=args.json)
     return args
-
-
-def batch_sizes(given: str, gpu: bool) -> tuple[list[int], bool]:
-    """The batch sizes, and whether to stop when throughput stops growing."""
-    if given == "auto":
-        return (list(GPU_BATCHES), True) if gpu else ([1], False)
-    try:
-        sizes = [int(size) for size in given.split(",")]
-    except ValueError:
-        sizes = [0]
-    if min(sizes) < 1:
-        fail(f"--batch-sizes {given}: positive whole numbers wanted, separated by commas")
-    return sizes, False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,10 +17,9 @@ import os
 import shutil
 import socket
 import stat
-import zipfile
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 log = logging.getLogger("xclip_fast")
 
@@ -137,22 +136,6 @@ def replaced(path: str | os.PathLike[str]) -> Iterator[Path]:
                 sync(path.parent)
         finally:
             remove(scratch)
-
-
-def refuse_inflated(file: BinaryIO, size: int) -> None:
-    """Refuse a ZIP archive that unpacks to more bytes than it has, and rewind it. Other content passes.
-
-    ``torch.save`` stores its entries uncompressed, so an archive of weights never unpacks to more than its size.
-
-    Raises:
-        ValueError: if the entries' sizes sum up to more than ``size``.
-    """
-    if zipfile.is_zipfile(file):
-        with zipfile.ZipFile(file) as archive:
-            total = sum(entry.file_size for entry in archive.infolist())
-        if total > size:
-            raise ValueError(f"its {size} bytes unpack to {total}; torch.save never compresses weights")
-    file.seek(0)
 
 
 @contextlib.contextmanager

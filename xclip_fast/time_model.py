@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from . import kernels
 from .config import VARIANTS
@@ -103,12 +104,17 @@ class Recorder(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         if function._opname not in self.FREE:
             results = result if isinstance(result, tuple | list) else (result,)
-            self.calls.append((function._opname, dict(enumerate([*args, *results]))))  # type: ignore[arg-type]
+            self._record(function._opname, dict(enumerate([*args, *results])))
         return result
+
+    def _record(self, name: str, given: dict[Any, Any]) -> None:
+        # not the tensors themselves: autograd copies a gradient that somebody else holds
+        self.calls.append((name, tree_map_only(Tensor, Tensor.detach, given)))
 
     def collect(self) -> None:
         """Takes over what Triton launched since the last call of torch's."""
-        self.calls += [(launch.kernel, launch.arguments) for launch in self.launches]
+        for launch in self.launches:
+            self._record(launch.kernel, launch.arguments)
         self.launches.clear()
 
 
@@ -123,6 +129,9 @@ def work(name: str, given: dict[str, Any]) -> Work:
         rows, columns = a.shape[:-1].numel(), b.shape[-1]
         return _product(name, moved, rows, columns, a.shape[-1])
     if name in ("gemm_kernel", "message_rows_kernel"):
+        x = given.get("x_ptr")
+        if x is not None:  # the stream, of which the message path reads the class rows
+            moved -= (x.numel() - given["M"] * given["K"]) * x.element_size()
         return _product(name, moved, given["M"], given["N"], given["K"])
     if name == "message_attention_kernel":
         rows, width = given["M"], given["K"]

@@ -143,21 +143,21 @@ def backward(grads: Sequence[Any], saved: Sequence[Tensor], needs: Sequence[Any]
     tokens, row_mean, row_rstd = saved
     count, down, across = _grid(frames, weight, position)
     width, _, patch, _ = weight.shape
-    dtokens, dln_weight, dln_bias, *_ = normalize_backward(
-        rows_of(grads[0]), tokens.view(-1, width), row_mean.view(-1), row_rstd.view(-1), ln_weight.contiguous()
-    )
+    rows = tokens.view(-1, width), row_mean.view(-1), row_rstd.view(-1), ln_weight.contiguous()
+    dtokens, dln_weight, dln_bias, _, dproduct, _ = normalize_backward(rows_of(grads[0]), *rows, low_dtype=weight.dtype)
+    assert dproduct is not None
     dtokens = dtokens.view(tokens.shape)
     length = len(position)  # a spare row has no gradient
     dposition = dtokens[:, :length].sum(0, dtype=torch.float32)
     dframes = dweight = None
     if needs[1]:
         patches = patches_of(frames, weight, position, mean, std, spare)
-        dcolumns = product(dtokens.to(weight.dtype).view(-1, width).T, patches, needs[1])[:, : 3 * patch * patch]
+        dcolumns = product(dproduct.T, patches, needs[1])[:, : 3 * patch * patch]
         if frames.dtype == torch.uint8:
             dcolumns = dcolumns.unflatten(1, (patch, patch, 3)).permute(0, 3, 1, 2)
         dweight = dcolumns.reshape(weight.shape).contiguous()
     if needs[0]:
-        dpatches = linear(dtokens.to(weight.dtype), weight.flatten(1).T)[:, 1:length]
+        dpatches = linear(dproduct.view(tokens.shape), weight.flatten(1).T)[:, 1:length]
         grid = dpatches.reshape(count, down, across, 3, patch, patch).permute(0, 3, 1, 4, 2, 5)
         dframes = grid.reshape(frames.shape).to(frames.dtype)
     gradients = [

@@ -115,9 +115,9 @@ def test_scenes_are_as_said(bench):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--keyframes", "0"], "'0' is not a positive"),
-        (["--keyframes", "12,often"], "'often' is not a positive"),
-        (["--frames", "8,"], "'' is not a positive"),
+        (["--keyframes", "0"], "positive whole numbers"),
+        (["--keyframes", "12,often"], "often: positive whole numbers"),
+        (["--frames", "8,"], "8,: positive whole numbers"),
         (["--frames", "41"], "the clips have 40"),
         (["--works", "files"], "'files' is not one of"),
         (["--seconds", "0"], "positive"),

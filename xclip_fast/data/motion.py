@@ -166,8 +166,8 @@ def write_dataset(
     size: tuple[int, int] = (128, 128),
     progress: Callable[[int, int], None] | None = None,
     **options: str | int | float,
-) -> list[tuple[Path, str]]:
-    """Write `folder/<label with underscores>/<index>.mp4` for every class and index; return (path, label) pairs.
+) -> None:
+    """Write `folder/<label with underscores>/<index>.mp4` for every class and index.
 
     A file that is there already with the same content stays as it is; with other content it raises FileExistsError. So
     it does if another process is writing into the folder. `progress(done, total)` is called after each clip; `options`
@@ -175,8 +175,7 @@ def write_dataset(
     """
     if options.get("codec", "libx264") == "libx264":
         options = {"preset": "ultrafast", **options}
-    written: list[tuple[Path, str]] = []
-    for label in CLASSES:
+    for number, label in enumerate(CLASSES):
         home = Path(folder) / label.replace(" ", "_")
         home.mkdir(parents=True, exist_ok=True)
         new = home / ".new.mp4"
@@ -191,7 +190,5 @@ def write_dataset(
                         raise FileExistsError(f"{path}: exists with other content; delete it or choose another folder")
                 finally:
                     new.unlink(missing_ok=True)
-                written.append((path, label))
                 if progress:
-                    progress(len(written), len(CLASSES) * clips_per_class)
-    return written
+                    progress(number * clips_per_class + index + 1, len(CLASSES) * clips_per_class)

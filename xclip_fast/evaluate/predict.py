@@ -48,7 +48,7 @@ def predictions(
         truth_B = truth_C[batch.labels.to(truth_C.device)]
         loss_B = -probabilities_BK.gather(1, truth_B.clamp(min=0)[:, None])[:, 0].log()
         loss_B = loss_B.masked_fill(truth_B < 0, float("nan"))
-        current = _read_back(batch.samples, order[:, :5], values[:, :5], finite_B, loss_B)
+        current = _read_back(batch.samples, order[:, :5], values[:, :5], loss_B, finite_B)
         if waiting:  # one batch late, so that the device never waits for the CPU
             yield from waiting
         waiting = current
@@ -59,18 +59,14 @@ def predictions(
 def _read_back(*results: Tensor) -> Iterator[tuple[int, Answer | None]]:
     """Starts the copies to the CPU. Iterating waits for them, and not for later work of the device."""
     copies = [result.to("cpu", non_blocking=True) for result in results]
-    done = None
-    if results[0].is_cuda:
-        done = torch.cuda.Event()
-        done.record()
-    return _rows(done, *copies)
-
-
-def _rows(
-    done: torch.cuda.Event | None, samples: Tensor, order: Tensor, values: Tensor, finite: Tensor, losses: Tensor
-) -> Iterator[tuple[int, Answer | None]]:
+    done = torch.cuda.Event() if results[0].is_cuda else None
     if done is not None:
-        done.synchronize()
-    columns = (samples, order, values, losses, finite)
-    for row, best, probabilities, loss, fine in zip(*(column.tolist() for column in columns), strict=True):
-        yield row, Answer(best, probabilities, loss) if fine else None
+        done.record()
+
+    def rows() -> Iterator[tuple[int, Answer | None]]:
+        if done is not None:
+            done.synchronize()
+        for row, *answer, fine in zip(*(column.tolist() for column in copies), strict=True):
+            yield row, Answer(*answer) if fine else None
+
+    return rows()

@@ -79,33 +79,20 @@ class Evaluation:
     def summary(self) -> dict[str, Any]:
         """The figures for JSON. NaN becomes None. Accuracies are fractions."""
 
-        def number(value: float) -> float | None:
-            return None if np.isnan(value) else float(value)
-
+        figures = ("top1", "top5", "loss", "mean_class_accuracy", "views_per_second")
+        counts = ("videos", "counted", "clips", "crops", "views", "frames", "seconds")
         return {
             "kind": "xclip_fast evaluation",
-            "top1": number(self.top1),
-            "top5": number(self.top5),
+            **{name: None if np.isnan(value := getattr(self, name)) else float(value) for name in figures},
+            **{name: getattr(self, name) for name in counts},
             "top5_is_top": min(5, len(self.labels)),
-            "loss": number(self.loss),
-            "mean_class_accuracy": number(self.mean_class_accuracy),
-            "videos": self.videos,
             "predicted": len(self.predictions),
-            "counted": self.counted,
             "failed": [
                 {"sample": row, "path": self.failed_names[row], "reason": reason}
                 for row, reason in sorted(self.failed.items())
             ],
             "labels": len(self.labels),
-            "clips": self.clips,
-            "crops": self.crops,
-            "views": self.views,
-            "frames": self.frames,
-            "seconds": self.seconds,
-            "views_per_second": number(self.views_per_second),
-            "model": dict(self.model),
-            "data": dict(self.data),
-            "environment": dict(self.environment),
+            **{name: dict(getattr(self, name)) for name in ("model", "data", "environment")},
         }
 
 

@@ -25,7 +25,7 @@ from ..text.tokenizer import tokenize
 from ..weights import checkpoint
 from ..weights.hub import locate
 from ..weights.recipe import Trained
-from .training import cross_entropy
+from .training import loss
 
 Video = str | os.PathLike[str] | np.ndarray | Tensor | Sequence[Any]
 
@@ -34,10 +34,6 @@ class XCLIPFastConfig(PreTrainedConfig):
     """Our ``config.json`` as transformers reads it: the fields of ``XCLIPConfig``, under their names."""
 
     model_type = checkpoint.MODEL_TYPE
-
-    @classmethod
-    def from_xclip(cls, config: XCLIPConfig) -> XCLIPFastConfig:
-        return cls(**config.to_dict())
 
     def to_xclip(self) -> XCLIPConfig:
         names = [field.name for field in dataclasses.fields(XCLIPConfig)]
@@ -90,7 +86,9 @@ class XCLIPFastModel(PreTrainedModel):
         text = None if input_ids is None else self.xclip.encode_text(input_ids)
         logits = self.xclip.similarity(video, text)
         return XCLIPFastOutput(
-            loss=None if labels is None else cross_entropy(logits, labels, kwargs.get("num_items_in_batch")),
+            loss=None
+            if labels is None
+            else loss({"logits_per_video": logits}, labels, kwargs.get("num_items_in_batch")),
             logits_per_video=logits,
             logits_per_text=logits.T,
             video_embeds=video.video,
@@ -120,7 +118,7 @@ class XCLIPFastModel(PreTrainedModel):
         place = locate(pretrained_model_name_or_path, checkpoint.WEIGHTS, revision)
         found = checkpoint.read(place)
         state = {f"xclip.{name}": tensor for name, tensor in found.state.items()}
-        config = XCLIPFastConfig.from_xclip(found.config)
+        config = XCLIPFastConfig(**found.config.to_dict())
         model = super().from_pretrained(None, config=config, state_dict=state, **kwargs)
         model.name_or_path = model.config._name_or_path = str(pretrained_model_name_or_path)
         return model

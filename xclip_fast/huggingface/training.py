@@ -18,10 +18,6 @@ def loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None =
         num_items_in_batch: videos of all batches that one optimizer step accumulates (default: of this batch).
     """
     logits_BK = outputs["logits_per_video"] if isinstance(outputs, Mapping) else outputs.logits_per_video
-    return cross_entropy(logits_BK, labels, num_items_in_batch)
-
-
-def cross_entropy(logits_BK: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
     labels = labels.to(logits_BK.device)
     if num_items_in_batch is None:
         return F.cross_entropy(logits_BK, labels)

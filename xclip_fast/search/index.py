@@ -21,7 +21,7 @@ from ..weights.hub import reference
 from .add import Summary, plan, readable_path, run
 from .parquet import ParquetFolder
 from .query import Filters, Hit, find
-from .rows import StoreSettings
+from .rows import StoreSettings, check_settings
 from .store import Store, is_store
 
 if TYPE_CHECKING:
@@ -256,7 +256,8 @@ def open_store(
         given["patches"] = None if patches is None else patch_count
         changed = {name: value for name, value in given.items() if value is not None}
         other = "" if checkpoint is None else reference(checkpoint)
-        store.check(replace(mine, fingerprint=fingerprint(model), checkpoint=other, **changed))
+        wanted = replace(mine, fingerprint=fingerprint(model), checkpoint=other, **changed)
+        check_settings(store.folder, mine, wanted)
         return store
     moments = Reading.moments(window, stride)
     check_windows(**moments)

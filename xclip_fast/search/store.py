@@ -63,12 +63,8 @@ class Store:
             if not is_store(path):
                 database.create_table(_TABLE, schema=schema_of(settings).with_metadata(metadata_of(settings)))
         store = cls(path, database.open_table(_TABLE))
-        store.check(settings)
+        check_settings(path, store.settings, settings)
         return store
-
-    def check(self, wanted: StoreSettings) -> None:
-        """Raises ValueError if rows made with these settings do not belong into this store."""
-        check_settings(self.folder, self.settings, wanted)
 
     def refresh(self) -> None:
         """Reads the commits of other processes."""

@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..console import first_line
 from ..files import exchange, is_full, read_json, sync
 from ..schema import ConfigError
 
@@ -225,6 +226,4 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 def _reason(error: BaseException) -> str:
     """The first error of the processes as one line."""
     found = [cause for cause in _causes(error) if not hasattr(cause, "failures")] or [error]
-    lines = str(found[0]).strip().splitlines() or [type(found[0]).__name__]
-    hint = " (is the disk full?)" if "inline_container" in lines[0] or "StreamWriter" in lines[0] else ""
-    return f"{lines[0]}{hint}"
+    return first_line(found[0])

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..console import first_line
-from ..files import read_json, refuse_inflated, require_regular
+from ..files import read_json, require_regular
 from .layouts import CheckpointError, State
 from .wrappers import unwrap
 
@@ -157,9 +157,12 @@ def _read_torch(path: Path, drop_config: bool) -> Any:
     size = require_regular(path)
     zipped = zipfile.is_zipfile(path)
     if zipped:
-        with path.open("rb") as file:
-            refuse_inflated(file, size)
         with zipfile.ZipFile(path) as archive:
+            total = sum(entry.file_size for entry in archive.infolist())
+            if total > size:
+                raise CheckpointError(
+                    f"{path}: its {size} bytes unpack to {total}; torch.save never compresses weights"
+                )
             if any(name.endswith("/constants.pkl") for name in archive.namelist()):
                 return _read_torchscript(archive)
     left_out: list[str] = []
