@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -243,6 +244,8 @@ CHANGES: dict[str, Callable[[XCLIP], Any]] = {
     ),
     "new MIT": lambda model: setattr(model, "mit", copy.deepcopy(model.mit).requires_grad_(False)),
     "no MIT": lambda model: setattr(model, "mit", None),
+    "no bias": lambda model: setattr(model.mit.resblocks[0].mlp.c_fc, "bias", None),
+    "pruned": lambda model: prune.identity(model.mit.resblocks[0].mlp.c_fc, "weight"),
 }
 
 

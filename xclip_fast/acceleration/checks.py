@@ -49,12 +49,12 @@ def find_change_of(module: nn.Module, parts: Parts, style: Style, kinds: Kinds) 
             continue
         if getattr(attention, "num_heads", parts.heads) != parts.heads:
             return f"an attention does not have {parts.heads} heads"
-        if hasattr(attention, "in_proj_weight"):
+        if "in_proj_weight" in attention._parameters:
             if reason := _find_change_in_open_clip(attention):
                 return reason
             continue
-        linears = [getattr(attention, name, None) for name in ("q_proj", "k_proj", "v_proj", "out_proj")]
-        if any(type(linear) is not nn.Linear or linear.bias is None for linear in linears):
+        linears = [attention._modules.get(name) for name in ("q_proj", "k_proj", "v_proj", "out_proj")]
+        if any(type(linear) is not nn.Linear or linear._parameters.get("bias") is None for linear in linears):
             return "an attention has other projections than four linear layers with a bias"
     return None
 

@@ -62,10 +62,10 @@ class Style:
     def parts(self, module: nn.Module) -> Parts | None:
         """The parts of a block of this kind; None for any other module."""
         try:
-            found = {field: operator.attrgetter(path)(module) for field, path in self.paths.items()}
+            found = operator.attrgetter(*self.paths.values())(module)
         except AttributeError:
             return None
-        return Parts(**found, drop_path=getattr(module, "drop_path", None))
+        return Parts(**dict(zip(self.paths, found, strict=True)), drop_path=getattr(module, "drop_path", None))
 
     @property
     def has_message(self) -> bool:
@@ -93,8 +93,9 @@ _MASKS = ("attention_mask", "causal_attention_mask")
 
 
 def _huggingface_call(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | str:
-    attentions = [attention for name in ("self_attn", "message_attn") if (attention := getattr(module, name, None))]
-    config = getattr(module.self_attn, "config", None)
+    modules = module._modules
+    attentions = [modules[name] for name in ("self_attn", "message_attn") if name in modules]
+    config = getattr(attentions[0], "config", None)
     if module.training and any(getattr(attention, "dropout", 0.0) for attention in attentions):
         return "attention dropout while training"
     implementation = getattr(config, "_attn_implementation", None)
@@ -112,7 +113,7 @@ def _huggingface_call(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     given += [value for name, value in kwargs.items() if isinstance(value, Tensor) and name not in _TENSORS]
     masks = [each for each in given if each is not None and each is not False]
     flag = bool(kwargs.get("is_causal"))
-    if hasattr(module, "message_attn"):
+    if len(attentions) > 1:
         return "an attention mask, or more, is given" if masks or flag else Call()
     if masks:
         if len(masks) > 1 or not isinstance(masks[0], Tensor):

@@ -202,6 +202,8 @@ class _Tower:
         self.tensors: list[tuple[dict[str, Any], str]] = [(store, name) for store in stores for name in store]
         self.tensors += [(model._parameters, name) for name in ("prompts_visual_proj", "logit_scale", "logit_bias")]
         self.places = self._places()
+        held = [(pair, place[0]) for pair, place in zip(self.tensors, self.places, strict=True) if place is not None]
+        self.held, self.addresses = [pair for pair, _ in held], [address for _, address in held]
 
     def _tops(self) -> list[nn.Module | None]:
         return [getattr(self.model, name, None) for name in TOPS]
@@ -211,10 +213,11 @@ class _Tower:
         return [t if t is None else (t.data_ptr(), t.dtype, t.shape, t.stride()) for t in tensors]
 
     def stayed(self) -> bool:
-        """Whether all tensors lie where they lay; for B/16 this takes a fourth of the CPU time of ``change``."""
-        pairs = zip(self.tensors, self.places, strict=True)
-        found = ((store.get(name), place) for (store, name), place in pairs)
-        return all(t is place if t is None or place is None else t.data_ptr() == place[0] for t, place in found)
+        """Whether all tensors lie where they lay; for B/16 this takes a fifth of the CPU time of ``change``."""
+        try:
+            return [store[name].data_ptr() for store, name in self.held] == self.addresses
+        except (KeyError, AttributeError):  # one is gone, or None
+            return False
 
     def change(self) -> str | None:
         """What was replaced or moved since, or None."""

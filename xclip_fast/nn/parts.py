@@ -120,7 +120,7 @@ def is_watched(block: nn.Module) -> bool:
     they do not count.
     """
     state = block.__dict__
-    hooks = (hook for kind in _HOOKS for hook in state[kind].values())
+    hooks = _hooks(state)
     return "forward" in state or any(not getattr(hook, "__module__", "").startswith(_UNWRAPS) for hook in hooks)
 
 
@@ -146,7 +146,8 @@ def find_change(
         if "forward" in state:
             return f"the forward of {name} was replaced"
         pre_hooks = state["_forward_pre_hooks"] or state["_backward_pre_hooks"]
-        if (pre_hooks or state["_forward_hooks"] or state["_backward_hooks"]) and _is_hooked(state):
+        hooked = pre_hooks or state["_forward_hooks"] or state["_backward_hooks"]
+        if hooked and any(getattr(hook, "__module__", "") != _CAPTURES for hook in _hooks(state)):
             return f"{name} has a hook"
         parameters = state["_parameters"]
         for tensor in parameters.values():
@@ -175,9 +176,9 @@ def find_change(
     return None
 
 
-def _is_hooked(state: dict[str, Any]) -> bool:
-    hooks = (hook for kind in _HOOKS for hook in state[kind].values())
-    return any(getattr(hook, "__module__", "") != _CAPTURES for hook in hooks)
+def _hooks(state: dict[str, Any]) -> list[Any]:
+    """The hooks of a module, from its ``__dict__``."""
+    return [hook for kind in _HOOKS for hook in state[kind].values()]
 
 
 def _find_attention_change(state: dict[str, Any], heads: int | None, batch_first: bool) -> str | None:
