@@ -7,17 +7,19 @@ import dataclasses
 import json
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import xclip_fast
 from xclip_fast import XCLIP, SwinConfig, TextConfig, VisionConfig, XCLIPConfig
 from xclip_fast.cli.main import main
-from xclip_fast.export import ExportError, export_model, folder
-from xclip_fast.export.formats import FORMATS, ONNX, TORCH, Format, quiet
+from xclip_fast.export import ExportError, export_model, folder, formats
+from xclip_fast.export.formats import FORMATS, ONNX, TENSORRT, TORCH, Format, quiet
 from xclip_fast.export.graphs import graphs_of, trace
 
 LABELS = [f"doing thing {number}" if number % 3 else f"a{number}" for number in range(400)]
@@ -201,3 +203,72 @@ def test_other_frames(model: XCLIP, tmp_path: Path) -> None:
     assert graphs_of(model, 2)[0].example(1, 1)[0].shape == (1, 2, 32, 32, 3)
     with pytest.raises(ValueError, match="frames 0 must be at least 1"):
         export_model(model, tmp_path, "torch", frames=0)
+
+
+# ---- TensorRT: no GPU here, so its published calls are played by stand-ins
+
+
+def test_tensorrt_is_built_from_the_onnx_file(model: XCLIP, programs: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    calls: list[tuple[Any, ...]] = []
+    graph, path = graphs_of(model, 3)[1], tmp_path / "text.plan"
+    written = dataclasses.replace(ONNX, write=lambda graph, program, path, dtype: path.write_text("onnx"))
+    monkeypatch.setattr(formats, "ONNX", written)
+    monkeypatch.setitem(sys.modules, "tensorrt", fake_tensorrt(calls))
+    TENSORRT.write(graph, programs["text"], path, torch.float32)
+    assert path.read_bytes() == b"plan"
+    assert ("profile", "tokens", (1, 3), (400, 8), (4096, 77)) in calls
+    (tokens,) = graph.example(2, 3)
+    with monkeypatch.context() as here:  # a GPU's memory by the CPU's
+        here.setattr(Tensor, "cuda", lambda self: self)
+        here.setattr(torch.cuda, "current_stream", lambda: types.SimpleNamespace(cuda_stream=0, synchronize=list))
+        empty = torch.zeros
+        here.setattr(torch, "empty", lambda shape, dtype, device: empty(shape, dtype=dtype))
+        (text,) = TENSORRT.open(path, graph, None, torch.float32)((tokens,))
+    assert text.shape == (3, 64)
+    assert text.dtype == torch.float32
+    assert [name for kind, name, *_ in calls if kind == "address"] == ["tokens", "text"]
+    monkeypatch.setitem(sys.modules, "tensorrt", fake_tensorrt(calls, reads=False))
+    with pytest.raises(ValueError, match=r"cannot read text\.onnx: no such operator"):
+        TENSORRT.write(graph, programs["text"], path, torch.float32)
+    if not torch.cuda.is_available():
+        assert "cuda.is_available() is False" in str(TENSORRT.refuse())
+
+
+def fake_tensorrt(calls: list[tuple[Any, ...]], reads: bool = True) -> Any:
+    """The part of TensorRT's Python interface that is called, without computing anything."""
+
+    class Parser:
+        num_errors = 1
+
+        def __init__(self, network: Any, logger: Any) -> None:
+            pass
+
+        def parse_from_file(self, path: str) -> bool:
+            assert Path(path).read_text() == "onnx"
+            return reads
+
+        def get_error(self, index: int) -> str:
+            return "no such operator"
+
+    context = types.SimpleNamespace(
+        set_input_shape=lambda name, shape: True,
+        get_tensor_shape=lambda name: (3, 64),
+        set_tensor_address=lambda name, address: calls.append(("address", name, address)),
+        execute_async_v3=lambda stream: True,
+    )
+    engine = types.SimpleNamespace(create_execution_context=lambda: context, get_tensor_dtype=lambda name: "FLOAT")
+    profile = types.SimpleNamespace(set_shape=lambda *shapes: calls.append(("profile", *shapes)))
+    builder = types.SimpleNamespace(
+        create_network=lambda flags: None,
+        create_builder_config=lambda: types.SimpleNamespace(add_optimization_profile=lambda profile: 0),
+        create_optimization_profile=lambda: profile,
+        build_serialized_network=lambda network, config: b"plan",
+    )
+    return types.SimpleNamespace(
+        Logger=type("Logger", (), {"ERROR": 1, "__init__": lambda self, level: None}),
+        Builder=lambda logger: builder,
+        NetworkDefinitionCreationFlag=types.SimpleNamespace(STRONGLY_TYPED=1),
+        OnnxParser=Parser,
+        Runtime=lambda logger: types.SimpleNamespace(deserialize_cuda_engine=lambda plan: engine),
+        DataType=types.SimpleNamespace(FLOAT="FLOAT", HALF="HALF", BF16="BF16"),
+    )

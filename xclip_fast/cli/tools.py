@@ -129,9 +129,9 @@ def export(
         Path | None,
         typer.Argument(metavar="FOLDER", help="The folder to write. Default: NAME-FORMAT here."),
     ] = None,
-    format: Annotated[Literal["onnx", "openvino", "torch"], typer.Option(help="Whose files.")] = "onnx",
+    format: Annotated[Literal["onnx", "openvino", "tensorrt", "torch"], typer.Option(help="Whose files.")] = "onnx",
     dtype: Annotated[
-        Literal["float32", "float16", "bfloat16"], typer.Option(help="Precision; bfloat16 is for torch.")
+        Literal["float32", "float16", "bfloat16"], typer.Option(help="Precision; bfloat16 is for torch and tensorrt.")
     ] = "float32",
     frames: Frames = None,
     variant: Variant = None,

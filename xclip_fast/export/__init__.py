@@ -1,4 +1,4 @@
-"""A model as graphs that other engines run: ONNX, OpenVINO and torch.export."""
+"""A model as graphs that other engines run: ONNX, OpenVINO, TensorRT and torch.export."""
 
 from .folder import ExportError, export_model
 

@@ -63,7 +63,7 @@ def export_model(
     Args:
         model: any X-CLIP. It stays as it is; a copy on the CPU is traced.
         folder: made if it does not exist; its other files stay.
-        format: a name in ``FORMATS``: "onnx", "openvino" or "torch".
+        format: a name in ``FORMATS``: "onnx", "openvino", "tensorrt" or "torch".
         dtype: of the weights and, except for OpenVINO, of the computation.
         frames: T; by default the config's.
         overwrite: replace an export that is there.
@@ -121,6 +121,8 @@ def _checked(model: XCLIP, format: str, dtype: torch.dtype, frames: int | None) 
         raise ValueError(f"frames {frames} must be at least 1")
     if reason := chosen.missing():
         raise ImportError(f"{format}: {reason}")
+    if reason := chosen.refuse():
+        raise ValueError(reason)
     return chosen
 
 

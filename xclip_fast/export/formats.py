@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import importlib.util
 import logging
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,10 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import tensorrt_engine
 from .graphs import Graph
 
 Program = torch.export.ExportedProgram
 Run = Callable[[Sequence[Tensor]], list[Tensor]]  # inputs in the graph's order to its outputs, on the CPU
+_HALF = (torch.float16, torch.bfloat16)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +39,7 @@ class Format:
     dtypes: tuple[torch.dtype, ...]
     write: Callable[[Graph, Program, Path, torch.dtype], None]
     open: Callable[[Path, Graph, int | None, torch.dtype], Run]
+    refuse: Callable[[], str | None] = lambda: None  # why it cannot be written on this machine
 
     def missing(self) -> str | None:
         """What has to be installed for this format, or None."""
@@ -147,9 +151,14 @@ def _open_openvino(path: Path, graph: Graph, threads: int | None, dtype: torch.d
     return run
 
 
-TORCH = Format(
-    "torch", "PyTorch", ("{}.pt2",), (), (torch.float32, torch.float16, torch.bfloat16), _write_torch, _open_torch
-)
+def _write_tensorrt(graph: Graph, program: Program, path: Path, dtype: torch.dtype) -> None:
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # after a kill, the next export removes all of it
+        onnx = Path(folder) / ONNX.files[0].format(graph.name)
+        ONNX.write(graph, program, onnx, dtype)
+        tensorrt_engine.build(graph, onnx, path)
+
+
+TORCH = Format("torch", "PyTorch", ("{}.pt2",), (), (torch.float32, *_HALF), _write_torch, _open_torch)
 ONNX = Format(
     "onnx",
     "ONNX Runtime",
@@ -168,4 +177,14 @@ OPENVINO = Format(
     _write_openvino,
     _open_openvino,
 )
-FORMATS = {each.name: each for each in (ONNX, OPENVINO, TORCH)}
+TENSORRT = Format(
+    "tensorrt",
+    "TensorRT",
+    ("{}.plan",),
+    ("tensorrt", "onnx", "onnxscript"),
+    (torch.float32, *_HALF),
+    _write_tensorrt,
+    tensorrt_engine.open_engine,
+    tensorrt_engine.refusal,
+)
+FORMATS = {each.name: each for each in (ONNX, OPENVINO, TENSORRT, TORCH)}

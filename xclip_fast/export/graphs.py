@@ -19,7 +19,7 @@ from ..nn.features import VideoFeatures
 if TYPE_CHECKING:
     from ..model import XCLIP
 
-# The largest size of each axis that may vary. torch.export wants bounds.
+# The largest size of each axis that may vary. torch.export and TensorRT want bounds.
 MOST = {"batch": 4096, "labels": 65_536}
 
 
