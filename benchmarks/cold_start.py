@@ -2,7 +2,8 @@
 
     python benchmarks/cold_start.py CHECKPOINT CLIP.mp4 --labels "riding a bike,swimming" --runs 5
 
-Every run is a new process that does the work of the command. The first run fills the page cache and does not count.
+Every run is a new process that runs the command. The first run fills the page cache, writes Python's bytecode and does
+not count. "exit" is the time from the answer to the end of the process.
 `--random VARIANT` first writes a checkpoint with random weights.
 """
 
@@ -10,6 +11,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -20,36 +23,46 @@ from pathlib import Path
 import arguments
 
 PARTS = ("start", "imports", "weights", "labels", "decode", "model")
+# main() of xclip_fast/__main__.py with a mark at the end of each part
 CHILD = """
-import json, sys, time
-now = lambda: (time.time(), time.process_time())
-marks = [now()]
-import xclip_fast
-import torch
-from xclip_fast.cli import predict, main
-from xclip_fast.inference import batches
-marks.append(now())
-checkpoint, clip, labels = sys.argv[1:4]
-model = xclip_fast.XCLIP.from_pretrained(checkpoint)
-marks.append(now())
-with torch.inference_mode():
-    text = model.encode_text(labels.split(","))
-    marks.append(now())
-    from xclip_fast.data.decode.decoder import decode
-    video = decode(clip, model.config.num_frames, size=model.config.vision.image_size)
-    marks.append(now())
-    model.similarity(model.encode_video(video[None]), text).softmax(-1).topk(1)
-marks.append(now())
-print(json.dumps(marks))
+import gc, json, time
+marks = []
+def mark(*_):
+    marks.append((time.time(), time.process_time()))
+def around(call, before=None, after=None):
+    def marked(*args, **kwargs):
+        if before: before()
+        result = call(*args, **kwargs)
+        if after: after(result)
+        return result
+    return marked
+def mark_model(model):
+    model.to = around(model.to, after=mark)
+    model.encode_text = around(model.encode_text, after=mark)
+    model.encode_video = around(model.encode_video, before=mark)
+mark()
+from xclip_fast.cli import main, options
+options.load_model = around(options.load_model, mark, mark_model)
+try:
+    main.main()
+except SystemExit as end:
+    mark()
+    gc.freeze()
+    print(json.dumps(marks), flush=True)
+    if end.code: raise
 """
 
 
-def one_run(checkpoint: str, clip: str, labels: str) -> dict[str, tuple[float, float]]:
-    """(wall seconds, processor seconds of all threads) of each part in a new process."""
-    begin = time.time(), 0.0
-    given = [sys.executable, "-c", CHILD, checkpoint, clip, labels]
-    marks = [begin, *json.loads(subprocess.run(given, stdout=subprocess.PIPE, text=True, check=True).stdout)]
-    pairs = zip(PARTS, itertools.pairwise(marks), strict=True)
+def one_run(checkpoint: str, clip: str, labels: str, dtype: str) -> dict[str, tuple[float, float]]:
+    """(wall seconds, processor seconds of all threads) of each part in a new process; "exit": after the answer."""
+    command = ["classify", clip, "--checkpoint", checkpoint, "--labels", labels, "--dtype", dtype]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    begin, before = time.time(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, "-c", CHILD, *command], stdout=subprocess.PIPE, env=environment, check=True)
+    end, after = time.time(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    processor = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    marks = [(begin, 0.0), *json.loads(done.stdout.splitlines()[-1]), (end, processor)]
+    pairs = zip((*PARTS, "exit"), itertools.pairwise(marks), strict=True)
     return {part: (after[0] - before[0], after[1] - before[1]) for part, (before, after) in pairs}
 
 
@@ -58,6 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("checkpoint", nargs="?")
     parser.add_argument("clip", nargs="?")
     parser.add_argument("--labels", default="riding a bike,swimming")
+    parser.add_argument("--dtype", default="float32", help="as for classify (default: float32)")
     parser.add_argument("--random", metavar="VARIANT", help="random weights of this shape and a generated clip")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--json", type=Path)
@@ -72,20 +86,22 @@ def main(argv: list[str] | None = None) -> int:
 
             args.checkpoint, args.clip = folder, str(contenders.write_clips(Path(folder))[0])
             xclip_fast.XCLIP(args.random).save_pretrained(folder, overwrite=True)
-        runs = [one_run(args.checkpoint, args.clip, args.labels) for _ in range(args.runs + 1)][1:]
-    parts = {
-        part: [statistics.median(times) for times in zip(*(run[part] for run in runs), strict=True)] for part in PARTS
+        runs = [one_run(args.checkpoint, args.clip, args.labels, args.dtype) for _ in range(args.runs + 1)][1:]
+    medians = {
+        part: [statistics.median(times) for times in zip(*(run[part] for run in runs), strict=True)] for part in runs[0]
     }
-    totals = [sum(times) for times in zip(*parts.values(), strict=True)]
+    answer = [sum(times) for times in zip(*(medians[part] for part in PARTS), strict=True)]
     print(f"{'':8} {'seconds':>8} {'share':>6} {'processor':>10} {'share':>6}   medians of {args.runs}")
-    for part, times in [*parts.items(), ("total", totals)]:
-        shares = [each / total for each, total in zip(times, totals, strict=True)]
+    for part, times in {**{part: medians[part] for part in PARTS}, "answer": answer, "exit": medians["exit"]}.items():
+        shares = [each / whole for each, whole in zip(times, answer, strict=True)]
         print(f"{part:8} {times[0]:8.2f} {shares[0]:6.0%} {times[1]:10.2f} {shares[1]:6.0%}")
     if args.json:
         import measuring
 
         environment = measuring.environment("cpu")
-        measuring.write_json(args.json, {"environment": environment, "variant": args.random, "runs": runs})
+        measuring.write_json(
+            args.json, {"environment": environment, "variant": args.random, "dtype": args.dtype, "runs": runs}
+        )
     return 0
 
 

@@ -1,5 +1,6 @@
 """The entry point of ``xclip-fast`` and of ``python -m xclip_fast``."""
 
+import gc
 import signal
 
 
@@ -9,7 +10,10 @@ def main() -> None:
     from .cli.main import main as run
 
     signal.signal(signal.SIGINT, before)
-    run()
+    try:
+        run()
+    finally:
+        gc.freeze()  # at its end, Python would look for garbage in all that was imported
 
 
 if __name__ == "__main__":

@@ -243,10 +243,12 @@ class XCLIP(nn.Module):
             checkpoint.CheckpointError: if the file cannot be read or is not such a checkpoint, or if keys are missing,
                 unexpected or misshapen. All such keys are listed.
         """
-        found = checkpoint.read(path, variant(config) if isinstance(config, str) else config, clip=clip)
+        config = variant(config) if isinstance(config, str) else config
+        found = checkpoint.read(path, config, clip=clip, check=False)
         if found.complete:
             with torch.device("meta"), WithoutInit():
                 model = cls(found.config)
+            checkpoint.check_keys(model.state_dict(), found.state, path)
             model.load_state_dict(found.state, assign=True)
         else:
             model = cls(found.config).expand_from(found)

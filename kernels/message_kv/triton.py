@@ -303,13 +303,13 @@ def forward(save: bool, b: Any) -> tuple[Spare, Callable[[Tensor], None], tuple[
     statistics = torch.empty(4, count, dtype=torch.float32, device=device) if save else None
     first, second = ((None, None), (None, None)) if statistics is None else (statistics[:2], statistics[2:])
     # mean and M2 of the slices: of the message token's rows, then of the messages'
-    parts = torch.empty(2, count, cdiv(width, SLICE), dtype=torch.float32, device=device)
+    parts = weights[0].new_empty(2, count, cdiv(width, SLICE), dtype=torch.float32)
     # m = x_class Wm + bm
     token = weights[0].new_empty(count, width)
     launches.token(b.x, weights[0], b.message_fc_bias, *_NO_NORM, None, None, token, parts)  # a frame's first row
     # attention of qkv = LN_m(m) W + b over the frames of each video
     qkv_given = (token, weights[1], b.message_in_bias, b.message_ln_weight, b.message_ln_bias, parts, *first)
-    qkv = None if launches.qkv is None and not save else torch.empty(count, 3 * width, dtype=dtype, device=device)
+    qkv = None if launches.qkv is None and not save else b.in_weight.new_empty(count, 3 * width)
     lse: tuple[Tensor, ...] = ()
     if launches.qkv is not None:
         launches.qkv(*qkv_given, None, None, qkv, None)

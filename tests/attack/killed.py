@@ -254,7 +254,7 @@ class Train(Command):
         assert [line["step"] for line in lines if line["kind"] == "train"] == [1, 2]
 
     def content(self, out: Path) -> Content:
-        return {name: data for name, data in files(out).items() if name.endswith(".safetensors")}
+        return {name: data for name, data in files(out).items() if name.endswith("/model.safetensors")}
 
 
 class Look(Command):

@@ -7,7 +7,6 @@ import itertools
 import json
 import math
 import time
-import types
 from pathlib import Path
 
 import numpy as np
@@ -542,14 +541,13 @@ def test_peers_are_drawn_over_hugging_face(monkeypatch, tmp_path, capsys):
     assert "no row of work 'encoded'" in capsys.readouterr().err
 
 
-def test_cold_start_adds_up(monkeypatch, tmp_path, capsys):
-    monkeypatch.syspath_prepend(str(FOLDER))
+def test_cold_start_adds_up(throughput, tmp_path, capsys):
     cold_start = importlib.import_module("cold_start")
-    marks = [(time.time() + second, second / 2) for second in range(1, 7)]
-    answer = types.SimpleNamespace(stdout=json.dumps(marks))
-    monkeypatch.setattr(cold_start.subprocess, "run", lambda *args, **kwargs: answer)
-    assert cold_start.main(["checkpoint", "clip.mp4", "--runs", "2", "--json", str(tmp_path / "out.json")]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["seconds", *cold_start.PARTS, "total"]
-    assert lines[2].split()[1:] == ["1.00", "17%", "0.50", "17%"]
-    assert len(json.loads((tmp_path / "out.json").read_text())["runs"]) == 2
+    assert cold_start.main(["--random", "tiny", "--runs", "1", "--json", str(tmp_path / "out.json")]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [line[0] for line in lines] == ["seconds", *cold_start.PARTS, "answer", "exit"]
+    [run] = json.loads((tmp_path / "out.json").read_text())["runs"]
+    assert min(wall for wall, _ in run.values()) > 0
+    answer = sum(run[part][0] for part in cold_start.PARTS)
+    assert lines[-2][1:3] == [f"{answer:.2f}", "100%"]
+    assert lines[2][2] == f"{run['imports'][0] / answer:.0%}"

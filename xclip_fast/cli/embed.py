@@ -68,11 +68,12 @@ def embed(
     if inputs is not None and not inputs.paths and not out.exists():
         raise typer.Exit(1)  # the folders are empty, and no store has rows of them
     opt.set_threads(threads)
-    from ..data.remote import Limits
-    from ..inference.placement import placed
-    from ..inference.tuning import tune_before
-    from ..search.index import PARQUET, Index
-    from ..search.store import Store, is_store
+    with opt.quick_imports():
+        from ..data.remote import Limits
+        from ..inference.placement import placed
+        from ..inference.tuning import tune_before
+        from ..search.index import PARQUET, Index
+        from ..search.store import Store, is_store
 
     if index and out.suffix == PARQUET:
         raise typer.BadParameter(f"works with a store only; {out} holds Parquet files", param_hint="--index")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -168,6 +170,21 @@ def open_page(html: Path | None, overwrite: bool, random_weights: bool) -> Page 
     from ..search.page import Page
 
     return Page(html, overwrite=overwrite, random_weights=random_weights)
+
+
+@contextlib.contextmanager
+def quick_imports() -> Iterator[None]:
+    """For imports of torch: Python's garbage collector is off, and never looks at what was imported.
+
+    Does nothing if torch was imported before: then the process may be another program's.
+    """
+    if "torch" in sys.modules:
+        yield
+        return
+    gc.disable()
+    yield
+    gc.freeze()
+    gc.enable()
 
 
 def set_threads(threads: int | None) -> None:

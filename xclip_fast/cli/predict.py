@@ -63,15 +63,16 @@ def classify(
     A video that cannot be read is reported. The others are still classified, and the exit code is 1.
     """
     opt.check_weights(checkpoint, random_weights)
-    import torch
+    with opt.quick_imports():
+        import torch
 
-    from ..data.remote import Limits
-    from ..inference.batches import Answer, Reading, answers
-    from ..inference.labels import label_scorer
-    from ..inference.placement import placed
-    from ..text.labels import refuse_same_texts
-    from ..weights.checkpoint import find_weights
-    from ..weights.recipe import Trained
+        from ..data.remote import Limits
+        from ..inference.batches import Answer, Reading, answers
+        from ..inference.labels import label_scorer
+        from ..inference.placement import placed
+        from ..text.labels import refuse_same_texts
+        from ..weights.checkpoint import find_weights
+        from ..weights.recipe import Trained
 
     if checkpoint is not None:
         find_weights(checkpoint)  # its error comes before one of missing labels

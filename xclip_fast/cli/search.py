@@ -64,8 +64,9 @@ def search(
         raise typer.BadParameter("the query is empty", param_hint="QUERY")
     if not texts and not like and not interactive:
         raise typer.BadParameter("missing; give a text, --like VIDEO or --interactive", param_hint="QUERY")
-    from ..inference.placement import placed
-    from ..search.index import Index
+    with opt.quick_imports():
+        from ..inference.placement import placed
+        from ..search.index import Index
 
     checkpoint, variant = opt.stored_weights(store, checkpoint, variant, random_weights)
     target = placed(device, dtype)

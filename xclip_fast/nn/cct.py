@@ -45,6 +45,7 @@ class DropScales(NamedTuple):
     feed_forward: Tensor | None = None
 
 
+_KEPT = DropScales()
 Message = tuple[*Pair, *Pair, *Attention]  # as ``kernels.Block`` has them, from ``message_fc_weight`` on
 
 
@@ -191,5 +192,5 @@ class FastCCTBlock(nn.Module):
     def draw_drop_scales(self, x: Tensor, frames: int) -> DropScales:
         """Fresh drop path factors for each video and branch; none outside training."""
         if not self.training or self.drop_path == 0.0:
-            return DropScales()
+            return _KEPT
         return DropScales(*(drop_path_scale(x.shape[0] // frames, self.drop_path, x) for _ in range(3)))

@@ -70,6 +70,7 @@ def read(
     *,
     drop_config: bool = False,
     clip: Start | None = None,
+    check: bool = True,
 ) -> Checkpoint:
     """The weights and configuration at ``path``, with the arguments and errors of ``XCLIP.from_pretrained``.
 
@@ -79,9 +80,10 @@ def read(
             and standard deviation of the released X-CLIP recipe (ImageNet's, not CLIP's).
         drop_config: leave out pickled objects of unknown classes, such as VideoX's training configuration. Otherwise
             they are an error. None of their code runs.
+        check: whether the weights of an X-CLIP must fit the config. Without it, the caller compares them with a model.
     """
     embedding_VW = None if clip is None else clip_state(clip).state.get("text.token_embedding.weight")
-    return _interpret(*_load(Path(path), drop_config), config=config, embedding_VW=embedding_VW)
+    return _interpret(*_load(Path(path), drop_config), config=config, embedding_VW=embedding_VW, check=check)
 
 
 def own_config(values: Mapping[str, Any]) -> XCLIPConfig:
@@ -254,6 +256,7 @@ def _interpret(
     part: Part = "both",
     embedding_VW: Tensor | None = None,
     gelu: bool | None = None,
+    check: bool = True,
 ) -> Checkpoint:
     """``embedding_VW``: for a ViFi-CLIP. ``gelu``: whether the module that the state is of computes exact GELU."""
     given = neighbor = None
@@ -296,6 +299,8 @@ def _interpret(
     if given and not config and kind == "huggingface":
         warn_of_heads(given, where)
     config = config or given or infer_config(ours, where, timm=kind == "timm")
+    if not check and kind not in ("clip", "timm"):
+        return Checkpoint(config, ours, kind)
     name = "visual.positional_embedding"
     wanted = shapes(config, only_clip=kind in ("clip", "timm"))
     if kind in ("clip", "timm"):
