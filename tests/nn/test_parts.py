@@ -3,6 +3,7 @@
 import copy
 import logging
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -140,7 +141,25 @@ def subclassed(block: nn.Module) -> None:
     block.mlp.c_fc.load_state_dict(fc.state_dict())
 
 
+def plain(path: str) -> Callable[[nn.Module], None]:
+    """Puts a plain tensor in place of a parameter, as tools do that compute weights."""
+
+    def change(block: nn.Module) -> None:
+        parent, _, name = path.rpartition(".")
+        module = block.get_submodule(parent)
+        weight = getattr(module, name).detach() * 2 + 1
+        delattr(module, name)
+        setattr(module, name, weight)
+
+    return change
+
+
 CHANGES = {
+    "plain weight": plain("mlp.c_fc.weight"),
+    "plain weight of a norm": plain("ln_2.weight"),
+    "plain weight of the attention": plain("attn.in_proj_weight"),
+    "plain bias of the attention": plain("attn.in_proj_bias"),
+    "plain weight of its output": plain("attn.out_proj.weight"),
     "parametrization": lambda block: parametrize.register_parametrization(block.attn, "in_proj_weight", Double()),
     "parametrized norm": lambda block: parametrize.register_parametrization(block.ln_2, "weight", Double()),
     "weight_norm": lambda block: (

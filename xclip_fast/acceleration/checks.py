@@ -81,7 +81,7 @@ def _find_another_part(module: nn.Module, parts: Parts) -> str | None:
 
 def _find_change_in_open_clip(attention: Any) -> str | None:
     """``find_change_of`` for open_clip's own attention class, which can have norms and scales."""
-    if attention.in_proj_weight is None or attention.in_proj_bias is None:
+    if any(attention._parameters.get(name) is None for name in ("in_proj_weight", "in_proj_bias")):
         return "an attention has keys of another width, or no bias"
     if any(getattr(attention, name, None) is not None for name in ("logit_scale", "head_scale")):
         return "an attention scales its heads"

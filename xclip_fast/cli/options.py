@@ -178,13 +178,15 @@ def quick_imports() -> Iterator[None]:
 
     Does nothing if torch was imported before: then the process may be another program's.
     """
-    if "torch" in sys.modules:
+    if "torch" in sys.modules or not gc.isenabled():
         yield
         return
     gc.disable()
-    yield
-    gc.freeze()
-    gc.enable()
+    try:
+        yield
+        gc.freeze()
+    finally:
+        gc.enable()
 
 
 def set_threads(threads: int | None) -> None:

@@ -154,6 +154,8 @@ def find_change(
             if type(tensor) not in _TENSORS:
                 return f"{name} has a parameter of type {type(tensor).__name__}"
         if kind in _LINEARS:
+            if parameters.get("weight") is None:
+                return f"{name} has a weight that is no parameter"
             if parameters.get("bias") is None and name not in _WITHOUT_BIAS:
                 return f"{name} has no bias"
         elif kind is nn.MultiheadAttention:
@@ -183,7 +185,7 @@ def _hooks(state: dict[str, Any]) -> list[Any]:
 
 def _find_attention_change(state: dict[str, Any], heads: int | None, batch_first: bool) -> str | None:
     parameters = state["_parameters"]
-    if parameters.get("in_proj_weight") is None or parameters["in_proj_bias"] is None:
+    if parameters.get("in_proj_weight") is None or parameters.get("in_proj_bias") is None:
         return "has keys of another width, or no bias"
     if parameters.get("bias_k") is not None or state["add_zero_attn"]:
         return "adds a key"
