@@ -309,6 +309,24 @@ def test_checkpoints_are_copies_and_old_ones_go(tmp_path: Path) -> None:
     assert (read["weight"] == 3).all()
 
 
+def test_a_checkpoint_of_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training_checkpoint, "_FILE", 100)
+    tensors = {f"weight{number}": torch.full((10,), float(number)) for number in range(5)}
+    tensors |= {"step": torch.tensor(3.0), "half": torch.ones(2, 3, dtype=torch.bfloat16)}
+    checkpoints = Checkpoints(tmp_path, keep_last=2)
+    checkpoints.save(tensors, {"step": 1})
+    checkpoints.finish()
+    (found,) = complete(tmp_path)
+    files = sorted(found.glob("*.safetensors"))
+    assert len(files) == 3
+    read = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+    training_checkpoint.load(found, read)
+    assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
+    files[1].unlink()
+    with pytest.raises(ValueError, match=r"cannot be read into this model .*are wanted"):
+        training_checkpoint.load(found, read)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="folders are exchanged in one step on Linux")
 def test_a_checkpoint_of_the_same_step_is_replaced_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A kill while the old one is deleted leaves the new one."""
