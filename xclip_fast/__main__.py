@@ -2,6 +2,7 @@
 
 import gc
 import signal
+import sys
 
 
 def main() -> None:
@@ -13,7 +14,8 @@ def main() -> None:
     try:
         run()
     finally:
-        gc.freeze()  # at its end, Python would look for garbage in all that was imported
+        if "triton" not in sys.modules:  # Triton writes of leaks if its objects stay
+            gc.freeze()  # at its end, Python would look for garbage in all that was imported
 
 
 if __name__ == "__main__":
