@@ -101,7 +101,7 @@ def test_code_is_optimized_and_a_traced_library_says_why_a_launch_failed(tmp_pat
         by_file = {Path(one["file"]).name: one["command"] for one in commands}
         assert all(" -O3" in command for command in by_file.values())
         products = [command for name, command in by_file.items() if name.startswith("product_")]
-        assert len(products) == 2
+        assert len(products) == 3
         assert all(("CUTLASS_DEBUG_TRACE_LEVEL=1" in command) is trace for command in products)
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import socket
 import statistics
+import subprocess
 import sys
 
 import numpy as np
@@ -210,19 +211,21 @@ def test_zero_shot_over_three_splits(data, settings, tmp_path, capsys):
         protocols.main("zero-shot-hmdb51", data / "model", splits, out=out, **settings)
 
 
-def _refused(rank, port, data, out):
-    """The body of one of two processes."""
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    with pytest.raises(FileExistsError, match=r"already holds protocol\.json"):
-        protocols.main("few-shot-hmdb51", data / "model", [data / "split0.jsonl"], shots=2, out=out, device="cpu")
-
-
 def test_all_processes_refuse_an_existing_output(data, tmp_path):
     (tmp_path / "protocol.json").write_text("{}")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_refused, (port, data, tmp_path), 2)
+    command = [sys.executable, "-m", "xclip_fast", "protocol", "few-shot-hmdb51", data / "model", data / "split0.jsonl"]
+    command += ["--shots", "2", "--out", tmp_path, "--device", "cpu"]
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    processes = [
+        subprocess.Popen(command, env={**os.environ, **world, "RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    for process in processes:
+        assert "already holds protocol.json" in process.communicate()[1]
+        assert process.returncode == 1
 
 
 def test_kinetics600_draws(data, settings, tmp_path, monkeypatch, capsys):
