@@ -642,6 +642,16 @@ def test_a_checkpoint_s_damaged_numbers_are_named(tmp_path: Path) -> None:
         training_checkpoint.numbers(tmp_path)
 
 
+def test_a_run_of_an_earlier_version_is_named(videos: Path, tmp_path: Path) -> None:
+    (checkpoint := tmp_path / "checkpoints" / "step-00000001").mkdir(parents=True)
+    (checkpoint / "progress.json").write_text('{"step": 1}')
+    (tmp_path / "config.yaml").write_text("data: {cache: null}\n")
+    said = rf"{tmp_path} holds checkpoints .* earlier version \(config.yaml: data.cache: unknown key.*--fresh"
+    with pytest.raises(ConfigError, match=said):
+        run(videos, tmp_path)
+    assert (tmp_path / "config.yaml").read_text() == "data: {cache: null}\n"
+
+
 def test_a_bad_video_is_told_once_and_stops_nothing(
     videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -47,7 +47,13 @@ def _output_folder(config: TrainConfig, fresh: bool, held: contextlib.ExitStack)
         raise ConfigError(f"output: {error}, or start over beside it with --fresh") from error
     resume = training_checkpoint.latest(folder / "checkpoints") if (folder / "checkpoints").is_dir() else None
     if resume is not None:
-        old = train_config.load(folder / CONFIG)
+        try:
+            old = train_config.load(folder / CONFIG)
+        except ConfigError as error:
+            raise ConfigError(
+                f"{folder} holds checkpoints of a configuration that cannot be read, perhaps of an earlier version "
+                f"({error}). Choose another output folder, or start over beside it with --fresh"
+            ) from error
         if changed := train_config.differences(old, config):
             raise ConfigError(
                 f"{folder} holds checkpoints of another configuration. These keys differ: {'; '.join(changed)}. "
