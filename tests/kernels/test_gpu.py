@@ -1,5 +1,6 @@
 """On a GPU: the whole model with its kernels, repeated runs, CUDA graphs, training, compute-sanitizer."""
 
+import copy
 import dataclasses
 import re
 import shutil
@@ -27,7 +28,7 @@ def shallow(name: str, **changes: object) -> XCLIP:
     config = VARIANTS[name]
     config = dataclasses.replace(
         config,
-        vision=dataclasses.replace(config.vision, layers=2, **changes),
+        vision=dataclasses.replace(config.vision, **{"layers": 2, **changes}),
         text=dataclasses.replace(config.text, layers=2),
     )
     return rough(XCLIP(config).cuda().eval())
@@ -68,6 +69,29 @@ def test_block_gradients_at_real_sizes(length: int) -> None:
     for got, torchs, right in zip(gradients(torch.bfloat16), baseline, exact, strict=True):
         limit = 2 * (torchs.float() - right).norm() + 2e-3 * right.norm()
         assert (got.float() - right).norm() <= limit
+
+
+@pytest.mark.parametrize(("name", "videos"), [("B/16-8f", 8), ("B/16-8f", 1), ("B/32-8f", 32), ("L/14-8f", 5)])
+def test_tower_gradients_under_autocast(name: str, videos: int) -> None:
+    """Many rows, which the CUDA library's products take, and few; blocks that hand their gradient's copy on."""
+    model = shallow(name, layers=3).train()
+    video = frames(model, videos)
+    cotangents = [torch.randn_like(feature).double() for feature in model.encode_video(video)]
+
+    def gradients(of: XCLIP, backend_name: str, autocast: bool) -> dict[str, Tensor]:
+        of.zero_grad()
+        with backend(backend_name), torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+            features = of.encode_video(video)
+        sum((got.double() * to).sum() for got, to in zip(features, cotangents, strict=True)).backward()
+        return {name: each.grad.clone() for name, each in of.named_parameters() if each.grad is not None}
+
+    exact = gradients(copy.deepcopy(model).double(), "reference", False)
+    baseline, got = gradients(model, "reference", True), gradients(model, "auto", True)
+    for name, right in exact.items():
+        parts = 3 if name.endswith("in_proj_bias") else 1  # the gradient of the keys' bias is 0
+        limit = 2 * (baseline[name] - right).norm() + 8e-3 * right.norm()
+        for mine, part in zip(got[name].chunk(parts), right.chunk(parts), strict=True):
+            assert (mine - part).norm() <= limit, name
 
 
 def test_repeated_runs_are_the_same_to_the_last_bit() -> None:
