@@ -43,8 +43,8 @@ def smoke(rehearse: bool) -> list[Case]:
             if name != "reference" and not (rehearse and name == "cuda"):
                 options = {"op": op, "backend": name}
                 cases.append(Case(f"{op} {name}", "smoke:op", options, 40, together=True))
-    models = [("tower", name) for name in ("auto", "triton", "cuda", "library")]
-    models += [("training step", name) for name in ("auto", "triton", "library")]
+    names = ("auto", "triton", "cuda", "library")
+    models = [(kind, name) for kind in ("tower", "training step") for name in names]
     models += [("whole", "auto"), ("graph", "auto")]
     if rehearse:
         models = [("tower", "triton"), ("training step", "triton"), *models[-2:]]
