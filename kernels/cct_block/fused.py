@@ -189,7 +189,7 @@ def backward(
     del dnormed, dz
     given["x"] = dx = first.dx.view(b.x.shape)
     if hand_on:
-        dx._handed_on = dx._version, first.low, first.sums  # type: ignore[attr-defined]
+        dx._handed_on = (dx._version, _stream(dx)), first.low, first.sums  # type: ignore[attr-defined]
     given["ln_1_weight"], given["ln_1_bias"] = first.dweight, first.dbias
     if first.normed is not None:
         given["in_weight"] = product(dqkv.T, first.normed, wanted["in_weight"])
@@ -202,9 +202,14 @@ def backward(
 
 
 def _handed(dy: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-    """The copy of dy in ``dtype`` and the sums of its columns that the block behind made, if dy is still as it was."""
+    """The copy of dy in ``dtype`` and the sums of its columns that the block behind made, if dy is still as it was, and
+    read on the stream that it was written on."""
     found: Any = vars(dy).pop("_handed_on", None)  # the copy's memory is free once it is read
-    return found[1:] if found and found[0] == dy._version and found[1].dtype == dtype else None
+    return found[1:] if found and found[0] == (dy._version, _stream(dy)) and found[1].dtype == dtype else None
+
+
+def _stream(x: Tensor) -> int:
+    return torch._C._cuda_getCurrentRawStream(x.get_device()) if x.is_cuda else 0
 
 
 def _spread(rows: Tensor, at: Tensor, like: Tensor) -> Tensor:

@@ -336,7 +336,7 @@ HOOKS = {"a new gradient": lambda grad: 2 * grad, "a changed gradient": lambda g
 
 @pytest.mark.parametrize("frames", [0, 3])
 @pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("between", ["nothing", *HOOKS, "another reader", "drop path"])
+@pytest.mark.parametrize("between", ["nothing", *HOOKS, "another reader", "drop path", "another stream"])
 def test_a_gradient_goes_to_the_block_before_with_its_copy_and_sums(
     between: str, autocast: bool, frames: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -369,6 +369,9 @@ def test_a_gradient_goes_to_the_block_before_with_its_copy_and_sums(
     exact = gradients(torch.float64, "reference", False)
     baseline = error(gradients(torch.float32, "reference"), exact)
     monkeypatch.setattr(column_sums, "scaled", watched)
+    if between == "another stream":
+        streams = itertools.count()
+        monkeypatch.setattr(fused, "_stream", lambda _: next(streams))
     for got, limit in zip(error(gradients(torch.float32, "fused"), exact), baseline, strict=True):
         assert got <= 2 * limit + 4 * torch.finfo(torch.float16 if autocast else torch.float32).eps
     assert len(read) == (1 if between == "nothing" else 2)
