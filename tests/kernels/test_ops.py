@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from xclip_fast.kernels.cct_block import fused, products
 from xclip_fast.kernels.cct_block.example import example
+from xclip_fast.kernels.common import derived
 from xclip_fast.kernels.common.example import TINY, Maker
 from xclip_fast.kernels.dispatch import INTERPRETED, OPS, BackendError, Op
 from xclip_fast.kernels.dispatch.support import Backend
@@ -307,6 +308,22 @@ def test_inference_adds_the_last_product_in_place(name: str, dtype: torch.dtype)
         got, exact, baseline = got[:, :-1], exact[:, :-1], baseline[:, :-1]
     (found,), (limit,) = error([got], [exact]), error([baseline], [exact])
     assert found <= 2 * limit + 4 * torch.finfo(dtype).eps
+
+
+def test_what_is_made_of_a_weight_follows_a_fused_optimizer() -> None:
+    weight = torch.nn.Parameter(torch.ones(8))
+    optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
+
+    def doubled() -> Tensor:
+        return derived.kept("doubled", lambda given: 2 * given.detach(), weight)
+
+    first, version = doubled(), weight._version
+    assert doubled() is first
+    weight.grad = torch.ones(8)
+    optimizer.step()
+    assert weight._version == version  # so only the step itself tells
+    assert torch.equal(doubled(), 2 * weight.detach())
+    assert not torch.equal(doubled(), first)
 
 
 def test_statistics_go_from_block_to_block(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,28 +11,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .. import kernels
 from ..config import TextConfig
+from ..kernels.common import derived
 from ..kernels.linear import linear
 from .layers import TransformerBlock, init_block, run_block
 from .parts import PLAIN, find_change, layer_norm
 
 CACHED_LABEL_SETS = 16
 LABELS_AT_ONCE = 1024  # bounds memory, whatever their number
-
-
-_steps = [0]  # of all optimizers in this process
-
-
-def _count_step(*_: Any) -> None:
-    if not torch.compiler.is_compiling():  # a traced step writes through torch, which raises version counters
-        _steps[0] += 1
-
-
-# Fused optimizers change weights without raising their version counters. Every torch.optim.Optimizer calls this hook.
-register_optimizer_step_post_hook(_count_step)
 
 
 class Transformer(nn.Module):
@@ -141,7 +129,7 @@ class TextEncoder(nn.Module):
 
     def _cached(self, tokens_KL: Tensor, parameters: list[Tensor], vectors_PW: Tensor | None) -> Tensor:
         # the storages are kept, so that no other weight can get the address of an old one
-        state = [(p.untyped_storage(), p.data_ptr(), p._version, _steps[0]) for p in parameters]
+        state = [(p.untyped_storage(), p.data_ptr(), p._version, derived.steps[0]) for p in parameters]
         if [item[1:] for item in state] != [item[1:] for item in self._encoded_with]:
             self.forget()
             self._encoded_with = state
