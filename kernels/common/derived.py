@@ -9,12 +9,12 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 Made = TypeVar("Made")
-steps = [0]  # of all optimizers in this process
+changes = [0]  # of weights that raise no version: steps of all optimizers in this process, and what a user tells
 
 
 def _count_step(*_: Any) -> None:
     if not torch.compiler.is_compiling():  # a traced step writes through torch, which raises version counters
-        steps[0] += 1
+        changes[0] += 1
 
 
 # Fused optimizers change weights without raising their version counters. Every torch.optim.Optimizer calls this hook.
@@ -25,8 +25,8 @@ _kept: dict[int, tuple[Any, dict[str, tuple[list[Any], Any]]]] = {}
 
 
 def kept(what: str, make: Callable[..., Made], weight: Tensor, *more: Tensor) -> Made:
-    """``make(weight, *more)``, or what it gave the last time if none of the tensors has changed since, and no optimizer
-    has made a step.
+    """``make(weight, *more)``, or what it gave the last time if none of the tensors has changed since, no
+    optimizer has made a step and nobody has called ``TextEncoder.forget``.
 
     Made anew where a change would not be noticed: while a CUDA graph is captured, whose replays see new weights, and
     for inference tensors, which have no version.
@@ -34,7 +34,7 @@ def kept(what: str, make: Callable[..., Made], weight: Tensor, *more: Tensor) ->
     if torch.compiler.is_compiling() or (weight.is_cuda and torch.cuda.is_current_stream_capturing()):
         return make(weight, *more)
     try:
-        state = [steps[0], *((each.data_ptr(), each._version, each.dtype) for each in (weight, *more))]
+        state = [changes[0], *((each.data_ptr(), each._version, each.dtype) for each in (weight, *more))]
     except RuntimeError:  # an inference tensor has no version
         return make(weight, *more)
     number = id(weight)

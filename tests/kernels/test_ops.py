@@ -27,7 +27,8 @@ from xclip_fast.kernels.dispatch import INTERPRETED, OPS, BackendError, Op
 from xclip_fast.kernels.dispatch.support import Backend
 from xclip_fast.kernels.linear import product
 
-from xclip_fast import kernels
+from xclip_fast import TextConfig, kernels
+from xclip_fast.nn.text import TextEncoder
 
 WIDTH, HEADS, EPS = 128, 2, 1e-5
 PATCH_KERNELS = "xclip_fast.kernels.patch_embed.triton"
@@ -322,8 +323,12 @@ def test_what_is_made_of_a_weight_follows_a_fused_optimizer() -> None:
     weight.grad = torch.ones(8)
     optimizer.step()
     assert weight._version == version  # so only the step itself tells
-    assert torch.equal(doubled(), 2 * weight.detach())
-    assert not torch.equal(doubled(), first)
+    second = doubled()
+    assert torch.equal(second, 2 * weight.detach())
+    assert not torch.equal(second, first)
+    weight.data.fill_(3)  # which a user has to tell
+    TextEncoder(TextConfig(width=64, layers=1, heads=1), 64, 1e-5).forget()
+    assert torch.equal(doubled(), torch.full((8,), 6.0))
 
 
 def test_statistics_go_from_block_to_block(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,25 +103,29 @@ class TextEncoder(nn.Module):
         # a training step follows, and fused optimizers do not raise the versions of weights
         trains = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters)
         if trains or is_replica or any(map(_untraceable, parameters)):
-            self.forget()
+            self._clear()
             return self._encode_packed(tokens_KL, vectors_PW)
         return self._cached(tokens_KL, parameters, vectors_PW)
 
     def forget(self) -> None:
-        """Empties the cache. Call it after editing weights through ``.data`` or ``.numpy()``.
+        """Empties the cache, and that of what a GPU's kernels make of the weights of any model.
 
-        Other changes (any ``torch.optim`` optimizer, ``load_state_dict``, ``to``, ``train``, new parameters) are
-        noticed.
+        Call it after editing weights through ``.data`` or ``.numpy()``. Other changes (any ``torch.optim`` optimizer,
+        ``load_state_dict``, ``to``, ``train``, new parameters) are noticed.
         """
+        derived.changes[0] += 1
+        self._clear()
+
+    def _clear(self) -> None:
         self._cache.clear()
         self._encoded_with = []
 
     def train(self, mode: bool = True) -> TextEncoder:
-        self.forget()
+        self._clear()
         return super().train(mode)
 
     def _apply(self, *args: Any, **kwargs: Any) -> TextEncoder:
-        self.forget()
+        self._clear()
         return super()._apply(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -129,9 +133,9 @@ class TextEncoder(nn.Module):
 
     def _cached(self, tokens_KL: Tensor, parameters: list[Tensor], vectors_PW: Tensor | None) -> Tensor:
         # the storages are kept, so that no other weight can get the address of an old one
-        state = [(p.untyped_storage(), p.data_ptr(), p._version, derived.steps[0]) for p in parameters]
+        state = [(p.untyped_storage(), p.data_ptr(), p._version, derived.changes[0]) for p in parameters]
         if [item[1:] for item in state] != [item[1:] for item in self._encoded_with]:
-            self.forget()
+            self._clear()
             self._encoded_with = state
         key = (
             tuple(tokens_KL.shape),
@@ -180,7 +184,7 @@ class TextEncoder(nn.Module):
 
     def _encode_trimmed(self, tokens_KL: Tensor, vectors_PW: Tensor | None) -> Tensor:
         """Calls the modules on padded labels (longest, K, W). Hooks want every call, so nothing is cached."""
-        self.forget()
+        self._clear()
         longest = int(tokens_KL.argmax(1).max()) + 1 if len(tokens_KL) else 1
         parts = tokens_KL[:, :longest].split(LABELS_AT_ONCE)
         return torch.cat([self._encode_padded(part_KL, vectors_PW) for part_KL in parts])
