@@ -62,7 +62,7 @@ class TextEncoder(nn.Module):
         self.ln_final = nn.LayerNorm(width, eps)
         self.text_projection = nn.Parameter(torch.empty(width, embed_dim))
         self._cache: collections.OrderedDict[tuple[object, ...], Tensor] = collections.OrderedDict()
-        # storage, address, version of each parameter, and the optimizer steps so far
+        # storage, address, version of each parameter, and the changes so far that raise no version
         self._encoded_with: list[tuple[Any, int, int, int]] = []
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.positional_embedding, std=0.01)
