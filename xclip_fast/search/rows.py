@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from ..files import parse_json
 from ..schema import build
@@ -57,15 +55,14 @@ def read_settings(place: Path, schema: Any) -> StoreSettings:
 
     Raises ValueError if they are missing or damaged, or do not describe the columns.
     """
-    names = {field.name for field in fields(StoreSettings)}
     try:
         if b"embedding_functions" in (schema.metadata or {}):  # LanceDB would load what it names, at the next write
             raise ValueError("it names an embedding function, which may run code")
         written = parse_json((schema.metadata or {}).get(_KEY, b"{}"))
-        if not isinstance(written, dict) or written.get("format") != _VERSION:
+        if not isinstance(written, dict) or written.pop("format", None) != _VERSION:
             raise ValueError("it was not written by this version of xclip-fast")
         try:
-            found: StoreSettings = build(StoreSettings, {key: value for key, value in written.items() if key in names})
+            found: StoreSettings = build(StoreSettings, written)
         except TypeError:
             raise ValueError("its settings are incomplete") from None
         if not schema.remove_metadata().equals(schema_of(found)):
@@ -110,27 +107,3 @@ def schema_of(settings: StoreSettings) -> Any:
 
 def row_id(path: str, start: float) -> str:
     return hashlib.blake2b(f"{path}\0{start:.6f}".encode(), digest_size=12).hexdigest()
-
-
-def record_batch(
-    settings: StoreSettings,
-    path: str,
-    known: Known,
-    start: float = 0.0,
-    end: float = 0.0,
-    vector: np.ndarray | None = None,
-    patches: np.ndarray | None = None,
-) -> Any:
-    """One row as an Arrow batch. ``vector`` (E,) and ``patches`` (N, E) are None if the file has an error."""
-    import pyarrow as pa
-
-    schema = schema_of(settings)
-    plain = [row_id(path, start), path, start, end, *known]
-    arrays = [pa.array([value], field.type) for value, field in zip(plain, schema, strict=False)]
-    for value, field in zip((vector, patches), list(schema)[len(plain) :], strict=False):
-        if value is None:
-            arrays.append(pa.nulls(1, field.type))
-        else:
-            numbers = pa.array(value.astype(np.float16).reshape(-1))
-            arrays.append(pa.FixedSizeListArray.from_arrays(numbers, field.type.list_size))
-    return pa.record_batch(arrays, schema=schema)
