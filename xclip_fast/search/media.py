@@ -103,8 +103,7 @@ def _frames(path: str, start: float, end: float, width: int | None) -> Iterator[
     with open_video(path) as (container, stream):
         small, upright = VideoReformatter(), Upright()
         for time, frame in _decoded(container, stream, start, end):
-            shown = upright(frame, np.empty((frame.height, frame.width, 1))).shape[1]
-            scale = min(1.0, width / shown) if width else 1.0
+            scale = min(1.0, width / upright.size(frame)[0]) if width else 1.0
             rgb = small.reformat(
                 frame,
                 max(2, round(frame.width * scale)),
