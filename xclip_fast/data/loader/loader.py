@@ -40,7 +40,7 @@ class Loader:
     With a CUDA device and NVIDIA DALI, DALI decodes; otherwise PyAV decodes in processes. Iterating gives the batches
     of one epoch and then raises `epoch` by one. The length is in batches. If an iteration is broken off, `epoch` stays,
     and the next iteration starts that epoch over, unless a state of `state_dict` is loaded. A new iteration ends the
-    one before. Workers live as long as the loader, or until `close`.
+    one before. Workers live from epoch to epoch, until `close` or until an iteration is broken off.
 
     Args:
         manifest: the videos, or the path of their manifest (`manifest.index`).
@@ -237,9 +237,9 @@ class Loader:
         self.epoch = epoch + 1
 
     def _on_cpu(self, epoch: int, batches: list[np.ndarray]) -> Generator[Batch, None, None]:
-        def make(turn: int, number: int, rows: np.ndarray) -> Task:
+        def make(rows: np.ndarray) -> Task:
             good = self._good(rows)
-            return Task(turn, number, epoch, good, self.manifest.select(good))
+            return Task(epoch, good, self.manifest.select(good))
 
         copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         with contextlib.closing(self.workers.results(batches, make, self._bad)) as results:
