@@ -10,12 +10,11 @@ NVDEC conceals damage inside a file silently. The CPU path decodes such a file a
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, MutableMapping
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -25,13 +24,13 @@ import torch
 
 from ..decode.dali_support import container, require, supported
 from ..decode.decoder import decode_views
-from ..decode.source import VideoError
+from ..decode.source import File, Source, VideoError
 from ..decode.video import DamagedPlan
 from ..manifest.manifest import Manifest
 from ..threads import Job, Threads, cores_of_rank
 from ..transforms import View
 from .batches import Batch
-from .dali_graph import inputs_of, make_pipeline, read_encoded
+from .dali_graph import inputs_of, make_pipeline
 from .tasks import draw_views, sample_shape
 
 log = logging.getLogger(__name__)
@@ -124,7 +123,7 @@ class _Pending:
 
 @dataclass(eq=False)
 class _Epoch:
-    """The steps from rows to a batch. Only `prepare` and `decode` run in other threads."""
+    """The steps from rows to a batch. Only `prepare`, `decode` and `run` run in other threads."""
 
     manifest: Manifest
     transform: Any
@@ -166,11 +165,10 @@ class _Epoch:
                     room = _MEMORY
                 room -= need
                 groups[-1].append(place)
-            pending.samples.append(Job(partial(self.prepare, row)))
+            pending.samples.append(self.readers.submit(Job(partial(self.prepare, row))))
         for places in filter(None, groups):
-            pending.runs.append((places, self.decode_when_ready([pending.samples[place] for place in places])))
-        for job in pending.samples:
-            self.readers.submit(job)
+            jobs = [pending.samples[place] for place in places]
+            pending.runs.append((places, self.engines.submit(Job(partial(self.run, jobs)))))
         return pending
 
     def views(self, row: int) -> list[View]:
@@ -184,41 +182,27 @@ class _Epoch:
         if self.routes[row] is None:
             path = os.path.join(self.manifest.root, video.path)
             try:
-                encoded = read_encoded(path, video.offset, video.size)
-                why = container(encoded[:8].tobytes())
-                if why is None:
-                    return inputs_of(encoded, self.views(row), video.colorspace)
+                with contextlib.closing(File(Source(path, video.offset, video.size))) as file:
+                    data = file.read(video.size + 1)  # not mapped: a file that shrinks under a map kills the process
+                why = container(data[:8]) if len(data) == video.size else "has changed since it was indexed"
             except OSError as error:  # the CPU decoder has the better error, if the file is bad
-                why = f"has changed since it was indexed: {error}"
+                why = f"cannot be read: {error}"
+            if why is None:
+                return inputs_of(np.frombuffer(data, np.uint8), self.views(row), video.colorspace)
             self.route(row, why)
         return self.decode(row)
 
     def decode(self, row: int, _: object = None) -> _Sample:
         return decode_views(self.manifest.source(row), self.views(row))
 
-    def decode_when_ready(self, samples: list[Job]) -> Job:
-        """A job of the engines that starts when the last of these samples is ready."""
-        left, lock = len(samples), threading.Lock()
-
-        def decode(pipe: _Pipe) -> Any:
-            """The views of the samples that DALI decodes: a DALI tensor (n, ...)."""
-            done = [job.future.result() for job in samples if not job.future.exception()]
-            ready = [sample for sample in done if isinstance(sample, dict)]
-            return pipe.run({name: [inputs[name] for inputs in ready] for name in ready[0]}) if ready else None
-
-        job = Job(decode)
-
-        def count(_: Future[Any]) -> None:
-            nonlocal left
-            with lock:
-                left -= 1
-                last = left == 0
-            if last:
-                self.engines.submit(job)
-
-        for sample in samples:
-            sample.future.add_done_callback(count)
-        return job
+    def run(self, jobs: list[Job], pipe: _Pipe) -> Any:
+        """The views of those samples that DALI decodes, once all are ready: a DALI tensor (n, ...), or None."""
+        ready = []
+        for job in jobs:
+            with contextlib.suppress(Exception):  # `collect` names it
+                if isinstance(sample := self.readers.result(job), dict):
+                    ready.append(sample)
+        return pipe.run({name: [inputs[name] for inputs in ready] for name in ready[0]}) if ready else None
 
     def finish(self, pending: _Pending) -> Batch:
         """Wait for a batch, decode failed samples on the CPU, and assemble it."""
