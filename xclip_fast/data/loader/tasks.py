@@ -88,28 +88,29 @@ class Decoder:
         self.transform, self.seed, self.threads = transform, seed, threads
         self.shape = sample_shape(transform)
         self.table = Table(max(1, workers), threads)
-        self._pool: ThreadPoolExecutor | None = None
-        self._slots: queue.SimpleQueue[int] = queue.SimpleQueue()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in ("_pool", "_slots")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _pool=None, _slots=queue.SimpleQueue())
 
     def decode(self, task: Task) -> Result:
-        """Decodes a batch with the threads of this process."""
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="decode")
-            for slot in range(self.threads):
-                self._slots.put(slot)
+        """Decodes a batch with threads of this process."""
         info = get_worker_info()
         worker = info.id if info else 0
         frames = torch.empty(len(task.rows), *self.shape, dtype=torch.uint8)
         out = frames.numpy()
+        slots: queue.SimpleQueue[int] = queue.SimpleQueue()  # places in the table
+        for slot in range(self.threads):
+            slots.put(slot)
+
+        def one(place: int) -> str:
+            slot = slots.get()
+            self.table.begin(worker, slot, int(task.rows[place]))
+            try:
+                return self.one(task, place, out[place])
+            finally:
+                self.table.end(worker, slot)
+                slots.put(slot)
+
         try:
-            # A list, so that no thread still writes to `out` if an error leaves this function.
-            found = list(self._pool.map(lambda place: self._one(task, place, out[place], worker), range(len(out))))
+            with ThreadPoolExecutor(self.threads, thread_name_prefix="decode") as pool:
+                found = list(pool.map(one, range(len(out))))
         except Exception:  # the parent raises it, with this traceback
             return Result(frames[:0], task.rows[:0], {}, traceback.format_exc())
         bad = {int(row): reason for row, reason in zip(task.rows, found, strict=True) if reason}
@@ -119,16 +120,6 @@ class Decoder:
         return Result(frames[torch.from_numpy(good)], task.rows[good], bad, None)
 
     __getitems__ = decode  # the name that DataLoader calls
-
-    def _one(self, task: Task, place: int, out: np.ndarray, worker: int) -> str:
-        """`one`, entered in the table."""
-        slot = self._slots.get()
-        self.table.begin(worker, slot, int(task.rows[place]))
-        try:
-            return self.one(task, place, out)
-        finally:
-            self.table.end(worker, slot)
-            self._slots.put(slot)
 
     def one(self, task: Task, place: int, out: np.ndarray) -> str:
         """Decodes one video of a task into `out`, uint8 (V, T, S, S, 3). Returns "", or the reason of a failure."""
