@@ -38,9 +38,8 @@ class ReadError(VideoError):
 class Source:
     """The place of a video: a file, or with `offset` and `size` (bytes) a member of an uncompressed tar file.
 
-    `plan`: an earlier plan (`probe`), which saves reading all packets. `size` without `offset` is the file's size at
-    that time. If the size has changed, or the file does not follow the plan, a new plan is made. Give the size: without
-    it, an mp4 is checked by its index, but a changed file of another container with the same times is not noticed.
+    `plan`: an earlier plan (`probe`), which saves reading all packets. It needs the file's `size` at that time. If the
+    size has changed, or the file does not follow the plan, a new plan is made.
     """
 
     path: str
@@ -75,15 +74,6 @@ def limit(name: str) -> int:
     if not given.isdecimal() or int(given) < 1:
         raise ValueError(f"{name} is {given!r}; a whole number of at least 1 is wanted")
     return min(int(given), 2**62)
-
-
-def too_slow(source: Source | str) -> ReadError:
-    """The error of a file whose decoding hangs."""
-    seconds = limit("XCLIP_FAST_MAX_SECONDS")
-    return ReadError(
-        f"{source}: decoding did not advance for {seconds} seconds; the environment variable XCLIP_FAST_MAX_SECONDS "
-        "allows more"
-    )
 
 
 class File:
