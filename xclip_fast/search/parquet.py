@@ -21,6 +21,8 @@ class ParquetFolder:
     """
 
     def __init__(self, folder: str | os.PathLike[str], settings: StoreSettings) -> None:
+        import pyarrow.parquet as pq
+
         self.folder, self.settings = Path(folder), settings
         self._lock = contextlib.ExitStack()
         strange = [path.name for path in self.folder.glob("*") if not _is_ours(path.name)]
@@ -28,7 +30,9 @@ class ParquetFolder:
             raise FileExistsError(f"{folder}: exists and holds other files; choose another name")
         self.folder.mkdir(parents=True, exist_ok=True)
         for part in self._parts()[:1]:
-            mine = read_settings(self.folder, _read_schema(part))
+            with _named(part):
+                schema = pq.read_schema(part)
+            mine = read_settings(self.folder, schema)
             check_settings(self.folder, mine, settings)
             self.settings = mine
 
@@ -115,13 +119,6 @@ def _read(part: Path, columns: list[str] | None = None) -> Any:
 
     with _named(part):
         return pq.read_table(part, columns=columns)
-
-
-def _read_schema(part: Path) -> Any:
-    import pyarrow.parquet as pq
-
-    with _named(part):
-        return pq.read_schema(part)
 
 
 @contextlib.contextmanager
