@@ -55,8 +55,8 @@ class VideoStage:
     patches: bool = False
     labels: Sequence[str] | None = None
     templates: Sequence[str] | None = None
-    _model: Any = field(default=None, repr=False)
-    _logits: Any = field(default=None, repr=False)
+    _model: Any = field(default=None, init=False, repr=False)
+    _logits: Any = field(default=None, init=False, repr=False)
 
     def decode(self, batch: Batch) -> Iterator[Batch]:
         """Yields batches of one row, so that a long film is never in memory as a whole."""
