@@ -47,14 +47,10 @@ class Request:
     follow_links: bool = False
 
     @property
-    def folder(self) -> Path:
-        """The folder of the list, or the folder that was given."""
-        return self.path if self.path.is_dir() else self.path.parent
-
-    @property
     def top(self) -> str:
-        """The given root, or the folder if no root was given."""
-        return os.fspath(self.folder) if self.root is None else self.root
+        """The given root. Without one, the folder that was given, or that of the list."""
+        folder = self.path if self.path.is_dir() else self.path.parent
+        return os.fspath(folder) if self.root is None else self.root
 
     def listing(self, classes: Sequence[str], entries: Iterable[Video], notes: Sequence[str] = ()) -> Listing:
         """A listing below ``top``."""
