@@ -48,7 +48,8 @@ class Workers:
         self.restarts = 0
         self._loader: DataLoader[Any] | None = None
         self._batches: Any = None  # torch's iterator over the workers' results, one for the life of the workers
-        self._feed = _Feed()
+        self._tasks: Callable[[], Iterator[Task]] = lambda: iter(())
+        self._is_new = False  # whether the tasks are those of another epoch than the workers'
         self._suspected: set[int] = set()
 
     def results(
@@ -62,8 +63,8 @@ class Workers:
         Raises RuntimeError if workers keep dying without a video to blame, or with the traceback of another error.
         """
         done, fruitless = 0, 0
-        self._feed.tasks = lambda: (make(rows) for rows in batches[done:])
-        self._feed.is_new = True
+        self._tasks = lambda: (make(rows) for rows in batches[done:])
+        self._is_new = True
         try:
             while done < len(batches):
                 try:
@@ -82,15 +83,19 @@ class Workers:
         finally:
             if done < len(batches):  # Ctrl-C, too, in the middle of the workers' queue: its state is unknown
                 self.close()
-            self._feed.tasks = _no_tasks  # `make` may refer to the loader that owns this
+            self._tasks = lambda: iter(())  # `make` may refer to the loader that owns this
+
+    def __iter__(self) -> Iterator[Task]:
+        """The tasks of this epoch, for DataLoader."""
+        return self._tasks()
 
     def _next(self) -> Result:
         """The next result. Raises one of _TROUBLE if a worker died or hangs."""
         if self._loader is None:
             self._loader = self._start()
-        if self._batches is None or self._feed.is_new:
+        if self._batches is None or self._is_new:
             self._batches = iter(self._loader)  # workers of an earlier epoch have _POLL seconds to answer
-            self._feed.is_new = False
+            self._is_new = False
         quiet, begun = time.monotonic(), -1
         while True:
             try:
@@ -120,7 +125,7 @@ class Workers:
             raise SystemExit(1)  # a worker that runs a script without its guard: the parent says so, once
         return DataLoader(
             self.decoder,  # type: ignore[arg-type]  # only __getitems__ is used
-            batch_sampler=self._feed,  # type: ignore[arg-type]
+            batch_sampler=self,  # type: ignore[arg-type]  # only __iter__ is used
             num_workers=self.workers,
             collate_fn=_same,  # type: ignore[arg-type]  # __getitems__ gives a batch
             pin_memory=self.pin,
@@ -198,21 +203,6 @@ class Workers:
             process.join(5.0)
         self.table.cells.fill_(-1)
         self.table.counts.zero_()
-
-
-def _no_tasks() -> Iterator[Task]:
-    return iter(())
-
-
-class _Feed:
-    """The batch sampler that gives tasks to DataLoader."""
-
-    def __init__(self) -> None:
-        self.tasks: Callable[[], Iterator[Task]] = _no_tasks
-        self.is_new = False  # whether the tasks are those of another epoch than the workers'
-
-    def __iter__(self) -> Iterator[Task]:
-        return self.tasks()
 
 
 _TROUBLE = (RuntimeError, OSError, EOFError, AssertionError)
