@@ -267,6 +267,16 @@ def test_missing_and_changed_files(stand, manifest):
     assert "lost.webm" in told[0]
 
 
+def test_a_row_without_facts_is_a_bad_one(stand, manifest):
+    manifest = replace(
+        manifest, videos=(manifest.videos[0], replace(manifest.videos[1], codec="", frames=0, packed=None))
+    )
+    told = {}
+    (batch,) = stand(manifest, [np.array([0, 1])], on_bad=told.__setitem__)
+    assert batch.samples.tolist() == [0]
+    assert told == {1: "the manifest has no facts about it; index the data again"}
+
+
 def test_on_bad_may_stop(stand, manifest):
     manifest = replace(manifest, videos=(replace(manifest.videos[0], path="lost.webm"),))
 

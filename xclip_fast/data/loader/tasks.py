@@ -24,7 +24,9 @@ from ..transforms import View
 
 
 def draw_views(transform: Any, video: Video, seed: int, epoch: int, row: int) -> list[View]:
-    """The transform's views of the video in this row, in this epoch."""
+    """The transform's views of the video in this row, in this epoch. Raises VideoError for a row without facts."""
+    if min(video.frames, video.width, video.height) < 1:
+        raise VideoError("the manifest has no facts about it; index the data again")
     rng = sample_rng(seed, epoch, row) if getattr(transform, "random", True) else None
     return transform.views(video.frames, video.width, video.height, rng)
 
@@ -123,14 +125,11 @@ class Decoder:
 
     def one(self, task: Task, place: int, out: np.ndarray) -> str:
         """Decodes one video of a task into `out`, uint8 (V, T, S, S, 3). Returns "", or the reason of a failure."""
-        row, video = int(task.rows[place]), task.manifest.videos[place]
-        if min(video.frames, video.width, video.height) < 1:
-            return "the manifest has no facts about it; index the data again"
         source = None
         try:
             source = task.manifest.source(place)
-            views = draw_views(self.transform, video, self.seed, task.epoch, row)
-            decode_views(source, views, out=out)
+            row, video = int(task.rows[place]), task.manifest.videos[place]
+            decode_views(source, draw_views(self.transform, video, self.seed, task.epoch, row), out=out)
         except (VideoError, DamagedPlan, IndexError, OSError, MemoryError) as error:
             return one_line(str(error).removeprefix(f"{source}: ")) or type(error).__name__
         return ""
