@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -39,10 +40,6 @@ class CannotWrite(Exception):
     def __init__(self, error: Exception) -> None:
         super().__init__(reason(error))
         self.errno = getattr(error, "errno", None)
-
-
-class Stopped(Exception):
-    """The run stops; the present file is given up."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +80,7 @@ def reencode(
     """Encodes every decodable frame of `source` into the MP4 file `path`, at even times.
 
     Returns the damage of the source, if any, and the times of its frames, for `finish`. Raises VideoError if there is
-    no frame, CannotWrite for FFmpeg's errors in writing, and Stopped if `stopped()` is true.
+    no frame, CannotWrite for FFmpeg's errors in writing, and CancelledError if `stopped()` is true.
     """
     damage: list[str] = []
     shown = Source(source)
@@ -178,7 +175,7 @@ def _frames(
     count = patched = 0
     for frame in all_frames(container, stream, damage):
         if stopped():
-            raise Stopped
+            raise CancelledError
         count += 1
         patched += frame.is_corrupt
         yield frame
