@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
@@ -120,6 +121,8 @@ class File:
 
     def _check_member(self, source: Source, length: int) -> None:
         """Refuses a tar member that has moved."""
+        from tarfile import HeaderError, TarInfo
+
         if source.size is None or source.offset is None or source.offset < 0 or source.size < 0:
             raise ValueError(f"{source}: a member of a tar file needs an offset and a size; got size {source.size}")
         if source.offset + source.size > length:
@@ -132,11 +135,11 @@ class File:
         except OSError as error:
             raise ReadError(f"{source}: cannot be read ({error.strerror})") from error
         self._at = 0
-        digits = header[124:136].strip(b"\0 ")  # octal; other forms, for huge members, are not checked
-        if header[257:262] == b"ustar" and digits.isdigit() and int(digits, 8) != source.size:
-            raise VideoError(
-                f"{source}: the tar file has another member at this place, so it has changed. Index it again"
-            )
+        with contextlib.suppress(HeaderError):  # damaged, or not a header: not checked
+            if TarInfo.frombuf(header, "utf-8", "surrogateescape").size != source.size:
+                raise VideoError(
+                    f"{source}: the tar file has another member at this place, so it has changed. Index it again"
+                )
 
     def read(self, count: int) -> bytes:
         """Up to `count` bytes; none at the end. After a passing error the file is opened and read again."""
