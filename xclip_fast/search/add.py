@@ -264,7 +264,6 @@ class Writer:
             self.flush()
         finally:
             self.spool.close()
-            self.store.release()
 
 
 def _local(path: str) -> tuple[int, str]:

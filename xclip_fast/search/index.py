@@ -154,9 +154,6 @@ class Index:
             embed: replaces the model and the loop, for example on a cluster. Returns the results of `answers`.
         """
         inputs = videos if isinstance(videos, Inputs) else find_videos(videos)
-        work = plan(self.store, inputs, root=self.root, digest=digest, retry=retry)
-        work.summary.failed.update((line.partition(": ")[0], line) for line in inputs.empty)
-        on_plan(len(work.paths))
 
         def here(paths: Iterable[str]) -> Any:
             reading = self.reading(limits)
@@ -165,7 +162,13 @@ class Index:
                 self.model, paths, reading, lambda found: found[:keep], batch_size=batch_size, workers=workers
             )
 
-        return run(self.store, work, embed or here, on_file)
+        try:
+            work = plan(self.store, inputs, root=self.root, digest=digest, retry=retry)
+            work.summary.failed.update((line.partition(": ")[0], line) for line in inputs.empty)
+            on_plan(len(work.paths))
+            return run(self.store, work, embed or here, on_file)
+        finally:
+            self.store.release()
 
     def search(
         self,
