@@ -24,6 +24,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from ..decode.dali_support import missing
 from ..manifest.manifest import Manifest
 from ..sampling import epoch_batches, epoch_order
 from ..threads import processes_and_threads
@@ -101,10 +102,11 @@ class Loader:
             raise ValueError(f"timeout is {timeout}; a positive number of seconds is wanted")
         if decoder not in ("auto", "dali", "cpu"):
             raise ValueError(f"decoder is {decoder!r}; it must be 'auto', 'dali' or 'cpu'")
-        refused = _no_dali(place)
+        on_gpu = place.type == "cuda"
+        refused = missing() if on_gpu else f"DALI is for CUDA devices, and the device is {place}"
         if decoder == "dali" and refused:
-            raise (ImportError if "not installed" in refused else ValueError)(f"decoder='dali': {refused}")
-        if decoder == "auto" and refused and place.type == "cuda":
+            raise (ImportError if on_gpu else ValueError)(f"decoder='dali': {refused}")
+        if decoder == "auto" and refused and on_gpu:
             log.info("videos are decoded on the CPU: %s", refused)
         workers, threads = processes_and_threads(workers, threads)
         dali = decoder != "cpu" and not refused
@@ -113,7 +115,7 @@ class Loader:
         make = Decoder(transform, seed, threads, workers)
         self.manifest, self.batch_size, self.device = manifest, batch_size, place
         self.decoder: Literal["dali", "cpu"] = "dali" if dali else "cpu"
-        self.workers, self._max_bad = Workers(make, workers, prefetch, place.type == "cuda", timeout), max_bad
+        self.workers, self._max_bad = Workers(make, workers, prefetch, on_gpu, timeout), max_bad
         self._shuffle, self._rank, self._world = shuffle, rank, world
         self._usable = manifest.usable
         self._epoch, self._start, self._consumed = 0, 0, 0
@@ -310,12 +312,3 @@ class Loader:
 
 
 loader = Loader  # used as a function: `for batch in loader(...)`
-
-
-def _no_dali(device: torch.device) -> str | None:
-    """The reason why DALI is not used, or None."""
-    if device.type != "cuda":
-        return f"DALI is for CUDA devices, and the device is {device}"
-    from ..decode.dali_support import missing
-
-    return missing()
