@@ -45,9 +45,9 @@ class Summary:
 
 @dataclass
 class Plan:
-    """The files to embed: `paths` to read, by the stored name, and the present facts of each in `known`."""
+    """The files to embed: the stored name of each path to read, and the present facts of each name."""
 
-    paths: dict[str, str]
+    names: dict[str, str]
     known: dict[str, Known]
     replaced: set[str]
     summary: Summary
@@ -104,7 +104,7 @@ def plan(store: Store | ParquetFolder, inputs: Inputs, *, root: str, digest: boo
         except ValueError as error:
             summary.failed[path] = str(error)
             continue
-        if name in todo:
+        if name in now:
             continue
         if same and old is not None and not (retry and old.error):
             if old.error:
@@ -116,7 +116,7 @@ def plan(store: Store | ParquetFolder, inputs: Inputs, *, root: str, digest: boo
         if twin is not None:
             summary.aliases[name] = twin
             continue
-        todo[name] = path
+        todo[path] = name
         now[name] = Known(size, stamp, sha, None)
         by_identity.setdefault((size, stamp), []).append(name)
         if old is not None:
@@ -138,7 +138,7 @@ def run(
 
     If the run is interrupted, it still commits the files that are complete.
     """
-    names = {path: name for name, path in work.paths.items()}
+    names = work.names
     writer = Writer(store, work)
     written: set[str] = set()  # by other processes, since the plan was made
     pending = list(names)

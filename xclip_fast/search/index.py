@@ -165,7 +165,7 @@ class Index:
         try:
             work = plan(self.store, inputs, root=self.root, digest=digest, retry=retry)
             work.summary.failed.update((line.partition(": ")[0], line) for line in inputs.empty)
-            on_plan(len(work.paths))
+            on_plan(len(work.names))
             return run(self.store, work, embed or here, on_file)
         finally:
             self.store.release()

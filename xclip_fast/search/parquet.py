@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import locked, remove, replaced, require_regular
-from .rows import Known, StoreSettings, check_settings, metadata_of, read_settings, schema_of
+from .rows import Known, StoreSettings, check_settings, read_settings, schema_of
 
 
 class ParquetFolder:
@@ -62,10 +62,9 @@ class ParquetFolder:
         """Removes the rows of the outdated files, and writes one part with these rows."""
         import pyarrow.parquet as pq
 
-        schema = schema_of(self.settings).with_metadata(metadata_of(self.settings))
         self.drop(outdated)  # first: after a kill rows are missing and added again, but never doubled
         new = self.folder / f"part-{uuid.uuid4().hex}.parquet"
-        with replaced(new) as draft, pq.ParquetWriter(draft, schema) as writer:
+        with replaced(new) as draft, pq.ParquetWriter(draft, schema_of(self.settings)) as writer:
             for batch in batches:
                 if batch.num_rows:
                     writer.write_batch(batch)

@@ -45,11 +45,6 @@ class Known(NamedTuple):
     error: str | None
 
 
-def metadata_of(settings: StoreSettings) -> dict[bytes, bytes]:
-    """The settings for the metadata of an Arrow schema; ``read_settings`` reads them back."""
-    return {_KEY: json.dumps({"format": _VERSION, **asdict(settings)}).encode()}
-
-
 def read_settings(place: Path, schema: Any) -> StoreSettings:
     """The settings in the metadata of an Arrow schema.
 
@@ -65,7 +60,7 @@ def read_settings(place: Path, schema: Any) -> StoreSettings:
             found: StoreSettings = build(StoreSettings, written)
         except TypeError:
             raise ValueError("its settings are incomplete") from None
-        if not schema.remove_metadata().equals(schema_of(found)):
+        if not schema.equals(schema_of(found)):
             raise ValueError("its columns do not fit its settings")
     except (ValueError, OverflowError) as error:
         raise ValueError(f"{place}: holds a table that is not a store ({error})") from error
@@ -86,7 +81,7 @@ def check_settings(place: Path, made_with: StoreSettings, wanted: StoreSettings)
 
 
 def schema_of(settings: StoreSettings) -> Any:
-    """The columns of a store, as an Arrow schema."""
+    """The columns of a store, as an Arrow schema. The metadata hold the settings, for ``read_settings``."""
     import pyarrow as pa
 
     columns = [
@@ -102,7 +97,7 @@ def schema_of(settings: StoreSettings) -> Any:
     ]
     if settings.patches:
         columns.append(pa.field("patches", pa.list_(pa.float16(), settings.patches * settings.embed_dim)))
-    return pa.schema(columns)
+    return pa.schema(columns, {_KEY: json.dumps({"format": _VERSION, **asdict(settings)})})
 
 
 def row_id(path: str, start: float) -> str:
