@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -104,15 +105,13 @@ def reencode(
             if stream.sample_aspect_ratio:
                 shape = stream.sample_aspect_ratio
                 context.sample_aspect_ratio = 1 / shape if Upright().turned(first) else shape
-            frame: VideoFrame | None = first
-            while frame is not None:
+            for frame in chain([first], frames):
                 picture = convert(frame)
                 picture.pts, picture.duration, picture.time_base = len(clock.given), 1, 1 / rate
                 clock.add(frame)
                 picture.pict_type = 0  # the encoder decides
                 with _writing_errors():
                     copy.mux(output.encode(picture))
-                frame = next(frames, None)
             with _writing_errors():
                 copy.mux(output.encode(None))
     return damage, clock
