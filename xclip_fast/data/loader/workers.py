@@ -143,7 +143,7 @@ class Workers:
         for number, process in enumerate(self.processes):
             suspects += self.table.busy(number, 0.0 if not process.is_alive() else self.timeout)
         codes = [process.exitcode for process in self.processes if process.exitcode]
-        self.close()
+        self.close(kill=True)
         self.restarts += 1
         reason = f"{one_line(str(error))}{f' ({_exit(codes[0])})' if codes else ''}"
         log.warning("%s; the workers are restarted; %d videos are suspected", reason, len(suspects))
@@ -190,16 +190,21 @@ class Workers:
             f"/dev/shm{shared}. workers=0 decodes in this process and shows the error"
         )
 
-    def close(self) -> None:
-        """Ends the workers, whatever they do. They start again when they are needed."""
+    def close(self, kill: bool = False) -> None:
+        """Ends the workers, each after its batch. They start again when they are needed.
+
+        One that has decoded a single video for a second is killed; with `kill`, all are.
+        """
         batches, processes = self._batches, self.processes
         self._batches = self._loader = None
         if batches is None:
             return
-        for process in processes:
-            process.kill()
+        for worker, process in enumerate(processes):
+            if kill or self.table.busy(worker, 1.0):
+                process.kill()
         batches._shutdown_workers()  # a pending error still refers to it, so it would not be deleted now
         for process in processes:
+            process.kill()
             process.join(5.0)
         self.table.cells.fill_(-1)
         self.table.counts.zero_()
