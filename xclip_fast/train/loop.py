@@ -18,7 +18,7 @@ import math
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +56,6 @@ from .setup import (
 )
 
 FEW_STEPS, SMALL_MOVE = 100, 0.01  # a run of fewer steps, whose learning rates sum to less, says that it hardly trains
-
-
-def main(config: str, overrides: Sequence[str] = (), *, fresh: bool = False) -> Path:
-    """Train by a YAML file (or a shipped configuration) and ``key=value`` overrides. Returns the output folder."""
-    return train(train_config.load(config, overrides), fresh=fresh)
 
 
 def train(config: TrainConfig, *, fresh: bool = False) -> Path:
