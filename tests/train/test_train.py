@@ -645,7 +645,7 @@ def test_the_command_says_what_stopped_it(
     def stopped(*_: Any, **__: Any) -> None:
         raise error
 
-    monkeypatch.setattr(module, "main", stopped)
+    monkeypatch.setattr(module, "train", stopped)
     with pytest.raises(SystemExit) as ended:
         cli.main(["train", "motion"])
     assert ended.value.code == 1

@@ -155,9 +155,8 @@ class Meter:
         if self.process.world > 1:
             everywhere = [None] * self.process.world
             dist.all_gather_object(everywhere, (bool(bad.any()), rows))
-        guilty = [row for has, found in everywhere for row in found if has] or [
-            r for _, found in everywhere for r in found
-        ]
+        some = any(has for has, _ in everywhere)
+        guilty = [row for has, found in everywhere if has or not some for row in found]
         names = ", ".join(f"{row} ({self.name_of(row)})" for row in guilty[:8])
         what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
         return (
