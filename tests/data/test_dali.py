@@ -267,6 +267,14 @@ def test_missing_and_changed_files(stand, manifest):
     assert "lost.webm" in told[0]
 
 
+def test_reads_that_give_less_than_asked(stand, manifest, monkeypatch):
+    """As on some network file systems."""
+    whole, routes = os.read, {}
+    monkeypatch.setattr(os, "read", lambda file, count: whole(file, min(count, 100)))
+    assert next(stand(manifest, [np.array([0])], routes=routes)).samples.tolist() == [0]
+    assert routes == {0: None}
+
+
 def test_a_row_without_facts_is_a_bad_one(stand, manifest):
     manifest = replace(
         manifest, videos=(manifest.videos[0], replace(manifest.videos[1], codec="", frames=0, packed=None))
@@ -295,6 +303,21 @@ def test_breaking_off_ends_the_threads(stand, manifest):
     next(batches)
     batches.close()
     assert threading.active_count() == before
+
+
+def test_breaking_off_drops_the_samples_ahead(stand, manifest, monkeypatch):
+    decoded = []
+
+    def slow(source, views):
+        time.sleep(0.2)
+        decoded.append(source)
+        return decode_views(source, views)
+
+    monkeypatch.setattr(dali, "decode_views", slow)
+    batches = stand(manifest, [np.array([0]), np.array([2] * 9 + [0])], workers=1)
+    next(batches)
+    batches.close()
+    assert len(decoded) <= 3
 
 
 def test_a_broken_dali_is_an_error(stand, manifest):

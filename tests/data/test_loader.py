@@ -54,6 +54,11 @@ class Hang(Slow):
             time.sleep(60)
         return super().one(task, place, out)
 
+class Late(Decoder):
+    def one(self, task, place, out):
+        time.sleep(0.8 * (task.rows[place] >= 16))
+        return super().one(task, place, out)
+
 class Wrong(Slow):
     def one(self, task, place, out):
         1 / 0
@@ -435,6 +440,17 @@ def test_a_broken_off_iteration_leaves_nothing_behind(manifest: Manifest, hooks:
     assert time.monotonic() - start < 3
     names = os.listdir("/dev/shm") if os.path.isdir("/dev/shm") else []
     assert not [name for name in names if name.startswith(tuple(f"torch_{pid}_" for pid in (os.getpid(), *pids)))]
+
+
+def test_closing_does_not_wait_for_whole_batches(manifest: Manifest, hooks: Any) -> None:
+    batches = loader(manifest, TRAIN, 8, workers=2, threads=1, prefetch=1)
+    batches.workers.decoder.__class__ = hooks.Late
+    next(iteration := iter(batches))
+    time.sleep(0.3)  # the last batch, of six slow videos, has begun
+    start = time.monotonic()
+    iteration.close()
+    assert time.monotonic() - start < 3
+    assert _rows(list(batches)) == list(range(N))
 
 
 def test_ctrl_c_ends_all_processes(manifest: Manifest, hooks: Any, tmp_path: Path) -> None:

@@ -101,8 +101,8 @@ def dali_batches(
                 waiting.append(run.begin(todo.popleft()))
             yield run.finish(waiting.popleft())
     finally:
+        run.readers.close()  # first, because the engines wait for samples
         run.engines.close()
-        run.readers.close()
 
 
 class _Pending(NamedTuple):
@@ -170,7 +170,8 @@ class _Epoch:
             path = os.path.join(self.manifest.root, video.path)
             try:
                 with contextlib.closing(File(Source(path, video.offset, video.size))) as file:
-                    data = file.read(video.size + 1)  # not mapped: a file that shrinks under a map kills the process
+                    # Not mapped: a file that shrinks under a map kills the process. A read may give less than asked.
+                    data = b"".join(iter(partial(file.read, video.size + 1), b""))
                 why = container(data[:8]) if len(data) == video.size else "has changed since it was indexed"
             except OSError as error:  # the CPU decoder has the better error, if the file is bad
                 why = f"cannot be read: {error}"

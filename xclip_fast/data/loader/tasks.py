@@ -61,12 +61,14 @@ class Table:
     """The video that each thread of each worker is decoding. It lies in shared memory and outlives the worker.
 
     `cells`: int64 (workers, threads, 2), the row or -1, and the start (monotonic ns, one clock for all processes).
-    `counts`: int64 (workers,), the number of videos that each worker has begun.
+    `counts`: int64 (workers,), the number of videos that each worker has begun. `ended`: bool (1,), whether the workers
+    should decode no further videos.
     """
 
     def __init__(self, workers: int, threads: int) -> None:
         self.cells = torch.full((workers, threads, 2), -1, dtype=torch.int64).share_memory_()
         self.counts = torch.zeros(workers, dtype=torch.int64).share_memory_()
+        self.ended = torch.zeros(1, dtype=torch.bool).share_memory_()
 
     def begin(self, worker: int, thread: int, row: int) -> None:
         cells = self.cells.numpy()
@@ -102,6 +104,8 @@ class Decoder:
             slots.put(slot)
 
         def one(place: int) -> str:
+            if self.table.ended:
+                return ""  # nobody waits for this batch
             slot = slots.get()
             self.table.begin(worker, slot, int(task.rows[place]))
             try:

@@ -191,7 +191,7 @@ class Workers:
         )
 
     def close(self, kill: bool = False) -> None:
-        """Ends the workers, each after its batch. They start again when they are needed.
+        """Ends the workers, each after its videos in work. They start again when they are needed.
 
         One that has decoded a single video for a second is killed; with `kill`, all are.
         """
@@ -199,6 +199,7 @@ class Workers:
         self._batches = self._loader = None
         if batches is None:
             return
+        self.table.ended.fill_(True)
         for worker, process in enumerate(processes):
             if kill or self.table.busy(worker, 1.0):
                 process.kill()
@@ -208,6 +209,7 @@ class Workers:
             process.join(5.0)
         self.table.cells.fill_(-1)
         self.table.counts.zero_()
+        self.table.ended.fill_(False)
 
 
 _TROUBLE = (RuntimeError, OSError, EOFError, AssertionError)
