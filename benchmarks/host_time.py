@@ -74,9 +74,8 @@ def main() -> None:
     # a GPU's tensors are not asked
     importlib.import_module("xclip_fast.kernels.cct_block")._on_cpu = kernels.cpu.takes = lambda *_: False
     for name in ("triton", "library"):
-        forced = kernels.backend(
-            "auto" if name == "library" else name
-        )  # as a GPU chooses, for which nothing was measured
+        # the library's are what a GPU chooses for which nothing was measured
+        forced = kernels.backend("auto" if name == "library" else name)
         with fake_gpu.fake_gpu(90, chooses=True) as made, forced, plans.swap("attention", "triton"), torch.no_grad():
             for what, call in calls(name).items():
                 launches, microseconds = measure(call, made)
