@@ -162,7 +162,7 @@ def _refuse_float32(case: Case) -> str | None:
 def _refuse_cuda(case: Case) -> str | None:
     if case.activation in GELUS:
         return "its epilogue has quick_gelu only"
-    if case.training and not cuda_library.tiles(case.dtype, keep=True):
+    if case.training and not cuda_library.tiles("NormGeluKept", case.dtype):
         return f"it was not built for training in {case.dtype}"
     if case.width % 8 or case.hidden % 8:
         return f"width {case.width}, {case.hidden} in the FFN: multiples of 8 wanted, for rows in whole 16 bytes"
