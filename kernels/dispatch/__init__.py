@@ -166,7 +166,7 @@ class Op:
         """
         if self.sizes is None or not choices.known(self.name) or torch.compiler.is_compiling():
             return ()
-        architecture = choices.architecture(args[0])
+        architecture = choices.architecture(args[0].device)
         if architecture is None:
             return ()
         dtype = args[self.autocast[0] if self.autocast else 0].dtype
