@@ -189,7 +189,7 @@ def _kill_an_actor(cluster: Any) -> int:
             parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
         except OSError:
             continue
-        if "_Actor" in title and parent in nodes:
+        if "(VideoStage)" in title and parent in nodes:
             os.kill(int(entry.name), signal.SIGKILL)
             return int(entry.name)
     return 0

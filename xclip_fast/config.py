@@ -319,7 +319,6 @@ PAPER_TABLE1: dict[str, PaperRow] = {
 
 def variant(name: str) -> XCLIPConfig:
     """The config of a variant by name. Raises ValueError with the known names for another name."""
-    try:
-        return VARIANTS[name]
-    except KeyError:
-        raise ValueError(f"no variant is called {name!r}; known are {', '.join(VARIANTS)}") from None
+    if name not in VARIANTS:
+        raise ValueError(f"no variant is called {name!r}; known are {', '.join(VARIANTS)}")
+    return VARIANTS[name]

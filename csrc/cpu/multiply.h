@@ -108,15 +108,18 @@ struct Tiles {
   Tiles() {}
 };
 
+constexpr int kPanelVectors = 3;  // of rows in a full panel
 #ifdef __AVX512F__
-constexpr int kOutputs = 8;  // of an inner loop: 8 x 3 registers of sums
+constexpr int kOutputs = 8;     // of an inner loop: 8 x 3 registers of sums
+constexpr int kDepth = 128;     // words of K: a part of a panel is 24 KiB of L1
+constexpr int kChunk = 192;     // outputs of a task
+constexpr int kMostPanels = 9;  // of a task
 #else
 constexpr int kOutputs = 4;  // 4 x 3 registers of sums
+constexpr int kDepth = 192;  // a part of a panel is 18 KiB of L1
+constexpr int kChunk = 96;
+constexpr int kMostPanels = 9;
 #endif
-constexpr int kDepth = 192;       // words of K: a part of a panel is 18 KiB of L1 with AVX2, 36 with AVX-512
-constexpr int kPanelVectors = 3;  // of rows in a full panel
-constexpr int kChunk = 96;        // outputs of a task
-constexpr int kMostPanels = 9;    // of a task
 
 inline Vector multiply_add(Vector a, Vector b, Vector c) {
 #ifdef __AVX512BF16__

@@ -63,6 +63,32 @@ def test_the_garbage_collector_is_off_during_imports_alone() -> None:
     assert done.stdout.splitlines() == ["True", "True True True", "False True False"], done.stderr
 
 
+WITH_TORCH = """
+    classify a.mp4 --random-weights --labels a
+    embed . --out a --random-weights
+    search a b
+    train motion
+    evaluate a b
+    protocol few-shot-ucf101 a b --shots 1
+    few-shot a --shots 1 --out a.jsonl
+    convert a b
+    export a
+    info
+    flops --time
+"""
+
+
+@pytest.mark.parametrize("command", WITH_TORCH.strip().splitlines())
+def test_every_command_imports_torch_without_the_garbage_collector(command: str, tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("import gc\nprint(gc.isenabled())\nraise ImportError('seen')")
+    (tmp_path / "a.mp4").touch()
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from xclip_fast.cli.main import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *command.split()], capture_output=True, text=True, timeout=120, cwd=tmp_path
+    )
+    assert done.stdout.splitlines()[:1] == ["False"], done.stderr
+
+
 def test_version_and_completion() -> None:
     done = run("--version")
     assert (done.returncode, done.stdout) == (0, f"xclip-fast {xclip_fast.__version__}\n")

@@ -139,19 +139,6 @@ def test_without_dali(monkeypatch, manifest):
     assert "nvidia.dali" not in sys.modules or dali_support.missing()
 
 
-def test_bytes_of_a_file(tmp_path):
-    path = tmp_path / "file"
-    path.write_bytes(bytes(range(100)))
-    assert dali_graph.read_encoded(str(path), 10, 5).tolist() == [10, 11, 12, 13, 14]
-    assert len(dali_graph.read_encoded(str(path), None, 100)) == 100
-    for offset, size in ((None, 99), (90, 11)):
-        with pytest.raises(OSError, match=r"file: (no longer|ends)"):
-            dali_graph.read_encoded(str(path), offset, size)
-    os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(OSError, match="regular"):
-        dali_graph.read_encoded(str(tmp_path / "pipe"), None, 0)
-
-
 def test_frames_are_asked_for_once():
     views = [View(np.array([7, 7, 2]), (1, 2, 30, 40), 8), View(np.array([2, 5, 9]), (0, 0, 9, 9), 8, flip=True)]
     inputs = dali_graph.inputs_of(np.zeros(3, np.uint8), views, 2)
@@ -278,6 +265,16 @@ def test_missing_and_changed_files(stand, manifest):
     assert batch.samples.tolist() == [1, 2]
     assert np.array_equal(batch.frames[0], expected(manifest, TestTransform(frames=2, size=8), 1))
     assert "lost.webm" in told[0]
+
+
+def test_a_row_without_facts_is_a_bad_one(stand, manifest):
+    manifest = replace(
+        manifest, videos=(manifest.videos[0], replace(manifest.videos[1], codec="", frames=0, packed=None))
+    )
+    told = {}
+    (batch,) = stand(manifest, [np.array([0, 1])], on_bad=told.__setitem__)
+    assert batch.samples.tolist() == [0]
+    assert told == {1: "the manifest has no facts about it; index the data again"}
 
 
 def test_on_bad_may_stop(stand, manifest):

@@ -879,6 +879,12 @@ def test_members_of_a_tar_file(name, clip, tmp_path, monkeypatch):
     check_refused(probe, Source(str(shard), members[1].offset, size), "the tar file ends before this member")
     check_refused(probe, Source(str(shard), members[1].offset, members[0].size), "has another member at this place")
     check_refused(probe, Source(str(shard), members[1].offset + 99, 500), "cannot be opened as a video")
+    damaged = tmp_path / "damaged.tar"
+    data = bytearray(shard.read_bytes())
+    header = members[1].offset - 512
+    data[header + 124 : header + 135] = b"9" * 11  # no octal number
+    damaged.write_bytes(data)
+    assert probe(Source(str(damaged), members[1].offset, members[1].size)).frames == 40
     check_refused(probe, Source(str(tmp_path / "absent.tar"), 0, 5), "no such file")
     with pytest.raises(ValueError, match="needs an offset and a size"):
         probe(Source(str(shard), 512))

@@ -418,14 +418,16 @@ def test_a_broken_off_iteration_leaves_nothing_behind(manifest: Manifest, hooks:
     batches.workers.decoder.__class__ = hooks.Slow
     for batch in batches:
         if batch.samples[0] == 4:
+            pids = _pids(batches)
             break
     assert (batches.epoch, batches.state_dict()["batches"]) == (0, 3)
-    pids = _pids(batches)
     assert len(pids) == 2
-    assert _rows(list(batches)) == list(range(N))  # from its start, with the same workers
-    assert _pids(batches) == pids
+    assert _gone(pids, 3)
+    assert _rows(list(batches)) == list(range(N))  # from its start
+    pids = _pids(batches)
     iteration = iter(batches)
     next(iteration)
+    assert _pids(batches) == pids  # the workers go on from epoch to epoch
     del batch, iteration
     start = time.monotonic()
     del batches

@@ -328,6 +328,18 @@ def test_damaged_source_is_copied_as_far_as_it_goes_and_listed(source, tmp_path)
     assert "2 from damaged sources" in str(again)
 
 
+def test_packets_without_a_frame_are_bounded(source, tmp_path, monkeypatch):
+    write_clip(source / "clip.mp4", textured(20))
+    data = bytearray((source / "clip.mp4").read_bytes())
+    start = data.index(b"mdat")
+    end = start - 4 + int.from_bytes(data[start - 4 : start], "big")
+    data[start + 4 : end] = bytes(end - start - 4)
+    (source / "clip.mp4").write_bytes(data)
+    monkeypatch.setenv("XCLIP_FAST_MAX_LEADING_PACKETS", "5")
+    failed = transcode(source, tmp_path / "out").failed
+    assert "its first 5 packets give no frame" in failed[str(source / "clip.mp4")]
+
+
 def test_tree_is_kept_and_a_second_run_skips(source, tmp_path):
     names = ["a/b/x.mp4", "a/y.AVI", "z.mkv", "odd ,name\n%d\udce9.mp4"]
     for name in names:

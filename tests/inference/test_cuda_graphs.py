@@ -199,7 +199,7 @@ def test_buckets(gpu: Gpu, tiny_model: XCLIP, monkeypatch: pytest.MonkeyPatch) -
         one(torch.randn(1, 3, 3, 32, 32))
         one(torch.randn(1, 3, 3, 32, 32).half())
         assert len(gpu.tapes) == 5
-        monkeypatch.setattr(graphs, "_autocast_dtype", lambda: torch.bfloat16)
+        monkeypatch.setattr(graphs, "autocast_dtype", lambda device_type: torch.bfloat16)
         with pytest.warns(UserWarning, match="CUDA is not available"):  # torch.autocast here; it does nothing
             one(frames(tiny_model, 1))
         assert len(gpu.tapes) == 6

@@ -19,6 +19,10 @@ def names(folder: Path) -> list[str]:
     return sorted(os.path.basename(path) for path in table["path"].to_pylist())
 
 
+def interrupted(files: int) -> None:
+    raise KeyboardInterrupt
+
+
 def test_adds_updates_and_drops(tmp_path):
     torch.manual_seed(0)
     XCLIP(CONFIG).save_pretrained(tmp_path / "a")
@@ -45,6 +49,9 @@ def test_adds_updates_and_drops(tmp_path):
     assert names(out) == ["1.mp4", "2.mp4", "3.mp4", "broken.mp4"]
     assert again.store.counts() == (3, 3, 1)
     assert not [path for path in out.iterdir() if path.name.startswith(".")]
+    with pytest.raises(KeyboardInterrupt):
+        again.add(videos, on_plan=interrupted)
+    assert Index.open(out, tmp_path / "a", device="cpu", dtype="float32").add(videos).unchanged == 3
     with pytest.raises(ValueError, match="search in a store"):
         again.search("a cat")
     with pytest.raises(ValueError, match="frames 3, not 4"):

@@ -9,7 +9,8 @@ from xclip_fast import XCLIP
 from xclip_fast.data.manifest import Manifest, index
 from xclip_fast.data.motion import CLASSES, render, write_clip
 from xclip_fast.evaluate.loop import evaluate
-from xclip_fast.train import loop as train
+from xclip_fast.train import train
+from xclip_fast.train.config import load
 
 SHAPE = [
     "model.vision={image_size: 32, patch_size: 16, width: 64, layers: 2, heads: 1}",
@@ -41,7 +42,7 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def accuracy(clips: Path, output: Path, overrides: list[str]) -> float:
     data = [f"data.train={clips / 'train.jsonl'}", f"output={output}"]
-    train.main("motion", [*data, *SHAPE, *overrides])
+    train(load("motion", [*data, *SHAPE, *overrides]))
     model = XCLIP.from_pretrained(output / "last", dtype=torch.float32)
     return evaluate(model, Manifest.read(clips / "test.jsonl"), workers=0).top1
 

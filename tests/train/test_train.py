@@ -28,6 +28,7 @@ from xclip_fast import XCLIP
 from xclip_fast.data.manifest import Manifest, index
 from xclip_fast.data.motion import write_dataset
 from xclip_fast.evaluate.loop import evaluate
+from xclip_fast.inference.processes import Process
 from xclip_fast.schema import ConfigError
 from xclip_fast.train import checkpoints as training_checkpoint
 from xclip_fast.train import config as train_config
@@ -38,6 +39,7 @@ from xclip_fast.train import optim
 from xclip_fast.train.checkpoints import Checkpoints, complete, latest
 from xclip_fast.train.config import DataConfig, from_dict
 from xclip_fast.train.loop import Diverged, SaveError, train
+from xclip_fast.train.metrics import LAG, Measured, Meter
 from xclip_fast.train.setup import read_data
 from xclip_fast.weights.recipe import Trained
 
@@ -373,6 +375,24 @@ def test_signal_saves_and_ends(videos: Path, tmp_path: Path, monkeypatch: pytest
     assert training_checkpoint.numbers(last)["step"] == 2  # the signal came in the second step
 
 
+@pytest.mark.parametrize(("world", "steps"), [(1, 3), (2, 3 + LAG)])
+def test_a_signal_ends_a_run_on_a_gpu_after_its_step(tmp_path: Path, world: int, steps: int) -> None:
+    """A single process does not wait for measurements of steps before; several agree on the step, by measurements."""
+    records = training_log.Log(tmp_path, train_config.LogConfig(), 100, silent=True)
+    numbers: dict[str, Any] = {"step": 0, "steps": 100, "epoch_steps": 100, "log_every": 100}
+    process = Process(torch.device("cuda"), 0, world)
+    meter = Meter(records, process, str, **numbers, save_minutes=None, with_norm=False)
+    done = 0
+    while not meter.stop:
+        if done == 2:
+            meter.signal = signal.SIGTERM
+        measured = Measured(done, 0.1)
+        measured.sums = torch.tensor([1.0, 1.0, 0.0, 1.0, *meter.wishes()])
+        meter.take(measured)
+        done += 1
+    assert done == steps
+
+
 def test_what_a_run_leaves(videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     changes = {"model__num_classes": None, "data__val": str(videos / "val.jsonl"), "checkpoint__every_epochs": 1}
@@ -625,7 +645,7 @@ def test_the_command_says_what_stopped_it(
     def stopped(*_: Any, **__: Any) -> None:
         raise error
 
-    monkeypatch.setattr(module, "main", stopped)
+    monkeypatch.setattr(module, "train", stopped)
     with pytest.raises(SystemExit) as ended:
         cli.main(["train", "motion"])
     assert ended.value.code == 1

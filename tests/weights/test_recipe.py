@@ -63,7 +63,8 @@ def test_training_writes_it(home: Path) -> None:
     classes = Manifest.read(home / "clips.jsonl").classes
     texts = {name: f"something that is {name}" for name in classes}
     for name in ("best", "last"):
-        assert Trained.read(home / "run" / name) == Trained(texts, 3, "dense", 5, templates=True)
+        for path in (name, f"{name}/model.safetensors"):
+            assert Trained.read(home / "run" / path) == Trained(texts, 3, "dense", 5, templates=True)
 
 
 def test_evaluate_takes_it_unless_told_otherwise(home: Path) -> None:
@@ -177,7 +178,7 @@ def test_a_linear_head_answers_with_its_classes(home: Path, tmp_path: Path, caps
     with pytest.raises(SystemExit) as left:
         cli.main(["classify", str(video), "-c", str(tmp_path / "head"), "--labels", "a,b"])
     assert left.value.code == 1
-    assert "the names of its 3 outputs in order (2 given)" in capsys.readouterr().err
+    assert "linear head has 3 outputs and there are 2 labels" in capsys.readouterr().err
 
 
 def test_convert_takes_it_along(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

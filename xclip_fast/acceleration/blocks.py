@@ -196,16 +196,15 @@ def _tower_subclass(original: Any, style: Style) -> type[nn.Module]:
 
 def _derived(original: Any, style: Style, made_by: Any, forward: Callable[..., Any], **more: Any) -> type[nn.Module]:
     def reduce(self: nn.Module, protocol: object) -> tuple[Any, ...]:
-        return _rebuild, (original, style.name, made_by.__name__), dict(self.__dict__)
+        return _rebuild, (made_by, original, style.name), dict(self.__dict__)
 
     body = {"forward": forward, "__reduce_ex__": reduce, "_accelerated_from": original, "__doc__": original.__doc__}
     return type(original.__name__, (original,), {**body, **more})
 
 
-def _rebuild(original: Any, style_name: str, made_by: str) -> nn.Module:
+def _rebuild(made_by: Any, original: Any, style_name: str) -> nn.Module:
     """An empty module for copy and pickle, which cannot find a class that was made at run time."""
-    style = next(style for style in STYLES if style.name == style_name)
-    swapped = {maker.__name__: maker for maker in (_subclass, _tower_subclass)}[made_by](original, style)
+    swapped = made_by(original, next(style for style in STYLES if style.name == style_name))
     return swapped.__new__(swapped)
 
 

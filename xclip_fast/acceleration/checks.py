@@ -9,10 +9,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .. import kernels
-from ..nn.parts import PLAIN, Kinds, find_change
+from ..nn.parts import LINEARS, PLAIN, Kinds, find_change
 from .styles import Parts, Style
 
 
@@ -59,13 +58,10 @@ def find_change_of(module: nn.Module, parts: Parts, style: Style, kinds: Kinds) 
     return None
 
 
-_LINEARS = (nn.Linear, NonDynamicallyQuantizableLinear)
-
-
 def _find_another_part(module: nn.Module, parts: Parts) -> str | None:
     """Why a block has more than its known parts, or None. Plain modules in other places count, too."""
     for layer in (parts.message_fc, parts.fc, parts.projection, *(each.out_proj for each in parts.attentions)):
-        if layer is not None and type(layer) not in _LINEARS:
+        if layer is not None and type(layer) not in LINEARS:
             return f"a linear layer is a {type(layer).__name__}"
     known = {each for each in parts if isinstance(each, nn.Module)}
     for name, child in module._modules.items():

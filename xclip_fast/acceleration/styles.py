@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn.cct import DropScales, Stream
-from ..nn.layers import drop_path_scale
+from ..nn.layers import drop_path_scales
 
 
 class Parts(NamedTuple):
@@ -149,9 +149,7 @@ def _huggingface_drops(parts: Parts, x_FLD: Tensor) -> DropScales:
 def _released_drops(parts: Parts, x_FLD: Tensor) -> DropScales:
     """Drops all branches per video. The released code draws per token position, unlike the paper."""
     probability = getattr(parts.drop_path, "drop_prob", None) or 0.0
-    if probability == 0.0:
-        return DropScales()
-    return DropScales(*(drop_path_scale(x_FLD.shape[0] // parts.frames, probability, x_FLD) for _ in range(3)))
+    return DropScales(*drop_path_scales(3, x_FLD.shape[0] // parts.frames, probability, x_FLD))
 
 
 def _released_call(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | str:

@@ -70,7 +70,6 @@ def classify(
         from ..inference.batches import Answer, Reading, answers
         from ..inference.labels import label_scorer
         from ..inference.placement import placed
-        from ..text.labels import refuse_same_texts
         from ..weights.checkpoint import find_weights
         from ..weights.recipe import Trained
 
@@ -88,15 +87,6 @@ def classify(
     opt.set_threads(threads)
     target = placed(device, dtype)
     model = opt.load_model(checkpoint, variant, random_weights).to(**target)
-    outputs = model.config.num_classes
-    if outputs is not None and (sentences or outputs != len(names)):
-        raise ValueError(
-            f"the model has a linear head and reads no text: give --labels with the names of its {outputs} outputs in "
-            f"order ({len(names)} given), and leave out --templates"
-        )
-    if outputs is None:
-        refuse_same_texts(names, model.config.label_tokens)
-
     if stride is not None and window is None:
         raise typer.BadParameter("works only together with --window", param_hint="--stride")
     page = opt.open_page(html, overwrite, random_weights)

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 import typer
 
 from ..console import plain, print_rows
-from .options import Frames, Overwrite, Variant, load_model
+from .options import Frames, Overwrite, Variant, load_model, quick_imports
 
 commands = typer.Typer()
 
@@ -55,7 +55,8 @@ def _predict(gpu: str, variants: list[str], batches: list[str], as_json: bool) -
         raise typer.BadParameter(f"{unknown[0]!r} is none of {', '.join(VARIANTS)}", param_hint="--variants")
     if bad := [batch for batch in batches if not batch.isdecimal() or not int(batch)]:
         raise typer.BadParameter(f"{bad[0]!r} is not a positive whole number", param_hint="--batches")
-    from ..time_model import GPUS, PLANS, predict
+    with quick_imports():
+        from ..time_model import GPUS, PLANS, predict
 
     rows = [
         [predict(variant, int(batch), GPUS[gpu], training=training, plan=plan) for plan in PLANS]
@@ -116,7 +117,8 @@ def convert(
     overwrite: Overwrite = False,
 ) -> None:
     """Convert a checkpoint to safetensors."""
-    from ..weights import checkpoint
+    with quick_imports():
+        from ..weights import checkpoint
 
     checkpoint.convert(source, folder, layout, drop_config=drop_config, overwrite=overwrite, clip=clip)
     print(f"{plain(str(folder))}: written in the layout {layout}")
@@ -143,9 +145,10 @@ def export(
     the model after it is written. If one differs, nothing is written and the exit code is 1. In a pipe, lines of file,
     bytes and the largest difference relative to the largest value.
     """
-    import torch
+    with quick_imports():
+        import torch
 
-    from ..export import export_model
+        from ..export import export_model
 
     target = folder or Path(f"{checkpoint.resolve().stem}-{format}")
     model = load_model(checkpoint, variant, random_weights=False)
@@ -157,6 +160,7 @@ def export(
 @commands.command()
 def info(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
     """Show versions, devices and backends."""
-    from ..info import show
+    with quick_imports():
+        from ..info import show
 
     show(as_json)

@@ -36,9 +36,11 @@ def train(
     The same command resumes a run that was stopped. On several GPUs:
     torchrun --nproc-per-node 8 -m xclip_fast train CONFIG KEY=VALUE...
     """
-    from ..train.loop import main as run
+    with opt.quick_imports():
+        from ..train import config as train_config
+        from ..train.loop import train as run
 
-    run(config, overrides or (), fresh=fresh)
+    run(train_config.load(config, overrides or ()), fresh=fresh)
 
 
 @commands.command()
@@ -72,7 +74,8 @@ def evaluate(
 
     A video's probabilities are averaged over its views. Videos that cannot be read are named.
     """
-    from .. import evaluate as evaluation
+    with opt.quick_imports():
+        from .. import evaluate as evaluation
 
     opt.set_threads(threads)
     run: Callable[..., Any] = evaluation.evaluate
@@ -141,7 +144,8 @@ def protocol(
 
     Prints the mean and the standard deviation beside the paper's figures (Tables 3 to 5).
     """
-    from ..evaluate import protocols
+    with opt.quick_imports():
+        from ..evaluate import protocols
 
     protocols.main(
         name,
@@ -171,7 +175,8 @@ def few_shot(
     overwrite: opt.Overwrite = False,
 ) -> None:
     """Draw a few training videos of each class."""
-    from ..evaluate import protocols
+    with opt.quick_imports():
+        from ..evaluate import protocols
 
     drawn = protocols.sample(manifest, shots, out, seed=seed, overwrite=overwrite)
     print(f"{plain(str(out))}: {drawn} videos, {shots} a class")

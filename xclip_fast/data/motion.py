@@ -15,7 +15,6 @@ from pathlib import Path
 
 import av
 import numpy as np
-from av.video.reformatter import VideoReformatter
 
 from ..files import locked, replaced
 from .sampling import sample_rng
@@ -145,13 +144,10 @@ def write_clip(
         assert isinstance(stream, av.VideoStream)
         stream.width, stream.height, stream.pix_fmt = width, height, pix_fmt
         stream.codec_context.thread_count = 1
-        if times is not None:
-            stream.codec_context.time_base = Fraction(1, 1000)
-        reformatter = VideoReformatter()
+        unit = stream.codec_context.time_base = Fraction(1, fps if times is None else 1000)
         for number, array in enumerate(frames):
-            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(array), "rgb24")
-            frame = reformatter.reformat(picture, format=pix_fmt, threads=1)
-            frame.time_base = Fraction(1, fps) if times is None else Fraction(1, 1000)
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(array), "rgb24")
+            frame.time_base = unit
             frame.pts = number if times is None else round(1000 * times[number])
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))

@@ -95,6 +95,7 @@ class Threads:
     def result(self, job: Job) -> Any:
         """The job's result, or its error. Raises TimeoutError if the job hangs, or if hung jobs block it."""
         while not job.future.done():
+            progress()  # a thread that waits for another one is not stuck
             self.check()
             wait([job.future], timeout=min(0.5, self.limit / 4))
         return job.future.result()
@@ -113,8 +114,8 @@ class Threads:
     def close(self, patience: float = 5) -> None:
         """Drops the jobs that have not begun, and waits at most `patience` seconds for the threads to end."""
         with contextlib.suppress(Empty):
-            while True:
-                self.jobs.get_nowait()
+            while (job := self.jobs.get_nowait()) is not None:
+                job.future.cancel()
         for _ in self.threads:
             self.jobs.put(None)
         end = time.monotonic() + patience

@@ -80,7 +80,7 @@ def main(
         if labels is None and videos.classes:
             labels = trained.texts(videos.classes, model.config.num_classes is not None)
         with Bar(hidden=process.rank > 0) as bar:
-            result = run(model, videos, labels=labels, progress=bar.update, **trained.complete(settings))
+            result = run(model, videos, labels=labels, progress=bar.update, **trained.choose(**settings))
         if process.rank:
             return None
         result = named(result, checkpoint, manifest)

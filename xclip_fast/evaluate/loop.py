@@ -21,14 +21,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import flops
-from ..config import XCLIPConfig
 from ..inference.labels import NOT_A_NUMBER, label_scorer
-from ..text.labels import candidates, refuse_same_texts
+from ..text.labels import candidates
 from .predict import Answer, predictions
 from .result import Evaluation, Prediction
 
 if TYPE_CHECKING:
     from ..data.manifest.manifest import Manifest
+    from ..data.transforms import TestTransform
     from ..model import XCLIP
 
 
@@ -77,9 +77,6 @@ def evaluate(
     from ..info import environment
 
     names, texts, truth_of_class = candidates(manifest.classes, labels)
-    _check_head(model.config, names, templates)
-    if model.config.num_classes is None:
-        refuse_same_texts(texts, model.config.label_tokens)
     place = next(model.parameters()).device
     if batch_size is None:
         batch_size = 64 if place.type == "cuda" else 8
@@ -88,8 +85,10 @@ def evaluate(
     together = distributed and dist.is_available() and dist.is_initialized()
     rank, world = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
     frames = model.config.num_frames if frames is None else frames
-    views: dict[str, Any] = {"clips": clips, "crops": crops, "sampling": sampling, "stride": stride}
-    transform = TestTransform(frames=frames, size=model.config.vision.image_size, **views)
+    given: dict[str, Any] = {"clips": clips, "crops": crops, "sampling": sampling, "stride": stride}
+    transform = TestTransform(frames=frames, size=model.config.vision.image_size, **given)
+    with _evaluating(model, place, dtype):
+        logits = label_scorer(model, texts, templates)
     videos_at_once = max(1, batch_size // (clips * crops))
     batches = loader(
         manifest,
@@ -105,17 +104,16 @@ def evaluate(
     chunk = min(batch_size, videos_at_once * clips * crops)
     least = -(-videos_at_once * clips * crops // chunk) if world > 1 else 0
     total = len(manifest.usable[rank::world])
+
+    def score(frames: Tensor) -> Tensor:
+        return logits(model.encode_video(frames))
+
     start = time.perf_counter()
     answers: dict[int, Answer] = {}
     failed: dict[int, str] = dict(manifest.bad)
     problem: Exception | None = None
     try:
         with _evaluating(model, place, dtype):
-            logits = label_scorer(model, texts, templates)
-
-            def score(frames: Tensor) -> Tensor:
-                return logits(model.encode_video(frames))
-
             for row, answer in predictions(score, batches, chunk, least, truth_of_class):
                 if answer is None:
                     failed[row] = NOT_A_NUMBER
@@ -135,32 +133,10 @@ def evaluate(
     seconds = time.perf_counter() - start
     if world > 1:
         answers, failed, seconds = _gather(world, answers, failed, seconds, problem)
-    return _evaluation(
-        manifest,
-        names,
-        truth_of_class,
-        answers,
-        failed,
-        clips=clips,
-        crops=crops,
-        frames=frames,
-        seconds=seconds,
-        model=_about_model(model, frames, names, dtype, sampling, stride, templates),
-        environment=environment(place) | {"processes": world, "batch_size": batch_size},
-    )
-
-
-def _check_head(config: XCLIPConfig, names: Sequence[str], templates: Sequence[str] | None) -> None:
-    outputs = config.num_classes
-    if outputs is None:
-        return
-    if outputs != len(names):
-        raise ValueError(
-            f"the model's linear head has {outputs} outputs and there are {len(names)} labels; evaluate it on the "
-            "classes it was trained on, or name its outputs in order with --labels (labels=[...])"
-        )
-    if templates:
-        raise ValueError("the model has a linear head and reads no text; leave out --templates (templates=)")
+    about = _about_model(model, transform, len(names), dtype, templates)
+    where = environment(place) | {"processes": world, "batch_size": batch_size}
+    rest = {"clips": clips, "crops": crops, "frames": frames, "seconds": seconds, "model": about, "environment": where}
+    return _evaluation(manifest, names, truth_of_class, answers, failed, **rest)
 
 
 @contextlib.contextmanager
@@ -241,21 +217,15 @@ def _evaluation(
 
 
 def _about_model(
-    model: XCLIP,
-    frames: int,
-    labels: Sequence[str],
-    dtype: torch.dtype | None,
-    sampling: str,
-    stride: int,
-    templates: Any,
+    model: XCLIP, views: TestTransform, labels: int, dtype: torch.dtype | None, templates: Sequence[str] | None
 ) -> dict[str, Any]:
-    config = model.config
-    actual = flops.count(config, frames=frames, labels=[3] * len(labels), counting="actual")
+    config, frames = model.config, views.frames
+    actual = flops.count(config, frames=frames, labels=[3] * labels, counting="actual")
     return {
         "variant": dataclasses.replace(config, num_frames=frames).variant_name,
         "frames": frames,
         "image_size": config.vision.image_size,
-        "sampling": sampling if sampling == "sparse" else f"{sampling}, stride {stride}",
+        "sampling": views.sampling if views.sampling == "sparse" else f"{views.sampling}, stride {views.stride}",
         "templates": len(templates or ()),
         "dtype": str(dtype or next(model.parameters()).dtype).removeprefix("torch."),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),

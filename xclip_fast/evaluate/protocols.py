@@ -145,7 +145,7 @@ def main(
         known, linear_head = trained if what.table == 5 else Trained(), model.config.num_classes is not None
         labels: list[Any] = chosen or [known.texts(each.classes, linear_head) for each in videos]
         with Bar(hidden=process.rank > 0) as bar:
-            settings = {"progress": bar.update, **trained.complete(settings)}
+            settings = {"progress": bar.update, **trained.choose(**settings)}
             results = [
                 named(evaluate(model, each, labels=names, **settings), checkpoint, path)
                 for each, names, path in zip(videos, labels, manifests, strict=True)

@@ -46,7 +46,9 @@ def write(evaluation: Evaluation, folder: str | os.PathLike[str], *, overwrite: 
     with staged(folder, FILES, SUMMARY) as part:
         notes: list[str] = []
         _per_class(evaluation, part / "per_class.csv")
-        _confusion_csv(evaluation, part / "confusion.csv")
+        counts = zip(evaluation.labels, evaluation.confusion.tolist(), strict=True)
+        rows = [("truth \\ prediction", *evaluation.labels), *((label, *row) for label, row in counts)]
+        _write_csv(part / "confusion.csv", rows)
         _confusion_png(evaluation, part / "confusion.png", notes)
         _predictions(evaluation, part / "predictions.jsonl")
         text = json.dumps({**evaluation.summary(), "notes": notes}, indent=1, allow_nan=False)
@@ -108,13 +110,6 @@ def _per_class(evaluation: Evaluation, path: Path) -> None:
         wrong_K[index] = 0
         other = evaluation.labels[int(wrong_K.argmax())] if wrong_K.any() else ""
         rows.append((label, count, correct, f"{correct / count:.4f}" if count else "", other))
-    _write_csv(path, rows)
-
-
-def _confusion_csv(evaluation: Evaluation, path: Path) -> None:
-    """One row for each true label, one column for each predicted label."""
-    rows = [("truth \\ prediction", *evaluation.labels)]
-    rows += [(label, *counts) for label, counts in zip(evaluation.labels, evaluation.confusion.tolist(), strict=True)]
     _write_csv(path, rows)
 
 

@@ -78,7 +78,6 @@ class Evaluation:
 
     def summary(self) -> dict[str, Any]:
         """The figures for JSON. NaN becomes None. Accuracies are fractions."""
-
         figures = ("top1", "top5", "loss", "mean_class_accuracy", "views_per_second")
         counts = ("videos", "counted", "clips", "crops", "views", "frames", "seconds")
         return {

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -77,14 +76,25 @@ def export_model(
         ImportError: if a package is missing; with the command that installs it.
         ValueError: if the format, the dtype, the frames or the model cannot be exported.
     """
-    chosen = _checked(model, format, dtype, frames)
+    if format not in FORMATS:
+        raise ValueError(f"no format is called {format!r}; choose one of {', '.join(FORMATS)}")
+    chosen = FORMATS[format]
+    if dtype not in chosen.dtypes:
+        known = ", ".join(map(_name, chosen.dtypes))
+        raise ValueError(f"{format} in {_name(dtype)} is not supported; choose one of {known}")
+    frames = model.config.num_frames if frames is None else frames
+    if frames < 1:
+        raise ValueError(f"frames {frames} must be at least 1")
+    if reason := chosen.missing():
+        raise ImportError(f"{format}: {reason}")
+    if reason := chosen.refuse():
+        raise ValueError(reason)
     folder = Path(folder)
     if (folder / SUMMARY).exists() and not overwrite:
         raise FileExistsError(
             f"{folder} holds an export; choose another folder, or replace it with --overwrite (overwrite=True in "
             "Python)"
         )
-    frames = model.config.num_frames if frames is None else frames
     precise = copy.deepcopy(model).to("cpu", torch.float32).eval()
     # OpenVINO stores float16 weights of a float32 graph, and chooses the precision of its computation
     stored = precise if dtype == torch.float32 or format == "openvino" else copy.deepcopy(precise).to(dtype)
@@ -109,27 +119,10 @@ def export_model(
     return found
 
 
-def _checked(model: XCLIP, format: str, dtype: torch.dtype, frames: int | None) -> Format:
-    if format not in FORMATS:
-        raise ValueError(f"no format is called {format!r}; choose one of {', '.join(FORMATS)}")
-    chosen = FORMATS[format]
-    if dtype not in chosen.dtypes:
-        raise ValueError(
-            f"{format} in {_name(dtype)} is not supported; choose one of {', '.join(map(_name, chosen.dtypes))}"
-        )
-    if frames is not None and frames < 1:
-        raise ValueError(f"frames {frames} must be at least 1")
-    if reason := chosen.missing():
-        raise ImportError(f"{format}: {reason}")
-    if reason := chosen.refuse():
-        raise ValueError(reason)
-    return chosen
-
-
 def _difference(chosen: Format, path: Path, graph: Graph, wanted: Graph) -> float:
     """The largest difference of a written graph's outputs from the model's, relative to the largest value."""
     run = chosen.open(path, graph, None, torch.float32)
-    worst = 0.0
+    differences: list[Tensor] = []
     for sizes in CHECKED:
         with torch.no_grad():
             expected = wanted.module(*wanted.example(*sizes))
@@ -139,14 +132,9 @@ def _difference(chosen: Format, path: Path, graph: Graph, wanted: Graph) -> floa
                     f"{path.name}: {name} has the shape {tuple(mine.shape)} in {chosen.engine}; {tuple(theirs.shape)} "
                     "wanted. Nothing was written"
                 )
-            worst = max(worst, _relative(mine, theirs))
-    return worst
-
-
-def _relative(mine: Tensor, theirs: Tensor) -> float:
-    mine, theirs = mine.double(), theirs.double()
-    difference = ((mine - theirs).abs().max() / theirs.abs().max()).item()
-    return math.inf if math.isnan(difference) else difference  # max() would pass over NaN
+            exact = theirs.double()
+            differences.append((mine.double() - exact).abs().max() / exact.abs().max())
+    return torch.stack(differences).max().item()  # NaN if one is
 
 
 def _summary(

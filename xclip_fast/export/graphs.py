@@ -36,35 +36,29 @@ class Graph:
     most: dict[str, int] = dataclasses.field(default_factory=lambda: dict(MOST))  # the largest size of each axis
 
 
-class _Video(nn.Module):
-    """uint8 videos (B, T, S, S, 3) to features (B, E) and, if labels are prompted, patch features (B, N, E)."""
-
+class _Part(nn.Module):
     def __init__(self, model: XCLIP) -> None:
         super().__init__()
         self.model = model
+
+
+class _Video(_Part):
+    """uint8 videos (B, T, S, S, 3) to features (B, E) and, if labels are prompted, patch features (B, N, E)."""
 
     def forward(self, video: Tensor) -> tuple[Tensor, ...]:
         found = self.model.encode_video(video)
         return tuple(found) if self.model.prompts_generator is not None else (found.video,)
 
 
-class _Text(nn.Module):
+class _Text(_Part):
     """Tokens (K, L) to features (K, E)."""
-
-    def __init__(self, model: XCLIP) -> None:
-        super().__init__()
-        self.model = model
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, ...]:
         return (self.model.encode_text(tokens),)
 
 
-class _Similarity(nn.Module):
+class _Similarity(_Part):
     """The outputs of both towers to logits (B, K), or those of the video tower to the logits of a linear head."""
-
-    def __init__(self, model: XCLIP) -> None:
-        super().__init__()
-        self.model = model
 
     def forward(self, video: Tensor, text: Tensor | None = None, patches: Tensor | None = None) -> tuple[Tensor, ...]:
         patches = video.new_empty(video.shape[0], 0, video.shape[1]) if patches is None else patches

@@ -19,6 +19,7 @@ from ..config import XCLIPConfig
 from ..data.decode.decoder import decode
 from ..data.remote import local_path
 from ..data.transforms import TestTransform, apply
+from ..files import read_json
 from ..model import XCLIP
 from ..nn.features import VideoFeatures
 from ..text.tokenizer import tokenize
@@ -152,7 +153,7 @@ class XCLIPFastProcessor:
         cls, pretrained_model_name_or_path: str | os.PathLike[str], revision: str | None = None, **kwargs: Any
     ) -> XCLIPFastProcessor:
         folder = locate(pretrained_model_name_or_path, revision=revision)
-        return cls(checkpoint.read_config(folder), Trained.read(folder))
+        return cls(checkpoint.own_config(read_json(folder / "config.json")), Trained.read(folder))
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Does nothing: the model's ``save_pretrained`` writes the settings."""

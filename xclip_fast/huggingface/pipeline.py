@@ -9,7 +9,8 @@ import torch
 from transformers import Pipeline
 
 from ..acceleration import accelerate
-from ..weights import checkpoint
+from ..weights.hub import locate
+from ..weights.huggingface import config_from_huggingface, read_processor
 from ..weights.recipe import Trained
 from .models import Video, XCLIPFastModel, XCLIPFastProcessor
 
@@ -43,7 +44,9 @@ class ZeroShotVideoClassificationPipeline(Pipeline):
                 "X-CLIPs, is wanted"
             )
         accelerate(model)
-        config = checkpoint.read_huggingface_config(model.config.to_dict(), model.name_or_path or "")
+        path = model.name_or_path
+        processor = read_processor(locate(path)) if path else {}
+        config = config_from_huggingface(model.config.to_dict(), processor, path or "the model")
         self.prepare = XCLIPFastProcessor(config)
 
     def __call__(self, videos: Video, candidate_labels: Sequence[str] | None = None, **kwargs: Any) -> Any:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import forced_backend
+from ..kernels.dispatch import autocast_dtype
 from ..nn.checks import check_video
 from ..nn.features import VideoFeatures
 
@@ -100,7 +101,7 @@ class GraphedVideoTower:
                 "a CUDA graph is being captured, and another cannot be replayed in it: call encode_video there"
             )
         text = None if text_KE is None else (text_KE.dtype, text_KE.shape)
-        key = (video.dtype, _autocast_dtype(), forced_backend(), answers, text)
+        key = (video.dtype, autocast_dtype("cuda"), forced_backend(), answers, text)
         with _turn, torch.cuda.device(device):
             results = None
             captured = self._captured.get(key)
@@ -135,11 +136,11 @@ class GraphedVideoTower:
 
     def _capture(self, key: tuple[Any, ...], device: torch.device) -> _Captured:
         size = self.model.config.vision.image_size
-        dtype, *_, answers, text = key
+        dtype, autocast_to, _, answers, text = key
         shape = (size, size, 3) if dtype == torch.uint8 else (3, size, size)
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
         # Autocast's cache would leave the casts of weights out of the graph, which would then read freed copies.
-        autocast = torch.autocast("cuda", _autocast_dtype(), _autocast_dtype() is not None, cache_enabled=False)
+        autocast = torch.autocast("cuda", autocast_to, autocast_to is not None, cache_enabled=False)
         with torch.inference_mode(False), torch.no_grad(), autocast:
             video = torch.zeros(self.batch, self.frames, *shape, dtype=dtype, device=device)
             text_KE = None if text is None else torch.ones(text[1], dtype=text[0], device=device)
@@ -257,7 +258,3 @@ def _cuda_device(model: XCLIP) -> torch.device:
             "model.to('cuda'), or call model.encode_video, which runs anywhere"
         )
     return device
-
-
-def _autocast_dtype() -> torch.dtype | None:
-    return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None

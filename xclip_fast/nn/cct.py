@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import kernels
-from .layers import Attention, Pair, Weights, attention_weights, block_weights, drop_path_scale, pair
+from .layers import Attention, Pair, Weights, attention_weights, block_weights, drop_path_scales, pair
 from .parts import Mlp, add_branch, is_plain_block, self_attention
 
 
@@ -45,7 +45,6 @@ class DropScales(NamedTuple):
     feed_forward: Tensor | None = None
 
 
-_KEPT = DropScales()
 Message = tuple[*Pair, *Pair, *Attention]  # as ``kernels.Block`` has them, from ``message_fc_weight`` on
 
 
@@ -190,7 +189,5 @@ class FastCCTBlock(nn.Module):
         return add_branch(x_LFD, self.mlp(self.ln_2(x_LFD)), drop.feed_forward, dim=1)
 
     def draw_drop_scales(self, x: Tensor, frames: int) -> DropScales:
-        """Fresh drop path factors for each video and branch; none outside training."""
-        if not self.training or self.drop_path == 0.0:
-            return _KEPT
-        return DropScales(*(drop_path_scale(x.shape[0] // frames, self.drop_path, x) for _ in range(3)))
+        probability = self.drop_path if self.training else 0.0
+        return DropScales(*drop_path_scales(3, x.shape[0] // frames, probability, x))

@@ -119,12 +119,9 @@ class TransformerBlock(nn.Module):
         x_SBD = add_branch(x_SBD, self_attention(self.attn, self.ln_1(x_SBD), mask), drop[0], dim=1)
         return add_branch(x_SBD, self.mlp(self.ln_2(x_SBD)), drop[1], dim=1).transpose(0, 1)
 
-    def _draw_drop_scales(self, x: Tensor, samples: int | None) -> tuple[Tensor | None, Tensor | None]:
-        """Fresh drop path factors for each sample and residual branch; none outside training."""
-        if not self.training or self.drop_path == 0.0:
-            return None, None
-        count = x.shape[0] if samples is None else samples
-        return drop_path_scale(count, self.drop_path, x), drop_path_scale(count, self.drop_path, x)
+    def _draw_drop_scales(self, x: Tensor, samples: int | None) -> tuple[Tensor | None, ...]:
+        probability = self.drop_path if self.training else 0.0
+        return drop_path_scales(2, x.shape[0] if samples is None else samples, probability, x)
 
 
 def run_block(block: nn.Module, recompute: bool, x: Any, *args: Any) -> Any:
@@ -168,6 +165,13 @@ def drop_path_scale(batch: int, probability: float, like: Tensor) -> Tensor:
     """One drop path factor per sample, (B,): 0 with ``probability``, else 1 / (1 - probability)."""
     keep = 1.0 - probability
     return torch.empty(batch, dtype=torch.float32, device=like.device).bernoulli_(keep).div_(keep)
+
+
+def drop_path_scales(branches: int, samples: int, probability: float, like: Tensor) -> tuple[Tensor | None, ...]:
+    """Fresh factors (samples,) for each residual branch. None: nothing is dropped."""
+    if probability == 0.0:
+        return (None,) * branches
+    return tuple(drop_path_scale(samples, probability, like) for _ in range(branches))
 
 
 class WithoutInit(TorchFunctionMode):

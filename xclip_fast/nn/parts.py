@@ -70,8 +70,8 @@ class CrossAttention(nn.Module):
 
 Kinds = dict[type, Callable[..., Any]]
 
-_LINEARS = (nn.Linear, NonDynamicallyQuantizableLinear)
-_SHARED = (*_LINEARS, nn.LayerNorm, nn.MultiheadAttention, nn.Conv2d)
+LINEARS = (nn.Linear, NonDynamicallyQuantizableLinear)
+_SHARED = (*LINEARS, nn.LayerNorm, nn.MultiheadAttention, nn.Conv2d)
 _OURS = (Mlp, CrossAttention)
 # By the activation of a block: the modules that it may replace, and their own forward.
 PLAIN: dict[str, Kinds] = {
@@ -153,7 +153,7 @@ def find_change(
         for tensor in parameters.values():
             if type(tensor) not in _TENSORS:
                 return f"{name} has a parameter of type {type(tensor).__name__}"
-        if kind in _LINEARS:
+        if kind in LINEARS:
             if parameters.get("weight") is None:
                 return f"{name} has a weight that is no parameter"
             if parameters.get("bias") is None and name not in _WITHOUT_BIAS:

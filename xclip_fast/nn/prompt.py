@@ -5,15 +5,13 @@ B videos, N patches, K labels, E embedding size.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import kernels
 from ..kernels.linear import linear
-from .layers import init_linear
+from .layers import init_linear, pair
 from .parts import CrossAttention, Mlp, is_plain, layer_norm
 
 
@@ -35,15 +33,12 @@ class PromptLayer(nn.Module):
             text_BKE = text + attention(norm(text), patches_BNE)
             result: Tensor = text_BKE + self.mlp(self.norm3(text_BKE))
             return result
-        query, key, value = (
-            (layer.weight, layer.bias) for layer in (attention.q_proj, attention.k_proj, attention.v_proj)
-        )
-        asked = linear(kernels.layer_norm(text, norm.weight, norm.bias, norm.eps), *query)
+        query, key, value = pair(attention.q_proj), pair(attention.k_proj), pair(attention.v_proj)
+        asked = linear(kernels.layer_norm(text, *pair(norm), norm.eps), *query)
         mixed_BKE = attention.attend(asked, linear(patches_BNE, *key), linear(patches_BNE, *value))
         text_BKE = text.expand(patches_BNE.shape[0], -1, -1)
-        text_BKE = text_BKE + linear(mixed_BKE, attention.proj.weight, attention.proj.bias)
-        modules: tuple[Any, ...] = (self.norm3, self.mlp[0], self.mlp[2])
-        ln, fc, projection = ((module.weight, module.bias) for module in modules)
+        text_BKE = text_BKE + linear(mixed_BKE, *pair(attention.proj))
+        ln, fc, projection = pair(self.norm3), pair(self.mlp[0]), pair(self.mlp[2])
         if kernels.cpu.takes(text_BKE, *ln, *fc, *projection):
             return kernels.cpu.feed_forward(text_BKE, ln, fc, projection, norm.eps)
         hidden = kernels.quick_gelu(linear(kernels.layer_norm(text_BKE, *ln, norm.eps), *fc))

@@ -49,7 +49,14 @@ class VisionTower(nn.Module):
         self.transformer = Transformer([_block(config, vision, index) for index in range(vision.layers)])
         self.ln_post = nn.LayerNorm(vision.width, config.vision_eps)
         self.proj = nn.Parameter(torch.empty(vision.width, config.embed_dim))
-        self._init(vision)
+        for parameter in (self.class_embedding, self.positional_embedding, self.proj):
+            nn.init.normal_(parameter, std=vision.width**-0.5)
+        block: Any
+        for block in self.transformer.resblocks:
+            init_block(block, vision.width, vision.layers)
+            if vision.cross_frame:
+                init_linear(block.message_fc)
+                init_linear(block.message_attn)
 
     def forward(self, frames: Tensor, num_frames: int) -> tuple[Tensor, Tensor]:
         """Frames to the feature of each (F, D), its normalized class token, and its patches (F, N, D).
@@ -98,16 +105,6 @@ class VisionTower(nn.Module):
         patches_FND = self.conv1(pixels).flatten(2).transpose(1, 2)
         class_F1D = self.class_embedding.to(patches_FND.dtype).expand(frames.shape[0], 1, -1)
         return torch.cat([class_F1D, patches_FND], 1) + self.positional_embedding
-
-    def _init(self, vision: VisionConfig) -> None:
-        for parameter in (self.class_embedding, self.positional_embedding, self.proj):
-            nn.init.normal_(parameter, std=vision.width**-0.5)
-        block: Any
-        for block in self.transformer.resblocks:
-            init_block(block, vision.width, vision.layers)
-            if vision.cross_frame:
-                init_linear(block.message_fc)
-                init_linear(block.message_attn)
 
 
 def _block(config: XCLIPConfig, vision: VisionConfig, index: int) -> nn.Module:

@@ -7,7 +7,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from .stage import Batch, VideoStage, as_answers
@@ -85,25 +85,14 @@ def run(stage: VideoStage, paths: Sequence[str], options: ClusterOptions) -> Ite
         compute=TaskPoolStrategy(size=decoders),
     )
     answers = windows.map_batches(
-        _Actor,
-        fn_constructor_args=(stage,),
+        VideoStage,
+        fn_constructor_kwargs={each.name: getattr(stage, each.name) for each in fields(stage) if each.init},
         batch_size=options.batch_size,
         compute=ActorPoolStrategy(size=actors),
         num_cpus=1,
         num_gpus=gpus or None,
     )
     yield from answers.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=1)
-
-
-class _Actor:
-    """The stage in an actor, which loads its model before the first batch."""
-
-    def __init__(self, stage: VideoStage) -> None:
-        self.stage = stage
-        self.stage.model  # noqa: B018 -- fail now if the model cannot be loaded
-
-    def __call__(self, batch: Batch) -> Batch:
-        return self.stage(batch)
 
 
 def cluster_answers(

@@ -55,8 +55,8 @@ class VideoStage:
     patches: bool = False
     labels: Sequence[str] | None = None
     templates: Sequence[str] | None = None
-    _model: Any = field(default=None, repr=False)
-    _logits: Any = field(default=None, repr=False)
+    _model: Any = field(default=None, init=False, repr=False)
+    _logits: Any = field(default=None, init=False, repr=False)
 
     def decode(self, batch: Batch) -> Iterator[Batch]:
         """Yields batches of one row, so that a long film is never in memory as a whole."""
@@ -66,27 +66,14 @@ class VideoStage:
             count, error, again = 0, "", False
             try:
                 for window in self.reading.windows(path):
-                    yield self._row(path, count, window.start, window.end, window.frames.numpy())
+                    frames = window.frames.numpy()
+                    yield _row(path=path, number=count, start=window.start, end=window.end, frames=frames)
                     count += 1
             except (ValueError, OSError) as problem:
                 error = " ".join(str(problem).split()) or type(problem).__name__
                 again = isinstance(problem, (ReadError, OSError))
-            yield self._row(path, -1 - count, 0.0, 0.0, None, error, again)
-
-    def _row(
-        self, path: str, number: int, start: float, end: float, frames: Any, error: str = "", again: bool = False
-    ) -> Batch:
-        if frames is None:
-            frames = np.zeros((self.reading.frames, self.reading.size, self.reading.size, 3), np.uint8)
-        return {
-            "path": np.array([path], object),
-            "number": np.array([number]),
-            "start": np.array([start]),
-            "end": np.array([end]),
-            "frames": frames[None],
-            "error": np.array([error], object),
-            "again": np.array([again]),
-        }
+            blank = np.zeros((self.reading.frames, self.reading.size, self.reading.size, 3), np.uint8)
+            yield _row(path=path, number=-1 - count, frames=blank, error=error, again=again)
 
     def __call__(self, batch: Batch) -> Batch:
         if "frames" not in batch:
@@ -139,6 +126,13 @@ class VideoStage:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_model": None, "_logits": None}  # each worker reads the weights itself
+
+
+def _row(**given: Any) -> Batch:
+    """A batch of one row."""
+    row = {"start": 0.0, "end": 0.0, "error": "", "again": False, **given}
+    kinds = {name: object if isinstance(value, str) else None for name, value in row.items()}
+    return {name: np.asarray(value, kinds[name])[None] for name, value in row.items()}
 
 
 def as_answers(batches: Iterable[Batch], columns: Sequence[str]) -> Iterator[Answer | Finished]:

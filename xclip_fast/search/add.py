@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..data.decode.source import ReadError, VideoError
@@ -17,7 +18,7 @@ from ..data.inputs import Inputs
 from ..data.remote import describe, is_remote
 from ..inference.batches import Answer, Finished
 from .parquet import ParquetFolder
-from .rows import Known, record_batch, schema_of
+from .rows import Known, row_id, schema_of
 from .store import Store
 
 _AGAIN = "read again"  # the stamp of a file with a `ReadError`: no file has it
@@ -44,9 +45,9 @@ class Summary:
 
 @dataclass
 class Plan:
-    """The files to embed: `paths` to read, by the stored name, and the present facts of each in `known`."""
+    """The files to embed: the stored name of each path to read, and the present facts of each name."""
 
-    paths: dict[str, str]
+    names: dict[str, str]
     known: dict[str, Known]
     replaced: set[str]
     summary: Summary
@@ -103,7 +104,7 @@ def plan(store: Store | ParquetFolder, inputs: Inputs, *, root: str, digest: boo
         except ValueError as error:
             summary.failed[path] = str(error)
             continue
-        if name in todo:
+        if name in now:
             continue
         if same and old is not None and not (retry and old.error):
             if old.error:
@@ -115,7 +116,7 @@ def plan(store: Store | ParquetFolder, inputs: Inputs, *, root: str, digest: boo
         if twin is not None:
             summary.aliases[name] = twin
             continue
-        todo[name] = path
+        todo[path] = name
         now[name] = Known(size, stamp, sha, None)
         by_identity.setdefault((size, stamp), []).append(name)
         if old is not None:
@@ -137,7 +138,7 @@ def run(
 
     If the run is interrupted, it still commits the files that are complete.
     """
-    names = {path: name for name, path in work.paths.items()}
+    names = work.names
     writer = Writer(store, work)
     written: set[str] = set()  # by other processes, since the plan was made
     pending = list(names)
@@ -201,13 +202,18 @@ class Writer:
 
     def moment(self, name: str, start: float, end: float, vector: Any, patches: Any = None) -> None:
         """Adds a row to the present file: float vectors (E,) and (N, E)."""
-        vector = torch.nn.functional.normalize(vector.float(), dim=-1)
-        if patches is not None and not patches.half().isfinite().all():
-            self.problem = ValueError(f"{name}: patch features do not fit into half precision; leave out --patches")
-            return
-        features = [None if each is None else each.half().numpy() for each in (vector, patches)]
-        self.sink.write_batch(record_batch(self.store.settings, name, self.work.known[name], start, end, *features))
+        features = {"vector": torch.nn.functional.normalize(vector.float(), dim=-1).half().numpy()}
+        if patches is not None:
+            features["patches"] = patches.half().reshape(-1).numpy()
+            if not np.isfinite(features["patches"]).all():
+                self.problem = ValueError(f"{name}: patch features do not fit into half precision; leave out --patches")
+                return
+        self._row(name, self.work.known[name], start, end, **features)
         self.count += 1
+
+    def _row(self, name: str, known: Known, start: float = 0.0, end: float = 0.0, **features: np.ndarray) -> None:
+        row = {"id": row_id(name, start), "path": name, "start": start, "end": end, **known._asdict(), **features}
+        self.sink.write_batch(self.pa.RecordBatch.from_pylist([row], self.schema))
 
     def finish(self, name: str, error: ValueError | None) -> None:
         """Completes the present file. If it has failed, its rows are removed."""
@@ -220,7 +226,7 @@ class Writer:
             known = known._replace(error=reason)
             if isinstance(error, ReadError):
                 known = known._replace(stamp=_AGAIN, digest=None)
-            self.sink.write_batch(record_batch(self.store.settings, name, known))
+            self._row(name, known)
             self.errors[name] = reason
             self.count = 0
         self.counts[name] = self.count
@@ -258,7 +264,6 @@ class Writer:
             self.flush()
         finally:
             self.spool.close()
-            self.store.release()
 
 
 def _local(path: str) -> tuple[int, str]:

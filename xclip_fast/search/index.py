@@ -7,7 +7,6 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,7 +25,6 @@ from .store import Store, is_store
 
 if TYPE_CHECKING:
     from ..model import XCLIP
-
 
 _LARGE = 100_000  # moments; above it an index pays
 PARQUET = ".parquet"
@@ -59,9 +57,15 @@ class Index:
         device: str = "auto",
         dtype: str | torch.dtype = "auto",
         root: str | os.PathLike[str] | None = None,
-        **settings: Any,
+        variant: str | None = None,
+        window: float | None = None,
+        stride: float | None = None,
+        patches: bool | None = None,
+        frames: int | None = None,
+        sampling: str | None = None,
+        frame_stride: int | None = None,
     ) -> Index:
-        """Opens a store, or makes one.
+        """Opens the store in a folder, or makes one. A folder named `*.parquet` gets Parquet files instead.
 
         Args:
             folder: of the store.
@@ -70,12 +74,16 @@ class Index:
             device: "auto", "cpu", "cuda" or "cuda:N". dtype: "auto", or as for `torch.nn.Module.to`.
             root: folder of the videos. Paths are stored relative to it (default: absolute paths). For an existing store
                 with a root: the present place of that folder.
-            settings: of a new store, as in `open_store`: `window`, `stride`, `patches`, `frames`, ...
+            window, stride: seconds. Default: windows of 10 s every 5 s in videos longer than 30 s. A given window cuts
+                every longer video.
+            patches: store patch features too (N times the size), to rank with video-specific prompts.
+            frames, sampling, frame_stride: as in `decode` (default: as in training).
 
         Raises:
             ValueError: if the store was made with another model or other settings.
         """
         from ..inference.placement import load_model, placed
+        from ..weights.recipe import Trained
 
         if model is None:
             if checkpoint is None:
@@ -83,7 +91,36 @@ class Index:
             if not checkpoint:
                 raise ValueError(f"{folder}: made with random weights; give a model")
             model = load_model(checkpoint)
-        store = open_store(folder, model, checkpoint=checkpoint, root=root, **settings)
+        config, used = model.config, fingerprint(model)
+        weights = "" if checkpoint is None else reference(checkpoint)
+        patch_count = config.vision.patches if patches and model.prompts_generator is not None else 0
+        store: Store | ParquetFolder
+        if is_store(folder):
+            store = Store.open(folder)
+            times = {"stride": stride} if window is None else Reading.moments(window, stride)
+            given: dict[str, Any] = {"frames": frames, "sampling": sampling, "frame_stride": frame_stride, **times}
+            given["patches"] = None if patches is None else patch_count
+            changed = {name: value for name, value in given.items() if value is not None}
+            wanted = replace(store.settings, fingerprint=used, checkpoint=weights, **changed)
+            check_settings(store.folder, store.settings, wanted)
+        else:
+            moments = Reading.moments(window, stride)
+            check_windows(**moments)
+            chosen = Trained.read(checkpoint).choose(frames, sampling, frame_stride)  # type: ignore[arg-type]
+            settings = StoreSettings(
+                used,
+                weights,
+                config.variant_name or variant or "",
+                config.embed_dim,
+                chosen["frames"] or config.num_frames,
+                chosen["sampling"],
+                chosen["stride"],
+                **moments,
+                patches=patch_count,
+                root="" if root is None else os.path.abspath(root),
+            )
+            parquet = os.fspath(folder).endswith(PARQUET)
+            store = ParquetFolder(folder, settings) if parquet else Store.create(folder, settings)
         return cls(store, model.to(**placed(device, dtype)), None if root is None else os.fspath(root))
 
     def __len__(self) -> int:
@@ -117,9 +154,6 @@ class Index:
             embed: replaces the model and the loop, for example on a cluster. Returns the results of `answers`.
         """
         inputs = videos if isinstance(videos, Inputs) else find_videos(videos)
-        work = plan(self.store, inputs, root=self.root, digest=digest, retry=retry)
-        work.summary.failed.update((line.partition(": ")[0], line) for line in inputs.empty)
-        on_plan(len(work.paths))
 
         def here(paths: Iterable[str]) -> Any:
             reading = self.reading(limits)
@@ -128,7 +162,13 @@ class Index:
                 self.model, paths, reading, lambda found: found[:keep], batch_size=batch_size, workers=workers
             )
 
-        return run(self.store, work, embed or here, on_file)
+        try:
+            work = plan(self.store, inputs, root=self.root, digest=digest, retry=retry)
+            work.summary.failed.update((line.partition(": ")[0], line) for line in inputs.empty)
+            on_plan(len(work.names))
+            return run(self.store, work, embed or here, on_file)
+        finally:
+            self.store.release()
 
     def search(
         self,
@@ -215,65 +255,3 @@ def fingerprint(model: XCLIP) -> str:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def open_store(
-    folder: str | os.PathLike[str],
-    model: XCLIP,
-    *,
-    checkpoint: str | os.PathLike[str] | None = None,
-    root: str | os.PathLike[str] | None = None,
-    variant: str | None = None,
-    window: float | None = None,
-    stride: float | None = None,
-    patches: bool | None = None,
-    frames: int | None = None,
-    sampling: str | None = None,
-    frame_stride: int | None = None,
-) -> Store | ParquetFolder:
-    """Opens the store in a folder, or creates one. The model must have the precision of its checkpoint.
-
-    A folder named `*.parquet` gets Parquet files instead.
-
-    Args:
-        window, stride: seconds. Default: windows of 10 s every 5 s in videos longer than 30 s. A given window cuts
-            every longer video.
-        patches: store patch features too (N times the size), to rank with video-specific prompts.
-        frames, sampling, frame_stride: as in `decode` (default: as in training).
-
-    Raises:
-        ValueError: if the store was made with another model or other settings.
-    """
-    from ..weights.recipe import Trained
-
-    config = model.config
-    patch_count = config.vision.patches if patches and model.prompts_generator is not None else 0
-    if is_store(folder):
-        store = Store.open(folder)
-        mine = store.settings
-        times = {"stride": stride} if window is None else Reading.moments(window, stride)
-        given: dict[str, Any] = {"frames": frames, "sampling": sampling, "frame_stride": frame_stride, **times}
-        given["patches"] = None if patches is None else patch_count
-        changed = {name: value for name, value in given.items() if value is not None}
-        other = "" if checkpoint is None else reference(checkpoint)
-        wanted = replace(mine, fingerprint=fingerprint(model), checkpoint=other, **changed)
-        check_settings(store.folder, mine, wanted)
-        return store
-    moments = Reading.moments(window, stride)
-    check_windows(**moments)
-    chosen = Trained.read(checkpoint).choose(frames, sampling, frame_stride)  # type: ignore[arg-type]
-    settings = StoreSettings(
-        fingerprint(model),
-        "" if checkpoint is None else reference(checkpoint),
-        config.variant_name or variant or "",
-        config.embed_dim,
-        chosen["frames"] or config.num_frames,
-        chosen["sampling"],
-        chosen["stride"],
-        **moments,
-        patches=patch_count,
-        root="" if root is None else os.path.abspath(root),
-    )
-    if os.fspath(folder).endswith(PARQUET):
-        return ParquetFolder(folder, settings)
-    return Store.create(Path(folder), settings)

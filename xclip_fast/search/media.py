@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import av
 import numpy as np
 from av.video.frame import VideoFrame
-from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
+from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
 
 from ..data.decode.decoder import probe
 from ..data.decode.picture import Upright
@@ -103,8 +103,7 @@ def _frames(path: str, start: float, end: float, width: int | None) -> Iterator[
     with open_video(path) as (container, stream):
         small, upright = VideoReformatter(), Upright()
         for time, frame in _decoded(container, stream, start, end):
-            shown = upright(frame, np.empty((frame.height, frame.width, 1))).shape[1]
-            scale = min(1.0, width / shown) if width else 1.0
+            scale = min(1.0, width / upright.size(frame)[0]) if width else 1.0
             rgb = small.reformat(
                 frame,
                 max(2, round(frame.width * scale)),
@@ -118,25 +117,12 @@ def _frames(path: str, start: float, end: float, width: int | None) -> Iterator[
             yield time, np.ascontiguousarray(picture_HWC[: height - height % 2, : across - across % 2])
 
 
-def _yuv(picture_HWC: np.ndarray, form: str, full: bool) -> VideoFrame:
-    converted = VideoReformatter().reformat(
-        VideoFrame.from_ndarray(picture_HWC, "rgb24"),
-        format=form,
-        dst_colorspace=Colorspace.ITU601,
-        dst_color_range=ColorRange.JPEG if full else ColorRange.MPEG,
-        threads=1,
-    )
-    converted.colorspace = _BT601
-    return converted
-
-
 def _jpeg(picture_HWC: np.ndarray) -> bytes:
     encoder: Any = av.CodecContext.create("mjpeg", "w")
     encoder.height, encoder.width = picture_HWC.shape[:2]
     encoder.pix_fmt, encoder.time_base = "yuvj420p", Fraction(1, 25)
     encoder.options = {"qmin": "4", "qmax": "4"}
-    frame = _yuv(picture_HWC, "yuvj420p", full=True)
-    frame.pts = 0
+    frame = VideoFrame.from_ndarray(picture_HWC, "rgb24")  # the encoders here convert it to their own format
     return b"".join(bytes(packet) for packet in [*encoder.encode(frame), *encoder.encode(None)])
 
 
@@ -145,11 +131,7 @@ def _mp4(found: list[np.ndarray]) -> bytes:
     with av.open(file, "w", format="mp4", options={"fflags": "+bitexact"}) as container:
         stream = _video_stream(container, found[0].shape[:2], _RATE, crf=30)
         for number, picture_HWC in enumerate(found):
-            if picture_HWC.shape != found[0].shape:
-                continue  # the picture size changes within the video
-            frame = _yuv(picture_HWC, "yuv420p", full=False)
-            frame.pts, frame.time_base = number * _TICKS // _RATE, Fraction(1, _TICKS)
-            container.mux(stream.encode(frame))
+            _encode(container, stream, number / _RATE, picture_HWC)
         container.mux(stream.encode(None))
     return file.getvalue()
 
@@ -164,6 +146,14 @@ def _video_stream(container: Any, size: tuple[int, int], rate: Any, crf: int) ->
     return stream
 
 
+def _encode(container: Any, stream: Any, time: float, picture_HWC: np.ndarray) -> None:
+    """Adds a picture, unless the size of the video's pictures has changed."""
+    if picture_HWC.shape[:2] == (stream.height, stream.width):
+        frame = VideoFrame.from_ndarray(picture_HWC, "rgb24")
+        frame.pts, frame.time_base = round(time * _TICKS), Fraction(1, _TICKS)
+        container.mux(stream.encode(frame))
+
+
 def _write(path: str, start: float, end: float, out: Path) -> None:
     """The frames and the sound of a moment, encoded anew."""
     with av.open(f"file:{out}", "w", format="mp4", options={"movflags": "+faststart"}) as container:
@@ -173,16 +163,10 @@ def _write(path: str, start: float, end: float, out: Path) -> None:
         video: Any = None
         # Both streams are there before the first packet is written.
         audio: Any = container.add_stream("aac", rate=48_000) if sound else None
-        size: tuple[int, int] | None = None
         for time, picture_HWC in _frames(path, start, end, None):
             if video is None:
-                size = picture_HWC.shape[:2]
-                video = _video_stream(container, size, rate, crf=20)
-            if picture_HWC.shape[:2] != size:
-                continue
-            frame = _yuv(picture_HWC, "yuv420p", full=False)
-            frame.pts, frame.time_base = round((time - start) * _TICKS), Fraction(1, _TICKS)
-            container.mux(video.encode(frame))
+                video = _video_stream(container, picture_HWC.shape[:2], rate, crf=20)
+            _encode(container, video, time - start, picture_HWC)
         if video is None:
             raise VideoError(f"{path}: no frame can be decoded from {start:g} s on")
         container.mux(video.encode(None))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import locked, remove, replaced, require_regular
-from .rows import Known, StoreSettings, check_settings, metadata_of, read_settings, schema_of
+from .rows import Known, StoreSettings, check_settings, read_settings, schema_of
 
 
 class ParquetFolder:
@@ -21,15 +21,18 @@ class ParquetFolder:
     """
 
     def __init__(self, folder: str | os.PathLike[str], settings: StoreSettings) -> None:
+        import pyarrow.parquet as pq
+
         self.folder, self.settings = Path(folder), settings
-        self._held: contextlib.ExitStack | None = None
-        self._locked_now = False
+        self._lock = contextlib.ExitStack()
         strange = [path.name for path in self.folder.glob("*") if not _is_ours(path.name)]
         if strange or (self.folder.exists() and not self.folder.is_dir()):
             raise FileExistsError(f"{folder}: exists and holds other files; choose another name")
         self.folder.mkdir(parents=True, exist_ok=True)
         for part in self._parts()[:1]:
-            mine = read_settings(self.folder, _read_schema(part))
+            with _named(part):
+                schema = pq.read_schema(part)
+            mine = read_settings(self.folder, schema)
             check_settings(self.folder, mine, settings)
             self.settings = mine
 
@@ -37,47 +40,45 @@ class ParquetFolder:
         return sorted(self.folder.glob("part-*.parquet"))
 
     def known(self) -> dict[str, Known]:
-        """Every file in the folder, by its path as stored."""
-        found: dict[str, Known] = {}
-        for part in self._parts():
-            for row in _read(part, ["path", "size", "stamp", "digest", "error"]).to_pylist():
-                found[row["path"]] = Known(row["size"], row["stamp"], row["digest"], row["error"])
-        return found
+        """Every file in the folder, by its path as stored. Claims the folder for this process until `release`.
+
+        Removes the leftovers of a killed run. Raises FileExistsError if another process has the folder.
+        """
+        self.release()
+        self._lock.enter_context(locked(self.folder / ".writing", self.folder))
+        for left in self.folder.glob(".part-*"):
+            remove(left)
+        columns = ["path", "size", "stamp", "digest", "error"]
+        rows = (row for part in self._parts() for row in _read(part, columns).to_pylist())
+        return {row.pop("path"): Known(**row) for row in rows}
 
     def counts(self) -> tuple[int, int, int]:
         """Files with moments, moments, and files that failed."""
-        failed = sum(1 for known in self.known().values() if known.error)
-        rows = sum(len(_read(part, ["start"])) for part in self._parts())
-        return len(self.known()) - failed, rows - failed, failed
+        rows = [row for part in self._parts() for row in _read(part, ["start", "error"]).to_pylist()]
+        failed = sum(row["error"] is not None for row in rows)
+        return sum(row["start"] == 0 for row in rows) - failed, len(rows) - failed, failed
 
     def commit(self, batches: Any, paths: Sequence[str], outdated: Iterable[str]) -> set[str]:
         """Removes the rows of the outdated files, and writes one part with these rows."""
-        import pyarrow as pa
         import pyarrow.parquet as pq
 
-        schema = schema_of(self.settings)
-        metadata = metadata_of(self.settings)
-        self._lock()
-        self._take_out(set(outdated))  # first: after a kill rows are missing and added again, but never doubled
+        self.drop(outdated)  # first: after a kill rows are missing and added again, but never doubled
         new = self.folder / f"part-{uuid.uuid4().hex}.parquet"
-        with replaced(new) as draft, pq.ParquetWriter(draft, schema.with_metadata(metadata)) as writer:
+        with replaced(new) as draft, pq.ParquetWriter(draft, schema_of(self.settings)) as writer:
             for batch in batches:
                 if batch.num_rows:
-                    writer.write_table(pa.Table.from_batches([batch]).replace_schema_metadata(metadata))
+                    writer.write_batch(batch)
         return set()
 
-    def drop(self, paths: Sequence[str]) -> None:
-        self._lock()
-        self._take_out(set(paths))
-
-    def _take_out(self, paths: set[str]) -> None:
+    def drop(self, paths: Iterable[str]) -> None:
+        """Removes these files' rows."""
         import pyarrow as pa
         import pyarrow.compute as pc
         import pyarrow.parquet as pq
 
-        gone = pa.array(sorted(paths))
-        for part in self._parts() if paths else ():
-            if paths.isdisjoint(_read(part, ["path"])["path"].to_pylist()):
+        gone = pa.array(sorted(paths), pa.string())
+        for part in self._parts() if len(gone) else ():
+            if not pc.any(pc.is_in(_read(part, ["path"])["path"], value_set=gone)).as_py():
                 continue
             table = _read(part)
             kept = table.filter(pc.invert(pc.is_in(table["path"], value_set=gone)))
@@ -90,37 +91,21 @@ class ParquetFolder:
     def refresh(self) -> None:
         """Does nothing: only this process writes."""
 
-    def _lock(self) -> None:
-        """Keeps other processes from writing until `release`. Removes the leftovers of a killed run."""
-        if self._held is None:
-            held = contextlib.ExitStack()
-            held.enter_context(locked(self.folder / ".writing", self.folder))
-            self._held = held
-            for left in self.folder.glob(".part-*"):
-                remove(left)
-            self._locked_now = True
-
     def claim(self, path: str) -> bool:
-        """Claims the whole folder for this process. Raises FileExistsError if another process has it."""
-        self._lock()
+        """True: `known` has claimed the whole folder."""
         return True
 
     def changed(self) -> bool:
-        """Whether another process may have written since `known`. True once, after the folder was locked."""
-        just, self._locked_now = self._locked_now, False
-        return just
+        """False: only this process writes."""
+        return False
 
     def release(self, paths: Sequence[str] | None = None) -> None:
         """Releases the folder at the end of a run."""
-        if paths is None and self._held is not None:
-            self._held.close()
-            self._held = None
+        if paths is None:
+            self._lock.close()
 
     def compact(self) -> None:
-        """Removes the leftovers of a killed run. Parts stay as they are."""
-        with contextlib.suppress(FileExistsError):  # another run is writing
-            self._lock()
-        self.release()
+        """Does nothing: parts stay as they are."""
 
 
 def _is_ours(name: str) -> bool:
@@ -133,13 +118,6 @@ def _read(part: Path, columns: list[str] | None = None) -> Any:
 
     with _named(part):
         return pq.read_table(part, columns=columns)
-
-
-def _read_schema(part: Path) -> Any:
-    import pyarrow.parquet as pq
-
-    with _named(part):
-        return pq.read_schema(part)
 
 
 @contextlib.contextmanager

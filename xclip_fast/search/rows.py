@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from ..files import parse_json
 from ..schema import build
@@ -47,28 +45,22 @@ class Known(NamedTuple):
     error: str | None
 
 
-def metadata_of(settings: StoreSettings) -> dict[bytes, bytes]:
-    """The settings for the metadata of an Arrow schema; ``read_settings`` reads them back."""
-    return {_KEY: json.dumps({"format": _VERSION, **asdict(settings)}).encode()}
-
-
 def read_settings(place: Path, schema: Any) -> StoreSettings:
     """The settings in the metadata of an Arrow schema.
 
     Raises ValueError if they are missing or damaged, or do not describe the columns.
     """
-    names = {field.name for field in fields(StoreSettings)}
     try:
         if b"embedding_functions" in (schema.metadata or {}):  # LanceDB would load what it names, at the next write
             raise ValueError("it names an embedding function, which may run code")
         written = parse_json((schema.metadata or {}).get(_KEY, b"{}"))
-        if not isinstance(written, dict) or written.get("format") != _VERSION:
+        if not isinstance(written, dict) or written.pop("format", None) != _VERSION:
             raise ValueError("it was not written by this version of xclip-fast")
         try:
-            found: StoreSettings = build(StoreSettings, {key: value for key, value in written.items() if key in names})
+            found: StoreSettings = build(StoreSettings, written)
         except TypeError:
             raise ValueError("its settings are incomplete") from None
-        if not schema.remove_metadata().equals(schema_of(found)):
+        if not schema.equals(schema_of(found)):
             raise ValueError("its columns do not fit its settings")
     except (ValueError, OverflowError) as error:
         raise ValueError(f"{place}: holds a table that is not a store ({error})") from error
@@ -89,7 +81,7 @@ def check_settings(place: Path, made_with: StoreSettings, wanted: StoreSettings)
 
 
 def schema_of(settings: StoreSettings) -> Any:
-    """The columns of a store, as an Arrow schema."""
+    """The columns of a store, as an Arrow schema. The metadata hold the settings, for ``read_settings``."""
     import pyarrow as pa
 
     columns = [
@@ -105,32 +97,8 @@ def schema_of(settings: StoreSettings) -> Any:
     ]
     if settings.patches:
         columns.append(pa.field("patches", pa.list_(pa.float16(), settings.patches * settings.embed_dim)))
-    return pa.schema(columns)
+    return pa.schema(columns, {_KEY: json.dumps({"format": _VERSION, **asdict(settings)})})
 
 
 def row_id(path: str, start: float) -> str:
     return hashlib.blake2b(f"{path}\0{start:.6f}".encode(), digest_size=12).hexdigest()
-
-
-def record_batch(
-    settings: StoreSettings,
-    path: str,
-    known: Known,
-    start: float = 0.0,
-    end: float = 0.0,
-    vector: np.ndarray | None = None,
-    patches: np.ndarray | None = None,
-) -> Any:
-    """One row as an Arrow batch. ``vector`` (E,) and ``patches`` (N, E) are None if the file has an error."""
-    import pyarrow as pa
-
-    schema = schema_of(settings)
-    plain = [row_id(path, start), path, start, end, *known]
-    arrays = [pa.array([value], field.type) for value, field in zip(plain, schema, strict=False)]
-    for value, field in zip((vector, patches), list(schema)[len(plain) :], strict=False):
-        if value is None:
-            arrays.append(pa.nulls(1, field.type))
-        else:
-            numbers = pa.array(value.astype(np.float16).reshape(-1))
-            arrays.append(pa.FixedSizeListArray.from_arrays(numbers, field.type.list_size))
-    return pa.record_batch(arrays, schema=schema)

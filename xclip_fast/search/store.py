@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import full_disk
-from .rows import Known, StoreSettings, check_settings, metadata_of, read_settings, schema_of
+from .rows import Known, StoreSettings, check_settings, read_settings, schema_of
 
 try:
     import fcntl
@@ -61,7 +61,7 @@ class Store:
         database = _connect(path)
         with _locked(path):
             if not is_store(path):
-                database.create_table(_TABLE, schema=schema_of(settings).with_metadata(metadata_of(settings)))
+                database.create_table(_TABLE, schema=schema_of(settings))
         store = cls(path, database.open_table(_TABLE))
         check_settings(path, store.settings, settings)
         return store

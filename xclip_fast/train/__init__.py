@@ -2,13 +2,13 @@
 
 from typing import Any
 
-__all__ = ["main", "train"]
+__all__ = ["train"]
 
 
 def __getattr__(name: str) -> Any:
-    """``main`` and ``train`` on first use: they read videos, which takes av, and ``optim`` does not."""
-    if name not in __all__:
+    """``train`` on first use: it reads videos, which takes av, and ``optim`` does not."""
+    if name != "train":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from . import loop
+    from .loop import train
 
-    return getattr(loop, name)
+    return train

@@ -111,8 +111,9 @@ def load(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
         reader = dcp.HuggingFaceStorageReader(str(checkpoint))
         dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
     except (Exception, dcp.api.CheckpointException) as error:  # damaged bytes raise errors of many kinds
+        first = next((cause for cause in _causes(error) if not hasattr(cause, "failures")), error)  # of all processes
         raise ValueError(
-            f"{checkpoint}: cannot be read into this model ({_reason(error)}); delete that folder to go on from the "
+            f"{checkpoint}: cannot be read into this model ({first_line(first)}); delete that folder to go on from the "
             "one before it, or start over with --fresh"
         ) from error
 
@@ -120,11 +121,6 @@ def load(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
 def _files(folder: Path) -> dict[str, int]:
     """The sizes of the files of tensors, by name."""
     return {path.name: path.stat().st_size for path in sorted(folder.glob("*.safetensors"))}
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values), encoding="utf-8")
-    sync(path)
 
 
 class Checkpoints:
@@ -185,7 +181,8 @@ class Checkpoints:
             raise self._failed(part, error) from error
 
     def _complete(self, part: Path, counted: dict[str, Any]) -> None:
-        _write_json(part / _NUMBERS, counted | {"files": _files(part)})
+        (part / _NUMBERS).write_text(json.dumps(counted | {"files": _files(part)}), encoding="utf-8")
+        sync(part / _NUMBERS)
         target = self.folder / part.name.removeprefix(".").removesuffix(".part")
         if exchange(part, target):  # one of the same step, from before a resume or a validation
             sync(self.folder)
@@ -204,9 +201,7 @@ class Checkpoints:
         if self.rank == 0:
             shutil.rmtree(part, ignore_errors=True)  # the space is needed
         last = latest(self.folder)
-        why = (
-            "no space left on the disk" if full else str(error).strip().splitlines()[-1] if str(error) else repr(error)
-        )
+        why = "no space left on the disk" if full else (str(error).strip() or repr(error)).splitlines()[-1]
         return SaveError(
             f"checkpoint {part.name.removeprefix('.').removesuffix('.part')} could not be written: {why}. "
             f"The last good one is {last or 'none'}" + ("; make room and run the same command to go on" * full)
@@ -221,9 +216,3 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         for failure in failures.values() if isinstance(failures, dict) else ():
             yield from _causes(failure[0])
         error = error.__cause__ or error.__context__
-
-
-def _reason(error: BaseException) -> str:
-    """The first error of the processes as one line."""
-    found = [cause for cause in _causes(error) if not hasattr(cause, "failures")] or [error]
-    return first_line(found[0])

@@ -222,9 +222,18 @@ def shipped() -> list[str]:
 
 
 def from_dict(values: Mapping[str, Any]) -> TrainConfig:
-    """Builds the configuration from plain values. Missing keys take their defaults."""
+    """Builds the configuration from plain values. Missing keys take their defaults.
+
+    Values that do not fit each other are refused. The run itself checks what needs files.
+    """
     config: TrainConfig = build(TrainConfig, values)
-    _check(config)
+    if config.data.val is not None and config.data.val_fraction:
+        raise ConfigError("data.val and data.val_fraction exclude each other: give one of them")
+    if config.model.variant is not None:
+        with config_errors("model.variant"):
+            variant(config.model.variant)
+    if config.model.init is None:
+        model_config(config.model)
     return config
 
 
@@ -280,17 +289,6 @@ def accumulation(config: OptimConfig, world: int) -> tuple[int, int]:
         )
     size = next(size for size in range(min(share, config.device_batch), 0, -1) if share % size == 0)
     return size, share // size
-
-
-def _check(config: TrainConfig) -> None:
-    """Refuse values that do not fit each other. The run itself checks what needs files."""
-    if config.data.val is not None and config.data.val_fraction:
-        raise ConfigError("data.val and data.val_fraction exclude each other: give one of them")
-    if config.model.variant is not None:
-        with config_errors("model.variant"):
-            variant(config.model.variant)
-    if config.model.init is None:
-        model_config(config.model)
 
 
 def _flat(values: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, Any]]:

@@ -18,7 +18,7 @@ import math
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +56,6 @@ from .setup import (
 )
 
 FEW_STEPS, SMALL_MOVE = 100, 0.01  # a run of fewer steps, whose learning rates sum to less, says that it hardly trains
-
-
-def main(config: str, overrides: Sequence[str] = (), *, fresh: bool = False) -> Path:
-    """Train by a YAML file (or a shipped configuration) and ``key=value`` overrides. Returns the output folder."""
-    return train(train_config.load(config, overrides), fresh=fresh)
 
 
 def train(config: TrainConfig, *, fresh: bool = False) -> Path:
@@ -117,23 +112,13 @@ def _train(config: TrainConfig, process: Process, fresh: bool, held: contextlib.
         write_text(folder / SHAPE, json.dumps(model.config.to_dict(), indent=1) + "\n")
 
     # 2. Processes, optimizer, moving average. A resumed run reads their state.
-    net = parallelize(
-        objective,
-        process,
-        strategy=config.strategy,
-        compiled=config.compile,
-        recompute=config.activation_checkpointing,
-    )
+    net = parallelize(objective, process, config.strategy, config.compile, recompute=config.activation_checkpointing)
     optimizer = optim.optimizer(objective, config.optim)
     ema = optim.start_ema(objective) if config.optim.ema is not None else None
     tensors = training_checkpoint.state(objective, optimizer, ema)
     checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep_last)
-    counted: dict[str, Any] = {
-        "step": 0,
-        "best": None,
-        "epoch_steps": epoch_steps,
-        "data": loader.state_dict()["fingerprint"],
-    }
+    fingerprint = loader.state_dict()["fingerprint"]
+    counted: dict[str, Any] = {"step": 0, "best": None, "epoch_steps": epoch_steps, "data": fingerprint}
     if resume is not None:
         counted = training_checkpoint.resumed(resume, counted)
         training_checkpoint.load(resume, tensors)
@@ -164,7 +149,6 @@ def _train(config: TrainConfig, process: Process, fresh: bool, held: contextlib.
         save_minutes=config.checkpoint.every_minutes,
         with_norm=config.optim.clip_grad is not None,
     )
-    settings = validation_settings(config, trained)
 
     def save() -> None:
         nonlocal saved
@@ -221,7 +205,7 @@ def _train(config: TrainConfig, process: Process, fresh: bool, held: contextlib.
                     loader.quarantined().write(folder / f"quarantined{rank or ''}.jsonl")
                 if data.val is not None and ((epoch + 1) % config.validation.every_epochs == 0 or step == steps):
                     whole = gather_full_model(objective, ema, device)
-                    found = validate(whole, data.val, settings)
+                    found = validate(whole, data.val, config, trained)
                     records.write({"kind": "validation", "step": step, "epoch": epoch + 1, **found})
                     score = training_log.rank(found, config.checkpoint.metric)
                     if best is None or score > tuple(best["score"]):
@@ -292,30 +276,23 @@ def handle_signals(meter: Meter) -> Iterator[None]:
         restore()
 
 
-def validation_settings(config: TrainConfig, trained: Trained) -> dict[str, Any]:
-    """The arguments of ``evaluate`` that a run's validations share."""
-    return {
-        "clips": config.validation.clips,
-        "crops": config.validation.crops,
-        "labels": trained.labels,
-        **trained.choose(),
-        "batch_size": config.validation.batch_size or config.optim.device_batch,
-        "dtype": torch.bfloat16 if config.precision == "bf16" else None,
-        "workers": config.data.workers,
-    }
-
-
-def validate(model: XCLIP, videos: Manifest, settings: Mapping[str, Any]) -> dict[str, Any]:
+def validate(model: XCLIP, videos: Manifest, config: TrainConfig, trained: Trained) -> dict[str, Any]:
     """Top-1, top-5 and loss on the videos, as a log record has them. Each process takes its part of the videos."""
-    result = evaluate(model, videos, **settings)
-    # with five classes or fewer, top-5 is always 100 %
-    keys = ("top1", "top5", "loss") if len(result.labels) > 5 else ("top1", "loss")
-    found = {key: value for key in keys if math.isfinite(value := getattr(result, key))}
-    return (
-        {"top1": None, "top5": None, "loss": None}
-        | found
-        | {"predicted": len(result.predictions), "failed": len(result.failed)}
+    result = evaluate(
+        model,
+        videos,
+        clips=config.validation.clips,
+        crops=config.validation.crops,
+        labels=trained.labels,
+        **trained.choose(),
+        batch_size=config.validation.batch_size or config.optim.device_batch,
+        dtype=torch.bfloat16 if config.precision == "bf16" else None,
+        workers=config.data.workers,
     )
+    top5 = result.top5 if len(result.labels) > 5 else math.nan  # with five classes or fewer it is always 100 %
+    figures = {"top1": result.top1, "top5": top5, "loss": result.loss}
+    found = {key: value if math.isfinite(value) else None for key, value in figures.items()}
+    return {**found, "predicted": len(result.predictions), "failed": len(result.failed)}
 
 
 def keep(model: XCLIP, folder: Path, trained: Trained, about: dict[str, Any], rank: int) -> None:

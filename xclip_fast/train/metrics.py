@@ -108,7 +108,10 @@ class Meter:
 
     def take(self, measured: Measured) -> None:
         self.pending.append(measured)
-        if len(self.pending) > (LAG if self.process.device.type == "cuda" else 0):
+        # a single process need not agree with others: it reads all at once and ends after this step
+        ends = self.signal and self.process.world == 1
+        late = LAG if self.process.device.type == "cuda" and not ends else 0
+        while len(self.pending) > late:
             self._read(self.pending.popleft())
 
     def read_all(self) -> None:
@@ -152,9 +155,8 @@ class Meter:
         if self.process.world > 1:
             everywhere = [None] * self.process.world
             dist.all_gather_object(everywhere, (bool(bad.any()), rows))
-        guilty = [row for has, found in everywhere for row in found if has] or [
-            r for _, found in everywhere for r in found
-        ]
+        some = any(has for has, _ in everywhere)
+        guilty = [row for has, found in everywhere if has or not some for row in found]
         names = ", ".join(f"{row} ({self.name_of(row)})" for row in guilty[:8])
         what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
         return (

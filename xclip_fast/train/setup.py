@@ -31,7 +31,6 @@ from ..text.labels import readable, refuse_same_texts
 from ..text.templates import TEMPLATES
 from ..text.tokenizer import tokenize
 from ..weights import checkpoint
-from ..weights.hub import is_name
 from . import config as train_config
 from .config import DataConfig, ModelConfig
 
@@ -72,10 +71,15 @@ def read_data(data: DataConfig, seed: int) -> Data:
     if data.shots is not None:
         with config_errors("data.shots"):
             train = train.select(few_shot(train, data.shots, data.shots_seed))
+    texts = [readable(name) for name in train.classes]
     if data.labels is not None:
-        texts = _read_labels(data.labels, train.classes)
-    else:
-        texts = [readable(name) for name in train.classes]
+        with config_errors(f"data.labels: {data.labels} cannot be read"):
+            texts = [name for _, name in label_rows(data.labels)]
+        if len(texts) != len(train.classes):
+            raise ConfigError(
+                f"data.labels: {data.labels} has {len(texts)} lines, and the data {len(train.classes)} classes "
+                f"({', '.join(train.classes[:3])}, ...); one line for each class wanted, in that order"
+            )
     return Data(train, val, tuple(texts))
 
 
@@ -120,17 +124,6 @@ def _hold_out(manifest: Manifest, fraction: float, seed: int) -> tuple[Manifest,
     return manifest.select(row for row in range(len(manifest)) if row not in chosen), manifest.select(sorted(held))
 
 
-def _read_labels(path: str, classes: Sequence[str]) -> list[str]:
-    with config_errors(f"data.labels: {path} cannot be read"):
-        labels = [name for _, name in label_rows(path)]
-    if len(labels) != len(classes):
-        raise ConfigError(
-            f"data.labels: {path} has {len(labels)} lines, and the data {len(classes)} classes "
-            f"({', '.join(classes[:3])}, ...); one line for each class wanted, in that order"
-        )
-    return labels
-
-
 def build_model(
     settings: ModelConfig, texts: Sequence[str], *, seed: int, size: int | None = None, templates: bool = False
 ) -> XCLIP:
@@ -142,19 +135,14 @@ def build_model(
         ConfigError: if the weights cannot be read, or the model's shape does not fit the labels or the size.
     """
     torch.manual_seed(seed)  # the same new parameters in every process
-    if settings.init is None:
-        shape = train_config.model_config(settings)
-        _check_fit(shape, texts, size, templates)
-        return XCLIP(shape)
-    if not Path(settings.init).exists() and not is_name(settings.init):
-        raise ConfigError(
-            f"model.init: {settings.init}: no such file or folder; give a checkpoint, or null for random weights"
-        )
+    init = settings.init
     try:
-        base = None if settings.variant else checkpoint.read(settings.init).config
+        base = None if init is None or settings.variant else checkpoint.read(init).config
         shape = train_config.model_config(settings, base)
         _check_fit(shape, texts, size, templates)
-        model = XCLIP.from_pretrained(settings.init, config=shape, dtype=torch.float32)
+        if init is None:
+            return XCLIP(shape)
+        model = XCLIP.from_pretrained(init, config=shape, dtype=torch.float32)
         if settings.init_text is not None:
             model.expand_from(settings.init_text, part="text")
     except (checkpoint.CheckpointError, OSError) as error:
@@ -245,9 +233,7 @@ class Objective(nn.Module):
         return self.model.encode_text(self.tokens_KL)
 
 
-def parallelize(
-    objective: Objective, process: Process, *, strategy: str = "ddp", compiled: bool = False, recompute: bool = False
-) -> nn.Module:
+def parallelize(objective: Objective, process: Process, strategy: str, compiled: bool, *, recompute: bool) -> nn.Module:
     """Wraps the objective in DDP or FSDP2 if there are several processes; ``compiled`` compiles the video tower.
 
     The rest of the model is small, and packed labels have no fixed shape. ``recompute``: activations are checkpointed,

@@ -22,10 +22,11 @@ from ..config import XCLIPConfig
 from ..files import staged
 from . import hub, neighbors, open_clip, timm_vit, unicl
 from .huggingface import config_from_huggingface, config_to_huggingface, read_processor, tokenizer_files, warn_of_heads
-from .layouts import CheckpointError, State, check_keys, infer_config, shapes, to_huggingface, to_ours
+from .layouts import CheckpointError, State, check_keys, infer_config, refused, shapes, to_huggingface, to_ours
 from .open_clip import config_from_open_clip
 from .recipe import FILE as TRAINED
 from .recipe import Trained
+from .renaming import resize_grid
 from .weight_files import read_object, read_weights, write_weights
 from .wrappers import unwrap
 
@@ -35,9 +36,7 @@ log = logging.getLogger("xclip_fast")
 
 Layout = Literal["xclip_fast", "huggingface"]
 Part = Literal["both", "visual", "text"]
-Start = (
-    str | os.PathLike[str] | Mapping[str, Tensor] | nn.Module | Any
-)  # an image CLIP to start from; Any: a Checkpoint
+Start = str | os.PathLike[str] | Mapping[str, Tensor] | nn.Module | Any  # an image CLIP; Any: a Checkpoint
 MODEL_TYPE = "xclip_fast"  # what transformers finds it by, see ``huggingface.register``
 _FORMAT = "xclip_fast_format"  # the key that marks a config.json as ours; its value is the version
 WEIGHTS = (  # the weight files of a folder; the first one found is read
@@ -89,17 +88,6 @@ def read(
 def own_config(values: Mapping[str, Any]) -> XCLIPConfig:
     """The config in our own ``config.json``. Unknown keys are a ``ValueError`` that names them."""
     return XCLIPConfig.from_dict({name: value for name, value in values.items() if name not in (_FORMAT, "model_type")})
-
-
-def read_config(path: str | os.PathLike[str]) -> XCLIPConfig:
-    """The config of a folder that ``write`` wrote, without its weights."""
-    return own_config(read_object(hub.locate(path) / "config.json"))
-
-
-def read_huggingface_config(values: Mapping[str, Any], path: str | os.PathLike[str]) -> XCLIPConfig:
-    """The config of a Hugging Face X-CLIP of these values, and of the image processor at ``path`` ("": none)."""
-    processor = read_processor(hub.locate(path)) if str(path) else {}
-    return config_from_huggingface(values, processor, path or "the model")
 
 
 def find_weights(path: str | os.PathLike[str]) -> Path:
@@ -271,21 +259,24 @@ def _interpret(
     elif embedding_VW is not None:
         raise CheckpointError(f"{where}: clip is for ViFi-CLIP files, which lack the token embedding; this is none")
     if neighbor is not None:
-        kind, ours, given = neighbor, neighbors.one_dtype(ours), neighbors.infer(ours, neighbor, where)
+        kind, given = neighbor, neighbors.infer(ours, neighbor, where)
+        if len({tensor.dtype for tensor in ours.values()}) > 1:  # both train CLIP with some weights in half precision
+            ours = {name: tensor.float() for name, tensor in ours.items()}
     if _FORMAT in values:
         if values[_FORMAT] != 1:
             raise CheckpointError(f"{where}: has format {values[_FORMAT]}; this version of xclip-fast reads format 1")
         kind = "xclip_fast"  # an ablated one may look like an image CLIP
-        try:
+        with refused(str(where)):
             given = own_config(values)
-        except ValueError as error:
-            raise CheckpointError(f"{where}: {error}") from error
     elif values.get("model_type") in ("xclip", "clip"):
         given = config_from_huggingface(values, preprocessor, where)
     elif "model_cfg" in values:
         given = config_from_open_clip(values, where)
     elif kind == "clip" and gelu is not None:
-        given = _with_gelu(infer_config(ours, where)) if gelu else None
+        if gelu:
+            given = infer_config(ours, where)
+            towers = {name: dataclasses.replace(getattr(given, name), activation="gelu") for name in ("vision", "text")}
+            given = dataclasses.replace(given, **towers)
     elif kind == "clip" and "token_embedding.weight" in state and "context_length" not in state:
         # a file of open_clip: OpenAI's own files hold the context length and use quick GELU
         log.warning(
@@ -312,9 +303,9 @@ def _interpret(
         ours = {name: tensor for name, tensor in ours.items() if not name.startswith(left_out)}
         left_out += (*_TEXT, "visual.proj") if kind == "timm" else ()
         wanted = {name: shape for name, shape in wanted.items() if not name.startswith(left_out)}
-        refused = timm_vit.refusal(config) if kind == "timm" else None
-        if not ours or refused:
-            raise CheckpointError(f"{where}: {refused or f'it has no weights for the {part} tower'}")
+        reason = timm_vit.refusal(config) if kind == "timm" else None
+        if not ours or reason:
+            raise CheckpointError(f"{where}: {reason or f'it has no weights for the {part} tower'}")
     check_keys(wanted, ours, where)
     return Checkpoint(config, ours, kind)
 
@@ -332,17 +323,10 @@ def _check_same(given: XCLIPConfig, config: XCLIPConfig, where: object, part: Pa
             )
 
 
-def _with_gelu(config: XCLIPConfig) -> XCLIPConfig:
-    towers = {name: dataclasses.replace(getattr(config, name), activation="gelu") for name in ("vision", "text")}
-    return dataclasses.replace(config, **towers)
-
-
 def _fit_positions(position_LD: Tensor, tokens: int) -> Tensor:
     """Interpolates position embeddings of a class token and a square grid to another grid (bicubic)."""
     old, new = math.isqrt(position_LD.shape[0] - 1), math.isqrt(tokens - 1)
     if old == new or old * old + 1 != position_LD.shape[0]:
         return position_LD
     log.info("position embeddings of a %d x %d grid are interpolated to %d x %d", old, old, new, new)
-    grid = position_LD[1:].float().T.reshape(1, -1, old, old)
-    grid = nn.functional.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
-    return torch.cat([position_LD[:1], grid[0].flatten(1).T.to(position_LD.dtype)])
+    return torch.cat([position_LD[:1], resize_grid(position_LD[1:], old, new)])

@@ -10,8 +10,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..console import first_line
+from .layouts import CheckpointError
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_CONNECTIONS = ("httpx", "httpx2", "httpcore", "requests")  # packages
 _BESIDE = "*.json"  # configurations of model and processor, trained.json, and the index of shards
 
 
@@ -33,8 +35,6 @@ def locate(path: str | os.PathLike[str], weights: Sequence[str] = (), revision: 
         CheckpointError: if it is neither. It says whether the name is wrong, the Hub was not reached, or the package is
             missing.
     """
-    from .layouts import CheckpointError  # which imports torch
-
     path = Path(path)
     if path.exists():
         return path
@@ -67,8 +67,6 @@ def reference(path: str | os.PathLike[str]) -> str:
 
 
 def _download(name: str, weights: Sequence[str], revision: str | None) -> Path:
-    from .layouts import CheckpointError
-
     by_hand = f"hf download {name} --local-dir {name.rpartition('/')[2]}"
     try:
         from huggingface_hub import HfApi, snapshot_download
@@ -122,10 +120,9 @@ def upload(
         try:
             api.create_repo(name, private=private, exist_ok=True)
             commit = api.upload_folder(repo_id=name, folder_path=folder, commit_message=message or "Add an X-CLIP")
-        except OSError:
-            raise
-        except Exception as error:  # the connection's own errors are no OSErrors
-            if type(error).__module__.partition(".")[0] not in ("httpx", "httpx2", "httpcore", "requests"):
+        except Exception as error:
+            # the connection's own errors are no OSErrors
+            if isinstance(error, OSError) or type(error).__module__.split(".")[0] not in _CONNECTIONS:
                 raise
             raise OSError(f"{name}: the Hugging Face Hub cannot be reached ({first_line(error)})") from error
     return str(commit.commit_url)

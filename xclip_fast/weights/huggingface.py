@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ..config import ACTIVATIONS, TextConfig, VisionConfig, XCLIPConfig
-from .layouts import CheckpointError
+from .layouts import CheckpointError, refused
 from .weight_files import read_object
 
 log = logging.getLogger("xclip_fast")
@@ -67,52 +67,43 @@ def config_from_huggingface(values: Mapping[str, Any], processor: Mapping[str, A
     Raises:
         CheckpointError: if a value has a wrong type, or the model differs from X-CLIP, for example in its activation.
     """
-    try:
-        return _config_from_huggingface(values, processor, where)
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{where}: its configuration has a value that does not fit: {error}") from error
-
-
-def _config_from_huggingface(values: Mapping[str, Any], processor: Mapping[str, Any], where: object) -> XCLIPConfig:
-    clip = values.get("model_type") == "clip"
-    text = _hf_part(values, "text_config", _HF_TEXT)
-    vision = _hf_part(values, "vision_config", _HF_VISION)
-    E = values.get("projection_dim", 512)
-    if clip:
-        vision |= {"mit_hidden_size": E, "mit_intermediate_size": 4 * E, "mit_num_attention_heads": None}
-    acts = {"text": text["hidden_act"], "vision": vision["hidden_act"]}
-    wanted: list[tuple[str, Any, Any]] = [
-        (f"{part}_config.hidden_act", act, "quick_gelu")
-        for part, act in acts.items()
-        if not (clip and act in ACTIVATIONS)
-    ]
-    wanted += [
-        ("prompt_hidden_act", values.get("prompt_hidden_act", "quick_gelu"), "quick_gelu"),
-        ("text_config.intermediate_size", text["intermediate_size"], 4 * text["hidden_size"]),
-        ("vision_config.intermediate_size", vision["intermediate_size"], 4 * vision["hidden_size"]),
-        ("vision_config.mit_hidden_size", vision["mit_hidden_size"], E),
-        ("vision_config.mit_intermediate_size", vision["mit_intermediate_size"], 4 * E),
-        ("vision_config.num_channels", vision["num_channels"], 3),
-        ("vision_config.layer_norm_eps", vision["layer_norm_eps"], text["layer_norm_eps"]),
-    ]
-    refused = [f"{name} is {got!r}; {want!r} wanted" for name, got, want in wanted if got != want]
-    if refused:
-        raise CheckpointError(f"{where}: is a model of another kind\n  " + "\n  ".join(refused))
-    config = XCLIPConfig(
-        vision=VisionConfig(**{ours: vision[theirs] for ours, theirs in _VISION.items()}),
-        text=TextConfig(**{ours: text[theirs] for ours, theirs in _TEXT.items()}),
-        **{ours: vision[theirs] for ours, theirs in _FRAMES.items()},
-        embed_dim=E,
-        prompt_layers=values.get("prompt_layers", 2),
-        prompt_heads=None if clip else values.get("prompt_num_attention_heads", 8),
-        prompt_alpha=values.get("prompt_alpha", 0.1),
-        layer_norm_eps=vision["layer_norm_eps"],
-        logit_scale=values.get("logit_scale_init_value", 2.6592),
-    )
-    # an image CLIP becomes an X-CLIP, which the released recipe trains with ImageNet's mean and deviation
-    return config if clip else dataclasses.replace(config, **_normalization(processor, config, where))
+    with refused(f"{where}: its configuration has a value that does not fit"):
+        clip = values.get("model_type") == "clip"
+        text = _hf_part(values, "text_config", _HF_TEXT)
+        vision = _hf_part(values, "vision_config", _HF_VISION)
+        E = values.get("projection_dim", 512)
+        if clip:
+            vision |= {"mit_hidden_size": E, "mit_intermediate_size": 4 * E, "mit_num_attention_heads": None}
+        acts = {"text": text["hidden_act"], "vision": vision["hidden_act"]}
+        wanted: list[tuple[str, Any, Any]] = [
+            (f"{part}_config.hidden_act", act, "quick_gelu")
+            for part, act in acts.items()
+            if not (clip and act in ACTIVATIONS)
+        ]
+        wanted += [
+            ("prompt_hidden_act", values.get("prompt_hidden_act", "quick_gelu"), "quick_gelu"),
+            ("text_config.intermediate_size", text["intermediate_size"], 4 * text["hidden_size"]),
+            ("vision_config.intermediate_size", vision["intermediate_size"], 4 * vision["hidden_size"]),
+            ("vision_config.mit_hidden_size", vision["mit_hidden_size"], E),
+            ("vision_config.mit_intermediate_size", vision["mit_intermediate_size"], 4 * E),
+            ("vision_config.num_channels", vision["num_channels"], 3),
+            ("vision_config.layer_norm_eps", vision["layer_norm_eps"], text["layer_norm_eps"]),
+        ]
+        if odd := [f"{name} is {got!r}; {want!r} wanted" for name, got, want in wanted if got != want]:
+            raise CheckpointError(f"{where}: is a model of another kind\n  " + "\n  ".join(odd))
+        config = XCLIPConfig(
+            vision=VisionConfig(**{ours: vision[theirs] for ours, theirs in _VISION.items()}),
+            text=TextConfig(**{ours: text[theirs] for ours, theirs in _TEXT.items()}),
+            **{ours: vision[theirs] for ours, theirs in _FRAMES.items()},
+            embed_dim=E,
+            prompt_layers=values.get("prompt_layers", 2),
+            prompt_heads=None if clip else values.get("prompt_num_attention_heads", 8),
+            prompt_alpha=values.get("prompt_alpha", 0.1),
+            layer_norm_eps=vision["layer_norm_eps"],
+            logit_scale=values.get("logit_scale_init_value", 2.6592),
+        )
+        # an image CLIP becomes an X-CLIP, which the released recipe trains with ImageNet's mean and deviation
+        return config if clip else dataclasses.replace(config, **_normalization(processor, config, where))
 
 
 def read_processor(folder: Path) -> dict[str, Any]:
@@ -154,25 +145,15 @@ def _normalization(processor: Mapping[str, Any], config: XCLIPConfig, where: obj
     if not processor:
         return {}
     size = config.vision.image_size
-    crop = _side(processor.get("crop_size"), size)
-    if processor.get("do_center_crop", True) and crop != size:
-        log.warning(
-            "%s: its processor crops to %s, the model takes %d; frames are cropped to %d", where, crop, size, size
-        )
-    if processor.get("resample", 2) not in (2, None):
-        log.warning(
-            "%s: its processor resamples with PIL's filter %s; decode() resizes bilinearly (2)",
-            where,
-            processor["resample"],
-        )
-    short = _side(processor.get("size"), None)
-    if short is not None and processor.get("do_resize", True) and short != short_side(size):
-        log.info(
-            "%s: its processor resizes the short side to %s; decode() resizes to %d, as the released test does",
-            where,
-            short,
-            short_side(size),
-        )
+    crop = _side(processor.get("crop_size")) if processor.get("do_center_crop", True) else None
+    short = _side(processor.get("size")) if processor.get("do_resize", True) else None
+    for level, said, theirs, ours in (
+        (logging.WARNING, "crops to %s, the model takes %d", crop, size),
+        (logging.WARNING, "resamples with PIL's filter %s; decode() has %d, bilinear", processor.get("resample"), 2),
+        (logging.INFO, "resizes the short side to %s; decode() resizes to %d", short, short_side(size)),
+    ):
+        if theirs not in (None, ours):
+            log.log(level, f"%s: its processor {said}", where, theirs, ours)
     mean, std = processor.get("image_mean"), processor.get("image_std")
     if not processor.get("do_normalize", True):
         mean, std = (0.0,) * 3, (1.0,) * 3
@@ -193,10 +174,10 @@ def short_side(size: int) -> int:
     return int(256 / 224 * size)
 
 
-def _side(value: Any, default: Any) -> Any:
+def _side(value: Any) -> Any:
     if isinstance(value, Mapping):
-        value = next((value[name] for name in ("shortest_edge", "height", "width") if value.get(name)), None)
-    return default if value is None else value
+        return next((value[name] for name in ("shortest_edge", "height", "width") if value.get(name)), None)
+    return value
 
 
 def config_to_huggingface(config: XCLIPConfig, dtype: torch.dtype) -> tuple[dict[str, Any], dict[str, Any]]:

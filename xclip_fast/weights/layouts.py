@@ -6,10 +6,11 @@ in both directions.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -27,6 +28,18 @@ State = dict[str, Tensor]
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be read or does not fit. The message says which, what was wanted and what to do."""
+
+
+@contextlib.contextmanager
+def refused(told: str) -> Iterator[None]:
+    """Turns an error of a wrong or missing value in the block into a CheckpointError: ``told``, and the error."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        missing = "there is no " if isinstance(error, KeyError) else ""
+        raise CheckpointError(f"{told}: {missing}{error}") from error
 
 
 # (ours, Hugging Face). # is a layer number, * the rest of the name. If two rows share our name, the first is written.
@@ -199,13 +212,8 @@ def infer_config(state: Mapping[str, Tensor], where: object, *, timm: bool = Fal
     An image CLIP gets the defaults of an X-CLIP for the rest. A ViT of timm has GELU and its own epsilon.
     """
     if unicl.is_ours(state):
-        try:
+        with refused(f"{where}: it has no configuration; pass config=XCLIPConfig(...), which its shapes do not tell"):
             return unicl.infer_config(state)
-        except (ValueError, KeyError) as error:
-            raise CheckpointError(
-                f"{where}: no configuration comes with it, and its shapes do not tell one ({error}); pass "
-                "config=XCLIPConfig(...)"
-            ) from error
     textual = not timm and ("text.token_embedding.weight" in state or "head.weight" not in state)
     needed = ["visual.conv1.weight", "visual.positional_embedding"]
     if not timm and not textual:

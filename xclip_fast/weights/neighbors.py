@@ -12,7 +12,6 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..config import CLIP_MEAN, CLIP_STD, VisionConfig, XCLIPConfig
@@ -106,10 +105,3 @@ def infer(ours: Mapping[str, Tensor], kind: str, where: object) -> XCLIPConfig:
         image_mean=CLIP_MEAN,
         image_std=CLIP_STD,
     )
-
-
-def one_dtype(state: State) -> State:
-    """Both train CLIP with some weights in half precision: all in float32 where they differ."""
-    if len({tensor.dtype for tensor in state.values()}) == 1:
-        return state
-    return {name: tensor.to(torch.float32) for name, tensor in state.items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..config import Activation, TextConfig, VisionConfig, XCLIPConfig
-from .layouts import CheckpointError
+from .layouts import CheckpointError, refused
 
 FILE = "open_clip_config.json"
 WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
@@ -39,8 +38,9 @@ _WANTED = {
 
 def has_gelu(model: nn.Module) -> bool | None:
     """Whether an open_clip or OpenAI CLIP computes exact GELU in its first block; None for another module."""
+    tower: Any = getattr(model, "visual", None)
     try:
-        activation = operator.attrgetter("visual.transformer.resblocks")(model)[0].mlp.gelu
+        activation = tower.transformer.resblocks[0].mlp.gelu
     except (AttributeError, IndexError, TypeError):
         return None
     points = torch.linspace(-3, 3, 13)
@@ -57,54 +57,41 @@ def config_from_open_clip(values: Mapping[str, Any], where: object) -> XCLIPConf
         CheckpointError: if a value is of a wrong type, or the model computes something that CLIP here does not; every
             such key is named.
     """
-    try:
-        return _config_from_open_clip(values["model_cfg"], where)
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{where}: its {FILE} holds a value that does not fit: {error!r}") from error
-
-
-def _config_from_open_clip(model: Mapping[str, Any], where: object) -> XCLIPConfig:
-    vision, text = model["vision_cfg"], model["text_cfg"]
-    refused = []
-    for part, values in (("", model), ("vision_cfg", vision), ("text_cfg", text)):
-        for name, value in values.items():
-            wanted = _WANTED.get(name)
-            wanted = wanted.get(part) if isinstance(wanted, dict) else wanted
-            norms = [key for key in value if key != "eps"] if name == "norm_kwargs" and value else []
-            if (name not in _READ[part] and value and value != wanted) or norms:
-                refused.append(f"{part + '.' if part else ''}{name} is {value!r}")
-    if not isinstance(vision["layers"], int):
-        refused.append(f"vision_cfg.layers is {vision['layers']!r}: a ResNet")
-    if refused:
-        raise CheckpointError(f"{where}: an open_clip model of another kind\n  " + "\n  ".join(refused))
-    activation: Activation = "quick_gelu" if model.get("quick_gelu") else "gelu"
-    eps, text_eps = ((part.get("norm_kwargs") or {}).get("eps", 1e-5) for part in (vision, text))
-    width = vision["width"]
-    size = vision.get("image_size", 224)
-    if isinstance(size, list | tuple) and len(set(size)) == 1:
-        size = size[0]
-    return XCLIPConfig(
-        vision=VisionConfig(
-            image_size=size,
-            patch_size=vision.get("patch_size", 16),
-            width=width,
-            layers=vision["layers"],
-            heads=width // vision.get("head_width", 64),
-            activation=activation,
-            pre_norm=not vision.get("no_ln_pre", False),
-            layer_norm_eps=None if eps == text_eps else eps,
-        ),
-        text=TextConfig(
-            vocab_size=text.get("vocab_size", 49408),
-            context_length=text.get("context_length", 77),
-            width=text.get("width", 512),
-            layers=text.get("layers", 12),
-            heads=text.get("heads", 8),
-            activation=activation,
-        ),
-        embed_dim=model["embed_dim"],
-        layer_norm_eps=text_eps,
-        logit_bias=model.get("init_logit_bias"),
-    )
+    with refused(f"{where}: its {FILE} holds a value that does not fit"):
+        model = values["model_cfg"]
+        vision, text = model["vision_cfg"], model["text_cfg"]
+        odd = []
+        for part, values in (("", model), ("vision_cfg", vision), ("text_cfg", text)):
+            for name, value in values.items():
+                wanted = _WANTED.get(name)
+                wanted = wanted.get(part) if isinstance(wanted, dict) else wanted
+                norms = [key for key in value if key != "eps"] if name == "norm_kwargs" and value else []
+                if (name not in _READ[part] and value and value != wanted) or norms:
+                    odd.append(f"{part + '.' if part else ''}{name} is {value!r}")
+        if not isinstance(vision["layers"], int):
+            odd.append(f"vision_cfg.layers is {vision['layers']!r}: a ResNet")
+        if odd:
+            raise CheckpointError(f"{where}: an open_clip model of another kind\n  " + "\n  ".join(odd))
+        activation: Activation = "quick_gelu" if model.get("quick_gelu") else "gelu"
+        eps, text_eps = ((part.get("norm_kwargs") or {}).get("eps", 1e-5) for part in (vision, text))
+        width = vision["width"]
+        size = vision.get("image_size", 224)
+        if isinstance(size, list | tuple) and len(set(size)) == 1:
+            size = size[0]
+        sizes = "vocab_size", "context_length", "width", "layers", "heads"  # with the defaults of TextConfig
+        return XCLIPConfig(
+            vision=VisionConfig(
+                image_size=size,
+                patch_size=vision.get("patch_size", 16),
+                width=width,
+                layers=vision["layers"],
+                heads=width // vision.get("head_width", 64),
+                activation=activation,
+                pre_norm=not vision.get("no_ln_pre", False),
+                layer_norm_eps=None if eps == text_eps else eps,
+            ),
+            text=TextConfig(activation=activation, **{name: text[name] for name in sizes if name in text}),
+            embed_dim=model["embed_dim"],
+            layer_norm_eps=text_eps,
+            logit_bias=model.get("init_logit_bias"),
+        )

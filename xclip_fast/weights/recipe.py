@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 from ..data.sampling import Sampling
@@ -48,14 +48,15 @@ class Trained:
 
     @classmethod
     def read(cls, checkpoint: str | os.PathLike[str] | None) -> Trained:
-        """Reads the file of a folder with weights, or of the local copy of one on the Hub.
+        """Reads the file beside weights: of their folder, of their own file in it, or of a local copy from the Hub.
 
         If there is no file or no checkpoint, returns the defaults.
 
         Raises:
             ValueError: if the file is damaged.
         """
-        path = cached(checkpoint or "") / FILE
+        path = cached(checkpoint or "")
+        path = (path.parent if path.name == "model.safetensors" else path) / FILE
         if checkpoint is None or not path.is_file():
             return cls()
         try:
@@ -82,23 +83,20 @@ class Trained:
         sampling: Sampling | None = None,
         stride: int | None = None,
         templates: bool | Sequence[str] | None = None,
+        **settings: Any,
     ) -> dict[str, Any]:
         """``frames``, ``sampling``, ``stride`` and ``templates`` (sentences or None); missing ones are as trained.
 
-        With another sampling than the trained one, the default stride is 1.
+        With another sampling than the trained one, the default stride is 1. Other ``settings`` stay as they are.
         """
         if templates is None:
             templates = self.templates
         sentences = (TEMPLATES if templates else None) if isinstance(templates, bool) else templates
         same = sampling in (None, self.sampling)
         return {
+            **settings,
             "frames": frames or self.frames,
             "sampling": sampling or self.sampling,
             "stride": stride or (self.stride if same else 1),
             "templates": sentences or None,
         }
-
-    def complete(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """``settings`` for ``evaluate``, with what ``choose`` gives for them."""
-        given = (settings.get(name) for name in ("frames", "sampling", "stride", "templates"))
-        return {**settings, **self.choose(*given)}

@@ -1,9 +1,12 @@
-"""Names of weights, translated by a table of patterns."""
+"""What the layouts share: names translated by a table of patterns, and grids brought to another size."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+
+import torch.nn.functional as F
+from torch import Tensor
 
 # Inside a block of timm's ViTs and of the Swins that are written like them.
 TIMM_BLOCK = (
@@ -21,3 +24,10 @@ def rename(name: str, rules: Iterable[tuple[str, str]]) -> str:
         if match := re.fullmatch(pattern, name):
             return match.expand(template)
     return name
+
+
+def resize_grid(rows_NC: Tensor, old: int, new: int) -> Tensor:
+    """The rows of a grid of old x old, as rows of one of new x new (bicubic)."""
+    grid = rows_NC.T.reshape(1, -1, old, old).float()
+    grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
+    return grid[0].flatten(1).T.to(rows_NC.dtype).contiguous()

@@ -11,11 +11,10 @@ import math
 import re
 from collections.abc import Mapping
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import SwinConfig, TextConfig, XCLIPConfig
-from .renaming import TIMM_BLOCK, rename
+from .renaming import TIMM_BLOCK, rename, resize_grid
 
 log = logging.getLogger("xclip_fast")
 
@@ -113,9 +112,7 @@ def fit_windows(ours: dict[str, Tensor], wanted: Mapping[str, tuple[int, ...]]) 
         rows, heads = wanted.get(name, table.shape)
         old, new = math.isqrt(table.shape[0]), math.isqrt(rows)
         if old != new and old**2 == table.shape[0] and new**2 == rows and heads == table.shape[1]:
-            grid = table.T.reshape(1, heads, old, old).float()
-            grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
-            ours[name] = grid.reshape(heads, rows).T.to(table.dtype).contiguous()
+            ours[name] = resize_grid(table, old, new)
             log.info("%s of %d x %d distances is interpolated to %d x %d", name, old, old, new, new)
 
 

@@ -16,9 +16,7 @@ from torch import Tensor
 
 from .layouts import NOT_WEIGHTS
 
-FUSION = (
-    "fusion_model."  # what the names of ActionCLIP's second model start with here; FUSION + "mean": it has no weights
-)
+FUSION = "fusion_model."  # starts the names of ActionCLIP's second model here; FUSION + "mean": it has no weights
 
 log = logging.getLogger("xclip_fast")
 

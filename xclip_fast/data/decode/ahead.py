@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from ..threads import Job, Threads, progress, usable_cores
-from .source import ReadError, limit, too_slow
+from .source import ReadError, limit
 from .windows import Window
 
 _AHEAD = 4  # windows of one file that may wait for the reader
@@ -65,8 +65,8 @@ def decode_ahead(
             with contextlib.suppress(queue.Empty):
                 return source.get(timeout=0.2)
             pool.check()
-            if job.future.done() and job.future.exception() and source.empty():
-                return too_slow(str(path))
+            if job.future.done() and (late := job.future.exception()) and source.empty():
+                return ReadError(f"{path}: {late}; the environment variable XCLIP_FAST_MAX_SECONDS allows more")
 
     def drain() -> Iterator[tuple[Path, Window | ValueError | None]]:
         path, source, job = ahead.popleft()

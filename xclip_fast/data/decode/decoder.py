@@ -158,7 +158,7 @@ def probe(path: VideoPath) -> Video:
             raise no_frame(source, stream)
         if plan is not None and first.pts != plan.pts[0]:
             plan = None  # the packets do not match the decoded frames
-        height, width = Upright()(first, np.empty((first.height, first.width, 1))).shape[:2]
+        width, height = Upright().size(first)
         base, step = clock_of(stream)
         times = plan.pts if plan else frame_times([first.pts, *(frame.pts for frame in frames)], step)
         count, span = len(times), (times[-1] - times[0]) * base

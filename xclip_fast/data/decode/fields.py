@@ -14,7 +14,7 @@ def may_hold_fields(extradata: bytes | None) -> bool:
     """
     try:
         flags = [_frames_only(unit) for unit in _parameter_sets(extradata or b"")]
-    except IndexError:
+    except (IndexError, ValueError):  # cut off
         return True
     return not flags or not all(flags)
 
@@ -64,20 +64,15 @@ def _frames_only(unit: bytes) -> bool:
 
 class _Bits:
     def __init__(self, data: bytes) -> None:
-        self._value, self._left = int.from_bytes(data, "big"), 8 * len(data)
+        self._bits = "".join(f"{byte:08b}" for byte in data)
 
     def read(self, count: int) -> int:
-        """The next bits as a number. Raises IndexError at the end."""
-        self._left -= count
-        if self._left < 0:
-            raise IndexError
-        return self._value >> self._left & ((1 << count) - 1)
+        """The next bits as a number. Raises ValueError at the end."""
+        bits, self._bits = self._bits[:count], self._bits[count:]
+        if len(bits) < count:
+            raise ValueError
+        return int(bits, 2)
 
     def golomb(self) -> int:
-        """An unsigned Exp-Golomb code."""
-        zeros = 0
-        while not self.read(1):
-            zeros += 1
-            if zeros > 32:
-                raise IndexError
-        return (1 << zeros) - 1 + self.read(zeros)
+        """An unsigned Exp-Golomb code. Raises ValueError at the end."""
+        return self.read(2 * self._bits.index("1") + 1) - 1

@@ -38,14 +38,25 @@ class Upright:
                 self._matrix = None if data is None else np.frombuffer(cast(Any, data), np.int32)[:5].astype(np.int64)
         return self._matrix
 
+    def turned(self, frame: VideoFrame) -> bool:
+        """Whether display swaps width and height."""
+        matrix = self.matrix(frame)
+        if matrix is None:
+            return False
+        a, b, _, c, d = abs(matrix)
+        return bool(a + d < b + c)
+
+    def size(self, frame: VideoFrame) -> tuple[int, int]:
+        """(width, height) as displayed."""
+        return (frame.height, frame.width) if self.turned(frame) else (frame.width, frame.height)
+
     def __call__(self, frame: VideoFrame, array: np.ndarray) -> np.ndarray:
         matrix = self.matrix(frame)
         if matrix is None:
             return array
         a, b, _, c, d = matrix
-        if abs(a) + abs(d) >= abs(b) + abs(c):
-            flip_y, flip_x = d < 0, a < 0
-        else:
+        flip_y, flip_x = d < 0, a < 0
+        if self.turned(frame):
             array = array.transpose(1, 0, 2)
             flip_y, flip_x = b < 0, c < 0
         return array[:: -1 if flip_y else 1, :: -1 if flip_x else 1]

@@ -121,19 +121,11 @@ def _holds_one_picture(packet: av.Packet) -> bool:
 
 
 def still_fits(plan: Plan, source: Source, container: InputContainer, stream: VideoStream) -> bool:
-    """False if the plan belongs to another file. Does not read the whole file."""
+    """False if the plan belongs to another file, by the file's size. Reads no packets."""
     if not can_plan(container, stream) or not plan.pts:
         return False
-    if source.size is not None:  # `open_video` has compared a tar member with the archive's header
-        return source.offset is not None or os.stat(source.path).st_size == source.size
-    if "mov" in container.format.name.split(",") and len(stream.index_entries):
-        # mp4 lists all samples at the front. (Fragmented mp4 lists some of them and gets a new plan each time.)
-        entries = [(entry.timestamp, entry.is_keyframe, entry.is_discard) for entry in stream.index_entries]
-        shown = sum(not hidden for _, _, hidden in entries)
-        return shown == len(plan.pts) and [time for time, key, _ in entries if key] == [
-            dts for _, dts in plan.keyframes
-        ]
-    return True
+    # `open_video` has compared a tar member with the archive's header
+    return source.offset is not None or os.stat(source.path).st_size == source.size
 
 
 def planned_frames(

@@ -148,9 +148,12 @@ def lacks_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
 
 
-def packets_of(container: InputContainer, stream: VideoStream) -> Iterator[av.Packet]:
-    """The stream's packets, up to the end of the file or to a place that cannot be read."""
-    packets = container.demux(stream)
+def packets_of(container: InputContainer, stream: VideoStream, damage: list[str] | None = None) -> Iterator[av.Packet]:
+    """The stream's packets, up to the end of the file or to a place that cannot be read.
+
+    `damage`: gets a line for such a place, which is logged otherwise.
+    """
+    packets, count = container.demux(stream), 0
     try:
         while True:
             try:
@@ -160,39 +163,44 @@ def packets_of(container: InputContainer, stream: VideoStream) -> Iterator[av.Pa
             except av.FFmpegError as error:
                 if lacks_memory(error):
                     raise
-                log.warning("%s: %s; the frames before that are used", name_of(container), reason(error))
+                if damage is None:
+                    log.warning("%s: %s; the frames before that are used", name_of(container), reason(error))
+                else:
+                    damage.append(f"cannot be read after {count} packets ({reason(error)})")
                 return
             if packet.size:  # PyAV ends with an empty packet
                 progress()
+                count += 1
                 yield packet
     finally:
         packets.close()  # type: ignore[attr-defined]  # without this PyAV leaks 150 bytes
 
 
-def all_frames(container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
+def all_frames(container: InputContainer, stream: VideoStream, damage: list[str] | None = None) -> Iterator[VideoFrame]:
     """Every frame of the file, in order. A packet that fails to decode is skipped.
 
-    Raises VideoError if no frame comes out of XCLIP_FAST_MAX_LEADING_PACKETS packets.
+    `damage`: gets lines about packets that cannot be read or decoded. Raises VideoError if no frame comes out of
+    XCLIP_FAST_MAX_LEADING_PACKETS packets.
     """
-    silent, most = 0, limit("XCLIP_FAST_MAX_LEADING_PACKETS")
-    for packet in chain(packets_of(container, stream), (None,)):  # None drains the decoder
+    failed, leading, most = 0, True, limit("XCLIP_FAST_MAX_LEADING_PACKETS")
+    for count, packet in enumerate(chain(packets_of(container, stream, damage), (None,))):  # None drains the decoder
+        if leading and count > most:
+            raise ReadError(
+                f"{name_of(container)}: its first {most} packets give no frame; the environment variable "
+                "XCLIP_FAST_MAX_LEADING_PACKETS allows more"
+            )
         try:
             frames = stream.codec_context.decode(packet)
         except av.FFmpegError as error:
             if lacks_memory(error):
                 raise
             log.info("%s: %s; packet skipped", name_of(container), reason(error))
-            frames = []
-        if silent >= 0 and not frames and packet is not None:
-            silent += 1
-            if silent > most:
-                raise ReadError(
-                    f"{name_of(container)}: its first {most} packets give no frame; the environment variable "
-                    "XCLIP_FAST_MAX_LEADING_PACKETS allows more"
-                )
-        elif frames:
-            silent = -1
+            failed += 1
+            continue
+        leading = leading and not frames
         yield from frames
+    if failed and damage is not None:
+        damage.append(f"{failed} of {count} packets cannot be decoded")
 
 
 def name_of(container: InputContainer) -> str:

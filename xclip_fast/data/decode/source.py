@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
@@ -38,9 +39,8 @@ class ReadError(VideoError):
 class Source:
     """The place of a video: a file, or with `offset` and `size` (bytes) a member of an uncompressed tar file.
 
-    `plan`: an earlier plan (`probe`), which saves reading all packets. `size` without `offset` is the file's size at
-    that time. If the size has changed, or the file does not follow the plan, a new plan is made. Give the size: without
-    it, an mp4 is checked by its index, but a changed file of another container with the same times is not noticed.
+    `plan`: an earlier plan (`probe`), which saves reading all packets. It needs the file's `size` at that time. If the
+    size has changed, or the file does not follow the plan, a new plan is made.
     """
 
     path: str
@@ -75,15 +75,6 @@ def limit(name: str) -> int:
     if not given.isdecimal() or int(given) < 1:
         raise ValueError(f"{name} is {given!r}; a whole number of at least 1 is wanted")
     return min(int(given), 2**62)
-
-
-def too_slow(source: Source | str) -> ReadError:
-    """The error of a file whose decoding hangs."""
-    seconds = limit("XCLIP_FAST_MAX_SECONDS")
-    return ReadError(
-        f"{source}: decoding did not advance for {seconds} seconds; the environment variable XCLIP_FAST_MAX_SECONDS "
-        "allows more"
-    )
 
 
 class File:
@@ -130,6 +121,8 @@ class File:
 
     def _check_member(self, source: Source, length: int) -> None:
         """Refuses a tar member that has moved."""
+        from tarfile import HeaderError, TarInfo
+
         if source.size is None or source.offset is None or source.offset < 0 or source.size < 0:
             raise ValueError(f"{source}: a member of a tar file needs an offset and a size; got size {source.size}")
         if source.offset + source.size > length:
@@ -142,11 +135,11 @@ class File:
         except OSError as error:
             raise ReadError(f"{source}: cannot be read ({error.strerror})") from error
         self._at = 0
-        digits = header[124:136].strip(b"\0 ")  # octal; other forms, for huge members, are not checked
-        if header[257:262] == b"ustar" and digits.isdigit() and int(digits, 8) != source.size:
-            raise VideoError(
-                f"{source}: the tar file has another member at this place, so it has changed. Index it again"
-            )
+        with contextlib.suppress(HeaderError):  # damaged, or not a header: not checked
+            if TarInfo.frombuf(header, "utf-8", "surrogateescape").size != source.size:
+                raise VideoError(
+                    f"{source}: the tar file has another member at this place, so it has changed. Index it again"
+                )
 
     def read(self, count: int) -> bytes:
         """Up to `count` bytes; none at the end. After a passing error the file is opened and read again."""

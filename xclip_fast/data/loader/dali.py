@@ -10,28 +10,27 @@ NVDEC conceals damage inside a file silently. The CPU path decodes such a file a
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, MutableMapping
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from ..decode.dali_support import container, require, supported
 from ..decode.decoder import decode_views
-from ..decode.source import VideoError
+from ..decode.source import File, Source, VideoError
 from ..decode.video import DamagedPlan
 from ..manifest.manifest import Manifest
 from ..threads import Job, Threads, cores_of_rank
 from ..transforms import View
 from .batches import Batch
-from .dali_graph import inputs_of, make_pipeline, read_encoded
+from .dali_graph import inputs_of, make_pipeline
 from .tasks import draw_views, sample_shape
 
 log = logging.getLogger(__name__)
@@ -87,9 +86,7 @@ def dali_batches(
     )
     run = _Epoch(
         manifest=manifest,
-        transform=transform,
-        seed=seed,
-        epoch=epoch,
+        views=lambda row: draw_views(transform, manifest.videos[row], seed, epoch, row),
         device=device,
         shape=shape,
         readers=Threads(workers or cores, "video reader", lambda: None, time_limit),
@@ -108,28 +105,20 @@ def dali_batches(
         run.readers.close()
 
 
-@dataclass(eq=False)
-class _Pending:
-    """A batch in preparation: a job for each row, and the runs of DALI as (places in the batch, job).
-
-    By place: `pixels`, the views decoded on the CPU, and `bad`, the reasons of videos that cannot be decoded.
-    """
+class _Pending(NamedTuple):
+    """A batch in preparation: a job for each row, and the runs of DALI as (places in the batch, job)."""
 
     rows: np.ndarray
-    samples: list[Job] = field(default_factory=list)
-    runs: list[tuple[list[int], Job]] = field(default_factory=list)
-    pixels: dict[int, np.ndarray] = field(default_factory=dict)
-    bad: dict[int, str] = field(default_factory=dict)
+    samples: list[Job]
+    runs: list[tuple[list[int], Job]]
 
 
 @dataclass(eq=False)
 class _Epoch:
-    """The steps from rows to a batch. Only `prepare` and `decode` run in other threads."""
+    """The steps from rows to a batch. Only `prepare`, `decode` and `run` run in other threads."""
 
     manifest: Manifest
-    transform: Any
-    seed: int
-    epoch: int
+    views: Callable[[int], list[View]]
     device: torch.device
     shape: tuple[int, ...]
     readers: Threads
@@ -149,7 +138,7 @@ class _Epoch:
 
     def begin(self, rows: np.ndarray) -> _Pending:
         """Start the jobs of a batch."""
-        pending, room = _Pending(rows), _MEMORY
+        pending, room = _Pending(rows, [], []), _MEMORY
         groups: list[list[int]] = [[]]
         for place, row in enumerate(rows.tolist()):
             video = self.manifest.videos[row]
@@ -166,15 +155,11 @@ class _Epoch:
                     room = _MEMORY
                 room -= need
                 groups[-1].append(place)
-            pending.samples.append(Job(partial(self.prepare, row)))
+            pending.samples.append(self.readers.submit(Job(partial(self.prepare, row))))
         for places in filter(None, groups):
-            pending.runs.append((places, self.decode_when_ready([pending.samples[place] for place in places])))
-        for job in pending.samples:
-            self.readers.submit(job)
+            jobs = [pending.samples[place] for place in places]
+            pending.runs.append((places, self.engines.submit(Job(partial(self.run, jobs)))))
         return pending
-
-    def views(self, row: int) -> list[View]:
-        return draw_views(self.transform, self.manifest.videos[row], self.seed, self.epoch, row)
 
     def prepare(self, row: int, _: object) -> _Sample:
         """Read the file for DALI, or decode it here. Raises VideoError and DamagedPlan."""
@@ -184,103 +169,85 @@ class _Epoch:
         if self.routes[row] is None:
             path = os.path.join(self.manifest.root, video.path)
             try:
-                encoded = read_encoded(path, video.offset, video.size)
-                why = container(encoded[:8].tobytes())
-                if why is None:
-                    return inputs_of(encoded, self.views(row), video.colorspace)
+                with contextlib.closing(File(Source(path, video.offset, video.size))) as file:
+                    data = file.read(video.size + 1)  # not mapped: a file that shrinks under a map kills the process
+                why = container(data[:8]) if len(data) == video.size else "has changed since it was indexed"
             except OSError as error:  # the CPU decoder has the better error, if the file is bad
-                why = f"has changed since it was indexed: {error}"
+                why = f"cannot be read: {error}"
+            if why is None:
+                return inputs_of(np.frombuffer(data, np.uint8), self.views(row), video.colorspace)
             self.route(row, why)
         return self.decode(row)
 
     def decode(self, row: int, _: object = None) -> _Sample:
         return decode_views(self.manifest.source(row), self.views(row))
 
-    def decode_when_ready(self, samples: list[Job]) -> Job:
-        """A job of the engines that starts when the last of these samples is ready."""
-        left, lock = len(samples), threading.Lock()
-
-        def decode(pipe: _Pipe) -> Any:
-            """The views of the samples that DALI decodes: a DALI tensor (n, ...)."""
-            done = [job.future.result() for job in samples if not job.future.exception()]
-            ready = [sample for sample in done if isinstance(sample, dict)]
-            return pipe.run({name: [inputs[name] for inputs in ready] for name in ready[0]}) if ready else None
-
-        job = Job(decode)
-
-        def count(_: Future[Any]) -> None:
-            nonlocal left
-            with lock:
-                left -= 1
-                last = left == 0
-            if last:
-                self.engines.submit(job)
-
-        for sample in samples:
-            sample.future.add_done_callback(count)
-        return job
+    def run(self, jobs: list[Job], pipe: _Pipe) -> Any:
+        """The views of those samples that DALI decodes, once all are ready: a DALI tensor (n, ...), or None."""
+        ready = []
+        for job in jobs:
+            with contextlib.suppress(Exception):  # `collect` names it
+                if isinstance(sample := self.readers.result(job), dict):
+                    ready.append(sample)
+        return pipe.run({name: [inputs[name] for inputs in ready] for name in ready[0]}) if ready else None
 
     def finish(self, pending: _Pending) -> Batch:
         """Wait for a batch, decode failed samples on the CPU, and assemble it."""
-        bad = pending.bad
+        found = [self.collect(job) for job in pending.samples]
         parts: list[tuple[list[int], torch.Tensor]] = []
-        for place, job in enumerate(pending.samples):
-            self.collect(pending, place, job)
         for places, job in pending.runs:
-            places = [place for place in places if place not in bad and place not in pending.pixels]
+            places = [place for place in places if isinstance(found[place], dict)]
             try:
                 tensor = self.engines.result(job)
             except (RuntimeError, MemoryError, TimeoutError) as error:
-                self.mend(pending, places, error)
+                for place, sample in zip(places, self.mend(pending.rows[places].tolist(), error), strict=True):
+                    found[place] = sample
                 continue
             if tensor is not None:
                 parts.append((places, torch.from_dlpack(tensor)))
                 self.failures = 0
-        for place in sorted(bad):
-            self.on_bad(int(pending.rows[place]), bad[place])
-        kept = [place for place in range(len(pending.rows)) if place not in bad]
+        for row, sample in zip(pending.rows.tolist(), found, strict=True):
+            if isinstance(sample, str):
+                self.on_bad(row, sample)
+        kept = [place for place, sample in enumerate(found) if not isinstance(sample, str)]
         rows = pending.rows[kept]
-        return Batch(self.assemble(pending, kept, parts), *map(self.move, (self.manifest.labels[rows], rows)))
+        return Batch(self.assemble(found, kept, parts), *map(self.move, (self.manifest.labels[rows], rows)))
 
-    def collect(self, pending: _Pending, place: int, job: Job) -> None:
+    def collect(self, job: Job) -> _Sample | str:
+        """The sample of a job of the readers, or the reason why the video cannot be decoded."""
         try:
-            sample = self.readers.result(job)
+            return self.readers.result(job)
         except (VideoError, DamagedPlan, TimeoutError, MemoryError) as error:
-            pending.bad[place] = str(error) or "not enough memory to decode it"
-        else:
-            if isinstance(sample, np.ndarray):
-                pending.pixels[place] = sample
+            return str(error) or "not enough memory to decode it"
 
-    def mend(self, pending: _Pending, places: list[int], error: Exception) -> None:
-        """Decode the samples of a failed run on the CPU."""
+    def mend(self, rows: list[int], error: Exception) -> list[_Sample | str]:
+        """The samples of a failed run, decoded on the CPU."""
         why = f"DALI failed: {_first_line(error)}"
-        log.warning("a batch of %d videos is decoded on the CPU: %s", len(places), why)
-        rows = [int(pending.rows[place]) for place in places]
+        log.warning("a batch of %d videos is decoded on the CPU: %s", len(rows), why)
         jobs = [self.readers.submit(Job(partial(self.decode, row))) for row in rows]
-        for place, job in zip(places, jobs, strict=True):
-            self.collect(pending, place, job)
-        blamed = [row for place, row in zip(places, rows, strict=True) if place in pending.bad]
+        samples = [self.collect(job) for job in jobs]
+        blamed = [row for row, sample in zip(rows, samples, strict=True) if isinstance(sample, str)]
         for row in blamed or rows:
             self.route(row, why)
-        if blamed:
-            return
-        self.failures += 1
-        if self.failures >= _GIVE_UP:
+        self.failures += not blamed
+        if not blamed and self.failures >= _GIVE_UP:
             raise RuntimeError(
                 f"DALI failed {self.failures} times in a row on videos that the CPU decodes; use decoder='cpu', or "
                 f"repair DALI. The last error: {error}"
             ) from error
+        return samples
 
-    def assemble(self, pending: _Pending, kept: list[int], parts: list[tuple[list[int], torch.Tensor]]) -> torch.Tensor:
+    def assemble(
+        self, found: list[_Sample | str], kept: list[int], parts: list[tuple[list[int], torch.Tensor]]
+    ) -> torch.Tensor:
         """The frames of these places of a batch, in order, on the device."""
         if len(parts) == 1 and parts[0][0] == kept:
             return parts[0][1]
         shape = self.shape if self.shape[0] > 1 else self.shape[1:]
         frames = torch.empty((len(kept), *shape), dtype=torch.uint8, device=self.device)
-        if pending.pixels:
-            places = sorted(pending.pixels)
-            pixels = np.stack([pending.pixels[place].reshape(shape) for place in places])
-            parts = [*parts, (places, self.move(pixels))]
+        pixels = {place: sample.reshape(shape) for place, sample in enumerate(found) if isinstance(sample, np.ndarray)}
+        if pixels:
+            parts = [*parts, (list(pixels), self.move(np.stack(list(pixels.values()))))]
         where = {place: number for number, place in enumerate(kept)}
         for places, part in parts:
             frames.index_copy_(0, self.move(np.array([where[place] for place in places])), part)

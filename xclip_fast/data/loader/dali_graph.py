@@ -8,8 +8,6 @@ level, a 90th percentile of 8 and a maximum of 37. Without the map the median is
 
 from __future__ import annotations
 
-import os
-import stat
 from collections.abc import Sequence
 from typing import Any
 
@@ -59,19 +57,15 @@ def make_pipeline(*, views: int, size: int, batch_size: int, threads: int, devic
         exec_dynamic=True,  # outputs belong to their holder, and a failed run does not end the pipeline
     )
     def graph() -> Any:
-        encoded = fn.external_source(name="encoded", ndim=1, dtype=types.UINT8)
-        frames = fn.external_source(name="frames", ndim=1, dtype=types.INT32)
-        order = fn.external_source(name="order", ndim=2, dtype=types.INT32)
-        start = fn.external_source(name="start", ndim=2, dtype=types.INT32)
-        shape = fn.external_source(name="shape", ndim=2, dtype=types.INT32)
-        scaled = fn.external_source(name="scaled", ndim=2, dtype=types.FLOAT)
-        corner = fn.external_source(name="corner", ndim=2, dtype=types.INT32)
-        flip = fn.external_source(name="flip", ndim=1, dtype=types.INT32)
-        color = fn.external_source(name="color", ndim=3, dtype=types.FLOAT)
+        def given(name: str, ndim: int, dtype: Any = types.INT32) -> Any:
+            return fn.external_source(name=name, ndim=ndim, dtype=dtype)
+
+        start, shape, corner, flip = given("start", 2), given("shape", 2), given("corner", 2), given("flip", 1)
+        order, scaled, color = given("order", 2), given("scaled", 2, types.FLOAT), given("color", 3, types.FLOAT)
         video = fn.decoders.video(
-            encoded,
+            given("encoded", 1, types.UINT8),
             device="cpu" if device_id is None else "mixed",
-            frames=frames,
+            frames=given("frames", 1),
             pad_mode="none",  # a missing frame is an error, not a copy of another
             build_index=True,
             affine=False,  # pinned threads of several processes would share the first cores
@@ -105,28 +99,3 @@ def inputs_of(encoded: np.ndarray, views: Sequence[View], colorspace: int) -> di
         "flip": np.array([view.flip for view in views], np.int32),
         "color": np.stack([color_of(view, colorspace) for view in views]),
     }
-
-
-def read_encoded(path: str, offset: int | None, size: int) -> np.ndarray:
-    """The bytes of a file, or of a member of a tar: uint8 (size,).
-
-    The file is read, not mapped: a file that shrinks under a map kills the process. Raises OSError, also if the file
-    does not have `size` bytes.
-    """
-    if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait forever
-        raise OSError(f"{path}: is not a regular file")
-    with open(path, "rb", buffering=0) as file:
-        length = os.fstat(file.fileno()).st_size
-        if offset is None and length != size:
-            raise OSError(f"{path}: no longer has the {size} bytes that it had in the index")
-        if (offset or 0) + size > length:
-            raise OSError(f"{path}: ends at byte {length}, before the end of the indexed video")
-        file.seek(offset or 0)
-        encoded, done = np.empty(size, np.uint8), 0
-        room = memoryview(encoded)  # type: ignore[arg-type]
-        while done < size:
-            count = file.readinto(room[done:])
-            if not count:
-                raise OSError(f"{path}: ends after {done} of {size} bytes")
-            done += count
-    return encoded

@@ -24,6 +24,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from ..decode.dali_support import missing
 from ..manifest.manifest import Manifest
 from ..sampling import epoch_batches, epoch_order
 from ..threads import processes_and_threads
@@ -40,7 +41,7 @@ class Loader:
     With a CUDA device and NVIDIA DALI, DALI decodes; otherwise PyAV decodes in processes. Iterating gives the batches
     of one epoch and then raises `epoch` by one. The length is in batches. If an iteration is broken off, `epoch` stays,
     and the next iteration starts that epoch over, unless a state of `state_dict` is loaded. A new iteration ends the
-    one before. Workers live as long as the loader, or until `close`.
+    one before. Workers live from epoch to epoch, until `close` or until an iteration is broken off.
 
     Args:
         manifest: the videos, or the path of their manifest (`manifest.index`).
@@ -101,10 +102,11 @@ class Loader:
             raise ValueError(f"timeout is {timeout}; a positive number of seconds is wanted")
         if decoder not in ("auto", "dali", "cpu"):
             raise ValueError(f"decoder is {decoder!r}; it must be 'auto', 'dali' or 'cpu'")
-        refused = _no_dali(place)
+        on_gpu = place.type == "cuda"
+        refused = missing() if on_gpu else f"DALI is for CUDA devices, and the device is {place}"
         if decoder == "dali" and refused:
-            raise (ImportError if "not installed" in refused else ValueError)(f"decoder='dali': {refused}")
-        if decoder == "auto" and refused and place.type == "cuda":
+            raise (ImportError if on_gpu else ValueError)(f"decoder='dali': {refused}")
+        if decoder == "auto" and refused and on_gpu:
             log.info("videos are decoded on the CPU: %s", refused)
         workers, threads = processes_and_threads(workers, threads)
         dali = decoder != "cpu" and not refused
@@ -113,7 +115,7 @@ class Loader:
         make = Decoder(transform, seed, threads, workers)
         self.manifest, self.batch_size, self.device = manifest, batch_size, place
         self.decoder: Literal["dali", "cpu"] = "dali" if dali else "cpu"
-        self.workers, self._max_bad = Workers(make, workers, prefetch, place.type == "cuda", timeout), max_bad
+        self.workers, self._max_bad = Workers(make, workers, prefetch, on_gpu, timeout), max_bad
         self._shuffle, self._rank, self._world = shuffle, rank, world
         self._usable = manifest.usable
         self._epoch, self._start, self._consumed = 0, 0, 0
@@ -237,9 +239,9 @@ class Loader:
         self.epoch = epoch + 1
 
     def _on_cpu(self, epoch: int, batches: list[np.ndarray]) -> Generator[Batch, None, None]:
-        def make(turn: int, number: int, rows: np.ndarray) -> Task:
+        def make(rows: np.ndarray) -> Task:
             good = self._good(rows)
-            return Task(turn, number, epoch, good, self.manifest.select(good))
+            return Task(epoch, good, self.manifest.select(good))
 
         copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         with contextlib.closing(self.workers.results(batches, make, self._bad)) as results:
@@ -310,12 +312,3 @@ class Loader:
 
 
 loader = Loader  # used as a function: `for batch in loader(...)`
-
-
-def _no_dali(device: torch.device) -> str | None:
-    """The reason why DALI is not used, or None."""
-    if device.type != "cuda":
-        return f"DALI is for CUDA devices, and the device is {device}"
-    from ..decode.dali_support import missing
-
-    return missing()

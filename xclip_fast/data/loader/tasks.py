@@ -24,7 +24,9 @@ from ..transforms import View
 
 
 def draw_views(transform: Any, video: Video, seed: int, epoch: int, row: int) -> list[View]:
-    """The transform's views of the video in this row, in this epoch."""
+    """The transform's views of the video in this row, in this epoch. Raises VideoError for a row without facts."""
+    if min(video.frames, video.width, video.height) < 1:
+        raise VideoError("the manifest has no facts about it; index the data again")
     rng = sample_rng(seed, epoch, row) if getattr(transform, "random", True) else None
     return transform.views(video.frames, video.width, video.height, rng)
 
@@ -38,8 +40,6 @@ def sample_shape(transform: Any) -> tuple[int, ...]:
 class Task(NamedTuple):
     """A batch to decode. `rows` are numbers in the whole manifest; `manifest` holds just these videos, in order."""
 
-    turn: int
-    number: int
     epoch: int
     rows: np.ndarray
     manifest: Manifest
@@ -48,10 +48,9 @@ class Task(NamedTuple):
 class Result(NamedTuple):
     """A batch: frames uint8 (B, V, T, S, S, 3) of `rows`, and the reasons for missing rows (`bad`).
 
-    `failure` is the traceback of an error that is not a video's fault. `number` is -1 if the batch is no longer wanted.
+    `failure` is the traceback of an error that is not a video's fault.
     """
 
-    number: int
     frames: torch.Tensor
     rows: np.ndarray
     bad: dict[int, str]
@@ -62,18 +61,18 @@ class Table:
     """The video that each thread of each worker is decoding. It lies in shared memory and outlives the worker.
 
     `cells`: int64 (workers, threads, 2), the row or -1, and the start (monotonic ns, one clock for all processes).
-    `counts`: int64 (1 + workers,), the present turn, and the number of videos that each worker has begun.
+    `counts`: int64 (workers,), the number of videos that each worker has begun.
     """
 
     def __init__(self, workers: int, threads: int) -> None:
         self.cells = torch.full((workers, threads, 2), -1, dtype=torch.int64).share_memory_()
-        self.counts = torch.zeros(1 + workers, dtype=torch.int64).share_memory_()
+        self.counts = torch.zeros(workers, dtype=torch.int64).share_memory_()
 
     def begin(self, worker: int, thread: int, row: int) -> None:
         cells = self.cells.numpy()
         cells[worker, thread, 1] = time.monotonic_ns()
         cells[worker, thread, 0] = row
-        self.counts.numpy()[1 + worker] += 1
+        self.counts.numpy()[worker] += 1
 
     def end(self, worker: int, thread: int) -> None:
         self.cells.numpy()[worker, thread, 0] = -1
@@ -83,14 +82,6 @@ class Table:
         rows, since = self.cells[worker].unbind(1)
         return rows[(rows >= 0) & (since <= time.monotonic_ns() - int(seconds * 1e9))].tolist()
 
-    @property
-    def turn(self) -> int:
-        return int(self.counts.numpy()[0])
-
-    @turn.setter
-    def turn(self, value: int) -> None:
-        self.counts.numpy()[0] = value
-
 
 class Decoder:
     """The dataset for torch's DataLoader: it turns a task into a result. It is pickled once for each worker."""
@@ -99,62 +90,46 @@ class Decoder:
         self.transform, self.seed, self.threads = transform, seed, threads
         self.shape = sample_shape(transform)
         self.table = Table(max(1, workers), threads)
-        self._pool: ThreadPoolExecutor | None = None
-        self._slots: queue.SimpleQueue[int] = queue.SimpleQueue()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in ("_pool", "_slots")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _pool=None, _slots=queue.SimpleQueue())
 
     def decode(self, task: Task) -> Result:
-        """Decodes a batch with the threads of this process."""
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="decode")
-            for slot in range(self.threads):
-                self._slots.put(slot)
+        """Decodes a batch with threads of this process."""
         info = get_worker_info()
         worker = info.id if info else 0
         frames = torch.empty(len(task.rows), *self.shape, dtype=torch.uint8)
-        out, none = frames.numpy(), frames[:0]
+        out = frames.numpy()
+        slots: queue.SimpleQueue[int] = queue.SimpleQueue()  # places in the table
+        for slot in range(self.threads):
+            slots.put(slot)
+
+        def one(place: int) -> str:
+            slot = slots.get()
+            self.table.begin(worker, slot, int(task.rows[place]))
+            try:
+                return self.one(task, place, out[place])
+            finally:
+                self.table.end(worker, slot)
+                slots.put(slot)
+
         try:
-            # A list, so that no thread still writes to `out` if an error leaves this function.
-            found = list(self._pool.map(lambda place: self._one(task, place, out[place], worker), range(len(out))))
+            with ThreadPoolExecutor(self.threads, thread_name_prefix="decode") as pool:
+                found = list(pool.map(one, range(len(out))))
         except Exception:  # the parent raises it, with this traceback
-            return Result(task.number, none, task.rows[:0], {}, traceback.format_exc())
-        if None in found:
-            return Result(-1, none, task.rows[:0], {}, None)
+            return Result(frames[:0], task.rows[:0], {}, traceback.format_exc())
         bad = {int(row): reason for row, reason in zip(task.rows, found, strict=True) if reason}
         if not bad:
-            return Result(task.number, frames, task.rows, bad, None)
+            return Result(frames, task.rows, bad, None)
         good = np.array([not reason for reason in found])
-        return Result(task.number, frames[torch.from_numpy(good)], task.rows[good], bad, None)
+        return Result(frames[torch.from_numpy(good)], task.rows[good], bad, None)
 
     __getitems__ = decode  # the name that DataLoader calls
 
-    def _one(self, task: Task, place: int, out: np.ndarray, worker: int) -> str | None:
-        """Decodes one video of a task. Returns "", or the reason of a failure; None if the task is no longer wanted."""
-        if self.table.turn != task.turn:
-            return None
-        slot = self._slots.get()
-        self.table.begin(worker, slot, int(task.rows[place]))
-        try:
-            return self.one(task, place, out)
-        finally:
-            self.table.end(worker, slot)
-            self._slots.put(slot)
-
     def one(self, task: Task, place: int, out: np.ndarray) -> str:
         """Decodes one video of a task into `out`, uint8 (V, T, S, S, 3). Returns "", or the reason of a failure."""
-        row, video = int(task.rows[place]), task.manifest.videos[place]
-        if min(video.frames, video.width, video.height) < 1:
-            return "the manifest has no facts about it; index the data again"
         source = None
         try:
             source = task.manifest.source(place)
-            views = draw_views(self.transform, video, self.seed, task.epoch, row)
-            decode_views(source, views, out=out)
+            row, video = int(task.rows[place]), task.manifest.videos[place]
+            decode_views(source, draw_views(self.transform, video, self.seed, task.epoch, row), out=out)
         except (VideoError, DamagedPlan, IndexError, OSError, MemoryError) as error:
             return one_line(str(error).removeprefix(f"{source}: ")) or type(error).__name__
         return ""

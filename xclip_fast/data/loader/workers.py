@@ -17,7 +17,6 @@ import multiprocessing.connection
 import os
 import shutil
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -36,8 +35,8 @@ _POLL = 1  # seconds between two looks at the workers while a batch is awaited
 _FRUITLESS = 3  # restarts in a row without a batch and without a video to blame
 _START = 120.0  # seconds that a process may take to start
 
-MakeTask = Callable[[int, int, np.ndarray], Task]
-"""(turn, number, rows) to the task that decodes these rows, without those that are known to be bad."""
+MakeTask = Callable[[np.ndarray], Task]
+"""From rows to the task that decodes them, without those that are known to be bad."""
 
 
 class Workers:
@@ -49,9 +48,8 @@ class Workers:
         self.restarts = 0
         self._loader: DataLoader[Any] | None = None
         self._batches: Any = None  # torch's iterator over the workers' results, one for the life of the workers
-        self._opened = 0  # the turn it is in
-        self._feed = _Feed()
-        self._turn = 0
+        self._tasks: Callable[[], Iterator[Task]] = lambda: iter(())
+        self._is_new = False  # whether the tasks are those of another epoch than the workers'
         self._suspected: set[int] = set()
 
     def results(
@@ -64,53 +62,40 @@ class Workers:
 
         Raises RuntimeError if workers keep dying without a video to blame, or with the traceback of another error.
         """
-        self._turn += 1
-        turn = self.table.turn = self._turn
         done, fruitless = 0, 0
-
-        def tasks() -> Iterator[Task]:
-            return (make(turn, at, batches[at]) for at in range(done, len(batches)) if self.table.turn == turn)
-
-        self._feed.tasks = tasks
+        self._tasks = lambda: (make(rows) for rows in batches[done:])
+        self._is_new = True
         try:
             while done < len(batches):
                 try:
-                    result = self._next(turn) if self.workers else self.decoder.decode(make(turn, done, batches[done]))
-                    if result.number != done and result.failure is None:
-                        raise RuntimeError(f"batch {result.number} came where {done} was due")
+                    result = self._next() if self.workers else self.decoder.decode(make(batches[done]))
                 except _TROUBLE as error:
                     if not self.workers:
                         raise
-                    fruitless = 0 if self._recover(error, turn, make, give_up) else fruitless + 1
+                    fruitless = 0 if self._recover(error, make, give_up) else fruitless + 1
                     if fruitless > _FRUITLESS:
                         raise RuntimeError(self._hopeless(error)) from error
                     continue
-                except BaseException:  # Ctrl-C in the middle of the workers' queue: its state is unknown
-                    self.close()
-                    raise
                 if result.failure is not None:
                     raise RuntimeError(f"decoding failed, and no video is the cause:\n{result.failure}")
                 done, fruitless = done + 1, 0
                 yield result
         finally:
-            self.table.turn = 0
-            if done < len(batches) and not sys.is_finalizing():
-                self._drain(5.0)
-            self._feed.tasks = _no_tasks  # `make` may refer to the loader that owns this
+            if done < len(batches):  # Ctrl-C, too, in the middle of the workers' queue: its state is unknown
+                self.close()
+            self._tasks = lambda: iter(())  # `make` may refer to the loader that owns this
 
-    def _next(self, turn: int) -> Result:
+    def __iter__(self) -> Iterator[Task]:
+        """The tasks of this epoch, for DataLoader."""
+        return self._tasks()
+
+    def _next(self) -> Result:
         """The next result. Raises one of _TROUBLE if a worker died or hangs."""
         if self._loader is None:
-            self._loader, self._opened = self._start(), 0
-        if self._opened != turn:
-            try:
-                self._batches = iter(self._loader)  # workers of an earlier turn have _POLL seconds to answer
-            except RuntimeError as error:
-                log.info("the workers are restarted for the next epoch: %s", error)
-                self._kill()
-                self._loader = self._start()
-                self._batches = iter(self._loader)
-            self._opened = turn
+            self._loader = self._start()
+        if self._batches is None or self._is_new:
+            self._batches = iter(self._loader)  # workers of an earlier epoch have _POLL seconds to answer
+            self._is_new = False
         quiet, begun = time.monotonic(), -1
         while True:
             try:
@@ -124,10 +109,10 @@ class Workers:
                 raise RuntimeError("a worker died")
             if any(self.table.busy(worker, self.timeout) for worker in range(self.workers)):
                 raise RuntimeError(f"a worker has decoded one video for more than {self.timeout:g} s")
-            now = int(self.table.counts[1:].sum())
+            now = int(self.table.counts.sum())
             if now != begun or any(self.table.busy(worker) for worker in range(self.workers)):
                 quiet, begun = time.monotonic(), now
-            starting = bool((self.table.counts[1:] == 0).any())
+            starting = bool((self.table.counts == 0).any())
             if time.monotonic() - quiet > (max(self.timeout, _START) if starting else self.timeout):
                 raise RuntimeError(f"the workers have done nothing for {time.monotonic() - quiet:.0f} s")
 
@@ -140,7 +125,7 @@ class Workers:
             raise SystemExit(1)  # a worker that runs a script without its guard: the parent says so, once
         return DataLoader(
             self.decoder,  # type: ignore[arg-type]  # only __getitems__ is used
-            batch_sampler=self._feed,  # type: ignore[arg-type]
+            batch_sampler=self,  # type: ignore[arg-type]  # only __iter__ is used
             num_workers=self.workers,
             collate_fn=_same,  # type: ignore[arg-type]  # __getitems__ gives a batch
             pin_memory=self.pin,
@@ -152,13 +137,13 @@ class Workers:
             persistent_workers=True,
         )
 
-    def _recover(self, error: BaseException, turn: int, make: MakeTask, give_up: Callable[[int, str], None]) -> bool:
+    def _recover(self, error: BaseException, make: MakeTask, give_up: Callable[[int, str], None]) -> bool:
         """Ends all workers and looks for the video that is to blame. Returns False if this found nothing."""
         suspects: list[int] = []
         for number, process in enumerate(self.processes):
             suspects += self.table.busy(number, 0.0 if not process.is_alive() else self.timeout)
         codes = [process.exitcode for process in self.processes if process.exitcode]
-        self._kill()
+        self.close(kill=True)
         self.restarts += 1
         reason = f"{one_line(str(error))}{f' ({_exit(codes[0])})' if codes else ''}"
         log.warning("%s; the workers are restarted; %d videos are suspected", reason, len(suspects))
@@ -167,7 +152,7 @@ class Workers:
         given_up = 0
         for row in suspects:
             verdict = f"the worker that decodes it died or hung, twice ({reason})" if row in self._suspected else ""
-            verdict = verdict or self._alone(make(turn, -1, np.array([row], np.int64)))
+            verdict = verdict or self._alone(make(np.array([row], np.int64)))
             if verdict:
                 give_up(row, verdict)
                 given_up += 1
@@ -205,60 +190,24 @@ class Workers:
             f"/dev/shm{shared}. workers=0 decodes in this process and shows the error"
         )
 
-    def _drain(self, seconds: float) -> None:
-        """Empties the workers' queues after an abandoned epoch. Workers that take too long are killed."""
-        end = time.monotonic() + seconds
-        while self._batches is not None:
-            try:
-                next(self._batches)
-            except StopIteration:
-                return
-            except _TROUBLE as error:
-                if "timed out" not in str(error) or time.monotonic() > end:
-                    self._kill()
-            if time.monotonic() > end:
-                self._kill()
+    def close(self, kill: bool = False) -> None:
+        """Ends the workers, each after its batch. They start again when they are needed.
 
-    def _kill(self) -> None:
-        for process in self.processes:
-            process.kill()
-        self._shut_down()
-
-    def _shut_down(self) -> None:
+        One that has decoded a single video for a second is killed; with `kill`, all are.
+        """
         batches, processes = self._batches, self.processes
         self._batches = self._loader = None
-        if batches is not None:
-            batches._shutdown_workers()  # a pending error still refers to it, so it would not be deleted now
+        if batches is None:
+            return
+        for worker, process in enumerate(processes):
+            if kill or self.table.busy(worker, 1.0):
+                process.kill()
+        batches._shutdown_workers()  # a pending error still refers to it, so it would not be deleted now
         for process in processes:
             process.kill()
             process.join(5.0)
         self.table.cells.fill_(-1)
-        self.table.counts[1:].zero_()
-
-    def close(self) -> None:
-        """Ends the workers. One that stays busy for a second is killed. They start again when they are needed."""
-        self.table.turn = 0
-        end = time.monotonic() + 1.0
-        while time.monotonic() < end and any(self.table.busy(worker) for worker in range(self.workers)):
-            time.sleep(0.01)
-        for worker, process in enumerate(self.processes):
-            if self.table.busy(worker):
-                process.kill()
-        self._shut_down()
-
-
-def _no_tasks() -> Iterator[Task]:
-    return iter(())
-
-
-class _Feed:
-    """The batch sampler that gives tasks to DataLoader."""
-
-    def __init__(self) -> None:
-        self.tasks = _no_tasks
-
-    def __iter__(self) -> Iterator[Task]:
-        return self.tasks()
+        self.table.counts.zero_()
 
 
 _TROUBLE = (RuntimeError, OSError, EOFError, AssertionError)

@@ -12,10 +12,10 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from ...files import errors_name, require_regular
 from ..decode.video import Video
+from .manifest import leaves
 
 VIDEO_NAME = re.compile(
     r"[^.].*\.(3gp|avi|flv|m2ts|m4v|mkv|mov|mp4|mpe?g|mts|ogv|ts|webm|wmv)", re.IGNORECASE | re.DOTALL
@@ -47,14 +47,10 @@ class Request:
     follow_links: bool = False
 
     @property
-    def folder(self) -> Path:
-        """The folder of the list, or the folder that was given."""
-        return self.path if self.path.is_dir() else self.path.parent
-
-    @property
     def top(self) -> str:
-        """The given root, or the folder if no root was given."""
-        return os.fspath(self.folder) if self.root is None else self.root
+        """The given root. Without one, the folder that was given, or that of the list."""
+        folder = self.path if self.path.is_dir() else self.path.parent
+        return os.fspath(folder) if self.root is None else self.root
 
     def listing(self, classes: Sequence[str], entries: Iterable[Video], notes: Sequence[str] = ()) -> Listing:
         """A listing below ``top``."""
@@ -112,22 +108,17 @@ def unlisted_reason(error: OSError) -> str:
     return f"is a folder that cannot be listed ({error.strerror})"
 
 
-class Walked(NamedTuple):
-    """The files below a folder. ``unlisted`` are those of the ``videos``, by path, that are folders without a list."""
+def walk(root: Path, follow_links: bool) -> tuple[list[Video], list[str], dict[str, str]]:
+    """Every video below a folder, sorted by path, and notes on files that were left out.
 
-    videos: list[Video]  # sorted by path
-    notes: list[str]  # on files that were left out
-    unlisted: set[str]
-
-
-def walk(root: Path, follow_links: bool) -> Walked:
-    """Every video below a folder. A folder that cannot be listed is a video with an error."""
+    A folder that cannot be listed is a video with an error; the last result has its path and the error, too.
+    """
     found: list[Video] = []
-    unlisted: set[str] = set()
+    unlisted: dict[str, str] = {}
     others: Counter[str] = Counter()
     first = os.stat(root)
-    folders: list[tuple[str, tuple[tuple[int, int], ...]]]
-    folders = [("", ((first.st_dev, first.st_ino),))]  # with its parents, to notice links that lead back
+    # with its parents, to notice links that lead back
+    folders: list[tuple[str, tuple[tuple[int, int], ...]]] = [("", ((first.st_dev, first.st_ino),))]
     while folders:
         below, above = folders.pop()
         try:
@@ -135,8 +126,7 @@ def walk(root: Path, follow_links: bool) -> Walked:
         except OSError as error:
             if not below:
                 raise
-            unlisted.add(below.rstrip("/"))
-            found.append(Video(below.rstrip("/"), error=unlisted_reason(error)))
+            unlisted[below.rstrip("/")] = unlisted_reason(error)
             continue
         for entry in inside:
             path = below + entry.name
@@ -159,7 +149,8 @@ def walk(root: Path, follow_links: bool) -> Walked:
     others.pop(".partial", None)
     kinds = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(9))
     notes = [f"{root}: skipped files that have no video suffix: {kinds}"] if others else []
-    return Walked(sorted(found, key=lambda entry: entry.path), notes, unlisted)
+    found += [Video(path, error=reason) for path, reason in unlisted.items()]
+    return sorted(found, key=lambda entry: entry.path), notes, unlisted
 
 
 def videos_below(folder: str | os.PathLike[str]) -> tuple[list[str], dict[str, str]]:
@@ -167,11 +158,9 @@ def videos_below(folder: str | os.PathLike[str]) -> tuple[list[str], dict[str, s
 
     Hidden files and links to folders are left out.
     """
-    found = walk(Path(folder), follow_links=False)
-    unlisted = {
-        os.path.join(folder, each.path): str(each.error) for each in found.videos if each.path in found.unlisted
-    }
-    return [os.path.join(folder, each.path) for each in found.videos if each.error is None], unlisted
+    found, _, unlisted = walk(Path(folder), follow_links=False)
+    paths = [os.path.join(folder, entry.path) for entry in found if entry.error is None]
+    return paths, {os.path.join(folder, path): reason for path, reason in unlisted.items()}
 
 
 def class_numbers(
@@ -200,55 +189,43 @@ class Place:
     """
 
     def __init__(self, request: Request) -> None:
-        self.roots = dict.fromkeys((os.path.abspath(request.top), os.path.realpath(request.top)))
-        self._spelled: dict[str, dict[str, str]] = {}  # folder -> composed name -> name
+        self.roots = os.path.abspath(request.top), os.path.realpath(request.top)
+        self._names: dict[str, dict[str, str]] = {}  # folder -> composed name -> name
 
     def entry(self, path: str, label: int | None) -> Video:
         below = posixpath.normpath(path.replace(os.sep, "/"))
-        if posixpath.isabs(below):
-            for root in self.roots:
-                if below.startswith(f"{root.rstrip('/')}/"):
-                    return Video(self._there(below[len(root.rstrip("/")) + 1 :]), label)
-        elif below.split("/", 1)[0] != "..":
+        for root in self.roots:
+            below = below.removeprefix(f"{root.rstrip('/')}/")
+        if not leaves(below):
             return Video(self._there(below), label)
         return Video(
             path,
             label,
-            error=f"lies outside of the root folder ({next(iter(self.roots))}); --root (root=) gives another",
+            error=f"lies outside of the root folder ({self.roots[0]}); --root (root=) gives another",
         )
 
     def _there(self, path: str) -> str:
         """The path if it exists, else that of its copy by `transcode` or of another spelling, else the path."""
-        root = next(iter(self.roots))
-        if os.path.lexists(f"{root}/{path}"):
+        if os.path.lexists(f"{self.roots[0]}/{path}"):
             return path
         names = [path]
         if VIDEO_NAME.fullmatch(posixpath.basename(path)):
             names.append(posixpath.splitext(path)[0] + ".mp4")
-        for name in names:
-            if os.path.isfile(f"{root}/{name}"):
-                return name
-            if not name.isascii():
-                other = self._other_spelling(root, name)
-                if other is not None:
-                    return other
-        return path
+        return next(filter(None, map(self._spelled, names)), path)
 
-    def _other_spelling(self, root: str, path: str) -> str | None:
-        """The path of an existing file that differs from this one in Unicode composition only, or None."""
+    def _spelled(self, path: str) -> str:
+        """The path of an existing file that differs from this one in Unicode composition at most, or ""."""
         found = ""
         for part in path.split("/"):
-            if os.path.lexists(f"{root}/{found}{part}"):
-                found += f"{part}/"
-                continue
-            if found not in self._spelled:
-                try:
-                    inside = os.listdir(f"{root}/{found}")
-                except OSError:
-                    inside = []
-                self._spelled[found] = {unicodedata.normalize("NFC", name): name for name in inside}
-            name = self._spelled[found].get(unicodedata.normalize("NFC", part))
-            if name is None:
-                return None
-            found += f"{name}/"
+            if not os.path.lexists(f"{self.roots[0]}/{found}{part}"):
+                if found not in self._names:
+                    try:
+                        inside = os.listdir(f"{self.roots[0]}/{found}")
+                    except OSError:
+                        inside = []
+                    self._names[found] = {unicodedata.normalize("NFC", name): name for name in inside}
+                part = self._names[found].get(unicodedata.normalize("NFC", part), "")
+                if not part:
+                    return ""
+            found += f"{part}/"
         return found.rstrip("/")

@@ -18,7 +18,10 @@ _SAME_SPLIT = {"val": "validate", "valid": "validate", "validation": "validate",
 
 
 def kinetics(request: Request) -> Listing:
-    """The csv of label,youtube_id,time_start,time_end,split. Files are found by name anywhere below the root."""
+    """The csv of label,youtube_id,time_start,time_end,split.
+
+    Files are found by name anywhere below the root: {id}_{start:06d}_{end:06d}.mp4 or {id}.mp4.
+    """
     (number, head), *rows = csv_of(request.path) or [(1, [])]
     column = {name.strip().lower(): place for place, name in enumerate(head)}
     missing = [name for name in ("youtube_id", "time_start", "time_end") if name not in column]
@@ -26,7 +29,7 @@ def kinetics(request: Request) -> Listing:
         raise ValueError(f"{request.path}, line {number}: the header of a Kinetics csv must have {', '.join(missing)}")
     if request.split is not None and "split" not in column:
         raise ValueError(f"{request.path}: has no column split; leave --split (split=) out")
-    find = _KineticsFiles(request)
+    by_name, notes, why = _kinetics_files(request)
     wanted = _SAME_SPLIT.get(request.split or "", request.split)
     raw = sorted({row[column["label"]] for _, row in rows if len(row) == len(head)}) if "label" in column else []
     number_of, classes = class_numbers(request, raw, [name.replace("_", " ") for name in raw])
@@ -40,34 +43,30 @@ def kinetics(request: Request) -> Listing:
         split = cells.get("split", "")
         if wanted is None or _SAME_SPLIT.get(split, split) == wanted:
             label = number_of.get(row[column["label"]]) if "label" in column else None
-            entries.append(find(cells["youtube_id"], start, end, {split, cells.get("label", "")}, label))
-    return request.listing(classes, entries, find.notes)
+            video = cells["youtube_id"]
+            name = f"{video}_{start:06d}_{end:06d}"
+            paths = by_name.get(name) or by_name.get(f"{video}_{start}_{end}") or by_name.get(video)
+            if paths is None:
+                entries.append(Video(f"{name}.mp4", label, error=why))
+                continue
+            # a copy may lie in the folder of another split
+            hints = {word.replace("_", " ") for word in (split, cells.get("label")) if word}
+            folders = [{part.replace("_", " ") for part in path.split("/")[:-1]} for path in paths]
+            best = max(range(len(paths)), key=lambda at: len(hints & folders[at]))
+            entries.append(Video(paths[best], label))
+    return request.listing(classes, entries, notes)
 
 
-class _KineticsFiles:
-    """Finds files below the root by YouTube id. Their names are {id}_{start:06d}_{end:06d}.mp4 or {id}.mp4."""
-
-    def __init__(self, request: Request) -> None:
-        root = Path(request.top)
-        found, self.notes, _ = walk(root, request.follow_links)
-        self.by_name: dict[str, list[str]] = defaultdict(list)
-        for entry in found:
-            if entry.error is None:
-                self.by_name[posixpath.splitext(posixpath.basename(entry.path))[0]].append(entry.path)
-        links = [entry.path for entry in found if entry.error is not None]
-        self.why = f"no file of that name below {root}" + (f" ({len(links)} folders not entered)" if links else "")
-
-    def __call__(self, youtube_id: str, start: int, end: int, hints: set[str], label: int | None) -> Video:
-        name = f"{youtube_id}_{start:06d}_{end:06d}"
-        for stem in (name, f"{youtube_id}_{start}_{end}", youtube_id):
-            paths = self.by_name.get(stem, [])
-            if paths:  # a copy may lie in the folder of another split
-                words = {word.replace("_", " ") for word in hints if word}
-                best = max(
-                    paths, key=lambda path: len(words & {part.replace("_", " ") for part in path.split("/")[:-1]})
-                )
-                return Video(best, label)
-        return Video(f"{name}.mp4", label, error=self.why)
+def _kinetics_files(request: Request) -> tuple[dict[str, list[str]], list[str], str]:
+    """The files below the root by name, without suffix; notes; and the reason why a file is not among them."""
+    found, notes, _ = walk(Path(request.top), request.follow_links)
+    by_name: dict[str, list[str]] = defaultdict(list)
+    for entry in found:
+        if entry.error is None:
+            by_name[posixpath.splitext(posixpath.basename(entry.path))[0]].append(entry.path)
+    links = sum(entry.error is not None for entry in found)
+    why = f"no file of that name below {request.top}" + (f" ({links} folders not entered)" if links else "")
+    return by_name, notes, why
 
 
 def ucf101(request: Request) -> Listing:

@@ -64,10 +64,10 @@ def read_shards(request: Request) -> Listing:
         ]
     else:
         labels = _top_folders(samples)
-    number_of, classes = _classes(request, labels, samples)
+    numbers, classes = _classes(request, labels, samples)
     entries = [
-        replace(entry, label=None if label is None else number_of.get(label), error=entry.error or sample.error)
-        for sample, label in zip(samples, labels, strict=True)
+        replace(entry, label=number, error=entry.error or sample.error)
+        for sample, number in zip(samples, numbers, strict=True)
         for entry in sample.videos
     ]
     return Request(folder).listing(classes, entries)
@@ -211,11 +211,12 @@ def _top_folders(samples: Sequence[_Sample]) -> list[str | None]:
 
 def _classes(
     request: Request, labels: Sequence[int | str | None], samples: Sequence[_Sample]
-) -> tuple[dict[int | str, int], tuple[str, ...]]:
-    """The class of each label that occurs (an id or a name), and the names of the classes."""
-    names = sorted({label for label in labels if isinstance(label, str)})
-    classes = request.classes or tuple(names)
-    known: dict[int | str, int] = {name: number for number, name in enumerate(classes)}
+) -> tuple[list[int | None], tuple[str, ...]]:
+    """The class of each sample, by its label (an id or a name), and the names of the classes."""
+    classes = request.classes or tuple(sorted({label for label in labels if isinstance(label, str)}))
+    known: dict[int | str | None, int] = dict(zip(classes, range(len(classes)), strict=True))
+    known.update((number, number) for number in range(len(classes)))
+    numbers: list[int | None] = []
     wrong: list[str] = []
     for label, sample in zip(labels, samples, strict=True):
         where = f"{request.path}: {sample.videos[0].path}:{sample.videos[0].member}"
@@ -223,13 +224,11 @@ def _classes(
             raise ValueError(
                 f"{where} has the id {label} for a label; give the names too, as a csv of id,name: --labels (labels=)"
             )
-        if isinstance(label, int) and 0 <= label < len(classes):
-            known[label] = label
-        elif isinstance(label, str) and label not in known and label.replace("_", " ") in known:
-            known[label] = known[label.replace("_", " ")]
-        elif label is not None and label not in known:
+        readable = label.replace("_", " ") if isinstance(label, str) else label
+        numbers.append(known.get(label, known.get(readable)))
+        if label is not None and numbers[-1] is None:
             sample.error = sample.error or f"its label {label!r} is not one of the {len(classes)} classes"
             wrong.append(f"{where}: label {label!r} is not one of the {len(classes)} classes")
     if wrong and len(wrong) == sum(label is not None for label in labels):
         raise ValueError(wrong[0])
-    return known, classes
+    return numbers, classes

@@ -130,9 +130,9 @@ def _kind(path: Path) -> str:
 def _folder(request: Request) -> Listing:
     """A folder for each class. Folders inside it belong to the same class."""
     _needs_folder(request)
-    found, notes, _ = walk(request.folder, request.follow_links)
+    found, notes, _ = walk(request.path, request.follow_links)
     tops = sorted(
-        entry.name for entry in os.scandir(request.folder) if not entry.name.startswith(".") and is_folder(entry)
+        entry.name for entry in os.scandir(request.path) if not entry.name.startswith(".") and is_folder(entry)
     )
     loose = [entry for entry in found if "/" not in entry.path and entry.path not in tops]
     found = [entry for entry in found if entry not in loose]
@@ -164,7 +164,7 @@ def _needs_folder(request: Request) -> None:
 def _flat(request: Request) -> Listing:
     """A folder of videos without classes."""
     _needs_folder(request)
-    found, notes, _ = walk(request.folder, request.follow_links)
+    found, notes, _ = walk(request.path, request.follow_links)
     return request.listing(request.classes or (), found, notes)
 
 

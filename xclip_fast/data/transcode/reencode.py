@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -20,9 +22,9 @@ from av.video.stream import VideoStream
 from ...schema import Count, Range
 from ...schema import check as check_fields
 from ..decode.picture import Upright
-from ..decode.reading import open_video, reason
+from ..decode.reading import all_frames, open_video, reason
 from ..decode.source import Source, VideoError
-from ..decode.times import frame_times
+from ..decode.times import clock_of, frame_times
 
 Preset = Literal[
     "ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow", "placebo"
@@ -39,10 +41,6 @@ class CannotWrite(Exception):
     def __init__(self, error: Exception) -> None:
         super().__init__(reason(error))
         self.errno = getattr(error, "errno", None)
-
-
-class Stopped(Exception):
-    """The run stops; the present file is given up."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +81,7 @@ def reencode(
     """Encodes every decodable frame of `source` into the MP4 file `path`, at even times.
 
     Returns the damage of the source, if any, and the times of its frames, for `finish`. Raises VideoError if there is
-    no frame, CannotWrite for FFmpeg's errors in writing, and Stopped if `stopped()` is true.
+    no frame, CannotWrite for FFmpeg's errors in writing, and CancelledError if `stopped()` is true.
     """
     damage: list[str] = []
     shown = Source(source)
@@ -92,7 +90,7 @@ def reencode(
         first = next(frames, None)
         if first is None:
             raise VideoError("; ".join([f"{shown}: no frame can be decoded", *damage]))
-        clock = Clock(first, stream)
+        clock = Clock(stream)
         convert, size = _converter(str(shown), first, settings.short_side)
         with writing(path) as copy:
             rate = stream.average_rate or Fraction(25)
@@ -106,16 +104,14 @@ def reencode(
             context.color_primaries, context.color_trc = first.color_primaries, first.color_trc  # not converted
             if stream.sample_aspect_ratio:
                 shape = stream.sample_aspect_ratio
-                context.sample_aspect_ratio = 1 / shape if _turned(first, Upright()) else shape
-            frame: VideoFrame | None = first
-            while frame is not None:
+                context.sample_aspect_ratio = 1 / shape if Upright().turned(first) else shape
+            for frame in chain([first], frames):
                 picture = convert(frame)
                 picture.pts, picture.duration, picture.time_base = len(clock.given), 1, 1 / rate
                 clock.add(frame)
                 picture.pict_type = 0  # the encoder decides
                 with _writing_errors():
                     copy.mux(output.encode(picture))
-                frame = next(frames, None)
             with _writing_errors():
                 copy.mux(output.encode(None))
     return damage, clock
@@ -175,38 +171,17 @@ def _frames(
     container: InputContainer, stream: VideoStream, damage: list[str], stopped: Callable[[], bool]
 ) -> Iterator[VideoFrame]:
     """Every decodable frame, numbered as by `decode`. At the end, `damage` lists the damage of the source."""
-    seen = failed = patched = count = 0
-    packets = container.demux(stream)
-    packet: av.Packet | None
-    reading = True
-    while reading:
+    count = patched = 0
+    for frame in all_frames(container, stream, damage):
         if stopped():
-            raise Stopped
-        try:
-            packet = next(packets)
-        except (StopIteration, av.EOFError):
-            packet = None
-        except av.FFmpegError as error:
-            damage.append(f"cannot be read after {seen} packets ({reason(error)})")
-            packet = None
-        if packet is None or not packet.size:  # PyAV ends with an empty packet: it drains the decoder
-            packet, reading = None, False
-        seen += reading
-        try:
-            frames = stream.codec_context.decode(packet)
-        except av.FFmpegError:
-            failed += 1
-            continue
-        for frame in frames:
-            patched += frame.is_corrupt
-            count += 1
-            yield frame
+            raise CancelledError
+        count += 1
+        patched += frame.is_corrupt
+        yield frame
     size = os.path.getsize(container.name.removeprefix("file:"))
     end = max((entry.pos + entry.size for entry in stream.index_entries), default=0)
     if end > size:
         damage.append(f"cut short: its index goes to byte {end}, the file ends at {size}")
-    if failed:
-        damage.append(f"{failed} of {seen} packets cannot be decoded")
     if patched:
         damage.append(f"{patched} of {count} frames are damaged and patched by the decoder")
 
@@ -218,14 +193,12 @@ class Clock:
     `last`: the duration of the last frame.
     """
 
-    def __init__(self, first: VideoFrame, stream: VideoStream) -> None:
-        base = first.time_base or stream.time_base or Fraction(1, 90000)
+    def __init__(self, stream: VideoStream) -> None:
+        base, step = clock_of(stream)
         # MP4 counts in whole fractions of a second
         self.unit = Fraction(1, min(base.denominator, _FINEST))
         self._scale = base / self.unit
-        rate = stream.average_rate or Fraction(25)
-        self.step = max(1, round(1 / (rate * self.unit)))
-        self.last = self.step
+        self.step = self.last = max(1, round(step * self._scale))
         self.given: list[int | None] = []
 
     def add(self, frame: VideoFrame) -> None:
@@ -241,7 +214,7 @@ def _converter(
 ) -> tuple[Callable[[VideoFrame], VideoFrame], tuple[int, int]]:
     """A function from a frame to a small, upright BT.601 picture in yuv420p, and the (width, height) of its results."""
     upright = Upright()
-    width, height = _upright_size(first, upright)
+    width, height = upright.size(first)
     scale = Fraction(min(short_side, width, height), min(width, height))
     # even, and never larger than the source
     even_width, even_height = (min(2 * round(side * scale / 2), side - side % 2) for side in (width, height))
@@ -250,14 +223,14 @@ def _converter(
     reformatter, after = VideoReformatter(), VideoReformatter()
 
     def convert(frame: VideoFrame) -> VideoFrame:
-        now = _upright_size(frame, upright)
+        now = upright.size(frame)
         if abs(now[0] * height / (now[1] * width) - 1) > _SAME_SHAPE:
             raise VideoError(
                 f"{source}: the picture size changes from {width}x{height} to {now[0]}x{now[1]}; a copy would be "
                 "distorted"
             )
         shown = upright.matrix(frame) is not None
-        turned = _turned(frame, upright)
+        turned = upright.turned(frame)
         scaled = reformatter.reformat(
             frame,
             even_height if turned else even_width,
@@ -277,13 +250,3 @@ def _converter(
         return after.reformat(shown_upright, format="yuv420p", interpolation=_SCALING, threads=1)
 
     return convert, (even_width, even_height)
-
-
-def _upright_size(frame: VideoFrame, upright: Upright) -> tuple[int, int]:
-    """(width, height) as displayed."""
-    return (frame.height, frame.width) if _turned(frame, upright) else (frame.width, frame.height)
-
-
-def _turned(frame: VideoFrame, upright: Upright) -> bool:
-    """Whether display swaps width and height."""
-    return upright(frame, np.empty((1, 2, 1))).shape[0] == 2

@@ -105,35 +105,35 @@ def transcode(
     originals = set(filter(None, map(_identity, names)))
     stop = threading.Event()
 
-    def one(name: str, target: Path) -> tuple[str, str | None]:
-        """The outcome for one source: the name of a field of Summary, and the damage or the reason."""
+    def one(name: str, target: Path) -> tuple[list[str], str | None]:
+        """The list of the summary that the source belongs to, and its damage, if any. Raises VideoError and OSError."""
         shown, goal = str(Source(name)), str(Source(str(target)))
         rivals = [str(Source(other)) for other in by_target[target] if other != name]
         if rivals:
-            return "failed", f"{shown}: would become {goal}, as would {', '.join(rivals)}; rename one of them"
+            raise VideoError(f"{shown}: would become {goal}, as would {', '.join(rivals)}; rename one of them")
         there = _identity(target)
         if there in originals:
-            return "failed", f"{shown}: its copy would replace {goal}, which is a source; choose another out folder"
+            raise VideoError(f"{shown}: its copy would replace {goal}, which is a source; choose another out folder")
         if there and not overwrite:
             made = _made(target)
             if made is None:
-                return "failed", f"{shown}: {goal} exists and is not a copy by xclip-fast; --overwrite replaces it"
+                raise VideoError(f"{shown}: {goal} exists and is not a copy by xclip-fast; --overwrite replaces it")
             if made["settings"] != asdict(settings):
                 changed = ", ".join(f"{key} {value}" for key, value in made["settings"].items())
-                return "failed", f"{shown}: {goal} was made with other settings ({changed}); --overwrite replaces it"
+                raise VideoError(f"{shown}: {goal} was made with other settings ({changed}); --overwrite replaces it")
             status = os.stat(name)
             if made["size"] == status.st_size and (
-                made["mtime_ns"] == status.st_mtime_ns or made.get("digest") == _digest(name)
+                made["mtime_ns"] == status.st_mtime_ns or made["digest"] == _digest(name)
             ):
                 with contextlib.suppress(OSError), replaced(target):
                     pass  # this removes what a killed run left; a disk that cannot be written has nothing to remove
-                return "skipped", made["damage"]
+                return summary.skipped, made["damage"]
         target.parent.mkdir(parents=True, exist_ok=True)
         with replaced(target) as whole:
-            return "done", _copy(name, whole, settings, stop)
+            return summary.done, _copy(name, whole, settings, stop)
 
     workers = usable_cores() if workers is None else workers
-    waiting: dict[Future[tuple[str, str | None]], str] = {}
+    waiting: dict[Future[tuple[list[str], str | None]], str] = {}
     left = iter(names.items())
     pool = ThreadPoolExecutor(workers, thread_name_prefix="transcode")
     try:
@@ -145,7 +145,19 @@ def transcode(
                     break
             for future in wait(waiting, return_when=FIRST_COMPLETED).done:
                 name = waiting.pop(future)
-                _note(summary, name, future)
+                try:
+                    outcome, damage = future.result()
+                except VideoError as error:
+                    summary.failed[name] = str(error)
+                except OSError as error:
+                    if error.errno in _HOPELESS:
+                        raise
+                    place = f" ({error.filename})" if error.filename and error.filename != name else ""
+                    summary.failed[name] = f"{Source(name)}: {error.strerror or error}{place}"
+                else:
+                    outcome.append(name)
+                    if damage:
+                        summary.damaged[name] = damage
                 finished += 1
                 if progress:
                     progress(finished, len(names))
@@ -159,24 +171,6 @@ def transcode(
         stop.set()
         pool.shutdown(cancel_futures=True)
     return summary
-
-
-def _note(summary: Summary, name: str, future: Future[tuple[str, str | None]]) -> None:
-    try:
-        outcome, reason = future.result()
-    except (VideoError, OSError) as error:
-        if isinstance(error, OSError) and error.errno in _HOPELESS:
-            raise
-        outcome, reason = "failed", str(error)
-        if isinstance(error, OSError):
-            place = f" ({error.filename})" if error.filename and error.filename != name else ""
-            reason = f"{Source(name)}: {error.strerror or error}{place}"
-    if outcome == "failed":
-        summary.failed[name] = reason or ""
-        return
-    getattr(summary, outcome).append(name)
-    if reason:
-        summary.damaged[name] = reason
 
 
 def _targets(source: Path, out: Path, failed: dict[str, str]) -> Iterator[tuple[str, Path]]:
@@ -207,7 +201,7 @@ def _identity(path: str | Path) -> tuple[int, int] | None:
 
 
 def _made(target: Path) -> dict[str, Any] | None:
-    """The note that `transcode` stores in a copy: "settings", "size" and "mtime_ns" of the source, and "damage".
+    """The note that `transcode` stores in a copy: "settings", and of the source "size", "mtime_ns", "digest", "damage".
 
     None for a file that is not such a copy.
     """
@@ -224,7 +218,7 @@ def _made(target: Path) -> dict[str, Any] | None:
         made = parse_json(text)
     except ValueError:
         return None
-    complete = isinstance(made, dict) and {"settings", "size", "mtime_ns", "damage"} <= made.keys()
+    complete = isinstance(made, dict) and {"settings", "size", "mtime_ns", "digest", "damage"} <= made.keys()
     return made if complete and isinstance(made["settings"], dict) else None
 
 
