@@ -14,7 +14,7 @@ import torch
 
 from .. import cuda_library
 from ..common.example import TINY, Sizes
-from ..dispatch import INTERPRETED
+from ..dispatch import INTERPRETED, choices
 from . import shapes
 
 DEVICE, DTYPE = "cuda", torch.bfloat16  # of what is measured
@@ -91,7 +91,8 @@ def measure(
     """
     from ..triton.launching import arch
 
-    rows, wrong, architecture = [], 0, arch(torch.device(DEVICE))
+    rows, wrong, device = [], 0, torch.device(DEVICE)
+    architecture = choices.architecture(device) or arch(device)
     for where, contest in module.contests(name, shape, batches, say):
         if time.monotonic() >= deadline:
             say(f"{name} {where}: the time is over")
