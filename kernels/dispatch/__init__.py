@@ -164,7 +164,7 @@ class Op:
         While torch.compile or torch.export traces, none: kernels that a graph enters by their registered ops choose
         when they run.
         """
-        if self.sizes is None or not choices.known(self.name) or torch.compiler.is_compiling():
+        if self.sizes is None or torch.compiler.is_compiling() or not choices.known(self.name):
             return ()
         architecture = choices.architecture(args[0].device)
         if architecture is None:
