@@ -90,11 +90,6 @@ class Bar:
         if self._progress:
             self._progress.stop()
 
-    def begin(self, total: int) -> None:
-        """Set the total."""
-        if self._progress:
-            self._progress.update(self._task, total=total)
-
     def advance(self) -> None:
         if self._progress:
             self._progress.advance(self._task)

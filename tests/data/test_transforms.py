@@ -245,13 +245,10 @@ def test_apply_against_float64(box, size):
         assert np.abs(picture - exact).max() <= 0.5005  # rounded once
 
 
-def test_apply_writes_where_it_is_told_and_takes_any_memory():
+def test_apply_takes_any_memory():
     frames = np.random.default_rng(2).integers(0, 256, (3, 40, 60, 3), np.uint8)
     view = View(np.arange(3), (5, 4, 30, 20), 16, flip=True)
     expected = apply(view, frames)
-    out = np.zeros((3, 16, 16, 3), np.uint8)
-    assert apply(view, frames, out) is out
-    assert np.array_equal(out, expected)
     fixed = frames.copy()
     fixed.flags.writeable = False  # as of a memory map
     assert np.array_equal(apply(view, fixed), expected)
@@ -262,7 +259,7 @@ def test_apply_writes_where_it_is_told_and_takes_any_memory():
     )
     for crop in ((50, 0, 20, 20), (0, 30, 20, 20), (-1, 0, 5, 5), (0, 0, 0, 5)):
         with pytest.raises(ValueError, match="crop"):
-            apply_frame(View(np.arange(1), crop, 8), frames[0], out[0])
+            apply_frame(View(np.arange(1), crop, 8), frames[0], np.empty((8, 8, 3), np.uint8))
 
 
 def test_test_views():

@@ -383,14 +383,14 @@ def test_files(result, tmp_path, monkeypatch, with_pictures):
 
 def test_files_of_others_stay_and_old_ones_go(result, tmp_path, monkeypatch):
     (tmp_path / "mine.txt").write_text("kept")
-    (tmp_path / "predictions.parquet").write_text("of an older evaluation")
-    with pytest.raises(FileExistsError, match=r"already holds predictions\.parquet"):
+    (tmp_path / "confusion.png").write_text("of an older evaluation")
+    with pytest.raises(FileExistsError, match=r"already holds confusion\.png"):
         write(result, tmp_path)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     write(result, tmp_path, overwrite=True)
     assert (tmp_path / "mine.txt").read_text() == "kept"
     assert (tmp_path / "summary.json").exists()
-    assert not (tmp_path / "predictions.parquet").exists()
+    assert not (tmp_path / "confusion.png").exists()
     assert not any(name.startswith(".") for name in os.listdir(tmp_path))
     assert len(stored(tmp_path)) == 13
     with pytest.raises(NotADirectoryError, match="is a file"):

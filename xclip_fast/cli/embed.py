@@ -119,7 +119,7 @@ def embed(
                 limits=limits,
                 embed=embedding,
                 on_file=lambda path, error: bar.advance(),
-                on_plan=bar.begin,
+                on_plan=lambda total: bar.update(0, total),
             )
         for name, reason in summary.failed.items():
             if reason not in inputs.empty:

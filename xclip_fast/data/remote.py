@@ -71,10 +71,9 @@ def local_copy(address: str, limits: Limits | None = None) -> Iterator[str]:
         with _errors(address):
             filesystem, path = _open(address)
             with filesystem.open(path, "rb", block_size=_CHUNK, cache_type="readahead") as stream:
-                size = 0
                 while chunk := stream.read(_CHUNK):
-                    size += len(chunk)
-                    if size > limits.size:
+                    copy.write(chunk)
+                    if copy.tell() > limits.size:
                         raise ReadError(
                             f"{_shown(address)}: is larger than the limit of {limits.size:,} bytes; raise --max-bytes"
                         )
@@ -82,7 +81,6 @@ def local_copy(address: str, limits: Limits | None = None) -> Iterator[str]:
                         raise ReadError(
                             f"{_shown(address)}: took longer than {limits.seconds:g} seconds; raise --max-seconds"
                         )
-                    copy.write(chunk)
                 copy.flush()
         yield f"/proc/self/fd/{copy.fileno()}" if nameless else copy.name
 

@@ -190,7 +190,7 @@ def jitter(brightness: float, contrast: float, saturation: float, hue: float, or
     return np.column_stack([matrix, offset])
 
 
-def apply(view: View, frames_THWC: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+def apply(view: View, frames_THWC: np.ndarray) -> np.ndarray:
     """The view of these full-size frames: uint8 (T, H, W, 3) in, uint8 (T, size, size, 3) out.
 
     The frames are those of `view.frames`, in that order. The steps are crop, bilinear resize (half-pixel centers, no
@@ -198,8 +198,7 @@ def apply(view: View, frames_THWC: np.ndarray, out: np.ndarray | None = None) ->
     map the result is rounded once, at the end, and within half a level of the exact value. Without one it is within one
     level.
     """
-    if out is None:
-        out = np.empty((len(frames_THWC), view.size, view.size, 3), np.uint8)
+    out = np.empty((len(frames_THWC), view.size, view.size, 3), np.uint8)
     for frame_HWC, out_SSC in zip(frames_THWC, out, strict=True):
         apply_frame(view, frame_HWC, out_SSC)
     return out

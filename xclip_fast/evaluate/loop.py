@@ -48,7 +48,6 @@ def evaluate(
     workers: int | None = None,
     distributed: bool = True,
     progress: Callable[[int, int], None] | None = None,
-    **loading: Any,
 ) -> Evaluation:
     """Predicts every video of the manifest and counts the correct predictions.
 
@@ -63,7 +62,7 @@ def evaluate(
         batch_size: views (not videos) at once; by default 64 on a GPU, 8 on a CPU.
         dtype: by default the model's own. float16 or bfloat16 for a model in float32 means autocast: its parameters
             stay float32.
-        workers: as for ``data.loader.loader``, which also takes the remaining arguments (``loading``).
+        workers: as for ``data.loader.loader``.
         distributed: if ``torch.distributed`` is initialized, each process takes its part of the videos, and all return
             the whole result. False: this process takes all videos.
         progress: called with (videos done, all videos of this process).
@@ -99,7 +98,7 @@ def evaluate(
         rank=rank,
         world=world,
         workers=workers,
-        **{"max_bad": 1.0, **loading},  # a video that fails is named, and stops nothing
+        max_bad=1.0,  # a video that fails is named, and stops nothing
     )
     chunk = min(batch_size, videos_at_once * clips * crops)
     least = -(-videos_at_once * clips * crops // chunk) if world > 1 else 0

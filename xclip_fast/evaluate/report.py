@@ -20,14 +20,7 @@ from .loop import Evaluation
 logger = logging.getLogger("xclip_fast")
 
 SUMMARY = "summary.json"  # written last: a folder without it is incomplete
-FILES = (
-    SUMMARY,
-    "per_class.csv",
-    "confusion.csv",
-    "confusion.png",
-    "predictions.jsonl",
-    "predictions.parquet",  # of earlier versions
-)
+FILES = (SUMMARY, "per_class.csv", "confusion.csv", "confusion.png", "predictions.jsonl")
 NAMES_UP_TO = 51  # classes (HMDB-51); with more, names in the picture would be unreadable
 COUNTS_UP_TO = 15
 

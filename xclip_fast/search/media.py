@@ -28,6 +28,7 @@ from .query import Hit
 
 _BT601 = 6  # FFmpeg's AVCOL_SPC_SMPTE170M
 _TICKS = 90_000  # a second, in the files written here
+_WIDTH = 320  # pixels, of stills and previews
 _PREVIEW = 24  # frames, over the whole moment
 _RATE = 8  # frames a second that a preview plays at
 
@@ -40,16 +41,16 @@ def in_thread(work: Callable[..., T], *args: Any) -> T:
         return pool.submit(work, *args).result()
 
 
-def pictures(path: str, start: float, end: float, width: int = 320) -> tuple[bytes, bytes]:
+def pictures(path: str, start: float, end: float) -> tuple[bytes, bytes]:
     """A still from the middle of a moment (JPEG), and a short preview of all of it (MP4, H.264, without sound).
 
-    Both are `width` pixels wide at most. `end` 0 means the end of the video. Raises VideoError.
+    Both are 320 pixels wide at most. `end` 0 means the end of the video. Raises VideoError.
     """
     with local_path(path) as name:
         stop = end if end > start else probe(name).duration
         wanted = np.linspace(start, stop, _PREVIEW, endpoint=False)
         found: list[np.ndarray] = []
-        for time, picture_HWC in _frames(name, start, stop, width):
+        for time, picture_HWC in _frames(name, start, stop, _WIDTH):
             while len(found) < _PREVIEW and time >= wanted[len(found)] - 1e-3:
                 found.append(picture_HWC)
         if not found:

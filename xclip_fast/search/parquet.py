@@ -25,7 +25,7 @@ class ParquetFolder:
 
         self.folder, self.settings = Path(folder), settings
         self._lock = contextlib.ExitStack()
-        strange = [path.name for path in self.folder.glob("*") if not _is_ours(path.name)]
+        strange = set(self.folder.glob("*")) - set(self.folder.glob(".*")) - set(self._parts())
         if strange or (self.folder.exists() and not self.folder.is_dir()):
             raise FileExistsError(f"{folder}: exists and holds other files; choose another name")
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -106,10 +106,6 @@ class ParquetFolder:
 
     def compact(self) -> None:
         """Does nothing: parts stay as they are."""
-
-
-def _is_ours(name: str) -> bool:
-    return (name.startswith("part-") and name.endswith(".parquet")) or name.startswith(".")
 
 
 def _read(part: Path, columns: list[str] | None = None) -> Any:

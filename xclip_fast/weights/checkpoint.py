@@ -206,10 +206,7 @@ def clip_state(clip: Start, config: XCLIPConfig | None = None, part: Part = "bot
     if part not in ("both", "visual", "text"):
         raise ValueError(f"part {part!r}; choose 'both', 'visual' or 'text'")
     if isinstance(clip, Checkpoint):
-        if config is None and part == "both":
-            found = clip
-        else:
-            found = _interpret(clip.state, "CLIP", config=config or clip.config, kind=clip.kind, part=part)
+        found = _interpret(clip.state, "CLIP", config=config or clip.config, kind=clip.kind, part=part)
     elif isinstance(clip, nn.Module):
         described: Any = getattr(clip, "config", None)
         values = described.to_dict() if hasattr(described, "to_dict") else {}

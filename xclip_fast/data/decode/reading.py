@@ -10,7 +10,7 @@ import errno
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from itertools import chain
 from typing import Any
 
@@ -53,8 +53,7 @@ def open_video(path: str | os.PathLike[str] | Source, threads: int = 1) -> Itera
     error FFmpeg raises for it. So does a lack of memory.
     """
     source = as_source(path)
-    file = File(source)
-    try:
+    with closing(File(source)) as file:
         try:
             with _open(source, file) as container:
                 yield container, _video_stream(source, file, container, threads)
@@ -65,8 +64,6 @@ def open_video(path: str | os.PathLike[str] | Source, threads: int = 1) -> Itera
         finally:
             if file.error is not None:
                 raise ReadError(f"{source}: cannot be read now ({file.error.strerror})") from file.error
-    finally:
-        file.close()
 
 
 def _open(source: Source, file: File) -> InputContainer:

@@ -59,9 +59,7 @@ class Request:
 
 def lines_of(path: Path) -> list[tuple[int, str]]:
     """(number, line) of every line of a text file that is not blank. Bytes that are not UTF-8 stay as they are."""
-    _check_list(path)
-    with errors_name(path):
-        text = path.read_bytes().decode("utf-8", "surrogateescape").removeprefix("\ufeff")
+    text = _text_of(path)
     if "\0" in text:
         raise ValueError(f"{path}: is not a text file")
     # not splitlines(), which also splits where a name may go on
@@ -74,9 +72,7 @@ def csv_of(path: Path) -> list[tuple[int, list[str]]]:
 
     The separator is the comma, semicolon or tab: the most frequent of them in the first line outside quotes.
     """
-    _check_list(path)
-    with errors_name(path), open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        text = file.read()
+    text = _text_of(path)
     first = next((line for line in text.splitlines() if line.strip()), "")
     bare = re.sub(r'"[^"]*"', "", first)
     separator = max(",;\t", key=bare.count)
@@ -90,9 +86,12 @@ def csv_of(path: Path) -> list[tuple[int, list[str]]]:
 _LONGEST_LIST = 1 << 30  # bytes
 
 
-def _check_list(path: Path) -> None:
+def _text_of(path: Path) -> str:
+    """The content of a list, without a byte order mark. Bytes that are not UTF-8 stay as they are."""
     if (size := require_regular(path)) > _LONGEST_LIST:
         raise ValueError(f"{path}: has {size} bytes, too many for a list")
+    with errors_name(path):
+        return path.read_bytes().decode("utf-8", "surrogateescape").removeprefix("\ufeff")
 
 
 def is_folder(entry: os.DirEntry[str]) -> bool:

@@ -47,10 +47,10 @@ class CannotWrite(Exception):
 class Settings:
     """The encoding of the copies. Each copy stores its settings for later runs."""
 
-    short_side: Annotated[int, Range(16)] = 256
-    keyframe_every: Count = 12
-    crf: Annotated[float, Range(0, 51)] = 20  # of x264: 0 is lossless, 51 the worst
-    preset: Preset = "veryfast"
+    short_side: Annotated[int, Range(16)]
+    keyframe_every: Count
+    crf: Annotated[float, Range(0, 51)]  # of x264: 0 is lossless, 51 the worst
+    preset: Preset
 
     def __post_init__(self) -> None:
         check_fields(self)
