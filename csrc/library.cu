@@ -164,7 +164,7 @@ int xclip_fast_norm_linear(int dtype, int tile, const void* x, int64_t x_row, co
                            const float* mean, const float* rstd, const float* w_sums, const float* bias, int activation,
                            void* u, void* y, int64_t m, int64_t n, int64_t k, int device, void* stream) {
   Operands given{x, x_row, w, w_row, nullptr, n, y, m, n, k, device, 0, stream};
-  NormArguments const extra{mean, rstd, w_sums, bias, u};
+  NormArguments const extra{mean, rstd, w_sums, bias, u, n};
   if (!is_half(dtype) || (u != nullptr && dtype != XCLIP_FAST_BF16)) {
     return XCLIP_FAST_BAD_DTYPE;
   }
@@ -197,7 +197,7 @@ int xclip_fast_slope(int dtype, int tile, const void* x, int64_t x_row, const vo
   if (any(given) && partials == nullptr) {
     return XCLIP_FAST_BAD_POINTER;
   }
-  return launch(given, [&] { return slope(tile, given, {h, partials}); }, /*w_is_kn=*/true);
+  return launch(given, [&] { return slope(tile, given, {h, partials, n}); }, /*w_is_kn=*/true);
 }
 
 int64_t xclip_fast_statistics_floats(int64_t m, int64_t n) {

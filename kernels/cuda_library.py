@@ -131,19 +131,9 @@ def matrix(x: Tensor) -> Tensor:
     return rows.clone(memory_format=torch.contiguous_format)
 
 
-def tiles(
-    dtype: torch.dtype,
-    *,
-    residual: bool = False,
-    activation: bool = False,
-    statistics: bool = False,
-    keep: bool = False,
-) -> tuple[str, ...]:
-    """The tiles that a product takes, or none if it was not built: of operands of ``dtype``, with a residual
-    (``statistics`` of the result), or with an activation (``keep`` what it is applied to, and take its slope there)."""
-    added = "ResidualStatistics" if statistics else "Residual"
-    name = added if residual else "NormGeluKept" if keep else "NormGelu" if activation else "Norm"
-    return ("auto", *BUILT[name, dtype]) if (name, dtype) in BUILT else ()
+def tiles(epilogue: str, dtype: torch.dtype) -> tuple[str, ...]:
+    """The tiles that a product with this epilogue takes, or none if it was not built for operands of ``dtype``."""
+    return ("auto", *BUILT[epilogue, dtype]) if (epilogue, dtype) in BUILT else ()
 
 
 def _floats(x: Tensor | None) -> Tensor | None:

@@ -396,7 +396,9 @@ def test_a_timm_vit_starts_the_vision_tower_exactly(tmp_path, stored: str, caplo
     wanted = timm_forward(state, pixels.flatten(0, 1))
     tower = model.visual.eval()
     for images, tolerance in ((pixels.flatten(0, 1), 1e-9), (video.flatten(0, 1), 1e-5)):
-        torch.testing.assert_close(tower.ln_post(tower(images, 3)), wanted, rtol=tolerance, atol=tolerance)
+        feature, patches = tower(images, 3)
+        got = torch.cat([feature[:, None], tower.ln_post(patches)], 1)
+        torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance)
     for name, tensor in model.state_dict().items():  # text, projections, prompts stay
         inherited = name.startswith("visual.") and name != "visual.proj"
         assert torch.equal(tensor, before[name]) != inherited, name

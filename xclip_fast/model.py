@@ -98,8 +98,7 @@ class XCLIP(nn.Module):
         check_video(self, video)
         batch, frames = video.shape[:2]
         with kernels.cpu.workspace():
-            x_FLD = self.visual(video.flatten(0, 1), frames)
-        frame_FD, patches_FND = self.visual.split(x_FLD)
+            frame_FD, patches_FND = self.visual(video.flatten(0, 1), frames)
         h_FE = linear(frame_FD, self.visual.proj.T)
         h_BTE = h_FE.unflatten(0, (batch, frames))
         video_BE = h_BTE.mean(1) if self.mit is None else self.mit(h_BTE)

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import math
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from xclip_fast.kernels.common.example import TINY, Maker, Sizes
-from xclip_fast.kernels.dispatch import OPS
 from xclip_fast.kernels.tune.backends import error
 
-
-def arguments(op: str, videos: int, frames: int, device: str, tiny: bool) -> tuple[Any, ...]:
-    """An op's arguments in float32, at the sizes of B/16 with 400 labels or at tiny ones."""
-    sizes = TINY if tiny else Sizes(videos=videos, frames=frames, labels=400)
-    return OPS[op].example(sizes, Maker(device))
+from .case import Job, Row
 
 
-def judge(got: list[Tensor], exact: list[Tensor], baseline: list[Tensor]) -> tuple[float, float]:
+def check(
+    job: Job, row: Row, call: Callable[[], Sequence[Tensor]], exact: Sequence[Tensor], baseline: Sequence[Tensor]
+) -> None:
+    """Adds to a row the error of the worst result of a call, its limit, and whether it is right."""
+    poison(job.device)
+    row["error"], row["limit"] = judge(job.wrong(call()), exact, baseline)
+    row["right"] = row["error"] <= row["limit"]
+    if not row["right"]:
+        row["note"] = f"WRONG: error {row['error']:.3g}, limit {row['limit']:.3g}"
+
+
+def judge(got: Sequence[Tensor], exact: Sequence[Tensor], baseline: Sequence[Tensor]) -> tuple[float, float]:
     """The error of the worst result, and its limit: 2 err(torch in the same dtype) + 4 eps.
 
     A missing result has an infinite error.

@@ -101,10 +101,8 @@ def contenders(job: Job, product: str, given: Operands) -> Iterator[tuple[str, R
         row = {"kind": "triton", "tile": use}
         yield f"triton {size}", row, lambda use=use: forced(use, triton_call(product, given))
     if cuda_library.refuse_device(job.device, 0) is None:
-        kind: Row = {"activation": product == "fc1"}
-        if product in ("out", "fc2"):
-            kind = {"residual": True, "statistics": True}
-        for name in cuda_library.tiles(job.dtype, **kind):
+        epilogue = {"qkv": "Norm", "fc1": "NormGelu"}.get(product, "ResidualStatistics")
+        for name in cuda_library.tiles(epilogue, job.dtype):
             row = {"kind": "cutlass", "tile": name}
             yield f"cutlass {name}", row, lambda name=name: cutlass_call(product, given, name)
 
@@ -152,16 +150,11 @@ def product(job: Job, product: str, rows: int) -> Iterator[Row]:
             with job.trying(key, row):
                 call = make()
                 if more["kind"] != "bare":
-                    compare.poison(job.device)
-                    got = list(job.wrong(call()))
-                    error, limit = compare.judge(got, list(exact), list(torchs))
-                    row |= {"error": error, "limit": limit, "right": error <= limit}
+                    compare.check(job, row, call, exact, torchs)
                 if row.get("right", True):
                     row["ms"] = job.milliseconds(call)
                     bare = bare or row["ms"]
                     row |= {"over_bare": row["ms"] / bare, "teraflop_per_s": 2e-9 * rows * n * k / row["ms"]}
-                else:
-                    row["note"] = f"WRONG: error {row['error']:.3g}, limit {row['limit']:.3g}"
             yield row
     if (reason := cuda_library.refuse_device(job.device, 0)) is not None:
         yield {**base, "contender": "cutlass", "kind": "cutlass", "note": f"refused: {reason}"}

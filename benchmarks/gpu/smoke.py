@@ -5,6 +5,7 @@ It also compiles the kernels of the headline, into the cache that all cases shar
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -17,6 +18,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 def op(job: Job, op: str, backend: str) -> Iterator[Row]:
     """One op on one backend: two videos, then one video with an odd number of frames."""
+    from xclip_fast.kernels.common.example import TINY, Maker, Sizes
     from xclip_fast.kernels.dispatch import OPS, BackendError
     from xclip_fast.kernels.dispatch import backend as forced
     from xclip_fast.kernels.tune.backends import cast, run
@@ -34,8 +36,8 @@ def op(job: Job, op: str, backend: str) -> Iterator[Row]:
                 if f"{name} {direction}" in job.without:
                     continue
                 for videos, frames in ((2, 8), (1, 3)):
-                    args = compare.arguments(op, videos, frames, job.device, job.tiny)
-                    given = cast(args, dtype, grad)
+                    sizes = TINY if job.tiny else Sizes(videos=videos, frames=frames, labels=400)
+                    given = cast(entry.example(sizes, Maker(job.device)), dtype, grad)
                     try:
                         with forced(backend):
                             entry.choose(given, grad)
@@ -49,16 +51,10 @@ def op(job: Job, op: str, backend: str) -> Iterator[Row]:
                     exact_cotangent = None if cotangent is None else cotangent.double()
                     exact = run(entry, cast(given, torch.float64, grad), exact_cotangent)
                     torchs = run(entry, given, cotangent)
-                    compare.poison(job.device)
-                    got = job.wrong(run(entry, given, cotangent, backend))
-                    error, limit = compare.judge(list(got), exact, torchs)
-                    if not row.get("error", 0.0) > row.get("limit", 1.0):
-                        row |= {"error": error, "limit": limit, "videos": videos, "frames": frames}
-                    row["right"] = row.get("right", True) and error <= limit
-                    if not row["right"]:
-                        row["note"] = f"WRONG: error {row['error']:.3g}, limit {row['limit']:.3g}"
-                        break
-                    if job.tiny:
+                    call = functools.partial(run, entry, given, cotangent, backend)
+                    compare.check(job, row, call, exact, torchs)
+                    row |= {"videos": videos, "frames": frames}
+                    if job.tiny or not row["right"]:
                         break
             yield row
 

@@ -1,4 +1,5 @@
-// What happens to the accumulator, elementwise in float32, as compute nodes of CUTLASS's epilogue visitor trees.
+// What happens to the accumulator, elementwise in float32, as compute nodes of CUTLASS's epilogue visitor trees. A node is
+// a template over one type: the visitor names it with float and applies it to arrays of N floats.
 #pragma once
 
 #include "cutlass/array.h"
@@ -43,73 +44,35 @@ CUTLASS_DEVICE cutlass::Array<float, N> sigmoid_1702(cutlass::Array<float, N> co
 }
 
 // quick_gelu(u) = u sigmoid(1.702 u)
-template <int N>
-CUTLASS_DEVICE cutlass::Array<float, N> quick_gelu(cutlass::Array<float, N> const& u) {
-  cutlass::Array<float, N> result = sigmoid_1702(u);
-  CUTLASS_PRAGMA_UNROLL
-  for (int i = 0; i < N; ++i) {
-    result[i] *= u[i];
-  }
-  return result;
-}
+template <class T>
+struct QuickGelu {
+  CUTLASS_DEVICE T operator()(T const& u) const { return u * sigmoid_1702(u); }
+};
 
 // acc d quick_gelu(u) / du = acc (s + 1.702 h (1 - s)) with s = sigmoid(1.702 u), h = u s. The compiler computes s once
 // for this node and for the one that gives h.
 template <class T>
-struct TimesSlope;
-
-template <int N>
-struct TimesSlope<cutlass::Array<float, N>> {
-  using Values = cutlass::Array<float, N>;
-  CUTLASS_DEVICE Values operator()(Values const& acc, Values const& h, Values const& u) const {
-    Values const s = sigmoid_1702(u);
-    Values result;
-    CUTLASS_PRAGMA_UNROLL
-    for (int i = 0; i < N; ++i) {
-      result[i] = acc[i] * (s[i] + 1.702f * h[i] * (1.0f - s[i]));
-    }
-    return result;
-  }
-};
-
-// A node is a template over one type: the visitor names it with float and applies it to fragments of N floats.
-template <class Scalar, class T>
-struct Elementwise {};
-
-template <class Scalar, int N>
-struct Elementwise<Scalar, cutlass::Array<float, N>> {
-  template <class... Fragments>
-  CUTLASS_HOST_DEVICE cutlass::Array<float, N> operator()(Fragments const&... inputs) const {
-    cutlass::Array<float, N> result;
-    CUTLASS_PRAGMA_UNROLL
-    for (int i = 0; i < N; ++i) {
-      result[i] = Scalar::value(inputs[i]...);
-    }
-    return result;
+struct TimesSlope {
+  CUTLASS_DEVICE T operator()(T const& acc, T const& h, T const& u) const {
+    T const s = sigmoid_1702(u);
+    return acc * (s + 1.702f * h * (1.0f + -s));
   }
 };
 
 // LN(x) W + b = r (x W' - mu s) + b'
-struct NormLinearValue {
-  CUTLASS_HOST_DEVICE static float value(float acc, float mean, float rstd, float sum, float bias) {
+template <class T>
+struct NormLinear {
+  CUTLASS_DEVICE T operator()(T const& acc, T const& mean, T const& rstd, T const& sum, T const& bias) const {
     return rstd * (acc - mean * sum) + bias;
   }
 };
-template <class T>
-struct NormLinear : Elementwise<NormLinearValue, T> {};
-
-template <class T>
-struct QuickGelu {
-  CUTLASS_DEVICE T operator()(T const& u) const { return quick_gelu(u); }
-};
 
 // residual + s (x W + b)
-struct AddResidualValue {
-  CUTLASS_HOST_DEVICE static float value(float acc, float bias, float scale, float residual) {
+template <class T>
+struct AddResidual {
+  CUTLASS_DEVICE T operator()(T const& acc, T const& bias, T const& scale, T const& residual) const {
     return residual + scale * (acc + bias);
   }
 };
-template <class T>
-struct AddResidual : Elementwise<AddResidualValue, T> {};
 
 }  // namespace xclip_fast

@@ -64,27 +64,25 @@ typename Node::Arguments norm_arguments(NormArguments const& given) {
   return {{}, {given.mean, 0.0f, {}}, {given.rstd, 1.0f, {}}, {given.sums, 0.0f, {}}, {given.bias, 0.0f, {}}, {}};
 }
 
-// y = u
-template <class Tile, class Element>
-struct Norm {
+// What most products have: W as (N, K), and nothing that the epilogue reads beside vectors.
+struct Usual {
   using Source = void;
   using Weight = cutlass::layout::ColumnMajor;
+};
+
+// y = u
+template <class Tile, class Element>
+struct Norm : Usual {
   using Tree = NormNode<Tile, Element>;
-  using Arguments = NormArguments;
-  static typename Tree::Arguments arguments(Arguments const& given, int64_t) { return norm_arguments<Tree>(given); }
+  static typename Tree::Arguments arguments(NormArguments const& given) { return norm_arguments<Tree>(given); }
 };
 
 // y = quick_gelu(u)
 template <class Tile, class Element>
-struct NormGelu {
-  using Source = void;
-  using Weight = cutlass::layout::ColumnMajor;
+struct NormGelu : Usual {
   using Inner = NormNode<Tile, float>;
   using Tree = Apply<QuickGelu, Element, Inner>;
-  using Arguments = NormArguments;
-  static typename Tree::Arguments arguments(Arguments const& given, int64_t) {
-    return {norm_arguments<Inner>(given), {}};
-  }
+  static typename Tree::Arguments arguments(NormArguments const& given) { return {norm_arguments<Inner>(given), {}}; }
 };
 
 // A node that stores its input (M, N) in `Element` as well, by TMA, and passes it on.
@@ -100,16 +98,13 @@ struct Keep {
 
 // y = quick_gelu(u); u is stored as well.
 template <class Tile, class Element>
-struct NormGeluKept {
-  using Source = void;
-  using Weight = cutlass::layout::ColumnMajor;
+struct NormGeluKept : Usual {
   using Inner = NormNode<Tile, float>;
-  using Kept = fusion::Sm90EVT<typename Keep<Tile, Element, Source>::Node, Inner>;
+  using Kept = fusion::Sm90EVT<typename Keep<Tile, Element, void>::Node, Inner>;
   using Tree = Apply<QuickGelu, Element, Kept>;
-  using Arguments = NormArguments;
-  static typename Tree::Arguments arguments(Arguments const& given, int64_t n) {
+  static typename Tree::Arguments arguments(NormArguments const& given) {
     typename Kept::Arguments kept = {norm_arguments<Inner>(given),
-                                     {static_cast<Element*>(given.u), row_major(n)}};
+                                     {static_cast<Element*>(given.u), row_major(given.n)}};
     return {kept, {}};
   }
 };
@@ -124,9 +119,8 @@ struct Slope {
   using Wide = Apply<TimesSlope, float, fusion::Sm90AccFetch, H, U>;
   using Sums = fusion::Sm90EVT<SumColumns<typename Tile::Shape>, Wide>;
   using Tree = Apply<cutlass::epilogue::thread::Identity, Element, Sums>;
-  using Arguments = SlopeArguments;
-  static typename Tree::Arguments arguments(Arguments const& given, int64_t n) {
-    typename H::Arguments h = {{{}, {}}, {static_cast<Element*>(given.h), row_major(n)}};
+  static typename Tree::Arguments arguments(SlopeArguments const& given) {
+    typename H::Arguments h = {{{}, {}}, {static_cast<Element*>(given.h), row_major(given.n)}};
     typename Sums::Arguments sums = {{{}, h, {}, {}}, {given.partials}};
     return {sums, {}};
   }
@@ -137,14 +131,17 @@ template <class Tile, class Output, class Source>
 using ResidualNode =
     Apply<AddResidual, Output, fusion::Sm90AccFetch, OfColumn<Tile>, OfRow<Tile>, fusion::Sm90SrcFetch<Source>>;
 
+template <class Node>
+typename Node::Arguments residual_arguments(ResidualArguments const& given) {
+  return {{}, {given.bias, 0.0f, {}}, {given.scale, 1.0f, {}}, {}, {}};
+}
+
 template <class Tile, class Element>
-struct Residual {
+struct Residual : Usual {
   using Source = Element;
-  using Weight = cutlass::layout::ColumnMajor;
   using Tree = ResidualNode<Tile, Element, Element>;
-  using Arguments = ResidualArguments;
-  static typename Tree::Arguments arguments(Arguments const& given, int64_t) {
-    return {{}, {given.bias, 0.0f, {}}, {given.scale, 1.0f, {}}, {}, {}};
+  static typename Tree::Arguments arguments(ResidualArguments const& given) {
+    return residual_arguments<Tree>(given);
   }
 };
 
@@ -157,16 +154,14 @@ using SumRow = fusion::Sm90ColReduction<Add, cutlass::plus, cutlass::plus, 0, ty
 
 // y as above, and the sums of y and y^2 along each row of each tile
 template <class Tile, class Element>
-struct ResidualStatistics {
+struct ResidualStatistics : Usual {
   using Source = Element;
-  using Weight = cutlass::layout::ColumnMajor;
-  using Sums = fusion::Sm90EVT<SumRow<Tile, cutlass::plus>, ResidualNode<Tile, float, Element>>;
+  using Inner = ResidualNode<Tile, float, Element>;
+  using Sums = fusion::Sm90EVT<SumRow<Tile, cutlass::plus>, Inner>;
   using Squares = fusion::Sm90EVT<SumRow<Tile, cutlass::square_and_plus>, Sums>;
   using Tree = Apply<cutlass::epilogue::thread::Identity, Element, Squares>;
-  using Arguments = ResidualArguments;
-  static typename Tree::Arguments arguments(Arguments const& given, int64_t) {
-    typename Sums::Arguments sums = {{{}, {given.bias, 0.0f, {}}, {given.scale, 1.0f, {}}, {}, {}},
-                                     {given.sums, 0.0f, {}}};
+  static typename Tree::Arguments arguments(ResidualArguments const& given) {
+    typename Sums::Arguments sums = {residual_arguments<Inner>(given), {given.sums, 0.0f, {}}};
     return {{sums, {given.squares, 0.0f, {}}}, {}};
   }
 };
@@ -176,7 +171,7 @@ struct Product {
   using Fusion = Epilogue<Tile, Element>;
   static constexpr int kAlignment = 16 / sizeof(Element);
 
-  using Usual =
+  using Whole =
       epilogue::CollectiveBuilder<cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, typename Tile::Shape,
                                   typename Tile::Cluster, epilogue::EpilogueTileAuto, float, float,
                                   typename Fusion::Source, cutlass::layout::RowMajor, kAlignment, Element,
@@ -192,7 +187,7 @@ struct Product {
                                            cutlass::epilogue::Sm90TmaWarpSpecialized<8, 4, Tile::kSubtile / 2, true,
                                                                                      false>>;
 
-  using CollectiveEpilogue = typename std::conditional_t<Tile::kSubtile == 0, Usual, Narrow>::CollectiveOp;
+  using CollectiveEpilogue = typename std::conditional_t<Tile::kSubtile == 0, Whole, Narrow>::CollectiveOp;
 
   using CollectiveMainloop = typename cutlass::gemm::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Element, cutlass::layout::RowMajor, kAlignment, Element,
@@ -205,7 +200,8 @@ struct Product {
                                                       CollectiveEpilogue, cutlass::gemm::PersistentScheduler>;
   using Gemm = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
 
-  static int run(Operands const& given, typename Fusion::Arguments const& extra) {
+  template <class Arguments>
+  static int run(Operands const& given, Arguments const& extra) {
     cutlass::KernelHardwareInfo hardware;
     hardware.device_id = given.device;
     hardware.sm_count = given.processors;
@@ -213,7 +209,7 @@ struct Product {
                                        {int(given.m), int(given.n), int(given.k), 1},
                                        {static_cast<Element const*>(given.x), row_major(given.x_row),
                                         static_cast<Element const*>(given.w), weight_stride(given.w_row)},
-                                       {Fusion::arguments(extra, given.n), static_cast<Element const*>(given.source),
+                                       {Fusion::arguments(extra), static_cast<Element const*>(given.source),
                                         row_major(given.source_row), static_cast<Element*>(given.y), row_major(given.n)},
                                        hardware};
     // the persistent scheduler and these trees need no workspace; should CUTLASS change that, refuse

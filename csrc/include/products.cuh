@@ -26,12 +26,14 @@ struct NormArguments {
   float const* rstd;
   float const* sums;
   float const* bias;
-  void* u;  // (M, N), written, or null
+  void* u;    // (M, N), written, or null
+  int64_t n;  // of u
 };
 
 struct SlopeArguments {
   void* h;          // (M, N), written
   float* partials;  // (4 of each 128 rows, N): sums of y's columns
+  int64_t n;        // of h
 };
 
 // The last five are for row statistics of the result. The partial sums are m-major, a column of tiles after the other.

@@ -15,7 +15,7 @@ from ..common.block import Block
 from ..linear import product
 from ..message_kv import SAVED
 from .plans import Plan, plan_of
-from .products import Layer, Norm, Normed, Target, slope
+from .products import Layer, Norm, Normed, Target
 
 _TENSORS = [name for name, annotation in Block.__annotations__.items() if annotation in (Tensor, Tensor | None)]
 _tensors = operator.itemgetter(*(Block._fields.index(name) for name in _TENSORS))
@@ -129,9 +129,10 @@ def backward(
     handed = _handed(grads[0], dtype) if b.drop_feed_forward is None else None
     dbranch, given["projection_bias"], *_ = handed or triton.column_sums.scaled(dy, dtype, b.drop_feed_forward)
     del handed
+    assert p.fc.backward is not None
     keep = "projection_weight" in wanted
-    du, given["fc_bias"], h = slope(p.fc.name, dbranch, b.projection_weight, u, b.activation, keep)
-    if h is not None:
+    du, given["fc_bias"], h = p.fc.backward(dbranch, b.projection_weight, u, b.activation, keep)
+    if keep:
         given["projection_weight"] = product(dbranch.T, h, wanted["projection_weight"])
     del h
     # u = LN_2(z) W1^T + b1, and z passes it: dz, its copy for the branch below and that one's bias, in one pass

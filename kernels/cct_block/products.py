@@ -64,6 +64,8 @@ class Target(NamedTuple):
 # A candidate of "norm_linear": forward(save, x (M, D), Normed, Layer, spare) returns y (M, O), what the activation was
 # applied to if ``save``, and Normed with statistics if ``save``. spare takes the place of rows of x if x is normalized
 # first, which is when the Normed returned holds rows.
+# Its backward(dy (M, D), weight (D, O), u (M, O), activation, keep) is that of the product behind its activation: du =
+# (dy W) act'(u), the sums of its columns in float32, and act(u), if ``keep`` asks for it.
 # A candidate of "linear_residual": forward(a (M, I), weight (D, I), bias (D,), Target) returns z and Normed of it.
 
 
@@ -92,14 +94,7 @@ def _library_norm_linear(
     return (_activate(save, y, activation), y, known) if activation else (y, None, known)
 
 
-def slope(
-    backend: str, dy: Tensor, weight: Tensor, u: Tensor, activation: str, keep: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """For backward: du = (dy W) act'(u) with dy (M, D), weight (D, O) and u (M, O), the sums of its columns in float32,
-    and act(u) if ``keep``. backend: what computed act(u)."""
-    if backend == "cuda":
-        du, sums, h = cuda_library.slope(dy, weight, u)
-        return du, sums, h if keep else None
+def _slope(dy: Tensor, weight: Tensor, u: Tensor, activation: str, keep: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     dh = torch.mm(dy, weight)
     if activation in GELUS:
         du = torch.ops.aten.gelu_backward(dh, u, approximate=GELUS[activation])
@@ -167,7 +162,7 @@ def _refuse_float32(case: Case) -> str | None:
 def _refuse_cuda(case: Case) -> str | None:
     if case.activation in GELUS:
         return "its epilogue has quick_gelu only"
-    if case.training and not cuda_library.tiles(case.dtype, keep=True):
+    if case.training and not cuda_library.tiles("NormGeluKept", case.dtype):
         return f"it was not built for training in {case.dtype}"
     if case.width % 8 or case.hidden % 8:
         return f"width {case.width}, {case.hidden} in the FFN: multiples of 8 wanted, for rows in whole 16 bytes"
@@ -182,22 +177,25 @@ def _refuse_cuda_residual(case: Case) -> str | None:
     return _refuse_cuda(case)
 
 
-def _nothing(*_: Any) -> tuple[Tensor, ...]:
-    """What a product saves beside what the block does."""
-    return ()
-
-
-def _backends(library: Any, fused: Any, on_cuda: Any, refuse_cuda: Any) -> tuple[Backend, ...]:
-    own: dict[str, Any] = {"opt_in": UNMEASURED, "saved": _nothing}
+def _backends(
+    library: Any, fused: Any, on_cuda: Any, refuse_cuda: Any, slope: Any = None, cuda_slope: Any = None
+) -> tuple[Backend, ...]:
+    saved: dict[str, Any] = {"saved": lambda *_: ()}  # the block saves what they want
+    own: dict[str, Any] = {"opt_in": UNMEASURED, **saved}
+    on_cuda = functools.partial(fused, on_cuda)
     return (
-        Backend("library", library, dtypes=ON_TRITON, saved=_nothing),
-        Backend("triton", functools.partial(fused, _gemm), refuse=_refuse_float32, **TRITON, **own),
-        Backend("cuda", functools.partial(fused, on_cuda), dtypes=HALF, refuse=refuse_cuda, partial=True, **own),
+        Backend("library", library, slope, dtypes=ON_TRITON, **saved),
+        Backend("triton", functools.partial(fused, _gemm), slope, refuse=_refuse_float32, **TRITON, **own),
+        Backend("cuda", on_cuda, cuda_slope, dtypes=HALF, refuse=refuse_cuda, partial=True, **own),
     )
 
 
 NORM_LINEAR = Part(
-    "norm_linear", *_backends(_library_norm_linear, _fused_norm_linear, cuda_library.norm_linear, _refuse_cuda)
+    "norm_linear",
+    *_backends(
+        *(_library_norm_linear, _fused_norm_linear, cuda_library.norm_linear, _refuse_cuda),
+        *(_slope, lambda dy, weight, u, *_: cuda_library.slope(dy, weight, u)),
+    ),
 )
 LINEAR_RESIDUAL = Part(
     "linear_residual",

@@ -123,9 +123,9 @@ class Op:
         """The backends in the order in which they are asked, each with the reason why it is not taken, or None."""
         forced, tensors = _checked(_forced), [arg for arg in args if isinstance(arg, Tensor)]
         interpreted = off_gpu if off_gpu > 1 or forced == "triton" else 0
-        dtypes = dict.fromkeys([each.dtype for each in tensors])
-        floats = tuple(each for each in dtypes if each.is_floating_point or each.is_complex)
-        call = Call(tensors[0].device, floats, training, interpreted=interpreted)
+        dtypes = [each.dtype for each in tensors]
+        floats = [each for each in dtypes if each.is_floating_point or each.is_complex]
+        call = Call(tensors[0].device, floats, training, interpreted)
         measured = () if forced in self.names else self._measured(args, training)
         return asked(self.backends, forced, measured, lambda each: each.refusal(call, *args))
 
@@ -166,7 +166,7 @@ class Op:
         """
         if self.sizes is None or torch.compiler.is_compiling() or not choices.known(self.name):
             return ()
-        architecture = choices.architecture(args[0])
+        architecture = choices.architecture(args[0].device)
         if architecture is None:
             return ()
         dtype = args[self.autocast[0] if self.autocast else 0].dtype
@@ -188,13 +188,13 @@ class Op:
             outputs = _Kernel.apply(self, chosen, *args)
         else:
             outputs = chosen.forward(False, *self.lowered(args))[0]
-        outputs = tuple(outputs[: self.outputs])
-        return outputs if len(outputs) > 1 else outputs[0]
+        return outputs[0] if self.outputs == 1 else tuple(outputs[: self.outputs])
 
     def lowered(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """The arguments under the enclosing autocast; in eager mode without a gradient through the casts."""
-        device_type = next(arg.device.type for arg in args if isinstance(arg, Tensor))
-        dtype = autocast_dtype(device_type) if self.autocast else None
+        if not self.autocast:
+            return args
+        dtype = autocast_dtype(next(arg.device.type for arg in args if isinstance(arg, Tensor)))
         if dtype is None:
             return args
         result = list(args)

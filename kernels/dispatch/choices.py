@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from . import tables
 
@@ -21,9 +20,9 @@ def known(name: str) -> bool:
     return bool(tables.rows(TABLE, name))
 
 
-def architecture(x: Tensor) -> int | None:
-    """The compute capability of x's GPU as one number, 90 for 9.0; None elsewhere."""
-    return _capability(x.get_device()) if x.is_cuda else None
+def architecture(device: torch.device) -> int | None:
+    """The compute capability of a GPU as one number, 90 for 9.0; None elsewhere."""
+    return _capability(device) if device.type == "cuda" else None
 
 
 def measured_on(architecture: int) -> bool:
@@ -39,6 +38,6 @@ def order(name: str, architecture: int, sizes: dict[str, Any]) -> tuple[str, ...
 
 
 @functools.cache
-def _capability(index: int) -> int:
-    major, minor = torch.cuda.get_device_capability(index)
+def _capability(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor

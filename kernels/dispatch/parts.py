@@ -76,7 +76,7 @@ class Part:
             sizes: more numbers that the measured table bounds.
         """
         measured: tuple[str, ...] = ()
-        architecture = None if case.traced else choices.architecture(torch.empty(0, device=case.device))
+        architecture = None if case.traced else choices.architecture(case.device)
         if architecture is not None and choices.known(self.name):
             measured = choices.order(self.name, architecture, {**case.sizes(), **sizes})
         found = asked(self.backends, case.forced, measured, lambda each: refusal(each, case))

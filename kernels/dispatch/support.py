@@ -25,7 +25,7 @@ class Call(NamedTuple):
     """What every backend asks of a call, whatever it computes."""
 
     device: torch.device
-    dtypes: tuple[torch.dtype, ...]  # of its floating tensors
+    dtypes: Sequence[torch.dtype]  # of its floating tensors
     training: bool = False
     interpreted: int = 0  # Triton's kernels take tensors that are on no GPU (see dispatch.off_gpu)
 
@@ -124,14 +124,16 @@ def asked(
         forced: the backend that is asked for. Where there is none of this name, the choice is automatic.
         measured: those that were measured for such a call, the fastest first.
     """
-    candidates = [each for each in backends if forced in (each.name, *each.parts)]
-    if not candidates:
+    candidates: Sequence[Backend] = backends
+    if forced != "auto" and (named := [each for each in backends if forced in (each.name, *each.parts)]):
+        if named[0].partial:
+            named += [each for each in backends if each not in named]
+        elif forced == "library":  # the products of the reference are the library's too
+            named += [each for each in backends if each.name == "reference"]
+        candidates = named
+    elif measured:
         names = [*measured, *(each.name for each in backends)]
         candidates = sorted(backends, key=lambda each: names.index(each.name))
-    elif candidates[0].partial:
-        candidates += [each for each in backends if each not in candidates]
-    elif forced == "library":  # the products of the reference are the library's too
-        candidates += [each for each in backends if each.name == "reference"]
     for each in candidates:
         taken = each.name in (forced, *measured)
         yield each, refusal(each) or (None if taken else each.opt_in or None)

@@ -14,7 +14,6 @@ from typing import Any
 
 log = logging.getLogger("xclip_fast")
 _told: set[Path] = set()  # damaged tables that a line was logged of
-RENAMED = {"heavy": "residual"}  # sizes in the tables of earlier versions
 
 
 def user_table(name: str) -> Path:
@@ -60,7 +59,6 @@ def _table(path: Path) -> dict[str, list[dict[str, Any]]]:
                     raise ValueError(f"a row that is none: {row!r:.80}")
                 if not all(ms > 0 for ms in row.get("milliseconds", {}).values()):
                     raise ValueError(f"times that are none: {row!r:.80}")
-                row["where"] = {RENAMED.get(size, size): bounds for size, bounds in row.get("where", {}).items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         if path not in _told:
             _told.add(path)

@@ -50,19 +50,6 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Te
     Returns:
         (..., D) in x's dtype.
     """
-    rows = None if torch.is_grad_enabled() or torch.compiler.is_compiling() else _covering(x)
-    if rows is None:
-        return _op(x.contiguous(), weight, bias, eps)  # a kernel would copy the rows in forward and again in backward
-    y: Tensor = _op(rows, weight, bias, eps)
-    return y.as_strided(x.shape, (x.stride(0) // x.stride(1) * x.shape[2], x.shape[2], 1))
-
-
-def _covering(x: Tensor) -> Tensor | None:
-    """The rows (M, D) that begin with the first and end with the last of a view of all patches (F, N, D). To normalize
-    the few rows between two frames, too, costs less than to copy the patches. None for other tensors."""
-    if x.dim() != 3 or x.stride(2) != 1 or x.stride(1) < 1 or x.numel() == 0:
-        return None
-    every, left = divmod(x.stride(0), x.stride(1))
-    if left or not x.shape[1] < every <= 1.1 * x.shape[1]:
-        return None
-    return x.as_strided(((len(x) - 1) * every + x.shape[1], x.shape[2]), x.stride()[1:])
+    if x.dim() not in (2, 3) or x.stride(-1) != 1:
+        x = x.contiguous()  # a kernel would copy it in forward and again in backward
+    return _op(x, weight, bias, eps)

@@ -14,13 +14,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ..triton.launching import Prepared, cdiv, next_power_of_2, prepared, tile
-from ..triton.rows import Spare, load_rows, rows_of, rows_of_sample, spare_arguments
+from ..triton.rows import Spare, frames_of, layout_of, load_rows, rows_of, rows_of_sample, spare_arguments
 from .triton_backward import normalize_backward
 
 
 @triton.jit(do_not_specialize=["M", "sample_rows"])
 def layer_norm_fwd_kernel(
-    x_ptr,  # (M, D), rows x_row apart
+    x_ptr,  # (M, D), rows x_row apart; with x_gap, that much more after every ``length`` rows
     product_ptr,  # (M, D) or None: x is x + s (product + product_bias), and written to z
     product_bias_ptr,  # (D,), with product
     drop_ptr,  # (M / sample_rows,) or None: s
@@ -39,6 +39,7 @@ def layer_norm_fwd_kernel(
     M,
     D,
     x_row,
+    x_gap,
     length,
     positions,
     sample_rows,
@@ -49,7 +50,7 @@ def layer_norm_fwd_kernel(
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK_D)
     inside = (rows < M)[:, None] & (columns < D)[None, :]
-    x = load_rows(x_ptr, x_row, spare_ptr, rows, columns, inside, D, length)
+    x = load_rows(x_ptr, x_row, x_gap, spare_ptr, rows, columns, inside, D, length)
     at = rows[:, None].to(tl.int64) * D + columns[None, :]
     if product_ptr is not None:
         product = tl.load(product_ptr + at, mask=inside, other=0.0).to(tl.float32)
@@ -114,6 +115,7 @@ def _forward(
     M: int,
     D: int,
     x_row: int,
+    x_gap: int | None,
     length: int,
     positions: int,
     sample_rows: int,
@@ -121,7 +123,7 @@ def _forward(
 ) -> Prepared:
     """For rows of numbers of ``size`` bytes."""
     config = tile("layer_norm", device, d=D, rows=M, bytes=size)
-    numbers = (M, D, x_row, length, positions, sample_rows, eps)
+    numbers = (M, D, x_row, x_gap, length, positions, sample_rows, eps)
     grid = (cdiv(M, config["ROWS"]),)
     return Prepared(device, layer_norm_fwd_kernel, grid, numbers, BLOCK_D=next_power_of_2(D), **config)
 
@@ -137,22 +139,23 @@ def normalize(
     spare: Spare | None = None,
     positions: Positions | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """One pass over x (M, D), any row stride.
+    """One pass over x (M, D) or (F, N, D), any row stride; M = F N.
 
     Args:
         dtype: of LN(x); None: not wanted.
         statistics: the mean and 1 / sqrt(variance + eps) of each row are wanted.
         branch: added to x first.
-        spare: takes the place of rows of x.
-        positions: added to x first, in ``dtype``, and without a branch. The sum is written if statistics are wanted.
+        spare: takes the place of rows of x (M, D).
+        positions: added to x (M, D) first, in ``dtype``, without a branch. The sum is written if statistics are wanted.
 
     Returns:
         x, or what was added to it with it, in x's or the positions' dtype (M, D); LN of it (M, D); mean and rstd (M,)
         float32; None for what is not wanted.
     """
-    (M, D), device, stored = x.shape, x.device, x.dtype
+    D, device, stored = x.shape[-1], x.device, x.dtype
+    M, x_row, x_gap, length = layout_of(x)
     product, product_bias, drop_scale, later = branch or _NO_BRANCH
-    spares, length = spare_arguments(spare, M)
+    spares, length = spare_arguments(spare, M, length)
     position = first = z = y = mean = rstd = None
     count = 0
     if positions is not None:
@@ -166,7 +169,7 @@ def normalize(
         mean = torch.empty(M, dtype=torch.float32, device=device)
         rstd = torch.empty_like(mean)
     sample_rows = rows_of_sample(M, drop_scale)
-    run = _forward(device, x.dtype.itemsize, M, D, x.stride()[0], length, count, sample_rows, eps)
+    run = _forward(device, x.dtype.itemsize, M, D, x_row, x_gap, length, count, sample_rows, eps)
     added = product, product_bias, drop_scale, later, z, position, first
     run(x, *added, weight, bias, y, mean, rstd, *spares)
     return x if z is None else z, y, mean, rstd
@@ -183,7 +186,7 @@ def row_statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 def forward(
     save: bool, x: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    _, y, mean, rstd = normalize(rows_of(x), weight.contiguous(), bias.contiguous(), eps, x.dtype, save)
+    _, y, mean, rstd = normalize(frames_of(x), weight.contiguous(), bias.contiguous(), eps, x.dtype, save)
     assert y is not None
     saved = () if mean is None or rstd is None else (mean, rstd)
     return (y.view_as(x),), saved
@@ -191,6 +194,6 @@ def forward(
 
 def backward(grads: Sequence[Any], saved: Sequence[Tensor], needs: Sequence[Any], *args: Any) -> list[Tensor]:
     (mean, rstd), (x, weight, bias, _) = saved, args
-    dx, dweight, dbias, *_ = normalize_backward(rows_of(grads[0]), rows_of(x), mean, rstd, weight.contiguous())
+    dx, dweight, dbias, *_ = normalize_backward(rows_of(grads[0]), frames_of(x), mean, rstd, weight.contiguous())
     result = (dx.view(x.shape), dweight.to(weight.dtype), dbias.to(bias.dtype))
     return [gradient for gradient, need in zip(result, needs, strict=False) if need]

@@ -10,12 +10,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ..triton.launching import Prepared, cdiv, next_power_of_2, prepared, processors, tile
-from ..triton.rows import Spare, load_rows, rows_of_sample, spare_arguments
+from ..triton.rows import Spare, layout_of, load_rows, rows_of_sample, spare_arguments
 
 
 @triton.jit(do_not_specialize=["M", "sample_rows"])
 def layer_norm_bwd_kernel(
-    x_ptr,  # (M, D), rows x_row apart
+    x_ptr,  # (M, D), rows x_row apart; with x_gap, that much more after every ``length`` rows
     mean_ptr,  # (M,)
     rstd_ptr,  # (M,)
     weight_ptr,  # (D,)
@@ -35,6 +35,7 @@ def layer_norm_bwd_kernel(
     M,
     D,
     x_row,
+    x_gap,
     dy_row,
     extra_row,
     length,
@@ -63,7 +64,7 @@ def layer_norm_bwd_kernel(
             rstd_at = tl.where(is_spare, spare_rstd_ptr + rows // length, rstd_at)
         mean = tl.load(mean_at, mask=rows < M, other=0.0)[:, None]
         rstd = tl.load(rstd_at, mask=rows < M, other=0.0)[:, None]
-        x = load_rows(x_ptr, x_row, spare_ptr, rows, columns, inside, D, length)
+        x = load_rows(x_ptr, x_row, x_gap, spare_ptr, rows, columns, inside, D, length)
         dy = tl.load(dy_ptr + wide * dy_row + columns[None, :], mask=inside, other=0.0).to(tl.float32)
         x_hat = tl.where(inside, (x - mean) * rstd, 0.0)
         if normed_ptr is not None:
@@ -96,11 +97,19 @@ def layer_norm_bwd_kernel(
 
 @prepared
 def _backward(
-    device: torch.device, M: int, D: int, x_row: int, dy_row: int, extra_row: int, length: int, sample_rows: int
+    device: torch.device,
+    M: int,
+    D: int,
+    x_row: int,
+    x_gap: int | None,
+    dy_row: int,
+    extra_row: int,
+    length: int,
+    sample_rows: int,
 ) -> Prepared:
     config = dict(tile("layer_norm_backward", device, d=D))
     grid = (min(cdiv(M, config["ROWS"]), config.pop("OCCUPANCY") * processors(device)),)
-    numbers = (M, D, x_row, dy_row, extra_row, length, sample_rows)
+    numbers = (M, D, x_row, x_gap, dy_row, extra_row, length, sample_rows)
     return Prepared(device, layer_norm_bwd_kernel, grid, numbers, BLOCK_D=next_power_of_2(D), **config)
 
 
@@ -129,7 +138,7 @@ def normalize_backward(
     drop_scale: Tensor | None = None,
     low_dtype: torch.dtype | None = None,
 ) -> LayerNormGrads:
-    """The gradients of LN(x) in one pass over dy and x (M, D), any row strides.
+    """The gradients of LN(x) in one pass over dy (M, D) and x (M, D) or (F, N, D), any row strides; M = F N.
 
     Args:
         mean, rstd: of x's rows, as the forward saved them.
@@ -139,14 +148,14 @@ def normalize_backward(
         drop_scale, low_dtype: given low_dtype, s dx is written in that dtype (unless that is dx itself) and its columns
             are summed: the gradient of the branch that was added to x.
     """
-    M, D = x.shape
+    D, (M, x_row, x_gap, length) = x.shape[-1], layout_of(x)
     dx = torch.empty(M, D, dtype=x.dtype, device=x.device)
     normed = None if normed_dtype is None else torch.empty(M, D, dtype=normed_dtype, device=x.device)
     same = drop_scale is None and low_dtype == x.dtype
     low = None if low_dtype is None or same else torch.empty(M, D, dtype=low_dtype, device=x.device)
-    spares, length = spare_arguments(spare, M)
+    spares, length = spare_arguments(spare, M, length)
     extra_row = 0 if extra is None else extra.stride(0)
-    strides = (x.stride(0), dy.stride(0), extra_row)
+    strides = (x_row, x_gap, dy.stride(0), extra_row)
     run = _backward(x.device, M, D, *strides, length, rows_of_sample(M, drop_scale))
     parts = torch.empty(2 if low_dtype is None else 3, *run.grid, D, dtype=torch.float32, device=x.device)
     read = (x, mean, rstd, weight, None if normed is None else bias, dy, extra)

@@ -86,7 +86,7 @@ def patches_of(
     Row 1 + n of a frame is its patch n: (P, P, 3) of uint8 frames, (3, P, P) of float ones. All else is zeros.
     """
     count, down, across = _grid(frames, weight, position)
-    patch, levels, length = weight.shape[-1], frames.dtype == torch.uint8, len(position) + spare
+    patch, levels, length = weight.shape[-1], frames.dtype == torch.uint8, position.shape[0] + spare
     if levels:
         if frames.stride()[2:] != (3, 1):
             frames = frames.contiguous()
@@ -115,7 +115,7 @@ def forward(save: bool, *args: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor, .
     levels = frames.dtype == torch.uint8
     columns = kept(f"columns {levels}", functools.partial(_columns, levels=levels), weight)
     product = linear(patches_of(frames, weight, position, mean, std, spare), columns)
-    shape = (len(frames), len(position) + spare, len(weight))
+    shape = (frames.shape[0], position.shape[0] + spare, weight.shape[0])  # len() of a tensor takes longer
     positions = Positions(position.contiguous(), class_embedding.contiguous(), shape[1])
     dtype = torch.promote_types(weight.dtype, position.dtype)
     tokens, out, *statistics = normalize(
@@ -129,7 +129,7 @@ def forward(save: bool, *args: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor, .
 def _grid(frames: Tensor, weight: Tensor, position: Tensor) -> tuple[int, int, int]:
     """Frames, patches downwards, patches across; ``ValueError`` where the sizes do not fit."""
     patch = weight.shape[-1]
-    count, height, length = frames.shape[:3] if frames.dtype == torch.uint8 else (len(frames), *frames.shape[2:])
+    count, height, length = frames.shape[:3] if frames.dtype == torch.uint8 else (frames.shape[0], *frames.shape[2:])
     if height % patch or length % patch or position.shape[0] != height // patch * (length // patch) + 1:
         raise ValueError(
             f"frames of {height} x {length} pixels and positions {tuple(position.shape)} do not fit: patches of "
@@ -147,7 +147,7 @@ def backward(grads: Sequence[Any], saved: Sequence[Tensor], needs: Sequence[Any]
     dtokens, dln_weight, dln_bias, _, dproduct, _ = normalize_backward(rows_of(grads[0]), *rows, low_dtype=weight.dtype)
     assert dproduct is not None
     dtokens = dtokens.view(tokens.shape)
-    length = len(position)  # a spare row has no gradient
+    length = position.shape[0]  # a spare row has no gradient
     dposition = dtokens[:, :length].sum(0, dtype=torch.float32)
     dframes = dweight = None
     if needs[1]:

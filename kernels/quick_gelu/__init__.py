@@ -20,7 +20,6 @@ _op = Op(
     quick_gelu_reference,
     on_triton("quick_gelu"),
     example=lambda sizes, make: (make.normal(sizes.sequences, sizes.tokens, 4 * sizes.width),),
-    saved=lambda x: (),
 )
 
 

@@ -92,7 +92,7 @@ def measure(
     from ..triton.launching import arch
 
     rows, wrong, device = [], 0, torch.device(DEVICE)
-    architecture = choices.architecture(torch.empty(0, device=device)) or arch(device)
+    architecture = choices.architecture(device) or arch(device)
     for where, contest in module.contests(name, shape, batches, say):
         if time.monotonic() >= deadline:
             say(f"{name} {where}: the time is over")

@@ -5,6 +5,7 @@ test_launches.py runs this file in a process without Triton's interpreter.
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import importlib
 import pkgutil
 import random
@@ -34,7 +35,8 @@ from xclip_fast.kernels.triton import launching
 from xclip_fast.kernels.tune import measuring, tiles
 from xclip_fast.kernels.tune.shapes import BATCHES, SHAPES
 
-from xclip_fast import FastCCTBlock, kernels
+from xclip_fast import XCLIP, FastCCTBlock, kernels
+from xclip_fast.config import VARIANTS
 from xclip_fast.time_model import Recorder
 
 # Before the first backward, at which autograd starts a thread for each device: a device of a kind of its own.
@@ -242,6 +244,26 @@ def test_launches_and_passes_of_a_block_do_not_grow(name: str) -> None:
     for found, most in zip(counted(name), MOST[name], strict=True):
         assert found[0] <= most[0]
         assert found[1] <= most[1]
+
+
+def test_features_of_frames_are_read_where_the_last_block_left_them() -> None:
+    """The passes of torch over all patches, forward and backward, beside products and what blocks do."""
+    config = VARIANTS["B/16-8f"]
+    with torch.device("meta"):
+        model = XCLIP(dataclasses.replace(config, vision=dataclasses.replace(config.vision, layers=1))).to(BF16)
+        video = torch.empty(2, 8, 224, 224, 3, dtype=torch.uint8)
+    with fake_gpu(90, chooses=True) as launches, plans.swap("attention", "triton"), Recorder(launches) as made:
+        torch.cat([each.flatten() for each in model.encode_video(video)]).sum().backward()
+    size = 2 * 8 * 196 * 768
+    passes = [
+        name
+        for name, given in made.calls
+        if name not in ("mm", "addmm")
+        and not name.endswith("_kernel")
+        and any(isinstance(each, Tensor) and each.numel() >= size for each in given.values())
+    ]
+    # over the frames, and its gradient; the gradients of class, patches and spare rows; that of the positions
+    assert passes == ["mean", "div", "cat", "sum"]
 
 
 # ---- launches that are kept

@@ -99,9 +99,9 @@ def test_tiles_are_those_of_the_source() -> None:
         for element, epilogue, names in re.findall(r"run_on_tile<cutlass::(\w+), (\w+), ([\w, ]+)>", source)
     }
     assert built == cuda_library.BUILT
-    assert cuda_library.tiles(torch.bfloat16, activation=True) == ("auto", "wide", "square")
-    assert cuda_library.tiles(torch.bfloat16, residual=True, statistics=True) == ("auto", "wide", "square")
-    assert cuda_library.tiles(torch.float32, residual=True) == ()
+    assert cuda_library.tiles("NormGelu", torch.bfloat16) == ("auto", "wide", "square")
+    assert cuda_library.tiles("ResidualStatistics", torch.bfloat16) == ("auto", "wide", "square")
+    assert cuda_library.tiles("Residual", torch.float32) == ()
 
 
 def test_exported_symbols_are_the_interface(library: Path) -> None:
@@ -560,13 +560,13 @@ def judge(guards: list[Tensor], tile: str, calls: dict[str, tuple[Callable[[], A
 
 
 def built(
-    tile: str, calls: dict[str, Any], options: dict[str, dict[str, Any]], dtype: torch.dtype, device: str
+    tile: str, calls: dict[str, Any], epilogues: dict[str, str], dtype: torch.dtype, device: str
 ) -> dict[str, Any]:
     """The calls whose product has this tile; without a GPU all of them, as no tile is played."""
     return {
         name: call
         for name, call in calls.items()
-        if device == "cpu" or tile in cuda_library.tiles(dtype, **options.get(name, {}))
+        if device == "cpu" or tile in cuda_library.tiles(epilogues.get(name, "Norm"), dtype)
     }
 
 
@@ -617,15 +617,9 @@ def test_products(tile: str, dtype: torch.dtype, device: str, guards: list[Tenso
             "residual alone": (add, [rounded(source.double() + product)]),
             "statistics": (functools.partial(scaled, statistics_eps=EPS), [rounded(added), *statistics]),
         }
-        options: dict[str, dict[str, Any]] = {
-            "quick_gelu": {"activation": True},
-            "kept": {"keep": True},
-            "slope": {"keep": True},
-            "residual": {"residual": True},
-            "residual alone": {"residual": True},
-            "statistics": {"residual": True, "statistics": True},
-        }
-        judge(guards, tile, built(tile, calls, options, dtype, device))
+        epilogues = {"quick_gelu": "NormGelu", "kept": "NormGeluKept", "slope": "Slope", "residual": "Residual"}
+        epilogues |= {"residual alone": "Residual", "statistics": "ResidualStatistics"}
+        judge(guards, tile, built(tile, calls, epilogues, dtype, device))
 
 
 @pytest.mark.gpu

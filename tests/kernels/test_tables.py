@@ -1,4 +1,4 @@
-"""Tables in the user's cache: a damaged one makes nothing fail, one of an earlier version still holds."""
+"""Tables in the user's cache: a damaged one makes nothing fail."""
 
 import json
 import logging
@@ -37,19 +37,5 @@ def test_a_damaged_table_is_named_once_and_not_used(tmp_path, monkeypatch, caplo
         path.write_text(json.dumps({"op": [GOOD]}))
         tables.forget()
         assert choices.order("op", 90, {"M": 8}) == ("triton", "library")
-    finally:
-        tables.forget()
-
-
-def test_a_size_that_was_renamed_still_bounds(tmp_path, monkeypatch):
-    """Tables saved by earlier versions call a product with a residual heavy."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    path = tables.user_table(choices.TABLE.name)
-    path.parent.mkdir()
-    path.write_text(json.dumps({"op": [{**GOOD, "where": {"heavy": [1, 1]}}]}))
-    tables.forget()
-    try:
-        assert choices.order("op", 90, {"residual": 1}) == ("triton", "library")
-        assert choices.order("op", 90, {"residual": 0}) == ()
     finally:
         tables.forget()

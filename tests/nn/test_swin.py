@@ -147,13 +147,11 @@ def test_tower_and_gradients_equal_plain_swin(convolutional: bool) -> None:
     vision = dataclasses.replace(TINY.vision, convolutional=convolutional, image_size=32, window=2)
     model = random_model(dataclasses.replace(TINY, vision=vision), torch.float64)
     video = torch.randn(2, 3, 32, 32, dtype=torch.float64)
-    got = model.visual(video, 2)
+    frame, got = model.visual(video, 2)
     weights = unicl_names(model)
     wanted = torch.stack([plain_tower(weights, frame, DEPTHS, 2) for frame in video])
     torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10)
-    frame, patches = model.visual.split(got)
     torch.testing.assert_close(frame, plain_norm(weights, "ln_post", wanted).mean(1), rtol=1e-9, atol=1e-9)
-    assert patches is got
     parameters = {name: each for name, each in model.visual.named_parameters() if name not in ("proj",)}
     like = torch.randn_like(frame)
     gradients = [
@@ -329,7 +327,7 @@ def test_unicl_features_are_the_plain_ones(tmp_path: Path, older: bool) -> None:
     assert isinstance(model.visual, SwinTower)
     frames = torch.randn(1, 3, SIZE, SIZE, generator=generator)
     with torch.no_grad():
-        frame, _ = model.visual.split(model.visual(frames, 1))
+        frame, _ = model.visual(frames, 1)
         got = frame @ model.visual.proj
     weights = {name.removeprefix("image_encoder."): each for name, each in state.items()}
     tokens = plain_tower(weights, frames[0], DEPTHS, WINDOW)

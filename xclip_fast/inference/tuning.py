@@ -58,8 +58,7 @@ def tune_before(config: XCLIPConfig, videos: int, device: str | torch.device, *,
 
     sizes = tuple(getattr(config.vision, name, None) for name in ("width", "patch_size", "image_size"))
     model = next((name for name, each in SHAPES.items() if (each.width, each.patch, each.image) == sizes), None)
-    on_gpu = torch.device(device).type == "cuda"
-    architecture = choices.architecture(torch.empty(0, device=device)) if on_gpu else None
+    architecture = choices.architecture(torch.device(device))
     if model is None or architecture is None or choices.measured_on(architecture):
         return
     alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())

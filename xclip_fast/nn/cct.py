@@ -29,7 +29,7 @@ class Stream(NamedTuple):
 
     def tokens(self) -> Tensor:
         """(F, L, D)."""
-        # not a slice: see VisionTower.split
+        # not a slice: see VisionTower.forward
         return self.x.split([self.x.shape[1] - 1, 1], 1)[0] if self.spare else self.x
 
     def with_spare_row(self) -> Tensor:

@@ -101,7 +101,7 @@ class Merging(nn.Module):
 
 
 class SwinTower(nn.Module):
-    """Frames to the tokens of the last stage (F, N, D). Its interface is that of ``vit.VisionTower``."""
+    """Frames to features, and to the tokens of the last stage as patches. It has the interface of ``VisionTower``."""
 
     def __init__(self, config: XCLIPConfig) -> None:
         super().__init__()
@@ -124,8 +124,12 @@ class SwinTower(nn.Module):
         self.proj = nn.Parameter(nn.init.normal_(torch.empty(vision.width, config.embed_dim), std=vision.width**-0.5))
         init_linear(self)
 
-    def forward(self, frames: Tensor, num_frames: int) -> Tensor:
-        """uint8 (F, H, W, 3) or normalized (F, 3, H, W), F = B * num_frames, to tokens (F, N, D)."""
+    def forward(self, frames: Tensor, num_frames: int) -> tuple[Tensor, Tensor]:
+        """Frames to the feature of each (F, D), the mean of its normalized tokens, and its tokens (F, N, D).
+
+        Args:
+            frames: uint8 (F, H, W, 3) or normalized (F, 3, H, W), F = B * num_frames.
+        """
         x_FCGG = normalized(frames, self.proj, self.config.image_mean, self.config.image_std)
         blocks, samples = iter(self.transformer.resblocks), frames.shape[0] // num_frames
         for embedding, depth, grid in zip(self.embeddings, self.vision.depths, self.vision.grids, strict=True):
@@ -135,10 +139,6 @@ class SwinTower(nn.Module):
                 x_FND = run_block(next(blocks), self.recompute, x_FND, samples)
             x_FND = _from_windows(x_FND, grid, window)
             x_FCGG = x_FND.transpose(1, 2).unflatten(2, (grid, grid))
-        return x_FND
-
-    def split(self, x_FND: Tensor) -> tuple[Tensor, Tensor]:
-        """The feature of each frame (F, D), the mean of its normalized tokens, and its tokens (F, N, D)."""
         return layer_norm(self.ln_post, x_FND).mean(1), x_FND
 
 

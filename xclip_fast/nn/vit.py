@@ -1,7 +1,7 @@
 """The vision tower of X-CLIP: a ViT whose frames exchange messages (paper, section 3.2), or a plain ViT.
 
-A vision tower (this one and ``swin.SwinTower``) turns frames into tokens. ``split`` gives the frame's feature and its
-patches, ``proj`` maps a feature to the embedding, and ``transformer.resblocks`` are all blocks.
+A vision tower (this one and ``swin.SwinTower``) turns frames into a feature and patches of each. ``proj`` maps a
+feature to the embedding, and ``transformer.resblocks`` are all blocks.
 
 B videos, T frames, F = B T, N patches, L = N + 1 tokens of a frame (class token first), D width.
 """
@@ -33,7 +33,7 @@ def normalized(frames: Tensor, like: Tensor, mean: Sequence[float], std: Sequenc
 
 
 class VisionTower(nn.Module):
-    """The cross-frame communication transformer (section 3.2): frames (F, ...) to tokens (F, L, D)."""
+    """The cross-frame communication transformer (section 3.2): frames (F, ...) to features and patches."""
 
     def __init__(self, config: XCLIPConfig) -> None:
         super().__init__()
@@ -58,8 +58,12 @@ class VisionTower(nn.Module):
                 init_linear(block.message_fc)
                 init_linear(block.message_attn)
 
-    def forward(self, frames: Tensor, num_frames: int) -> Tensor:
-        """uint8 (F, H, W, 3) or normalized (F, 3, H, W), F = B * num_frames, to tokens (F, L, D)."""
+    def forward(self, frames: Tensor, num_frames: int) -> tuple[Tensor, Tensor]:
+        """Frames to the feature of each (F, D), its normalized class token, and its patches (F, N, D).
+
+        Args:
+            frames: uint8 (F, H, W, 3) or normalized (F, 3, H, W), F = B * num_frames.
+        """
         pre_norm = self.ln_pre if self.vision.pre_norm else None
         blocks, cross_frame = self.transformer.resblocks, self.vision.cross_frame
         watched = cross_frame and any(is_watched(block) for block in blocks)
@@ -85,17 +89,14 @@ class VisionTower(nn.Module):
             plain = (False, None, 0, None, x_FLD.shape[0] // num_frames)
             for block in blocks:
                 x_FLD = run_block(block, self.recompute, x_FLD, *plain)
-            return x_FLD
-        stream: Any = x_FLD if watched else Stream(x_FLD, spare)
-        for block in blocks:
-            stream = run_block(block, self.recompute, stream, num_frames)
-        result: Tensor = stream.tokens() if isinstance(stream, Stream) else stream
-        return result
-
-    def split(self, x_FLD: Tensor) -> tuple[Tensor, Tensor]:
-        """The feature of each frame (F, D), normalized, and its patches (F, N, D)."""
-        # the gradients of a split are put side by side in one pass; those of two slices are padded and added
-        class_F1D, patches_FND = x_FLD.split([1, x_FLD.shape[1] - 1], 1)
+        else:
+            stream: Any = x_FLD if watched else Stream(x_FLD, spare)
+            for block in blocks:
+                stream = run_block(block, self.recompute, stream, num_frames)
+            x_FLD, spare, _ = stream if isinstance(stream, Stream) else Stream(stream)
+        # the gradients of a split are put side by side in one pass; those of slices are padded and added
+        rows = [1, self.vision.patches, *([1] if spare else [])]
+        class_F1D, patches_FND, *_ = x_FLD.split(rows, 1)
         return layer_norm(self.ln_post, class_F1D.squeeze(1)), patches_FND
 
     def _embed(self, frames: Tensor) -> Tensor:
