@@ -52,6 +52,7 @@ def test_the_stage_gives_what_the_loop_gives(home):
     assert windows[0]["frames"].shape == (4, 3, 32, 32, 3)
     results = [one(batch) for batch in windows]
     assert all("frames" not in batch for batch in results)
+    assert not any(weight.is_inference() for weight in one.model.parameters())  # what is made of them is kept
     got = list(as_answers(results[::-1], ["vector"]))
     model = XCLIP.from_pretrained(home / "a")
     want = list(answers(model, paths(home), READING, lambda found: found[:1]))

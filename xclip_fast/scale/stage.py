@@ -90,8 +90,8 @@ class VideoStage:
         answers: dict[str, np.ndarray] = {}
         errors = np.array([str(error) for error in batch["error"]], object)
         frames = np.asarray(batch["frames"])
+        model = self.model  # outside: what is made of inference tensors is not kept
         with torch.inference_mode():
-            model = self.model
             # Run at least one row, so that every batch has the same columns.
             rows = real if len(real) else np.array([0])
             found = model.encode_video(torch.from_numpy(np.ascontiguousarray(frames[rows])).to(self._device))
