@@ -442,7 +442,9 @@ def test_a_broken_off_iteration_leaves_nothing_behind(manifest: Manifest, hooks:
     assert not [name for name in names if name.startswith(tuple(f"torch_{pid}_" for pid in (os.getpid(), *pids)))]
 
 
-def test_closing_does_not_wait_for_whole_batches(manifest: Manifest, hooks: Any) -> None:
+def test_closing_does_not_wait_for_whole_batches(
+    manifest: Manifest, hooks: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     batches = loader(manifest, TRAIN, 8, workers=2, threads=1, prefetch=1)
     batches.workers.decoder.__class__ = hooks.Late
     next(iteration := iter(batches))
@@ -450,7 +452,17 @@ def test_closing_does_not_wait_for_whole_batches(manifest: Manifest, hooks: Any)
     start = time.monotonic()
     iteration.close()
     assert time.monotonic() - start < 3
-    assert _rows(list(batches)) == list(range(N))
+    next(iteration := iter(batches))
+    end = batches.workers._batches._shutdown_workers
+
+    def interrupted() -> None:
+        end()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(batches.workers._batches, "_shutdown_workers", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        iteration.close()
+    assert _told(batches) == _told(loader(manifest, TRAIN, 8, workers=0))
 
 
 def test_ctrl_c_ends_all_processes(manifest: Manifest, hooks: Any, tmp_path: Path) -> None:

@@ -123,6 +123,9 @@ class Workers:
     def _start(self) -> DataLoader[Any]:
         if getattr(multiprocessing.current_process(), "_inheriting", False):
             raise SystemExit(1)  # a worker that runs a script without its guard: the parent says so, once
+        self.table.cells.fill_(-1)  # here, because Ctrl-C may interrupt `close`
+        self.table.counts.zero_()
+        self.table.ended.fill_(False)
         return DataLoader(
             self.decoder,  # type: ignore[arg-type]  # only __getitems__ is used
             batch_sampler=self,  # type: ignore[arg-type]  # only __iter__ is used
@@ -207,9 +210,6 @@ class Workers:
         for process in processes:
             process.kill()
             process.join(5.0)
-        self.table.cells.fill_(-1)
-        self.table.counts.zero_()
-        self.table.ended.fill_(False)
 
 
 _TROUBLE = (RuntimeError, OSError, EOFError, AssertionError)
