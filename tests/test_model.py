@@ -495,7 +495,7 @@ def test_scripts_find_the_public_names() -> None:
     code = (
         "import sys, torch; before = set(sys.modules); import time; start = time.perf_counter(); import xclip_fast; "
         "took = time.perf_counter() - start; "
-        "print([m for m in ('av','tokenizers','safetensors','rich','typer','transformers','triton','matplotlib',"
+        "print([m for m in ('av','tokenizers','safetensors','rich','click','transformers','triton','matplotlib',"
         "'flash_attn','xformers','apex','nvidia.dali') if m in set(sys.modules) - before], took)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

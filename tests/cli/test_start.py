@@ -1,5 +1,6 @@
 """The start of the command line: quick, quiet when interrupted, and plain about checkpoints that are none."""
 
+import os
 import resource
 import signal
 import subprocess
@@ -35,7 +36,7 @@ def test_help_imports_in_less_than_a_third_of_a_second() -> None:
     )
     assert done.returncode == 0
     names = {line.split("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
-    assert "typer" in names
+    assert "click" in names
     assert not names & {"torch", "numpy", "av", "transformers"}
     assert seconds(*COMMAND[1:], "--help") - seconds("-c", "pass") < 0.3
 
@@ -92,11 +93,17 @@ def test_every_command_imports_torch_without_the_garbage_collector(command: str,
 def test_version_and_completion() -> None:
     done = run("--version")
     assert (done.returncode, done.stdout) == (0, f"xclip-fast {xclip_fast.__version__}\n")
-    assert "--install-completion" in run("--help").stdout
+    code = "import sys; sys.argv = ['xclip-fast']; from xclip_fast.__main__ import main; main()"
+    given = {"_XCLIP_FAST_COMPLETE": "bash_complete", "COMP_WORDS": "xclip-fast classify --ran", "COMP_CWORD": "2"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=os.environ | given
+    )
+    assert (done.returncode, done.stdout) == (0, "plain,--random-weights\n"), done.stderr
+    assert "_XCLIP_FAST_COMPLETE=bash_source" in run("--help").stdout
 
 
 def test_an_interrupt_while_starting_prints_no_traceback(tmp_path: Path) -> None:
-    (tmp_path / "typer.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
+    (tmp_path / "click.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
     code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from xclip_fast.__main__ import main; main()"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from typer.testing import CliRunner
+from click.testing import CliRunner
 from xclip_fast.kernels.dispatch import INTERPRETED, choices, tables
 from xclip_fast.kernels.tune import __main__ as kernels_tune
 

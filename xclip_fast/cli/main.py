@@ -13,38 +13,47 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from typing import Annotated, NoReturn
+from typing import Any, NoReturn
 
-import typer
+import click
 
 from .. import __version__
 from ..console import complain
-from . import data, embed, predict, search, tools, train
+from . import data, tools, train
+from .embed import embed
+from .predict import classify
+from .search import search
 
-app = typer.Typer(
-    no_args_is_help=True,
-    rich_markup_mode=None,  # errors stay one line, help stays plain in a pipe
-    pretty_exceptions_enable=False,
+
+class App(click.Group):
+    """Lists its commands in the order in which they are added, and ends without a word after Ctrl-C."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            ctx.exit(130)
+
+
+@click.group(
+    cls=App,
+    context_settings={"show_default": True},
+    epilog='\b\nCompletion in bash:\neval "$(_XCLIP_FAST_COMPLETE=bash_source xclip-fast)"',
 )
-
-
-def _print_version(asked: bool) -> None:
-    if asked:
-        print(f"xclip-fast {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def common(
-    version: Annotated[
-        bool, typer.Option("--version", help="Show the version and exit.", callback=_print_version, is_eager=True)
-    ] = False,
-) -> None:
+@click.version_option(__version__, prog_name="xclip-fast", message="%(prog)s %(version)s")
+def app() -> None:
     """X-CLIP video recognition: classify, embed and search video files; train and evaluate."""
 
 
-for room in (predict, embed, search, data, train, tools):
-    app.add_typer(room.commands)
+for command in (
+    *(classify, embed, search, data.index, data.transcode, data.motion),
+    *(train.train, train.evaluate, train.protocol, train.few_shot),
+    *(tools.flops, tools.tune, tools.convert, tools.export, tools.info),
+):
+    app.add_command(command)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

@@ -3,109 +3,235 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-import typer
+import click
 
 from ..console import complain
 
 if TYPE_CHECKING:
     from ..data.inputs import Inputs
+    from ..data.remote import Limits
     from ..model import XCLIP
     from ..scale.cluster import ClusterOptions
     from ..scale.stage import ModelSpec
     from ..search.page import Page
 
+PATH = click.Path(path_type=Path, readable=False)  # what opens a file tells better why it cannot
+COUNT = click.IntRange(1)
 
-Videos = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="VIDEO",
-        help="Video files, folders, globs in quotes, lists of paths (.txt, .jsonl), URLs, or - to read paths from "
-        "standard input.",
-    ),
-]
-Checkpoint = Annotated[
-    Path | None,
-    typer.Option(
+
+class Argument(click.Argument):
+    """An argument with a help text. Those of click have one only from version 8.5 on."""
+
+    def __init__(self, names: Sequence[str], *, text: str, **settings: Any):
+        super().__init__(names, **settings)
+        self.text = text
+
+
+class Command(click.Command):
+    """A command whose help describes its arguments, too."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        if rows := [(each.make_metavar(ctx), each.text) for each in self.params if isinstance(each, Argument)]:
+            with formatter.section("Arguments"):
+                formatter.write_dl(rows)
+        super().format_options(ctx, formatter)
+
+
+command = functools.partial(click.command, cls=Command)
+
+
+def argument(name: str, metavar: str, text: str, **settings: Any) -> Callable[..., Any]:
+    return click.argument(name, metavar=metavar, text=text, cls=Argument, **settings)
+
+
+def option(name: str, help: str, type: Any = None, *names: str, **settings: Any) -> Callable[..., Any]:
+    return click.option(name, *names, help=help, type=type, **settings)
+
+
+def flag(name: str, help: str, *names: str) -> Callable[..., Any]:
+    return click.option(name, *names, help=help, is_flag=True)
+
+
+def path(name: str, metavar: str, help: str, **settings: Any) -> Callable[..., Any]:
+    return click.option(name, metavar=metavar, help=help, type=PATH, **settings)
+
+
+def group(kind: Any, *options: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds options. The command gets their values as one ``kind``, a named tuple, under its name in lower case."""
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(function)
+        def run(**given: Any) -> None:
+            values = {name: given.pop(name) for name in kind._fields}
+            function(**given, **{kind.__name__.lower(): kind(**values)})
+
+        return functools.reduce(lambda made, each: each(made), reversed(options), run)
+
+    return decorate
+
+
+VIDEOS = (
+    "Video files, folders, globs in quotes, lists of paths (.txt, .jsonl), URLs, or - to read paths from standard "
+    "input."
+)
+checkpoint = argument("checkpoint", "CHECKPOINT", "Weights, a file or folder.", type=PATH)
+variant = option("--variant", "Model shape, such as B/16-8f. Default: the checkpoint's.", metavar="NAME")
+device = option("--device", "Device of the model: auto, cpu, cuda or cuda:N.", default="auto")
+dtype = option(
+    "--dtype",
+    "Precision. auto: bfloat16 if the hardware has matrix instructions for it, else float32.",
+    click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    default="auto",
+)
+templates = option(
+    "--templates/--no-templates", "Average each label over 16 sentences. Default: as in training.", default=None
+)
+frames = option(
+    "--frames", "Frames that the model sees of a video. Default: the checkpoint's.", click.IntRange(1, 1024)
+)
+sampling = option(
+    "--sampling",
+    "sparse: frames over the whole video; dense: consecutive ones. Default: as in training.",
+    click.Choice(["sparse", "dense"]),
+)
+frame_stride = option("--frame-stride", "With --sampling dense, take every Nth frame. Default: as in training.", COUNT)
+threads = option("--threads", "CPU threads of the model. Default: one for each core.", click.IntRange(1, 1024))
+as_json = flag("--json", "Print JSON, one object on each line.", "as_json")
+views = option("--batch-size", "Views in a batch. Default: 64 on a GPU, 8 on a CPU.", click.IntRange(1, 65536))
+processes = option(
+    "--workers", "Decoding processes; 0: decode in this one. Default: by the number of cores.", click.IntRange(0, 1024)
+)
+html = path("--html", "FILE", "Also write a web page with pictures.")
+overwrite = flag("--overwrite", "Replace existing output.")
+
+
+class Model(NamedTuple):
+    """The options of ``model``."""
+
+    checkpoint: Path | None
+    variant: str | None
+    random_weights: bool
+    device: str
+    dtype: str
+
+    def check(self) -> None:
+        """Raises an error unless one of ``--checkpoint`` and ``--random-weights`` is given, and not both."""
+        if (self.checkpoint is None) != self.random_weights:
+            missing = "missing; for a trial without weights: --random-weights"
+            why = "cannot go with --random-weights" if self.checkpoint else missing
+            raise click.BadParameter(why, param_hint="--checkpoint")
+
+    def load(self) -> XCLIP:
+        """The model on the CPU, in the checkpoint's precision."""
+        self.check()
+        return load_model(self.checkpoint, self.variant, self.random_weights)
+
+    def of_store(self, place: Path) -> Model:
+        """With the given checkpoint and variant; without them, with those that a store was made with."""
+        from ..search.store import Store
+
+        made_with = Store.open(place).settings
+        if self.checkpoint is not None:
+            return self
+        if not self.random_weights and not made_with.checkpoint:
+            raise ValueError(f"{place}: was made with random weights; to use it all the same, add --random-weights")
+        checkpoint = None if self.random_weights else Path(made_with.checkpoint)
+        return self._replace(checkpoint=checkpoint, variant=self.variant or made_with.variant or None)
+
+
+model = group(
+    Model,
+    click.option(
         "--checkpoint",
         "-c",
         metavar="PATH",
+        type=PATH,
         help="Weights, a file, folder or name on the Hub: of xclip-fast, Hugging Face, VideoX, or an image CLIP.",
     ),
-]
-Variant = Annotated[
-    str | None, typer.Option(metavar="NAME", help="Model shape, such as B/16-8f. Default: the checkpoint's.")
-]
-RandomWeights = Annotated[
-    bool, typer.Option("--random-weights", help="Use random weights, for a trial. The answers mean nothing.")
-]
-Device = Annotated[str, typer.Option(help="Device of the model: auto, cpu, cuda or cuda:N.")]
-DType = Annotated[
-    Literal["auto", "float32", "bfloat16", "float16"],
-    typer.Option(help="Precision. auto: bfloat16 if the hardware has matrix instructions for it, else float32."),
-]
-Templates = Annotated[
-    bool | None,
-    typer.Option("--templates/--no-templates", help="Average each label over 16 sentences. Default: as in training."),
-]
-Sampled = Annotated[
-    Literal["sparse", "dense"] | None,
-    typer.Option(help="sparse: frames over the whole video; dense: consecutive ones. Default: as in training."),
-]
-FrameStride = Annotated[
-    int | None, typer.Option(min=1, help="With --sampling dense, take every Nth frame. Default: as in training.")
-]
-Window = Annotated[float | None, typer.Option(metavar="SECONDS", help="Cut longer videos into moments of this length.")]
-Stride = Annotated[
-    float | None,
-    typer.Option(metavar="SECONDS", help="From the start of a moment to the next. Default: half of --window."),
-]
-OnRay = Annotated[bool, typer.Option("--ray", help="Spread the work over a Ray cluster.")]
-Address = Annotated[
-    str | None,
-    typer.Option(metavar="ADDRESS", help="Address of a running Ray cluster, or auto. Default: this machine alone."),
-]
-Actors = Annotated[int | None, typer.Option(min=1, help="Models on the cluster. Default: one for each GPU.")]
-Decoders = Annotated[
-    int | None, typer.Option(min=1, help="Files decoded at once on the cluster. Default: by its CPUs.")
-]
-MaxBytes = Annotated[int, typer.Option(min=1, help="Give up on a remote file that is larger.", show_default="2 GiB")]
-MaxSeconds = Annotated[float, typer.Option(min=0.1, help="Give up on a remote file that takes longer to copy.")]
-Frames = Annotated[
-    int | None, typer.Option(min=1, max=1024, help="Frames that the model sees of a video. Default: the checkpoint's.")
-]
-BatchSize = Annotated[
-    int | None, typer.Option(min=1, max=65536, help="Videos in a batch. Default: 16 on a GPU, 1 on a CPU.")
-]
-Workers = Annotated[int | None, typer.Option(min=1, max=256, help="Decoding threads. Default: one for each core.")]
-Threads = Annotated[
-    int | None, typer.Option(min=1, max=1024, help="CPU threads of the model. Default: one for each core.")
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, one object on each line.")]
-Top = Annotated[int, typer.Option(min=1, help="Number of answers to print.")]
-EvalBatchSize = Annotated[
-    int | None, typer.Option(min=1, max=65536, help="Views in a batch. Default: 64 on a GPU, 8 on a CPU.")
-]
-EvalWorkers = Annotated[
-    int | None,
-    typer.Option(min=0, max=1024, help="Decoding processes; 0: decode in this one. Default: by the number of cores."),
-]
-Weights = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Weights, a file or folder.")]
-Html = Annotated[Path | None, typer.Option(metavar="FILE", help="Also write a web page with pictures.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing output.")]
+    variant,
+    flag("--random-weights", "Use random weights, for a trial. The answers mean nothing."),
+    device,
+    dtype,
+)
+
+
+class Reading(NamedTuple):
+    """The options of ``reading``."""
+
+    frames: int | None
+    sampling: Literal["sparse", "dense"] | None
+    frame_stride: int | None
+    window: float | None
+    stride: float | None
+    max_bytes: int
+    max_seconds: float
+    batch_size: int | None
+    workers: int | None
+    decoders: int | None
+    threads: int | None
+
+    def limits(self) -> Limits:
+        from ..data.remote import Limits
+
+        return Limits(self.max_bytes, self.max_seconds)
+
+
+reading = group(
+    Reading,
+    frames,
+    sampling,
+    frame_stride,
+    option("--window", "Cut longer videos into moments of this length.", float, metavar="SECONDS"),
+    option("--stride", "From the start of a moment to the next. Default: half of --window.", float, metavar="SECONDS"),
+    option("--max-bytes", "Give up on a remote file that is larger.", COUNT, default=2 << 30, show_default="2 GiB"),
+    option("--max-seconds", "Give up on a remote file that takes longer to copy.", click.FloatRange(0.1), default=600),
+    option("--batch-size", "Videos in a batch. Default: 16 on a GPU, 1 on a CPU.", click.IntRange(1, 65536)),
+    option("--workers", "Decoding threads. Default: one for each core.", click.IntRange(1, 256)),
+    option("--decoders", "With --ray, files decoded at once on the cluster. Default: by its CPUs.", COUNT),
+    threads,
+)
+
+
+class Ray(NamedTuple):
+    """The options of ``ray``."""
+
+    ray: bool
+    address: str | None
+    actors: int | None
+
+    def cluster(
+        self, model: Model, decoders: int | None = None, batch_size: int | None = None
+    ) -> tuple[ModelSpec, ClusterOptions]:
+        """The model and the cluster of ``--ray``."""
+        from ..scale.cluster import ClusterOptions
+        from ..scale.stage import ModelSpec
+
+        checkpoint = None if model.checkpoint is None else str(model.checkpoint.absolute())
+        spec = ModelSpec(checkpoint, model.variant, model.device, model.dtype)
+        return spec, ClusterOptions(self.address, self.actors, decoders=decoders, batch_size=batch_size or 16)
+
+
+ray = group(
+    Ray,
+    flag("--ray", "Spread the work over a Ray cluster."),
+    option("--address", "Address of a running Ray cluster, or auto. Default: this machine alone.", metavar="ADDRESS"),
+    option("--actors", "Models on the cluster. Default: one for each GPU.", COUNT),
+)
 
 
 def parse_labels(given: str) -> list[str]:
     """The labels of ``--labels``, stripped, without empty ones and repetitions."""
 
-    def bad(message: str) -> typer.BadParameter:
-        return typer.BadParameter(message, param_hint="--labels")
+    def bad(message: str) -> click.BadParameter:
+        return click.BadParameter(message, param_hint="--labels")
 
     from ..data.manifest.labels import SUFFIXES, label_rows
 
@@ -135,32 +261,14 @@ def find_videos(given: Sequence[str] | None) -> tuple[Inputs, bool]:
     from ..data.inputs import find_videos as find
 
     if "" in (given or ()):
-        raise typer.BadParameter("a name is empty", param_hint="VIDEO")
+        raise click.BadParameter("a name is empty", param_hint="VIDEO")
     inputs = find(given or ())
     failed = False
     for line in inputs.empty:
         failed |= complain(line)
     if not inputs.paths and not inputs.folders:
-        raise typer.Exit(1)
+        sys.exit(1)
     return inputs, failed
-
-
-def cluster(
-    checkpoint: Path | None,
-    variant: str | None,
-    device: str,
-    dtype: str,
-    address: str | None,
-    actors: int | None,
-    decoders: int | None = None,
-    batch_size: int | None = None,
-) -> tuple[ModelSpec, ClusterOptions]:
-    """The model and the cluster of ``--ray``."""
-    from ..scale.cluster import ClusterOptions
-    from ..scale.stage import ModelSpec
-
-    spec = ModelSpec(None if checkpoint is None else str(checkpoint.absolute()), variant, device, dtype)
-    return spec, ClusterOptions(address, actors, decoders=decoders, batch_size=batch_size or 16)
 
 
 def open_page(html: Path | None, overwrite: bool, random_weights: bool) -> Page | None:
@@ -197,39 +305,13 @@ def set_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def check_weights(checkpoint: Path | None, random_weights: bool) -> None:
-    """Raises an error unless one of ``--checkpoint`` and ``--random-weights`` is given, and not both."""
-    if (checkpoint is None) != random_weights:
-        why = (
-            "cannot go with --random-weights"
-            if checkpoint
-            else "missing; for a trial without weights: --random-weights"
-        )
-        raise typer.BadParameter(why, param_hint="--checkpoint")
-
-
 def load_model(checkpoint: Path | None, variant: str | None, random_weights: bool) -> XCLIP:
     """The model on the CPU, in the checkpoint's precision."""
-    check_weights(checkpoint, random_weights)
     from .. import config
     from ..inference import placement
 
     if variant is not None and variant not in config.VARIANTS:
-        raise typer.BadParameter(f"{variant!r} is none of {', '.join(config.VARIANTS)}", param_hint="--variant")
+        raise click.BadParameter(f"{variant!r} is none of {', '.join(config.VARIANTS)}", param_hint="--variant")
     if random_weights:
         print("warning: random weights: the answers mean nothing", file=sys.stderr)
     return placement.load_model(checkpoint, variant)
-
-
-def stored_weights(
-    place: Path, checkpoint: Path | None, variant: str | None, random_weights: bool
-) -> tuple[Path | None, str | None]:
-    """The given checkpoint and variant; without them, those that a store was made with."""
-    from ..search.store import Store
-
-    made_with = Store.open(place).settings
-    if checkpoint is not None:
-        return checkpoint, variant
-    if not random_weights and not made_with.checkpoint:
-        raise ValueError(f"{place}: was made with random weights; to use it all the same, add --random-weights")
-    return (None if random_weights else Path(made_with.checkpoint)), variant or made_with.variant or None

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-import typer
+import click
 
 from ..console import Bar, complain, print_rows
 from . import options as opt
@@ -18,43 +20,32 @@ if TYPE_CHECKING:
     from ..inference.batches import Answer
     from ..nn.features import VideoFeatures
 
-commands = typer.Typer()
 
-
-@commands.command()
+@opt.command()
+@opt.argument("videos", "VIDEO...", opt.VIDEOS, nargs=-1, required=True)
+@opt.option(
+    "--labels",
+    "'a,b,c', a .txt with one label on each line, or a .csv (one column, or id,name). Default: as in training.",
+)
+@opt.model
+@opt.option("--top", "Number of answers to print.", opt.COUNT, default=5)
+@opt.as_json
+@opt.templates
+@opt.html
+@opt.overwrite
+@opt.reading
+@opt.ray
 def classify(
-    videos: opt.Videos,
-    labels: Annotated[
-        str | None,
-        typer.Option(
-            help="'a,b,c', a .txt with one label on each line, or a .csv (one column, or id,name). "
-            "Default: as in training.",
-        ),
-    ] = None,
-    checkpoint: opt.Checkpoint = None,
-    variant: opt.Variant = None,
-    random_weights: opt.RandomWeights = False,
-    top: opt.Top = 5,
-    as_json: opt.AsJson = False,
-    device: opt.Device = "auto",
-    dtype: opt.DType = "auto",
-    templates: opt.Templates = None,
-    frames: opt.Frames = None,
-    sampling: opt.Sampled = None,
-    frame_stride: opt.FrameStride = None,
-    window: opt.Window = None,
-    stride: opt.Stride = None,
-    html: opt.Html = None,
-    overwrite: opt.Overwrite = False,
-    max_bytes: opt.MaxBytes = 2 << 30,
-    max_seconds: opt.MaxSeconds = 600,
-    batch_size: opt.BatchSize = None,
-    workers: opt.Workers = None,
-    threads: opt.Threads = None,
-    ray: opt.OnRay = False,
-    address: opt.Address = None,
-    actors: opt.Actors = None,
-    decoders: opt.Decoders = None,
+    videos: Sequence[str],
+    labels: str | None,
+    model: opt.Model,
+    top: int,
+    as_json: bool,
+    templates: bool | None,
+    html: Path | None,
+    overwrite: bool,
+    reading: opt.Reading,
+    ray: opt.Ray,
 ) -> None:
     """Classify videos with labels of your own.
 
@@ -62,72 +53,72 @@ def classify(
     separated by tabs. With --window it answers for each moment of a video and prints the start and end in seconds.
     A video that cannot be read is reported. The others are still classified, and the exit code is 1.
     """
-    opt.check_weights(checkpoint, random_weights)
+    model.check()
     with opt.quick_imports():
         import torch
 
-        from ..data.remote import Limits
-        from ..inference.batches import Answer, Reading, answers
+        from ..inference import batches
         from ..inference.labels import label_scorer
         from ..inference.placement import placed
         from ..weights.checkpoint import find_weights
         from ..weights.recipe import Trained
 
-    if checkpoint is not None:
-        find_weights(checkpoint)  # its error comes before one of missing labels
-    trained = Trained.read(checkpoint)
+    if model.checkpoint is not None:
+        find_weights(model.checkpoint)  # its error comes before one of missing labels
+    trained = Trained.read(model.checkpoint)
     names = list(trained.labels.values()) if labels is None else opt.parse_labels(labels)
     if not names:
-        raise typer.BadParameter(
-            "missing; the checkpoint does not say which labels it was trained with", param_hint="--labels"
-        )
-    chosen = trained.choose(frames, sampling, frame_stride, templates)
+        why = "missing; the checkpoint does not say which labels it was trained with"
+        raise click.BadParameter(why, param_hint="--labels")
+    chosen = trained.choose(reading.frames, reading.sampling, reading.frame_stride, templates)
     sentences = chosen.pop("templates")
     inputs, failed = opt.find_videos(videos)
-    opt.set_threads(threads)
-    target = placed(device, dtype)
-    model = opt.load_model(checkpoint, variant, random_weights).to(**target)
-    if stride is not None and window is None:
-        raise typer.BadParameter("works only together with --window", param_hint="--stride")
-    page = opt.open_page(html, overwrite, random_weights)
-    reading = Reading(
-        chosen["frames"] or model.config.num_frames,
-        model.config.vision.image_size,
+    opt.set_threads(reading.threads)
+    target = placed(model.device, model.dtype)
+    loaded = model.load().to(**target)
+    if reading.stride is not None and reading.window is None:
+        raise click.BadParameter("works only together with --window", param_hint="--stride")
+    page = opt.open_page(html, overwrite, model.random_weights)
+    views = batches.Reading(
+        chosen["frames"] or loaded.config.num_frames,
+        loaded.config.vision.image_size,
         chosen["sampling"],
         chosen["stride"],
-        window,
-        stride,
-        limits=Limits(max_bytes, max_seconds),
+        reading.window,
+        reading.stride,
+        limits=reading.limits(),
     )
     with torch.inference_mode(), Bar(len(inputs.paths)) as bar:
-        logits = label_scorer(model, names, sentences)
+        logits = label_scorer(loaded, names, sentences)
 
         def answer(found: VideoFeatures) -> tuple[Tensor]:
             return (logits(found).softmax(-1),)
 
-        if ray:
+        if ray.ray:
             from ..scale.cluster import cluster_answers
             from ..scale.stage import VideoStage
 
-            spec, spread = opt.cluster(checkpoint, variant, device, dtype, address, actors, decoders, batch_size)
-            stage = VideoStage(spec, reading, labels=names, templates=sentences)
+            spec, spread = ray.cluster(model, reading.decoders, reading.batch_size)
+            stage = VideoStage(spec, views, labels=names, templates=sentences)
             found = cluster_answers(stage, spread, ["probabilities"])(map(os.path.abspath, inputs.paths))
         else:
-            found = answers(model, inputs.paths, reading, answer, batch_size=batch_size, workers=workers)
+            found = batches.answers(
+                loaded, inputs.paths, views, answer, batch_size=reading.batch_size, workers=reading.workers
+            )
         for item in found:
-            if not isinstance(item, Answer):
+            if not isinstance(item, batches.Answer):
                 bar.advance()
                 failed |= item.error is not None and complain(item.error, bar)
                 continue
             best = item.values[0].topk(min(top, len(names)))
             ranked = [(names[index], value) for value, index in zip(best.values.tolist(), best.indices, strict=True)]
             with bar.aside():
-                _print_labels(item, ranked, as_json, window is not None, random_weights)
+                _print_labels(item, ranked, as_json, reading.window is not None, model.random_weights)
             if page is not None:
                 page.add_labels(item.path, item.start, item.end, ranked)
     if page is not None:
         page.write()
-    raise typer.Exit(int(failed))
+    sys.exit(failed)
 
 
 def _print_labels(

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
+import click
 
 from ..console import complain, plain, print_rows
 from . import options as opt
@@ -16,42 +16,36 @@ from . import options as opt
 if TYPE_CHECKING:
     from ..search.query import Hit
 
-commands = typer.Typer()
 
-
-@commands.command()
+@opt.command()
+@opt.argument("store", "STORE", "Store that `embed` wrote.", type=opt.PATH)
+@opt.argument("texts", "[QUERY]...", "Text to look for.", nargs=-1)
+@opt.option("--like", "Look for moments like this video. May be repeated.", metavar="VIDEO", multiple=True)
+@opt.flag("--interactive", "Read queries from standard input, one on each line.", "-i")
+@opt.model
+@opt.option("--top", "Number of answers to print.", opt.COUNT, default=10)
+@opt.as_json
+@opt.option("--path", "Only paths that match this glob or contain this text.", metavar="GLOB")
+@opt.option("--after", "Only moments that end after this time.", float, metavar="SECONDS")
+@opt.option("--before", "Only moments that begin before this time.", float, metavar="SECONDS")
+@opt.option("--merge/--no-merge", "Join overlapping moments of a video into one answer.", default=True)
+@opt.path("--root", "DIR", "Folder of the videos, if they have moved.")
+@opt.html
+@opt.path("--clips", "DIR", "Also cut the moments out as mp4 files.")
+@opt.overwrite
 def search(
-    store: Annotated[Path, typer.Argument(metavar="STORE", help="Store that `embed` wrote.")],
-    queries: Annotated[list[str] | None, typer.Argument(metavar="QUERY", help="Text to look for.")] = None,
-    like: Annotated[
-        list[str] | None, typer.Option(metavar="VIDEO", help="Look for moments like this video. May be repeated.")
-    ] = None,
-    interactive: Annotated[
-        bool, typer.Option("--interactive", "-i", help="Read queries from standard input, one on each line.")
-    ] = False,
-    checkpoint: opt.Checkpoint = None,
-    variant: opt.Variant = None,
-    random_weights: opt.RandomWeights = False,
-    top: opt.Top = 10,
-    as_json: opt.AsJson = False,
-    path: Annotated[
-        str | None, typer.Option(metavar="GLOB", help="Only paths that match this glob or contain this text.")
-    ] = None,
-    after: Annotated[
-        float | None, typer.Option(metavar="SECONDS", help="Only moments that end after this time.")
-    ] = None,
-    before: Annotated[
-        float | None, typer.Option(metavar="SECONDS", help="Only moments that begin before this time.")
-    ] = None,
-    merge: Annotated[
-        bool, typer.Option("--merge/--no-merge", help="Join overlapping moments of a video into one answer.")
-    ] = True,
-    root: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of the videos, if they have moved.")] = None,
-    html: opt.Html = None,
-    clips: Annotated[Path | None, typer.Option(metavar="DIR", help="Also cut the moments out as mp4 files.")] = None,
-    overwrite: opt.Overwrite = False,
-    device: opt.Device = "auto",
-    dtype: opt.DType = "auto",
+    store: Path,
+    texts: Sequence[str],
+    like: Sequence[str],
+    interactive: bool,
+    model: opt.Model,
+    top: int,
+    as_json: bool,
+    root: Path | None,
+    html: Path | None,
+    clips: Path | None,
+    overwrite: bool,
+    **filters: Any,
 ) -> None:
     """Search stored videos by text or by example.
 
@@ -59,36 +53,33 @@ def search(
     similarity. It orders the moments of one query; it is not a probability. Without --checkpoint, search loads the
     weights that the store was made with.
     """
-    texts = queries or []
     if any(not text.strip() for text in texts):
-        raise typer.BadParameter("the query is empty", param_hint="QUERY")
+        raise click.BadParameter("the query is empty", param_hint="QUERY")
     if not texts and not like and not interactive:
-        raise typer.BadParameter("missing; give a text, --like VIDEO or --interactive", param_hint="QUERY")
+        raise click.BadParameter("missing; give a text, --like VIDEO or --interactive", param_hint="QUERY")
     with opt.quick_imports():
         from ..inference.placement import placed
         from ..search.index import Index
 
-    checkpoint, variant = opt.stored_weights(store, checkpoint, variant, random_weights)
-    target = placed(device, dtype)
-    model = opt.load_model(checkpoint, variant, random_weights)
-    searcher = Index.open(store, checkpoint, model=model, root=root, **target)
+    model = model.of_store(store)
+    target = placed(model.device, model.dtype)
+    searcher = Index.open(store, model.checkpoint, model=model.load(), root=root, **target)
     if searcher.note:
         print(f"note: {searcher.note}", file=sys.stderr)
-    page = opt.open_page(html, overwrite, random_weights)
-    options: dict[str, Any] = {"path": path, "after": after, "before": before, "merge": merge}
-    several = interactive or len(texts) + len(like or ()) > 1
+    page = opt.open_page(html, overwrite, model.random_weights)
+    several = interactive or len(texts) + len(like) > 1
     failed = False
 
     def wanted() -> Iterator[tuple[str, Any]]:
         yield from ((text, text) for text in texts)
-        for example in like or ():
+        for example in like:
             yield f"like {example}", searcher.features(example)
         if interactive:
             yield from ((text, text) for text in _typed())
 
     for title, query in wanted():
-        hits = searcher.search(query, top, **options)
-        _print_hits(title if several else None, hits, as_json, random_weights)
+        hits = searcher.search(query, top, **filters)
+        _print_hits(title if several else None, hits, as_json, model.random_weights)
         if not hits:
             print(f"note: {plain(title)}: no moment that the filters allow", file=sys.stderr)
         if page is not None:
@@ -103,7 +94,7 @@ def search(
                     failed |= complain(error)
     if page is not None:
         page.write()
-    raise typer.Exit(int(failed))
+    sys.exit(failed)
 
 
 def _typed() -> Iterator[str]:

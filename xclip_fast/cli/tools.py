@@ -7,24 +7,21 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Any
 
-import typer
+import click
 
 from ..console import plain, print_rows
-from .options import Frames, Overwrite, Variant, load_model, quick_imports
-
-commands = typer.Typer()
+from .options import PATH, argument, command, flag, frames, load_model, option, overwrite, path, quick_imports, variant
 
 
-@commands.command()
-def flops(
-    time: Annotated[bool, typer.Option("--time", help="Predict times on a GPU instead.")] = False,
-    gpu: Annotated[Literal["h100", "h200", "a100"], typer.Option(help="The GPU of --time.")] = "h100",
-    variants: Annotated[str, typer.Option(help="The models of --time.")] = "B/16-8f,L/14-8f",
-    batches: Annotated[str, typer.Option(help="The numbers of videos of --time.")] = "1,32,256",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with the parts of each sum.")] = False,
-) -> None:
+@command()
+@flag("--time", "Predict times on a GPU instead.")
+@option("--gpu", "The GPU of --time.", click.Choice(["h100", "h200", "a100"]), default="h100")
+@option("--variants", "The models of --time.", default="B/16-8f,L/14-8f")
+@option("--batches", "The numbers of videos of --time.", default="1,32,256")
+@flag("--json", "Print JSON, with the parts of each sum.", "as_json")
+def flops(time: bool, gpu: str, variants: str, batches: str, as_json: bool) -> None:
     """Count the multiply-adds of each variant, or predict its time on a GPU.
 
     In 10^9 for one video: the paper's number (Table 1), ours counted the paper's way, the ones that this package runs
@@ -52,9 +49,9 @@ def _predict(gpu: str, variants: list[str], batches: list[str], as_json: bool) -
     from ..config import VARIANTS
 
     if unknown := [name for name in variants if name not in VARIANTS]:
-        raise typer.BadParameter(f"{unknown[0]!r} is none of {', '.join(VARIANTS)}", param_hint="--variants")
+        raise click.BadParameter(f"{unknown[0]!r} is none of {', '.join(VARIANTS)}", param_hint="--variants")
     if bad := [batch for batch in batches if not batch.isdecimal() or not int(batch)]:
-        raise typer.BadParameter(f"{bad[0]!r} is not a positive whole number", param_hint="--batches")
+        raise click.BadParameter(f"{bad[0]!r} is not a positive whole number", param_hint="--batches")
     with quick_imports():
         from ..time_model import GPUS, PLANS, predict
 
@@ -82,62 +79,54 @@ def _predict(gpu: str, variants: list[str], batches: list[str], as_json: bool) -
     print_rows(None, header, cells, header_in_pipe=True)
 
 
-@commands.command()
-def tune(
-    model: Annotated[Literal["B/32", "B/16", "L/14", "L/14@336"], typer.Option(help="Whose shapes.")] = "B/16",
-    seconds: Annotated[float, typer.Option(help="Begin nothing after that long.", min=0)] = 60.0,
-    rehearse: Annotated[
-        bool, typer.Option("--rehearse", help="Run everything on the CPU with small shapes, and write nothing.")
-    ] = False,
-) -> None:
+@command()
+@option("--model", "Whose shapes.", click.Choice(["B/32", "B/16", "L/14", "L/14@336"]), default="B/16")
+@option("--seconds", "Begin nothing after that long.", click.FloatRange(0), default=60.0)
+@flag("--rehearse", "Run everything on the CPU with small shapes, and write nothing.")
+def tune(model: str, seconds: float, rehearse: bool) -> None:
     """Measure on this GPU which kernels are the fastest, for later runs.
 
     First the tiles of the Triton kernels, then the backends. Every contender is compared with a reference before it is
     timed. The winners go to ~/.cache/xclip_fast.
     """
-    from ..inference.tuning import tune
+    from ..inference.tuning import tune as run
 
     if rehearse:  # read when the kernels are imported
         os.environ["TRITON_INTERPRET"] = "1"
-    raise typer.Exit(tune(model, seconds, rehearse=rehearse))
+    sys.exit(run(model, seconds, rehearse=rehearse))
 
 
-@commands.command()
-def convert(
-    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="Checkpoint in any layout, file or folder.")],
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder to write.")],
-    layout: Annotated[Literal["xclip_fast", "huggingface"], typer.Option(help="Layout of the result.")] = "xclip_fast",
-    drop_config: Annotated[
-        bool, typer.Option("--drop-config", help="Leave out a pickled training configuration.")
-    ] = False,
-    clip: Annotated[
-        Path | None,
-        typer.Option(help="For a ViFi-CLIP: the OpenAI CLIP it started from, whose token embedding its file lacks."),
-    ] = None,
-    overwrite: Overwrite = False,
-) -> None:
+@command()
+@argument("source", "SOURCE", "Checkpoint in any layout, file or folder.", type=PATH)
+@argument("folder", "FOLDER", "Folder to write.", type=PATH)
+@option("--layout", "Layout of the result.", click.Choice(["xclip_fast", "huggingface"]), default="xclip_fast")
+@flag("--drop-config", "Leave out a pickled training configuration.")
+@path("--clip", "PATH", "For a ViFi-CLIP: the OpenAI CLIP it started from, whose token embedding its file lacks.")
+@overwrite
+def convert(source: Path, folder: Path, **settings: Any) -> None:
     """Convert a checkpoint to safetensors."""
     with quick_imports():
         from ..weights import checkpoint
 
-    checkpoint.convert(source, folder, layout, drop_config=drop_config, overwrite=overwrite, clip=clip)
-    print(f"{plain(str(folder))}: written in the layout {layout}")
+    checkpoint.convert(source, folder, **settings)
+    print(f"{plain(str(folder))}: written in the layout {settings['layout']}")
 
 
-@commands.command()
+@command()
+@argument("checkpoint", "CHECKPOINT", "Weights of any layout, file or folder.", type=PATH)
+@argument("folder", "[FOLDER]", "The folder to write. Default: NAME-FORMAT here.", type=PATH, required=False)
+@option("--format", "Whose files.", click.Choice(["onnx", "openvino", "tensorrt", "torch"]), default="onnx")
+@option(
+    "--dtype",
+    "Precision; bfloat16 is for torch and tensorrt.",
+    click.Choice(["float32", "float16", "bfloat16"]),
+    default="float32",
+)
+@frames
+@variant
+@overwrite
 def export(
-    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Weights of any layout, file or folder.")],
-    folder: Annotated[
-        Path | None,
-        typer.Argument(metavar="FOLDER", help="The folder to write. Default: NAME-FORMAT here."),
-    ] = None,
-    format: Annotated[Literal["onnx", "openvino", "tensorrt", "torch"], typer.Option(help="Whose files.")] = "onnx",
-    dtype: Annotated[
-        Literal["float32", "float16", "bfloat16"], typer.Option(help="Precision; bfloat16 is for torch and tensorrt.")
-    ] = "float32",
-    frames: Frames = None,
-    variant: Variant = None,
-    overwrite: Overwrite = False,
+    checkpoint: Path, folder: Path | None, format: str, dtype: str, variant: str | None, **settings: Any
 ) -> None:
     """Write a model as graphs that other engines run.
 
@@ -152,13 +141,14 @@ def export(
 
     target = folder or Path(f"{checkpoint.resolve().stem}-{format}")
     model = load_model(checkpoint, variant, random_weights=False)
-    found = export_model(model, target, format, dtype=getattr(torch, dtype), frames=frames, overwrite=overwrite)
+    found = export_model(model, target, format, dtype=getattr(torch, dtype), **settings)
     rows = [(each.file, str(each.bytes), f"{each.difference:.1e}") for each in found]
     print_rows(None, ("file", "bytes", "difference"), rows)
 
 
-@commands.command()
-def info(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
+@command()
+@flag("--json", "Print one JSON object.", "as_json")
+def info(as_json: bool) -> None:
     """Show versions, devices and backends."""
     with quick_imports():
         from ..info import show

@@ -2,35 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
+import click
 
 from ..console import plain
 from . import options as opt
 
-commands = typer.Typer()
 
-
-@commands.command()
-def train(
-    config: Annotated[
-        str,
-        typer.Argument(
-            metavar="CONFIG",
-            help="YAML file, or a configuration of the package, such as template, motion or k400-b16-8f.",
-        ),
-    ],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="KEY=VALUE", help="Values in place of the file's, such as optim.lr=1e-5.", show_default=False
-        ),
-    ] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Start over in a new folder instead of resuming.")] = False,
-) -> None:
+@opt.command()
+@opt.argument(
+    "config", "CONFIG", "YAML file, or a configuration of the package, such as template, motion or k400-b16-8f."
+)
+@opt.argument("overrides", "[KEY=VALUE]...", "Values in place of the file's, such as optim.lr=1e-5.", nargs=-1)
+@opt.flag("--fresh", "Start over in a new folder instead of resuming.")
+def train(config: str, overrides: Sequence[str], fresh: bool) -> None:
     """Train or fine-tune a model.
 
     The same command resumes a run that was stopped. On several GPUs:
@@ -40,35 +29,39 @@ def train(
         from ..train import config as train_config
         from ..train.loop import train as run
 
-    run(train_config.load(config, overrides or ()), fresh=fresh)
+    run(train_config.load(config, overrides), fresh=fresh)
 
 
-@commands.command()
+@opt.command()
+@opt.checkpoint
+@opt.argument("manifest", "MANIFEST", "Manifest that `index` wrote.", type=opt.PATH)
+@opt.option("--clips", "Temporal views of a video. The paper tests with 4.", opt.COUNT, default=1)
+@opt.option("--crops", "Spatial views, 1 or 3. The paper tests with 3.", default=1)
+@opt.option("--labels", "Labels to choose from, as for classify. Default: the manifest's classes.")
+@opt.templates
+@opt.path("--out", "FOLDER", "Folder for predictions, confusion matrix and summary.")
+@opt.overwrite
+@opt.variant
+@opt.frames
+@opt.sampling
+@opt.frame_stride
+@opt.views
+@opt.device
+@opt.dtype
+@opt.processes
+@opt.threads
+@opt.ray
 def evaluate(
-    checkpoint: opt.Weights,
-    manifest: Annotated[Path, typer.Argument(metavar="MANIFEST", help="Manifest that `index` wrote.")],
-    clips: Annotated[int, typer.Option(min=1, help="Temporal views of a video. The paper tests with 4.")] = 1,
-    crops: Annotated[int, typer.Option(help="Spatial views, 1 or 3. The paper tests with 3.")] = 1,
-    labels: Annotated[
-        str | None, typer.Option(help="Labels to choose from, as for classify. Default: the manifest's classes.")
-    ] = None,
-    templates: opt.Templates = None,
-    out: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Folder for predictions, confusion matrix and summary.")
-    ] = None,
-    overwrite: opt.Overwrite = False,
-    variant: opt.Variant = None,
-    frames: opt.Frames = None,
-    sampling: opt.Sampled = None,
-    frame_stride: opt.FrameStride = None,
-    batch_size: opt.EvalBatchSize = None,
-    device: opt.Device = "auto",
-    dtype: opt.DType = "auto",
-    workers: opt.EvalWorkers = None,
-    threads: opt.Threads = None,
-    ray: opt.OnRay = False,
-    address: opt.Address = None,
-    actors: opt.Actors = None,
+    checkpoint: Path,
+    manifest: Path,
+    labels: str | None,
+    frame_stride: int | None,
+    variant: str | None,
+    device: str,
+    dtype: str,
+    threads: int | None,
+    ray: opt.Ray,
+    **settings: Any,
 ) -> None:
     """Measure accuracy on the videos of a manifest.
 
@@ -79,67 +72,52 @@ def evaluate(
 
     opt.set_threads(threads)
     run: Callable[..., Any] = evaluation.evaluate
-    if ray:
+    if ray.ray:
         from ..scale.evaluation import spread
 
-        run = spread(*opt.cluster(checkpoint, variant, device, dtype, address, actors))
+        run = spread(*ray.cluster(opt.Model(checkpoint, variant, False, device, dtype)))
     result = evaluation.main(
         checkpoint,
         manifest,
-        out=out,
-        overwrite=overwrite,
-        clips=clips,
-        crops=crops,
-        frames=frames,
-        sampling=sampling,
         stride=frame_stride,
         labels=None if labels is None else opt.parse_labels(labels),
-        templates=templates,
         variant=variant,
-        batch_size=batch_size,
         device=device,
         dtype=dtype,
-        workers=workers,
         run=run,
+        **settings,
     )
-    raise typer.Exit(int(result is not None and bool(result.failed)))
+    sys.exit(result is not None and bool(result.failed))
 
 
-@commands.command()
-def protocol(
-    name: Annotated[
-        str,
-        typer.Argument(
-            metavar="PROTOCOL",
-            help="zero-shot-hmdb51, zero-shot-ucf101, zero-shot-kinetics600, few-shot-hmdb51 or few-shot-ucf101.",
-        ),
-    ],
-    checkpoint: opt.Weights,
-    manifests: Annotated[
-        list[Path],
-        typer.Argument(metavar="MANIFEST", help="Test splits: three for zero-shot HMDB-51 and UCF-101, otherwise one."),
-    ],
-    shots: Annotated[int | None, typer.Option(min=1, help="Training videos of each class, for few-shot.")] = None,
-    draws: Annotated[
-        list[Path] | None,
-        typer.Option(metavar="FILE", help="File with the classes of a released draw. May be repeated."),
-    ] = None,
-    kinetics400: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Class names of Kinetics-400, to find the new ones of Kinetics-600."),
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the draws.")] = 0,
-    out: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Folder for the report and all predictions.")
-    ] = None,
-    overwrite: opt.Overwrite = False,
-    variant: opt.Variant = None,
-    frames: opt.Frames = None,
-    batch_size: opt.EvalBatchSize = None,
-    device: opt.Device = "auto",
-    dtype: opt.DType = "auto",
-    workers: opt.EvalWorkers = None,
-) -> None:
+@opt.command()
+@opt.argument(
+    "name",
+    "PROTOCOL",
+    "zero-shot-hmdb51, zero-shot-ucf101, zero-shot-kinetics600, few-shot-hmdb51 or few-shot-ucf101.",
+)
+@opt.checkpoint
+@opt.argument(
+    "manifests",
+    "MANIFEST...",
+    "Test splits: three for zero-shot HMDB-51 and UCF-101, otherwise one.",
+    type=opt.PATH,
+    nargs=-1,
+    required=True,
+)
+@opt.option("--shots", "Training videos of each class, for few-shot.", opt.COUNT)
+@opt.path("--draws", "FILE", "File with the classes of a released draw. May be repeated.", multiple=True)
+@opt.path("--kinetics400", "FILE", "Class names of Kinetics-400, to find the new ones of Kinetics-600.")
+@opt.option("--seed", "Seed of the draws.", click.IntRange(0), default=0)
+@opt.path("--out", "FOLDER", "Folder for the report and all predictions.")
+@opt.overwrite
+@opt.variant
+@opt.frames
+@opt.views
+@opt.device
+@opt.dtype
+@opt.processes
+def protocol(name: str, checkpoint: Path, manifests: Sequence[Path], **settings: Any) -> None:
     """Run a zero-shot or few-shot protocol of the paper.
 
     Prints the mean and the standard deviation beside the paper's figures (Tables 3 to 5).
@@ -147,33 +125,16 @@ def protocol(
     with opt.quick_imports():
         from ..evaluate import protocols
 
-    protocols.main(
-        name,
-        checkpoint,
-        manifests,
-        out=out,
-        overwrite=overwrite,
-        shots=shots,
-        draws=draws or (),
-        kinetics400=kinetics400,
-        seed=seed,
-        variant=variant,
-        frames=frames,
-        batch_size=batch_size,
-        device=device,
-        dtype=dtype,
-        workers=workers,
-    )
+    protocols.main(name, checkpoint, manifests, **settings)
 
 
-@commands.command("few-shot")
-def few_shot(
-    manifest: Annotated[Path, typer.Argument(metavar="MANIFEST", help="Manifest of the training videos.")],
-    shots: Annotated[int, typer.Option(min=1, help="Videos of each class. The paper has 2, 4, 8 and 16.")],
-    out: Annotated[Path, typer.Option(metavar="FILE", help="Manifest to write, .jsonl, to train on.")],
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the draw.")] = 0,
-    overwrite: opt.Overwrite = False,
-) -> None:
+@opt.command()
+@opt.argument("manifest", "MANIFEST", "Manifest of the training videos.", type=opt.PATH)
+@opt.option("--shots", "Videos of each class. The paper has 2, 4, 8 and 16.", opt.COUNT, required=True)
+@opt.path("--out", "FILE", "Manifest to write, .jsonl, to train on.", required=True)
+@opt.option("--seed", "Seed of the draw.", click.IntRange(0), default=0)
+@opt.overwrite
+def few_shot(manifest: Path, shots: int, out: Path, seed: int, overwrite: bool) -> None:
     """Draw a few training videos of each class."""
     with opt.quick_imports():
         from ..evaluate import protocols
