@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -27,6 +28,7 @@ from xclip_fast.data.decode.video import Video
 from xclip_fast.data.loader import dali
 from xclip_fast.data.loader import workers as watched
 from xclip_fast.data.loader.loader import Batch, DataError, Loader, loader
+from xclip_fast.data.loader.tasks import Decoder
 from xclip_fast.data.manifest import Manifest
 from xclip_fast.data.motion import render, write_clip
 from xclip_fast.data.transforms import TestTransform, TrainTransform
@@ -178,6 +180,20 @@ def test_any_number_of_workers_gives_the_same_batches(manifest: Manifest) -> Non
     assert torch.equal(random, torch.get_rng_state()), "the loader drew from the program's own random numbers"
     assert batches.report.summary() == f"{N} of {N} videos"
     assert batches.workers.restarts == 0
+
+
+def test_threads_serve_all_batches(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """New threads for each batch cost some percent of the time of a batch of small clips."""
+    used: set[threading.Thread] = set()
+    one = Decoder.one
+
+    def noted(*given: Any) -> str:
+        used.add(threading.current_thread())
+        return one(*given)
+
+    monkeypatch.setattr(Decoder, "one", noted)
+    list(loader(manifest, TRAIN, 4, workers=0, threads=2))
+    assert len(used) <= 2
 
 
 def test_views_and_an_empty_batch(manifest: Manifest) -> None:

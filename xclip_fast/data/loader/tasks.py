@@ -5,6 +5,7 @@ A task holds the rows of its videos (some hundred bytes each), so workers need n
 
 from __future__ import annotations
 
+import functools
 import queue
 import time
 import traceback
@@ -93,6 +94,11 @@ class Decoder:
         self.shape = sample_shape(transform)
         self.table = Table(max(1, workers), threads)
 
+    @functools.cached_property
+    def _pool(self) -> ThreadPoolExecutor:
+        """The threads of this process. With workers, the parent has none, so they are never pickled."""
+        return ThreadPoolExecutor(self.threads, thread_name_prefix="decode")
+
     def decode(self, task: Task) -> Result:
         """Decodes a batch with threads of this process."""
         info = get_worker_info()
@@ -115,8 +121,7 @@ class Decoder:
                 slots.put(slot)
 
         try:
-            with ThreadPoolExecutor(self.threads, thread_name_prefix="decode") as pool:
-                found = list(pool.map(one, range(len(out))))
+            found = list(self._pool.map(one, range(len(out))))
         except Exception:  # the parent raises it, with this traceback
             return Result(frames[:0], task.rows[:0], {}, traceback.format_exc())
         bad = {int(row): reason for row, reason in zip(task.rows, found, strict=True) if reason}
