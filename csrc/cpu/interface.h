@@ -12,7 +12,7 @@
 // A function that the library exports; its name ends in the instruction set.
 #define EXPORT(name) __attribute__((visibility("default"))) XCLIP_FAST_NAME(name##_, XCLIP_FAST_SET)
 
-constexpr int32_t kAbi = 4;
+constexpr int32_t kAbi = 5;
 
 extern "C" {
 
@@ -25,7 +25,8 @@ struct Rows {
 struct Product {
   int64_t rows, outputs, summed;         // M, N, K
   Rows x;                                // null: the panels hold x already
-  Rows last;                             // (frames, K): takes the place of the last row of each frame of x; or null
+  const Element* last;                   // (frames, K): takes the place of the last row of each frame of x; or null
+  int64_t last_stride;
   const Element *ln_weight, *ln_bias;    // (K,), or null: no LayerNorm
   float eps;
   int32_t dtype;                         // of W: kFloat32, kBfloat16, kFloat16

@@ -91,7 +91,7 @@ void run(const Block& b, const Memory& memory) {
     x.data += first * x.frame_stride, x.length = b.length;
     y.data += first * y.frame_stride, y.length = tokens;
     Product p = product(b, memory.panels, frames * b.length, x, b.ln_1, b.in, 3 * width, width);
-    if (b.of_video) p.last = {memory.message + first * width, 1, width, 0};
+    if (b.of_video) p.last = memory.message + first * width, p.last_stride = width;
     p.y = rows_of(memory.qkv, frames * b.length, 3 * width);
     multiply_rows(p);
     attend({frames, b.length, tokens, b.heads, width / b.heads, memory.qkv, memory.mixed});

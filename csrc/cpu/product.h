@@ -31,8 +31,8 @@ void pack(const Product& p, int64_t m, Word* panel, int width) {
   const int64_t depth = p.summed;
   for (int i = 0; i < kVector; ++i) {
     const int64_t at = least(m + i, p.rows - 1);
-    const bool is_last = p.last.data && at % p.x.length == p.x.length - 1;
-    rows[i] = is_last ? p.last.data + at / p.x.length * p.last.frame_stride : row(p.x, at);
+    const bool is_last = p.last && at % p.x.length == p.x.length - 1;
+    rows[i] = is_last ? p.last + at / p.x.length * p.last_stride : row(p.x, at);
     if (!p.ln_weight) continue;
     Vector total = all(0.0f), squares = all(0.0f);
     for (int64_t k = 0; k < depth; k += kVector) total += load(rows[i] + k);
@@ -85,7 +85,7 @@ class Finish {
     for (int i = 0; i < each_ && next_ < blocks_; ++i) block(next_++);
   }
 
-  void all() {
+  void rest() {
     while (next_ < blocks_) block(next_++);
   }
 
@@ -104,7 +104,7 @@ class Finish {
     rows(i % blocks_of_row * across_, sums_ + vector * kVector);
   }
 
-  Vector result(int64_t n, const float* sums) const { return load(sums + n * width_) + ::all(wide(p_->bias[n0_ + n])); }
+  Vector result(int64_t n, const float* sums) const { return load(sums + n * width_) + all(wide(p_->bias[n0_ + n])); }
 
   void panels(int64_t n, int column) const {
     const int64_t word = (n0_ + n) / kPair;
@@ -158,19 +158,20 @@ inline bool rewrites(const Product& p) {
 
 // Rewrites `depth` words from word k on, of the weights of outputs n0 to n1, to float32, or to words of all kinds.
 void rewrite(const Product& p, int64_t n0, int64_t n1, int64_t k, int depth, Word* out) {
+  const int64_t size = p.dtype == kFloat32 ? 4 : 2;  // bytes of a number
   for (int64_t n = n0; n < n1; ++n) {
     const int64_t at = n * p.summed + k * kPair;
     const auto number = [&](int64_t i) {
       const char* weight = static_cast<const char*>(p.weight);
       if (p.dtype == kFloat32) return load(reinterpret_cast<const float*>(weight) + at + i);
-      weight += 2 * (at + i);
+      weight += size * (at + i);
       if (p.dtype == kFloat16) return SIMD(cvtph_ps)(load_halves(weight));
       return load(reinterpret_cast<const Bfloat16*>(weight));
     };
     for (int64_t i = 0; i < depth * kPair; i += kUnit, out += kVector * kKinds) {
 #ifdef XCLIP_FAST_SPLIT
-      for (int64_t line = i; line < i + kUnit; line += 16)  // of a few weights on: the CPU does not guess that row
-        _mm_prefetch(static_cast<const float*>(p.weight) + at + 4 * p.summed + line, _MM_HINT_T0);
+      const char* later = static_cast<const char*>(p.weight) + size * (at + 4 * p.summed + i);  // four outputs on
+      for (int64_t byte = 0; byte < size * kUnit; byte += kLine) _mm_prefetch(later + byte, _MM_HINT_T0);
       Vector first = number(i), second = number(i + kVector);
       for (int kind = 0; kind < kKinds; ++kind) {
         const Halves half = split(first);
@@ -220,11 +221,11 @@ void task(const Product& p, int64_t n0, int64_t n1, int64_t n2, int64_t m0, int6
       float* out = sums + (m - m0) * kChunk;
       multiply(vectors, weight, row, outputs, x, depth, k > 0, out, ahead, finish);
       if (!is_last) continue;
-      finish.all();
+      finish.rest();
       finish = Finish(p, m, width, n0, n1, out, static_cast<int>(steps));
     }
   }
-  finish.all();
+  finish.rest();
 }
 
 // The whole product, by all threads of a team together.

@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-ABI = 4  # that of xclip_fast_cpu_abi in csrc/cpu/interface.h
+ABI = 5  # that of xclip_fast_cpu_abi in csrc/cpu/interface.h
 FILE = Path(__file__).parents[1] / "libxclip_fast_cpu.so"
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 # The structs of csrc/cpu/interface.h: integers and addresses (q), float32 (f), int32 (i).
-_PRODUCT = struct.Struct("3q 4q4q 2qfi 4q q4q4q")
+_PRODUCT = struct.Struct("3q 4q2q 2qfi 4q q4q4q")
 _PATCHES = struct.Struct("8q")
 _BLOCK = struct.Struct("7q 4q4q f3i 14q 6q")
 
@@ -170,7 +170,7 @@ def product(
     call = _PRODUCT.pack(
         *(rows, outputs, summed),
         *_rows(x),
-        *((0, 0, 0, 0) if last is None else (last.data_ptr(), 1, last.stride(0), 0)),
+        *((0, 0) if last is None else (last.data_ptr(), last.stride(0))),
         *(_address(ln_weight), _address(ln_bias), eps, _DTYPES[weight.dtype]),
         *(panels.data_ptr(), weight.data_ptr(), bias.data_ptr(), torch.get_num_threads()),
         _address(y_panels),
