@@ -165,6 +165,17 @@ def test_a_subfolder_that_cannot_be_listed_drops_nothing(tmp_path, weights, vide
     assert "cannot be listed (Permission denied)" in summary.failed[str(videos / "locked")]
 
 
+@pytest.mark.parametrize("digest", [False, True])
+def test_a_folder_in_a_list_gets_no_row(tmp_path, weights, videos, digest):
+    listed = tmp_path / "list.txt"
+    listed.write_text(f"{videos / '0.mp4'}\n{videos}\n")
+    index = open_index(tmp_path, weights)
+    summary = index.add(listed, digest=digest)
+    assert list(summary.failed.values()) == [f"{videos}: is a directory, not a video file"]
+    assert index.store.counts()[2] == 0
+    assert index.add(listed, digest=digest).failed == summary.failed
+
+
 def test_several_names_of_a_file_are_one_entry(tmp_path, weights, videos):
     os.link(videos / "0.mp4", videos / "hard.mp4")
     (videos / "soft.mp4").symlink_to("1.mp4")

@@ -272,6 +272,8 @@ def _local(path: str) -> tuple[int, str]:
     except (OSError, ValueError) as error:
         reason = "no such file" if isinstance(error, FileNotFoundError) else getattr(error, "strerror", None) or error
         raise VideoError(f"{path}: {reason}") from error
+    if os.path.isdir(path):
+        raise VideoError(f"{path}: is a directory, not a video file")
     return status.st_size, str(status.st_mtime_ns)
 
 
