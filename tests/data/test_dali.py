@@ -3,6 +3,7 @@ DALI is installed) and on a GPU."""
 
 import logging
 import os
+import subprocess
 import sys
 import tarfile
 import threading
@@ -406,6 +407,27 @@ def test_threads_find_hung_jobs_that_come_before():
     release.set()
     threads.close()
     assert not any(thread.is_alive() for thread in threads.threads)
+
+
+def test_threads_end_before_the_interpreter_does():
+    """A thread that is inside torch at the interpreter's end aborts the process."""
+    code = """if True:
+        import torch
+        from xclip_fast.data.threads import Job, Threads, progress
+        begun = torch.tensor(0)
+        def work(_):
+            a = torch.ones(1500, 1500)
+            while True:
+                a @ a
+                begun.fill_(1)
+                progress()
+        threads = Threads(2, "test", lambda: None, 20)
+        threads.submit(Job(work))
+        while not begun:
+            pass
+    """
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (0, "")
 
 
 def test_reasons_are_logged_once_a_kind(stand, manifest, caplog):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError, wait
 from dataclasses import dataclass, field
@@ -13,6 +15,8 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 _progress: dict[int, float] = {}  # thread -> the time of its last call of `progress`
+_open: weakref.WeakSet[Threads] = weakref.WeakSet()
+_mine = threading.local()  # .threads: the `Threads` that the calling thread is of
 
 
 def usable_cores() -> int:
@@ -34,7 +38,12 @@ def processes_and_threads(processes: int | None, threads: int | None) -> tuple[i
 
 
 def progress() -> None:
-    """Tells that the calling thread is not stuck, as in a long video. Costs a tenth of a microsecond."""
+    """Tells that the calling thread is not stuck, as in a long video.
+
+    Raises SystemExit in a thread of `Threads` if nobody waits for its job any more.
+    """
+    if (threads := getattr(_mine, "threads", None)) is not None and threads.gave_up():
+        raise SystemExit
     _progress[threading.get_ident()] = time.monotonic()
 
 
@@ -61,7 +70,8 @@ class Threads:
     """Daemon threads that take jobs in order, each with a state of its own.
 
     Unlike in a thread pool, a thread that hangs is left behind and replaced. Nothing waits for it, not even the
-    interpreter at its end. `limit`: seconds that a job may take without a call of `progress`.
+    interpreter at its end. All others have ended by then: a thread inside torch would abort the process. `limit`:
+    seconds that a job may take without a call of `progress`.
     """
 
     def __init__(self, count: int, name: str, state: Callable[[], Any], limit: float) -> None:
@@ -69,6 +79,8 @@ class Threads:
         self.jobs: SimpleQueue[Job | None] = SimpleQueue()
         self.threads: list[threading.Thread] = []
         self.running: dict[threading.Thread, tuple[Job, float]] = {}  # with the time of its start
+        self.closed = False
+        _open.add(self)
         for _ in range(count):
             self._add()
 
@@ -77,7 +89,7 @@ class Threads:
         self.threads[-1].start()
 
     def _serve(self) -> None:
-        me, state = threading.current_thread(), self.state()
+        me, state, _mine.threads = threading.current_thread(), self.state(), self
         while (job := self.jobs.get()) is not None:
             self.running[me] = job, time.monotonic()
             try:
@@ -87,6 +99,10 @@ class Threads:
             del self.running[me], job  # an idle thread keeps no batch alive
             if not in_time:  # another thread has taken this one's place
                 return
+
+    def gave_up(self) -> bool:
+        """Whether the job of the calling thread has been given up."""
+        return self.closed or self.running[threading.current_thread()][0].future.done()
 
     def submit(self, job: Job) -> Job:
         self.jobs.put(job)
@@ -112,7 +128,9 @@ class Threads:
                     self._add()
 
     def close(self, patience: float = 5) -> None:
-        """Drops the jobs that have not begun, and waits at most `patience` seconds for the threads to end."""
+        """Gives up all jobs, and waits at most `patience` seconds for the threads to end."""
+        self.closed = True
+        _open.discard(self)
         with contextlib.suppress(Empty):
             while (job := self.jobs.get_nowait()) is not None:
                 job.future.cancel()
@@ -121,3 +139,9 @@ class Threads:
         end = time.monotonic() + patience
         for thread in self.threads:
             thread.join(max(0.0, end - time.monotonic()))
+
+
+@atexit.register
+def _close_all() -> None:
+    for threads in list(_open):
+        threads.close(patience=1)

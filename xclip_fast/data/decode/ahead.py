@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import queue
-import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from functools import partial
@@ -34,11 +33,10 @@ def decode_ahead(
     workers = usable_cores() if workers is None else workers
     # of the decoder of one file
     threads = max(1, workers // len(paths)) if isinstance(paths, Sequence) and paths else 1
-    stop = threading.Event()
 
     def put(target: queue.Queue[Any], item: Any) -> None:
-        while not stop.is_set():
-            progress()
+        while True:
+            progress()  # ends the thread once the reader has gone
             try:
                 return target.put(item, timeout=0.1)
             except queue.Full:
@@ -49,8 +47,6 @@ def decode_ahead(
             with contextlib.closing(windows(path, threads)) as found:
                 for window in found:
                     put(target, window)
-                    if stop.is_set():
-                        return
         except BaseException as error:  # raised where the windows are used
             put(target, error)
         else:
@@ -89,5 +85,4 @@ def decode_ahead(
         while ahead:
             yield from drain()
     finally:
-        stop.set()
         pool.close(patience=1)
