@@ -67,14 +67,13 @@ def one_run(checkpoint: str, clip: str, labels: str, dtype: str) -> dict[str, tu
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = arguments.parser(__doc__)
+    parser = arguments.parser(__doc__, json="write the times of every run here")
     parser.add_argument("checkpoint", nargs="?")
     parser.add_argument("clip", nargs="?")
     parser.add_argument("--labels", default="riding a bike,swimming")
     parser.add_argument("--dtype", default="float32", help="as for classify (default: float32)")
     parser.add_argument("--random", metavar="VARIANT", help="random weights of this shape and a generated clip")
-    parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--runs", type=arguments.count, default=5, help="number of processes (default 5)")
     args = parser.parse_args(argv)
     if args.random is None and args.clip is None:
         parser.error("a checkpoint and a clip wanted, or --random VARIANT")
@@ -95,13 +94,10 @@ def main(argv: list[str] | None = None) -> int:
     for part, times in {**{part: medians[part] for part in PARTS}, "answer": answer, "exit": medians["exit"]}.items():
         shares = [each / whole for each, whole in zip(times, answer, strict=True)]
         print(f"{part:8} {times[0]:8.2f} {shares[0]:6.0%} {times[1]:10.2f} {shares[1]:6.0%}")
-    if args.json:
-        import measuring
+    import measuring
 
-        environment = measuring.environment("cpu")
-        measuring.write_json(
-            args.json, {"environment": environment, "variant": args.random, "dtype": args.dtype, "runs": runs}
-        )
+    settings = {"variant": args.random, "dtype": args.dtype}
+    measuring.write_json(args.json, {"environment": measuring.environment("cpu"), **settings, "runs": runs})
     return 0
 
 

@@ -6,7 +6,7 @@ import itertools
 from typing import Any
 
 from contenders import GRAPHED, OURS
-from measuring import ratio_text, shown
+from measuring import ratio, ratio_text, shown
 
 BUSY = 0.25  # load average per core before the run; above it, other programs disturb the run
 NOT_RUN = "not run: a forward would take longer than --seconds leaves (the JSON holds the estimates)"
@@ -51,9 +51,9 @@ def print_table(report: dict[str, Any], works: dict[str, str]) -> None:
 
 def speed_over(row: dict[str, Any], group: list[dict[str, Any]]) -> str:
     """The ratio in a row: how many times faster ours is than a peer, or a variant of ours than its peer."""
-    ours, name = group[0].get("ratios", {}), row["contender"]
-    if name == OURS:
+    if row["contender"] == OURS:
         return ""
-    if name == GRAPHED:
-        return next((f"{ratio_text(found)} {against}" for against, found in row.get("ratios", {}).items()), "")
-    return ratio_text(ours.get(name, {})) or "no ratio of one call"
+    if row["contender"] != GRAPHED:
+        return ratio_text(row.get("ratio")) or "no ratio of one call"
+    peers = (peer for peer in group if peer["contender"] not in (OURS, GRAPHED) and not peer["note"])
+    return next((f"{ratio_text(ratio(peer['seconds'], row['seconds']))} {peer['contender']}" for peer in peers), "")
