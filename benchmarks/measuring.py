@@ -134,8 +134,8 @@ def measure(
 
     Returns:
         for each contender ``output``, ``peak_memory``, the ``seconds`` of every timed call and the number of
-        ``warm_ups``; or a ``note`` that says how it failed. If there is no time for a second call, the first counts.
-        So it does for the slowest one, if two rounds fit without it but not with it.
+        ``warm_ups``; or a ``note`` that says how it failed. If two rounds do not fit, the first call of the
+        slowest counts, and the others go on without it.
     """
     runs, warm_ups = (SWIN_RUNS, SWIN_WARM_UPS) if device == "cuda" else (CPU_RUNS, 1)
     begin = time.perf_counter()
@@ -158,20 +158,14 @@ def measure(
         return results
     if device == "cuda":
         begin = time.perf_counter()  # compiling does not count
-    left, round_seconds = begin + seconds - time.perf_counter(), sum(results[name]["first"] for name in live)
-    slowest = max(live, key=lambda name: results[name]["first"])
-    if 2 * round_seconds > left >= 2 * (round_seconds - results[slowest]["first"]) > 0:
+    while live:  # two rounds, which make a ratio, or one of a single contender
+        needed = min(len(live), 2) * sum(results[name]["first"] for name in live)
+        if needed <= begin + seconds - time.perf_counter():
+            break
+        slowest = max(live, key=lambda name: results[name]["first"])
         results[slowest].update(seconds=[results[slowest]["first"]], warm_ups=0)
-        round_seconds -= results[slowest]["first"]
         del live[slowest]
-    names = list(live)
-    if time.perf_counter() - begin + round_seconds > seconds:
-        for name, call in live.items():
-            if time.perf_counter() - begin + results[name]["first"] <= seconds:
-                results[name]["seconds"] = [timed(call, device)()]
-            else:
-                results[name].update(seconds=[results[name]["first"]], warm_ups=0)
-        return results
+    names, round_seconds = list(live), sum(results[name]["first"] for name in live)
     for name, call in live.items():
         while results[name]["warm_ups"] < warm_ups and time.perf_counter() - begin < seconds / 3:
             call()

@@ -72,11 +72,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     works = ",".join(WORKS)
     parser.add_argument("--works", type=arguments.names(WORKS), default=works, help=f"comma-separated, of {works}")
     parser.add_argument(
-        "--processor-time",
-        action="store_true",
-        help="for a busy CPU: measure the processor time of the process, on one thread (implies --threads 1)",
-    )
-    parser.add_argument(
         "--engines",
         type=arguments.names(ENGINES),
         default=[],
@@ -91,10 +86,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         fail("--engines are measured on a CPU: add --device cpu")
     args.until_saturated = gpu and not args.batch_sizes
     args.batch_sizes = args.batch_sizes or (GPU_BATCHES if gpu else [1])
-    if args.processor_time:
-        if gpu or args.threads not in (None, 1):
-            fail("--processor-time is for one thread of a CPU: add --device cpu --threads 1")
-        args.threads = 1
     return args
 
 
@@ -188,7 +179,6 @@ def rows_of(
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Runs all cells. Returns the content of the JSON."""
     deadline = time.perf_counter() + args.seconds
-    measuring.clock = time.process_time if args.processor_time else time.perf_counter
     torch.manual_seed(0)
     # on a CPU also float32, in which ours computes without instructions for the precision
     rated = [*args.precisions, *(["fp32"] if args.device == "cpu" else [])]

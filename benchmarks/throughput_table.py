@@ -38,9 +38,7 @@ def print_table(report: dict[str, Any], works: dict[str, str]) -> None:
             print(f"  {row['contender']:16} {figures}")
     print()
     cores, load = environment["cores"], (environment["load_average"] or [0.0])[0]
-    if environment["clock"] == "process_time":
-        print("Times are processor times: waiting for other programs does not count.")
-    elif load > BUSY * cores:
+    if load > BUSY * cores:
         print(f"Busy machine: the load average before this run was {load:.1f} on {cores} cores.")
         print("Times are longer than on an idle machine, and ratios vary. Run it again alone.")
     for note in notes:

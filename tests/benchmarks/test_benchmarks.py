@@ -221,16 +221,6 @@ def test_one_call_gives_no_ratio_and_a_busy_machine_is_named(throughput, measuri
 
 
 @pytest.mark.usefixtures("quick")
-def test_processor_time_leaves_out_what_others_compute(throughput, measuring, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(throughput, "HF_INSTALLED", False)
-    monkeypatch.setattr(measuring, "clock", time.perf_counter)  # put back after the test
-    code, report = tiny_run(throughput, tmp_path, "--precisions", "fp32", "--works", "tower", "--processor-time")
-    assert (code, report["environment"]["clock"], report["environment"]["threads"]) == (0, "process_time", 1)
-    assert "Times are processor times" in capsys.readouterr().out
-    assert measuring.timed(lambda: time.sleep(0.2), "cpu")() < 0.1
-
-
-@pytest.mark.usefixtures("quick")
 def test_too_little_time_is_said(throughput, tmp_path, monkeypatch, capsys, measuring):
     monkeypatch.setattr(measuring, "gemm_rate", lambda dtype, device: 1.0)
     code, report = tiny_run(throughput, tmp_path, "--precisions", "fp32", "--works", "tower,encoded")
