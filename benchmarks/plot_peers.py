@@ -1,6 +1,6 @@
 """Draws the speed of each contender over Hugging Face's, from JSON files of throughput.py.
 
-    python benchmarks/plot_peers.py benchmarks/results/cpu-*-tower.json --work tower --out docs/cpu-peers.svg
+    python benchmarks/plot_peers.py benchmarks/results/cpu-xeon-amx-*-tower.json --out docs/cpu-peers.svg
 
 One group of bars for each variant and precision. 1.0 is Hugging Face's eager model in the same run. Needs matplotlib.
 """
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = arguments.parser(__doc__)
     parser.add_argument("results", type=Path, nargs="+", help="JSON files of throughput.py")
     parser.add_argument("--work", default="tower", help="tower, cached, files or encoded (default tower)")
-    parser.add_argument("--out", type=Path, required=True, help="SVG or PNG")
+    parser.add_argument("--out", type=arguments.output, required=True, help="SVG or PNG")
     args = parser.parse_args(argv)
     reports = [json.loads(path.read_text(encoding="utf-8")) for path in args.results]
     groups = speeds(reports, args.work)

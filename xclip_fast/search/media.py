@@ -142,10 +142,9 @@ def _small(picture_HWC: np.ndarray) -> np.ndarray:
     height, width = picture_HWC.shape[:2]
     scale = min(1.0, _WIDTH / width)
     frame = VideoFrame.from_ndarray(np.ascontiguousarray(picture_HWC), "rgb24")
-    sides = (max(2, round(side * scale / 2) * 2 if scale < 1 else side - side % 2) for side in (width, height))
-    return frame.reformat(
-        *sides, "rgb24", interpolation=Interpolation.BICUBIC | Interpolation.ACCURATE_RND
-    ).to_ndarray()
+    across, down = (max(2, round(side * scale / 2) * 2 if scale < 1 else side - side % 2) for side in (width, height))
+    flags = Interpolation.BICUBIC | Interpolation.ACCURATE_RND
+    return frame.reformat(across, down, "rgb24", interpolation=flags).to_ndarray()
 
 
 def _jpeg(picture_HWC: np.ndarray) -> bytes:
