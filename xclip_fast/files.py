@@ -118,9 +118,12 @@ def replaced(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     Raises:
         FileExistsError: if another process is writing to ``path``.
-        OSError: if the folder cannot be written, before the block runs; if the disk is full, which the message says.
+        OSError: if the folder is missing or cannot be written, before the block runs; if the disk is full, which the
+            message says.
     """
     path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path}: there is no folder {path.parent}; make it first")
     name = path.name
     if len(os.fsencode(name)) > _LONG_NAME:
         name = hashlib.blake2b(os.fsencode(name), digest_size=16).hexdigest()
@@ -200,10 +203,13 @@ def is_full(error: BaseException) -> bool:
 
 
 def _beside(target: Path) -> bool:
-    """Whether a folder can be staged beside the target: a writable parent on the same file system."""
+    """Whether a folder can be staged beside the target: a writable parent on the same file system.
+
+    Not beside the current folder: a shell would stay in the one that is removed.
+    """
     if not target.exists():
         return True
-    same = target.stat().st_dev == target.parent.stat().st_dev
+    same = target.stat().st_dev == target.parent.stat().st_dev and not target.samefile(os.curdir)
     return same and os.access(target.parent, os.W_OK | os.X_OK)
 
 
