@@ -1,17 +1,16 @@
 """Accuracy against FLOPs and throughput, as the paper's Figure 1, beside the paper's own points.
 
-    python benchmarks/accuracy_flops.py                                        # the paper's points alone
-    python benchmarks/accuracy_flops.py runs/ throughput.json --plot out.png > out.md
+    python benchmarks/accuracy_flops.py           # the paper's points alone
+    python benchmarks/accuracy_flops.py runs/ throughput.json --plot out.png
 
 The arguments are, in any order, results of `xclip-fast evaluate --out` (summary.json, its folder, or a folder of such
 folders) and of `benchmarks/throughput.py --json`. Each row names the source of its figures. Accuracies on other numbers
-of classes than 400 are marked, because they cannot be compared with the paper's.
+of classes than 400 are marked, because they cannot be compared with the paper's. Prints Markdown.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -27,7 +26,7 @@ PAPER_CLASSES = 400
 PAPER, MEASURED, MIXED = "paper", "measured here", "accuracy: paper, views/s: here"
 OURS = "xclip-fast"  # of throughput.py
 PRECISION = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-V100 = "one V100 (paper)"
+COLUMNS = ("origin", "model", "frames", "views", "top-1 %", "top-5 %", "data", "GFLOPs/view", "GFLOPs", "views/s", "on")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,40 +36,29 @@ class Point:
     origin: str  # PAPER, MEASURED or MIXED
     model: str
     frames: int
-    clips: int
-    crops: int
+    views: tuple[int, int]  # clips x crops
     top1: float
     top5: float | None
     data: str
     gflops_per_view: float
-    views_per_second: float | None = None
-    speed: str = ""  # device and precision of the timing
+    views_per_second: float | None
+    speed: str  # device and precision of the timing
     comparable: bool = True
     decoded: bool = False  # the speed includes decoding
 
     @property
     def gflops(self) -> float:
         """Of all views of a video."""
-        return self.gflops_per_view * self.clips * self.crops
+        return self.gflops_per_view * self.views[0] * self.views[1]
 
 
 def paper_points() -> list[Point]:
     """Table 1's X-CLIP rows: Kinetics-400, 4 x 3 views."""
-    return [
-        Point(
-            PAPER,
-            name,
-            VARIANTS[name].num_frames,
-            *PAPER_VIEWS,
-            row.top1,
-            row.top5,
-            "Kinetics-400",
-            row.gflops,
-            row.views_per_second,
-            V100,
-        )
-        for name, row in PAPER_TABLE1.items()
-    ]
+    points = []
+    for name, row in PAPER_TABLE1.items():
+        accuracies, cost = (row.top1, row.top5, "Kinetics-400"), (row.gflops, row.views_per_second, "one V100 (paper)")
+        points.append(Point(PAPER, name, VARIANTS[name].num_frames, PAPER_VIEWS, *accuracies, *cost))
+    return points
 
 
 def read(paths: Iterable[Path]) -> tuple[list[tuple[Path, dict[str, Any]]], list[dict[str, Any]]]:
@@ -81,10 +69,7 @@ def read(paths: Iterable[Path]) -> tuple[list[tuple[Path, dict[str, Any]]], list
         if not files:
             fail(f"{path}: no summary.json in this folder; `xclip-fast evaluate ... --out FOLDER` writes one")
         for file in files:
-            try:
-                content = json.loads(file.read_text(encoding="utf-8"))
-            except (OSError, ValueError) as error:
-                fail(f"{file}: cannot be read: {error}")
+            content = arguments.read_json(file)
             if isinstance(content, dict) and content.get("kind") == "xclip_fast evaluation":
                 evaluations.append((file, content))
             elif isinstance(content, dict) and {"rows", "environment"} <= content.keys():
@@ -96,15 +81,10 @@ def read(paths: Iterable[Path]) -> tuple[list[tuple[Path, dict[str, Any]]], list
 
 def fastest(speeds: Sequence[dict[str, Any]], variant: str | None, dtype: str | None = None) -> dict[str, Any] | None:
     """Our fastest run with cached labels; in this precision if one is given."""
-    rows = [
-        row
-        for row in speeds
-        if row.get("contender") == OURS
-        and row.get("work") == "cached"
-        and row.get("views_per_second")
-        and row.get("variant") == variant
-        and (dtype is None or row.get("precision") == PRECISION.get(dtype))
-    ]
+    wanted = {"contender": OURS, "work": "cached", "variant": variant}
+    if dtype is not None:
+        wanted["precision"] = PRECISION.get(dtype, dtype)
+    rows = [row for row in speeds if row.get("views_per_second") and wanted.items() <= row.items()]
     return max(rows, key=lambda row: row["views_per_second"], default=None)
 
 
@@ -116,26 +96,22 @@ def measured_points(
         if found["top1"] is None:
             print(f"{path}: left out: no video with a label", file=sys.stderr)
             continue
-        model, environment = found["model"], found["environment"]
+        model = found["model"]
         run = fastest(speeds, model["variant"], model["dtype"])
-        device = environment["device"]
-        timed = f"{device}, {PRECISION.get(model['dtype'], model['dtype'])}"
-        name = model["variant"] or Path(model.get("checkpoint") or path.parent).name
+        here = f"{found['environment']['device']}, {PRECISION.get(model['dtype'], model['dtype'])}, decoding included"
         missing = found["videos"] - found["predicted"]
-        lost = f", {missing} failed" if missing else ""
         points.append(
             Point(
                 MEASURED,
-                name,
+                model["variant"] or Path(model.get("checkpoint") or path.parent).name,
                 found["frames"],
-                found["clips"],
-                found["crops"],
+                (found["clips"], found["crops"]),
                 100 * found["top1"],
                 None if found["top5"] is None or found["top5_is_top"] < 5 else 100 * found["top5"],
-                f"{found['labels']} classes, {found['counted']} videos{lost}",
+                f"{found['labels']} classes, {found['counted']} videos" + (f", {missing} failed" if missing else ""),
                 model["gflops_per_view"],
                 run["views_per_second"] if run else found["views_per_second"],
-                f"{run['device']}, {run['precision']}" if run else f"{timed}, decoding included",
+                f"{run['device']}, {run['precision']}" if run else here,
                 comparable=found["labels"] == PAPER_CLASSES,
                 decoded=run is None,
             )
@@ -145,19 +121,14 @@ def measured_points(
 
 def mixed_points(speeds: Sequence[dict[str, Any]], measured: Sequence[Point] = ()) -> list[Point]:
     """The paper's accuracy at the speed measured here, of variants whose accuracy was not measured."""
-    done = {(point.model, point.clips, point.crops) for point in measured if point.comparable}
+    done = {(point.model, point.views) for point in measured if point.comparable}
     points = []
     for point in paper_points():
         run = fastest(speeds, point.model)
-        if run and (point.model, *PAPER_VIEWS) not in done:
-            speed = f"{run['device']}, {run['precision']}"
-            points.append(
-                dataclasses.replace(point, origin=MIXED, views_per_second=run["views_per_second"], speed=speed)
-            )
+        if run and (point.model, PAPER_VIEWS) not in done:
+            here = {"views_per_second": run["views_per_second"], "speed": f"{run['device']}, {run['precision']}"}
+            points.append(dataclasses.replace(point, origin=MIXED, **here))
     return points
-
-
-COLUMNS = ("origin", "model", "frames", "views", "top-1 %", "top-5 %", "data", "GFLOPs/view", "GFLOPs", "views/s", "on")
 
 
 def cells(point: Point) -> list[str]:
@@ -165,37 +136,30 @@ def cells(point: Point) -> list[str]:
         point.origin,
         point.model,
         str(point.frames),
-        f"{point.clips} x {point.crops}",
+        f"{point.views[0]} x {point.views[1]}",
         f"{point.top1:.1f}" + ("" if point.comparable else " *"),
         "-" if point.top5 is None else f"{point.top5:.1f}",
         point.data,
         amount(point.gflops_per_view),
         amount(point.gflops),
-        "-" if point.views_per_second is None else amount(point.views_per_second),
+        amount(point.views_per_second),
         point.speed,
     ]
 
 
-def amount(value: float) -> str:
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def notes(points: Sequence[Point]) -> list[str]:
-    found = ["GFLOPs are 10^9 multiply-adds, counted as in the paper's Table 1; the second column is of all views."]
-    if not any(point.origin == MEASURED for point in points):
-        found.append("No accuracy was measured here: every accuracy is the paper's (Table 1, Kinetics-400).")
-    if any(not point.comparable for point in points):
-        found.append(f"*: not on {PAPER_CLASSES} classes, so it cannot be compared with the paper's accuracies.")
-    if any(point.origin == MIXED for point in points):
-        found.append(f'"{MIXED}": no accuracy was measured for these; the speed is of the same variant here.')
-    return found
+def amount(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def markdown(points: Sequence[Point]) -> str:
-    right = {"frames", "top-1 %", "top-5 %", "GFLOPs/view", "GFLOPs", "views/s"}
-    lines = [COLUMNS, ["---:" if name in right else "---" for name in COLUMNS], *map(cells, points)]
+    notes = ["GFLOPs are 10^9 multiply-adds, counted as in the paper's Table 1; the second column is of all views."]
+    if not any(point.origin == MEASURED for point in points):
+        notes.append("No accuracy was measured here: every accuracy is the paper's (Table 1, Kinetics-400).")
+    if any(not point.comparable for point in points):
+        notes.append(f"*: not on {PAPER_CLASSES} classes, so it cannot be compared with the paper's accuracies.")
+    lines = [COLUMNS, ["---"] * len(COLUMNS), *map(cells, points)]
     table = ["| " + " | ".join(map(escaped, line)) + " |" for line in lines]
-    return "\n".join([*table, "", *map(escaped, notes(points))]) + "\n"
+    return "\n".join([*table, "", *map(escaped, notes)]) + "\n"
 
 
 def escaped(text: str) -> str:
@@ -204,67 +168,46 @@ def escaped(text: str) -> str:
 
 def plot(points: Sequence[Point], path: Path) -> None:
     """Top-1 against the GFLOPs of all views, and against views/s; both logarithmic."""
-    import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context({"font.size": 9}):
-        figure = Figure(figsize=(11, 4.8), layout="constrained")
-        FigureCanvasAgg(figure)
-        left, right = figure.subplots(1, 2, sharey=True)
-        series: dict[tuple[str, str, bool], list[Point]] = {}
-        for point in points:
-            series.setdefault((point.origin, point.data, point.decoded), []).append(point)
-        colors = iter(["#1f5fa8", "#c2571a", "#2d8a4e", "#8a3d9c", "#a8891f", "#4c4c4c"] * (1 + len(series) // 6))
-        names: dict[Any, list[Any]] = {left: [], right: []}
-        for (origin, data, decoded), members in series.items():
-            color = "gray" if origin == PAPER else next(colors)
-            label = {
-                PAPER: "paper: Table 1, Kinetics-400, one V100",
-                MEASURED: f"measured here: {data}" + ("" if members[0].comparable else " (not comparable)"),
-                MIXED: "paper's accuracy at the views/s measured here",
-            }[origin]
-            if decoded:
-                label += "; views/s with decoding"
-            marker = {PAPER: "o", MEASURED: "D", MIXED: "^"}[origin]
-            fill = "none" if decoded or origin == MIXED else color
-            style: dict[str, Any] = {"marker": marker, "color": color, "markerfacecolor": fill}
-            for axes, cost in ((left, "gflops"), (right, "views_per_second")):
-                if axes is left and origin == MIXED:
-                    continue  # there it would be the paper's point
-                placed = sorted((p for p in members if getattr(p, cost)), key=lambda p: getattr(p, cost))
-                x = [getattr(point, cost) for point in placed]
-                y = [point.top1 for point in placed]
-                axes.plot(x, y, linestyle="none", label=label, markersize=6, **style)
-                for point in placed:
-                    name = point.model if origin != MEASURED else f"{point.model} {point.clips}x{point.crops}"
-                    # the paper's names stand below the curve, which falls on the right
-                    below = (6 if axes is left else -6, -9)
-                    across, up = {PAPER: below, MEASURED: (6, 4), MIXED: (-6, 4)}[origin]
-                    text = axes.annotate(
-                        name.replace("$", r"\$"),  # a dollar sign would begin a formula
-                        (getattr(point, cost), point.top1),
-                        textcoords="offset points",
-                        xytext=(across, up),
-                        ha="left" if across > 0 else "right",
-                        fontsize=7.5,
-                        color=color,
-                        arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.5},
-                    )
-                    names[axes].append(text)
-        left.set(xscale="log", xlabel="GFLOPs of all views of a video (multiply-adds)", ylabel="top-1 accuracy, %")
-        right.set(xscale="log", xlabel="views per second")
-        for axes in (left, right):
-            axes.margins(x=0.26, y=0.1)
-            axes.grid(alpha=0.3)
-        handles = {line.get_label(): line for axes in (left, right) for line in axes.get_lines()}
-        figure.legend(handles.values(), handles, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
-        measured = any(point.origin == MEASURED for point in points)
-        figure.suptitle("X-CLIP: accuracy against cost" + ("" if measured else " (the paper's accuracies only)"))
-        figure.draw_without_rendering()  # only then the places of the names are known
-        for texts in names.values():
-            keep_apart(texts)
-        figure.savefig(path, dpi=150)
+    figure = Figure(figsize=(11, 4.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, 2, sharey=True)
+    styles = {  # marker, color, place of the names
+        PAPER: ("o", "gray", (-6, -9)),  # below the curve, which rises in the first panel
+        MEASURED: ("D", "#1f5fa8", (6, 4)),
+        MIXED: ("^", "#c2571a", (-6, 4)),
+    }
+    costs = ("gflops", "GFLOPs of all views of a video"), ("views_per_second", "views per second")
+    names: dict[Any, list[Any]] = {axes: [] for axes in panels}
+    for axes, (cost, title) in zip(panels, costs, strict=True):
+        for origin, (marker, color, place) in styles.items():
+            # at the FLOPs a mixed point would be the paper's
+            members = [
+                p for p in points if p.origin == origin and getattr(p, cost) and (cost, origin) != ("gflops", MIXED)
+            ]
+            place = (6, -9) if (cost, origin) == ("gflops", PAPER) else place
+            x, y = [getattr(point, cost) for point in members], [point.top1 for point in members]
+            axes.plot(x, y, marker, color=color, label=origin)
+            for point, *at in zip(members, x, y, strict=True):
+                name = point.model + ("" if point.origin != MEASURED else " {}x{}".format(*point.views))
+                name += "" if point.comparable else " *"
+                name += ", with decoding" if point.decoded and cost == "views_per_second" else ""
+                line = {"arrowstyle": "-", "color": color, "linewidth": 0.5}
+                side = "left" if place[0] > 0 else "right"
+                text = name.replace("$", r"\$")  # a dollar sign would begin a formula
+                style = {"fontsize": 7.5, "color": color, "ha": side, "arrowprops": line}
+                names[axes].append(axes.annotate(text, at, textcoords="offset points", xytext=place, **style))
+        axes.set(xscale="log", xlabel=title)
+        axes.margins(x=0.26, y=0.1)
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel(f"top-1 accuracy, % (*: not on {PAPER_CLASSES} classes)")
+    figure.legend(*panels[1].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    figure.draw_without_rendering()  # only then the places of the names are known
+    for texts in names.values():
+        keep_apart(texts)
+    figure.savefig(path, dpi=150)
 
 
 def keep_apart(texts: Sequence[Any]) -> list[Any]:
@@ -289,9 +232,10 @@ def keep_apart(texts: Sequence[Any]) -> list[Any]:
 def main(argv: list[str] | None = None) -> int:
     parser = arguments.parser(__doc__)
     parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="evaluations and throughput runs")
-    parser.add_argument("--plot", type=Path, help="draw here (needs matplotlib)")
+    parser.add_argument("--plot", type=arguments.output, help="draw here (needs matplotlib)")
     args = parser.parse_args(argv)
-    arguments.check_outputs(plot=args.plot)
+    if args.plot:
+        import matplotlib  # noqa: F401 -- if it is missing, nothing is computed
     evaluations, speeds = read(args.files)
     measured = measured_points(evaluations, speeds)
     points = [*paper_points(), *measured, *mixed_points(speeds, measured)]

@@ -1,10 +1,9 @@
 """The time of `xclip-fast classify` on one clip, from the start of the process to the answer, by part.
 
-    python benchmarks/cold_start.py CHECKPOINT CLIP.mp4 --labels "riding a bike,swimming" --runs 5
+    python benchmarks/cold_start.py --random B/16-8f --runs 9
 
 Every run is a new process that runs the command. The first run fills the page cache, writes Python's bytecode and does
 not count. "exit" is the time from the answer to the end of the process.
-`--random VARIANT` first writes a checkpoint with random weights.
 """
 
 from __future__ import annotations
@@ -21,6 +20,10 @@ import time
 from pathlib import Path
 
 import arguments
+import contenders
+import measuring
+
+from xclip_fast import VARIANTS, XCLIP
 
 PARTS = ("start", "imports", "weights", "labels", "decode", "model")
 # main() of xclip_fast/__main__.py with a mark at the end of each part
@@ -53,9 +56,9 @@ except SystemExit as end:
 """
 
 
-def one_run(checkpoint: str, clip: str, labels: str, dtype: str) -> dict[str, tuple[float, float]]:
+def one_run(checkpoint: str, clip: str, dtype: str) -> dict[str, tuple[float, float]]:
     """(wall seconds, processor seconds of all threads) of each part in a new process; "exit": after the answer."""
-    command = ["classify", clip, "--checkpoint", checkpoint, "--labels", labels, "--dtype", dtype]
+    command = ["classify", clip, "--checkpoint", checkpoint, "--labels", "riding a bike,swimming", "--dtype", dtype]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     begin, before = time.time(), resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([sys.executable, "-c", CHILD, *command], stdout=subprocess.PIPE, env=environment, check=True)
@@ -67,26 +70,21 @@ def one_run(checkpoint: str, clip: str, labels: str, dtype: str) -> dict[str, tu
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = arguments.parser(__doc__)
-    parser.add_argument("checkpoint", nargs="?")
-    parser.add_argument("clip", nargs="?")
-    parser.add_argument("--labels", default="riding a bike,swimming")
+    parser = arguments.parser(__doc__, json_help="write the times of every run here")
     parser.add_argument("--dtype", default="float32", help="as for classify (default: float32)")
-    parser.add_argument("--random", metavar="VARIANT", help="random weights of this shape and a generated clip")
-    parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument(
+        "--random",
+        metavar="VARIANT",
+        choices=VARIANTS,
+        default="B/16-8f",
+        help="a shape, which gets random weights (default B/16-8f)",
+    )
+    parser.add_argument("--runs", type=arguments.count, default=5, help="number of processes (default 5)")
     args = parser.parse_args(argv)
-    if args.random is None and args.clip is None:
-        parser.error("a checkpoint and a clip wanted, or --random VARIANT")
     with tempfile.TemporaryDirectory() as folder:
-        if args.random:
-            import contenders
-
-            import xclip_fast
-
-            args.checkpoint, args.clip = folder, str(contenders.write_clips(Path(folder))[0])
-            xclip_fast.XCLIP(args.random).save_pretrained(folder, overwrite=True)
-        runs = [one_run(args.checkpoint, args.clip, args.labels, args.dtype) for _ in range(args.runs + 1)][1:]
+        clip = str(contenders.write_clips(Path(folder))[0])
+        XCLIP(args.random).save_pretrained(folder, overwrite=True)
+        runs = [one_run(folder, clip, args.dtype) for _ in range(args.runs + 1)][1:]
     medians = {
         part: [statistics.median(times) for times in zip(*(run[part] for run in runs), strict=True)] for part in runs[0]
     }
@@ -95,13 +93,8 @@ def main(argv: list[str] | None = None) -> int:
     for part, times in {**{part: medians[part] for part in PARTS}, "answer": answer, "exit": medians["exit"]}.items():
         shares = [each / whole for each, whole in zip(times, answer, strict=True)]
         print(f"{part:8} {times[0]:8.2f} {shares[0]:6.0%} {times[1]:10.2f} {shares[1]:6.0%}")
-    if args.json:
-        import measuring
-
-        environment = measuring.environment("cpu")
-        measuring.write_json(
-            args.json, {"environment": environment, "variant": args.random, "dtype": args.dtype, "runs": runs}
-        )
+    settings = {"variant": args.random, "dtype": args.dtype}
+    measuring.write_json(args.json, {"environment": measuring.environment("cpu"), **settings, "runs": runs})
     return 0
 
 

@@ -27,7 +27,7 @@ import av
 import measuring
 import numpy as np
 import torch
-from arguments import fail, numbers
+from arguments import fail
 from av.video.reformatter import VideoReformatter
 from scenes import COPIES, COPY, TRAINING, write_clips
 
@@ -51,35 +51,36 @@ NEAR = 3.0  # levels of mean difference of a frame: DALI converts colors differe
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = arguments.parser(__doc__)
+    parser = arguments.parser(__doc__, json_help="write the rows here: quartiles of the times, ratios")
     kinds = f"12,60,250,{COPY},{TRAINING}"
-    parser.add_argument("--keyframes", default=kinds, help="frames from one to the next; copy, training")
-    parser.add_argument("--frames", default="8,16,32", help="frames wanted of each clip, comma-separated")
+    parser.add_argument(
+        "--keyframes", type=keyframes, default=kinds, help=f"frames from one to the next (default {kinds})"
+    )
+    parser.add_argument(
+        "--frames", type=arguments.counts, default="8,16,32", help="frames wanted of each clip (default 8,16,32)"
+    )
     parser.add_argument(
         "--works",
-        default=",".join(WORKS),
+        type=arguments.names(WORKS),
+        default=list(WORKS),
         help="file: one file, one thread; loader: all cores (first pictures, first and last kind, fewest frames)",
     )
     parser.add_argument("--pictures", default=GENERATED, help=f"{GENERATED}, or video files, comma-separated")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="of the loader")
+    parser.add_argument("--device", type=arguments.device, default="auto", help="of the loader: auto, cpu or cuda")
     parser.add_argument("--processor-time", action="store_true", help="of one file: for a busy machine")
-    parser.add_argument("--seconds", type=float, default=120.0, help="time limit, roughly")
-    parser.add_argument("--json", type=Path, help="write the rows here: quartiles of the times, ratios")
+    parser.add_argument("--seconds", type=arguments.positive, default=120.0, help="time limit, roughly (default 120)")
     args = parser.parse_args(argv)
-    args.device = arguments.device(args.device)
-    args.keyframes = [part if part in COPIES else numbers("--keyframes", part)[0] for part in args.keyframes.split(",")]
-    args.frames = numbers("--frames", args.frames)
-    args.works = arguments.chosen("--works", args.works, [], WORKS)
     args.pictures = args.pictures.split(",")
     if max(args.frames) > CLIP_FRAMES:
         fail(f"--frames {max(args.frames)}: the clips have {CLIP_FRAMES}")
     for name in args.pictures:
         if name != GENERATED and not Path(name).is_file():
             fail(f"--pictures {name}: no such file")
-    if not args.seconds > 0:
-        fail(f"--seconds {args.seconds}: a positive time wanted")
-    arguments.check_outputs(json=args.json)
     return args
+
+
+def keyframes(given: str) -> list[int | str]:
+    return [part if part in COPIES else arguments.count(part) for part in given.split(",")]
 
 
 def converter() -> Callable[[av.VideoFrame], np.ndarray]:
@@ -133,18 +134,11 @@ def file_rows(cell: Cell, path: Path, seconds: float) -> list[dict[str, Any]]:
     }
     calls = {name: lambda way=way: torch.from_numpy(way()) for name, way in ways.items()}
     results = measuring.measure(calls, "cpu", seconds, pause=0.0)
-    full, rows = results[FULL], []
-    for name, result in results.items():
-        row = new_row(cell, name)
-        rows.append(row)
-        row["note"] = result.get("note", "")
-        if not row["note"] and not torch.equal(result["output"], full["output"]):
-            row["note"] = "outputs differ from the full decode's"
+    rows = measuring.rows(results, new_row(cell, ""), 0.0, baseline=True)
+    for row in rows:
         if not row["note"]:
-            times = result["seconds"]
-            row |= {"seconds": measuring.quartiles(times), "n": len(times)}
-            row["clips_per_second"] = 1 / statistics.median(times)
-            row["ratio_to_full"] = measuring.ratio(full["seconds"], times)
+            row["clips_per_second"] = 1 / row["median_s"]
+            row["seconds"] = measuring.quartiles(row["seconds"])
     return rows
 
 
@@ -214,8 +208,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             written = write_clips(home, args.keyframes, CLIP_FRAMES, CLIP_SIZE, real)
             files |= {(real.stem if real else name, kind): path for kind, path in written.items()}
         clips = [clip_facts(*kind, path) for kind, path in files.items()]
-        environment = measuring.environment(args.device) | {"clock": measuring.clock.__name__}
-        report = {"environment": environment, "clips": clips, "rows": rows}
+        report = {"environment": measuring.environment(args.device), "clips": clips, "rows": rows}
         # The loader with the fewest frames: there decoding weighs most.
         cells = [(work, *kind, frames) for work in args.works for kind in files for frames in args.frames]
         ends = [(next(iter(files))[0], args.keyframes[end], min(args.frames)) for end in (0, -1)]
@@ -230,8 +223,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                     rows += loader_rows(cell, files[name, kind], args.device, seconds)
             except Exception as error:  # the other cells go on
                 rows.append(new_row(cell, STORED if work == "file" else LOADER) | {"note": measuring.failure(error)})
-            if args.json:  # after every cell: a run that is stopped keeps what it measured
-                measuring.write_json(args.json, report)
+            measuring.write_json(args.json, report)  # a run that is stopped keeps what it measured
             print(f"{work}, {name}, keyframe every {kind}, {frames} frames: done", file=sys.stderr)
     return report
 
@@ -261,7 +253,7 @@ def print_table(report: dict[str, Any]) -> None:
             print(f"\n{cell}\n  {'':20} {'clips/s':>8}  {'x full decode':22} {'n':>3}")
         before = cell
         if "clips_per_second" in row:
-            ratio = measuring.ratio_text(row.get("ratio_to_full", {}))
+            ratio = measuring.ratio_text(row.get("ratio"))
             print(f"  {row['contender']:20} {row['clips_per_second']:8.3g}  {ratio:22} {row['n']:3}")
         if row["note"]:
             print(f"  {row['contender']:20} {row['note']}")
@@ -284,4 +276,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    arguments.start(main)
+    sys.exit(main())

@@ -8,6 +8,8 @@ Each graph gets the inputs that the model gets, in turn with it. "ours over it" 
 
 from __future__ import annotations
 
+import math
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -27,20 +29,25 @@ FORMATS = (ONNX, OPENVINO)
 SIZES = ((1, 1), (3, 400))  # videos, labels
 
 
-def main() -> None:
-    parser = arguments.parser(__doc__)
-    parser.add_argument("--variant", default="B/16-8f", choices=xclip_fast.VARIANTS)
-    parser.add_argument("--seconds", type=float, default=120.0, help="to time within, conversion not counted")
+def main(argv: list[str] | None = None) -> None:
+    parser = arguments.parser(__doc__, json_help="write every raw timing here")
+    parser.add_argument(
+        "--variant", default="B/16-8f", metavar="NAME", choices=xclip_fast.VARIANTS, help="a shape (default B/16-8f)"
+    )
+    parser.add_argument(
+        "--seconds", type=arguments.positive, default=120.0, help="to time within, conversion not counted (default 120)"
+    )
     parser.add_argument("--processor-time", action="store_true", help="of one thread, for a busy machine")
-    parser.add_argument("--json", type=Path, help="write every raw timing here")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.processor_time:
         torch.set_num_threads(1)
         measuring.clock = time.process_time
+    for form in FORMATS:  # before the first export, which takes a minute
+        if reason := form.missing():
+            arguments.fail(f"{form.engine}: {reason}", 1)
     torch.manual_seed(0)
     model = xclip_fast.XCLIP(args.variant).eval()
     report: dict[str, Any] = {"environment": measuring.environment("cpu"), "variant": args.variant, "rows": []}
-    report["environment"]["clock"] = measuring.clock.__name__
     with tempfile.TemporaryDirectory() as folder:
         calls: dict[tuple[str, int, int], dict[str, Callable[[], Any]]] = {}
         for form in FORMATS:
@@ -60,9 +67,14 @@ def main() -> None:
         for (name, batch, labels), group in calls.items():
             with torch.inference_mode():
                 results = measuring.measure(group, "cpu", args.seconds * costs[name] / total)
-            report["rows"] += rows(name, batch, labels, results)
-    if args.json:
-        measuring.write_json(args.json, report)
+            rows = measuring.rows(results, {"graph": name, "videos": batch, "labels": labels}, math.inf)
+            report["rows"] += rows
+            for row in rows:
+                if "median_s" in row:
+                    ratio, difference = measuring.ratio_text(row.get("ratio")), row.get("largest_error")
+                    told = f"{1e3 * row['median_s']:9.2f} {ratio:>22} {measuring.shown(difference, '{:.1e}'):>11}"
+                print(f"{name:11} {batch:6} {labels:6}  {row['contender']:13} {row['note'] or told}")
+    measuring.write_json(args.json, report)
 
 
 def ours(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], model: xclip_fast.XCLIP) -> Callable[[], Any]:
@@ -73,26 +85,5 @@ def ours(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], model: xclip
     return call
 
 
-def rows(name: str, batch: int, labels: int, results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    found, mine = [], results["xclip-fast"]
-    for contender, result in results.items():
-        row: dict[str, Any] = {"graph": name, "videos": batch, "labels": labels, "contender": contender}
-        if "note" in result:
-            found.append(row | {"note": result["note"]})
-            print(f"{name:11} {batch:6} {labels:6}  {contender:13} {result['note']}")
-            continue
-        row |= measuring.timings(result)
-        ratio, difference = "", ""
-        if contender != "xclip-fast":
-            row["ratio"] = measuring.ratio(result["seconds"], mine["seconds"])
-            row["difference"] = measuring.largest_error(result["output"], mine["output"])
-            ratio, difference = measuring.ratio_text(row["ratio"]), f"{row['difference']:.1e}"
-        print(
-            f"{name:11} {batch:6} {labels:6}  {contender:13} {1e3 * row['median_s']:9.2f} {ratio:>22} {difference:>11}"
-        )
-        found.append(row)
-    return found
-
-
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

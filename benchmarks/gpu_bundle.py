@@ -34,8 +34,9 @@ def copy_tree(to: Path) -> None:
             shutil.copy2(ROOT / name, to / name)
 
 
-def add_library(to: Path, work: Path) -> None:
-    """Build the CUDA library with CMake in the folder ``work``, and copy it into the bundle."""
+def add_library(to: Path) -> None:
+    """Build the CUDA library with CMake in a folder that is kept, and copy it into the bundle."""
+    work = ROOT / "build" / "gpu-bundle"
     subprocess.run(["cmake", "-S", ROOT, "-B", work, f"-DPython3_EXECUTABLE={sys.executable}"], check=True)
     subprocess.run(["cmake", "--build", work, "--parallel", str(os.cpu_count() or 1)], check=True)
     shutil.copy2(work / "libxclip_fast.so", to / "kernels")
@@ -51,9 +52,6 @@ def add_wheels(to: Path) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = arguments.parser(__doc__)
     parser.add_argument("folder", type=Path, help="folder of the bundle; an older bundle there is replaced")
-    parser.add_argument(
-        "--work", type=Path, default=ROOT / "build" / "gpu-bundle", help="folder of the builds, which is kept"
-    )
     parser.add_argument("--no-library", action="store_true", help="leave out the CUDA library")
     parser.add_argument("--no-wheels", action="store_true", help="leave out the wheels of av")
     args = parser.parse_args(argv)
@@ -68,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     (args.folder / "benchmarks" / "COMMIT").write_text(commit + "\n", encoding="utf-8")  # measuring.py reads it
     if not args.no_library:
         try:
-            add_library(args.folder, args.work)
+            add_library(args.folder)
         except (OSError, subprocess.CalledProcessError) as error:
             print(f"no CUDA library in the bundle: {error}", file=sys.stderr)
     if not args.no_wheels:

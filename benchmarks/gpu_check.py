@@ -34,7 +34,6 @@ from gpu.stages import SECONDS, STAGES
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-STAGE_NAMES = tuple(STAGES)
 FAULTS = ("kill", "hang", "wrong")
 
 
@@ -43,12 +42,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     parser.add_argument(
         "--stages",
-        default=",".join(STAGE_NAMES),
-        help=f"comma-separated: some of {', '.join(STAGE_NAMES)} (default: all)",
+        type=arguments.names(STAGES),
+        default=list(STAGES),
+        help=f"comma-separated: some of {', '.join(STAGES)} (default: all)",
     )
     parser.add_argument("--cases", default="", help="comma-separated: run only cases whose name contains one of these")
     parser.add_argument("--tests", default="", help="of the stage tests, run those that match (pytest's -k)")
-    parser.add_argument("--seconds", type=float, help="time limit of each stage (default: its own)")
+    parser.add_argument("--seconds", type=arguments.positive, help="time limit of each stage (default: its own)")
     parser.add_argument(
         "--rehearse", action="store_true", help="run on the CPU at tiny sizes, with Triton's interpreter"
     )
@@ -61,11 +61,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help=f"with --rehearse: let the first contender of this case fail, as {', '.join(FAULTS)}",
     )
     args = parser.parse_args(argv)
-    args.stages = [name.strip() for name in args.stages.split(",")]
-    if unknown := [name for name in args.stages if name not in STAGE_NAMES]:
-        parser.error(f"--stages: {', '.join(map(repr, unknown))}; the stages are {', '.join(STAGE_NAMES)}")
-    if args.seconds is not None and not args.seconds > 0:
-        parser.error(f"--seconds {args.seconds}: give a positive time")
     if args.faults and not args.rehearse:
         parser.error("--break is for rehearsals: add --rehearse")
     pairs = [fault.rsplit("=", 1) for fault in args.faults]
@@ -144,10 +139,7 @@ def main(argv: list[str] | None = None) -> int:
         import torch
 
         if not args.rehearse and not torch.cuda.is_available():
-            print(
-                "error: no CUDA device: torch.cuda.is_available() is False; --rehearse runs on a CPU", file=sys.stderr
-            )
-            return 1
+            arguments.fail("no CUDA device: torch.cuda.is_available() is False; --rehearse runs on a CPU", 1)
         return run(args, Path(folder))
 
 
@@ -191,7 +183,7 @@ def plan(args: argparse.Namespace) -> dict[str, list[Case]]:
     """The cases of the chosen stages, without "versions", which always runs first."""
     parts = [part.strip() for part in args.cases.split(",")]
     plans = {}
-    for stage in STAGE_NAMES:
+    for stage in STAGES:
         cases = STAGES[stage](args.rehearse)[1 if stage == "machine" else 0 :] if stage in args.stages else []
         cases = [case for case in cases if any(part in case.name for part in parts)]
         if stage == "tests":

@@ -16,6 +16,7 @@ from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)
 
+import arguments
 import torch
 from xclip_fast.kernels import fake_gpu
 from xclip_fast.kernels.cct_block import plans
@@ -69,6 +70,7 @@ def measure(call: Callable[[], Any], launches: list[Any], rounds: int = 300) -> 
 
 
 def main() -> None:
+    arguments.parser(__doc__).parse_args()
     torch.nn.functional.linear = product  # type: ignore[assignment]
     torch.addmm = lambda *args, out: out  # type: ignore[assignment]
     # a GPU's tensors are not asked

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import random
+from argparse import ArgumentTypeError
 from pathlib import Path
-
-from arguments import fail
 
 VERBS = (
     "riding throwing catching washing painting folding climbing cutting carving pushing pulling opening cooking "
@@ -35,11 +34,13 @@ def read_labels(given: str) -> list[str]:
     """The labels of ``--labels``: a number of generated ones, or a text file with one on each line."""
     if given.isdecimal():
         if not 1 <= int(given) <= MOST:
-            fail(f"--labels {given}: a number from 1 to {MOST} wanted, or a text file with one label a line")
+            raise ArgumentTypeError(f"{given}: a number from 1 to {MOST} wanted, or a text file with one label a line")
         return label_list(int(given))
     try:
         labels = [line.strip() for line in Path(given).read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or error
-        fail(f"--labels {given}: neither a number nor a readable text file: {reason}")
-    return labels or fail(f"--labels {given}: the file holds no labels")
+        raise ArgumentTypeError(f"{given}: neither a number nor a readable text file: {reason}") from error
+    if not labels:
+        raise ArgumentTypeError(f"{given}: the file holds no labels")
+    return labels

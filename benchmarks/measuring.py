@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import datetime
 import json
+import math
 import os
 import random
 import shlex
@@ -48,6 +49,7 @@ def environment(device: str) -> dict[str, Any]:
         "commit": commit,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["python", *sys.argv]),
+        "clock": clock.__name__,
         "load_average": os.getloadavg() if hasattr(os, "getloadavg") else None,
     }
 
@@ -59,7 +61,7 @@ def start_report(args: argparse.Namespace, precisions: Mapping[str, torch.dtype]
     """
     if args.threads:
         torch.set_num_threads(args.threads)
-    machine = environment(args.device) | {"clock": clock.__name__}
+    machine = environment(args.device)
     lengths = (tokenize(args.labels).argmax(1) + 1).tolist()
     labels = {"count": len(lengths), "tokens": sum(lengths), "longest": max(lengths)}
     rates = {name: gemm_rate(dtype, args.device) for name, dtype in precisions.items()}
@@ -132,8 +134,8 @@ def measure(
 
     Returns:
         for each contender ``output``, ``peak_memory``, the ``seconds`` of every timed call and the number of
-        ``warm_ups``; or a ``note`` that says how it failed. If there is no time for a second call, the first counts.
-        So it does for the slowest one, if two rounds fit without it but not with it.
+        ``warm_ups``; or a ``note`` that says how it failed. If two rounds do not fit, the first call of the
+        slowest counts, and the others go on without it.
     """
     runs, warm_ups = (SWIN_RUNS, SWIN_WARM_UPS) if device == "cuda" else (CPU_RUNS, 1)
     begin = time.perf_counter()
@@ -156,20 +158,14 @@ def measure(
         return results
     if device == "cuda":
         begin = time.perf_counter()  # compiling does not count
-    left, round_seconds = begin + seconds - time.perf_counter(), sum(results[name]["first"] for name in live)
-    slowest = max(live, key=lambda name: results[name]["first"])
-    if 2 * round_seconds > left >= 2 * (round_seconds - results[slowest]["first"]) > 0:
+    while live:  # two rounds, which make a ratio, or one of a single contender
+        needed = min(len(live), 2) * sum(results[name]["first"] for name in live)
+        if needed <= begin + seconds - time.perf_counter():
+            break
+        slowest = max(live, key=lambda name: results[name]["first"])
         results[slowest].update(seconds=[results[slowest]["first"]], warm_ups=0)
-        round_seconds -= results[slowest]["first"]
         del live[slowest]
-    names = list(live)
-    if time.perf_counter() - begin + round_seconds > seconds:
-        for name, call in live.items():
-            if time.perf_counter() - begin + results[name]["first"] <= seconds:
-                results[name]["seconds"] = [timed(call, device)()]
-            else:
-                results[name].update(seconds=[results[name]["first"]], warm_ups=0)
-        return results
+    names, round_seconds = list(live), sum(results[name]["first"] for name in live)
     for name, call in live.items():
         while results[name]["warm_ups"] < warm_ups and time.perf_counter() - begin < seconds / 3:
             call()
@@ -189,29 +185,20 @@ def measure(
     return results
 
 
-def gemm_seconds(rows: int, inner: int, columns: int, dtype: torch.dtype, device: str, seconds: float = 1.0) -> float:
-    """Median time of one bare ``linear`` on random data."""
-    x, weight = (torch.randn(size, inner, device=device).to(dtype) for size in (rows, columns))
-    return fastest({"gemm": lambda: F.linear(x, weight)}, device, seconds)
-
-
 def limit_seconds(rows: int, inner: int, columns: int, dtype: torch.dtype, device: str, seconds: float = 1.0) -> float:
-    """As ``gemm_seconds``. On a CPU it is the fastest of torch's choice, oneDNN with a packed weight, and ours.
+    """Median seconds of one bare product. On a CPU, of the fastest of torch's, oneDNN's with a packed weight, and ours.
 
     A CPU without instructions for ``dtype`` computes in float32.
     """
-    if device != "cpu":
-        return gemm_seconds(rows, inner, columns, dtype, device, seconds)
-    if not NATIVE_ON_CPU.get(dtype, True):
+    if device == "cpu" and not NATIVE_ON_CPU.get(dtype, True):
         dtype = torch.float32
-    x, weight = (torch.randn(size, inner).to(dtype) for size in (rows, columns))
-    bias = torch.zeros(columns, dtype=dtype)
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
-    products = {
-        "torch": lambda: F.linear(x, weight),
-        "oneDNN": lambda: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], ""),
-        "ours": torch.inference_mode()(lambda: kernels.cpu.linear(x, weight, bias)),
-    }
+    x, weight = (torch.randn(size, inner, device=device).to(dtype) for size in (rows, columns))
+    products: dict[str, Callable[[], Any]] = {"torch": lambda: F.linear(x, weight)}
+    if device == "cpu":
+        bias = torch.zeros(columns, dtype=dtype)
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+        products["oneDNN"] = lambda: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+        products["ours"] = torch.inference_mode()(lambda: kernels.cpu.linear(x, weight, bias))
     return fastest(products, device, seconds)
 
 
@@ -224,9 +211,10 @@ def fastest(calls: dict[str, Callable[[], Any]], device: str, seconds: float) ->
 
 
 def gemm_rate(dtype: torch.dtype, device: str) -> float:
-    """FLOP/s of a large square GEMM."""
+    """FLOP/s of a large square GEMM by torch."""
     size = 8192 if device == "cuda" else 2048
-    return 2 * size**3 / gemm_seconds(size, size, size, dtype, device, 3.0)
+    x, weight = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return 2 * size**3 / fastest({"gemm": lambda: F.linear(x, weight)}, device, 3.0)
 
 
 def own_gemms(products: Iterable[Product], dtype: torch.dtype, device: str) -> float:
@@ -239,24 +227,16 @@ def own_gemms(products: Iterable[Product], dtype: torch.dtype, device: str) -> f
     return sum(times * limit_seconds(*shape, dtype, device, 0.3) for shape, times in shapes.items())
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes the file whole or not at all, with one line for each key and for each row of a list."""
+def write_json(path: Path | None, content: Mapping[str, Any]) -> None:
+    """Writes the file, if one is wanted, whole or not at all, with one line for each key and for each row of a list."""
 
     def lines(value: Any) -> str:
         if isinstance(value, list) and value:
             return "[\n  " + ",\n  ".join(json.dumps(row, allow_nan=False) for row in value) + "\n ]"
         return json.dumps(value, allow_nan=False)
 
-    write_text(path, "{\n" + ",\n".join(f" {json.dumps(key)}: {lines(content[key])}" for key in content) + "\n}\n")
-
-
-def append_json(path: Path | None, content: Mapping[str, Any]) -> None:
-    """Print the content as a line of JSON, and append it to the file, if there is one."""
-    line = json.dumps(content)
-    print(line)
     if path:
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        write_text(path, "{\n" + ",\n".join(f" {json.dumps(key)}: {lines(content[key])}" for key in content) + "\n}\n")
 
 
 def small_model(image_size: int = 64, patch_size: int = 16) -> XCLIP:
@@ -267,25 +247,48 @@ def small_model(image_size: int = 64, patch_size: int = 16) -> XCLIP:
     return XCLIP(XCLIPConfig(vision=vision, text=text, embed_dim=64, num_frames=8)).eval()
 
 
-def timings(result: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of a row for a result of ``measure``: every timing, their number, the warm-ups, the median."""
-    seconds = result["seconds"]
-    found = {"seconds": seconds, "n": len(seconds), "warm_ups": result["warm_ups"]}
-    return found | {"median_s": statistics.median(seconds)}
+def rows(
+    results: Mapping[str, Mapping[str, Any]], base: Mapping[str, Any], tolerance: float, baseline: bool = False
+) -> list[dict[str, Any]]:
+    """A row for each result of ``measure``: ``base``, the contender, a note, every timing, and the ratio to the first.
+
+    Args:
+        tolerance: of the largest error; a result that differs more has a note, and no timings.
+        baseline: whether the first is what the others are compared with. Else it is ours, compared with each of them.
+    """
+    first = next(iter(results.values()))
+    found = []
+    for name, result in results.items():
+        row = {**base, "contender": name, "note": result.get("note", "")}
+        found.append(row)
+        seconds = result.get("seconds")
+        if not seconds:
+            continue
+        if result is not first and "output" in first:
+            error = largest_error(result["output"], first["output"])
+            row["largest_error"] = error if math.isfinite(error) else None
+            if not error <= tolerance:
+                other = next(iter(results))
+                row["note"] = f"outputs differ from those of {other} by {error:.1g}, more than {tolerance}: no ratio"
+                continue
+            row["ratio"] = ratio(*((first["seconds"], seconds) if baseline else (seconds, first["seconds"])))
+        row |= {"seconds": seconds, "n": len(seconds), "warm_ups": result["warm_ups"]}
+        row["median_s"] = statistics.median(seconds)
+    return found
 
 
 def ratio(theirs: Sequence[float], mine: Sequence[float]) -> dict[str, float]:
-    """How many times faster ``mine`` is: by medians, and the extremes of calls in the same turn."""
+    """How many times faster ``mine`` is: by medians, and the extremes of calls in the same turn.
+
+    Empty for a single pair, which is no measurement.
+    """
     pairs = [a / b for a, b in zip(theirs, mine, strict=False)]
+    if len(pairs) < 2:
+        return {}
     return {"median": statistics.median(theirs) / statistics.median(mine), "low": min(pairs), "high": max(pairs)}
 
 
-def ratios(peer: str, theirs: Sequence[float], mine: Sequence[float]) -> dict[str, dict[str, float]]:
-    """The ratio under the peer's name. Empty for a single pair, which is no measurement."""
-    return {peer: ratio(theirs, mine)} if min(len(theirs), len(mine)) > 1 else {}
-
-
-def ratio_text(found: Mapping[str, float]) -> str:
+def ratio_text(found: Mapping[str, float] | None) -> str:
     """A ratio for people; "" for none."""
     return f"{found['median']:.2f}x ({found['low']:.2f}-{found['high']:.2f})" if found else ""
 
@@ -298,6 +301,8 @@ def largest_error(got: Any, exact: Any) -> float:
     """The largest difference of two outputs, relative to the largest value; over all parts of a tuple."""
     if isinstance(got, tuple):
         return max(largest_error(*pair) for pair in zip(got, exact, strict=True))
+    if got.shape != exact.shape:
+        return math.inf
     got, exact = got.float(), exact.float()
     return ((got - exact).abs().max() / exact.abs().max()).item()
 

@@ -52,21 +52,21 @@ def test(checkpoint: Path, manifest: Path) -> dict[str, float]:
     return {"top1": result.top1, "pair": pair, "order": order}
 
 
-def main() -> int:
-    parser = arguments.parser(__doc__)
+def main(argv: list[str] | None = None) -> int:
+    parser = arguments.parser(__doc__, json_help="write the figures here")
+    count = arguments.count
     parser.add_argument("--work", type=Path, default=Path("runs/motion-ablation"), help="folder for clips and runs")
-    parser.add_argument("--clips", type=int, default=1000, help="training clips of each class (default 1000)")
-    parser.add_argument("--test-clips", type=int, default=100, help="test clips of each class (default 100)")
+    parser.add_argument("--clips", type=count, default=1000, help="training clips of each class (default 1000)")
+    parser.add_argument("--test-clips", type=count, default=100, help="test clips of each class (default 100)")
     parser.add_argument("--seed", type=int, default=0, help="seed of clips and weights (default 0)")
-    parser.add_argument("--models", default=",".join(MODELS), help="rows, comma-separated (default: all)")
-    parser.add_argument("--json", type=Path, help="write the figures here")
+    every = ",".join(MODELS)
+    parser.add_argument(
+        "--models", type=arguments.names(MODELS), default=every, help="rows, comma-separated (default: all)"
+    )
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="training configuration, such as optim.epochs=5"
     )
-    args = parser.parse_args()
-    names = args.models.split(",")
-    if unknown := [name for name in names if name not in MODELS]:
-        parser.error(f"unknown: {', '.join(unknown)}; the models are {', '.join(MODELS)}")
+    args = parser.parse_args(argv)
     begin = time.perf_counter()
     data = args.work / "data"
     given = ["--clips", str(args.clips), "--test-clips", str(args.test_clips), "--seed", str(args.seed)]
@@ -92,7 +92,7 @@ def main() -> int:
         return done.returncode == 0, time.perf_counter() - started
 
     with ThreadPoolExecutor(2) as pool:
-        ended = dict(zip(names, pool.map(trained, names), strict=True))
+        ended = dict(zip(args.models, pool.map(trained, args.models), strict=True))
     rows: list[dict[str, Any]] = []
     clips = {"seed": args.seed, "clips_per_class": args.clips, "test_clips_per_class": args.test_clips}
     report = {"environment": measuring.environment("cpu"), **clips, "rows": rows}
@@ -106,13 +106,11 @@ def main() -> int:
         rows.append({"model": name, **found, "train_seconds": seconds})
         figures = " | ".join(f"{100 * found[key]:.1f} %" for key in ("top1", "pair", "order"))
         print(f"| {name} | {figures} | {seconds:.0f} |", flush=True)
-        if args.json:
-            measuring.write_json(args.json, report)
+        measuring.write_json(args.json, report)
     total = time.perf_counter() - begin
     busy = sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     print(f"{10 * args.test_clips} test clips; all of it took {total:.0f} s, and {busy:.0f} s of processor time")
-    if args.json:
-        measuring.write_json(args.json, report | {"seconds": total, "processor_seconds": busy})
+    measuring.write_json(args.json, report | {"seconds": total, "processor_seconds": busy})
     return 0 if all(succeeded for succeeded, _ in ended.values()) else 1
 
 

@@ -12,6 +12,7 @@ unfinished. Prints one JSON object.
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import logging
 import os
 import re
@@ -32,11 +33,12 @@ BROKEN = 50  # one file of so many is
 LOOPBACK = "127.0.0.1"
 
 
-def main() -> None:
-    parser = arguments.parser(__doc__)
-    parser.add_argument("--clips", type=int, default=2000, help="number of clips (default 2000)")
-    parser.add_argument("--json", type=Path, help="append the result to this file")
-    options = parser.parse_args()
+def main(argv: list[str] | None = None) -> None:
+    parser = arguments.parser(__doc__, json_help="write the result here")
+    parser.add_argument("--clips", type=arguments.count, default=2000, help="number of clips (default 2000)")
+    options = parser.parse_args(argv)
+    import ray  # noqa: F401 -- a missing package is named before anything starts
+    import s3fs  # noqa: F401
     from moto.server import ThreadedMotoServer
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
@@ -58,7 +60,8 @@ def main() -> None:
         s3.stop()
     versions = {name: importlib.metadata.version(name) for name in ("ray", "lancedb", "moto")}
     environment = measuring.environment("cpu") | versions
-    measuring.append_json(options.json, {"benchmark": "scale", "environment": environment, **result})
+    print(json.dumps(result, indent=1))
+    measuring.write_json(options.json, {"environment": environment, **result})
 
 
 def run(folder: Path, clips: int) -> dict[str, Any]:
@@ -200,4 +203,4 @@ def _since(begun: float) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -3,7 +3,7 @@
     python benchmarks/search.py rows --count 1000000     # time of a query, of adding 100 videos, of building the index
     python benchmarks/search.py film --minutes 60        # known events found, peak memory, time next to decoding alone
 
-Each prints one JSON object, and appends it to --json FILE. The models are small and have random weights; the vectors of
+Each prints one JSON object; --json FILE keeps it. The models are small and have random weights; the vectors of
 `rows` are random.
 """
 
@@ -39,14 +39,16 @@ from xclip_fast.search.store import Store
 E, CHUNK = 512, 20_000
 
 
-def main() -> None:
-    parser = arguments.parser(__doc__)
+def main(argv: list[str] | None = None) -> None:
+    parser = arguments.parser(__doc__, json_help="write the result here")
+    count = arguments.count
     parser.add_argument("what", choices=("rows", "film"))
-    parser.add_argument("--count", type=int, default=1_000_000, help="number of rows (default 1000000)")
-    parser.add_argument("--patches", type=int, default=0, help="patch features to store with each row (default 0)")
-    parser.add_argument("--minutes", type=int, default=60, help="length of the film (default 60)")
-    parser.add_argument("--json", type=Path, help="append the result to this file")
-    options = parser.parse_args()
+    parser.add_argument("--count", type=count, default=1_000_000, help="number of rows (default 1000000)")
+    parser.add_argument("--patches", type=count, default=0, help="patch features to store with each row (default 0)")
+    parser.add_argument("--minutes", type=count, default=60, help="length of the film, from 2 on (default 60)")
+    options = parser.parse_args(argv)
+    if options.minutes < 2:
+        arguments.fail("--minutes: the twelve events of ten seconds take at least 2")
     with tempfile.TemporaryDirectory(prefix="xclip-search-") as scratch:
         if options.what == "rows":
             result = rows(Path(scratch), options.count, options.patches)
@@ -54,7 +56,8 @@ def main() -> None:
             result = film(Path(scratch), options.minutes)
     versions = {name: importlib.metadata.version(name) for name in ("lancedb", "pyarrow")}
     environment = measuring.environment("cpu") | {"usable_cores": usable_cores()} | versions
-    measuring.append_json(options.json, {"benchmark": options.what, "environment": environment, **result})
+    print(json.dumps(result, indent=1))
+    measuring.write_json(options.json, {"environment": environment, **result})
 
 
 def rows(folder: Path, count: int, patches: int) -> dict[str, Any]:
@@ -232,4 +235,4 @@ def _seconds(work: Callable[[], Any]) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

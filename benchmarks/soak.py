@@ -156,12 +156,12 @@ def soak(
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = arguments.parser(__doc__)
-    parser.add_argument("--samples", type=int, default=20_000, help="number of videos (default 20000)")
-    parser.add_argument("--folder", type=Path, help="folder for temporary files (hard links); default: the system's")
-    parser.add_argument("--json", type=Path, help="write the result here")
+    parser = arguments.parser(__doc__, json_help="write the result here")
+    parser.add_argument("--samples", type=arguments.count, default=20_000, help="number of videos (default 20000)")
     args = parser.parse_args(argv)
-    with tempfile.TemporaryDirectory(prefix="soak-", dir=args.folder) as folder:
+    if args.samples < 2 * EVERY:
+        arguments.fail(f"--samples {args.samples}: at least {2 * EVERY} wanted, of which two are bad")
+    with tempfile.TemporaryDirectory(prefix="soak-") as folder:
         result = {"environment": measuring.environment("cpu"), **soak(Path(folder), args.samples)}
     print(f"{result['summary']}, in {result['seconds']:.0f} s ({result['videos_per_second']:.0f} videos/s)")
     waits = result["first_batch_seconds"], result["longest_wait_seconds"]
@@ -171,8 +171,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"batch {look['batch']:6d}: parent {parent:6.0f} MiB, workers {workers:6.0f} MiB")
     for check, passed in result["passed"].items():
         print(f"{'passed' if passed else 'FAILED'}: {check}")
-    if args.json:
-        measuring.write_json(args.json, result)
+    measuring.write_json(args.json, result)
     return 0 if all(result["passed"].values()) else 1
 
 

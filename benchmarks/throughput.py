@@ -24,7 +24,7 @@ import arguments
 import cpu_engines
 import measuring
 import torch
-from arguments import chosen, fail, numbers
+from arguments import fail
 from contenders import (
     BATCHES_A_CALL,
     COMPILED,
@@ -41,7 +41,6 @@ from contenders import (
     products_of,
     write_clips,
 )
-from measuring import largest_error, ratios
 from throughput_table import print_table
 
 import xclip_fast
@@ -59,42 +58,34 @@ COMPILE_SECONDS = {"cuda": 150.0, "cpu": 60.0}  # the least time left for a comp
 ENGINES = {name.lower().replace(" ", ""): name for name in cpu_engines.FORMATS}  # "openvino": "OpenVINO"
 ENGINE_SECONDS = 45.0  # the least time left for an engine's conversion to start
 COMPILED_BATCH = 32  # the compiled peer runs at the batch size nearest to this
-GPU_BATCHES = "1,8,32,64,128,256,512"  # until throughput grows by less than SATURATED
+GPU_BATCHES = [1, 8, 32, 64, 128, 256, 512]  # until throughput grows by less than SATURATED
 SATURATED = 1.05
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = arguments.parser(__doc__)
-    arguments.add_model_options(parser, VARIANTS, PRECISIONS)
+    parser = arguments.model_parser(__doc__, VARIANTS, PRECISIONS)
     parser.add_argument(
-        "--batch-sizes", default="auto", help="comma-separated; auto: 1 on a CPU, up to saturation on a GPU"
+        "--batch-sizes",
+        type=arguments.counts,
+        help="comma-separated (default: 1 on a CPU, up to saturation on a GPU)",
     )
-    parser.add_argument("--works", default=",".join(WORKS), help=f"comma-separated, of {', '.join(WORKS)}")
+    works = ",".join(WORKS)
+    parser.add_argument("--works", type=arguments.names(WORKS), default=works, help=f"comma-separated, of {works}")
     parser.add_argument(
-        "--processor-time",
-        action="store_true",
-        help="for a busy CPU: measure the processor time of the process, on one thread (implies --threads 1)",
-    )
-    parser.add_argument(
-        "--engines", default="", help=f"also Hugging Face's video tower in these, on a CPU: {', '.join(ENGINES)}"
+        "--engines",
+        type=arguments.names(ENGINES),
+        default=[],
+        help=f"also Hugging Face's video tower in these, on a CPU: {', '.join(ENGINES)}",
     )
     args = parser.parse_args(argv)
-    arguments.check_model_options(args)
     gpu = args.device == "cuda"
-    args.variants = chosen("--variants", args.variants, list(PAPER_TABLE1) if gpu else ["B/32-8f", "B/16-8f"], VARIANTS)
-    args.precisions = chosen("--precisions", args.precisions, ["bf16", "fp16"] if gpu else ["fp32", "bf16"], PRECISIONS)
-    args.engines = chosen("--engines", args.engines, [], ENGINES) if args.engines else []
+    args.seconds = args.seconds or arguments.seconds_on(args.device)
+    args.variants = args.variants or (list(PAPER_TABLE1) if gpu else ["B/32-8f", "B/16-8f"])
+    args.precisions = args.precisions or (["bf16", "fp16"] if gpu else ["fp32", "bf16"])
     if gpu and args.engines:
         fail("--engines are measured on a CPU: add --device cpu")
-    args.works = chosen("--works", args.works, list(WORKS), WORKS)
-    args.until_saturated = gpu and args.batch_sizes == "auto"
-    sizes = (GPU_BATCHES if gpu else "1") if args.batch_sizes == "auto" else args.batch_sizes
-    args.batch_sizes = numbers("--batch-sizes", sizes)
-    if args.processor_time:
-        if gpu or args.threads not in (None, 1):
-            fail("--processor-time is for one thread of a CPU: add --device cpu --threads 1")
-        args.threads = 1
-    arguments.check_outputs(json=args.json)
+    args.until_saturated = gpu and not args.batch_sizes
+    args.batch_sizes = args.batch_sizes or (GPU_BATCHES if gpu else [1])
     return args
 
 
@@ -159,33 +150,20 @@ def compiled_cells(cells: list[Cell]) -> set[Cell]:
 def rows_of(
     cell: Cell, results: dict[str, dict[str, Any]], lengths: list[int], rate: float, device: str
 ) -> list[dict[str, Any]]:
-    """The JSON rows of one cell. Rows of ours have the ratios."""
-    rows: list[dict[str, Any]] = []
-    ours = results[OURS].get("seconds", [])
+    """The JSON rows of one cell. Those of peers have the ratio of ours to them."""
+    if DECODING in results and "output" in results[DECODING]:
+        results[DECODING]["output"] = results[OURS].get("output")  # frames, which have no peer
+    rows = measuring.rows(results, dataclasses.asdict(cell), TOLERANCE[cell.precision])
     paper = PAPER_TABLE1.get(cell.variant)
-    for name, result in results.items():
-        row: dict[str, Any] = dataclasses.asdict(cell) | {"contender": name, "note": result.get("note", "")}
-        rows.append(row)
-        if not result.get("seconds"):
+    for row in rows:
+        name = row["contender"]
+        if row["note"]:
             continue
-        row |= measuring.timings(result) | {"peak_memory_bytes": result["peak_memory"]}
         views = cell.batch * (BATCHES_A_CALL if cell.work == "files" else 1)
+        row["peak_memory_bytes"] = results[name]["peak_memory"]
         row["views_per_second"] = views / row["median_s"]
         row["ratio_to_paper"] = row["views_per_second"] / paper.views_per_second if paper else None
-        if name != OURS:
-            error = math.nan
-            if ours:  # decoding gives frames
-                error = 0.0 if name == DECODING else largest_error(results[OURS]["output"], result["output"])
-            row["largest_error"] = error if math.isfinite(error) else None
-            if error <= TOLERANCE[cell.precision]:
-                for mine in rows if name != GRAPHED else []:
-                    if "multiply_adds" in mine:
-                        mine.setdefault("ratios", {}).update(ratios(name, result["seconds"], mine["seconds"]))
-            elif ours:
-                row["note"] = (
-                    f"outputs differ from ours by {error:.1g}, more than {TOLERANCE[cell.precision]}: no ratio"
-                )
-        if name not in (OURS, GRAPHED) or row["note"]:
+        if name not in (OURS, GRAPHED):
             continue
         products = cell.work_products(lengths)
         row["multiply_adds"] = sum(product.multiply_adds for product in products) * views // cell.batch
@@ -201,7 +179,6 @@ def rows_of(
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Runs all cells. Returns the content of the JSON."""
     deadline = time.perf_counter() + args.seconds
-    measuring.clock = time.process_time if args.processor_time else time.perf_counter
     torch.manual_seed(0)
     # on a CPU also float32, in which ours computes without instructions for the precision
     rated = [*args.precisions, *(["fp32"] if args.device == "cpu" else [])]
@@ -251,8 +228,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 if cell in to_compile and peer and not compiles:
                     group.append(blank(cell, COMPILED, COMPILE_SECONDS[args.device]))
                 rows += group
-                if args.json:  # after every cell: a run that is stopped keeps what it measured
-                    measuring.write_json(args.json, report)
+                measuring.write_json(args.json, report)  # a run that is stopped keeps what it measured
                 speed = group[0].get("views_per_second", 0.0)
                 grows = speed > SATURATED * before.get(key, 0.0)
                 before[key] = speed if grows or not args.until_saturated else 0.0
@@ -304,11 +280,10 @@ def main(argv: list[str] | None = None) -> int:
     with xclip_fast.backend(args.backend):
         report = run(args)
     print_table(report, WORKS)
-    if args.json:
-        measuring.write_json(args.json, report)
+    measuring.write_json(args.json, report)
     wrong = [row for row in report["rows"] if row["note"].startswith(("outputs differ", "failed"))]
     return 1 if any(row["contender"] in (OURS, GRAPHED) or row["note"].startswith("outputs") for row in wrong) else 0
 
 
 if __name__ == "__main__":
-    arguments.start(main)
+    sys.exit(main())

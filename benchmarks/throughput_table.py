@@ -6,7 +6,7 @@ import itertools
 from typing import Any
 
 from contenders import GRAPHED, OURS
-from measuring import ratio_text, shown
+from measuring import ratio, ratio_text, shown
 
 BUSY = 0.25  # load average per core before the run; above it, other programs disturb the run
 NOT_RUN = "not run: a forward would take longer than --seconds leaves (the JSON holds the estimates)"
@@ -38,9 +38,7 @@ def print_table(report: dict[str, Any], works: dict[str, str]) -> None:
             print(f"  {row['contender']:16} {figures}")
     print()
     cores, load = environment["cores"], (environment["load_average"] or [0.0])[0]
-    if environment["clock"] == "process_time":
-        print("Times are processor times: waiting for other programs does not count.")
-    elif load > BUSY * cores:
+    if load > BUSY * cores:
         print(f"Busy machine: the load average before this run was {load:.1f} on {cores} cores.")
         print("Times are longer than on an idle machine, and ratios vary. Run it again alone.")
     for note in notes:
@@ -51,9 +49,9 @@ def print_table(report: dict[str, Any], works: dict[str, str]) -> None:
 
 def speed_over(row: dict[str, Any], group: list[dict[str, Any]]) -> str:
     """The ratio in a row: how many times faster ours is than a peer, or a variant of ours than its peer."""
-    ours, name = group[0].get("ratios", {}), row["contender"]
-    if name == OURS:
+    if row["contender"] == OURS:
         return ""
-    if name == GRAPHED:
-        return next((f"{ratio_text(found)} {against}" for against, found in row.get("ratios", {}).items()), "")
-    return ratio_text(ours.get(name, {})) or "no ratio of one call"
+    if row["contender"] != GRAPHED:
+        return ratio_text(row.get("ratio")) or "no ratio of one call"
+    peers = (peer for peer in group if peer["contender"] not in (OURS, GRAPHED) and not peer["note"])
+    return next((f"{ratio_text(ratio(peer['seconds'], row['seconds']))} {peer['contender']}" for peer in peers), "")

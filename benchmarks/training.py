@@ -24,7 +24,6 @@ import arguments
 import measuring
 import torch
 import torch.nn.functional as F
-from arguments import chosen, fail
 from contenders import COMPILED, EAGER, HF_INSTALLED, OURS, PRECISIONS, hf_cached, huggingface, normalized
 from torch import Tensor, nn
 
@@ -40,25 +39,26 @@ PART_RUNS = 5
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = arguments.parser(__doc__)
-    arguments.add_model_options(parser, VARIANTS, TOLERANCE)
-    parser.add_argument("--batch-size", type=int, help="videos in a step (default: 1 on a CPU, 32 on a GPU)")
-    parser.add_argument("--text", default="auto", help="comma-separated, of frozen, trained: the text tower")
-    parser.add_argument("--recompute", default="auto", help="comma-separated, of no, yes: activation checkpointing")
+    names = arguments.names
+    parser = arguments.model_parser(__doc__, VARIANTS, TOLERANCE)
+    parser.add_argument(
+        "--batch-size", type=arguments.count, help="videos in a step (default: 1 on a CPU, 32 on a GPU)"
+    )
+    parser.add_argument("--text", type=names(TEXT), help="comma-separated, of frozen, trained: the text tower")
+    parser.add_argument(
+        "--recompute", type=names(("no", "yes")), help="comma-separated, of no, yes: activation checkpointing"
+    )
     parser.add_argument("--no-peers", action="store_true", help="ours alone")
     parser.add_argument("--table7", action="store_true", help="the memory case of Table 7 (default on a GPU)")
     args = parser.parse_args(argv)
-    arguments.check_model_options(args)
     gpu = args.device == "cuda"
-    args.variants = chosen("--variants", args.variants, ["B/16-8f", "L/14-8f"] if gpu else ["B/32-8f"], VARIANTS)
-    args.precisions = chosen("--precisions", args.precisions, ["bf16"] if gpu else ["fp32"], TOLERANCE)
-    args.text = chosen("--text", args.text, list(TEXT) if gpu else ["frozen"], TEXT)
-    args.recompute = chosen("--recompute", args.recompute, ["no", "yes"] if gpu else ["no"], ("no", "yes"))
+    args.seconds = args.seconds or arguments.seconds_on(args.device)
+    args.variants = args.variants or (["B/16-8f", "L/14-8f"] if gpu else ["B/32-8f"])
+    args.precisions = args.precisions or (["bf16"] if gpu else ["fp32"])
+    args.text = args.text or (list(TEXT) if gpu else ["frozen"])
+    args.recompute = args.recompute or (["no", "yes"] if gpu else ["no"])
     args.batch_size = args.batch_size or (32 if gpu else 1)
-    if args.batch_size < 1:
-        fail(f"--batch-size {args.batch_size}: at least 1 wanted")
     args.table7 |= gpu
-    arguments.check_outputs(json=args.json)
     return args
 
 
@@ -199,28 +199,18 @@ def _freeze_huggingface(hf: nn.Module, towers: str) -> None:
 def rows_of(
     cell: Cell, contenders: dict[str, Contender], results: dict[str, Any], lengths: list[int], rate: float, device: str
 ) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
-    ours = results[OURS]
-    for name, contender in contenders.items():
-        result = results[name]
-        row = dataclasses.asdict(cell) | {"contender": name, "note": result.get("note", "")}
-        rows.append(row)
-        if not result.get("seconds"):
+    rows = measuring.rows(results, dataclasses.asdict(cell), TOLERANCE[cell.precision])
+    for row in rows:
+        name = row["contender"]
+        if row["note"]:
             continue
-        row |= measuring.timings(result) | {"loss": float(result["output"])}
-        row["clips_per_second"] = cell.batch / row["median_s"]
-        row |= {"state_bytes": contender.state_bytes(), "peak_bytes": result["peak_memory"]}
-        row["parts_s"] = contender.parts(device)
+        row |= {"loss": float(results[name]["output"]), "clips_per_second": cell.batch / row["median_s"]}
+        row |= {"state_bytes": contenders[name].state_bytes(), "peak_bytes": results[name]["peak_memory"]}
+        row["parts_s"] = contenders[name].parts(device)
         if name == OURS:
             row["multiply_adds"] = cell.multiply_adds(lengths)
             row["flop_per_s"] = 2 * row["multiply_adds"] / row["median_s"]
             row["share_of_gemm"] = row["flop_per_s"] / rate
-        elif ours.get("seconds"):
-            row["loss_error"] = abs(row["loss"] / float(ours["output"]) - 1)
-            if row["loss_error"] > TOLERANCE[cell.precision]:
-                row["note"] = f"the first loss differs from ours by {row['loss_error']:.1g}: no ratio"
-                continue
-            rows[0].setdefault("ratios", {}).update(measuring.ratios(name, result["seconds"], ours["seconds"]))
     return rows
 
 
@@ -258,8 +248,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     def keep(part: str, rows: list[dict[str, Any]]) -> None:
         """Written after every cell: a run that is stopped keeps what it measured."""
         report[part] += rows
-        if args.json:
-            measuring.write_json(args.json, report)
+        measuring.write_json(args.json, report)
 
     for cell in cells:
         try:
@@ -299,8 +288,8 @@ def print_table(report: dict[str, Any]) -> None:
             print(f"  state {gigabytes(row['state_bytes'])}, peak {gigabytes(row['peak_bytes']) or 'unknown'}")
             if "share_of_gemm" in row:
                 print(f"  {row['share_of_gemm']:.0%} of the GEMM rate")
-        for peer, ratio in row.get("ratios", {}).items():
-            print(f"  {measuring.ratio_text(ratio)} the speed of {peer}")
+        if row.get("ratio"):
+            print(f"  ours has {measuring.ratio_text(row['ratio'])} its speed")
         if row["note"]:
             print(f"  {row['note']}")
     print()
@@ -317,8 +306,8 @@ def main(argv: list[str] | None = None) -> int:
         report = run(args)
     print_table(report)
     bad = [row for row in report["rows"] if row["note"]]
-    return 1 if any(row["contender"] == OURS or "differs" in row["note"] for row in bad) else 0
+    return 1 if any(row["contender"] == OURS or "differ" in row["note"] for row in bad) else 0
 
 
 if __name__ == "__main__":
-    arguments.start(main)
+    sys.exit(main())

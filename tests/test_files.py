@@ -38,6 +38,16 @@ def test_a_folder_is_made_and_replaced_and_other_files_stay(tmp_path):
     assert os.listdir(folder.parent) == ["b"]
 
 
+def test_the_current_folder_stays_the_current_folder(tmp_path, monkeypatch):
+    """A shell in it would be left in the folder that the exchange removes."""
+    monkeypatch.chdir(tmp_path)
+    write("../" + tmp_path.name, "1")
+    write(".", "2")
+    assert os.path.samefile(".", tmp_path)
+    assert content(tmp_path) == {"weights": "2", "config": "2"}
+    assert len(os.listdir(tmp_path)) == 2
+
+
 def test_a_failed_block_changes_nothing(tmp_path):
     folder = tmp_path / "a"
     write(folder, "1")
@@ -142,6 +152,14 @@ PREPARE = textwrap.dedent(f"""
 """)
 
 
+def test_no_room_for_a_lock(tmp_path, file_limit):
+    """The lock file stayed."""
+    file_limit(0)
+    with pytest.raises(OSError, match=r"x\.json: could not be written, a file would be larger than the disk or"):
+        files.write_text(tmp_path / "x.json", "1")
+    assert os.listdir(tmp_path) == []
+
+
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     path = tmp_path / "x.json"
     files.write_text(path, "1\n")
@@ -153,6 +171,8 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     with pytest.raises(OSError, match=r"x\.json: could not be written, no space left"), files.replaced(path):
         raise full
+    with pytest.raises(FileNotFoundError, match=rf"{tmp_path}/no/x\.json: there is no folder {tmp_path}/no; make it"):
+        files.write_text(tmp_path / "no" / "x.json", "3\n")
     with files.replaced(path), pytest.raises(FileExistsError, match="another process"):
         files.write_text(path, "4\n")
     assert (path.read_text(), os.listdir(tmp_path)) == ("2\n", ["x.json"])

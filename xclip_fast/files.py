@@ -118,9 +118,12 @@ def replaced(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     Raises:
         FileExistsError: if another process is writing to ``path``.
-        OSError: if the folder cannot be written, before the block runs; if the disk is full, which the message says.
+        OSError: if the folder is missing or cannot be written, before the block runs; if the disk is full, which the
+            message says.
     """
     path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path}: there is no folder {path.parent}; make it first")
     name = path.name
     if len(os.fsencode(name)) > _LONG_NAME:
         name = hashlib.blake2b(os.fsencode(name), digest_size=16).hexdigest()
@@ -178,12 +181,17 @@ def staged(folder: str | os.PathLike[str], owned: Collection[str], last: str) ->
 
 @contextlib.contextmanager
 def full_disk(path: str | os.PathLike[str], more: str = "") -> Iterator[None]:
-    """While the block lasts, a disk or a quota that is full is an OSError that says so, with ``more``."""
+    """While the block lasts, a disk or a quota that is full is an OSError that says so, with ``more``.
+
+    So is a file that is too large for the disk or the limits of this process.
+    """
     try:
         yield
     except (OSError, RuntimeError, ValueError) as error:  # LanceDB has no error of its own for it
-        if is_full(error):
-            full = OSError(f"{path}: could not be written, no space left on the disk{more}; make room and start again")
+        large = os.strerror(errno.EFBIG) in str(error)
+        if large or is_full(error):
+            why = "a file would be larger than the disk or `ulimit -f` allows" if large else "no space left on the disk"
+            full = OSError(f"{path}: could not be written, {why}{more}; make room and start again")
             full.errno = errno.ENOSPC
             raise full from error
         raise
@@ -195,10 +203,13 @@ def is_full(error: BaseException) -> bool:
 
 
 def _beside(target: Path) -> bool:
-    """Whether a folder can be staged beside the target: a writable parent on the same file system."""
+    """Whether a folder can be staged beside the target: a writable parent on the same file system.
+
+    Not beside the current folder: a shell would stay in the one that is removed.
+    """
     if not target.exists():
         return True
-    same = target.stat().st_dev == target.parent.stat().st_dev
+    same = target.stat().st_dev == target.parent.stat().st_dev and not target.samefile(os.curdir)
     return same and os.access(target.parent, os.W_OK | os.X_OK)
 
 
@@ -232,9 +243,9 @@ def locked(path: Path, folder: str | os.PathLike[str]) -> Iterator[None]:
             if os.path.samestat(os.fstat(handle), os.stat(path)):
                 break
         os.close(handle)  # the process before removed it between our two calls
-    os.truncate(handle, 0)
-    os.write(handle, f"{os.getpid()} on {socket.gethostname()}".encode())
     try:
+        os.truncate(handle, 0)
+        os.write(handle, f"{os.getpid()} on {socket.gethostname()}".encode())
         yield
     finally:
         with contextlib.suppress(FileNotFoundError):

@@ -1,10 +1,8 @@
-"""Stage 5: the attention of each frame over its L tokens and the message: every backend, and ours at each tile size."""
+"""Stage 5: the attention of each frame over its L tokens and the message, by every backend."""
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +10,6 @@ from xclip_fast.kernels import dispatch
 from xclip_fast.kernels.attention import ATTENTION, attention_reference
 from xclip_fast.kernels.dispatch.parts import Case, refusal
 from xclip_fast.kernels.dispatch.support import Backend
-from xclip_fast.kernels.tune.tiles import ATTENTION as TILES
 
 from .case import Job, Row
 
@@ -31,15 +28,8 @@ def backends(
     heads: int,
     backward: bool = False,
     names: tuple[str, ...] = ATTENTION.names,
-    tiles: tuple[dict[str, Any] | None, ...] = (None,),
 ) -> Iterator[Row]:
-    """A row of each named backend: forward, or forward and backward.
-
-    Args:
-        tiles: of the Triton kernel's forward; None: as its table says.
-    """
-    from xclip_fast.kernels.triton import launching
-
+    """A row of each named backend: forward, or forward and backward."""
     qkv = packed(job, frames, tokens, heads)
     dout = torch.randn_like(qkv[:, :, 0]) if backward else None
     compared = [*range(0, frames, max(1, frames // 16)), frames - 1]
@@ -49,18 +39,14 @@ def backends(
     case = Case(qkv.device, job.dtype, job.dtype, *sizes, training=backward, interpreted=dispatch.off_gpu)
     direction = "forward and backward" if backward else "forward"
     for backend in ATTENTION.backends:
-        for tile in tiles if backend.name == "triton" else (None,):
-            key = f"{backend.name} {tile or ''} {direction}"
-            if backend.name not in names or key in job.without:
-                continue
-            row: Row = {"contender": backend.name, "direction": direction}
-            if tile:
-                row |= {"contender": f"{backend.name} {tile['BLOCK_M']}x{tile['BLOCK_N']}", "tile": tile}
-            forced = launching.forced_tile("attention", tile) if tile else contextlib.nullcontext()
-            with job.trying(key, row), torch.no_grad(), forced:
-                reason = refusal(backend, case)
-                row |= {"note": f"refused: {reason}"} if reason else timed(job, backend, qkv, dout, compared, exact)
-            yield row
+        key = f"{backend.name} {direction}"
+        if backend.name not in names or key in job.without:
+            continue
+        row: Row = {"contender": backend.name, "direction": direction}
+        with job.trying(key, row), torch.no_grad():
+            reason = refusal(backend, case)
+            row |= {"note": f"refused: {reason}"} if reason else timed(job, backend, qkv, dout, compared, exact)
+        yield row
 
 
 def exactly(qkv: Tensor, dout: Tensor | None) -> list[Tensor]:
@@ -96,14 +82,13 @@ def timed(
 
 
 def sizes(job: Job, tokens: int, frames: int, heads: int) -> Iterator[Row]:
-    """All backends at one number of tokens: forward, ours at each tile size, then forward and backward."""
+    """All backends at one number of tokens: forward, then forward and backward."""
     if job.tiny:
         tokens, frames, heads = 17, 4, 2
     base: Row = {"op": "attention", "tokens": tokens, "frames": frames, "precision": job.precision}
     for backward in (False, True):
-        tiles = (None,) if backward else (None, *(TILES[:2] if job.tiny else TILES))
         best = float("inf")
-        for row in backends(job, frames, tokens, heads, backward, tiles=tiles):
+        for row in backends(job, frames, tokens, heads, backward):
             if "ms" in row:
                 best = min(best, row["ms"])
                 row["to_best"] = row["ms"] / best

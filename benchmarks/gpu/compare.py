@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from xclip_fast.kernels.tune.backends import error
+from xclip_fast.kernels.tune.backends import judge
 
 from .case import Job, Row
 
@@ -22,22 +22,6 @@ def check(
     row["right"] = row["error"] <= row["limit"]
     if not row["right"]:
         row["note"] = f"WRONG: error {row['error']:.3g}, limit {row['limit']:.3g}"
-
-
-def judge(got: Sequence[Tensor], exact: Sequence[Tensor], baseline: Sequence[Tensor]) -> tuple[float, float]:
-    """The error of the worst result, and its limit: 2 err(torch in the same dtype) + 4 eps.
-
-    A missing result has an infinite error.
-    """
-    if len(got) != len(exact):
-        return math.inf, 0.0
-    pairs = []
-    for mine, right, torchs in zip(got, exact, baseline, strict=True):
-        if mine.shape != right.shape:
-            return math.inf, 0.0
-        limit = 2 * error(torchs, right) + 4 * torch.finfo(mine.dtype).eps
-        pairs.append((error(mine, right), limit))
-    return max(pairs, key=lambda pair: math.inf if math.isnan(pair[0]) else pair[0] / pair[1])
 
 
 def poison(device: str) -> None:

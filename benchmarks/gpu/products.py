@@ -1,4 +1,6 @@
-"""Stage 4: the four products of a block of B/16 with their epilogues: cuBLAS, each Triton tile, each CUTLASS tile.
+"""Stage 4: the four products of a block of B/16 with their epilogues: cuBLAS, Triton's, each CUTLASS tile.
+
+`xclip-fast tune` times Triton's tiles.
 
 qkv = LN(x) W + b; out = x + h W + b with row statistics; fc1 = quick_gelu(LN(x) W + b); fc2 like out. A product sums
 over K and has M rows and N columns.
@@ -12,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from xclip_fast.kernels.tune.tiles import GEMM as TILES
 
 from .case import Job, Row
 
@@ -96,36 +97,12 @@ def contenders(job: Job, product: str, given: Operands) -> Iterator[tuple[str, R
 
     yield "cuBLAS alone", {"kind": "bare"}, lambda: lambda: F.linear(given.x, given.weight)
     yield "cuBLAS, torch's passes", {"kind": "cublas"}, lambda: lambda: plain(product, *given)
-    for use in (None, *(TILES[:2] if job.tiny else TILES)):
-        size = f"{use['BLOCK_M']}x{use['BLOCK_N']}" if use else "table's"
-        row = {"kind": "triton", "tile": use}
-        yield f"triton {size}", row, lambda use=use: forced(use, triton_call(product, given))
+    yield "triton", {"kind": "triton"}, lambda: triton_call(product, given)
     if cuda_library.refuse_device(job.device, 0) is None:
         epilogue = {"qkv": "Norm", "fc1": "NormGelu"}.get(product, "ResidualStatistics")
         for name in cuda_library.tiles(epilogue, job.dtype):
             row = {"kind": "cutlass", "tile": name}
             yield f"cutlass {name}", row, lambda name=name: cutlass_call(product, given, name)
-
-
-def forced(use: Row | None, call: Callable[[], Any]) -> Callable[[], Any]:
-    from xclip_fast.kernels.triton import launching
-
-    def with_tile() -> Any:
-        with launching.forced_tile("gemm", use):
-            return call()
-
-    return call if use is None else with_tile
-
-
-def compile_tiles(job: Job, product: str, numbers: list[int]) -> Iterator[Row]:
-    """Compile the kernels of a product with some of the tile sizes, for the timed cases."""
-    given = operands(job, product, 24 if job.tiny else ROWS[0])
-    for number in numbers:
-        use = TILES[number]
-        row: Row = {"op": product, "tile": use, "direction": "compile"}
-        job.attempt(f"tile {number}", row, forced(use, triton_call(product, given)))
-        if "note" in row:
-            yield row
 
 
 def product(job: Job, product: str, rows: int) -> Iterator[Row]:

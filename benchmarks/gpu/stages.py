@@ -94,12 +94,6 @@ def products(rehearse: bool) -> list[Case]:
     from . import products as stage
 
     cases = []
-    numbers = list(range(2 if rehearse else len(stage.TILES)))
-    for product in stage.SHAPES:
-        for part in range(0, len(numbers), 4):
-            options = {"product": product, "numbers": numbers[part : part + 4]}
-            name = f"compile {product} {part}"
-            cases.append(Case(name, "products:compile_tiles", options, 40, together=True))
     for rows in (stage.ROWS[1],) if rehearse else (stage.ROWS[1], stage.ROWS[2], stage.ROWS[0]):
         for product in stage.SHAPES:
             cases.append(Case(f"{product} {rows}", "products:product", {"product": product, "rows": rows}, 30))

@@ -180,7 +180,7 @@ def test_the_table_shows_the_best_of_each_kind_and_names_what_is_wrong(check):
     ("options", "said"),
     [
         (["--stages", "smoke,magic"], "'magic'"),
-        (["--seconds", "0"], "give a positive time"),
+        (["--seconds", "0"], "a positive number wanted"),
         (["--break", "a=kill"], "add --rehearse"),
         (["--rehearse", "--break", "a=eat"], "one of kill, hang, wrong"),
     ],

@@ -17,6 +17,7 @@ from xclip_fast.cli import main as cli
 from xclip_fast.cli import options
 from xclip_fast.data.decode.decoder import decode
 from xclip_fast.data.motion import CLASSES, render, write_clip
+from xclip_fast.inference import placement
 from xclip_fast.inference.placement import placed
 
 NO_LANCEDB = "LanceDB is not installed: pip install 'xclip-fast[search]'"
@@ -227,7 +228,7 @@ def test_without_weights_it_refuses_or_warns(home, run, monkeypatch):
         (["frobnicate"], 2, "frobnicate"),
         (["classify", "--labels", "a", "-c", "{home}/a"], 2, "VIDEO"),
         (["classify", "{clip}", "-c", "{home}/a"], 2, "--labels"),
-        (["classify", "", "--labels", "a", "-c", "{home}/a"], 2, "a name is empty"),
+        (["classify", "", "--labels", "a", "-c", "{home}/a"], 1, "a name is empty"),
         (["classify", "{clip}", "--labels", "a", "-c", "{home}/a", "--top", "0"], 2, "--top"),
         (["classify", "{clip}", "--labels", "a", "-c", "{home}/a", "--frames", "0"], 2, "--frames"),
         (["classify", "{clip}", "--labels", "a", "-c", "{home}/a", "--batch-size", "x"], 2, "--batch-size"),
@@ -235,7 +236,7 @@ def test_without_weights_it_refuses_or_warns(home, run, monkeypatch):
         (["classify", "{clip}", "--labels", "a", "-c", "{home}/a", "--device", "tpu"], 1, "cuda:N"),
         (["classify", "{clip}", "--labels", "a", "-c", "{home}/a", "--device", "cpu:x"], 1, "cuda:N"),
         (["classify", "{clip}", "--labels", "a", "-c", "{home}/a", "--device", "cuda:99"], 1, "device is cuda:99: "),
-        (["classify", "{clip}", "--labels", "a", "--random-weights", "--variant", "B/17"], 2, "B/16-8f"),
+        (["classify", "{clip}", "--labels", "a", "-c", "{home}/a", "--variant", "B/17"], 1, "B/16-8f"),
         (["classify", "{clip}", "--labels", "a", "-c", "{home}/a", "--variant", "B/16-8f"], 1, "heads"),
         (["classify", "{clip}", "--labels", "a", "-c", "{home}/nothing"], 1, "no such file or folder"),
         (["classify", "{clip}", "--labels", "a", "-c", "{home}/broken.mp4"], 1, "broken.mp4"),
@@ -256,8 +257,12 @@ def test_without_weights_it_refuses_or_warns(home, run, monkeypatch):
         (["search", "{clip}", " "], 2, "the query is empty"),
         (["search", "{clip}"], 2, "--interactive"),
         (["classify", "{clip}", "--labels", "a", "-c", "{home}/a", "--stride", "2"], 2, "--window"),
-        (["flops", "--time", "--variants", "X"], 2, "'X' is none of"),
-        (["flops", "--time", "--batches", "1,x"], 2, "'x' is not a positive"),
+        (["flops", "--time", "--variants", "X"], 1, "B/16-8f"),
+        (["flops", "--time", "--batches", "1,x"], 2, "'x' is not a whole number"),
+        (["flops", "--time", "--batches", "65537"], 2, "from 1 to 65536"),
+        (["classify", "{clip}", "--labels", "a", "-c", "{home}/a", "--window", "1", "--stride", "0"], 1, "stride is 0"),
+        (["convert", "{home}/a", ""], 2, "a name is empty"),
+        (["few-shot", "", "--shots", "1", "--out", "{home}/x.jsonl"], 2, "a name is empty"),
         (["motion", "{home}/m", "--size", "17"], 2, "H.264 needs even numbers"),
         (["convert", "{home}/a"], 2, "FOLDER"),
         (["convert", "{home}/a", "{home}/c", "--layout", "x"], 2, "--layout"),
@@ -335,9 +340,9 @@ def test_errors_of_the_machine_are_lines_and_bugs_are_not(home, run, monkeypatch
         (ModuleNotFoundError(name="PIL.Image"), "error: the Python module PIL is not installed\n"),
         (MemoryError(), "error: MemoryError\n"),
     ):
-        monkeypatch.setattr(options, "load_model", lambda *_, error=error: (_ for _ in ()).throw(error))
+        monkeypatch.setattr(placement, "load_model", lambda *_, error=error: (_ for _ in ()).throw(error))
         assert run(*arguments) == (1, "", line)
-    monkeypatch.setattr(options, "load_model", lambda *_: (_ for _ in ()).throw(RuntimeError("a bug")))
+    monkeypatch.setattr(placement, "load_model", lambda *_: (_ for _ in ()).throw(RuntimeError("a bug")))
     with pytest.raises(RuntimeError, match="a bug"):
         cli.main([str(argument) for argument in arguments])
 

@@ -312,6 +312,10 @@ def test_refusals(data):
         ("zero-shot-ucf101", ["a"], {}, "takes 3 manifests, and 1 are given"),
         ("few-shot-ucf101", ["a"], {}, "needs the number of training videos"),
         ("zero-shot-kinetics600", ["a"], {}, "needs the class names of Kinetics-400"),
+        ("zero-shot-kinetics600", ["a"], {"shots": 2, "kinetics400": "b"}, "takes no --shots"),
+        ("zero-shot-ucf101", ["a"] * 3, {"shots": 2}, "takes no --shots"),
+        ("zero-shot-ucf101", ["a"] * 3, {"draws": ["b"]}, "takes no --draws or --kinetics400"),
+        ("few-shot-ucf101", ["a"], {"shots": 2, "kinetics400": "b"}, "takes no --draws or --kinetics400"),
     ):
         with pytest.raises(ValueError, match=said):
             protocols.main(name, data / "model", manifests, **options)

@@ -62,6 +62,12 @@ def opened(model: XCLIP, form: Format, path: Path) -> dict[str, Any]:
     }
 
 
+def test_each_weight_is_in_one_graph(model: XCLIP, programs: dict[str, Any]) -> None:
+    """A .pt2 file holds a program's whole state."""
+    held = [name.removeprefix("model.") for program in programs.values() for name in program.state_dict]
+    assert sorted(held) == sorted(model.state_dict())
+
+
 @pytest.mark.usefixtures("traced")
 @pytest.mark.parametrize("name", ["onnx", "openvino"])
 def test_graphs_give_the_model_s_logits(model: XCLIP, tmp_path: Path, name: str) -> None:

@@ -23,7 +23,15 @@ if TYPE_CHECKING:
     from ..scale.stage import ModelSpec
     from ..search.page import Page
 
-PATH = click.Path(path_type=Path, readable=False)  # what opens a file tells better why it cannot
+
+class FilePath(click.Path):
+    """A path, which may be missing: what opens a file tells better why it cannot. It is not empty (``"$UNSET"``)."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return super().convert(value, param, ctx) if value else self.fail("a name is empty", param, ctx)
+
+
+PATH = FilePath(path_type=Path, readable=False)
 COUNT = click.IntRange(1)
 
 
@@ -131,8 +139,12 @@ class Model(NamedTuple):
 
     def load(self) -> XCLIP:
         """The model on the CPU, in the checkpoint's precision."""
+        from ..inference.placement import load_model
+
         self.check()
-        return load_model(self.checkpoint, self.variant, self.random_weights)
+        if self.random_weights:
+            print("warning: random weights: the answers mean nothing", file=sys.stderr)
+        return load_model(self.checkpoint, self.variant)
 
     def of_store(self, place: Path) -> Model:
         """With the given checkpoint and variant; without them, with those that a store was made with."""
@@ -260,8 +272,6 @@ def find_videos(given: Sequence[str] | None) -> tuple[Inputs, bool]:
     """The video files of the arguments, and whether a folder or glob holds none or cannot be listed."""
     from ..data.inputs import find_videos as find
 
-    if "" in (given or ()):
-        raise click.BadParameter("a name is empty", param_hint="VIDEO")
     inputs = find(given or ())
     failed = False
     for line in inputs.empty:
@@ -303,15 +313,3 @@ def set_threads(threads: int | None) -> None:
         import torch
 
         torch.set_num_threads(threads)
-
-
-def load_model(checkpoint: Path | None, variant: str | None, random_weights: bool) -> XCLIP:
-    """The model on the CPU, in the checkpoint's precision."""
-    from .. import config
-    from ..inference import placement
-
-    if variant is not None and variant not in config.VARIANTS:
-        raise click.BadParameter(f"{variant!r} is none of {', '.join(config.VARIANTS)}", param_hint="--variant")
-    if random_weights:
-        print("warning: random weights: the answers mean nothing", file=sys.stderr)
-    return placement.load_model(checkpoint, variant)

@@ -12,7 +12,9 @@ from typing import Any
 import click
 
 from ..console import plain, print_rows
-from .options import PATH, argument, command, flag, frames, load_model, option, overwrite, path, quick_imports, variant
+from .options import PATH, argument, command, flag, frames, option, overwrite, path, quick_imports, variant
+
+MOST = 65_536  # videos of a batch
 
 
 @command()
@@ -46,12 +48,12 @@ def flops(time: bool, gpu: str, variants: str, batches: str, as_json: bool) -> N
 
 
 def _predict(gpu: str, variants: list[str], batches: list[str], as_json: bool) -> None:
-    from ..config import VARIANTS
+    from ..config import variant
 
-    if unknown := [name for name in variants if name not in VARIANTS]:
-        raise click.BadParameter(f"{unknown[0]!r} is none of {', '.join(VARIANTS)}", param_hint="--variants")
-    if bad := [batch for batch in batches if not batch.isdecimal() or not int(batch)]:
-        raise click.BadParameter(f"{bad[0]!r} is not a positive whole number", param_hint="--batches")
+    for name in variants:
+        variant(name)
+    if bad := [batch for batch in batches if not batch.isdecimal() or not 1 <= int(batch) <= MOST]:
+        raise click.BadParameter(f"{bad[0]!r} is not a whole number from 1 to {MOST}", param_hint="--batches")
     with quick_imports():
         from ..time_model import GPUS, PLANS, predict
 
@@ -138,9 +140,10 @@ def export(
         import torch
 
         from ..export import export_model
+        from ..inference.placement import load_model
 
     target = folder or Path(f"{checkpoint.resolve().stem}-{format}")
-    model = load_model(checkpoint, variant, random_weights=False)
+    model = load_model(checkpoint, variant)
     found = export_model(model, target, format, dtype=getattr(torch, dtype), **settings)
     rows = [(each.file, str(each.bytes), f"{each.difference:.1e}") for each in found]
     print_rows(None, ("file", "bytes", "difference"), rows)

@@ -125,6 +125,10 @@ def main(
         raise ValueError(f"{protocol} takes {what.manifests} manifest{plural}, and {len(manifests)} are given")
     if what.table == 5 and shots is None:
         raise ValueError(f"{protocol} needs the number of training videos of each class: --shots 2 (shots=2)")
+    if what.table != 5 and shots is not None:
+        raise ValueError(f"{protocol} takes no --shots; leave it out")
+    if what.table != 4 and (draws or kinetics400 is not None):
+        raise ValueError(f"{protocol} takes no --draws or --kinetics400; leave it out")
     if what.table == 4 and not draws and kinetics400 is None:
         raise ValueError(
             f"{protocol} needs the class names of Kinetics-400 (--kinetics400 FILE, kinetics400=), or --draws (draws=)"

@@ -109,7 +109,14 @@ def trace(graph: Graph) -> torch.export.ExportedProgram:
     dims = {name: torch.export.Dim(name, min=least.get(name, 1), max=most) for name, most in graph.most.items()}
     shapes = tuple({axis: dims[name] for axis, name in axes.items()} for axes in graph.axes)
     with torch.no_grad(), kernels.backend("reference"):
-        return torch.export.export(graph.module, graph.example(2, 3), dynamic_shapes=shapes)
+        program = torch.export.export(graph.module, graph.example(2, 3), dynamic_shapes=shapes)
+    specs, nodes = program.graph_signature.input_specs, program.graph.find_nodes(op="placeholder")
+    for node, spec in zip(nodes, list(specs), strict=True):
+        if spec.target in program.state_dict and not node.users:  # weights of the other parts; a .pt2 would hold them
+            program.graph.erase_node(node)
+            specs.remove(spec)
+            del program.state_dict[spec.target]
+    return program
 
 
 def _seeded(seed: int = 0) -> torch.Generator:

@@ -48,7 +48,11 @@ class Reading:
 
     def __post_init__(self) -> None:
         if self.window is not None:
-            check_windows(self.window, self.stride or self.window / 2, self.whole_below or self.window)
+            check_windows(self.window, self._stride(), self.whole_below or self.window)
+
+    def _stride(self) -> float:
+        assert self.window is not None
+        return self.window / 2 if self.stride is None else self.stride
 
     @staticmethod
     def moments(window: float | None, stride: float | None) -> dict[str, float]:
@@ -66,7 +70,7 @@ class Reading:
     def spans(self, duration: float) -> list[Span]:
         if self.window is None or duration <= (self.whole_below or self.window):
             return [(0.0, duration)]
-        return window_spans(duration, self.window, self.stride or self.window / 2)
+        return window_spans(duration, self.window, self._stride())
 
     def windows(self, path: str, threads: int = 1) -> Generator[Window, None, None]:
         """The windows of one file, local or remote, in order. Raises VideoError."""
