@@ -51,7 +51,7 @@ NEAR = 3.0  # levels of mean difference of a frame: DALI converts colors differe
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = arguments.parser(__doc__, json="write the rows here: quartiles of the times, ratios")
+    parser = arguments.parser(__doc__, json_help="write the rows here: quartiles of the times, ratios")
     kinds = f"12,60,250,{COPY},{TRAINING}"
     parser.add_argument(
         "--keyframes", type=keyframes, default=kinds, help=f"frames from one to the next (default {kinds})"

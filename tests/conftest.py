@@ -69,6 +69,15 @@ def unlistable(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
 
 
 @pytest.fixture
+def file_limit() -> Generator[Callable[[int], None], None, None]:
+    """A function that makes the system refuse larger files, in bytes, until the test ends."""
+    resource = pytest.importorskip("resource", reason="Windows has no such limit")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.fixture
 def one_thread() -> Generator[None, None, None]:
     """The products of tiny models are slower in two threads."""
     threads = torch.get_num_threads()

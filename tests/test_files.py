@@ -152,6 +152,14 @@ PREPARE = textwrap.dedent(f"""
 """)
 
 
+def test_no_room_for_a_lock(tmp_path, file_limit):
+    """The lock file stayed."""
+    file_limit(0)
+    with pytest.raises(OSError, match=r"x\.json: could not be written, a file would be larger than the disk or"):
+        files.write_text(tmp_path / "x.json", "1")
+    assert os.listdir(tmp_path) == []
+
+
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     path = tmp_path / "x.json"
     files.write_text(path, "1\n")

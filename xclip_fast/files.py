@@ -181,12 +181,17 @@ def staged(folder: str | os.PathLike[str], owned: Collection[str], last: str) ->
 
 @contextlib.contextmanager
 def full_disk(path: str | os.PathLike[str], more: str = "") -> Iterator[None]:
-    """While the block lasts, a disk or a quota that is full is an OSError that says so, with ``more``."""
+    """While the block lasts, a disk or a quota that is full is an OSError that says so, with ``more``.
+
+    So is a file that is too large for the disk or the limits of this process.
+    """
     try:
         yield
     except (OSError, RuntimeError, ValueError) as error:  # LanceDB has no error of its own for it
-        if is_full(error):
-            full = OSError(f"{path}: could not be written, no space left on the disk{more}; make room and start again")
+        large = os.strerror(errno.EFBIG) in str(error)
+        if large or is_full(error):
+            why = "a file would be larger than the disk or `ulimit -f` allows" if large else "no space left on the disk"
+            full = OSError(f"{path}: could not be written, {why}{more}; make room and start again")
             full.errno = errno.ENOSPC
             raise full from error
         raise
@@ -238,9 +243,9 @@ def locked(path: Path, folder: str | os.PathLike[str]) -> Iterator[None]:
             if os.path.samestat(os.fstat(handle), os.stat(path)):
                 break
         os.close(handle)  # the process before removed it between our two calls
-    os.truncate(handle, 0)
-    os.write(handle, f"{os.getpid()} on {socket.gethostname()}".encode())
     try:
+        os.truncate(handle, 0)
+        os.write(handle, f"{os.getpid()} on {socket.gethostname()}".encode())
         yield
     finally:
         with contextlib.suppress(FileNotFoundError):

@@ -602,6 +602,20 @@ def test_peers_are_drawn_over_hugging_face(monkeypatch, tmp_path, capsys):
     with pytest.raises(SystemExit):
         plot_peers.main([str(path), "--work", "encoded", "--out", str(tmp_path / "none.svg")])
     assert "no row of work 'encoded'" in capsys.readouterr().err
+    for content, said in (("{}", "no result of throughput.py"), ("", "cannot be read")):
+        path.write_text(content)
+        with pytest.raises(SystemExit):
+            plot_peers.main([str(path), "--out", str(tmp_path / "none.svg")])
+        assert said in capsys.readouterr().err
+
+
+def test_a_missing_engine_is_named_before_the_first_export(throughput, monkeypatch, capsys):
+    exported = importlib.import_module("exported")
+    monkeypatch.setattr(exported, "export_model", lambda *_: pytest.fail("an export began"))
+    monkeypatch.setattr(type(exported.OPENVINO), "missing", lambda form: "not installed: pip install it")
+    with pytest.raises(SystemExit):
+        exported.main([])
+    assert "not installed: pip install it" in capsys.readouterr().err
 
 
 def test_cold_start_adds_up(throughput, tmp_path, capsys):

@@ -14,8 +14,9 @@ import pytest
 
 from xclip_fast.data.decode.decoder import VideoError
 from xclip_fast.data.decode.source import ReadError
+from xclip_fast.data.decode.video import Video
 from xclip_fast.data.inputs import find_videos
-from xclip_fast.data.manifest import index
+from xclip_fast.data.manifest import Manifest, index
 from xclip_fast.data.motion import CLASSES, render, write_clip
 from xclip_fast.data.remote import Limits, describe, is_remote, local_copy
 
@@ -86,6 +87,15 @@ def test_a_manifest(tmp_path):
     index(tmp_path / "data", workers=0)
     found = find_videos(tmp_path / "data" / "manifest.jsonl").paths
     assert found == sorted(str(tmp_path / "data" / label / "1.mp4") for label in CLASSES[:2])
+
+
+def test_a_manifest_of_tar_files(tmp_path):
+    """Its videos were left out without a word."""
+    videos = (Video("a.mp4", frames=1), *(Video("a.tar", member=f"{n}.mp4", offset=512, frames=1) for n in range(2)))
+    Manifest(tmp_path, (), videos).write(tmp_path / "m.jsonl")
+    found = find_videos(tmp_path / "m.jsonl")
+    assert found.paths == [str(tmp_path / "a.mp4")]
+    assert found.empty[0].startswith(f"{tmp_path}/m.jsonl: 2 of its videos lie in tar files; unpack them")
 
 
 @pytest.mark.parametrize(

@@ -455,6 +455,13 @@ def test_summary(data):
     )
 
 
+def test_no_room_for_the_manifest(data, file_limit):
+    """The error named no file."""
+    file_limit(300)
+    with pytest.raises(OSError, match=r"partial: could not be written, .*What was read before is kept; make room and"):
+        index(data, workers=0)
+
+
 def test_a_place_that_cannot_be_written_is_said_before_the_work(data, tmp_path, monkeypatch):
     paths = looked_at(monkeypatch)
     for out in ("/proc/manifest.jsonl", tmp_path / "none" / "m.jsonl"):

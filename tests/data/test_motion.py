@@ -109,3 +109,10 @@ def test_dataset(tmp_path):
         write_dataset(tmp_path, 2, 6, **settings)
     assert {path: path.read_bytes() for path in found} == {path: data for path, (data, _) in before.items()}
     assert not list(tmp_path.rglob(".*"))
+
+
+def test_no_room_for_a_dataset(tmp_path, file_limit):
+    """The error named no file."""
+    file_limit(0)
+    with pytest.raises(OSError, match=r"moving_right: could not be written, .*; make room and start again"):
+        write_dataset(tmp_path, 1)

@@ -16,8 +16,10 @@ import pytest
 from xclip_fast.data.decode import chosen, decode, decode_frames, probe, reading, source
 from xclip_fast.data.decode.ahead import decode_ahead
 from xclip_fast.data.decode.fields import may_hold_fields
-from xclip_fast.data.decode.reading import open_video
+from xclip_fast.data.decode.picture import EXACT_COLOR
+from xclip_fast.data.decode.reading import all_frames, open_video
 from xclip_fast.data.decode.source import ReadError, Source, VideoError
+from xclip_fast.data.decode.windows import decode_windows
 from xclip_fast.data.manifest import index
 from xclip_fast.data.motion import render, write_clip
 from xclip_fast.inference.batches import Finished, Reading, answers
@@ -394,19 +396,31 @@ def test_slow_is_not_hung(folder, monkeypatch):
 # ---- what a file is
 
 
-def test_joined_transport_streams_last_as_long_as_their_parts(tmp_path):
-    """The second recording's clock starts anew. The duration was that of the longer part."""
+@pytest.mark.parametrize("begin", [0, 2, 0.82, 30, 100, 400])  # seconds, of the first recording's clock
+def test_joined_transport_streams(tmp_path, begin):
+    """The second recording's clock starts at 0, also before, among and after the times of the first, and far before.
+
+    The frames were those in the order of their times, and FFmpeg adds 26.5 hours to times far before the first.
+    """
     whole = b""
     for number, frames in enumerate((40, 25)):
         part = tmp_path / f"{number}.ts"
-        write_clip(part, render("moving up", number, frames=frames))
+        times = [(begin, 0)[number] + frame / 25 for frame in range(frames)]
+        write_clip(part, render("moving up", number, frames=frames), times=times, bf=0)
         whole += part.read_bytes()
     path = tmp_path / "joined.ts"
     path.write_bytes(whole)
+    with open_video(path) as (container, stream):
+        shown = [
+            picture.to_ndarray(format="rgb24", interpolation=EXACT_COLOR) for picture in all_frames(container, stream)
+        ]
     info = probe(path)
-    assert info.frames == 65
-    assert info.duration == pytest.approx(65 / 25, abs=0.05)
-    assert info.fps == pytest.approx(25, abs=0.5)
+    assert info.frames == len(shown) >= 64
+    assert info.duration == pytest.approx(65 / 25, abs=0.09)
+    assert info.fps == pytest.approx(25, abs=0.8)
+    wanted = [0, 20, 39, 41, 60]
+    assert np.array_equal(decode_frames(path, wanted), np.stack(shown)[wanted])
+    assert next(decode_windows(path)).end == pytest.approx(info.duration)
 
 
 def test_a_slow_rate_on_a_fine_clock(tmp_path):

@@ -225,6 +225,15 @@ def test_variable_frame_rate_stays(source, tmp_path):
     assert packets(tmp_path / "out" / "clip.mp4")[0][0] == 0
 
 
+def test_a_copy_of_a_copy_has_its_times(source, tmp_path):
+    """Its pictures need no conversion, and the frames themselves were given the even times of the encoder."""
+    moments = np.cumsum([0.04, 0.1, 0.013, 0.3] * 4)
+    write_clip(source / "clip.mkv", textured(len(moments)), times=moments.tolist())
+    only(transcode(source, tmp_path / "once"))
+    only(transcode(tmp_path / "once", tmp_path / "twice", purpose="training"))
+    assert times(tmp_path / "twice" / "clip.mp4") == times(source / "clip.mkv")
+
+
 def frames_of(path):
     """What decoding from end to end gives, as our reader does it."""
     with open_video(Source(str(path))) as (container, stream):

@@ -108,9 +108,9 @@ def test_spans():
 
 def test_the_number_of_windows_is_bounded(tmp_path):
     path = tmp_path / "far.mkv"
-    write_clip(path, np.zeros((2, 32, 32, 3), np.uint8), times=[0, 2e8])
+    write_clip(path, np.zeros((2, 32, 32, 3), np.uint8), times=[0, 30_000])
     with pytest.raises(ReadError, match=r"far.mkv: would have \d{8} windows in .* seconds; .*XCLIP_FAST_MAX_WINDOWS"):
-        list(decode_windows(path))
+        list(decode_windows(path, 0.002))
     with pytest.raises(ReadError, match="would have 9007199254740993 windows"):
         window_spans(10, 2, 5e-324)
 

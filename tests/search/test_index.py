@@ -312,6 +312,15 @@ def test_an_interrupted_run_keeps_whole_files(tmp_path, weights, videos):
     assert len(rows(index)) == len(set(rows(index))) == 10
 
 
+def test_no_room_for_the_rows(tmp_path, weights, videos, file_limit):
+    """LanceDB's own error came through."""
+    index = open_index(tmp_path, weights)
+    file_limit(2048)
+    with pytest.raises(OSError, match=r"store: could not be written, a file .* What was stored before is unchanged;"):
+        index.add(videos)
+    assert len(index) == 0
+
+
 def test_a_file_that_fails_midway_leaves_nothing(tmp_path, weights, videos, monkeypatch):
     index = open_index(tmp_path, weights)
     honest = type(index.reading()).windows

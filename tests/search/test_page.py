@@ -157,6 +157,74 @@ def test_clips_of_a_video_without_sound_and_with_odd_sides(tmp_path):
         assert len(list(container.decode(video=0))) == 10
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("a.mkv", {"bf": 2, "g": 30}),
+        ("a.ts", {"bf": 2, "g": 30}),  # seeks arrive between two keyframes
+        ("a.flv", {"bf": 2}),
+        ("a.avi", {"codec": "mpeg4", "bf": 2, "qmax": 2}),  # no times of display
+        ("a.h264.mp4", {"bf": 0}),  # no times at all
+    ],
+)
+@pytest.mark.parametrize(("first", "last"), [(0, 120), (20, 60), (90, 120)])
+def test_any_container(tmp_path, name, options, first, last):
+    """Pictures and clips of an MPEG-TS lacked frames, or all of them. Clips of an AVI with B frames failed."""
+    path, rate = tmp_path / name, 10
+    write_clip(path, [np.full((90, 160, 3), 2 * number, np.uint8) for number in range(120)], rate, **options)
+    if "h264" in name:
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            bare = av.BitStreamFilterContext("h264_mp4toannexb", stream)
+            data = b"".join(bytes(out) for packet in container.demux(stream) for out in bare.filter(packet))
+        path.write_bytes(data)
+        rate = 25  # FFmpeg's guess
+    start, end = first / rate, last / rate
+    _, preview = pictures(str(path), start, end)
+    with av.open(io.BytesIO(preview)) as video:
+        levels = [each.to_ndarray(format="rgb24").mean() for each in video.decode(video=0)]
+    assert levels == pytest.approx(2 * np.linspace(first, last, 24, endpoint=False), abs=5)
+    with av.open(str(cut(hit(path, start, end), tmp_path / "out"))) as container:
+        levels = [frame.to_ndarray(format="rgb24").mean() for frame in container.decode(video=0)]
+    assert levels == pytest.approx([2 * number for number in range(first, last)], abs=4)
+
+
+def test_a_moment_between_two_frames_shows_the_one_before(tmp_path):
+    for path in (tmp_path / "a.mp4", tmp_path / "a.ts"):
+        write_clip(path, [np.full((64, 64, 3), 50 * number, np.uint8) for number in range(4)], times=[0, 10, 20, 30])
+        still, _ = pictures(str(path), 12, 16)
+        with av.open(io.BytesIO(still)) as picture:
+            assert next(picture.decode(video=0)).to_ndarray(format="rgb24").mean() == pytest.approx(50, abs=3)
+        with pytest.raises(ValueError, match=r"no frame can be decoded from 90 s on"):
+            pictures(str(path), 90, 94)
+
+
+def test_the_sound_of_a_clip_may_change(tmp_path):
+    """From stereo to mono at another rate, as between broadcasts, whose times overlap: no clip could be cut out."""
+    data = b""
+    for part, (rate, layout) in enumerate([(48000, "stereo"), (32000, "mono")]):
+        with av.open(str(tmp_path / "part.ts"), "w") as container:
+            video, audio = container.add_stream("libx264", rate=10), container.add_stream("mp2", rate=rate)
+            video.height = video.width = 64
+            audio.layout = layout
+            for number in range(20):
+                frame = av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8), "rgb24")
+                frame.pts, frame.time_base = 20 * part + number, Fraction(1, 10)
+                container.mux(video.encode(frame))
+            container.mux(video.encode(None))
+            for number in range(2 * rate // 1152):
+                sound = av.AudioFrame(format="s16", layout=layout, samples=1152)
+                sound.rate, sound.pts, sound.time_base = rate, int(1.9 * part * rate) + 1152 * number, Fraction(1, rate)
+                container.mux(audio.encode(sound))
+            container.mux(audio.encode(None))
+        data += (tmp_path / "part.ts").read_bytes()
+    path = tmp_path / "a.ts"
+    path.write_bytes(data)
+    with av.open(str(cut(hit(path, 0, 4), tmp_path / "out"))) as container:
+        (sound,) = container.streams.audio
+        assert float(sound.duration * sound.time_base) == pytest.approx(4, abs=0.2)
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="no browser: apt-get install chromium")
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_browser_shows_it(film, tmp_path, scheme):

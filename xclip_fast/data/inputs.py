@@ -70,8 +70,12 @@ def find_videos(given: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
                 found.unlisted.append(name)
                 kind += f", which cannot be listed ({error.strerror})"
         elif os.path.isfile(name) and name.lower().endswith((".txt", ".jsonl")):
-            kind = "video in this list"
-            found.paths += _listed(Path(name))
+            kind = "video file in this list"
+            paths, members = _listed(Path(name))
+            found.paths += paths
+            if members:
+                why = "unpack them: only index, train and evaluate read videos in tar files"
+                found.empty.append(f"{name}: {members} of its videos lie in tar files; {why}")
         elif glob.has_magic(name) and not os.path.lexists(name):
             kind = "file matches"
             unlisted = _unlisted(name)
@@ -107,9 +111,11 @@ def _standard_input() -> Sequence[str]:
     return [os.fsdecode(line.rstrip(b"\r")) for line in data.split(b"\0" if b"\0" in data else b"\n")]
 
 
-def _listed(file: Path) -> list[str]:
+def _listed(file: Path) -> tuple[list[str], int]:
+    """The paths of the videos in a list or a manifest, and the number of those in tar files."""
     if file.suffix.lower() == ".jsonl":
         manifest = Manifest.read(file)
-        return [str(manifest.root / video.path) for video in manifest.videos if video.member is None]
+        paths = [str(manifest.root / video.path) for video in manifest.videos if video.member is None]
+        return paths, len(manifest) - len(paths)
     lines = (line for _, line in lines_of(file))
-    return [line if is_remote(line) else os.path.join(file.parent, line) for line in lines]
+    return [line if is_remote(line) else os.path.join(file.parent, line) for line in lines], 0

@@ -16,7 +16,7 @@ from pathlib import Path
 import av
 import numpy as np
 
-from ..files import locked, replaced
+from ..files import full_disk, locked, replaced
 from .sampling import sample_rng
 
 CLASSES = (
@@ -175,7 +175,7 @@ def write_dataset(
         home = Path(folder) / label.replace(" ", "_")
         home.mkdir(parents=True, exist_ok=True)
         new = home / ".new.mp4"
-        with locked(home / ".writing", home):
+        with full_disk(home), locked(home / ".writing", home):
             for index in range(clips_per_class):
                 path = home / f"{index:05d}.mp4"
                 write_clip(new, render(label, seed, index, frames=frames, size=size), **options)  # type: ignore[arg-type]

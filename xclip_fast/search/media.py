@@ -7,9 +7,11 @@ import io
 import math
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,10 +20,11 @@ import numpy as np
 from av.video.frame import VideoFrame
 from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
 
+from ..data.decode.chosen import chosen_pictures
 from ..data.decode.decoder import probe
-from ..data.decode.picture import Upright
+from ..data.decode.picture import EXACT_COLOR, Upright
 from ..data.decode.reading import open_video
-from ..data.decode.source import VideoError
+from ..data.decode.source import Source, VideoError
 from ..data.remote import local_path
 from ..files import replaced
 from .query import Hit
@@ -29,6 +32,8 @@ from .query import Hit
 _BT601 = 6  # FFmpeg's AVCOL_SPC_SMPTE170M
 _TICKS = 90_000  # a second, in the files written here
 _WIDTH = 320  # pixels, of stills and previews
+_ROUNDING = 1e-4  # seconds
+_SEEKABLE = {"mov", "matroska"}
 _PREVIEW = 24  # frames, over the whole moment
 _RATE = 8  # frames a second that a preview plays at
 
@@ -50,11 +55,9 @@ def pictures(path: str, start: float, end: float) -> tuple[bytes, bytes]:
         stop = end if end > start else probe(name).duration
         wanted = np.linspace(start, stop, _PREVIEW, endpoint=False)
         found: list[np.ndarray] = []
-        for time, picture_HWC in _frames(name, start, stop, _WIDTH):
-            while len(found) < _PREVIEW and time >= wanted[len(found)] - 1e-3:
-                found.append(picture_HWC)
-        if not found:
-            raise VideoError(f"{path}: no frame can be decoded from {start:g} s on")
+        for time, picture in _shown(name, start, stop):
+            if shown := sum(wanted <= time + 1e-3) - len(found):
+                found += [_small(picture())] * shown
     return _jpeg(found[len(found) // 2]), _mp4(found)
 
 
@@ -79,11 +82,12 @@ def cut(hit: Hit, folder: Path) -> Path:
 
 
 def _decoded(container: Any, stream: Any, start: float, end: float) -> Iterator[tuple[float, Any]]:
-    """(seconds from the video's first frame, frame) of the frames with start <= time < end."""
+    """(seconds from the video's first frame, frame) of the frames before `end`, from one at or before `start` on."""
     base = float(stream.time_base or 1)
     first = stream.start_time or 0
-    with contextlib.suppress(av.FFmpegError):  # some containers cannot be searched: then from the beginning
-        container.seek(max(0, int(start / base)) + first, stream=stream)
+    if start > 0:
+        with contextlib.suppress(av.FFmpegError):  # some containers cannot be searched: then from the beginning
+            container.seek(int(start / base) + first, stream=stream)
     for packet in container.demux(stream):
         try:
             frames = packet.decode()
@@ -93,29 +97,54 @@ def _decoded(container: Any, stream: Any, start: float, end: float) -> Iterator[
             if frame.pts is None:
                 continue
             time = (frame.pts - first) * base
-            if time >= end - 1e-4:
+            if time >= end - _ROUNDING:
                 return
-            if time >= start - 1e-4:
-                yield time, frame
+            yield time, frame
 
 
-def _frames(path: str, start: float, end: float, width: int | None) -> Iterator[tuple[float, np.ndarray]]:
-    """(time, upright RGB picture) of a moment; with sides that are even, and at most `width` wide."""
+def _shown(path: str, start: float, end: float) -> Iterator[tuple[float, Callable[[], np.ndarray]]]:
+    """(time, call for its upright RGB picture) of the frames with start <= time < end.
+
+    Without such a frame, the frame before it, which is still shown. MP4 and Matroska seek by exact time. In other
+    files, and if a seek does not arrive, all packets are read to find the frames. Raises VideoError.
+    """
+    exact, upright = VideoReformatter(), Upright()
+
+    def picture(frame: VideoFrame) -> np.ndarray:
+        return upright(frame, exact.reformat(frame, format="rgb24", interpolation=EXACT_COLOR, threads=1).to_ndarray())
+
     with open_video(path) as (container, stream):
-        small, upright = VideoReformatter(), Upright()
-        for time, frame in _decoded(container, stream, start, end):
-            scale = min(1.0, width / upright.size(frame)[0]) if width else 1.0
-            rgb = small.reformat(
-                frame,
-                max(2, round(frame.width * scale)),
-                max(2, round(frame.height * scale)),
-                "rgb24",
-                interpolation=Interpolation.BICUBIC | Interpolation.ACCURATE_RND,
-                threads=1,
-            )
-            picture_HWC = upright(frame, rgb.to_ndarray())
-            height, across = picture_HWC.shape[:2]
-            yield time, np.ascontiguousarray(picture_HWC[: height - height % 2, : across - across % 2])
+        latest = start - _ROUNDING
+        frames = _decoded(container, stream, start, end)
+        first = None if _SEEKABLE.isdisjoint(container.format.name.split(",")) else next(frames, None)
+        if first is not None and (first[0] <= start if start else first[0] == 0):
+            for time, frame in chain([first], frames):
+                if time > latest:
+                    yield (latest := time), partial(picture, frame)
+    if latest > start - _ROUNDING:
+        return
+    times: dict[int, float] = {}
+
+    def choose(all_times: np.ndarray) -> Collection[int]:
+        every = all_times - all_times[0]
+        low, high = np.searchsorted(every, (start - _ROUNDING, end - _ROUNDING)).tolist()
+        if low == high and start * (len(every) - 1) >= every[-1] * len(every) > 0:
+            raise VideoError(f"{path}: no frame can be decoded from {start:g} s on")
+        times.update((number, max(start, every[number])) for number in range(low, high) or [max(0, low - 1)])
+        return times
+
+    for number, picture_HWC in chosen_pictures(Source(path), choose):
+        yield times[number], partial(np.asarray, picture_HWC)
+
+
+def _small(picture_HWC: np.ndarray) -> np.ndarray:
+    """The picture with even sides, at most `_WIDTH` wide."""
+    height, width = picture_HWC.shape[:2]
+    scale = min(1.0, _WIDTH / width)
+    frame = VideoFrame.from_ndarray(np.ascontiguousarray(picture_HWC), "rgb24")
+    across, down = (max(2, round(side * scale / 2) * 2 if scale < 1 else side - side % 2) for side in (width, height))
+    flags = Interpolation.BICUBIC | Interpolation.ACCURATE_RND
+    return frame.reformat(across, down, "rgb24", interpolation=flags).to_ndarray()
 
 
 def _jpeg(picture_HWC: np.ndarray) -> bytes:
@@ -164,27 +193,39 @@ def _write(path: str, start: float, end: float, out: Path) -> None:
         video: Any = None
         # Both streams are there before the first packet is written.
         audio: Any = container.add_stream("aac", rate=48_000) if sound else None
-        for time, picture_HWC in _frames(path, start, end, None):
+        for time, picture in _shown(path, start, end):
+            picture_HWC = picture()
+            height, width = picture_HWC.shape[:2]
+            picture_HWC = np.ascontiguousarray(picture_HWC[: height - height % 2, : width - width % 2])
             if video is None:
                 video = _video_stream(container, picture_HWC.shape[:2], rate, crf=20)
             _encode(container, video, time - start, picture_HWC)
-        if video is None:
-            raise VideoError(f"{path}: no frame can be decoded from {start:g} s on")
         container.mux(video.encode(None))
         if audio is not None:
             _sound(path, start, end, container, audio)
 
 
 def _sound(path: str, start: float, end: float, container: Any, audio: Any) -> None:
-    resampler = av.AudioResampler(format="fltp", layout="stereo", rate=48_000)
+    def new() -> av.AudioResampler:
+        return av.AudioResampler(format="fltp", layout="stereo", rate=48_000)
+
+    resampler, at = new(), 0
     with open_video(path) as (source, video):
         zero = float((video.start_time or 0) * (video.time_base or 0))
         stream = source.streams.audio[0]
         offset = float((stream.start_time or 0) * (stream.time_base or 0)) - zero
-        for time, frame in _decoded(source, stream, max(0.0, start - offset), end - offset):
-            frame.pts = max(0, round((time + offset - start) * 48_000))
+        for time, frame in _decoded(source, stream, start - offset, end - offset):
+            if time < start - offset - _ROUNDING:
+                continue
+            frame.pts = at = max(at, round((time + offset - start) * 48_000))
             frame.time_base = Fraction(1, 48_000)
-            for part in resampler.resample(frame):
+            at += frame.samples * 48_000 // frame.sample_rate
+            try:
+                parts = resampler.resample(frame)
+            except ValueError:  # the rate or the channels change, as between broadcasts
+                parts, resampler = resampler.resample(None), new()
+                parts += resampler.resample(frame)
+            for part in parts:
                 container.mux(audio.encode(part))
         for part in resampler.resample(None):
             container.mux(audio.encode(part))

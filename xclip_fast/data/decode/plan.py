@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, dropwhile, groupby
+from itertools import chain, dropwhile, groupby, pairwise
 
 import av
 from av.container import InputContainer
@@ -21,6 +21,7 @@ from av.video.stream import VideoStream
 from .fields import may_hold_fields
 from .reading import lacks_memory, name_of, packets_of
 from .source import ReadError, Source, limit
+from .times import LONGEST_PAUSE, clock_of
 
 # Codecs with one packet for each frame, in containers that keep presentation times. Other files are decoded whole.
 _CODECS = {"av1", "h264", "hevc", "mjpeg", "mpeg4", "vp9"}
@@ -74,6 +75,7 @@ def make_plan(container: InputContainer, stream: VideoStream, verify: bool = Fal
     decoded: list[int | None] = []
     keyframes: list[tuple[int, int]] = []
     frames: list[tuple[int, int]] = []
+    latest = -(2**63)  # dts
     for packet in packets_of(container, stream):
         if len(frames) >= most:
             raise ReadError(
@@ -84,6 +86,10 @@ def make_plan(container: InputContainer, stream: VideoStream, verify: bool = Fal
             decoded += _times(context, packet)
         if packet.pts is None or (codec == "mpeg4" and not _holds_one_picture(packet)):
             return None
+        if packet.dts is not None:
+            if packet.dts < latest:  # the clock was set back (joined recordings): times do not give the order
+                return None
+            latest = packet.dts
         if packet.is_keyframe:
             keyframes.append((packet.pts, packet.pts if packet.dts is None else packet.dts))
         # In an open group of pictures, frames shown before their keyframe need the previous keyframe.
@@ -97,6 +103,9 @@ def make_plan(container: InputContainer, stream: VideoStream, verify: bool = Fal
     frames.sort()
     pts = [time for time, _ in frames]
     if not pts or len(set(pts)) < len(pts) or len({key for key, _ in keyframes}) < len(keyframes):
+        return None
+    longest = LONGEST_PAUSE * clock_of(stream)[1]
+    if any(after - time > longest for time, after in pairwise(pts)):
         return None
     if check and decoded + _times(context, None) != pts:
         return None

@@ -9,6 +9,8 @@ from fractions import Fraction
 from av.video.stream import VideoStream
 
 _REORDER = 32  # frames; no codec reorders more
+LONGEST_PAUSE = 1_000_000  # frames: 11 hours at 25 a second
+"""A longer one is no pause: FFmpeg adds 26.5 hours to the times of an MPEG-TS whose clock was set back by a minute."""
 
 
 def clock_of(stream: VideoStream) -> tuple[Fraction, int]:
@@ -22,7 +24,7 @@ def frame_times(given: Sequence[int | None], step: int) -> list[int]:
 
     `given`: the times of the frames in order of display. None is an unknown time (some AVI files, bare streams); it
     becomes `step` after the previous one. AVI keeps no display times, so those of B frames go back and forth; they are
-    sorted. If the clock was really set back (joined recordings), the times go on from the last one.
+    sorted. If the clock was really set back (joined recordings) or far ahead, the times go on from the last one.
     """
     filled: list[int] = []
     for time in given:
@@ -32,7 +34,8 @@ def frame_times(given: Sequence[int | None], step: int) -> list[int]:
     latest = filled[0] if filled else 0
     for place in range(1, len(filled) + 1):
         if place < len(filled):
-            restart = filled[place] < latest and _is_restart(filled, start, place, latest, step)
+            restart = filled[place] - latest > LONGEST_PAUSE * step
+            restart |= filled[place] < latest and _is_restart(filled, start, place, latest, step)
             latest = filled[place] if restart else max(latest, filled[place])
             if not restart:
                 continue

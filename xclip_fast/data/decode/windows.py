@@ -86,7 +86,7 @@ def window_spans(duration: float, window: float, stride: float) -> list[Span]:
     XCLIP_FAST_MAX_WINDOWS.
     """
     count = 1 + max(0, math.ceil(min((duration - window) / stride, 2.0**53) - 1e-9))
-    if count > (most := limit("XCLIP_FAST_MAX_WINDOWS")):  # of a time stamp far off, or of a tiny stride
+    if count > (most := limit("XCLIP_FAST_MAX_WINDOWS")):  # of a long pause, or of a tiny stride
         raise ReadError(
             f"would have {count} windows in {duration:.6g} seconds; the environment variable XCLIP_FAST_MAX_WINDOWS "
             f"allows more than {most}"

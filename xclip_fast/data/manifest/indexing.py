@@ -11,7 +11,7 @@ from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
-from ...files import parse_json, require_regular
+from ...files import full_disk, parse_json, require_regular
 from ..decode.video import Video
 from .manifest import VERSION, Manifest, checked, header_line, row_line
 from .probing import file_status, look_all, real_folder
@@ -76,7 +76,7 @@ def index(
     facts.update(_still_true(home, facts, _known(reuse, partial), follow_links))
     todo = [key for key, row in facts.items() if row.error is None and not row.frames]
     done = len(facts) - len(todo)
-    with open(partial, "a", encoding="ascii") as file:
+    with full_disk(partial, ". What was read before is kept"), open(partial, "a", encoding="ascii") as file:
         file.write("\n" + header_line(home, ()))  # the last line may be unfinished
         if progress:
             progress(done, len(facts))

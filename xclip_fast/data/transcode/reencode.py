@@ -105,10 +105,10 @@ def reencode(
             if stream.sample_aspect_ratio:
                 shape = stream.sample_aspect_ratio
                 context.sample_aspect_ratio = 1 / shape if Upright().turned(first) else shape
-            for frame in chain([first], frames):
+            for number, frame in enumerate(chain([first], frames)):
+                clock.add(frame)  # before the next lines: a picture that needs no conversion is the frame itself
                 picture = convert(frame)
-                picture.pts, picture.duration, picture.time_base = len(clock.given), 1, 1 / rate
-                clock.add(frame)
+                picture.pts, picture.duration, picture.time_base = number, 1, 1 / rate
                 picture.pict_type = 0  # the encoder decides
                 with _writing_errors():
                     copy.mux(output.encode(picture))
