@@ -11,7 +11,6 @@ of classes than 400 are marked, because they cannot be compared with the paper's
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -70,10 +69,7 @@ def read(paths: Iterable[Path]) -> tuple[list[tuple[Path, dict[str, Any]]], list
         if not files:
             fail(f"{path}: no summary.json in this folder; `xclip-fast evaluate ... --out FOLDER` writes one")
         for file in files:
-            try:
-                content = json.loads(file.read_text(encoding="utf-8"))
-            except (OSError, ValueError) as error:
-                fail(f"{file}: cannot be read: {error}")
+            content = arguments.read_json(file)
             if isinstance(content, dict) and content.get("kind") == "xclip_fast evaluation":
                 evaluations.append((file, content))
             elif isinstance(content, dict) and {"rows", "environment"} <= content.keys():

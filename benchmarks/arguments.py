@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import subprocess
@@ -43,12 +44,12 @@ class _Help(argparse.HelpFormatter):
         )
 
 
-def parser(description: str | None, json: str = "") -> argparse.ArgumentParser:
-    """A parser whose errors are one line. ``json``: the help of ``--json``, for a benchmark that has it."""
+def parser(description: str | None, json_help: str = "") -> argparse.ArgumentParser:
+    """A parser whose errors are one line. ``json_help``: of ``--json``, for a benchmark that has it."""
     made = argparse.ArgumentParser(description=description, formatter_class=_Help)
     made.error = fail  # type: ignore[assignment]
-    if json:
-        made.add_argument("--json", type=output, help=json)
+    if json_help:
+        made.add_argument("--json", type=output, help=json_help)
     return made
 
 
@@ -98,6 +99,14 @@ def output(given: str) -> Path:
     return Path(given)
 
 
+def read_json(path: Path) -> Any:
+    """The content of a file of results; fails if there is none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        fail(f"{path}: cannot be read: {error}")
+
+
 def device(given: str) -> str:
     """The device that auto, cpu or cuda stands for."""
     import torch
@@ -123,7 +132,7 @@ def model_parser(description: str | None, variants: Any, precisions: Any) -> arg
     """The options of throughput.py and training.py: the models, the labels, the device, and limits of the run."""
     from labels import read_labels
 
-    made = parser(description, json="write every raw timing here")
+    made = parser(description, json_help="write every raw timing here")
     made.add_argument("--variants", type=names(variants), help=f"comma-separated, of {', '.join(variants)}")
     made.add_argument("--precisions", type=names(precisions), help=f"comma-separated, of {', '.join(precisions)}")
     made.add_argument(

@@ -45,7 +45,7 @@ def mark_model(model):
     model.encode_video = around(model.encode_video, before=mark)
 mark()
 from xclip_fast.cli import main, options
-options.load_model = around(options.load_model, mark, mark_model)
+options.Model.load = around(options.Model.load, mark, mark_model)
 try:
     main.main()
 except SystemExit as end:
@@ -70,7 +70,7 @@ def one_run(checkpoint: str, clip: str, dtype: str) -> dict[str, tuple[float, fl
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = arguments.parser(__doc__, json="write the times of every run here")
+    parser = arguments.parser(__doc__, json_help="write the times of every run here")
     parser.add_argument("--dtype", default="float32", help="as for classify (default: float32)")
     parser.add_argument(
         "--random",

@@ -30,7 +30,7 @@ SIZES = ((1, 1), (3, 400))  # videos, labels
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = arguments.parser(__doc__, json="write every raw timing here")
+    parser = arguments.parser(__doc__, json_help="write every raw timing here")
     parser.add_argument(
         "--variant", default="B/16-8f", metavar="NAME", choices=xclip_fast.VARIANTS, help="a shape (default B/16-8f)"
     )
@@ -42,6 +42,9 @@ def main(argv: list[str] | None = None) -> None:
     if args.processor_time:
         torch.set_num_threads(1)
         measuring.clock = time.process_time
+    for form in FORMATS:  # before the first export, which takes a minute
+        if reason := form.missing():
+            arguments.fail(f"{form.engine}: {reason}", 1)
     torch.manual_seed(0)
     model = xclip_fast.XCLIP(args.variant).eval()
     report: dict[str, Any] = {"environment": measuring.environment("cpu"), "variant": args.variant, "rows": []}

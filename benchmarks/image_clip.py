@@ -77,7 +77,7 @@ def works(args: argparse.Namespace, dtype: torch.dtype) -> dict[str, dict[str, C
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = arguments.parser(__doc__, json="write every raw timing here")
+    parser = arguments.parser(__doc__, json_help="write every raw timing here")
     for option, default in (("--images", 4), ("--videos", 1), ("--frames", 8), ("--labels", 16)):
         parser.add_argument(option, type=arguments.count, default=default, help=f"number of them (default {default})")
     names, kinds = arguments.names, ("images", "videos", "labels")

@@ -53,7 +53,7 @@ def test(checkpoint: Path, manifest: Path) -> dict[str, float]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = arguments.parser(__doc__, json="write the figures here")
+    parser = arguments.parser(__doc__, json_help="write the figures here")
     count = arguments.count
     parser.add_argument("--work", type=Path, default=Path("runs/motion-ablation"), help="folder for clips and runs")
     parser.add_argument("--clips", type=count, default=1000, help="training clips of each class (default 1000)")

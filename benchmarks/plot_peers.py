@@ -7,7 +7,6 @@ One group of bars for each variant and precision. 1.0 is Hugging Face's eager mo
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ def speeds(reports: list[dict[str, Any]], work: str) -> dict[str, dict[str, floa
     for report in reports:
         groups: dict[str, dict[str, float]] = {}
         for row in report["rows"]:
-            if row["work"] == work and row["batch"] == 1 and row.get("views_per_second"):
+            if row.get("work") == work and row.get("batch") == 1 and row.get("views_per_second"):
                 group = groups.setdefault(f"{row['variant']} {row['precision']}", {})
                 group[row["contender"]] = row["views_per_second"]
         for name, group in groups.items():
@@ -62,7 +61,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--work", default="tower", help="tower, cached, files or encoded (default tower)")
     parser.add_argument("--out", type=arguments.output, required=True, help="SVG or PNG")
     args = parser.parse_args(argv)
-    reports = [json.loads(path.read_text(encoding="utf-8")) for path in args.results]
+    reports = [arguments.read_json(path) for path in args.results]
+    if not all(isinstance(report, dict) and {"rows", "environment"} <= report.keys() for report in reports):
+        parser.error("a file is no result of throughput.py")
     groups = speeds(reports, args.work)
     if not groups:
         parser.error(f"no row of work {args.work!r} together with {ORDER[0]} in {', '.join(map(str, args.results))}")

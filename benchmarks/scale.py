@@ -34,7 +34,7 @@ LOOPBACK = "127.0.0.1"
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = arguments.parser(__doc__, json="write the result here")
+    parser = arguments.parser(__doc__, json_help="write the result here")
     parser.add_argument("--clips", type=arguments.count, default=2000, help="number of clips (default 2000)")
     options = parser.parse_args(argv)
     import ray  # noqa: F401 -- a missing package is named before anything starts

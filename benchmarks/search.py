@@ -40,7 +40,7 @@ E, CHUNK = 512, 20_000
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = arguments.parser(__doc__, json="write the result here")
+    parser = arguments.parser(__doc__, json_help="write the result here")
     count = arguments.count
     parser.add_argument("what", choices=("rows", "film"))
     parser.add_argument("--count", type=count, default=1_000_000, help="number of rows (default 1000000)")

@@ -156,7 +156,7 @@ def soak(
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = arguments.parser(__doc__, json="write the result here")
+    parser = arguments.parser(__doc__, json_help="write the result here")
     parser.add_argument("--samples", type=arguments.count, default=20_000, help="number of videos (default 20000)")
     args = parser.parse_args(argv)
     if args.samples < 2 * EVERY:

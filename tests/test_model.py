@@ -76,6 +76,41 @@ def test_forward_is_its_parts(tiny_model: XCLIP) -> None:
     torch.testing.assert_close(tiny_model(video, "yoga"), logits[:, 3:])
 
 
+CHANGED = {
+    "plain": lambda block: None,
+    "a hook on the last block": lambda block: block.register_forward_hook(lambda module, args, out: None),
+    "a hook on its mlp": lambda block: block.mlp.register_forward_hook(lambda module, args, out: None),
+    "a forward of its own": lambda block: setattr(block, "forward", lambda *args: type(block).forward(block, *args)),
+}
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("cross_frame", [True, False])
+@pytest.mark.parametrize("change", CHANGED)
+def test_without_patches_the_last_block_computes_class_rows(
+    change: str, cross_frame: bool, recompute: bool, tiny_config: XCLIPConfig
+) -> None:
+    """The features and all gradients are those with patches."""
+    vision = dataclasses.replace(tiny_config.vision, cross_frame=cross_frame, drop_path=0.5)
+    model = XCLIP(dataclasses.replace(tiny_config, vision=vision)).double().checkpoint_activations(recompute)
+    block, video, gradients = model.visual.transformer.resblocks[-1], frames(4), []
+    CHANGED[change](block)
+    rows: list[int] = []
+    block.ln_2.register_forward_pre_hook(lambda module, args: rows.append(args[0].shape[:-1].numel()))
+    for patches in (True, False):
+        torch.manual_seed(0)
+        features = model.encode_video(video, patches)
+        assert features.patches.shape == (4, 16 if patches else 0, 64)
+        model.zero_grad()
+        features.video.square().sum().backward()
+        gradients.append([p.grad for p in model.visual.parameters()])
+    assert all(count == 12 * 17 for count in rows)  # called as a module, it sees them all
+    for part, whole in zip(gradients[1], gradients[0], strict=True):
+        torch.testing.assert_close(part, whole, rtol=1e-9, atol=1e-12)
+    with pytest.raises(ValueError, match=r"\(4, 0, 64\) given; \(4, 16, 64\) wanted.*patches=True"):
+        model.similarity(features, model.encode_text(LABELS))
+
+
 def test_whole_model_equals_the_paper_written_out(tiny_model: XCLIP) -> None:
     """Float64, concatenated messages, padded text, a projection per frame, prompts per video."""
     model = tiny_model.double()

@@ -87,8 +87,9 @@ def count(
             ``"actual"``: the computation of ``XCLIP`` without cached text: the message as one row of the projection
             (fused blocks compute its row of the FFN too, for nothing), one projection of the mean patches, the first
             prompt layer's query once for the batch, and packed labels (their attention pads to the longest label, as
-            every backend does). After the last attention of the labels only their end-of-text rows are computed.
-            Learned vectors count as tokens.
+            every backend does). After the last attention of the labels only their end-of-text rows are computed, and
+            without video-specific prompts only the class tokens after that of the frames. Learned vectors count as
+            tokens.
 
     Raises:
         ValueError: if a size is below 1, a label has more tokens than the context, or ``counting`` is another word.
@@ -136,7 +137,7 @@ def _video(config: XCLIPConfig, batch: int, frames: int, paper: bool) -> Iterato
     if isinstance(vision, SwinConfig):
         yield from _windows(vision, F)
     else:
-        yield from _cross_frame(vision, batch, frames)
+        yield from _cross_frame(vision, batch, frames, paper or config.prompt == "video")
     yield Product("frame_projection", F, vision.width, E)
     yield from _block("mit", F, E, config.mit_layers)
     assert config.mit_heads is not None
@@ -145,7 +146,7 @@ def _video(config: XCLIPConfig, batch: int, frames: int, paper: bool) -> Iterato
         yield Product("patch_projection", (F if paper else batch) * vision.patches, vision.width, E)
 
 
-def _cross_frame(vision: VisionConfig, batch: int, frames: int) -> Iterator[Product]:
+def _cross_frame(vision: VisionConfig, batch: int, frames: int, patches: bool) -> Iterator[Product]:
     D, N, F, layers = vision.width, vision.patches, batch * frames, vision.layers
     L = N + 1
     messages = int(vision.cross_frame)
@@ -158,8 +159,11 @@ def _cross_frame(vision: VisionConfig, batch: int, frames: int) -> Iterator[Prod
         yield Product("message_kv", F, D, D, layers)
     yield Product("ln_linear", F * rows, D, 3 * D, layers)
     yield from _attention("diffusion_attention", rows, rows, D, vision.heads, F * layers)
-    yield Product("linear_residual", F * rows, D, D, layers)
-    yield from _feed_forward("mlp", F * L, D, layers)
+    whole = layers if patches else layers - 1  # blocks that compute all tokens after their attention
+    yield Product("linear_residual", F * rows, D, D, whole)
+    yield from _feed_forward("mlp", F * L, D, whole)
+    yield Product("linear_residual", F, D, D, layers - whole)
+    yield from _feed_forward("mlp", F, D, layers - whole)
 
 
 def _windows(vision: SwinConfig, F: int) -> Iterator[Product]:

@@ -82,12 +82,14 @@ class XCLIP(nn.Module):
             raise TypeError("no text given; labels or their tokens wanted (a model with num_classes takes none)")
         return self.similarity(self.encode_video(video), None if text is None else self.encode_text(text))
 
-    def encode_video(self, video: Tensor) -> VideoFeatures:
+    def encode_video(self, video: Tensor, patches: bool = True) -> VideoFeatures:
         """Videos to features (equations 4 to 9).
 
         Args:
             video: uint8 (B, T, H, W, 3) as decoded, or normalized float (B, T, 3, H, W); H = W = the image size.
                 For another T than the config's, the temporal embedding is interpolated, which is logged once.
+            patches: compute the patch features, which ``similarity`` wants if the model has video-specific prompts.
+                Without them the last block of a ViT computes class tokens alone after its attention.
 
         Returns:
             video features (B, E) and patch features, averaged over the frames (B, N, E).
@@ -97,12 +99,13 @@ class XCLIP(nn.Module):
         """
         check_video(self, video)
         batch, frames = video.shape[:2]
+        patches = patches and self.prompts_generator is not None
         with kernels.cpu.workspace():
-            frame_FD, patches_FND = self.visual(video.flatten(0, 1), frames)
+            frame_FD, patches_FND = self.visual(video.flatten(0, 1), frames, patches)
         h_FE = linear(frame_FD, self.visual.proj.T)
         h_BTE = h_FE.unflatten(0, (batch, frames))
         video_BE = h_BTE.mean(1) if self.mit is None else self.mit(h_BTE)
-        if self.prompts_generator is None:
+        if not patches:
             return VideoFeatures(video_BE, patches_FND.new_empty(batch, 0, self.config.embed_dim))
         z_FND = layer_norm(self.prompts_visual_ln, patches_FND)
         # the projection is linear, so it is applied once to the mean

@@ -52,6 +52,7 @@ class Range:
 
 
 Count = Annotated[int, Range(1)]
+Frames = Annotated[int, Range(1, 1024)]  # T of a view
 Share = Annotated[float, Range(0, 1)]
 NotNegative = Annotated[float, Range(0)]
 Positive = Annotated[float, Range(above=0)]
@@ -135,7 +136,7 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
         value = _convert(value, inner[0], name)
         for bounds in inner[1:]:
             if refusal := bounds.refusal(value):
-                raise ConfigError(f"{name} is {value}; {refusal}")
+                raise ConfigError(f"{name} is {reprlib.repr(value)}; {refusal}")
         return value
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in inner:

@@ -12,7 +12,7 @@
 // A function that the library exports; its name ends in the instruction set.
 #define EXPORT(name) __attribute__((visibility("default"))) XCLIP_FAST_NAME(name##_, XCLIP_FAST_SET)
 
-constexpr int32_t kAbi = 5;
+constexpr int32_t kAbi = 6;
 
 extern "C" {
 
@@ -61,7 +61,9 @@ struct Block {
   int64_t frames, length, heads, width, hidden;  // length: rows of a frame of x
   int64_t of_video;                              // frames whose messages attend to each other; 0: no messages
   int64_t part;                                  // frames that are computed at a time
-  Rows x, y;     // with messages, the last row of a frame is theirs: it is not read, and becomes 0
+  int64_t queries;                               // the first rows of a frame, which alone leave the block; 0: all
+  // with messages, the last row of a frame of x is theirs: it is not read, and becomes 0 where all rows leave
+  Rows x, y;
   float eps;
   int32_t dtype, threads, reserved;
   Parameters message_fc, message_in, message_out, in, out, fc, projection;

@@ -81,21 +81,35 @@ void messages(const Block& b, const Memory& memory) {
 }
 #endif
 
+// The layer's outputs from the given one on.
+Parameters behind(const Block& b, const Parameters& layer, int64_t output) {
+  const int64_t size = b.dtype == kFloat32 ? 4 : 2;  // bytes of a weight
+  return {static_cast<const char*>(layer.weight) + output * b.width * size, layer.bias + output};
+}
+
 // The block, by all threads of a team together.
 void run(const Block& b, const Memory& memory) {
-  const int64_t width = b.width, tokens = b.of_video ? b.length - 1 : b.length;
+  const int64_t width = b.width, tokens = b.of_video ? b.length - 1 : b.length, wide = 3 * width;
+  const int64_t queries = b.queries ? b.queries : tokens;
   if (b.of_video) messages(b, memory);
   for (int64_t first = 0; first < b.frames; first += b.part) {
-    const int64_t frames = least(b.part, b.frames - first), rows = frames * tokens;
-    Rows x = b.x, y = b.y;
+    const int64_t frames = least(b.part, b.frames - first), rows = frames * queries;
+    Rows x = b.x, y = b.y, qkv{memory.qkv, b.length, b.length * wide, wide};
     x.data += first * x.frame_stride, x.length = b.length;
-    y.data += first * y.frame_stride, y.length = tokens;
-    Product p = product(b, memory.panels, frames * b.length, x, b.ln_1, b.in, 3 * width, width);
+    y.data += first * y.frame_stride, y.length = queries;
+    // queries of the rows that leave, keys and values of all
+    const int64_t asked = queries < tokens ? width : 0;
+    Product p = product(b, memory.panels, frames * b.length, x, b.ln_1, behind(b, b.in, asked), wide - asked, width);
     if (b.of_video) p.last = memory.message + first * width, p.last_stride = width;
-    p.y = rows_of(memory.qkv, frames * b.length, 3 * width);
+    p.y = qkv, p.y.data += asked;
     multiply_rows(p);
-    attend({frames, b.length, tokens, b.heads, width / b.heads, memory.qkv, memory.mixed});
-    x.length = tokens;
+    x.length = qkv.length = queries;
+    if (asked) {
+      p = product(b, memory.panels, rows, x, b.ln_1, b.in, width, width);
+      p.y = qkv;
+      multiply_rows(p);
+    }
+    attend({frames, b.length, queries, b.heads, width / b.heads, memory.qkv, memory.mixed});
     const Rows stream = rows_of(memory.stream, rows, width);
     p = product(b, memory.panels, rows, rows_of(memory.mixed, rows, width), {}, b.out, width, width);
     p.y = stream, p.residual = x;
@@ -106,7 +120,7 @@ void run(const Block& b, const Memory& memory) {
     p = product(b, memory.inner, rows, {}, {}, b.projection, width, b.hidden);
     p.y = y, p.residual = stream;
     multiply_rows(p);
-    if (!b.of_video) continue;
+    if (!b.of_video || b.queries) continue;
 #pragma omp for schedule(static)
     for (int64_t frame = 0; frame < frames; ++frame)
       __builtin_memset(y.data + frame * y.frame_stride + tokens * y.row_stride, 0, width * sizeof(Element));

@@ -111,10 +111,6 @@ def _library_residual(a: Tensor, weight: Tensor, bias: Tensor, to: Target) -> tu
     return z, Normed(rows, mean, rstd)
 
 
-def _gemm(*args: Any, **options: Any) -> tuple[Tensor, ...]:
-    return triton.gemm.gemm(*args, **options)
-
-
 # The functions of the CUDA library take the same arguments as Triton's GEMM, as far as they have them.
 
 
@@ -183,9 +179,10 @@ def _backends(
     saved: dict[str, Any] = {"saved": lambda *_: ()}  # the block saves what they want
     own: dict[str, Any] = {"opt_in": UNMEASURED, **saved}
     on_cuda = functools.partial(fused, on_cuda)
+    on_triton = functools.partial(fused, lambda *args, **options: triton.gemm.gemm(*args, **options))
     return (
         Backend("library", library, slope, dtypes=ON_TRITON, **saved),
-        Backend("triton", functools.partial(fused, _gemm), slope, refuse=_refuse_float32, **TRITON, **own),
+        Backend("triton", on_triton, slope, refuse=_refuse_float32, **TRITON, **own),
         Backend("cuda", on_cuda, cuda_slope, dtypes=HALF, refuse=refuse_cuda, partial=True, **own),
     )
 

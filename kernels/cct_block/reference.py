@@ -26,12 +26,13 @@ def composed(b: Block) -> Tensor:
         normed[:, -1] = normed_message(b)  # in the spare row; its query is used by nobody
     x = attend(b, _linear(b, "in", normed))
     # z + FFN(LN_2(z)), which the spare row does not need
-    tokens = x[:, :-1] if b.frames else x
+    spare = b.frames and b.rows is None
+    tokens = x[:, :-1] if spare else x
     hidden = _linear(b, "fc", layer_norm_reference(tokens, b.ln_2_weight, b.ln_2_bias, b.eps))
     approximate = GELUS.get(b.activation)
     hidden = quick_gelu_reference(hidden) if approximate is None else F.gelu(hidden, approximate=approximate)
     y = tokens + scale_samples(_linear(b, "projection", hidden), b.drop_feed_forward)
-    return torch.cat([y, x[:, -1:]], dim=1) if b.frames else y
+    return torch.cat([y, x[:, -1:]], dim=1) if spare else y
 
 
 def _linear(b: Block, name: str, x: Tensor) -> Tensor:

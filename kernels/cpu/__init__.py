@@ -57,6 +57,8 @@ def block(b: Block) -> Tensor:
         z = self_attention(b, products)
         y = z if z.dtype == b.x.dtype else torch.empty_like(z, dtype=b.x.dtype)
         return feed_forward(z, *ffn, b.eps, b.activation, out=y)
+    if b.rows is not None:
+        return block(b._replace(rows=None)).flatten(0, 1)[b.rows]
     message_FD = messages(b, products)
     y_FSD = b.x.new_empty(b.x.shape)
     y_FSD[:, -1] = 0.0
@@ -69,10 +71,10 @@ def block(b: Block) -> Tensor:
 
 def _block_of_library(b: Block, dtype: torch.dtype) -> Tensor:
     """The same by one call of the library, with rows of ``dtype``."""
-    count, length, _ = b.x.shape
+    count, length, width = b.x.shape
     x = b.x.to(dtype)
     x = x if x.stride(-1) == 1 else x.contiguous()
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    y = x.new_empty(x.shape if b.rows is None else (count, width))
     part = next(_parts(count, HIDDEN_BYTES // (4 * len(b.fc_bias) * length))).stop
     linear = ("message_fc", "message_in", "message_out", "in", "out", "fc", "projection")
     parameters = [

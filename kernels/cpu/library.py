@@ -13,14 +13,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-ABI = 5  # that of xclip_fast_cpu_abi in csrc/cpu/interface.h
+ABI = 6  # that of xclip_fast_cpu_abi in csrc/cpu/interface.h
 FILE = Path(__file__).parents[1] / "libxclip_fast_cpu.so"
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 # The structs of csrc/cpu/interface.h: integers and addresses (q), float32 (f), int32 (i).
 _PRODUCT = struct.Struct("3q 4q2q 2qfi 4q q4q4q")
 _PATCHES = struct.Struct("8q")
-_BLOCK = struct.Struct("7q 4q4q f3i 14q 6q")
+_BLOCK = struct.Struct("8q 4q4q f3i 14q 6q")
 
 
 class Functions(NamedTuple):
@@ -187,7 +187,8 @@ def block(
 
     Args:
         x: (F, S, D), with neighboring columns. With messages, the last row of a frame is not read.
-        y: like ``x``: the result. With messages, the last row of a frame becomes 0.
+        y: the result. Like ``x``: with messages, the last row of a frame becomes 0. Or (F, D): the first row of each
+            frame, and only these are computed past the attention.
         heads: D / heads is a multiple of the functions' ``unit``.
         frames: whose messages attend to each other; 0: no messages.
         part: frames that are computed at a time, so that memory does not grow with F.
@@ -211,15 +212,15 @@ def block(
     if not frames:
         wanted = [*wanted[6:14], *wanted[16:]]
         given = [*given[6:14], *given[16:]]
-    if given != wanted or width % heads or (frames and count % frames):
+    if given != wanted or width % heads or (frames and count % frames) or y.shape not in (x.shape, (count, width)):
         raise RuntimeError(
-            f"x is {tuple(x.shape)} with {heads} heads and videos of {frames} frames; parameters are {given}, "
-            f"wanted {wanted}"
+            f"x is {tuple(x.shape)} with {heads} heads and videos of {frames} frames, y is {tuple(y.shape)}; "
+            f"parameters are {given}, wanted {wanted}"
         )
     call = _BLOCK.pack(
-        *(count, length, heads, width, hidden, frames, part),
+        *(count, length, heads, width, hidden, frames, part, int(y.dim() == 2)),
         *_rows(x),
-        *_rows(y),
+        *_rows(y if y.dim() == 3 else y[:, None]),
         *(eps, _DTYPES[linear.dtype], torch.get_num_threads(), 0),
         *(_address(parameter) for parameter in parameters),
     )

@@ -52,7 +52,7 @@ class Products:
         """Whether the library computes this block as a whole."""
         if self.library is None or b.x.dim() != 3 or b.activation != "quick_gelu" or b.causal:
             return False
-        if any(each is not None for each in (b.bias, b.rows, b.offsets)):
+        if b.bias is not None or b.offsets is not None or not (b.rows is None or are_first_rows(b)):
             return False
         weights: list[Any] = [b.in_weight, b.out_weight, b.fc_weight, b.projection_weight]
         if b.frames:
@@ -173,6 +173,12 @@ class Products:
         if activation in GELUS:
             return torch.ops.aten.gelu_(y, approximate=GELUS[activation])
         return F.silu(y, inplace=True) if activation else y
+
+
+def are_first_rows(b: Block) -> bool:
+    """Whether the rows that are asked for are the first of each frame."""
+    count, length = b.x.shape[:2]
+    return b.rows is not None and b.rows.equal(torch.arange(0, count * length, length, device="cpu"))
 
 
 def _normed(x: Tensor, norm: Norm | None, last: Tensor | None = None) -> Tensor:

@@ -246,6 +246,21 @@ def test_launches_and_passes_of_a_block_do_not_grow(name: str) -> None:
         assert found[1] <= most[1]
 
 
+def test_class_rows_alone_are_multiplied_where_no_others_leave_a_block() -> None:
+    block = example(256, 198, 768, 8, device="meta", dtype=BF16, rows=meta(256, dtype=torch.int64))
+    with fake_gpu(90) as launches, kernels.backend("triton"), plans.swap("attention", "triton"):
+        fused.forward(False, *block)  # folded weights are kept from here on
+        launches.clear()
+        with Recorder(launches) as made:
+            (y, *_), _ = fused.forward(False, *block)
+        made.collect()
+    assert y.shape == (256, 768)
+    rows = [given["M"] for name, given in made.calls if name in ("gemm_kernel", "message_rows_kernel")]
+    assert [count for count in rows if count > 256] == [256 * 198]  # the projection to queries, keys and values
+    # the rows of the stream and of the attention are copied, and so few are normalized before a product
+    assert len(made.calls) <= MOST["triton"][0][0] + 3
+
+
 def test_features_of_frames_are_read_where_the_last_block_left_them() -> None:
     """The passes of torch over all patches, forward and backward, beside products and what blocks do."""
     config = VARIANTS["B/16-8f"]

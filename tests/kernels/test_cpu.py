@@ -499,6 +499,19 @@ def test_whole_model_against_float64(model, dtype, taken):
         assert error(ours, wanted) < 1e-5
 
 
+@pytest.mark.parametrize("cross_frame", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_features_without_patches_are_the_same(dtype, cross_frame, model, multiplied):
+    vision = dataclasses.replace(model.config.vision, cross_frame=cross_frame)
+    given = xclip_fast.XCLIP(dataclasses.replace(model.config, vision=vision)).to(dtype).eval()
+    video = torch.randint(256, (2, 8, 224, 224, 3), dtype=torch.uint8)
+    with torch.no_grad():
+        features = given.encode_video(video, patches=False)
+        wanted = given.encode_video(video).video.double()
+    assert error(features.video, wanted) <= (0 if multiplied == "library" else 2 * torch.finfo(dtype).eps)
+    assert features.patches.shape == (2, 0, 512)
+
+
 def test_normalized_pixels_are_the_same_as_levels(model):
     video = torch.randint(256, (1, 8, 224, 224, 3), dtype=torch.uint8)
     mean, std = (torch.tensor(values) for values in (model.config.image_mean, model.config.image_std))

@@ -243,6 +243,7 @@ def test_blocks(videos, frames, rows, channels, has_messages, here):
     y, tokens = run(b), rows - has_messages
     as_exact_as_torch(y[:, :tokens], lambda dtype: by_reference(b, dtype), here.dtype)
     assert torch.equal(y[:, tokens:], torch.zeros_like(y[:, tokens:]))
+    assert torch.equal(run(b, y=poisoned(len(y), y.shape[2], dtype=y.dtype)), y[:, 0])
 
 
 def test_sizes_of_blocks_and_patches_that_do_not_fit(here):
@@ -253,6 +254,8 @@ def test_sizes_of_blocks_and_patches_that_do_not_fit(here):
     for change in changes:
         with pytest.raises(RuntimeError, match="wanted"):
             run(b._replace(**change))
+    with pytest.raises(RuntimeError, match="wanted"):
+        run(b, y=b.x[:5, 0])
     room = torch.empty(4 * 4, 3 * 16 * 16 * 4 // here.dtype.itemsize, dtype=here.dtype)
     for shape in ((4, 48, 32, 3), (4, 32, 40, 3), (3, 32, 32, 3), (3, 32, 32, 4)):
         with pytest.raises(RuntimeError, match="wanted"):
@@ -278,6 +281,7 @@ def test_a_block_does_not_depend_on_threads_parts_batch_and_strides(frames, here
     y = by_threads(lambda: run(b))
     for part in (1, 2, 5, 8):
         assert torch.equal(run(b, part=part), y)
+        assert torch.equal(run(b, y=torch.empty_like(y[:, 0]), part=part), y[:, 0])
     assert torch.equal(run(b, b.x[3:6]), y[3:6])  # one video of three
     room, memory = (poisoned(9, 38, 2 * b.x.shape[2], dtype=here.dtype) for _ in range(2))
     x, strided = (each[:, 2:-1, : b.x.shape[2]] for each in (room, memory))

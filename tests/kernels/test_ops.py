@@ -88,6 +88,10 @@ CASES: dict[tuple[str, str], Callable[[], tuple[Any, ...]]] = {
     ("cct_block", "message, width 80"): lambda: block_case(10, 3, 5, width=80, heads=5),
     ("cct_block", "message, L=50"): lambda: block_case(2, 51, 1, width=64),
     ("cct_block", "message, L=197"): lambda: block_case(1, 198, 1, width=64),
+    ("cct_block", "message, class rows"): lambda: block_case(6, 6, 3, width=64, rows=torch.arange(0, 36, 6)),
+    ("cct_block", "message, drop path, some rows"): lambda: block_case(
+        4, 5, 2, width=64, drops=True, rows=torch.tensor([0, 3, 5, 8, 10, 13, 15, 18])
+    ),
     ("cct_block", "plain, drop path"): lambda: block_case(4, 7, width=64, drops=True),
     ("cct_block", "head size 80"): lambda: block_case(2, 5, 1, width=160, heads=2),
     ("cct_block", "gelu"): lambda: block_case(2, 5, 2, width=64, activation="gelu"),

@@ -546,6 +546,7 @@ def test_every_wrong_key_is_listed(tmp_path):
     del state["prompts_generator.alpha"]
     state["visual.proj"] = state["visual.proj"][:, :7]
     state["head.weight"] = torch.zeros(2)
+    state["logit_scale"] = torch.tensor(4)
     torch.save(state, tmp_path / "odd.pth")
     with pytest.raises(CheckpointError) as error:
         checkpoint.read(tmp_path / "odd.pth")
@@ -555,6 +556,7 @@ def test_every_wrong_key_is_listed(tmp_path):
     assert "prompts_generator.alpha" in said
     assert "1 unexpected:\n  head.weight" in said
     assert "1 misshapen:\n  visual.proj is [128, 7], wanted [128, 64]" in said
+    assert "1 not floating:\n  logit_scale is torch.int64" in said
 
 
 def test_a_lone_part_of_an_attention_is_listed(tmp_path):

@@ -101,13 +101,15 @@ def answers(
     reading: Reading,
     answer: Callable[[VideoFeatures], Sequence[Tensor]],
     *,
+    patches: bool = True,
     batch_size: int | None = None,
     workers: int | None = None,
 ) -> Iterator[Answer | Finished]:
     """For each path in order: an Answer for each of its windows, then Finished.
 
-    `answer` gets the features of a batch and returns tensors whose first dimension is the batch. `batch_size` counts
-    windows (default: 16 on a GPU, 1 on a CPU), `workers` decoding threads (default: one per core).
+    `answer` gets the features of a batch, with those of patches if `patches`, and returns tensors whose first dimension
+    is the batch. `batch_size` counts windows (default: 16 on a GPU, 1 on a CPU), `workers` decoding threads (default:
+    one per core).
     """
     device = next(model.parameters()).device
     batch = batch_size or (1 if device.type == "cpu" else 16)
@@ -119,7 +121,7 @@ def answers(
         nonlocal failed
         windows = [item.frames for _, item in waiting if isinstance(item, Window)]
         with torch.inference_mode():
-            parts = answer(model.encode_video(torch.stack(windows).to(device))) if windows else []
+            parts = answer(model.encode_video(torch.stack(windows).to(device), patches)) if windows else []
             parts = [part.cpu() for part in parts]
         row = 0
         for path, item in waiting:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import kernels
-from .layers import Attention, Pair, Weights, attention_weights, block_weights, drop_path_scales, pair
+from .layers import Attention, Pair, Weights, attention_weights, block_weights, class_rows, drop_path_scales, pair
 from .parts import Mlp, add_branch, is_plain_block, self_attention
 
 
@@ -57,14 +57,16 @@ def cct_block(
     activation: str,
     message: Message,
     drop: DropScales,
+    class_only: bool = False,
 ) -> Stream:
-    """A block (equations 7 to 9).
+    """A block (equations 7 to 9), or its class rows (F, 1, D): only these are computed after the attention.
 
     The message joins as a key and a value only, so nothing is concatenated and no row is thrown away.
     """
     mean, rstd = stream.statistics or (None, None)
+    x = stream.with_spare_row()
     block = kernels.Block(
-        stream.with_spare_row(),
+        x,
         *weights,
         heads,
         eps,
@@ -72,12 +74,13 @@ def cct_block(
         *message,
         frames,
         *drop,
+        rows=class_rows(x) if class_only else None,
         mean=mean,
         rstd=rstd,
         statistics=True,
     )
     x, statistics = kernels.cct_block(block)
-    return Stream(x, True, statistics)
+    return Stream(x[:, None]) if class_only else Stream(x, True, statistics)
 
 
 class FastCCTBlock(nn.Module):
@@ -135,13 +138,14 @@ class FastCCTBlock(nn.Module):
         self.mlp = Mlp(d_model, activation)
         self.ln_2 = nn.LayerNorm(d_model, layer_norm_eps)
 
-    def forward(self, x: Any, num_frames: int | None = None) -> Any:
+    def forward(self, x: Any, num_frames: int | None = None, class_only: bool = False) -> Any:
         """Tokens through the block.
 
         Args:
             x: (L, B * T, D), or (B * T, L, D) with ``batch_first``; floating. Or a ``Stream``, which towers pass from
                 block to block.
             num_frames: T of this call (default: the block's).
+            class_only: compute only the class rows of a ``Stream``.
 
         Returns:
             a tensor of x's shape and dtype; a ``Stream`` for a ``Stream``.
@@ -151,7 +155,7 @@ class FastCCTBlock(nn.Module):
         """
         frames = self.num_frames if num_frames is None else num_frames
         if isinstance(x, Stream):
-            return self._run(x, frames)
+            return self._run(x, frames, class_only)
         width = self.width
         layout = "(B * T, L, D)" if self.batch_first else "(L, B * T, D)"
         if x.dim() != 3 or x.shape[-1] != width:
@@ -165,13 +169,15 @@ class FastCCTBlock(nn.Module):
         y_FLD = self._run(Stream(x_FLD), frames).tokens()
         return y_FLD if self.batch_first else y_FLD.transpose(0, 1)
 
-    def _run(self, stream: Stream, frames: int) -> Stream:
+    def _run(self, stream: Stream, frames: int, class_only: bool = False) -> Stream:
         drop = self.draw_drop_scales(stream.x, frames)
         if not self.is_plain():
-            return Stream(self._call_modules(stream.tokens().transpose(0, 1), frames, drop).transpose(0, 1))
+            y_FLD = self._call_modules(stream.tokens().transpose(0, 1), frames, drop).transpose(0, 1)
+            return Stream(y_FLD[:, :1] if class_only else y_FLD)
         weights, message = self._weights()
         modules: Mapping[str, Any] = self._modules
-        return cct_block(stream, frames, weights, self.heads, modules["ln_1"].eps, self.activation, message, drop)
+        eps, activation = modules["ln_1"].eps, self.activation
+        return cct_block(stream, frames, weights, self.heads, eps, activation, message, drop, class_only)
 
     def _weights(self) -> tuple[Weights, Message]:
         """The weights of the block and of its message."""

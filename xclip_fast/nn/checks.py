@@ -36,7 +36,10 @@ def check_features(model: Any, video_features: VideoFeatures, text_features: Ten
         )
     wanted = (video_BE.shape[0], model.config.vision.patches, E)
     if model.prompts_generator is not None and patches_BNE.shape != wanted:
-        raise ValueError(f"patch features of shape {tuple(patches_BNE.shape)} given; {wanted} wanted, of this model")
+        raise ValueError(
+            f"patch features of shape {tuple(patches_BNE.shape)} given; {wanted} wanted, as encode_video of this model "
+            "gives them with patches=True"
+        )
 
 
 def check_video(model: Any, video: Tensor) -> None:

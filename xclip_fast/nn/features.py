@@ -9,4 +9,4 @@ class VideoFeatures(NamedTuple):
     """Features of B videos."""
 
     video: Tensor  # (B, E)
-    patches: Tensor  # (B, N, E), averaged over the frames; (B, 0, E) if the model has no prompts
+    patches: Tensor  # (B, N, E), averaged over the frames; (B, 0, E) if the model has no prompts or none were wanted

@@ -124,11 +124,12 @@ class SwinTower(nn.Module):
         self.proj = nn.Parameter(nn.init.normal_(torch.empty(vision.width, config.embed_dim), std=vision.width**-0.5))
         init_linear(self)
 
-    def forward(self, frames: Tensor, num_frames: int) -> tuple[Tensor, Tensor]:
+    def forward(self, frames: Tensor, num_frames: int, patches: bool = True) -> tuple[Tensor, Tensor]:
         """Frames to the feature of each (F, D), the mean of its normalized tokens, and its tokens (F, N, D).
 
         Args:
             frames: uint8 (F, H, W, 3) or normalized (F, 3, H, W), F = B * num_frames.
+            patches: makes no difference here, since the feature wants all tokens.
         """
         x_FCGG = normalized(frames, self.proj, self.config.image_mean, self.config.image_std)
         blocks, samples = iter(self.transformer.resblocks), frames.shape[0] // num_frames

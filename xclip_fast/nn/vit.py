@@ -18,7 +18,7 @@ from .. import kernels
 from ..config import VisionConfig, XCLIPConfig
 from ..kernels.patch_embed import constants
 from .cct import FastCCTBlock, Stream
-from .layers import TransformerBlock, init_block, init_linear, run_block
+from .layers import TransformerBlock, class_rows, init_block, init_linear, run_block
 from .parts import is_plain, is_watched, layer_norm
 from .text import Transformer
 
@@ -58,11 +58,13 @@ class VisionTower(nn.Module):
                 init_linear(block.message_fc)
                 init_linear(block.message_attn)
 
-    def forward(self, frames: Tensor, num_frames: int) -> tuple[Tensor, Tensor]:
+    def forward(self, frames: Tensor, num_frames: int, patches: bool = True) -> tuple[Tensor, Tensor]:
         """Frames to the feature of each (F, D), its normalized class token, and its patches (F, N, D).
 
         Args:
             frames: uint8 (F, H, W, 3) or normalized (F, 3, H, W), F = B * num_frames.
+            patches: whether to compute them. If not, the last block computes class tokens alone after its attention,
+                and the patches are (F, 0, D), except where a hook sees the whole block.
         """
         pre_norm = self.ln_pre if self.vision.pre_norm else None
         blocks, cross_frame = self.transformer.resblocks, self.vision.cross_frame
@@ -85,18 +87,24 @@ class VisionTower(nn.Module):
                 self.ln_pre.eps,
                 spare,
             )
+        *before, last = blocks
+        class_only = not patches and not watched and not is_watched(last)
         if not cross_frame:
-            plain = (False, None, 0, None, x_FLD.shape[0] // num_frames)
-            for block in blocks:
-                x_FLD = run_block(block, self.recompute, x_FLD, *plain)
+            videos = x_FLD.shape[0] // num_frames
+            for block in before:
+                x_FLD = run_block(block, self.recompute, x_FLD, False, None, 0, None, videos)
+            rows = class_rows(x_FLD) if class_only else None
+            x_FLD = run_block(last, self.recompute, x_FLD, False, None, 0, rows, videos)
+            x_FLD = x_FLD[:, None] if class_only else x_FLD
         else:
             stream: Any = x_FLD if watched else Stream(x_FLD, spare)
-            for block in blocks:
+            for block in before:
                 stream = run_block(block, self.recompute, stream, num_frames)
+            stream = run_block(last, self.recompute, stream, num_frames, *([True] if class_only else []))
             x_FLD, spare, _ = stream if isinstance(stream, Stream) else Stream(stream)
         # the gradients of a split are put side by side in one pass; those of slices are padded and added
-        rows = [1, self.vision.patches, *([1] if spare else [])]
-        class_F1D, patches_FND, *_ = x_FLD.split(rows, 1)
+        sizes = [1, x_FLD.shape[1] - 1 - spare, *([1] if spare else [])]
+        class_F1D, patches_FND, *_ = x_FLD.split(sizes, 1)
         return layer_norm(self.ln_post, class_F1D.squeeze(1)), patches_FND
 
     def _embed(self, frames: Tensor) -> Tensor:

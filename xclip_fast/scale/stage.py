@@ -94,7 +94,8 @@ class VideoStage:
         with torch.inference_mode():
             # Run at least one row, so that every batch has the same columns.
             rows = real if len(real) else np.array([0])
-            found = model.encode_video(torch.from_numpy(np.ascontiguousarray(frames[rows])).to(self._device))
+            videos = torch.from_numpy(np.ascontiguousarray(frames[rows])).to(self._device)
+            found = model.encode_video(videos, self.patches or self.labels is not None)
             for name, tensor in self._answer(found).items():
                 value = tensor.cpu().numpy()
                 answers[name] = np.zeros((len(number), *value.shape[1:]), value.dtype)

@@ -156,10 +156,15 @@ class Index:
         inputs = videos if isinstance(videos, Inputs) else find_videos(videos)
 
         def here(paths: Iterable[str]) -> Any:
-            reading = self.reading(limits)
-            keep = 2 if self.store.settings.patches else 1
+            kept = bool(self.store.settings.patches)
             return answers(
-                self.model, paths, reading, lambda found: found[:keep], batch_size=batch_size, workers=workers
+                self.model,
+                paths,
+                self.reading(limits),
+                lambda found: found[: 1 + kept],
+                patches=kept,
+                batch_size=batch_size,
+                workers=workers,
             )
 
         try:
@@ -208,7 +213,7 @@ class Index:
     def features(self, path: str | os.PathLike[str]) -> Tensor:
         """Features (1, E) of a whole video file, to search for videos like it. Raises VideoError."""
         reading = replace(self.reading(), window=None)
-        first, *_ = answers(self.model, [os.fspath(path)], reading, lambda found: found[:1])
+        first, *_ = answers(self.model, [os.fspath(path)], reading, lambda found: found[:1], patches=False)
         if isinstance(first, Finished):
             assert first.error is not None
             raise first.error

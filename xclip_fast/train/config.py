@@ -18,7 +18,7 @@ from ..config import XCLIPConfig, variant
 from ..data.sampling import Sampling
 from ..data.transforms import TrainTransform
 from ..files import require_regular
-from ..schema import ConfigError, Count, NotNegative, Positive, Range, Share, build, config_errors
+from ..schema import ConfigError, Count, Frames, NotNegative, Positive, Range, Share, build, config_errors
 
 YAML_BYTES = 1 << 20  # the largest YAML file that is read
 ALIASES = 20  # the most aliases in one YAML text
@@ -56,7 +56,7 @@ class DataConfig:
     labels: str | None = None  # file with the text of each class, one a line in the manifest's order; None: the names
     shots: Count | None = None  # random videos of each class (few-shot); None: all
     shots_seed: int = 0
-    frames: Annotated[int, Range(1, 1024)] | None = None  # T; None: the model's
+    frames: Frames | None = None  # T; None: the model's
     size: Count | None = None  # pixels of a side; None: the model's
     sampling: Sampling = TrainTransform.sampling
     stride: Count = TrainTransform.stride  # of dense sampling

@@ -179,22 +179,24 @@ def check_keys(
     """Compares a state dict with the expected names, given with tensors or shapes.
 
     Raises:
-        CheckpointError: lists every missing, unexpected and misshapen key. Equal keys of layers share a line.
+        CheckpointError: lists every missing, unexpected and misshapen key, and those of whole numbers. Equal keys of
+            layers share a line.
     """
     wanted = {name: tuple(like.shape if isinstance(like, Tensor) else like) for name, like in expected.items()}
-    wrong = [
-        (name, f"is {list(state[name].shape)}, wanted {list(shape)}")
-        for name, shape in wanted.items()
-        if name in state and tuple(state[name].shape) != shape
-    ]
+    found = [(name, state[name]) for name in expected if name in state]
     groups = {
         "missing": [(name, "") for name in expected if name not in state],
         "unexpected": [(name, "") for name in state if name not in expected],
-        "misshapen": wrong,
+        "misshapen": [
+            (name, f"is {list(each.shape)}, wanted {list(wanted[name])}")
+            for name, each in found
+            if tuple(each.shape) != wanted[name]
+        ],
+        "not floating": [(name, f"is {each.dtype}") for name, each in found if not each.is_floating_point()],
     }
     if any(groups.values()):
         said = [f"{len(keys)} {what}:{_listed(keys)}" for what, keys in groups.items() if keys]
-        raise CheckpointError(f"{where}: the weights do not fit the configuration\n" + "\n".join(said))
+        raise CheckpointError(f"{where}: the weights do not fit the configuration:\n" + "\n".join(said))
 
 
 def _listed(keys: list[tuple[str, str]], most: int = 40) -> str:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from ..data.sampling import Sampling
 from ..files import read_json
-from ..schema import Count, build
+from ..schema import Count, Frames, build
 from ..text.labels import plain_name, readable
 from ..text.templates import TEMPLATES
 from .hub import cached
@@ -37,7 +37,7 @@ class Trained:
     """
 
     labels: dict[str, Text] = dataclasses.field(default_factory=dict)
-    frames: Count | None = None  # None: the model's
+    frames: Frames | None = None  # None: the model's
     sampling: Sampling = "sparse"
     stride: Count = 1
     templates: bool = False
