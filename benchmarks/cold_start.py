@@ -45,7 +45,7 @@ def mark_model(model):
     model.encode_video = around(model.encode_video, before=mark)
 mark()
 from xclip_fast.cli import main, options
-options.load_model = around(options.load_model, mark, mark_model)
+options.Model.load = around(options.Model.load, mark, mark_model)
 try:
     main.main()
 except SystemExit as end:

@@ -27,7 +27,6 @@ OURS, GRAPHED = "xclip-fast", "xclip-fast graph"
 DECODING, COMPUTING = "decoding alone", "model alone"  # of "from mp4 files", in which both run at once
 EAGER, COMPILED = "Hugging Face", "HF compiled"
 HF_INSTALLED = importlib.util.find_spec("transformers") is not None
-GRAPHED_UP_TO = 8  # videos; with more, the GPU's work hides the launches and a graph only takes memory
 BATCHES_A_CALL = 4  # of "from mp4 files": a single batch could not be decoded ahead
 CLIP_FRAMES, CLIP_SIZE = 96, (256, 340)  # of the generated mp4 files
 
@@ -79,17 +78,18 @@ def contenders_of(
     model: xclip_fast.XCLIP,
     hf: Any,
     labels: list[str],
-    files: list[Path],
-    compiled: bool,
+    files: Sequence[Path] = (),
+    *,
+    graphed: bool = False,
+    compiled: bool = False,
     engines: Sequence[str] = (),
 ) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """(name, call) of each contender for one of ``throughput.WORKS``, without the absent ones."""
+    """(name, call) of each contender for one of ``throughput.WORKS`` on one random batch, without the absent ones."""
     config, device, dtype = model.config, model.logit_scale.device, model.logit_scale.dtype
-    frames, size = config.num_frames, config.vision.image_size
-    tokens = xclip_fast.tokenize(labels, config.text.context_length)
+    frames, size, length = config.num_frames, config.vision.image_size, config.text.context_length
+    tokens = xclip_fast.tokenize(labels, length)
     video = torch.randint(256, (batch, frames, size, size, 3), dtype=torch.uint8, device=device)
-    if work in ("cached", "files"):
-        model.encode_text(tokens)
+    text_KE = model.encode_text(tokens) if work in ("cached", "files") else None
     if work == "files":
         # files are repeated to fill the batches; each counts as one video
         paths = list(itertools.islice(itertools.cycle(files), BATCHES_A_CALL * batch))
@@ -98,22 +98,36 @@ def contenders_of(
         yield DECODING, lambda: decoded(paths, frames, size)
         yield COMPUTING, lambda: torch.cat([model(part.to(device), tokens).cpu() for part in videos.split(batch)])
         return
-    yield OURS, our_call(work, model, video, tokens)
-    if work != "encoded" and has_graphs(device) and batch <= GRAPHED_UP_TO:
-        tower = model.graphed(batch, frames)
-        cached = lambda: model.similarity(tower(video), model.encode_text(tokens))  # noqa: E731
-        yield GRAPHED, cached if work == "cached" else lambda: tower(video)
+
+    def encoded() -> Tensor:
+        model.text.forget()  # labels seen before would not be encoded again
+        return model(video, tokens)
+
+    ours: dict[str, Callable[[], Any]] = {
+        "tower": lambda: model.encode_video(video),
+        "cached": lambda: model(video, tokens),
+        "encoded": encoded,
+    }
+    yield OURS, ours[work]
+    if graphed:
+        graph = model.graphed(batch, frames)
+        yield GRAPHED, (lambda: graph(video)) if text_KE is None else (lambda: graph.logits(video, text_KE))
     if hf is None:
         return
-    pixels = normalized(video, config).to(dtype)
-    peer = peer_call(work, hf, pixels, model, labels)
-    yield EAGER, peer
+    pixels, padded = normalized(video, config).to(dtype), xclip_fast.tokenize(labels, length, pad=True).to(device)
+    theirs: dict[str, Callable[[], Any]] = {
+        "tower": lambda: hf_video(hf, pixels),
+        # features from our encoder, because theirs takes long; the "encoded" row checks that they are equal
+        "cached": lambda: hf_cached(hf, pixels, text_KE),
+        "encoded": lambda: hf(input_ids=padded, pixel_values=pixels).logits_per_video,
+    }
+    yield EAGER, theirs[work]
     if compiled:
         torch._dynamo.reset()
-        compiled_peer = torch.compile(peer, mode="max-autotune" if device.type == "cuda" else "default")
+        peer = torch.compile(theirs[work], mode="max-autotune" if device.type == "cuda" else "default")
         with contextlib.suppress(Exception):  # compiled now, not in a timed call; an error comes again and is noted
-            compiled_peer()
-        yield COMPILED, compiled_peer
+            peer()
+        yield COMPILED, peer
     for name in engines if work == "tower" else ():
         if cpu_engines.missing(name) is None:
             try:
@@ -122,28 +136,6 @@ def contenders_of(
             except Exception as error:  # noted in its row, as a failed call
                 engine = functools.partial(reraise, error)
             yield name, engine
-
-
-def our_call(work: str, model: xclip_fast.XCLIP, video: Tensor, tokens: Tensor) -> Callable[[], Any]:
-    """The call of our model for a work that reads no files."""
-    calls: dict[str, Callable[[], Any]] = {
-        "tower": functools.partial(model.encode_video, video),
-        "cached": functools.partial(model, video, tokens),  # the labels stay encoded after the first call
-        "encoded": functools.partial(forgetful, model, video, tokens),
-    }
-    return calls[work]
-
-
-def peer_call(work: str, hf: Any, pixels: Tensor, model: xclip_fast.XCLIP, labels: list[str]) -> Callable[[], Any]:
-    """The same work by Hugging Face's model, on normalized pixels."""
-    length = model.config.text.context_length
-    if work == "tower":
-        return functools.partial(hf_video, hf, pixels)
-    if work == "cached":
-        # features from our encoder, because theirs takes long; the "encoded" row checks that they are equal
-        return functools.partial(hf_cached, hf, pixels, model.encode_text(xclip_fast.tokenize(labels, length)))
-    padded = xclip_fast.tokenize(labels, length, pad=True).to(pixels.device)
-    return lambda: hf(input_ids=padded, pixel_values=pixels).logits_per_video
 
 
 def products_of(work: str, config: XCLIPConfig, lengths: list[int], batch: int) -> list[flops.Product]:
@@ -166,16 +158,6 @@ class Tower(torch.nn.Module):
 
 def reraise(error: Exception) -> NoReturn:
     raise error
-
-
-def has_graphs(device: torch.device) -> bool:
-    return device.type == "cuda"
-
-
-def forgetful(model: xclip_fast.XCLIP, video: Tensor, tokens: Tensor) -> Tensor:
-    """A forward that encodes its labels, also known ones."""
-    model.text.forget()
-    return model(video, tokens)
 
 
 def from_files(model: xclip_fast.XCLIP, paths: list[Path], tokens: Tensor, batch: int) -> Tensor:

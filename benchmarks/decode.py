@@ -112,19 +112,12 @@ def seek_for_each(path: Path, numbers: Sequence[int]) -> np.ndarray:
     return np.stack(found)
 
 
-Cell = tuple[str, str, int | str, int]  # work, pictures, keyframe every so many frames, frames wanted
-
-
-def new_row(cell: Cell, contender: str) -> dict[str, Any]:
-    return dict(zip(("work", "pictures", "keyframe_every", "frames"), cell, strict=True)) | {
-        "contender": contender,
-        "note": "",
-    }
+Cell = dict[str, Any]  # the entries of a row that say what is decoded
 
 
 def file_rows(cell: Cell, path: Path, seconds: float) -> list[dict[str, Any]]:
     """The rows of one file on one thread."""
-    numbers = frame_indices(CLIP_FRAMES, cell[-1], "sparse").tolist()
+    numbers = frame_indices(CLIP_FRAMES, cell["frames"], "sparse").tolist()
     planned = Source(str(path), size=path.stat().st_size, plan=probe(path).plan)
     ways: dict[str, Callable[[], np.ndarray]] = {
         FULL: lambda: full_decode(path, numbers),
@@ -134,7 +127,7 @@ def file_rows(cell: Cell, path: Path, seconds: float) -> list[dict[str, Any]]:
     }
     calls = {name: lambda way=way: torch.from_numpy(way()) for name, way in ways.items()}
     results = measuring.measure(calls, "cpu", seconds, pause=0.0)
-    rows = measuring.rows(results, new_row(cell, ""), 0.0, baseline=True)
+    rows = measuring.rows(results, cell, 0.0, baseline=True)
     for row in rows:
         if not row["note"]:
             row["clips_per_second"] = 1 / row["median_s"]
@@ -150,10 +143,10 @@ def loader_rows(cell: Cell, path: Path, device: str, seconds: float) -> list[dic
         manifest = index(folder, workers=0)
         rows, first = [], None
         for name, decoder in ((LOADER, "cpu"), (LOADER_DALI, "dali")):
-            row = new_row(cell, name)
+            row = {**cell, "contender": name, "note": ""}
             rows.append(row)
             try:
-                rates, frames = run_loader(manifest, cell[-1], device, decoder, seconds / 2)
+                rates, frames = run_loader(manifest, cell["frames"], device, decoder, seconds / 2)
             except (ImportError, ValueError) as error:
                 row["note"] = "not run: " + str(error).splitlines()[0]
                 continue
@@ -209,22 +202,30 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             files |= {(real.stem if real else name, kind): path for kind, path in written.items()}
         clips = [clip_facts(*kind, path) for kind, path in files.items()]
         report = {"environment": measuring.environment(args.device), "clips": clips, "rows": rows}
-        # The loader with the fewest frames: there decoding weighs most.
-        cells = [(work, *kind, frames) for work in args.works for kind in files for frames in args.frames]
+        # the loader with the fewest frames, where decoding weighs most
         ends = [(next(iter(files))[0], args.keyframes[end], min(args.frames)) for end in (0, -1)]
-        cells = [cell for cell in cells if cell[0] == "file" or cell[1:] in ends]
+        cells: list[Cell] = [
+            {"work": work, "pictures": name, "keyframe_every": kind, "frames": frames}
+            for work in args.works
+            for name, kind in files
+            for frames in args.frames
+            if work == "file" or (name, kind, frames) in ends
+        ]
         for done, cell in enumerate(cells):
             seconds = max(0.5, deadline - time.perf_counter()) / (len(cells) - done)
-            work, name, kind, frames = cell
+            path, contender = (
+                files[cell["pictures"], cell["keyframe_every"]],
+                STORED if cell["work"] == "file" else LOADER,
+            )
             try:
-                if work == "file":
-                    rows += file_rows(cell, files[name, kind], seconds)
+                if cell["work"] == "file":
+                    rows += file_rows(cell, path, seconds)
                 else:
-                    rows += loader_rows(cell, files[name, kind], args.device, seconds)
+                    rows += loader_rows(cell, path, args.device, seconds)
             except Exception as error:  # the other cells go on
-                rows.append(new_row(cell, STORED if work == "file" else LOADER) | {"note": measuring.failure(error)})
+                rows.append({**cell, "contender": contender, "note": measuring.failure(error)})
             measuring.write_json(args.json, report)  # a run that is stopped keeps what it measured
-            print(f"{work}, {name}, keyframe every {kind}, {frames} frames: done", file=sys.stderr)
+            print(f"{', '.join(map(str, cell.values()))} frames: done", file=sys.stderr)
     return report
 
 

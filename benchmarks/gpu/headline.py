@@ -5,7 +5,6 @@ The limit is the time of the matrix products of the model alone, and of the fast
 
 from __future__ import annotations
 
-import functools
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -21,15 +20,12 @@ from contenders import (
     HF_INSTALLED,
     OURS,
     TOLERANCE,
+    contenders_of,
     huggingface,
-    normalized,
-    our_call,
-    peer_call,
     products_of,
 )
 from labels import label_list
 from measuring import largest_error
-from torch import Tensor
 
 import xclip_fast
 from xclip_fast.config import VARIANTS, TextConfig, VisionConfig, XCLIPConfig
@@ -64,11 +60,6 @@ def build(job: Job, variant: str) -> xclip_fast.XCLIP:
     return model.eval().to(job.device, job.dtype)
 
 
-def videos(job: Job, model: xclip_fast.XCLIP, batch: int) -> Tensor:
-    size, frames = model.config.vision.image_size, model.config.num_frames
-    return torch.randint(256, (batch, frames, size, size, 3), dtype=torch.uint8, device=job.device)
-
-
 def under(name: str, call: Callable[[], Any]) -> Callable[[], Any]:
     def forced() -> Any:
         with xclip_fast.backend(name):
@@ -77,18 +68,16 @@ def under(name: str, call: Callable[[], Any]) -> Callable[[], Any]:
     return forced
 
 
-def peer_of(job: Job, model: xclip_fast.XCLIP, video: Tensor, kind: str) -> Callable[[], Any]:
-    """Hugging Face's model with the same weights and the same work, on normalized pixels."""
-    hf: Any = huggingface(model).to(job.device, job.dtype)
-    return peer_call(WORKS[kind], hf, normalized(video, model.config).to(job.dtype), model, labels_of(job))
+def calls_of(job: Job, model: xclip_fast.XCLIP, kind: str, batch: int, hf: Any = None, graph: bool = False) -> Calls:
+    """The call of each contender on one batch. In a rehearsal, which has no graphs, the eager call plays the graph."""
+    graphed = graph and job.device != "cpu"
+    calls = dict(contenders_of(WORKS[kind], batch, model, hf, labels_of(job), graphed=graphed))
+    return calls | ({GRAPHED: calls[OURS]} if graph and not graphed else {})
 
 
-def tokens_of(job: Job, model: xclip_fast.XCLIP) -> Tensor:
-    return xclip_fast.tokenize(labels_of(job), model.config.text.context_length)
-
-
-def work_of(job: Job, model: xclip_fast.XCLIP, video: Tensor, kind: str) -> Callable[[], Any]:
-    return our_call(WORKS[kind], model, video, tokens_of(job, model))
+def peer(job: Job, model: xclip_fast.XCLIP) -> Any:
+    """Hugging Face's model with the same weights, if it is installed."""
+    return huggingface(model).to(job.device, job.dtype) if HF_INSTALLED else None
 
 
 def limit_seconds(job: Job, model: xclip_fast.XCLIP, batch: int, kind: str) -> tuple[float, float]:
@@ -142,40 +131,23 @@ def inference(
 ) -> Iterator[Row]:
     """The video tower or the whole model (with encoded labels): ours, each backend, Hugging Face eager."""
     model = build(job, variant)
-    video = videos(job, model, batch)
+    row: Row = {**base_of(job, kinds[0], variant, batch), "contender": EAGER}
+    hf = job.attempt(EAGER, row, peer, job, model)
+    if "note" in row:
+        yield row
     for kind in kinds:
         base = base_of(job, kind, variant, batch)
         with torch.inference_mode():
-            row: Row = {**base, "contender": "limit"}
+            row = {**base, "contender": "limit"}
             gemms, mixing = job.attempt("limit", row, limit_seconds, job, model, batch, kind) or (0.0, 0.0)
             if gemms:
                 row |= {"ms": 1e3 * (gemms + mixing), "gemms_ms": 1e3 * gemms, "attention_ms": 1e3 * mixing}
             yield row
-            call = work_of(job, model, video, kind)
-            calls: Calls = {OURS: call}
-            calls |= {f"{OURS} {name}": under(name, call) for name in backends}
-            if graph:
-                calls[GRAPHED] = graphed(job, model, video, kind)
-            if HF_INSTALLED:
-                row = {**base, "contender": EAGER}
-                peer = job.attempt(EAGER, row, peer_of, job, model, video, kind)
-                if peer is not None:
-                    calls[EAGER] = peer
-                if "note" in row:
-                    yield row
+            calls = calls_of(job, model, kind, batch, hf, graph)
+            calls |= {f"{OURS} {name}": under(name, calls[OURS]) for name in backends}
             found = job.measure(calls, 8.0)
             truth = EAGER if EAGER in found and "output" in found[EAGER] else f"{OURS} reference"
             yield from rows_of(job, found, base, truth, gemms + mixing)
-
-
-def graphed(job: Job, model: xclip_fast.XCLIP, video: Tensor, kind: str = "tower") -> Callable[[], Any]:
-    """The work as a CUDA graph; a rehearsal has none."""
-    if job.device == "cpu":
-        return work_of(job, model, video, kind)
-    graph = model.graphed(*video.shape[:2])
-    if kind == "tower":
-        return functools.partial(graph, video)
-    return functools.partial(graph.logits, video, model.encode_text(tokens_of(job, model)))
 
 
 def compiled(job: Job, variant: str, batch: int, step: bool = False) -> Iterator[Row]:
@@ -189,10 +161,9 @@ def compiled(job: Job, variant: str, batch: int, step: bool = False) -> Iterator
             first = {name: contenders[name].loss() for name in (OURS, EAGER)}
     else:
         model = build(job, variant)
-        video = videos(job, model, batch)
         with torch.inference_mode():
-            eager = peer_of(job, model, video, "tower")
-        calls = {OURS: work_of(job, model, video, "tower"), EAGER: eager, COMPILED: torch.compile(eager, **how)}
+            calls = calls_of(job, model, "tower", batch, peer(job, model))
+        calls[COMPILED] = torch.compile(calls[EAGER], **how)
     base = base_of(job, "training step" if step else "tower", variant, batch)
     with torch.inference_mode(not step):
         begin = time.perf_counter()
@@ -267,13 +238,10 @@ def once(job: Job, variant: str, batch: int, backend: str, kind: str) -> Row:
         under(backend, ours.step)()
     else:
         model = build(job, variant)
-        video = videos(job, model, batch)
         with torch.inference_mode():
-            right = under("reference", work_of(job, model, video, "tower" if kind != "whole" else kind))()
-            if kind == "graph":
-                got = graphed(job, model, video)()
-            else:
-                got = under(backend, work_of(job, model, video, kind))()
+            calls = calls_of(job, model, "whole" if kind == "whole" else "tower", batch, graph=kind == "graph")
+            right = under("reference", calls[OURS])()
+            got = calls[GRAPHED]() if kind == "graph" else under(backend, calls[OURS])()
     error = largest_error(job.wrong(got), right)
     found: Row = {"error": error, "limit": TOLERANCE[job.precision], "right": error <= TOLERANCE[job.precision]}
     if not found["right"]:

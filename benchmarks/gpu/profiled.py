@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from contenders import EAGER, GRAPHED, HF_INSTALLED, OURS
+from contenders import HF_INSTALLED, OURS
 
 from .case import Job, Row
-from .headline import Calls, base_of, build, graphed, peer_of, training_contenders, under, videos, work_of
+from .headline import Calls, base_of, build, calls_of, peer, training_contenders, under
 
 
 def kernels(
@@ -24,12 +24,8 @@ def kernels(
         calls: Calls = {name: contender.step for name, contender in contenders.items()}
     else:
         model = build(job, variant)
-        video = videos(job, model, batch)
-        calls = {OURS: work_of(job, model, video, "tower")}
-        if graph:
-            calls[GRAPHED] = graphed(job, model, video)
-        if HF_INSTALLED:
-            calls[EAGER] = peer_of(job, model, video, "tower")
+        with torch.inference_mode():
+            calls = calls_of(job, model, "tower", batch, peer(job, model), graph)
     calls |= {f"{OURS} {name}": under(name, calls[OURS]) for name in backends}
     for name, call in calls.items():
         if name in job.without:

@@ -112,8 +112,10 @@ def test_graphs_stand_beside_the_eager_calls_and_have_ratios_of_their_own(
             features = self.model.encode_video(video)
             return features._replace(video=features.video * 1.5) if wrong else features
 
-    monkeypatch.setattr(contenders, "has_graphs", lambda device: True)
-    monkeypatch.setattr(contenders, "GRAPHED_UP_TO", 2)
+        def logits(self, video, text):
+            return self.model.similarity(self(video), text)
+
+    monkeypatch.setitem(throughput.GRAPHED_UP_TO, "cpu", 2)
     monkeypatch.setattr(throughput.xclip_fast.XCLIP, "graphed", lambda *sizes: Graphed(*sizes))
     monkeypatch.setattr(throughput.xclip_fast.XCLIP, "clear_graphs", lambda model: cleared.append(model))
     options = ("--precisions", "fp32", "--works", "tower,cached,encoded", "--batch-sizes", "2,3")
@@ -321,10 +323,10 @@ def test_a_stopped_run_keeps_its_rows(throughput, tmp_path, monkeypatch):
     monkeypatch.setattr(throughput, "HF_INSTALLED", False)
     real = throughput.contenders_of
 
-    def stopped(work, *rest):
+    def stopped(work, *rest, **options):
         if work == "cached":
             raise KeyboardInterrupt
-        return real(work, *rest)
+        return real(work, *rest, **options)
 
     monkeypatch.setattr(throughput, "contenders_of", stopped)
     with pytest.raises(KeyboardInterrupt):
