@@ -630,3 +630,11 @@ def test_cold_start_adds_up(throughput, tmp_path, capsys):
     answer = sum(run[part][0] for part in cold_start.PARTS)
     assert lines[-2][1:3] == [f"{answer:.2f}", "100%"]
     assert lines[2][2] == f"{run['imports'][0] / answer:.0%}"
+
+
+def test_queries_of_a_store_are_timed(throughput, tmp_path, capsys):
+    pytest.importorskip("lancedb")
+    importlib.import_module("search").main(["rows", "--count", "200", "--json", str(tmp_path / "out.json")])
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert json.loads(capsys.readouterr().out).items() <= written.items()
+    assert 0 < written["exact"]["median_s"] < 10
