@@ -166,12 +166,17 @@ def test_a_subfolder_that_cannot_be_listed_drops_nothing(tmp_path, weights, vide
 
 
 @pytest.mark.parametrize("digest", [False, True])
-def test_a_folder_in_a_list_gets_no_row(tmp_path, weights, videos, digest):
+def test_what_is_no_file_gets_no_row(tmp_path, weights, videos, digest):
+    """The digest of a pipe waited for somebody to write to it, for ever."""
+    os.mkfifo(tmp_path / "pipe.mp4")
     listed = tmp_path / "list.txt"
-    listed.write_text(f"{videos / '0.mp4'}\n{videos}\n")
+    listed.write_text(f"{videos / '0.mp4'}\n{videos}\npipe.mp4\n")
     index = open_index(tmp_path, weights)
     summary = index.add(listed, digest=digest)
-    assert list(summary.failed.values()) == [f"{videos}: is a directory, not a video file"]
+    assert list(summary.failed.values()) == [
+        f"{videos}: is a directory, not a video file",
+        f"{tmp_path / 'pipe.mp4'}: is not a regular file",
+    ]
     assert index.store.counts()[2] == 0
     assert index.add(listed, digest=digest).failed == summary.failed
 

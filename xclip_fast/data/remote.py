@@ -110,7 +110,7 @@ def _open(address: str) -> tuple[Any, str]:
         options["client_kwargs"] = {"timeout": aiohttp.ClientTimeout(sock_connect=30, sock_read=60)}
     filesystem, path = url_to_fs(address, **options)
     if getattr(filesystem, "protocol", None) in ("file", ("file", "local")) or "::" in address:
-        raise ValueError(f"{_shown(address)}: is not a remote file; give the path")
+        raise VideoError(f"{_shown(address)}: is not a remote file; give the path")
     return filesystem, path
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -272,8 +273,10 @@ def _local(path: str) -> tuple[int, str]:
     except (OSError, ValueError) as error:
         reason = "no such file" if isinstance(error, FileNotFoundError) else getattr(error, "strerror", None) or error
         raise VideoError(f"{path}: {reason}") from error
-    if os.path.isdir(path):
+    if stat.S_ISDIR(status.st_mode):
         raise VideoError(f"{path}: is a directory, not a video file")
+    if not stat.S_ISREG(status.st_mode):  # `_sha256` would wait for a pipe
+        raise VideoError(f"{path}: is not a regular file")
     return status.st_size, str(status.st_mtime_ns)
 
 
