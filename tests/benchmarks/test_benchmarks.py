@@ -415,7 +415,7 @@ def test_every_help_fits_a_terminal_and_a_wrong_option_is_one_line(name):
         ("raise KeyboardInterrupt", -signal.SIGINT, ""),
         ("import no_such_package", 1, "error: No module named 'no_such_package' (pip install no_such_package)"),
         ("open('/no/such/file')", 1, "error: [Errno 2] No such file or directory: '/no/such/file'"),
-        ("import subprocess; subprocess.run(['false'], check=True)", 1, "error: Command '['false']' returned non-zero"),
+        ("import subprocess; subprocess.run(['false'], check=True)", 1, "error: false ended with exit code 1\n"),
     ],
 )
 def test_a_benchmark_ends_with_one_line_at_most(body, code, said):
@@ -604,6 +604,11 @@ def test_peers_are_drawn_over_hugging_face(monkeypatch, tmp_path, capsys):
     with pytest.raises(SystemExit):
         plot_peers.main([str(path), "--work", "encoded", "--out", str(tmp_path / "none.svg")])
     assert "no row of work 'encoded'" in capsys.readouterr().err
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps({"rows": rows, "environment": {"device": "another", "threads": 2}}))
+    with pytest.raises(SystemExit):
+        plot_peers.main([str(path), str(other), "--out", str(tmp_path / "none.svg")])
+    assert "several machines: another, 2 threads, some CPU, 2 threads" in capsys.readouterr().err
     for content, said in (("{}", "no result of throughput.py"), ("", "cannot be read")):
         path.write_text(content)
         with pytest.raises(SystemExit):
@@ -630,3 +635,11 @@ def test_cold_start_adds_up(throughput, tmp_path, capsys):
     answer = sum(run[part][0] for part in cold_start.PARTS)
     assert lines[-2][1:3] == [f"{answer:.2f}", "100%"]
     assert lines[2][2] == f"{run['imports'][0] / answer:.0%}"
+
+
+def test_queries_of_a_store_are_timed(throughput, tmp_path, capsys):
+    pytest.importorskip("lancedb")
+    importlib.import_module("search").main(["rows", "--count", "200", "--json", str(tmp_path / "out.json")])
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert json.loads(capsys.readouterr().out).items() <= written.items()
+    assert 0 < written["exact"]["median_s"] < 10

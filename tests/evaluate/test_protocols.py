@@ -106,6 +106,17 @@ def test_new_classes_and_draws(tmp_path):
     assert read_draws([tmp_path / "draws.json"]) == draws
     (tmp_path / "released.json").write_text(json.dumps(draws))
     assert read_draws([tmp_path / "released.json"]) == draws
+    for content, said in (
+        ({"kind": "xclip_fast draws"}, "None found; a list of class names wanted"),
+        ({"kind": "xclip_fast draws", "draws": [["a"], "b"]}, "'b' found; a list of class names wanted"),
+        ([[1, 2]], r"\[1, 2\] found; a list of class names wanted"),
+        (5, "5 found; a list of class names wanted"),
+        ("abc", "'abc' found; a list of class names wanted"),
+        ([[]], "holds no class names"),
+    ):
+        (tmp_path / "bad.json").write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=rf"bad\.json: {said}"):
+            read_draws([tmp_path / "bad.json"])
 
 
 def test_renamed_classes_are_told(caplog):

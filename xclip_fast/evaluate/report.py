@@ -15,7 +15,7 @@ import numpy as np
 
 from ..console import plain
 from ..files import locked, staged
-from .loop import Evaluation
+from .result import Evaluation, percent
 
 logger = logging.getLogger("xclip_fast")
 
@@ -139,8 +139,7 @@ def _confusion_png(evaluation: Evaluation, path: Path, notes: list[str]) -> None
                 axes.text(column, row, str(count_KK[row, column]), ha="center", va="center", color=color)
         axes.set(xlabel="prediction" if named else "prediction (number of the label)", ylabel="true label")
         views = f"{evaluation.clips} x {evaluation.crops} views" if evaluation.views > 1 else "1 view"
-        top1 = "-" if np.isnan(evaluation.top1) else f"{100 * evaluation.top1:.1f} %"
-        axes.set_title(f"top-1 {top1} of {evaluation.counted} videos, {K} labels, {views}")
+        axes.set_title(f"top-1 {percent(evaluation.top1)} of {evaluation.counted} videos, {K} labels, {views}")
         figure.colorbar(picture, ax=axes, label="% of the true label's videos (gray: none)", fraction=0.046, pad=0.03)
         figure.savefig(path, dpi=120, bbox_inches="tight")
 

@@ -85,11 +85,12 @@ def read_draws(paths: Sequence[str | os.PathLike[str]]) -> list[list[str]]:
     """The draws of each file: those of ``write_draws``, those of a JSON list of lists, or one by ``read_classes``."""
     found: list[list[str]] = []
     for path in map(Path, paths):
-        content = load_json(path) if path.suffix == ".json" else None
-        if isinstance(content, dict) and content.get("kind") == DRAWS:
-            found += content["draws"]
-        elif isinstance(content, list) and content and all(isinstance(names, list) for names in content):
-            found += content
+        content: Any = load_json(path) if path.suffix == ".json" else None
+        ours = isinstance(content, dict) and content.get("kind") == DRAWS
+        draws: Any = content.get("draws") if ours else content
+        several = isinstance(draws, list) and any(isinstance(names, list) for names in draws)
+        if ours or several:
+            found += [_class_names(path, names) for names in (draws if several else [draws])]
         else:
             found.append(read_classes(path))
     return found
@@ -105,13 +106,18 @@ def read_classes(path: str | os.PathLike[str]) -> list[str]:
     if path.suffix == ".jsonl":
         return list(Manifest.read(path).classes)
     if path.suffix == ".json":
-        names = list(load_json(path))
-    else:
-        names = [name for _, name in label_rows(path)]
-        if path.suffix not in (".csv", ".tsv"):
-            names = [re.sub(r"^\d+\s+", "", name) for name in names]
-    names = [str(name).strip().strip('"') for name in names]
-    names = list(dict.fromkeys(name for name in names if name))
+        return _class_names(path, load_json(path), '"')
+    names = [name for _, name in label_rows(path)]
+    if path.suffix not in (".csv", ".tsv"):
+        names = [re.sub(r"^\d+\s+", "", name) for name in names]
+    return _class_names(path, names, '"')
+
+
+def _class_names(path: Path, names: Any, around: str = "") -> list[str]:
+    """The names, without blanks and the characters ``around`` them, empty ones and repetitions."""
+    if not isinstance(names, list | dict) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{path}: {names!r:.80} found; a list of class names wanted")
+    names = list(dict.fromkeys(name for each in names if (name := each.strip().strip(around))))
     if not names:
         raise ValueError(f"{path}: holds no class names")
     return names

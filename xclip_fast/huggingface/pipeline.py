@@ -9,6 +9,7 @@ import torch
 from transformers import Pipeline
 
 from ..acceleration import accelerate
+from ..text.templates import fill
 from ..weights.hub import locate
 from ..weights.huggingface import config_from_huggingface, read_processor
 from ..weights.recipe import Trained
@@ -79,8 +80,7 @@ class ZeroShotVideoClassificationPipeline(Pipeline):
         hypothesis_template: str = "{}",
         num_frames: int | None = None,
     ) -> dict[str, Any]:
-        texts = [hypothesis_template.replace("{}", label) for label in candidate_labels]
-        inputs = self.prepare(texts, [video], num_frames=num_frames)
+        inputs = self.prepare(fill(candidate_labels, [hypothesis_template]), [video], num_frames=num_frames)
         if not self.is_ours:  # transformers' takes normalized pixels
             config = self.prepare.config
             mean, std = (torch.tensor(each) for each in (config.image_mean, config.image_std))
