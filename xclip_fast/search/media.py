@@ -117,7 +117,7 @@ def _shown(path: str, start: float, end: float) -> Iterator[tuple[float, Callabl
         latest = start - _ROUNDING
         frames = _decoded(container, stream, start, end)
         first = None if _SEEKABLE.isdisjoint(container.format.name.split(",")) else next(frames, None)
-        if first is not None and (first[0] <= start if start else first[0] == 0):
+        if first is not None and (first[0] <= start + _ROUNDING if start else first[0] == 0):
             for time, frame in chain([first], frames):
                 if time > latest:
                     yield (latest := time), partial(picture, frame)
