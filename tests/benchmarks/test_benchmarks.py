@@ -432,6 +432,7 @@ def test_a_benchmark_ends_with_one_line_at_most(body, code, said):
     [
         ("image_clip", ["--precisions", "int8"], "'int8' is not one of"),
         ("image_clip", ["--frames", "0"], "at least 1"),
+        ("image_clip", ["--labels", "100000"], "1 to 10000"),
         ("motion", ["--models", "CLIP"], "'CLIP' is not one of"),
         ("cold_start", ["--random", "B/32-8f", "--runs", "0"], "at least 1"),
         ("soak", ["--samples", "60"], "at least 100"),
