@@ -388,25 +388,37 @@ SCRIPTS = ("throughput", "training", "decode", "motion", "scale", "search", "soa
 SCRIPTS += ("image_clip", "exported", "plot_peers", "accuracy_flops", "gpu_bundle", "gpu_check")
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_every_help_fits_a_terminal_and_a_wrong_option_is_one_line(name):
-    """In one process of its own for each: some read the environment when they are imported."""
-    code = (
-        "import sys, runpy\n"
-        "sys.argv = sys.argv[1:]\n"
-        "for option in ('--help', '--nonsense'):\n"
-        "    sys.argv = [sys.argv[0], option]\n"
-        "    try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
-        "    except SystemExit as end: print(end.code)\n"
-    )
-    command = [sys.executable, "-c", code, str(FOLDER / f"{name}.py")]
+# in a process of their own, because some read the environment when they are imported
+RUN_ALL = """
+import contextlib, io, json, runpy, sys
+found = {}
+for path in sys.argv[1:]:
+    for option in ("--help", "--nonsense"):
+        out, err = io.StringIO(), io.StringIO()
+        sys.argv = [path, option]
+        try:
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                runpy.run_path(path, run_name="__main__")
+        except SystemExit as end:
+            found[path + option] = end.code, out.getvalue(), err.getvalue()
+print(json.dumps(found))
+"""
+
+
+def test_every_help_fits_a_terminal_and_a_wrong_option_is_one_line():
+    paths = [str(FOLDER / f"{name}.py") for name in SCRIPTS]
     environment = {**os.environ, "COLUMNS": "80", "PYTHONPATH": str(FOLDER), "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, "-c", RUN_ALL, *paths]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    lines = done.stdout.splitlines()
-    assert lines.count("0") == lines.count("2") == 1
-    assert not [line for line in lines if len(line) > 80 and not line.startswith("    python ")]
-    assert done.stderr.count("\n") == 1
-    assert f"{name}.py: error: " in done.stderr
+    found = json.loads(done.stdout)
+    for path, name in zip(paths, SCRIPTS, strict=True):
+        code, out, _ = found[path + "--help"]
+        assert code == 0
+        assert not [line for line in out.splitlines() if len(line) > 80 and not line.startswith("    python ")]
+        code, _, err = found[path + "--nonsense"]
+        assert code == 2
+        assert err.startswith(f"{name}.py: error: ")
+        assert err.count("\n") == 1
 
 
 @pytest.mark.parametrize(
