@@ -23,7 +23,11 @@ def fail(message: object, code: int = 2) -> NoReturn:
 
 def _ended(kind: type[BaseException], error: BaseException, trace: Any) -> None:
     """Ctrl-C ends a benchmark silently, and a missing package, a file or a command that fails with one line."""
-    if isinstance(error, (ImportError, OSError, subprocess.SubprocessError)):
+    if isinstance(error, subprocess.CalledProcessError):  # the command has said why, or what it said was kept
+        said = (error.stderr or "").strip().rpartition("\n")[2]
+        ended = f"{Path(error.cmd[0]).name} ended with exit code {error.returncode}"
+        print(f"{Path(sys.argv[0]).name}: error: {ended}{said and f': {said}'}", file=sys.stderr)
+    elif isinstance(error, (ImportError, OSError)):
         name = error.name if isinstance(error, ModuleNotFoundError) else None
         install = f" (pip install {name})" if name and "." not in name and name != "xclip_fast" else ""
         print(f"{Path(sys.argv[0]).name}: error: {error}{install}", file=sys.stderr)

@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
                     ratio, difference = measuring.ratio_text(row.get("ratio")), row.get("largest_error")
                     told = f"{1e3 * row['median_s']:9.2f} {ratio:>22} {measuring.shown(difference, '{:.1e}'):>11}"
                 print(f"{name:11} {batch:6} {labels:6}  {row['contender']:13} {row['note'] or told}")
-    measuring.write_json(args.json, report)
+            measuring.write_json(args.json, report)  # a run that is stopped keeps what it measured
 
 
 def ours(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], model: xclip_fast.XCLIP) -> Callable[[], Any]:

@@ -182,10 +182,14 @@ def run(args: argparse.Namespace, scratch: Path) -> int:
 def plan(args: argparse.Namespace) -> dict[str, list[Case]]:
     """The cases of the chosen stages, without "versions", which always runs first."""
     parts = [part.strip() for part in args.cases.split(",")]
+    found = {stage: STAGES[stage](args.rehearse)[1 if stage == "machine" else 0 :] for stage in args.stages}
+    names = [case.name for cases in found.values() for case in cases]
+    for part in [*parts, *args.faults]:
+        if not any(part in name for name in [*names, "versions"]):
+            arguments.fail(f"no case of these stages is called {part!r}: {', '.join(names)}")
     plans = {}
-    for stage in STAGES:
-        cases = STAGES[stage](args.rehearse)[1 if stage == "machine" else 0 :] if stage in args.stages else []
-        cases = [case for case in cases if any(part in case.name for part in parts)]
+    for stage in filter(found.__contains__, STAGES):
+        cases = [case for case in found[stage] if any(part in case.name for part in parts)]
         if stage == "tests":
             cases = [dataclasses.replace(case, options={**case.options, "matching": args.tests}) for case in cases]
         if cases:

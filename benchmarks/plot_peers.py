@@ -64,12 +64,15 @@ def main(argv: list[str] | None = None) -> int:
     reports = [arguments.read_json(path) for path in args.results]
     if not all(isinstance(report, dict) and {"rows", "environment"} <= report.keys() for report in reports):
         parser.error("a file is no result of throughput.py")
+    machines = {(report["environment"]["device"], report["environment"]["threads"]) for report in reports}
+    if len(machines) > 1:
+        named = ", ".join(f"{device}, {threads} threads" for device, threads in sorted(machines))
+        parser.error(f"the files are of several machines: {named}")
     groups = speeds(reports, args.work)
     if not groups:
         parser.error(f"no row of work {args.work!r} together with {ORDER[0]} in {', '.join(map(str, args.results))}")
-    environment = reports[-1]["environment"]
-    threads = f"{environment['threads']} thread{'s' * (environment['threads'] > 1)}"
-    title = f"{environment['device']}, {threads}, one video, {args.work}"
+    [(device, threads)] = machines
+    title = f"{device}, {threads} thread{'s' * (threads > 1)}, one video, {args.work}"
     draw(groups, title, args.out)
     return 0
 

@@ -44,7 +44,8 @@ def print_table(report: dict[str, Any], works: dict[str, str]) -> None:
     for note in notes:
         print(note)
     if empty:
-        print(f"{empty} kinds of work were {NOT_RUN}. Give a larger --seconds")
+        kinds = f"{empty} kinds of work were" if empty > 1 else "1 kind of work was"
+        print(f"{kinds} {NOT_RUN}. Give a larger --seconds")
 
 
 def speed_over(row: dict[str, Any], group: list[dict[str, Any]]) -> str:

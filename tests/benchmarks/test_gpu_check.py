@@ -60,7 +60,7 @@ def test_sigterm_ends_the_cases_too(tmp_path):
 def test_every_stage_gives_its_rows_and_a_fault_costs_its_case_alone(tmp_path):
     """A case that is killed, one that hangs and one that is wrong: all other rows are there. The bundle's test below
     has the stage tests."""
-    cases = ["versions", "ceilings", "overhead", "quick_gelu triton", "layer_norm triton", "tower library"]
+    cases = ["versions", "ceilings", "overhead", "quick_gelu triton", "layer_norm triton", "tower triton"]
     cases += ["cosine_logits triton", "B/16 1", "kernels 1", "qkv", "197 tokens"]
     faults = ["--break", "layer_norm triton=kill", "--break", "quick_gelu triton=wrong", "--break", "qkv 12608=hang"]
     done, rows = rehearse(tmp_path, "--cases", ",".join(cases), *faults)
@@ -189,6 +189,14 @@ def test_wrong_arguments(check, options, said, capsys, tmp_path):
     with pytest.raises(SystemExit):
         check.parse(["--out", str(tmp_path), *options])
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [["--cases", "quick_gelu,kernel 1"], ["--break", "kernel 1=hang"]])
+def test_a_case_that_is_none_is_refused(check, options, capsys, tmp_path):
+    args = check.parse(["--out", str(tmp_path), "--rehearse", *options])
+    with pytest.raises(SystemExit):
+        check.plan(args)
+    assert "no case of these stages is called 'kernel 1': ceilings, overhead, " in capsys.readouterr().err
 
 
 def test_without_a_gpu_it_says_so(tmp_path):

@@ -483,6 +483,7 @@ def test_paths_that_are_no_file(tmp_path):
     check_refused(decode, tmp_path / "folder.mp4", "is a directory")
     os.mkfifo(tmp_path / "pipe.mp4")
     check_refused(decode, tmp_path / "pipe.mp4", "is not a regular file")  # opening it would wait for ever
+    check_refused(decode, "/dev/zero", "is not a regular file")
     check_refused(decode, "http://192.0.2.1/a.mp4", "no such file")
 
 

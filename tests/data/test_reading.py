@@ -177,17 +177,6 @@ def test_texts_that_name_other_files(text, suffix, tmp_path):
     assert time.monotonic() - begun < 5
 
 
-def test_pipes_devices_and_folders_are_refused_at_once(tmp_path):
-    os.mkfifo(tmp_path / "pipe.mp4")
-    for path, why in (
-        (tmp_path / "pipe.mp4", "not a regular"),
-        ("/dev/zero", "not a regular"),
-        (tmp_path, "directory"),
-    ):
-        with pytest.raises(VideoError, match=why):
-            probe(path)
-
-
 # ---- bounds
 
 

@@ -116,6 +116,8 @@ def test_wrong_tokens_are_refused(shape: tuple[int, ...], message: str) -> None:
 def test_wrong_shape_of_a_block_is_refused() -> None:
     with pytest.raises(ValueError, match="does not divide into 3 heads"):
         FastCCTBlock(WIDTH, 3, 3)
+    with pytest.raises(ValueError, match="activation is 'relu'; one of quick_gelu, gelu wanted"):
+        FastCCTBlock(64, 1, 2, activation="relu")
     with pytest.raises(ValueError, match="num_frames 0"):
         FastCCTBlock(WIDTH, HEADS, 0)
 

@@ -1,9 +1,11 @@
 """The store: what is in it after every kind of run, and what a search in it answers."""
 
 import errno
+import itertools
 import json
 import math
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -258,6 +260,24 @@ def test_what_is_no_store(tmp_path, weights, change, why):
     lancedb.connect(tmp_path / "other").create_table("moments", table.replace_schema_metadata(metadata))
     with pytest.raises(ValueError, match=f"other: holds a table that is not a store .*{why}"):
         Store.open(tmp_path / "other")
+
+
+def test_damaged_files_of_a_store(tmp_path, weights, videos):
+    """LanceDB's errors name no store, and came through with a traceback."""
+    index = open_index(tmp_path, weights)
+    index.add(videos)
+    uses = (lambda again: again.search("growing"), lambda again: again.add(videos))
+    files = list((tmp_path / "store").rglob("data/*.lance"))
+    for use, damage in itertools.product(uses, (lambda data: data.write_bytes(b"x" * 99), lambda data: data.unlink())):
+        for data in files:
+            damage(data)
+        with pytest.raises(
+            ValueError, match=r"store: its table is damaged or cannot be written \(.*; embed into a new"
+        ):
+            use(open_index(tmp_path, weights))
+    shutil.rmtree(next((tmp_path / "store").rglob("_versions")))
+    with pytest.raises(ValueError, match=r"store: its table is damaged .*not found"):
+        open_index(tmp_path, weights)
 
 
 def test_paths_relative_to_a_root_move_along(tmp_path, weights, videos):

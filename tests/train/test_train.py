@@ -653,10 +653,14 @@ def test_the_command_says_what_stopped_it(
 
 
 def test_a_checkpoint_s_damaged_numbers_are_named(tmp_path: Path) -> None:
-    for text in ("{}", '{"step": "a"}', '{"step": 1, "best": {"score": 3}}'):
+    scores = (f'{{"step": 1, "best": {best}}}' for best in ('{"score": 3}', '{"score": ["x", null]}', "0"))
+    for text in ("{}", '{"step": "a"}', '{"step": true}', *scores):
         (tmp_path / "progress.json").write_text(text)
         with pytest.raises(ValueError, match=r"progress.json: is damaged.*delete that folder"):
             training_checkpoint.numbers(tmp_path)
+    (tmp_path / "progress.json").write_text('{"step": 1}')
+    with pytest.raises(ConfigError, match="was trained on other training videos"):
+        training_checkpoint.resumed(tmp_path, {"data": "a", "epoch_steps": 2})
     (tmp_path / "progress.json").write_text("{")
     with pytest.raises(ValueError, match=r"progress.json: is not JSON.*delete that folder"):
         training_checkpoint.numbers(tmp_path)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import click
+from click.core import ParameterSource
 
 from ..console import complain
 
@@ -43,8 +44,25 @@ class Argument(click.Argument):
         self.text = text
 
 
+class Option(click.Option):
+    """An option that does something only together with another one, ``needs``."""
+
+    def __init__(self, names: Sequence[str], *, needs: str = "", **settings: Any):
+        super().__init__(names, **settings)
+        self.needs = needs
+
+
 class Command(click.Command):
-    """A command whose help describes its arguments, too."""
+    """A command whose help describes its arguments, too. It refuses an option without the one that it needs."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        rest = super().parse_args(ctx, args)
+        for each in self.params:
+            needs = each.needs if isinstance(each, Option) else ""
+            given = ctx.get_parameter_source(str(each.name)) is ParameterSource.COMMANDLINE
+            if needs and given and not ctx.params[needs]:
+                raise click.BadParameter(f"works only together with --{needs}", ctx, each)
+        return rest
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         if rows := [(each.make_metavar(ctx), each.text) for each in self.params if isinstance(each, Argument)]:
@@ -61,7 +79,7 @@ def argument(name: str, metavar: str, text: str, **settings: Any) -> Callable[..
 
 
 def option(name: str, help: str, type: Any = None, *names: str, **settings: Any) -> Callable[..., Any]:
-    return click.option(name, *names, help=help, type=type, **settings)
+    return click.option(name, *names, help=help, type=type, cls=Option, **settings)
 
 
 def flag(name: str, help: str, *names: str) -> Callable[..., Any]:
@@ -207,7 +225,7 @@ reading = group(
     option("--max-seconds", "Give up on a remote file that takes longer to copy.", click.FloatRange(0.1), default=600),
     option("--batch-size", "Videos in a batch. Default: 16 on a GPU, 1 on a CPU.", click.IntRange(1, 65536)),
     option("--workers", "Decoding threads. Default: one for each core.", click.IntRange(1, 256)),
-    option("--decoders", "With --ray, files decoded at once on the cluster. Default: by its CPUs.", COUNT),
+    option("--decoders", "Files decoded at once on the Ray cluster. Default: by its CPUs.", COUNT, needs="ray"),
     threads,
 )
 
@@ -234,8 +252,13 @@ class Ray(NamedTuple):
 ray = group(
     Ray,
     flag("--ray", "Spread the work over a Ray cluster."),
-    option("--address", "Address of a running Ray cluster, or auto. Default: this machine alone.", metavar="ADDRESS"),
-    option("--actors", "Models on the cluster. Default: one for each GPU.", COUNT),
+    option(
+        "--address",
+        "Address of a running Ray cluster, or auto. Default: this machine alone.",
+        metavar="ADDRESS",
+        needs="ray",
+    ),
+    option("--actors", "Models on the cluster. Default: one for each GPU.", COUNT, needs="ray"),
 )
 
 

@@ -19,9 +19,9 @@ MOST = 65_536  # videos of a batch
 
 @command()
 @flag("--time", "Predict times on a GPU instead.")
-@option("--gpu", "The GPU of --time.", click.Choice(["h100", "h200", "a100"]), default="h100")
-@option("--variants", "The models of --time.", default="B/16-8f,L/14-8f")
-@option("--batches", "The numbers of videos of --time.", default="1,32,256")
+@option("--gpu", "The GPU of --time.", click.Choice(["h100", "h200", "a100"]), default="h100", needs="time")
+@option("--variants", "The models of --time.", default="B/16-8f,L/14-8f", needs="time")
+@option("--batches", "The numbers of videos of --time.", default="1,32,256", needs="time")
 @flag("--json", "Print JSON, with the parts of each sum.", "as_json")
 def flops(time: bool, gpu: str, variants: str, batches: str, as_json: bool) -> None:
     """Count the multiply-adds of each variant, or predict its time on a GPU.

@@ -112,5 +112,5 @@ def show(result: Evaluation) -> None:
         print(f"error: {result.failed_names[failed]}: {reason}", file=sys.stderr)
 
 
-def percent(fraction: float) -> str:
-    return "-" if np.isnan(fraction) else f"{100 * fraction:.1f} %"
+def percent(fraction: float | None) -> str:
+    return "-" if fraction is None or np.isnan(fraction) else f"{100 * fraction:.1f} %"

@@ -85,9 +85,9 @@ def read_draws(paths: Sequence[str | os.PathLike[str]]) -> list[list[str]]:
     """The draws of each file: those of ``write_draws``, those of a JSON list of lists, or one by ``read_classes``."""
     found: list[list[str]] = []
     for path in map(Path, paths):
-        content = load_json(path) if path.suffix == ".json" else None
+        content: Any = load_json(path) if path.suffix == ".json" else None
         ours = isinstance(content, dict) and content.get("kind") == DRAWS
-        draws = content.get("draws") if ours else content
+        draws: Any = content.get("draws") if ours else content
         several = isinstance(draws, list) and any(isinstance(names, list) for names in draws)
         if ours or several:
             found += [_class_names(path, names) for names in (draws if several else [draws])]

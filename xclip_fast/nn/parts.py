@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .. import kernels
+from ..config import ACTIVATIONS
 from ..kernels.dispatch import log_once
 from ..kernels.linear import linear
 
@@ -40,6 +41,8 @@ class Mlp(nn.Sequential):
     def __init__(
         self, width: int, activation: str = "quick_gelu", names: tuple[str, str, str] = ("c_fc", "gelu", "c_proj")
     ) -> None:
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation is {activation!r}; one of {', '.join(ACTIVATIONS)} wanted")
         layers = nn.Linear(width, 4 * width), QuickGELU() if activation == "quick_gelu" else nn.GELU()
         super().__init__(OrderedDict(zip(names, (*layers, nn.Linear(4 * width, width)), strict=True)))
 

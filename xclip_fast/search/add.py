@@ -67,7 +67,7 @@ def stored_name(path: str, root: str) -> str:
         return full
     below = os.path.relpath(full, root)
     if below.startswith(os.pardir + os.sep):
-        raise ValueError(f"{path}: is not in the store's root folder {root}")
+        raise ValueError(f"{path}: is not in the store's root folder {root}; --root gives its new place")
     return below
 
 

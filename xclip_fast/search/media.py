@@ -117,7 +117,7 @@ def _shown(path: str, start: float, end: float) -> Iterator[tuple[float, Callabl
         latest = start - _ROUNDING
         frames = _decoded(container, stream, start, end)
         first = None if _SEEKABLE.isdisjoint(container.format.name.split(",")) else next(frames, None)
-        if first is not None and (first[0] <= start if start else first[0] == 0):
+        if first is not None and (first[0] <= start + _ROUNDING if start else first[0] == 0):
             for time, frame in chain([first], frames):
                 if time > latest:
                     yield (latest := time), partial(picture, frame)
@@ -128,13 +128,19 @@ def _shown(path: str, start: float, end: float) -> Iterator[tuple[float, Callabl
     def choose(all_times: np.ndarray) -> Collection[int]:
         every = all_times - all_times[0]
         low, high = np.searchsorted(every, (start - _ROUNDING, end - _ROUNDING)).tolist()
-        if low == high and start * (len(every) - 1) >= every[-1] * len(every) > 0:
-            raise VideoError(f"{path}: no frame can be decoded from {start:g} s on")
-        times.update((number, max(start, every[number])) for number in range(low, high) or [max(0, low - 1)])
+        over = start * (len(every) - 1) >= every[-1] * len(every) > 0  # the last frame lasts as long as the others
+        times.clear()
+        times.update((number, max(start, every[number])) for number in range(low, high))
+        if not times and not over:
+            times[max(0, low - 1)] = start
         return times
 
+    shown = False
     for number, picture_HWC in chosen_pictures(Source(path), choose):
+        shown = True
         yield times[number], partial(np.asarray, picture_HWC)
+    if not shown:
+        raise VideoError(f"{path}: no frame can be decoded from {start:g} s on")
 
 
 def _small(picture_HWC: np.ndarray) -> np.ndarray:

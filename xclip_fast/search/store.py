@@ -49,7 +49,9 @@ class Store:
         path = Path(folder)
         if not is_store(path):
             raise FileNotFoundError(f"{folder}: is not a store; `xclip-fast embed VIDEO... --out STORE` makes one")
-        return cls(path, _connect(path).open_table(_TABLE))
+        with _named(path):
+            table = _connect(path).open_table(_TABLE)
+        return cls(path, table)
 
     @classmethod
     def create(cls, folder: str | os.PathLike[str], settings: StoreSettings) -> Store:
@@ -62,7 +64,8 @@ class Store:
         with _locked(path):
             if not is_store(path):
                 database.create_table(_TABLE, schema=schema_of(settings))
-        store = cls(path, database.open_table(_TABLE))
+        with _named(path):
+            store = cls(path, database.open_table(_TABLE))
         check_settings(path, store.settings, settings)
         return store
 
@@ -76,9 +79,10 @@ class Store:
         self._seen = self.table.version
         columns = ["path", "size", "stamp", "digest", "error"]
         found: dict[str, Known] = {}
-        for batch in self.table.search().where("start = 0").select(columns).to_batches():
-            rows = zip(*(batch.column(name).to_pylist() for name in columns), strict=True)
-            found.update({path: Known(*rest) for path, *rest in rows})
+        with _named(self.folder):
+            for batch in self.table.search().where("start = 0").select(columns).to_batches():
+                rows = zip(*(batch.column(name).to_pylist() for name in columns), strict=True)
+                found.update({path: Known(*rest) for path, *rest in rows})
         return found
 
     def counts(self) -> tuple[int, int, int]:
@@ -169,12 +173,14 @@ class Store:
             query = query.where(where, prefilter=True)
         if self.indexed:
             query = query.nprobes(_PROBES).refine_factor(4)
-        return query.to_arrow()
+        with _named(self.folder):
+            return query.to_arrow()
 
     def patches(self, rows: Sequence[int]) -> dict[int, Any]:
         """The patch features of these row ids, each a float16 array (N, E)."""
         query = self.table.take_row_ids(list(rows)).with_row_id().select(["patches"])
-        found = query.to_arrow().combine_chunks()
+        with _named(self.folder):
+            found = query.to_arrow().combine_chunks()
         shape = (found.num_rows, self.settings.patches, self.settings.embed_dim)
         values = found["patches"].combine_chunks().flatten().to_numpy(zero_copy_only=False).reshape(shape)
         return dict(zip(found["_rowid"].to_pylist(), values, strict=True))
@@ -222,11 +228,26 @@ def _connect(folder: Path) -> Any:
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Lets one process at a time commit. Raises OSError if the disk is full."""
-    with full_disk(folder, ". What was stored before is unchanged"), open(folder / ".lock", "ab") as file:
+    full = full_disk(folder, ". What was stored before is unchanged")
+    with full, _named(folder), open(folder / ".lock", "ab") as file:
         if fcntl is not None:
             with contextlib.suppress(OSError):  # some network file systems have no locks
                 fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+@contextlib.contextmanager
+def _named(folder: Path) -> Iterator[None]:
+    """Puts the folder into LanceDB's errors: those of a damaged file are RuntimeErrors of many lines."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        if isinstance(error, ValueError) and str(folder) in str(error):  # our own
+            raise
+        why = " ".join(str(error).split())
+        raise ValueError(
+            f"{folder}: its table is damaged or cannot be written ({why}); embed into a new one"
+        ) from error
 
 
 def _quoted(paths: Sequence[str]) -> str:

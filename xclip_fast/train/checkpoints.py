@@ -56,11 +56,10 @@ def numbers(checkpoint: Path) -> dict[str, Any]:
     path = checkpoint / _NUMBERS
     try:
         found = read_json(path)
-        best = found.get("best")
-        scored = best is None or (
-            isinstance(best, dict) and isinstance(best.get("score"), list) and len(best["score"]) == 2
-        )
-        if not (isinstance(found.get("step"), int) and found["step"] >= 0 and scored):
+        step, best = found.get("step"), found.get("best")
+        score = [0.0, 0.0] if best is None else best.get("score") if isinstance(best, dict) else None
+        scored = isinstance(score, list) and [isinstance(each, float | int) for each in score] == [True, True]
+        if type(step) is not int or step < 0 or not scored:
             raise ValueError(f"{path}: is damaged: its step or its best score is missing or has a wrong type")
     except ValueError as error:
         raise ValueError(f"{error}; delete that folder to go on from the one before it") from error
@@ -75,7 +74,7 @@ def resumed(checkpoint: Path, now: dict[str, Any]) -> dict[str, Any]:
     """
     counted = numbers(checkpoint)
     for key, what in (("data", "other training videos or classes"), ("epoch_steps", "another number of videos")):
-        if counted[key] != now[key]:
+        if counted.get(key) != now[key]:
             raise ConfigError(f"{checkpoint} was trained on {what}; give those, another output folder, or --fresh")
     return counted
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ..console import Bar
+from ..evaluate.result import percent
 from ..files import parse_json, write_text
 from .config import LogConfig, TrainConfig, to_yaml
 
@@ -133,7 +134,7 @@ def report(folder: Path, config: TrainConfig, about: Mapping[str, Any]) -> Path:
             "|---|---|---|---|---|---|---|---|",
         ]
         lines += [
-            f"| {record['epoch']} | {record['step']} | {_percent(record['top1'])} | {_percent(record['top5'])} "
+            f"| {record['epoch']} | {record['step']} | {percent(record['top1'])} | {percent(record['top5'])} "
             f"| {_loss(record)} | {record['predicted']} | {record['failed']} | {'best ' * (record is best)}|"
             for record in validations
         ]
@@ -184,8 +185,8 @@ def _draw(path: Path, steps: list[dict[str, Any]], validations: list[dict[str, A
 def _sentence(record: Mapping[str, Any], *, short: bool = False) -> str:
     if record["kind"] == "validation":
         return (
-            f"epoch {record['epoch']}: top-1 {_percent(record['top1'])}"
-            + ("" if record["top5"] is None else f", top-5 {_percent(record['top5'])}")
+            f"epoch {record['epoch']}: top-1 {percent(record['top1'])}"
+            + ("" if record["top5"] is None else f", top-5 {percent(record['top5'])}")
             + f", loss {_loss(record)} of {record['predicted']} videos"
             + (f", {record['failed']} unreadable" if record["failed"] else "")
         )
@@ -208,10 +209,6 @@ def rank(record: Mapping[str, Any], metric: str) -> tuple[float, float]:
 
 def _loss(record: Mapping[str, Any]) -> str:
     return "-" if record["loss"] is None else f"{record['loss']:.4f}"
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.1f} %"
 
 
 def _tensorboard(folder: Path, *, wanted: bool) -> Any:
