@@ -173,6 +173,8 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
         raise full
     with pytest.raises(FileNotFoundError, match=rf"{tmp_path}/no/x\.json: there is no folder {tmp_path}/no; make it"):
         files.write_text(tmp_path / "no" / "x.json", "3\n")
+    with pytest.raises(OSError, match=r"'/proc/x\.json'"):  # and not a hidden file
+        files.write_text("/proc/x.json", "3\n")
     with files.replaced(path), pytest.raises(FileExistsError, match="another process"):
         files.write_text(path, "4\n")
     assert (path.read_text(), os.listdir(tmp_path)) == ("2\n", ["x.json"])

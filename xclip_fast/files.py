@@ -228,7 +228,10 @@ def locked(path: Path, folder: str | os.PathLike[str]) -> Iterator[None]:
         yield
         return
     while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        except OSError as error:  # it names our hidden file
+            raise OSError(error.errno, error.strerror, os.fspath(folder)) from error
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

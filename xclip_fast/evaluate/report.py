@@ -70,8 +70,10 @@ def reserved(folder: str | os.PathLike[str] | None, overwrite: bool, names: Coll
             check_folder(folder, overwrite, names)
             home.mkdir(parents=True, exist_ok=True)
             held.enter_context(locked(home / f".{target.name}.evaluating", folder))
-        except PermissionError as error:
-            raise PermissionError(f"{folder}: cannot be written ({error.strerror}); choose another folder") from error
+        except OSError as error:
+            if error.strerror is None:  # said by us
+                raise
+            raise type(error)(f"{folder}: cannot be written ({error.strerror}); choose another folder") from error
         check_folder(folder, overwrite, names)  # again: another evaluation may have ended meanwhile
         yield
 
