@@ -111,6 +111,15 @@ def test_without_patches_the_last_block_computes_class_rows(
         model.similarity(features, model.encode_text(LABELS))
 
 
+@pytest.mark.filterwarnings("ignore")  # torch.jit is deprecated
+@pytest.mark.parametrize("patches", [True, False])
+def test_a_traced_tower_takes_other_numbers_of_videos(patches: bool, tiny_model: XCLIP) -> None:
+    tiny_model.requires_grad_(False)
+    traced = torch.jit.trace(lambda video: tuple(tiny_model.encode_video(video, patches)), frames(2))
+    video = frames(3)
+    torch.testing.assert_close(traced(video), tuple(tiny_model.encode_video(video, patches)))
+
+
 def test_whole_model_equals_the_paper_written_out(tiny_model: XCLIP) -> None:
     """Float64, concatenated messages, padded text, a projection per frame, prompts per video."""
     model = tiny_model.double()

@@ -3,6 +3,7 @@ DALI is installed) and on a GPU."""
 
 import logging
 import os
+import signal
 import subprocess
 import sys
 import tarfile
@@ -428,6 +429,37 @@ def test_threads_end_before_the_interpreter_does():
     """
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (ended.returncode, ended.stderr) == (0, "")
+
+
+def test_threads_end_before_the_interpreter_does_after_ctrl_c_while_they_are_closed():
+    code = """if True:
+        import signal, threading, time
+        import torch
+        from xclip_fast.data.threads import Job, Threads
+        begun = threading.Event()
+        def work(_):
+            begun.set()
+            while not threads.closed:
+                pass
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            a, end = torch.ones(500, 500), time.monotonic() + 0.3
+            while time.monotonic() < end:
+                a @ a
+        threads = Threads(2, "test", lambda: None, 20)
+        threads.submit(Job(work))
+        begun.wait()
+        threads.close()
+    """
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr.splitlines()[-1]) == (-signal.SIGINT, "KeyboardInterrupt")
+
+
+def test_threads_are_closed_by_one_of_them():
+    """As when garbage that holds a reader of videos is collected there."""
+    threads = Threads(2, "test", lambda: None, 20)
+    threads.result(threads.submit(Job(lambda _: threads.close(patience=20))))
+    threads.close()
+    assert not any(thread.is_alive() for thread in threads.threads)
 
 
 def test_reasons_are_logged_once_a_kind(stand, manifest, caplog):

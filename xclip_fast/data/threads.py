@@ -130,15 +130,16 @@ class Threads:
     def close(self, patience: float = 5) -> None:
         """Gives up all jobs, and waits at most `patience` seconds for the threads to end."""
         self.closed = True
-        _open.discard(self)
         with contextlib.suppress(Empty):
             while (job := self.jobs.get_nowait()) is not None:
                 job.future.cancel()
         for _ in self.threads:
             self.jobs.put(None)
-        end = time.monotonic() + patience
-        for thread in self.threads:
-            thread.join(max(0.0, end - time.monotonic()))
+        end, me = time.monotonic() + patience, threading.current_thread()  # garbage may be collected in any thread
+        # Not join: if Ctrl-C interrupts it, Python 3.11 takes the thread for ended.
+        while any(thread.is_alive() for thread in self.threads if thread is not me) and time.monotonic() < end:
+            time.sleep(0.001)
+        _open.discard(self)  # after Ctrl-C, the interpreter waits at its end
 
 
 @atexit.register

@@ -103,7 +103,7 @@ class VisionTower(nn.Module):
             stream = run_block(last, self.recompute, stream, num_frames, *([True] if class_only else []))
             x_FLD, spare, _ = stream if isinstance(stream, Stream) else Stream(stream)
         # the gradients of a split are put side by side in one pass; those of slices are padded and added
-        sizes = [1, x_FLD.shape[1] - 1 - spare, *([1] if spare else [])]
+        sizes = [1, 0 if class_only else self.vision.patches, *([1] if spare else [])]
         class_F1D, patches_FND, *_ = x_FLD.split(sizes, 1)
         return layer_norm(self.ln_post, class_F1D.squeeze(1)), patches_FND
 
