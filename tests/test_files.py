@@ -48,6 +48,14 @@ def test_the_current_folder_stays_the_current_folder(tmp_path, monkeypatch):
     assert len(os.listdir(tmp_path)) == 2
 
 
+def test_a_removed_current_folder(tmp_path, monkeypatch):
+    """On NFS and macOS it has no status. Linux keeps one on a local disk."""
+    monkeypatch.setattr(os, "curdir", str(tmp_path / "removed"))
+    for version in "12":
+        write(tmp_path / "a", version)
+    assert content(tmp_path / "a") == {"weights": "2", "config": "2"}
+
+
 def test_a_failed_block_changes_nothing(tmp_path):
     folder = tmp_path / "a"
     write(folder, "1")

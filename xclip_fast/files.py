@@ -209,8 +209,9 @@ def _beside(target: Path) -> bool:
     """
     if not target.exists():
         return True
-    same = target.stat().st_dev == target.parent.stat().st_dev and not target.samefile(os.curdir)
-    return same and os.access(target.parent, os.W_OK | os.X_OK)
+    same = target.stat().st_dev == target.parent.stat().st_dev
+    current = os.path.isdir(os.curdir) and target.samefile(os.curdir)  # a removed one may raise
+    return same and not current and os.access(target.parent, os.W_OK | os.X_OK)
 
 
 @contextlib.contextmanager

@@ -87,6 +87,8 @@ def test_drawn_videos_as_a_manifest(many, tmp_path):
     assert places(Manifest.read(tmp_path / "two.jsonl"), range(6)) == places(many, few_shot(many, 2))
     with pytest.raises(FileExistsError, match="--overwrite"):
         protocols.sample(tmp_path / "all.jsonl", 2, tmp_path / "two.jsonl")
+    with pytest.raises(ValueError, match="drawn from this manifest"):
+        protocols.sample(tmp_path / "all.jsonl", 2, tmp_path / "all.jsonl", overwrite=True)
     with pytest.raises(ValueError, match="jsonl wanted"):
         protocols.sample(tmp_path / "all.jsonl", 2, tmp_path / "two.csv")
 

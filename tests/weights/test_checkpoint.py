@@ -728,5 +728,8 @@ def test_convert_replaces_what_belonged_to_the_old_weights(tmp_path):
         )
     checkpoint.convert(tmp_path / "a", tmp_path / "b", overwrite=True)
     assert sorted(os.listdir(tmp_path / "b")) == ["config.json", "model.safetensors"]
+    for source in ("b", "b/model.safetensors"):
+        with pytest.raises(ValueError, match="own conversion; choose another folder"):
+            checkpoint.convert(tmp_path / source, tmp_path / "b", "huggingface", overwrite=True)
     checkpoint.convert(tmp_path / "a", tmp_path / "c")
     assert os.listdir(tmp_path / "c")

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from ..console import Bar, complain, plain
-from .options import COUNT, PATH, argument, command, flag, option, path
+from .options import COUNT, PATH, FloatRange, argument, command, flag, option, path
 
 
 @command()
@@ -51,7 +51,7 @@ def index(source: Path, out: Path | None, split: str | None, **settings: Any) ->
     default="any",
 )
 @option("--keyframe-every", "Frames from one keyframe to the next. Default: by --for.", COUNT)
-@option("--crf", "Quality of x264; lower is better and larger.", click.FloatRange(0, 51), default=20)
+@option("--crf", "Quality of x264; lower is better and larger.", FloatRange(0, 51), default=20)
 @option("--preset", "Preset of x264, its effort.", default="veryfast")
 @option("--workers", "Threads. Default: one for each core.", click.IntRange(1, 256))
 @flag("--overwrite", "Replace copies made with other settings.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +31,14 @@ class FilePath(click.Path):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         return super().convert(value, param, ctx) if value else self.fail("a name is empty", param, ctx)
+
+
+class FloatRange(click.FloatRange):
+    """A number between limits. NaN is refused: click compares it with both limits, and neither comparison holds."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        return self.fail("nan is not a number", param, ctx) if math.isnan(number) else number
 
 
 PATH = FilePath(path_type=Path, readable=False)
@@ -222,7 +231,7 @@ reading = group(
     option("--window", "Cut longer videos into moments of this length.", float, metavar="SECONDS"),
     option("--stride", "From the start of a moment to the next. Default: half of --window.", float, metavar="SECONDS"),
     option("--max-bytes", "Give up on a remote file that is larger.", COUNT, default=2 << 30, show_default="2 GiB"),
-    option("--max-seconds", "Give up on a remote file that takes longer to copy.", click.FloatRange(0.1), default=600),
+    option("--max-seconds", "Give up on a remote file that takes longer to copy.", FloatRange(0.1), default=600),
     option("--batch-size", "Videos in a batch. Default: 16 on a GPU, 1 on a CPU.", click.IntRange(1, 65536)),
     option("--workers", "Decoding threads. Default: one for each core.", click.IntRange(1, 256)),
     option("--decoders", "Files decoded at once on the Ray cluster. Default: by its CPUs.", COUNT, needs="ray"),

@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from ..console import plain, print_rows
-from .options import PATH, argument, command, flag, frames, option, overwrite, path, quick_imports, variant
+from .options import PATH, FloatRange, argument, command, flag, frames, option, overwrite, path, quick_imports, variant
 
 MOST = 65_536  # videos of a batch
 
@@ -83,7 +83,7 @@ def _predict(gpu: str, variants: list[str], batches: list[str], as_json: bool) -
 
 @command()
 @option("--model", "Whose shapes.", click.Choice(["B/32", "B/16", "L/14", "L/14@336"]), default="B/16")
-@option("--seconds", "Begin nothing after that long.", click.FloatRange(0), default=60.0)
+@option("--seconds", "Begin nothing after that long.", FloatRange(0), default=60.0)
 @flag("--rehearse", "Run everything on the CPU with small shapes, and write nothing.")
 def tune(model: str, seconds: float, rehearse: bool) -> None:
     """Measure on this GPU which kernels are the fastest, for later runs.

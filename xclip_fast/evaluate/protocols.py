@@ -62,6 +62,8 @@ def sample(
     """Draws few-shot training videos of a manifest and writes their manifest. Returns their number."""
     if Path(out).suffix != ".jsonl":
         raise ValueError(f"{out}: a name with .jsonl wanted, for a manifest")
+    if os.path.exists(out) and os.path.samefile(manifest, out):
+        raise ValueError(f"{out}: the videos are drawn from this manifest; choose another name for --out")
     if os.path.exists(out) and not overwrite:
         raise FileExistsError(f"{out}: already exists; choose another name or add --overwrite")
     videos = Manifest.read(manifest)

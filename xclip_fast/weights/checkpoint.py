@@ -179,8 +179,11 @@ def convert(
 ) -> None:
     """Reads an X-CLIP from ``source`` in any layout and writes it to ``folder``; see ``read`` and ``write``.
 
-    The ``trained.json`` of the source (class texts, frames, sampling) goes with the weights.
+    The ``trained.json`` of the source (class texts, frames, sampling) goes with the weights. Raises ValueError if the
+    result would replace the source.
     """
+    if Path(source).resolve() in (Path(folder).resolve(), Path(folder, "model.safetensors").resolve()):
+        raise ValueError(f"{source}: would be replaced by its own conversion; choose another folder")
     trained = Trained.read(source)
     found = read(source, drop_config=drop_config, clip=clip)
     if not found.complete:
