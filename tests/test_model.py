@@ -7,6 +7,7 @@ import math
 import pickle
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -81,7 +82,12 @@ CHANGED = {
     "a hook on the last block": lambda block: block.register_forward_hook(lambda module, args, out: None),
     "a hook on its mlp": lambda block: block.mlp.register_forward_hook(lambda module, args, out: None),
     "a forward of its own": lambda block: setattr(block, "forward", lambda *args: type(block).forward(block, *args)),
+    "a class of its own": lambda block: setattr(block, "__class__", of_own_class(type(block))),
 }
+
+
+def of_own_class(kind: Any) -> type:
+    return type("Own", (kind,), {"forward": lambda block, x, number, *rest: kind.forward(block, x, number)})
 
 
 @pytest.mark.parametrize("recompute", [False, True])

@@ -185,8 +185,8 @@ class XCLIP(nn.Module):
             batch: the largest number of videos in a call. frames: T of each (default: the config's).
 
         Returns:
-            a callable with the arguments and results of ``encode_video``, for inference only. Its ``logits`` has
-            ``similarity`` in the graph too. The same sizes give the same object. ``GraphedVideoTower`` says which
+            a callable that takes videos and returns features as ``encode_video``, for inference only. Its ``logits``
+            has ``similarity`` in the graph too. The same sizes give the same object. ``GraphedVideoTower`` says which
             changes it notices, ``clear_graphs`` what it keeps.
 
         Raises:

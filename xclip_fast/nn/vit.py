@@ -64,7 +64,8 @@ class VisionTower(nn.Module):
         Args:
             frames: uint8 (F, H, W, 3) or normalized (F, 3, H, W), F = B * num_frames.
             patches: whether to compute them. If not, the last block computes class tokens alone after its attention,
-                and the patches are (F, 0, D), except where a hook sees the whole block.
+                and the patches are (F, 0, D), except where a hook sees the whole block, or where its
+                class has a ``forward`` of its own.
         """
         pre_norm = self.ln_pre if self.vision.pre_norm else None
         blocks, cross_frame = self.transformer.resblocks, self.vision.cross_frame
@@ -88,7 +89,8 @@ class VisionTower(nn.Module):
                 spare,
             )
         *before, last = blocks
-        class_only = not patches and not watched and not is_watched(last)
+        own = type(last).forward not in (FastCCTBlock.forward, TransformerBlock.forward)  # it may not know the argument
+        class_only = not (patches or watched or own or is_watched(last))
         if not cross_frame:
             videos = x_FLD.shape[0] // num_frames
             for block in before:
