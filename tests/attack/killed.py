@@ -368,6 +368,8 @@ def attack(command: Command, folder: Path, count: int, name: str) -> None:
 
 
 def main() -> None:
+    if not hasattr(EVENTS, "arm"):
+        raise SystemExit("file_events.so is not preloaded; docs/reliability.md shows how to build it")
     folder = Path(os.path.realpath(sys.argv[1]))
     torch.set_num_threads(1)
     (folder / "data").mkdir()

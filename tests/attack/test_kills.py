@@ -49,3 +49,10 @@ def test_killed_and_full_at_changes_to_files(tmp_path):
     print(ran.stdout, end="")
     assert ran.returncode == 0, ran.stdout + ran.stderr[-3000:]
     assert ran.stdout.count("tried of") == 2 * len(commands)
+
+
+def test_without_the_library_it_says_so(tmp_path):
+    ran = subprocess.run([sys.executable, HERE / "killed.py", tmp_path, "index=1"], capture_output=True, text=True)
+    assert ran.returncode == 1
+    assert "file_events.so is not preloaded" in ran.stderr
+    assert not list(tmp_path.iterdir())
