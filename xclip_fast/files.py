@@ -192,7 +192,7 @@ def full_disk(path: str | os.PathLike[str], more: str = "") -> Iterator[None]:
         if large or is_full(error):
             why = "a file would be larger than the disk or `ulimit -f` allows" if large else "no space left on the disk"
             full = OSError(f"{path}: could not be written, {why}{more}; make room and start again")
-            full.errno = errno.ENOSPC
+            full.errno = errno.EFBIG if large else errno.ENOSPC  # a smaller file may still fit
             raise full from error
         raise
 

@@ -64,8 +64,8 @@ class VisionTower(nn.Module):
         Args:
             frames: uint8 (F, H, W, 3) or normalized (F, 3, H, W), F = B * num_frames.
             patches: whether to compute them. If not, the last block computes class tokens alone after its attention,
-                and the patches are (F, 0, D), except where a hook sees the whole block, or where its
-                class has a ``forward`` of its own.
+                and the patches are (F, 0, D), except where a hook sees the whole block, or where its class has a
+                ``forward`` of its own.
         """
         pre_norm = self.ln_pre if self.vision.pre_norm else None
         blocks, cross_frame = self.transformer.resblocks, self.vision.cross_frame
