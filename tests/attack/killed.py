@@ -343,7 +343,7 @@ def attack(command: Command, folder: Path, count: int, name: str) -> None:
     assert changes > 3, changes
     moments = range(1, changes + 1)
     if count and count < changes:
-        moments = sorted({1 + round(at * (changes - 1) / (count - 1)) for at in range(count)})
+        moments = sorted({1 + round(at * (changes - 1) / max(1, count - 1)) for at in range(count)})
     for act in ACTS:
         for moment in moments:
             out = fresh(f"{act}-{moment}")
