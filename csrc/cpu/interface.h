@@ -84,6 +84,8 @@ struct Attention {
 
 enum Dtype { kFloat32, kBfloat16, kFloat16 };
 
+inline int64_t bytes_of(int32_t dtype) { return dtype == kFloat32 ? 4 : 2; }
+
 // N, K, and channels of a head are multiples of it.
 constexpr int kUnit = kVector * kPair;
 

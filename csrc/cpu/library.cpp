@@ -83,8 +83,7 @@ void messages(const Block& b, const Memory& memory) {
 
 // The layer's outputs from the given one on.
 Parameters behind(const Block& b, const Parameters& layer, int64_t output) {
-  const int64_t size = b.dtype == kFloat32 ? 4 : 2;  // bytes of a weight
-  return {static_cast<const char*>(layer.weight) + output * b.width * size, layer.bias + output};
+  return {static_cast<const char*>(layer.weight) + output * b.width * bytes_of(b.dtype), layer.bias + output};
 }
 
 // The block, by all threads of a team together.

@@ -158,7 +158,7 @@ inline bool rewrites(const Product& p) {
 
 // Rewrites `depth` words from word k on, of the weights of outputs n0 to n1, to float32, or to words of all kinds.
 void rewrite(const Product& p, int64_t n0, int64_t n1, int64_t k, int depth, Word* out) {
-  const int64_t size = p.dtype == kFloat32 ? 4 : 2;  // bytes of a number
+  const int64_t size = bytes_of(p.dtype);
   for (int64_t n = n0; n < n1; ++n) {
     const int64_t at = n * p.summed + k * kPair;
     const auto number = [&](int64_t i) {
@@ -192,7 +192,7 @@ void task(const Product& p, int64_t n0, int64_t n1, int64_t n2, int64_t m0, int6
   const int64_t of_panel = words_of(p.summed);
   const int64_t panels = parts(m1 - m0, kPanel);
   const int outputs = static_cast<int>(n1 - n0);
-  const int64_t word = (p.dtype == kFloat32 ? 4 : 2) * kPair, stride = whole * word;  // bytes
+  const int64_t word = bytes_of(p.dtype) * kPair, stride = whole * word;  // bytes
   const char* weights = static_cast<const char*>(p.weight);
   Finish finish;
   for (int64_t k = 0; k < whole; k += most) {
