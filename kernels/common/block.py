@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -70,3 +71,8 @@ LOWERED = (
     "message_out_weight",
     "bias",
 )
+
+
+def first_rows(x: Tensor) -> Tensor:
+    """The place of each frame's first row among all rows of x (F, S, D): (F,)."""
+    return torch.arange(0, x.shape[0] * x.shape[1], x.shape[1], device=x.device)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..common.block import GELUS, Block
+from ..common.block import GELUS, Block, first_rows
 from ..dispatch import forced_backend
 from ..linear import NATIVE_ON_CPU
 from ..quick_gelu import SLOPE
@@ -52,7 +52,7 @@ class Products:
         """Whether the library computes this block as a whole."""
         if self.library is None or b.x.dim() != 3 or b.activation != "quick_gelu" or b.causal:
             return False
-        if b.bias is not None or b.offsets is not None or not (b.rows is None or are_first_rows(b)):
+        if b.bias is not None or b.offsets is not None or not (b.rows is None or b.rows.equal(first_rows(b.x))):
             return False
         weights: list[Any] = [b.in_weight, b.out_weight, b.fc_weight, b.projection_weight]
         if b.frames:
@@ -173,12 +173,6 @@ class Products:
         if activation in GELUS:
             return torch.ops.aten.gelu_(y, approximate=GELUS[activation])
         return F.silu(y, inplace=True) if activation else y
-
-
-def are_first_rows(b: Block) -> bool:
-    """Whether the rows that are asked for are the first of each frame."""
-    count, length = b.x.shape[:2]
-    return b.rows is not None and b.rows.equal(torch.arange(0, count * length, length, device="cpu"))
 
 
 def _normed(x: Tensor, norm: Norm | None, last: Tensor | None = None) -> Tensor:

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import kernels
-from .layers import Attention, Pair, Weights, attention_weights, block_weights, class_rows, drop_path_scales, pair
+from ..kernels.common.block import first_rows
+from .layers import Attention, Pair, Weights, attention_weights, block_weights, drop_path_scales, pair
 from .parts import Mlp, add_branch, is_plain_block, self_attention
 
 
@@ -74,7 +75,7 @@ def cct_block(
         *message,
         frames,
         *drop,
-        rows=class_rows(x) if class_only else None,
+        rows=first_rows(x) if class_only else None,
         mean=mean,
         rstd=rstd,
         statistics=True,

@@ -124,11 +124,6 @@ class TransformerBlock(nn.Module):
         return drop_path_scales(2, x.shape[0] if samples is None else samples, probability, x)
 
 
-def class_rows(x: Tensor) -> Tensor:
-    """The place of each frame's first row among all rows of x (F, S, D): (F,)."""
-    return torch.arange(0, x.shape[0] * x.shape[1], x.shape[1], device=x.device)
-
-
 def run_block(block: nn.Module, recompute: bool, x: Any, *args: Any) -> Any:
     """``block(x, *args)``. With ``recompute`` only x is stored for backward, which runs the block again.
 

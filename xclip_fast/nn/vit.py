@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from .. import kernels
 from ..config import VisionConfig, XCLIPConfig
+from ..kernels.common.block import first_rows
 from ..kernels.patch_embed import constants
 from .cct import FastCCTBlock, Stream
-from .layers import TransformerBlock, class_rows, init_block, init_linear, run_block
+from .layers import TransformerBlock, init_block, init_linear, run_block
 from .parts import is_plain, is_watched, layer_norm
 from .text import Transformer
 
@@ -95,7 +96,7 @@ class VisionTower(nn.Module):
             videos = x_FLD.shape[0] // num_frames
             for block in before:
                 x_FLD = run_block(block, self.recompute, x_FLD, False, None, 0, None, videos)
-            rows = class_rows(x_FLD) if class_only else None
+            rows = first_rows(x_FLD) if class_only else None
             x_FLD = run_block(last, self.recompute, x_FLD, False, None, 0, rows, videos)
             x_FLD = x_FLD[:, None] if class_only else x_FLD
         else:
