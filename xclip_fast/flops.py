@@ -162,8 +162,9 @@ def _cross_frame(vision: VisionConfig, batch: int, frames: int, patches: bool) -
     whole = layers if patches else layers - 1  # blocks that compute all tokens after their attention
     yield Product("linear_residual", F * rows, D, D, whole)
     yield from _feed_forward("mlp", F * L, D, whole)
-    yield Product("linear_residual", F, D, D, layers - whole)
-    yield from _feed_forward("mlp", F, D, layers - whole)
+    if not patches:
+        yield Product("linear_residual", F, D, D)
+        yield from _feed_forward("mlp", F, D, 1)
 
 
 def _windows(vision: SwinConfig, F: int) -> Iterator[Product]:
