@@ -213,16 +213,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         ]
         for done, cell in enumerate(cells):
             seconds = max(0.5, deadline - time.perf_counter()) / (len(cells) - done)
-            path, contender = (
-                files[cell["pictures"], cell["keyframe_every"]],
-                STORED if cell["work"] == "file" else LOADER,
-            )
+            path = files[cell["pictures"], cell["keyframe_every"]]
             try:
                 if cell["work"] == "file":
                     rows += file_rows(cell, path, seconds)
                 else:
                     rows += loader_rows(cell, path, args.device, seconds)
             except Exception as error:  # the other cells go on
+                contender = STORED if cell["work"] == "file" else LOADER
                 rows.append({**cell, "contender": contender, "note": measuring.failure(error)})
             measuring.write_json(args.json, report)  # a run that is stopped keeps what it measured
             print(f"{', '.join(map(str, cell.values()))} frames: done", file=sys.stderr)
